@@ -1,0 +1,136 @@
+"""Settings: their files (`conf/*.yaml`), their strict conversion, and how a command starts and fails.
+
+Hydra lives here and nowhere else. A command is `command("datagen", run)`: Hydra composes `conf/datagen.yaml` with the
+command line, `run` gets a plain dict, converts it once with `settings`, and never sees Hydra again.
+"""
+
+import dataclasses
+import importlib.util
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+ROOT = Path(__file__).resolve().parents[1]
+T = TypeVar("T")
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: the message names the value, the bound and the remedy, and no trace is shown."""
+
+
+def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
+    """`values`, as read from YAML, as the frozen dataclass `cls`.
+
+    Raises:
+        UserError: naming every unknown key, missing key and value of a wrong type or outside its choices, all at once.
+    """
+    problems = _problems(cls, values, where)
+    if problems:
+        raise UserError("settings that cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
+    import dacite
+
+    config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: float, Path: Path})
+    made = dacite.from_dict(cls, values, config)
+    return made
+
+
+def _problems(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
+    """Every way in which `values` does not fit the dataclass `cls`, one line each."""
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    found = [
+        f"{where}{key}: unknown key; known here: {', '.join(fields)}" for key in values if key not in fields
+    ]
+    for name, field in fields.items():
+        if name not in values:
+            if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+                found.append(f"{where}{name}: missing")
+            continue
+        found += _mismatch(hints[name], values[name], f"{where}{name}")
+    return found
+
+
+def _mismatch(hint: Any, value: Any, where: str) -> list[str]:
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if isinstance(value, Mapping):
+            return _problems(hint, value, f"{where}.")
+        return [f"{where}: expected a group of keys, got {value!r}"]
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Literal:
+        return [] if value in args else [f"{where}: {value!r} is not one of {', '.join(map(str, args))}"]
+    if origin in (types.UnionType, typing.Union):
+        tries = [_mismatch(arg, value, where) for arg in args]
+        return [] if any(not t for t in tries) else max(tries, key=len)
+    if origin is tuple:
+        if not isinstance(value, list | tuple):
+            return [f"{where}: expected a list, got {value!r}"]
+        return [p for i, item in enumerate(value) for p in _mismatch(args[0], item, f"{where}[{i}]")]
+    if origin is dict:
+        return [] if isinstance(value, Mapping) else [f"{where}: expected a group of keys, got {value!r}"]
+    if hint is Any:
+        return []
+    if hint is type(None):
+        return [] if value is None else [f"{where}: expected null, got {value!r}"]
+    wanted: tuple[type, ...] = {float: (int, float), Path: (str, Path)}.get(hint, (hint,))
+    if isinstance(value, wanted) and (hint is bool or not isinstance(value, bool)):
+        return []
+    return [f"{where}: expected {hint.__name__}, got {value!r}"]
+
+
+def compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
+    """The settings that `python -m … OVERRIDES` would see, as plain values."""
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = OmegaConf.to_container(hydra_compose(config_name, overrides), resolve=True)
+    return typing.cast(dict[str, Any], composed)
+
+
+def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> None:
+    """Runs `run` on the settings of `conf/<config_name>.yaml` and the command line, and exits with its code.
+
+    A `UserError` is printed as one message and exits with 2; Ctrl-C exits with 130.
+    """
+    import hydra
+    from omegaconf import OmegaConf
+
+    _refuse_foreign_packages()
+    code = 0
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)
+    def main(composed: Any) -> None:
+        nonlocal code
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        for noisy in ("httpx", "httpcore", "sentence_transformers", "transformers"):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        try:
+            code = run(typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))) or 0
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            code = 2
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted: the same command resumes\n")
+            code = 130
+
+    main()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _refuse_foreign_packages() -> None:
+    """Our package names are generic: a stranger's `models` on the path would be imported in silence."""
+    for name in ("datagen", "models", "report", "train"):
+        spec = importlib.util.find_spec(name)
+        home = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        if home != ROOT / name:
+            sys.exit(
+                f"error: the package '{name}' comes from {home}, not from {ROOT / name}.\n"
+                f"Run from {ROOT}, or remove the other '{name}' from PYTHONPATH ({os.environ.get('PYTHONPATH', '')})."
+            )
