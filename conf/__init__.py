@@ -1,4 +1,4 @@
-"""Settings: their files (`conf/*.yaml`), their strict conversion, and how a command starts and fails.
+"""Settings: their files (`conf/*.yaml`), their strict conversion, and how a command starts, shows progress and fails.
 
 Hydra lives here and nowhere else. A command is `command("datagen", run)`: Hydra composes `conf/datagen.yaml` with the
 command line, `run` gets a plain dict, converts it once with `settings`, and never sees Hydra again.
@@ -15,6 +15,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+if typing.TYPE_CHECKING:
+    from tqdm import tqdm
+
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 
@@ -26,26 +29,37 @@ class UserError(Exception):
 def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """`values`, as read from YAML, as the frozen dataclass `cls`.
 
+    A class may have `problems() -> list[str]`, which checks bounds once the types are right.
+
     Raises:
-        UserError: naming every unknown key, missing key and value of a wrong type or outside its choices, all at once.
+        UserError: naming every unknown key, missing key and value of a wrong type or out of bounds, all at once.
     """
-    problems = _problems(cls, values, where)
-    if problems:
-        raise UserError("settings that cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
     import dacite
 
-    config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: float, Path: Path})
-    made = dacite.from_dict(cls, values, config)
-    return made
+    found = _problems(cls, values, where)
+    if not found:
+        config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: float, Path: Path})
+        made = dacite.from_dict(cls, values, config)
+        found = _bounds(made, where)
+        if not found:
+            return made
+    raise UserError("settings that cannot be used:\n" + "\n".join(f"  {p}" for p in found))
+
+
+def _bounds(made: Any, where: str) -> list[str]:
+    found = [f"{where}{p}" for p in made.problems()] if hasattr(made, "problems") else []
+    for field in dataclasses.fields(made):
+        value = getattr(made, field.name)
+        if dataclasses.is_dataclass(value):
+            found += _bounds(value, f"{where}{field.name}.")
+    return found
 
 
 def _problems(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
     """Every way in which `values` does not fit the dataclass `cls`, one line each."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    found = [
-        f"{where}{key}: unknown key; known here: {', '.join(fields)}" for key in values if key not in fields
-    ]
+    found = [f"{where}{key}: unknown key; known here: {', '.join(fields)}" for key in values if key not in fields]
     for name, field in fields.items():
         if name not in values:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
@@ -64,6 +78,7 @@ def _mismatch(hint: Any, value: Any, where: str) -> list[str]:
     if origin is typing.Literal:
         return [] if value in args else [f"{where}: {value!r} is not one of {', '.join(map(str, args))}"]
     if origin in (types.UnionType, typing.Union):
+        args = _named(args, value) or args
         tries = [_mismatch(arg, value, where) for arg in args]
         return [] if any(not t for t in tries) else max(tries, key=len)
     if origin is tuple:
@@ -80,6 +95,14 @@ def _mismatch(hint: Any, value: Any, where: str) -> list[str]:
     if isinstance(value, wanted) and (hint is bool or not isinstance(value, bool)):
         return []
     return [f"{where}: expected {hint.__name__}, got {value!r}"]
+
+
+def _named(classes: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    """Of a union of settings classes, the one whose `name: Literal[…]` is the value's own name."""
+    name = value.get("name") if isinstance(value, Mapping) else None
+    return tuple(
+        c for c in classes if dataclasses.is_dataclass(c) and name in typing.get_args(typing.get_type_hints(c)["name"])
+    )
 
 
 def compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
@@ -99,7 +122,7 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     A `UserError` is printed as one message and exits with 2; Ctrl-C exits with 130.
     """
     import hydra
-    from omegaconf import OmegaConf
+    from omegaconf import MissingMandatoryValue, OmegaConf
 
     _refuse_foreign_packages()
     code = 0
@@ -107,11 +130,15 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)
     def main(composed: Any) -> None:
         nonlocal code
-        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
         for noisy in ("httpx", "httpcore", "sentence_transformers", "transformers"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
-            code = run(typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))) or 0
+            values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            code = run(typing.cast(dict[str, Any], values)) or 0
+        except MissingMandatoryValue as error:
+            sys.stderr.write(f"error: {error}\n")
+            code = 2
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             code = 2
@@ -122,6 +149,16 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     main()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def progress(total: int, unit: str, what: str, initial: int = 0) -> "tqdm":
+    """A bar on standard error with rate and time left; a line every ten seconds where that is no terminal."""
+    from tqdm import tqdm
+
+    terminal = sys.stderr.isatty()
+    return tqdm(
+        total=total, initial=initial, unit=unit, desc=what, dynamic_ncols=terminal, mininterval=0.2 if terminal else 10
+    )
 
 
 def _refuse_foreign_packages() -> None:

@@ -1,0 +1,57 @@
+# ruff: noqa: T201
+"""How many scenes a second one core draws at 128 px. `python -m benchmarks.glyphs [--json FILE]`, about half a minute.
+
+The peer is Pillow writing the very same pictures as PNG files in memory: a dataset of scenes pays for both, so their
+ratio tells which of the two binds it. Rounds of the two alternate, and medians are compared.
+"""
+
+import argparse
+import io
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from PIL import Image
+
+from datagen.grammar import lines
+from datagen.renderers.glyphs import Glyphs
+
+TARGET = 0.5
+SIZE, ROUND, ROUNDS = 128, 250, 7
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds on this core: of the process, since the machine may be shared."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    options = parser.parse_args()
+    renderer = Glyphs(SIZE)
+    prompts = [line.prompt for line in itertools.islice(lines(0), ROUND * (ROUNDS + 4))]
+    cold = timed(lambda: renderer.render(prompts[: 4 * ROUND], list(range(4 * ROUND))))  # fills the caches
+    ours, peers = [], []
+    for k in range(ROUNDS):
+        part = prompts[(4 + k) * ROUND : (5 + k) * ROUND]
+        seeds = list(range(k, k + ROUND))
+        ours.append(ROUND / timed(lambda part=part, seeds=seeds: renderer.render(part, seeds)))
+        pictures = [Image.fromarray(picture) for picture in renderer.render(part, seeds)]
+        peers.append(ROUND / timed(lambda pictures=pictures: [p.save(io.BytesIO(), "PNG") for p in pictures]))
+        print(f"round {k}: {ours[-1]:.0f} scenes/s, {peers[-1]:.0f} PNG/s")
+    rate, peer = statistics.median(ours), statistics.median(peers)
+    print(f"cold: {4 * ROUND / cold:.0f} scenes/s while the caches fill")
+    if options.json:
+        figures = {"scenes_per_s": ours, "png_per_s": peers, "cold_scenes_per_s": 4 * ROUND / cold, "size": SIZE}
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    print(f"glyphs ratio={rate / peer:.2f} target={TARGET} peer=pillow-png scenes_per_s={rate:.0f}")
+
+
+if __name__ == "__main__":
+    main()

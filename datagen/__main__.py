@@ -1,0 +1,17 @@
+"""`python -m datagen`: prompts → pictures → shards → targets. Settings: conf/datagen.yaml."""
+
+from typing import Any
+
+from conf import command, settings
+from datagen.config import DatagenSettings
+
+
+def run(values: dict[str, Any]) -> int:
+    chosen = settings(DatagenSettings, values)
+    from datagen.runner import generate
+
+    return generate(chosen)
+
+
+if __name__ == "__main__":
+    command("datagen", run)

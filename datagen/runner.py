@@ -1,0 +1,340 @@
+"""Plan → render → commit → resume: what `python -m datagen` does once its settings are read.
+
+The plan decides everything before any pixel. A shard is the unit of work: it is rendered, written and committed whole,
+so a run killed at any moment and started again gives the same bytes as one never killed. Timings go to
+`<out>.log.jsonl`, beside the folder and not in it.
+"""
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import logging
+import multiprocessing
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from conf import UserError, progress
+from datagen import shards
+from datagen.config import DatagenSettings, GlyphsRenderer, StableDiffusionRenderer
+from datagen.curate import Curated, curate, held_out
+from datagen.prompts import stream
+from datagen.renderers.base import Renderer
+from datagen.targets import TargetEncoder, fill
+
+log = logging.getLogger(__name__)
+
+_CPU_BATCH = 50  # pictures between two ticks of a CPU renderer
+_LONGEST_UNASKED_S = 24 * 3600  # without a GPU, a run longer than this wants force=true
+
+
+def make_renderer(chosen: GlyphsRenderer | StableDiffusionRenderer) -> Renderer:
+    keys = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
+    del keys["name"], keys["image_format"]
+    if isinstance(chosen, GlyphsRenderer):
+        from datagen.renderers.glyphs import Glyphs
+
+        return Glyphs(**keys)
+    from datagen.renderers.stable_diffusion import StableDiffusion2
+
+    return StableDiffusion2(**keys)
+
+
+def generate(chosen: DatagenSettings) -> int:
+    """Makes, or goes on making, the dataset `chosen.out`; returns the exit code."""
+    renderer = make_renderer(chosen.renderer)
+    if chosen.dry_run:
+        curated = _curated(chosen, renderer)
+        _tell(chosen, curated)
+        _tell_cost(chosen, renderer, _pictures(chosen, curated))
+        return 0
+    info = _open_or_plan(chosen, renderer)
+    todo = shards.missing_shards(chosen.out, info)
+    if todo:
+        _refuse_days(chosen, renderer, len(todo) * chosen.shard_size)
+        _render(chosen, renderer, info, todo)
+    if chosen.encoder is not None:
+        fill(chosen.out, TargetEncoder(chosen.encoder))
+    log.info("%s: %s pictures, %s", chosen.out, f"{info['pictures']:,}", _by_split(info["splits"]))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------------------------- plan
+
+
+def _open_or_plan(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
+    """The committed `dataset.json`, written now if there is none.
+
+    Raises:
+        UserError: the folder holds something else.
+    """
+    out = chosen.out
+    identity = _identity(chosen, renderer)
+    if (out / "dataset.json").exists():
+        info = shards.read_info(out)
+        differ = _differences(info.get("settings", {}), identity)
+        if differ:
+            raise UserError(
+                f"{out} holds another dataset:\n"
+                + "\n".join(f"  {line}" for line in differ)
+                + "\nChoose another out=, or remove that folder."
+            )
+        shards.remove_parts(out)
+        return info
+    strangers = (
+        [p for p in out.iterdir() if not p.name.startswith((".prompts", ".dataset", "prompts.parquet"))]
+        if out.is_dir()
+        else []
+    )
+    if strangers:
+        raise UserError(f"{out} is not empty and holds no dataset ({strangers[0].name}, …); choose another out=")
+    if out.is_dir():
+        shards.remove_parts(out)
+    curated = _curated(chosen, renderer)
+    _tell(chosen, curated)
+    pictures = _pictures(chosen, curated)
+    _refuse_days(chosen, renderer, pictures)
+    plan = _plan(chosen, curated)
+    info = {
+        "settings": identity,
+        "shards": -(-plan.num_rows // chosen.shard_size),
+        "curation": {"drawn": curated.drawn, "dropped": dict(sorted(curated.dropped.items()))},
+    }
+    shards.write_plan(out, plan, info)
+    return shards.read_info(out)
+
+
+def _identity(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
+    """All that decides the dataset's bytes, as plain JSON."""
+    keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
+    values = {k: v for k, v in dataclasses.asdict(chosen).items() if k in keys}
+    values["renderer"] = {**renderer.settings(), "image_format": chosen.renderer.image_format}
+    values["versions"] = {p: importlib.metadata.version(p) for p in ("numpy", "pillow", "pyarrow")}
+    return json.loads(json.dumps(values, default=str))
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], where: str = "") -> list[str]:
+    found = []
+    for key in sorted({*there, *here}):
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += _differences(a, b, f"{where}{key}.")
+        elif a != b:
+            found.append(f"{where}{key}: {a!r} there, {b!r} here")
+    return found
+
+
+def _curated(chosen: DatagenSettings, renderer: Renderer) -> Curated:
+    from datagen.clip_tokenizer import token_counts
+
+    by_group = chosen.split.kind == "holdout"
+    side = (lambda part: held_out(part, chosen.split.share, chosen.seed)) if by_group else None
+    encoder = TargetEncoder(chosen.encoder) if chosen.encoder else None
+    return curate(
+        stream(chosen.prompts, chosen.seed, side),
+        -(-chosen.num // chosen.seeds_per_prompt),
+        chosen.curate,
+        chosen.split,
+        chosen.seed,
+        encode=lambda texts: encoder.encode(texts, show=len(texts) > 2000) if encoder else np.zeros((0, 0), np.float32),
+        count_tokens=token_counts,
+        can_draw=renderer.can_draw,
+    )
+
+
+def _pictures(chosen: DatagenSettings, curated: Curated) -> int:
+    return min(chosen.num, (len(curated.train) + len(curated.val)) * chosen.seeds_per_prompt)
+
+
+def _plan(chosen: DatagenSettings, curated: Curated) -> pa.Table:
+    """A row a picture, validation spread evenly among training so that every shard has its part of both."""
+    sides = [("train", p) for p in curated.train] + [("val", p) for p in curated.val]
+    rng = np.random.default_rng([chosen.seed, 1])
+    rows = []
+    for prompt_id, i in enumerate(rng.permutation(len(sides)).tolist()):
+        split, prompt = sides[i]
+        seeds = np.random.default_rng([chosen.seed, 2, prompt_id]).integers(0, 2**31, chosen.seeds_per_prompt)
+        rows += [(prompt_id, prompt.text, prompt.source, prompt.group, split, seed) for seed in seeds.tolist()]
+    rows = [(f"{n:09d}", *row) for n, row in enumerate(rows[: chosen.num])]
+    return pa.Table.from_pydict(
+        {name: list(column) for name, column in zip(shards.PLAN.names, zip(*rows, strict=True), strict=True)},
+        schema=shards.PLAN,
+    )
+
+
+def _tell(chosen: DatagenSettings, curated: Curated) -> None:
+    log.info(
+        "prompts: %s drawn, %s train, %s val",
+        *map("{:,}".format, (curated.drawn, len(curated.train), len(curated.val))),
+    )
+    for reason, number in curated.dropped.most_common():
+        log.info("  dropped %s (%.1f %%): %s", f"{number:,}", 100 * number / curated.drawn, reason)
+    have = _pictures(chosen, curated)
+    if have < chosen.num:
+        log.warning(
+            "only %s pictures of the num=%s wanted: the source has no more prompts", f"{have:,}", f"{chosen.num:,}"
+        )
+
+
+def _by_split(splits: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(splits.items()))
+
+
+# ------------------------------------------------------------------------------------------------------------- cost
+
+
+def _tell_cost(chosen: DatagenSettings, renderer: Renderer, pictures: int) -> None:
+    workers = _workers(chosen, renderer)
+    log.info("pictures: %s of %d px", f"{pictures:,}", chosen.renderer.size)
+    log.info("time: about %s", _duration(renderer.seconds(pictures) / workers))
+    log.info("disk: about %.2f GB, %.1f GB free", _disk_bytes(chosen, pictures) / 1e9, _free(chosen.out) / 1e9)
+    log.info("dry run: nothing is written")
+
+
+def _refuse_days(chosen: DatagenSettings, renderer: Renderer, pictures: int) -> None:
+    """Stops a run that would take days where a GPU is meant to do it, or that the disk cannot hold."""
+    need, free = _disk_bytes(chosen, pictures), _free(chosen.out)
+    if need > free:
+        raise UserError(
+            f"no space: {pictures:,} pictures need about {need / 1e9:.1f} GB and {chosen.out} has {free / 1e9:.1f} GB free"
+        )
+    seconds = renderer.seconds(pictures) / _workers(chosen, renderer)
+    if seconds > _LONGEST_UNASKED_S and not renderer.on_gpu() and not chosen.force:
+        raise UserError(
+            f"{pictures:,} pictures by {chosen.renderer.name} would take about {_duration(seconds)} on this machine: "
+            f"it has no CUDA device.\nRun it on a GPU, lower num=, try renderer=glyphs, or insist with force=true."
+        )
+
+
+def _disk_bytes(chosen: DatagenSettings, pictures: int) -> float:
+    bits_a_pixel = {"png": 13, "webp": 10, "jpg": 4}[
+        chosen.renderer.image_format
+    ]  # of busy pictures; drawn ones take less
+    return pictures * (chosen.renderer.size**2 * bits_a_pixel / 8 + 4096)
+
+
+def _free(folder: Path) -> int:
+    while not folder.exists():
+        folder = folder.absolute().parent
+    return shutil.disk_usage(folder).free
+
+
+def _duration(seconds: float) -> str:
+    for unit, length in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 1.5 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+# ----------------------------------------------------------------------------------------------------------- render
+
+
+def _workers(chosen: DatagenSettings, renderer: Renderer) -> int:
+    return (chosen.workers or os.cpu_count() or 1) if renderer.one_core else 1
+
+
+def _render(chosen: DatagenSettings, renderer: Renderer, info: dict[str, Any], todo: list[int]) -> None:
+    workers = min(_workers(chosen, renderer), len(todo))
+    done = info["pictures"] - sum(_shard_length(info, chosen, n) for n in todo)
+    began = time.time()
+    with progress(info["pictures"], "picture", "render", initial=done) as bar:
+        if workers == 1:
+            plan = shards.read_plan(chosen.out)
+            for number in todo:
+                _render_shard(chosen, renderer, plan, number, bar.update)
+        else:
+            with _pool(chosen, workers) as results:
+                for count in results(todo):
+                    bar.update(count)
+        rate = bar.format_dict["rate"]
+    _log_line(
+        chosen, {"event": "rendered", "shards": len(todo), "seconds": time.time() - began, "pictures_per_s": rate}
+    )
+
+
+def _shard_length(info: dict[str, Any], chosen: DatagenSettings, number: int) -> int:
+    return min(chosen.shard_size, info["pictures"] - number * chosen.shard_size)
+
+
+def _render_shard(
+    chosen: DatagenSettings, renderer: Renderer, plan: pa.Table, number: int, tick: Callable[[int], object]
+) -> int:
+    """Renders and commits one shard. Batches are cut by the plan alone, never by where a run resumed."""
+    rows = plan.slice(number * chosen.shard_size, chosen.shard_size)
+    prompts, seeds = rows["prompt"].to_pylist(), rows["seed"].to_pylist()
+    batch = getattr(chosen.renderer, "batch_size", _CPU_BATCH)
+
+    def pictures() -> Iterator[bytes]:
+        for start in range(0, len(prompts), batch):
+            picture_NHWC = renderer.render(prompts[start : start + batch], seeds[start : start + batch])
+            for picture_HWC in picture_NHWC:
+                yield encode(picture_HWC, chosen.renderer.image_format)
+            tick(len(picture_NHWC))
+
+    shards.write_shard(chosen.out, number, rows, pictures(), f".{chosen.renderer.image_format}")
+    return len(prompts)
+
+
+def encode(picture_HWC: NDArray[np.uint8], image_format: str) -> bytes:
+    """An RGB picture as file bytes: png and webp lossless, jpg at quality 95 without chroma subsampling."""
+    from PIL import Image
+
+    options: dict[str, dict[str, Any]] = {
+        "png": {"compress_level": 3},  # a third of the default's time for a few percent of its size
+        "webp": {"lossless": True},
+        "jpg": {"quality": 95, "subsampling": 0},
+    }
+    buffer = io.BytesIO()
+    kind = "jpeg" if image_format == "jpg" else image_format
+    Image.fromarray(picture_HWC).save(buffer, kind, **options[image_format])
+    return buffer.getvalue()
+
+
+def _log_line(chosen: DatagenSettings, values: dict[str, Any]) -> None:
+    path = chosen.out.with_name(f"{chosen.out.name}.log.jsonl")
+    with path.open("a") as file:
+        file.write(json.dumps({"time": time.time(), **values}) + "\n")
+
+
+# ------------------------------------------------------------------------------- processes of a renderer on the CPU
+
+_worker: dict[str, Any] = {}  # one process's settings, renderer and plan
+
+
+@contextmanager
+def _pool(chosen: DatagenSettings, workers: int) -> Iterator[Callable[[list[int]], Iterator[int]]]:
+    # spawn: the parent may hold torch's threads, which a fork would break
+    context = multiprocessing.get_context("spawn")
+    pool = context.Pool(workers, _start_worker, (chosen,))
+    try:
+        yield lambda numbers: pool.imap_unordered(_work, numbers)
+        pool.close()
+    finally:
+        pool.terminate()
+        pool.join()
+
+
+def _start_worker(chosen: DatagenSettings) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def die_with_parent() -> None:
+        parent.join()  # a killed parent cannot end its workers: each ends itself
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+    _worker.update(chosen=chosen, renderer=make_renderer(chosen.renderer), plan=shards.read_plan(chosen.out))
+
+
+def _work(number: int) -> int:
+    return _render_shard(_worker["chosen"], _worker["renderer"], _worker["plan"], number, lambda _: None)

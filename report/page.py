@@ -1,0 +1,226 @@
+"""One self-contained HTML page: figures, tables, plots and pictures in one file that opens anywhere, with no network.
+
+    page = Page("Quickstart", "10,000 scenes, 2 epochs")
+    page.section("Scores", "Mean cosine to the true prompt's vector.")
+    page.facts({"Validation cosine": ("0.726", "95 % interval 0.721–0.731")})
+    page.write("report.html")
+
+All text is escaped (prompts are strangers' text), and the page's own content policy forbids every outside request and
+every script but ours. The look is in `page.html.j2`.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import numbers
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
+
+import jinja2
+import numpy as np
+from markupsafe import Markup
+from PIL import Image
+
+from report import plots
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+Pixels: TypeAlias = "np.ndarray | bytes"  # uint8 [H, W, 3], or an encoded JPEG, PNG or WebP
+Cell: TypeAlias = "str | SupportsFloat | None"
+SMALL = 160  # px: a picture no larger than this is embedded without loss
+
+
+@dataclass(frozen=True)
+class Card:
+    """One picture of a gallery."""
+
+    image: Pixels
+    """uint8 [H, W, 3], or an encoded JPEG, PNG or WebP."""
+    title: str
+    """What it shows, such as its prompt; also its text for readers who do not see it."""
+    lines: Sequence[str | tuple[str, str]] = ()
+    """Smaller lines below; a pair is a figure and its text, set in two columns."""
+    score: float | None = None
+    """Shown with three decimals."""
+
+
+class Page:
+    """A page under construction: blocks go into the latest section, in order."""
+
+    def __init__(self, title: str, subtitle: str = "") -> None:
+        self._title, self._subtitle = title, subtitle
+        self._sections: list[dict[str, Any]] = [{"id": "top", "heading": "", "lead": "", "blocks": []}]
+        self._drawings = 0
+
+    def section(self, heading: str, lead: str = "") -> None:
+        """Opens a section; `lead` is one sentence on how to read it."""
+        slug = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") or "section"
+        taken = sum(re.fullmatch(re.escape(slug) + r"(-\d+)?", s["id"]) is not None for s in self._sections)
+        anchor = f"{slug}-{taken + 1}" if taken else slug
+        self._sections.append({"id": anchor, "heading": heading, "lead": lead, "blocks": []})
+
+    def note(self, text: str) -> None:
+        """A paragraph."""
+        self._add("note", text=text)
+
+    def facts(self, facts: Mapping[str, str | tuple[str, str]]) -> None:
+        """Key figures as tiles: name → value, or name → (value, a few words on it)."""
+        tiles = [(name, *((value, "") if isinstance(value, str) else value)) for name, value in facts.items()]
+        self._add("facts", tiles=tiles)
+
+    def table(
+        self,
+        columns: Sequence[str],
+        rows: Iterable[Sequence[Cell]],
+        caption: str = "",
+        formats: Mapping[str, str] | None = None,
+    ) -> None:
+        """A table that its readers can sort by any column.
+
+        A column of numbers is set right, None as a dash. `formats` maps a column to its format (`".1f"`); without one,
+        whole numbers get thousands separators and others three decimals.
+
+        Raises:
+            ValueError: a row has another number of cells than there are columns.
+        """
+        rows = [list(row) for row in rows]
+        for row in rows:
+            if len(row) != len(columns):
+                raise ValueError(f"a row has {len(row)} cells, the table has {len(columns)} columns: {row}")
+        formats = formats or {}
+        numeric = [all(_is_number(r[i]) or r[i] is None for r in rows) for i in range(len(columns))]
+        body = [[(_shown(v, formats.get(c, "")), _sort_key(v)) for c, v in zip(columns, r, strict=True)] for r in rows]
+        heads = list(zip(columns, numeric, strict=True))
+        self._add("table", heads=heads, rows=body, caption=caption)
+
+    def settings(self, values: Mapping[str, Any]) -> None:
+        """Nested settings, one list a group; the values are shown as they would stand in YAML or JSON."""
+        plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
+        groups = [("general", plain), *((key, value) for key, value in values.items() if isinstance(value, Mapping))]
+        self._add("settings", groups=[(name, list(_flat(group))) for name, group in groups if group])
+
+    def figure(self, figure: Figure, caption: str = "", alt: str = "") -> None:
+        """A matplotlib figure (see `report.plots`), laid out twice: for a desk and for a phone.
+
+        `alt` describes it to readers who do not see it; without one the caption does.
+        """
+        self._drawings += 1
+        drawings = [
+            (name, Markup(plots.svg(figure, width=width, prefix=f"{name}{self._drawings}-")))
+            for name, width in (("wide", plots.WIDE), ("narrow", plots.NARROW))
+        ]
+        self._add("figure", drawings=drawings, caption=caption, alt=alt or caption)
+
+    def gallery(self, cards: Iterable[Card], caption: str = "", pixels: int = 512) -> None:
+        """Pictures with their texts in a grid; a click enlarges. Larger pictures shrink to `pixels` a side."""
+        shown = [
+            (card, *embed(card.image, pixels), _shown(card.score) if card.score is not None else "") for card in cards
+        ]
+        self._add("gallery", cards=shown, caption=caption, dense=False)
+
+    def contact_sheet(
+        self, images: Iterable[Pixels], captions: Iterable[str], caption: str = "", pixels: int = 256
+    ) -> None:
+        """Many pictures at a glance: a denser gallery, one caption a picture."""
+        cards = (Card(image, text) for image, text in zip(images, captions, strict=True))
+        self._add(
+            "gallery", cards=[(card, *embed(card.image, pixels), "") for card in cards], caption=caption, dense=True
+        )
+
+    def html(self) -> str:
+        """The whole page."""
+        loader = jinja2.FileSystemLoader(Path(__file__).parent)
+        environment = jinja2.Environment(
+            loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        )
+        environment.filters["sha256"] = lambda text: base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        sections = [s for s in self._sections if s["heading"] or s["blocks"]]
+        template = environment.get_template("page.html.j2")
+        return template.render(title=self._title, subtitle=self._subtitle, sections=sections, small=SMALL)
+
+    def write(self, path: str | Path) -> Path:
+        """Writes the page to `path`, whole or not at all, and returns its absolute path."""
+        path = Path(path).absolute()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            with temporary.open("w", encoding="utf-8", newline="\n") as file:
+                file.write(self.html())
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return path
+
+    def _add(self, kind: str, **content: Any) -> None:
+        self._sections[-1]["blocks"].append({"kind": kind, **content})
+
+
+def embed(image: Pixels, pixels: int) -> tuple[str, int, int]:
+    """`image`, at most `pixels` a side, as a data URI in the smallest of the fitting formats; its width and height.
+
+    Raises:
+        ValueError: the array is not uint8 [H, W, 3].
+        OSError: the bytes are not a picture.
+    """
+    candidates: list[tuple[str, bytes]] = []
+    if isinstance(image, bytes):
+        with Image.open(io.BytesIO(image)) as opened:
+            picture, kind = opened.convert("RGB"), (opened.format or "").lower()
+        if max(picture.size) <= pixels and kind in ("jpeg", "png", "webp"):
+            candidates.append((kind, image))  # as it is in the dataset, unless another coding is smaller
+    else:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            raise ValueError(f"a picture must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        picture = Image.fromarray(image)
+    picture.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
+    if max(picture.size) <= SMALL:
+        codings: list[tuple[str, dict[str, Any]]] = [("png", {"optimize": True}), ("webp", {"lossless": True})]
+    else:
+        codings = [("jpeg", {"quality": 88}), ("webp", {"quality": 86})]
+    for kind, options in codings:
+        out = io.BytesIO()
+        picture.save(out, kind, **options)
+        candidates.append((kind, out.getvalue()))
+    kind, data = min(candidates, key=lambda c: len(c[1]))
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", *picture.size
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+
+
+def _shown(value: Any, form: str = "") -> str:
+    if value is None or (_is_number(value) and math.isnan(value)):
+        return "–"
+    if not _is_number(value):
+        return str(value)
+    return format(value, form or ("," if isinstance(value, numbers.Integral) else ".3f")).replace("-", "−")
+
+
+def _sort_key(value: Any) -> str:
+    """What the page sorts by: a number in full, else the text itself."""
+    if value is None or (_is_number(value) and math.isnan(value)):
+        return ""
+    return repr(float(value)) if _is_number(value) else str(value)
+
+
+def _flat(group: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in group.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield (
+                f"{prefix}{key}",
+                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str),
+            )

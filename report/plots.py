@@ -1,0 +1,272 @@
+"""Plots with one look: plain arrays → matplotlib `Figure` → SVG that lives inside the page.
+
+    page.figure(plots.histogram(values, "cosine"), caption="…")
+
+A figure is drawn in stand-in colours; `svg` swaps them for the page's CSS variables, so that one drawing reads in light
+and in dark. One unit of a figure is one CSS pixel. Text stays text, in the page's font. Nothing here touches pyplot or
+leaves a trace in matplotlib's settings, and the same input gives the same bytes. matplotlib is imported when needed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import textwrap
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDE, NARROW = 936, 358  # px: the text column of the page on a desk and on a phone
+
+# Stand-ins: colours that nobody would choose, each with what the page puts in its place.
+INK, MUTED, RULE, ACCENT, SECOND = "#010203", "#010204", "#010205", "#010206", "#010207"
+_CSS = {
+    INK: "currentColor",
+    MUTED: "var(--muted)",
+    RULE: "var(--rule)",
+    ACCENT: "var(--accent)",
+    SECOND: "var(--second)",
+}
+_SETTINGS = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "im2emb",
+    "text.parse_math": False,  # a name may hold dollar signs
+    "font.family": ["DejaVu Sans"],  # measures the layout only; wider than any system font, so nothing collides
+    "font.size": 12,
+    "text.color": INK,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": MUTED,
+    "axes.labelsize": 12,
+    "axes.titlesize": 12,
+    "axes.titlelocation": "left",
+    "axes.titlecolor": INK,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": RULE,
+    "grid.linewidth": 1,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": MUTED,
+    "ytick.labelcolor": MUTED,
+    "xtick.labelsize": 11.5,
+    "ytick.labelsize": 11.5,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "xtick.major.pad": 6,
+    "ytick.major.pad": 8,
+    "lines.linewidth": 2,
+    "lines.solid_capstyle": "round",
+}
+
+
+def intervals(
+    names: Sequence[str],
+    means: ArrayLike,
+    lows: ArrayLike,
+    highs: ArrayLike,
+    *,
+    label: str = "",
+    highlight: str | None = None,
+) -> Figure:
+    """Means with their intervals: a dot and a whisker a name, the highest on top, its value at the right.
+
+    `means`, `lows` and `highs` are [n], in the order of `names`; `label` names their unit; the row
+    called `highlight` is drawn in the accent colour.
+    """
+    mean_N, low_N, high_N = (np.asarray(values, dtype=float) for values in (means, lows, highs))
+    order: list[int] = np.argsort(mean_N, kind="stable").tolist()
+    rows = np.arange(len(order))
+    labels = ["\n".join(textwrap.wrap(names[i], 22)) for i in order]  # narrow enough to leave a phone some plot
+    with _look():
+        figure = _figure((34 if any("\n" in label for label in labels) else 28) * len(order) + 52)
+        axes = figure.subplots()
+        for row, i in zip(rows, order, strict=True):
+            colour = ACCENT if highlight is None or names[i] == highlight else MUTED
+            axes.plot([low_N[i], high_N[i]], [row, row], color=colour, linewidth=3, alpha=0.45)
+            axes.plot(mean_N[i], row, "o", color=colour, markersize=8, markeredgewidth=0)
+        axes.set_yticks(rows, labels)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(-0.6, len(order) - 0.4)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(label)
+        axes.margins(x=0.06)
+        # The values are the tick labels of a right-hand axis: they line up, and the layout makes room for them.
+        values = axes.secondary_yaxis("right")
+        values.set_yticks(rows, [f"{mean_N[i]:.3f}" for i in order])
+        values.tick_params(labelcolor=INK)
+        values.spines["right"].set_visible(False)
+    return figure
+
+
+def learning_curve(
+    steps: ArrayLike,
+    train_loss: ArrayLike,
+    val_steps: ArrayLike,
+    val_cosine: ArrayLike,
+    *,
+    val_low: ArrayLike | None = None,
+    val_high: ArrayLike | None = None,
+    seconds: ArrayLike | None = None,
+) -> Figure:
+    """Validation cosine above training loss, both by step.
+
+    `train_loss` is [n] at `steps` [n]; the `val_*` are [m] at `val_steps` [m], and `val_low` with `val_high` shade the
+    interval. `seconds` [n] is the wall time at `steps`: it puts a second scale along the top.
+    """
+    step_N, loss_N = np.asarray(steps, dtype=float), np.asarray(train_loss, dtype=float)
+    val_step_M, cosine_M = np.asarray(val_steps, dtype=float), np.asarray(val_cosine, dtype=float)
+    with _look():
+        figure = _figure(440)
+        above, below = figure.subplots(2, 1, sharex=True)
+        above.set_title("Validation cosine")
+        if val_low is not None and val_high is not None:
+            above.fill_between(val_step_M, val_low, val_high, color=ACCENT, alpha=0.18, linewidth=0)
+        above.plot(val_step_M, cosine_M, "o-", color=ACCENT, markersize=5, markeredgewidth=0)
+        if len(cosine_M):
+            above.annotate(
+                f"{cosine_M[-1]:.3f}",
+                (val_step_M[-1], cosine_M[-1]),
+                xytext=(0, 9),
+                textcoords="offset points",
+                ha="right",
+                color=INK,
+                weight="bold",
+            )
+        above.margins(y=0.18)
+        below.set_title("Training loss")
+        smooth_N = _running_mean(loss_N, max(1, len(loss_N) // 25))
+        if len(loss_N) > 50:  # a long log is noise around a trend: show both
+            below.plot(step_N, loss_N, color=SECOND, linewidth=1, alpha=0.35)
+        else:
+            smooth_N = loss_N
+        below.plot(step_N, smooth_N, color=SECOND)
+        below.set_xlabel("Step")
+        for axes in (above, below):
+            axes.spines["left"].set_visible(False)
+            _few_ticks(axes)
+        if seconds is not None and len(step_N) > 1:
+            ticks, labels = _time_ticks(np.asarray(seconds, dtype=float), step_N)
+            clock = above.secondary_xaxis("top")
+            clock.set_xticks(ticks, labels)
+            clock.spines["top"].set_visible(False)
+    return figure
+
+
+def histogram(values: ArrayLike, label: str, *, what: str = "Pictures") -> Figure:
+    """The distribution of `values` [n], with their mean marked. `label` names the values, `what` the things counted."""
+    value_N = np.asarray(values, dtype=float).ravel()
+    value_N = value_N[np.isfinite(value_N)]
+    with _look():
+        figure = _figure(260)
+        axes = figure.subplots()
+        if len(value_N):
+            bins = int(np.clip(2 * len(value_N) ** (1 / 3), 8, 48))
+            count_B, edge_B = np.histogram(value_N, bins)
+            axes.bar(edge_B[:-1], count_B, np.diff(edge_B) * 0.92, align="edge", color=ACCENT, alpha=0.75, linewidth=0)
+            mean = float(value_N.mean())
+            right_of_it = mean < (edge_B[0] + edge_B[-1]) / 2
+            axes.axvline(mean, color=INK, linewidth=1.5, linestyle=(0, (3, 2)))
+            axes.annotate(
+                f"mean {mean:.3f}" if abs(mean) < 100 else f"mean {mean:,.0f}",
+                (mean, 1),
+                xycoords=("data", "axes fraction"),
+                xytext=(6 if right_of_it else -6, -2),
+                textcoords="offset points",
+                ha="left" if right_of_it else "right",
+                va="top",
+                weight="bold",
+            )
+            axes.set_ylim(0, 1.2 * count_B.max())
+        axes.grid(visible=False, axis="x")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(label)
+        axes.set_ylabel(what)
+        _few_ticks(axes)
+    return figure
+
+
+def svg(figure: Figure, *, width: int = WIDE, prefix: str = "") -> str:
+    """`figure` laid out anew at `width` px (its height stays), as an `<svg>` element in the page's colours and font.
+
+    Every id starts with `prefix`: two drawings in one page need two. The figure keeps its own size.
+    """
+    width_now, height = map(float, figure.get_size_inches())
+    out = io.StringIO()
+    with _look(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has it
+        try:
+            figure.set_size_inches(width / 72, height)
+            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+        finally:
+            figure.set_size_inches(width_now, height)
+    text = out.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<!--.*?-->|<style.*?</style>|<defs>\s*</defs>", "", text, flags=re.S)
+    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
+    text = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}', text).replace("url(#", f"url(#{prefix}")
+    text = re.sub(r" font-family: [^;]*;|(?<=font: )([^;']*?)'[^;]*;", r"\1", text)
+    for colour, css in _CSS.items():
+        text = text.replace(colour, css)
+    viewbox = re.search(r'viewBox="[^"]*"', text)
+    head = f'<svg {viewbox[0] if viewbox else ""} aria-hidden="true" focusable="false">'
+    text = re.sub(r"<svg[^>]*>", head, text, count=1)
+    # Hundredths of a pixel are enough; only inside the tags, for the text between them holds values.
+    text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", tag[0]), text)
+    return re.sub(r"\s*\n\s*", " ", text).replace("> <", "><").strip()
+
+
+@contextmanager
+def _look() -> Iterator[None]:
+    import matplotlib
+
+    with matplotlib.rc_context(_SETTINGS):  # pyright: ignore[reportArgumentType] - the stubs list keys one by one
+        yield
+
+
+def _figure(height: float) -> Figure:
+    from matplotlib.figure import Figure
+
+    figure = Figure((WIDE / 72, height / 72), dpi=72, layout="constrained")
+    engine = figure.get_layout_engine()
+    if engine is not None:
+        engine.set(w_pad=2 / 72, h_pad=2 / 72, hspace=0.06)  # pyright: ignore[reportCallIssue]
+    return figure
+
+
+def _few_ticks(axes: Axes) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+
+
+def _running_mean(value_N: np.ndarray, window: int) -> np.ndarray:
+    """The mean over a centred window, which narrows at both ends instead of inventing values."""
+    sums = np.concatenate([[0.0], np.cumsum(value_N)])
+    middle = np.arange(len(value_N))
+    half = np.minimum(np.minimum(window, middle), len(value_N) - 1 - middle)
+    return (sums[middle + half + 1] - sums[middle - half]) / (2 * half + 1)
+
+
+def _time_ticks(second_N: np.ndarray, step_N: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """About four round wall times, as positions on the step axis and as text."""
+    longest = float(second_N[-1])
+    choices = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400, 604800]
+    every = next((c for c in choices if longest / c <= 5), choices[-1])
+    times = np.arange(every, longest + 1e-9, every)
+    unit, name = (1, "s") if every < 60 else (60, "min") if every < 3600 else (3600, "h")
+    return np.interp(times, second_N, step_N), [f"{t / unit:g} {name}" for t in times]

@@ -1,0 +1,78 @@
+"""The thin LightningModule: loss, optimizer, validation score. B pictures, E target width, n pictures of validation."""
+
+from typing import Any
+
+import lightning.pytorch as lightning
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+
+from models.losses import cosine_loss
+from models.metrics import Interval, bootstrap
+from models.regressor import Regressor
+from train.config import OptimSettings
+from train.data import Batch
+from train.optim import lr_share, optimizer
+
+
+class Training(lightning.LightningModule):
+    """Trains `model` for `steps` steps, `per_epoch` of them an epoch."""
+
+    def __init__(self, model: Regressor, chosen: OptimSettings, *, steps: int, per_epoch: int, seed: int) -> None:
+        super().__init__()
+        self.model = model
+        self._chosen, self._steps, self._per_epoch, self._seed = chosen, steps, per_epoch, seed
+        self._scores: list[torch.Tensor] = []
+        self.score: Interval | None = None
+        """Of the latest validation."""
+        self.skipped: dict[str, str] = {}
+        """Key → reason of every picture that could not be read."""
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor | None:
+        self.skipped.update(batch.bad)
+        if not len(batch.row_B):
+            return None
+        loss = cosine_loss(self.model(batch.image_BCHW), batch.target_BE)
+        self.log("train/loss", loss)
+        return loss
+
+    def on_train_batch_start(self, _batch: Batch, _index: int) -> None:
+        # randomness (stochastic depth, dropout) and what trains are functions of the step: any step can be the first
+        torch.manual_seed(self._seed * 1_000_003 + self.global_step)
+        head_alone = self.global_step < round(self._chosen.head_only * self._per_epoch)
+        self.model.backbone.requires_grad_(not head_alone).train(not head_alone)
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        self.skipped.update(batch.bad)
+        self._scores.append((self.model(batch.image_BCHW) * batch.target_BE).sum(-1))
+
+    def on_validation_epoch_end(self) -> None:
+        score_n = torch.cat(self._scores) if self._scores else torch.zeros(0, device=self.device)
+        self._scores = []
+        if self.trainer.world_size > 1:
+            score_n = self._gather(score_n)
+        self.score = bootstrap(score_n.double().cpu().numpy())
+        names = ("val/cosine", "val/low", "val/high")
+        self.log_dict(dict(zip(names, self.score, strict=True)), rank_zero_only=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        adamw = optimizer(self.model, self._chosen)
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            adamw, lambda step: lr_share(step, self._steps, self._chosen.warmup)
+        )
+        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped"] = self.skipped
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped = dict(checkpoint["skipped"])
+
+    def _gather(self, score_n: torch.Tensor) -> torch.Tensor:
+        """The scores of all ranks; ranks hold different numbers of pictures, so short ones are padded with NaN."""
+        most = int(self.trainer.strategy.reduce(torch.tensor(float(len(score_n)), device=self.device), reduce_op="max"))
+        padded = torch.full((most,), float("nan"), device=self.device)
+        padded[: len(score_n)] = score_n
+        gathered = self.all_gather(padded)
+        assert isinstance(gathered, torch.Tensor)
+        flat = gathered.flatten()
+        return flat[~flat.isnan()]
