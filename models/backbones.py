@@ -58,6 +58,23 @@ def build(name: str, weights: str, size: int | None = None) -> tuple[nn.Module, 
     return module, spec
 
 
+def frozen_names(module: nn.Module, blocks: int) -> list[str]:
+    """Names of the parameters of the stem (embeddings included) and the first `blocks` blocks, by timm's own grouping.
+
+    Raises:
+        UserError: the backbone has fewer blocks, or timm does not know its order.
+    """
+    from timm.models import group_parameters
+
+    if not hasattr(module, "group_matcher"):
+        raise UserError(f"model.freeze: the order of {type(module).__name__}'s blocks is not known; use freeze=0")
+    groups: dict[int, list[str]] = group_parameters(module, module.group_matcher(coarse=True))  # type: ignore[operator]
+    last = max(groups)
+    if blocks > last:
+        raise UserError(f"model.freeze: {blocks} is over the {last} blocks of {type(module).__name__}")
+    return [name for layer, names in groups.items() if layer <= blocks for name in names]
+
+
 def _timm(name: str, pretrained: bool, path: Path | None, size: int | None) -> tuple[nn.Module, Spec]:
     import timm
 

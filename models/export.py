@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -89,17 +90,17 @@ def export(checkpoint_folder: Path, out: Path) -> float:
 
 def predict_source() -> str:
     """`models/predict.py` as one file: the import of `models.preprocess` gives way to that file's text."""
-    source = (ROOT / "models/predict.py").read_text()
-    wanted = next(line for line in source.splitlines(True) if line.startswith("from models.preprocess import"))
-    preprocess = (ROOT / "models/preprocess.py").read_text()
-    tree = ast.parse(preprocess)
-    imports = [n for n in tree.body if isinstance(n, ast.Import | ast.ImportFrom)]
-    body = "".join(preprocess.splitlines(True)[imports[-1].end_lineno or 0 :]).strip("\n")
-    own = {ast.unparse(n) for n in ast.parse(source).body if isinstance(n, ast.Import)}
-    more = "".join(f"{ast.unparse(n)}\n" for n in imports if ast.unparse(n) not in own)
-    first = source.index("import argparse")
-    source = source[:first] + more + source[first:]
-    return source.replace(wanted, f"\n{body}\n\n")
+    parts = []
+    for name in ("predict", "preprocess"):
+        text = (ROOT / f"models/{name}.py").read_text()
+        nodes = [n for n in ast.parse(text).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        head = text[: text.index(ast.get_source_segment(text, nodes[0]) or "")]
+        parts.append((head, nodes, "".join(text.splitlines(True)[nodes[-1].end_lineno or 0 :]).strip("\n")))
+    (docstring, own, body), (_, more, preprocess) = parts
+    lines = {ast.unparse(n) for n in own + more if not ast.unparse(n).startswith("from models.")}
+    standard = {line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names}
+    imports = "\n\n".join("\n".join(sorted(group)) for group in (standard, lines - standard))
+    return f"{docstring}{imports}\n\n{preprocess}\n\n\n{body}\n"
 
 
 def load_bundle(folder: Path, device: str | None = "cpu") -> Any:

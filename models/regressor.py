@@ -1,11 +1,12 @@
 """The model: image → backbone → linear head → unit vector. B pictures, D backbone width, E target width."""
 
 from dataclasses import asdict
+from typing import Self
 
 import torch
 from torch import nn
 
-from models.backbones import Spec, build
+from models.backbones import Spec, build, frozen_names
 from models.preprocess import fit
 
 
@@ -26,6 +27,30 @@ class Regressor(nn.Module):
         self.spec = spec
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+
+    def freeze(self, blocks: int | None) -> None:
+        """Trains all but the backbone's stem and first `blocks` blocks; None freezes the whole backbone, 0 nothing.
+
+        What is frozen keeps its batch statistics too, and costs no backward pass.
+
+        Raises:
+            UserError: the backbone has fewer blocks.
+        """
+        self.requires_grad_(True)
+        if blocks is None:
+            self.backbone.requires_grad_(False)
+        elif blocks:
+            for name in frozen_names(self.backbone, blocks):
+                self.backbone.get_parameter(name).requires_grad_(False)
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        for module in self.backbone.modules():
+            parameters = list(module.parameters(recurse=False))
+            if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+        return self
 
     def features(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         """uint8 image_BCHW of the spec's size → features_BD; normalised here, on the model's device."""

@@ -15,11 +15,16 @@ class ModelSettings:
     """Side of the input, pixels; null takes the backbone's own, dataset the rendered pictures' where that is smaller."""
     head_init: Literal["ridge", "random"]
     """ridge: the head in closed form over frozen features (one pass), before any step."""
+    freeze: int
+    """Blocks at the bottom that stay as they are, the stem with them; 0 trains all."""
 
     def problems(self) -> list[str]:
+        found = []
         if isinstance(self.size, int) and self.size < 8:
-            return [f"size: {self.size} is below 8 pixels"]
-        return []
+            found.append(f"size: {self.size} is below 8 pixels")
+        if self.freeze < 0:
+            found.append(f"freeze: {self.freeze} is below 0")
+        return found
 
 
 @dataclass(frozen=True)

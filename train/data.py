@@ -129,10 +129,11 @@ def per_epoch(pictures: int, batch_size: int) -> int:
 def loader(
     pictures: Pictures, batches: Sampler[list[int]], workers: int | None, *, pin: bool = False
 ) -> ResumableLoader:
-    """Batches in the sampler's order from `workers` processes; None takes up to 16 beside a GPU, one on a small CPU."""
+    """Batches in the sampler's order from `workers` processes; None takes up to 16 beside a GPU; without one the
+    model itself needs the cores, and pictures are decoded between its steps."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores - 1, 16) if torch.cuda.is_available() else min(cores // 2, 1)
+        workers = min(cores - 1, 16) if torch.cuda.is_available() else 0
     return ResumableLoader(
         pictures,
         batch_sampler=batches,

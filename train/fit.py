@@ -51,7 +51,7 @@ def fit(chosen: TrainSettings) -> int:
     _refuse_another_run(chosen, dataset)
     resume = chosen.out / "resume.ckpt"
     resumed_at = _step_of(resume)
-    model = _model(chosen, dataset)
+    model = _model(chosen, dataset, "random" if resumed_at else chosen.model.weights)
     train_rows = dataset.rows("train")
     a_epoch = per_epoch(len(train_rows), chosen.batch_size)
     steps = chosen.max_steps or max(round(chosen.epochs * a_epoch), 1)
@@ -60,7 +60,7 @@ def fit(chosen: TrainSettings) -> int:
     )
     if not len(data.val_rows):
         log.warning("%s has no validation pictures: the last checkpoint is also the best", dataset.root)
-    module = Training(model, chosen.optim, steps=steps, per_epoch=a_epoch, seed=chosen.seed)
+    module = Training(model, chosen.optim, freeze=chosen.model.freeze, steps=steps, per_epoch=a_epoch, seed=chosen.seed)
     save = _Saver(chosen, dataset, data, steps)
     point = ResumePoint(resume, chosen.save_every)
     best = KeepBest(lambda trained: save(trained, "best"))
@@ -105,7 +105,7 @@ def fit(chosen: TrainSettings) -> int:
     return 0
 
 
-def _model(chosen: TrainSettings, dataset: Dataset) -> Regressor:
+def _model(chosen: TrainSettings, dataset: Dataset, weights: str) -> Regressor:
     about = chosen.model
     size = about.size
     if size == "dataset":
@@ -113,7 +113,7 @@ def _model(chosen: TrainSettings, dataset: Dataset) -> Regressor:
         rendered = dataset.info["settings"].get("renderer", {}).get("size")
         own = make(about.backbone, "random", None, dataset.width).spec.size
         size = min(own, rendered) if rendered else None
-    return make(about.backbone, about.weights, size, dataset.width)
+    return make(about.backbone, weights, size, dataset.width)
 
 
 class _Saver:

@@ -17,8 +17,12 @@ from train.optim import lr_share, optimizer
 class Training(lightning.LightningModule):
     """Trains `model` for `steps` steps, `per_epoch` of them an epoch."""
 
-    def __init__(self, model: Regressor, chosen: OptimSettings, *, steps: int, per_epoch: int, seed: int) -> None:
+    def __init__(
+        self, model: Regressor, chosen: OptimSettings, *, freeze: int, steps: int, per_epoch: int, seed: int
+    ) -> None:
         super().__init__()
+        self._freeze = freeze
+        self._head_alone: bool | None = None  # not set yet, as after a resume
         self.model = model
         self._chosen, self._steps, self._per_epoch, self._seed = chosen, steps, per_epoch, seed
         self._scores: list[torch.Tensor] = []
@@ -39,7 +43,9 @@ class Training(lightning.LightningModule):
         # randomness (stochastic depth, dropout) and what trains are functions of the step: any step can be the first
         torch.manual_seed(self._seed * 1_000_003 + self.global_step)
         head_alone = self.global_step < round(self._chosen.head_only * self._per_epoch)
-        self.model.backbone.requires_grad_(not head_alone).train(not head_alone)
+        if head_alone is not self._head_alone:
+            self.model.freeze(None if head_alone else self._freeze)
+            self._head_alone = head_alone
 
     def validation_step(self, batch: Batch, _: int) -> None:
         self.skipped.update(batch.bad)

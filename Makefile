@@ -1,0 +1,52 @@
+# Each of these works as the first command after a clone.
+PYTHON ?= python3
+BIN := .venv/bin
+QUICK := data/quickstart
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart datagen train export test test-slow lint clean
+
+help: ## this help
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+install: .venv/installed ## create .venv with everything
+
+.venv/installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "im2emb needs Python 3.11 or newer, and $(PYTHON) is %d.%d: make PYTHON=python3.12 …" % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt uv
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[all,dev]'
+	@touch $@
+
+quickstart: install ## the whole pipeline on two CPU cores, about ten minutes: pictures, training, scores, bundle, report
+	$(BIN)/python -m datagen renderer=glyphs renderer.size=112 prompts.flourish=0 'prompts.objects=[0.8,0.2]' \
+	  split.kind=holdout curate.duplicates_at=null num=$(or $(NUM),8000) out=$(QUICK)
+	@test -f checkpoints/quickstart/done || $(BIN)/python -m train +experiment=quickstart
+	$(BIN)/python -m train.evaluate run=checkpoints/quickstart
+	$(BIN)/python -m models.export checkpoint=checkpoints/quickstart/best out=bundle
+	@mkdir -p $(QUICK)_pictures && tar -xf $(QUICK)/shards/000000.tar -C $(QUICK)_pictures
+	$(BIN)/python bundle/predict.py --images $(QUICK)_pictures --out submission.csv
+	$(BIN)/python -m train.report run=checkpoints/quickstart
+
+datagen: install ## NUM=1000 pictures by Stable Diffusion 2.0 into data/sd2 (a GPU)
+	$(BIN)/python -m datagen num=$(or $(NUM),1000)
+
+train: install ## the flagship on data/sd2 (a GPU)
+	$(BIN)/python -m train +experiment=vith14
+
+export: install ## the newest best checkpoint → bundle/
+	$(BIN)/python -m models.export
+
+test: install ## the tests, offline on the CPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+test-slow: install ## the long tests too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not gpu'
+
+lint: install ## ruff and pyright
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+clean: ## remove .venv and caches; data, checkpoints and bundles stay
+	rm -rf .venv .pytest_cache .ruff_cache im2emb.egg-info
