@@ -5,17 +5,13 @@ The peer is Pillow writing the very same pictures as PNG files in memory: a data
 ratio tells which of the two binds it. Rounds of the two alternate, and medians are compared.
 """
 
-import argparse
 import io
 import itertools
-import json
 import statistics
-import time
-from collections.abc import Callable
-from pathlib import Path
 
 from PIL import Image
 
+from benchmarks.harness import finish, options, timed
 from datagen.grammar import lines
 from datagen.renderers.glyphs import Glyphs
 
@@ -23,17 +19,8 @@ TARGET = 0.5
 SIZE, ROUND, ROUNDS = 128, 250, 7
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds on this core: of the process, since the machine may be shared."""
-    start = time.process_time()
-    work()
-    return time.process_time() - start
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--json", type=Path, help="write all figures here")
-    options = parser.parse_args()
+    chosen = options(__doc__)
     renderer = Glyphs(SIZE)
     prompts = [line.prompt for line in itertools.islice(lines(0), ROUND * (ROUNDS + 4))]
     cold = timed(lambda: renderer.render(prompts[: 4 * ROUND], list(range(4 * ROUND))))  # fills the caches
@@ -46,11 +33,14 @@ def main() -> None:
         peers.append(ROUND / timed(lambda pictures=pictures: [p.save(io.BytesIO(), "PNG") for p in pictures]))
         print(f"round {k}: {ours[-1]:.0f} scenes/s, {peers[-1]:.0f} PNG/s")
     rate, peer = statistics.median(ours), statistics.median(peers)
-    print(f"cold: {4 * ROUND / cold:.0f} scenes/s while the caches fill")
-    if options.json:
-        figures = {"scenes_per_s": ours, "png_per_s": peers, "cold_scenes_per_s": 4 * ROUND / cold, "size": SIZE}
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
-    print(f"glyphs ratio={rate / peer:.2f} target={TARGET} peer=pillow-png scenes_per_s={rate:.0f}")
+    figures = {
+        "scenes_per_s": rate,
+        "png_per_s": peer,
+        "cold_scenes_per_s": 4 * ROUND / cold,
+        "size": SIZE,
+        "rounds": {"scenes_per_s": ours, "png_per_s": peers},
+    }
+    finish("glyphs", rate / peer, TARGET, "pillow-png", figures, chosen.json)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 class UserError(Exception):
-    """A mistake that the user can mend: the message names the value, the bound and the remedy, and no trace is shown."""
+    """A mistake that the user can mend: its message names the value, the bound and the remedy; no trace is shown."""
 
 
 def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
@@ -94,7 +94,7 @@ def _mismatch(hint: Any, value: Any, where: str) -> list[str]:
     wanted: tuple[type, ...] = {float: (int, float), Path: (str, Path)}.get(hint, (hint,))
     if isinstance(value, wanted) and (hint is bool or not isinstance(value, bool)):
         return []
-    return [f"{where}: expected {hint.__name__}, got {value!r}"]
+    return [f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}"]
 
 
 def _named(classes: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
@@ -122,7 +122,7 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     A `UserError` is printed as one message and exits with 2; Ctrl-C exits with 130.
     """
     import hydra
-    from omegaconf import MissingMandatoryValue, OmegaConf
+    from omegaconf import OmegaConf
 
     _refuse_foreign_packages()
     code = 0
@@ -134,11 +134,11 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
         for noisy in ("httpx", "httpcore", "sentence_transformers", "transformers"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
-            values = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+            missing = _missing(OmegaConf.to_container(composed))
+            if missing:
+                raise UserError("missing on the command line: " + ", ".join(f"{key}=…" for key in missing))
+            values = OmegaConf.to_container(composed, resolve=True)
             code = run(typing.cast(dict[str, Any], values)) or 0
-        except MissingMandatoryValue as error:
-            sys.stderr.write(f"error: {error}\n")
-            code = 2
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             code = 2
@@ -149,6 +149,17 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     main()
     sys.stderr.flush()
     sys.exit(code)
+
+
+def _missing(values: Any, where: str = "") -> list[str]:
+    """The keys whose value is `???`."""
+    found = []
+    for key, value in values.items():
+        if value == "???":
+            found.append(f"{where}{key}")
+        elif isinstance(value, dict):
+            found += _missing(value, f"{where}{key}.")
+    return found
 
 
 def progress(total: int, unit: str, what: str, initial: int = 0) -> "tqdm":
@@ -165,7 +176,8 @@ def _refuse_foreign_packages() -> None:
     """Our package names are generic: a stranger's `models` on the path would be imported in silence."""
     for name in ("datagen", "models", "report", "train"):
         spec = importlib.util.find_spec(name)
-        home = Path(spec.origin).resolve().parent if spec and spec.origin else None
+        places = [*(spec.submodule_search_locations or []), spec.origin] if spec else [None]
+        home = Path(places[0]).resolve() if places[0] else None
         if home != ROOT / name:
             sys.exit(
                 f"error: the package '{name}' comes from {home}, not from {ROOT / name}.\n"

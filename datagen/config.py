@@ -14,11 +14,17 @@ class GrammarPrompts:
     """Chance of a clause that no picture shows, 0 to 1."""
     objects: tuple[float, ...]
     """Chances of one, two, … different objects in a scene; they sum to 1."""
+    detail: float
+    """Scales the chances of a medium, place, light, look, size and count, 0 to 1."""
+    names: int | None
+    """How many different objects there are; null takes all."""
 
     def problems(self) -> list[str]:
-        found = []
-        if not 0 <= self.flourish <= 1:
-            found.append(f"flourish: {self.flourish} is outside 0 to 1")
+        found = [
+            f"{name}: {getattr(self, name)} is outside 0 to 1"
+            for name in ("flourish", "detail")
+            if not 0 <= getattr(self, name) <= 1
+        ]
         if not self.objects or min(self.objects) < 0 or abs(sum(self.objects) - 1) > 1e-6:
             found.append(f"objects: the chances {list(self.objects)} do not sum to 1")
         return found

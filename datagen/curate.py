@@ -8,7 +8,7 @@ import math
 import random
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -23,6 +23,7 @@ Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """n texts → unit vectors [n, E]."""
 
 _BLOCK = 1024  # rows compared at once: 1024 × 50 k cosines are 200 MB
+_SURPLUS = "more than num asks for"
 _MOST_DRAWN = 50  # an endless source that yields less than one new prompt in 50 has run dry
 
 
@@ -73,7 +74,8 @@ def curate(
         have = len(made.train) + len(made.val)
         if have >= num or not more or drawn > num * _MOST_DRAWN:
             break
-        want = len(cleaned) + math.ceil((num - have) * 1.2) + 16
+        # for each that lacks, as many as one kept has taken so far: the purge may have most of them
+        want = len(cleaned) + math.ceil((num - have) * 1.2 * min(len(cleaned) / max(have, 1), 5)) + 16
     if not have:
         raise UserError(f"no prompt is left of {drawn}: {dict(made.dropped) or 'the source is empty'}")
     return made
@@ -135,9 +137,10 @@ def _split(
     if split.kind == "holdout":
         sides = [_side(prompts[i].group, split.share, seed) for i in kept]
         _count(dropped, "group on both sides", sides.count(None))
-        decided = [(i, side) for i, side in zip(kept, sides, strict=True) if side is not None][:num]
-        train = [i for i, side in decided if not side]
-        val = [i for i, side in decided if side]
+        decided = [(i, side) for i, side in zip(kept, sides, strict=True) if side is not None]
+        train = [i for i, side in decided[:num] if not side]
+        val = [i for i, side in decided[:num] if side]
+        _count(dropped, _SURPLUS, len(decided[num:]))
     else:
         # each prompt is one picture's here, or all its seeds', so `picture` has nothing more to keep together
         n_val = round(min(num, len(kept)) * split.share)
@@ -147,6 +150,7 @@ def _split(
             near = nearest(vectors[train], vectors[val]) >= split.threshold
             _count(dropped, f"cosine ≥ {split.threshold} to a validation prompt", int(near.sum()))
             train = train[~near]
+        _count(dropped, _SURPLUS, len(train[num - len(val) :]))
         train = train[: num - len(val)].tolist()
     return Curated([prompts[i] for i in train], [prompts[i] for i in val], dropped=dropped)
 
@@ -189,15 +193,11 @@ def distinct(vectors: NDArray[np.float32], threshold: float) -> NDArray[np.int64
 def nearest(rows: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
     """Each row's highest cosine to `bank`: unit vectors [n, E] and [m, E] → [n]; -1 for an empty bank."""
     best = np.full(len(rows), -1, np.float32)
-    for start in _blocks(len(rows)):
-        for other in _blocks(len(bank), 50 * _BLOCK):
+    for start in range(0, len(rows), _BLOCK):
+        for other in range(0, len(bank), 50 * _BLOCK):
             cosines = rows[start : start + _BLOCK] @ bank[other : other + 50 * _BLOCK].T
             best[start : start + _BLOCK] = np.maximum(best[start : start + _BLOCK], cosines.max(1))
     return best
-
-
-def _blocks(n: int, size: int = _BLOCK) -> Iterator[int]:
-    return iter(range(0, n, size))
 
 
 def split_pictures(pictures: Sequence[str], share: float, seed: int) -> list[str]:

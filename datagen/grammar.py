@@ -305,6 +305,8 @@ def lines(
     *,
     flourish: float = 0.3,
     objects: tuple[float, ...] = (0.6, 0.3, 0.1),
+    detail: float = 1.0,
+    names: int | None = None,
     side: Callable[[str], bool] | None = None,
 ) -> Iterator[Line]:
     """Endless lines; the same arguments give the same lines on any machine.
@@ -312,6 +314,8 @@ def lines(
     Args:
         flourish: the chance of artist, mood or quality clauses, which the picture cannot show.
         objects: the weights of scenes with 1, 2 and 3 kinds of objects.
+        detail: scales the chances of a medium, place, light, look, size and count; 0 says objects and colours alone.
+        names: how many different objects there are; None takes all of them.
         side: tells which side of a split a pair such as "red fox" is on; a line's pairs are all on one side, that of
             the first, so that held-out lines are as common as held-out pairs.
 
@@ -322,11 +326,18 @@ def lines(
         raise UserError(
             f"grammar: objects {objects} must be 1 to 3 weights, none below 0, not all 0, such as (0.6, 0.3)"
         )
-    if not 0 <= flourish <= 1:
-        raise UserError(f"grammar: flourish {flourish} is not within 0 … 1: give a chance such as 0.3")
+    for name, chance in (("flourish", flourish), ("detail", detail)):
+        if not 0 <= chance <= 1:
+            raise UserError(f"grammar: {name} {chance} is not within 0 … 1: give a share such as 0.3")
+    table = _tables()
+    most = len(table.names)
+    if names is not None:
+        if not 1 <= names <= most:
+            raise UserError(f"grammar: names {names} is not within 1 … {most}: null takes all")
+        table = table._replace(names=[table.names[i * most // names] for i in range(names)])
     rng = _Rng(seed)
     while True:
-        scene = _draw(rng, objects, side)
+        scene = _draw(rng, table, objects, side, detail)
         for _ in range(8):  # some words make another scene of a name, as in "a broken heart": try other words
             prompt = _say(scene, rng, rng.chance(flourish))
             if 5 <= len(prompt.split()) <= 40 and parse(prompt) == scene:
@@ -501,18 +512,19 @@ def _pair(colour: str | None, name: str) -> str:
     return f"{colour or 'plain'} {name}"
 
 
-def _draw(rng: _Rng, weights: tuple[float, ...], side: Callable[[str], bool] | None) -> Scene:
-    table = _tables()
+def _draw(
+    rng: _Rng, table: _Words, weights: tuple[float, ...], side: Callable[[str], bool] | None, detail: float = 1.0
+) -> Scene:
     number = 1 + rng.weighted(weights)
-    medium = rng.pick(list(table.media)) if rng.chance((0.45, 0.36, 0.3)[number - 1]) else None
-    place = rng.pick(list(table.places)) if rng.chance((0.62, 0.5, 0.34)[number - 1]) else None
-    light = rng.pick(list(table.lights)) if rng.chance((0.34, 0.25, 0.2)[number - 1]) else None
+    medium = rng.pick(list(table.media)) if rng.chance(detail * (0.45, 0.36, 0.3)[number - 1]) else None
+    place = rng.pick(list(table.places)) if rng.chance(detail * (0.62, 0.5, 0.34)[number - 1]) else None
+    light = rng.pick(list(table.lights)) if rng.chance(detail * (0.34, 0.25, 0.2)[number - 1]) else None
     if medium in PLACELESS:
         place = light = None
     things: list[Thing] = []
     held: bool | None = None
     while len(things) < number:
-        thing = _draw_thing(rng, table, medium)
+        thing = _draw_thing(rng, table, medium, detail)
         if side:
             if held is None:
                 held = side(_pair(thing.colour, thing.name))
@@ -532,14 +544,14 @@ def _draw(rng: _Rng, weights: tuple[float, ...], side: Callable[[str], bool] | N
     return Scene(tuple(things), relation, place, light, medium)
 
 
-def _draw_thing(rng: _Rng, table: _Words, medium: str | None) -> Thing:
+def _draw_thing(rng: _Rng, table: _Words, medium: str | None, detail: float) -> Thing:
     name = rng.pick(table.names)
-    look = rng.pick(table.looks) if rng.chance(0.13) else None
+    look = rng.pick(table.looks) if rng.chance(detail * 0.13) else None
     colour = None if rng.chance(0.2) or look in ("golden", "rusty") else rng.pick(table.colours)
     if medium in COLOURLESS:
         colour = None
-    count = 1 + rng.weighted((0.8, 0.09, 0.07, 0.04))
-    size = rng.pick(table.sizes) if rng.chance(0.22) else None
+    count = 1 + rng.weighted((1 - detail * 0.2, detail * 0.09, detail * 0.07, detail * 0.04))
+    size = rng.pick(table.sizes) if rng.chance(detail * 0.22) else None
     return Thing(name, colour, count, size, look)
 
 

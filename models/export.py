@@ -10,8 +10,6 @@ import ast
 import importlib.util
 import json
 import logging
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,7 +49,7 @@ def export(checkpoint_folder: Path, out: Path) -> float:
     """Writes the bundle; returns the largest difference of its probe vectors from the checkpoint's.
 
     Raises:
-        UserError: the bundle does not give the checkpoint's vectors; nothing is written.
+        UserError: the bundle does not give the checkpoint's vectors, or `out` cannot be written; nothing is.
     """
     from safetensors.torch import load_file, save_file
 
@@ -59,9 +57,10 @@ def export(checkpoint_folder: Path, out: Path) -> float:
 
     config = checkpoint.read_config(checkpoint_folder)
     mean_E, probes, vectors = checkpoint.load_extras(checkpoint_folder)
-    part, old = (out.with_name(f".{out.name}.{word}-{os.getpid()}") for word in ("part", "old"))
-    try:
-        part.mkdir(parents=True)
+    out = out.resolve()
+    if out.exists() and not (out / "predict.py").exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} holds something that is no bundle; choose another out=")
+    with checkpoint.replacing(out) as part:
         tensors = load_file(checkpoint_folder / "model.safetensors")
         save_file(
             {k: v for k, v in tensors.items() if not k.startswith("probe_")} | {"mean_E": mean_E},
@@ -74,17 +73,9 @@ def export(checkpoint_folder: Path, out: Path) -> float:
         difference = max(float((a - b).abs().max()) for a, b in zip(found, vectors, strict=True))
         if not difference <= _TOLERANCE:
             raise UserError(
-                f"the bundle of {checkpoint_folder} differs by {difference:.1e} from the checkpoint's probe vectors, more "
-                f"than {_TOLERANCE:.0e}; nothing is written. Is timm another version than in training?"
+                f"the bundle of {checkpoint_folder} differs by {difference:.1e} from the checkpoint's probe vectors, "
+                f"more than {_TOLERANCE:.0e}; nothing is written. Is timm another version than in training?"
             )
-        if out.exists():
-            if not (out / "predict.py").exists() and any(out.iterdir()):
-                raise UserError(f"{out} holds something that is no bundle; choose another out=")
-            out.rename(old)
-        part.rename(out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return difference
 
 

@@ -8,11 +8,13 @@ B pictures of a batch, E target width.
 """
 
 import argparse
+import itertools
 import json
 import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -57,7 +59,7 @@ class Predictor:
         return torch.nn.functional.normalize(z_BE.float(), dim=-1).cpu()
 
 
-def _backbone(name: str, size: int) -> torch.nn.Module:
+def _backbone(name: str, size: int) -> Any:
     if name.startswith("open_clip:"):
         import open_clip
 
@@ -65,7 +67,7 @@ def _backbone(name: str, size: int) -> torch.nn.Module:
         return open_clip.create_model(model, pretrained=None, force_image_size=size).visual
     import timm
 
-    module = timm.create_model(name, pretrained=False, num_classes=0)
+    module: Any = timm.create_model(name, pretrained=False, num_classes=0)
     if module.pretrained_cfg["input_size"][-1] != size and hasattr(module, "set_input_size"):
         module.set_input_size(img_size=size)
     return module
@@ -82,7 +84,7 @@ def find(folder: Path) -> list[Path]:
     files = sorted((p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES), key=lambda p: p.stem)
     if not files:
         sys.exit(f"error: no picture ({', '.join(sorted(SUFFIXES))}) in {folder}")
-    twice = [str(a) for a, b in zip(files, files[1:], strict=False) if a.stem == b.stem]
+    twice = [str(a) for a, b in itertools.pairwise(files) if a.stem == b.stem]
     if twice:
         sys.exit(f"error: several files share an imgId with {', '.join(twice[:3])}; rename or remove one of each")
     return files

@@ -13,8 +13,10 @@ from PIL import Image, ImageOps
 
 MAX_PIXELS = 100_000_000  # a larger picture is refused, not decoded: it would take gigabytes
 
+_LONGEST = 16  # of the longer side to the shorter, beyond which both ends are cut before resizing
 
-class BadImage(ValueError):
+
+class BadImage(ValueError):  # noqa: N818 – it names the picture
     """A picture that cannot be decoded."""
 
 
@@ -52,8 +54,17 @@ def fit(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
     height, width = image_CHW.shape[1:]
     if (height, width) == (size, size):
         return image_CHW
+    # a strip would grow to gigabytes beside the square that is kept
+    image_CHW = _middle(image_CHW, _LONGEST * min(height, width))
+    height, width = image_CHW.shape[1:]
     scale = size / min(height, width)
     resized = (max(size, round(height * scale)), max(size, round(width * scale)))
     image_BCHW = torch.nn.functional.interpolate(image_CHW[None], resized, mode="bicubic", antialias=True)
     top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
     return image_BCHW[0, :, top : top + size, left : left + size].contiguous()
+
+
+def _middle(image_CHW: torch.Tensor, most: int) -> torch.Tensor:
+    """At most `most` rows and columns from the middle."""
+    top, left = (max(side - most, 0) // 2 for side in image_CHW.shape[1:])
+    return image_CHW[:, top : top + most, left : left + most]

@@ -1,5 +1,6 @@
 """The model: image → backbone → linear head → unit vector. B pictures, D backbone width, E target width."""
 
+import os
 from dataclasses import asdict
 from typing import Self
 
@@ -49,6 +50,8 @@ class Regressor(nn.Module):
         for module in self.backbone.modules():
             parameters = list(module.parameters(recurse=False))
             if parameters and not any(p.requires_grad for p in parameters):
+                module.eval()
+            if os.environ.get("BNE") and isinstance(module, nn.BatchNorm2d):
                 module.eval()
         return self
 

@@ -2,10 +2,13 @@
 
 Nothing here touches the weights: a run without callbacks ends with the same ones.
 """
+# ruff: noqa: ARG002 – Lightning hands every hook all it has
 
 import json
 import logging
+import os
 import signal
+import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -15,6 +18,8 @@ from typing import Any
 import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers.logger import Logger
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_only
 
 from conf import progress
 from train.data import Batch
@@ -30,25 +35,29 @@ class Progress(Callback):
         self._steps, self._log_every = steps, log_every
         self._bar = None
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._began, self._pictures = time.perf_counter(), 0
         if trainer.is_global_zero:
             self._bar = progress(self._steps, "step", "train", initial=trainer.global_step)
 
-    def on_train_batch_end(  # noqa: D102
+    def on_train_batch_start(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the step's end the next one's is set
+
+    def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
-        module: lightning.LightningModule,
+        pl_module: lightning.LightningModule,
         outputs: Any,
         batch: Batch,
-        index: int,  # noqa: ARG002
+        batch_idx: int,
     ) -> None:
         self._pictures += len(batch.row_B) * trainer.world_size
         if trainer.global_step % self._log_every == 0:
             rate = self._pictures / (time.perf_counter() - self._began)
             self._began, self._pictures = time.perf_counter(), 0
-            lr = trainer.optimizers[0].param_groups[0]["lr"]
-            module.log_dict({"train/images_per_s": rate, "train/lr": lr}, rank_zero_only=True)
+            pl_module.log_dict({"train/images_per_s": rate, "train/lr": self._lr}, rank_zero_only=True)
             if self._bar is not None:
                 loss = trainer.callback_metrics.get("train/loss")
                 self._bar.set_postfix_str(
@@ -57,9 +66,9 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.update()
 
-    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._began, self._pictures = time.perf_counter(), 0
-        score = module.score if isinstance(module, Training) else None
+        score = pl_module.score if isinstance(pl_module, Training) else None
         if trainer.is_global_zero and score is not None and not trainer.sanity_checking:
             line = f"step {trainer.global_step}: val/cosine {score.mean:.4f} [{score.low:.4f}, {score.high:.4f}]"
             if self._bar is None:
@@ -69,12 +78,12 @@ class Progress(Callback):
                 log.info("%s", line)
                 self._bar.refresh()
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:  # noqa: ARG002
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._close()
 
     def on_exception(
-        self, trainer: lightning.Trainer, module: lightning.LightningModule, exception: BaseException
-    ) -> None:  # noqa: ARG002
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -92,42 +101,64 @@ class ResumePoint(Callback):
         self.path, self._every = path, every
         self.stopped = False
         """Whether a signal ended the run."""
+        self._before: dict[int, Any] = {}
 
-    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:  # noqa: ARG002
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
         self,
         trainer: lightning.Trainer,
-        module: lightning.LightningModule,
+        pl_module: lightning.LightningModule,
         outputs: Any,
         batch: Batch,
-        index: int,  # noqa: ARG002
+        batch_idx: int,
     ) -> None:
-        if self.stopped or trainer.global_step % self._every == 0:
-            self._save(trainer)
-        if self.stopped:
-            trainer.should_stop = True
+        # the ranks stop at one step, or they would wait for each other for ever
+        self.stopped = trainer.strategy.reduce_boolean_decision(self.stopped, all=False)
+        # a step that validation follows is saved after it, or a run killed in between would never validate there
+        validates = trainer.enable_validation and trainer.global_step % int(trainer.val_check_batch or 1) == 0
+        if not validates:
+            if self.stopped or trainer.global_step % self._every == 0:
+                self._save(trainer)
+            self._end(trainer)
 
-    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:  # noqa: ARG002
-        if not trainer.sanity_checking:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if trainer.state.fn == TrainerFn.FITTING:
             self._save(trainer)
+            self._end(trainer)
 
-    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:  # noqa: ARG002
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._hand_back()
+
+    def on_exception(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
+    ) -> None:
+        self._hand_back()
 
     def _save(self, trainer: lightning.Trainer) -> None:
         part = self.path.with_name(f".{self.path.name}.part")
         trainer.save_checkpoint(part)
         if trainer.is_global_zero:
+            with part.open("rb") as written:
+                os.fsync(written.fileno())
             part.replace(self.path)
 
-    def _ask(self, number: int, frame: object) -> None:  # noqa: ARG002
+    def _end(self, trainer: lightning.Trainer) -> None:
         if self.stopped:
-            raise KeyboardInterrupt
+            # not should_stop, which would validate at a step where a run never stopped does not
+            trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
+
+    def _ask(self, number: int, frame: object) -> None:
+        if self.stopped:
+            sys.exit(130)
         self.stopped = True
         log.warning("\nstopping after this step; once more stops at once")
+
+    def _hand_back(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}
 
 
 class KeepBest(Callback):
@@ -137,13 +168,14 @@ class KeepBest(Callback):
         self._save = save
         self.best = -1.0
 
-    def on_validation_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
-        assert isinstance(module, Training)
-        if trainer.sanity_checking or module.score is None or module.score.mean <= self.best:
+    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        assert isinstance(pl_module, Training)
+        score = pl_module.score
+        if trainer.sanity_checking or score is None or not score.mean > self.best:  # NaN is never better
             return
-        self.best = module.score.mean
+        self.best = score.mean
         if trainer.is_global_zero:
-            self._save(module)
+            self._save(pl_module)
 
     def state_dict(self) -> dict[str, float]:
         return {"best": self.best}
@@ -170,10 +202,9 @@ class JsonLines(Logger):
                     continue
                 if record["step"] <= resumed_at:
                     kept.append(record)
-        self._records = "".join(json.dumps(record) + "\n" for record in kept)
+        self._kept: str | None = "".join(json.dumps(record) + "\n" for record in kept)
         self._before = kept[-1]["seconds"] if kept else 0.0
         self._began = time.perf_counter()
-        self._file = None
 
     @property
     def name(self) -> str:
@@ -186,14 +217,16 @@ class JsonLines(Logger):
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
         """Settings are in `settings.json`."""
 
+    @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self._file is None:  # opened by rank zero alone, at its first line
-            self._path.write_text(self._records)
-            self._file = self._path.open("a", buffering=1)
+        if self._kept is not None:
+            self._path.write_text(self._kept)
+            self._kept = None
         done = (step or 0) + 1  # Lightning counts the steps before this one
         record = {"step": done, "epoch": round(done / self._per_epoch, 4), "seconds": round(self._seconds(), 3)}
         metrics = {k: v for k, v in metrics.items() if k != "epoch"}
-        self._file.write(json.dumps({**record, **metrics}) + "\n")
+        with self._path.open("a") as file:
+            file.write(json.dumps({**record, **metrics}) + "\n")
 
     def _seconds(self) -> float:
         return self._before + time.perf_counter() - self._began

@@ -5,8 +5,9 @@ A picture that cannot be read is left out of its batch, counted and listed. B pi
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import lightning.pytorch as lightning
 import numpy as np
@@ -21,11 +22,11 @@ from models.preprocess import BadImage, decode, fit
 
 @dataclass
 class Batch:
-    image_BCHW: torch.Tensor
+    image_BCHW: torch.Tensor  # noqa: N815
     """uint8 [B, 3, S, S]"""
-    target_BE: torch.Tensor
+    target_BE: torch.Tensor  # noqa: N815
     """Means of the captions' unit vectors: their dot product with z_BE is the score."""
-    row_B: torch.Tensor
+    row_B: torch.Tensor  # noqa: N815
     """Numbers of the pictures in their dataset."""
     bad: list[tuple[str, str]]
     """Key and reason of each picture left out."""
@@ -36,7 +37,7 @@ class Batch:
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         return self._each(lambda t: t.to(device, non_blocking=non_blocking))
 
-    def _each(self, move) -> "Batch":  # noqa: ANN001
+    def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         return Batch(move(self.image_BCHW), move(self.target_BE), move(self.row_B), self.bad)
 
 
@@ -146,7 +147,7 @@ def loader(
     )
 
 
-def _as_is(batch: Batch) -> Batch:
+def _as_is(batch: Any) -> Batch:
     return batch
 
 

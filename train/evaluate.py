@@ -79,8 +79,10 @@ def evaluate(chosen: EvaluateSettings) -> dict[str, Any]:
 def table(info: dict[str, Any]) -> str:
     """The scores as text, best first."""
     lines = [f"{'embedder':<12} {'cosine':>8}   95 % interval      {info['images']:,} pictures, {info['split']}"]
-    for score in sorted(info["scores"], key=lambda s: -s["mean"]):
-        lines.append(f"{score['name']:<12} {score['mean']:8.4f}   [{score['low']:.4f}, {score['high']:.4f}]")
+    lines += [
+        f"{score['name']:<12} {score['mean']:8.4f}   [{score['low']:.4f}, {score['high']:.4f}]"
+        for score in sorted(info["scores"], key=lambda s: -s["mean"])
+    ]
     return "\n".join(lines)
 
 
@@ -96,13 +98,15 @@ def _embedders(
     if fitted:
         train = Dataset(run["dataset"], config["encoder"])
         rows = train.rows("train")
+        mean = Mean(torch.from_numpy(np.stack([train.target(row) for row in rows])))
         if fitted == ["mean"]:
-            return {"mean": Mean(torch.from_numpy(np.stack([train.target(row) for row in rows]))), **found}
+            return {"mean": mean, **found}
         weights = chosen.weights or run["model"]["weights"]
+        torch.manual_seed(run["seed"])  # random weights are then those that the run began from
         frozen = make(config["backbone"], weights, config["size"], train.width).to(device).eval()
         features_nD, target_nE = _features(frozen, train, rows, chosen)
         made: dict[str, Any] = {
-            "mean": lambda: Mean(target_nE),
+            "mean": lambda: mean,
             "knn": lambda: Knn(frozen, features_nD, target_nE, chosen.neighbours),
             "ridge": lambda: frozen,
         }
@@ -150,7 +154,8 @@ def _predict(
             bar.update(len(batch))
     if skipped:
         log.warning("%d of %d pictures could not be read; evaluation.json lists them", len(skipped), len(rows))
-    return kept, skipped, {n: torch.cat(v).numpy() if v else np.zeros((0, 0)) for n, v in vectors.items()}, seconds
+    none = np.zeros((0, 0), np.float32)
+    return kept, skipped, {n: torch.cat(v).numpy() if v else none for n, v in vectors.items()}, seconds
 
 
 def _readable(dataset: Dataset, rows: list[int], skipped: list[dict[str, str]]) -> Iterator[tuple[int, torch.Tensor]]:

@@ -1,0 +1,31 @@
+# ruff: noqa: T201
+"""The form that every benchmark has: `--json FILE` for all figures, and a last line with ratio, target and peer."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds on this core: of the process, since the machine may be shared."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def options(doc: str | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    return parser.parse_args()
+
+
+def finish(name: str, ratio: float, target: float, peer: str, figures: dict[str, Any], path: Path | None) -> None:
+    """Prints the last line, with those figures that are single numbers, and writes all of them."""
+    if path:
+        values = {"name": name, "ratio": ratio, "target": target, "peer": peer, **figures}
+        path.write_text(json.dumps(values, indent=1) + "\n")
+    singles = " ".join(f"{key}={value:.4g}" for key, value in figures.items() if isinstance(value, int | float))
+    print(f"{name} ratio={ratio:.2f} target={target} peer={peer} {singles}")

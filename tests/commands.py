@@ -1,0 +1,43 @@
+"""Our commands as a user starts them: `python -m …` in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from conf import ROOT, compose, settings
+from datagen.config import DatagenSettings
+from datagen.runner import generate
+
+GLYPHS = ("renderer=glyphs", "renderer.size=32", "num=60", "shard_size=30", "split.kind=holdout", "split.share=0.25")
+"""Overrides of the small dataset that the tests use; `curate.duplicates_at=null encoder=null` beside them is quick."""
+
+BARE = (*GLYPHS, "curate.duplicates_at=null", "encoder=null", "workers=1")
+
+
+def start(module: str, *overrides: object, **env: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", module, *map(str, overrides)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(module: str, *overrides: object, **env: str) -> "subprocess.CompletedProcess[str]":
+    """Runs to the end; its exit code is the test's to judge."""
+    process = start(module, *overrides, **env)
+    out, err = process.communicate(timeout=300)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def make(out: Path, *overrides: str) -> dict[str, Any]:
+    """`python -m datagen` in this process, which has imported all it needs; returns the composed settings."""
+    values = compose("datagen", [*overrides, f"out={out}"])
+    assert generate(settings(DatagenSettings, values)) == 0
+    return values
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder."""
+    return {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}

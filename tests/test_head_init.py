@@ -1,0 +1,91 @@
+"""The closed-form head, against scikit-learn's ridge regression."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.linear_model import Ridge as TheirRidge
+
+from models.head_init import LAMBDAS, Ridge, RidgeHead, set_ridge_head
+from models.regressor import make
+
+N, D, E = 300, 20, 7
+
+
+def problem(noise: float, seed: int = 0, n: int = N) -> tuple[np.ndarray, np.ndarray]:
+    """Features with a large mean and unlike scales, and unit targets that follow from them up to noise."""
+    rng = np.random.default_rng(seed)
+    x_nD = rng.normal(5, 1, (n, D)) * np.geomspace(0.1, 10, D)
+    y_nE = ((x_nD - x_nD.mean(0)) / x_nD.std(0)) @ np.random.default_rng(99).normal(size=(D, E))
+    y_nE += noise * rng.normal(size=y_nE.shape) + 1
+    return x_nD.astype(np.float32), (y_nE / np.linalg.norm(y_nE, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.mark.parametrize("share", [1e-4, 1e-1, 1e2])
+def test_ridge_is_scikit_learns(share: float) -> None:
+    x_nD, y_nE = (part.astype(np.float64) for part in problem(noise=0.5))
+    penalty = share * N * x_nD.var(0).mean()
+    theirs = TheirRidge(alpha=penalty, solver="cholesky").fit(x_nD, y_nE)
+    ridge = Ridge(D, E)
+    ridge.add(x_nD, y_nE)  # type: ignore[arg-type] – float64, to compare closely
+    weight_ED, bias_E = ridge.solve(share)
+    np.testing.assert_allclose(weight_ED, theirs.coef_, atol=1e-6)
+    np.testing.assert_allclose(bias_E, theirs.intercept_, atol=1e-6)
+
+
+def test_batches_and_their_order_do_not_matter() -> None:
+    x_nD, y_nE = problem(noise=0.5)
+    whole, parts = Ridge(D, E), Ridge(D, E)
+    whole.add(x_nD, y_nE)
+    for start in (200, 0, 37):
+        stop = {0: 37, 37: 200, 200: N}[start]
+        parts.add(x_nD[start:stop], y_nE[start:stop])
+    for ours, theirs in zip(whole.solve(0.01), parts.solve(0.01), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def score(weight_ED: np.ndarray, bias_E: np.ndarray, x_nD: np.ndarray, y_nE: np.ndarray) -> float:
+    z_nE = x_nD @ weight_ED.T + bias_E
+    return float(((z_nE * y_nE).sum(1) / np.linalg.norm(z_nE, axis=1)).mean())
+
+
+def test_the_chosen_penalty_beats_the_extremes_on_new_data() -> None:
+    """150 features and 400 noisy pictures: too little penalty fits the noise, too much gives the mean vector."""
+    features = 150
+    rng = np.random.default_rng(0)
+    x_nD = rng.normal(size=(2400, features)).astype(np.float32)
+    y_nE = x_nD @ rng.normal(size=(features, E)) + 15 * rng.normal(size=(2400, E)) + 5
+    y_nE = (y_nE / np.linalg.norm(y_nE, axis=1, keepdims=True)).astype(np.float32)
+    chosen, plain = RidgeHead(features, E), Ridge(features, E)
+    for rows in np.array_split(np.arange(400), 7):
+        chosen.add(x_nD[rows], y_nE[rows])
+        plain.add(x_nD[rows], y_nE[rows])
+    weight_ED, bias_E, share = chosen.solve()
+    assert LAMBDAS[0] < share < LAMBDAS[-1]
+    new = x_nD[400:], y_nE[400:]
+    extremes = [score(*plain.solve(extreme), *new) for extreme in (LAMBDAS[0], LAMBDAS[-1])]
+    assert score(weight_ED, bias_E, *new) > max(extremes) + 0.01
+    # the held-out rows judged the penalty and then were fitted, too
+    np.testing.assert_allclose(weight_ED, plain.solve(share)[0], atol=1e-5)
+
+
+def test_a_constant_feature_does_no_harm() -> None:
+    x_nD, y_nE = problem(noise=0.5)
+    x_nD[:, 3] = 7
+    ridge = Ridge(D, E)
+    ridge.add(x_nD, y_nE)
+    weight_ED, _ = ridge.solve(1e-4)
+    assert np.isfinite(weight_ED).all()
+    assert np.abs(weight_ED[:, 3]).max() < 1e-4
+
+
+def test_a_models_head_is_set_to_it() -> None:
+    model = make("test_vit", "random", 32, E)
+    generator = torch.Generator().manual_seed(0)
+    features_nD = torch.randn(200, 64, generator=generator)
+    target_nE = torch.nn.functional.normalize(features_nD[:, :E] + 0.1, dim=-1)
+    share = set_ridge_head(model, features_nD, target_nE)
+    ridge = Ridge(64, E)
+    ridge.add(features_nD.numpy(), target_nE.numpy())
+    weight_ED, bias_E = ridge.solve(share)
+    np.testing.assert_allclose(model.head.weight.detach().numpy(), weight_ED, atol=1e-5)
+    np.testing.assert_allclose(model.head.bias.detach().numpy(), bias_E, atol=1e-5)

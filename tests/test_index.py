@@ -1,0 +1,249 @@
+"""Foreign pictures: folders with a CSV, and tars that webdataset wrote, indexed where they lie."""
+
+import csv
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conf import UserError, compose, settings
+from datagen.config import IndexSettings
+from datagen.index import index
+from datagen.shards import Dataset
+from datagen.verify import verify
+from tests.commands import run
+
+
+def picture(n: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.full((8, 8, 3), n, np.uint8)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def folder(root: Path, names: list[str]) -> Path:
+    for n, name in enumerate(names):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(picture(n))
+    return root
+
+
+def table(path: Path, *rows: tuple[str, ...]) -> Path:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def make(out: Path, **values: Any) -> Dataset:
+    overrides = [f"{k.replace('__', '.')}={v if isinstance(v, float) else repr(str(v))}" for k, v in values.items()]
+    index(settings(IndexSettings, compose("index", [f"out={out}", "encoder=null", *overrides])))
+    return Dataset(out)
+
+
+def log(out: Path) -> list[tuple[str, str]]:
+    lines = map(json.loads, out.with_name(f"{out.name}.log.jsonl").read_text().splitlines())
+    return [(line["key"], line["reason"]) for line in lines]
+
+
+def test_the_competitions_layout(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", ["b.png", "a.png", "c.jpg"])
+    rows = table(tmp_path / "p.csv", ("imgId", "prompt"), ("c", "a fox"), ("a", "a  cat, on a mat"), ("b", "a boat"))
+    dataset = make(tmp_path / "data", images=images, csv=rows, split__share=1.0)
+    assert dataset.keys == ["a", "b", "c"]
+    assert [dataset.prompts(i) for i in range(3)] == [["a cat, on a mat"], ["a boat"], ["a fox"]]
+    assert [dataset.image_bytes(i) for i in range(3)] == [picture(1), picture(0), picture(2)]
+    assert {dataset.source(i) for i in range(3)} == {"images"}
+    assert dataset.info["splits"] == {"val": 3}
+    assert verify(tmp_path / "data") == []
+
+
+def test_several_captions_and_names_with_suffix_or_folder(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", ["a.png", "deep/b.v2.webp", "c.JPG"])
+    rows = table(
+        tmp_path / "p.csv",
+        ("caption", "id", "file"),
+        ("a fox", "1", "a.png"),
+        ("a cat", "1", "deep/b.v2.webp"),
+        ("the fox", "1", "a.png"),
+        ("a boat", "1", "c"),
+        ("a fox", "2", "a.png"),
+        (" ", "2", "a.png"),
+    )
+    dataset = make(tmp_path / "data", images=images, csv=rows)
+    found = {dataset.key(i): dataset.prompts(i) for i in range(3)}
+    assert found == {"a": ["a fox", "the fox"], "b.v2": ["a cat"], "c": ["a boat"]}
+    assert dataset.info["captions"] == 4
+
+
+def test_what_has_no_partner_is_counted_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    images = folder(tmp_path / "images", ["a.png", "b.png", "empty.png"])
+    (images / "empty.png").write_bytes(b"")
+    rows = table(tmp_path / "p.csv", ("id", "prompt"), ("a", "x"), ("empty", "x"), ("gone", "y"), ("far", "z"))
+    assert make(tmp_path / "data", images=images, csv=rows).keys == ["a"]
+    assert log(tmp_path / "data") == [
+        ("b.png", "picture without a prompt"),
+        ("empty.png", "empty file"),
+        ("gone", "prompt without a picture"),
+        ("far", "prompt without a picture"),
+    ]
+    assert "skipped: 2 prompt without a picture, 1 picture without a prompt, 1 empty file" in caplog.text
+
+
+def test_equal_pictures_are_on_one_side(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", [f"{n:02d}.png" for n in range(40)])
+    for n in range(40):
+        (images / f"{n:02d}.png").write_bytes(picture(n // 4))
+    rows = table(tmp_path / "p.csv", ("id", "prompt"), *((f"{n:02d}", f"prompt {n}") for n in range(40)))
+    dataset = make(tmp_path / "data", images=images, csv=rows, split__share=0.3)
+    val = set(dataset.rows("val").tolist())
+    assert len(val) == 12
+    assert all(len({4 * n + k in val for k in range(4)}) == 1 for n in range(10))
+
+
+def test_an_index_names_links_not_what_they_point_to(tmp_path: Path) -> None:
+    """The hub's cache: names with a suffix that point to files named by their hash."""
+    webdataset_tar(tmp_path / "blob", {"k": {"png": picture(1), "txt": b"a fox"}})
+    (tmp_path / "tars").mkdir()
+    (tmp_path / "tars" / "0.tar").symlink_to(tmp_path / "blob")
+    dataset = make(tmp_path / "data", tars=tmp_path / "tars" / "*.tar")
+    assert dataset.image_bytes(0) == picture(1)
+    assert dataset.source(0) == "tars"
+
+
+FOLDERS: dict[str, tuple[list[str], list[tuple[str, ...]], dict[str, str], str]] = {
+    "one stem twice": (["a.png", "a.jpg"], [("id", "prompt"), ("a", "x")], {}, r"1 names stand for several .*\(a, …\)"),
+    "no file column": (["a.png"], [("name", "prompt"), ("a", "x")], {}, "columns name, prompt; .*: file_column=… "),
+    "no prompt column": (["a.png"], [("id", "words"), ("a", "x")], {}, "columns id, words; .*: prompt_column=… "),
+    "named wrongly": (
+        ["a.png"],
+        [("id", "prompt"), ("a", "x")],
+        {"prompt_column": "p"},
+        r"prompt_column=… \(tried p\)",
+    ),
+    "no row": (["a.png"], [("id", "prompt")], {}, "p.csv has no row"),
+    "nothing in common": (
+        ["a.png"],
+        [("id", "prompt"), ("b", "x")],
+        {},
+        "no picture with a prompt .* 1 picture without",
+    ),
+    "more fields": (["a.png"], [("id", "prompt"), ("a", "x", "y")], {}, "p.csv:2: more fields than columns"),
+}
+
+
+@pytest.mark.parametrize("case", FOLDERS)
+def test_folders_that_cannot_be_used(tmp_path: Path, case: str) -> None:
+    names, rows, values, said = FOLDERS[case]
+    images = folder(tmp_path / "images", names)
+    with pytest.raises(UserError, match=said):
+        make(tmp_path / "data", images=images, csv=table(tmp_path / "p.csv", *rows), **values)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "p.csv"]
+
+
+def test_missing_inputs_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"(?s)images: no folder .*gone.*csv: no file .*none.csv"):
+        make(tmp_path / "data", images=tmp_path / "gone", csv=tmp_path / "none.csv")
+    (tmp_path / "latin.csv").write_bytes("id,prompt\na,caf\xe9\n".encode("latin-1"))
+    with pytest.raises(UserError, match=r"latin.csv is not UTF-8"):
+        make(tmp_path / "data", images=folder(tmp_path / "images", ["a.png"]), csv=tmp_path / "latin.csv")
+    with pytest.raises(UserError, match="tars: nothing matches"):
+        make(tmp_path / "data", tars=tmp_path / "*.tar")
+    with pytest.raises(UserError, match=r"latin.csv is no .tar; narrow the pattern"):
+        make(tmp_path / "data", tars=tmp_path / "*.csv")
+
+
+def test_an_output_that_exists_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match=r"data is there already; choose another out=.*datagen.targets"):
+        make(tmp_path / "data", tars="x.tar")
+
+
+# Tars
+
+
+def webdataset_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
+    from webdataset.writer import TarWriter
+
+    with TarWriter(str(path), encoder=False) as writer:
+        for key, members in samples.items():
+            writer.write({"__key__": key, **members})
+    return path
+
+
+def test_webdatasets_own_tars(tmp_path: Path) -> None:
+    webdataset_tar(
+        tmp_path / "0.tar",
+        {
+            "deep/one": {"jpg": picture(1), "txt": b"a fox", "json": b'{"prompt": "not this"}', "cls": b"3"},
+            "two": {"png": picture(2), "json": b'{"caption": ["a cat", "the cat", "a cat"]}'},
+            "no-prompt": {"png": picture(3), "json": b'{"size": 8}'},
+            "no-picture": {"txt": b"a boat"},
+        },
+    )
+    webdataset_tar(tmp_path / "1.tar", {"two": {"seg.png": b"x", "webp": picture(4), "txt": "çà".encode()}})
+    dataset = make(tmp_path / "data", tars=tmp_path / "*.tar", source="w")
+    assert dataset.keys == ["0/deep/one", "0/two", "1/two"]
+    assert [dataset.prompts(i) for i in range(3)] == [["a fox"], ["a cat", "the cat"], ["çà"]]
+    assert [dataset.image_bytes(i) for i in range(3)] == [picture(1), picture(2), picture(4)]
+    assert sorted(log(tmp_path / "data")) == [
+        ("no-picture", "sample without a picture"),
+        ("no-prompt", "sample without a prompt"),
+    ]
+    assert verify(tmp_path / "data") == []
+
+
+@pytest.mark.parametrize("where", ["in a picture", "in a header", "between members"])
+def test_a_tar_that_is_cut_off_is_refused(tmp_path: Path, where: str) -> None:
+    path = webdataset_tar(tmp_path / "0.tar", {f"k{n}": {"png": picture(n), "txt": b"a fox"} for n in range(5)})
+    with tarfile.open(path) as tar:
+        last = tar.getmembers()[-2]
+    at = {"in a picture": last.offset_data + 20, "in a header": last.offset + 100, "between members": last.offset}
+    os.truncate(path, at[where])
+    with pytest.raises(UserError, match=r"0\.tar is cut off or no tar: .*; copy it again"):
+        make(tmp_path / "data", tars=path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["0.tar"]
+
+
+def test_a_tar_with_a_hole_is_refused(tmp_path: Path) -> None:
+    path = webdataset_tar(tmp_path / "0.tar", {f"k{n}": {"png": picture(n), "txt": b"a fox"} for n in range(5)})
+    with tarfile.open(path) as tar:
+        middle = tar.getmembers()[4]
+    with path.open("r+b") as file:
+        file.seek(middle.offset)
+        file.write(b"\xff" * 512)
+    with pytest.raises(UserError, match=r"0\.tar is cut off or no tar"):
+        make(tmp_path / "data", tars=path)
+
+
+def test_the_seven_public_pictures(shared: Path, tmp_path: Path) -> None:
+    """The target encoder gives the official sample_submission.csv."""
+    from datagen.targets import TargetEncoder, fill
+
+    folder, out = shared / "competition", tmp_path / "comp"
+    make(out, images=folder, csv=folder / "prompts.csv", split__share=1.0)
+    fill(out, TargetEncoder("all-MiniLM-L6-v2"))
+    dataset = Dataset(out, "all-MiniLM-L6-v2")
+    assert len(dataset) == len(dataset.rows("val")) == 7
+    with (folder / "sample_submission.csv").open() as file:
+        official = {row["imgId_eId"]: float(row["val"]) for row in csv.DictReader(file)}
+    ours = {f"{dataset.key(i)}_{e}": v for i in range(7) for e, v in enumerate(dataset.target(i).tolist())}
+    assert ours.keys() == official.keys()
+    assert max(abs(ours[key] - official[key]) for key in official) < 1e-6
+
+
+def test_the_command(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", ["a.png"])
+    rows = table(tmp_path / "p.csv", ("id", "prompt"), ("a", "a fox"))
+    done = run("datagen.index", f"out={tmp_path / 'data'}", f"images={images}", f"csv={rows}", "encoder=null")
+    assert done.returncode == 0, done.stderr
+    assert "1 pictures, 1 captions, {'train': 1}" in done.stderr
+    assert run("datagen.verify", f"out={tmp_path / 'data'}").returncode == 0
+    (images / "a.png").unlink()
+    done = run("datagen.verify", f"out={tmp_path / 'data'}")
+    assert done.returncode == 1
+    assert "a.png: No such file" in done.stderr

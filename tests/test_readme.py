@@ -1,0 +1,106 @@
+"""Every command in the README is run here, on tiny data and models, in the README's order."""
+
+import importlib
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from conf import ROOT, compose
+from datagen.targets import _minilm_wheel
+from tests import tiny_sd2
+
+TINY_GLYPHS = ["num=24", "shard_size=12", "workers=1", "renderer.size=32", "curate.duplicates_at=null"]
+TINY_SD2 = ["renderer.model={sd2}", "num=4", "force=true", "renderer.render_size=64", "renderer.size=32"]
+TINY_SD2 += ["renderer.steps=2", "renderer.batch_size=2", "curate.duplicates_at=null", "split.share=0.5"]
+TINY_TRAIN = ["model.backbone=test_vit", "model.weights=random", "model.size=null", "model.freeze=0", "epochs=1"]
+TINY_TRAIN += ["batch_size=2", "workers=0", "wandb=off", "accelerator=cpu"]
+
+# Command → the overrides that make it small; {names} are the test's own folders.
+COMMANDS = {
+    "make quickstart": None,  # .ci/run runs it, smaller
+    "make test": None,  # is running
+    "make datagen": TINY_SD2,
+    "python -m train +experiment=vith14": TINY_TRAIN,
+    "python -m models.export": ["checkpoint=checkpoints/vith14/best"],
+    "python bundle/predict.py --images test/images --out submission.csv": [],
+    "python -m datagen.index out=data/mine images=pictures csv=captions.csv": ["split.share=0.25"],
+    "python -m datagen.index out=data/laion tars='laion/*.tar'": ["tars=data/sd2/shards/*.tar"],
+    "python -m train +experiment=quickstart name=mine dataset=data/mine": TINY_TRAIN,
+    "python -m datagen prompts=file prompts.path=prompts.csv out=data/prompts": [
+        *TINY_GLYPHS,
+        "renderer=glyphs",
+        "curate.min_tokens=3",
+    ],
+    "python -m datagen renderer=glyphs out=data/glyphs": TINY_GLYPHS,
+    "python -m datagen.targets out=data/glyphs encoder=sentence-transformers/all-mpnet-base-v2": ["encoder={minilm}"],
+    "python -m datagen.verify out=data/glyphs": [],
+    "python -m datagen dry_run=true num=100000": ["num=30", "curate.duplicates_at=null"],
+    "python -m train.evaluate run=checkpoints/quickstart": ["run=checkpoints/mine", "workers=0", "accelerator=cpu"],
+    "python -m train.report run=checkpoints/quickstart": ["run=checkpoints/mine"],
+}
+CONFIGS = {"datagen": "datagen", "train": "train"}
+
+
+def readme_commands() -> list[str]:
+    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if line]
+
+
+def test_every_command_of_the_readme_is_in_the_table() -> None:
+    assert readme_commands() == list(COMMANDS)
+
+
+@pytest.mark.parametrize("target", ["install", "quickstart", "datagen", "train", "export", "test", "test-slow", "lint"])
+def test_the_makefile_has_its_targets(target: str) -> None:
+    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert target in listed
+    assert ".venv" in done.stdout
+
+
+def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {"sd2": tiny_sd2.build(tmp_path / "tiny").folder, "minilm": _minilm_wheel()}
+    _pictures(tmp_path)
+    for command in readme_commands():
+        overrides = COMMANDS[command]
+        if overrides is None:
+            continue
+        small = [o.format(**places) for o in overrides]
+        if command.startswith("python bundle/"):
+            monkeypatch.setattr(sys, "argv", command.split()[1:])
+            runpy.run_path("bundle/predict.py", run_name="__main__")
+            continue
+        words = command.replace("make datagen", "python -m datagen").replace("'", "").split()
+        module, given = words[2], words[3:]
+        names = {o.split("=")[0] for o in small}
+        given = [o for o in given if o.split("=")[0] not in names]
+        main = importlib.import_module(f"{module}.__main__" if module in CONFIGS else module)
+        values = compose(CONFIGS.get(module, module.split(".")[1] if "." in module else module), [*given, *small])
+        assert not main.run({k: v for k, v in values.items() if k != "hydra"}), command
+    assert Path("submission.csv").read_text().count("\n") == 1 + 384 * 4
+    assert Path("checkpoints/mine/report.html").stat().st_size > 10_000
+
+
+def _pictures(folder: Path) -> None:
+    """Pictures with captions, and a prompt file."""
+    rng = np.random.default_rng(0)
+    (folder / "pictures").mkdir()
+    (folder / "test/images").mkdir(parents=True)
+    rows = ["file,caption"]
+    for i in range(16):
+        picture = Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8))
+        picture.save(folder / f"pictures/p{i}.png")
+        rows += [f"p{i}.png,a {colour} square number {i}" for colour in ("red", "noisy")]
+        if i < 4:
+            picture.save(folder / f"test/images/t{i}.png")
+    (folder / "captions.csv").write_text("\n".join(rows) + "\n")
+    prompts = [f"a {c} {o}" for c in ("red", "blue", "green") for o in ("cat", "dog", "sailboat", "piano")]
+    (folder / "prompts.csv").write_text("prompt\n" + "\n".join(prompts) + "\n")

@@ -1,0 +1,182 @@
+"""Settings: their files compose, convert strictly, and say all that is wrong with them at once."""
+
+import dataclasses
+import importlib
+import re
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+
+from conf import ROOT, UserError, compose, settings
+from tests.commands import run
+
+
+@dataclass(frozen=True)
+class Inner:
+    share: float
+
+    def problems(self) -> list[str]:
+        return [] if 0 <= self.share <= 1 else [f"share: {self.share} is outside 0 to 1"]
+
+
+@dataclass(frozen=True)
+class Outer:
+    folder: Path
+    count: int
+    flag: bool
+    kind: Literal["a", "b"]
+    size: int | Literal["dataset"] | None
+    rates: tuple[float, ...]
+    inner: Inner
+    rest: dict[str, int] = dataclasses.field(default_factory=dict)
+
+    def problems(self) -> list[str]:
+        return [] if self.count > 0 else [f"count: {self.count} is below 1"]
+
+
+GOOD: dict[str, Any] = {
+    "folder": "some/where",
+    "count": 3,
+    "flag": True,
+    "kind": "b",
+    "size": "dataset",
+    "rates": [1, 0.5],
+    "inner": {"share": 1},
+}
+
+
+def test_values_become_what_the_class_says() -> None:
+    made = settings(Outer, GOOD)
+    assert made == Outer(Path("some/where"), 3, True, "b", "dataset", (1.0, 0.5), Inner(1.0))
+    assert isinstance(made.inner.share, float)
+    assert settings(Outer, {**GOOD, "size": None}).size is None
+    assert settings(Outer, {**GOOD, "size": 64}).size == 64
+
+
+def test_every_misfit_is_named_at_once() -> None:
+    wrong = {**GOOD, "count": "three", "flag": 1, "kind": "c", "size": "big", "rates": [1, "x"], "inner": 3, "typo": 1}
+    del wrong["folder"]
+    with pytest.raises(UserError) as error:
+        settings(Outer, wrong)
+    text = str(error.value)
+    for part in (
+        "typo: unknown key; known here: folder, count",
+        "folder: missing",
+        "count: expected int, got 'three'",
+        "flag: expected bool, got 1",
+        "kind: 'c' is not one of a, b",
+        "size: ",
+        "rates[1]: expected float, got 'x'",
+        "inner: expected a group of keys, got 3",
+    ):
+        assert f"\n  {part}" in text
+    assert len(text.splitlines()) == 9
+
+
+def test_true_is_no_number() -> None:
+    with pytest.raises(UserError, match="count: expected int, got True"):
+        settings(Outer, {**GOOD, "count": True})
+
+
+def test_every_bound_is_named_at_once() -> None:
+    with pytest.raises(UserError) as error:
+        settings(Outer, {**GOOD, "count": 0, "inner": {"share": 1.5}})
+    assert "count: 0 is below 1" in str(error.value)
+    assert "inner.share: 1.5 is outside 0 to 1" in str(error.value)
+
+
+def names(group: str) -> list[str]:
+    return sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+RUN = "run=checkpoints/x"
+COMMANDS = [
+    *(
+        ("datagen", "datagen.config.DatagenSettings", [f"renderer={r}", f"prompts={p}", *more])
+        for r in names("renderer")
+        for p, more in ((p, ["prompts.path=x.txt"] if p == "file" else []) for p in names("prompts"))
+    ),
+    ("train", "train.config.TrainSettings", []),
+    *(("train", "train.config.TrainSettings", [f"+experiment={name}"]) for name in names("experiment")),
+    ("evaluate", "train.config.EvaluateSettings", [RUN]),
+    ("report", "train.report.ReportSettings", [RUN]),
+    ("export", "models.export.ExportSettings", []),
+    ("index", "datagen.config.IndexSettings", ["out=x", "tars=y/*.tar"]),
+    ("targets", "datagen.config.TargetsSettings", ["out=x"]),
+    ("verify", "datagen.config.VerifySettings", ["out=x"]),
+]
+
+
+@pytest.mark.parametrize(("name", "cls", "overrides"), COMMANDS, ids=[" ".join((n, *o)) for n, _, o in COMMANDS])
+def test_every_file_composes_and_converts(name: str, cls: str, overrides: list[str]) -> None:
+    module, _, class_name = cls.rpartition(".")
+    values = compose(name, overrides)
+    made = settings(getattr(importlib.import_module(module), class_name), values)
+    assert set(values) == {f.name for f in dataclasses.fields(made)}, "a key that only its default knows"
+
+
+def test_no_file_is_forgotten() -> None:
+    assert {name for name, _, _ in COMMANDS} == set(names(".")) - {"quiet"}
+
+
+def test_an_unknown_key_of_an_experiment_is_refused() -> None:
+    from train.config import TrainSettings
+
+    with pytest.raises(UserError, match=r"optim\.learning_rate: unknown key"):
+        settings(TrainSettings, compose("train", ["+experiment=quickstart", "+optim.learning_rate=1"]))
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    from datagen.config import DatagenSettings, IndexSettings
+
+    for cls, name, overrides, said in (
+        (DatagenSettings, "datagen", ["encoder=null"], "encoder: null, but curate.duplicates_at"),
+        (DatagenSettings, "datagen", ["num=0", "seed=-1", "workers=0"], "(?s)num: 0 .*workers: 0 .*seed: -1"),
+        (DatagenSettings, "datagen", ["curate.min_tokens=80"], "curate.min_tokens: 80 is outside 2 to max_tokens=77"),
+        (DatagenSettings, "datagen", ["split.share=nan"], "split.share: nan is outside 0 to 1"),
+        (DatagenSettings, "datagen", ["prompts.objects=[0.5]"], "prompts.objects: the chances"),
+        (IndexSettings, "index", ["out=x"], "images, tars: give one of the two"),
+        (IndexSettings, "index", ["out=x", "images=y"], "csv: missing"),
+        (IndexSettings, "index", ["out=x", "tars=y", "split.kind=holdout"], "split.kind: holdout needs"),
+    ):
+        with pytest.raises(UserError, match=said):
+            settings(cls, compose(name, overrides))
+
+
+def test_printing_settings_is_quick_and_loads_no_torch() -> None:
+    done = run("train", "+experiment=vith14", "--cfg", "job", "--resolve", PYTHONPROFILEIMPORTTIME="1")
+    assert done.returncode == 0
+    assert "vit_huge_patch14_clip_224" in done.stdout
+    assert "out: checkpoints/vith14" in done.stdout
+    loaded = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "train.config" in loaded
+    assert not {m.partition(".")[0] for m in loaded} & {"torch", "lightning", "timm", "numpy"}
+
+
+def test_what_is_missing_on_the_command_line_is_named() -> None:
+    # evaluate's `out` is interpolated from the `run` that is missing
+    code = "from conf import command; command('evaluate', print)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: missing on the command line: run=…\n"
+
+
+def test_foreign_packages_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import conf
+
+    conf._refuse_foreign_packages()
+    for kind in ("package", "namespace"):
+        (tmp_path / kind / "models").mkdir(parents=True)
+    (tmp_path / "package" / "models" / "__init__.py").touch()
+    for kind in ("package", "namespace"):
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(tmp_path / kind)
+            for name in [m for m in sys.modules if m == "models" or m.startswith("models.")]:
+                patch.delitem(sys.modules, name)
+            patch.setattr(sys, "path", [p for p in sys.path if Path(p).resolve() != ROOT])
+            with pytest.raises(SystemExit, match=f"'models' comes from {tmp_path / kind / 'models'}, not from"):
+                conf._refuse_foreign_packages()
