@@ -1,6 +1,5 @@
 """The model: image → backbone → linear head → unit vector. B pictures, D backbone width, E target width."""
 
-import os
 from dataclasses import asdict
 from typing import Self
 
@@ -19,6 +18,9 @@ class Regressor(nn.Module):
         spec: of that backbone.
         width: E, of the target vectors.
     """
+
+    mean: torch.Tensor
+    std: torch.Tensor
 
     def __init__(self, backbone: nn.Module, spec: Spec, width: int) -> None:
         super().__init__()
@@ -50,9 +52,7 @@ class Regressor(nn.Module):
         for module in self.backbone.modules():
             parameters = list(module.parameters(recurse=False))
             if parameters and not any(p.requires_grad for p in parameters):
-                module.eval()
-            if os.environ.get("BNE") and isinstance(module, nn.BatchNorm2d):
-                module.eval()
+                module.training = False  # of itself alone: what it holds may train
         return self
 
     def features(self, image_BCHW: torch.Tensor) -> torch.Tensor:

@@ -17,6 +17,7 @@ OVERRIDES = (
     "model.size=32",
     "optim.lr=3e-4",
     "optim.head_lr=3e-4",
+    "optim.warmup=2",
     "epochs=2",
     "batch_size=8",
     "save_every=3",

@@ -12,7 +12,7 @@ class ModelSettings:
     weights: str
     """pretrained, random, a .safetensors file, or a folder that holds model.safetensors."""
     size: int | Literal["dataset"] | None
-    """Side of the input, pixels; null takes the backbone's own, dataset the rendered pictures' where that is smaller."""
+    """Side of the input, pixels; null takes the backbone's own, dataset the rendered pictures' where it is smaller."""
     head_init: Literal["ridge", "random"]
     """ridge: the head in closed form over frozen features (one pass), before any step."""
     freeze: int
@@ -37,8 +37,8 @@ class OptimSettings:
     """AdamW's, on matrices alone."""
     betas: tuple[float, ...]
     """AdamW's two."""
-    warmup: float
-    """Share of all steps with a rising rate; a cosine to zero follows."""
+    warmup: int
+    """Steps with a rising rate, times a cosine that falls to zero from the first step on."""
     clip: float
     """Largest norm of a step's gradient; 0 does not clip."""
     head_only: float
@@ -50,8 +50,6 @@ class OptimSettings:
             for name, value in vars(self).items()
             if isinstance(value, int | float) and value < 0
         ]
-        if self.warmup > 1:
-            found.append(f"warmup: {self.warmup} is outside 0 to 1")
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             found.append(f"betas: {list(self.betas)} are not two numbers from 0 to 1")
         return found

@@ -10,7 +10,6 @@
 import dataclasses
 import json
 import logging
-import math
 import os
 import warnings
 from pathlib import Path
@@ -24,14 +23,14 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.functional import normalize
 
 from conf import UserError, progress
-from datagen.shards import Dataset
+from datagen.shards import CorruptImage, Dataset
 from models import checkpoint
 from models.head_init import RidgeHead
 from models.preprocess import BadImage, decode
 from models.regressor import Regressor, make
 from train.callbacks import JsonLines, KeepBest, Progress, ResumePoint
 from train.config import TrainSettings
-from train.data import Data, InOrder, Pictures, loader, per_epoch
+from train.data import Data, InOrder, loader, per_epoch
 from train.module import Training
 
 log = logging.getLogger(__name__)
@@ -48,7 +47,7 @@ def fit(chosen: TrainSettings) -> int:
     """
     _quiet()
     dataset = Dataset(chosen.dataset, chosen.encoder)
-    _refuse_another_run(chosen, dataset)
+    mine = _refuse_another_run(chosen, dataset)
     resume = chosen.out / "resume.ckpt"
     resumed_at = _step_of(resume)
     model = _model(chosen, dataset, "random" if resumed_at else chosen.model.weights)
@@ -61,10 +60,12 @@ def fit(chosen: TrainSettings) -> int:
     if not len(data.val_rows):
         log.warning("%s has no validation pictures: the last checkpoint is also the best", dataset.root)
     module = Training(model, chosen.optim, freeze=chosen.model.freeze, steps=steps, per_epoch=a_epoch, seed=chosen.seed)
+    _write_settings(chosen.out, mine)
     save = _Saver(chosen, dataset, data, steps)
     point = ResumePoint(resume, chosen.save_every)
     best = KeepBest(lambda trained: save(trained, "best"))
     every = max(round(chosen.validate_every * a_epoch), 1)
+    several = (torch.cuda.device_count() if chosen.devices == "auto" else chosen.devices) > 1
     trainer = lightning.Trainer(
         accelerator=chosen.accelerator,
         devices=chosen.devices,
@@ -84,6 +85,8 @@ def fit(chosen: TrainSettings) -> int:
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
+        # while the head trains alone, the backbone has no gradients for the ranks to wait for
+        strategy="ddp_find_unused_parameters_true" if chosen.optim.head_only and several else "auto",
         default_root_dir=chosen.out,
     )
     _introduce(model, data, steps, a_epoch, resumed_at, trainer)
@@ -113,6 +116,7 @@ def _model(chosen: TrainSettings, dataset: Dataset, weights: str) -> Regressor:
         rendered = dataset.info["settings"].get("renderer", {}).get("size")
         own = make(about.backbone, "random", None, dataset.width).spec.size
         size = min(own, rendered) if rendered else None
+    torch.manual_seed(chosen.seed)  # a random backbone and head are the run's own, whatever ran before
     return make(about.backbone, weights, size, dataset.width)
 
 
@@ -154,10 +158,10 @@ class _Saver:
 
     def _probes(self) -> list[torch.Tensor]:
         found = []
-        for row in self._data.val_rows if len(self._data.val_rows) else self._data.train_rows:
+        for row in (self._data.val_rows if len(self._data.val_rows) else self._data.train_rows).tolist():
             try:
                 found.append(decode(self._dataset.image_bytes(row)))
-            except (BadImage, OSError):
+            except (BadImage, CorruptImage):
                 continue
             if len(found) == checkpoint.PROBES:
                 break
@@ -182,8 +186,8 @@ def _ridge(model: Regressor, data: Data, chosen: TrainSettings, device: torch.de
     model.train()
 
 
-def _refuse_another_run(chosen: TrainSettings, dataset: Dataset) -> None:
-    """Writes `settings.json`, or checks that the one there is this run's.
+def _refuse_another_run(chosen: TrainSettings, dataset: Dataset) -> dict[str, Any]:
+    """What `settings.json` holds, once it is checked that the one there, if any, is this run's.
 
     Raises:
         UserError: the folder holds another run, or this one, finished.
@@ -207,8 +211,14 @@ def _refuse_another_run(chosen: TrainSettings, dataset: Dataset) -> None:
             raise UserError(
                 f"{chosen.out} is finished; export it, give another name=…, or remove the folder to train anew."
             )
-    elif os.environ.get("LOCAL_RANK", "0") == "0":
-        chosen.out.mkdir(parents=True, exist_ok=True)
+    return mine
+
+
+def _write_settings(out: Path, mine: dict[str, Any]) -> None:
+    """The folder is this run's, once all that could be refused was not."""
+    path = out / "settings.json"
+    if not path.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
+        out.mkdir(parents=True, exist_ok=True)
         part = path.with_name(".settings.json.part")
         part.write_text(json.dumps(mine, indent=1, sort_keys=True) + "\n")
         part.replace(path)
@@ -289,4 +299,5 @@ def _quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # what is frozen is
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

@@ -22,10 +22,10 @@ def optimizer(model: Regressor, chosen: OptimSettings) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, betas=(chosen.betas[0], chosen.betas[1]))
 
 
-def lr_share(step: int, steps: int, warmup: float) -> float:
-    """The rate at `step` of `steps`, as a share of its peak: a line up, then half a cosine down to zero."""
-    rising = round(steps * warmup)
-    if step < rising:
-        return (step + 1) / (rising + 1)
-    done = (step - rising) / max(steps - rising, 1)
-    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+def lr_share(step: int, steps: int, warmup: int) -> float:
+    """The rate at `step` of `steps`, as a share of its peak: half a cosine down to zero, times a line up over `warmup`.
+
+    The line counts steps, not a share of them: AdamW's first steps are sign noise, whatever the length of the run, and
+    a run shorter than its warm-up never reaches the peak.
+    """
+    return min((step + 1) / (warmup + 1), 1.0) * 0.5 * (1 + math.cos(math.pi * min(step / steps, 1.0)))
