@@ -303,8 +303,8 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_maps": {}}
+    def __reduce__(self) -> tuple[type["Dataset"], tuple[Path, str | None]]:
+        return Dataset, (self.root, self.encoder)  # a worker opens it anew: a mapped array would be pickled whole
 
     @property
     def width(self) -> int:

@@ -66,15 +66,15 @@ class RidgeHead:
         self._held[1].append(y_nE[held])
         self._fit.add(x_nD[~held], y_nE[~held])
 
-    def solve(self) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-        """Weight [E, D] and bias [E] over all rows, and the penalty's share that scored best."""
+    def solve(self, stiffer: float = 1) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+        """Weight [E, D] and bias [E] over all rows, and their penalty's share: the one that scored best × `stiffer`."""
         x, y = (np.concatenate(part) for part in self._held)
         scores = {}
         for share in LAMBDAS:
             weight, bias = self._fit.solve(share)
             z = x @ weight.T + bias
             scores[share] = float(((z * y).sum(1) / np.maximum(np.linalg.norm(z, axis=1), 1e-12)).mean())
-        best = max(scores, key=scores.__getitem__)
+        best = stiffer * max(scores, key=scores.__getitem__)
         self._fit.add(x, y)
         self._held = ([], [])
         return *self._fit.solve(best), best

@@ -28,6 +28,8 @@ class Regressor(nn.Module):
         self.backbone = backbone.to(memory_format=torch.channels_last)
         self.head = nn.Linear(spec.width, width)
         self.spec = spec
+        self.fixed_stats = False
+        """Whether batch norms keep their statistics in training."""
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
 
@@ -51,7 +53,8 @@ class Regressor(nn.Module):
         super().train(mode)
         for module in self.backbone.modules():
             parameters = list(module.parameters(recurse=False))
-            if parameters and not any(p.requires_grad for p in parameters):
+            frozen = parameters and not any(p.requires_grad for p in parameters)
+            if frozen or (self.fixed_stats and isinstance(module, nn.modules.batchnorm._BatchNorm)):
                 module.training = False  # of itself alone: what it holds may train
         return self
 

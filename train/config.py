@@ -17,6 +17,8 @@ class ModelSettings:
     """ridge: the head in closed form over frozen features (one pass), before any step."""
     freeze: int
     """Blocks at the bottom that stay as they are, the stem with them; 0 trains all."""
+    fixed_stats: bool
+    """Whether batch norms keep the statistics of their pre-training."""
 
     def problems(self) -> list[str]:
         found = []
