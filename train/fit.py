@@ -35,8 +35,8 @@ from train.module import Training
 
 log = logging.getLogger(__name__)
 
-# The penalty that scores best on held-out pictures fits the training ones so closely that little is left to learn from:
-# on 800 photographs fine-tuning from it lost .015, and from a penalty 30 times as high it gained .012 (benchmarks/LOG.md).
+# The penalty that scores best on held-out pictures fits the training ones so closely that little is left to learn
+# from: on 800 photographs fine-tuning from it lost .015, from one 30 times as high it gained .012 (benchmarks/LOG.md).
 _STIFFER = 30
 
 # Settings that change how a run is carried out and not what it is: another value may resume it.
