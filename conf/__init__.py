@@ -131,7 +131,7 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     def main(composed: Any) -> None:
         nonlocal code
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-        for noisy in ("httpx", "httpcore", "sentence_transformers", "transformers"):
+        for noisy in ("httpx", "httpcore", "matplotlib", "sentence_transformers", "transformers"):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         try:
             missing = _missing(OmegaConf.to_container(composed))
