@@ -61,7 +61,8 @@ class Progress(Callback):
             if self._bar is not None:
                 loss = trainer.callback_metrics.get("train/loss")
                 self._bar.set_postfix_str(
-                    f"{rate:,.0f} pictures/s" + (f", loss {loss:.4f}" if loss is not None else "")
+                    f"{rate:,.0f} pictures/s" + (f", loss {loss:.4f}" if loss is not None else ""),
+                    refresh=False,
                 )
         if self._bar is not None:
             self._bar.update()
