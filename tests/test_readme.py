@@ -59,7 +59,7 @@ def test_every_command_of_the_readme_is_in_the_table() -> None:
 
 @pytest.mark.parametrize("target", ["install", "quickstart", "datagen", "train", "export", "test", "test-slow", "lint"])
 def test_the_makefile_has_its_targets(target: str) -> None:
-    done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert target in listed
     assert ".venv" in done.stdout
