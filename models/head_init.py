@@ -79,14 +79,18 @@ class RidgeHead:
         self._held = ([], [])
         return *self._fit.solve(best), best
 
+    def set_head(self, model: Regressor, stiffer: float = 1) -> float:
+        """Makes what `solve` gives the head of `model`; returns the penalty's share."""
+        weight, bias, share = self.solve(stiffer)
+        with torch.no_grad():
+            model.head.weight.copy_(torch.from_numpy(weight))
+            model.head.bias.copy_(torch.from_numpy(bias))
+        return share
+
 
 def set_ridge_head(model: Regressor, features_nD: torch.Tensor, target_nE: torch.Tensor) -> float:
     """Fits the head of `model` on features and unit targets of n pictures; returns the penalty's share."""
     ridge = RidgeHead(features_nD.shape[1], target_nE.shape[1])
     for x, y in zip(features_nD.split(4096), target_nE.split(4096), strict=True):
         ridge.add(x.float().numpy(), y.float().numpy())
-    weight, bias, share = ridge.solve()
-    with torch.no_grad():
-        model.head.weight.copy_(torch.from_numpy(weight))
-        model.head.bias.copy_(torch.from_numpy(bias))
-    return share
+    return ridge.set_head(model)

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from conf import UserError, command, progress, settings
-from datagen.shards import CorruptImage, Dataset
+from datagen.shards import CorruptImage, Dataset, write_json
 from models import checkpoint
 from models.baselines.knn import Knn
 from models.baselines.mean import Mean
@@ -71,8 +71,8 @@ def evaluate(chosen: EvaluateSettings) -> dict[str, Any]:
         "main": "regressor" if "regressor" in embedders else next(iter(embedders)),
         "scores": scores,
     }
-    _write_json(chosen.out / "keys.json", [dataset.key(row) for row in kept])
-    _write_json(chosen.out / "evaluation.json", info)
+    write_json(chosen.out / "keys.json", [dataset.key(row) for row in kept])
+    write_json(chosen.out / "evaluation.json", info)
     return info
 
 
@@ -173,12 +173,6 @@ def _run_settings(folder: Path) -> dict[str, Any]:
             f"no run at {folder}: settings.json is missing; train first: python -m train +experiment=quickstart"
         )
     return json.loads(path.read_text())
-
-
-def _write_json(path: Path, value: Any) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    part.replace(path)
 
 
 def run(values: dict[str, Any]) -> None:

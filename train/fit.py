@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch.nn.functional import normalize
 
 from conf import UserError, progress
-from datagen.shards import CorruptImage, Dataset
+from datagen.shards import CorruptImage, Dataset, write_json
 from models import checkpoint
 from models.head_init import RidgeHead
 from models.preprocess import BadImage, decode
@@ -184,11 +184,8 @@ def _ridge(model: Regressor, data: Data, chosen: TrainSettings, device: torch.de
             features_BD = model.features(batch.image_BCHW.to(device)).float().cpu()
             ridge.add(features_BD.numpy(), normalize(batch.target_BE, dim=-1).numpy())
             bar.update(len(batch.row_B))
-    weight, bias, share = ridge.solve(stiffer=_STIFFER)
+    share = ridge.set_head(model, stiffer=_STIFFER)
     log.info("ridge head: penalty %.1e of the features' variance", share)
-    with torch.no_grad():
-        model.head.weight.copy_(torch.from_numpy(weight))
-        model.head.bias.copy_(torch.from_numpy(bias))
     model.train()
 
 
@@ -224,10 +221,7 @@ def _write_settings(out: Path, mine: dict[str, Any]) -> None:
     """The folder is this run's, once all that could be refused was not."""
     path = out / "settings.json"
     if not path.exists() and os.environ.get("LOCAL_RANK", "0") == "0":
-        out.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(".settings.json.part")
-        part.write_text(json.dumps(mine, indent=1, sort_keys=True) + "\n")
-        part.replace(path)
+        write_json(path, mine)
 
 
 def _step_of(resume: Path) -> int:
