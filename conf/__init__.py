@@ -15,11 +15,17 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from upath import UPath as Location
+
 if typing.TYPE_CHECKING:
     from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
+
+
+__all__ = ["ROOT", "Location", "UserError", "command", "compose", "progress", "settings"]
+"""`Location` is a local path or an fsspec URL (s3://, gs://, hf://), with pathlib's interface."""
 
 
 class UserError(Exception):
@@ -38,7 +44,7 @@ def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
 
     found = _problems(cls, values, where)
     if not found:
-        config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: float, Path: Path})
+        config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: float, Path: Path, Location: Location})
         made = dacite.from_dict(cls, values, config)
         found = _bounds(made, where)
         if not found:
@@ -91,7 +97,7 @@ def _mismatch(hint: Any, value: Any, where: str) -> list[str]:
         return []
     if hint is type(None):
         return [] if value is None else [f"{where}: expected null, got {value!r}"]
-    wanted: tuple[type, ...] = {float: (int, float), Path: (str, Path)}.get(hint, (hint,))
+    wanted: tuple[type, ...] = {float: (int, float), Path: (str, Path), Location: (str, Path)}.get(hint, (hint,))
     if isinstance(value, wanted) and (hint is bool or not isinstance(value, bool)):
         return []
     return [f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}"]

@@ -1,8 +1,11 @@
 """Typed settings of `python -m datagen`, `datagen.index` and `datagen.targets`; `conf/` holds the values."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from conf import Location
 
 ENCODER = "all-MiniLM-L6-v2"
 
@@ -131,8 +134,8 @@ class Split:
 
 @dataclass(frozen=True)
 class DatagenSettings:
-    out: Path
-    """Dataset folder."""
+    out: Location
+    """Dataset folder: a local path or an fsspec URL."""
     num: int
     """Pictures."""
     seed: int
@@ -143,8 +146,18 @@ class DatagenSettings:
     """Pictures a shard, the unit of work and of resume."""
     encoder: str | None
     """Target encoder: a sentence-transformers hub name or folder; null writes no targets."""
+    engine: Literal["local", "ray"]
+    """Where shards are rendered: by processes of this machine, or by Ray's."""
+    ray_address: str | None
+    """engine=ray: the cluster, "auto" or "ray://host:10001"; null starts one on this machine."""
+    devices: Literal["all"] | int
+    """GPUs of this machine, a process each."""
     workers: int | None
     """Processes of a renderer that runs on the CPU; null takes every core."""
+    part: str | None
+    """ "i/n": render only every n-th shard, beginning with the i-th, in one job of an array of n; null: all."""
+    retries: int
+    """How often a failing shard is tried again before it is set aside."""
     dry_run: bool
     """Tell pictures, time and disk, and stop."""
     force: bool
@@ -162,6 +175,12 @@ class DatagenSettings:
         ]
         if self.workers is not None and self.workers < 1:
             found.append(f"workers: {self.workers} is below 1; null takes every core")
+        if isinstance(self.devices, int) and self.devices < 1:
+            found.append(f"devices: {self.devices} is below 1; all takes every GPU")
+        if self.retries < 0:
+            found.append(f"retries: {self.retries} is below 0")
+        if self.part is not None and not _is_part(self.part):
+            found.append(f"part: {self.part} is not i/n with i from 1 to n, such as 3/8")
         if not 0 <= self.seed < 2**31:
             found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
         if self.encoder is None and (self.curate.duplicates_at is not None or self.split.kind == "similarity"):
@@ -169,10 +188,15 @@ class DatagenSettings:
         return found
 
 
+def _is_part(part: str) -> bool:
+    found = re.fullmatch(r"(\d+)/(\d+)", part)
+    return found is not None and 1 <= int(found[1]) <= int(found[2])
+
+
 @dataclass(frozen=True)
 class IndexSettings:
     out: Path
-    """Dataset folder to write; the pictures stay where they are."""
+    """Dataset folder to write, a local path; the pictures stay where they are."""
     images: Path | None
     """Folder of pictures, with `csv`."""
     csv: Path | None
@@ -204,13 +228,13 @@ class IndexSettings:
 
 @dataclass(frozen=True)
 class TargetsSettings:
-    out: Path
-    """Dataset folder."""
+    out: Location
+    """Dataset folder: a local path or an fsspec URL."""
     encoder: str
     """A sentence-transformers hub name or folder."""
 
 
 @dataclass(frozen=True)
 class VerifySettings:
-    out: Path
-    """Dataset folder."""
+    out: Location
+    """Dataset folder: a local path or an fsspec URL."""

@@ -6,8 +6,6 @@ so a run killed at any moment and started again gives the same bytes as one neve
 """
 
 import dataclasses
-import importlib.metadata
-import io
 import json
 import logging
 import multiprocessing
@@ -22,15 +20,13 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from conf import UserError, progress
+from datagen import plan as plans
 from datagen import shards
 from datagen.config import DatagenSettings, GlyphsRenderer, GrammarPrompts, StableDiffusionRenderer
-from datagen.curate import Curated, curate, held_out
-from datagen.prompts import stream
+from datagen.pictures import encode
 from datagen.renderers.base import Renderer
 from datagen.targets import TargetEncoder, fill
 
@@ -56,9 +52,9 @@ def generate(chosen: DatagenSettings) -> int:
     """Makes, or goes on making, the dataset `chosen.out`; returns the exit code."""
     renderer = make_renderer(chosen.renderer)
     if chosen.dry_run:
-        curated = _curated(chosen, renderer)
-        _tell(chosen, curated)
-        _tell_cost(chosen, renderer, _pictures(chosen, curated))
+        curated = plans.curated_prompts(chosen, renderer)
+        plans.tell(chosen, curated)
+        _tell_cost(chosen, renderer, plans.count(chosen, curated))
         return 0
     if isinstance(chosen.prompts, GrammarPrompts) and not (chosen.out / "dataset.json").exists():
         # Such a source never ends, so the cost is known before prompts are curated and the hub is asked for weights.
@@ -84,10 +80,10 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]
         UserError: the folder holds something else.
     """
     out = chosen.out
-    identity = _identity(chosen, renderer)
+    identity = plans.identity(chosen, renderer)
     if (out / "dataset.json").exists():
         info = shards.read_info(out)
-        differ = _differences(info.get("settings", {}), identity)
+        differ = plans.differences(info.get("settings", {}), identity)
         if differ:
             raise UserError(
                 f"{out} holds another dataset:\n"
@@ -102,11 +98,11 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]
         if strangers:
             raise UserError(f"{out} is not empty and holds no dataset ({strangers[0].name}, …); choose another out=")
         shards.remove_parts(out)
-    curated = _curated(chosen, renderer)
-    _tell(chosen, curated)
-    pictures = _pictures(chosen, curated)
+    curated = plans.curated_prompts(chosen, renderer)
+    plans.tell(chosen, curated)
+    pictures = plans.count(chosen, curated)
     _refuse_days(chosen, renderer, pictures)
-    plan = _plan(chosen, curated)
+    plan = plans.plan_table(chosen, curated)
     info = {
         "settings": identity,
         "shards": -(-plan.num_rows // chosen.shard_size),
@@ -114,83 +110,6 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]
     }
     shards.write_plan(out, plan, info)
     return shards.read_info(out)
-
-
-def _identity(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
-    """All that decides the dataset's bytes, as plain JSON."""
-    keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
-    values = {k: v for k, v in dataclasses.asdict(chosen).items() if k in keys}
-    values["renderer"] = {**renderer.settings(), "image_format": chosen.renderer.image_format}
-    values["versions"] = {p: importlib.metadata.version(p) for p in ("numpy", "pillow", "pyarrow")}
-    return json.loads(json.dumps(values, default=str))
-
-
-def _differences(there: dict[str, Any], here: dict[str, Any], where: str = "") -> list[str]:
-    found = []
-    for key in sorted({*there, *here}):
-        a, b = there.get(key), here.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += _differences(a, b, f"{where}{key}.")
-        elif a != b:
-            found.append(f"{where}{key}: {a!r} there, {b!r} here")
-    return found
-
-
-def _curated(chosen: DatagenSettings, renderer: Renderer) -> Curated:
-    from datagen.clip_tokenizer import token_counts
-
-    by_group = chosen.split.kind == "holdout"
-    side = (lambda part: held_out(part, chosen.split.share, chosen.seed)) if by_group else None
-    encoder = TargetEncoder(chosen.encoder) if chosen.encoder else None
-    return curate(
-        stream(chosen.prompts, chosen.seed, side),
-        -(-chosen.num // chosen.seeds_per_prompt),
-        chosen.curate,
-        chosen.split,
-        chosen.seed,
-        encode=lambda texts: encoder.encode(texts, show=len(texts) > 2000) if encoder else np.zeros((0, 0), np.float32),
-        count_tokens=token_counts,
-        can_draw=renderer.can_draw,
-    )
-
-
-def _pictures(chosen: DatagenSettings, curated: Curated) -> int:
-    return min(chosen.num, (len(curated.train) + len(curated.val)) * chosen.seeds_per_prompt)
-
-
-def _plan(chosen: DatagenSettings, curated: Curated) -> pa.Table:
-    """A row a picture, validation spread evenly among training so that every shard has its part of both."""
-    sides = [("train", p) for p in curated.train] + [("val", p) for p in curated.val]
-    rng = np.random.default_rng([chosen.seed, 1])
-    rows = []
-    for prompt_id, i in enumerate(rng.permutation(len(sides)).tolist()):
-        split, prompt = sides[i]
-        seeds = np.random.default_rng([chosen.seed, 2, prompt_id]).integers(0, 2**31, chosen.seeds_per_prompt)
-        rows += [(prompt_id, prompt.text, prompt.source, prompt.group, split, seed) for seed in seeds.tolist()]
-    rows = [(f"{n:09d}", *row) for n, row in enumerate(rows[: chosen.num])]
-    return pa.Table.from_pydict(
-        {name: list(column) for name, column in zip(shards.PLAN.names, zip(*rows, strict=True), strict=True)},
-        schema=shards.PLAN,
-    )
-
-
-def _tell(chosen: DatagenSettings, curated: Curated) -> None:
-    log.info(
-        "prompts: %s drawn, %s train, %s val",
-        *map("{:,}".format, (curated.drawn, len(curated.train), len(curated.val))),
-    )
-    for reason, number in curated.dropped.most_common():
-        log.info("  dropped %s (%.1f %%): %s", f"{number:,}", 100 * number / curated.drawn, reason)
-    have = _pictures(chosen, curated)
-    if have < chosen.num:
-        log.warning(
-            "only %s pictures of the num=%s wanted: the %s prompts drawn hold no more that can be used",
-            *map("{:,}".format, (have, chosen.num, curated.drawn)),
-        )
-
-
-def _by_split(splits: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(splits.items()))
 
 
 # ------------------------------------------------------------------------------------------------------------- cost
@@ -239,6 +158,10 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
+def _by_split(splits: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(splits.items()))
+
+
 # ----------------------------------------------------------------------------------------------------------- render
 
 
@@ -285,21 +208,6 @@ def _render_shard(
 
     shards.write_shard(chosen.out, number, rows, pictures(), f".{chosen.renderer.image_format}")
     return len(prompts)
-
-
-def encode(picture_HWC: NDArray[np.uint8], image_format: str) -> bytes:
-    """An RGB picture as file bytes: png and webp lossless, jpg at quality 95 without chroma subsampling."""
-    from PIL import Image
-
-    options: dict[str, dict[str, Any]] = {
-        "png": {"compress_level": 3},  # a third of the default's time for a few percent of its size
-        "webp": {"lossless": True},
-        "jpg": {"quality": 95, "subsampling": 0},
-    }
-    buffer = io.BytesIO()
-    kind = "jpeg" if image_format == "jpg" else image_format
-    Image.fromarray(picture_HWC).save(buffer, kind, **options[image_format])
-    return buffer.getvalue()
 
 
 def _log_line(chosen: DatagenSettings, values: dict[str, Any]) -> None:

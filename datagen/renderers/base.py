@@ -13,8 +13,22 @@ class Renderer(Protocol):
     one_core: ClassVar[bool]
     """It runs on one CPU core, so that a machine holds a process a core; else one process has it all."""
 
+    batch_size: int | None
+    """Pictures that one call of `render` gets, the last of a shard being fewer; None until it is found."""
+
+    notes: list[dict[str, Any]]
+    """For each picture of the last `render`, what its .json shall keep beside the plan: mostly {}, else such as
+    {"redrawn": "fp32"} or {"fault": "nan"}; a picture with a "fault" is kept out of every split."""
+
+    def find_batch_size(self) -> int:
+        """The batch size that this machine renders fastest, measured if need be; sets `batch_size`."""
+        ...
+
     def settings(self) -> Mapping[str, Any]:
-        """Plain JSON values that decide the pixels: `dataset.json` records them and a resumed run must match them."""
+        """Plain JSON values that decide the pixels, but for `batch_size`, which `dataset.json` records beside them.
+
+        A resumed run must match them.
+        """
         ...
 
     def can_draw(self, prompt: str) -> bool:
@@ -22,7 +36,11 @@ class Renderer(Protocol):
         ...
 
     def seconds(self, num: int) -> float:
-        """An estimate of the time that `num` pictures take one process on this machine."""
+        """An estimate of the time that `num` pictures take one process on this machine; it loads no weights."""
+        ...
+
+    def measured_seconds(self, num: int) -> float:
+        """As `seconds`, from the time that ten pictures take now: weights are loaded."""
         ...
 
     def on_gpu(self) -> bool:
