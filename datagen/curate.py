@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,6 +36,10 @@ class Curated:
     """Prompts taken from the source."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Reason → prompts dropped for it."""
+
+    def report(self) -> dict[str, Any]:
+        """Plain JSON for `dataset.json`."""
+        return {"drawn": self.drawn, "dropped": dict(sorted(self.dropped.items()))}
 
 
 def curate(

@@ -7,6 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,7 @@ def differences(there: dict[str, Any], here: dict[str, Any], where: str = "") ->
     return found
 
 
-def curated_prompts(chosen: DatagenSettings, renderer: Renderer) -> Curated:
+def curated_prompts(chosen: DatagenSettings, renderer: Renderer, work: Path) -> Curated:
     from datagen.clip_tokenizer import token_counts
 
     by_group = chosen.split.kind == "holdout"

@@ -40,6 +40,11 @@ def stream(chosen: GrammarPrompts | FilePrompts, seed: int, held_out: Callable[[
             yield Prompt(text, source, group)
 
 
+def provenance(chosen: GrammarPrompts | FilePrompts) -> dict[str, Any]:
+    """Where the prompts came from, as plain JSON."""
+    return {"name": chosen.name}
+
+
 def _read(chosen: FilePrompts) -> Iterator[tuple[str, str]]:
     path = chosen.path
     if not path.is_file():

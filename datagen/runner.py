@@ -1,89 +1,127 @@
 """Plan → render → commit → resume: what `python -m datagen` does once its settings are read.
 
 The plan decides everything before any pixel. A shard is the unit of work: it is rendered, written and committed whole,
-so a run killed at any moment and started again gives the same bytes as one never killed. Timings go to
-`<out>.log.jsonl`, beside the folder and not in it.
+so a run killed at any moment and started again gives the same bytes as one never killed. Timings and failures go to
+`<out>.log.jsonl`, beside the folder and not in it; of a URL, into the current folder.
 """
 
 import dataclasses
 import json
 import logging
-import multiprocessing
-import os
 import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import pyarrow as pa
 
-from conf import UserError, progress
+from conf import Location, UserError, progress
 from datagen import plan as plans
 from datagen import shards
-from datagen.config import DatagenSettings, GlyphsRenderer, GrammarPrompts, StableDiffusionRenderer
-from datagen.pictures import encode
+from datagen.config import DatagenSettings, GrammarPrompts
+from datagen.pool import Local
+from datagen.prompts import provenance
 from datagen.renderers.base import Renderer
 from datagen.targets import TargetEncoder, fill
+from datagen.work import Engine, make_renderer
 
 log = logging.getLogger(__name__)
 
-_CPU_BATCH = 50  # pictures between two ticks of a CPU renderer
 _LONGEST_UNASKED_S = 24 * 3600  # without a GPU, a run longer than this wants force=true
-
-
-def make_renderer(chosen: GlyphsRenderer | StableDiffusionRenderer) -> Renderer:
-    keys = {f.name: getattr(chosen, f.name) for f in dataclasses.fields(chosen)}
-    del keys["name"], keys["image_format"]
-    if isinstance(chosen, GlyphsRenderer):
-        from datagen.renderers.glyphs import Glyphs
-
-        return Glyphs(**keys)
-    from datagen.renderers.stable_diffusion import StableDiffusion2
-
-    return StableDiffusion2(**keys)
+_MOST_FAILED_IN_A_ROW = 5  # shards set aside with none done between them: the rest would fail too
+_WAIT_S = 5  # between two looks for the plan that another part writes
+_NOTES = {
+    "redrawn": "black, constant or NaN at first, good when drawn again at higher precision",
+    "constant": "constant at the highest precision too, and kept",
+    "fault": "NaN at the highest precision too: in no split",
+    "batch_size": "drawn in smaller batches, for want of memory",
+}
 
 
 def generate(chosen: DatagenSettings) -> int:
     """Makes, or goes on making, the dataset `chosen.out`; returns the exit code."""
-    renderer = make_renderer(chosen.renderer)
-    if chosen.dry_run:
-        curated = plans.curated_prompts(chosen, renderer)
-        plans.tell(chosen, curated)
-        _tell_cost(chosen, renderer, plans.count(chosen, curated))
-        return 0
+    with _sigterm_as_ctrl_c():
+        renderer = make_renderer(chosen)
+        engine = _engine(chosen, renderer)
+        if chosen.dry_run:
+            with TemporaryDirectory() as work:
+                curated = plans.curated_prompts(chosen, renderer, Path(work))
+            plans.tell(chosen, curated)
+            _tell_cost(chosen, engine, plans.count(chosen, curated))
+            return 0
+        return _generate(chosen, renderer, engine)
+
+
+def _generate(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -> int:
     if isinstance(chosen.prompts, GrammarPrompts) and not (chosen.out / "dataset.json").exists():
         # Such a source never ends, so the cost is known before prompts are curated and the hub is asked for weights.
-        _refuse_days(chosen, renderer, chosen.num)
-    info = _open_or_plan(chosen, renderer)
-    todo = shards.missing_shards(chosen.out, info)
+        _refuse_days(chosen, engine, chosen.num)
+    info = _open_or_plan(chosen, renderer, engine)
+    mine = [n for n in range(info["shards"]) if _is_mine(chosen, n)]
+    missing = set(shards.missing_shards(chosen.out, info))
+    todo = [n for n in mine if n in missing]
+    failed: dict[int, str] = {}
     if todo:
-        _refuse_days(chosen, renderer, sum(_shard_length(info, chosen, n) for n in todo))
-        _render(chosen, renderer, info, todo)
+        _refuse_days(chosen, engine, sum(_shard_length(info, chosen, n) for n in todo))
+        chosen = _with_batch_size(chosen, info["batch_size"])
+        failed = _render(chosen, _engine(chosen, make_renderer(chosen)), info, mine, todo)
     if chosen.encoder is not None:
         fill(chosen.out, TargetEncoder(chosen.encoder))
-    log.info("%s: %s pictures, %s", chosen.out, f"{info['pictures']:,}", _by_split(info["splits"]))
-    return 0
+    _tell_end(chosen, info, failed)
+    return 1 if failed else 0
+
+
+def _engine(chosen: DatagenSettings, renderer: Renderer) -> Engine:
+    if chosen.engine == "local":
+        return Local(chosen, renderer)
+    from datagen.cluster import Cluster
+
+    return Cluster(chosen, renderer)
+
+
+@contextmanager
+def _sigterm_as_ctrl_c() -> Iterator[None]:
+    """SIGTERM, as schedulers send it, drops the shards in hand like Ctrl-C; the same command resumes."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # ------------------------------------------------------------------------------------------------------------- plan
 
 
-def _open_or_plan(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
+def _open_or_plan(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -> dict[str, Any]:
     """The committed `dataset.json`, written now if there is none.
 
     Raises:
         UserError: the folder holds something else.
     """
     out = chosen.out
-    identity = plans.identity(chosen, renderer)
+    if chosen.part is not None and not chosen.part.startswith("1/"):
+        _wait_for_plan(chosen)
+    identity = engine.ask(plans.identity)
     if (out / "dataset.json").exists():
         info = shards.read_info(out)
-        differ = plans.differences(info.get("settings", {}), identity)
+        wanted = getattr(chosen.renderer, "batch_size", None) or info.get("batch_size")
+        differ = plans.differences(
+            {**info.get("settings", {}), "batch_size": info.get("batch_size")}, {**identity, "batch_size": wanted}
+        )
         if differ:
             raise UserError(
                 f"{out} holds another dataset:\n"
@@ -98,45 +136,91 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]
         if strangers:
             raise UserError(f"{out} is not empty and holds no dataset ({strangers[0].name}, …); choose another out=")
         shards.remove_parts(out)
-    curated = plans.curated_prompts(chosen, renderer)
+    work = _beside(out, ".curation")
+    curated = plans.curated_prompts(chosen, renderer, work)
     plans.tell(chosen, curated)
     pictures = plans.count(chosen, curated)
-    _refuse_days(chosen, renderer, pictures)
+    _refuse_days(chosen, engine, pictures)
     plan = plans.plan_table(chosen, curated)
     info = {
         "settings": identity,
         "shards": -(-plan.num_rows // chosen.shard_size),
-        "curation": {"drawn": curated.drawn, "dropped": dict(sorted(curated.dropped.items()))},
+        "batch_size": engine.ask(_batch_size),
+        "provenance": provenance(chosen.prompts),
+        "curation": curated.report(),
     }
     shards.write_plan(out, plan, info)
+    shutil.rmtree(work, ignore_errors=True)
     return shards.read_info(out)
+
+
+def _batch_size(_: DatagenSettings, renderer: Renderer) -> int:
+    return renderer.batch_size or renderer.find_batch_size()
+
+
+def _with_batch_size(chosen: DatagenSettings, batch_size: int) -> DatagenSettings:
+    """The settings with the batch size that the dataset was begun with: another one changes float sums."""
+    if not hasattr(chosen.renderer, "batch_size"):
+        return chosen
+    return dataclasses.replace(chosen, renderer=dataclasses.replace(chosen.renderer, batch_size=batch_size))
+
+
+def _wait_for_plan(chosen: DatagenSettings) -> None:
+    """Part 1 plans for all: the plan of millions is not made n times, nor written by two at once."""
+    path = chosen.out / "dataset.json"
+    if not path.exists():
+        log.info("part=%s: waiting for part 1 to write %s", chosen.part, path)
+    while not path.exists():
+        time.sleep(_WAIT_S)
+
+
+def _is_mine(chosen: DatagenSettings, number: int) -> bool:
+    if chosen.part is None:
+        return True
+    part, parts = map(int, chosen.part.split("/"))
+    return number % parts == part - 1
 
 
 # ------------------------------------------------------------------------------------------------------------- cost
 
 
-def _tell_cost(chosen: DatagenSettings, renderer: Renderer, pictures: int) -> None:
-    workers = _workers(chosen, renderer)
+def _tell_cost(chosen: DatagenSettings, engine: Engine, pictures: int) -> None:
     log.info("pictures: %s of %d px", f"{pictures:,}", chosen.renderer.size)
-    log.info("time: about %s", _duration(renderer.seconds(pictures) / workers))
-    log.info("disk: about %.2f GB, %.1f GB free", _disk_bytes(chosen, pictures) / 1e9, _free(chosen.out) / 1e9)
+    if engine.on_gpu:
+        seconds = engine.ask(partial(_measured_seconds, pictures))
+        log.info("GPU hours: %.2f, from ten pictures rendered now", seconds / 3600)
+    else:
+        seconds = engine.ask(partial(_seconds, pictures))
+    log.info("time: about %s on %d at once", _duration(seconds / engine.places), engine.places)
+    free = f", {_free(chosen.out) / 1e9:.1f} GB free" if _is_local(chosen.out) else ""
+    log.info("disk: about %.2f GB%s", _disk_bytes(chosen, pictures) / 1e9, free)
     log.info("dry run: nothing is written")
 
 
-def _refuse_days(chosen: DatagenSettings, renderer: Renderer, pictures: int) -> None:
+def _refuse_days(chosen: DatagenSettings, engine: Engine, pictures: int) -> None:
     """Stops a run that would take days where a GPU is meant to do it, or that the disk cannot hold."""
-    need, free = _disk_bytes(chosen, pictures), _free(chosen.out)
-    if need > free:
+    need = _disk_bytes(chosen, pictures)
+    if _is_local(chosen.out) and need > (free := _free(chosen.out)):
         raise UserError(
             f"no space: {pictures:,} pictures need about {need / 1e9:.1f} GB, and {chosen.out} has "
             f"{free / 1e9:.1f} GB free; make room, choose another out=, or lower num="
         )
-    seconds = renderer.seconds(pictures) / _workers(chosen, renderer)
-    if seconds > _LONGEST_UNASKED_S and not renderer.on_gpu() and not chosen.force:
+    if engine.on_gpu or chosen.force:
+        return
+    seconds = engine.ask(partial(_seconds, pictures)) / engine.places
+    if seconds > _LONGEST_UNASKED_S:
         raise UserError(
             f"{pictures:,} pictures by {chosen.renderer.name} would take about {_duration(seconds)} on this machine: "
             f"it has no CUDA device.\nRun it on a GPU, lower num=, try renderer=glyphs, or insist with force=true."
         )
+
+
+def _seconds(pictures: int, _: DatagenSettings, renderer: Renderer) -> float:
+    return renderer.seconds(pictures)
+
+
+def _measured_seconds(pictures: int, _: DatagenSettings, renderer: Renderer) -> float:
+    return renderer.measured_seconds(pictures)
 
 
 def _disk_bytes(chosen: DatagenSettings, pictures: int) -> float:
@@ -145,10 +229,14 @@ def _disk_bytes(chosen: DatagenSettings, pictures: int) -> float:
     return pictures * (chosen.renderer.size**2 * bits_a_pixel / 8 + 4096)
 
 
-def _free(folder: Path) -> int:
+def _is_local(out: Location) -> bool:
+    return isinstance(out, Path)
+
+
+def _free(folder: Location) -> int:
     while not folder.exists():
         folder = folder.absolute().parent
-    return shutil.disk_usage(folder).free
+    return shutil.disk_usage(str(folder)).free
 
 
 def _duration(seconds: float) -> str:
@@ -158,103 +246,80 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds"
 
 
-def _by_split(splits: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(splits.items()))
-
-
 # ----------------------------------------------------------------------------------------------------------- render
 
 
-def _workers(chosen: DatagenSettings, renderer: Renderer) -> int:
-    return (chosen.workers or os.cpu_count() or 1) if renderer.one_core else 1
+def _render(
+    chosen: DatagenSettings, engine: Engine, info: dict[str, Any], mine: list[int], todo: list[int]
+) -> dict[int, str]:
+    """Renders the shards `todo`; returns those that failed and why."""
+    plan = shards.read_plan(chosen.out)
 
+    def rows_of(number: int) -> pa.Table:
+        first = number * chosen.shard_size
+        # taken, not sliced: a slice sent to a process takes the whole plan along
+        return plan.take(pa.array(range(first, first + _shard_length(info, chosen, number))))
 
-def _render(chosen: DatagenSettings, renderer: Renderer, info: dict[str, Any], todo: list[int]) -> None:
-    workers = min(_workers(chosen, renderer), len(todo))
-    done = info["pictures"] - sum(_shard_length(info, chosen, n) for n in todo)
-    began = time.time()
-    with progress(info["pictures"], "picture", "render", initial=done) as bar:
-        if workers == 1:
-            plan = shards.read_plan(chosen.out)
-            for number in todo:
-                _render_shard(chosen, renderer, plan, number, bar.update)
-        else:
-            for count in _in_parallel(chosen, workers, todo):
-                bar.update(count)
-        rate = bar.format_dict["rate"]
-    _log_line(
-        chosen, {"event": "rendered", "shards": len(todo), "seconds": time.time() - began, "pictures_per_s": rate}
-    )
+    total = sum(_shard_length(info, chosen, n) for n in mine)
+    left = sum(_shard_length(info, chosen, n) for n in todo)
+    failed: dict[int, str] = {}
+    in_a_row = 0
+    noted: Counter[str] = Counter()
+    _log(chosen, "began", shards=len(todo), pictures=left, places=engine.places)
+    with progress(total, "picture", "render", initial=total - left) as bar:
+        for event in engine.render(todo, rows_of, bar.update):
+            if event.kind == "done":
+                in_a_row = 0
+                noted.update(event.report["notes"])
+                _log(chosen, "shard", **event.report)
+                continue
+            error = event.error.splitlines()[-1]
+            log.warning("shard %06d failed%s: %s", event.shard, "" if event.last else ", it is tried again", error)
+            _log(chosen, "failed", shard=event.shard, error=event.error, last=event.last)
+            if event.last:
+                failed[event.shard] = error
+                in_a_row += 1
+                if in_a_row == _MOST_FAILED_IN_A_ROW:
+                    raise UserError(
+                        f"{in_a_row} shards in a row failed, the last with: {error}\n"
+                        f"The whole trace is in {_log_path(chosen.out)}. Mend it; the same command resumes."
+                    )
+    for note, count in sorted(noted.items()):
+        log.info("%s pictures: %s", f"{count:,}", _NOTES.get(note, note))
+    _log(chosen, "ended", failed=sorted(failed))
+    return failed
 
 
 def _shard_length(info: dict[str, Any], chosen: DatagenSettings, number: int) -> int:
     return min(chosen.shard_size, info["pictures"] - number * chosen.shard_size)
 
 
-def _render_shard(
-    chosen: DatagenSettings, renderer: Renderer, plan: pa.Table, number: int, tick: Callable[[int], object]
-) -> int:
-    """Renders and commits one shard. Batches are cut by the plan alone, never by where a run resumed."""
-    rows = plan.slice(number * chosen.shard_size, chosen.shard_size)
-    prompts, seeds = rows["prompt"].to_pylist(), rows["seed"].to_pylist()
-    batch = getattr(chosen.renderer, "batch_size", _CPU_BATCH)
-
-    def pictures() -> Iterator[bytes]:
-        for start in range(0, len(prompts), batch):
-            picture_NHWC = renderer.render(prompts[start : start + batch], seeds[start : start + batch])
-            for picture_HWC in picture_NHWC:
-                yield encode(picture_HWC, chosen.renderer.image_format)
-            tick(len(picture_NHWC))
-
-    shards.write_shard(chosen.out, number, rows, pictures(), f".{chosen.renderer.image_format}")
-    return len(prompts)
+def _tell_end(chosen: DatagenSettings, info: dict[str, Any], failed: dict[int, str]) -> None:
+    missing = len(shards.missing_shards(chosen.out, info))
+    for number, error in sorted(failed.items()):
+        log.error("shard %06d is missing after %d tries: %s", number, chosen.retries + 1, error)
+    if failed:
+        log.error("%d shards are missing; the same command tries them again", len(failed))
+    if missing > len(failed):
+        log.info("%s: %d of %d shards are there", chosen.out, info["shards"] - missing, info["shards"])
+    elif not missing:
+        log.info("%s: %s pictures, %s", chosen.out, f"{info['pictures']:,}", _by_split(info["splits"]))
 
 
-def _log_line(chosen: DatagenSettings, values: dict[str, Any]) -> None:
-    out = chosen.out.absolute()  # "." has no name
-    path = out.with_name(f"{out.name}.log.jsonl")
-    with path.open("a") as file:
-        file.write(json.dumps({"time": time.time(), **values}) + "\n")
+def _by_split(splits: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {name}" for name, count in sorted(splits.items()))
 
 
-# ------------------------------------------------------------------------------- processes of a renderer on the CPU
-
-_worker: dict[str, Any] = {}  # one process's settings, renderer and plan
-
-
-def _in_parallel(chosen: DatagenSettings, workers: int, todo: list[int]) -> Iterator[int]:
-    """Renders the shards `todo`, and tells the pictures of each as it is committed."""
-    others = multiprocessing.active_children()
-    # spawn: the parent may hold torch's threads, which a fork would break
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (chosen,))
-    try:
-        for done in as_completed([pool.submit(_work, number) for number in todo]):
-            yield done.result()
-    except BrokenProcessPool as error:
-        raise UserError(
-            f"a process that renders was ended from outside, perhaps for want of memory: lower workers={workers}; "
-            f"the same command resumes"
-        ) from error
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-        for process in multiprocessing.active_children():
-            if process not in others:
-                process.terminate()
-                process.join()
+def _beside(out: Location, suffix: str) -> Path:
+    """A local path named after the dataset: beside it, or for a URL in the current folder."""
+    name = out.absolute().name if _is_local(out) else out.name  # "." has no name
+    return (Path(out).absolute().parent if _is_local(out) else Path.cwd()) / f"{name}{suffix}"
 
 
-def _start_worker(chosen: DatagenSettings) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers for all
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def die_with_parent() -> None:
-        parent.join()  # a killed parent cannot end its workers: each ends itself
-        os._exit(1)
-
-    threading.Thread(target=die_with_parent, daemon=True).start()
-    _worker.update(chosen=chosen, renderer=make_renderer(chosen.renderer), plan=shards.read_plan(chosen.out))
+def _log_path(out: Location) -> Path:
+    return _beside(out, ".log.jsonl")
 
 
-def _work(number: int) -> int:
-    return _render_shard(_worker["chosen"], _worker["renderer"], _worker["plan"], number, lambda _: None)
+def _log(chosen: DatagenSettings, event: str, **values: Any) -> None:
+    with _log_path(chosen.out).open("a") as file:
+        file.write(json.dumps({"time": time.time(), "event": event, "part": chosen.part, **values}) + "\n")

@@ -134,7 +134,7 @@ def write_plan(root: Path, plan: pa.Table, info: Mapping[str, Any]) -> None:
     write_json(root / "dataset.json", info)
 
 
-def write_shard(root: Path, number: int, plan: pa.Table, pictures: Iterable[bytes], suffix: str) -> None:
+def write_shard(root: Path, number: int, plan: pa.Table, pictures: Iterable[tuple[bytes, Mapping[str, Any]]], suffix: str) -> None:
     """Writes shard `number`: the tar, then its index, which commits it.
 
     Args:
@@ -147,12 +147,12 @@ def write_shard(root: Path, number: int, plan: pa.Table, pictures: Iterable[byte
 
     def write(file: io.BufferedWriter) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for row, picture in zip(plan.to_pylist(), pictures, strict=True):
+            for row, (picture, note) in zip(plan.to_pylist(), pictures, strict=True):
                 key = row["key"]
                 offsets.append(tar.offset + tarfile.BLOCKSIZE)
                 sizes.append(len(picture))
                 crcs.append(zlib.crc32(picture))
-                meta = {k: row[k] for k in ("prompt_id", "source", "group", "split", "seed")}
+                meta = {k: row[k] for k in ("prompt_id", "source", "group", "split", "seed")} | dict(note)
                 for member, data in (
                     (f"{key}{suffix}", picture),
                     (f"{key}.txt", row["prompt"].encode()),

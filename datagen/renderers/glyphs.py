@@ -94,6 +94,7 @@ class Glyphs:
     """Draws what `grammar.parse` finds in a prompt. Implements `datagen.renderers.base.Renderer`."""
 
     one_core: ClassVar[bool] = True
+    batch_size: int | None = 50  # pictures between two ticks
 
     def __init__(self, size: int = 128) -> None:
         """
@@ -111,11 +112,21 @@ class Glyphs:
         self._maps = Maps(size)
         self._cache: OrderedDict[tuple[object, ...], tuple[Any, int]] = OrderedDict()
         self._held = 0
+        self.notes: list[dict[str, Any]] = []
+
+    def find_batch_size(self) -> int:
+        """Fixed: pictures are drawn one by one."""
+        self.batch_size = 50
+        return 50
 
     def settings(self) -> Mapping[str, Any]:
         """Name, version of the drawing, size, version of the font package."""
         _font_folder()
         return {"name": "glyphs", "version": 1, "size": self._size, "font": importlib.metadata.version(PACKAGE)}
+
+    def measured_seconds(self, num: int) -> float:
+        """`seconds`: there are no weights whose speed on this machine could surprise."""
+        return self.seconds(num)
 
     def seconds(self, num: int) -> float:
         """What `num` pictures take: some 4 ms at 128 px, the most of it in proportion to the pixels."""
@@ -143,6 +154,7 @@ class Glyphs:
                 f"glyphs: {len(unknown)} of {len(prompts)} prompts name no object it can draw: {shown}. "
                 "Drop what can_draw refuses, or use another renderer."
             )
+        self.notes = [{} for _ in prompts]
         out = np.empty((len(prompts), self._size, self._size, 3), np.uint8)
         for i, (prompt, seed, scene) in enumerate(zip(prompts, seeds, scenes, strict=True)):
             if scene:

@@ -1,0 +1,204 @@
+"""The same shards on Ray: a laptop's own, or a cluster of any size.
+
+    python -m datagen engine=ray                                         Ray on this machine, an actor a GPU or core
+    python -m datagen engine=ray ray_address=auto out=s3://bucket/sd2    the cluster that this machine belongs to
+
+Each node needs the project's dependencies; our code travels with the job. `out` is a URL, or a folder that all share.
+An actor that dies, with its node too, is replaced, and its shard tried again elsewhere.
+"""
+
+import os
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError
+
+from conf import ROOT, UserError
+from datagen import shards
+from datagen.config import DatagenSettings
+from datagen.renderers.base import Renderer
+from datagen.work import Event, Ticks, answer, make_renderer, render_shard
+
+T = TypeVar("T")
+_LOOK_S = 1.0  # between two looks at the actors' progress
+# what of the project's folder the nodes do not need
+_NOT_SENT = [".git", ".venv", "data", "checkpoints", "bundle", "tests", "wandb", "*.ckpt", "*.safetensors", "*.tar"]
+
+
+class _Actor:
+    """Renders shards in a process of the cluster; asked for its progress while it does."""
+
+    def __init__(self, chosen: DatagenSettings) -> None:
+        self._chosen = chosen
+        self._renderer: Renderer | None = None
+        self._rendered = 0
+
+    def render(self, number: int, rows: pa.Table) -> Event | UserError:
+        self._rendered = 0
+        try:
+            self._renderer = self._renderer or make_renderer(self._chosen)
+            return Event("done", number, report=render_shard(self._chosen, self._renderer, number, rows, self._tick))
+        except UserError as error:
+            return error
+        except Exception:
+            return Event("failed", number, error=traceback.format_exc().strip())
+
+    def _tick(self, pictures: int) -> None:
+        self._rendered += pictures
+
+    @ray.method(concurrency_group="looks")
+    def rendered(self) -> int:
+        """Pictures of the shard in hand."""
+        return self._rendered
+
+
+@dataclass
+class _Worker:
+    actor: Any
+    shard: int | None = None
+    seen: int = 0
+    """Pictures of the shard that were ticked."""
+    look: Any = field(default=None)
+    """The question after its progress that is under way."""
+
+
+class Cluster:
+    """The engine `ray`.
+
+    Raises:
+        UserError: the cluster cannot be reached, or has no place for a worker.
+    """
+
+    def __init__(self, chosen: DatagenSettings, renderer: Renderer) -> None:
+        self._chosen = chosen
+        _connect(chosen)
+        there = ray.cluster_resources()
+        gpus = int(there.get("GPU", 0))
+        # the machine that started the run may have no GPU itself, but a renderer of one core never wants one
+        self.on_gpu = gpus > 0 and not renderer.one_core and getattr(chosen.renderer, "device", "cpu") != "cpu"
+        cores = int(there.get("CPU", 1))
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        self._cores = 1 if renderer.one_core or self.on_gpu else max(1, cores // nodes)
+        self.places = gpus if self.on_gpu else cores // self._cores
+        if chosen.workers is not None and not self.on_gpu:
+            self.places = chosen.workers
+
+    def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
+        return _get(ray.remote(answer).options(**self._needs()).remote(question, self._chosen))
+
+    def _needs(self) -> dict[str, float]:
+        return {"num_cpus": self._cores, "num_gpus": 1 if self.on_gpu else 0}
+
+    def _start(self) -> _Worker:
+        actor: Any = ray.remote(concurrency_groups={"looks": 1})(_Actor)
+        return _Worker(actor.options(**self._needs()).remote(self._chosen))
+
+    def render(
+        self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
+    ) -> Iterator[Event]:
+        tries: Counter[int] = Counter()
+        ticks = Ticks(tick)
+        queue = deque(todo)
+        workers = [self._start() for _ in range(min(self.places, len(todo)))]
+        running: dict[Any, _Worker] = {}
+        try:
+            while queue or running:
+                for worker in workers:
+                    if queue and worker.shard is None:
+                        worker.shard, worker.seen = queue.popleft(), 0
+                        running[worker.actor.render.remote(worker.shard, rows_of(worker.shard))] = worker
+                ended, _ = ray.wait(list(running), timeout=_LOOK_S)
+                for worker in running.values():
+                    _look(worker, ticks)
+                for reference in ended:
+                    worker = running.pop(reference)
+                    event = self._event(reference, worker, ticks)
+                    if event.kind == "failed":
+                        ray.kill(worker.actor)
+                        workers[workers.index(worker)] = self._start()
+                        tries[event.shard] += 1
+                        last = tries[event.shard] > self._chosen.retries
+                        event = Event("failed", event.shard, error=event.error, last=last)
+                        if not last:
+                            queue.append(event.shard)
+                    yield event
+        finally:
+            for worker in workers:
+                ray.kill(worker.actor)
+
+    def _event(self, reference: Any, worker: _Worker, ticks: Ticks) -> Event:
+        """What became of the shard in hand, and the bar set right."""
+        number = worker.shard
+        if number is None:
+            raise ValueError("a worker without a shard")
+        try:
+            event = ray.get(reference)
+        except RayError as error:  # its process or its node is gone
+            event = Event("failed", number, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        if isinstance(event, UserError):
+            raise event
+        if event.kind == "done" and not shards.committed(self._chosen.out, number):
+            raise UserError(
+                f"shard {number:06d} was written on another machine, and {self._chosen.out} does not show it here: "
+                f"give out= a URL, or a folder that all nodes share"
+            )
+        if event.kind == "done":
+            ticks.add(number, event.report["pictures"] - worker.seen)
+        else:
+            ticks.take_back(number)
+        worker.shard, worker.look = None, None
+        return event
+
+
+def _look(worker: _Worker, ticks: Ticks) -> None:
+    """Ticks what the worker has rendered since the last look; asks again without waiting for the answer."""
+    if worker.look is not None and worker.shard is not None:
+        if not ray.wait([worker.look], timeout=0)[0]:
+            return
+        try:
+            rendered = ray.get(worker.look)
+        except RayError:
+            return  # `_event` tells of it
+        if rendered > worker.seen:
+            ticks.add(worker.shard, rendered - worker.seen)
+            worker.seen = rendered
+    worker.look = worker.actor.rendered.remote()
+
+
+def _connect(chosen: DatagenSettings) -> None:
+    if ray.is_initialized():
+        return
+    environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    cores = None
+    if chosen.ray_address is not None:
+        environment = {"working_dir": str(ROOT), "excludes": _NOT_SENT}
+    else:
+        cores = chosen.workers or os.cpu_count()
+    try:
+        ray.init(
+            chosen.ray_address,
+            num_cpus=cores,
+            include_dashboard=False if chosen.ray_address is None else None,
+            log_to_driver=False,
+            logging_level="warning",
+            runtime_env=environment,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"ray_address={chosen.ray_address}: {str(error).splitlines()[0]}\n"
+            f"Start a cluster (ray start --head), or leave ray_address out for a Ray of this machine's own."
+        ) from error
+
+
+def _get(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from error
+        raise

@@ -1,0 +1,213 @@
+"""Processes of this machine that render shards: one that dies is started anew, and its shard is tried again."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from conf import UserError
+from datagen.config import DatagenSettings
+from datagen.renderers.base import Renderer
+from datagen.work import Event, Ticks, answer, make_renderer, render_shard
+
+T = TypeVar("T")
+_SPAWN = multiprocessing.get_context("spawn")  # the parent may hold torch's threads, which a fork would break
+_LONGEST_STOP_S = 20  # for a worker to drop its shard
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    environment: Mapping[str, str]
+    shard: int | None = None
+
+
+class Local:
+    """The engine of one machine: a process a GPU, or a process a core for a renderer of one core."""
+
+    def __init__(self, chosen: DatagenSettings, renderer: Renderer) -> None:
+        self._chosen, self._renderer = chosen, renderer
+        self.on_gpu = renderer.on_gpu()
+        self._environments: list[dict[str, str]] = [{}]
+        if self.on_gpu and ":" not in chosen.renderer.device:  # cuda:1 names one by itself
+            self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus(chosen)]
+        elif renderer.one_core:
+            self._environments *= chosen.workers or os.cpu_count() or 1
+        self.places = len(self._environments)
+
+    def render(
+        self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
+    ) -> Iterator[Event]:
+        if min(self.places, len(todo)) == 1 and not self.on_gpu:
+            return self._here(todo, rows_of, Ticks(tick))
+        return self._in_processes(todo, rows_of, Ticks(tick))
+
+    def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
+        if not self.on_gpu:
+            return question(self._chosen, self._renderer)
+        with ProcessPoolExecutor(1, _SPAWN, _start_process, (self._environments[0],)) as pool:
+            return pool.submit(answer, question, self._chosen).result()
+
+    def _here(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
+        """In this process: a renderer that has all cores, or a single core, needs no other."""
+        for number in todo:
+            for left in reversed(range(self._chosen.retries + 1)):
+                try:
+                    report = render_shard(
+                        self._chosen, self._renderer, number, rows_of(number), partial(ticks.add, number)
+                    )
+                except UserError:
+                    raise
+                except Exception:
+                    ticks.take_back(number)
+                    yield Event("failed", number, error=traceback.format_exc().strip(), last=left == 0)
+                else:
+                    yield Event("done", number, report=report)
+                    break
+
+    def _in_processes(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
+        tries: Counter[int] = Counter()
+        queue = deque(todo)
+        workers = [_start(self._chosen, environment) for environment in self._environments[: len(todo)]]
+        try:
+            while queue or any(w.shard is not None for w in workers):
+                for worker in workers:
+                    if queue and worker.shard is None:
+                        number = queue.popleft()
+                        _send(worker, number, rows_of(number))
+                for pipe in wait([w.pipe for w in workers]):
+                    worker = next(w for w in workers if w.pipe is pipe)
+                    event = _receive(worker)
+                    if event is None:  # it died with nothing to do
+                        workers.remove(worker)
+                        continue
+                    if isinstance(event, tuple):
+                        ticks.add(*event)
+                        continue
+                    if event.kind == "failed":
+                        ticks.take_back(event.shard)
+                        # a process whose CUDA context is broken fails at everything
+                        _stop([worker])
+                        workers[workers.index(worker)] = _start(self._chosen, worker.environment)
+                        tries[event.shard] += 1
+                        last = tries[event.shard] > self._chosen.retries
+                        event = Event("failed", event.shard, error=event.error, last=last)
+                        if not last:
+                            queue.append(event.shard)
+                    elif event.kind == "done":
+                        worker.shard = None
+                    yield event
+        finally:
+            _stop(workers)
+
+
+def _start(chosen: DatagenSettings, environment: Mapping[str, str]) -> _Worker:
+    ours, theirs = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=_run, args=(chosen, dict(environment), theirs), daemon=True)
+    process.start()
+    theirs.close()  # so that its end is the only one: the pipe closes with the process
+    return _Worker(process, ours, environment)
+
+
+def _send(worker: _Worker, number: int, rows: pa.Table) -> None:
+    worker.shard = number
+    with contextlib.suppress(OSError):  # it has died: `_receive` sees the closed pipe
+        worker.pipe.send((number, rows))
+
+
+def _receive(worker: _Worker) -> Event | tuple[int, int] | None:
+    """An event, or a shard and the pictures rendered of it."""
+    try:
+        message = worker.pipe.recv()
+    except (EOFError, OSError):
+        worker.process.join()
+        shard, worker.shard = worker.shard, None
+        code = worker.process.exitcode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return None if shard is None else Event("failed", shard, error=f"its process ended with {how}")
+    if isinstance(message, UserError):
+        raise message
+    return message
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.process.terminate()
+    for worker in workers:
+        worker.process.join(_LONGEST_STOP_S)
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+        worker.pipe.close()
+
+
+# ------------------------------------------------------------------------------------------------ inside the process
+
+
+def _start_process(environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)  # before torch is imported, which reads CUDA_VISIBLE_DEVICES once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers for all
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not killed outright: a shard half written is dropped
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("not a child process")
+
+    def die_with_parent() -> None:
+        parent.join()  # a killed parent cannot end its workers: each ends itself
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+
+
+def _run(chosen: DatagenSettings, environment: dict[str, str], pipe: Connection) -> None:
+    _start_process(environment)
+    try:
+        renderer = make_renderer(chosen)
+    except UserError as error:
+        pipe.send(error)
+        return
+    while True:
+        try:
+            number, rows = pipe.recv()
+        except EOFError:
+            return  # the parent is gone
+        try:
+            report = render_shard(chosen, renderer, number, rows, lambda n, number=number: pipe.send((number, n)))
+            pipe.send(Event("done", number, report=report))
+        except UserError as error:
+            pipe.send(error)
+            return
+        except Exception:
+            pipe.send(Event("failed", number, error=traceback.format_exc().strip()))
+            return
+
+
+def _gpus(chosen: DatagenSettings) -> list[str]:
+    """The GPUs to use, by the names that CUDA_VISIBLE_DEVICES takes.
+
+    Raises:
+        UserError: fewer are there than asked for.
+    """
+    import torch
+
+    there = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:there] if visible else [str(n) for n in range(there)]
+    if chosen.devices == "all":
+        return names
+    if chosen.devices > there:
+        raise UserError(f"devices: {chosen.devices} GPUs are asked for, and {there} are here; devices=all takes them")
+    return names[: chosen.devices]

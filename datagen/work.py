@@ -1,0 +1,134 @@
+"""One shard, the unit of work: rendered, encoded, written and committed whole, wherever it is done.
+
+A shard is a function of its plan rows and the renderer's settings: not of the process, the machine, or where a run
+resumed.
+"""
+
+import dataclasses
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from datagen import shards
+from datagen.config import DatagenSettings, GlyphsRenderer
+from datagen.pictures import encoded
+from datagen.renderers.base import Renderer
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What became of a shard."""
+
+    kind: Literal["done", "failed"]
+    shard: int
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """done: what `render_shard` returned."""
+    error: str = ""
+    """failed: its last line names the error, those before it where it was raised."""
+    last: bool = False
+    """failed: it is not tried again."""
+
+
+class Engine(Protocol):
+    """Where shards are rendered: this machine's processes (`pool.Local`) or a cluster's (`cluster.Cluster`)."""
+
+    places: int
+    """Shards rendered at once."""
+
+    on_gpu: bool
+
+    def render(
+        self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
+    ) -> Iterator[Event]:
+        """Renders shards. A failing one is tried `retries` times more; the last of its `failed` events says so.
+
+        Args:
+            todo: numbers of the shards.
+            rows_of: a shard's rows of the plan.
+            tick: told how many pictures more are rendered; less than none when a shard has failed.
+
+        Raises:
+            UserError: what no second try mends, such as a full disk.
+        """
+        ...
+
+    def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
+        """`question(settings, renderer)`, answered where shards are rendered, and all memory it took given back."""
+        ...
+
+
+def answer(question: Callable[[DatagenSettings, Renderer], T], chosen: DatagenSettings) -> T:
+    return question(chosen, make_renderer(chosen))
+
+
+def make_renderer(chosen: DatagenSettings) -> Renderer:
+    keys = {f.name: getattr(chosen.renderer, f.name) for f in dataclasses.fields(chosen.renderer)}
+    del keys["name"], keys["image_format"]
+    if isinstance(chosen.renderer, GlyphsRenderer):
+        from datagen.renderers.glyphs import Glyphs
+
+        return Glyphs(**keys)
+    from datagen.renderers.stable_diffusion import StableDiffusion2
+
+    return StableDiffusion2(**keys)
+
+
+class Ticks:
+    """Pictures rendered of each shard, so that those of one that fails can be taken back."""
+
+    def __init__(self, tick: Callable[[int], object]) -> None:
+        self._tick = tick
+        self._rendered: Counter[int] = Counter()
+
+    def add(self, shard: int, pictures: int) -> None:
+        self._rendered[shard] += pictures
+        self._tick(pictures)
+
+    def take_back(self, shard: int) -> None:
+        self._tick(-self._rendered.pop(shard, 0))
+
+
+def render_shard(
+    chosen: DatagenSettings, renderer: Renderer, number: int, rows: pa.Table, tick: Callable[[int], object]
+) -> dict[str, Any]:
+    """Renders the plan's `rows` and commits them as shard `number`.
+
+    Args:
+        tick: told the pictures of each batch.
+
+    Returns:
+        Plain JSON for the log: shard, pictures, seconds, and under notes how often each was made of a picture.
+    """
+    began = time.time()
+    prompts, seeds = rows["prompt"].to_pylist(), rows["seed"].to_pylist()
+    batch = renderer.batch_size
+    if batch is None:
+        raise ValueError("find_batch_size() comes first")
+    told: Counter[str] = Counter()
+
+    def pictures() -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
+        for start in range(0, len(prompts), batch):
+            picture_NHWC = renderer.render(prompts[start : start + batch], seeds[start : start + batch])
+            notes = renderer.notes
+            for note in notes:
+                told.update(note.keys())
+            yield from zip(picture_NHWC, notes, strict=True)
+            tick(len(picture_NHWC))
+
+    # A renderer of one core has its neighbours on the others: it encodes by itself.
+    threads = 1 if renderer.one_core else None
+    image_format = chosen.renderer.image_format
+    shards.write_shard(chosen.out, number, rows, encoded(pictures(), image_format, threads), f".{image_format}")
+    return {
+        "shard": number,
+        "pictures": len(prompts),
+        "seconds": time.time() - began,
+        "notes": dict(sorted(told.items())),
+    }
