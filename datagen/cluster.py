@@ -7,16 +7,19 @@ Each node needs the project's dependencies; our code travels with the job. `out`
 An actor that dies, with its node too, is replaced, and its shard tried again elsewhere.
 """
 
+import dataclasses
+import logging
 import os
+import socket
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import RayError, RayTaskError
 
 from conf import ROOT, UserError
 from datagen import shards
@@ -57,13 +60,13 @@ class _Actor:
         return self._rendered
 
 
-@dataclass
+@dataclasses.dataclass
 class _Worker:
     actor: Any
     shard: int | None = None
     seen: int = 0
     """Pictures of the shard that were ticked."""
-    look: Any = field(default=None)
+    look: Any = None
     """The question after its progress that is under way."""
 
 
@@ -75,7 +78,7 @@ class Cluster:
     """
 
     def __init__(self, chosen: DatagenSettings, renderer: Renderer) -> None:
-        self._chosen = chosen
+        self._chosen = _absolute(chosen)
         _connect(chosen)
         there = ray.cluster_resources()
         gpus = int(there.get("GPU", 0))
@@ -89,13 +92,15 @@ class Cluster:
             self.places = chosen.workers
 
     def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
-        return _get(ray.remote(answer).options(**self._needs()).remote(question, self._chosen))
+        task: Any = ray.remote(answer)
+        return _get(task.options(**self._needs()).remote(question, self._chosen))
 
     def _needs(self) -> dict[str, float]:
         return {"num_cpus": self._cores, "num_gpus": 1 if self.on_gpu else 0}
 
     def _start(self) -> _Worker:
-        actor: Any = ray.remote(concurrency_groups={"looks": 1})(_Actor)
+        remote: Any = ray.remote  # its annotations know no option of these
+        actor = remote(concurrency_groups={"looks": 1})(_Actor)
         return _Worker(actor.options(**self._needs()).remote(self._chosen))
 
     def render(
@@ -137,7 +142,7 @@ class Cluster:
         if number is None:
             raise ValueError("a worker without a shard")
         try:
-            event = ray.get(reference)
+            event: Any = ray.get(reference)
         except RayError as error:  # its process or its node is gone
             event = Event("failed", number, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
         if isinstance(event, UserError):
@@ -161,7 +166,7 @@ def _look(worker: _Worker, ticks: Ticks) -> None:
         if not ray.wait([worker.look], timeout=0)[0]:
             return
         try:
-            rendered = ray.get(worker.look)
+            rendered: Any = ray.get(worker.look)
         except RayError:
             return  # `_event` tells of it
         if rendered > worker.seen:
@@ -180,25 +185,50 @@ def _connect(chosen: DatagenSettings) -> None:
     else:
         cores = chosen.workers or os.cpu_count()
     try:
+        _reach(chosen.ray_address)
         ray.init(
             chosen.ray_address,
             num_cpus=cores,
             include_dashboard=False if chosen.ray_address is None else None,
             log_to_driver=False,
-            logging_level="warning",
+            logging_level=logging.ERROR,
             runtime_env=environment,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:
+    except (ConnectionError, RuntimeError, ValueError) as error:  # ValueError: a port that is no number
         raise UserError(
             f"ray_address={chosen.ray_address}: {str(error).splitlines()[0]}\n"
             f"Start a cluster (ray start --head), or leave ray_address out for a Ray of this machine's own."
         ) from error
 
 
+def _absolute(chosen: DatagenSettings) -> DatagenSettings:
+    """The settings with the paths that a process in another folder would not find made absolute."""
+    renderer = chosen.renderer
+    model = getattr(renderer, "model", None)
+    if model is not None and Path(model).expanduser().exists():
+        renderer = dataclasses.replace(renderer, model=str(Path(model).expanduser().absolute()))
+    return dataclasses.replace(chosen, out=chosen.out.absolute(), renderer=renderer)
+
+
+def _reach(address: str | None) -> None:
+    """Ray itself would try for minutes.
+
+    Raises:
+        ConnectionError: nobody answers there.
+    """
+    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody answers there: {error.strerror or error}") from error
+
+
 def _get(reference: Any) -> Any:
     try:
         return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
+    except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from error
         raise

@@ -186,16 +186,86 @@ def test_ctrl_c_ends_all_quietly_and_resumes(tmp_path: Path) -> None:
 
 
 @LINUX
-def test_a_worker_that_is_killed_ends_the_run_with_a_remedy(tmp_path: Path) -> None:
+def test_sigterm_drops_the_shards_in_hand(tmp_path: Path) -> None:
+    out, marker = tmp_path / "data", uuid.uuid4().hex
+    process = start("datagen", *LARGE, "workers=2", f"out={out}", IM2EMB_TEST=marker)
+    wait_for(lambda: list(out.glob("shards/*.parquet")), process)
+    process.terminate()
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "interrupted: the same command resumes"
+    assert not survivors(marker)
+    assert not list(out.rglob(".*"))
+
+
+@LINUX
+def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     out, marker = tmp_path / "data", uuid.uuid4().hex
     process = start("datagen", *LARGE, "workers=2", f"out={out}", IM2EMB_TEST=marker)
     wait_for(lambda: list(out.glob("shards/*.parquet")), process)
     workers = [p for p in survivors(marker) if b"spawn_main" in Path(f"/proc/{p}/cmdline").read_bytes()]
     os.kill(workers[0], signal.SIGKILL)
-    err = process.communicate(timeout=30)[1]
-    assert process.returncode == 2
-    assert "error: a process that renders was ended from outside, perhaps for want of memory: lower workers=2" in err
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 0
+    assert "failed, it is tried again: its process ended with signal 9" in err
     assert not survivors(marker)
+    make(tmp_path / "unkilled", *LARGE)
+    assert contents(out) == contents(tmp_path / "unkilled")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_failing_shard_is_tried_again_then_set_aside_and_listed(
+    unkilled: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "data"
+    in_the_way = out / "shards" / "000003.tar"  # a folder, which no file can replace
+    in_the_way.mkdir(parents=True)
+    for name in ("dataset.json", "prompts.parquet"):
+        shutil.copy(unkilled / name, out / name)
+    command = [*SMALL, f"workers={workers}", "retries=1", f"out={out}"]
+    assert generate(settings(DatagenSettings, compose("datagen", command))) == 1
+    assert "shard 000003 failed, it is tried again: IsADirectoryError" in caplog.text
+    assert "shard 000003 is missing after 2 tries: IsADirectoryError" in caplog.text
+    assert "1 shards are missing; the same command tries them again" in caplog.text
+    assert len(list(out.glob("shards/*.parquet"))) == 11
+    events = [json.loads(line) for line in (tmp_path / "data.log.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events].count("shard") == 11
+    assert [(e["shard"], e["last"]) for e in events if e["event"] == "failed"] == [(3, False), (3, True)]
+    assert events[-1]["failed"] == [3]
+    in_the_way.rmdir()
+    make(out, *SMALL)
+    assert contents(out) == contents(unkilled)
+
+
+def test_a_run_at_which_everything_fails_is_stopped(unkilled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    for number in range(12):
+        (out / "shards" / f"{number:06d}.tar").mkdir(parents=True)
+    for name in ("dataset.json", "prompts.parquet"):
+        shutil.copy(unkilled / name, out / name)
+    with pytest.raises(UserError, match=r"(?s)5 shards in a row failed, the last with: IsADirectoryError.*log\.jsonl"):
+        make(out, *SMALL, "retries=0")
+
+
+# Parts
+
+
+def test_the_parts_of_an_array_make_the_whole(unkilled: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data"
+    waits = start("datagen", *SMALL, "part=2/3", f"out={out}")
+    assert run("datagen", *SMALL, "part=1/3", f"out={out}").returncode == 0
+    said = waits.communicate(timeout=60)[1]
+    assert waits.returncode == 0
+    assert f"part=2/3: waiting for part 1 to write {out / 'dataset.json'}" in said
+    assert sorted(p.stem for p in out.glob("shards/*.tar")) == [f"{n:06d}" for n in range(12) if n % 3 < 2]
+    assert "data: 8 of 12 shards are there" in said
+    make(out, *SMALL, "part=3/3")
+    assert contents(out) == contents(unkilled)
+
+
+@pytest.mark.parametrize("part", ["5/4", "0/4", "1-4"])
+def test_a_part_that_is_none_is_refused(tmp_path: Path, part: str) -> None:
+    refused(tmp_path / "data", rf"part: {part} is not i/n with i from 1 to n, such as 3/8", f"part={part}")
 
 
 # Refusals
