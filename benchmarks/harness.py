@@ -16,9 +16,12 @@ def timed(work: Callable[[], object]) -> float:
     return time.process_time() - start
 
 
-def options(doc: str | None) -> argparse.Namespace:
+def options(doc: str | None, **switches: str) -> argparse.Namespace:
+    """`switches`: more flags, name → help."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write all figures here")
+    for name, what in switches.items():
+        parser.add_argument(f"--{name}", action="store_true", help=what)
     return parser.parse_args()
 
 

@@ -47,11 +47,11 @@ def make(root: Path) -> float:
     columns = dict(zip(shards.PLAN.names, zip(*rows, strict=True), strict=True))
     plan = pa.table({name: list(column) for name, column in columns.items()}, schema=shards.PLAN)
     shards.write_plan(root, plan, {"shards": PICTURES // SHARD})
-    pictures = [distinct[n % len(distinct)] for n in range(PICTURES)]
+    pictures = [(distinct[n % len(distinct)], {}) for n in range(PICTURES)]
     for number in range(PICTURES // SHARD):
         part = slice(number * SHARD, (number + 1) * SHARD)
         shards.write_shard(root, number, plan.slice(part.start, SHARD), pictures[part], ".jpg")
-    return float(np.mean([len(p) for p in pictures]))
+    return float(np.mean([len(p) for p, _ in pictures]))
 
 
 def our_samples(dataset: Dataset, seed: int) -> Iterator[tuple[str, bytes]]:

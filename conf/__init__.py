@@ -58,6 +58,9 @@ def _bounds(made: Any, where: str) -> list[str]:
         value = getattr(made, field.name)
         if dataclasses.is_dataclass(value):
             found += _bounds(value, f"{where}{field.name}.")
+        elif isinstance(value, dict):
+            for key, item in value.items():
+                found += _bounds(item, f"{where}{field.name}.{key}.") if dataclasses.is_dataclass(item) else []
     return found
 
 
@@ -92,15 +95,25 @@ def _mismatch(hint: Any, value: Any, where: str) -> list[str]:
             return [f"{where}: expected a list, got {value!r}"]
         return [p for i, item in enumerate(value) for p in _mismatch(args[0], item, f"{where}[{i}]")]
     if origin is dict:
-        return [] if isinstance(value, Mapping) else [f"{where}: expected a group of keys, got {value!r}"]
+        if not isinstance(value, Mapping):
+            return [f"{where}: expected a group of keys, got {value!r}"]
+        return [p for key, item in value.items() for p in _mismatch(args[1], item, f"{where}.{key}")]
     if hint is Any:
         return []
     if hint is type(None):
         return [] if value is None else [f"{where}: expected null, got {value!r}"]
     wanted: tuple[type, ...] = {float: (int, float), Path: (str, Path), Location: (str, Path)}.get(hint, (hint,))
     if isinstance(value, wanted) and (hint is bool or not isinstance(value, bool)):
-        return []
+        return _bad_url(value, where) if hint is Location else []
     return [f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}"]
+
+
+def _bad_url(value: str | Path, where: str) -> list[str]:
+    try:
+        Location(value)
+    except ValueError as error:
+        return [f"{where}: {value}: {error}; give a local path, or s3://, gs:// or hf://"]
+    return []
 
 
 def _named(classes: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
@@ -137,8 +150,17 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     def main(composed: Any) -> None:
         nonlocal code
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-        for noisy in ("httpx", "httpcore", "matplotlib", "sentence_transformers", "transformers"):
+        for noisy in (
+            "aiobotocore",
+            "botocore",
+            "httpx",
+            "httpcore",
+            "matplotlib",
+            "sentence_transformers",
+            "transformers",
+        ):
             logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
         try:
             missing = _missing(OmegaConf.to_container(composed))
             if missing:
@@ -168,14 +190,13 @@ def _missing(values: Any, where: str = "") -> list[str]:
     return found
 
 
-def progress(total: int, unit: str, what: str, initial: int = 0) -> "tqdm":
+def progress(total: int, unit: str, what: str, initial: int = 0, *, show: bool = True) -> "tqdm":
     """A bar on standard error with rate and time left; a line every ten seconds where that is no terminal."""
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
-    return tqdm(
-        total=total, initial=initial, unit=unit, desc=what, dynamic_ncols=terminal, mininterval=0.2 if terminal else 10
-    )
+    shown = {"dynamic_ncols": terminal, "mininterval": 0.2 if terminal else 10, "disable": not show}
+    return tqdm(total=total, initial=initial, unit=unit, desc=what, **shown)
 
 
 def _refuse_foreign_packages() -> None:

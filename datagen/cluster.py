@@ -86,10 +86,8 @@ class Cluster:
         self.on_gpu = gpus > 0 and not renderer.one_core and getattr(chosen.renderer, "device", "cpu") != "cpu"
         cores = int(there.get("CPU", 1))
         nodes = sum(node["Alive"] for node in ray.nodes())
-        self._cores = 1 if renderer.one_core or self.on_gpu else max(1, cores // nodes)
-        self.places = gpus if self.on_gpu else cores // self._cores
-        if chosen.workers is not None and not self.on_gpu:
-            self.places = chosen.workers
+        self.places = gpus if self.on_gpu else chosen.workers or (cores if renderer.one_core else nodes)
+        self._cores = 1 if renderer.one_core or self.on_gpu else max(1, cores // self.places)
 
     def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
         task: Any = ray.remote(answer)

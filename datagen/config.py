@@ -36,14 +36,63 @@ class GrammarPrompts:
 @dataclass(frozen=True)
 class FilePrompts:
     name: Literal["file"]
-    path: Path
-    """A .txt (one prompt a line), .csv, .tsv, .jsonl or .parquet file."""
+    path: str
+    """A path or glob, hf://datasets/owner/name/file, another fsspec URL, or zip://member::path; .txt (one prompt a
+    line), .csv, .tsv, .jsonl (each also .gz), .json or .parquet."""
+    revision: str | None
+    """Commit, tag or branch of the hub's repository; null resolves today's commit and records it."""
+    records: str | None
+    """Of a .json: key of the list of rows; null where the file is that list."""
     column: str
-    """Column of the prompt; a .txt has none."""
+    """Column of the prompt; a list there is several prompts. A .txt has none."""
+    json_lists: bool
+    """The column's text is itself JSON, a list of prompts."""
     group_column: str | None
     """Column of the group for `split.kind=holdout`; parts of a group are joined by ";"."""
+    at_most: dict[str, float]
+    """Bounds of columns of numbers or truth values (1, 0): a row above one of them is left out."""
+    shuffle: int
+    """Prompts held for a local shuffle by `seed`, and row groups of a .parquet permuted; 0 keeps the files' order."""
     source: str | None
     """Name kept with each prompt; null takes the file's name."""
+
+    def problems(self) -> list[str]:
+        return [f"shuffle: {self.shuffle} is below 0; 0 keeps the files' order"] if self.shuffle < 0 else []
+
+
+@dataclass(frozen=True)
+class MixtureSource:
+    weight: float
+    """Share of the mixture's prompts, 0 to 1; a source of weight 0 is not opened."""
+    prompts: GrammarPrompts | FilePrompts
+    most: int | None = None
+    """Prompts drawn of it before the mixture goes on without it; null: all."""
+
+    def problems(self) -> list[str]:
+        found = [] if 0 <= self.weight <= 1 else [f"weight: {self.weight} is outside 0 to 1"]
+        if self.most is not None and self.most < 1:
+            found.append(f"most: {self.most} is below 1; null sets no bound, weight=0 leaves the source out")
+        return found
+
+
+@dataclass(frozen=True)
+class MixturePrompts:
+    name: Literal["mixture"]
+    sources: dict[str, MixtureSource]
+    """Name, kept with each prompt → its share and where it comes from."""
+
+    def problems(self) -> list[str]:
+        weights = {name: source.weight for name, source in self.sources.items()}
+        total = sum(weights.values())
+        if abs(total - 1) < 1e-3:
+            return []
+        found = f"sources: the weights sum to {total:.4g}, not 1"
+        if not 0 < total < float("inf") or min(weights.values()) < 0:
+            return [found]
+        scaled = {name: round(weight / total, 4) for name, weight in weights.items()}
+        largest = max(scaled, key=lambda name: scaled[name])
+        scaled[largest] = round(scaled[largest] + 1 - sum(scaled.values()), 4)
+        return [f"{found}; scaled: " + " ".join(f"prompts.sources.{n}.weight={w:g}" for n, w in scaled.items())]
 
 
 @dataclass(frozen=True)
@@ -57,19 +106,25 @@ class GlyphsRenderer:
 
 @dataclass(frozen=True)
 class StableDiffusionRenderer:
-    name: Literal["sd2_competition"]
+    name: Literal["sd2_competition", "sd2_fast"]
     model: str
     """Hub repository, diffusers folder, or the single file 768-v-ema.ckpt or .safetensors."""
     revision: str | None
     """Commit of the hub repository; null resolves today's and records it."""
     allow_unknown_weights: bool
     """Load a .ckpt whose sha256 is not the published one."""
+    scheduler: Literal["ddim", "dpmsolver++"]
+    """The sampler: ddim is the competition's."""
     steps: int
-    """DDIM steps."""
+    """Denoising steps; of ddim a divisor of 1,000."""
     guidance: float
-    """Classifier-free guidance scale."""
+    """Classifier-free guidance scale; 1 is none."""
+    guided_share: float
+    """Share of the steps that are guided, 0 to 1; the rest follow the prompt alone, for half the work."""
+    cache_every: int
+    """Steps from one computation of the UNet's deep features to the next; 1 computes them always."""
     render_size: int
-    """Side at which the picture is diffused, pixels, a multiple of 8."""
+    """Side at which the picture is diffused, pixels, a multiple of 64."""
     size: int
     """Side at which it is saved, pixels."""
     filter: Literal["lanczos", "bicubic", "bilinear", "box"]
@@ -78,39 +133,115 @@ class StableDiffusionRenderer:
     """auto is fp16 on CUDA and fp32 elsewhere."""
     device: str
     """auto, cpu, cuda or cuda:N."""
-    batch_size: int
-    """Pictures a batch. Part of the dataset's identity: another size changes float sums."""
+    compile: bool | None
+    """Compile the networks, once a process; null: on CUDA."""
+    batch_size: int | None
+    """Pictures a batch; null finds it. Recorded in the dataset: another size changes float sums."""
+    vae_batch: int
+    """Pictures decoded at once."""
+    redraw: bool
+    """Draw a NaN or constant picture again in fp32; else it is only told."""
     watermark: bool
     """Add the host script's invisible watermark."""
     image_format: Literal["png", "webp", "jpg"]
     """png and webp are lossless, jpg is quality 95."""
 
     def problems(self) -> list[str]:
-        found = [
-            f"{name}: {getattr(self, name)} is below 1"
-            for name in ("steps", "size", "batch_size")
-            if getattr(self, name) < 1
-        ]
-        if self.render_size < 8 or self.render_size % 8:
-            found.append(f"render_size: {self.render_size} is not a multiple of 8, at least 8")
+        found = _diffusion_problems(self)
+        if self.scheduler == "ddim" and not (1 <= self.steps <= 500 and 1000 % self.steps == 0):
+            # Asked for 30, the host's script takes 31 and diffusers 30: only divisors mean the same to both.
+            found.append(f"steps: {self.steps} of ddim must divide 1000, up to 500; the competition's is 50")
+        if self.scheduler == "dpmsolver++" and not 1 <= self.steps <= 500:
+            found.append(f"steps: {self.steps} of dpmsolver++ is outside 1 to 500; 20 to 25 are enough")
+        if not 0 <= self.guided_share <= 1:
+            found.append(f"guided_share: {self.guided_share} is outside 0 to 1; 1 guides every step")
+        if self.cache_every < 1:
+            found.append(f"cache_every: {self.cache_every} is below 1; 1 computes all of every step")
+        if self.vae_batch < 1:
+            found.append(f"vae_batch: {self.vae_batch} is below 1")
+        if self.render_size < 64 or self.render_size % 64:
+            found.append(f"render_size: {self.render_size} is not a multiple of 64 pixels; 768 is right")
         return found
+
+
+@dataclass(frozen=True)
+class DiffusersRenderer:
+    name: Literal["diffusers"]
+    model: str
+    """Hub repository or folder of any text-to-image model, in diffusers' layout with .safetensors weights."""
+    revision: str | None
+    """Commit of the hub repository; null resolves today's and records it."""
+    variant: str | None
+    """Of weights that are there in several, such as fp16; null takes those without one."""
+    steps: int
+    """Denoising steps."""
+    guidance: float
+    """Guidance scale; 0 is right for turbo models."""
+    render_size: int | None
+    """Side at which the picture is diffused, pixels; null: the model's own."""
+    size: int
+    """Side at which it is saved, pixels."""
+    filter: Literal["lanczos", "bicubic", "bilinear", "box"]
+    """Pillow's filter from the one to the other."""
+    precision: Literal["auto", "fp32", "fp16", "bf16"]
+    """auto is bf16 on a CUDA device that has it, else fp16, and fp32 on a CPU."""
+    device: str
+    """auto, cpu, cuda or cuda:N."""
+    batch_size: int | None
+    """Pictures a batch; null finds it. Recorded in the dataset: another size changes float sums."""
+    redraw: bool
+    """Draw a NaN or constant picture again in fp32; else it is only told."""
+    image_format: Literal["png", "webp", "jpg"]
+    """png and webp are lossless, jpg is quality 95."""
+
+    def problems(self) -> list[str]:
+        found = _diffusion_problems(self)
+        if self.steps < 1:
+            found.append(f"steps: {self.steps} is below 1")
+        if self.render_size is not None and (self.render_size < 8 or self.render_size % 8):
+            found.append(f"render_size: {self.render_size} is not a multiple of 8 pixels; null is the model's own")
+        return found
+
+
+def _diffusion_problems(chosen: StableDiffusionRenderer | DiffusersRenderer) -> list[str]:
+    found = []
+    if not 0 <= chosen.guidance < float("inf"):
+        found.append(f"guidance: {chosen.guidance} is below 0 or no number; the competition's is 9, a turbo model's 0")
+    most = chosen.render_size
+    if chosen.size < 1 or (most is not None and chosen.size > most):
+        found.append(f"size: {chosen.size} is outside 1 to render_size={most} pixels")
+    if chosen.batch_size is not None and chosen.batch_size < 1:
+        found.append(f"batch_size: {chosen.batch_size} is below 1; null finds the quickest")
+    return found
 
 
 @dataclass(frozen=True)
 class Curation:
     min_tokens: int
     """Fewest CLIP tokens of a prompt, its start and end included."""
-    max_tokens: int
-    """Most CLIP tokens; Stable Diffusion reads 77 and cuts the rest."""
+    max_tokens: int | None
+    """Most CLIP tokens; null keeps those over 77 whole for the target and counts them: Stable Diffusion cuts them."""
+    language: str | None
+    """Drop prompts surely not in this language, an ISO 639-1 code such as en; null keeps all."""
+    profanity: Literal["keep", "drop"]
+    """drop: prompts with a word of an English list."""
     duplicates_at: float | None
     """Drop a prompt whose target vector has this cosine or more to one kept before; null drops only equal texts."""
+    against: tuple[Location, ...]
+    """Dataset folders or files of prompts (column prompt) that no prompt here may be near, such as a validation set."""
+    against_at: float
+    """The cosine at which it is."""
 
     def problems(self) -> list[str]:
         found = []
-        if not 2 <= self.min_tokens <= self.max_tokens:
-            found.append(f"min_tokens: {self.min_tokens} is outside 2 to max_tokens={self.max_tokens}")
+        if self.min_tokens < 2:
+            found.append(f"min_tokens: {self.min_tokens} is below 2, a prompt's start and end")
+        if self.max_tokens is not None and self.max_tokens < self.min_tokens:
+            found.append(f"max_tokens: {self.max_tokens} is below min_tokens={self.min_tokens}; null sets no bound")
         if self.duplicates_at is not None and not 0 < self.duplicates_at <= 1:
             found.append(f"duplicates_at: {self.duplicates_at} is outside 0 to 1")
+        if not 0 < self.against_at <= 1:
+            found.append(f"against_at: {self.against_at} is outside 0 to 1")
         return found
 
 
@@ -162,10 +293,10 @@ class DatagenSettings:
     """Tell pictures, time and disk, and stop."""
     force: bool
     """Render even where it would take days."""
-    prompts: GrammarPrompts | FilePrompts
+    prompts: GrammarPrompts | FilePrompts | MixturePrompts
     curate: Curation
     split: Split
-    renderer: GlyphsRenderer | StableDiffusionRenderer
+    renderer: GlyphsRenderer | StableDiffusionRenderer | DiffusersRenderer
 
     def problems(self) -> list[str]:
         found = [
@@ -183,9 +314,13 @@ class DatagenSettings:
             found.append(f"part: {self.part} is not i/n with i from 1 to n, such as 3/8")
         if not 0 <= self.seed < 2**31:
             found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
-        if self.encoder is None and (self.curate.duplicates_at is not None or self.split.kind == "similarity"):
-            found.append("encoder: null, but curate.duplicates_at or split.kind=similarity needs one")
+        if self.encoder is None and _needs_vectors(self.curate, self.split):
+            found.append("encoder: null, but curate.duplicates_at, curate.against or split.kind=similarity needs one")
         return found
+
+
+def _needs_vectors(curate: Curation, split: Split) -> bool:
+    return curate.duplicates_at is not None or bool(curate.against) or split.kind == "similarity"
 
 
 def _is_part(part: str) -> bool:
@@ -227,6 +362,46 @@ class IndexSettings:
 
 
 @dataclass(frozen=True)
+class PublishedSettings:
+    name: Literal["diffusiondb", "sd2_4m"]
+    """The set."""
+    out: Location
+    """Dataset folder: a local path or an fsspec URL."""
+    num: int | None
+    """Pictures taken from the set before curation; null: all."""
+    folder: Path | None
+    """A local copy of the repository; null asks the hub."""
+    revision: str | None
+    """Commit, tag or branch of the hub's repository; null resolves today's commit and records it."""
+    work: Path | None
+    """Folder of <out>.published, which is removed at the end; null: that of `out`, for a URL the current one."""
+    hold_archives: bool
+    """sd2_4m: an archive read for its prompts stays until its pictures are taken; false fetches it twice."""
+    nsfw_at_most: float
+    """diffusiondb: bound of `image_nsfw`, 0 to 1; 2 marks a picture that was blurred."""
+    seed: int
+    """Decides the order of the archives and the split."""
+    encoder: str | None
+    """Target encoder; null writes no targets."""
+    curate: Curation
+    split: Split
+
+    def problems(self) -> list[str]:
+        found = [] if self.num is None or self.num >= 1 else [f"num: {self.num} is below 1; null takes all"]
+        if not 0 <= self.seed < 2**31:
+            found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
+        if self.nsfw_at_most < 0:
+            found.append(f"nsfw_at_most: {self.nsfw_at_most} is below 0, and leaves no picture")
+        if self.folder is not None and self.revision is not None:
+            found.append(f"folder, revision: {self.folder} has no revision; give one of the two")
+        if self.encoder is None and _needs_vectors(self.curate, self.split):
+            found.append("encoder: null, but curate.duplicates_at, curate.against or split.kind=similarity needs one")
+        if self.name == "diffusiondb" and self.split.kind == "holdout":
+            found.append("split.kind: holdout needs groups, and diffusiondb has none; similarity or picture")
+        return found
+
+
+@dataclass(frozen=True)
 class TargetsSettings:
     out: Location
     """Dataset folder: a local path or an fsspec URL."""
@@ -238,3 +413,24 @@ class TargetsSettings:
 class VerifySettings:
     out: Location
     """Dataset folder: a local path or an fsspec URL."""
+
+
+@dataclass(frozen=True)
+class ReportSettings:
+    out: Location
+    """Dataset folder: a local path or an fsspec URL."""
+    page: Path | None
+    """The page to write; null: `<out>.report.html`, beside the dataset or, of a URL, in the current folder."""
+    pictures: int
+    """Pictures on the contact sheet of training; half as many of every other split."""
+    faults: int
+    """Redrawn, constant and faulty pictures shown of each kind."""
+    counted: int
+    """Prompts whose tokens and words are counted."""
+    seed: int
+    """Draws pictures and prompts."""
+
+    def problems(self) -> list[str]:
+        counts = {"pictures": self.pictures, "faults": self.faults, "counted": self.counted}
+        found = [f"{name}: {value} is below 1" for name, value in counts.items() if value < 1]
+        return found if self.seed >= 0 else [*found, f"seed: {self.seed} is below 0"]

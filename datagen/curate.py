@@ -1,45 +1,79 @@
-"""Prompts → the prompts worth rendering, each with its split: clean, drop duplicates, keep validation apart.
+"""Prompts → the prompts worth rendering, each with its split: clean, filter, drop duplicates, keep validation apart.
 
-What is dropped is counted under its reason; nothing goes missing in silence.
+The source is taken in chunks, and what became of each is committed to a work folder (`datagen.chunks`): millions fit
+in memory, and a killed run goes on after its last chunk and decides the same. What is dropped is counted under its
+reason, with examples; nothing goes missing in silence.
 """
 
+import contextlib
+import dataclasses
 import hashlib
+import json
 import math
 import random
+import tempfile
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache, partial
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 from numpy.typing import NDArray
 
-from conf import UserError
+from conf import UserError, progress
+from datagen import filters, near, shards, storage
+from datagen.chunks import KEPT, Chunk, Chunks, digest, save, text_hash
 from datagen.config import Curation, Split
-from datagen.prompts import Prompt
+from datagen.near import Bank, Rows, distinct
+from datagen.prompts import Prompt, read_file
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """n texts → unit vectors [n, E]."""
+Ints = NDArray[np.int64]
 
-_BLOCK = 1024  # rows compared at once: 1024 × 50 k cosines are 200 MB
+CONTEXT = 77  # tokens that Stable Diffusion reads
+_CHUNK = 50_000  # prompts of the source between two commits
+_AT_ONCE = 8192  # texts encoded, or vectors compared, between two ticks of a bar
 _SURPLUS = "more than num asks for"
-_MOST_DRAWN = 50  # an endless source that yields less than one new prompt in 50 has run dry
+_MOST_DRAWN = 50  # a source that yields less than one new prompt in 50 has run dry
+_DRY_AFTER = 4 * _CHUNK  # prompts over which that is looked at
+_EXAMPLES, _EXAMPLE_LENGTH = 10, 300
+_BAR_FROM = 2000  # prompts that take longer than seconds
 
 
 @dataclass
 class Curated:
-    train: list[Prompt] = field(default_factory=list)
-    val: list[Prompt] = field(default_factory=list)
+    train: pa.Table
+    """Prompts with their source and group: columns prompt, source, group."""
+    val: pa.Table
     drawn: int = 0
     """Prompts taken from the source."""
     dropped: Counter[str] = field(default_factory=Counter)
     """Reason → prompts dropped for it."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Reason → the first prompts dropped for it."""
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Source → {"drawn", "kept"}."""
+    over_context: int = 0
+    """Prompts of more than 77 tokens among those left: whole for the target, cut by Stable Diffusion."""
+    against: dict[str, int] = field(default_factory=dict)
+    """Location → prompts there that none here may be near."""
 
     def report(self) -> dict[str, Any]:
-        """Plain JSON for `dataset.json`."""
-        return {"drawn": self.drawn, "dropped": dict(sorted(self.dropped.items()))}
+        """All but the prompts, as plain JSON."""
+        return {
+            "drawn": self.drawn,
+            "dropped": dict(sorted(self.dropped.items())),
+            "examples": dict(sorted(self.examples.items())),
+            "sources": dict(sorted(self.sources.items())),
+            f"over_{CONTEXT}_tokens": self.over_context,
+            **({"against": self.against} if self.against else {}),
+        }
 
 
 def curate(
@@ -52,42 +86,43 @@ def curate(
     encode: Encode,
     count_tokens: Callable[[list[str]], NDArray[np.int64]],
     can_draw: Callable[[str], bool],
+    work: Path | None = None,
+    origin: Mapping[str, Any] | None = None,
 ) -> Curated:
-    """Draws from `source` until `num` prompts are left or it ends.
+    """Draws from `source` until `num` prompts are left, it ends or it has run dry.
+
+    Args:
+        work: folder of what is done, from which a killed run goes on; the caller removes it. None keeps nothing.
+        origin: what else decides the result, as plain JSON: the source, its versions, the encoder. A `work` of another
+            origin or of other settings is begun anew.
 
     Raises:
-        UserError: nothing is left.
+        UserError: nothing is left; a filter's package is missing; `work` cannot be written; the source no longer gives
+            what `work` was begun with.
     """
-    stream = iter(source)
-    cleaned: list[Prompt] = []
-    counts: Counter[str] = Counter()
-    seen: set[str] = set()
-    drawn = 0
-    want = math.ceil(num * 1.05)
-    vectors = np.zeros((0, 0), np.float32)
-    while True:
-        more = list(islice(stream, max(want - len(cleaned), 0)))
-        drawn += len(more)
-        fresh = _usable(more, chosen, counts, seen, count_tokens, can_draw)
-        cleaned += fresh
-        needs_vectors = chosen.duplicates_at is not None or split.kind == "similarity"
-        if needs_vectors and fresh:
-            new = encode([p.text for p in fresh])
-            vectors = new if not len(vectors) else np.concatenate([vectors, new])
-        made = _split(cleaned, vectors, num, chosen, split, seed, counts)
-        made.drawn = drawn
-        have = len(made.train) + len(made.val)
-        if have >= num or not more or drawn > num * _MOST_DRAWN:
-            break
-        # for each that lacks, as many as one kept has taken so far: the purge may have most of them
-        want = len(cleaned) + math.ceil((num - have) * 1.2 * min(len(cleaned) / max(have, 1), 5)) + 16
-    if not have:
-        raise UserError(f"no prompt is left of {drawn}: {dict(made.dropped) or 'the source is empty'}")
-    return made
+    against = {str(place): _texts_at(place) for place in chosen.against}
+    decides = {
+        "chunks": 1,  # of this file's making
+        "num": num,
+        "seed": seed,
+        "curate": dataclasses.asdict(chosen),
+        "split": dataclasses.asdict(split),
+        "against": {place: _digest(texts) for place, texts in against.items()},
+        "origin": origin,
+    }
+    with tempfile.TemporaryDirectory() if work is None else contextlib.nullcontext(work) as folder:
+        chunks = Chunks(Path(folder), json.loads(json.dumps(decides, default=str)))
+        try:
+            run = _Run(chunks, num, chosen, split, seed, encode, count_tokens, can_draw, against)
+            return run.curate(iter(source))
+        finally:
+            chunks.close()
 
 
 def clean(text: str) -> str:
     """Unicode in composed form, without control and invisible characters, white space folded."""
+    if text.isascii() and text.isprintable():
+        return " ".join(text.split())
     text = unicodedata.normalize("NFC", text)
     kept = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE)
     return " ".join("".join(kept).split())
@@ -96,73 +131,328 @@ def clean(text: str) -> str:
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
-def _usable(
-    prompts: list[Prompt],
-    chosen: Curation,
-    counts: Counter[str],
-    seen: set[str],
-    count_tokens: Callable[[list[str]], NDArray[np.int64]],
-    can_draw: Callable[[str], bool],
-) -> list[Prompt]:
-    """The clean, new prompts of the right length that the renderer can draw."""
-    texts = [clean(p.text) for p in prompts]
-    lengths = count_tokens(texts) if texts else []
-    kept = []
-    for prompt, text, length in zip(prompts, texts, lengths, strict=True):
-        if not text:
-            counts["empty"] += 1
-        elif length < chosen.min_tokens:
-            counts[f"under {chosen.min_tokens} tokens"] += 1
-        elif length > chosen.max_tokens:
-            counts[f"over {chosen.max_tokens} tokens"] += 1
-        elif text.casefold() in seen:
-            counts["equal text"] += 1
-        elif not can_draw(text):
-            counts["nothing the renderer can draw"] += 1
+class _Drops:
+    """Counts what is dropped, and keeps the first examples."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, reason: str, number: int, examples: Callable[[int], list[str]]) -> None:
+        """`number` prompts for `reason`; `examples(n)` tells n of them or fewer."""
+        if number:
+            self.counts[reason] += number
+            told = self.examples.setdefault(reason, [])
+            room = _EXAMPLES - len(told)
+            if room > 0:
+                told += [_cut(text) for text in examples(room)[:room]]
+
+    def merge(self, counts: Mapping[str, int], examples: Mapping[str, list[str]]) -> None:
+        for reason, number in counts.items():
+            self.add(reason, number, lambda _, r=reason: examples.get(r, []))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _EXAMPLE_LENGTH else f"{text[: _EXAMPLE_LENGTH - 1]}…"
+
+
+@dataclass
+class _Run:
+    """One curation: its settings, and what it has found so far."""
+
+    chunks: Chunks
+    num: int
+    chosen: Curation
+    split: Split
+    seed: int
+    encode: Encode
+    count_tokens: Callable[[list[str]], NDArray[np.int64]]
+    can_draw: Callable[[str], bool]
+    against: Mapping[str, list[str]]
+    _bank: Bank | None = None
+    _others: Bank | None = None
+
+    def __post_init__(self) -> None:
+        self.needs_vectors = (
+            self.chosen.duplicates_at is not None or self.split.kind == "similarity" or bool(self.against)
+        )
+        self.seen = self.chunks.hashes()
+        self.filters: list[tuple[str, filters.Keep]] = []
+        if self.chosen.language is not None:
+            self.filters.append((f"not in the language {self.chosen.language}", filters.language(self.chosen.language)))
+        if self.chosen.profanity == "drop":
+            self.filters.append(("profanity", filters.profanity()))
+        # slow for some renderers, so it comes last
+        self.filters.append(("nothing the renderer can draw", lambda texts: [self.can_draw(t) for t in texts]))
+
+    def curate(self, stream: Iterator[Prompt]) -> Curated:
+        done = self.chunks.done
+        for number, chunk in enumerate(done):
+            if digest(islice(stream, chunk.drawn)) != chunk.digest:
+                raise UserError(
+                    f"{self.chunks.folder}: the source no longer gives the prompts that chunk {number} was made of; "
+                    "remove that folder, and curation begins anew"
+                )
+        left = done[-1].left if done else math.ceil(self.num * 1.05)
+        ended = done[-1].ended if done else False
+        drawn = sum(chunk.drawn for chunk in done)
+        with progress(drawn + left, "prompt", "curate", drawn, show=left > _BAR_FROM) as bar:
+            while True:
+                while left > 0 and not ended:
+                    left, ended = self._take(stream, left, bar.update)
+                drawn, usable, kept = (sum(getattr(c, k) for c in done) for k in ("drawn", "usable", "kept"))
+                last = ended or drawn > self.num * _MOST_DRAWN or self._dry()
+                # to split more than the exact search holds takes minutes, for nothing while too few are kept
+                if last or kept >= self.num or kept <= near.EXACT:
+                    sides = self._split()
+                    have = len(sides.train) + len(sides.val)
+                    if last or have >= self.num:
+                        break
+                else:
+                    have = kept
+                # for each that lacks, as many as one left has taken so far: the purge may have most of them
+                left = math.ceil((self.num - have) * 1.2 * min(usable / max(have, 1), 5)) + 16
+                bar.total += left
+        return self._curated(sides, drawn)
+
+    # ------------------------------------------------------------------------------------------------------- a chunk
+
+    def _take(self, stream: Iterator[Prompt], left: int, tick: Callable[[int], object]) -> tuple[int, bool]:
+        """Draws a chunk of the `left` prompts and commits it; tells how many are left and whether the source ended."""
+        asked = min(left, _CHUNK)
+        prompts = list(islice(stream, asked))
+        left, ended = (left - asked, False) if len(prompts) == asked else (0, True)
+        drops = _Drops()
+        usable, hashes, tokens = self._usable(prompts, drops)
+        tick(len(prompts) - len(usable))
+        kept, width = np.arange(len(usable)), 0
+        if self.needs_vectors and usable:
+            texts = [p.text for p in usable]
+            parts = []
+            for start in range(0, len(texts), _AT_ONCE):
+                parts.append(self.encode(texts[start : start + _AT_ONCE]))
+                tick(len(parts[-1]))
+            vectors = np.concatenate(parts)
+            kept, width = self._distinct(texts, vectors, drops), vectors.shape[1]
         else:
-            seen.add(text.casefold())
-            kept.append(Prompt(text, prompt.source, prompt.group))
-    return kept
+            tick(len(usable))
+        table = pa.table(
+            {
+                "prompt": [usable[i].text for i in kept],
+                "source": [usable[i].source for i in kept],
+                "group": [usable[i].group for i in kept],
+                "tokens": tokens[kept],
+            },
+            schema=KEPT,
+        )
+        sources = Counter(p.source for p in prompts)
+        told = (dict(drops.counts), drops.examples, dict(sources))
+        chunk = Chunk(len(prompts), digest(prompts), left, ended, len(usable), len(kept), width, *told)
+        self.chunks.commit(chunk, table, hashes)
+        at = np.searchsorted(self.seen, hashes)
+        self.seen = np.insert(self.seen, at, hashes)
+        return left, ended
 
+    def _usable(self, prompts: list[Prompt], drops: _Drops) -> tuple[list[Prompt], NDArray[np.uint64], Ints]:
+        """The clean, new prompts of the right length that no filter drops; their hashes, ascending; their tokens."""
+        texts = [clean(p.text) for p in prompts]
+        lengths = self.count_tokens(texts) if texts else np.zeros(0, np.int64)
+        hashes = np.array([text_hash(text) for text in texts], np.uint64)
+        at = np.searchsorted(self.seen, hashes)
+        known = np.zeros(len(texts), bool)
+        known[at < len(self.seen)] = self.seen[at[at < len(self.seen)]] == hashes[at < len(self.seen)]
+        kept: list[int] = []
+        new: set[int] = set()
+        least, most = self.chosen.min_tokens, self.chosen.max_tokens
+        for i, (text, length, key) in enumerate(zip(texts, lengths.tolist(), hashes.tolist(), strict=True)):
+            reason = None
+            if not text:
+                reason, text = "empty", ascii(prompts[i].text)
+            elif length < least:
+                reason = f"under {least} tokens"
+            elif most is not None and length > most:
+                reason = f"over {most} tokens"
+            elif known[i] or key in new:
+                reason = "equal text"
+            if reason:
+                drops.add(reason, 1, lambda _, text=text: [text])
+            else:
+                new.add(key)
+                kept.append(i)
+        for reason, keep in self.filters:
+            stays = keep([texts[i] for i in kept])
+            out = [texts[i] for i, stay in zip(kept, stays, strict=True) if not stay]
+            drops.add(reason, len(out), lambda n, out=out: out[:n])
+            kept = [i for i, stay in zip(kept, stays, strict=True) if stay]
+        usable = [Prompt(texts[i], prompts[i].source, prompts[i].group) for i in kept]
+        return usable, np.sort(hashes[kept]), lengths[kept]
 
-def _split(
-    prompts: list[Prompt],
-    vectors: NDArray[np.float32],
-    num: int,
-    chosen: Curation,
-    split: Split,
-    seed: int,
-    counts: Counter[str],
-) -> Curated:
-    dropped = counts.copy()
-    kept = np.arange(len(prompts))
-    if chosen.duplicates_at is not None:
-        kept = distinct(vectors, chosen.duplicates_at)
-        _count(dropped, f"cosine ≥ {chosen.duplicates_at} to a prompt kept", len(prompts) - len(kept))
-    if split.kind == "holdout":
-        sides = [_side(prompts[i].group, split.share, seed) for i in kept]
-        _count(dropped, "group on both sides", sides.count(None))
-        decided = [(i, side) for i, side in zip(kept, sides, strict=True) if side is not None]
-        train = [i for i, side in decided[:num] if not side]
-        val = [i for i, side in decided[:num] if side]
-        _count(dropped, _SURPLUS, len(decided[num:]))
-    else:
+    def _distinct(self, texts: list[str], vectors: NDArray[np.float32], drops: _Drops) -> Ints:
+        """Numbers of the rows kept, whose vectors are now in the bank."""
+        rows = np.arange(len(texts))
+        if self.against:
+            others, names = self._other_bank(vectors.shape[1])
+            number, cosine = others.near(vectors)
+            out = np.flatnonzero(number >= 0)
+            drops.add(
+                f"cosine ≥ {self.chosen.against_at} to a prompt of curate.against",
+                len(out),
+                lambda n: [_pair(texts[i], names[number[i]], float(cosine[i])) for i in out[:n]],
+            )
+            rows = np.flatnonzero(number < 0)
+        store = self.chunks.rows(vectors.shape[1])
+        if self.chosen.duplicates_at is None:
+            store.append(vectors[rows])
+            return rows
+        if self._bank is None:
+            self._bank = Bank(store, self.chosen.duplicates_at)
+        base = len(self._bank)
+        kept, number, cosine = distinct(vectors[rows], self._bank)
+        out = np.flatnonzero(number >= 0)
+
+        def examples(n: int) -> list[str]:
+            told = []
+            for i, k in zip(out[:n].tolist(), number[out[:n]].tolist(), strict=True):
+                partner = texts[rows[kept[k - base]]] if k >= base else self.chunks.texts([k])[0]
+                told.append(_pair(texts[rows[i]], partner, float(cosine[i])))
+            return told
+
+        drops.add(f"cosine ≥ {self.chosen.duplicates_at} to a prompt kept", len(out), examples)
+        return rows[kept]
+
+    def _other_bank(self, width: int) -> tuple[Bank, list[str]]:
+        """The prompts of `curate.against`, encoded once."""
+        names = list(dict.fromkeys(text for texts in self.against.values() for text in texts))
+        if self._others is None:
+            path = self.chunks.folder / f"against-{_digest(names)}.npy"
+            if not path.exists():
+                with progress(len(names), "prompt", "against", show=len(names) > _BAR_FROM) as bar:
+                    parts = []
+                    for start in range(0, len(names), _AT_ONCE):
+                        parts.append(self.encode(names[start : start + _AT_ONCE]).astype(np.float16))
+                        bar.update(len(parts[-1]))
+                save(path, np.concatenate(parts))
+            self._others = Bank(Rows(width), self.chosen.against_at)
+            self._others.add(np.load(path, allow_pickle=False))
+        return self._others, names
+
+    def _dry(self) -> bool:
+        drawn = kept = 0
+        for chunk in reversed(self.chunks.done):
+            drawn, kept = drawn + chunk.drawn, kept + chunk.kept
+            if drawn >= _DRY_AFTER:
+                return kept * _MOST_DRAWN < drawn
+        return False
+
+    # ------------------------------------------------------------------------------------------------------- the split
+
+    def _split(self) -> "_Sides":
+        """The numbers of the kept prompts on each side."""
+        count, drops = self.chunks.kept, _Drops()
+        if self.split.kind == "holdout":
+            side = cache(lambda group: _side(group, self.split.share, self.seed))
+            sides: list[bool | None] = []
+            for number in range(len(self.chunks.done)):
+                sides += [side(group) for group in self.chunks.table(number, ["group"])["group"].to_pylist()]
+            mixed = np.flatnonzero([s is None for s in sides])
+            drops.add("group on both sides", len(mixed), lambda n: self.chunks.texts(mixed[:n].tolist()))
+            decided = np.flatnonzero([s is not None for s in sides])
+            self._surplus(drops, decided[self.num :])
+            decided = decided[: self.num]
+            is_val = np.array([sides[i] for i in decided.tolist()], bool)
+            return _Sides(decided[~is_val], decided[is_val], drops)
         # each prompt is one picture's here, or all its seeds', so `picture` has nothing more to keep together
-        n_val = round(min(num, len(kept)) * split.share)
-        val = sorted(random.Random(f"split:{seed}").sample(kept.tolist(), n_val))
-        train = np.setdiff1d(kept, val)
-        if split.kind == "similarity" and len(val) and len(train):
-            near = nearest(vectors[train], vectors[val]) >= split.threshold
-            _count(dropped, f"cosine ≥ {split.threshold} to a validation prompt", int(near.sum()))
-            train = train[~near]
-        _count(dropped, _SURPLUS, len(train[num - len(val) :]))
-        train = train[: num - len(val)].tolist()
-    return Curated([prompts[i] for i in train], [prompts[i] for i in val], dropped=dropped)
+        n_val = round(min(self.num, count) * self.split.share)
+        val = np.sort(np.array(random.Random(f"split:{self.seed}").sample(range(count), n_val), np.int64))
+        train = np.setdiff1d(np.arange(count), val, assume_unique=True)
+        if self.split.kind == "similarity" and len(val) and len(train):
+            train = self._purge(train, val, drops)
+        self._surplus(drops, train[self.num - n_val :])
+        return _Sides(train[: self.num - n_val], val, drops)
+
+    def _surplus(self, drops: _Drops, rows: Ints) -> None:
+        drops.add(_SURPLUS, len(rows), lambda n: self.chunks.texts(rows[:n].tolist()))
+
+    def _purge(self, train: Ints, val: Ints, drops: _Drops) -> Ints:
+        """The training prompts that are near no validation prompt."""
+        store = self.chunks.rows(self.chunks.done[-1].width)
+        bank = Bank(Rows(store.width), self.split.threshold)
+        stays, reason = [], f"cosine ≥ {self.split.threshold} to a validation prompt"
+        with progress(len(train), "prompt", "split", show=len(train) > near.EXACT) as bar:
+            for start in range(0, len(val), _AT_ONCE):
+                bank.add(store[val[start : start + _AT_ONCE]])
+            for start in range(0, len(train), _AT_ONCE):
+                part = train[start : start + _AT_ONCE]
+                number, cosine = bank.near(store[part])
+                out = np.flatnonzero(number >= 0)
+
+                drops.add(reason, len(out), partial(self._pairs, part[out], val[number[out]], cosine[out]))
+                stays.append(part[number < 0])
+                bar.update(len(part))
+        return np.concatenate(stays)
+
+    def _pairs(self, dropped: Ints, other: Ints, cosine: NDArray[np.float32], most: int) -> list[str]:
+        texts, others = (self.chunks.texts(numbers[:most].tolist()) for numbers in (dropped, other))
+        return list(map(_pair, texts, others, cosine[:most].tolist()))
+
+    # ------------------------------------------------------------------------------------------------------ the result
+
+    def _curated(self, sides: "_Sides", drawn: int) -> Curated:
+        drops = _Drops()
+        sources: dict[str, dict[str, int]] = {}
+        for chunk in self.chunks.done:
+            drops.merge(chunk.dropped, chunk.examples)
+            for name, number in chunk.sources.items():
+                sources.setdefault(name, {"drawn": 0, "kept": 0})["drawn"] += number
+        drops.merge(sides.drops.counts, sides.drops.examples)
+        if not len(sides.train) + len(sides.val):
+            raise UserError(f"no prompt is left of {drawn}: {dict(drops.counts) or 'the source is empty'}")
+        tables: dict[str, list[pa.Table]] = {"train": [], "val": []}
+        over = 0
+        for number, start in enumerate(self.chunks.starts[:-1]):
+            table, end = self.chunks.table(number), self.chunks.starts[number + 1]
+            for name, rows in (("train", sides.train), ("val", sides.val)):
+                first, last = np.searchsorted(rows, [start, end])
+                part = table.take(rows[first:last] - start)
+                over += int((part["tokens"].to_numpy() > CONTEXT).sum())
+                for source, kept in Counter(part["source"].to_pylist()).items():
+                    sources[source]["kept"] += kept
+                tables[name].append(part.drop_columns(["tokens"]))
+        told = {place: len(texts) for place, texts in self.against.items()}
+        train, val = (pa.concat_tables(parts) for parts in tables.values())
+        return Curated(train, val, drawn, drops.counts, drops.examples, sources, over, told)
 
 
-def _count(dropped: Counter[str], reason: str, number: int) -> None:
-    if number:
-        dropped[reason] += number
+@dataclass
+class _Sides:
+    train: Ints
+    """Numbers of kept prompts, ascending."""
+    val: Ints
+    drops: _Drops
+
+
+def _pair(dropped: str, other: str, cosine: float) -> str:
+    return f"{_cut(dropped)} ≈ {_cut(other)} (cosine {cosine:.2f})"
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _texts_at(place: storage.Place) -> list[str]:
+    """The clean prompts of a dataset folder, or of a file of prompts.
+
+    Raises:
+        UserError: it is neither.
+    """
+    try:
+        if storage.exists(place / "dataset.json"):
+            texts = shards.read_plan(place)["prompt"].to_pylist()
+        else:
+            texts = [p.text for p in read_file(str(place), key="curate.against")]
+    except UserError as error:
+        raise UserError(f"curate.against: {error}") from error
+    return [text for text in dict.fromkeys(map(clean, texts)) if text]
 
 
 def held_out(part: str, share: float, seed: int) -> bool:
@@ -174,35 +464,6 @@ def held_out(part: str, share: float, seed: int) -> bool:
 def _side(group: str, share: float, seed: int) -> bool | None:
     sides = {held_out(part, share, seed) for part in group.split(";")}
     return sides.pop() if len(sides) == 1 else None
-
-
-def distinct(vectors: NDArray[np.float32], threshold: float) -> NDArray[np.int64]:
-    """Numbers of the rows kept when each row at cosine ≥ `threshold` to one kept before it is dropped.
-
-    Args:
-        vectors: unit vectors [n, E]. Exact: n² / 2 cosines.
-    """
-    kept: list[int] = []
-    for start in range(0, len(vectors), _BLOCK):
-        block = vectors[start : start + _BLOCK]
-        near_kept = nearest(block, vectors[kept]) >= threshold
-        among = block @ block.T >= threshold
-        alive: list[int] = []
-        for i in np.flatnonzero(~near_kept).tolist():
-            if not among[i, alive].any():
-                alive.append(i)
-        kept += [start + i for i in alive]
-    return np.array(kept, np.int64)
-
-
-def nearest(rows: NDArray[np.float32], bank: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Each row's highest cosine to `bank`: unit vectors [n, E] and [m, E] → [n]; -1 for an empty bank."""
-    best = np.full(len(rows), -1, np.float32)
-    for start in range(0, len(rows), _BLOCK):
-        for other in range(0, len(bank), 50 * _BLOCK):
-            cosines = rows[start : start + _BLOCK] @ bank[other : other + 50 * _BLOCK].T
-            best[start : start + _BLOCK] = np.maximum(best[start : start + _BLOCK], cosines.max(1))
-    return best
 
 
 def split_pictures(pictures: Sequence[str], share: float, seed: int) -> list[str]:

@@ -28,11 +28,21 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from conf import UserError
+from datagen import storage
 
 log = logging.getLogger(__name__)
 
 _HUB = re.compile(r"hf://(?P<kind>datasets|models)/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<name>.+)")
 _TRIES = 3
+_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "created", "mtime")
+_COPY_HUB_FILE = (
+    "Without a network: run the command once with one, and again with HF_HUB_OFFLINE=1 from the same cache (HF_HOME); "
+    "or copy the file and name its path instead of the URL. prompts=grammar needs no file at all."
+)
+_COPY_REPOSITORY = (
+    "The same command goes on where it was. Without a network: copy the repository, or some archives of it, and give "
+    "folder=FOLDER."
+)
 T = TypeVar("T")
 
 
@@ -49,8 +59,16 @@ class File:
     @property
     def suffix(self) -> str:
         """.csv of data.csv, and of data.csv.gz."""
+        return self._unpacked.suffix.lower()
+
+    @property
+    def stem(self) -> str:
+        return self._unpacked.stem
+
+    @property
+    def _unpacked(self) -> Path:
         name = Path(self.name)
-        return Path(name.stem if name.suffix.lower() == ".gz" else name.name).suffix.lower()
+        return Path(name.stem) if name.suffix.lower() == ".gz" else Path(name.name)
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
@@ -65,11 +83,11 @@ class File:
             else:
                 try:
                     archive = stack.enter_context(zipfile.ZipFile(self.path))
-                    file = cast(BinaryIO, stack.enter_context(archive.open(self.member)))
                 except zipfile.BadZipFile as error:
                     raise UserError(f"{self.path} is no zip, or cut off ({error}); copy it again") from error
-                except KeyError as error:
-                    raise UserError(f"{self.path} holds no {self.member}, but {_some(archive.namelist())}") from error
+                if self.member not in archive.namelist():
+                    raise UserError(f"{self.path} holds no {self.member}, but {some(archive.namelist())}")
+                file = cast(BinaryIO, stack.enter_context(archive.open(self.member)))
             if self.name.lower().endswith(".gz"):
                 file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
             yield file
@@ -140,14 +158,18 @@ def _beside(path: Path) -> str:
     """What lies in the folder of a missing file."""
     if not path.parent.is_dir():
         return ""
-    return f"; {path.parent} holds {_some(sorted(p.name for p in path.parent.iterdir()))}"
+    return f"; {path.parent} holds {some(sorted(p.name for p in path.parent.iterdir()))}"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     return (", ".join(names[:8]) + (f", … ({len(names):,} in all)" if len(names) > 8 else "")) or "nothing"
 
 
 # ------------------------------------------------------------------------------------------------------------ the hub
+
+
+class _NoMatchError(Exception):
+    pass
 
 
 def _hub_files(url: str, hub: re.Match[str], revision: str | None, key: str) -> Origin:
@@ -158,7 +180,7 @@ def _hub_files(url: str, hub: re.Match[str], revision: str | None, key: str) -> 
         raise UserError(f"{key}: {url} names the revision {inside}, and revision={revision} another; give one of them")
     repo, kind, name = hub["repo"], hub["kind"].removesuffix("s"), hub["name"]
     options = {"repo_type": kind, "revision": inside or revision}
-    with hub_errors(f"{key}={url}", repo, kind, options["revision"], name):
+    with _hub_errors(f"{key}={url}", repo, kind, options["revision"], name, _COPY_HUB_FILE):
         if not _is_glob(name):
             path = Path(huggingface_hub.hf_hub_download(repo, name, **options))
             folder = path.parents[len(Path(name).parts) - 1]
@@ -167,26 +189,89 @@ def _hub_files(url: str, hub: re.Match[str], revision: str | None, key: str) -> 
             folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[name], **options))
             found = sorted(p for p in folder.glob(name) if p.is_file())
             if not found:
-                raise FileNotFoundError(f"nothing matches {name}")
+                raise _NoMatchError(f"nothing matches {name}")
     files = tuple(File(p.relative_to(folder).as_posix(), p, None) for p in found)
     return Origin(url, folder.name, files)
 
 
+@dataclass(frozen=True)
+class Repository:
+    """A dataset's repository on the hub, at a commit, or a local folder with the same files."""
+
+    repo: str
+    commit: str | None
+    folder: Path | None
+    names: tuple[str, ...]
+    """All files."""
+
+    def sizes(self, names: list[str]) -> dict[str, int]:
+        """Bytes of each file."""
+        if self.folder is not None:
+            return {name: (self.folder / name).stat().st_size for name in names}
+        import huggingface_hub
+
+        api, found = huggingface_hub.HfApi(), {}
+        with _hub_errors(self.repo, self.repo, "dataset", self.commit, "sizes of files", _COPY_REPOSITORY):
+            for first in range(0, len(names), 500):
+                part = names[first : first + 500]
+                infos = api.get_paths_info(self.repo, part, repo_type="dataset", revision=self.commit)
+                found |= {info.path: info.size for info in infos if isinstance(info, huggingface_hub.RepoFile)}
+        return found
+
+    def fetch(self, name: str, work: Path) -> Path:
+        """A file of the folder, or of the hub in `work`; what an earlier run fetched of it is not fetched again."""
+        if self.folder is not None:
+            if not (self.folder / name).is_file():
+                raise UserError(f"{self.folder} lacks {name}; copy it from the hub's dataset {self.repo}")
+            return self.folder / name
+        import huggingface_hub
+
+        with _hub_errors(self.repo, self.repo, "dataset", self.commit, name, _COPY_REPOSITORY):
+            found = huggingface_hub.hf_hub_download(
+                self.repo, name, repo_type="dataset", revision=self.commit, local_dir=work
+            )
+        return Path(found)
+
+    def release(self, name: str, work: Path) -> None:
+        """Removes what `fetch` fetched."""
+        if self.folder is None:
+            (work / name).unlink(missing_ok=True)
+
+
+def repository(repo: str, revision: str | None, folder: Path | None) -> Repository:
+    """
+    Raises:
+        UserError: there is no such folder, or the hub cannot be asked or has no such repository.
+    """
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"folder: no folder {folder}; it is to hold a copy of the hub's dataset {repo}")
+        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        return Repository(repo, None, folder, tuple(names))
+    import huggingface_hub
+
+    with _hub_errors(repo, repo, "dataset", revision, "its files", _COPY_REPOSITORY):
+        info = huggingface_hub.HfApi().dataset_info(repo, revision=revision, timeout=60)
+    return Repository(repo, info.sha, None, tuple(sorted(s.rfilename for s in info.siblings or ())))
+
+
 @contextlib.contextmanager
-def hub_errors(what: str, repo: str, kind: str, revision: str | None, name: str) -> Iterator[None]:
+def _hub_errors(what: str, repo: str, kind: str, revision: str | None, name: str, remedy: str) -> Iterator[None]:
     """Errors of the hub's client as one that says what was tried, what is there and what to do."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # the hub's client has a new set of error classes in each major version
-        there = _hub_names(repo, kind, revision)
+        answered = getattr(getattr(error, "response", None), "status_code", None) == 404 or isinstance(
+            error, _NoMatchError
+        )
+        there = _hub_names(repo, kind, revision) if answered else []
         raise UserError(
             f"{what}: tried the hub's {kind} {repo} at {revision or 'its newest commit'} for {name}, and the hub's "
-            f"cache on this machine: {first_line(error)}\n"
-            + (f"The repository holds {_some(there)}.\n" if there else "")
-            + "Without a network: run the command once with one, and again with HF_HUB_OFFLINE=1 from the same cache "
-            "(HF_HOME); or copy the file and name its path instead of the URL. prompts=grammar needs no file at all."
+            f"cache on this machine: {first_line(error if answered else _root(error))}\n"
+            + (f"The repository holds {some(there)}.\n" if there else "")
+            + remedy
         ) from error
 
 
@@ -223,8 +308,10 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
     except ImportError as error:
         raise UserError(f"{key}={url}: {protocol}:// needs another package: {first_line(error)}") from error
     except ValueError as error:
-        raise UserError(f"{key}={url}: {first_line(error)}; a path, hf://, s3://, gs:// and https:// are known") from error
-    folder = cache_folder() / "files" / hashlib.sha256(url.encode()).hexdigest()[:16]
+        raise UserError(
+            f"{key}={url}: {first_line(error)}; a path, hf://, s3://, gs:// and https:// are known"
+        ) from error
+    folder = storage.cache_folder() / "files" / hashlib.sha256(url.encode()).hexdigest()[:16]
     listing = folder / "files.json"
     try:
         paths = _again(lambda: sorted(cast(list[str], fs.glob(path))) if _is_glob(path) else [path])
@@ -234,12 +321,15 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
         for name, source in zip(names, paths, strict=True):
             _copy(fs, source, folder / name)
         listing.write_text(json.dumps(names))
-    except FileNotFoundError as error:
-        raise UserError(f"{key}={url}: there is no such file ({first_line(error)}). {_copy_it(key)}") from error
+    except UserError:
+        raise
     except Exception as error:  # each protocol's client has its own
+        why = first_line(_root(error))
+        if _is_gone(error):
+            raise UserError(f"{key}={url}: there is no such file ({why}). {_copy_it(key)}") from error
         if not listing.exists():
-            raise UserError(f"{key}={url}: cannot be fetched: {first_line(error)}. {_copy_it(key)}") from error
-        log.warning("%s cannot be asked (%s): taking the copy in %s", url, first_line(error), folder)
+            raise UserError(f"{key}={url}: cannot be fetched: {why}. {_copy_it(key)}") from error
+        log.warning("%s cannot be asked (%s): taking the copy in %s", url, why, folder)
         names = json.loads(listing.read_text())
     for name in names:
         yield File(name.partition("-")[2], folder / name, None)
@@ -253,11 +343,15 @@ def _copy_it(key: str) -> str:
 
 
 def _copy(fs: Any, source: str, target: Path) -> None:
-    """Copies one file unless a copy of the same size and version is there; never leaves a half."""
+    """Copies one file unless a copy of the same size and version is there; never leaves a half.
+
+    Where the server tells no version, every run copies anew.
+    """
     info = _again(lambda: fs.info(source))
-    version = {"bytes": info.get("size"), "version": str(info.get("ETag") or info.get("etag") or info.get("mtime"))}
+    told = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
+    version = {"bytes": info.get("size"), "version": told}
     known = target.with_name(f"{target.name}.version")
-    if target.exists() and known.exists() and json.loads(known.read_text()) == version:
+    if told is not None and target.exists() and known.exists() and json.loads(known.read_text()) == version:
         return
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
@@ -282,19 +376,24 @@ def _again(work: Callable[[], T]) -> T:
     for n in range(_TRIES):
         try:
             return work()
-        except (FileNotFoundError, PermissionError):
-            raise
         except Exception as error:  # each protocol's client has its own
-            if n + 1 == _TRIES:
+            if _is_gone(error) or isinstance(error, PermissionError) or n + 1 == _TRIES:
                 raise
-            log.warning("%s; trying again", first_line(error))
+            log.info("%s; trying again", first_line(_root(error)))
             time.sleep(2**n)
     raise AssertionError
 
 
-def cache_folder() -> Path:
-    """`IM2EMB_CACHE`, or ~/.cache/im2emb."""
-    return Path(os.environ.get("IM2EMB_CACHE") or Path.home() / ".cache" / "im2emb")
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Whether the server said that there is no such file; fsspec raises the same class where it reached no server."""
+    root = _root(error)
+    return isinstance(root, FileNotFoundError) or getattr(root, "status", None) in (404, 410)
 
 
 def text(file: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:

@@ -23,9 +23,10 @@ import pyarrow as pa
 
 from conf import UserError, command, progress, settings
 from datagen import shards
+from datagen.archives import Tar
 from datagen.config import IndexSettings
 from datagen.curate import clean, split_pictures
-from datagen.prompts import read_csv
+from datagen.rows import read_csv
 
 log = logging.getLogger(__name__)
 
@@ -199,37 +200,20 @@ def _tars(chosen: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[list
 
 
 def _samples(path: Path, skipped: list[dict[str, str]]) -> Iterator[Found]:
-    """The picture and captions of each sample: members with one name up to the first dot of the last part."""
-    samples: dict[str, dict[str, tarfile.TarInfo]] = {}
-    with tarfile.open(path, "r:") as tar, path.open("rb") as file:
-        for member in tar:
-            if member.isfile():
-                folder, _, name = member.name.rpartition("/")
-                stem, _, suffix = name.partition(".")
-                samples.setdefault(f"{folder}/{stem}".lstrip("/"), {})[f".{suffix.lower()}"] = member
-        file.seek(tar.offset)
-        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself ends there in silence
-            raise tarfile.ReadError(f"no end mark at {tar.offset}")
-
-        def read(member: tarfile.TarInfo) -> bytes:
-            file.seek(member.offset_data)
-            data = file.read(member.size)
-            if len(data) != member.size:
-                raise tarfile.ReadError(f"{member.name} ends early")
-            return data
-
-        for key, members in samples.items():
+    """The picture and captions of each sample."""
+    with Tar(path) as tar:
+        for key, members in tar.samples.items():
             picture = next((members[s] for s in shards.IMAGE_SUFFIXES if s in members), None)
-            captions = _sample_captions({s: read(m) for s, m in members.items() if s in (".txt", ".json")})
+            captions = sample_captions({s: tar.read(m) for s, m in members.items() if s in (".txt", ".json")})
             if picture is None or not captions:
                 skipped.append({"key": key, "reason": "sample without a " + ("prompt" if picture else "picture")})
                 continue
-            crc = zlib.crc32(read(picture))
+            crc = zlib.crc32(tar.read(picture))
             where = str(path.absolute())  # not resolved: a link's target may lack the suffix that says how to read
             yield Found(key, captions, where, picture.offset_data, picture.size, crc)
 
 
-def _sample_captions(texts: dict[str, bytes]) -> tuple[str, ...]:
+def sample_captions(texts: dict[str, bytes]) -> tuple[str, ...]:
     """The .txt, else the usual field of the .json, as one caption; a list there is several."""
     found: list[str] = []
     if ".txt" in texts:

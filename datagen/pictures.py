@@ -3,7 +3,8 @@
     resize = Resizer(768, 512, "lanczos", "cuda")
     for data, note in encoded(pictures, "webp"): …
 
-Letters of shapes: N pictures, C channels, P side before, S side after, H height, W width.
+Letters of shapes: N pictures, C channels, M of both, P side before, S side after, H height, W width; K pixels that B
+others are made of.
 """
 
 import io
@@ -12,7 +13,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cache
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,7 +24,7 @@ from conf import UserError
 if TYPE_CHECKING:
     import torch
 
-_BLOCK = 32  # columns of a product: of 8 to 64 the quickest on a CPU for 768 → 512
+_BLOCK = 32  # pixels of a product: of a wider one more weights are zero, of narrower ones there are more
 _BITS = 22  # Pillow rounds its coefficients to this many binary places
 _AHEAD = 64  # pictures encoded or waiting for it: 50 MB at 512 px, and more than any batch
 _MOST_THREADS = 8  # one writes some 100 pictures of 512 px a second, which no GPU renders
@@ -73,9 +74,10 @@ class _Band(NamedTuple):
 class Resizer:
     """Square pictures from one side to another, to the bit as `PIL.Image.resize` does, on any device.
 
-    Two matrix products, along rows and then along columns, cut into blocks since a pixel depends on few others.
-    Pillow weighs with whole multiples of 2⁻²² and rounds after each pass; in fp64 such sums are exact, so that neither
-    the device nor the batch nor the order of summation shows in the result.
+    On a CPU it is Pillow, in as many threads as torch has. Elsewhere two matrix products, along rows and then along
+    columns, cut into blocks since a pixel depends on few others. Pillow weighs with whole multiples of 2⁻²² and rounds
+    after each pass; in fp64 such sums are exact, so that neither the device nor the batch nor the order of summation
+    shows in the result. (The products do run on a CPU, but other work on its cores stalls torch's threads.)
 
     Args:
         from_side: of the pictures given, pixels.
@@ -98,17 +100,6 @@ class Resizer:
             raise UserError("pictures cannot be resized so:\n" + "\n".join(f"  {p}" for p in problems))
         self.from_side, self.to_side, self.filter = from_side, to_side, filter
         self.device = torch.device(device)
-        self._bands: list[_Band] = []
-        if from_side != to_side:
-            taps = _taps(from_side, to_side, filter)
-            for start in range(0, to_side, _BLOCK):
-                part = taps[start : start + _BLOCK]
-                low, high = min(first for first, _ in part), max(first + len(weights) for first, weights in part)
-                weights_KB = np.zeros((high - low, len(part)))
-                for column, (first, weights) in enumerate(part):
-                    weights_KB[first - low : first - low + len(weights), column] = weights
-                on_device = torch.from_numpy(weights_KB).to(self.device)
-                self._bands.append(_Band(slice(low, high), slice(start, start + len(part)), on_device))
 
     def __call__(self, image_NCPP: "torch.Tensor") -> "torch.Tensor":
         """uint8 [N, C, P, P] on the device → uint8 [N, C, S, S] on it, in fresh memory unless the sides are equal.
@@ -124,16 +115,51 @@ class Resizer:
             raise ValueError(f"pictures must be torch.uint8 [N, C, {side}, {side}], got {got}")
         if image_NCPP.device.type != self.device.type:
             raise ValueError(f"pictures are on {image_NCPP.device}, but this resizer works on {self.device}")
-        if not self._bands:
+        if side == self.to_side:
             return image_NCPP
+        return self._by_pillow(image_NCPP) if self.device.type == "cpu" else self._by_products(image_NCPP)
+
+    def _by_pillow(self, image_NCPP: "torch.Tensor") -> "torch.Tensor":
+        import torch
+        from PIL import Image
+
+        plane_MPP = image_NCPP.contiguous().flatten(0, 1).numpy()
+        small_MSS = np.empty((len(plane_MPP), self.to_side, self.to_side), np.uint8)
+
+        def resize(number: int) -> None:
+            plane = Image.fromarray(plane_MPP[number])
+            small = plane.resize((self.to_side, self.to_side), Image.Resampling[self.filter.upper()])
+            small_MSS[number] = np.asarray(small)
+
+        with ThreadPoolExecutor(torch.get_num_threads(), "resize") as pool:  # Pillow lets go of the interpreter
+            list(pool.map(resize, range(len(plane_MPP))))
+        return torch.from_numpy(small_MSS).unflatten(0, image_NCPP.shape[:2])
+
+    def _by_products(self, image_NCPP: "torch.Tensor") -> "torch.Tensor":
         count, channels = image_NCPP.shape[:2]
-        row_NCPS = image_NCPP.new_empty(count, channels, side, self.to_side)
+        row_NCPS = image_NCPP.new_empty(count, channels, self.from_side, self.to_side)
         for band in self._bands:
             row_NCPS[..., band.result] = _grey(image_NCPP[..., band.source].double() @ band.weights)
         image_NCSS = image_NCPP.new_empty(count, channels, self.to_side, self.to_side)
         for band in self._bands:
             image_NCSS[:, :, band.result] = _grey(band.weights.T @ row_NCPS[:, :, band.source].double())
         return image_NCSS
+
+    @cached_property
+    def _bands(self) -> list[_Band]:
+        import torch
+
+        bands = []
+        taps = _taps(self.from_side, self.to_side, self.filter)
+        for start in range(0, self.to_side, _BLOCK):
+            part = taps[start : start + _BLOCK]
+            low, high = min(first for first, _ in part), max(first + len(weights) for first, weights in part)
+            weights_KB = np.zeros((high - low, len(part)))
+            for column, (first, weights) in enumerate(part):
+                weights_KB[first - low : first - low + len(weights), column] = weights
+            on_device = torch.from_numpy(weights_KB).to(self.device)
+            bands.append(_Band(slice(low, high), slice(start, start + len(part)), on_device))
+        return bands
 
 
 def _grey(value: "torch.Tensor") -> "torch.Tensor":
@@ -143,7 +169,6 @@ def _grey(value: "torch.Tensor") -> "torch.Tensor":
     return value.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
-@cache
 def _taps(from_side: int, to_side: int, name: str) -> list[tuple[int, list[float]]]:
     """For each pixel after resizing, the first that it is made of and the weights of that one and the next.
 
@@ -166,6 +191,15 @@ def _taps(from_side: int, to_side: int, name: str) -> list[tuple[int, list[float
     return taps
 
 
+OPTIONS: dict[str, dict[str, Any]] = {
+    "png": {"compress_level": 3},  # a third of the default's time for a few percent of its size
+    # An eighth of a picture more than the default, in a fifteenth of its time; a fifth less than png.
+    "webp": {"lossless": True, "method": 0, "quality": 20},
+    "jpg": {"quality": 95, "subsampling": 0},
+}
+"""Format → Pillow's options."""
+
+
 def encode(picture_HWC: NDArray[np.uint8], image_format: str) -> bytes:
     """An RGB picture as file bytes: png and webp lossless, jpg at quality 95 without chroma subsampling.
 
@@ -179,19 +213,13 @@ def encode(picture_HWC: NDArray[np.uint8], image_format: str) -> bytes:
     """
     from PIL import Image
 
-    options: dict[str, dict[str, Any]] = {
-        "png": {"compress_level": 3},  # a third of the default's time for a few percent of its size
-        # An eighth of a picture more than the default, in a fifteenth of its time; a fifth less than png.
-        "webp": {"lossless": True, "method": 0, "quality": 20},
-        "jpg": {"quality": 95, "subsampling": 0},
-    }
-    if image_format not in options:
-        raise UserError(f"image_format: {image_format!r} is not one of {', '.join(options)}")
+    if image_format not in OPTIONS:
+        raise UserError(f"image_format: {image_format!r} is not one of {', '.join(OPTIONS)}")
     if picture_HWC.dtype != np.uint8 or picture_HWC.ndim != 3 or picture_HWC.shape[2] != 3:
         raise ValueError(f"a picture must be uint8 [H, W, 3], got {picture_HWC.dtype} {list(picture_HWC.shape)}")
     buffer = io.BytesIO()
     kind = "jpeg" if image_format == "jpg" else image_format
-    Image.fromarray(np.ascontiguousarray(picture_HWC)).save(buffer, kind, **options[image_format])
+    Image.fromarray(np.ascontiguousarray(picture_HWC)).save(buffer, kind, **OPTIONS[image_format])
     return buffer.getvalue()
 
 
@@ -208,7 +236,8 @@ def encoded(
         pictures: uint8 [H, W, 3] each; read in the caller's thread.
         threads: null takes the cores of this process, at most 8.
     """
-    pool = ThreadPoolExecutor(threads or min(len(os.sched_getaffinity(0)), _MOST_THREADS), "encode")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    pool = ThreadPoolExecutor(threads or min(cores, _MOST_THREADS), "encode")
     waiting: deque[tuple[Future[bytes], dict[str, Any]]] = deque()
     try:
         for picture_HWC, note in pictures:

@@ -7,20 +7,24 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+from numpy.typing import NDArray
 
 from datagen import shards
-from datagen.config import DatagenSettings
-from datagen.curate import Curated, curate, held_out
-from datagen.prompts import stream
+from datagen.config import DatagenSettings, GlyphsRenderer
+from datagen.curate import CONTEXT, Curated, curate, held_out
+from datagen.prompts import provenance, stream
 from datagen.renderers.base import Renderer
 from datagen.targets import TargetEncoder
 
 log = logging.getLogger(__name__)
+
+_ROWS = 1 << 20  # rows of the plan made at a time: a column of strings holds no more than 2 GB
 
 
 def identity(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
@@ -28,7 +32,10 @@ def identity(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
     keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
     values = {k: v for k, v in dataclasses.asdict(chosen).items() if k in keys}
     values["renderer"] = {**renderer.settings(), "image_format": chosen.renderer.image_format}
-    values["versions"] = {p: importlib.metadata.version(p) for p in ("numpy", "pillow", "pyarrow")}
+    packages = ["numpy", "pillow", "pyarrow"]
+    if not isinstance(chosen.renderer, GlyphsRenderer):
+        packages += ["diffusers", "torch", "transformers"]
+    values["versions"] = {p: importlib.metadata.version(p) for p in packages}
     return json.loads(json.dumps(values, default=str))
 
 
@@ -43,22 +50,38 @@ def differences(there: dict[str, Any], here: dict[str, Any], where: str = "") ->
     return found
 
 
-def curated_prompts(chosen: DatagenSettings, renderer: Renderer, work: Path) -> Curated:
+def curated_prompts(chosen: DatagenSettings, renderer: Renderer, work: Path | None = None) -> Curated:
+    """The prompts of the dataset and their sides.
+
+    Args:
+        work: folder of what is done, from which a killed run goes on; the caller removes it once the plan is committed.
+    """
     from datagen.clip_tokenizer import token_counts
 
     by_group = chosen.split.kind == "holdout"
     side = (lambda part: held_out(part, chosen.split.share, chosen.seed)) if by_group else None
-    encoder = TargetEncoder(chosen.encoder) if chosen.encoder else None
+    encoder = TargetEncoder(chosen.encoder, fast=True) if chosen.encoder else None
     return curate(
         stream(chosen.prompts, chosen.seed, side),
         -(-chosen.num // chosen.seeds_per_prompt),
         chosen.curate,
         chosen.split,
         chosen.seed,
-        encode=lambda texts: encoder.encode(texts, show=len(texts) > 2000) if encoder else np.zeros((0, 0), np.float32),
+        encode=encoder.encode if encoder else _no_vectors,
         count_tokens=token_counts,
         can_draw=renderer.can_draw,
+        work=work,
+        origin={
+            "prompts": dataclasses.asdict(chosen.prompts),
+            "provenance": provenance(chosen.prompts),
+            "encoder": chosen.encoder,
+            "renderer": chosen.renderer.name,
+        },
     )
+
+
+def _no_vectors(texts: Sequence[str]) -> NDArray[np.float32]:
+    return np.zeros((len(texts), 0), np.float32)
 
 
 def count(chosen: DatagenSettings, curated: Curated) -> int:
@@ -67,18 +90,36 @@ def count(chosen: DatagenSettings, curated: Curated) -> int:
 
 def plan_table(chosen: DatagenSettings, curated: Curated) -> pa.Table:
     """A row a picture, validation spread evenly among training so that every shard has its part of both."""
-    sides = [("train", p) for p in curated.train] + [("val", p) for p in curated.val]
-    rng = np.random.default_rng([chosen.seed, 1])
-    rows = []
-    for prompt_id, i in enumerate(rng.permutation(len(sides)).tolist()):
-        split, prompt = sides[i]
-        seeds = np.random.default_rng([chosen.seed, 2, prompt_id]).integers(0, 2**31, chosen.seeds_per_prompt)
-        rows += [(prompt_id, prompt.text, prompt.source, prompt.group, split, seed) for seed in seeds.tolist()]
-    rows = [(f"{n:09d}", *row) for n, row in enumerate(rows[: chosen.num])]
-    return pa.Table.from_pydict(
-        {name: list(column) for name, column in zip(shards.PLAN.names, zip(*rows, strict=True), strict=True)},
-        schema=shards.PLAN,
-    )
+    prompts = pa.concat_tables([curated.train, curated.val]).combine_chunks()
+    order = np.random.default_rng([chosen.seed, 1]).permutation(len(prompts))
+    is_val = order >= len(curated.train)
+    per_prompt = chosen.seeds_per_prompt
+    seeds = picture_seeds(chosen.seed, len(prompts), per_prompt)
+    parts = []
+    for first in range(0, count(chosen, curated), _ROWS):
+        row = np.arange(first, min(first + _ROWS, count(chosen, curated)))
+        prompt_id, nth = np.divmod(row, per_prompt)
+        texts = prompts.take(order[prompt_id])
+        columns = {
+            "key": np.char.zfill(row.astype(str), 9),
+            "prompt_id": prompt_id,
+            "prompt": texts["prompt"],
+            "source": texts["source"],
+            "group": texts["group"],
+            "split": np.where(is_val[prompt_id], "val", "train"),
+            "seed": seeds[prompt_id, nth],
+        }
+        parts.append(pa.table(columns).cast(shards.PLAN))
+    return pa.concat_tables(parts)
+
+
+def picture_seeds(seed: int, prompts: int, per_prompt: int) -> NDArray[np.int64]:
+    """Every picture's own seed, 0 to 2³¹ − 1: [prompts, per_prompt].
+
+    Philox counts: the n-th prompt's k-th seed depends on `seed`, n and k alone, not on how many there are of either.
+    """
+    drawn = [np.random.Philox(key=(seed << 64) + k).random_raw(prompts) >> np.uint64(33) for k in range(per_prompt)]
+    return np.stack(drawn, axis=1).astype(np.int64)
 
 
 def tell(chosen: DatagenSettings, curated: Curated) -> None:
@@ -88,6 +129,13 @@ def tell(chosen: DatagenSettings, curated: Curated) -> None:
     )
     for reason, number in curated.dropped.most_common():
         log.info("  dropped %s (%.1f %%): %s", f"{number:,}", 100 * number / curated.drawn, reason)
+    if curated.over_context:
+        log.info(
+            "  %s prompts over %d tokens: Stable Diffusion reads the first %d",
+            f"{curated.over_context:,}",
+            CONTEXT,
+            CONTEXT,
+        )
     have = count(chosen, curated)
     if have < chosen.num:
         log.warning(

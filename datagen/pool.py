@@ -42,7 +42,7 @@ class Local:
         self._chosen, self._renderer = chosen, renderer
         self.on_gpu = renderer.on_gpu()
         self._environments: list[dict[str, str]] = [{}]
-        if self.on_gpu and ":" not in chosen.renderer.device:  # cuda:1 names one by itself
+        if self.on_gpu and ":" not in getattr(chosen.renderer, "device", ""):  # cuda:1 names one by itself
             self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus(chosen)]
         elif renderer.one_core:
             self._environments *= chosen.workers or os.cpu_count() or 1

@@ -1,14 +1,28 @@
-"""Prompt sources → one stream of prompts; `python -m datagen prompts=grammar` or `prompts=file`."""
+"""Prompt sources → one stream of prompts: the grammar, files here or on the hub, and weighted mixtures of these.
 
-import csv
+python -m datagen                                                the mixture conf/prompts/competition.yaml
+python -m datagen prompts=grammar                                or any other of conf/prompts/
+python -m datagen prompts=file prompts.path=prompts.csv
+"""
+
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
 
 from conf import UserError
-from datagen.config import FilePrompts, GrammarPrompts
+from datagen import fetch
+from datagen.config import FilePrompts, GrammarPrompts, MixturePrompts, MixtureSource
+from datagen.rows import Wanted, rows
+
+log = logging.getLogger(__name__)
+
+HeldOut = Callable[[str], bool]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -19,14 +33,17 @@ class Prompt:
     """What `split.kind=holdout` keeps apart: parts joined by ";", such as "red fox;blue boat"; may be empty."""
 
 
-def stream(chosen: GrammarPrompts | FilePrompts, seed: int, held_out: Callable[[str], bool] | None) -> Iterator[Prompt]:
-    """The prompts of a source, in a fixed order; the grammar's never end.
+def stream(
+    chosen: GrammarPrompts | FilePrompts | MixturePrompts, seed: int, held_out: HeldOut | None, key: str = "prompts"
+) -> Iterator[Prompt]:
+    """The prompts of a source, in an order that `seed` fixes; the grammar's never end.
 
     Args:
         held_out: the side of a part of a group; the grammar then keeps all parts of a prompt on one side.
+        key: the settings' place, for messages.
 
     Raises:
-        UserError: the file is missing, empty, not UTF-8, or lacks the column.
+        UserError: a file cannot be had or read, or lacks a column.
     """
     if isinstance(chosen, GrammarPrompts):
         from datagen import grammar
@@ -34,105 +51,152 @@ def stream(chosen: GrammarPrompts | FilePrompts, seed: int, held_out: Callable[[
         options = {key: value for key, value in vars(chosen).items() if key != "name"}
         for line in grammar.lines(seed, side=held_out, **options):
             yield Prompt(line.prompt, "grammar", line.group)
+    elif isinstance(chosen, MixturePrompts):
+        yield from _mixed(chosen, seed, held_out, key)
     else:
-        source = chosen.source or chosen.path.stem
-        for text, group in _read(chosen):
-            yield Prompt(text, source, group)
+        yield from _from_files(chosen, seed, key)
 
 
-def provenance(chosen: GrammarPrompts | FilePrompts) -> dict[str, Any]:
-    """Where the prompts came from, as plain JSON."""
+def provenance(chosen: GrammarPrompts | FilePrompts | MixturePrompts, key: str = "prompts") -> dict[str, Any]:
+    """Where the prompts come from, as plain JSON: each source's repository or URL, commit, files, sizes and sha256.
+
+    The hub's commit is asked for once a process: `stream` reads what this tells.
+
+    Raises:
+        UserError: a file cannot be had.
+    """
+    if isinstance(chosen, MixturePrompts):
+        sources = {n: s.prompts for n, s in chosen.sources.items() if s.weight}
+        return {name: provenance(prompts, f"{key}.sources.{name}.prompts") for name, prompts in sources.items()}
+    if isinstance(chosen, FilePrompts):
+        return fetch.files(chosen.path, chosen.revision, f"{key}.path").facts()
     return {"name": chosen.name}
 
 
-def _read(chosen: FilePrompts) -> Iterator[tuple[str, str]]:
-    path = chosen.path
-    if not path.is_file():
-        raise UserError(f"prompts.path: no file {path}")
-    readers = {".txt": _text, ".csv": _csv, ".tsv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}
-    kind = path.suffix.lower()
-    if kind not in readers:
-        raise UserError(f"prompts.path: {path} is {path.suffix or 'without suffix'}; known: {', '.join(readers)}")
-    if path.stat().st_size == 0:
-        raise UserError(f"prompts.path: {path} is empty")
-    columns = [chosen.column] + ([chosen.group_column] if chosen.group_column else [])
-    empty = True
-    try:
-        for row in readers[kind](path, columns):
-            empty = False
-            yield row[0], row[1] if len(row) > 1 else ""
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"prompts.path: {path} is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}); "
-            f"convert it: iconv -f latin1 -t utf-8 {path}"
-        ) from error
-    if empty:
-        raise UserError(f"prompts.path: {path} holds no prompt")
+def read_file(path: str, column: str = "prompt", key: str = "prompts") -> Iterator[Prompt]:
+    """The prompts of a file or URL, in its order, for settings that name no more than these two."""
+    plain = FilePrompts("file", path, None, None, column, False, None, {}, 0, None)
+    return _from_files(plain, 0, key)
 
 
-def _text(path: Path, columns: list[str]) -> Iterator[list[str]]:
-    if len(columns) > 1:
-        raise UserError(f"prompts.group_column: {columns[1]!r}, but a .txt such as {path} has no columns; use a csv")
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            if line.strip():
-                yield [line]
+# ------------------------------------------------------------------------------------------------------------ a source
 
 
-def _csv(path: Path, columns: list[str]) -> Iterator[list[str]]:
-    for row in read_csv(path, columns):
-        yield [row[column] or "" for column in columns]
+def _from_files(chosen: FilePrompts, seed: int, key: str) -> Iterator[Prompt]:
+    origin = fetch.files(chosen.path, chosen.revision, f"{key}.path")
+    files = list(origin.files)
+    source = chosen.source or files[0].stem
+    extra = [chosen.group_column] if chosen.group_column else []
+    rng = np.random.default_rng([seed, 3, zlib.crc32(source.encode())]) if chosen.shuffle else None
+    wanted = Wanted(list(dict.fromkeys([chosen.column, *extra, *chosen.at_most])), chosen.records, key, rng)
+    if rng is not None:
+        files = [files[i] for i in rng.permutation(len(files))]
+    texts = (found for file in files for found in _texts(chosen, file, wanted))
+    if rng is not None:
+        texts = shuffled(texts, chosen.shuffle, rng)
+    for text, group in texts:
+        yield Prompt(text, source, group)
 
 
-def read_csv(path: Path, columns: list[str]) -> Iterator[dict[str, str]]:
-    """Rows of a .csv or .tsv that must have `columns`."""
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-        _require(columns, list(reader.fieldnames or []), path)
+def _texts(chosen: FilePrompts, file: fetch.File, wanted: Wanted) -> Iterator[tuple[str, str]]:
+    """Each text of a file with its group."""
+    read = left_out = 0
+    for row in rows(file, wanted):
+        read += 1
+        if any(_above(row, column, most, file.name, read) for column, most in chosen.at_most.items()):
+            left_out += 1
+            continue
+        group = row[chosen.group_column] if chosen.group_column else None
+        for text in _listed(row[chosen.column], chosen.json_lists, f"{file.name}, row {read}", wanted.key):
+            yield text, "" if group is None else str(group)
+    if left_out:
+        bounds = ", ".join(f"{column} above {most:g}" for column, most in chosen.at_most.items())
+        log.info("%s: %s of %s rows left out: %s", file.name, f"{left_out:,}", f"{read:,}", bounds)
+
+
+def _listed(value: Any, json_lists: bool, where: str, key: str) -> list[str]:
+    if json_lists:
         try:
-            for row in reader:
-                if None in row:
-                    raise UserError(
-                        f"{path}:{reader.line_num}: more fields than columns; quote a field that holds the separator"
-                    )
-                yield row
-        except csv.Error as error:
-            raise UserError(f"{path}:{reader.line_num}: {error}; a quotation mark may be open") from error
+            value = json.loads(value)
+        except (TypeError, json.JSONDecodeError):
+            value = None
+        if not isinstance(value, list):
+            raise UserError(f"{where}: not a JSON list of texts; if it is a plain text: {key}.json_lists=false")
+    return ["" if v is None else str(v) for v in (value if isinstance(value, list) else [value])]
 
 
-def _jsonl(path: Path, columns: list[str]) -> Iterator[list[str]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row: Any = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{path}:{number}: not JSON: {error.msg}") from error
-            if not isinstance(row, dict):
-                raise UserError(f"{path}:{number}: expected an object with {columns}, got {type(row).__name__}")
-            _require(columns, list(row), path, f":{number}")
-            yield [str("" if row[column] is None else row[column]) for column in columns]
-
-
-def _parquet(path: Path, columns: list[str]) -> Iterator[list[str]]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
+def _above(row: Mapping[str, Any], column: str, most: float, file: str, number: int) -> bool:
+    """Whether a number or truth value is above its bound; an empty one is not."""
+    value = row[column]
+    if value is None or value == "":
+        return False
     try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path} is no parquet file: {error}") from error
-    _require(columns, file.schema_arrow.names, path)
-    for batch in file.iter_batches(columns=columns):
-        for row in batch.to_pylist():
-            yield [str(row[column] or "") for column in columns]
-
-
-def _require(columns: list[str], present: list[str], path: Path, at: str = "") -> None:
-    missing = [column for column in columns if column not in present]
-    if missing:
+        return float(value) > most
+    except (TypeError, ValueError):
         raise UserError(
-            f"{path}{at} lacks the column {', '.join(missing)}; it has {', '.join(present) or 'none'}. "
-            f"Name the right one: prompts.column=…"
-        )
+            f"{file}, row {number}: {column} is {value!r}, no number, but at_most.{column}={most:g}"
+        ) from None
+
+
+def shuffled(items: Iterator[T], size: int, rng: np.random.Generator) -> Iterator[T]:
+    """The items, each in the place of a random one of the `size` that are held: a local shuffle in bounded memory."""
+    held: list[T] = []
+    places: list[int] = []
+    for item in items:
+        if len(held) < size:
+            held.append(item)
+            continue
+        if not places:
+            places = rng.integers(0, size, 4096).tolist()
+        place = places.pop()
+        yield held[place]
+        held[place] = item
+    for place in rng.permutation(len(held)).tolist():
+        yield held[place]
+
+
+# ----------------------------------------------------------------------------------------------------------- a mixture
+
+
+def _mixed(chosen: MixturePrompts, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
+    """Prompts of each source in the proportion of its weight, at every length of the stream.
+
+    The next prompt comes from the source that lags most behind its share of what was drawn since a source last ended.
+    """
+    open_sources = {
+        name: _one(name, source, seed, held_out, f"{key}.sources.{name}.prompts")
+        for name, source in chosen.sources.items()
+        if source.weight
+    }
+    drawn = dict.fromkeys(open_sources, 0)
+    behind = dict.fromkeys(open_sources, 0.0)
+    while open_sources:
+        total = sum(chosen.sources[name].weight for name in open_sources)
+        for name in open_sources:
+            behind[name] += chosen.sources[name].weight / total
+        name = max(open_sources, key=lambda n: behind[n])
+        prompt = next(open_sources[name], None)
+        if prompt is None:
+            del open_sources[name]
+            behind = dict.fromkeys(open_sources, 0.0)
+            _tell_end(name, drawn[name], chosen.sources[name].most, list(open_sources), key)
+            continue
+        behind[name] -= 1
+        drawn[name] += 1
+        yield prompt
+
+
+def _one(name: str, source: MixtureSource, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
+    prompts = stream(source.prompts, seed, held_out, key)
+    for n, prompt in enumerate(prompts):
+        if n == source.most:
+            return
+        yield replace(prompt, source=name)
+
+
+def _tell_end(name: str, drawn: int, most: int | None, others: list[str], key: str) -> None:
+    goes_on = f"the mixture goes on with {', '.join(others)} in their proportion" if others else "the mixture ends"
+    if drawn == most:
+        log.info("%s.sources.%s.most: %s prompts are drawn; %s", key, name, f"{drawn:,}", goes_on)
+    else:
+        log.warning("%s.sources.%s ended after %s prompts; %s", key, name, f"{drawn:,}", goes_on)

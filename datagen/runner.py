@@ -25,10 +25,11 @@ import pyarrow as pa
 from conf import Location, UserError, progress
 from datagen import plan as plans
 from datagen import shards
-from datagen.config import DatagenSettings, GrammarPrompts
+from datagen.config import DatagenSettings, FilePrompts
 from datagen.pool import Local
 from datagen.prompts import provenance
 from datagen.renderers.base import Renderer
+from datagen.storage import beside, free_bytes, located
 from datagen.targets import TargetEncoder, fill
 from datagen.work import Engine, make_renderer
 
@@ -41,6 +42,7 @@ _NOTES = {
     "redrawn": "black, constant or NaN at first, good when drawn again at higher precision",
     "constant": "constant at the highest precision too, and kept",
     "fault": "NaN at the highest precision too: in no split",
+    "redraw": "not drawn again, for want of memory",
     "batch_size": "drawn in smaller batches, for want of memory",
 }
 
@@ -60,8 +62,9 @@ def generate(chosen: DatagenSettings) -> int:
 
 
 def _generate(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -> int:
-    if isinstance(chosen.prompts, GrammarPrompts) and not (chosen.out / "dataset.json").exists():
-        # Such a source never ends, so the cost is known before prompts are curated and the hub is asked for weights.
+    plenty = not isinstance(chosen.prompts, FilePrompts) or "://" in chosen.prompts.path
+    if plenty and not shards.is_dataset(chosen.out):
+        # The cost is known before prompts are fetched and curated, and before the hub is asked for weights.
         _refuse_days(chosen, engine, chosen.num)
     info = _open_or_plan(chosen, renderer, engine)
     mine = [n for n in range(info["shards"]) if _is_mine(chosen, n)]
@@ -70,10 +73,11 @@ def _generate(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -> in
     failed: dict[int, str] = {}
     if todo:
         _refuse_days(chosen, engine, sum(_shard_length(info, chosen, n) for n in todo))
+        renderer.batch_size = info["batch_size"]
         chosen = _with_batch_size(chosen, info["batch_size"])
-        failed = _render(chosen, _engine(chosen, make_renderer(chosen)), info, mine, todo)
+        failed = _render(chosen, _engine(chosen, renderer), info, mine, todo)
     if chosen.encoder is not None:
-        fill(chosen.out, TargetEncoder(chosen.encoder))
+        fill(chosen.out, TargetEncoder(chosen.encoder), set(mine))
     _tell_end(chosen, info, failed)
     return 1 if failed else 0
 
@@ -116,7 +120,7 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -
     if chosen.part is not None and not chosen.part.startswith("1/"):
         _wait_for_plan(chosen)
     identity = engine.ask(plans.identity)
-    if (out / "dataset.json").exists():
+    if shards.is_dataset(out):
         info = shards.read_info(out)
         wanted = getattr(chosen.renderer, "batch_size", None) or info.get("batch_size")
         differ = plans.differences(
@@ -130,13 +134,12 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -
             )
         shards.remove_parts(out)
         return info
-    if out.is_dir():
-        left = (".prompts.parquet.", ".dataset.json.")  # temporary names of a run killed in its first seconds
-        strangers = [p for p in sorted(out.iterdir()) if not p.name.startswith(left) and not shards.is_plan(p)]
-        if strangers:
-            raise UserError(f"{out} is not empty and holds no dataset ({strangers[0].name}, …); choose another out=")
-        shards.remove_parts(out)
-    work = _beside(out, ".curation")
+    left = (".prompts.parquet.", ".dataset.json.")  # temporary names of a run killed in its first seconds
+    strangers = [n for n in shards.listing(out) if not n.startswith(left) and not shards.is_plan(out / n)]
+    if strangers:
+        raise UserError(f"{out} is not empty and holds no dataset ({strangers[0]}, …); choose another out=")
+    shards.remove_parts(out)
+    work = beside(out, ".curation")
     curated = plans.curated_prompts(chosen, renderer, work)
     plans.tell(chosen, curated)
     pictures = plans.count(chosen, curated)
@@ -155,7 +158,8 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -
 
 
 def _batch_size(_: DatagenSettings, renderer: Renderer) -> int:
-    return renderer.batch_size or renderer.find_batch_size()
+    renderer.load()
+    return renderer.find_batch_size()
 
 
 def _with_batch_size(chosen: DatagenSettings, batch_size: int) -> DatagenSettings:
@@ -168,9 +172,9 @@ def _with_batch_size(chosen: DatagenSettings, batch_size: int) -> DatagenSetting
 def _wait_for_plan(chosen: DatagenSettings) -> None:
     """Part 1 plans for all: the plan of millions is not made n times, nor written by two at once."""
     path = chosen.out / "dataset.json"
-    if not path.exists():
+    if not shards.is_dataset(chosen.out):
         log.info("part=%s: waiting for part 1 to write %s", chosen.part, path)
-    while not path.exists():
+    while not shards.is_dataset(chosen.out):
         time.sleep(_WAIT_S)
 
 
@@ -192,15 +196,16 @@ def _tell_cost(chosen: DatagenSettings, engine: Engine, pictures: int) -> None:
     else:
         seconds = engine.ask(partial(_seconds, pictures))
     log.info("time: about %s on %d at once", _duration(seconds / engine.places), engine.places)
-    free = f", {_free(chosen.out) / 1e9:.1f} GB free" if _is_local(chosen.out) else ""
-    log.info("disk: about %.2f GB%s", _disk_bytes(chosen, pictures) / 1e9, free)
+    free = _free(chosen.out)
+    there = "" if free is None else f", {free / 1e9:.1f} GB free"
+    log.info("disk: about %.2f GB%s", _disk_bytes(chosen, pictures) / 1e9, there)
     log.info("dry run: nothing is written")
 
 
 def _refuse_days(chosen: DatagenSettings, engine: Engine, pictures: int) -> None:
     """Stops a run that would take days where a GPU is meant to do it, or that the disk cannot hold."""
-    need = _disk_bytes(chosen, pictures)
-    if _is_local(chosen.out) and need > (free := _free(chosen.out)):
+    need, free = _disk_bytes(chosen, pictures), _free(chosen.out)
+    if free is not None and need > free:
         raise UserError(
             f"no space: {pictures:,} pictures need about {need / 1e9:.1f} GB, and {chosen.out} has "
             f"{free / 1e9:.1f} GB free; make room, choose another out=, or lower num="
@@ -211,7 +216,8 @@ def _refuse_days(chosen: DatagenSettings, engine: Engine, pictures: int) -> None
     if seconds > _LONGEST_UNASKED_S:
         raise UserError(
             f"{pictures:,} pictures by {chosen.renderer.name} would take about {_duration(seconds)} on this machine: "
-            f"it has no CUDA device.\nRun it on a GPU, lower num=, try renderer=glyphs, or insist with force=true."
+            f"it has no CUDA device.\nRun it on a GPU, lower num=, try renderer=glyphs prompts=grammar, "
+            f"or insist with force=true."
         )
 
 
@@ -229,14 +235,10 @@ def _disk_bytes(chosen: DatagenSettings, pictures: int) -> float:
     return pictures * (chosen.renderer.size**2 * bits_a_pixel / 8 + 4096)
 
 
-def _is_local(out: Location) -> bool:
-    return isinstance(out, Path)
-
-
-def _free(folder: Location) -> int:
-    while not folder.exists():
-        folder = folder.absolute().parent
-    return shutil.disk_usage(str(folder)).free
+def _free(out: Location) -> int | None:
+    """Bytes free where the dataset will lie; None of a URL, whose owner knows."""
+    place = located(out)
+    return free_bytes(place) if isinstance(place, Path) else None
 
 
 def _duration(seconds: float) -> str:
@@ -282,8 +284,9 @@ def _render(
                 if in_a_row == _MOST_FAILED_IN_A_ROW:
                     raise UserError(
                         f"{in_a_row} shards in a row failed, the last with: {error}\n"
-                        f"The whole trace is in {_log_path(chosen.out)}. Mend it; the same command resumes."
+                        f"The whole trace is in {beside(chosen.out, '.log.jsonl')}. Mend it; the same command resumes."
                     )
+    shards.remove_parts(chosen.out)  # of workers that were killed; those that live lock theirs
     for note, count in sorted(noted.items()):
         log.info("%s pictures: %s", f"{count:,}", _NOTES.get(note, note))
     _log(chosen, "ended", failed=sorted(failed))
@@ -310,16 +313,6 @@ def _by_split(splits: dict[str, int]) -> str:
     return ", ".join(f"{count:,} {name}" for name, count in sorted(splits.items()))
 
 
-def _beside(out: Location, suffix: str) -> Path:
-    """A local path named after the dataset: beside it, or for a URL in the current folder."""
-    name = out.absolute().name if _is_local(out) else out.name  # "." has no name
-    return (Path(out).absolute().parent if _is_local(out) else Path.cwd()) / f"{name}{suffix}"
-
-
-def _log_path(out: Location) -> Path:
-    return _beside(out, ".log.jsonl")
-
-
 def _log(chosen: DatagenSettings, event: str, **values: Any) -> None:
-    with _log_path(chosen.out).open("a") as file:
+    with beside(chosen.out, ".log.jsonl").open("a") as file:
         file.write(json.dumps({"time": time.time(), "event": event, "part": chosen.part, **values}) + "\n")

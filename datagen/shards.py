@@ -6,19 +6,20 @@
     shards/000000.parquet   index: a row a caption, where its picture lies, its crc; written last, so it is the commit
     targets/<encoder>/000000.npy   [n, E] fp32 unit vectors, a row an index row; encoder.json says whose
 
-A picture is a run of index rows with one key. Reading is random access: map the tar, slice at the offset.
+A picture is a run of index rows with one key. Reading is random access: map the tar, slice at the offset. The folder
+lies on this machine or at any fsspec URL (datagen/storage.py says how it is read and written there).
+
+The split of an index row, and of the member .json, is the plan's, or "faulty" of a picture that could not be drawn.
 """
 
-import contextlib
-import errno
 import hashlib
 import io
 import json
+import logging
 import mmap
-import os
 import tarfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,37 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from conf import UserError
+from datagen.storage import Files, Place, cache_folder, exists, free_bytes, remove_parts, write_atomically
+
+__all__ = [
+    "INDEX",
+    "PLAN",
+    "SCHEMA",
+    "CorruptImage",
+    "Dataset",
+    "committed",
+    "encoders",
+    "index_foreign",
+    "is_dataset",
+    "is_plan",
+    "json_bytes",
+    "listing",
+    "missing_shards",
+    "plan_matches",
+    "read_encoder",
+    "read_info",
+    "read_notes",
+    "read_plan",
+    "remove_parts",
+    "write_atomically",
+    "write_json",
+    "write_plan",
+    "write_shard",
+    "write_table",
+    "write_targets",
+]
+
+log = logging.getLogger(__name__)
 
 SCHEMA = 1
 PLAN = pa.schema(
@@ -55,71 +87,36 @@ INDEX = pa.schema(
     ]
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_PART = ".part-"  # of a temporary name
+FAULTY = "faulty"  # the split of pictures that no training and no validation takes
 _MOST_MAPPED = 512  # tars; each holds a file descriptor, and a process has 1,024 by default
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
+_MOST_TARGETS = 256  # files of vectors, likewise
 
 
 class CorruptImage(Exception):  # noqa: N818 – it names the state of a picture
-    """A picture that cannot be read or decoded; a run skips, counts and lists it."""
+    """A picture that cannot be read or decoded; a run skips, counts and lists it. Never a fault of the network."""
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
-
-
-def write_atomically(path: Path, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Writes a file under a temporary name, syncs it and renames it: after a kill it is whole or absent.
-
-    Raises:
-        UserError: the disk is full or refuses; the temporary file is gone.
-    """
-    part = path.with_name(f".{path.name}{_PART}{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}. Nothing half-written is left: "
-            "make room or choose another out=, and run the same command again."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def remove_parts(root: Path) -> None:
-    """Removes what a killed run left under temporary names."""
-    for part in root.rglob(f".*{_PART}*"):
-        part.unlink(missing_ok=True)
 
 
 def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Place, value: Any) -> None:
     data = json_bytes(value)
     write_atomically(path, lambda file: file.write(data))
 
 
-def write_table(path: Path, table: pa.Table) -> None:
+def write_table(path: Place, table: pa.Table) -> None:
     write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))
 
 
-def write_plan(root: Path, plan: pa.Table, info: Mapping[str, Any]) -> None:
+def write_plan(root: Place, plan: pa.Table, info: Mapping[str, Any]) -> None:
     """Commits the plan: `prompts.parquet`, then `dataset.json` with its hash, its counts and `info`."""
-    write_table(root / "prompts.parquet", plan)
+    buffer = io.BytesIO()
+    pq.write_table(plan, buffer, compression="zstd")
+    write_atomically(root / "prompts.parquet", lambda file: file.write(buffer.getbuffer()))
     splits = plan["split"].to_numpy(zero_copy_only=False)
     firsts = _starts(plan["key"])[:-1]
     names, counts = np.unique(splits[firsts], return_counts=True)
@@ -129,21 +126,28 @@ def write_plan(root: Path, plan: pa.Table, info: Mapping[str, Any]) -> None:
         "pictures": len(firsts),
         "captions": plan.num_rows,
         "splits": dict(zip(names.tolist(), counts.tolist(), strict=True)),
-        "plan_sha256": _sha256(root / "prompts.parquet"),
+        "plan_sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
     }
     write_json(root / "dataset.json", info)
 
 
-def write_shard(root: Path, number: int, plan: pa.Table, pictures: Iterable[tuple[bytes, Mapping[str, Any]]], suffix: str) -> None:
+def write_shard(
+    root: Place, number: int, plan: pa.Table, pictures: Iterable[tuple[bytes, Mapping[str, Any]]], suffix: str
+) -> None:
     """Writes shard `number`: the tar, then its index, which commits it.
 
     Args:
         plan: the shard's rows of `prompts.parquet`, one picture a row.
-        pictures: the encoded pictures, in the plan's order.
+        pictures: in the plan's order, each encoded and with a note, plain JSON, that joins its .json. A "fault" in it
+            puts the picture into the split "faulty".
         suffix: of the pictures, with its dot.
+
+    Raises:
+        UserError: no room, no right or no way to write; the shard is not committed.
+        ValueError: a note would replace what the plan says, or there are not as many pictures as rows.
     """
     name = f"shards/{number:06d}"
-    offsets, sizes, crcs = [], [], []
+    offsets, sizes, crcs, splits = [], [], [], []
 
     def write(file: io.BufferedWriter) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
@@ -152,7 +156,13 @@ def write_shard(root: Path, number: int, plan: pa.Table, pictures: Iterable[tupl
                 offsets.append(tar.offset + tarfile.BLOCKSIZE)
                 sizes.append(len(picture))
                 crcs.append(zlib.crc32(picture))
-                meta = {k: row[k] for k in ("prompt_id", "source", "group", "split", "seed")} | dict(note)
+                meta = {k: row[k] for k in ("prompt_id", "source", "group", "split", "seed")}
+                if meta.keys() & note.keys():
+                    raise ValueError(f"{key}: the note {dict(note)} would replace {sorted(meta.keys() & note.keys())}")
+                meta |= note
+                if "fault" in note:
+                    meta["split"] = FAULTY
+                splits.append(meta["split"])
                 for member, data in (
                     (f"{key}{suffix}", picture),
                     (f"{key}.txt", row["prompt"].encode()),
@@ -164,7 +174,8 @@ def write_shard(root: Path, number: int, plan: pa.Table, pictures: Iterable[tupl
 
     write_atomically(root / f"{name}.tar", write)
     columns = {
-        **{k: plan[k] for k in ("key", "prompt_id", "group", "source", "split")},
+        **{k: plan[k] for k in ("key", "prompt_id", "group", "source")},
+        "split": splits,
         "path": [f"{name}.tar"] * plan.num_rows,
         "offset": offsets,
         "size": sizes,
@@ -173,85 +184,113 @@ def write_shard(root: Path, number: int, plan: pa.Table, pictures: Iterable[tupl
     write_table(root / f"{name}.parquet", pa.table(columns, schema=INDEX))
 
 
-def committed(root: Path, number: int) -> bool:
-    """Whether shard `number` is there, whole."""
-    return (root / f"shards/{number:06d}.parquet").exists()
+def committed(root: Place, number: int) -> bool:
+    """Whether shard `number` is there, whole, as of now."""
+    return exists(root / f"shards/{number:06d}.parquet")
 
 
-def read_plan(root: Path) -> pa.Table:
-    return _read_table(_present(root / "prompts.parquet", root), PLAN)
+def is_dataset(root: Place) -> bool:
+    """Whether a plan is committed there, as of now."""
+    return exists(root / "dataset.json")
 
 
-def plan_matches(root: Path) -> bool:
+def listing(root: Place) -> list[str]:
+    """Names in the dataset folder, sorted; none where there is no folder."""
+    return Files(root).names()
+
+
+def encoders(root: Place) -> list[str]:
+    """Names of the encoders whose vectors are there, sorted."""
+    files = Files(root)
+    return [name for name in files.names("targets") if files.size(f"targets/{name}/encoder.json") is not None]
+
+
+def read_encoder(root: Place, name: str) -> dict[str, Any]:
+    """Whose vectors `targets/<name>` holds.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = _encoder(Files(root), name)
+    if found is None:
+        raise UserError(f"{root} has no vectors of {name}; write them: python -m datagen.targets out={root}")
+    return found
+
+
+def read_plan(root: Place) -> pa.Table:
+    return _plan(Files(root))
+
+
+def plan_matches(root: Place) -> bool:
     """Whether `prompts.parquet` is the plan that `dataset.json` was written with."""
-    return _sha256(_present(root / "prompts.parquet", root)) == read_info(root)["plan_sha256"]
+    files = Files(root)
+    return _sha256(_present(files, "prompts.parquet")) == _info(files)["plan_sha256"]
 
 
-def is_plan(path: Path) -> bool:
+def is_plan(path: Place) -> bool:
     """Whether a file is a plan of ours: all that a run killed in its first seconds leaves."""
+    files = Files(path.parent)
+    if path.name != "prompts.parquet" or files.size(path.name) is None:
+        return False
     try:
-        return pq.read_schema(path).equals(PLAN)
+        return pq.read_schema(files.path(path.name)).equals(PLAN)
     except (pa.ArrowInvalid, OSError):
         return False
 
 
-def read_info(root: Path) -> dict[str, Any]:
+def read_info(root: Place) -> dict[str, Any]:
     """`dataset.json`.
 
     Raises:
         UserError: there is none, or it is of a schema this version does not know.
     """
-    path = _present(root / "dataset.json", root)
-    try:
-        info = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged ({error}); copy it again, or make the dataset anew") from error
-    if info.get("schema") != SCHEMA:
-        raise UserError(
-            f"{path}: schema {info.get('schema')!r}, but this version reads {SCHEMA}; make the dataset anew"
-        )
-    return info
+    return _info(Files(root))
 
 
 def write_targets(
-    root: Path,
+    root: Place,
     identity: Mapping[str, Any],
     encode: Callable[[list[str]], NDArray[np.float32]],
     tick: Callable[[int], object],
+    numbers: Collection[int] | None = None,
 ) -> int:
     """Writes the vectors of every shard that lacks them, a file a shard, and returns how many rows it wrote.
 
     Args:
+        numbers: of the shards to see to; None takes all.
         identity: who encodes: {"name", "width", …}; recorded, and refused where another's vectors lie.
         encode: n texts → unit vectors [n, E].
         tick: told the rows of each shard, written or found.
     """
-    folder = root / "targets" / identity["name"]
-    if (folder / "encoder.json").exists():
-        there = json.loads((folder / "encoder.json").read_text())
-        if there != dict(identity):
-            raise UserError(
-                f"{folder} holds vectors of another encoder, {there}, not {dict(identity)}; remove the folder"
-            )
-    remove_parts(folder)
-    write_json(folder / "encoder.json", dict(identity))
-    plan = read_plan(root)
+    files = Files(root)
+    folder = f"targets/{identity['name']}"
+    there = _encoder(files, identity["name"])
+    if there is None:
+        write_json(root / folder / "encoder.json", dict(identity))
+    elif there != dict(identity):
+        raise UserError(
+            f"{root / folder} holds vectors of another encoder, {there}, not {dict(identity)}; remove the folder"
+        )
+    remove_parts(root / folder)
+    plan = _plan(files)
     prompts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
+    written = set(files.names(folder))
+    indices = [n for n in _index_names(files) if numbers is None or int(n.partition(".")[0]) in numbers]
     wrote = 0
-    for index_path in _index_paths(root):
-        ids = pq.read_table(index_path, columns=["prompt_id"])["prompt_id"].to_numpy()
-        target_path = folder / f"{index_path.stem}.npy"
-        if not target_path.exists():
+    for name, path in zip(indices, files.paths(f"shards/{name}" for name in indices), strict=True):
+        ids = pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_numpy()
+        target = _target_name(name)
+        if target not in written:
             distinct, back = np.unique(ids, return_inverse=True)
             buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
             np.save(buffer, encode([prompts[i] for i in distinct.tolist()])[back])
-            write_atomically(target_path, lambda file, b=buffer: file.write(b.getbuffer()))
+            write_atomically(root / folder / target, lambda file, b=buffer: file.write(b.getbuffer()))
             wrote += len(ids)
         tick(len(ids))
     return wrote
 
 
-def index_foreign(root: Path, number: int, rows: Mapping[str, Sequence[Any]]) -> None:
+def index_foreign(root: Place, number: int, rows: Mapping[str, Sequence[Any]]) -> None:
     """Writes the index of pictures that lie elsewhere; `rows` holds the columns of `INDEX`."""
     write_table(root / f"shards/{number:06d}.parquet", pa.table(dict(rows), schema=INDEX))
 
@@ -262,22 +301,37 @@ def index_foreign(root: Path, number: int, rows: Mapping[str, Sequence[Any]]) ->
 class Dataset:
     """A dataset folder, read at random, from any number of processes.
 
-    Pictures are numbered 0 … len-1 in the order of the shards; a picture has one caption or more.
+    Pictures are numbered 0 … len-1 in the order of the shards; a picture has one caption or more. Of a remote folder,
+    a tar is fetched into the cache whole at its first picture, and is as fast as a local one from then on; where the
+    disk of the cache cannot hold the tars, the pictures are read from the store one by one.
 
     Args:
-        root: the dataset folder.
+        root: the dataset folder, a local path or an fsspec URL.
         encoder: name of the target vectors to read; None reads none.
+        whole: False also reads the pictures one by one, for one who wants few of a remote folder.
+        files: what is in the folder, where another process has listed it.
+        partial: True also opens a dataset that is still being made; it then has the pictures of the shards there are.
 
     Raises:
         UserError: naming everything that is missing, cut off or does not match, and what mends it.
     """
 
-    def __init__(self, root: Path | str, encoder: str | None = None) -> None:
-        self.root = Path(root)
+    def __init__(
+        self,
+        root: Place | str,
+        encoder: str | None = None,
+        *,
+        whole: bool = True,
+        partial: bool = False,
+        files: Files | None = None,
+    ) -> None:
+        self._files = files or Files(root)
+        self.root = self._files.root
         self.encoder = encoder
-        self.info = read_info(self.root)
+        self.partial = partial
+        self.info = _info(self._files)
         self._maps: dict[str, mmap.mmap] = {}
-        tables = [_read_table(path, INDEX) for path in _index_paths(self.root)]
+        tables = _read_tables(self._files, [f"shards/{name}" for name in _index_names(self._files)], INDEX)
         table = pa.concat_tables(tables) if tables else INDEX.empty_table()
         starts = _starts(table["key"])
         self._keys = table["key"]
@@ -293,23 +347,27 @@ class Dataset:
         self._groups = table["group"]
         self._prompts: list[str] | None = None
         self._shard_rows = np.cumsum([0] + [t.num_rows for t in tables])
-        self._targets: list[NDArray[np.float32]] = []
+        self._target_names: list[str] = []
+        self._targets: dict[int, NDArray[np.float32]] = {}
+        self._width = 0
         problems = self._check_pictures(table)
         if encoder is not None:
             problems += self._open_targets(encoder)
         if problems:
             raise UserError(f"the dataset {self.root} cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
+        self._whole = whole and (files is not None or self._cache_has_room())
 
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def __reduce__(self) -> tuple[type["Dataset"], tuple[Path, str | None]]:
-        return Dataset, (self.root, self.encoder)  # a worker opens it anew: a mapped array would be pickled whole
+    def __reduce__(self) -> tuple[Callable[..., "Dataset"], tuple[Place, str | None, bool, bool, Files]]:
+        # a worker opens it anew: a mapped array would be pickled whole
+        return _reopened, (self.root, self.encoder, self._whole, self.partial, self._files)
 
     @property
     def width(self) -> int:
         """E, the width of the target vectors."""
-        return self._targets[0].shape[1]
+        return self._width
 
     @property
     def keys(self) -> list[str]:
@@ -324,6 +382,12 @@ class Dataset:
     def group(self, i: int) -> str:
         return self._groups[int(self._row_starts[i])].as_py()
 
+    @property
+    def splits(self) -> dict[str, int]:
+        """Pictures of each split. Where some are faulty, `info` still tells what was planned."""
+        codes, counts = np.unique(self._split_of, return_counts=True)
+        return dict(sorted(zip((self._splits[c] for c in codes.tolist()), counts.tolist(), strict=True)))
+
     def rows(self, split: str) -> NDArray[np.int64]:
         """Numbers of the pictures of a split, ascending.
 
@@ -333,7 +397,7 @@ class Dataset:
         wanted = [i for i, name in enumerate(self._splits) if name == split]
         found = np.flatnonzero(np.isin(self._split_of, wanted))
         if not len(found):
-            raise UserError(f"{self.root} has no picture in the split {split!r}, only {self.info['splits']}")
+            raise UserError(f"{self.root} has no picture in the split {split!r}, only {self.splits}")
         return found
 
     def captions(self, i: int) -> range:
@@ -343,7 +407,7 @@ class Dataset:
     def prompts(self, i: int) -> list[str]:
         """The captions of picture `i`."""
         if self._prompts is None:
-            plan = read_plan(self.root)
+            plan = _plan(self._files)
             texts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
             self._prompts = [texts[p] for p in self._prompt_ids.tolist()]
         return [self._prompts[row] for row in self.captions(i)]
@@ -356,7 +420,13 @@ class Dataset:
         rows = self.captions(i)
         shard = int(np.searchsorted(self._shard_rows, rows.start, side="right")) - 1
         first = rows.start - int(self._shard_rows[shard])
-        return np.array(self._targets[shard][first : first + len(rows)])
+        vectors = self._targets.get(shard)
+        if vectors is None:
+            if len(self._targets) >= _MOST_TARGETS:
+                self._targets.pop(next(iter(self._targets)))
+            path = self._files.path(self._target_names[shard])
+            vectors = self._targets[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return np.array(vectors[first : first + len(rows)])
 
     def target(self, i: int) -> NDArray[np.float32]:
         """The mean of picture `i`'s captions' unit vectors, [E], itself not of unit length.
@@ -370,29 +440,78 @@ class Dataset:
 
         Raises:
             CorruptImage: its file is gone or shorter than the index says.
+            UserError: a remote file cannot be fetched, was changed since it was listed, or is another dataset's.
         """
         path, offset, size = self._paths[self._path_of[i]], int(self._offsets[i]), int(self._sizes[i])
+        tar = self._maps.get(path)
         try:
-            tar = self._maps.get(path)
-            if tar is None and path.endswith(".tar"):
-                tar = self._map(path)
-            data = (self.root / path).read_bytes() if tar is None else tar[offset : offset + size]
-        except OSError as error:
+            if tar is not None:
+                data = tar[offset : offset + size]
+            elif not path.endswith(".tar"):
+                data = self._files.path(path).read_bytes()
+            elif self._whole or self._files.is_here(path):
+                data = self._map(path, i)[offset : offset + size]
+            else:
+                data = self._from_store(path, i)
+        except OSError as error:  # of this machine's files: what fails on the way to a store is a UserError
             raise CorruptImage(f"{self.key(i)}: {self.root / path}: {error.strerror}") from error
         if len(data) != size or not size:
             raise CorruptImage(f"{self.key(i)}: {self.root / path} holds {len(data)} bytes of {size}")
         return data
 
-    def _map(self, path: str) -> mmap.mmap:
+    def _map(self, path: str, i: int) -> mmap.mmap:
         if len(self._maps) >= _MOST_MAPPED:
             self._maps.pop(next(iter(self._maps))).close()
-        with (self.root / path).open("rb") as file:
-            self._maps[path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        return self._maps[path]
+        with self._files.path(path).open("rb") as file:
+            found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self._files.remote:
+            offset = int(self._offsets[i])
+            self._refuse_another_tar(path, i, found[max(offset - tarfile.BLOCKSIZE, 0) : offset])
+        self._maps[path] = found
+        return found
+
+    def _from_store(self, path: str, i: int) -> bytes:
+        offset, size = int(self._offsets[i]), int(self._sizes[i])
+        first = max(offset - tarfile.BLOCKSIZE, 0)
+        data = self._files.read(path, first, offset + size)
+        self._refuse_another_tar(path, i, data[: offset - first])
+        return data[offset - first :]
+
+    def _refuse_another_tar(self, path: str, i: int, header: bytes) -> None:
+        """What opening does for a local tar: a remote one's headers are looked at as it is read."""
+        for problem in self._mismatch(path, i, header):
+            raise UserError(problem)
+
+    def _mismatch(self, path: str, i: int, header: bytes) -> list[str]:
+        """Says so where 512 bytes are not the header of picture `i`."""
+        try:
+            if tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == self._sizes[i]:
+                return []
+        except tarfile.HeaderError:
+            pass
+        where = f"no {self.key(i)} at {self._offsets[i]}"
+        return [f"{self.root / path} does not match its index: {where}; {self._remedy(path)}"]
+
+    def _cache_has_room(self) -> bool:
+        """Whether the cache can hold the tars that it lacks; True of a local folder, which needs none."""
+        missing = [path for path in self._paths if path.endswith(".tar") and not self._files.is_here(path)]
+        if not missing:
+            return True
+        need, free = sum(self._files.size(path) or 0 for path in missing), free_bytes(cache_folder())
+        sizes = f"{need / 1e9:.2f} GB in {len(missing):,} tars"
+        if need > free:
+            log.warning(
+                "%s: %s do not fit into the cache %s, which has %.2f GB free: pictures are read from the store one by "
+                "one, which is slower. Name a larger folder by IM2EMB_CACHE",
+                *(self.root, sizes, cache_folder(), free / 1e9),
+            )
+            return False
+        log.info("%s: %s are fetched into %s as they are first read", self.root, sizes, cache_folder())
+        return True
 
     def fingerprint(self) -> str:
         """A hash of what the dataset is: its settings, plan and counts."""
-        return _sha256(self.root / "dataset.json")
+        return _sha256(self._files.path("dataset.json"))
 
     def damaged(self, tick: Callable[[int], object]) -> Iterator[str]:
         """Re-reads every picture and yields a line for each that does not match its crc; `tick` counts pictures."""
@@ -408,14 +527,14 @@ class Dataset:
 
     def _check_pictures(self, table: pa.Table) -> list[str]:
         found = []
-        missing = missing_shards(self.root, self.info)
+        missing = [] if self.partial else _missing(self._files, self.info)
         if missing:
             names = ", ".join(f"{n:06d}" for n in missing[:5]) + (", …" if len(missing) > 5 else "")
             found.append(
                 f"{len(missing)} of {self.info['shards']} shards are missing ({names}): "
                 f"finish it by the python -m datagen command that began it"
             )
-        elif table.num_rows != self.info["captions"]:
+        elif table.num_rows > self.info["captions"] or (table.num_rows < self.info["captions"] and not self.partial):
             found.append(
                 f"its index has {table.num_rows} rows, but dataset.json says {self.info['captions']}: "
                 f"shards of another dataset lie in it; copy it again"
@@ -424,85 +543,157 @@ class Dataset:
             if not path.endswith(".tar"):
                 continue  # a folder's files are found missing one by one, as they are read
             pictures = np.flatnonzero(self._path_of == code)
-            found += self._check_tar(self.root / path, pictures[np.argsort(self._offsets[pictures])])
+            found += self._check_tar(path, pictures[np.argsort(self._offsets[pictures])])
         return found
 
-    def _check_tar(self, tar: Path, pictures: NDArray[np.int64]) -> list[str]:
-        """Length of the tar, and the headers of its first and last picture; `verify` reads all pictures."""
-        if tar.parent == self.root / "shards":
-            remedy = f"copy it again, or remove {tar.with_suffix('.parquet')} and repeat the python -m datagen command"
-        else:
-            remedy = "copy it again, or index it anew: python -m datagen.index"
-        if not tar.is_file():
-            return [f"{tar} is missing; {remedy}"]
-        last = pictures[-1]
-        need, have = int(self._offsets[last] + self._sizes[last]), tar.stat().st_size
+    def _check_tar(self, path: str, pictures: NDArray[np.int64]) -> list[str]:
+        """Length of the tar, and of a local one the headers of its first and last picture; `verify` reads all."""
+        where, last = self.root / path, pictures[-1]
+        need, have = int(self._offsets[last] + self._sizes[last]), self._files.size(path)
+        if have is None:
+            return [f"{where} is missing; {self._remedy(path)}"]
         if have < need:
-            return [f"{tar} is cut off: {have} bytes, the index needs {need}; {remedy}"]
-        with tar.open("rb") as file:
-            for i in (pictures[0], last):
+            return [f"{where} is cut off: {have} bytes, the index needs {need}; {self._remedy(path)}"]
+        if self._files.remote:
+            return []
+        with self._files.path(path).open("rb") as file:
+            for i in (int(pictures[0]), int(last)):
                 file.seek(max(int(self._offsets[i]) - tarfile.BLOCKSIZE, 0))
-                try:
-                    header = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "surrogateescape")
-                except tarfile.HeaderError:
-                    header = None
-                if header is None or header.size != self._sizes[i]:
-                    return [f"{tar} does not match its index: no {self.key(int(i))} at {self._offsets[i]}; {remedy}"]
+                found = self._mismatch(path, i, file.read(tarfile.BLOCKSIZE))
+                if found:
+                    return found
         return []
 
+    def _remedy(self, tar: str) -> str:
+        """For a tar that is missing, cut off or another one."""
+        if tar.startswith("shards/"):
+            index = self.root / f"{tar.removesuffix('.tar')}.parquet"
+            return f"copy it again, or remove {index} and repeat the python -m datagen command"
+        return "copy it again, or index it anew: python -m datagen.index"
+
     def _open_targets(self, encoder: str) -> list[str]:
-        folder = self.root / "targets" / encoder
+        folder = f"targets/{encoder}"
         remedy = f"python -m datagen.targets out={self.root} encoder={encoder}"
-        if not (folder / "encoder.json").exists():
+        identity = _encoder(self._files, encoder)
+        if identity is None:
             return [f"no vectors of {encoder}; write them: {remedy}"]
-        width = json.loads((folder / "encoder.json").read_text())["width"]
-        found = []
-        for index_path, rows in zip(_index_paths(self.root), np.diff(self._shard_rows), strict=True):
-            path = folder / f"{index_path.stem}.npy"
-            if not path.exists():
-                found.append(f"{path} is missing; write it: {remedy}")
-                continue
+        self._width = identity["width"]
+        targets = [f"{folder}/{_target_name(name)}" for name in _index_names(self._files)]
+        there = {f"{folder}/{name}" for name in self._files.names(folder)}
+        found = [f"{self.root / name} is missing; write it: {remedy}" for name in targets if name not in there]
+        rows_of = dict(zip(targets, np.diff(self._shard_rows).tolist(), strict=True))
+        present = [name for name in targets if name in there]
+        for name, path in zip(present, self._files.paths(present), strict=True):
+            where, expected = self.root / name, [rows_of[name], self._width]
             try:
                 vectors = np.load(path, mmap_mode="r", allow_pickle=False)
             except (ValueError, EOFError, OSError) as error:
-                found.append(f"{path} cannot be read ({error}); remove it and write it anew: {remedy}")
+                found.append(f"{where} cannot be read ({error}); remove it and write it anew: {remedy}")
                 continue
-            if vectors.shape != (rows, width) or vectors.dtype != np.float32:
+            if list(vectors.shape) != expected or vectors.dtype != np.float32:
                 found.append(
-                    f"{path} is {vectors.dtype} {list(vectors.shape)}, expected float32 [{rows}, {width}]; "
+                    f"{where} is {vectors.dtype} {list(vectors.shape)}, expected float32 {expected}; "
                     f"remove it and write it anew: {remedy}"
                 )
                 continue
-            self._targets.append(vectors)
+            self._target_names.append(name)
         return found
 
 
-def missing_shards(root: Path, info: Mapping[str, Any]) -> list[int]:
-    """Numbers of the shards that are planned and not committed."""
-    return [n for n in range(info["shards"]) if not committed(root, n)]
+def _reopened(root: Place, encoder: str | None, whole: bool, partial: bool, files: Files) -> Dataset:
+    return Dataset(root, encoder, whole=whole, partial=partial, files=files)
 
 
-def _index_paths(root: Path) -> list[Path]:
-    return sorted((root / "shards").glob("[0-9]*.parquet"))
+def read_notes(root: Place, number: int) -> dict[str, dict[str, Any]]:
+    """What the renderer noted of the pictures of shard `number`, such as {"redrawn": "fp32"}: key → note, if any.
 
+    A remote tar is not fetched for this: of one that is not in the cache, nothing is told.
 
-def _present(path: Path, root: Path) -> Path:
-    if not path.exists():
-        raise UserError(
-            f"no dataset at {root}: {path.name} is missing. Make one (python -m datagen out={root}) "
-            f"or index what you have (python -m datagen.index out={root} …)."
-        )
-    return path
-
-
-def _read_table(path: Path, schema: pa.Schema) -> pa.Table:
+    Raises:
+        UserError: the tar is damaged.
+    """
+    files, name = Files(root), f"shards/{number:06d}.tar"
+    if files.size(name) is None or not files.is_here(name):
+        return {}
+    notes = {}
     try:
-        return pq.read_table(path, schema=schema)
-    except (pa.ArrowInvalid, OSError) as error:
+        with tarfile.open(files.path(name)) as tar:
+            for member in tar:
+                if member.name.endswith(".json") and (file := tar.extractfile(member)):
+                    meta = json.load(file)
+                    note = {key: value for key, value in meta.items() if key not in PLAN.names}
+                    if note:
+                        notes[member.name.removesuffix(".json")] = note
+    except (tarfile.TarError, ValueError, OSError) as error:
+        raise UserError(f"{files.root / name} is damaged ({error}): python -m datagen.verify out={root}") from error
+    return notes
+
+
+def missing_shards(root: Place, info: Mapping[str, Any]) -> list[int]:
+    """Numbers of the shards that are planned and not committed, as of now."""
+    return _missing(Files(root), info)
+
+
+def _missing(files: Files, info: Mapping[str, Any]) -> list[int]:
+    there = set(files.names("shards"))
+    return [n for n in range(info["shards"]) if f"{n:06d}.parquet" not in there]
+
+
+def _index_names(files: Files) -> list[str]:
+    return [name for name in files.names("shards") if name[0].isdigit() and name.endswith(".parquet")]
+
+
+def _target_name(index_name: str) -> str:
+    return f"{index_name.removesuffix('.parquet')}.npy"
+
+
+def _info(files: Files) -> dict[str, Any]:
+    info = _json(files, "dataset.json", "make the dataset anew")
+    if info.get("schema") != SCHEMA:
         raise UserError(
-            f"{path} is damaged ({str(error).splitlines()[0]}); copy it again, or remove it and repeat the command "
-            f"that wrote it"
-        ) from error
+            f"{files.root / 'dataset.json'}: schema {info.get('schema')!r}, but this version reads {SCHEMA}; "
+            f"make the dataset anew"
+        )
+    return info
+
+
+def _plan(files: Files) -> pa.Table:
+    _present(files, "prompts.parquet")
+    return _read_tables(files, ["prompts.parquet"], PLAN)[0]
+
+
+def _encoder(files: Files, name: str) -> dict[str, Any] | None:
+    path = f"targets/{name}/encoder.json"
+    return None if files.size(path) is None else _json(files, path, "remove its folder and write the vectors anew")
+
+
+def _json(files: Files, name: str, remedy: str) -> dict[str, Any]:
+    try:
+        return json.loads(_present(files, name).read_text())
+    except ValueError as error:
+        raise UserError(f"{files.root / name} is damaged ({error}); copy it again, or {remedy}") from error
+
+
+def _present(files: Files, name: str) -> Path:
+    if files.size(name) is None:
+        raise UserError(
+            f"no dataset at {files.root}: {name} is missing. Make one (python -m datagen out={files.root}) "
+            f"or index what you have (python -m datagen.index out={files.root} …)."
+        )
+    return files.path(name)
+
+
+def _read_tables(files: Files, names: list[str], schema: pa.Schema) -> list[pa.Table]:
+    tables = []
+    for name, path in zip(names, files.paths(names), strict=True):
+        try:
+            tables.append(pq.read_table(path, schema=schema))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(
+                f"{files.root / name} is damaged ({str(error).splitlines()[0]}); copy it again, or remove it and "
+                f"repeat the command that wrote it"
+            ) from error
+    return tables
 
 
 def _starts(keys: pa.ChunkedArray) -> NDArray[np.int64]:

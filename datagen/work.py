@@ -15,7 +15,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datagen import shards
-from datagen.config import DatagenSettings, GlyphsRenderer
+from datagen.config import DatagenSettings, DiffusersRenderer, GlyphsRenderer
 from datagen.pictures import encoded
 from datagen.renderers.base import Renderer
 
@@ -69,15 +69,17 @@ def answer(question: Callable[[DatagenSettings, Renderer], T], chosen: DatagenSe
 
 
 def make_renderer(chosen: DatagenSettings) -> Renderer:
-    keys = {f.name: getattr(chosen.renderer, f.name) for f in dataclasses.fields(chosen.renderer)}
-    del keys["name"], keys["image_format"]
     if isinstance(chosen.renderer, GlyphsRenderer):
         from datagen.renderers.glyphs import Glyphs
 
-        return Glyphs(**keys)
+        return Glyphs(chosen.renderer.size)
+    if isinstance(chosen.renderer, DiffusersRenderer):
+        from datagen.renderers.diffusers_model import DiffusersModel
+
+        return DiffusersModel(chosen.renderer)
     from datagen.renderers.stable_diffusion import StableDiffusion2
 
-    return StableDiffusion2(**keys)
+    return StableDiffusion2(chosen.renderer)
 
 
 class Ticks:

@@ -1,4 +1,7 @@
-"""The single-file HTML page that the reports of datagen and train share: `page.py` the page, `plots.py` its figures."""
+"""The single-file HTML page that the reports of datagen and train share.
+
+`page.py` is the page, `plots.py` its figures, `inputs.py` what both reports read.
+"""
 
 from report.page import Card, Page
 

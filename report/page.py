@@ -22,11 +22,10 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from report import plots
@@ -115,10 +114,38 @@ class Page:
         """
         self._drawings += 1
         drawings = [
-            (name, Markup(plots.svg(figure, width=width, prefix=f"{name}{self._drawings}-")))
+            (name, plots.svg(figure, width=width, prefix=f"{name}{self._drawings}-"))
             for name, width in (("wide", plots.WIDE), ("narrow", plots.NARROW))
         ]
         self._add("figure", drawings=drawings, caption=caption, alt=alt or caption)
+
+    def words(self, counts: Mapping[str, int], most: int = 120) -> None:
+        """A cloud of the `most` frequent words: larger the more often they are counted, the twelve first in colour.
+
+        The same counts give the same cloud. It is text, which wraps at any width.
+        """
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
+        # Between the last and the first: by the roots of the counts, since the area of a word is what is seen.
+        low, high = (math.sqrt(ranked[k][1]) for k in (-1, 0)) if ranked else (0.0, 0.0)
+        sized = [
+            (
+                word,
+                count,
+                round(13 + 29 * (math.sqrt(count) - low) / ((high - low) or 1)),
+                "first" if rank < 12 else "rare" if rank > 50 else "",
+            )
+            for rank, (word, count) in enumerate(ranked)
+        ]
+        Random(0).shuffle(sized)
+        self._add("words", words=sized)
+
+    def lists(self, groups: Mapping[str, tuple[str, Sequence[str]]], opened: int = 0) -> None:
+        """Texts under headings that open at a click: heading → (a few words beside it, its texts).
+
+        The first `opened` of them are open from the start.
+        """
+        shown = [(name, detail, list(texts), n < opened) for n, (name, (detail, texts)) in enumerate(groups.items())]
+        self._add("lists", groups=shown)
 
     def gallery(self, cards: Iterable[Card], caption: str = "", pixels: int = 512) -> None:
         """Pictures with their texts in a grid; a click enlarges. Larger pictures shrink to `pixels` a side."""
@@ -138,6 +165,8 @@ class Page:
 
     def html(self) -> str:
         """The whole page."""
+        import jinja2
+
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
         environment = jinja2.Environment(
             loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -10,6 +10,7 @@ leaves a trace in matplotlib's settings, and the same input gives the same bytes
 from __future__ import annotations
 
 import io
+import math
 import re
 import textwrap
 import warnings
@@ -164,35 +165,128 @@ def learning_curve(
     return figure
 
 
-def histogram(values: ArrayLike, label: str, *, what: str = "Pictures") -> Figure:
-    """The distribution of `values` [n], with their mean marked. `label` names the values, `what` the things counted."""
+def histogram(
+    values: ArrayLike, label: str, *, what: str = "Pictures", limit: tuple[float, str] | None = None
+) -> Figure:
+    """The distribution of `values` [n], with their mean marked.
+
+    `label` names the values, `what` the things counted; `limit` marks a value and says what it is. Bars of whole
+    numbers begin at whole numbers.
+    """
     value_N = np.asarray(values, dtype=float).ravel()
     value_N = value_N[np.isfinite(value_N)]
     with _look():
         figure = _figure(260)
         axes = figure.subplots()
         if len(value_N):
-            bins = int(np.clip(2 * len(value_N) ** (1 / 3), 8, 48))
+            bins: int | np.ndarray = int(np.clip(2 * len(value_N) ** (1 / 3), 8, 48))
+            if np.array_equal(value_N, np.rint(value_N)):
+                low, high = value_N.min(), value_N.max() + 1
+                step = math.ceil((high - low) / 80)
+                bins = np.arange(low, high + step, step) - 0.5
             count_B, edge_B = np.histogram(value_N, bins)
             axes.bar(edge_B[:-1], count_B, np.diff(edge_B) * 0.92, align="edge", color=ACCENT, alpha=0.75, linewidth=0)
             mean = float(value_N.mean())
-            right_of_it = mean < (edge_B[0] + edge_B[-1]) / 2
-            axes.axvline(mean, color=INK, linewidth=1.5, linestyle=(0, (3, 2)))
-            axes.annotate(
-                f"mean {mean:.3f}" if abs(mean) < 100 else f"mean {mean:,.0f}",
-                (mean, 1),
-                xycoords=("data", "axes fraction"),
-                xytext=(6 if right_of_it else -6, -2),
-                textcoords="offset points",
-                ha="left" if right_of_it else "right",
-                va="top",
-                weight="bold",
-            )
-            axes.set_ylim(0, 1.2 * count_B.max())
+            marks = [(mean, f"mean {mean:.3f}" if abs(mean) < 10 else f"mean {mean:,.0f}", INK)]
+            if limit:
+                marks.append((*limit, SECOND))
+            left, right = axes.get_xlim()
+            right = max(right, limit[0] + 0.02 * (right - left)) if limit else right
+            axes.set_xlim(left, right)
+            for line, (x, text, colour) in enumerate(marks):
+                right_of_it = x < (left + right) / 2
+                axes.axvline(x, color=colour, linewidth=1.5, linestyle=(0, (3, 2)))
+                axes.annotate(
+                    text,
+                    (x, 1),
+                    xycoords=("data", "axes fraction"),
+                    xytext=(6 if right_of_it else -6, -2 - 17 * line),  # one below the other: they may be close
+                    textcoords="offset points",
+                    ha="left" if right_of_it else "right",
+                    va="top",
+                    weight="bold",
+                    color=colour,
+                )
+            axes.set_ylim(0, (1.35 if limit else 1.2) * count_B.max())
         axes.grid(visible=False, axis="x")
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
         axes.set_ylabel(what)
+        _few_ticks(axes)
+    return figure
+
+
+def bars(names: Sequence[str], parts: ArrayLike, wholes: ArrayLike | None = None, *, label: str = "") -> Figure:
+    """Counts as bars, the first name on top, their figures at the right.
+
+    `parts` are [n]; `wholes` [n], of which they are parts, are drawn behind them; `label` names the unit.
+    """
+    part_N = np.asarray(parts, dtype=float)
+    whole_N = part_N if wholes is None else np.asarray(wholes, dtype=float)
+    rows = np.arange(len(names))[::-1]
+    labels = ["\n".join(textwrap.wrap(name, 24)) for name in names]
+    with _look():
+        figure = _figure(sum(34 if "\n" in label else 28 for label in labels) + 52)
+        axes = figure.subplots()
+        if wholes is not None:
+            axes.barh(rows, whole_N, 0.62, color=MUTED, alpha=0.3, linewidth=0)
+        axes.barh(rows, part_N, 0.62, color=ACCENT, alpha=0.85, linewidth=0)
+        axes.set_yticks(rows, labels)
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.set_ylim(-0.6, len(rows) - 0.4)
+        axes.set_xlim(0, max(whole_N.max(initial=0), 1) * 1.02)
+        axes.grid(visible=False, axis="y")
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(label)
+        _few_ticks(axes, y=False)
+        axes.xaxis.set_major_formatter("{x:,.0f}")
+        figures = axes.secondary_yaxis("right")
+        shown = [
+            f"{p:,.0f}" if wholes is None else f"{p:,.0f} of {w:,.0f}" for p, w in zip(part_N, whole_N, strict=True)
+        ]
+        figures.set_yticks(rows, shown)
+        figures.tick_params(labelcolor=INK)
+        figures.spines["right"].set_visible(False)
+    return figure
+
+
+def rate(starts: ArrayLike, ends: ArrayLike, counts: ArrayLike, *, label: str, resumed: Sequence[float] = ()) -> Figure:
+    """Things a second over time, of work that is counted piece by piece.
+
+    Piece i took from `starts[i]` to `ends[i]`, seconds since the beginning, and made `counts[i]` things, evenly.
+    `resumed` marks the seconds at which a run went on after a pause.
+    """
+    start_N, end_N, count_N = (np.asarray(values, dtype=float) for values in (starts, ends, counts))
+    with _look():
+        figure = _figure(240)
+        axes = figure.subplots()
+        if len(start_N):
+            edge_B = np.linspace(0, end_N.max(), int(np.clip(4 * len(start_N), 2, 120)) + 1)
+            # What is done by each edge: a piece's share of it, summed.
+            share_BN = np.clip((edge_B[:, None] - start_N) / np.maximum(end_N - start_N, 1e-9), 0, 1)
+            rate_B = np.diff(share_BN @ count_N) / np.diff(edge_B)
+            unit, name = _time_unit(float(edge_B[-1]))
+            axes.stairs(rate_B, edge_B / unit, color=ACCENT, linewidth=2)
+            axes.stairs(rate_B, edge_B / unit, color=ACCENT, alpha=0.14, fill=True, linewidth=0)
+            mean = float(count_N.sum() / edge_B[-1])
+            axes.axhline(mean, color=INK, linewidth=1.5, linestyle=(0, (3, 2)))
+            axes.annotate(
+                f"mean {mean:.3g}",
+                (1, 1),
+                xycoords="axes fraction",
+                xytext=(-4, -2),
+                textcoords="offset points",
+                ha="right",
+                va="top",
+                weight="bold",
+            )
+            for moment in resumed:
+                axes.axvline(moment / unit, color=SECOND, linewidth=1.5, linestyle=(0, (1, 2)))
+            axes.set_xlim(0, edge_B[-1] / unit)
+            axes.set_ylim(0, 1.25 * rate_B.max() or 1)
+            axes.set_xlabel(f"Time of work, {name}")
+        axes.set_ylabel(label)
+        axes.spines["left"].set_visible(False)
         _few_ticks(axes)
     return figure
 
@@ -247,11 +341,12 @@ def _figure(height: float) -> Figure:
     return figure
 
 
-def _few_ticks(axes: Axes) -> None:
+def _few_ticks(axes: Axes, *, y: bool = True) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10]))
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    if y:
+        axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
 
 
 def _running_mean(value_N: np.ndarray, window: int) -> np.ndarray:
@@ -268,5 +363,9 @@ def _time_ticks(second_N: np.ndarray, step_N: np.ndarray) -> tuple[np.ndarray, l
     choices = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400, 604800]
     every = next((c for c in choices if longest / c <= 5), choices[-1])
     times = np.arange(every, longest + 1e-9, every)
-    unit, name = (1, "s") if every < 60 else (60, "min") if every < 3600 else (3600, "h")
+    unit, name = _time_unit(every)
     return np.interp(times, second_N, step_N), [f"{t / unit:g} {name}" for t in times]
+
+
+def _time_unit(seconds: float) -> tuple[int, str]:
+    return (1, "s") if seconds < 60 else (60, "min") if seconds < 3600 else (3600, "h")

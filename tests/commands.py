@@ -6,11 +6,19 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from conf import ROOT, compose, settings
+from conf import ROOT, Location, compose, settings
 from datagen.config import DatagenSettings
 from datagen.runner import generate
 
-GLYPHS = ("renderer=glyphs", "renderer.size=32", "num=60", "shard_size=30", "split.kind=holdout", "split.share=0.25")
+GLYPHS = (
+    "renderer=glyphs",
+    "prompts=grammar",
+    "renderer.size=32",
+    "num=60",
+    "shard_size=30",
+    "split.kind=holdout",
+    "split.share=0.25",
+)
 """Overrides of the small dataset that the tests use; `curate.duplicates_at=null encoder=null` beside them is quick."""
 
 BARE = (*GLYPHS, "curate.duplicates_at=null", "encoder=null", "workers=1")
@@ -31,7 +39,7 @@ def run(module: str, *overrides: object, **env: str) -> "subprocess.CompletedPro
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def make(out: Path, *overrides: str) -> dict[str, Any]:
+def make(out: Path | Location, *overrides: str) -> dict[str, Any]:
     """`python -m datagen` in this process, which has imported all it needs; returns the composed settings."""
     values = compose("datagen", [*overrides, f"out={out}"])
     assert generate(settings(DatagenSettings, values)) == 0

@@ -7,6 +7,7 @@ The vectors follow from the colours, so that a model can learn them and a test c
 
 import io
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,8 +15,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
+from conf import Location
 from datagen import shards
 
+T = TypeVar("T", Path, Location)
 ENCODER, WIDTH = "colours", 384
 
 
@@ -39,8 +42,8 @@ def picture(text: str, size: int) -> bytes:
 
 
 def write(
-    root: Path, *, train: int = 40, val: int = 12, size: int = 40, captions: int = 1, shard: int = 20, seed: int = 0
-) -> Path:
+    root: T, *, train: int = 40, val: int = 12, size: int = 40, captions: int = 1, shard: int = 20, seed: int = 0
+) -> T:
     """Writes the dataset with its vectors, validation pictures spread among the others, and returns its folder."""
     rng = np.random.default_rng(seed)
     count = train + val
@@ -62,13 +65,14 @@ def write(
         for n in range(captions)
     ]
     plan = pa.Table.from_pylist(rows, schema=shards.PLAN)
-    root.mkdir(parents=True)
     numbers = range(-(-count // shard))
     shards.write_plan(root, plan, {"shards": len(numbers), "settings": {"renderer": {"name": "test", "size": size}}})
     firsts = plan.take(np.arange(0, len(rows), captions))
     for number in numbers:
         part = firsts.slice(number * shard, shard)
-        shards.write_shard(root, number, part, [picture(text, size) for text in part["prompt"].to_pylist()], ".png")
+        shards.write_shard(
+            root, number, part, [(picture(text, size), {}) for text in part["prompt"].to_pylist()], ".png"
+        )
         if captions > 1:
             _repeat(root, number, captions)
     shards.write_targets(root, {"name": ENCODER, "width": WIDTH}, encode, lambda _: None)
@@ -85,7 +89,7 @@ def corrupt(root: Path, row: int) -> str:
     return picture["key"]
 
 
-def _repeat(root: Path, number: int, captions: int) -> None:
+def _repeat(root: Path | Location, number: int, captions: int) -> None:
     index = pq.read_table(root / f"shards/{number:06d}.parquet").to_pylist()
     rows = [{**row, "prompt_id": row["prompt_id"] + n} for row in index for n in range(captions)]
     shards.index_foreign(root, number, pa.Table.from_pylist(rows, schema=shards.INDEX).to_pydict())

@@ -23,7 +23,7 @@ ONLY: dict[str, tuple[str, ...]] = {
     "omegaconf": ("conf/__init__.py",),
     "lightning": ("train/",),
     "wandb": ("train/",),
-    "diffusers": ("datagen/renderers/stable_diffusion.py",),
+    "diffusers": ("datagen/renderers/",),
     "ray": ("datagen/cluster.py",),
 }
 

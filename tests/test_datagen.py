@@ -8,7 +8,6 @@ import signal
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
 from types import SimpleNamespace
@@ -16,7 +15,6 @@ from types import SimpleNamespace
 import pytest
 
 from conf import UserError, compose, settings
-from datagen import runner
 from datagen.config import DatagenSettings
 from datagen.runner import generate
 from datagen.shards import Dataset
@@ -338,33 +336,5 @@ def test_days_on_a_cpu_are_refused_with_the_estimate(tmp_path: Path) -> None:
     first, second = done.stderr.splitlines()
     assert first.startswith("error: 100,000 pictures by sd2_competition would take about ")
     assert first.endswith(" days on this machine: it has no CUDA device.")
-    assert second == "Run it on a GPU, lower num=, try renderer=glyphs, or insist with force=true."
+    assert second == "Run it on a GPU, lower num=, try renderer=glyphs prompts=grammar, or insist with force=true."
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_forced_run_makes_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tests import tiny_sd2
-
-    weights = tiny_sd2.build(tmp_path / "weights")
-    values = compose(
-        "datagen",
-        [
-            f"renderer.model={weights.folder}",
-            *("renderer.device=cpu", "renderer.render_size=64", "renderer.size=48", "renderer.steps=2"),
-            *("renderer.batch_size=3", "num=4", "shard_size=1000", "encoder=null"),
-            *("curate.duplicates_at=null", "split.kind=picture", "split.share=0.25", f"out={tmp_path / 'data'}"),
-        ],
-    )
-    chosen = settings(DatagenSettings, values)
-    monkeypatch.setattr(runner, "_LONGEST_UNASKED_S", 0)
-    with pytest.raises(UserError, match=r"(?s)4 pictures by sd2_competition would take about .*force=true"):
-        generate(chosen)
-    assert not (tmp_path / "data").exists()
-    assert generate(replace(chosen, force=True)) == 0
-    assert verify(tmp_path / "data") == []
-    dataset = Dataset(tmp_path / "data")
-    assert dataset.info["splits"] == {"train": 3, "val": 1}
-    assert dataset.image_bytes(3)[8:12] == b"WEBP"
-    told = dataset.info["settings"]["renderer"]
-    assert (told["model"], told["device"], told["precision"], told["batch_size"]) == ("tiny-sd2", "cpu", "fp32", 3)
-    assert len(told["files"]) >= 3

@@ -61,6 +61,10 @@ def full_page() -> Page:
     page.figure(plots.intervals([HOSTILE, "b"], [0.5, 0.7], [0.4, 0.6], [0.6, 0.8], highlight="b"), HOSTILE)
     page.figure(plots.learning_curve([1, 2, 3], [3, 2, 1], [2, 3], [0.5, 0.6], seconds=[10, 60, 200]), alt=HOSTILE)
     page.figure(plots.histogram(np.linspace(0, 1, 99), HOSTILE), "c")
+    page.figure(plots.bars([HOSTILE, "b"], [3, 2], [4, 4], label=HOSTILE), "c")
+    page.figure(plots.rate([0, 9], [10, 20], [5, 5], label=HOSTILE, resumed=[9]), "c")
+    page.words({HOSTILE: 3, "b": 1})
+    page.lists({HOSTILE: (HOSTILE, [HOSTILE, "b"])})
     page.section("Plots")
     page.gallery([Card(scene(64), HOSTILE, [HOSTILE, (HOSTILE, HOSTILE)], 0.7261)], caption=HOSTILE)
     page.contact_sheet([scene(300, i) for i in range(3)], [HOSTILE, "b", "c"])
@@ -97,15 +101,16 @@ def test_text_is_escaped_and_whole(html: str) -> None:
     page = Reader(html)
     assert len(page.all("script")) == 1
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
-    # Title ×2, subtitle, tile ×3, navigation, heading, lead, note, table ×3, figure caption, axis label ×2,
-    # gallery ×5, sheet, settings ×2. The plot's wrapped name and the third setting, in JSON, are not whole.
-    assert page.text.count(HOSTILE) == 24
+    # Title ×2, subtitle, tile ×3, navigation, heading, lead, note, table ×3, figure caption, axis label ×2 × 3,
+    # word, list ×3, gallery ×5, sheet, settings ×2. The plots' wrapped names and the third setting, in JSON, are not
+    # whole.
+    assert page.text.count(HOSTILE) == 32
     assert all(image["alt"] for image in page.all("img")[:-1])  # the last is the viewer's, filled when it opens
 
 
 def test_svg_is_well_formed_themed_and_alone(html: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", html, re.S)
-    assert len(drawings) == 6  # three figures, for a desk and for a phone
+    assert len(drawings) == 10  # five figures, for a desk and for a phone
     ids: list[str] = []
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
@@ -147,6 +152,32 @@ def test_plots_of_little_data(values: list[float]) -> None:
     steps = list(range(len(values)))
     plots.svg(plots.learning_curve(steps, values, steps, values, seconds=[10.0 * s for s in steps]))
     plots.svg(plots.intervals(["n"] * len(values), values, values, values))
+    plots.svg(plots.histogram(np.rint(values), "x", limit=(77, "the most")))
+    plots.svg(plots.bars(["n"] * len(values), np.nan_to_num(values)))
+    plots.svg(plots.rate(steps, np.add(steps, 1), steps, label="x"))
+
+
+def test_the_rate_is_what_was_done_in_the_time() -> None:
+    """A shard of 60 in 30 s beside one of 30 in 60 s: 2.5 a second, then .5."""
+    axes = plots.rate([0, 0], [30, 60], [60, 30], label="x").axes[0]
+    edges, values = axes.patches[0].get_data().edges, axes.patches[0].get_data().values  # pyright: ignore
+    assert np.allclose(values[edges[1:] <= 0.5], 2.5)
+    assert np.allclose(values[edges[:-1] >= 0.5], 0.5)
+    assert edges[-1] == 1  # minutes
+
+
+def test_bars_of_whole_numbers_begin_at_whole_numbers() -> None:
+    bars = plots.histogram([2, 2, 3, 7], "x").axes[0].patches
+    assert [round(bar.get_height()) for bar in bars] == [2, 1, 0, 0, 0, 1]  # pyright: ignore
+    assert bars[0].get_x() == 1.5  # pyright: ignore
+
+
+def test_words_by_count_then_alphabet() -> None:
+    page = Page("t")
+    page.words({"b": 4, "a": 4, "c": 100, "left": 1}, most=3)
+    sizes = dict(re.findall(r'<li class="first" style="font-size: (\d+)px" title="\d+">(\w+)</li>', page.html()))
+    assert sizes == {"13": "b", "42": "c"} or sizes == {"13": "a", "42": "c"}
+    assert "left" not in page.html().partition("<body>")[2]
 
 
 def test_tables_sort_by_full_numbers(html: str) -> None:

@@ -33,6 +33,8 @@ class Outer:
     rates: tuple[float, ...]
     inner: Inner
     rest: dict[str, int] = dataclasses.field(default_factory=dict)
+    shares: dict[str, float] = dataclasses.field(default_factory=dict)
+    parts: dict[str, Inner] = dataclasses.field(default_factory=dict)
 
     def problems(self) -> list[str]:
         return [] if self.count > 0 else [f"count: {self.count} is below 1"]
@@ -77,6 +79,24 @@ def test_every_misfit_is_named_at_once() -> None:
     assert len(text.splitlines()) == 9
 
 
+def test_groups_of_free_keys_are_typed() -> None:
+    made = settings(Outer, {**GOOD, "shares": {"a": 1}, "parts": {"x": {"share": 0}}})
+    assert (made.shares, made.parts) == ({"a": 1.0}, {"x": Inner(0.0)})
+    assert isinstance(made.shares["a"], float)
+    with pytest.raises(UserError) as error:
+        settings(Outer, {**GOOD, "rest": {"n": "x"}, "shares": [1], "parts": {"x": {"shar": 1}, "y": 3}})
+    for part in (
+        "rest.n: expected int, got 'x'",
+        "shares: expected a group of keys, got [1]",
+        "parts.x.shar: unknown key; known here: share",
+        "parts.x.share: missing",
+        "parts.y: expected a group of keys, got 3",
+    ):
+        assert f"\n  {part}" in str(error.value)
+    with pytest.raises(UserError, match=r"parts\.x\.share: 1\.5 is outside 0 to 1"):
+        settings(Outer, {**GOOD, "parts": {"x": {"share": 1.5}}})
+
+
 def test_true_is_no_number() -> None:
     with pytest.raises(UserError, match="count: expected int, got True"):
         settings(Outer, {**GOOD, "count": True})
@@ -98,7 +118,7 @@ COMMANDS = [
     *(
         ("datagen", "datagen.config.DatagenSettings", [f"renderer={r}", f"prompts={p}", *more])
         for r in names("renderer")
-        for p, more in ((p, ["prompts.path=x.txt"] if p == "file" else []) for p in names("prompts"))
+        for p, more in ((p, ["prompts.path=x.txt"] if p in ("file", "openprompts") else []) for p in names("prompts"))
     ),
     ("train", "train.config.TrainSettings", []),
     *(("train", "train.config.TrainSettings", [f"+experiment={name}"]) for name in names("experiment")),
@@ -106,8 +126,10 @@ COMMANDS = [
     ("report", "train.report.ReportSettings", [RUN]),
     ("export", "models.export.ExportSettings", []),
     ("index", "datagen.config.IndexSettings", ["out=x", "tars=y/*.tar"]),
+    ("published", "datagen.config.PublishedSettings", ["name=sd2_4m", "out=x"]),
     ("targets", "datagen.config.TargetsSettings", ["out=x"]),
     ("verify", "datagen.config.VerifySettings", ["out=x"]),
+    ("datagen_report", "datagen.config.ReportSettings", ["out=x"]),
 ]
 
 
@@ -131,14 +153,22 @@ def test_an_unknown_key_of_an_experiment_is_refused() -> None:
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
-    from datagen.config import DatagenSettings, IndexSettings
+    from datagen.config import DatagenSettings, IndexSettings, PublishedSettings
 
     for cls, name, overrides, said in (
         (DatagenSettings, "datagen", ["encoder=null"], "encoder: null, but curate.duplicates_at"),
         (DatagenSettings, "datagen", ["num=0", "seed=-1", "workers=0"], "(?s)num: 0 .*workers: 0 .*seed: -1"),
-        (DatagenSettings, "datagen", ["curate.min_tokens=80"], "curate.min_tokens: 80 is outside 2 to max_tokens=77"),
+        (DatagenSettings, "datagen", ["curate.max_tokens=3"], "curate.max_tokens: 3 is below min_tokens=5"),
         (DatagenSettings, "datagen", ["split.share=nan"], "split.share: nan is outside 0 to 1"),
-        (DatagenSettings, "datagen", ["prompts.objects=[0.5]"], "prompts.objects: the chances"),
+        (DatagenSettings, "datagen", ["prompts=grammar", "prompts.objects=[0.5]"], "prompts.objects: the chances"),
+        (PublishedSettings, "published", ["name=sd2", "out=x"], "name: 'sd2' is not one of diffusiondb, sd2_4m"),
+        (
+            PublishedSettings,
+            "published",
+            ["name=diffusiondb", "out=x", "num=0", "split.kind=holdout", "folder=y", "revision=z", "nsfw_at_most=-1"],
+            "(?s)num: 0 is below 1.*nsfw_at_most: -1.*folder, revision: y has no.*holdout needs groups",
+        ),
+        (PublishedSettings, "published", ["name=sd2_4m", "out=x", "encoder=null"], "encoder: null, but curate"),
         (IndexSettings, "index", ["out=x"], "images, tars: give one of the two"),
         (IndexSettings, "index", ["out=x", "images=y"], "csv: missing"),
         (IndexSettings, "index", ["out=x", "tars=y", "split.kind=holdout"], "split.kind: holdout needs"),

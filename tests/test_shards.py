@@ -123,6 +123,14 @@ def test_more_tars_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch
         assert len(dataset._maps) == 1
 
 
+def test_more_vectors_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shards, "_MOST_TARGETS", 1)
+    dataset = Dataset(whole, "stand-in")
+    for i in (0, 40, 1, 41, 0):
+        np.testing.assert_array_equal(dataset.targets(i), encode(dataset.prompts(i)))
+        assert len(dataset._targets) == 1
+
+
 def foreign(root: Path, captions: list[list[str]], paths: list[Path]) -> Dataset:
     """A dataset of pictures that lie elsewhere, in two index files."""
     ids = {text: n for n, text in enumerate(dict.fromkeys(t for texts in captions for t in texts))}
@@ -301,6 +309,37 @@ def test_verify_finds_another_plan_and_vectors_of_another_length(copy: Path) -> 
 # Writing
 
 
+def noted(root: Path, notes: list[dict[str, Any]]) -> None:
+    """A shard of as many pictures."""
+    columns = {"key": str, "prompt_id": int, "prompt": str, "source": str, "group": str, "seed": int}
+    rows = [{name: kind(n) for name, kind in columns.items()} | {"split": "train"} for n in range(len(notes))]
+    plan = pa.Table.from_pylist(rows, schema=shards.PLAN)
+    shards.write_plan(root, plan, {"shards": 1, "settings": {}})
+    shards.write_shard(root, 0, plan, [(b"picture", note) for note in notes], ".png")
+
+
+def test_a_picture_with_a_fault_is_in_no_split_that_trains_or_validates(tmp_path: Path) -> None:
+    noted(tmp_path, [{}, {"fault": "NaN", "batch_size": 2}, {"redrawn": "black"}])
+    dataset = Dataset(tmp_path)
+    assert dataset.rows("train").tolist() == [0, 2]
+    assert dataset.splits == {"faulty": 1, "train": 2}
+    assert dataset.info["splits"] == {"train": 3}  # as it was planned
+    with pytest.raises(UserError, match=r"no picture in the split 'val', only \{'faulty': 1, 'train': 2\}"):
+        dataset.rows("val")
+    with tarfile.open(tmp_path / "shards/000000.tar") as file:
+        metas = [json.load(file.extractfile(f"{n}.json") or io.BytesIO()) for n in range(3)]
+    plain = {"prompt_id": 0, "source": "0", "group": "0", "split": "train", "seed": 0}
+    assert metas[0] == plain
+    assert {metas[1][k] for k in ("split", "fault")} == {"faulty", "NaN"}
+    assert (metas[1]["batch_size"], metas[2]["redrawn"], metas[2]["split"]) == (2, "black", "train")
+
+
+def test_a_note_replaces_nothing(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"0: the note .* would replace \['seed'\]"):
+        noted(tmp_path, [{"seed": 3}])
+    assert not shards.committed(tmp_path, 0)
+
+
 def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
@@ -330,7 +369,7 @@ text = [str(n) * 40 for n in range(rows)]
 plan = pa.table({"key": [f"{n:09d}" for n in range(rows)], "prompt_id": list(range(rows)), "prompt": text,
     "source": text, "group": text, "split": ["train"] * rows, "seed": [0] * rows}, schema=shards.PLAN)
 shards.write_plan(root, plan, {"shards": 1})
-shards.write_shard(root, 0, plan, [b"x"] * rows, ".png")
+shards.write_shard(root, 0, plan, [(b"x", {})] * rows, ".png")
 before = sorted(p for p in root.rglob("*"))
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -342,7 +381,7 @@ else:  # a disk that is full
 writers = {
     "bytes": lambda: shards.write_atomically(root / "a", lambda file: file.write(bytes(100_000))),
     "table": lambda: shards.write_table(root / "b.parquet", plan.append_column("x", [np.random.rand(rows)])),
-    "shard": lambda: shards.write_shard(root, 1, plan, [b"x" * 99] * rows, ".png"),
+    "shard": lambda: shards.write_shard(root, 1, plan, [(b"x" * 99, {})] * rows, ".png"),
     "targets": lambda: shards.write_targets(
         root, {"name": "e", "width": 64}, lambda t: np.ones((len(t), 64), np.float32), lambda _: None),
 }

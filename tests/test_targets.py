@@ -55,6 +55,24 @@ def test_a_dataset_gets_the_vectors_of_its_prompts(glyph_dataset: Path, encoder:
 
 def test_nothing_to_encode(encoder: TargetEncoder) -> None:
     assert encoder.encode([]).shape == (0, 384)
+    assert TargetEncoder(MINILM, fast=True).encode([]).shape == (0, 384)
+
+
+def test_equal_texts_are_encoded_once_and_each_gets_its_vector(encoder: TargetEncoder) -> None:
+    texts = ["a fox", "a red house", "a fox", "", "a fox"]
+    wanted = np.stack([encoder.encode([text])[0] for text in texts])
+    np.testing.assert_allclose(encoder.encode(texts), wanted, atol=1e-6)
+    assert len({vector.tobytes() for vector in encoder.encode(texts)}) == 3
+
+
+def test_fast_vectors_are_for_curation_and_never_stored(copy: Path, encoder: TargetEncoder) -> None:
+    fast = TargetEncoder(MINILM, fast=True)
+    texts = ["a fox", "an oil painting of two cats at night, trending on artstation", "a fox and a red house " * 40]
+    assert (fast.encode(texts) * encoder.encode(texts)).sum(1).min() >= 0.999
+    before = contents(copy)
+    with pytest.raises(ValueError, match="stored targets are fp32"):
+        fill(copy, fast)
+    assert contents(copy) == before
 
 
 def test_only_what_is_missing_is_written_again(copy: Path, encoder: TargetEncoder) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from conf import ROOT, UserError, compose, settings
 from datagen.shards import CorruptImage, Dataset
+from report.inputs import duration
 from train import report
 from train.report import ReportSettings
 
@@ -35,8 +36,8 @@ TARGETS = unit(JUDGED + TRAINED, 0)
 class Memory:
     """What the report reads of a `Dataset`: validation pictures first; every two training pictures share a prompt."""
 
-    def __init__(self, root: str | Path, encoder: str | None = None) -> None:
-        self.root, self.encoder = Path(root), encoder
+    def __init__(self, root: str | Path, encoder: str | None = None, whole: bool = True) -> None:
+        self.root, self.encoder, self.whole = Path(root), encoder, whole
         self.keys = [f"{i:06d}" for i in range(JUDGED + TRAINED)]
 
     def rows(self, split: str) -> NDArray[np.int64]:
@@ -177,7 +178,7 @@ def test_settings_match_their_file() -> None:
     ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (295, "4 min 55 s"), (25500, "7 h 05 min")]
 )
 def test_duration(seconds: float, text: str) -> None:
-    assert report.duration(seconds) == text
+    assert duration(seconds) == text
 
 
 def test_starts_without_torch() -> None:

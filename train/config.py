@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from conf import Location
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -63,8 +65,8 @@ class TrainSettings:
     """Of the run."""
     out: Path
     """Run folder."""
-    dataset: Path
-    """Dataset folder."""
+    dataset: Location
+    """Dataset folder: a local path or an fsspec URL."""
     encoder: str
     """Whose target vectors to train on."""
     seed: int
@@ -115,8 +117,8 @@ class EvaluateSettings:
     """Run folder: its best checkpoint, its dataset and its backbone are the defaults below."""
     checkpoint: Path | None
     """Checkpoint or bundle folder to judge; null takes RUN/best."""
-    dataset: Path | None
-    """null takes the run's."""
+    dataset: Location | None
+    """Dataset folder: a local path or an fsspec URL; null takes the run's."""
     split: str
     embedders: tuple[Literal["mean", "knn", "ridge", "regressor"], ...]
     """What stands in the table."""

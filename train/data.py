@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
+from conf import UserError
 from datagen.shards import CorruptImage, Dataset
 from models.preprocess import BadImage, decode, fit
 
@@ -115,6 +116,12 @@ class InOrder(Sampler[list[int]]):
 class ResumableLoader(DataLoader):
     """Tells Lightning that the loader begins where the run resumed; `Steps` sees to it, from the step alone."""
 
+    def __iter__(self) -> Any:
+        try:
+            yield from super().__iter__()
+        except UserError as error:  # torch puts the whole trace of a worker into the message
+            raise UserError(str(error).rpartition("UserError: ")[2]) from error
+
     def state_dict(self) -> dict[str, int]:
         return {}
 
@@ -160,7 +167,7 @@ class Data(lightning.LightningDataModule):
         super().__init__()
         self.pictures = Pictures(dataset, size)
         self.train_rows = dataset.rows("train")
-        self.val_rows = dataset.rows("val") if dataset.info["splits"].get("val") else np.zeros(0, np.int64)
+        self.val_rows = dataset.rows("val") if dataset.splits.get("val") else np.zeros(0, np.int64)
         self._batch_size, self._steps, self._seed, self._workers = batch_size, steps, seed, workers
 
     def train_dataloader(self) -> DataLoader:

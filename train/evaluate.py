@@ -45,7 +45,7 @@ def evaluate(chosen: EvaluateSettings) -> dict[str, Any]:
     run = _run_settings(chosen.run)
     folder = chosen.checkpoint or chosen.run / "best"
     config = checkpoint.read_config(folder)
-    dataset = Dataset(chosen.dataset or Path(run["dataset"]), config["encoder"])
+    dataset = Dataset(chosen.dataset or run["dataset"], config["encoder"])
     rows = dataset.rows(chosen.split)
     device = "cuda" if chosen.accelerator != "cpu" and torch.cuda.is_available() else "cpu"
     embedders = _embedders(chosen, run, folder, config, device)

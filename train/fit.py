@@ -143,7 +143,7 @@ class _Saver:
             "dataset": {
                 "path": str(self._dataset.root),
                 "sha256": self._dataset.fingerprint(),
-                "splits": self._dataset.info["splits"],
+                "splits": self._dataset.splits,
             },
             "score": None if score is None else {**score._asdict(), "images": len(self._data.val_rows)},
             "step": module.global_step,

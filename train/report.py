@@ -6,21 +6,19 @@ Reads what training and evaluation left on disk and the dataset; numpy only, so 
 computed here: the page shows what `train.evaluate` measured.
 """
 
-import io
 import json
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from conf import UserError, command, settings
 from datagen.shards import CorruptImage, Dataset
+from report.inputs import decodable, duration, read_log, require_packages
 
 log = logging.getLogger(__name__)
 
@@ -56,7 +54,7 @@ class Run:
     log: list[dict[str, Any]]
     """`log.jsonl`: step, epoch, seconds since the start, and any of train/loss, val/cosine, …"""
     settings: dict[str, Any]
-    """`settings.json`; its `dataset` is the dataset folder."""
+    """`settings.json`; its `dataset` is the dataset's path or URL."""
     checkpoint: dict[str, Any]
     """`best/config.json`: backbone, size (px), encoder."""
 
@@ -97,25 +95,6 @@ def read_run(folder: Path) -> Run:
         _read_json(folder / "settings.json", remedy, ("dataset",)),
         _read_json(folder / "best/config.json", remedy, ("backbone", "size", "encoder")),
     )
-
-
-def read_log(path: Path, remedy: str) -> list[dict[str, Any]]:
-    """The records of a `log.jsonl`; a last line that a kill cut short is left out.
-
-    Raises:
-        UserError: there is none, it is empty, or another line is no JSON.
-    """
-    lines = _present(path, remedy).read_text().splitlines()
-    records = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}, line {number} is no JSON: {error}; {remedy}") from error
-    if not records:
-        raise UserError(f"{path} is empty; {remedy}")
-    return records
 
 
 def read_evaluation(folder: Path, run: Path) -> Evaluation:
@@ -177,16 +156,16 @@ def write_report(config: ReportSettings) -> Path:
     Raises:
         UserError: an input is missing or does not fit; it names the file and the command that makes it.
     """
-    if not (find_spec("matplotlib") and find_spec("jinja2")):
-        raise UserError("a report needs matplotlib and jinja2: pip install -e '.[report]'")
+    require_packages()
     from report import Card, Page, plots
 
     run = read_run(config.run)
     evaluation = read_evaluation(config.evaluation or config.run / "evaluation", config.run)
     encoder = evaluation.info["encoder"]
-    judged = Dataset(evaluation.info["dataset"], encoder=encoder)
+    # a page shows few of the pictures: of a remote dataset, those alone are fetched
+    judged = Dataset(evaluation.info["dataset"], encoder=encoder, whole=False)
     same = evaluation.info["dataset"] == run.settings["dataset"]
-    training = judged if same else Dataset(run.settings["dataset"], encoder=encoder)
+    training = judged if same else Dataset(run.settings["dataset"], encoder=encoder, whole=False)
     train_rows = training.rows("train")
     main, last = evaluation.main, run.log[-1]
     backbone, size = run.checkpoint["backbone"], run.checkpoint["size"]
@@ -283,15 +262,6 @@ def _headline(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, str 
     return facts
 
 
-def duration(seconds: float) -> str:
-    """A time as people say it: `48 s`, `4 min 55 s`, `7 h 05 min`."""
-    whole = round(seconds)
-    hours, minutes = whole // 3600, whole // 60 % 60
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {whole % 60:02d} s" if minutes else f"{whole} s"
-
-
 def _learning_curve(records: Sequence[Mapping[str, Any]]) -> Any:
     from report import plots
 
@@ -310,19 +280,7 @@ def _learning_curve(records: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _readable(dataset: Dataset, numbers: Iterable[int], count: int, unreadable: list[str]) -> dict[int, bytes]:
-    """The first `count` of the numbered pictures that decode, as encoded; adds failures to `unreadable`."""
-    found: dict[int, bytes] = {}
-    for i in numbers:
-        if len(found) == count:
-            break
-        try:
-            data = dataset.image_bytes(i)
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.load()
-            found[i] = data
-        except (CorruptImage, OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
-            unreadable.append(str(error))
-    return found
+    return decodable(numbers, count, dataset.image_bytes, unreadable, (CorruptImage,))
 
 
 def _present(path: Path, remedy: str) -> Path:

@@ -20,8 +20,16 @@ class Renderer(Protocol):
     """For each picture of the last `render`, what its .json shall keep beside the plan: mostly {}, else such as
     {"redrawn": "fp32"} or {"fault": "nan"}; a picture with a "fault" is kept out of every split."""
 
+    def load(self) -> None:
+        """Loads what `render` needs, which calls it; nothing the second time.
+
+        Raises:
+            UserError: it is missing, or another model's.
+        """
+        ...
+
     def find_batch_size(self) -> int:
-        """The batch size that this machine renders fastest, measured if need be; sets `batch_size`."""
+        """`batch_size`; where it is None it becomes what this machine renders fastest, measured if need be."""
         ...
 
     def settings(self) -> Mapping[str, Any]:

@@ -114,6 +114,10 @@ class Glyphs:
         self._held = 0
         self.notes: list[dict[str, Any]] = []
 
+    def load(self) -> None:
+        """Finds the icon font; its glyphs are read as they are drawn."""
+        _font_folder()
+
     def find_batch_size(self) -> int:
         """Fixed: pictures are drawn one by one."""
         self.batch_size = 50

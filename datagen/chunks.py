@@ -1,0 +1,166 @@
+"""What curation has done so far, in a folder, a chunk of the source at a time: a killed run goes on after the last.
+
+settings.json       what decides all else; a folder of other settings is emptied
+000000.parquet      the prompts kept of a chunk: prompt, source, group, tokens
+000000.hashes.npy   hashes of the texts that were new in it, sorted, for finding equal ones later
+000000.json         counts and examples; written last, so it is the commit
+vectors.f16         the kept prompts' vectors, one after the other; what lies behind the last commit is cut off
+"""
+
+import hashlib
+import io
+import json
+import logging
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from conf import UserError
+from datagen import storage
+from datagen.near import Rows
+from datagen.prompts import Prompt
+from datagen.shards import json_bytes
+
+log = logging.getLogger(__name__)
+
+KEPT = pa.schema(
+    [
+        ("prompt", pa.large_string()),  # a column of 14 million passes the 2 GB that `string` can hold
+        ("source", pa.large_string()),
+        ("group", pa.large_string()),
+        ("tokens", pa.int32()),
+    ]
+)
+_OURS = re.compile(r"settings\.json|vectors\.f16|against-\w+\.npy|\d{6}\.(json|parquet|hashes\.npy)|\..*\.part-.*")
+
+
+@dataclass
+class Chunk:
+    """What became of a run of prompts of the source."""
+
+    drawn: int
+    digest: str
+    """Of the prompts drawn."""
+    left: int
+    """How many the round had still to draw after it."""
+    ended: bool
+    """Whether the source ended in it."""
+    usable: int
+    """Prompts that only their vectors could drop."""
+    kept: int
+    width: int
+    """Numbers of a vector; 0 where none is needed."""
+    dropped: dict[str, int]
+    examples: dict[str, list[str]]
+    sources: dict[str, int]
+    """Source → prompts drawn."""
+
+
+class Chunks:
+    """The folder, opened: its committed chunks, their prompts and vectors.
+
+    Args:
+        settings: all that decides the chunks, as plain JSON.
+
+    Raises:
+        UserError: the folder holds something else, or cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: Any) -> None:
+        self.folder = folder
+        wanted = json_bytes(settings)
+        there = folder / "settings.json"
+        if folder.exists() and not (there.exists() and there.read_bytes() == wanted):
+            strangers = [p.name for p in sorted(folder.iterdir()) if not _OURS.fullmatch(p.name)]
+            if strangers:
+                raise UserError(f"{folder} is not curation's ({strangers[0]}, …); move it away, or choose another out=")
+            if there.exists():
+                log.info("%s was begun with other settings or sources: curation begins anew", folder)
+            shutil.rmtree(folder)
+        storage.write_atomically(there, lambda file: file.write(wanted))
+        storage.remove_parts(folder)
+        self.done = [Chunk(**json.loads(path.read_text())) for path in sorted(folder.glob("[0-9]*.json"))]
+        self.starts = np.cumsum([0, *(chunk.kept for chunk in self.done)]).tolist()
+        """Number of each chunk's first kept prompt, and of all."""
+        self._rows: Rows | None = None
+        if self.done:
+            log.info("curation goes on after %s prompts", f"{sum(chunk.drawn for chunk in self.done):,}")
+
+    @property
+    def kept(self) -> int:
+        return self.starts[-1]
+
+    def rows(self, width: int) -> Rows:
+        """The vectors of the kept prompts."""
+        if self._rows is None:
+            self._rows = Rows(width, self.folder / "vectors.f16", self.kept)
+        return self._rows
+
+    def close(self) -> None:
+        if self._rows is not None:
+            self._rows.close()
+
+    def hashes(self) -> NDArray[np.uint64]:
+        """Sorted, of all texts that were new."""
+        found = [np.load(self._path(n, "hashes.npy"), allow_pickle=False) for n in range(len(self.done))]
+        return np.sort(np.concatenate([*found, np.zeros(0, np.uint64)]))
+
+    def commit(self, chunk: Chunk, kept: pa.Table, hashes: NDArray[np.uint64]) -> None:
+        """Adds a chunk; its vectors are in `rows` already.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        number = len(self.done)
+        if self._rows is not None:
+            self._rows.sync()
+        buffer = io.BytesIO()
+        pq.write_table(kept, buffer, compression="zstd")
+        storage.write_atomically(self._path(number, "parquet"), lambda file: file.write(buffer.getbuffer()))
+        save(self._path(number, "hashes.npy"), hashes)
+        data = json_bytes(asdict(chunk))
+        storage.write_atomically(self._path(number, "json"), lambda file: file.write(data))
+        self.done.append(chunk)
+        self.starts.append(self.starts[-1] + chunk.kept)
+
+    def table(self, number: int, columns: Sequence[str] | None = None) -> pa.Table:
+        return pq.read_table(self._path(number, "parquet"), columns=columns and list(columns))
+
+    def texts(self, numbers: Sequence[int]) -> list[str]:
+        """The kept prompts of these numbers."""
+        found = []
+        for number in numbers:
+            chunk = int(np.searchsorted(self.starts, number, side="right")) - 1
+            found.append(self.table(chunk, ["prompt"])["prompt"][number - self.starts[chunk]].as_py())
+        return found
+
+    def _path(self, number: int, suffix: str) -> Path:
+        return self.folder / f"{number:06d}.{suffix}"
+
+
+def save(path: Path, array: NDArray[Any]) -> None:
+    """Writes a .npy, whole or not at all."""
+    buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
+    np.save(buffer, array)
+    storage.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def digest(prompts: Iterable[Prompt]) -> str:
+    """Tells whether a source still gives the same prompts."""
+    total = hashlib.blake2b(digest_size=16)
+    for p in prompts:
+        total.update(f"{p.text}\0{p.source}\0{p.group}\0".encode("utf-8", "surrogatepass"))
+    return total.hexdigest()
+
+
+def text_hash(text: str) -> int:
+    """64 bits of a text but for its case: two of 14 million texts share one with a chance of 5 in a million."""
+    return int.from_bytes(hashlib.blake2b(text.casefold().encode(), digest_size=8).digest())

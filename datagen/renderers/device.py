@@ -1,0 +1,113 @@
+"""Where and how exactly a diffusion renderer computes: device, precision, kernels, and the device's measured rate."""
+
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Literal
+
+from conf import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+# Share of the rate of a large matrix product that a whole recipe reaches.
+CPU_EFFICIENCY = 0.7  # measured on SD 2 at real size, fp32, 2 cores: .78 for a guided step, .79 for the decoding
+CUDA_EFFICIENCY = 0.30  # assumed from public timings of such UNets on an A100, not measured here
+_PRODUCTS = 8  # between two waits for the device
+
+
+def resolve(device: str, precision: str, half: Precision) -> tuple[str, Precision]:
+    """The device and precision that `auto` stands for here.
+
+    Args:
+        device: auto, cpu, cuda or cuda:N.
+        precision: auto, fp32, fp16 or bf16; auto is `half` on CUDA, fp32 elsewhere.
+
+    Raises:
+        UserError: torch knows no such device, or sees none here.
+    """
+    import torch
+
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise UserError(f"renderer.device={device}: not a device of torch; auto, cpu, cuda or cuda:0") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"renderer.device={device}: torch {torch.__version__} sees no CUDA device here; auto or cpu")
+    if precision != "auto":
+        return device, precision  # pyright: ignore[reportReturnType] — the settings' Literal
+    if kind != "cuda":
+        return device, "fp32"
+    if half == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return device, "fp16"
+    return device, half
+
+
+def dtype(precision: Precision) -> "torch.dtype":
+    import torch
+
+    return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+
+
+@contextmanager
+def kernels(device: str) -> Iterator[None]:
+    """No gradients, and on CUDA the quickest kernels: torch's own choice but for three things.
+
+    cuDNN's convolutions are timed and the quickest kept (shapes are fixed, so each is timed once). On Hopper, attention
+    prefers cuDNN to FlashAttention: huggingface/transformers#48163 measured it 1.7 to 2.3 times as fast there, and
+    slower on Ampere and Blackwell. TF32 is off: fp32 is asked for where half precision failed.
+    """
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        if device.startswith("cuda"):
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
+            if torch.cuda.get_device_capability(device)[0] == 9:
+                order = [
+                    SDPBackend.CUDNN_ATTENTION,
+                    SDPBackend.FLASH_ATTENTION,
+                    SDPBackend.EFFICIENT_ATTENTION,
+                    SDPBackend.MATH,
+                ]
+                stack.enter_context(sdpa_kernel(order, set_priority=True))
+        yield
+
+
+def finish(device: str) -> None:
+    """Waits until the device has done all it was given."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.synchronize(device)
+
+
+def free(device: str) -> None:
+    """Gives back the memory that torch holds for tensors that are gone."""
+    import torch
+
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()
+
+
+def matmul_tflops(device: str, precision: Precision, side: int | None = None) -> float:
+    """The rate of a square matrix product, TFLOP/s: the best of many within half a second."""
+    import torch
+
+    side = side or (4096 if device.startswith("cuda") else 1024)
+    # random: of constants, a GPU multiplies faster
+    a = torch.randn(side, side, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype(precision))
+    best, count = float("inf"), 0
+    until = time.perf_counter() + 0.4
+    while count < 3 or time.perf_counter() < until:  # the first is a warm-up
+        start = time.perf_counter()
+        for _ in range(_PRODUCTS - 1):
+            torch.mm(a, a)
+        float(torch.mm(a, a)[0, 0])  # waits for the device
+        best, count = min(best, (time.perf_counter() - start) / _PRODUCTS), count + 1
+    return 2 * side**3 / best / 1e12

@@ -1,0 +1,320 @@
+"""What every diffusion renderer does around its model: batches, memory, faults, resizing, and what it will cost.
+
+Shapes: B pictures of a batch, C colours, P rendered side, S saved side.
+"""
+
+import contextlib
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conf import UserError
+from datagen.pictures import Resizer
+from datagen.renderers.device import CPU_EFFICIENCY, CUDA_EFFICIENCY, Precision, finish, free, kernels, matmul_tflops
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CPU_BATCH = 4
+GREY = 128  # of a picture that is NaN even in fp32
+_WORTHWHILE = 1.05  # gain in pictures a second for which a batch is doubled
+_PROBE_STEPS = (2, 4)
+_PROBED = 10  # pictures from whose time a run's is told
+_PROMPT = "a photograph of a lighthouse on a rocky coast at dusk"
+
+
+class DiffusionRenderer(ABC):
+    """A renderer whose model draws a batch of prompts and seeds; implements `datagen.renderers.base.Renderer`.
+
+    Args:
+        device: a device of torch.
+        precision: of the networks.
+        batch_size: pictures a batch; None until it is found.
+        size: side of the saved pictures, pixels.
+        filter: Pillow's name of the filter for resizing.
+        redraw: whether a NaN or constant picture is drawn again in fp32.
+    """
+
+    one_core: ClassVar[bool] = False
+
+    def __init__(
+        self,
+        *,
+        device: str,
+        precision: Precision,
+        batch_size: int | None,
+        size: int,
+        filter: str,  # noqa: A002 — the YAML key
+        redraw: bool,
+    ) -> None:
+        self.device = device
+        self.precision: Precision = precision
+        self.batch_size = batch_size
+        self.size, self.filter, self.redraw = size, filter, redraw
+        self.notes: list[dict[str, Any]] = []
+        self._resizers: dict[int, Resizer] = {}
+
+    # What a model gives
+
+    @abstractmethod
+    def settings(self) -> Mapping[str, Any]: ...
+
+    @abstractmethod
+    def load(self) -> None:
+        """Loads the weights, downloading them where they are the hub's. Idempotent; `render` calls it."""
+
+    @property
+    @abstractmethod
+    def steps(self) -> int: ...
+
+    @property
+    @abstractmethod
+    def pads(self) -> bool:
+        """Whether batches of another size cost a compilation, so that a short one is filled up."""
+
+    @abstractmethod
+    def tflop(self) -> float:
+        """Forward TFLOP of a picture; it loads no weights."""
+
+    @abstractmethod
+    def draw(
+        self, prompts: list[str], seeds: list[int], steps: int, precision: Precision, compiled: bool
+    ) -> "tuple[torch.Tensor, torch.Tensor]":
+        """A batch as it comes from the model, on the device.
+
+        Args:
+            precision: `self.precision`, or fp32 to draw anew.
+            compiled: whether compiled networks may be used.
+
+        Returns:
+            uint8 [B, 3, P, P], and bool [B]: whether all of a picture's numbers were finite.
+        """
+
+    def finished(self, levels_BCPP: "torch.Tensor") -> "torch.Tensor":
+        """What is done to good pictures before they are resized: uint8 [B, 3, P, P] → the same."""
+        return levels_BCPP
+
+    def can_draw(self, prompt: str) -> bool:  # noqa: ARG002 — the protocol's
+        """Always: any text is a prompt, and what stands beyond what the model reads is not read."""
+        return True
+
+    def on_gpu(self) -> bool:
+        """Whether `render` will use an accelerator."""
+        return self.device != "cpu"
+
+    # Pictures
+
+    def render(self, prompts: list[str], seeds: list[int]) -> NDArray[np.uint8]:
+        """`prompts` and `seeds`, N of each → uint8 RGB pictures [N, size, size, 3]; `notes` then tells of each.
+
+        They are drawn `batch_size` at a time in the order given: on one machine the same lists give the same bytes. A
+        picture's noise depends on its seed alone, and its batch changes float sums only. Once drawing has begun, the
+        only wait for the device is at the end of a batch, seconds of its work.
+
+        `notes` hold nothing of most pictures; else
+            redrawn: "fp32", since at first it was NaN or constant;
+            constant: true, in fp32 too, and kept since it may be meant;
+            fault: "nan", in fp32 too: the picture is grey;
+            batch_size: of its smaller batch, for want of memory.
+
+        Raises:
+            UserError: the weights cannot be had, or not one picture fits in the device's memory.
+        """
+        if len(prompts) != len(seeds):
+            raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
+        self.load()
+        batch_size = self.find_batch_size()
+        images = np.empty((len(prompts), self.size, self.size, 3), np.uint8)
+        notes: list[dict[str, Any]] = []
+        for start in range(0, len(prompts), batch_size):
+            batch = slice(start, start + batch_size)
+            room = batch_size if self.pads else len(prompts[batch])
+            notes += self._fit(prompts[batch], seeds[batch], room, images[batch])
+        self.notes = notes
+        return images
+
+    def _fit(self, prompts: list[str], seeds: list[int], room: int, images: NDArray[np.uint8]) -> list[dict[str, Any]]:
+        """Renders a batch into `images`, in halves where the device's memory is too small; returns its notes."""
+        told = self._fits(lambda: self._batch(prompts, seeds, room, images))
+        if told is not None:
+            return told
+        if room == 1:
+            raise UserError(
+                f"not one picture fits in the memory of {self.device} at {self.precision}: free it of other programs, "
+                "lower renderer.render_size, or take renderer.precision=fp16 or a larger GPU"
+            )
+        half = (room + 1) // 2
+        log.warning("a batch of %d does not fit in the memory of %s: it is halved", room, self.device)
+        notes: list[dict[str, Any]] = []
+        for start in range(0, len(prompts), half):
+            part = slice(start, start + half)
+            halves = self._fit(prompts[part], seeds[part], half if self.pads else len(prompts[part]), images[part])
+            notes += [{"batch_size": half, **note} for note in halves]
+        return notes
+
+    def _fits(self, work: Callable[[], T]) -> T | None:
+        """What `work` returns, or None where the device's memory is too small for it."""
+        import torch
+
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return work()
+        free(self.device)  # only now: the error's trace held the tensors
+        return None
+
+    def _batch(
+        self, prompts: list[str], seeds: list[int], room: int, images: NDArray[np.uint8]
+    ) -> list[dict[str, Any]]:
+        import torch
+
+        count, short = len(prompts), room - len(prompts)
+        with kernels(self.device):
+            levels_BCPP, finite_B = self.draw(
+                prompts + prompts[-1:] * short, seeds + seeds[-1:] * short, self.steps, self.precision, self.pads
+            )
+            levels_BCPP, finite_B = levels_BCPP[:count], finite_B[:count]
+            nan_B, constant_B = torch.stack([~finite_B, _constant(levels_BCPP)]).tolist()
+            notes: list[dict[str, Any]] = [{} for _ in prompts]
+            for i in range(count):
+                if nan_B[i] or constant_B[i]:
+                    levels_BCPP[i], notes[i] = self._mended(prompts[i], seeds[i], levels_BCPP[i], nan_B[i])
+            images[:] = self._resized(self.finished(levels_BCPP)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+        return notes
+
+    def _mended(
+        self, prompt: str, seed: int, levels_CPP: "torch.Tensor", is_nan: bool
+    ) -> "tuple[torch.Tensor, dict[str, Any]]":
+        """A NaN or constant picture, drawn alone in fp32 if that may help, and the note on it.
+
+        In one go from fp16 as from bf16: bf16 reaches as far as fp32, but has an eighth of fp16's precision.
+        """
+        note: dict[str, Any] = {}
+        if self.redraw and self.precision != "fp32":
+            free(self.device)
+            log.info("a picture is %s in %s: drawn again in fp32", "NaN" if is_nan else "constant", self.precision)
+            drawn = self._fits(lambda: self.draw([prompt], [seed], self.steps, "fp32", False))
+            if drawn is not None:
+                levels_1CPP, finite_1 = drawn
+                levels_CPP, is_nan = levels_1CPP[0], not bool(finite_1[0])
+                if not is_nan and not bool(_constant(levels_1CPP)[0]):
+                    return levels_CPP, {"redrawn": "fp32"}
+            else:
+                log.warning("no memory on %s for drawing a picture again in fp32", self.device)
+                note = {"redraw": "out of memory"}
+        if is_nan:
+            return levels_CPP.new_full((), GREY).expand_as(levels_CPP), {"fault": "nan", **note}
+        return levels_CPP, {"constant": True, **note}
+
+    def _resized(self, levels_BCPP: "torch.Tensor") -> "torch.Tensor":
+        height, width = levels_BCPP.shape[2:]
+        if height != width:
+            raise UserError(f"the model draws {width}×{height} pictures: only square ones can be saved")
+        if self.size > width:
+            raise UserError(f"renderer.size={self.size}: above the {width} px that are rendered; {width} or less")
+        if width not in self._resizers:
+            self._resizers[width] = Resizer(width, self.size, self.filter, self.device)
+        return self._resizers[width](levels_BCPP)
+
+    # Batch size and cost
+
+    def find_batch_size(self) -> int:
+        """`batch_size`, found if it is None: 4 on a CPU; on CUDA doubled while it fits and gains 5 % pictures a second.
+
+        It is timed without compilation, from a few steps and the decoding at each size.
+        """
+        if self.batch_size is None:
+            self.load()
+            if self.on_gpu():
+                self.batch_size = quickest(self._rate)
+                free(self.device)
+                log.info("batch size: %d", self.batch_size)
+            else:
+                self.batch_size = CPU_BATCH
+        return self.batch_size
+
+    def _rate(self, count: int) -> float:
+        """Pictures a second in batches of `count`, uncompiled, from runs of a few steps.
+
+        Raises:
+            torch.OutOfMemoryError: they do not fit.
+        """
+        few, more = _PROBE_STEPS
+        try:
+            self._seconds(count, few)  # a warm-up
+            short, long = self._seconds(count, few), self._seconds(count, more)
+        finally:
+            free(self.device)
+        return count / (short + max(0.0, long - short) / (more - few) * max(0, self.steps - few))
+
+    def _seconds(self, count: int, steps: int) -> float:
+        start = time.perf_counter()
+        with kernels(self.device):
+            self.draw([_PROMPT] * count, list(range(count)), steps, self.precision, False)
+            finish(self.device)
+        return time.perf_counter() - start
+
+    def seconds(self, num: int) -> float:
+        """Estimated seconds for `num` pictures on this machine, from their FLOPs and the rate of a matrix product.
+
+        The rate is measured in under a second, once; CPU_EFFICIENCY or CUDA_EFFICIENCY of it is assumed.
+        """
+        efficiency = CUDA_EFFICIENCY if self.on_gpu() else CPU_EFFICIENCY
+        return num * self.tflop() / (self._matmul_tflops * efficiency)
+
+    def measured_seconds(self, num: int) -> float:
+        """As `seconds`, from the time of ten pictures, a batch at least, after one more that warms up and compiles."""
+        batch_size = self.find_batch_size()
+        batches = -(-_PROBED // batch_size)
+        prompts, seeds = [_PROMPT] * batch_size, list(range(batch_size))
+        self.render(prompts, seeds)
+        start = time.perf_counter()
+        for _ in range(batches):
+            self.render(prompts, seeds)
+        return num * (time.perf_counter() - start) / (batches * batch_size)
+
+    @cached_property
+    def _matmul_tflops(self) -> float:
+        return matmul_tflops(self.device, self.precision)
+
+
+def quickest(rate: Callable[[int], float]) -> int:
+    """The batch size from which doubling gains less than 5 %, or does not fit.
+
+    Args:
+        rate: batch size → pictures a second; raises torch.OutOfMemoryError where it does not fit.
+
+    Raises:
+        UserError: not one picture fits.
+    """
+    import torch
+
+    size, best = 0, 0.0
+    while True:
+        doubled = 2 * size or 1
+        try:
+            now = rate(doubled)
+        except torch.OutOfMemoryError as error:
+            if size == 0:
+                raise UserError(
+                    "not one picture fits in the device's memory: free it of other programs, lower "
+                    "renderer.render_size, or take a larger GPU"
+                ) from error
+            return size
+        log.info("batches of %d: %.3g pictures a second, uncompiled", doubled, now)
+        if now < _WORTHWHILE * best:
+            return size
+        size, best = doubled, now
+
+
+def _constant(levels_BCPP: "torch.Tensor") -> "torch.Tensor":
+    """Whether each picture has one colour all over, black among them: bool [B]."""
+    flat_BCX = levels_BCPP.flatten(2)
+    return (flat_BCX.amax(2) == flat_BCX.amin(2)).all(1)

@@ -1,0 +1,176 @@
+"""Where a model's files are, and what identifies them: a hub repository's commit, a folder's or a file's hashes.
+
+Nothing is downloaded here but by `download`, and no file is opened but to be hashed.
+"""
+
+import hashlib
+import logging
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf import UserError
+
+log = logging.getLogger(__name__)
+
+Select = Callable[[Sequence[str]], list[str]]
+"""Names of files in a model's folder → those that are needed. Raises LookupError, naming what is missing."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the weights are and what identifies them."""
+
+    name: str
+    """The hub's repository, or the base name of the folder or file: paths differ between machines."""
+    revision: str | None
+    """The hub's commit."""
+    files: dict[str, str]
+    """sha256 of each file that decides a picture; of a repository the weights alone: its commit pins the rest."""
+    path: Path | None
+    """Local file or folder; None where `download` gets it."""
+    names: tuple[str, ...] = ()
+    """Of a repository: the files to download."""
+
+
+def find(model: str, revision: str | None, select: Select, options: str) -> Source:
+    """The folder or hub repository `model`.
+
+    Args:
+        model: a path or a repository's name.
+        revision: of a repository: commit, branch or tag; None is the newest.
+        select: what of it is needed.
+        options: text that tells the user what `model` may be.
+
+    Raises:
+        UserError: there is no such thing, it lacks files, or the hub cannot be asked and its cache is empty.
+    """
+    path = Path(model).expanduser()
+    if path.is_dir():
+        return _folder(path, path.name or path.resolve().name, None, select, options)
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model) or path.suffix in (".ckpt", ".safetensors"):
+        raise UserError(f"renderer.model={model}: no such file or folder.\n{options}")
+    return _repository(model, revision, select, options)
+
+
+def _folder(path: Path, name: str, revision: str | None, select: Select, options: str) -> Source:
+    try:
+        names = select(sorted(p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()))
+    except LookupError as error:
+        raise UserError(f"renderer.model={path}: the folder lacks {error.args[0]}.\n{options}") from error
+    log.info("hashing the weights in %s", path)
+    hashed = [n for n in names if revision is None or n.endswith(".safetensors")]
+    return Source(name, revision, {n: sha256(path / n) for n in hashed}, path)
+
+
+def _repository(model: str, revision: str | None, select: Select, options: str) -> Source:
+    import huggingface_hub
+
+    at = f"revision {revision}" if revision else "the newest revision"
+    try:
+        info = huggingface_hub.model_info(model, revision=revision, files_metadata=True, timeout=30)
+    except Exception as error:  # the hub's client has a new set of error classes in each major version
+        cached = _cached(model, revision, select, options)
+        if cached:
+            log.warning(
+                "the hub cannot be asked (%s): taking commit %s from its cache", first_line(error), cached.revision
+            )
+            return cached
+        raise UserError(
+            f"renderer.model={model}: tried the hub for {at}, then its local cache: {first_line(error)}\n{options}"
+        ) from error
+    siblings = {s.rfilename: s for s in info.siblings or ()}
+    try:
+        names = select(sorted(siblings))
+    except LookupError as error:
+        raise UserError(f"renderer.model={model}: {at} of the hub lacks {error.args[0]}.\n{options}") from error
+    if info.sha is None:
+        raise UserError(f"renderer.model={model}: {at} of the hub tells no commit.\n{options}")
+    files = {n: lfs.sha256 for n in names if n.endswith(".safetensors") and (lfs := siblings[n].lfs)}
+    return Source(model, info.sha, files, None, tuple(names))
+
+
+def _cached(model: str, revision: str | None, select: Select, options: str) -> Source | None:
+    """The repository as an earlier run left it in the hub's cache, for machines that are cut off later."""
+    import huggingface_hub
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, local_files_only=True))
+        return _folder(folder, model, folder.name, select, options)
+    except (OSError, ValueError, UserError):
+        return None
+
+
+def download(source: Source, options: str) -> Path:
+    """The folder of a repository's files, got from the hub or its cache.
+
+    Raises:
+        UserError: the download failed.
+    """
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            source.name, revision=source.revision, allow_patterns=list(source.names)
+        )
+    except Exception as error:  # see _repository
+        raise UserError(
+            f"renderer.model={source.name}: the download of commit {source.revision} failed: {first_line(error)}\n"
+            f"The same command resumes it. {options}"
+        ) from error
+    return Path(folder)
+
+
+def download_one(source: Source, name: str, options: str) -> Path:
+    """A single small file of a repository.
+
+    Raises:
+        UserError: the download failed.
+    """
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(source.name, name, revision=source.revision))
+    except Exception as error:  # see _repository
+        raise UserError(
+            f"renderer.model={source.name}: the download of {name} failed: {first_line(error)}\n{options}"
+        ) from error
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def first_line(error: Exception) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
+
+
+@contextmanager
+def quiet(advice: bool = False) -> Iterator[None]:
+    """Without diffusers' and transformers' bars and outdated calls, and without their advice unless it is wanted."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(lib.get_verbosity(), lib.is_progress_bar_enabled()) for lib in libraries]
+    for lib in libraries:
+        if not advice:
+            lib.set_verbosity_error()
+        lib.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            # numpy 2 about torch's `__array__`, whenever a scheduler sets its timesteps
+            warnings.filterwarnings("ignore", "__array__ implementation", DeprecationWarning)
+            # a diffusers pipeline about what it calls itself
+            warnings.filterwarnings("ignore", category=FutureWarning, module=r"diffusers\.")
+            yield
+    finally:
+        for lib, (verbosity, bars) in zip(libraries, before, strict=True):
+            lib.set_verbosity(verbosity)
+            if bars:
+                lib.enable_progress_bar()
