@@ -13,15 +13,22 @@ from PIL import Image
 
 from conf import ROOT, compose
 from datagen.targets import _minilm_wheel
-from tests import tiny_sd2
+from tests import tiny_published, tiny_sd2
 
-TINY_GLYPHS = ["num=24", "shard_size=12", "workers=1", "renderer.size=32", "curate.duplicates_at=null"]
-TINY_SD2 = ["renderer.model={sd2}", "num=4", "force=true", "renderer.render_size=64", "renderer.size=32"]
-TINY_SD2 += ["renderer.steps=2", "renderer.batch_size=2", "curate.duplicates_at=null", "split.share=0.5"]
+GLYPHS = ["renderer=glyphs", "num=24", "shard_size=12", "workers=1", "renderer.size=32", "curate.duplicates_at=null"]
+FILE = [*GLYPHS, "curate.min_tokens=3", "prompts.path=prompts.csv", "prompts.column=prompt"]
+SD2 = ["prompts=grammar", "num=4", "force=true", "renderer.size=32", "renderer.steps=2"]
+SD2 += ["curate.duplicates_at=null", "split.share=0.5"]
+TINY_SD2 = [*SD2, "renderer.model={sd2}", "renderer.render_size=64", "renderer.batch_size=2"]
+LOCAL = ["prompts=grammar", *GLYPHS, "shard_size=2", "engine=local", "ray_address=null", "out=data/many"]
 TINY_TRAIN = ["model.backbone=test_vit", "model.weights=random", "model.size=null", "model.freeze=0", "epochs=1"]
 TINY_TRAIN += ["batch_size=2", "workers=0", "wandb=off", "accelerator=cpu"]
+COCO = [*GLYPHS, "curate.min_tokens=3", "prompts.sources.coco.weight=1", "prompts.sources.coco.prompts.records=null"]
+COCO += ["prompts.sources.coco.prompts.path=prompts.csv", "prompts.sources.coco.prompts.column=prompt"]
+COCO += [f"~prompts.sources.{name}" for name in ("diffusiondb", "gustavosta", "vizwiz", "flickr30k", "narratives")]
+PUBLISHED = ["split.kind=picture", "encoder=null", "curate.duplicates_at=null", "num=null"]
 
-# Command → the overrides that make it small; {names} are the test's own folders.
+# Command → the overrides that make it small and keep it off the network; {names} are the test's own folders.
 COMMANDS = {
     "make quickstart": None,  # .ci/run runs it, smaller
     "make test": None,  # is running
@@ -32,19 +39,27 @@ COMMANDS = {
     "python -m datagen.index out=data/mine images=pictures csv=captions.csv": ["split.share=0.25"],
     "python -m datagen.index out=data/laion tars='laion/*.tar'": ["tars=data/sd2/shards/*.tar"],
     "python -m train +experiment=quickstart name=mine dataset=data/mine": TINY_TRAIN,
-    "python -m datagen prompts=file prompts.path=prompts.csv out=data/prompts": [
-        *TINY_GLYPHS,
-        "renderer=glyphs",
-        "curate.min_tokens=3",
-    ],
-    "python -m datagen renderer=glyphs out=data/glyphs": TINY_GLYPHS,
+    "python -m datagen renderer=glyphs prompts=grammar out=data/glyphs": GLYPHS,
     "python -m datagen.targets out=data/glyphs encoder=sentence-transformers/all-mpnet-base-v2": ["encoder={minilm}"],
     "python -m datagen.verify out=data/glyphs": [],
-    "python -m datagen dry_run=true num=100000": ["num=30", "curate.duplicates_at=null"],
+    "python -m datagen dry_run=true num=100000": TINY_SD2,
+    "python -m datagen renderer=sd2_fast num=100000": [*TINY_SD2, "out=data/fast"],
+    "python -m datagen renderer=diffusers renderer.model=stabilityai/stable-diffusion-xl-base-1.0 renderer.steps=30 "
+    "out=data/sdxl": [*SD2, "renderer.model={sd2}"],
+    "python -m datagen.report out=data/sd2": [],
+    "python -m datagen prompts=file prompts.path=prompts.csv out=data/prompts": FILE,
+    "python -m datagen prompts=file prompts.path='hf://datasets/owner/name/data/*.parquet' prompts.column=caption "
+    "out=data/hub": FILE,
+    "python -m datagen prompts.sources.coco.most=50000 out=data/less_coco": COCO,
+    "python -m datagen engine=ray ray_address=auto num=400000 out=s3://bucket/sd2": LOCAL,
+    "python -m datagen part=3/8 num=400000 out=s3://bucket/sd2": LOCAL,
+    "python -m train +experiment=vith14 dataset=s3://bucket/sd2": [*TINY_TRAIN, "dataset=data/many", "name=many"],
+    "python -m datagen.published name=sd2_4m num=100000 out=data/sd2_4m": [*PUBLISHED, "folder=sd2_4m"],
+    "python -m datagen.published name=diffusiondb num=100000 out=data/diffusiondb": [*PUBLISHED, "folder=diffusiondb"],
     "python -m train.evaluate run=checkpoints/quickstart": ["run=checkpoints/mine", "workers=0", "accelerator=cpu"],
     "python -m train.report run=checkpoints/quickstart": ["run=checkpoints/mine"],
 }
-CONFIGS = {"datagen": "datagen", "train": "train"}
+CONFIGS = {"datagen": "datagen", "train": "train", "datagen.report": "datagen_report"}
 
 
 def readme_commands() -> list[str]:
@@ -69,6 +84,8 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.chdir(tmp_path)
     places = {"sd2": tiny_sd2.build(tmp_path / "tiny").folder, "minilm": _minilm_wheel()}
     _pictures(tmp_path)
+    tiny_published.sd2_4m(tmp_path / "sd2_4m")
+    tiny_published.diffusiondb(tmp_path / "diffusiondb")
     for command in readme_commands():
         overrides = COMMANDS[command]
         if overrides is None:
@@ -82,11 +99,12 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
         module, given = words[2], words[3:]
         names = {o.split("=")[0] for o in small}
         given = [o for o in given if o.split("=")[0] not in names]
-        main = importlib.import_module(f"{module}.__main__" if module in CONFIGS else module)
+        main = importlib.import_module(f"{module}.__main__" if "." not in module else module)
         values = compose(CONFIGS.get(module, module.split(".")[1] if "." in module else module), [*given, *small])
         assert not main.run({k: v for k, v in values.items() if k != "hydra"}), command
     assert Path("submission.csv").read_text().count("\n") == 1 + 384 * 4
     assert Path("checkpoints/mine/report.html").stat().st_size > 10_000
+    assert Path("data/sd2.report.html").stat().st_size > 10_000
 
 
 def _pictures(folder: Path) -> None:
