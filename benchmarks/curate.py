@@ -159,25 +159,34 @@ def our_purge(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
 WORK = {"ours": ours, "brute": greedy, "our_purge": our_purge, "brute_purge": greedy_purge}
 
 
+def shuffled(path: Path, rows: int) -> NDArray[np.float32]:
+    """The first `rows` vectors, whole triples, in random order: a quarter is as full of near-duplicates as all."""
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        width = np.lib.format.read_array_header_1_0(file)[0][1]
+        vectors = np.fromfile(file, np.float32, rows * width).reshape(rows, width)
+    np.random.default_rng(0).shuffle(vectors)  # in place: a copy would hide what the work takes of memory
+    return vectors
+
+
+def peak_mb() -> float:
+    """The most memory that this process has held, mapped files included."""
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would tell the parent's, if that is more
+        return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6  # bytes on macOS
+
+
 def measure(name: str, path: Path, rows: int, kept: Path) -> None:
     """In a process of its own: does the work, writes the rows kept, and prints seconds and peak memory."""
-    vectors = np.array(
-        np.load(path, mmap_mode="r")[:rows]
-    )  # in random order of triples: a prefix is a smaller such set
-    vectors = vectors[np.random.default_rng(0).permutation(len(vectors))]
+    vectors = shuffled(path, rows)
     import datagen.near  # noqa: F401 – its import is not timed
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    found = []
-    seconds = timed(lambda: found.append(WORK[name](vectors)))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mb()
+    found: list[NDArray[np.int64]] = []
+    told = {"seconds": timed(lambda: found.append(WORK[name](vectors))), "peak_mb": peak_mb()}
     np.save(kept, found[0])
-    scale = 1 if sys.platform == "darwin" else 1024
-    print(
-        json.dumps(
-            {"seconds": seconds, "peak_mb": peak * scale / 1e6, "above_vectors_mb": (peak - before) * scale / 1e6}
-        )
-    )
+    print(json.dumps({**told, "above_vectors_mb": told["peak_mb"] - before}))
 
 
 def in_a_process(name: str, path: Path, rows: int, kept: Path) -> dict[str, float]:
@@ -198,7 +207,7 @@ def dropped(kept: NDArray[np.int64], rows: int) -> NDArray[np.bool_]:
 
 def left_share(path: Path, rows: int, kept: NDArray[np.int64]) -> float:
     """Of the rows kept, the share with a near-duplicate kept before it: by brute force."""
-    vectors = np.array(np.load(path, mmap_mode="r")[:rows])[np.random.default_rng(0).permutation(rows)][kept]
+    vectors = shuffled(path, rows)[kept]
     near = 0
     for start in range(0, len(vectors), BLOCK):
         cosines = vectors[start : start + BLOCK] @ vectors[: start + BLOCK].T
@@ -247,6 +256,7 @@ def main() -> None:
         "peak_mb": rounds["ours"][0]["peak_mb"],
         "brute_peak_mb": peer["brute"]["peak_mb"],
         "above_vectors_mb": rounds["ours"][0]["above_vectors_mb"],
+        "brute_above_vectors_mb": peer["brute"]["above_vectors_mb"],
         "growth": median["ours"] / median["quarter"],
         "purge_recall": float(drops["our_purge"][drops["brute_purge"]].mean()),
         "purge_seconds": peer["our_purge"]["seconds"],
@@ -264,7 +274,7 @@ def main() -> None:
         figures,
         chosen.json,
     )
-    if figures["recall"] < RECALL or figures["growth"] > GROWTH:
+    if chosen.num is None and (figures["recall"] < RECALL or figures["growth"] > GROWTH):
         sys.exit(1)
 
 

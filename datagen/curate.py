@@ -375,7 +375,7 @@ class _Run:
 
     def _purge(self, train: Ints, val: Ints, drops: _Drops) -> Ints:
         """The training prompts that are near no validation prompt."""
-        store = self.chunks.rows(self.chunks.done[-1].width)
+        store = self.chunks.rows(max(chunk.width for chunk in self.chunks.done))
         bank = Bank(Rows(store.width), self.split.threshold)
         stays, reason = [], f"cosine ≥ {self.split.threshold} to a validation prompt"
         with progress(len(train), "prompt", "split", show=len(train) > near.EXACT) as bar:

@@ -398,6 +398,14 @@ def test_the_size_of_a_chunk_changes_nothing_kept(monkeypatch: pytest.MonkeyPatc
     assert (parts.train, parts.val, parts.dropped) == (whole.train, whole.val, whole.dropped)
 
 
+def test_a_last_chunk_of_which_nothing_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(curation, "_CHUNK", 50)
+    source = [*itertools.islice(numbered(), 150), *itertools.islice(numbered(), 100)]
+    first, again = (run(source, 1000, "similarity", duplicates_at=0.9, work=tmp_path / "work") for _ in range(2))
+    assert first.dropped["equal text"] == 100
+    assert (first.train, first.val, first.report()) == (again.train, again.val, again.report())
+
+
 def test_other_settings_or_sources_begin_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     work = tmp_path / "work"
