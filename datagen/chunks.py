@@ -1,5 +1,6 @@
 """What curation has done so far, in a folder, a chunk of the source at a time: a killed run goes on after the last.
 
+lock                held by the run that curates here; a second one is refused
 settings.json       what decides all else; a folder of other settings is emptied
 000000.parquet      the prompts kept of a chunk: prompt, source, group, tokens
 000000.hashes.npy   hashes of the texts that were new in it, sorted, for finding equal ones later
@@ -7,12 +8,14 @@ settings.json       what decides all else; a folder of other settings is emptied
 vectors.f16         the kept prompts' vectors, one after the other; what lies behind the last commit is cut off
 """
 
+import fcntl
 import hashlib
 import io
 import json
 import logging
+import os
 import re
-import shutil
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -39,7 +42,7 @@ KEPT = pa.schema(
         ("tokens", pa.int32()),
     ]
 )
-_OURS = re.compile(r"settings\.json|vectors\.f16|against-\w+\.npy|\d{6}\.(json|parquet|hashes\.npy)|\..*\.part-.*")
+_OURS = re.compile(r"lock|settings\.json|vectors\.f16|against-\w+\.npy|\d{6}\.(json|parquet|hashes\.npy)|\..*\.part-.*")
 
 
 @dataclass
@@ -71,21 +74,26 @@ class Chunks:
         settings: all that decides the chunks, as plain JSON.
 
     Raises:
-        UserError: the folder holds something else, or cannot be written.
+        UserError: the folder holds something else, cannot be written, or another run is curating there.
     """
 
     def __init__(self, folder: Path, settings: Any) -> None:
         self.folder = folder
+        strangers = [p.name for p in sorted(folder.iterdir()) if not _OURS.fullmatch(p.name)] if folder.exists() else []
+        if strangers:
+            raise UserError(f"{folder} is not curation's ({strangers[0]}, …); move it away, or choose another out=")
+        # two runs at once would cut off each other's vectors
+        self._unlock = weakref.finalize(self, os.close, _locked(folder / "lock"))
         wanted = json_bytes(settings)
         there = folder / "settings.json"
-        if folder.exists() and not (there.exists() and there.read_bytes() == wanted):
-            strangers = [p.name for p in sorted(folder.iterdir()) if not _OURS.fullmatch(p.name)]
-            if strangers:
-                raise UserError(f"{folder} is not curation's ({strangers[0]}, …); move it away, or choose another out=")
-            if there.exists():
-                log.info("%s was begun with other settings or sources: curation begins anew", folder)
-            shutil.rmtree(folder)
-        storage.write_atomically(there, lambda file: file.write(wanted))
+        if there.exists() and there.read_bytes() != wanted:
+            log.info("%s was begun with other settings or sources: curation begins anew", folder)
+            there.unlink()  # first, so that what a kill leaves is not taken for what it says
+        if not there.exists():
+            for path in folder.iterdir():
+                if path.name != "lock":
+                    path.unlink()
+            storage.write_atomically(there, lambda file: file.write(wanted))
         storage.remove_parts(folder)
         self.done = [Chunk(**json.loads(path.read_text())) for path in sorted(folder.glob("[0-9]*.json"))]
         self.starts = np.cumsum([0, *(chunk.kept for chunk in self.done)]).tolist()
@@ -107,6 +115,7 @@ class Chunks:
     def close(self) -> None:
         if self._rows is not None:
             self._rows.close()
+        self._unlock()
 
     def hashes(self) -> NDArray[np.uint64]:
         """Sorted, of all texts that were new."""
@@ -146,6 +155,32 @@ class Chunks:
         return self.folder / f"{number:06d}.{suffix}"
 
 
+def _locked(path: Path) -> int:
+    """The descriptor of a file that is locked until it is closed, or its process ends.
+
+    Raises:
+        UserError: another run has it, or it cannot be written.
+    """
+    while True:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}; choose another out=") from error
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            os.close(descriptor)
+            raise UserError(
+                f"{path.parent}: another run is curating there; wait for it, or choose another out="
+            ) from error
+        except OSError:  # a file system without locks
+            return descriptor
+        if os.fstat(descriptor).st_nlink:
+            return descriptor
+        os.close(descriptor)  # the run that held it has just removed the folder
+
+
 def save(path: Path, array: NDArray[Any]) -> None:
     """Writes a .npy, whole or not at all."""
     buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
@@ -157,7 +192,7 @@ def digest(prompts: Iterable[Prompt]) -> str:
     """Tells whether a source still gives the same prompts."""
     total = hashlib.blake2b(digest_size=16)
     for p in prompts:
-        total.update(f"{p.text}\0{p.source}\0{p.group}\0".encode("utf-8", "surrogatepass"))
+        total.update(f"{p.text}\0{p.source}\0{p.group}\0{p.out}\0".encode("utf-8", "surrogatepass"))
     return total.hexdigest()
 
 

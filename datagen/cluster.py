@@ -10,7 +10,10 @@ An actor that dies, with its node too, is replaced, and its shard tried again el
 import dataclasses
 import logging
 import os
+import signal
 import socket
+import threading
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
@@ -25,10 +28,13 @@ from conf import ROOT, UserError
 from datagen import shards
 from datagen.config import DatagenSettings
 from datagen.renderers.base import Renderer
+from datagen.storage import Unreachable
 from datagen.work import Event, Ticks, answer, make_renderer, render_shard
 
 T = TypeVar("T")
 _LOOK_S = 1.0  # between two looks at the actors' progress
+_NO_PLACE_S = 60  # without any actor at work before it is told
+log = logging.getLogger(__name__)
 # what of the project's folder the nodes do not need
 _NOT_SENT = [".git", ".venv", "data", "checkpoints", "bundle", "tests", "wandb", "*.ckpt", "*.safetensors", "*.tar"]
 
@@ -40,12 +46,15 @@ class _Actor:
         self._chosen = chosen
         self._renderer: Renderer | None = None
         self._rendered = 0
+        shards.remove_parts(chosen.out)  # of an actor that was killed on this machine
 
     def render(self, number: int, rows: pa.Table) -> Event | UserError:
         self._rendered = 0
         try:
             self._renderer = self._renderer or make_renderer(self._chosen)
             return Event("done", number, report=render_shard(self._chosen, self._renderer, number, rows, self._tick))
+        except Unreachable as error:
+            return Event("failed", number, error=str(error))
         except UserError as error:
             return error
         except Exception:
@@ -63,6 +72,8 @@ class _Actor:
 @dataclasses.dataclass
 class _Worker:
     actor: Any
+    starts: Any
+    """The answer that comes once it has found a place in the cluster; then None."""
     shard: int | None = None
     seen: int = 0
     """Pictures of the shard that were ticked."""
@@ -99,7 +110,8 @@ class Cluster:
     def _start(self) -> _Worker:
         remote: Any = ray.remote  # its annotations know no option of these
         actor = remote(concurrency_groups={"looks": 1})(_Actor)
-        return _Worker(actor.options(**self._needs()).remote(self._chosen))
+        started = actor.options(**self._needs()).remote(self._chosen)
+        return _Worker(started, started.rendered.remote())
 
     def render(
         self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
@@ -109,16 +121,24 @@ class Cluster:
         queue = deque(todo)
         workers = [self._start() for _ in range(min(self.places, len(todo)))]
         running: dict[Any, _Worker] = {}
+        began, told = time.monotonic(), False
         try:
             while queue or running:
-                for worker in workers:
-                    if queue and worker.shard is None:
+                for worker in workers:  # a shard waits for no actor that waits for a place
+                    if queue and worker.shard is None and worker.starts is None:
                         worker.shard, worker.seen = queue.popleft(), 0
                         running[worker.actor.render.remote(worker.shard, rows_of(worker.shard))] = worker
-                ended, _ = ray.wait(list(running), timeout=_LOOK_S)
+                if not running and not told and time.monotonic() - began > _NO_PLACE_S:
+                    log.warning("no worker has found a place in the cluster yet: each needs %s", self._needs())
+                    told = True
+                starting = [w.starts for w in workers if w.starts is not None]
+                ended, _ = ray.wait([*running, *starting], timeout=_LOOK_S)
+                for worker in workers:
+                    if worker.starts in ended:
+                        worker.starts = None  # one that could not start fails at its first shard
                 for worker in running.values():
                     _look(worker, ticks)
-                for reference in ended:
+                for reference in [r for r in ended if r in running]:
                     worker = running.pop(reference)
                     event = self._event(reference, worker, ticks)
                     if event.kind == "failed":
@@ -128,7 +148,7 @@ class Cluster:
                         last = tries[event.shard] > self._chosen.retries
                         event = Event("failed", event.shard, error=event.error, last=last)
                         if not last:
-                            queue.append(event.shard)
+                            queue.appendleft(event.shard)
                     yield event
         finally:
             for worker in workers:
@@ -182,10 +202,11 @@ def _connect(chosen: DatagenSettings) -> None:
         environment = {"working_dir": str(ROOT), "excludes": _NOT_SENT}
     else:
         cores = chosen.workers or os.cpu_count()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         _reach(chosen.ray_address)
         ray.init(
-            chosen.ray_address,
+            chosen.ray_address or "local",  # None would obey RAY_ADDRESS
             num_cpus=cores,
             include_dashboard=False if chosen.ray_address is None else None,
             log_to_driver=False,
@@ -197,6 +218,8 @@ def _connect(chosen: DatagenSettings) -> None:
             f"ray_address={chosen.ray_address}: {str(error).splitlines()[0]}\n"
             f"Start a cluster (ray start --head), or leave ray_address out for a Ray of this machine's own."
         ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
 
 
 def _absolute(chosen: DatagenSettings) -> DatagenSettings:
@@ -214,7 +237,7 @@ def _reach(address: str | None) -> None:
     Raises:
         ConnectionError: nobody answers there.
     """
-    host, _, port = (address or "").removeprefix("ray://").rpartition(":")
+    host, _, port = (address or "").rpartition(":")
     if not host:
         return
     try:

@@ -50,7 +50,7 @@ class FilePrompts:
     group_column: str | None
     """Column of the group for `split.kind=holdout`; parts of a group are joined by ";"."""
     at_most: dict[str, float]
-    """Bounds of columns of numbers or truth values (1, 0): a row above one of them is left out."""
+    """Bounds of columns of numbers or truth values (1, 0): a row above one of them is left out, and counted."""
     shuffle: int
     """Prompts held for a local shuffle by `seed`, and row groups of a .parquet permuted; 0 keeps the files' order."""
     source: str | None
@@ -280,7 +280,7 @@ class DatagenSettings:
     engine: Literal["local", "ray"]
     """Where shards are rendered: by processes of this machine, or by Ray's."""
     ray_address: str | None
-    """engine=ray: the cluster, "auto" or "ray://host:10001"; null starts one on this machine."""
+    """engine=ray: the cluster, "auto" or "host:6379"; null starts one on this machine."""
     devices: Literal["all"] | int
     """GPUs of this machine, a process each."""
     workers: int | None
@@ -308,6 +308,9 @@ class DatagenSettings:
             found.append(f"workers: {self.workers} is below 1; null takes every core")
         if isinstance(self.devices, int) and self.devices < 1:
             found.append(f"devices: {self.devices} is below 1; all takes every GPU")
+        device = getattr(self.renderer, "device", "")
+        if self.engine == "ray" and (self.devices != "all" or ":" in device):
+            found.append("devices, renderer.device: engine=ray gives each worker a GPU of its own; leave them out")
         if self.retries < 0:
             found.append(f"retries: {self.retries} is below 0")
         if self.part is not None and not _is_part(self.part):
@@ -316,7 +319,19 @@ class DatagenSettings:
             found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
         if self.encoder is None and _needs_vectors(self.curate, self.split):
             found.append("encoder: null, but curate.duplicates_at, curate.against or split.kind=similarity needs one")
+        lacking = _without_groups(self.prompts)
+        if self.split.kind == "holdout" and lacking:
+            lack = f"{', '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no group_column"
+            found.append(f"split.kind: holdout needs groups, and {lack}; similarity needs none")
         return found
+
+
+def _without_groups(prompts: GrammarPrompts | FilePrompts | MixturePrompts) -> list[str]:
+    """The settings of files whose prompts have no group."""
+    sources = {"prompts": prompts}
+    if isinstance(prompts, MixturePrompts):
+        sources = {f"prompts.sources.{n}.prompts": s.prompts for n, s in prompts.sources.items() if s.weight}
+    return [name for name, source in sources.items() if isinstance(source, FilePrompts) and not source.group_column]
 
 
 def _needs_vectors(curate: Curation, split: Split) -> bool:

@@ -31,6 +31,7 @@ from datagen.chunks import KEPT, Chunk, Chunks, digest, save, text_hash
 from datagen.config import Curation, Split
 from datagen.near import Bank, Rows, distinct
 from datagen.prompts import Prompt, read_file
+from datagen.rows import KINDS
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """n texts → unit vectors [n, E]."""
@@ -43,6 +44,8 @@ _SURPLUS = "more than num asks for"
 _MOST_DRAWN = 50  # a source that yields less than one new prompt in 50 has run dry
 _DRY_AFTER = 4 * _CHUNK  # prompts over which that is looked at
 _EXAMPLES, _EXAMPLE_LENGTH = 10, 300
+_HALF_LENGTH = 140  # of a pair, so that it is no longer than an example
+_NO_GROUP, _BOTH_SIDES = "no group", "group on both sides"
 _BAR_FROM = 2000  # prompts that take longer than seconds
 
 
@@ -102,7 +105,7 @@ def curate(
     """
     against = {str(place): _texts_at(place) for place in chosen.against}
     decides = {
-        "chunks": 1,  # of this file's making
+        "chunks": 2,  # of this file's making
         "num": num,
         "seed": seed,
         "curate": dataclasses.asdict(chosen),
@@ -152,8 +155,8 @@ class _Drops:
             self.add(reason, number, lambda _, r=reason: examples.get(r, []))
 
 
-def _cut(text: str) -> str:
-    return text if len(text) <= _EXAMPLE_LENGTH else f"{text[: _EXAMPLE_LENGTH - 1]}…"
+def _cut(text: str, length: int = _EXAMPLE_LENGTH) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
 
 
 @dataclass
@@ -255,7 +258,7 @@ class _Run:
 
     def _usable(self, prompts: list[Prompt], drops: _Drops) -> tuple[list[Prompt], NDArray[np.uint64], Ints]:
         """The clean, new prompts of the right length that no filter drops; their hashes, ascending; their tokens."""
-        texts = [clean(p.text) for p in prompts]
+        texts = ["" if p.out else clean(p.text) for p in prompts]
         lengths = self.count_tokens(texts) if texts else np.zeros(0, np.int64)
         hashes = np.array([text_hash(text) for text in texts], np.uint64)
         at = np.searchsorted(self.seen, hashes)
@@ -266,7 +269,9 @@ class _Run:
         least, most = self.chosen.min_tokens, self.chosen.max_tokens
         for i, (text, length, key) in enumerate(zip(texts, lengths.tolist(), hashes.tolist(), strict=True)):
             reason = None
-            if not text:
+            if prompts[i].out:
+                reason, text = prompts[i].out, clean(prompts[i].text)
+            elif not text:
                 reason, text = "empty", ascii(prompts[i].text)
             elif length < least:
                 reason = f"under {least} tokens"
@@ -284,7 +289,7 @@ class _Run:
             out = [texts[i] for i, stay in zip(kept, stays, strict=True) if not stay]
             drops.add(reason, len(out), lambda n, out=out: out[:n])
             kept = [i for i, stay in zip(kept, stays, strict=True) if stay]
-        usable = [Prompt(texts[i], prompts[i].source, prompts[i].group) for i in kept]
+        usable = [Prompt(texts[i], prompts[i].source, clean(prompts[i].group)) for i in kept]
         return usable, np.sort(hashes[kept]), lengths[kept]
 
     def _distinct(self, texts: list[str], vectors: NDArray[np.float32], drops: _Drops) -> Ints:
@@ -332,7 +337,7 @@ class _Run:
                         parts.append(self.encode(names[start : start + _AT_ONCE]).astype(np.float16))
                         bar.update(len(parts[-1]))
                 save(path, np.concatenate(parts))
-            self._others = Bank(Rows(width), self.chosen.against_at)
+            self._others = Bank(Rows(width, self.chunks.folder), self.chosen.against_at)
             self._others.add(np.load(path, allow_pickle=False))
         return self._others, names
 
@@ -351,12 +356,13 @@ class _Run:
         count, drops = self.chunks.kept, _Drops()
         if self.split.kind == "holdout":
             side = cache(lambda group: _side(group, self.split.share, self.seed))
-            sides: list[bool | None] = []
+            sides: list[bool | str] = []
             for number in range(len(self.chunks.done)):
                 sides += [side(group) for group in self.chunks.table(number, ["group"])["group"].to_pylist()]
-            mixed = np.flatnonzero([s is None for s in sides])
-            drops.add("group on both sides", len(mixed), lambda n: self.chunks.texts(mixed[:n].tolist()))
-            decided = np.flatnonzero([s is not None for s in sides])
+            for reason in (_NO_GROUP, _BOTH_SIDES):
+                out = np.flatnonzero([side == reason for side in sides])
+                drops.add(reason, len(out), lambda n, out=out: self.chunks.texts(out[:n].tolist()))
+            decided = np.flatnonzero([isinstance(side, bool) for side in sides])
             self._surplus(drops, decided[self.num :])
             decided = decided[: self.num]
             is_val = np.array([sides[i] for i in decided.tolist()], bool)
@@ -376,7 +382,7 @@ class _Run:
     def _purge(self, train: Ints, val: Ints, drops: _Drops) -> Ints:
         """The training prompts that are near no validation prompt."""
         store = self.chunks.rows(max(chunk.width for chunk in self.chunks.done))
-        bank = Bank(Rows(store.width), self.split.threshold)
+        bank = Bank(Rows(store.width, self.chunks.folder), self.split.threshold)
         stays, reason = [], f"cosine ≥ {self.split.threshold} to a validation prompt"
         with progress(len(train), "prompt", "split", show=len(train) > near.EXACT) as bar:
             for start in range(0, len(val), _AT_ONCE):
@@ -432,7 +438,7 @@ class _Sides:
 
 
 def _pair(dropped: str, other: str, cosine: float) -> str:
-    return f"{_cut(dropped)} ≈ {_cut(other)} (cosine {cosine:.2f})"
+    return f"{_cut(dropped, _HALF_LENGTH)} ≈ {_cut(other, _HALF_LENGTH)} (cosine {cosine:.2f})"
 
 
 def _digest(texts: Iterable[str]) -> str:
@@ -445,13 +451,16 @@ def _texts_at(place: storage.Place) -> list[str]:
     Raises:
         UserError: it is neither.
     """
+    # a file is not asked whether it holds a dataset.json: that takes a network where the file is in the cache
+    is_file = place.name.lower().removesuffix(".gz").endswith(KINDS)
+    texts = None
     try:
-        if storage.exists(place / "dataset.json"):
+        if not is_file and storage.exists(place / "dataset.json"):
             texts = shards.read_plan(place)["prompt"].to_pylist()
-        else:
-            texts = [p.text for p in read_file(str(place), key="curate.against")]
     except UserError as error:
         raise UserError(f"curate.against: {error}") from error
+    if texts is None:
+        texts = [p.text for p in read_file(str(place), "curate.against")]
     return [text for text in dict.fromkeys(map(clean, texts)) if text]
 
 
@@ -461,9 +470,10 @@ def held_out(part: str, share: float, seed: int) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
-def _side(group: str, share: float, seed: int) -> bool | None:
-    sides = {held_out(part, share, seed) for part in group.split(";")}
-    return sides.pop() if len(sides) == 1 else None
+def _side(group: str, share: float, seed: int) -> bool | str:
+    """Whether a group is held out for validation, or why it is on neither side."""
+    sides = {held_out(part, share, seed) for part in group.split(";") if part}
+    return _NO_GROUP if not sides else sides.pop() if len(sides) == 1 else _BOTH_SIDES
 
 
 def split_pictures(pictures: Sequence[str], share: float, seed: int) -> list[str]:

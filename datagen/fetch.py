@@ -21,7 +21,7 @@ import shutil
 import time
 import urllib.parse
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -51,7 +51,7 @@ class File:
     """A local file, or a member of a local zip."""
 
     name: str
-    """As its origin names it."""
+    """As its origin names it, below the folder that all of its files share; a zip's is that of the zip/member."""
     path: Path
     member: str | None
     """Of the zip at `path`."""
@@ -109,7 +109,8 @@ class Origin:
 
     def facts(self) -> dict[str, Any]:
         """Plain JSON: the repository or URL, the hub's commit, and each file's size and sha256."""
-        where = {"repo": _HUB.fullmatch(self.url)["repo"], "commit": self.commit} if self.commit else {"url": self.url}  # pyright: ignore[reportOptionalSubscript]
+        hub = _HUB.fullmatch(self.url.rpartition("::")[2])
+        where = {"repo": hub["repo"], "commit": self.commit} if hub else {"url": self.url}
         found = {f.name: {"bytes": f.path.stat().st_size, "sha256": f.sha256()} for f in self.files}
         return {**where, "files": found}
 
@@ -132,7 +133,7 @@ def files(url: str, revision: str | None, key: str) -> Origin:
         if not separator or not member:
             raise UserError(f"{key}: {url} is not zip://member::path")
         found = files(outer, revision, key)
-        return Origin(url, found.commit, tuple(File(member, f.path, member) for f in found.files))
+        return Origin(url, found.commit, tuple(File(f"{f.name}/{member}", f.path, member) for f in found.files))
     hub = _HUB.fullmatch(url)
     if hub:
         return _hub_files(url, hub, revision, key)
@@ -147,7 +148,13 @@ def files(url: str, revision: str | None, key: str) -> Origin:
     found = [p for p in map(Path, paths) if p.is_file()]
     if not found:
         raise UserError(f"{key}: no file {path}{_beside(Path(path))}")
-    return Origin(url, None, tuple(File(p.name, p, None) for p in found))
+    return Origin(url, None, tuple(File(n, p, None) for n, p in zip(_told(found), found, strict=True)))
+
+
+def _told(paths: Sequence[Path]) -> list[str]:
+    """Names of files: their paths below the folder that they share, since two folders may hold files of one name."""
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(shared).as_posix() for path in paths]
 
 
 def _is_glob(path: str) -> bool:
@@ -312,7 +319,7 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
             f"{key}={url}: {first_line(error)}; a path, hf://, s3://, gs:// and https:// are known"
         ) from error
     folder = storage.cache_folder() / "files" / hashlib.sha256(url.encode()).hexdigest()[:16]
-    listing = folder / "files.json"
+    listing = folder / "listing.json"
     try:
         paths = _again(lambda: sorted(cast(list[str], fs.glob(path))) if _is_glob(path) else [path])
         if not paths:
@@ -320,7 +327,8 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
         names = [f"{n:03d}-{Path(urllib.parse.urlsplit(p).path).name}" for n, p in enumerate(paths)]
         for name, source in zip(names, paths, strict=True):
             _copy(fs, source, folder / name)
-        listing.write_text(json.dumps(names))
+        told = dict(zip(names, _told([Path(urllib.parse.urlsplit(p).path) for p in paths]), strict=True))
+        listing.write_text(json.dumps(told))
     except UserError:
         raise
     except Exception as error:  # each protocol's client has its own
@@ -330,9 +338,9 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
         if not listing.exists():
             raise UserError(f"{key}={url}: cannot be fetched: {why}. {_copy_it(key)}") from error
         log.warning("%s cannot be asked (%s): taking the copy in %s", url, why, folder)
-        names = json.loads(listing.read_text())
-    for name in names:
-        yield File(name.partition("-")[2], folder / name, None)
+        told = json.loads(listing.read_text())
+    for name, shown in told.items():
+        yield File(shown, folder / name, None)
 
 
 def _copy_it(key: str) -> str:

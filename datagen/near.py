@@ -16,6 +16,9 @@ On one machine the answers depend on the order in which the vectors came and not
 that a run begun again goes on as it would have. HNSW graphs (usearch, faiss) keep that promise only when one thread
 builds them, and took longer here: see benchmarks/LOG.md.
 
+Whole vectors and those short ones lie in files, so that memory holds what the system finds room for: in all
+2 E + 4 (Q + 2) bytes of disk for each vector kept.
+
 B rows of a question, N vectors held, E their width, P numbers of the bound, Q of the bound within cells, C cells.
 """
 
@@ -25,6 +28,7 @@ import os
 import tempfile
 import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -54,27 +58,41 @@ _LET_THROUGH = 2e-4  # share of far pairs that a bound may leave to the whole co
 
 
 class Rows:
-    """Unit vectors [N, E] in half precision, in a file that grows: memory holds what the system finds room for.
+    """Rows [N, E] in a file that grows: memory holds what the system finds room for.
 
     Args:
         width: E.
-        path: the file; None takes a temporary one.
+        path: the file; a folder, None being the system's temporary one, takes a file without a name, which goes with
+            the process.
         rows: how many of the file's rows to go on from; what lies behind them is cut off.
+        kind: of the numbers; half precision is enough for unit vectors.
+
+    Raises:
+        UserError: the file has fewer rows.
     """
 
-    def __init__(self, width: int, path: Path | None = None, rows: int = 0) -> None:
+    def __init__(
+        self, width: int, path: Path | None = None, rows: int = 0, kind: type[np.floating[Any]] = np.float16
+    ) -> None:
         self.width = width
+        self.folder = path if path is None or path.is_dir() else path.parent
         self._where = path or tempfile.gettempdir()
-        if path is None:
-            with tempfile.TemporaryFile() as file:  # has no name, and goes with its last descriptor
+        self._kind = np.dtype(kind)
+        if path is None or path.is_dir():
+            with tempfile.TemporaryFile(dir=path) as file:
                 self._descriptor = os.dup(file.fileno())
         else:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self.close = weakref.finalize(self, os.close, self._descriptor)
+        if os.fstat(self._descriptor).st_size < self._bytes(rows):
+            raise UserError(f"{path} is cut off or lost; remove {self.folder}, and curation begins anew")
         self._count = rows
-        os.ftruncate(self._descriptor, rows * width * 2)
+        os.ftruncate(self._descriptor, self._bytes(rows))
         os.lseek(self._descriptor, 0, os.SEEK_END)
-        self._map: NDArray[np.float16] = np.zeros((0, width), np.float16)
+        self._map: NDArray[Any] = np.zeros((0, width), self._kind)
+
+    def _bytes(self, rows: int) -> int:
+        return rows * self.width * self._kind.itemsize
 
     def __len__(self) -> int:
         return self._count
@@ -85,7 +103,7 @@ class Rows:
         Raises:
             UserError: the disk is full.
         """
-        data = memoryview(np.ascontiguousarray(vectors, np.float16).tobytes())
+        data = memoryview(np.ascontiguousarray(vectors, self._kind).tobytes())
         try:
             while data:
                 data = data[os.write(self._descriptor, data) :]
@@ -101,10 +119,18 @@ class Rows:
 
     def __getitem__(self, chosen: slice | Ints) -> Floats:
         """The rows `chosen`, in single precision."""
+        return self.all()[chosen].astype(np.float32)
+
+    def all(self) -> NDArray[Any]:
+        """All rows as the file has them, not to be written to, mapped and not copied."""
         if len(self._map) < self._count:
-            mapped = mmap.mmap(self._descriptor, self._count * self.width * 2, access=mmap.ACCESS_READ)
-            self._map = np.frombuffer(mapped, np.float16).reshape(self._count, self.width)
-        return self._map[: self._count][chosen].astype(np.float32)
+            # room for what comes: to map anew for each block would be to touch every page again
+            room = self._count * 5 // 4 + _BLOCK
+            os.ftruncate(self._descriptor, self._bytes(room))
+            mapped = mmap.mmap(self._descriptor, self._bytes(room), access=mmap.ACCESS_READ)
+            os.ftruncate(self._descriptor, self._bytes(self._count))
+            self._map = np.frombuffer(mapped, self._kind).reshape(room, self.width)
+        return self._map[: self._count]
 
 
 def halved(vectors: Floats) -> Floats:
@@ -126,22 +152,21 @@ class Bank:
         self._turn_EQ: Floats | None = None
         self._wide = slice(0, rows.width + 1)  # columns of the bound, and of that within cells
         self._narrow = slice(1, rows.width + 2)
-        self._short_NQ = np.zeros((0, rows.width + 2), np.float32)
+        self._short = Rows(rows.width + 2, rows.folder, kind=np.float32)
         self._centres_CP: Floats | None = None
         self._margin = 0.0
         self._cells: list[list[Ints]] = []
         self._in_cells = 0
         self._level = EXACT
-        self._take_in(0)
+        self._take_in()
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def add(self, vectors: Floats) -> None:
         """Adds `vectors` [B, E]."""
-        before = len(self.rows)
         self.rows.append(vectors)
-        self._take_in(before)
+        self._take_in()
 
     def near(self, vectors: Floats) -> tuple[Ints, Floats]:
         """For each of `vectors` [B, E] the number of the likest vector found at the threshold or more and its cosine.
@@ -169,12 +194,12 @@ class Bank:
 
     def _candidates(self, block_BE: Floats) -> tuple[Ints, Ints]:
         """Pairs of a row of the block and a vector whose bound reaches the threshold."""
-        short_BQ = self.short(block_BE)
+        short_BQ, short_NQ = self.short(block_BE), self._short.all()
         least = self.threshold - _SLACK
         asked, found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         wide_BP, narrow_BQ = short_BQ[:, self._wide], short_BQ[:, self._narrow]
         for start in range(self._in_cells, len(self.rows), _TILE):
-            tile_NP = self._short_NQ[start : min(start + _TILE, len(self.rows)), self._wide]
+            tile_NP = short_NQ[start : start + _TILE, self._wide]
             i, j = np.nonzero(wide_BP @ tile_NP.T >= least)
             asked.append(i)
             found.append(j + start)
@@ -185,7 +210,7 @@ class Bank:
             for cell, rows_there in zip(cells[starts].tolist(), np.split(rows, starts[1:]), strict=True):
                 if self._cells[cell]:
                     members = self._members(cell)
-                    i, j = np.nonzero(narrow_BQ[rows_there] @ self._short_NQ[members, self._narrow].T >= least)
+                    i, j = np.nonzero(narrow_BQ[rows_there] @ short_NQ[members, self._narrow].T >= least)
                     asked.append(rows_there[i])
                     found.append(members[j])
         return np.concatenate(asked), np.concatenate(found)
@@ -223,20 +248,16 @@ class Bank:
 
     # --------------------------------------------------------------------------------------------------- building
 
-    def _take_in(self, before: int) -> None:
-        """Makes the rows from `before` on ready to be found."""
+    def _take_in(self) -> None:
+        """Makes the rows added ready to be found."""
         if self._turn_EQ is None and len(self.rows) >= _FIRST:
             self._turn_EQ, p = _turn(self.rows[slice(0, _FIRST)], self.threshold)
             q = self._turn_EQ.shape[1]
             self._wide, self._narrow = slice(0, p + 1), slice(1, q + 2)
-            self._short_NQ, before = np.zeros((0, q + 2), np.float32), 0
-        if len(self._short_NQ) < len(self.rows):  # room grows by a share: a copy each time would cost N²
-            grown = np.empty((len(self.rows) * 5 // 4 + _BLOCK, self._short_NQ.shape[1]), np.float32)
-            grown[:before] = self._short_NQ[:before]
-            self._short_NQ = grown
-        for start in range(before, len(self.rows), _TILE):
-            part = self.rows[slice(start, start + _TILE)]
-            self._short_NQ[start : start + len(part)] = self.short(part)
+            self._short.close()
+            self._short = Rows(q + 2, self.rows.folder, kind=np.float32)
+        for start in range(len(self._short), len(self.rows), _TILE):
+            self._short.append(self.short(self.rows[slice(start, start + _TILE)]))
         if len(self.rows) >= self._level:
             while len(self.rows) >= self._level * _GROWTH:
                 self._level *= _GROWTH
@@ -249,7 +270,7 @@ class Bank:
         rng = np.random.default_rng(size)
         count = round((_PROBES * size) ** 0.5)
         training = np.sort(rng.choice(size, min(size, count * _TRAINING), replace=False))
-        self._centres_CP = _k_means(self._short_NQ[training, 1 : self._wide.stop], count, rng)
+        self._centres_CP = _k_means(self._short.all()[training, 1 : self._wide.stop], count, rng)
         self._cells, self._in_cells = [[] for _ in range(count)], 0
         self._margin = self._find_margin(size, rng)
         log.info("near-duplicates: %s cells for %s vectors and more", f"{count:,}", f"{size:,}")
@@ -271,7 +292,7 @@ class Bank:
             return
         while self._in_cells + _BLOCK <= len(self.rows):
             first = self._in_cells
-            cell = self._likeness(self._short_NQ[first : first + _BLOCK]).argmax(1)
+            cell = self._likeness(self._short.all()[first : first + _BLOCK]).argmax(1)
             order = np.argsort(cell, kind="stable")
             starts = np.flatnonzero(np.diff(cell[order], prepend=-1))
             for number, members in zip(cell[order][starts].tolist(), np.split(order, starts[1:]), strict=True):

@@ -61,7 +61,7 @@ def curated_prompts(chosen: DatagenSettings, renderer: Renderer, work: Path | No
     by_group = chosen.split.kind == "holdout"
     side = (lambda part: held_out(part, chosen.split.share, chosen.seed)) if by_group else None
     encoder = TargetEncoder(chosen.encoder, fast=True) if chosen.encoder else None
-    return curate(
+    curated = curate(
         stream(chosen.prompts, chosen.seed, side),
         -(-chosen.num // chosen.seeds_per_prompt),
         chosen.curate,
@@ -78,6 +78,9 @@ def curated_prompts(chosen: DatagenSettings, renderer: Renderer, work: Path | No
             "renderer": chosen.renderer.name,
         },
     )
+    if encoder:
+        encoder.close()
+    return curated
 
 
 def _no_vectors(texts: Sequence[str]) -> NDArray[np.float32]:

@@ -6,10 +6,10 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, wait
@@ -20,6 +20,7 @@ import pyarrow as pa
 from conf import UserError
 from datagen.config import DatagenSettings
 from datagen.renderers.base import Renderer
+from datagen.storage import Unreachable
 from datagen.work import Event, Ticks, answer, make_renderer, render_shard
 
 T = TypeVar("T")
@@ -58,8 +59,27 @@ class Local:
     def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
         if not self.on_gpu:
             return question(self._chosen, self._renderer)
-        with ProcessPoolExecutor(1, _SPAWN, _start_process, (self._environments[0],)) as pool:
-            return pool.submit(answer, question, self._chosen).result()
+        ours, theirs = _SPAWN.Pipe()
+        worker = _Worker(
+            _SPAWN.Process(target=_answer, args=(question, self._chosen, self._environments[0], theirs), daemon=True),
+            ours,
+            self._environments[0],
+        )
+        worker.process.start()
+        theirs.close()
+        try:
+            found = ours.recv()
+        except EOFError as error:
+            worker.process.join()
+            raise UserError(
+                f"the process that tried the renderer ended with exit code {worker.process.exitcode}, perhaps for want "
+                f"of memory"
+            ) from error
+        finally:
+            _stop([worker])
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def _here(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
         """In this process: a renderer that has all cores, or a single core, needs no other."""
@@ -69,6 +89,9 @@ class Local:
                     report = render_shard(
                         self._chosen, self._renderer, number, rows_of(number), partial(ticks.add, number)
                     )
+                except Unreachable as error:
+                    ticks.take_back(number)
+                    yield Event("failed", number, error=str(error), last=left == 0)
                 except UserError:
                     raise
                 except Exception:
@@ -106,7 +129,7 @@ class Local:
                         last = tries[event.shard] > self._chosen.retries
                         event = Event("failed", event.shard, error=event.error, last=last)
                         if not last:
-                            queue.append(event.shard)
+                            queue.appendleft(event.shard)
                     elif event.kind == "done":
                         worker.shard = None
                     yield event
@@ -146,8 +169,9 @@ def _receive(worker: _Worker) -> Event | tuple[int, int] | None:
 def _stop(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         worker.process.terminate()
+    until = time.monotonic() + _LONGEST_STOP_S
     for worker in workers:
-        worker.process.join(_LONGEST_STOP_S)
+        worker.process.join(max(0, until - time.monotonic()))
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join()
@@ -172,6 +196,19 @@ def _start_process(environment: Mapping[str, str]) -> None:
     threading.Thread(target=die_with_parent, daemon=True).start()
 
 
+def _answer(
+    question: Callable[[DatagenSettings, Renderer], object],
+    chosen: DatagenSettings,
+    environment: dict[str, str],
+    pipe: Connection,
+) -> None:
+    _start_process(environment)
+    try:
+        pipe.send(answer(question, chosen))
+    except Exception as error:
+        pipe.send(error)
+
+
 def _run(chosen: DatagenSettings, environment: dict[str, str], pipe: Connection) -> None:
     _start_process(environment)
     try:
@@ -187,6 +224,9 @@ def _run(chosen: DatagenSettings, environment: dict[str, str], pipe: Connection)
         try:
             report = render_shard(chosen, renderer, number, rows, lambda n, number=number: pipe.send((number, n)))
             pipe.send(Event("done", number, report=report))
+        except Unreachable as error:
+            pipe.send(Event("failed", number, error=str(error)))
+            return
         except UserError as error:
             pipe.send(error)
             return

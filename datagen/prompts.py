@@ -31,12 +31,16 @@ class Prompt:
     source: str
     group: str
     """What `split.kind=holdout` keeps apart: parts joined by ";", such as "red fox;blue boat"; may be empty."""
+    out: str = ""
+    """Why it is to be dropped and counted, such as "prompt_nsfw above 0.5"; empty for nearly all."""
 
 
 def stream(
     chosen: GrammarPrompts | FilePrompts | MixturePrompts, seed: int, held_out: HeldOut | None, key: str = "prompts"
 ) -> Iterator[Prompt]:
     """The prompts of a source, in an order that `seed` fixes; the grammar's never end.
+
+    Those that `at_most` leaves out are among them, with their reason: who reads the stream drops and counts them.
 
     Args:
         held_out: the side of a part of a group; the grammar then keeps all parts of a prompt on one side.
@@ -54,7 +58,7 @@ def stream(
     elif isinstance(chosen, MixturePrompts):
         yield from _mixed(chosen, seed, held_out, key)
     else:
-        yield from _from_files(chosen, seed, key)
+        yield from _from_files(chosen, seed, key, f"{key}.path")
 
 
 def provenance(chosen: GrammarPrompts | FilePrompts | MixturePrompts, key: str = "prompts") -> dict[str, Any]:
@@ -73,48 +77,44 @@ def provenance(chosen: GrammarPrompts | FilePrompts | MixturePrompts, key: str =
     return {"name": chosen.name}
 
 
-def read_file(path: str, column: str = "prompt", key: str = "prompts") -> Iterator[Prompt]:
-    """The prompts of a file or URL, in its order, for settings that name no more than these two."""
-    plain = FilePrompts("file", path, None, None, column, False, None, {}, 0, None)
-    return _from_files(plain, 0, key)
+def read_file(path: str, setting: str) -> Iterator[Prompt]:
+    """The prompts of a file or URL, in its order: the column `prompt`. `setting` names the file, for messages."""
+    plain = FilePrompts("file", path, None, None, "prompt", False, None, {}, 0, None)
+    return _from_files(plain, 0, None, setting)
 
 
 # ------------------------------------------------------------------------------------------------------------ a source
 
 
-def _from_files(chosen: FilePrompts, seed: int, key: str) -> Iterator[Prompt]:
-    origin = fetch.files(chosen.path, chosen.revision, f"{key}.path")
+def _from_files(chosen: FilePrompts, seed: int, key: str | None, setting: str) -> Iterator[Prompt]:
+    origin = fetch.files(chosen.path, chosen.revision, setting)
     files = list(origin.files)
     source = chosen.source or files[0].stem
     extra = [chosen.group_column] if chosen.group_column else []
     rng = np.random.default_rng([seed, 3, zlib.crc32(source.encode())]) if chosen.shuffle else None
-    wanted = Wanted(list(dict.fromkeys([chosen.column, *extra, *chosen.at_most])), chosen.records, key, rng)
+    wanted = Wanted(list(dict.fromkeys([chosen.column, *extra, *chosen.at_most])), chosen.records, setting, key, rng)
     if rng is not None:
         files = [files[i] for i in rng.permutation(len(files))]
     texts = (found for file in files for found in _texts(chosen, file, wanted))
     if rng is not None:
         texts = shuffled(texts, chosen.shuffle, rng)
-    for text, group in texts:
-        yield Prompt(text, source, group)
+    for text, group, out in texts:
+        yield Prompt(text, source, group, out)
 
 
-def _texts(chosen: FilePrompts, file: fetch.File, wanted: Wanted) -> Iterator[tuple[str, str]]:
-    """Each text of a file with its group."""
-    read = left_out = 0
-    for row in rows(file, wanted):
-        read += 1
-        if any(_above(row, column, most, file.name, read) for column, most in chosen.at_most.items()):
-            left_out += 1
-            continue
+def _texts(chosen: FilePrompts, file: fetch.File, wanted: Wanted) -> Iterator[tuple[str, str, str]]:
+    """Each text of a file with its group and why it is left out."""
+    for number, row in enumerate(rows(file, wanted), 1):
+        above = (f"{c} above {most:g}" for c, most in chosen.at_most.items() if _above(row, c, most, file.name, number))
+        out = next(above, "")
         group = row[chosen.group_column] if chosen.group_column else None
-        for text in _listed(row[chosen.column], chosen.json_lists, f"{file.name}, row {read}", wanted.key):
-            yield text, "" if group is None else str(group)
-    if left_out:
-        bounds = ", ".join(f"{column} above {most:g}" for column, most in chosen.at_most.items())
-        log.info("%s: %s of %s rows left out: %s", file.name, f"{left_out:,}", f"{read:,}", bounds)
+        # a row left out may hold anything
+        json_lists = chosen.json_lists and not out
+        for text in _listed(row[chosen.column], json_lists, f"{file.name}, row {number}", wanted.key):
+            yield text, "" if group is None else str(group), out
 
 
-def _listed(value: Any, json_lists: bool, where: str, key: str) -> list[str]:
+def _listed(value: Any, json_lists: bool, where: str, key: str | None) -> list[str]:
     if json_lists:
         try:
             value = json.loads(value)
@@ -162,6 +162,7 @@ def _mixed(chosen: MixturePrompts, seed: int, held_out: HeldOut | None, key: str
     """Prompts of each source in the proportion of its weight, at every length of the stream.
 
     The next prompt comes from the source that lags most behind its share of what was drawn since a source last ended.
+    Those that are left out anyway come along, and count neither for a share nor for `most`.
     """
     open_sources = {
         name: _one(name, source, seed, held_out, f"{key}.sources.{name}.prompts")
@@ -175,22 +176,24 @@ def _mixed(chosen: MixturePrompts, seed: int, held_out: HeldOut | None, key: str
         for name in open_sources:
             behind[name] += chosen.sources[name].weight / total
         name = max(open_sources, key=lambda n: behind[n])
-        prompt = next(open_sources[name], None)
-        if prompt is None:
+        for prompt in open_sources[name]:
+            yield prompt
+            if not prompt.out:
+                behind[name] -= 1
+                drawn[name] += 1
+                break
+        else:
             del open_sources[name]
             behind = dict.fromkeys(open_sources, 0.0)
             _tell_end(name, drawn[name], chosen.sources[name].most, list(open_sources), key)
-            continue
-        behind[name] -= 1
-        drawn[name] += 1
-        yield prompt
 
 
 def _one(name: str, source: MixtureSource, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
-    prompts = stream(source.prompts, seed, held_out, key)
-    for n, prompt in enumerate(prompts):
-        if n == source.most:
+    drawn = 0
+    for prompt in stream(source.prompts, seed, held_out, key):
+        if drawn == source.most:
             return
+        drawn += not prompt.out
         yield replace(prompt, source=name)
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from conf import UserError, command, progress, settings
@@ -213,7 +214,7 @@ def _texts_of_table(
         {
             "archive": pa.array([order[i] for i in place[rows].tolist()], pa.string()),
             "file": taken["image_name"],
-            "prompt": taken["prompt"],
+            "prompt": pc.fill_null(taken["prompt"], ""),
             "group": pa.array([""] * len(rows), pa.string()),
             "seed": taken["seed"].cast(pa.int64()),
         },
@@ -263,7 +264,7 @@ def _texts_of_tar(archive: Tar, name: str, suffix: str) -> pa.Table:
         captions = sample_captions(texts)
         if captions and suffix in members:
             cluster = _json(texts.get(".json", b"{}")).get("cluster")
-            group = "" if cluster is None else f"cluster {cluster}"
+            group = "" if cluster is None else clean(f"cluster {cluster}")
             row = {"archive": name, "file": f"{key}{suffix}", "prompt": captions[0], "group": group, "seed": 0}
             rows.append(row)
     lost = len(archive.samples) - len(rows)
@@ -301,23 +302,24 @@ def _curated(chosen: PublishedSettings, source: fetch.Repository, texts: pa.Tabl
 def _plan_table(chosen: PublishedSettings, texts: pa.Table, curated: Curated) -> tuple[pa.Table, list[dict[str, Any]]]:
     """The plan, and the archives with the number of their pictures in it, a shard each.
 
-    A key is the archive's name and the picture's, so that it tells where the picture came from.
+    A key is the archive's name and the picture's, so that it tells where the picture came from. Prompts that differ in
+    case alone are one to curation and on one side; each picture keeps its own.
     """
-    sides = [(text, side) for side in ("train", "val") for text in getattr(curated, side)["prompt"].to_pylist()]
-    known = {text.casefold(): (n, text, side) for n, (text, side) in enumerate(sides)}
+    side_of = {text.casefold(): s for s in ("train", "val") for text in getattr(curated, s)["prompt"].to_pylist()}
+    ids: dict[str, int] = {}
     columns: dict[str, list[Any]] = {name: [] for name in shards.PLAN.names}
     archives: list[dict[str, Any]] = []
     for batch in texts.to_batches(8192):
         for row in batch.to_pylist():
-            found = known.get(clean(row["prompt"]).casefold())
-            if found is None:
+            prompt = clean(row["prompt"])
+            split = side_of.get(prompt.casefold())
+            if split is None:
                 continue
             if not archives or archives[-1]["name"] != row["archive"]:
                 archives.append({"name": row["archive"], "pictures": 0})
-            prompt_id, prompt, split = found
             values = {
                 "key": f"{Path(row['archive']).stem}/{row['file'].rpartition('.')[0]}",
-                "prompt_id": prompt_id,
+                "prompt_id": ids.setdefault(prompt, len(ids)),
                 "prompt": prompt,
                 "source": chosen.name,
                 "group": row["group"],

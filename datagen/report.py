@@ -33,6 +33,8 @@ _SPLITS = {"train": "Training", "val": "Validation", FAULTY: "Faulty"}
 _NOTES = {
     "redrawn": ("Drawn again", "black, constant or NaN at first, good when drawn again at higher precision"),
     "constant": ("Constant", "one colour at the highest precision too, and kept"),
+    "redraw": ("Not drawn again", "for want of memory, though NaN or constant"),
+    "batch_size": ("Smaller batches", "for want of memory: float sums differ from the other pictures'"),
     "fault": ("Faulty", "NaN at the highest precision too, or broken where it came from: in no split"),
 }
 """What a renderer notes of a picture → its heading and what it means."""

@@ -8,6 +8,7 @@ so a run killed at any moment and started again gives the same bytes as one neve
 import dataclasses
 import json
 import logging
+import math
 import shutil
 import signal
 import threading
@@ -35,9 +36,10 @@ from datagen.work import Engine, make_renderer
 
 log = logging.getLogger(__name__)
 
+_GPU_TFLOPS = 240  # assumed of a GPU that is not here: .30 of an H100's 790 in a large bf16 matrix product
 _LONGEST_UNASKED_S = 24 * 3600  # without a GPU, a run longer than this wants force=true
 _MOST_FAILED_IN_A_ROW = 5  # shards set aside with none done between them: the rest would fail too
-_WAIT_S = 5  # between two looks for the plan that another part writes
+_WAIT_S, _TELL_S = 5, 600  # between two looks for the plan that another part writes; between two words on it
 _NOTES = {
     "redrawn": "black, constant or NaN at first, good when drawn again at higher precision",
     "constant": "constant at the highest precision too, and kept",
@@ -67,14 +69,15 @@ def _generate(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -> in
         # The cost is known before prompts are fetched and curated, and before the hub is asked for weights.
         _refuse_days(chosen, engine, chosen.num)
     info = _open_or_plan(chosen, renderer, engine)
-    mine = [n for n in range(info["shards"]) if _is_mine(chosen, n)]
+    part, parts = _part(chosen)
+    mine = list(range(part - 1, info["shards"], parts))
     missing = set(shards.missing_shards(chosen.out, info))
     todo = [n for n in mine if n in missing]
     failed: dict[int, str] = {}
     if todo:
         _refuse_days(chosen, engine, sum(_shard_length(info, chosen, n) for n in todo))
         renderer.batch_size = info["batch_size"]
-        chosen = _with_batch_size(chosen, info["batch_size"])
+        chosen = _as_begun(chosen, info)
         failed = _render(chosen, _engine(chosen, renderer), info, mine, todo)
     if chosen.encoder is not None:
         fill(chosen.out, TargetEncoder(chosen.encoder), set(mine))
@@ -117,7 +120,7 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -
         UserError: the folder holds something else.
     """
     out = chosen.out
-    if chosen.part is not None and not chosen.part.startswith("1/"):
+    if _part(chosen)[0] != 1:
         _wait_for_plan(chosen)
     identity = engine.ask(plans.identity)
     if shards.is_dataset(out):
@@ -162,27 +165,31 @@ def _batch_size(_: DatagenSettings, renderer: Renderer) -> int:
     return renderer.find_batch_size()
 
 
-def _with_batch_size(chosen: DatagenSettings, batch_size: int) -> DatagenSettings:
-    """The settings with the batch size that the dataset was begun with: another one changes float sums."""
-    if not hasattr(chosen.renderer, "batch_size"):
-        return chosen
-    return dataclasses.replace(chosen, renderer=dataclasses.replace(chosen.renderer, batch_size=batch_size))
+def _as_begun(chosen: DatagenSettings, info: dict[str, Any]) -> DatagenSettings:
+    """The settings with what they left open as the dataset was begun: no worker finds it out anew, and otherwise."""
+    told = info["settings"]["renderer"] | {"batch_size": info["batch_size"]}
+    left_open = {
+        key: told[key]
+        for key in ("batch_size", "device", "precision", "revision")
+        if getattr(chosen.renderer, key, "") in (None, "auto") and told.get(key) is not None
+    }
+    return dataclasses.replace(chosen, renderer=dataclasses.replace(chosen.renderer, **left_open))
 
 
 def _wait_for_plan(chosen: DatagenSettings) -> None:
     """Part 1 plans for all: the plan of millions is not made n times, nor written by two at once."""
     path = chosen.out / "dataset.json"
-    if not shards.is_dataset(chosen.out):
-        log.info("part=%s: waiting for part 1 to write %s", chosen.part, path)
+    told = -math.inf
     while not shards.is_dataset(chosen.out):
+        if time.monotonic() - told > _TELL_S:
+            log.info("part=%s: waiting for part 1 to write %s", chosen.part, path)
+            told = time.monotonic()
         time.sleep(_WAIT_S)
 
 
-def _is_mine(chosen: DatagenSettings, number: int) -> bool:
-    if chosen.part is None:
-        return True
-    part, parts = map(int, chosen.part.split("/"))
-    return number % parts == part - 1
+def _part(chosen: DatagenSettings) -> tuple[int, int]:
+    part, parts = map(int, (chosen.part or "1/1").split("/"))
+    return part, parts
 
 
 # ------------------------------------------------------------------------------------------------------------- cost
@@ -195,6 +202,10 @@ def _tell_cost(chosen: DatagenSettings, engine: Engine, pictures: int) -> None:
         log.info("GPU hours: %.2f, from ten pictures rendered now", seconds / 3600)
     else:
         seconds = engine.ask(partial(_seconds, pictures))
+        tflop = engine.ask(_tflop)
+        if tflop is not None:
+            hours = pictures * tflop / _GPU_TFLOPS / 3600
+            log.info("GPU hours: %.1f at %d TFLOP/s, %.0f TFLOP a picture", hours, _GPU_TFLOPS, tflop)
     log.info("time: about %s on %d at once", _duration(seconds / engine.places), engine.places)
     free = _free(chosen.out)
     there = "" if free is None else f", {free / 1e9:.1f} GB free"
@@ -223,6 +234,10 @@ def _refuse_days(chosen: DatagenSettings, engine: Engine, pictures: int) -> None
 
 def _seconds(pictures: int, _: DatagenSettings, renderer: Renderer) -> float:
     return renderer.seconds(pictures)
+
+
+def _tflop(_: DatagenSettings, renderer: Renderer) -> float | None:
+    return renderer.tflop()
 
 
 def _measured_seconds(pictures: int, _: DatagenSettings, renderer: Renderer) -> float:
@@ -258,9 +273,8 @@ def _render(
     plan = shards.read_plan(chosen.out)
 
     def rows_of(number: int) -> pa.Table:
-        first = number * chosen.shard_size
-        # taken, not sliced: a slice sent to a process takes the whole plan along
-        return plan.take(pa.array(range(first, first + _shard_length(info, chosen, number))))
+        rows = plan.slice(number * chosen.shard_size, chosen.shard_size)
+        return rows.take(pa.array(range(rows.num_rows)))  # a slice alone would take the whole plan to another process
 
     total = sum(_shard_length(info, chosen, n) for n in mine)
     left = sum(_shard_length(info, chosen, n) for n in todo)
@@ -314,5 +328,9 @@ def _by_split(splits: dict[str, int]) -> str:
 
 
 def _log(chosen: DatagenSettings, event: str, **values: Any) -> None:
-    with beside(chosen.out, ".log.jsonl").open("a") as file:
-        file.write(json.dumps({"time": time.time(), "event": event, "part": chosen.part, **values}) + "\n")
+    path = beside(chosen.out, ".log.jsonl")
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps({"time": time.time(), "event": event, "part": chosen.part, **values}) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; make room or choose another out=") from error

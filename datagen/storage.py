@@ -55,6 +55,10 @@ _VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "blob_id", "generation")
 _VERSIONS += ("mtime", "modified", "modify", "last_modified", "LastModified", "created")
 
 
+class Unreachable(UserError):  # noqa: N818 – it names the state of a store
+    """A store that did not answer, however often it was asked; it may later, or from another machine."""
+
+
 def located(place: Place | str) -> Place:
     """A local path, also of file://, as a `Path`; any other URL as a `Location`.
 
@@ -188,7 +192,10 @@ def exists(place: Place) -> bool:
     """Whether there is a file, as of now."""
     place = located(place)
     if isinstance(place, Path):
-        return place.exists()
+        try:
+            return place.exists()
+        except OSError as error:
+            raise UserError(f"cannot look for {place}: {error.strerror}; choose another place") from error
     try:
         _tried(f"cannot look for {place}", lambda: _info(place))
     except FileNotFoundError as error:
@@ -410,10 +417,10 @@ def _digest(text: str) -> str:
 
 
 def beside(place: Place, suffix: str) -> Path:
-    """A local path named after a dataset: beside its folder, or for a URL in the current one."""
+    """A local path named after a dataset: beside its folder, or for a URL in the current one, its bucket in the name."""
     there = located(place)
-    if not isinstance(there, Path):
-        return Path.cwd() / f"{there.name}{suffix}"
+    if not isinstance(there, Path):  # two buckets may hold datasets of one name
+        return Path.cwd() / f"{'-'.join(there.path.strip('/').split('/'))}{suffix}"
     there = there.absolute()  # "." has no name
     return there.with_name(f"{there.name}{suffix}")
 
@@ -437,7 +444,8 @@ def _tried(what: str, work: Callable[[], T]) -> T:
 
     Raises:
         FileNotFoundError: as `work` raised it.
-        UserError: it was refused, or every try failed.
+        UserError: it was refused.
+        Unreachable: every try failed.
     """
     for wait_s in (*_WAITS_S, None):
         try:
@@ -452,7 +460,7 @@ def _tried(what: str, work: Callable[[], T]) -> T:
             if not _is_fault(error):
                 raise
             if wait_s is None:
-                raise UserError(
+                raise Unreachable(
                     f"{what}, tried {len(_WAITS_S) + 1} times: {_first_line(error)}\n"
                     f"Check the network and the server; then the same command goes on."
                 ) from error

@@ -75,6 +75,14 @@ class TargetEncoder:
         vectors = self._encode(list(number), show)
         return vectors if len(number) == len(texts) else vectors[[number[text] for text in texts]]
 
+    def close(self) -> None:
+        """Gives back the model's memory; the next use loads it again."""
+        import torch
+
+        self._loaded = self._encode = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
     def _load(self) -> "SentenceTransformer":
         from sentence_transformers import SentenceTransformer
 

@@ -2,10 +2,13 @@
 
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from conf import ROOT
 from datagen.verify import verify
 from tests.commands import BARE, contents, make, run, start
 from tests.test_datagen import LINUX, kill, survivors, wait_for
@@ -51,6 +54,38 @@ def test_a_killed_driver_resumes(tmp_path: Path) -> None:
     assert run("datagen", *LARGE, *RAY, f"out={out}").returncode == 0
     make(tmp_path / "local", *LARGE)
     assert contents(out) == contents(tmp_path / "local")
+
+
+def test_sigterm_ends_quietly(tmp_path: Path) -> None:
+    out = tmp_path / "ray"
+    process = start("datagen", *LARGE, *RAY, f"out={out}")
+    wait_for(lambda: list(out.glob("shards/*.parquet")), process)
+    process.terminate()
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 130, err
+    assert err.splitlines()[-1] == "interrupted: the same command resumes"
+
+
+def test_a_cluster_in_use_renders_with_what_is_left(tmp_path: Path) -> None:
+    """Its other place is held for good: no shard may wait for it."""
+    command = [sys.executable, "-c", HELD, *SMALL, f"out={tmp_path / 'ray'}"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    make(tmp_path / "local", *SMALL)
+    assert contents(tmp_path / "ray") == contents(tmp_path / "local")
+
+
+HELD = """
+import sys, time, ray
+from conf import compose, settings
+from datagen.config import DatagenSettings
+from datagen.runner import generate
+ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+@ray.remote
+class Holder: pass
+holder = Holder.options(num_cpus=1).remote()
+sys.exit(generate(settings(DatagenSettings, compose("datagen", [*sys.argv[1:], "engine=ray", "workers=2"]))))
+"""
 
 
 def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:

@@ -242,7 +242,9 @@ def test_a_run_at_which_everything_fails_is_stopped(unkilled: Path, tmp_path: Pa
     for name in ("dataset.json", "prompts.parquet"):
         shutil.copy(unkilled / name, out / name)
     with pytest.raises(UserError, match=r"(?s)5 shards in a row failed, the last with: IsADirectoryError.*log\.jsonl"):
-        make(out, *SMALL, "retries=0")
+        make(out, *SMALL, "retries=1")
+    events = [json.loads(line) for line in (tmp_path / "data.log.jsonl").read_text().splitlines()]
+    assert [e["event"] for e in events].count("failed") == 10, "each was tried twice before the next"
 
 
 # Parts
@@ -251,7 +253,7 @@ def test_a_run_at_which_everything_fails_is_stopped(unkilled: Path, tmp_path: Pa
 def test_the_parts_of_an_array_make_the_whole(unkilled: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     waits = start("datagen", *SMALL, "part=2/3", f"out={out}")
-    assert run("datagen", *SMALL, "part=1/3", f"out={out}").returncode == 0
+    assert run("datagen", *SMALL, "part=01/3", f"out={out}").returncode == 0
     said = waits.communicate(timeout=60)[1]
     assert waits.returncode == 0
     assert f"part=2/3: waiting for part 1 to write {out / 'dataset.json'}" in said

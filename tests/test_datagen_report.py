@@ -158,9 +158,9 @@ def test_a_remote_dataset(rendering: Path, tmp_path: Path, monkeypatch: pytest.M
         (root / name).write_bytes(data)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "cache"))
-    shutil.copy(rendering.with_name("sd2.log.jsonl"), tmp_path)
+    shutil.copy(rendering.with_name("sd2.log.jsonl"), tmp_path / "bucket-sd2.log.jsonl")
     html = report.write_report(settings(ReportSettings, compose("datagen_report", [f"out={root}"]))).read_text()
-    assert (tmp_path / "sd2.report.html").exists()
+    assert (tmp_path / "bucket-sd2.report.html").exists()
     assert not list((tmp_path / "cache").rglob("*.tar"))
     parts = sections(html)
     assert "Training: 31 of 31" in parts["Pictures"]

@@ -224,8 +224,9 @@ def test_a_filled_cache_serves_without_the_hub(weights: TinySD2, offline: Path) 
     commit = "d" * 40
     repository = offline / "models--some--mirror"
     _copy(weights.folder, repository / "snapshots" / commit)
-    (repository / "refs").mkdir()
-    (repository / "refs" / "main").write_text(commit)
+    (repository / "trees").mkdir()  # what a download by commit leaves: no name, and a list with more than was wanted
+    listed = [{"path": "768-v-ema.ckpt", "type": "file", "size": 1, "oid": "0" * 40}]
+    (repository / "trees" / f"{commit}.json").write_text(json.dumps(listed))
     for revision in (None, commit):
         settings = make(weights, model="some/mirror", revision=revision).settings()
         assert settings["revision"] == commit

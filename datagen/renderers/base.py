@@ -43,6 +43,10 @@ class Renderer(Protocol):
         """Whether the prompt names anything this renderer can draw. The plan drops and counts the others."""
         ...
 
+    def tflop(self) -> float | None:
+        """Forward TFLOP of a picture; it loads no weights. None of a renderer that wants no GPU."""
+        ...
+
     def seconds(self, num: int) -> float:
         """An estimate of the time that `num` pictures take one process on this machine; it loads no weights."""
         ...

@@ -1,14 +1,18 @@
 """Where and how exactly a diffusion renderer computes: device, precision, kernels, and the device's measured rate."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
 from conf import UserError
 
 if TYPE_CHECKING:
     import torch
+
+log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
@@ -36,8 +40,14 @@ def resolve(device: str, precision: str, half: Precision) -> tuple[str, Precisio
         kind = torch.device(device).type
     except RuntimeError as error:
         raise UserError(f"renderer.device={device}: not a device of torch; auto, cpu, cuda or cuda:0") from error
+    if kind not in ("cpu", "cuda"):
+        raise UserError(f"renderer.device={device}: neither cpu nor cuda, and pictures were never tried on others")
+    there = torch.cuda.device_count() if kind == "cuda" else 1
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"renderer.device={device}: torch {torch.__version__} sees no CUDA device here; auto or cpu")
+    if (torch.device(device).index or 0) >= there:
+        raise UserError(f"renderer.device={device}: the last one here is {kind}:{there - 1}")
+    device = "cpu" if kind == "cpu" else device
     if precision != "auto":
         return device, precision  # pyright: ignore[reportReturnType] — the settings' Literal
     if kind != "cuda":
@@ -68,7 +78,7 @@ def kernels(device: str) -> Iterator[None]:
         stack.enter_context(torch.no_grad())
         if device.startswith("cuda"):
             stack.enter_context(torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False))
-            if torch.cuda.get_device_capability(device)[0] == 9:
+            if torch.cuda.get_device_capability(device)[0] == 9 and _cudnn_attends(device):
                 order = [
                     SDPBackend.CUDNN_ATTENTION,
                     SDPBackend.FLASH_ATTENTION,
@@ -77,6 +87,24 @@ def kernels(device: str) -> Iterator[None]:
                 ]
                 stack.enter_context(sdpa_kernel(order, set_priority=True))
         yield
+
+
+@lru_cache
+def _cudnn_attends(device: str) -> bool:
+    """Whether cuDNN's attention runs: torch asks it by shapes alone, and where it then fails takes no other."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q_BHTD = torch.zeros(2, 5, 9216, 64, device=device, dtype=torch.float16)
+    k_BHTD = torch.zeros(2, 5, 77, 64, device=device, dtype=torch.float16)
+    try:
+        with torch.no_grad(), sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            for keys_BHTD in (q_BHTD, k_BHTD):
+                torch.nn.functional.scaled_dot_product_attention(q_BHTD, keys_BHTD, keys_BHTD)
+    except RuntimeError as error:
+        log.warning("cuDNN's attention does not run here, so torch's own choice does: %s", error)
+        return False
+    return True
 
 
 def finish(device: str) -> None:

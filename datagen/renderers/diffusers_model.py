@@ -227,8 +227,8 @@ class DiffusersModel(DiffusionRenderer):
         if c.render_size is not None:
             arguments |= {"height": c.render_size, "width": c.render_size}
         with hub.quiet():
-            pipeline.to(self.device)
             try:
+                pipeline.to(self.device)
                 unit_B3PP = pipeline(**arguments).images
             except ValueError as error:
                 raise UserError(

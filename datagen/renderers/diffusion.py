@@ -62,6 +62,7 @@ class DiffusionRenderer(ABC):
         self.size, self.filter, self.redraw = size, filter, redraw
         self.notes: list[dict[str, Any]] = []
         self._resizers: dict[int, Resizer] = {}
+        self._room: int | None = None  # pictures that fit, once a batch did not
 
     # What a model gives
 
@@ -116,9 +117,9 @@ class DiffusionRenderer(ABC):
     def render(self, prompts: list[str], seeds: list[int]) -> NDArray[np.uint8]:
         """`prompts` and `seeds`, N of each → uint8 RGB pictures [N, size, size, 3]; `notes` then tells of each.
 
-        They are drawn `batch_size` at a time in the order given: on one machine the same lists give the same bytes. A
-        picture's noise depends on its seed alone, and its batch changes float sums only. Once drawing has begun, the
-        only wait for the device is at the end of a batch, seconds of its work.
+        They are drawn `batch_size` at a time in the order given: on one machine's CPU the same lists give the same
+        bytes; on a GPU kernels are chosen by timing. A picture's noise depends on its seed alone, its batch changes
+        sums. Once drawing has begun, the only wait for the device is at the end of a batch, seconds of its work.
 
         `notes` hold nothing of most pictures; else
             redrawn: "fp32", since at first it was NaN or constant;
@@ -144,16 +145,19 @@ class DiffusionRenderer(ABC):
 
     def _fit(self, prompts: list[str], seeds: list[int], room: int, images: NDArray[np.uint8]) -> list[dict[str, Any]]:
         """Renders a batch into `images`, in halves where the device's memory is too small; returns its notes."""
-        told = self._fits(lambda: self._batch(prompts, seeds, room, images))
-        if told is not None:
-            return told
+        if self._room is None or room <= self._room:
+            told = self._fits(lambda: self._batch(prompts, seeds, room, images))
+            if told is not None:
+                return told
         if room == 1:
             raise UserError(
                 f"not one picture fits in the memory of {self.device} at {self.precision}: free it of other programs, "
                 "lower renderer.render_size, or take renderer.precision=fp16 or a larger GPU"
             )
         half = (room + 1) // 2
-        log.warning("a batch of %d does not fit in the memory of %s: it is halved", room, self.device)
+        if self._room is None or half < self._room:
+            log.warning("a batch of %d does not fit in the memory of %s: it is halved from now on", room, self.device)
+            self._room = half
         notes: list[dict[str, Any]] = []
         for start in range(0, len(prompts), half):
             part = slice(start, start + half)
@@ -249,7 +253,7 @@ class DiffusionRenderer(ABC):
         few, more = _PROBE_STEPS
         try:
             self._seconds(count, few)  # a warm-up
-            short, long = self._seconds(count, few), self._seconds(count, more)
+            short, long = (min(self._seconds(count, steps) for _ in range(2)) for steps in _PROBE_STEPS)
         finally:
             free(self.device)
         return count / (short + max(0.0, long - short) / (more - few) * max(0, self.steps - few))

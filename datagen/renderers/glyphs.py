@@ -128,6 +128,9 @@ class Glyphs:
         _font_folder()
         return {"name": "glyphs", "version": 1, "size": self._size, "font": importlib.metadata.version(PACKAGE)}
 
+    def tflop(self) -> None:
+        """None: it draws on a CPU core."""
+
     def measured_seconds(self, num: int) -> float:
         """`seconds`: there are no weights whose speed on this machine could surprise."""
         return self.seconds(num)

@@ -3,6 +3,7 @@
 Nothing is downloaded here but by `download`, and no file is opened but to be hashed.
 """
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -94,14 +95,24 @@ def _repository(model: str, revision: str | None, select: Select, options: str) 
 
 
 def _cached(model: str, revision: str | None, select: Select, options: str) -> Source | None:
-    """The repository as an earlier run left it in the hub's cache, for machines that are cut off later."""
+    """The repository as an earlier run left it in the hub's cache, for machines that are cut off later.
+
+    Its snapshots are looked through: the client's own search wants every file of the repository, and a name for the
+    commit, which a download by commit does not leave.
+    """
     import huggingface_hub
+    from huggingface_hub.errors import CacheNotFound
 
     try:
-        folder = Path(huggingface_hub.snapshot_download(model, revision=revision, local_files_only=True))
-        return _folder(folder, model, folder.name, select, options)
-    except (OSError, ValueError, UserError):
+        cached = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
+    except CacheNotFound:
         return None
+    snapshots = [s for repo in cached if (repo.repo_type, repo.repo_id) == ("model", model) for s in repo.revisions]
+    for snapshot in sorted(snapshots, key=lambda s: s.last_modified, reverse=True):
+        if revision in (None, snapshot.commit_hash, *snapshot.refs):
+            with contextlib.suppress(UserError):  # one that was left unfinished
+                return _folder(snapshot.snapshot_path, model, snapshot.commit_hash, select, options)
+    return None
 
 
 def download(source: Source, options: str) -> Path:

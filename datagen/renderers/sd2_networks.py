@@ -17,10 +17,8 @@ from datagen.renderers.sd2_weights import Parts
 if TYPE_CHECKING:
     import torch
 
-_INDUCTOR = {
-    "conv_1x1_as_mm": True,  # the resnets' shortcuts: matrix products in channels-last
-    "coordinate_descent_tuning": True,  # of norms and activations, which memory binds
-}
+_INDUCTOR = {"conv_1x1_as_mm": True}  # the resnets' shortcuts: matrix products in channels-last
+_SHAPES = 64  # compiled of one function: each halving for want of memory brings new ones
 
 
 class Networks:
@@ -53,11 +51,11 @@ class Networks:
         """Takes the weights to another device."""
         if device == self.device:
             return
+        self.device = device  # before: a move that memory ends half-way can be taken back
+        self.__dict__.pop("empty_1TD", None)
         with hub.quiet():
             for part in (self.unet, self.vae, self.text_encoder):
                 part.to(device)
-        self.device = device
-        self.__dict__.pop("empty_1TD", None)
 
     # Text
 
@@ -159,10 +157,14 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
 
     def call(*tensors: Any) -> Any:
         try:
-            return run(*tensors)
+            with torch._dynamo.config.patch(recompile_limit=_SHAPES):
+                return run(*tensors)
         except torch.OutOfMemoryError:
             raise
         except TorchDynamoException as error:
+            cause = getattr(error, "inner_exception", None) or error.__cause__
+            if isinstance(cause, torch.OutOfMemoryError):
+                raise cause from None
             raise UserError(
                 f"renderer.compile: torch cannot compile here: {hub.first_line(error)}\n"
                 "It needs a C++ compiler and, on CUDA, triton. renderer.compile=false does without, more slowly."

@@ -162,8 +162,8 @@ class StableDiffusion2(DiffusionRenderer):
         import torch
 
         networks = self._networks_at(precision)
-        networks.move(self.device)
         try:
+            networks.move(self.device)
             latents_BCHW = self._denoise(networks, self._noise(seeds), networks.states(prompts), steps, compiled)
             finite_B = latents_BCHW.isfinite().flatten(1).all(1)
             levels = []
