@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from conf import UserError
-from datagen.fetch import File, text
+from datagen.fetch import File, first_line, text
 
 Rows = Iterator[Mapping[str, Any]]
 
@@ -158,7 +158,7 @@ def _parquet(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
 
 
 def _damaged(name: str, wanted: Wanted, error: Exception) -> UserError:
-    return UserError(f"{wanted.setting}: {name} is damaged or cut off ({error}); copy it again")
+    return UserError(f"{wanted.setting}: {name} is damaged or cut off ({first_line(error)}); copy it again")
 
 
 def _require(present: list[str], where: str, wanted: Wanted) -> None:

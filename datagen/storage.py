@@ -417,7 +417,7 @@ def _digest(text: str) -> str:
 
 
 def beside(place: Place, suffix: str) -> Path:
-    """A local path named after a dataset: beside its folder, or for a URL in the current one, its bucket in the name."""
+    """A local path named after a dataset: beside its folder; for a URL in the current one, the bucket in its name."""
     there = located(place)
     if not isinstance(there, Path):  # two buckets may hold datasets of one name
         return Path.cwd() / f"{'-'.join(there.path.strip('/').split('/'))}{suffix}"

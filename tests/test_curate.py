@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gzip
 import itertools
 import json
 import multiprocessing
@@ -11,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 
 from conf import Location, UserError
 from datagen import curate as curation
-from datagen import shards
+from datagen import shards, storage
 from datagen.clip_tokenizer import token_counts
 from datagen.config import Curation, Split
 from datagen.curate import Curated, clean, curate, held_out, split_pictures
@@ -166,6 +168,16 @@ def test_holdout_keeps_each_part_on_one_side() -> None:
     assert made.dropped == {"group on both sides": mixed}
 
 
+def test_holdout_drops_what_has_no_group() -> None:
+    groups = ["", " ", ";", "red fox", "red fox;", "a\ud800 cat"]
+    source = [Prompt(f"a picture of thing {n}", "s", groups[n % 6]) for n in range(60)]
+    for share in (0.0, 1.0):
+        made = run(source, 100, "holdout", share=share)
+        assert made.dropped == {"no group": 30}
+        side = made.val if share else made.train
+        assert set(side["group"].to_pylist()) == {"red fox", "red fox;", "a cat"}
+
+
 def test_held_out_takes_its_share_and_no_more() -> None:
     parts = [f"part {n}" for n in range(4000)]
     assert 0.23 < sum(held_out(p, 0.25, 0) for p in parts) / 4000 < 0.27
@@ -255,6 +267,27 @@ def test_the_report_tells_what_was_dropped_with_examples() -> None:
             assert f"{one @ two:.2f}" == cosine or abs(one @ two - float(cosine)) < 0.006
 
 
+def test_what_the_source_leaves_out_is_dropped_under_its_reason() -> None:
+    source = [dataclasses.replace(p, out="nsfw above 0.5" if n % 4 == 0 else "") for n, p in enumerate(numbered())]
+    made = run(source, 300)
+    assert len(made.train) + len(made.val) == 300
+    assert made.dropped["nsfw above 0.5"] == -(-made.drawn // 4)
+    assert made.examples["nsfw above 0.5"][:2] == ["a picture of thing 0", "a picture of thing 4"]
+    # one left out makes no other one an equal text
+    twice = [Prompt("a picture of thing 1", "s", "", out) for out in ("nsfw above 0.5", "")]
+    assert texts(run(twice, 9).train) == ["a picture of thing 1"]
+
+
+def test_examples_of_long_pairs_tell_both_and_their_cosine() -> None:
+    long = "a picture of " + "very " * 100 + "many things "
+    made = run([Prompt(f"{long}{end}", "s", "") for end in ("7", "and 7")], 10, duplicates_at=0.9)
+    (told,) = made.examples["cosine ≥ 0.9 to a prompt kept"]
+    dropped, rest = told.split(" ≈ ")
+    other, cosine = rest.split(" (cosine ")
+    assert (len(dropped), len(other), cosine) == (140, 140, "1.00)")
+    assert dropped[:139] == other[:139] == long[:139]
+
+
 def test_a_language_is_kept_and_what_is_unsure_too() -> None:
     pytest.importorskip("py3langid")
     lines = [
@@ -317,6 +350,31 @@ def test_nothing_is_left_near_another_set(tmp_path: Path) -> None:
     assert made.report()["against"] == {str(place): 10 for place in places}
     with pytest.raises(UserError, match=r"curate\.against.*gone\.txt"):
         run(numbered(), 10, against=(Location(tmp_path / "gone.txt"),))
+    (tmp_path / "other.csv").write_text("text\na red fox\n")
+    with pytest.raises(
+        UserError, match=r"curate\.against: .*other\.csv lacks the column prompt; .*; rename the column to"
+    ):
+        run(numbered(), 10, against=(Location(tmp_path / "other.csv"),))
+
+
+def test_a_file_of_another_set_is_not_asked_for_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a hub's file that is in the cache, where there is no network to ask."""
+    monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path))
+    asked: list[str] = []
+    exists = storage.exists
+    monkeypatch.setattr(storage, "exists", lambda place: bool(asked.append(str(place))) or exists(place))
+    store = fsspec.filesystem("memory")
+    store.pipe({"/sets/val.jsonl.gz": gzip.compress(b'{"prompt": "a picture of thing 3"}\n')})
+    try:
+        made = run(
+            itertools.islice(numbered(), 50), 90, against=(Location("memory://sets/val.jsonl.gz"),), against_at=1.0
+        )
+        assert made.dropped == {"cosine ≥ 1.0 to a prompt of curate.against": 1}
+        assert asked == []
+        run(itertools.islice(numbered(), 50), 90, against=other_set(tmp_path)[:1])
+        assert asked == [str(tmp_path / "set" / "dataset.json")]
+    finally:
+        store.rm("/sets", recursive=True)
 
 
 # Resume
@@ -419,6 +477,48 @@ def test_other_settings_or_sources_begin_anew(tmp_path: Path, caplog: pytest.Log
         caplog.clear()
     with pytest.raises(UserError, match="the source no longer gives the prompts that chunk 0 was made of; remove that"):
         run(itertools.islice(numbered(), 1, 4000), 50, work=work, duplicates_at=0.9, origin={"commit": "a"})
+
+
+def curated_in(work: Path, begun: Any, end: Any) -> None:
+    """In a process of its own: curates, and waits in the encoder until `end`."""
+
+    def encode_later(lines: Sequence[str]) -> NDArray[np.float32]:
+        begun.set()
+        end.wait(60)
+        return encode(lines)
+
+    run(thousand(), 500, duplicates_at=0.9, work=work, encode=encode_later)
+
+
+def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    context = multiprocessing.get_context("spawn")
+    for killed in (False, True):
+        begun, end = context.Event(), context.Event()
+        process = context.Process(target=curated_in, args=(work, begun, end))
+        process.start()
+        assert begun.wait(60)
+        before = {p.name for p in work.iterdir()}
+        for at in (0.9, 0.8):  # of the same settings or others
+            with pytest.raises(UserError, match=r"work: another run is curating there; wait for it, or choose another"):
+                run(thousand(), 500, duplicates_at=at, work=work)
+        assert {p.name for p in work.iterdir()} == before
+        process.kill() if killed else end.set()
+        process.join()
+        run(thousand(), 500, duplicates_at=0.8, work=work)
+    run(thousand(), 500, duplicates_at=0.8, work=work)
+    assert [p.name for p in tmp_path.iterdir()] == ["work"]
+
+
+def test_vectors_that_are_lost_are_told(tmp_path: Path) -> None:
+    run(thousand(), 500, "similarity", duplicates_at=0.9, work=tmp_path)
+    path = tmp_path / "vectors.f16"
+    for damage in (lambda: os.truncate(path, path.stat().st_size - 1), path.unlink):
+        damage()
+        with pytest.raises(
+            UserError, match=rf"vectors\.f16 is cut off or lost; remove {tmp_path}, and curation begins"
+        ):
+            run(thousand(), 500, "similarity", duplicates_at=0.9, work=tmp_path)
 
 
 def test_a_strangers_folder_is_not_emptied(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,17 @@ def test_a_glob_of_the_hub(tmp_path: Path, repo: Path) -> None:
     assert found(read(path("data/train-*.csv"), "prompts.column=Prompt", **{**env, "HF_HUB_OFFLINE": "1"})) == first
 
 
+def test_a_member_of_a_zip_of_the_hub(tmp_path: Path, repo: Path) -> None:
+    with zipfile.ZipFile(repo / "data" / "all.zip", "w") as archive:
+        archive.writestr("in/p.csv", "prompt\na fox\n")
+    with TinyHub({"owner/name": repo}) as hub:
+        url = "prompts.path='zip://in/p.csv::hf://datasets/owner/name/data/all.zip'"
+        first = found(read(url, **hub.environment(tmp_path)))
+    assert first["texts"] == ["a fox"]
+    assert (first["from"]["repo"], first["from"]["commit"]) == ("owner/name", COMMIT)
+    assert list(first["from"]["files"]) == ["data/all.zip/in/p.csv"]
+
+
 def test_a_lost_connection_is_taken_up_again(tmp_path: Path, repo: Path) -> None:
     (repo / "all.txt").write_text("a prompt\n" * 100_000)
     with TinyHub({"owner/name": repo}) as hub:
@@ -145,6 +157,10 @@ def test_files_of_any_store_that_fsspec_knows(tmp_path: Path, monkeypatch: pytes
     try:
         found = fetch.files("memory://prompts/*.txt", None, "prompts.path")
         assert [(f.name, f.path.read_text()) for f in found.files] == [("a.txt", "one\n"), ("b.txt", "two\n")]
+        store.pipe({"/prompts/x/p.txt": b"three\n", "/prompts/y/p.txt": b"four\n"})
+        nested = fetch.files("memory://prompts/*/p.txt", None, "prompts.path")
+        assert [(f.name, f.path.read_text()) for f in nested.files] == [("x/p.txt", "three\n"), ("y/p.txt", "four\n")]
+        assert list(nested.facts()["files"]) == ["x/p.txt", "y/p.txt"]
         store.pipe("/prompts/a.txt", b"six\n")  # as many bytes
         fetch.files.cache_clear()
         assert fetch.files("memory://prompts/a.txt", None, "prompts.path").files[0].path.read_text() == "six\n"

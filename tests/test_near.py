@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from conf import UserError
 from datagen import near
 from datagen.near import Bank, Rows, distinct, halved
 
@@ -136,4 +137,18 @@ def test_rows_in_a_file(tmp_path: Path) -> None:
     np.testing.assert_array_equal(again[slice(None)], vectors[:40])
     assert (tmp_path / "v.f16").stat().st_size == 40 * WIDTH * 2
     again.append(vectors[50:60])
+    assert (tmp_path / "v.f16").stat().st_size == 50 * WIDTH * 2
     np.testing.assert_array_equal(again[slice(38, 42)], vectors[[38, 39, 50, 51]])
+    with pytest.raises(UserError, match=r"v\.f16 is cut off or lost; remove .*, and curation begins anew"):
+        Rows(WIDTH, tmp_path / "v.f16", rows=51)
+
+
+def test_rows_that_are_read_while_the_file_grows(tmp_path: Path) -> None:
+    """Beyond the room that was mapped, and within it; in whole precision, in a file without a name."""
+    vectors = np.random.default_rng(7).standard_normal((20_000, WIDTH)).astype(np.float32)
+    rows = Rows(WIDTH, tmp_path, kind=np.float32)
+    for start in range(0, len(vectors), 500):
+        rows.append(vectors[start : start + 500])
+        np.testing.assert_array_equal(rows[slice(None)], vectors[: start + 500])
+    assert np.shares_memory(rows.all(), rows.all())
+    assert list(tmp_path.iterdir()) == []

@@ -105,7 +105,7 @@ def test_a_csv_may_hold_json_lists(tmp_path: Path) -> None:
     assert texts(tmp_path / "p.csv", column="raw")[1] == '["[x]"]'
 
 
-def test_rows_above_a_bound_are_left_out_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_above_a_bound_come_with_their_reason(tmp_path: Path) -> None:
     rows = [
         ("good", 0.1, False),
         ("bad", 0.9, False),
@@ -117,11 +117,14 @@ def test_rows_above_a_bound_are_left_out_and_counted(tmp_path: Path, caplog: pyt
     pq.write_table(pa.table(dict(zip(("prompt", "nsfw", "spam"), columns, strict=True))), tmp_path / "p.parquet")
     (tmp_path / "p.csv").write_text("prompt,nsfw,spam\ngood,0.1,0\nbad,.9,0\nspam,0.1,1\nunknown,,\nedge,0.5,0\n")
     for name in ("p.parquet", "p.csv"):
-        caplog.clear()
-        with caplog.at_level("INFO"):
-            found = texts(tmp_path / name, at_most={"nsfw": 0.5, "spam": 0})
-        assert found == ["good", "unknown", "edge"]
-        assert caplog.messages == [f"{name}: 2 of 5 rows left out: nsfw above 0.5, spam above 0"]
+        found = read(tmp_path / name, at_most={"nsfw": 0.5, "spam": 0})
+        assert [p.text for p in found] == ["good", "bad", "spam", "unknown", "edge"]
+        assert [p.out for p in found] == ["", "nsfw above 0.5", "spam above 0", "", ""]
+
+
+def test_a_row_left_out_may_hold_anything(tmp_path: Path) -> None:
+    (tmp_path / "p.csv").write_text("prompt,spam\n[],0\nno list,1\n")
+    assert [p.out for p in read(tmp_path / "p.csv", json_lists=True, at_most={"spam": 0})] == ["spam above 0"]
 
 
 # The order
@@ -190,6 +193,17 @@ def test_a_mixture_goes_on_when_a_source_ends_and_tells(tmp_path: Path, caplog: 
     ]
 
 
+def test_what_is_left_out_takes_no_part_of_a_share(tmp_path: Path) -> None:
+    files = mixture(tmp_path, a=(0.5, 400, None)).sources
+    (tmp_path / "b.csv").write_text("prompt,spam\n" + "".join(f"b {n},{int(n % 3 > 0)}\n" for n in range(300)))
+    b = chosen(tmp_path / "b.csv", at_most={"spam": 0})
+    found = list(stream(MixturePrompts("mixture", {**files, "b": MixtureSource(0.5, b, 50)}), 0, None))
+    good = [p.source for p in found if not p.out]
+    assert Counter(good[:100]) == {"a": 50, "b": 50}
+    assert Counter(good) == {"a": 400, "b": 50}
+    assert sum(bool(p.out) for p in found) in (98, 99, 100)  # the two behind the last may come, too
+
+
 def test_the_grammar_may_be_part_of_a_mixture(tmp_path: Path) -> None:
     overrides = ["prompts=grammar", "prompts.detail=0"]
     grammar = settings(DatagenSettings, compose("datagen", overrides)).prompts
@@ -207,6 +221,20 @@ def test_where_prompts_come_from_is_told(tmp_path: Path) -> None:
     data = (tmp_path / "a.txt").read_bytes()
     facts = {"a.txt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
     assert provenance(chosen) == {"a": {"url": str(tmp_path / "a.txt"), "files": facts}}
+
+
+def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "p.txt").write_text(f"from {folder}")
+        with zipfile.ZipFile(tmp_path / f"{folder}.zip", "w") as archive:
+            archive.write(tmp_path / folder / "p.txt", "in/p.txt")
+    for url, names in (
+        (f"{tmp_path}/*/p.txt", ["a/p.txt", "b/p.txt"]),
+        (f"zip://in/p.txt::{tmp_path}/?.zip", ["a.zip/in/p.txt", "b.zip/in/p.txt"]),
+    ):
+        assert texts(url) == ["from a", "from b"]
+        assert list(provenance(chosen(url))["files"]) == names
 
 
 def test_the_default_is_the_mixture_and_its_parts_can_be_overridden() -> None:
@@ -306,8 +334,8 @@ ERRORS: dict[str, tuple[bytes | None, str]] = {
         "object.json: expected a list, got dict with the keys rows, info; .*records=",
     ),
     "broken.json": (b'[{"prompt": \n', "broken.json:2: not JSON"),
-    "cut.txt.gz": (gzip.compress(b"a fox " * 999)[:30], "cut.txt.gz is no gzip, or cut off"),
-    "p.txt.gz": (b"a fox", "p.txt.gz is no gzip"),
+    "cut.txt.gz": (gzip.compress(b"a fox " * 999)[:30], "cut.txt.gz is damaged or cut off .*; copy it again"),
+    "p.txt.gz": (b"a fox", "p.txt.gz is damaged or cut off .Not a gzipped file"),
 }
 
 
@@ -318,6 +346,23 @@ def test_files_that_cannot_be_used(tmp_path: Path, name: str) -> None:
         (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=f"(?s){said}"):
         read(tmp_path / name)
+
+
+def test_files_damaged_within(tmp_path: Path) -> None:
+    lines = [f"prompt {n} {np.random.default_rng(n).bytes(9).hex()}" for n in range(3000)]
+    pq.write_table(pa.table({"prompt": lines}), tmp_path / "p.parquet", compression="zstd", use_dictionary=False)
+    (tmp_path / "p.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    for name, kind in (("stored.zip", zipfile.ZIP_STORED), ("packed.zip", zipfile.ZIP_DEFLATED)):
+        with zipfile.ZipFile(tmp_path / name, "w", kind) as archive:
+            archive.writestr("p.txt", "\n".join(lines))
+    for name in ("p.parquet", "p.txt.gz", "stored.zip", "packed.zip"):
+        data = bytearray((tmp_path / name).read_bytes())
+        place = 4 if name == "p.parquet" else len(data) // 2  # its pages carry no checksum, so its first page's header
+        data[place : place + 40] = bytes(reversed(range(40)))
+        (tmp_path / name).write_bytes(data)
+        url = f"zip://p.txt::{tmp_path / name}" if name.endswith(".zip") else tmp_path / name
+        with pytest.raises(UserError, match=rf"prompts\.path: .*{name}.* is damaged or cut off \(.*\); copy it again"):
+            read(url)
 
 
 def test_groups_need_columns(tmp_path: Path) -> None:

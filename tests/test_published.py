@@ -1,6 +1,9 @@
 """Published sets become datasets: byte for byte, curated, resumed after a kill, from a folder and from the hub."""
 
+import importlib
+import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -9,10 +12,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from conf import UserError, compose, settings
 from datagen import storage
+from datagen import curate as curation
 from datagen.config import PublishedSettings
 from datagen.published import publish
 from datagen.shards import Dataset, read_info
@@ -122,7 +128,91 @@ def test_prompts_are_curated_as_datagen_does(tmp_path: Path) -> None:
     assert sum(read_info(tmp_path / "out")["curation"]["dropped"].values()) > 0
 
 
+def rewritten(path: Path, change: Callable[[int, str], str | None]) -> None:
+    """Diffusiondb's table with other prompts."""
+    table = pq.read_table(path)
+    prompts = pa.array([change(n, p) for n, p in enumerate(table["prompt"].to_pylist())], pa.string())
+    pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", prompts), path)
+
+
+def test_a_picture_keeps_the_spelling_of_its_prompt(tmp_path: Path) -> None:
+    told = tiny_published.diffusiondb(tmp_path / "copy", archives=4, pictures=12)
+    rewritten(tmp_path / "copy" / "metadata.parquet", lambda n, p: p.title() if n >= 36 else p)
+    dataset = make("diffusiondb", tmp_path / "out", tmp_path / "copy")
+    found = {name: prompt for name, (_, prompt) in pictures(dataset).items()}
+    wanted = {n.removesuffix(".png"): p.title() if i >= 36 else p for i, (n, (_, p)) in enumerate(told.items())}
+    assert found.items() <= wanted.items()
+    assert len(found) == 45
+    sides: dict[str, set[str]] = {}
+    for split in ("train", "val"):
+        for i in dataset.rows(split).tolist():
+            sides.setdefault(dataset.prompts(i)[0].casefold(), set()).add(split)
+    assert {len(s) for s in sides.values()} == {1}
+    plan = shards_plan(tmp_path / "out")
+    pairs = set(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
+    assert len(pairs) == len({n for n, _ in pairs}) == len({p for _, p in pairs}) == 47  # one was blurred
+    assert read_info(tmp_path / "out")["curation"]["dropped"] == {"equal text": 11}
+
+
+def test_a_picture_without_a_prompt_is_left_out_and_counted(tmp_path: Path) -> None:
+    told = tiny_published.diffusiondb(tmp_path / "copy", archives=1, pictures=12)
+    rewritten(tmp_path / "copy" / "metadata.parquet", lambda n, p: None if n == 5 else p)
+    dataset = make("diffusiondb", tmp_path / "out", tmp_path / "copy")
+    assert list(told)[5].removesuffix(".png") not in pictures(dataset)
+    assert len(pictures(dataset)) == 8
+    assert read_info(tmp_path / "out")["curation"]["dropped"] == {"empty": 1}
+
+
+def test_holdout_leaves_out_what_has_no_cluster(tmp_path: Path) -> None:
+    tiny_published.sd2_4m(tmp_path / "copy", archives=1, pictures=9)
+    tar = next((tmp_path / "copy").rglob("*.tar"))
+    tar.write_bytes(tar.read_bytes().replace(b'"cluster": 0', b'"another": 0'))
+    dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.share=0.5")
+    groups = [dataset.group(i) for split in ("train", "val") for i in dataset.rows(split).tolist()]
+    assert set(groups) == {f"cluster {n}" for n in range(1, 6)}
+    assert read_info(tmp_path / "out")["curation"]["dropped"] == {"no group": 2}
+
+
 # Interrupted
+
+
+def end_at(values: dict[str, Any], module: str, function: str, call: int) -> None:
+    """In a process of its own: publishes, and is killed at the n-th call of a function."""
+    curation._CHUNK = 15
+    place, calls = importlib.import_module(module), itertools.count(1)
+    whole = getattr(place, function)
+
+    def call_or_end(*args: Any) -> Any:
+        if next(calls) == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(*args)
+
+    setattr(place, function, call_or_end)
+    publish(settings(PublishedSettings, values))
+
+
+@pytest.mark.parametrize("name", ["diffusiondb", "sd2_4m"])
+def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(tmp_path: Path, name: str) -> None:
+    getattr(tiny_published, name)(tmp_path / "copy", archives=12, pictures=10)
+    make(name, tmp_path / "whole", tmp_path / "copy")
+    out = tmp_path / "out"
+    values = compose("published", [f"name={name}", f"out={out}", f"folder={tmp_path / 'copy'}", *BARE])
+    for module, function, call, shards in (
+        ("datagen.clip_tokenizer", "token_counts", 3, 0),  # in the third chunk of its curation
+        ("datagen.shards", "write_plan", 1, 0),
+        ("datagen.published", "_fault", 5, 0),  # in the first shard
+        ("datagen.published", "_fault", 65, 6),
+    ):
+        process = multiprocessing.get_context("spawn").Process(target=end_at, args=(values, module, function, call))
+        process.start()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        assert len(list(out.glob("shards/*.parquet"))) == shards
+        if function == "token_counts":
+            assert len(list((tmp_path / "out.published" / "curation").glob("[0-9]*.json"))) == 2
+    make(name, out, tmp_path / "copy")
+    assert contents(out) == contents(tmp_path / "whole")
+    assert not (tmp_path / "out.published").exists()
 
 
 def killed(overrides: list[str], env: dict[str, str], when: Callable[[], bool]) -> bool:
@@ -132,28 +222,9 @@ def killed(overrides: list[str], env: dict[str, str], when: Callable[[], bool]) 
     while not when() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
     running = process.poll() is None
-    os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.communicate()
     return running
-
-
-@pytest.mark.parametrize("name", ["diffusiondb", "sd2_4m"])
-def test_a_killed_run_started_again_gives_the_same_bytes(tmp_path: Path, name: str) -> None:
-    getattr(tiny_published, name)(tmp_path / "copy", archives=12, pictures=10, size=128)
-    make(name, tmp_path / "whole", tmp_path / "copy")
-    out = tmp_path / "out"
-    overrides = [f"name={name}", f"out={out}", f"folder={tmp_path / 'copy'}", *BARE]
-    moments: list[Callable[[], bool]] = [
-        lambda: out.with_name("out.published").exists(),
-        lambda: (out / "prompts.parquet").exists(),
-        lambda: len(list(out.glob("shards/*.parquet"))) >= 1,
-        lambda: len(list(out.glob("shards/*.parquet"))) >= 6,
-    ]
-    assert [killed(overrides, {}, moment) for moment in moments] == [True] * 4
-    done = run("datagen.published", *overrides)
-    assert done.returncode == 0, done.stderr
-    assert contents(out) == contents(tmp_path / "whole")
-    assert not out.with_name("out.published").exists()
 
 
 @pytest.mark.enable_socket

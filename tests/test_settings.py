@@ -155,6 +155,7 @@ def test_an_unknown_key_of_an_experiment_is_refused() -> None:
 def test_settings_that_contradict_each_other_are_refused() -> None:
     from datagen.config import DatagenSettings, IndexSettings, PublishedSettings
 
+    no_vectors = ("curate.duplicates_at=null", "split.kind=picture")
     for cls, name, overrides, said in (
         (DatagenSettings, "datagen", ["encoder=null"], "encoder: null, but curate.duplicates_at"),
         (DatagenSettings, "datagen", ["num=0", "seed=-1", "workers=0"], "(?s)num: 0 .*workers: 0 .*seed: -1"),
@@ -169,12 +170,41 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
             "(?s)num: 0 is below 1.*nsfw_at_most: -1.*folder, revision: y has no.*holdout needs groups",
         ),
         (PublishedSettings, "published", ["name=sd2_4m", "out=x", "encoder=null"], "encoder: null, but curate"),
+        (
+            PublishedSettings,
+            "published",
+            ["name=sd2_4m", "out=x", "encoder=null", *no_vectors, "curate.against=[y]"],
+            "encoder: null, but curate",
+        ),
+        (
+            DatagenSettings,
+            "datagen",
+            ["prompts=file", "prompts.path=x.txt", "split.kind=holdout"],
+            "split.kind: holdout needs groups, and prompts has no group_column; similarity needs none",
+        ),
         (IndexSettings, "index", ["out=x"], "images, tars: give one of the two"),
         (IndexSettings, "index", ["out=x", "images=y"], "csv: missing"),
         (IndexSettings, "index", ["out=x", "tars=y", "split.kind=holdout"], "split.kind: holdout needs"),
     ):
         with pytest.raises(UserError, match=said):
             settings(cls, compose(name, overrides))
+
+
+def test_holdout_takes_prompts_that_have_groups() -> None:
+    from datagen.config import DatagenSettings
+
+    mixture = ["split.kind=holdout", "+prompts@prompts.sources.scenes.prompts=grammar", "prompts.sources.coco.weight=0"]
+    mixture += ["+prompts.sources.scenes.weight=0.15", "prompts.sources.vizwiz.prompts.group_column=image_id"]
+    with pytest.raises(UserError, match=r"split\.kind: holdout needs groups, and .* have no group_column") as error:
+        settings(DatagenSettings, compose("datagen", mixture))
+    names = [f"prompts.sources.{name}.prompts" for name in ("diffusiondb", "gustavosta", "flickr30k", "narratives")]
+    assert f"and {', '.join(names)} have" in str(error.value)
+    for good in (
+        ["prompts=grammar"],
+        ["prompts=file", "prompts.path=x.csv", "prompts.group_column=subject"],
+        mixture + [f"{name}.group_column=id" for name in names],
+    ):
+        assert settings(DatagenSettings, compose("datagen", [*good, "split.kind=holdout"])).split.kind == "holdout"
 
 
 def test_printing_settings_is_quick_and_loads_no_torch() -> None:
