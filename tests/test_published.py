@@ -17,8 +17,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from conf import UserError, compose, settings
-from datagen import storage
 from datagen import curate as curation
+from datagen import storage
 from datagen.config import PublishedSettings
 from datagen.published import publish
 from datagen.shards import Dataset, read_info
