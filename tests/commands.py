@@ -1,8 +1,10 @@
 """Our commands as a user starts them: `python -m …` in a process of its own."""
 
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +30,14 @@ def start(module: str, *overrides: object, **env: str) -> "subprocess.Popen[str]
     command = [sys.executable, "-m", module, *map(str, overrides)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # a shell's background job, as these tests may be, ignores Ctrl-C, and what it starts would too
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 
