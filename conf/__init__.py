@@ -42,6 +42,7 @@ def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """
     import dacite
 
+    values = _listed(cls, values)
     found = _problems(cls, values, where)
     if not found:
         config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: float, Path: Path, Location: Location})
@@ -50,6 +51,19 @@ def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
         if not found:
             return made
     raise UserError("settings that cannot be used:\n" + "\n".join(f"  {p}" for p in found))
+
+
+def _listed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, where a lone one stands for a list of one: dataset=data/a for dataset=[data/a]."""
+    hints = typing.get_type_hints(cls)
+    made = dict(values)
+    for key, value in values.items():
+        hint = hints.get(key)
+        if typing.get_origin(hint) is tuple and isinstance(value, str | int | float | Path):
+            made[key] = [value]
+        elif dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
+            made[key] = _listed(hint, value)
+    return made
 
 
 def _bounds(made: Any, where: str) -> list[str]:
@@ -128,8 +142,10 @@ def compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
     """The settings that `python -m … OVERRIDES` would see, as plain values."""
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
+    GlobalHydra.instance().clear()  # a command may want to know another's settings, as train.runs does
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = OmegaConf.to_container(hydra_compose(config_name, overrides), resolve=True)
     return typing.cast(dict[str, Any], composed)
@@ -157,10 +173,12 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
             "httpcore",
             "matplotlib",
             "sentence_transformers",
+            "timm",
             "transformers",
         ):
             logging.getLogger(noisy).setLevel(logging.WARNING)
         logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, wherever it is, of kernels not used here
         try:
             missing = _missing(OmegaConf.to_container(composed))
             if missing:

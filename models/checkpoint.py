@@ -9,7 +9,7 @@ import glob
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +20,12 @@ from safetensors.torch import save_file
 from conf import UserError
 from models.backbones import Spec, build
 from models.regressor import Regressor
+from models.weights import put
 
 FORMAT = 1
 PROBES = 8
+ARCHITECTURE = ("backbone", "mean", "std", "target_width", "head", "head_width")
+"""What of `config.json` must agree for weights to fit."""
 
 
 def save(
@@ -94,15 +97,65 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def rebuild(about: Mapping[str, Any]) -> Regressor:
+    """The regressor of a `Regressor.description`, with random weights, on the CPU.
+
+    A description without a head is of a time when all were linear.
+    """
+    spec = Spec(about["backbone"], about["width"], about["size"], tuple(about["mean"]), tuple(about["std"]))
+    with torch.random.fork_rng(devices=[]):  # what is drawn is not kept
+        module, _ = build(spec.name, "random", spec.size)
+        return Regressor(module, spec, about["target_width"], about.get("head", "linear"), about.get("head_width", 0))
+
+
 def load(folder: Path) -> Regressor:
     """The regressor of a checkpoint, on the CPU, in evaluation mode."""
-    config = read_config(folder)
-    module, _ = build(config["backbone"], "random", config["size"])
-    spec = Spec(config["backbone"], config["width"], config["size"], tuple(config["mean"]), tuple(config["std"]))
-    model = Regressor(module, spec, config["target_width"])
+    model = rebuild(read_config(folder))
     with safe_open(folder / "model.safetensors", "pt") as file:
         model.load_state_dict({k: file.get_tensor(k) for k in model.state_dict()})
     return model.eval()
+
+
+def load_into(model: Regressor, folder: Path) -> None:
+    """Gives `model` the weights of a checkpoint of the same architecture, of another input size perhaps.
+
+    Position embeddings are then interpolated as timm does.
+
+    Raises:
+        UserError: it is no checkpoint of ours, of another architecture, or has another head; `model` is as it was.
+    """
+    if folder.is_file():
+        raise UserError(
+            f"init_from: {folder} is a file, but a checkpoint is a folder (config.json, model.safetensors), such as "
+            "checkpoints/NAME/best. A pickle (.ckpt, .pt, .bin) could run anything when it is read, so it never is; "
+            "the weights of a backbone go in as model.weights=FILE.safetensors"
+        )
+    if not (folder / "config.json").exists() and (folder / "best/config.json").exists():
+        raise UserError(f"init_from: {folder} is a run; name one of its checkpoints, such as {folder / 'best'}")
+    differ = differences(read_config(folder), model.description(), ARCHITECTURE)
+    if differ:
+        raise UserError(f"init_from: {folder} is of another model:\n" + "\n".join(differ))
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        names = list(file.keys())
+        backbone, head = (
+            {name.removeprefix(part): file.get_tensor(name) for name in names if name.startswith(part)}
+            for part in ("backbone.", "head.")
+        )
+    put(model.backbone, backbone, f"init_from: {folder}")
+    model.head.load_state_dict(head)
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
+    """Where two descriptions differ, a line each; of a backbone's name the tag does not count, which names weights."""
+    linear = {"head": "linear", "head_width": 0}
+    pairs = [(key, {**linear, **there}.get(key), {**linear, **here}.get(key)) for key in keys]
+    return [f"  {key}: {a!r} there, {b!r} here" for key, a, b in pairs if _same(key, a) != _same(key, b)]
+
+
+def _same(key: str, value: Any) -> Any:
+    if key == "backbone":
+        return value.partition("/" if ":" in value else ".")[0]
+    return tuple(value) if isinstance(value, list) else value
 
 
 def load_extras(folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:

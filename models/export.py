@@ -21,6 +21,7 @@ from conf import ROOT, UserError, command, settings
 log = logging.getLogger(__name__)
 
 _TOLERANCE = 1e-5  # largest difference of a component, in fp32
+_CARRIED = ("heads", "preprocess", "towers")  # files of models/ whose text predict.py carries
 
 
 @dataclass(frozen=True)
@@ -80,18 +81,18 @@ def export(checkpoint_folder: Path, out: Path) -> float:
 
 
 def predict_source() -> str:
-    """`models/predict.py` as one file: the import of `models.preprocess` gives way to that file's text."""
-    parts = []
-    for name in ("predict", "preprocess"):
+    """`models/predict.py` as one file: its imports of our files give way to their text."""
+    imports: set[str] = set()
+    docstring, bodies = "", []
+    for name in (*_CARRIED, "predict"):
         text = (ROOT / f"models/{name}.py").read_text()
         nodes = [n for n in ast.parse(text).body if isinstance(n, ast.Import | ast.ImportFrom)]
-        head = text[: text.index(ast.get_source_segment(text, nodes[0]) or "")]
-        parts.append((head, nodes, "".join(text.splitlines(True)[nodes[-1].end_lineno or 0 :]).strip("\n")))
-    (docstring, own, body), (_, more, preprocess) = parts
-    lines = {ast.unparse(n) for n in own + more if not ast.unparse(n).startswith("from models.")}
-    standard = {line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names}
-    imports = "\n\n".join("\n".join(sorted(group)) for group in (standard, lines - standard))
-    return f"{docstring}{imports}\n\n{preprocess}\n\n\n{body}\n"
+        docstring = text[: text.index(ast.get_source_segment(text, nodes[0]) or "")]
+        imports |= {ast.unparse(n) for n in nodes if not ast.unparse(n).startswith("from models.")}
+        bodies.append("".join(text.splitlines(True)[nodes[-1].end_lineno or 0 :]).strip("\n"))
+    standard = {line for line in imports if line.split()[1].split(".")[0] in sys.stdlib_module_names}
+    ordered = "\n\n".join("\n".join(sorted(group)) for group in (standard, imports - standard))
+    return docstring + "\n\n\n".join([f"{ordered}\n\n{bodies[0]}", *bodies[1:]]) + "\n"
 
 
 def load_bundle(folder: Path, device: str | None = "cpu") -> Any:

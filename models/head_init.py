@@ -1,14 +1,19 @@
 """A head fitted in closed form: ridge regression from frozen features to target vectors.
 
 Exact normal equations in float64, streamed over batches: memory is D² and D·E, whatever the number of pictures.
-n pictures, D feature width, E target width.
+n pictures, D feature width, H units of a wide head, E target width.
 """
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import TypeAlias
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
-from models.regressor import Regressor
+Pairs: TypeAlias = Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""Batches of (features [n, D], unit targets [n, E]), in a fixed order."""
 
 LAMBDAS = tuple(10.0**p for p in np.arange(-4, 4.01, 0.5))
 """Tried penalties, as shares of the features' mean variance."""
@@ -17,10 +22,17 @@ _MOST_HELD_OUT = 5000  # rows kept for that
 
 
 class Ridge:
-    """Sums for the normal equations; `add` batches in any order, then `solve`."""
+    """Sums for the normal equations; `add` batches in any order, then `solve`.
 
-    def __init__(self, features: int, targets: int) -> None:
+    Args:
+        features: D.
+        targets: E.
+        intercept: whether there is a bias, which is not penalised.
+    """
+
+    def __init__(self, features: int, targets: int, *, intercept: bool = True) -> None:
         self.n = 0
+        self._intercept = intercept
         self._x = np.zeros(features)
         self._y = np.zeros(targets)
         self._xx = np.zeros((features, features))
@@ -29,16 +41,18 @@ class Ridge:
     def add(self, x_nD: NDArray[np.float32], y_nE: NDArray[np.float32]) -> None:
         x, y = x_nD.astype(np.float64), y_nE.astype(np.float64)
         self.n += len(x)
-        self._x += x.sum(0)
-        self._y += y.sum(0)
         self._xx += x.T @ x
         self._xy += x.T @ y
+        if self._intercept:
+            self._x += x.sum(0)
+            self._y += y.sum(0)
 
     def solve(self, share: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Weight [E, D] and bias [E] of the least squares with penalty λ‖W‖², the bias free.
+        """Weight [E, D] and bias [E] of the least squares with penalty λ‖W‖².
 
         Args:
-            share: λ ÷ (n × mean variance of the features), so that one value serves any backbone and size.
+            share: λ ÷ (n × mean variance of the features), so that one value serves any backbone and size; without an
+                intercept ÷ (n × their mean square).
         """
         mean_x, mean_y = self._x / self.n, self._y / self.n
         xx = self._xx - self.n * np.outer(mean_x, mean_x)
@@ -50,10 +64,10 @@ class Ridge:
 
 
 class RidgeHead:
-    """Ridge whose penalty is chosen on held-out rows by the score itself, the mean cosine."""
+    """Ridge whose penalty is chosen on held-out rows by the score itself, the mean cosine; arguments as `Ridge`'s."""
 
-    def __init__(self, features: int, targets: int) -> None:
-        self._fit = Ridge(features, targets)
+    def __init__(self, features: int, targets: int, *, intercept: bool = True) -> None:
+        self._fit = Ridge(features, targets, intercept=intercept)
         self._held: tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]] = ([], [])
         self._seen = 0
 
@@ -79,18 +93,66 @@ class RidgeHead:
         self._held = ([], [])
         return *self._fit.solve(best), best
 
-    def set_head(self, model: Regressor, stiffer: float = 1) -> float:
-        """Makes what `solve` gives the head of `model`; returns the penalty's share."""
-        weight, bias, share = self.solve(stiffer)
-        with torch.no_grad():
-            model.head.weight.copy_(torch.from_numpy(weight))
-            model.head.bias.copy_(torch.from_numpy(bias))
-        return share
+
+def init_ridge(head: nn.Module, batches: Callable[[], Pairs], stiffer: float = 1) -> float:
+    """Sets a head of `models.heads` in closed form; returns the penalty's share.
+
+    Linear: one pass. Wide: its first layer stays as it is, random features; one pass measures the mean and variance
+    of their BatchNorm over all pictures (as in evaluation: exactly, no running average), a second one fits the last
+    layer on what comes out of the ReLU.
+
+    Args:
+        batches: begins a pass over the same batches.
+        stiffer: factor on the penalty that scored best on held-out rows.
+    """
+    if isinstance(head, nn.Linear):
+        return _fit(head, batches(), stiffer)
+    assert isinstance(head, nn.Sequential)
+    first, norm, relu, last = head
+    assert isinstance(first, nn.Linear)
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert isinstance(last, nn.Linear)
+    _measure(first, norm, batches())
+    hidden = nn.Sequential(first, norm, relu).eval()
+    try:
+        return _fit(last, _through(hidden, batches()), stiffer)
+    finally:
+        hidden.train(head.training)
 
 
-def set_ridge_head(model: Regressor, features_nD: torch.Tensor, target_nE: torch.Tensor) -> float:
-    """Fits the head of `model` on features and unit targets of n pictures; returns the penalty's share."""
-    ridge = RidgeHead(features_nD.shape[1], target_nE.shape[1])
-    for x, y in zip(features_nD.split(4096), target_nE.split(4096), strict=True):
-        ridge.add(x.float().numpy(), y.float().numpy())
-    return ridge.set_head(model)
+def _fit(layer: nn.Linear, batches: Pairs, stiffer: float) -> float:
+    ridge = RidgeHead(layer.in_features, layer.out_features)
+    for x_nD, y_nE in batches:
+        ridge.add(x_nD, y_nE)
+    weight_ED, bias_E, share = ridge.solve(stiffer)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight_ED))
+        layer.bias.copy_(torch.from_numpy(bias_E))
+    return share
+
+
+@torch.no_grad()
+def _measure(first: nn.Linear, norm: nn.BatchNorm1d, batches: Pairs) -> None:
+    """Sets the statistics of `norm` to those of all rows that come out of `first`."""
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert norm.num_batches_tracked is not None
+    n, mean_H, squares_H = 0, torch.zeros(norm.num_features).double(), torch.zeros(norm.num_features).double()
+    for x_nD, _ in batches:
+        if not len(x_nD):
+            continue
+        rows_nH = first(torch.tensor(x_nD, device=first.weight.device)).double().cpu()
+        # Chan's way to join two means and sums of squares: no large sums are taken from one another
+        n, shift_H = n + len(rows_nH), rows_nH.mean(0) - mean_H
+        squares_H += (rows_nH - rows_nH.mean(0)).square().sum(0) + shift_H**2 * len(rows_nH) * (n - len(rows_nH)) / n
+        mean_H += shift_H * len(rows_nH) / n
+    norm.running_mean.copy_(mean_H)
+    norm.running_var.copy_(squares_H / max(n - 1, 1))  # unbiased, as BatchNorm keeps it
+    norm.num_batches_tracked.fill_(1)
+
+
+@torch.no_grad()
+def _through(hidden: nn.Module, batches: Pairs) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+    device = next(hidden.parameters()).device
+    for x_nD, y_nE in batches:
+        yield hidden(torch.tensor(x_nD, device=device)).cpu().numpy(), y_nE

@@ -14,13 +14,14 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 
-from models.preprocess import BadImage, decode, fit  # export puts that file's text here
+from models.heads import make_head  # export puts the text of these files here
+from models.preprocess import BadImage, decode, fit
+from models.towers import tower
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
@@ -39,9 +40,13 @@ class Predictor:
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.size = config["size"]
         self.mean_E = tensors.pop("mean_E")
-        self._weight, self._bias = (tensors.pop(f"head.{part}").to(self.device) for part in ("weight", "bias"))
-        backbone = _backbone(config["backbone"], self.size)
-        backbone.load_state_dict({name.removeprefix("backbone."): t for name, t in tensors.items()})
+        head = make_head(
+            config.get("head", "linear"), config["width"], config["target_width"], config.get("head_width", 0)
+        )
+        head.load_state_dict(_part("head.", tensors))
+        self._head = head.eval().to(self.device)
+        backbone = tower(config["backbone"], self.size)
+        backbone.load_state_dict(_part("backbone.", tensors))
         self._backbone = backbone.eval().to(self.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self._mean, self._std = (
             255 * torch.tensor(config[k]).view(1, 3, 1, 1).to(self.device) for k in ("mean", "std")
@@ -55,22 +60,12 @@ class Predictor:
         with torch.autocast("cuda", torch.float16, enabled=self.device.type == "cuda"):
             features_BD = self._backbone(normal_BCHW)
             features_BD = features_BD[0] if isinstance(features_BD, tuple) else features_BD
-            z_BE = torch.nn.functional.linear(features_BD, self._weight, self._bias)
+            z_BE = self._head(features_BD)
         return torch.nn.functional.normalize(z_BE.float(), dim=-1).cpu()
 
 
-def _backbone(name: str, size: int) -> Any:
-    if name.startswith("open_clip:"):
-        import open_clip
-
-        model = name.removeprefix("open_clip:").partition("/")[0]
-        return open_clip.create_model(model, pretrained=None, force_image_size=size).visual
-    import timm
-
-    module: Any = timm.create_model(name, pretrained=False, num_classes=0)
-    if module.pretrained_cfg["input_size"][-1] != size and hasattr(module, "set_input_size"):
-        module.set_input_size(img_size=size)
-    return module
+def _part(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def find(folder: Path) -> list[Path]:

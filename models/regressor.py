@@ -1,12 +1,14 @@
-"""The model: image → backbone → linear head → unit vector. B pictures, D backbone width, E target width."""
+"""The model: image → backbone → head → unit vector. B pictures, D backbone width, E target width."""
 
 from dataclasses import asdict
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import nn
 
-from models.backbones import Spec, build, frozen_names
+from models.backbones import Spec, build
+from models.depth import frozen_names
+from models.heads import make_head
 from models.preprocess import fit
 
 
@@ -17,36 +19,45 @@ class Regressor(nn.Module):
         backbone: normalised image_BCHW → features_BD.
         spec: of that backbone.
         width: E, of the target vectors.
+        head: linear or wide, as in `models.heads`.
+        hidden: units of a wide head.
     """
 
     mean: torch.Tensor
     std: torch.Tensor
 
-    def __init__(self, backbone: nn.Module, spec: Spec, width: int) -> None:
+    def __init__(self, backbone: nn.Module, spec: Spec, width: int, head: str = "linear", hidden: int = 0) -> None:
         super().__init__()
         # channels last: convolutions train several times faster on CPUs and on tensor cores; ViTs do not mind
         self.backbone = backbone.to(memory_format=torch.channels_last)
-        self.head = nn.Linear(spec.width, width)
+        self.head = make_head(head, spec.width, width, hidden)
         self.spec = spec
+        self.width = width
+        """E, of the target vectors."""
+        self.head_kind, self.hidden = head, hidden if head == "wide" else 0
         self.fixed_stats = False
-        """Whether batch norms keep their statistics in training."""
+        """Whether the backbone's batch norms keep their statistics in training."""
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
 
     def freeze(self, blocks: int | None) -> None:
         """Trains all but the backbone's stem and first `blocks` blocks; None freezes the whole backbone, 0 nothing.
 
-        What is frozen keeps its batch statistics too, and costs no backward pass.
+        What is frozen keeps its batch statistics too, and costs no backward pass. Adapters (models/lora.py) come after.
 
         Raises:
             UserError: the backbone has fewer blocks.
         """
+        names = frozen_names(self.backbone, blocks) if blocks else []
         self.requires_grad_(True)
         if blocks is None:
             self.backbone.requires_grad_(False)
-        elif blocks:
-            for name in frozen_names(self.backbone, blocks):
-                self.backbone.get_parameter(name).requires_grad_(False)
+        for name in names:
+            self.backbone.get_parameter(name).requires_grad_(False)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> Self:
@@ -58,29 +69,41 @@ class Regressor(nn.Module):
                 module.training = False  # of itself alone: what it holds may train
         return self
 
-    def features(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 image_BCHW of the spec's size → features_BD; normalised here, on the model's device."""
+    def normalise(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 image_BCHW → what the backbone takes, on the model's device."""
         normal_BCHW = (image_BCHW.to(self.mean) - self.mean) / self.std
-        features_BD = self.backbone(normal_BCHW.contiguous(memory_format=torch.channels_last))
+        return normal_BCHW.contiguous(memory_format=torch.channels_last)
+
+    def features(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        """uint8 image_BCHW of the spec's size → features_BD."""
+        features_BD = self.backbone(self.normalise(image_BCHW))
         return features_BD[0] if isinstance(features_BD, tuple) else features_BD
 
-    def forward(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 image_BCHW of the spec's size → unit z_BE, fp32."""
-        return nn.functional.normalize(self.head(self.features(image_BCHW)).float(), dim=-1)
+    def project(self, features_BD: torch.Tensor, *, unit: bool = True) -> torch.Tensor:
+        """features_BD → z_BE in fp32, of unit length, or as long as the head makes it."""
+        z_BE = self.head(features_BD).float()
+        return nn.functional.normalize(z_BE, dim=-1) if unit else z_BE
+
+    def forward(self, image_BCHW: torch.Tensor, *, unit: bool = True) -> torch.Tensor:
+        """uint8 image_BCHW of the spec's size → z_BE in fp32, of unit length, or as long as the head makes it."""
+        return self.project(self.features(image_BCHW), unit=unit)
 
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
         """Decoded uint8 pictures [3, H, W] of any size → unit z_BE, fp32, on the CPU."""
         image_BCHW = torch.stack([fit(image, self.spec.size) for image in images])
-        return self.eval()(image_BCHW.to(self.head.weight.device)).cpu()
+        return self.eval()(image_BCHW.to(self.device)).cpu()
 
-    def description(self) -> dict[str, object]:
-        """What `rebuild` needs, as plain JSON."""
+    def description(self) -> dict[str, Any]:
+        """What `models.checkpoint.rebuild` needs, as plain JSON."""
         about = asdict(self.spec)
-        return {"backbone": about.pop("name"), **about, "target_width": self.head.out_features}
+        head = {"head": self.head_kind, "head_width": self.hidden}
+        return {"backbone": about.pop("name"), **about, "target_width": self.width, **head}
 
 
-def make(backbone: str, weights: str, size: int | None, width: int) -> Regressor:
+def make(
+    backbone: str, weights: str, size: int | None, width: int, *, head: str = "linear", hidden: int = 0
+) -> Regressor:
     """A regressor with a random head; see `models.backbones.build`."""
     module, spec = build(backbone, weights, size)
-    return Regressor(module, spec, width)
+    return Regressor(module, spec, width, head, hidden)

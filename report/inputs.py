@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import Path
@@ -64,7 +65,7 @@ def decodable(
                 picture.load()
             found[i] = data
         except (*errors, OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
-            unreadable.append(str(error))
+            unreadable.append(re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)))  # whose address is never the same
     return found
 
 

@@ -14,7 +14,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -162,6 +162,48 @@ def learning_curve(
             clock = above.secondary_xaxis("top")
             clock.set_xticks(ticks, labels)
             clock.spines["top"].set_visible(False)
+    return figure
+
+
+def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, *, zero: bool = False) -> Figure:
+    """Lines by step, each with its name and its last value at the right.
+
+    Args:
+        series: name → (step, value) pairs, in order.
+        title: what the values are.
+        zero: for rates: the scale begins at 0, and the value at the right is the mean.
+    """
+    shown = {name: np.asarray(pairs, dtype=float).T for name, pairs in series.items() if pairs}
+    dashes = (("—", "-"), ("--", (0, (4, 2))), ("··", (0, (1, 1.5))))
+    looks = [(colour, *dash) for dash in dashes for colour in (ACCENT, SECOND, INK, MUTED)]
+    looks = [looks[i % len(looks)] for i in range(len(shown))]
+    with _look():
+        figure = _figure(max(220, 20 * len(shown) + 90))
+        axes = figure.subplots()
+        axes.set_title(title)
+        for (colour, _, dash), (step_N, value_N) in zip(looks, shown.values(), strict=True):
+            if len(value_N) > 50:  # a long log is noise around a trend: show both
+                axes.plot(step_N, value_N, color=colour, linewidth=1, alpha=0.35)
+                axes.plot(step_N, _running_mean(value_N, len(value_N) // 25), color=colour, linestyle=dash)
+            else:
+                axes.plot(step_N, value_N, "o", color=colour, linestyle=dash, markersize=4, markeredgewidth=0)
+        axes.margins(y=0.12)
+        if zero:
+            axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
+        axes.set_xlabel("Step")
+        axes.spines["left"].set_visible(False)
+        _few_ticks(axes)
+        # as tick labels of a right-hand axis the names line up, and the layout makes room for them
+        value_S = np.array([np.nanmean(v) if zero else v[-1] for _, v in shown.values()])
+        labels = [
+            f"{mark} {_shortened(name)} " if name else "" for (_, mark, _), name in zip(looks, shown, strict=True)
+        ]
+        labels = [f"{label}{value:.3g}" for label, value in zip(labels, value_S, strict=True)]
+        names = axes.secondary_yaxis("right")
+        names.set_yticks(_apart(value_S, *axes.get_ylim()), labels)
+        names.spines["right"].set_visible(False)
+        for (colour, *_), label in zip(looks, names.get_yticklabels(), strict=True):
+            label.set_color(colour)
     return figure
 
 
@@ -339,6 +381,28 @@ def _figure(height: float) -> Figure:
     if engine is not None:
         engine.set(w_pad=2 / 72, h_pad=2 / 72, hspace=0.06)  # pyright: ignore[reportCallIssue]
     return figure
+
+
+def _apart(value_S: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Places for labels as near to `value_S` as they go without touching; a label takes some 20 px of the height."""
+    room = 0.95 * (high - low) / max(len(value_S), 8)
+    order = np.argsort(value_S, kind="stable")
+    # values less the room below them must not fall: those that do share their mean (pool adjacent violators)
+    pools: list[list[float]] = []  # mean, members
+    for place, i in enumerate(order):
+        pools.append([float(np.nan_to_num(value_S[i], nan=low)) - place * room, 1])
+        while len(pools) > 1 and pools[-2][0] > pools[-1][0]:
+            mean, count = pools.pop()
+            pools[-1] = [(pools[-1][0] * pools[-1][1] + mean * count) / (pools[-1][1] + count), pools[-1][1] + count]
+    spread = np.repeat([mean for mean, _ in pools], [int(count) for _, count in pools])
+    spread = np.clip(spread, low, high - room * max(len(value_S) - 1, 0))
+    place_S = np.empty(len(value_S))
+    place_S[order] = spread + room * np.arange(len(value_S))
+    return place_S
+
+
+def _shortened(name: str, most: int = 20) -> str:
+    return name if len(name) <= most else f"{name[: most - 1]}…"
 
 
 def _few_ticks(axes: Axes, *, y: bool = True) -> None:

@@ -14,6 +14,12 @@ from conf import ROOT
 SHARED = ROOT.parent / "shared" / "data"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """What is fetched and computed is kept for this session alone."""
+    os.environ["IM2EMB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real prompts and pictures beside the project."""

@@ -1,4 +1,7 @@
-"""Backbones by name: their spec, where their weights come from, and what a mistake is answered with."""
+"""Backbones by name: their spec, where their weights come from, the sizes they take, what a mistake is answered with.
+
+B pictures, N tokens, C channels.
+"""
 
 import json
 from pathlib import Path
@@ -9,13 +12,19 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from timm.layers.pos_embed import resample_abs_pos_embed
+from torch import nn
 
 from conf import UserError
-from models import backbones
+from models import backbones, towers
 from models.backbones import Spec, build
+from models.weights import INDEX
 
 LITE = "tf_efficientnet_lite0"
 CLIP = "open_clip:im2emb-tiny-test"
+TIMM_IN_CLIP = "open_clip:im2emb-tiny-timm"
+BLIP2 = "transformers:test_blip2_vision"
+SMALL_CLIP = "vit_xsmall_patch16_clip_224"
 
 
 def picture(size: int, seed: int = 0) -> torch.Tensor:
@@ -28,6 +37,14 @@ def features(module: torch.nn.Module, size: int) -> torch.Tensor:
     return found[0] if isinstance(found, tuple) else found
 
 
+def interpolated(table_1NC: torch.Tensor, side: int) -> torch.Tensor:
+    """An embedding of one class token and a square grid, for another grid: bicubic, against aliasing."""
+    old = round((table_1NC.shape[1] - 1) ** 0.5)
+    grid = table_1NC[:, 1:].unflatten(1, (old, old)).movedim(-1, 1)
+    grid = nn.functional.interpolate(grid, (side, side), mode="bicubic", antialias=True)
+    return torch.cat([table_1NC[:, :1], grid.flatten(2).transpose(1, 2)], 1)
+
+
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"])
 def test_a_timm_backbone_is_what_its_spec_says(name: str) -> None:
     """mobilenetv3's head widens the pooled features: 288 channels come out as 1,024."""
@@ -36,20 +53,6 @@ def test_a_timm_backbone_is_what_its_spec_says(name: str) -> None:
     assert about is not None
     assert (spec.name, spec.size, spec.mean, spec.std) == (name, about.input_size[-1], about.mean, about.std)
     assert features(module, spec.size).shape == (2, spec.width)
-
-
-def test_another_size_resamples_position_embeddings(tmp_path: Path) -> None:
-    module, spec = build("test_vit", "random")
-    save_file(module.state_dict(), tmp_path / "model.safetensors")
-    resized, small = build("test_vit", str(tmp_path), 64)
-    assert (spec.size, small.size, small.width) == (160, 64, spec.width)
-    independent: Any = timm.create_model("test_vit", num_classes=0, img_size=64)
-    ours, own = resized.get_parameter("pos_embed"), module.get_parameter("pos_embed")
-    assert ours.shape == independent.pos_embed.shape
-    # the grid's mean survives a smooth resampling; the prefix token's embedding is not resampled at all
-    assert ours[:, 0].equal(own[:, 0])
-    torch.testing.assert_close(ours[:, 1:].mean(1), own[:, 1:].mean(1), atol=0.01, rtol=0)
-    assert features(resized, 64).shape == (2, small.width)
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext"])
@@ -84,6 +87,16 @@ def test_an_altered_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         build(LITE, "pretrained")
 
 
+def test_on_meta_there_are_shapes_and_nothing_is_fetched() -> None:
+    with torch.device("meta"):
+        module, spec = build("test_vit.r160_in1k", "pretrained", 64)
+    assert {p.device.type for p in module.parameters()} == {"meta"}
+    assert (spec.size, module.get_parameter("pos_embed").shape) == (64, (1, 17, 64))
+
+
+# ---------------------------------------------------------------------------------------------------------------- files
+
+
 def test_weights_from_a_file_or_a_folder(tmp_path: Path) -> None:
     source, _ = build("test_vit", "random")
     # as the hub has them, with a classifier
@@ -106,6 +119,23 @@ def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
         build("test_vit", str(file))
 
 
+def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+    source, _ = build("test_vit", "random")
+    file = tmp_path / "model.safetensors"
+    save_file(source.state_dict(), file)
+    file.write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(UserError, match=r"model\.safetensors is no whole safetensors file .*get it anew"):
+        build("test_vit", str(file))
+
+
+@pytest.mark.parametrize("name", ["last.ckpt", "pytorch_model.bin", "weights.pt", "weights.pth"])
+@pytest.mark.parametrize("folder", [True, False])
+def test_a_pickle_is_never_loaded(tmp_path: Path, name: str, folder: bool) -> None:
+    (tmp_path / name).write_bytes(b"a pickle that would run")
+    with pytest.raises(UserError, match=rf"holds {name}, a pickle.*\.safetensors of the same model, or convert"):
+        build("test_vit", str(tmp_path if folder else tmp_path / name))
+
+
 @pytest.mark.parametrize(
     ("name", "weights", "words"),
     [
@@ -114,8 +144,16 @@ def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
         ("test_vit.laion9b", "random", r"no weights 'laion9b'; it has: test_vit\.r160_in1k"),
         ("test_vit", "nowhere/weights", r"neither pretrained, random, a \.safetensors file nor a folder"),
         ("test_vit", "pyproject.toml", r"neither pretrained, random, a \.safetensors file nor a folder"),
-        ("open_clip:ViT-Z", "random", r"open_clip has no 'ViT-Z'; it lists them"),
+        ("open_clip:vit-h-14", "random", r"open_clip has no 'vit-h-14'; near: .*ViT-H-14"),
         ("open_clip:ViT-B-32/laion9b", "pretrained", r"ViT-B-32 has no weights 'laion9b', only .*laion2b_s34b_b79k"),
+        (
+            "open_clip:ViT-B-32-quickgelu",
+            "pretrained",
+            r"names no weights; open_clip:ViT-B-32-quickgelu/TAG with .*openai",
+        ),
+        ("open_clip:ViT-B-32/openai", "random", r"another activation .* take open_clip:ViT-B-32-quickgelu/openai"),
+        ("transformers:blip3", "random", r"no 'transformers:blip3'; .*transformers:blip2_vision"),
+        (BLIP2, "pretrained", r"test_blip2_vision has no weights; model\.weights=random"),
     ],
 )
 def test_mistakes_name_the_value_and_the_remedy(name: str, weights: str, words: str) -> None:
@@ -123,49 +161,235 @@ def test_mistakes_name_the_value_and_the_remedy(name: str, weights: str, words: 
         build(name, weights)
 
 
-def test_with_no_hub_the_answer_says_what_else_there_is() -> None:
-    with pytest.raises(UserError, match=r"cannot load the weights of test_vit: .*\n.*model\.weights=FOLDER"):
-        build("test_vit", "pretrained")
+@pytest.mark.parametrize("name", ["test_vit", "open_clip:ViT-B-32/laion2b_s34b_b79k", "transformers:blip2_vision"])
+def test_with_no_hub_the_answer_says_what_else_there_is(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # an empty cache
+    monkeypatch.setitem(towers.BLIP2, "blip2_vision", towers.BLIP2["test_blip2_vision"])  # not a billion parameters
+    with pytest.raises(UserError, match=rf"cannot load the weights of {name}: .*\n.*model\.weights=FOLDER"):
+        build(name, "pretrained")
+
+
+def test_weights_of_another_activation_are_told_of(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UserError, match="cannot load"):  # there is no hub here
+        build("vit_base_patch32_clip_224.openai", "pretrained")
+    assert "trained with another activation, that of vit_base_patch32_clip_quickgelu_224.openai" in caplog.text
+    assert timm.is_model("vit_base_patch32_clip_quickgelu_224")
+    caplog.clear()
+    with pytest.raises(UserError, match="cannot load"):
+        build("vit_base_patch32_clip_quickgelu_224.openai", "pretrained")
+    assert "activation" not in caplog.text
+
+
+# ---------------------------------------------------------------------------------------------------------------- sizes
+
+
+def test_another_size_interpolates_the_position_embedding_of_timms(tmp_path: Path) -> None:
+    module, spec = build(SMALL_CLIP, "random")
+    save_file(module.state_dict(), tmp_path / "model.safetensors")
+    resized, larger = build(SMALL_CLIP, str(tmp_path), 336)
+    assert (spec.size, larger.size, larger.width) == (224, 336, spec.width)
+    ours, own = resized.get_parameter("pos_embed"), module.get_parameter("pos_embed")
+    torch.testing.assert_close(ours, interpolated(own, 21), rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, resample_abs_pos_embed(own, [21, 21]), rtol=0, atol=0)
+    independent: Any = timm.create_model(SMALL_CLIP, num_classes=0, img_size=336)
+    independent.load_state_dict({**module.state_dict(), "pos_embed": interpolated(own, 21)})
+    torch.testing.assert_close(features(resized, 336), features(independent, 336), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "size"), [("eva02_tiny_patch14_224", 112), ("test_vit3", 64)])
+def test_another_size_is_what_timm_makes_of_the_same_file(name: str, size: int, tmp_path: Path) -> None:
+    """EVA turns by position besides (rope); test_vit3 pools by attention and has no class token, as SigLIP."""
+    module, _ = build(name, "random")
+    file = tmp_path / "model.safetensors"
+    save_file(module.state_dict(), file)
+    resized, _ = build(name, str(file), size)
+    whole = {"file": str(file), "num_classes": 0, "custom_load": False}
+    independent = timm.create_model(name, True, whole, num_classes=0, img_size=size)
+    torch.testing.assert_close(features(resized, size), features(independent, size), rtol=0, atol=1e-5)
+
+
+def test_a_file_of_another_size_is_interpolated_as_it_is_loaded(tmp_path: Path) -> None:
+    source, _ = build("test_vit", "random", 64)
+    save_file(source.state_dict(), tmp_path / "model.safetensors")
+    module, _ = build("test_vit", str(tmp_path))
+    torch.testing.assert_close(
+        module.get_parameter("pos_embed"), interpolated(source.get_parameter("pos_embed"), 10), rtol=0, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "words"),
+    [
+        ("test_vit", 150, r"test_vit cannot take 150 pixels: no multiple of its patches' 16\. .*fit: 144, 160"),
+        ("open_clip:ViT-B-32", 250, r"cannot take 250 pixels: no multiple of its patches' 32.*fit: 224, 256"),
+        (BLIP2, 60, r"cannot take 60 pixels: no multiple of its patches' 14.*fit: 56, 70"),
+        ("levit_128s", 256, r"levit_128s cannot take 256 pixels: .*Nearest that fit: 224$"),
+        ("test_convnext", 8, r"test_convnext cannot take 8 pixels: .*Nearest that fit: 32"),
+    ],
+)
+def test_a_size_that_does_not_fit_is_refused_with_those_that_do(name: str, size: int, words: str) -> None:
+    with pytest.raises(UserError, match=rf"model\.size: .*{words}"), torch.device("meta"):
+        build(name, "random", size)
+
+
+def test_looking_at_a_size_draws_nothing() -> None:
+    torch.manual_seed(3)
+    resized, _ = build("test_vit", "random", 64)
+    torch.manual_seed(3)
+    plain: Any = timm.create_model("test_vit", num_classes=0)
+    assert resized.get_parameter("blocks.5.mlp.fc2.weight").equal(plain.get_parameter("blocks.5.mlp.fc2.weight"))
+
+
+# ------------------------------------------------------------------------------------------------------------ open_clip
 
 
 @pytest.fixture
 def tiny_clip(tmp_path: Path) -> str:
-    """An open_clip model of two small towers, registered under its own name."""
-    config = {
-        "embed_dim": 24,
-        "vision_cfg": {"image_size": 48, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16},
-        "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1},
-    }
+    """Two open_clip models of small towers, registered under their own names: open_clip's own, and timm's."""
+    text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+    own = {"image_size": 48, "layers": 2, "width": 64, "head_width": 32, "patch_size": 16}
+    of_timm = {"timm_model_name": "test_vit", "timm_pool": "token", "timm_proj": "linear", "image_size": 160}
     folder = tmp_path / "configs"
     folder.mkdir()
-    (folder / "im2emb-tiny-test.json").write_text(json.dumps(config))
+    for name, vision in ((CLIP, own), (TIMM_IN_CLIP, of_timm)):
+        config = {"embed_dim": 24, "vision_cfg": vision, "text_cfg": text}
+        (folder / f"{name.removeprefix(towers.OPEN_CLIP)}.json").write_text(json.dumps(config))
     open_clip.add_model_config(folder)
     return CLIP
 
 
-def test_an_open_clip_tower(tiny_clip: str, tmp_path: Path) -> None:
-    module, spec = build(tiny_clip, "random")
-    assert spec == Spec(tiny_clip, 24, 48, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
-    whole: Any = open_clip.create_model("im2emb-tiny-test", pretrained=None)
-    save_file(whole.state_dict(), tmp_path / "open_clip_model.safetensors")
-    loaded, _ = build(tiny_clip, str(tmp_path / "open_clip_model.safetensors"))
-    assert not features(module, 48).equal(features(loaded, 48))
+@pytest.mark.usefixtures("tiny_clip")
+@pytest.mark.parametrize(("name", "size", "other"), [(CLIP, 48, 64), (TIMM_IN_CLIP, 160, 96)])
+def test_an_open_clip_tower_is_what_open_clip_makes_of_the_same_file(
+    tmp_path: Path, name: str, size: int, other: int
+) -> None:
+    module, spec = build(name, "random")
+    assert spec == Spec(name, 24, size, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    model = name.removeprefix(towers.OPEN_CLIP)
+    file = tmp_path / "open_clip_model.safetensors"
+    save_file(open_clip.create_model(model, pretrained=None).state_dict(), file)
+    for weights, wanted in ((file, None), (tmp_path, None), (file, other)):
+        loaded, as_loaded = build(name, str(weights), wanted)
+        whole: Any = open_clip.create_model(model, pretrained=str(file), force_image_size=wanted)
+        assert as_loaded.size == (wanted or size)
+        assert not (wanted is None and features(module, size).equal(features(loaded, size)))
+        with torch.inference_mode():
+            expected = whole.eval().encode_image(picture(as_loaded.size))
+        torch.testing.assert_close(features(loaded, as_loaded.size), expected, rtol=0, atol=1e-6)
+
+
+def test_an_open_clip_tower_at_another_size_interpolates_as_timm_does(tiny_clip: str, tmp_path: Path) -> None:
+    source, _ = build(tiny_clip, "random", 224)
+    save_file({f"visual.{k}": v for k, v in source.state_dict().items()}, tmp_path / "model.safetensors")
+    module, _ = build(tiny_clip, str(tmp_path), 336)
+    own_1NC = source.get_parameter("positional_embedding")[None]
+    ours_1NC = module.get_parameter("positional_embedding")[None]
+    torch.testing.assert_close(ours_1NC, resample_abs_pos_embed(own_1NC, [21, 21]), rtol=0, atol=0)
+    torch.testing.assert_close(ours_1NC, interpolated(own_1NC, 21), rtol=0, atol=1e-6)
+
+
+def test_timm_takes_a_file_of_open_clips(tmp_path: Path) -> None:
+    """The same architecture in both: open_clip's features before its projection are timm's."""
+    vision = {"image_size": 224, "layers": 10, "width": 256, "head_width": 64, "patch_size": 16}
+    text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
+    (tmp_path / "im2emb-xsmall.json").write_text(
+        json.dumps({"embed_dim": 256, "vision_cfg": vision, "text_cfg": text, "quick_gelu": False})
+    )
+    open_clip.add_model_config(tmp_path)
+    clip: Any = open_clip.create_model("im2emb-xsmall", pretrained=None)
+    save_file(clip.state_dict(), tmp_path / "model.safetensors")
+    module, _ = build(SMALL_CLIP, str(tmp_path))
+    clip.visual.proj = None
+    torch.testing.assert_close(features(module, 224), features(clip.visual, 224), rtol=0, atol=2e-5)
+
+
+def test_an_open_clip_tower_takes_pictures_as_its_weights_were_trained() -> None:
+    with torch.device("meta"):
+        _, named = build("open_clip:ViT-B-16-SigLIP2/webli", "random")
+        _, unnamed = build("open_clip:ViT-B-16-SigLIP2", "random")
+    assert named.mean == unnamed.mean == (0.5, 0.5, 0.5)
+
+
+# --------------------------------------------------------------------------------------------------------------- BLIP-2
+
+
+def pooled(whole: Any, size: int) -> torch.Tensor:
     with torch.inference_mode():
-        assert features(loaded, 48).equal(whole.eval().encode_image(picture(48)))
+        return whole.eval()(picture(size)).pooler_output
 
 
-def test_an_open_clip_tower_at_another_size(tiny_clip: str) -> None:
-    module, spec = build(tiny_clip, "random", 64)
-    assert spec.size == 64
-    assert features(module, 64).shape == (2, 24)
+def independent_blip2(**changes: Any) -> Any:
+    from transformers import Blip2VisionConfig, Blip2VisionModel
+
+    return Blip2VisionModel(Blip2VisionConfig(**{**towers.BLIP2["test_blip2_vision"], **changes}))
 
 
-def test_what_is_frozen_is_the_stem_and_the_first_blocks() -> None:
-    module, _ = build("test_vit", "random")
-    blocks = {name.split(".")[1] for name, _ in module.named_parameters() if name.startswith("blocks.")}
-    first = backbones.frozen_names(module, 1)
-    expected = {n for n, _ in module.named_parameters() if not n.startswith(("blocks.", "norm", "fc_norm"))}
-    assert set(first) == expected | {n for n, _ in module.named_parameters() if n.startswith("blocks.0.")}
-    with pytest.raises(UserError, match=r"model\.freeze: 99 is over the \d+ blocks of VisionTransformer"):
-        backbones.frozen_names(module, 99)
-    assert len(blocks) > 1
+@pytest.mark.parametrize("prefix", ["", "vision_model.", "model.vision_model."])
+def test_a_blip2_tower_gives_what_transformers_pools(prefix: str, tmp_path: Path) -> None:
+    whole = independent_blip2()
+    others = {"qformer.query_tokens": torch.zeros(1)} if prefix else {}
+    save_file({prefix + k: v for k, v in whole.state_dict().items()} | others, tmp_path / "model.safetensors")
+    module, spec = build(BLIP2, str(tmp_path))
+    assert spec == Spec(BLIP2, 48, 56, open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
+    assert features(module, 56).equal(pooled(whole, 56))
+
+
+def test_a_blip2_tower_at_another_size_interpolates_as_timm_does(tmp_path: Path) -> None:
+    whole = independent_blip2(image_size=224)
+    save_file(whole.state_dict(), tmp_path / "model.safetensors")
+    module, spec = build(BLIP2, str(tmp_path), 336)
+    own = whole.embeddings.position_embedding
+    torch.testing.assert_close(
+        module.get_parameter("embeddings.position_embedding"), interpolated(own, 24), rtol=0, atol=1e-6
+    )
+    larger = independent_blip2(image_size=336)
+    larger.load_state_dict(
+        {**whole.state_dict(), "embeddings.position_embedding": resample_abs_pos_embed(own, [24, 24])}
+    )
+    assert spec.size == 336
+    torch.testing.assert_close(features(module, 336), pooled(larger, 336), rtol=0, atol=1e-6)
+
+
+def test_blip2_from_the_hub_reads_only_the_parts_of_its_image_tower(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Against the hub's cache as huggingface_hub keeps it, where the language model's part is missing."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setitem(towers.BLIP2, "blip2_vision", towers.BLIP2["test_blip2_vision"])
+    whole = independent_blip2()
+    repository = tmp_path / f"models--{backbones.BLIP2_REPOSITORY.replace('/', '--')}"
+    snapshot = repository / "snapshots" / ("c0ffee" * 6 + "c0de")
+    snapshot.mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text(snapshot.name)
+    named = {f"vision_model.{k}": v for k, v in whole.state_dict().items()}
+    held = {"language_model.lm_head.weight": "model-00003-of-00003.safetensors"}
+    for part in (1, 2):
+        file = f"model-0000{part}-of-00003.safetensors"
+        tensors = {k: v for i, (k, v) in enumerate(named.items()) if i % 2 == part % 2}
+        save_file(tensors | {f"qformer.{part}": torch.zeros(1)}, snapshot / file)
+        held |= dict.fromkeys(tensors, file)
+    (snapshot / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": held}))
+    with caplog.at_level("INFO"):
+        module, _ = build("transformers:blip2_vision", "pretrained")
+    assert features(module, 56).equal(pooled(whole, 56))
+    assert f"{backbones.BLIP2_REPOSITORY} at {snapshot.name}" in caplog.text  # what a later run can be told to take
+    # the same folder, given by hand
+    assert features(build("transformers:blip2_vision", str(snapshot))[0], 56).equal(pooled(whole, 56))
+    (snapshot / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(UserError, match=r"lists model-00002-of-00003\.safetensors, which is not there"):
+        build("transformers:blip2_vision", str(snapshot))
+
+
+def test_a_bundle_rebuilds_a_blip2_tower_by_itself(tmp_path: Path) -> None:
+    """Export itself compares the bundle's vectors with the checkpoint's."""
+    from models import checkpoint
+    from models.export import export, load_bundle
+    from models.regressor import make
+
+    model = make(BLIP2, "random", 84, 16)
+    probes = [(torch.rand(3, 100, 90, generator=torch.Generator().manual_seed(i)) * 255).byte() for i in range(2)]
+    checkpoint.save(tmp_path / "best", model, torch.ones(16) / 4, probes, {})
+    assert export(tmp_path / "best", tmp_path / "bundle") <= 1e-5
+    bundle = load_bundle(tmp_path / "bundle")
+    torch.testing.assert_close(bundle.embed(probes), model.embed(probes), rtol=0, atol=1e-5)

@@ -56,6 +56,8 @@ def test_its_config_is_plain_json_that_says_what_it_is(
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "target_width": E,
+        "head": "linear",
+        "head_width": 0,
         **FACTS,
     }
 
@@ -159,3 +161,130 @@ def test_what_is_no_checkpoint_is_refused(model: Regressor, probes: list[torch.T
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 99}))
     with pytest.raises(UserError, match="format 99, but this version reads 1"):
         checkpoint.load(tmp_path / "best")
+
+
+def test_a_wide_head_comes_back(probes: list[torch.Tensor], tmp_path: Path) -> None:
+    model = make("test_vit", "random", 32, E, head="wide", hidden=7)
+    norm = model.head.get_submodule("1")
+    norm.get_buffer("running_mean").copy_(torch.randn(7))
+    checkpoint.save(tmp_path / "best", model.eval(), mean_vector(), probes, FACTS)
+    config = checkpoint.read_config(tmp_path / "best")
+    assert (config["head"], config["head_width"]) == ("wide", 7)
+    assert checkpoint.load(tmp_path / "best").embed(probes).equal(model.embed(probes))
+
+
+def test_a_checkpoint_from_before_there_were_other_heads(
+    model: Regressor, probes: list[torch.Tensor], tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path / "best", model, mean_vector(), probes, FACTS)
+    path = tmp_path / "best/config.json"
+    config = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("head", "head_width")}
+    path.write_text(json.dumps(config))
+    assert checkpoint.load(tmp_path / "best").embed(probes).equal(model.embed(probes))
+    checkpoint.load_into(make("test_efficientnet", "random", 32, E), tmp_path / "best")
+
+
+def saved(name: str, size: int, probes: list[torch.Tensor], folder: Path) -> Regressor:
+    model = make(name, "random", size, E).eval()
+    checkpoint.save(folder, model, mean_vector(), probes, FACTS)
+    return model
+
+
+def test_training_begins_from_a_checkpoint(probes: list[torch.Tensor], tmp_path: Path) -> None:
+    source = saved("test_vit.r160_in1k", 32, probes, tmp_path / "best")
+    model = make("test_vit", "random", 32, E)  # the tag names weights that are not loaded
+    checkpoint.load_into(model, tmp_path / "best")
+    assert model.embed(probes).equal(source.embed(probes))
+
+
+@pytest.mark.parametrize(("was", "size"), [(32, 48), (48, 32)])
+def test_position_embeddings_are_interpolated_as_timm_does(
+    was: int, size: int, probes: list[torch.Tensor], tmp_path: Path
+) -> None:
+    """timm's own way from a file of one size to a model of another."""
+    import timm
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    source = saved("test_vit", was, probes, tmp_path / "best")
+    theirs: Any = timm.create_model("test_vit", num_classes=0, img_size=size)
+    theirs.load_state_dict(checkpoint_filter_fn(source.backbone.state_dict(), theirs))
+    model = make("test_vit", "random", size, E)
+    checkpoint.load_into(model, tmp_path / "best")
+    expected = theirs.state_dict()
+    assert not [name for name, tensor in model.backbone.state_dict().items() if not tensor.equal(expected[name])]
+    assert model.head.get_parameter("weight").equal(source.head.get_parameter("weight"))
+
+
+def test_rotary_embeddings_follow_the_size(probes: list[torch.Tensor], tmp_path: Path) -> None:
+    import timm
+
+    source = saved("eva02_tiny_patch14_224", 28, probes, tmp_path / "best")
+    model = make("eva02_tiny_patch14_224", "random", 56, E)
+    checkpoint.load_into(model, tmp_path / "best")
+    theirs: Any = timm.create_model("eva02_tiny_patch14_224", num_classes=0, img_size=56)
+    state = source.backbone.state_dict()
+    from timm.models.eva import checkpoint_filter_fn
+
+    theirs.load_state_dict(checkpoint_filter_fn(state, theirs))
+    image_BCHW = torch.randn(2, 3, 56, 56)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.backbone.eval()(image_BCHW), theirs.eval()(image_BCHW), atol=1e-5, rtol=0)
+
+
+def test_open_clips_position_embeddings_are_interpolated_as_it_does(probes: list[torch.Tensor], tmp_path: Path) -> None:
+    open_clip = pytest.importorskip("open_clip")
+    from open_clip.model import resize_pos_embed
+
+    config = {
+        "embed_dim": 24,
+        "vision_cfg": {"image_size": 48, "layers": 1, "width": 32, "head_width": 16, "patch_size": 16},
+        "text_cfg": {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1},
+    }
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "configs/im2emb-size-test.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path / "configs")
+    source = saved("open_clip:im2emb-size-test", 48, probes, tmp_path / "best")
+    model = make("open_clip:im2emb-size-test", "random", 80, E)
+    checkpoint.load_into(model, tmp_path / "best")
+    theirs: Any = open_clip.create_model("im2emb-size-test", force_image_size=80)
+    state = {f"visual.{k}": v for k, v in source.backbone.state_dict().items()}
+    resize_pos_embed(state, theirs)
+    torch.testing.assert_close(
+        model.backbone.get_parameter("positional_embedding"), state["visual.positional_embedding"], atol=1e-6, rtol=0
+    )
+
+
+def test_blip_2s_position_embeddings_are_interpolated_as_timm_does(probes: list[torch.Tensor], tmp_path: Path) -> None:
+    from timm.layers import resample_abs_pos_embed  # type: ignore[attr-defined]
+
+    name, positions = "transformers:test_blip2_vision", "embeddings.position_embedding"
+    source = saved(name, 28, probes, tmp_path / "best")
+    model = make(name, "random", 56, E)
+    checkpoint.load_into(model, tmp_path / "best")
+    expected = resample_abs_pos_embed(source.backbone.get_parameter(positions), [4, 4], [2, 2], 1)
+    assert model.backbone.get_parameter(positions).equal(expected)
+    own, theirs = model.backbone.state_dict(), source.backbone.state_dict()
+    assert all(tensor.equal(own[key]) for key, tensor in theirs.items() if key != positions)
+
+
+def test_what_training_cannot_begin_from(probes: list[torch.Tensor], tmp_path: Path) -> None:
+    saved("test_vit", 32, probes, tmp_path / "run/best")
+    model = make("test_vit2", "random", 32, E + 1, head="wide", hidden=3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(UserError) as refused:
+        checkpoint.load_into(model, tmp_path / "run/best")
+    assert str(refused.value).splitlines()[1:] == [
+        "  backbone: 'test_vit' there, 'test_vit2' here",
+        "  target_width: 10 there, 11 here",
+        "  head: 'linear' there, 'wide' here",
+        "  head_width: 0 there, 3 here",
+    ]
+    for name in ("resume.ckpt", "pytorch_model.bin", "model.pt"):
+        (tmp_path / name).write_bytes(b"a pickle that would run")
+        with pytest.raises(UserError, match=rf"init_from: .*{name} is a file.*A pickle .* never is"):
+            checkpoint.load_into(model, tmp_path / name)
+    with pytest.raises(UserError, match=r"run is a run; name one of its checkpoints, such as .*run/best"):
+        checkpoint.load_into(model, tmp_path / "run")
+    with pytest.raises(UserError, match=r"no checkpoint at .*nothing: it needs config\.json and model\.safetensors"):
+        checkpoint.load_into(model, tmp_path / "nothing")
+    assert all(v.equal(before[k]) for k, v in model.state_dict().items())

@@ -1,11 +1,14 @@
 """Any embedder on a dataset: the table, the JSON and the arrays agree with each other and with the scores by hand."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from sklearn.linear_model import Ridge as TheirRidge
@@ -16,10 +19,12 @@ from conf import UserError, compose, settings
 from datagen.shards import Dataset
 from models import checkpoint, export
 from models.head_init import LAMBDAS
+from models.metrics import bootstrap
 from models.preprocess import decode, fit
 from models.regressor import make
-from tests import small_dataset
+from tests import commands, small_dataset, training
 from train.config import EvaluateSettings
+from train.data import Data
 from train.evaluate import evaluate, table
 
 pytest_plugins = ["tests.tiny_run"]
@@ -43,10 +48,9 @@ def test_it_writes_what_it_returns(judged: tuple[Path, dict[str, Any]], tiny_run
     assert json.loads((out / "evaluation.json").read_text()) == info
     assert [score["name"] for score in info["scores"]] == NAMES
     dataset = Dataset(small_data, small_dataset.ENCODER)
-    facts = {k: v for k, v in info.items() if k != "scores"}
+    facts = {k: v for k, v in info.items() if k not in ("scores", "sources")}
     assert facts == {
-        "dataset": str(small_data),
-        "dataset_sha256": dataset.fingerprint(),
+        "datasets": [{"path": str(small_data), "sha256": dataset.fingerprint(), "images": 12}],
         "split": "val",
         "encoder": small_dataset.ENCODER,
         "checkpoint": str(tiny_run / "best"),
@@ -143,7 +147,7 @@ def test_a_bundle_stands_in_for_its_checkpoint(
 def test_a_set_that_training_never_saw_with_several_captions(tiny_run: Path, tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "foreign", train=1, val=9, size=70, captions=3, seed=5)
     info = judge(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[mean,regressor]")
-    assert (info["images"], info["dataset"]) == (9, str(data))
+    assert info["datasets"] == [{"path": str(data), "sha256": Dataset(data).fingerprint(), "images": 9}]
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("val")
     model = checkpoint.load(tiny_run / "best")
@@ -177,16 +181,101 @@ def test_unreadable_training_pictures_do_not_stop_the_baselines(tiny_run: Path, 
     data = small_dataset.write(tmp_path / "data", seed=2)
     small_dataset.corrupt(data, int(Dataset(data).rows("train")[0]))
     chosen = json.loads((run / "settings.json").read_text())
-    (run / "settings.json").write_text(json.dumps({**chosen, "dataset": str(data)}))
+    (run / "settings.json").write_text(json.dumps({**chosen, "dataset": [str(data)]}))
     info = judge(run, tmp_path / "out")
     assert [score["name"] for score in info["scores"]] == NAMES
+
+
+def run_on(run: Path, folder: Path, **changed: Any) -> Path:
+    """A copy of `run` with other settings."""
+    shutil.copytree(run, folder)
+    chosen = json.loads((run / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**chosen, **changed}))
+    return folder
+
+
+def test_a_run_on_several_datasets_is_judged_on_all_and_its_baselines_fit_on_all(
+    tiny_run: Path, small_data: Path, tmp_path: Path
+) -> None:
+    other = small_dataset.write(tmp_path / "other", train=20, val=5, seed=4)
+    run = run_on(tiny_run, tmp_path / "run", dataset=[str(small_data), str(other)])
+    info = judge(run, tmp_path / "out")
+    assert [(d["path"], d["images"]) for d in info["datasets"]] == [(str(small_data), 12), (str(other), 5)]
+    sets = [Dataset(root, small_dataset.ENCODER) for root in (small_data, other)]
+    assert json.loads((tmp_path / "out/keys.json").read_text()) == [d.key(row) for d in sets for row in d.rows("val")]
+    targets = np.concatenate([d.targets(row) for d in sets for row in d.rows("val")])
+    vectors = np.load(tmp_path / "out/predictions/regressor.npy")
+    np.testing.assert_allclose(
+        np.load(tmp_path / "out/scores/regressor.npy"), cosine_similarity(vectors, targets).diagonal(), atol=1e-6
+    )
+    mean = np.mean([d.target(row) for d in sets for row in d.rows("train")], 0)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "out/predictions/mean.npy")[0], mean / np.linalg.norm(mean), atol=1e-6
+    )
+
+
+def test_a_fold_is_judged_on_its_own_pictures(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+    run = run_on(tiny_run, tmp_path / "run", fold="2/4", fold_threshold=1.01)
+    info = judge(run, tmp_path / "out", "embedders=[mean,regressor]")
+    chosen = training.chosen(small_data, run, "fold=2/4", "fold_threshold=1.01")
+    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, 32)
+    assert 0 < info["images"] == len(data.val_rows) < 52
+    assert json.loads((tmp_path / "out/keys.json").read_text()) == [data.pictures.key(row) for row in data.val_rows]
+    mean = data.pictures.targets(data.train_rows).mean(0)
+    np.testing.assert_allclose(
+        np.load(tmp_path / "out/predictions/mean.npy")[0], mean / np.linalg.norm(mean), atol=1e-6
+    )
+
+
+def test_each_prompt_source_has_its_score_and_interval(tiny_run: Path, tmp_path: Path) -> None:
+    data = small_dataset.write(tmp_path / "data", train=2, val=10, seed=3)
+    for path in (data / "shards").glob("*.parquet"):
+        index = pq.read_table(path)
+        sources = ["coco" if int(key) % 3 else "lexica" for key in index["key"].to_pylist()]
+        pq.write_table(index.set_column(index.column_names.index("source"), "source", pa.array(sources)), path)
+    info = judge(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[regressor]")
+    keys = json.loads((tmp_path / "out/keys.json").read_text())
+    scores = np.load(tmp_path / "out/scores/regressor.npy").astype(np.float64)
+    assert set(info["sources"]) == {"coco", "lexica"}
+    for name, score in info["sources"].items():
+        mine = scores[[("coco" if int(key) % 3 else "lexica") == name for key in keys]]
+        assert score["images"] == len(mine)
+        assert score["mean"] == pytest.approx(mine.mean(), abs=1e-6)
+        assert (score["low"], score["high"]) == pytest.approx(bootstrap(mine)[1:], abs=1e-6)
+    lines = table(info).splitlines()
+    assert lines[3].split()[0] == "source"
+    assert [line.split()[0] for line in lines[4:]] == sorted(info["sources"], key=lambda n: -info["sources"][n]["mean"])
+    assert f"{info['sources']['coco']['images']} pictures" in table(info)
+
+
+def test_runs_of_older_versions_can_be_judged(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+    """Their settings name one dataset, lack what came later, and hold what is called otherwise now."""
+    run = run_on(tiny_run, tmp_path / "run")
+    chosen = json.loads((run / "settings.json").read_text())
+    old = {k: chosen[k] for k in ("seed", "encoder", "epochs", "batch_size")}
+    old |= {"dataset": str(small_data), "model": {"weights": "random", "freeze": 0}, "accelerator": "cpu"}
+    (run / "settings.json").write_text(json.dumps(old))
+    assert judge(run, tmp_path / "out")["images"] == 12
+
+
+def test_wrong_settings_are_told_before_torch_is_imported(tiny_run: Path, tmp_path: Path) -> None:
+    for overrides, said in (
+        ([f"run={tmp_path}"], f"error: no run at {tmp_path}: settings.json is missing; train first"),
+        ([f"run={tiny_run}", "neighbours=0"], "neighbours: 0 is below 1"),
+    ):
+        done = commands.run("train.evaluate", *overrides, PYTHONPROFILEIMPORTTIME="1")
+        assert done.returncode == 2
+        assert said in done.stderr
+        loaded = {name.partition(".")[0] for name in re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE)}
+        assert "train" in loaded
+        assert not {"torch", "lightning", "timm"} & loaded
 
 
 def test_mistakes_name_the_remedy(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"no run at .*nowhere: settings\.json is missing; train first"):
         judge(tmp_path / "nowhere", out)
-    with pytest.raises(UserError, match=r"has no picture in the split 'test', only \{'train': 40, 'val': 12\}"):
+    with pytest.raises(UserError, match=r"has no picture in the split 'test'; .*data \{'train': 40, 'val': 12\}"):
         judge(tiny_run, out, "split=test")
     data = small_dataset.write(tmp_path / "data", train=1, val=2)
     for row in range(3):

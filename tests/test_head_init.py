@@ -1,12 +1,14 @@
 """The closed-form head, against scikit-learn's ridge regression."""
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
 from sklearn.linear_model import Ridge as TheirRidge
 
-from models.head_init import LAMBDAS, Ridge, RidgeHead, set_ridge_head
-from models.regressor import make
+from models.head_init import LAMBDAS, Ridge, RidgeHead, init_ridge
+from models.heads import make_head
 
 N, D, E = 300, 20, 7
 
@@ -78,14 +80,64 @@ def test_a_constant_feature_does_no_harm() -> None:
     assert np.abs(weight_ED[:, 3]).max() < 1e-4
 
 
-def test_a_models_head_is_set_to_it() -> None:
-    model = make("test_vit", "random", 32, E)
+def test_a_linear_head_is_set_to_it() -> None:
+    head = make_head("linear", 64, E)
     generator = torch.Generator().manual_seed(0)
     features_nD = torch.randn(200, 64, generator=generator)
     target_nE = torch.nn.functional.normalize(features_nD[:, :E] + 0.1, dim=-1)
-    share = set_ridge_head(model, features_nD, target_nE)
+    batches = list(zip(features_nD.numpy().reshape(8, 25, 64), target_nE.numpy().reshape(8, 25, E), strict=True))
+    share = init_ridge(head, lambda: batches)
     ridge = Ridge(64, E)
     ridge.add(features_nD.numpy(), target_nE.numpy())
     weight_ED, bias_E = ridge.solve(share)
-    np.testing.assert_allclose(model.head.weight.detach().numpy(), weight_ED, atol=1e-5)
-    np.testing.assert_allclose(model.head.bias.detach().numpy(), bias_E, atol=1e-5)
+    np.testing.assert_allclose(head.get_parameter("weight").detach().numpy(), weight_ED, atol=1e-5)
+    np.testing.assert_allclose(head.get_parameter("bias").detach().numpy(), bias_E, atol=1e-5)
+
+
+@pytest.mark.parametrize("share", [1e-4, 1e-1])
+def test_without_an_intercept_it_is_scikit_learns(share: float) -> None:
+    x_nD, y_nE = (part.astype(np.float64) for part in problem(noise=0.5))
+    penalty = share * N * (x_nD**2).mean()
+    theirs = TheirRidge(alpha=penalty, solver="cholesky", fit_intercept=False).fit(x_nD, y_nE)
+    ridge = Ridge(D, E, intercept=False)
+    ridge.add(x_nD, y_nE)  # type: ignore[arg-type] – float64, to compare closely
+    weight_ED, bias_E = ridge.solve(share)
+    np.testing.assert_allclose(weight_ED, theirs.coef_, atol=1e-6)
+    assert not bias_E.any()
+
+
+def test_a_wide_head_is_the_ridge_on_its_hidden_units() -> None:
+    """By numpy and scikit-learn; batches of unlike sizes, one of them empty, streamed twice."""
+    hidden = 40
+    torch.manual_seed(0)
+    head = make_head("wide", D, E, hidden)
+    first = {k: v.clone().double().numpy() for k, v in head.state_dict().items() if k.startswith("0.")}
+    x_nD, y_nE = problem(noise=0.5)
+    passes = 0
+
+    def batches() -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        nonlocal passes
+        passes += 1
+        for start, stop in ((0, 7), (7, 7), (7, 200), (200, N)):
+            yield x_nD[start:stop], y_nE[start:stop]
+
+    share = init_ridge(head, batches, stiffer=3)
+    assert passes == 2
+    inner_nH = x_nD.astype(np.float64) @ first["0.weight"].T + first["0.bias"]
+    norm = head.get_submodule("1")
+    np.testing.assert_allclose(norm.get_buffer("running_mean"), inner_nH.mean(0), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(norm.get_buffer("running_var"), inner_nH.var(0, ddof=1), rtol=1e-4)
+    assert head.get_parameter("0.weight").detach().double().numpy() == pytest.approx(first["0.weight"])
+    h_nH = np.maximum((inner_nH - inner_nH.mean(0)) / np.sqrt(inner_nH.var(0, ddof=1) + 1e-5), 0)
+    theirs = TheirRidge(alpha=share * N * h_nH.var(0).mean(), solver="cholesky").fit(h_nH, y_nE)
+    with torch.inference_mode():
+        found = head.eval()(torch.from_numpy(x_nD))
+    np.testing.assert_allclose(found, theirs.predict(h_nH), atol=1e-4)
+    assert np.log10(share / 3) * 2 == pytest.approx(round(np.log10(share / 3) * 2)), "thrice one of the tried penalties"
+
+
+def test_a_wide_head_goes_on_training_as_it_was() -> None:
+    head = make_head("wide", D, E, 10).train()
+    x_nD, y_nE = problem(noise=0.5)
+    init_ridge(head, lambda: [(x_nD, y_nE)])
+    assert all(module.training for module in head.modules())

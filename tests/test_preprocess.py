@@ -1,7 +1,10 @@
 """Picture → tensor: every kind of file decodes to what Pillow says, damage is refused, and three places agree."""
 
 import io
+import struct
 import time
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageCms
 
 from models import preprocess
 from models.export import load_bundle
@@ -48,8 +51,182 @@ def test_decodes_what_pillow_reads(kind: str, options: dict[str, Any]) -> None:
     data = encoded(scene(), kind, **options)
     image_CHW = decode(data)
     assert image_CHW.dtype == torch.uint8
-    assert image_CHW.is_contiguous()
     assert np.array_equal(hwc(image_CHW), np.array(Image.open(io.BytesIO(data))))
+
+
+DECODERS: dict[str, Callable[[], dict[str, Any]]] = {
+    "torchcodec": preprocess._torchcodec,
+    "torchvision": preprocess._torchvision,
+}
+
+
+@pytest.fixture(params=DECODERS)
+def decoder(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the quick decoders in turn, as where the other is not installed."""
+    pytest.importorskip(request.param)
+    found = DECODERS[request.param]()
+    monkeypatch.setattr(preprocess, "_decoders", lambda: found)
+    return request.param
+
+
+@pytest.fixture
+def no_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file that the quick decoders leave to Pillow fails."""
+
+    def refuse(_: bytes) -> torch.Tensor:
+        raise AssertionError("left to Pillow")
+
+    monkeypatch.setattr(preprocess, "_by_pillow", refuse)
+
+
+def by_pillow(data: bytes) -> NDArray[np.uint8]:
+    return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+
+
+def some_picture(rng: np.random.Generator) -> Image.Image:
+    """Noise, edges or smooth, of any shape, some grey."""
+    height, width = rng.integers(1, 150, 2).tolist()
+    y, x = np.mgrid[:height, :width]
+    kinds = [
+        rng.integers(0, 256, (height, width, 3)),
+        np.stack([x * 255 / width, y * 255 / height, 255 * ((x // 5 + y // 5) % 2)], -1),
+        np.stack([128 + 127 * np.sin(x / 9 + c) * np.cos(y / 7 - c) for c in range(3)], -1),
+    ]
+    picture = Image.fromarray(kinds[rng.integers(3)].astype(np.uint8))
+    return picture.convert("L") if rng.random() < 0.2 else picture
+
+
+def some_file(rng: np.random.Generator) -> bytes:
+    """A plain JPEG, PNG or WebP with settings drawn at random."""
+    picture = some_picture(rng)
+    kind = ("jpeg", "jpeg", "png", "webp")[rng.integers(4)]
+    options: dict[str, Any] = {"compress_level": int(rng.integers(10))}
+    if kind == "webp":
+        options = {"lossless": bool(rng.integers(2)), "quality": int(rng.integers(101))}
+    if kind == "jpeg":
+        options = {
+            "quality": int(rng.integers(1, 99)),
+            "progressive": bool(rng.integers(2)),
+            "subsampling": ("4:4:4", "4:2:2", "4:2:0")[rng.integers(3)],
+            "restart_marker_blocks": int(rng.integers(8)),
+        }
+    return encoded(picture, kind, **options)
+
+
+def damaged(data: bytes, rng: np.random.Generator) -> bytes:
+    at, more = int(rng.integers(len(data))), int(rng.integers(1, 20))
+    marker = b"\xff" + bytes([rng.integers(0xC0, 256)])
+    return [
+        data[:at],
+        data[:at] + data[-2:],
+        data[:at] + data[at + more :],
+        data[:at] + marker + data[at:],
+        data[:at] + bytes(rng.integers(0, 256, more, np.uint8)) + data[at + more :],
+    ][rng.integers(5)]
+
+
+@pytest.mark.usefixtures("no_pillow")
+def test_plain_files_are_pillows_bit_by_bit_without_it(decoder: str) -> None:
+    rng = np.random.default_rng(1)
+    files = [some_file(rng) for _ in range(200)]
+    kinds = {"torchcodec": {"jpeg", "png", "webp"}, "torchvision": {"jpeg", "webp"}}[decoder]
+    for n, data in enumerate(files):
+        if preprocess._plain(data)[0] not in kinds:
+            assert preprocess._plain(data)[0] == "png", f"picture {n}"
+            continue
+        assert np.array_equal(hwc(decode(data)), by_pillow(data)), f"picture {n} by {decoder}"
+
+
+@pytest.mark.usefixtures("no_pillow")
+def test_a_colour_profile_keeps_a_jpeg_plain(decoder: str) -> None:
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    data = encoded(scene(), "jpeg", icc_profile=profile)
+    assert np.array_equal(hwc(decode(data)), by_pillow(data)), decoder
+
+
+def test_damage_is_judged_by_pillow_alone(decoder: str) -> None:
+    """Whatever is done to a file: the picture that Pillow makes of it, or refused where Pillow refuses it."""
+    rng = np.random.default_rng(2)
+    refused = quick = 0
+    for n in range(400):
+        data = damaged(some_file(rng), rng)
+        quick += bool(preprocess._plain(data)[0])
+        try:
+            expected = preprocess._by_pillow(data)
+        except BadImage:
+            refused += 1
+            with pytest.raises(BadImage):
+                decode(data)
+            continue
+        assert decode(data).equal(expected), f"damaged picture {n} by {decoder}"
+    assert refused > 50
+    assert quick > 50, "damage that leaves the headers alone must be among it"
+
+
+def test_a_png_whose_pixels_are_short_is_refused_though_its_checksums_hold(decoder: str) -> None:
+    def chunk(name: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+    rows = b"\0" * (1 + 3 * 8) * 8
+    head = b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 8, 2, 0, 0, 0))
+    whole = head + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    assert decode(whole).shape == (3, 8, 8), decoder
+    for pixels in (zlib.compress(rows[:-30]), zlib.compress(b"\x09" + rows[1:]), zlib.compress(rows)[:-4] + bytes(4)):
+        data = head + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
+        assert preprocess._plain(data)[0] == "png"
+        with pytest.raises(BadImage):
+            decode(data)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_jpeg_is_not_plain(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(scene(), "jpeg", exif=exif)
+    assert preprocess._plain(data)[0] == ""
+    assert decode(data).shape[1:] == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
+
+
+def test_files_that_decoders_read_differently_are_not_plain() -> None:
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
+    several = {"save_all": True, "append_images": frames[1:]}
+    deep = Image.fromarray(np.full((9, 9), 40_000, np.uint16))
+    files = {
+        "CMYK": encoded(scene().convert("CMYK"), "jpeg"),
+        "two pictures": encoded(frames[0], "mpo", **several),
+        "frames": encoded(frames[0], "png", **several),
+        "moving": encoded(frames[0], "webp", lossless=True, **several),
+        "16 bits": encoded(deep, "png"),
+        "palette": encoded(scene().convert("P"), "png"),
+        "one bit": encoded(scene().convert("1"), "png"),
+        "clear PNG": encoded(scene().convert("RGBA"), "png"),
+        "clear WebP": encoded(Image.new("RGBA", (9, 9), (9, 9, 9, 99)), "webp", lossless=True),
+        "clear colour": encoded(Image.new("RGB", (9, 9)), "png", transparency=(0, 0, 0)),
+        "GIF": encoded(scene(), "gif"),
+        "after the end": encoded(scene(), "jpeg") + b"more",
+    }
+    for name, data in files.items():
+        assert preprocess._plain(data) == ("", 0, 0), name
+        assert decode(data).dtype == torch.uint8
+
+
+def test_a_decoder_that_differs_from_pillow_is_not_used() -> None:
+    def off_by_one(data_N: torch.Tensor) -> torch.Tensor:
+        return preprocess._torchvision()["jpeg"](data_N) ^ 1
+
+    assert not preprocess._agrees("jpeg", off_by_one)
+    assert not preprocess._agrees("webp", preprocess._torchvision()["jpeg"])
+    for find in DECODERS.values():
+        assert all(preprocess._agrees(kind, decoder) for kind, decoder in find().items())
+
+
+def test_real_pictures(shared: Path, decoder: str) -> None:
+    files = [*sorted((shared / "flickr8k_1000").rglob("*.jpg"))[:60], *sorted((shared / "competition").rglob("*.png"))]
+    assert len(files) == 67
+    for file in files:
+        data = file.read_bytes()
+        assert preprocess._plain(data)[0], f"{file} by {decoder}"
+        assert np.array_equal(hwc(decode(data)), by_pillow(data)), file
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
@@ -137,9 +314,20 @@ def test_fit_is_pillows_bicubic_and_a_centre_crop(height: int, width: int, size:
     assert error.max() <= 1
 
 
+def test_fit_does_not_depend_on_how_the_picture_lies_in_memory() -> None:
+    rng = np.random.default_rng(3)
+    for _ in range(100):
+        height, width, size = rng.integers(8, 200, 3).tolist()
+        image_CHW = torch.from_numpy(rng.integers(0, 256, (height, width, 3), np.uint8)).permute(2, 0, 1)
+        found = fit(image_CHW, size)
+        assert found.equal(fit(image_CHW.contiguous(), size)), (height, width, size)
+        assert found.is_contiguous()
+
+
 def test_a_picture_of_the_right_size_is_untouched() -> None:
     image_CHW = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
     assert fit(image_CHW, 40).equal(image_CHW)
+    assert fit(image_CHW.transpose(1, 2), 40).is_contiguous()
 
 
 def test_a_strip_keeps_its_middle_and_no_gigabytes() -> None:
@@ -158,8 +346,9 @@ def test_training_evaluation_and_the_bundle_see_one_tensor(tiny_run: Path, tmp_p
     from train.data import Pictures
 
     data = small_dataset.write(tmp_path / "data", train=3, val=1, size=56)
-    pictures = Pictures(small_dataset.shards.Dataset(data, small_dataset.ENCODER), 32)
-    files = [pictures.dataset.image_bytes(row) for row in range(4)]
+    dataset = small_dataset.shards.Dataset(data, small_dataset.ENCODER)
+    pictures = Pictures([dataset], 32)
+    files = [dataset.image_bytes(row) for row in range(4)]
     model = checkpoint.load(tiny_run / "best")
     export.export(tiny_run / "best", tmp_path / "bundle")
     predictor = load_bundle(tmp_path / "bundle")

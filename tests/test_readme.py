@@ -22,7 +22,9 @@ SD2 += ["curate.duplicates_at=null", "split.share=0.5"]
 TINY_SD2 = [*SD2, "renderer.model={sd2}", "renderer.render_size=64", "renderer.batch_size=2"]
 LOCAL = ["prompts=grammar", *GLYPHS, "shard_size=2", "engine=local", "ray_address=null", "out=data/many"]
 TINY_TRAIN = ["model.backbone=test_vit", "model.weights=random", "model.size=null", "model.freeze=0", "epochs=1"]
-TINY_TRAIN += ["batch_size=2", "workers=0", "wandb=off", "accelerator=cpu"]
+TINY_TRAIN += ["batch_size=2", "wandb=off", "scale.workers=0", "scale.accelerator=cpu"]
+MINE = [*TINY_TRAIN, "dataset=data/mine"]
+PROBE = ["probe.heads=[ridge,linear]", "probe.lrs=[1e-3]", "probe.epochs=1"]
 COCO = [*GLYPHS, "curate.min_tokens=3", "prompts.sources.coco.weight=1", "prompts.sources.coco.prompts.records=null"]
 COCO += ["prompts.sources.coco.prompts.path=prompts.csv", "prompts.sources.coco.prompts.column=prompt"]
 COCO += [f"~prompts.sources.{name}" for name in ("diffusiondb", "gustavosta", "vizwiz", "flickr30k", "narratives")]
@@ -56,6 +58,18 @@ COMMANDS = {
     "python -m train +experiment=vith14 dataset=s3://bucket/sd2": [*TINY_TRAIN, "dataset=data/many", "name=many"],
     "python -m datagen.published name=sd2_4m num=100000 out=data/sd2_4m": [*PUBLISHED, "folder=sd2_4m"],
     "python -m datagen.published name=diffusiondb num=100000 out=data/diffusiondb": [*PUBLISHED, "folder=diffusiondb"],
+    "python -m train +experiment=vith14 dry_run=true": TINY_TRAIN,
+    "python -m train +experiment=vith14_336": [*TINY_TRAIN, "model.size=192"],
+    "python -m train.runs": ["folder=checkpoints"],
+    "python -m train +experiment=stage1": MINE,
+    "python -m train +experiment=stage2": MINE,
+    "python -m train +experiment=vith14 name=fold1 fold=1/5": [*MINE, "fold_threshold=1.01"],
+    "python -m train.hard run=checkpoints/vith14": ["workers=0", "accelerator=cpu"],
+    "python -m train +experiment=vith14 name=again data.weights=checkpoints/vith14/weights.parquet": TINY_TRAIN,
+    "python -m train +experiment=vith14 name=kept keep_first=true": MINE,
+    "python -m train.interpolate a=checkpoints/kept/first b=checkpoints/kept/best out=checkpoints/kept/wise "
+    "dataset=data/sd2": ["dataset=data/mine", "workers=0", "accelerator=cpu"],
+    "python -m train.probe +experiment=quickstart": [*MINE, *PROBE],
     "python -m train.evaluate run=checkpoints/quickstart": ["run=checkpoints/mine", "workers=0", "accelerator=cpu"],
     "python -m train.report run=checkpoints/quickstart": ["run=checkpoints/mine"],
 }

@@ -6,6 +6,7 @@ from torch import nn
 
 from conf import UserError
 from models.backbones import Spec, build
+from models.depth import blocks
 from models.preprocess import fit
 from models.regressor import Regressor, make
 
@@ -23,8 +24,10 @@ def test_it_is_backbone_head_and_unit_length() -> None:
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.spec.mean, model.spec.std))
     with torch.inference_mode():
         features_BD = model.backbone(((image / 255 - mean) / std)[None])
-        z_BE = features_BD @ model.head.weight.T + model.head.bias
+        weight_ED, bias_E = model.head.parameters()
+        z_BE = features_BD @ weight_ED.T + bias_E
         found = model(image[None])
+        torch.testing.assert_close(model(image[None], unit=False), z_BE, atol=1e-6, rtol=0)
     torch.testing.assert_close(found, z_BE / z_BE.norm(dim=-1, keepdim=True), atol=1e-6, rtol=0)
 
 
@@ -109,3 +112,66 @@ def test_blocks_above_the_frozen_ones_are_in_training_mode() -> None:
 def test_more_frozen_blocks_than_there_are() -> None:
     with pytest.raises(UserError, match=r"model\.freeze: 7 is over the 6 blocks"):
         make("test_vit", "random", 32, E).freeze(7)
+
+
+def test_width_and_device_do_not_depend_on_the_head() -> None:
+    for head, hidden in (("linear", 0), ("wide", 5)):
+        model = make("test_vit", "random", 32, E, head=head, hidden=hidden)
+        assert (model.width, model.device) == (E, torch.device("cpu"))
+        assert model.embed(pictures((40, 33))).shape == (1, E)
+        assert model.to("meta").device == torch.device("meta")
+
+
+def test_features_are_the_backbones_of_the_normalised_picture() -> None:
+    model = make("test_vit", "random", 32, E).eval()
+    image_BCHW = torch.stack(pictures((32, 32), (32, 32)))
+    with torch.inference_mode():
+        assert model.features(image_BCHW).equal(model.backbone(model.normalise(image_BCHW)))
+        assert model.project(model.features(image_BCHW)).equal(model(image_BCHW))
+
+
+@pytest.mark.parametrize(
+    ("name", "frozen"),
+    [
+        ("test_vit", 3),
+        ("test_convnext", 2),
+        ("test_efficientnet", 2),
+        ("eva02_tiny_patch14_224", 2),
+        ("transformers:test_blip2_vision", 2),
+    ],
+)
+def test_a_frozen_prefix_gives_the_gradients_of_the_full_backward_bit_by_bit(name: str, frozen: int) -> None:
+    """And keeps no activation for it, nor of the embeddings: nothing is saved before the first block that trains."""
+    size = 28 if name.startswith(("eva", "transformers:")) else 32
+    model = make(name, "random", size, E).eval()  # dropout and batch statistics apart
+    image_BCHW = torch.stack(pictures((size, size), (size, size)))
+
+    def backward() -> dict[str, torch.Tensor]:
+        model.zero_grad()
+        model(image_BCHW).pow(3).sum().backward()
+        return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+    whole = backward()
+    model.freeze(frozen)
+    model.eval()
+    partial = backward()
+    trains = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert trains == partial.keys()
+    assert 0 < len(trains) < len(whole)
+    assert all(partial[n].equal(whole[n]) for n in trains)
+
+    saved = 0
+    before_training_part: list[int] = []
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        nonlocal saved
+        saved += 1
+        return tensor
+
+    first = blocks(model.backbone)[frozen]
+    hook = first.register_forward_pre_hook(lambda *_: before_training_part.append(saved))
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(image_BCHW)
+    hook.remove()
+    assert before_training_part == [0]
+    assert saved > 0

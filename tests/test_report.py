@@ -7,12 +7,14 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from xml.etree import ElementTree
 
 import matplotlib
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 
 from report import Card, Page, plots
@@ -62,6 +64,7 @@ def full_page() -> Page:
     page.figure(plots.learning_curve([1, 2, 3], [3, 2, 1], [2, 3], [0.5, 0.6], seconds=[10, 60, 200]), alt=HOSTILE)
     page.figure(plots.histogram(np.linspace(0, 1, 99), HOSTILE), "c")
     page.figure(plots.bars([HOSTILE, "b"], [3, 2], [4, 4], label=HOSTILE), "c")
+    page.figure(plots.curves({HOSTILE: [(1, 0.5), (2, 0.6)], "b": [(1, 0.4)]}, HOSTILE), "c")
     page.figure(plots.rate([0, 9], [10, 20], [5, 5], label=HOSTILE, resumed=[9]), "c")
     page.words({HOSTILE: 3, "b": 1})
     page.lists({HOSTILE: (HOSTILE, [HOSTILE, "b"])})
@@ -102,15 +105,15 @@ def test_text_is_escaped_and_whole(html: str) -> None:
     assert len(page.all("script")) == 1
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
     # Title ×2, subtitle, tile ×3, navigation, heading, lead, note, table ×3, figure caption, axis label ×2 × 3,
-    # word, list ×3, gallery ×5, sheet, settings ×2. The plots' wrapped names and the third setting, in JSON, are not
-    # whole.
-    assert page.text.count(HOSTILE) == 32
+    # title of curves ×2, word, list ×3, gallery ×5, sheet, settings ×2. The plots' wrapped names and the third setting,
+    # in JSON, are not whole.
+    assert page.text.count(HOSTILE) == 34
     assert all(image["alt"] for image in page.all("img")[:-1])  # the last is the viewer's, filled when it opens
 
 
 def test_svg_is_well_formed_themed_and_alone(html: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", html, re.S)
-    assert len(drawings) == 10  # five figures, for a desk and for a phone
+    assert len(drawings) == 12  # six figures, for a desk and for a phone
     ids: list[str] = []
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
@@ -154,7 +157,20 @@ def test_plots_of_little_data(values: list[float]) -> None:
     plots.svg(plots.intervals(["n"] * len(values), values, values, values))
     plots.svg(plots.histogram(np.rint(values), "x", limit=(77, "the most")))
     plots.svg(plots.bars(["n"] * len(values), np.nan_to_num(values)))
+    plots.svg(plots.curves({"a": list(zip(steps, values, strict=True)), "b": []}, "label", zero=True))
     plots.svg(plots.rate(steps, np.add(steps, 1), steps, label="x"))
+
+
+def test_the_names_beside_curves_do_not_touch() -> None:
+    same = {f"set {i}": [(0, 0.5), (1, 0.7)] for i in range(10)} | {"low": [(0, 0.1), (1, 0.2)]}
+    figure = plots.curves(same, "cosine")
+    FigureCanvasAgg(figure).draw()
+    axes = figure.axes[0]
+    labels = [label for child in axes.child_axes for label in child.get_yticklabels()]
+    boxes = sorted((label.get_window_extent() for label in labels), key=lambda box: box.y0)
+    assert len(boxes) == 11
+    assert all(below.y1 <= above.y0 + 1 for below, above in pairwise(boxes))
+    assert boxes[-1].y0 <= axes.get_window_extent().y1
 
 
 def test_the_rate_is_what_was_done_in_the_time() -> None:

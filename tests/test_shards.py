@@ -24,7 +24,9 @@ from conf import ROOT, UserError
 from datagen import shards
 from datagen.shards import CorruptImage, Dataset
 from datagen.verify import verify
+from tests import listed_dataset
 from tests.commands import BARE, contents, make
+from tests.listed_dataset import Row
 
 IDENTITY = {"name": "stand-in", "width": 8}
 
@@ -100,6 +102,50 @@ def test_what_a_picture_has(whole: Path) -> None:
         assert dataset.rows(split).tolist() == [i for i, row in enumerate(plan) if row["split"] == split]
     with pytest.raises(UserError, match=r"no picture in the split 'test', only .*'train'"):
         dataset.rows("test")
+
+
+def test_many_at_once_is_one_by_one(tmp_path: Path) -> None:
+    """Several shards, up to four captions a picture: bit for bit."""
+    rng = np.random.default_rng(0)
+    rows = [
+        Row(tuple(f"prompt {n}" for n in rng.choice(40, rng.integers(1, 5), replace=False)), source="abc"[i % 3])
+        for i in range(50)
+    ]
+    root = listed_dataset.write(tmp_path / "data", rows, shard=17)
+    dataset = Dataset(root, listed_dataset.ENCODER)
+    order = rng.permutation(50)
+    np.testing.assert_array_equal(dataset.mean_targets(order), [dataset.target(i) for i in order.tolist()])
+    assert dataset.mean_targets(order[:0]).shape == (0, listed_dataset.WIDTH)
+    captions = rng.permutation(int(dataset.caption_starts[-1]))
+    each = np.concatenate([dataset.targets(i) for i in range(50)])
+    np.testing.assert_array_equal(dataset.caption_targets(captions), each[captions])
+    assert dataset.caption_starts.tolist() == [dataset.captions(i).start for i in range(50)] + [len(each)]
+    names, codes = dataset.sources()
+    assert [names[code] for code in codes] == [dataset.source(i) for i in range(50)]
+    wanted = ["000031", "none", "000002"]
+    assert dataset.find(pa.array(wanted)).tolist() == [31, -1, 2]
+    assert dataset.encoder_identity == {"name": listed_dataset.ENCODER, "width": listed_dataset.WIDTH}
+
+
+def test_pictures_of_the_same_prompts_have_one_number(tmp_path: Path) -> None:
+    single = [Row(text) for text in ("a", "b", "a", "c")]
+    several = [Row(t) for t in (("a", "b"), "a", ("b", "a"), ("a", "c"), "a", ("a", "b", "c"))]
+    for rows, same in ((single, {(0, 2)}), (several, {(0, 2), (1, 4)})):
+        numbers = Dataset(listed_dataset.write(tmp_path / str(len(rows)), rows)).prompt_sets()
+        assert len(numbers) == len(rows)
+        assert {(i, j) for j in range(len(rows)) for i in range(j) if numbers[i] == numbers[j]} == same
+
+
+def test_a_texts_number_is_its_own_in_any_dataset(tmp_path: Path) -> None:
+    one = Dataset(listed_dataset.write(tmp_path / "1", [Row(("a", "b"), group="g"), Row("c"), Row("é", group="h")]))
+    two = Dataset(listed_dataset.write(tmp_path / "2", [Row("c", group="h"), Row(("x", "a"))], shard=1))
+    a, b, c, e = one.prompt_hashes().tolist()
+    assert len({a, b, c, e}) == 4
+    assert two.prompt_hashes().tolist()[::2] == [c, a]
+    g, none, h = one.group_hashes().tolist()
+    assert (none, two.group_hashes().tolist()) == (0, [h, 0])
+    assert g != h
+    assert a == int.from_bytes(hashlib.blake2b(b"a", digest_size=8).digest(), "little", signed=True)
 
 
 def _hashes(dataset: Dataset, rows: list[int]) -> list[tuple[str, float]]:

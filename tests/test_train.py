@@ -3,7 +3,6 @@
 The slow ones start commands: `pytest tests/test_train.py -m slow`.
 """
 
-import itertools
 import json
 import random
 import shutil
@@ -11,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -32,11 +31,12 @@ from tests import commands, small_dataset, training
 from tests.training import OVERRIDES, records, same_weights, train
 from train import __main__ as train_main
 from train import fit as fit_module
-from train.callbacks import JsonLines, KeepBest, ResumePoint
-from train.config import OptimSettings
-from train.data import InOrder, Pictures, Steps, per_epoch
-from train.module import Training
-from train.optim import lr_share, optimizer
+from train.callbacks import KeepBest, ResumePoint
+from train.data import Pictures
+from train.draws import Draws, Part, Steps
+from train.loggers import JsonLines
+from train.module import Plan, Training
+from train.optim import lr_share
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -64,11 +64,13 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_run_leaves_its_settings_log_and_checkpoints(tiny_run: Path, small_data: Path) -> None:
-    assert {p.name for p in tiny_run.iterdir()} == {"best", "done", "last", "log.jsonl", "resume.ckpt", "settings.json"}
+    assert {p.name for p in tiny_run.iterdir()} == {
+        *("about.json", "best", "done", "head_init.safetensors", "last", "log.jsonl", "resume.ckpt", "settings.json")
+    }
     chosen = json.loads((tiny_run / "settings.json").read_text())
-    assert chosen["dataset"] == str(small_data)
+    assert chosen["dataset"] == [str(small_data)]
     assert chosen["model"]["backbone"] == "test_vit"
-    assert chosen["dataset_sha256"] == Dataset(small_data).fingerprint()
+    assert chosen["dataset_sha256"] == [Dataset(small_data).fingerprint()]
     log = records(tiny_run)
     steps = [r for r in log if "train/loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 11))
@@ -89,15 +91,12 @@ def test_best_is_the_checkpoint_that_validated_best_and_says_so(tiny_run: Path, 
     assert config["score"]["mean"] == pytest.approx(judged["val/cosine"], abs=1e-6)
     assert config["score"]["images"] == 12
     assert config["encoder"] == small_dataset.ENCODER
-    assert config["dataset"] == {
-        "path": str(small_data),
-        "sha256": Dataset(small_data).fingerprint(),
-        "splits": {"train": 40, "val": 12},
-    }
+    sha256 = Dataset(small_data).fingerprint()
+    assert config["dataset"] == [{"path": str(small_data), "sha256": sha256, "splits": {"train": 40, "val": 12}}]
     assert checkpoint.read_config(tiny_run / "last")["step"] == 10
     dataset = Dataset(small_data, small_dataset.ENCODER)
     rows = dataset.rows("val")
-    batch = Pictures(dataset, 32).__getitems__(rows.tolist())
+    batch = Pictures([dataset], 32).__getitems__(rows.tolist())
     with torch.inference_mode():
         score = (checkpoint.load(tiny_run / "best")(batch.image_BCHW) * batch.target_BE).sum(-1).mean().item()
     assert score == pytest.approx(judged["val/cosine"], abs=1e-5)
@@ -131,7 +130,7 @@ def test_without_validation_pictures_the_last_is_the_best(tmp_path: Path) -> Non
 def test_a_picture_with_several_captions_trains_on_their_mean(tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "data", train=6, val=2, captions=3)
     dataset = Dataset(data, small_dataset.ENCODER)
-    batch = Pictures(dataset, 32).__getitems__([4])
+    batch = Pictures([dataset], 32).__getitems__([4])
     texts = dataset.prompts(4)
     assert len(texts) == 3
     np.testing.assert_allclose(batch.target_BE[0], small_dataset.encode(texts).mean(0), atol=1e-6)
@@ -325,7 +324,7 @@ def test_another_runs_folder_is_refused_and_what_differs_named(small_data: Path,
     train(small_data, tmp_path / "run", "max_steps=1")
     (tmp_path / "run/done").unlink()
     with pytest.raises(UserError) as refused:
-        train(small_data, tmp_path / "run", "max_steps=1", "seed=4", "optim.lr=0.5", "workers=0", "log_every=7")
+        train(small_data, tmp_path / "run", "max_steps=1", "seed=4", "optim.lr=0.5", "scale.workers=0", "log_every=7")
     lines = str(refused.value).splitlines()
     assert "holds another run" in lines[0]
     assert any("seed: 0 there, 4 here" in line for line in lines)
@@ -406,7 +405,7 @@ def test_a_batch_with_no_readable_picture_changes_no_weight(
     """Of two steps the second finds nothing to read: the weights are those of the first alone."""
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
-    _, second = Steps(Dataset(data).rows("train"), 8, 2, seed=0)
+    _, second = Steps(Draws([Part(Dataset(data).rows("train"))], seed=0), 8, 2)
     for row in second:
         small_dataset.corrupt(data, row)
     points: dict[int, dict[str, torch.Tensor]] = {}
@@ -450,29 +449,9 @@ def test_the_datasets_own_size_is_taken_where_it_is_smaller(small_data: Path, tm
     assert checkpoint.read_config(tmp_path / "run/last")["size"] == 40
 
 
-def test_the_rate_is_half_a_cosine_times_a_line_up() -> None:
-    shares = np.array([lr_share(step, 100, 9) for step in range(101)])
-    cosine = (1 + np.cos(np.pi * np.arange(101) / 100)) / 2
-    assert shares[9:] == pytest.approx(cosine[9:])
-    assert shares[:9] / cosine[:9] == pytest.approx([(n + 1) / 10 for n in range(9)])
-    assert lr_share(0, 4, 0) == 1
-
-
-def test_weight_decay_is_on_matrices_alone_and_the_head_has_its_own_rate() -> None:
-    model = make("test_vit", "random", 32, 12)
-    chosen = OptimSettings(lr=1e-5, head_lr=1e-3, weight_decay=0.1, betas=(0.9, 0.98), warmup=0, clip=1, head_only=0)
-    groups = optimizer(model, chosen).param_groups
-    settings = {id(p): (group["lr"], group["weight_decay"]) for group in groups for p in group["params"]}
-    assert len(settings) == sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
-    for name, parameter in model.named_parameters():
-        expected = (1e-3 if name.startswith("head.") else 1e-5, 0.1 if parameter.ndim >= 2 else 0.0)
-        assert settings[id(parameter)] == expected, name
-    assert groups[0]["betas"] == (0.9, 0.98)
-
-
 def test_a_score_that_is_not_a_number_is_never_best(small_data: Path) -> None:
-    chosen = training.chosen(small_data, Path("unused")).optim
-    module = Training(make("test_vit", "random", 32, 12), chosen, freeze=0, steps=1, per_epoch=1, seed=0)
+    chosen = training.chosen(small_data, Path("unused"))
+    module = Training(make("test_vit", "random", 32, 12), chosen, Plan(steps=1, per_epoch=1))
     saved: list[float] = []
     best = KeepBest(lambda trained: saved.append(trained.score.mean if trained.score else 0))
     trainer = lightning.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
@@ -498,71 +477,9 @@ def test_a_resumed_log_drops_what_lies_beyond_and_its_clock_goes_on(tmp_path: Pa
     assert len(lines) == 3
 
 
-# ------------------------------------------------------------------------------------------------------ order and ranks
-
-
-def flat(batches: Iterable[list[int]]) -> list[int]:
-    return list(itertools.chain.from_iterable(batches))
-
-
-def test_an_epoch_is_every_picture_once_in_a_fresh_order() -> None:
-    rows = np.arange(100, 123)
-    steps = list(Steps(rows, 5, 8, seed=3))
-    epochs = [flat(steps[:4]), flat(steps[4:])]
-    for epoch in epochs:
-        assert len(set(epoch)) == len(epoch) == 20
-        assert set(epoch) <= set(rows.tolist())
-    assert epochs[0] != epochs[1]
-    assert steps != list(Steps(rows, 5, 8, seed=4))
-    assert per_epoch(23, 5) == 4
-    assert per_epoch(3, 5) == 1
-    assert [sorted(step) for step in Steps(np.arange(3), 5, 2, seed=0)] == [[0, 1, 2]] * 2
-
-
-def test_any_step_can_be_the_first() -> None:
-    rows = np.arange(23)
-    whole = list(Steps(rows, 5, 11, seed=3))
-    for first in range(12):
-        assert list(Steps(rows, 5, 11, seed=3, first=first)) == whole[first:]
-
-
-@pytest.mark.parametrize("world", [2, 3])
-def test_ranks_share_out_every_batch(world: int) -> None:
-    rows = np.arange(50, 73)
-    ranks = [list(Steps(rows, 6, 7, seed=1, rank=rank, world=world)) for rank in range(world)]
-    for step, alone in enumerate(Steps(rows, 6, 7, seed=1)):
-        shares = [rank[step] for rank in ranks]
-        assert {len(share) for share in shares} == {6 // world}
-        assert sorted(flat(shares)) == sorted(alone)
-    judged = [flat(InOrder(rows, 4, rank=rank, world=world)) for rank in range(world)]
-    assert sorted(flat(judged)) == rows.tolist()
-    assert flat(InOrder(rows, 4)) == rows.tolist()
-
-
-@pytest.mark.slow
-def test_two_ranks_train_as_one_process_does(small_data: Path, tmp_path: Path) -> None:
-    """Gloo on the CPU: every loss and validation score to 1e-5, and one log, written by one of them."""
-    overrides = ("epochs=2", "optim.head_only=0")
-    train(small_data, tmp_path / "one", *overrides)
-    finish(small_data, tmp_path / "two", *OVERRIDES, *overrides, "devices=2")
-    one, two = records(tmp_path / "one"), records(tmp_path / "two")
-    assert [r["step"] for r in two] == [r["step"] for r in one]
-    for name in ("train/loss", "val/cosine", "val/low"):
-        np.testing.assert_allclose([r[name] for r in two if name in r], [r[name] for r in one if name in r], atol=1e-5)
-
-
-@pytest.mark.slow
-def test_two_ranks_train_the_head_first(small_data: Path, tmp_path: Path) -> None:
-    overrides = ("epochs=1.2", "optim.head_only=0.4")
-    train(small_data, tmp_path / "one", *overrides)
-    finish(small_data, tmp_path / "two", *OVERRIDES, *overrides, "devices=2")
-    losses = [[r["train/loss"] for r in records(tmp_path / n) if "train/loss" in r] for n in ("one", "two")]
-    np.testing.assert_allclose(losses[1], losses[0], atol=1e-5)
-
-
 @pytest.mark.slow
 def test_processes_that_decode_change_no_bit(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
-    finish(small_data, tmp_path / "run", *OVERRIDES, "workers=2")
+    finish(small_data, tmp_path / "run", *OVERRIDES, "scale.workers=2")
     assert same_weights(tmp_path / "run/last", tiny_run / "last")
 
 

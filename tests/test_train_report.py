@@ -1,135 +1,143 @@
 """The report of a run, from the files that training and evaluation leave and a dataset in memory."""
 
-import io
 import json
 import logging
 import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from numpy.typing import NDArray
-from PIL import Image
 
 from conf import ROOT, UserError, compose, settings
-from datagen.shards import CorruptImage, Dataset
+from datagen.shards import Dataset
 from report.inputs import duration
+from tests import small_dataset
 from train import report
 from train.report import ReportSettings
 
-JUDGED, TRAINED, WIDTH = 30, 50, 8
-BROKEN = 77  # a picture that does not decode
+JUDGED, TRAINED = 30, 50
 HOSTILE = '<script>alert("x")</script>'
 
 
-def unit(rows: int, seed: int) -> NDArray[np.float32]:
-    vectors = np.random.default_rng(seed).normal(size=(rows, WIDTH)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-TARGETS = unit(JUDGED + TRAINED, 0)
-
-
-class Memory:
-    """What the report reads of a `Dataset`: validation pictures first; every two training pictures share a prompt."""
-
-    def __init__(self, root: str | Path, encoder: str | None = None, whole: bool = True) -> None:
-        self.root, self.encoder, self.whole = Path(root), encoder, whole
-        self.keys = [f"{i:06d}" for i in range(JUDGED + TRAINED)]
-
-    def rows(self, split: str) -> NDArray[np.int64]:
-        return np.arange(JUDGED) if split == "val" else np.arange(JUDGED, JUDGED + TRAINED)
-
-    def prompts(self, i: int) -> list[str]:
-        return [f"picture {i}"] if i < JUDGED else [f"{HOSTILE} {i // 2}"]
-
-    def targets(self, i: int) -> NDArray[np.float32]:
-        return TARGETS[i][None] if i < JUDGED else TARGETS[i // 2 * 2][None]
-
-    def image_bytes(self, i: int) -> bytes:
-        if i == BROKEN:
-            raise CorruptImage(f"{self.keys[i]}: cut off")
-        out = io.BytesIO()
-        Image.new("RGB", (32, 32), (i, 100, 100)).save(out, "png")
-        return out.getvalue()
-
-
-@pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run with its evaluation: picture n scores n / 30."""
-    monkeypatch.setattr(report, "Dataset", Memory)
-    folder = tmp_path / "quickstart"
-    for part in ("best", "evaluation/predictions", "evaluation/scores"):
-        (folder / part).mkdir(parents=True)
-    records: list[dict[str, Any]] = [
-        {"step": s, "epoch": s / 50, "seconds": s * 3.0, "train/loss": 1 / s} for s in range(1, 101)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of its 50 training pictures, with hostile prompts, one does not decode."""
+    root = small_dataset.write(tmp_path_factory.mktemp("data") / "glyphs", train=TRAINED, val=JUDGED, size=32)
+    small_dataset.corrupt(root, int(Dataset(root).rows("train")[7]))
+    plan = pq.read_table(root / "prompts.parquet")
+    prompts = [
+        f"{HOSTILE} {text}" if split == "train" else f"picture {i}"
+        for i, (text, split) in enumerate(zip(plan["prompt"].to_pylist(), plan["split"].to_pylist(), strict=True))
     ]
-    for s in (50, 100):
-        records.append({"step": s, "epoch": s / 50, "seconds": s * 3.0, "val/cosine": 0.5 + s / 400})
-        records[-1] |= {"val/low": 0.5, "val/high": 0.8}
-    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"step": 101, "ep')
-    (folder / "settings.json").write_text(json.dumps({"dataset": "data/glyphs", "optim": {"lr": 3e-4}}))
-    (folder / "best/config.json").write_text(json.dumps({"backbone": "tiny", "size": 32, "encoder": "MiniLM"}))
-    scores = [
+    pq.write_table(plan.set_column(2, "prompt", pa.array(prompts)), root / "prompts.parquet")
+    return root
+
+
+def write_evaluation(folder: Path, data: list[Path], scores: np.ndarray) -> None:
+    """Predictions are the targets; the n-th validation picture of all datasets has the n-th score."""
+    for part in ("predictions", "scores"):
+        (folder / part).mkdir(parents=True)
+    means = [
         {"name": "mean", "mean": 0.4, "low": 0.39, "high": 0.41, "seconds": 0.1},
         {"name": "regressor", "mean": 0.7264, "low": 0.721, "high": 0.731, "seconds": 4.0},
     ]
-    info = {"dataset": "data/glyphs", "split": "val", "encoder": "MiniLM", "images": JUDGED, "main": "regressor"}
-    info |= {"skipped": [{"key": "000099", "reason": "cut off"}], "scores": scores}
-    evaluation = folder / "evaluation"
-    (evaluation / "evaluation.json").write_text(json.dumps(info))
-    (evaluation / "keys.json").write_text(json.dumps(Memory("").keys[:JUDGED]))
-    np.save(evaluation / "predictions/regressor.npy", TARGETS[:JUDGED])
-    np.save(evaluation / "scores/regressor.npy", np.arange(JUDGED, dtype=np.float32) / JUDGED)
+    datasets = [Dataset(root, small_dataset.ENCODER) for root in data]
+    info = {
+        "datasets": [{"path": str(d.root), "sha256": d.fingerprint(), "images": JUDGED} for d in datasets],
+        "split": "val",
+        "encoder": small_dataset.ENCODER,
+        "images": JUDGED * len(data),
+        "main": "regressor",
+        "skipped": [{"key": "000099", "reason": "cut off"}],
+        "scores": means,
+        "sources": {name: {"mean": 0.61, "low": 0.6, "high": 0.62, "images": 15} for name in ("coco", "lexica")},
+    }
+    (folder / "evaluation.json").write_text(json.dumps(info))
+    (folder / "keys.json").write_text(json.dumps([d.key(row) for d in datasets for row in d.rows("val")]))
+    np.save(folder / "predictions/regressor.npy", [d.target(row) for d in datasets for row in d.rows("val")])
+    np.save(folder / "scores/regressor.npy", scores.astype(np.float32))
+
+
+@pytest.fixture
+def run(tmp_path: Path, data: Path) -> Path:
+    """A run with its evaluation: picture n scores n / 30."""
+    folder = tmp_path / "quickstart"
+    (folder / "best").mkdir(parents=True)
+    records: list[dict[str, Any]] = []
+    for s in range(1, 101):
+        at = {"step": s, "epoch": s / 50, "seconds": s * 3.0}
+        records.append({**at, "train/loss": 1 / s, "train/images_per_s": 100.0 + s, "train/mfu": 0.4})
+        if s % 50 == 0:
+            records.append({**at, "val/cosine": 0.5 + s / 400, "val/low": 0.5, "val/high": 0.8})
+            records.append({**at, "val/real/cosine": 0.61, "val/real/low": 0.5, "val/real/high": 0.7})
+            records.append({**at, "val/source/coco": 0.62, "val/source/lexica": 0.63})
+    (folder / "log.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"step": 101, "ep')
+    values = compose("train", [f"dataset=[{data}]", "optim.lr=3e-4", f"encoder={small_dataset.ENCODER}"])
+    (folder / "settings.json").write_text(json.dumps(values))
+    config = {"backbone": "tiny", "size": 32, "encoder": small_dataset.ENCODER}
+    (folder / "best/config.json").write_text(json.dumps(config))
+    write_evaluation(folder / "evaluation", [data], np.arange(JUDGED) / JUDGED)
     return folder
 
 
-def test_page_holds_what_was_measured(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def groups_of(html: str, count: int) -> dict[str, str]:
+    return {m[1]: m[2] for m in re.finditer(rf"<h3>(\w+) 4 of {count}</h3>(.*?)(?=<h3>|</section>)", html, re.DOTALL)}
+
+
+def test_page_holds_what_was_measured(run: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         report.run({"run": str(run), "scenes": 50})
     path = run / "report.html"
     assert caplog.messages == [f"report: {path}"]
     html = path.read_text()
     assert HOSTILE not in html
-    for shown in ("0.726", "0.721–0.731", "5 min 00 s", "2 epochs", "tiny at 32 px → MiniLM", "data/glyphs", "0.0003"):
+    for shown in ("0.726", "0.721–0.731", "5 min 00 s", "2 epochs", "tiny at 32 px → colours", str(data), "0.0003"):
         assert shown in html
     assert "Skipped: 1, such as 000099 (cut off)." in html
     assert "49 of the 50, drawn at random" in html
-    assert "could not be read: 1, such as 000077: cut off." in html
-    groups = {m[1]: m[2] for m in re.finditer(r"<h3>(\w+) 4 of 30</h3>(.*?)(?=<h3>|</section>)", html, re.S)}
+    assert "could not be read: 1, such as cannot identify image file." in html
+    groups = groups_of(html, JUDGED)
     titles = {kind: re.findall(r'class="title">picture (\d+)<', text) for kind, text in groups.items()}
-    assert titles == {
-        "Best": ["29", "28", "27", "26"],
-        "Middle": ["16", "15", "14", "13"],
-        "Worst": ["3", "2", "1", "0"],
-    }
+    ranked = [str(row) for row in Dataset(data).rows("val")[::-1]]
+    assert titles == {"Best": ranked[:4], "Middle": ranked[13:17], "Worst": ranked[-4:]}
     assert groups["Best"].count('class="lead-figure"') == 12
     report.run({"run": str(run), "scenes": 50})
     assert path.read_text() == html
 
 
-def test_nearest_prompts_match_brute_force(monkeypatch: pytest.MonkeyPatch) -> None:
-    dataset = Memory("d")
-    query_NE = unit(5, 1)
-    rows = dataset.rows("train")
-    best = [{dataset.prompts(i)[0]: float(z_E @ dataset.targets(i)[0]) for i in rows} for z_E in query_NE]
-    expected = [sorted(((c, p) for p, c in kept.items()), reverse=True)[:3] for kept in best]
-    for chunk in (7, 1000):
-        monkeypatch.setattr(report, "CHUNK", chunk)
-        found = report.nearest_prompts(cast(Dataset, dataset), rows, query_NE, 3)
-        assert [[p for _, p in pairs] for pairs in found] == [[p for _, p in pairs] for pairs in expected]
-        assert np.allclose([[c for c, _ in pairs] for pairs in found], [[c for c, _ in pairs] for pairs in expected])
+def test_what_was_measured_over_time_and_by_source_is_drawn(run: Path) -> None:
+    html = report.write_report(ReportSettings(run)).read_text()
+    for shown in (
+        *("Validation cosine by set", "real 0.61", "val 0.75"),
+        *("Validation cosine by source", "coco 0.62", "lexica 0.63"),
+        *("Pictures a second", "MFU", "Prompt source"),
+    ):
+        assert shown in html, shown
+    only = '{"step": 1, "epoch": 1, "seconds": 1, "train/loss": 1}\n'
+    (run / "log.jsonl").write_text(only + '{"step": 1, "epoch": 1, "seconds": 1, "val/cosine": 0.5}\n')
+    bare = report.write_report(ReportSettings(run)).read_text()
+    assert not [s for s in ("by set", "Validation cosine by source", "Pictures a second", "MFU") if s in bare]
 
 
-@pytest.mark.parametrize("count", range(1, 12))
-def test_no_picture_is_shown_twice(count: int) -> None:
-    groups = report.extremes(np.linspace(0, 1, count, dtype=np.float32), 4)
-    shown = np.concatenate(list(groups.values())).tolist()
-    assert len(shown) == len(set(shown))
-    assert shown == sorted(shown, reverse=True)
+def test_a_run_on_several_datasets_shows_pictures_of_all(run: Path, data: Path, tmp_path: Path) -> None:
+    """Their pictures have the same keys; those of the second score best."""
+    other = small_dataset.write(tmp_path / "other", train=4, val=JUDGED, size=32, seed=9)
+    values = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps({**values, "dataset": [str(data), str(other)]}))
+    write_evaluation(run / "both", [data, other], np.arange(2 * JUDGED) / (2 * JUDGED))
+    html = report.write_report(ReportSettings(run, evaluation=run / "both")).read_text()
+    assert "trained on glyphs and other" in html
+    assert "of the 54, drawn at random" in html
+    groups = groups_of(html, 2 * JUDGED)
+    dataset = Dataset(other)
+    expected = [dataset.prompts(int(row))[0] for row in dataset.rows("val")[::-1][:4]]
+    assert re.findall(r'class="title">([^<]*)<', groups["Best"]) == expected
+    assert re.findall(r'class="title">(picture)', groups["Worst"]) == ["picture"] * 4
 
 
 @pytest.mark.parametrize(
@@ -153,8 +161,8 @@ def test_missing_input_names_file_and_command(run: Path, missing: str, remedy: s
 
 def test_inputs_that_do_not_fit_are_refused(run: Path) -> None:
     keys = run / "evaluation/keys.json"
-    keys.write_text(json.dumps(["elsewhere", *Memory("").keys[1:JUDGED]]))
-    with pytest.raises(UserError, match="1 evaluated pictures, such as elsewhere, are not in data/glyphs"):
+    keys.write_text(json.dumps(["elsewhere", *json.loads(keys.read_text())[1:]]))
+    with pytest.raises(UserError, match=r"1 evaluated pictures, such as elsewhere, are not in .*glyphs: it changed"):
         report.write_report(ReportSettings(run))
     keys.write_text("[]")
     with pytest.raises(UserError, match="0 keys, 30 predictions, 30 scores of regressor"):

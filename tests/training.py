@@ -22,8 +22,8 @@ OVERRIDES = (
     "batch_size=8",
     "save_every=3",
     "log_every=1",
-    "accelerator=cpu",
-    "workers=0",
+    "scale.accelerator=cpu",
+    "scale.workers=0",
     "wandb=off",
 )
 

@@ -1,38 +1,46 @@
-"""What watches a run: progress, throughput, resume points, the best checkpoint, the log.
+"""What watches a run: progress, throughput, resume points, the best checkpoint, a loss that is no number.
 
 Nothing here touches the weights: a run without callbacks ends with the same ones.
 """
 # ruff: noqa: ARG002 – Lightning hands every hook all it has
 
-import json
 import logging
+import math
 import os
 import signal
 import sys
 import time
-from argparse import Namespace
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_only
+from safetensors.torch import save_file
 
-from conf import progress
+from conf import UserError, progress
 from train.data import Batch
 from train.module import Training
 
 log = logging.getLogger(__name__)
 
+_LATE = 2  # steps after which a loss is looked at: the GPU has it by then, and nothing waits
+
 
 class Progress(Callback):
-    """A bar with pictures a second and time left; the same rate goes to the log."""
+    """A bar with pictures a second and time left; the same rate goes to the log.
 
-    def __init__(self, steps: int, log_every: int) -> None:
-        self._steps, self._log_every = steps, log_every
+    Args:
+        flops: of a picture's training step.
+        peak: multiply-adds ×2 a second that the devices together can do, for the model FLOPs utilisation; None where
+            it is not known.
+    """
+
+    def __init__(self, steps: int, log_every: int, flops: float = 0.0, peak: float | None = None) -> None:
+        self._steps, self._log_every, self._flops, self._peak = steps, log_every, flops, peak
         self._bar = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -54,24 +62,32 @@ class Progress(Callback):
         batch_idx: int,
     ) -> None:
         self._pictures += len(batch.row_B) * trainer.world_size
+        if not _step_ends(trainer, batch_idx):
+            return
         if trainer.global_step % self._log_every == 0:
             rate = self._pictures / (time.perf_counter() - self._began)
             self._began, self._pictures = time.perf_counter(), 0
-            pl_module.log_dict({"train/images_per_s": rate, "train/lr": self._lr}, rank_zero_only=True)
+            measured = {"train/images_per_s": rate, "train/lr": self._lr}
+            if self._peak:
+                measured["train/mfu"] = rate * self._flops / self._peak
+            pl_module.log_dict(measured, rank_zero_only=True)
             if self._bar is not None:
                 loss = trainer.callback_metrics.get("train/loss")
-                self._bar.set_postfix_str(
-                    f"{rate:,.0f} pictures/s" + (f", loss {loss:.4f}" if loss is not None else ""),
-                    refresh=False,
-                )
+                told = [f"{rate:,.0f} pictures/s"]
+                told += [f"MFU {measured['train/mfu']:.0%}"] if self._peak else []
+                told += [f"loss {loss:.4f}"] if loss is not None else []
+                self._bar.set_postfix_str(", ".join(told), refresh=False)
         if self._bar is not None:
             self._bar.update()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._began, self._pictures = time.perf_counter(), 0
         score = pl_module.score if isinstance(pl_module, Training) else None
-        if trainer.is_global_zero and score is not None and not trainer.sanity_checking:
+        if trainer.is_global_zero and score is not None:
             line = f"step {trainer.global_step}: val/cosine {score.mean:.4f} [{score.low:.4f}, {score.high:.4f}]"
+            others = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/") and k.count("/") > 1}
+            told = [f"{k.removeprefix('val/')} {v:.4f}" for k, v in others.items() if not k.endswith(("/low", "/high"))]
+            line = ", ".join([line, *told])
             if self._bar is None:
                 log.info("%s", line)
             else:
@@ -95,7 +111,8 @@ class Progress(Callback):
 class ResumePoint(Callback):
     """Writes `resume.ckpt` every so many steps, after each validation, and when asked to stop.
 
-    Ctrl-C or SIGTERM ends the run after the step at hand, resumably; a second one ends it at once.
+    Ctrl-C or SIGTERM ends the run after the step at hand, resumably; a second one ends it at once. A loss that is no
+    number ends it too, with the batch in `nan_step_<n>.safetensors`, and is never saved.
     """
 
     def __init__(self, path: Path, every: int) -> None:
@@ -103,8 +120,10 @@ class ResumePoint(Callback):
         self.stopped = False
         """Whether a signal ended the run."""
         self._before: dict[int, Any] = {}
+        self._pending: deque[tuple[int, Batch, torch.Tensor, Any]] = deque()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._asked = False
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
@@ -115,10 +134,13 @@ class ResumePoint(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        # the ranks stop at one step, or they would wait for each other for ever
-        self.stopped = trainer.strategy.reduce_boolean_decision(self.stopped, all=False)
+        self._push(trainer, pl_module, outputs, batch)
+        if not _step_ends(trainer, batch_idx):
+            return
+        while len(self._pending) > (_LATE if trainer.world_size > 1 or pl_module.device.type == "cuda" else 0):
+            self._look(trainer)
         # a step that validation follows is saved after it, or a run killed in between would never validate there
-        validates = trainer.enable_validation and trainer.global_step % int(trainer.val_check_batch or 1) == 0
+        validates = trainer.enable_validation and (batch_idx + 1) % int(trainer.val_check_batch or 1) == 0
         if not validates:
             if self.stopped or trainer.global_step % self._every == 0:
                 self._save(trainer)
@@ -130,6 +152,7 @@ class ResumePoint(Callback):
             self._end(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._look_at_all(trainer)
         self._hand_back()
 
     def on_exception(
@@ -137,13 +160,59 @@ class ResumePoint(Callback):
     ) -> None:
         self._hand_back()
 
+    def _push(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch
+    ) -> None:
+        """Queues whether the loss is no number and whether this rank was asked to stop, for all ranks to agree on."""
+        loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
+        bad = torch.zeros((), device=pl_module.device) if loss is None else (~loss.detach().isfinite()).float()
+        flags = torch.stack([bad, torch.tensor(float(self._asked), device=bad.device)])
+        work = None
+        if trainer.world_size > 1:
+            # read two steps later: a wait in every step would cost more than it tells
+            work = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._pending.append((trainer.global_step, batch, flags, work))
+
+    def _look(self, trainer: lightning.Trainer) -> None:
+        step, batch, flags, work = self._pending.popleft()
+        if work is not None:
+            work.wait()
+        bad, asked = flags.tolist()
+        self.stopped = self.stopped or bool(asked)
+        if bad:
+            name = f"nan_step_{step}" + (f"_rank_{trainer.global_rank}" if trainer.world_size > 1 else "")
+            where = self.path.with_name(f"{name}.safetensors")
+            kept = {"image_BCHW": batch.image_BCHW, "target_BE": batch.target_BE, "row_B": batch.row_B}
+            save_file({k: v.cpu().contiguous() for k, v in kept.items()}, where)
+            raise UserError(
+                f"the loss of step {step} is not a number; the batch is in {where}. "
+                f"{'The same command goes on from the last resume point, and' if self.path.exists() else 'It'} "
+                "will come here again: try a lower optim.lr and optim.head_lr, a longer optim.warmup, optim.clip=1, or "
+                "scale.precision=bf16 or fp32 in place of fp16, under another name=…"
+            )
+
+    def _look_at_all(self, trainer: lightning.Trainer) -> None:
+        while self._pending:
+            self._look(trainer)
+
     def _save(self, trainer: lightning.Trainer) -> None:
+        self._look_at_all(trainer)
         part = self.path.with_name(f".{self.path.name}.part")
-        trainer.save_checkpoint(part)
-        if trainer.is_global_zero:
-            with part.open("rb") as written:
-                os.fsync(written.fileno())
-            part.replace(self.path)
+        try:
+            trainer.save_checkpoint(part)
+            if trainer.is_global_zero:
+                with part.open("rb") as written:
+                    os.fsync(written.fileno())
+                part.replace(self.path)
+        except (OSError, RuntimeError) as error:
+            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
+                raise
+            part.unlink(missing_ok=True)
+            before = "that of an earlier step is there still" if self.path.exists() else "there is none yet"
+            raise UserError(
+                f"cannot write the resume point {self.path} at step {trainer.global_step}: {error}; {before}. "
+                "Make room, and the same command goes on."
+            ) from error
 
     def _end(self, trainer: lightning.Trainer) -> None:
         if self.stopped:
@@ -151,9 +220,9 @@ class ResumePoint(Callback):
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
     def _ask(self, number: int, frame: object) -> None:
-        if self.stopped:
+        if self._asked:
             sys.exit(130)
-        self.stopped = True
+        self._asked = True
         log.warning("\nstopping after this step; once more stops at once")
 
     def _hand_back(self) -> None:
@@ -163,20 +232,19 @@ class ResumePoint(Callback):
 
 
 class KeepBest(Callback):
-    """Calls `save` with the module whenever validation scores above all before."""
+    """Calls `save` with the module, on every rank, whenever validation scores above all before."""
 
     def __init__(self, save: Callable[[Training], None]) -> None:
         self._save = save
-        self.best = -1.0
+        self.best = -math.inf
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Training)
         score = pl_module.score
-        if trainer.sanity_checking or score is None or not score.mean > self.best:  # NaN is never better
+        if score is None or not score.mean > self.best:  # NaN is never better
             return
         self.best = score.mean
-        if trainer.is_global_zero:
-            self._save(pl_module)
+        self._save(pl_module)
 
     def state_dict(self) -> dict[str, float]:
         return {"best": self.best}
@@ -185,49 +253,6 @@ class KeepBest(Callback):
         self.best = state_dict["best"]
 
 
-class JsonLines(Logger):
-    """`log.jsonl`: one object a line with step, epoch, seconds of training, and what was measured.
-
-    A resumed run drops the lines that lie beyond its resume point, and its clock goes on.
-    """
-
-    def __init__(self, path: Path, per_epoch: int, resumed_at: int) -> None:
-        super().__init__()
-        self._path, self._per_epoch = path, per_epoch
-        kept = []
-        if resumed_at and path.exists():
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:  # the line that a kill cut short
-                    continue
-                if record["step"] <= resumed_at:
-                    kept.append(record)
-        self._kept: str | None = "".join(json.dumps(record) + "\n" for record in kept)
-        self._before = kept[-1]["seconds"] if kept else 0.0
-        self._began = time.perf_counter()
-
-    @property
-    def name(self) -> str:
-        return "log"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Settings are in `settings.json`."""
-
-    @rank_zero_only
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self._kept is not None:
-            self._path.write_text(self._kept)
-            self._kept = None
-        done = (step or 0) + 1  # Lightning counts the steps before this one
-        record = {"step": done, "epoch": round(done / self._per_epoch, 4), "seconds": round(self._seconds(), 3)}
-        metrics = {k: v for k, v in metrics.items() if k != "epoch"}
-        with self._path.open("a") as file:
-            file.write(json.dumps({**record, **metrics}) + "\n")
-
-    def _seconds(self) -> float:
-        return self._before + time.perf_counter() - self._began
+def _step_ends(trainer: lightning.Trainer, batch_idx: int) -> bool:
+    """Whether this micro-batch was the last of its step."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

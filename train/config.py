@@ -1,5 +1,6 @@
 """Typed settings of `python -m train` and `train.evaluate`; `conf/` holds the values."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -8,54 +9,181 @@ from conf import Location
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    blocks: int
+    """Blocks above the frozen ones that get adapters, while their own weights stay; 0: none."""
+    rank: int
+    alpha: float
+    """Adapters count alpha ÷ rank."""
+    dropout: float
+
+    def problems(self) -> list[str]:
+        found = [] if self.blocks >= 0 else [f"blocks: {self.blocks} is below 0"]
+        found += [] if self.rank >= 1 else [f"rank: {self.rank} is below 1"]
+        found += [] if self.alpha > 0 else [f"alpha: {self.alpha} is not above 0"]
+        return found + _outside(self, dropout=(0, 0.99))
+
+
+@dataclass(frozen=True)
 class ModelSettings:
     backbone: str
-    """A timm name, or open_clip:MODEL/PRETRAINED."""
+    """A timm name, open_clip:MODEL/PRETRAINED or transformers:blip2_vision."""
     weights: str
     """pretrained, random, a .safetensors file, or a folder that holds model.safetensors."""
     size: int | Literal["dataset"] | None
     """Side of the input, pixels; null takes the backbone's own, dataset the rendered pictures' where it is smaller."""
-    head_init: Literal["ridge", "random"]
+    head: Literal["linear", "wide"]
+    head_width: int
+    """Hidden units of a wide head."""
+    head_init: Literal["ridge", "text", "random"]
     """ridge: the head in closed form over frozen features (one pass), before any step."""
-    freeze: int
+    text_tower: str | None
+    """open_clip:MODEL/PRETRAINED for head_init=text; null takes the backbone's own."""
+    freeze: int | Literal["all"]
     """Blocks at the bottom that stay as they are, the stem with them; 0 trains all."""
     fixed_stats: bool
     """Whether batch norms keep the statistics of their pre-training."""
+    lora: LoraSettings
 
     def problems(self) -> list[str]:
         found = []
         if isinstance(self.size, int) and self.size < 8:
             found.append(f"size: {self.size} is below 8 pixels")
-        if self.freeze < 0:
+        if isinstance(self.freeze, int) and self.freeze < 0:
             found.append(f"freeze: {self.freeze} is below 0")
+        if self.head_width < 1:
+            found.append(f"head_width: {self.head_width} is below 1")
+        if self.freeze == "all" and self.lora.blocks:
+            found.append(f"lora.blocks: {self.lora.blocks}, but freeze=all leaves no block above; freeze fewer")
+        if self.head_init == "text" and self.head == "wide":
+            found.append("head_init: text gives a linear map, so it needs head=linear")
+        if self.text_tower is not None and self.head_init != "text":
+            found.append(f"text_tower: {self.text_tower} serves head_init=text, and head_init is {self.head_init}")
         return found
 
 
 @dataclass(frozen=True)
+class LossSettings:
+    mse: float
+    """Weight of the squared distance beside the cosine."""
+    contrastive: float
+    """Weight of the contrastive part."""
+    temperature: float
+    hardest: float
+    """Share of a step's pictures that counts, those of the lowest cosine."""
+
+    @property
+    def needs_whole_step(self) -> bool:
+        """Whether a picture's loss depends on the others of its step, so that gradients cannot be added up."""
+        return self.contrastive > 0 or self.hardest < 1
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{name}: {getattr(self, name)} is below 0" for name in ("mse", "contrastive") if getattr(self, name) < 0
+        ]
+        found += [
+            f"{name}: {getattr(self, name)} is not above 0"
+            for name in ("temperature", "hardest")
+            if not getattr(self, name) > 0
+        ]
+        return found + ([f"hardest: {self.hardest} is above 1"] if self.hardest > 1 else [])
+
+
+@dataclass(frozen=True)
 class OptimSettings:
+    name: Literal["adamw", "adamw8bit", "lion", "madgrad"]
     lr: float
     """Peak learning rate of the backbone."""
     head_lr: float
     """Peak learning rate of the head."""
+    layer_decay: float
+    """Rate of a block as a share of the rate of the block above it."""
     weight_decay: float
-    """AdamW's, on matrices alone."""
+    """On matrices alone."""
     betas: tuple[float, ...]
-    """AdamW's two."""
+    """Two."""
+    schedule: Literal["cosine", "onecycle", "constant"]
     warmup: int
     """Steps with a rising rate, times a cosine that falls to zero from the first step on."""
     clip: float
     """Largest norm of a step's gradient; 0 does not clip."""
     head_only: float
     """Epochs at the start in which the head alone trains (LP-FT)."""
+    head_only_lr: float | None
+    """Peak of the head meanwhile, on a cosine of its own; null: head_lr on the run's schedule."""
+    ema: float
+    """Decay of the averaged weights that are validated and saved; 0: none."""
 
     def problems(self) -> list[str]:
         found = [
-            f"{name}: {value} is below 0"
-            for name, value in vars(self).items()
-            if isinstance(value, int | float) and value < 0
+            f"{name}: {getattr(self, name)} is not above 0; freeze=all or head_only trains the head alone"
+            for name in ("lr", "head_lr")
+            if not getattr(self, name) > 0
+        ]
+        found += [
+            f"{name}: {getattr(self, name)} is below 0"
+            for name in ("weight_decay", "warmup", "clip", "head_only")
+            if not getattr(self, name) >= 0
         ]
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             found.append(f"betas: {list(self.betas)} are not two numbers from 0 to 1")
+        if self.head_only_lr is not None and not (self.head_only_lr > 0 and self.head_only):
+            found.append(f"head_only_lr: {self.head_only_lr} needs a rate above 0 and head_only above 0")
+        if not 0 < self.layer_decay <= 1:
+            found.append(f"layer_decay: {self.layer_decay} is not above 0 and at most 1")
+        return found + ([] if 0 <= self.ema < 1 else [f"ema: {self.ema} is not from 0 to below 1"])
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    one_seed: bool
+    """Whether one of a prompt's several pictures is drawn each epoch."""
+    sources: dict[str, float]
+    """How much the pictures of a prompt source count in the loss."""
+    weights: Path | None
+    """.parquet or .csv of key and weight."""
+    crop: float
+    """Smallest share of a picture's area that a random crop keeps."""
+    flip: bool
+    """Mirror every other picture."""
+    jitter: float
+    """Largest change of brightness and of contrast, as a share."""
+    erase: float
+    """Chance to blank a rectangle."""
+
+    def problems(self) -> list[str]:
+        found = [f"sources.{name}: {value} is below 0" for name, value in self.sources.items() if not value >= 0]
+        if self.weights is not None and self.weights.suffix not in (".parquet", ".csv"):
+            found.append(f"weights: {self.weights} is neither .parquet nor .csv")
+        return found + _outside(self, crop=(0.05, 1), jitter=(0, 0.9), erase=(0, 1))
+
+
+@dataclass(frozen=True)
+class ScaleSettings:
+    accelerator: Literal["auto", "cpu", "gpu"]
+    devices: int | Literal["auto"]
+    nodes: int
+    """Machines."""
+    strategy: Literal["ddp", "fsdp"]
+    precision: Literal["auto", "fp32", "bf16", "fp16"]
+    """auto: bf16 on a GPU that has it, fp16 with loss scaling on another, fp32 on a CPU."""
+    micro_batch: int | Literal["auto"]
+    """Pictures a device takes at once; gradients add up to the batch."""
+    recompute: Literal["auto", "none", "selective", "full"]
+    """Activations that the backward pass computes again."""
+    compile: Literal["auto"] | bool
+    """torch.compile of each block."""
+    workers: int | None
+    """Processes that decode; null decides by the machine."""
+
+    def problems(self) -> list[str]:
+        found = [
+            f"{name}: {getattr(self, name)} is below 1"
+            for name in ("devices", "nodes", "micro_batch")
+            if isinstance(getattr(self, name), int) and getattr(self, name) < 1
+        ]
+        if self.workers is not None and self.workers < 0:
+            found.append(f"workers: {self.workers} is below 0; null decides by the machine")
         return found
 
 
@@ -65,10 +193,20 @@ class TrainSettings:
     """Of the run."""
     out: Path
     """Run folder."""
-    dataset: Location
-    """Dataset folder: a local path or an fsspec URL."""
+    dataset: tuple[Location, ...]
+    """Dataset folders: local paths or fsspec URLs."""
+    passes: tuple[float, ...] | None
+    """Over each dataset in an epoch; null: one over each."""
+    val: tuple[Location, ...]
+    """More datasets to validate on, which training must never see."""
+    fold: str | None
+    """i/n: validate on the i-th n-th of all prompts; null: the dataset's own split."""
+    fold_threshold: float
+    """Cosine to a prompt of the fold at which a training prompt is left out."""
     encoder: str
     """Whose target vectors to train on."""
+    init_from: Path | None
+    """Checkpoint folder to begin from."""
     seed: int
     epochs: float
     """Passes over the training pictures."""
@@ -82,16 +220,25 @@ class TrainSettings:
     """Steps between two resume points."""
     log_every: int
     """Steps between two lines of the log."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"]
-    """auto: bf16 on a GPU that has it, fp16 with loss scaling on another, fp32 on a CPU."""
-    accelerator: Literal["auto", "cpu", "gpu"]
-    devices: int | Literal["auto"]
-    workers: int | None
-    """Processes that decode; null decides by the machine."""
+    keep_first: bool
+    """Whether <out>/first is written, the model before its first step."""
     wandb: Literal["auto", "online", "offline", "off"]
     """auto: online with an account, else offline."""
+    dry_run: bool
+    """Whether to tell the cost and stop."""
     model: ModelSettings
+    loss: LossSettings
     optim: OptimSettings
+    data: DataSettings
+    scale: ScaleSettings
+
+    @property
+    def fold_of(self) -> tuple[int, int] | None:
+        """(i, n) of `fold`, i from 1."""
+        if self.fold is None:
+            return None
+        i, _, n = self.fold.partition("/")
+        return int(i), int(n)
 
     def problems(self) -> list[str]:
         found = [
@@ -102,13 +249,35 @@ class TrainSettings:
         found += [
             f"{name}: {getattr(self, name)} is not above 0"
             for name in ("epochs", "validate_every")
-            if getattr(self, name) <= 0
+            if not getattr(self, name) > 0
         ]
-        if self.workers is not None and self.workers < 0:
-            found.append(f"workers: {self.workers} is below 0; null decides by the machine")
+        if self.seed < 0:
+            found.append(f"seed: {self.seed} is below 0")
         if self.max_steps is not None and self.max_steps < 1:
             found.append(f"max_steps: {self.max_steps} is below 1; null lets epochs decide")
-        return found
+        if not self.dataset:
+            found.append("dataset: empty; name at least one folder")
+        if len(set(map(str, self.dataset))) < len(self.dataset):
+            found.append("dataset: a folder is named twice; passes=[…] says how often each is seen")
+        if self.passes is not None:
+            if len(self.passes) != len(self.dataset):
+                found.append(f"passes: {len(self.passes)} numbers for {len(self.dataset)} datasets; give one each")
+            found += [f"passes: {p} is not above 0; leave that dataset out" for p in self.passes if not p > 0]
+        found += [f"val: {v} is trained on, too" for v in self.val if v in self.dataset]
+        if self.fold is not None:
+            fits = re.fullmatch(r"(\d+)/(\d+)", self.fold)
+            if not fits or not 1 <= int(fits[1]) <= int(fits[2]) or int(fits[2]) < 2:
+                found.append(f"fold: {self.fold!r} is not i/n with 1 ≤ i ≤ n and n at least 2, such as 1/5")
+        return found + _outside(self, fold_threshold=(0.1, 1.01))
+
+
+def _outside(settings: object, **bounds: tuple[float, float]) -> list[str]:
+    values = {name: getattr(settings, name) for name in bounds}
+    return [
+        f"{name}: {value} is outside {bounds[name][0]} to {bounds[name][1]}"
+        for name, value in values.items()
+        if not bounds[name][0] <= value <= bounds[name][1]
+    ]
 
 
 @dataclass(frozen=True)

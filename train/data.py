@@ -1,11 +1,13 @@
-"""Batches from `datagen.shards`: uint8 pictures of the model's size, and the mean of their captions' vectors.
+"""Batches from `datagen.shards`: uint8 pictures of the model's size, the mean of their captions' vectors, weights.
 
-A picture that cannot be read is left out of its batch, counted and listed. B pictures, E target width, S side.
+Pictures of several datasets have one numbering. One that cannot be read is left out of its batch, counted and listed.
+B pictures, E target width, S side, N pictures of all datasets.
 """
 
-import math
+import logging
+import multiprocessing
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,18 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from conf import UserError
-from datagen.shards import CorruptImage, Dataset
+from datagen.shards import FAULTY, CorruptImage, Dataset
 from models.preprocess import BadImage, decode, fit
+from train.config import TrainSettings
+from train.draws import Draws, InOrder, Part, Steps, per_epoch
+from train.folds import Prompts, fold_rows, refuse_seen, without_others_validation
+from train.weights import picture_weights
+
+log = logging.getLogger(__name__)
+
+Rows = NDArray[np.int64]
+
+_METRICS = ("cosine", "high", "low", "source", "val")  # names that a set of validation pictures cannot have
 
 
 @dataclass
@@ -28,9 +40,11 @@ class Batch:
     target_BE: torch.Tensor  # noqa: N815
     """Means of the captions' unit vectors: their dot product with z_BE is the score."""
     row_B: torch.Tensor  # noqa: N815
-    """Numbers of the pictures in their dataset."""
+    """Numbers of the pictures in `Pictures`."""
+    weight_B: torch.Tensor  # noqa: N815
+    """How much each counts in the loss, float32; 1 on average over all that is trained on."""
     bad: list[tuple[str, str]]
-    """Key and reason of each picture left out."""
+    """Label and reason of each picture left out."""
 
     def pin_memory(self) -> "Batch":
         return self._each(torch.Tensor.pin_memory)
@@ -39,78 +53,116 @@ class Batch:
         return self._each(lambda t: t.to(device, non_blocking=non_blocking))
 
     def _each(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
-        return Batch(move(self.image_BCHW), move(self.target_BE), move(self.row_B), self.bad)
+        return Batch(move(self.image_BCHW), move(self.target_BE), move(self.row_B), move(self.weight_B), self.bad)
 
 
 class Pictures(TorchDataset):
-    """Decoded pictures of a dataset at the model's size."""
+    """Decoded pictures of datasets at the model's size, numbered through.
 
-    def __init__(self, dataset: Dataset, size: int) -> None:
-        self.dataset = dataset
-        self.size = size
+    Args:
+        datasets: with the same target vectors.
+        weight_N: how much each picture counts, float32; None: all the same.
 
-    def __getitems__(self, rows: list[int]) -> Batch:
-        images, targets, good, bad = [], [], [], []
-        for row in rows:
-            try:
-                images.append(fit(decode(self.dataset.image_bytes(row)), self.size))
-            except (CorruptImage, BadImage) as error:
-                bad.append((self.dataset.key(row), str(error)))
-                continue
-            targets.append(torch.from_numpy(self.dataset.target(row)))
-            good.append(row)
-        image_BCHW = torch.stack(images) if images else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
-        target_BE = torch.stack(targets) if targets else torch.zeros(0, self.dataset.width)
-        return Batch(image_BCHW, target_BE, torch.tensor(good, dtype=torch.int64), bad)
-
-
-class Steps(Sampler[list[int]]):
-    """The rows of every step of a run: a pure function of seed and step, so that any step can be the first.
-
-    Each epoch is a fresh permutation; its last, short batch is left out. Rank r of w takes every w-th row of a step.
+    Raises:
+        UserError: vectors of different encoders.
     """
 
-    def __init__(
-        self,
-        rows: NDArray[np.int64],
-        batch_size: int,
-        steps: int,
-        seed: int,
-        *,
-        first: int = 0,
-        rank: int = 0,
-        world: int = 1,
-    ) -> None:
-        self._rows, self._batch_size, self._seed = rows, batch_size, seed
-        self._steps, self._first, self._rank, self._world = steps, first, rank, world
-        self._per_epoch = per_epoch(len(rows), batch_size)
+    def __init__(self, datasets: Sequence[Dataset], size: int, weight_N: NDArray[np.float32] | None = None) -> None:
+        self.datasets = list(datasets)
+        self.size = size
+        self.weight_N = weight_N
+        self.offsets = np.cumsum([0, *map(len, self.datasets)])
+        """Number of each dataset's first picture, and of all pictures at the end."""
+        self.names = distinct_names(self.datasets)
+        _refuse_other_vectors(self.datasets)
 
     def __len__(self) -> int:
-        return self._steps
+        return int(self.offsets[-1])
 
-    def __iter__(self) -> Iterator[list[int]]:
-        order, shuffled = None, -1
-        for step in range(self._first, self._steps):
-            epoch, place = divmod(step, self._per_epoch)
-            if epoch != shuffled:
-                order, shuffled = np.random.default_rng([self._seed, epoch]).permutation(self._rows), epoch
-            assert order is not None
-            batch = order[place * self._batch_size : (place + 1) * self._batch_size]
-            yield batch[self._rank :: self._world].tolist()
+    @property
+    def width(self) -> int:
+        """E."""
+        return self.datasets[0].width
+
+    def place(self, row: int) -> tuple[Dataset, int]:
+        """The dataset of a picture, and its number there."""
+        number = self.dataset_of(row)
+        return self.datasets[number], int(row - self.offsets[number])
+
+    def dataset_of(self, row: int) -> int:
+        """Which of `datasets` a picture is from."""
+        return int(np.searchsorted(self.offsets, row, side="right")) - 1
+
+    def rows(self, number: int, own: Rows) -> Rows:
+        """Numbers here of the pictures `own` of dataset `number`."""
+        return own + self.offsets[number]
+
+    def by_dataset(self, rows: Rows) -> list[tuple[int, NDArray[np.bool_], Rows]]:
+        """Of each dataset that has some of `rows`: its number, which of them they are, and their numbers there."""
+        numbers = np.searchsorted(self.offsets, rows, side="right") - 1
+        found = [(n, numbers == n) for n in np.unique(numbers).tolist()]
+        return [(n, mine, rows[mine] - self.offsets[n]) for n, mine in found]
+
+    def key(self, row: int) -> str:
+        dataset, own = self.place(row)
+        return dataset.key(own)
+
+    def label(self, row: int) -> str:
+        """What to call a picture in a list: its key, after its dataset's name where there are several."""
+        name = f"{self.names[self.dataset_of(row)]}/" if len(self.datasets) > 1 else ""
+        return f"{name}{self.key(row)}"
+
+    def source(self, row: int) -> str:
+        dataset, own = self.place(row)
+        return dataset.source(own)
+
+    def prompts(self, row: int) -> list[str]:
+        dataset, own = self.place(row)
+        return dataset.prompts(own)
+
+    def image_bytes(self, row: int) -> bytes:
+        """The encoded picture, as `Dataset.image_bytes` has it."""
+        dataset, own = self.place(row)
+        return dataset.image_bytes(own)
+
+    def target(self, row: int) -> NDArray[np.float32]:
+        """Mean of the captions' unit vectors, [E]."""
+        dataset, own = self.place(row)
+        return dataset.target(own)
+
+    def targets(self, rows: Rows) -> NDArray[np.float32]:
+        """`target` of each of these pictures, [n, E]."""
+        found = np.empty((len(rows), self.width), np.float32)
+        for number, mine, own in self.by_dataset(rows):
+            found[mine] = self.datasets[number].mean_targets(own)
+        return found
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        images, good, bad = [], [], []
+        for row in rows:
+            try:
+                images.append(fit(decode(self.image_bytes(row)), self.size))
+                good.append(row)
+            except (CorruptImage, BadImage) as error:
+                bad.append((self.label(row), str(error)))
+        image_BCHW = torch.stack(images) if images else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+        row_B = np.array(good, np.int64)
+        weight_B = np.ones(len(good), np.float32) if self.weight_N is None else self.weight_N[row_B]
+        target_BE = torch.from_numpy(self.targets(row_B))
+        return Batch(image_BCHW, target_BE, torch.from_numpy(row_B), torch.from_numpy(weight_B), bad)
 
 
-class InOrder(Sampler[list[int]]):
-    """Rows once, in order, for validation and features; ranks share them out."""
-
-    def __init__(self, rows: NDArray[np.int64], batch_size: int, *, rank: int = 0, world: int = 1) -> None:
-        self._rows, self._batch_size = rows[rank::world], batch_size
-
-    def __len__(self) -> int:
-        return math.ceil(len(self._rows) / self._batch_size)
-
-    def __iter__(self) -> Iterator[list[int]]:
-        for start in range(0, len(self._rows), self._batch_size):
-            yield self._rows[start : start + self._batch_size].tolist()
+def distinct_names(datasets: Sequence[Dataset]) -> list[str]:
+    """Names of the datasets' folders, a number behind one that is there already."""
+    names: list[str] = []
+    for dataset in datasets:
+        plain = name = dataset.root.name or "dataset"
+        count = 1
+        while name in names:
+            count += 1
+            name = f"{plain}-{count}"
+        names.append(name)
+    return names
 
 
 class ResumableLoader(DataLoader):
@@ -129,28 +181,38 @@ class ResumableLoader(DataLoader):
         pass
 
 
-def per_epoch(pictures: int, batch_size: int) -> int:
-    """Steps an epoch."""
-    return max(pictures // batch_size, 1)
-
-
 def loader(
-    pictures: Pictures, batches: Sampler[list[int]], workers: int | None, *, pin: bool = False
+    pictures: Pictures,
+    batches: Sampler[list[int]],
+    workers: int | None,
+    *,
+    pin: bool = False,
+    keep: bool = True,
+    ranks: int = 1,
 ) -> ResumableLoader:
-    """Batches in the sampler's order from `workers` processes; None takes up to 16 beside a GPU; without one the
-    model itself needs the cores, and pictures are decoded between its steps."""
+    """Batches in the sampler's order.
+
+    Args:
+        workers: processes that decode. None takes up to 16 beside a GPU; without one the model itself needs the cores,
+            and pictures are decoded between its steps.
+        keep: whether they stay from one pass to the next.
+        ranks: processes like this one that share the machine's cores.
+    """
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = min(cores - 1, 16) if torch.cuda.is_available() else 0
+        workers = max(min(cores // ranks - 1, 16), 0) if torch.cuda.is_available() else 0
+    # a fork would copy the parent's threads in whatever state they are; what is forked here is a process that has
+    # imported all a worker needs, once, and done nothing else
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", __name__])
     return ResumableLoader(
         pictures,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_is,
         pin_memory=pin,
-        persistent_workers=workers > 0,
-        # a fork would copy the parent's threads in whatever state they are
-        multiprocessing_context="forkserver" if workers else None,
+        persistent_workers=keep and workers > 0,
+        multiprocessing_context=context if workers else None,
     )
 
 
@@ -159,35 +221,179 @@ def _as_is(batch: Any) -> Batch:
 
 
 class Data(lightning.LightningDataModule):
-    """The training and validation pictures of a dataset."""
+    """The pictures of a run: those it trains on and those it is judged by.
+
+    Attributes:
+        pictures: of `datasets`, then of `val`, numbered through.
+        train_rows: those that are trained on.
+        val_rows: those that the datasets, or the fold, keep for validation; may be none.
+        purged_rows: those that are neither, being too near the fold's.
+        val_names: of the validation loaders, in order: "val" for `val_rows` if there are any, then one for each of
+            `val`, by its folder.
+        val_sets: rows of each, in the same order.
+        draws: what an epoch draws.
+        per_epoch, steps: steps of an epoch, and of the run.
+        accumulate: micro-batches a step on each device; may be set until training begins.
+
+    Args:
+        datasets: to train on.
+        val: more to validate on: the split "val" of each, or all of one that has no such split.
+        size: S.
+        device: where the vectors of a fold are compared.
+
+    Raises:
+        UserError: a dataset with nothing to train on; vectors of several encoders; weights that cannot be used; a set
+            of `val` that has prompts of training.
+    """
 
     def __init__(
-        self, dataset: Dataset, size: int, *, batch_size: int, steps: int, seed: int, workers: int | None
+        self,
+        datasets: Sequence[Dataset],
+        val: Sequence[Dataset],
+        chosen: TrainSettings,
+        size: int,
+        *,
+        accumulate: int = 1,
+        device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.pictures = Pictures(dataset, size)
-        self.train_rows = dataset.rows("train")
-        self.val_rows = dataset.rows("val") if dataset.splits.get("val") else np.zeros(0, np.int64)
-        self._batch_size, self._steps, self._seed, self._workers = batch_size, steps, seed, workers
+        self.accumulate = accumulate
+        self._chosen = chosen
+        self.pictures = pictures = Pictures([*datasets, *val], size)
+        trained, others = range(len(datasets)), range(len(datasets), len(datasets) + len(val))
+        # reading every prompt takes a while, and one dataset by its own split has no need of it
+        prompts = Prompts(pictures) if chosen.fold or len(pictures.datasets) > 1 else None
+        self.purged_rows = np.zeros(0, np.int64)
+        if chosen.fold_of is not None:
+            every = _joined([pictures.rows(n, _sound(pictures.datasets[n])) for n in trained])
+            made = fold_rows(
+                pictures, every, chosen.fold_of, chosen.fold_threshold, chosen.seed, device=device, prompts=prompts
+            )
+            self.train_rows, self.val_rows, self.purged_rows = made.train, made.val, made.purged
+            log.info(
+                "fold %s: %s pictures; %s (%.1f %%) of the others left out, at cosine %g or more to one of its prompts",
+                *(chosen.fold, f"{len(made.val):,}", f"{len(made.purged):,}", 100 * made.share_purged),
+                chosen.fold_threshold,
+            )
+        else:
+            self.train_rows, self.val_rows = _own_splits(pictures, trained)
+            if prompts is not None:
+                self.train_rows = without_others_validation(pictures, prompts, self.train_rows, self.val_rows)
+        sets = [pictures.rows(n, _judged(pictures.datasets[n])) for n in others]
+        if prompts is not None:
+            names = [str(pictures.datasets[n].root) for n in others]
+            refuse_seen(prompts, self.train_rows, dict(zip(names, sets, strict=True)))
+        self.train_rows, pictures.weight_N = picture_weights(
+            pictures, self.train_rows, chosen.data.sources, chosen.data.weights
+        )
+        own = ["val"] if len(self.val_rows) else []
+        self.val_names = [*own, *_beside(pictures.names[len(datasets) :])]
+        self.val_sets = [*[self.val_rows for _ in own], *sets]
+        self.draws = Draws(self._parts(trained), chosen.seed)
+        self.per_epoch = per_epoch(len(self.draws), chosen.batch_size)
+        self.steps = chosen.max_steps or max(round(chosen.epochs * self.per_epoch), 1)
+
+    def _parts(self, trained: range) -> list[Part]:
+        rows_of = {number: own for number, _, own in self.pictures.by_dataset(self.train_rows)}
+        left_out = [self.pictures.datasets[n].root for n in trained if n not in rows_of]
+        if left_out:
+            raise UserError(
+                f"nothing of {', '.join(map(str, left_out))} is left to train on; take it out of dataset=[…], or give "
+                f"its pictures weights above 0"
+            )
+        parts = []
+        for number in trained:
+            dataset, own = self.pictures.datasets[number], rows_of[number]
+            units = dataset.prompt_sets()[own] if self._chosen.data.one_seed else None
+            passes = self._chosen.passes[number] if self._chosen.passes else 1
+            parts.append(Part(self.pictures.rows(number, own), passes, units))
+        return parts
 
     def train_dataloader(self) -> DataLoader:
-        trainer = self.trainer
-        assert trainer is not None
+        trainer = self._attached()
         batches = Steps(
-            self.train_rows,
-            self._batch_size,
-            self._steps,
-            self._seed,
+            self.draws,
+            self._chosen.batch_size,
+            self.steps,
             first=trainer.global_step,
             rank=trainer.global_rank,
             world=trainer.world_size,
+            accumulate=self.accumulate,
         )
-        return loader(self.pictures, batches, self._workers, pin=torch.cuda.is_available())
+        return self._loader(batches)
 
-    def val_dataloader(self) -> DataLoader | list[DataLoader]:
-        trainer = self.trainer
-        assert trainer is not None
-        if not len(self.val_rows):
-            return []
-        batches = InOrder(self.val_rows, self._batch_size, rank=trainer.global_rank, world=trainer.world_size)
-        return loader(self.pictures, batches, self._workers, pin=torch.cuda.is_available())
+    def val_dataloader(self) -> list[DataLoader]:
+        trainer = self._attached()
+        size, rank, world = self._chosen.batch_size, trainer.global_rank, trainer.world_size
+        # a step may be more than a device can hold at once
+        size = max(size // (world * self.accumulate), 1)
+        batches = [InOrder(rows, size, rank=rank, world=world) for rows in self.val_sets]
+        # processes that wait for the next validation hold memory: one set's may
+        return [self._loader(each, keep=number == 0) for number, each in enumerate(batches)]
+
+    def _loader(self, batches: Sampler[list[int]], *, keep: bool = True) -> DataLoader:
+        trainer = self._attached()
+        pin = trainer.strategy.root_device.type == "cuda"
+        workers = self._chosen.scale.workers
+        return loader(self.pictures, batches, workers, pin=pin, keep=keep, ranks=trainer.num_devices)
+
+    def _attached(self) -> lightning.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("loaders need a trainer: its step is where the run begins, its ranks share the pictures")
+        return self.trainer
+
+
+def _own_splits(pictures: Pictures, trained: range) -> tuple[Rows, Rows]:
+    """The rows of "train", and of "val" where there is one, over all datasets that are trained on."""
+    train, val, problems = [], [], []
+    for number in trained:
+        dataset = pictures.datasets[number]
+        try:
+            train.append(pictures.rows(number, dataset.rows("train")))
+        except UserError as error:
+            problems.append(str(error))
+        if dataset.splits.get("val"):
+            val.append(pictures.rows(number, dataset.rows("val")))
+    if problems:
+        raise UserError("\n".join(problems))
+    return _joined(train), _joined(val)
+
+
+def _judged(dataset: Dataset) -> Rows:
+    return dataset.rows("val") if dataset.splits.get("val") else _sound(dataset)
+
+
+def _sound(dataset: Dataset) -> Rows:
+    """All pictures but the faulty.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = [dataset.rows(split) for split in dataset.splits if split != FAULTY]
+    if not found:
+        raise UserError(f"{dataset.root} has no picture that could be drawn, only {dataset.splits}")
+    return np.sort(_joined(found))
+
+
+def _joined(rows: Sequence[Rows]) -> Rows:
+    return np.concatenate([np.zeros(0, np.int64), *rows])
+
+
+def _beside(names: Sequence[str]) -> list[str]:
+    """Names of sets beside "val", so that val/<name>/cosine is nothing else's."""
+    return [f"{name}-set" if name in _METRICS else name for name in names]
+
+
+def _refuse_other_vectors(datasets: Sequence[Dataset]) -> None:
+    first, *others = datasets
+    differ = [
+        f"  {dataset.root}: {dataset.encoder_identity}"
+        for dataset in others
+        if dataset.encoder_identity != first.encoder_identity
+    ]
+    if differ:
+        raise UserError(
+            f"datasets with vectors of different encoders:\n  {first.root}: {first.encoder_identity}\n"
+            + "\n".join(differ)
+            + "\nRemove targets/ of those that are wrong and write them anew: python -m datagen.targets out=…"
+        )

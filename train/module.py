@@ -1,92 +1,286 @@
-"""The thin LightningModule: loss, optimizer, validation score. B pictures, E target width, n pictures of validation."""
+"""The thin LightningModule: loss, optimizer, averaged weights, validation.
 
+Deleting every callback changes no weight: what decides them is here and in `train.data`. B pictures, E target width, n
+scored pictures.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as lightning
+import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 
 from conf import UserError
-from models.losses import cosine_loss
+from models import lora
+from models.depth import blocks
+from models.losses import loss
 from models.metrics import Interval, bootstrap
 from models.regressor import Regressor
-from train.config import OptimSettings
+from train import recompute
+from train.augment import augment
+from train.config import TrainSettings
 from train.data import Batch
-from train.optim import lr_share, optimizer
+from train.ema import Ema, averaged
+from train.optim import optimizer, scheduler
+from train.recompute import Mode
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is cut up, and how its machine carries it out."""
+
+    steps: int
+    per_epoch: int
+    """Steps an epoch."""
+    world: int = 1
+    """Processes, a device each."""
+    accumulate: int = 1
+    """Micro-batches a step on each device."""
+    recompute: Mode = "none"
+    compile: bool = False
+    fused: bool = False
+    """Whether the optimizer is one kernel."""
 
 
 class Training(lightning.LightningModule):
-    """Trains `model` for `steps` steps, `per_epoch` of them an epoch."""
+    """Trains `model`, in which what stays is frozen, by `chosen`, as `plan` cuts the run up.
 
-    def __init__(
-        self, model: Regressor, chosen: OptimSettings, *, freeze: int, steps: int, per_epoch: int, seed: int
-    ) -> None:
+    Args:
+        sets: names of the validation sets, the one that counts first.
+    """
+
+    def __init__(self, model: Regressor, chosen: TrainSettings, plan: Plan, sets: tuple[str, ...] = ("val",)) -> None:
         super().__init__()
-        self._freeze = freeze
-        self._head_alone: bool | None = None  # not set yet, as after a resume
         self.model = model
-        model.freeze(freeze)  # before ranks wrap the model, and before any step finds that it has fewer blocks
-        self._chosen, self._steps, self._per_epoch, self._seed = chosen, steps, per_epoch, seed
-        self._scores: list[torch.Tensor] = []
+        self._chosen, self._plan, self._sets = chosen, plan, sets
+        self._head_steps = min(math.ceil(chosen.optim.head_only * plan.per_epoch - 1e-9), plan.steps)
+        self._head_alone: bool | None = None  # not set yet, as after a resume
+        self._laid_out = False
+        self._step_losses: list[torch.Tensor] = []
+        self._ema: Ema | None = None
+        self._scores: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.score: Interval | None = None
-        """Of the latest validation."""
+        """Of the latest validation on the first set."""
         self.skipped: dict[str, str] = {}
         """Key → reason of every picture that could not be read."""
 
-    def training_step(self, batch: Batch, _: int) -> torch.Tensor | None:
-        self.skipped.update(batch.bad)
-        if not len(batch.row_B):
-            # no picture of this batch could be read: no step; where other ranks wait for its gradients, they are zero
-            sums = [p.sum() for p in self.model.parameters() if p.requires_grad]
-            return None if self.trainer.world_size == 1 else 0 * torch.stack(sums).sum()
-        loss = cosine_loss(self.model(batch.image_BCHW), batch.target_BE)
-        self.log("train/loss", loss, sync_dist=True, batch_size=len(batch.row_B))
-        return loss
+    # ------------------------------------------------------------------------------------------------- before training
+
+    def configure_model(self) -> None:
+        """Blocks that compute activations anew, are compiled, and with FSDP2 are shared out; names stay as they are."""
+        if self._laid_out:
+            return
+        self._laid_out = True
+        mesh = self.device_mesh
+        if mesh is None and self._plan.recompute == "none" and not self._plan.compile:
+            return  # the one way for a backbone whose blocks are not known
+        parts = blocks(self.model.backbone)
+        recompute.apply(parts, self._plan.recompute)
+        if self._plan.compile:
+            for part in parts:
+                part.compile()
+        if mesh is not None:
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            # autocast casts the activations; the policy halves what travels, and sums gradients in fp32
+            half = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
+            policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            self.model.backbone.to(memory_format=torch.contiguous_format)  # it shares out no others
+            for part in (*parts, self.model.backbone, self.model.head):
+                fully_shard(part, mesh=mesh["data_parallel"], mp_policy=policy)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        self.model.train()
+        made = optimizer(self.model, self._chosen.optim, fused=self._plan.fused)
+        schedule = scheduler(made, self._chosen.optim, self._plan.steps, self._head_steps)
+        if self._chosen.optim.ema:
+            self._ema = Ema(averaged(self.model), self._chosen.optim.ema)
+        return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -------------------------------------------------------------------------------------------------------- training
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         # randomness (stochastic depth, dropout) and what trains are functions of the step: any step can be the first
-        torch.manual_seed(self._seed * 1_000_003 + self.global_step)
-        head_alone = self.global_step < round(self._chosen.head_only * self._per_epoch)
+        micro = batch_idx % self._plan.accumulate
+        drawn = np.random.SeedSequence([self._chosen.seed, self.global_step, micro, self.global_rank])
+        torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]) >> 1)
+        head_alone = self.global_step < self._head_steps
         if head_alone is not self._head_alone:
-            self.model.freeze(None if head_alone else self._freeze)
+            self.model.train()
+            if head_alone:
+                self.model.backbone.eval()  # frozen statistics, too
             self._head_alone = head_alone
 
-    def validation_step(self, batch: Batch, _: int) -> None:
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor | None:
         self.skipped.update(batch.bad)
-        self._scores.append((self.model(batch.image_BCHW) * batch.target_BE).sum(-1))
+        if not len(batch.row_B) and self._plan.world == self._plan.accumulate == 1:
+            return None  # no picture of this batch could be read
+        z_BE, target_BE, weight_B = self._predictions(batch), batch.target_BE, batch.weight_B
+        planned = self._chosen.batch_size / self._plan.world / self._plan.accumulate
+        scale = 1
+        if self._chosen.loss.needs_whole_step and self._plan.world > 1:
+            # every rank takes the loss of the whole step, and its own share of the gradients; DDP averages over ranks
+            z_BE, target_BE, weight_B = self._whole_step(z_BE, target_BE, weight_B)
+            planned, scale = self._chosen.batch_size, self._plan.world
+        value = loss(z_BE, target_BE, weight_B, self._chosen.loss, planned)
+        self._step_losses.append(value.detach())
+        if len(self._step_losses) == self._plan.accumulate:
+            self.log("train/loss", torch.stack(self._step_losses).mean(), sync_dist=True, batch_size=1)
+            self._step_losses = []
+        return scale * value
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        if self._ema is not None:  # here, since callbacks, which save, come before this module's other hooks
+            self._ema.update()
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        if gradient_clip_val and self.device_mesh is not None:  # Lightning's own way refuses sharded parameters
+            torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _predictions(self, batch: Batch) -> torch.Tensor:
+        image_BCHW = augment(batch.image_BCHW, batch.row_B, self.global_step, self._chosen.seed, self._chosen.data)
+        return self._with_a_blank(image_BCHW, self._predict)
+
+    def _with_a_blank(self, image_BCHW: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What `of` makes of the pictures. Where there is none, it has a blank one that does not count: other ranks
+        wait for this one's weights and gradients."""
+        if len(image_BCHW):
+            return of(image_BCHW)
+        return of(image_BCHW.new_zeros(1, *image_BCHW.shape[1:]))[:0]
+
+    def _predict(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        if not self._head_alone:
+            return self.model(image_BCHW, unit=False)
+        # not by requires_grad: FSDP2 would not notice that it changes
+        with torch.no_grad():
+            features_BD = self.model.features(image_BCHW)
+        return self.model.project(features_BD, unit=False)
+
+    def _whole_step(self, *mine: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The predictions, targets and weights of all ranks; those of others carry no gradient."""
+        most = math.ceil(self._chosen.batch_size / self._plan.world)
+        count = len(mine[0])
+        counts = _listed(self.all_gather(torch.tensor(count, device=self.device)))
+        found = []
+        for tensor in mine:
+            padded = tensor.new_zeros(most, *tensor.shape[1:])
+            padded[:count] = tensor.detach()
+            all_WB = self.all_gather(padded)
+            assert isinstance(all_WB, torch.Tensor)
+            shares = [all_WB[rank, : int(n)] for rank, n in enumerate(counts)]
+            shares[self.global_rank] = tensor
+            found.append(torch.cat(shares))
+        return tuple(found)
+
+    # ------------------------------------------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._scores = {}
+        self._swap = self._ema.swapped() if self._ema is not None else None
+        if self._swap is not None:
+            self._swap.__enter__()
+
+    def validation_step(self, batch: Batch, _: int, dataloader_idx: int = 0) -> None:
+        self.skipped.update(batch.bad)
+        z_BE = self._with_a_blank(batch.image_BCHW, self.model)
+        score_B = (z_BE * batch.target_BE).sum(-1)
+        self._scores.setdefault(dataloader_idx, []).append((score_B, batch.row_B))
 
     def on_validation_epoch_end(self) -> None:
-        score_n = torch.cat(self._scores) if self._scores else torch.zeros(0, device=self.device)
-        self._scores = []
-        if self.trainer.world_size > 1:
-            score_n = self._gather(score_n)
-        if not len(score_n):
-            raise UserError(f"no validation picture could be read; the first: {next(iter(self.skipped.items()))}")
-        self.score = bootstrap(score_n.double().cpu().numpy())
-        names = ("val/cosine", "val/low", "val/high")
+        if self._swap is not None:
+            self._swap.__exit__(None, None, None)
+        measured: dict[str, float] = {}
+        for number, name in enumerate(self._sets):
+            score_n, row_n = self._gather(self._scores.get(number, []))
+            if not len(score_n):
+                skipped = next(iter(self.skipped.items()), None)
+                raise UserError(f"no validation picture of {name} could be read; the first: {skipped}")
+            interval = bootstrap(score_n)
+            where = "val" if number == 0 else f"val/{name}"
+            keys = ("cosine", "low", "high")
+            measured |= {f"{where}/{k}": v for k, v in zip(keys, interval, strict=True)}
+            if number == 0:
+                self.score = interval
+                measured |= {f"val/source/{k}": v for k, v in self._by_source(score_n, row_n).items()}
+        self._scores = {}
         # its own step, for after the last one Lightning would count one more
-        measured = {**dict(zip(names, self.score, strict=True)), "step": float(self.global_step - 1)}
-        self.log_dict(measured, rank_zero_only=True)
+        self.log_dict({**measured, "step": float(self.global_step - 1)}, rank_zero_only=True)
 
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        adamw = optimizer(self.model, self._chosen)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            adamw, lambda step: lr_share(step, self._steps, self._chosen.warmup)
-        )
-        return {"optimizer": adamw, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    def _by_source(self, score_n: np.ndarray, row_n: np.ndarray) -> dict[str, float]:
+        """Mean score of each prompt source, where there are several."""
+        pictures: Any = self.trainer.datamodule.pictures  # type: ignore[attr-defined]
+        sources = np.array([pictures.source(row) for row in row_n.tolist()])
+        names = sorted(set(sources.tolist()))
+        return {name: float(score_n[sources == name].mean()) for name in names} if len(names) > 1 else {}
+
+    def _gather(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of all ranks, by row; ranks hold different numbers of pictures, so short ones are padded."""
+        none = torch.zeros(0, device=self.device)
+        score_n = torch.cat([s for s, _ in parts]).double() if parts else none.double()
+        row_n = torch.cat([r for _, r in parts]) if parts else none.long()
+        if self._plan.world > 1:
+            counts = _listed(self.all_gather(torch.tensor(len(score_n), device=self.device)))
+            most = int(max(counts))
+            gathered = []
+            for tensor in (score_n, row_n):
+                padded = tensor.new_zeros(most)
+                padded[: len(tensor)] = tensor
+                all_Wn = self.all_gather(padded)
+                assert isinstance(all_Wn, torch.Tensor)
+                gathered.append(torch.cat([all_Wn[rank, : int(n)] for rank, n in enumerate(counts)]))
+            score_n, row_n = gathered
+        order = row_n.argsort().cpu().numpy()
+        return score_n.cpu().numpy()[order], row_n.cpu().numpy()[order]
+
+    # ------------------------------------------------------------------------------------------------------- what stays
+
+    def export_state(self) -> Tensors:
+        """The weights to judge and keep, on the CPU under the plain model's names: averaged, adapters merged.
+
+        Every rank calls it. With FSDP2 the shares come together on each.
+        """
+        state: dict[str, Any] = dict(self.model.state_dict())
+        if self._ema is not None:
+            state |= self._ema.state_dict()["shadow"]
+        whole = {k: getattr(v, "full_tensor", lambda v=v: v)().detach().cpu() for k, v in state.items()}
+        about = self._chosen.model.lora
+        return lora.merge(whole, about.alpha / about.rank) if about.blocks else whole
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped"] = self.skipped
+        if self._ema is not None:
+            checkpoint["ema"] = self._ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = dict(checkpoint["skipped"])
+        self._saved_ema = checkpoint.get("ema")
+        # another number of micro-batches a step may go on: Lightning counts them, not the steps
+        done = checkpoint["global_step"] * self._plan.accumulate
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update({name: done + count - counts["ready"] for name, count in counts.items()})
 
-    def _gather(self, score_n: torch.Tensor) -> torch.Tensor:
-        """The scores of all ranks; ranks hold different numbers of pictures, so short ones are padded with infinity."""
-        most = int(self.trainer.strategy.reduce(torch.tensor(float(len(score_n)), device=self.device), reduce_op="max"))
-        padded = torch.full((most,), float("inf"), device=self.device)
-        padded[: len(score_n)] = score_n
-        gathered = self.all_gather(padded)
-        assert isinstance(gathered, torch.Tensor)
-        in_order = gathered.T.flatten()  # ranks took every w-th picture
-        return in_order[~in_order.isinf()]
+    def on_train_start(self) -> None:
+        # only now, since the optimizers, and the averages with them, are made after the checkpoint is read
+        saved = getattr(self, "_saved_ema", None)
+        if self._ema is not None and saved is not None:
+            self._ema.load_state_dict(saved)
+        self._saved_ema = None
+
+
+def _listed(gathered: Any) -> list[float]:
+    return gathered.flatten().tolist()

@@ -2,13 +2,13 @@
 
     python -m train.report run=checkpoints/quickstart
 
-Reads what training and evaluation left on disk and the dataset; numpy only, so it starts at once. No part of a score is
-computed here: the page shows what `train.evaluate` measured.
+Reads what training and evaluation left on disk and the datasets; without torch for most runs, so it starts at once. No
+part of a score is computed here: the page shows what `train.evaluate` measured.
 """
 
 import json
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,10 +19,12 @@ from numpy.typing import NDArray
 from conf import UserError, command, settings
 from datagen.shards import CorruptImage, Dataset
 from report.inputs import decodable, duration, read_log, require_packages
+from train.runs import read_settings
+from train.tables import extremes, nearest_prompts
 
 log = logging.getLogger(__name__)
 
-CHUNK = 16_384  # training pictures compared at a time: 25 MB of vectors
+Rows = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Run:
     log: list[dict[str, Any]]
     """`log.jsonl`: step, epoch, seconds since the start, and any of train/loss, val/cosine, …"""
     settings: dict[str, Any]
-    """`settings.json`; its `dataset` is the dataset's path or URL."""
+    """`settings.json`; its `dataset` is a list of paths and URLs."""
     checkpoint: dict[str, Any]
     """`best/config.json`: backbone, size (px), encoder."""
 
@@ -66,7 +68,7 @@ class Evaluation:
     info: dict[str, Any]
     """`evaluation.json`."""
     keys: list[str]
-    """The pictures, in the order of every array below."""
+    """The pictures, in the order of every array below: those of the first dataset first, and so on."""
     vectors: NDArray[np.float32]
     """Unit vectors that the main embedder predicted, [N, E]."""
     scores: NDArray[np.float32]
@@ -92,7 +94,7 @@ def read_run(folder: Path) -> Run:
     remedy = "train first: python -m train +experiment=quickstart, or name a finished run: run=…"
     return Run(
         read_log(folder / "log.jsonl", remedy),
-        _read_json(folder / "settings.json", remedy, ("dataset",)),
+        read_settings(folder),
         _read_json(folder / "best/config.json", remedy, ("backbone", "size", "encoder")),
     )
 
@@ -104,7 +106,9 @@ def read_evaluation(folder: Path, run: Path) -> Evaluation:
         UserError: a file is missing, lacks a key, or two do not fit each other.
     """
     remedy = f"evaluate first: python -m train.evaluate run={run}"
-    info = _read_json(folder / "evaluation.json", remedy, ("dataset", "encoder", "split", "scores", "skipped", "main"))
+    info = _read_json(
+        folder / "evaluation.json", remedy, ("datasets", "encoder", "split", "scores", "sources", "skipped", "main")
+    )
     name = info["main"]
     if name not in [score["name"] for score in info["scores"]]:
         raise UserError(f"{folder / 'evaluation.json'}: main is {name!r}, which has no score; {remedy}")
@@ -115,39 +119,6 @@ def read_evaluation(folder: Path, run: Path) -> Evaluation:
         counts = f"{len(keys)} keys, {len(vector_NE)} predictions, {len(score_N)} scores"
         raise UserError(f"{folder} does not fit together: {counts} of {name}; {remedy}")
     return Evaluation(info, keys, vector_NE, score_N)
-
-
-def extremes(score_N: NDArray[np.float32], count: int) -> dict[str, NDArray[np.int64]]:
-    """Positions of the `count` best, middle and worst scores, each the highest first; none is shown twice."""
-    order = np.argsort(-score_N, kind="stable")
-    count = min(count, len(order) // 3) or 1
-    middle = (len(order) - count) // 2
-    groups = {"best": order[:count], "middle": order[middle : middle + count], "worst": order[len(order) - count :]}
-    return groups if len(order) >= 3 else {"best": order}
-
-
-def nearest_prompts(
-    dataset: Dataset, rows: NDArray[np.int64], vector_NE: NDArray[np.float32], count: int
-) -> list[list[tuple[float, str]]]:
-    """For each vector, the `count` distinct prompts of the pictures `rows` that lie closest to it, with their cosines.
-
-    `dataset` was opened with the encoder that the vectors belong to.
-    """
-    found: list[dict[str, float]] = [{} for _ in vector_NE]
-    for start in range(0, len(rows), CHUNK):
-        chunk = rows[start : start + CHUNK].tolist()
-        prompts = [prompt for i in chunk for prompt in dataset.prompts(i)]
-        bank_BE = np.concatenate([dataset.targets(i) for i in chunk])
-        cosine_NB = vector_NE @ bank_BE.T
-        for kept, cosine_B in zip(found, cosine_NB, strict=True):
-            new = 0
-            for b in np.argsort(-cosine_B, kind="stable"):
-                new += prompts[b] not in kept
-                kept[prompts[b]] = float(cosine_B[b])
-                if new == count:
-                    break
-    ranked = [sorted(((cosine, prompt) for prompt, cosine in kept.items()), reverse=True) for kept in found]
-    return [pairs[:count] for pairs in ranked]
 
 
 def write_report(config: ReportSettings) -> Path:
@@ -163,22 +134,26 @@ def write_report(config: ReportSettings) -> Path:
     evaluation = read_evaluation(config.evaluation or config.run / "evaluation", config.run)
     encoder = evaluation.info["encoder"]
     # a page shows few of the pictures: of a remote dataset, those alone are fetched
-    judged = Dataset(evaluation.info["dataset"], encoder=encoder, whole=False)
-    same = evaluation.info["dataset"] == run.settings["dataset"]
-    training = judged if same else Dataset(run.settings["dataset"], encoder=encoder, whole=False)
-    train_rows = training.rows("train")
+    trained = [Dataset(folder, encoder=encoder, whole=False) for folder in run.settings["dataset"]]
+    training = _training(run, trained)
+    pictures = sum(len(rows) for _, rows in training)
+    judged = _judged(evaluation, {str(d.root): d for d in trained}, config.run)
     main, last = evaluation.main, run.log[-1]
     backbone, size = run.checkpoint["backbone"], run.checkpoint["size"]
     unreadable: list[str] = []
 
     name = config.run.absolute().name
-    page = Page(f"Run {name}", f"{backbone} at {size} px → {encoder}, trained on {training.root.name}")
-    page.facts(_headline(run, evaluation, len(train_rows)))
+    names = " and ".join(dataset.root.name for dataset in trained)
+    page = Page(f"Run {name}", f"{backbone} at {size} px → {encoder}, trained on {names}")
+    page.facts(_headline(run, evaluation, pictures))
 
-    drawn = np.random.default_rng(config.seed).permutation(train_rows)
-    scenes = _readable(training, drawn.tolist(), config.scenes, unreadable)
-    page.section("Training pictures", f"{len(scenes)} of the {len(train_rows):,}, drawn at random, with their prompts.")
-    page.contact_sheet(scenes.values(), [training.prompts(i)[0] for i in scenes])
+    # all of them would not fit into memory as pairs
+    ends = np.cumsum([len(rows) for _, rows in training])
+    drawn = np.random.default_rng(config.seed).permutation(pictures)
+    places = {n: _place(training, ends, n) for n in drawn[: config.scenes * 10].tolist()}
+    scenes = _readable(places, config.scenes, unreadable)
+    page.section("Training pictures", f"{len(scenes)} of the {pictures:,}, drawn at random, with their prompts.")
+    page.contact_sheet(scenes.values(), [places[n][0].prompts(places[n][1])[0] for n in scenes])
 
     page.section("Learning curve", "Cosine on validation pictures and loss on training batches, by optimiser step.")
     page.figure(
@@ -186,6 +161,9 @@ def write_report(config: ReportSettings) -> Path:
         "Along the top: wall time since the start of training. Shaded: the 95 % interval.",
         f"Validation cosine and training loss over {last['step']:,} steps.",
     )
+
+    for caption, figure in _more_curves(run.log):
+        page.figure(figure, caption)
 
     count = len(evaluation.keys)
     page.section(
@@ -202,6 +180,13 @@ def write_report(config: ReportSettings) -> Path:
         [[s["name"], s["mean"], s["low"], s["high"], s.get("seconds")] for s in evaluation.ranked],
         formats={"Seconds": ",.1f"},
     )
+    if len(evaluation.info["sources"]) > 1:
+        ranked = sorted(evaluation.info["sources"].items(), key=lambda item: -item[1]["mean"])
+        page.table(
+            ["Prompt source", "Mean cosine", "95 % low", "95 % high", "Pictures"],
+            [[name, s["mean"], s["low"], s["high"], s["images"]] for name, s in ranked],
+            f"{main['name']} on the prompts of each source.",
+        )
     if evaluation.info["skipped"]:
         first = evaluation.info["skipped"][0]
         page.note(f"Skipped: {len(evaluation.info['skipped'])}, such as {first['key']} ({first['reason']}).")
@@ -211,27 +196,20 @@ def write_report(config: ReportSettings) -> Path:
         f"Validation pictures by the score of {main['name']}; below each, the {config.nearest} training prompts "
         "closest to its predicted vector, with their cosines.",
     )
-    number_of = {key: i for i, key in enumerate(judged.keys)}
-    strangers = [key for key in evaluation.keys if key not in number_of]
-    if strangers:
-        raise UserError(
-            f"{len(strangers)} evaluated pictures, such as {strangers[0]}, are not in {judged.root}: "
-            f"it changed; evaluate again: python -m train.evaluate run={config.run}"
-        )
     groups = extremes(evaluation.scores, config.pictures)
     shown = np.concatenate(list(groups.values()))
-    neighbours = nearest_prompts(training, train_rows, evaluation.vectors[shown], config.nearest)
+    neighbours = nearest_prompts(training, evaluation.vectors[shown], config.nearest)
     near = dict(zip(shown.tolist(), neighbours, strict=True))
     for kind, positions in groups.items():
-        pictures = {number_of[evaluation.keys[n]]: n for n in positions.tolist()}
+        places = {n: judged[n] for n in positions.tolist()}
         cards = [
             Card(
                 data,
-                " / ".join(judged.prompts(i)),
-                [(f"{cosine:.2f}", prompt) for cosine, prompt in near[pictures[i]]],
-                float(evaluation.scores[pictures[i]]),
+                " / ".join(judged[n][0].prompts(judged[n][1])),
+                [(f"{cosine:.2f}", prompt) for cosine, prompt in near[n]],
+                float(evaluation.scores[n]),
             )
-            for i, data in _readable(judged, pictures, len(pictures), unreadable).items()
+            for n, data in _readable(places, len(places), unreadable).items()
         ]
         page.gallery(cards, f"{kind.capitalize()} {len(positions)} of {count:,}")
     if unreadable:
@@ -279,8 +257,82 @@ def _learning_curve(records: Sequence[Mapping[str, Any]]) -> Any:
     )
 
 
-def _readable(dataset: Dataset, numbers: Iterable[int], count: int, unreadable: list[str]) -> dict[int, bytes]:
-    return decodable(numbers, count, dataset.image_bytes, unreadable, (CorruptImage,))
+def _more_curves(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
+    """Caption and figure of what else was measured over time: validation sets, prompt sources, speed."""
+    from report import plots
+
+    series: dict[str, list[tuple[float, float]]] = {}
+    for record in records:
+        for key, value in record.items():
+            series.setdefault(key, []).append((record["step"], value))
+    sets, sources = {"val": series.get("val/cosine", [])}, {}
+    for key, values in series.items():
+        group, _, name = key.rpartition("/")
+        if group == "val/source":
+            sources[name] = values
+        elif group.startswith("val/") and name == "cosine":
+            sets[group.removeprefix("val/")] = values
+    if len(sets) > 1:
+        yield "Cosine on each validation set.", plots.curves(sets, "Validation cosine by set")
+    if sources:
+        caption = "Cosine on validation pictures by the source of their prompt."
+        yield caption, plots.curves(sources, "Validation cosine by source")
+    for key, title, caption in (
+        ("train/images_per_s", "Pictures a second", "Pictures trained on a second, over all devices"),
+        ("train/mfu", "MFU", "Share of the devices' peak in products of matrices that training uses"),
+    ):
+        if key in series:
+            yield f"{caption}; at the right the mean.", plots.curves({"": series[key]}, title, zero=True)
+
+
+def _training(run: Run, trained: Sequence[Dataset]) -> list[tuple[Dataset, Rows]]:
+    """The datasets with the pictures that were trained on."""
+    if len(trained) == 1 and not run.settings.get("fold"):
+        return [(trained[0], trained[0].rows("train"))]
+    from train.judge import data_of  # torch: what is too near the fold, or another's validation, was left out
+
+    data = data_of(run.settings, run.checkpoint["encoder"], run.checkpoint["size"])
+    return [(trained[number], own) for number, _, own in data.pictures.by_dataset(data.train_rows)]
+
+
+def _judged(evaluation: Evaluation, opened: Mapping[str, Dataset], run: Path) -> list[tuple[Dataset, int]]:
+    """The dataset of each evaluated picture, and its number there.
+
+    Raises:
+        UserError: a dataset does not have it any more.
+    """
+    import pyarrow as pa
+
+    found: list[tuple[Dataset, int]] = []
+    for about in evaluation.info["datasets"]:
+        keys = evaluation.keys[len(found) : len(found) + about["images"]]
+        dataset = opened.get(about["path"]) or Dataset(about["path"], evaluation.info["encoder"], whole=False)
+        rows = dataset.find(pa.array(keys, pa.string()))
+        strangers = [key for key, row in zip(keys, rows, strict=True) if row < 0]
+        if strangers:
+            raise UserError(
+                f"{len(strangers)} evaluated pictures, such as {strangers[0]}, are not in {dataset.root}: "
+                f"it changed; evaluate again: python -m train.evaluate run={run}"
+            )
+        found += [(dataset, int(row)) for row in rows]
+    return found
+
+
+def _place(parts: Sequence[tuple[Dataset, Rows]], ends: Rows, n: int) -> tuple[Dataset, int]:
+    """The `n`-th picture of `parts`, whose numbers end at `ends`."""
+    part = int(np.searchsorted(ends, n, side="right"))
+    dataset, rows = parts[part]
+    return dataset, int(rows[n - (ends[part - 1] if part else 0)])
+
+
+def _readable(places: Mapping[int, tuple[Dataset, int]], count: int, unreadable: list[str]) -> dict[int, bytes]:
+    """The first `count` of the numbered pictures that decode, as encoded."""
+
+    def read(n: int) -> bytes:
+        dataset, row = places[n]
+        return dataset.image_bytes(row)
+
+    return decodable(places, count, read, unreadable, (CorruptImage,))
 
 
 def _present(path: Path, remedy: str) -> Path:

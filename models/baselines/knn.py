@@ -29,7 +29,7 @@ class Knn:
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
         image_BCHW = torch.stack([fit(image, self._model.spec.size) for image in images])
-        features_BD = self._model.features(image_BCHW.to(self._model.head.weight.device)).float().cpu()
+        features_BD = self._model.features(image_BCHW.to(self._model.device)).float().cpu()
         return self.from_features(features_BD)
 
     def from_features(self, features_BD: torch.Tensor) -> torch.Tensor:

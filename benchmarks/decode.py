@@ -1,0 +1,88 @@
+# ruff: noqa: T201
+"""From a file's bytes to the model's square: `python -m benchmarks.decode [--json FILE]`, one core.
+
+Ours is `fit(decode(data), 224)`: uint8 [3, 224, 224]. The peer does the same with Pillow alone: decode, resize
+(bicubic), to a uint8 tensor. Pictures are 512 px JPEGs of 40 to 60 kB; told beside that: lossless WebP and PNG of the
+same pictures, and how far the two results are apart. Rounds alternate, and medians are compared.
+"""
+
+import io
+import math
+import statistics
+from collections.abc import Callable
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image, ImageFilter
+
+from benchmarks.harness import finish, options, timed
+from models.preprocess import decode, fit
+
+TARGET, LEAST_DB = 1.9, 60
+PICTURES, SIZE, SIDE, ROUNDS = 50, 512, 224, 9
+KINDS = {"jpeg": {"quality": 85}, "webp": {"lossless": True}, "png": {}}
+
+
+def pictures() -> list[Image.Image]:
+    """Smooth noise, as compressible as photographs are."""
+    rng = np.random.default_rng(0)
+    noise = [Image.fromarray(rng.integers(0, 256, (SIZE // 4, SIZE // 4, 3), np.uint8)) for _ in range(PICTURES)]
+    return [n.resize((SIZE, SIZE), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(3)) for n in noise]
+
+
+def encoded(picture: Image.Image, kind: str) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, kind, **KINDS[kind])
+    return buffer.getvalue()
+
+
+def ours(data: bytes) -> torch.Tensor:
+    return fit(decode(data), SIDE)
+
+
+def by_pillow(data: bytes) -> torch.Tensor:
+    picture = Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+
+
+def psnr(files: list[bytes]) -> float:
+    """Of ours to Pillow's, over all pictures, dB."""
+    errors = [(ours(data).double() - by_pillow(data).double()).square().mean().item() for data in files]
+    mean = statistics.fmean(errors)
+    return 10 * math.log10(255**2 / mean) if mean else math.inf
+
+
+def per_s(work: Callable[[bytes], torch.Tensor], files: list[bytes]) -> float:
+    return len(files) / timed(lambda: [work(data) for data in files])
+
+
+def main() -> None:
+    chosen = options(__doc__)
+    torch.set_num_threads(1)
+    shown = pictures()
+    figures: dict[str, float | dict[str, list[float]]] = {}
+    for kind in KINDS:
+        files = [encoded(picture, kind) for picture in shown]
+        figures[f"{kind}_db"] = psnr(files)  # also warms both
+        rounds: dict[str, list[float]] = {"ours": [], "pillow": []}
+        for _ in range(ROUNDS):
+            rounds["ours"].append(per_s(ours, files))
+            rounds["pillow"].append(per_s(by_pillow, files))
+        medians = {name: statistics.median(rates) for name, rates in rounds.items()}
+        figures |= {f"{kind}_per_s": medians["ours"], f"{kind}_pillow_per_s": medians["pillow"]}
+        figures |= {f"{kind}_ratio": medians["ours"] / medians["pillow"], f"{kind}_rounds": rounds}
+        print(
+            f"{kind}: {medians['ours']:.0f} a second, Pillow {medians['pillow']:.0f}, "
+            f"{figures[f'{kind}_ratio']:.2f} times, {figures[f'{kind}_db']:.1f} dB"
+        )
+    ratio, db = figures["jpeg_ratio"], figures["jpeg_db"]
+    assert isinstance(ratio, float)
+    assert isinstance(db, float)
+    if db < LEAST_DB:
+        raise SystemExit(f"error: {db:.1f} dB from Pillow's result, below {LEAST_DB}: not the same picture")
+    finish("decode", ratio, TARGET, f"pillow-{PIL.__version__}", figures, chosen.json)
+
+
+if __name__ == "__main__":
+    main()

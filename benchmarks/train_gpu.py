@@ -1,0 +1,332 @@
+# ruff: noqa: T201
+"""Training steps on a GPU. `python -m benchmarks.train_gpu [--json FILE] [--large] [--huge] [--tiny]`
+
+Needs a CUDA device and no network: ViT-L/14 and ViT-H/14 at 224 px have random weights, and the shards hold 2,000 JPEGs
+of noise at 512 px. --large and --huge take one of the two. --tiny runs the same script on a CPU with a tiny model, to
+see that it works.
+
+Ours is the step of `python -m train`: `Training` under Lightning, with the micro-batch, recomputation, precision,
+compilation and optimizer that its settings find for the device. Told, each with its target:
+  against what a user would write (≥ 1.15): the same timm model, eager, under autocast, with torch's AdamW;
+  MFU (≥ 0.55): the share of the device's matrix peak, a product measured in each round, that the FLOPs which a
+    picture's gradients need make up;
+  with the lower half of the blocks frozen, against all trained (≥ 1.4);
+  fed from the shards, decoding and all, against a batch that stays on the device (≥ 0.97). Since batches wait in the
+    loader's queue when the clock starts, the loader's own rate is told beside it.
+Rounds alternate, and medians of wall-clock rates are compared; compilation and first steps are not counted. The ratio
+of the last line is the first of these, of the model that has the smaller one.
+"""
+
+import dataclasses
+import gc
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from torch.nn.functional import cosine_similarity, normalize
+
+from benchmarks import reader
+from benchmarks.harness import finish, options
+from benchmarks.step import Stopwatch
+from conf import compose, settings
+from datagen import shards
+from datagen.shards import Dataset
+from models import depth
+from models.regressor import Regressor, make
+from tests import small_dataset
+from train import start
+from train.config import TrainSettings
+from train.cost import DTYPES, Cost, measure, peak_flop_per_s
+from train.data import Batch, Data, loader
+from train.draws import Steps
+from train.fit import _quiet
+from train.machine import Machine
+from train.module import Plan, Training
+
+TARGET, MFU_TARGET, HALF_TARGET, SHARDS_TARGET = 1.15, 0.55, 1.4, 0.97
+WIDTH = 384
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How much is measured."""
+
+    models: dict[str, str]
+    """Name → timm's."""
+    size: int
+    batch: int
+    rounds: int
+    skipped: int
+    timed: int
+    """Steps."""
+    queue: int
+    """Steps before the clock starts where a queue feeds them, and half of those after."""
+
+
+FULL = Scale(
+    {"large": "vit_large_patch14_clip_224.laion2b", "huge": "vit_huge_patch14_clip_224.laion2b"},
+    size=224,
+    batch=256,
+    rounds=3,
+    skipped=5,
+    timed=20,
+    queue=40,
+)
+TINY = Scale({"tiny": "test_vit"}, size=32, batch=4, rounds=1, skipped=1, timed=2, queue=1)
+
+
+class Resident:
+    """The same micro-batch, again and again."""
+
+    def __init__(self, batch: Batch) -> None:
+        self._batch = batch
+
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            yield self._batch
+
+
+@dataclasses.dataclass
+class Ours:
+    """A model as `python -m train` trains it."""
+
+    chosen: TrainSettings
+    machine: Machine
+    data: Data
+    model: Regressor
+    needs: Cost
+    plan: Plan
+    module: Training
+
+    @property
+    def micro(self) -> int:
+        return self.chosen.batch_size // self.plan.accumulate
+
+    def rate(self, feed: Resident | Data, skipped: int, timed: int) -> float:
+        """Pictures a second."""
+        watch = Stopwatch(skipped, skipped + timed, lambda: clock(self.machine.device))
+        trainer = lightning.Trainer(
+            accelerator=self.chosen.scale.accelerator,
+            devices=1,
+            precision=self.machine.precision,
+            max_epochs=-1,
+            max_steps=skipped + timed,
+            accumulate_grad_batches=self.plan.accumulate,
+            gradient_clip_val=self.chosen.optim.clip,
+            limit_val_batches=0,
+            num_sanity_val_steps=0,
+            callbacks=[watch],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+        )
+        if isinstance(feed, Data):
+            trainer.fit(self.module, datamodule=feed)
+        else:
+            trainer.fit(self.module, train_dataloaders=feed)
+        return timed * self.chosen.batch_size / watch.seconds
+
+
+def prepare(data_root: Path, name: str, scale: Scale, tiny: bool, freeze: int = 0) -> Ours:
+    overrides = [
+        f"dataset={data_root}",
+        f"out={data_root.parent / 'run'}",
+        f"encoder={small_dataset.ENCODER}",
+        f"model.backbone={name}",
+        "model.weights=random",
+        f"model.size={scale.size}",
+        "model.head_init=random",
+        f"model.freeze={freeze}",
+        f"batch_size={scale.batch}",
+        # more than any measurement takes
+        f"max_steps={100 * (scale.skipped + scale.timed + scale.queue)}",
+        "wandb=off",
+        f"scale.accelerator={'cpu' if tiny else 'gpu'}",
+        "scale.devices=1",
+    ]
+    chosen = settings(TrainSettings, compose("train", overrides))
+    machine = Machine(chosen.scale)
+    datasets = [Dataset(data_root, chosen.encoder)]
+    needs = measure(start.outline(chosen, datasets), chosen.optim, machine.half)
+    data = Data(datasets, [], chosen, scale.size)
+    with machine.device:
+        model = make(name, "random", scale.size, WIDTH)
+    start.arm(model, chosen)
+    plan = start.plan(chosen, model, data, needs, machine)
+    data.accumulate = plan.accumulate
+    model.cpu()
+    free()
+    return Ours(chosen, machine, data, model, needs, plan, Training(model, chosen, plan, ()))
+
+
+def resident(ours: Ours) -> Resident:
+    count, device = ours.micro, ours.machine.device
+    image_BCHW = torch.randint(0, 256, (count, 3, *2 * (ours.model.spec.size,)), dtype=torch.uint8, device=device)
+    target_BE = normalize(torch.randn(count, WIDTH, device=device), dim=-1)
+    row_B, weight_B = torch.arange(count, device=device), torch.ones(count, device=device)
+    return Resident(Batch(image_BCHW, target_BE, row_B, weight_B, []))
+
+
+def peer_rate(name: str, ours: Ours, skipped: int, timed: int) -> float:
+    """Pictures a second of a loop by hand: normalised pictures on the device, autocast, AdamW as torch makes it."""
+    import timm
+
+    device, half, size = ours.machine.device, DTYPES[ours.machine.half], ours.model.spec.size
+    with device:
+        model = timm.create_model(name, num_classes=WIDTH, img_size=size).train()
+        image_BCHW = torch.randn(ours.micro, 3, size, size)
+        target_BE = normalize(torch.randn(ours.micro, WIDTH), dim=-1)
+    adamw = torch.optim.AdamW(model.parameters(), lr=1e-5)
+    scaler = torch.amp.GradScaler(device.type, enabled=half == torch.float16)
+
+    def step() -> None:
+        for _ in range(ours.plan.accumulate):
+            with torch.autocast(device.type, half, enabled=half != torch.float32):
+                z_BE = model(image_BCHW)
+            loss = (1 - cosine_similarity(z_BE.float(), target_BE, dim=-1)).mean() / ours.plan.accumulate
+            scaler.scale(loss).backward()
+        scaler.step(adamw)
+        scaler.update()
+        adamw.zero_grad()
+
+    for _ in range(skipped):
+        step()
+    began = clock(device)
+    for _ in range(timed):
+        step()
+    return timed * ours.chosen.batch_size / (clock(device) - began)
+
+
+def loader_rate(ours: Ours, scale: Scale) -> float:
+    """Pictures a second that the loader gives with nobody training."""
+    batches = Steps(ours.data.draws, scale.batch, 2 * scale.queue + 1)
+    began = 0.0
+    for number, _ in enumerate(loader(ours.data.pictures, batches, None, keep=False)):
+        if number == scale.queue:
+            began = time.perf_counter()
+    return scale.queue * scale.batch / (time.perf_counter() - began)
+
+
+def write_shards(root: Path, tiny: bool) -> Path:
+    if tiny:
+        return small_dataset.write(root, train=16, val=0)
+    reader.make(root)
+
+    def encode(texts: list[str]) -> np.ndarray:
+        vector_nE = np.random.default_rng(len(texts)).normal(size=(len(texts), WIDTH)).astype(np.float32)
+        return vector_nE / np.linalg.norm(vector_nE, axis=1, keepdims=True)
+
+    shards.write_targets(root, {"name": small_dataset.ENCODER, "width": WIDTH}, encode, lambda _: None)
+    return root
+
+
+def measured(kind: str, name: str, scale: Scale, data_root: Path, tiny: bool) -> dict[str, Any]:
+    """Figures of one model."""
+    ours = prepare(data_root, name, scale, tiny)
+    half = prepare(data_root, name, scale, tiny, freeze=len(depth.blocks(ours.model.backbone)) // 2)
+    how = f"{ours.micro} pictures at once, {ours.plan.recompute} recomputation, {ours.machine.half}"
+    print(
+        f"{kind}: {name}, {how}, {'compiled' if ours.plan.compile else 'not compiled'}; {ours.needs.line(ours.micro)}"
+    )
+    fed, half_fed = resident(ours), resident(half)
+    arms: dict[str, Callable[[], float]] = {
+        "peak_tflops": lambda: peak_flop_per_s(ours.machine.device, ours.machine.half, 256 if tiny else None) / 1e12,
+        "ours": lambda: ours.rate(fed, scale.skipped, scale.timed),
+        "peer": lambda: peer_rate(name, ours, scale.skipped, scale.timed),
+        "half": lambda: half.rate(half_fed, scale.skipped, scale.timed),
+        "shards": lambda: ours.rate(ours.data, scale.queue, 3 * scale.queue // 2 + 1),
+    }
+    rounds: dict[str, list[float]] = {arm: [] for arm in arms}
+    for k in range(scale.rounds + 1):
+        if k == 0:  # compiles
+            for arm in ("ours", "half", "peer"):
+                arms[arm]()
+                free()
+            continue
+        for arm, work in arms.items():
+            rounds[arm].append(work())
+            free()
+        print(f"{kind} round {k}: " + ", ".join(f"{arm} {values[-1]:.4g}" for arm, values in rounds.items()))
+    medians = {arm: statistics.median(values) for arm, values in rounds.items()}
+    peaks = [1e12 * p for p in rounds["peak_tflops"]]
+    shares = [ours.needs.mfu(rate, peak) for rate, peak in zip(rounds["ours"], peaks, strict=True)]
+    return {
+        **{f"{arm}_per_s": value for arm, value in medians.items() if arm != "peak_tflops"},
+        "loader_per_s": loader_rate(ours, scale),
+        "peak_tflops": medians["peak_tflops"],
+        "ratio": medians["ours"] / medians["peer"],
+        "mfu": statistics.median(shares),
+        "half_ratio": medians["half"] / medians["ours"],
+        "shards_ratio": medians["shards"] / medians["ours"],
+        "micro_batch": ours.micro,
+        "recompute": ours.plan.recompute,
+        "compiled": ours.plan.compile,
+        "precision": ours.machine.half,
+        "gflop": ours.needs.step_flop / 1e9,
+        "rounds": rounds,
+    }
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, once the device has done all it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def free() -> None:
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def main() -> int:
+    chosen = options(
+        __doc__,
+        large="ViT-L/14 alone",
+        huge="ViT-H/14 alone",
+        tiny="a tiny model on the CPU: shows that the script works, measures nothing",
+    )
+    if not chosen.tiny and not torch.cuda.is_available():
+        print("train_gpu: torch sees no CUDA device here, and models of full size need one; --tiny tries the script")
+        return 2
+    _quiet()
+    scale = TINY if chosen.tiny else FULL
+    wanted = [kind for kind in scale.models if getattr(chosen, kind, False)] or list(scale.models)
+    device = "the CPU, a tiny model" if chosen.tiny else torch.cuda.get_device_name()
+    print(f"{device}; torch {torch.__version__}")
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        data_root = write_shards(Path(folder) / "data", chosen.tiny)
+        for kind in wanted:
+            figures[kind] = measured(kind, scale.models[kind], scale, data_root, chosen.tiny)
+            free()
+    for kind, found in figures.items():
+        print(
+            f"{kind}: {found['ours_per_s']:.4g} pictures/s, {found['ratio']:.2f} times eager (target {TARGET}), "
+            f"MFU {found['mfu']:.2f} (target {MFU_TARGET}), half frozen {found['half_ratio']:.2f} times (target "
+            f"{HALF_TARGET}), from shards {found['shards_ratio']:.3f} (target {SHARDS_TARGET}; the loader alone "
+            f"{found['loader_per_s']:.4g} pictures/s)"
+        )
+    flat = {f"{kind}_{key}": value for kind, found in figures.items() for key, value in found.items()}
+    targets = {"mfu_target": MFU_TARGET, "half_target": HALF_TARGET, "shards_target": SHARDS_TARGET}
+    least = min(found["ratio"] for found in figures.values())
+    peer = f"timm-{version('timm')}-eager-autocast-adamw"
+    finish(
+        "train_gpu", least, TARGET, peer, {**flat, **targets, "device": device, "torch": torch.__version__}, chosen.json
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,229 @@
+"""A head from prompts alone, with no image: CLIP's text tower stands in for the picture.
+
+CLIP puts a prompt u and its picture P f + c at the same place of a joint space: f are the pooled features, P the
+projection of its vision tower. So the map W from unit text features to target vectors, a ridge regression without
+bias, makes a head for f: weight W P, bias W c. A backbone whose output is in the joint space already needs no P.
+n prompts, D feature width, J width of the joint space, E target width.
+"""
+
+import contextlib
+import difflib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from conf import UserError, progress
+from models.backbones import OPEN_CLIP
+from models.head_init import RidgeHead
+from models.regressor import Regressor
+
+_BATCH = 256
+# timm's own copies of towers, whose names do not tell open_clip's. SigLIP's and those of one hub repository do.
+_TOWERS = {
+    "vit_base_patch32_clip_224.laion2b": "ViT-B-32/laion2b_s34b_b79k",
+    "vit_base_patch16_clip_224.laion2b": "ViT-B-16/laion2b_s34b_b88k",
+    "vit_large_patch14_clip_224.laion2b": "ViT-L-14/laion2b_s32b_b82k",
+    "vit_huge_patch14_clip_224.laion2b": "ViT-H-14/laion2b_s32b_b79k",
+    "vit_gigantic_patch14_clip_224.laion2b": "ViT-bigG-14/laion2b_s39b_b160k",
+    "convnext_xxlarge.clip_laion2b_soup": "convnext_xxlarge/laion2b_s34b_b82k_augreg_soup",
+    "convnext_xxlarge.clip_laion2b_rewind": "convnext_xxlarge/laion2b_s34b_b82k_augreg_rewind",
+    "eva02_large_patch14_clip_224.merged2b": "EVA02-L-14/merged2b_s4b_b131k",
+    "eva02_large_patch14_clip_336.merged2b": "EVA02-L-14-336/merged2b_s6b_b61k",
+}
+
+
+def init_text(
+    model: Regressor,
+    text_tower: str | None,
+    weights: str,
+    prompts: list[str],
+    target_nE: NDArray[np.float32],
+    device: torch.device | str = "cpu",
+) -> float:
+    """Sets the linear head of `model` from prompts and their unit targets; returns the penalty's share.
+
+    A prompt that comes several times counts once. Arguments as `text_head`'s.
+
+    Raises:
+        UserError: no text tower is known, can be loaded, or fits; the head is as it was.
+    """
+    first = list(dict(zip(reversed(prompts), range(len(prompts) - 1, -1, -1), strict=True)).values())[::-1]
+    tower = text_tower or tower_of(model.spec.name)
+    unique = [prompts[row] for row in first]
+    joint = model.spec.name.startswith(OPEN_CLIP)
+    found = text_head(tower, weights, unique, target_nE[first], model.spec.width, joint=joint, device=device)
+    weight_ED, bias_E, share = found
+    assert isinstance(model.head, nn.Linear)
+    with torch.no_grad():
+        model.head.weight.copy_(weight_ED)
+        model.head.bias.copy_(bias_E)
+    return share
+
+
+def text_head(
+    text_tower: str,
+    weights: str,
+    prompts: list[str],
+    target_nE: NDArray[np.float32],
+    width: int,
+    *,
+    joint: bool,
+    device: torch.device | str = "cpu",
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Weight [E, D] and bias [E] of a head, and the share of the penalty that scored best on held-out prompts.
+
+    Args:
+        text_tower: open_clip:MODEL/PRETRAINED, or open_clip:MODEL/ and the path of a .safetensors file of both towers.
+        weights: as `model.weights`: pretrained, random, or a path; a path in `text_tower` goes before it.
+        target_nE: unit vectors.
+        width: D, of the backbone.
+        joint: whether the backbone's output is in the joint space, as that of an open_clip tower is.
+
+    Raises:
+        UserError: the tower cannot be loaded, its projection is not linear, or not of D features.
+    """
+    clip, tokenize = _load(text_tower, weights)
+    projection = None if joint else _projection(clip.visual, text_tower)
+    clip = clip.eval().to(device)
+    ridge: RidgeHead | None = None
+    with progress(len(prompts), "prompt", "text head") as bar, torch.inference_mode():
+        for start in range(0, len(prompts), _BATCH):
+            batch = prompts[start : start + _BATCH]
+            text_nJ = clip.encode_text(tokenize(batch).to(device), normalize=True).float().cpu()
+            if ridge is None:
+                _check_width((projection or (text_nJ,))[0].shape[1], width, text_tower)
+                ridge = RidgeHead(text_nJ.shape[1], target_nE.shape[1], intercept=False)
+            ridge.add(text_nJ.numpy(), target_nE[start : start + _BATCH])
+            bar.update(len(batch))
+    if ridge is None:
+        raise UserError("model.head_init: text needs prompts, and the dataset's training split has none")
+    weight, _, share = ridge.solve()
+    weight_EJ = torch.from_numpy(weight)
+    if projection is None:
+        return weight_EJ, torch.zeros(len(weight_EJ)), share
+    projection_JD, shift_J = projection
+    return weight_EJ @ projection_JD, weight_EJ @ shift_J, share
+
+
+def _check_width(found: int, width: int, text_tower: str) -> None:
+    if found != width:
+        raise UserError(
+            f"model.text_tower: the vision tower of {text_tower} has {found} features, but the backbone {width}; name "
+            "the model that the backbone is of, or use head_init=ridge"
+        )
+
+
+def tower_of(backbone: str) -> str:
+    """The open_clip model whose vision tower a backbone is.
+
+    Raises:
+        UserError: none is known.
+    """
+    if backbone.startswith(OPEN_CLIP):
+        return backbone
+    import timm
+
+    open_clip = _open_clip()
+    base, _, tag = backbone.partition(".")
+    if backbone in _TOWERS:
+        return OPEN_CLIP + _TOWERS[backbone]
+    config = timm.get_pretrained_cfg(backbone) if timm.is_model(base) else None
+    hub = config and config.hf_hub_id
+    for model, pretrained in open_clip.list_pretrained():
+        theirs = open_clip.get_pretrained_cfg(model, pretrained)
+        quick = bool(theirs.get("quick_gelu")) == model.endswith("-quickgelu")
+        if hub and quick and theirs.get("hf_hub", "").rstrip("/") == hub:
+            return f"{OPEN_CLIP}{model}/{pretrained}"
+        vision = open_clip.get_model_config(model)["vision_cfg"]
+        same = isinstance(vision, dict) and vision.get("timm_model_name") == base and vision.get("timm_pool") == "map"
+        if same and pretrained == tag.removeprefix("v2_") and ("SigLIP2" in model) == tag.startswith("v2_"):
+            return f"{OPEN_CLIP}{model}/{pretrained}"
+    raise UserError(
+        f"model.text_tower: no open_clip model is known of which {backbone} is the vision tower; name it, such as "
+        "model.text_tower=open_clip:ViT-H-14/laion2b_s32b_b79k, or use model.head_init=ridge"
+    )
+
+
+def _load(text_tower: str, weights: str) -> tuple[Any, Any]:
+    """Both towers and the tokenizer."""
+    open_clip = _open_clip()
+    model, _, tag = text_tower.removeprefix(OPEN_CLIP).partition("/")
+    if not text_tower.startswith(OPEN_CLIP) or model not in open_clip.list_models():
+        near = difflib.get_close_matches(model, open_clip.list_models(), n=5)
+        raise UserError(
+            f"model.text_tower: {text_tower!r} is not open_clip:MODEL/PRETRAINED of a model that open_clip has"
+            + (f"; near: {', '.join(near)}" if near else "")
+        )
+    path = _file(tag) or (None if weights in ("pretrained", "random") else _file(weights))
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    have = ", ".join(tags) or "none"
+    if path is None and weights not in ("pretrained", "random"):
+        raise UserError(
+            f"model.weights: {weights!r} has no text tower: a .safetensors file of both towers, or a folder that holds "
+            f"open_clip_model.safetensors. Or name one: model.text_tower=open_clip:{model}/FILE.safetensors"
+        )
+    if path is None and weights == "pretrained" and tag not in tags:
+        raise UserError(f"model.text_tower: open_clip's {model} has no weights {tag!r}, only {have}")
+    try:
+        with _quiet():
+            clip = open_clip.create_model(model, pretrained=tag if path is None and weights == "pretrained" else None)
+            if path is not None:
+                open_clip.load_checkpoint(clip, str(path))
+            return clip, open_clip.get_tokenizer(model)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise UserError(
+            f"cannot load the text tower of {text_tower}: {str(error).splitlines()[0]}\n"
+            f"With no network: model.text_tower=open_clip:{model}/FILE.safetensors (a download of its "
+            "open_clip_model.safetensors) or model.head_init=ridge."
+        ) from error
+
+
+def _file(name: str) -> Path | None:
+    """The file of both towers that a path names."""
+    path = Path(name)
+    if name and path.is_dir():
+        path = path / "open_clip_model.safetensors"
+    return path if name and path.suffix == ".safetensors" and path.is_file() else None
+
+
+def _projection(visual: Any, text_tower: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """P [J, D] and c [J]; None where pooled features are in the joint space as they are."""
+    if isinstance(getattr(visual, "proj", None), nn.Parameter):
+        return visual.proj.detach().T, torch.zeros(visual.proj.shape[1])
+    if hasattr(visual, "trunk"):
+        own = list(visual.head.children())
+        last = own[-1] if own else visual.trunk.get_classifier()
+        if isinstance(last, nn.Identity):
+            return None
+        if isinstance(last, nn.Linear) and not [m for m in own[:-1] if not isinstance(m, nn.Dropout)]:
+            shift_J = torch.zeros(last.out_features) if last.bias is None else last.bias.detach()
+            return last.weight.detach(), shift_J
+    raise UserError(
+        f"model.head_init: the vision tower of {text_tower} ends in more than a linear projection; use "
+        f"head_init=ridge, or backbone={text_tower}"
+    )
+
+
+def _open_clip() -> Any:
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError("model.head_init=text needs open_clip: pip install 'im2emb[clip]'") from error
+    return open_clip
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """open_clip tells every step on the root logger."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,94 @@
+"""A dataset of just these prompts, one picture a row, with vectors that follow from the texts.
+
+root = listed_dataset.write(tmp_path / "data", [Row("a red square"), Row("a dog", split="val", source="real")])
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from datagen import shards
+from tests import small_dataset
+
+ENCODER, WIDTH = "texts", 64
+
+
+@dataclass(frozen=True)
+class Row:
+    prompts: str | tuple[str, ...]
+    """Of one picture; equal texts are one prompt."""
+    split: str = "train"
+    source: str = "made"
+    group: str = ""
+
+
+def encode(texts: list[str], near: Mapping[str, tuple[str, float]] | None = None) -> NDArray[np.float32]:
+    """n texts → unit vectors [n, 64] of random directions, but for texts `near` another: text → (other, cosine)."""
+    vectors = []
+    for text in texts:
+        vector = _own(text)
+        if near and text in near:
+            other, cosine = near[text]
+            base = _own(other)
+            rest = vector - (vector @ base) * base
+            vector = cosine * base + np.sqrt(1 - cosine**2) * rest / np.linalg.norm(rest)
+        vectors.append(vector)
+    return np.stack(vectors).astype(np.float32)
+
+
+def _own(text: str) -> NDArray[np.float64]:
+    seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big")
+    vector = np.random.default_rng(seed).normal(size=WIDTH)
+    return vector / np.linalg.norm(vector)
+
+
+def write(
+    root: Path,
+    rows: Sequence[Row],
+    *,
+    shard: int = 1000,
+    size: int = 8,
+    near: Mapping[str, tuple[str, float]] | None = None,
+    identity: Mapping[str, object] | None = None,
+) -> Path:
+    """Writes the dataset with its vectors and returns its folder."""
+    ids: dict[str, int] = {}
+    plan = [  # a list a picture, of a row a caption
+        [
+            {
+                "key": f"{number:06d}",
+                "prompt_id": ids.setdefault(prompt, len(ids)),
+                "prompt": prompt,
+                "source": row.source,
+                "group": row.group,
+                "split": row.split,
+                "seed": number,
+            }
+            for prompt in ((row.prompts,) if isinstance(row.prompts, str) else row.prompts)
+        ]
+        for number, row in enumerate(rows)
+    ]
+    every = [line for lines in plan for line in lines]
+    numbers = range(-(-len(rows) // shard))
+    shards.write_plan(root, pa.Table.from_pylist(every, schema=shards.PLAN), {"shards": len(numbers), "settings": {}})
+    data = small_dataset.picture("square 10 20 30 on 200 100 50", size)
+    for number in numbers:
+        part = plan[number * shard : (number + 1) * shard]
+        firsts = pa.Table.from_pylist([lines[0] for lines in part], schema=shards.PLAN)
+        shards.write_shard(root, number, firsts, [(data, {})] * len(part), ".png")
+        index = pq.read_table(root / f"shards/{number:06d}.parquet").to_pylist()
+        captions = [
+            {**picture, "prompt_id": line["prompt_id"]}
+            for picture, lines in zip(index, part, strict=True)
+            for line in lines
+        ]
+        shards.index_foreign(root, number, pa.Table.from_pylist(captions, schema=shards.INDEX).to_pydict())
+    about = {"name": ENCODER, "width": WIDTH, **(identity or {})}
+    shards.write_targets(root, about, lambda texts: encode(texts, near), lambda _: None)
+    return root

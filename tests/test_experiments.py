@@ -1,0 +1,240 @@
+"""Every experiment as it will train, on the meta device: its size, parameters, blocks, and which of them train.
+
+The expected numbers come from the architectures' published widths and depths, written out here, and for whole towers
+from open_clip, too.
+"""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import pytest
+import torch
+
+from conf import ROOT, compose, settings
+from models import lora
+from models.backbones import build
+from models.depth import blocks, layers
+from models.regressor import make
+from tests import small_dataset
+from tests.training import records
+from train.config import TrainSettings
+
+TARGETS = 384
+RANK = 16
+FILES = sorted((ROOT / "conf" / "experiment").glob("*.yaml"))
+
+
+def vit_block(width: int, feed_forward: int) -> int:
+    """Two norms, attention with biases, two linear layers."""
+    return 4 * width + 4 * width**2 + 4 * width + 2 * width * feed_forward + feed_forward + width
+
+
+def eva_block(width: int, feed_forward: int) -> int:
+    """As a ViT's, with SwiGLU's third matrix, a norm inside the feed-forward layers, and no bias on keys."""
+    return 4 * width + 4 * width**2 + 3 * width + 3 * width * feed_forward + 4 * feed_forward + width
+
+
+def convnext_block(channels: int) -> int:
+    """A 7 × 7 depthwise convolution, a norm, two linear layers, a layer scale."""
+    return 50 * channels + 2 * channels + 8 * channels**2 + 5 * channels + channels
+
+
+def vit(width: int, feed_forward: int, depth: int, patch: int, size: int, *, norm: int, bias: int, token: int) -> int:
+    """A tower without a pooling head: `norm` norms beside the blocks', patches with `bias`, `token` class tokens."""
+    stem = 3 * patch**2 * width + bias * width + ((size // patch) ** 2 + token) * width + token * width
+    return stem + depth * vit_block(width, feed_forward) + 2 * norm * width
+
+
+def adapters(*layers_: tuple[int, int]) -> int:
+    """Of one block: a pair of matrices for each linear layer of (in, out)."""
+    return sum(RANK * (i + o) for i, o in layers_)
+
+
+H, L, SO, G = (1280, 5120), (1024, 4096), (1152, 4304), (1408, 6144)
+EVA = (1024, 1024 * 4 * 2 // 3)
+# SigLIP pools by attention: one query, its four matrices, a norm and feed-forward layers
+SIGLIP_POOL = vit_block(*SO) - 2 * SO[0] + SO[0]
+
+
+@dataclass(frozen=True)
+class Expected:
+    size: int
+    tower: int
+    """Parameters of the backbone."""
+    count: int
+    """Blocks."""
+    frozen: int
+    trained: int
+    """Parameters of the backbone that train, adapters among them."""
+    adapted: int = 0
+    """Blocks with adapters."""
+    head: int = 0
+
+
+def linear(width: int) -> int:
+    return width * TARGETS + TARGETS
+
+
+VITH14 = Expected(
+    224, vit(*H, 32, 14, 224, norm=2, bias=0, token=1), 32, 14, 18 * vit_block(*H) + 2 * H[0], 0, linear(H[0])
+)
+TABLE = {
+    "vith14": VITH14,
+    "stage1": VITH14,
+    "stage2": VITH14,
+    "vith14_336": Expected(336, VITH14.tower + (24**2 - 16**2) * H[0], 32, 14, VITH14.trained, 0, VITH14.head),
+    "vitl14_336": Expected(
+        336, vit(*L, 24, 14, 336, norm=2, bias=0, token=1), 24, 2, 22 * vit_block(*L) + 2 * L[0], 0, linear(L[0])
+    ),
+    "convnext_xxl_256": Expected(
+        256,
+        49 * 384  # the stem's 4 × 4 convolution with its bias
+        + 2 * 384
+        + sum(n * convnext_block(c) for n, c in ((3, 384), (4, 768), (30, 1536), (3, 3072)))
+        + sum(2 * c + 4 * c * 2 * c + 2 * c for c in (384, 768, 1536))  # from stage to stage
+        + 2 * 3072,
+        40,
+        16,
+        16 * adapters((1536, 4 * 1536), (4 * 1536, 1536))
+        + 5 * convnext_block(1536)
+        + (2 * 1536 + 8 * 1536**2 + 2 * 1536)
+        + 3 * convnext_block(3072)
+        + 2 * 3072,
+        16,
+        3072 * 2048 + 2048 + 2 * 2048 + linear(2048),
+    ),
+    "eva02_l_448": Expected(
+        448,
+        3 * 14**2 * EVA[0] + EVA[0] + (32**2 + 2) * EVA[0] + 24 * eva_block(*EVA) + 2 * EVA[0],
+        24,
+        6,
+        18 * eva_block(*EVA) + 2 * EVA[0],
+        0,
+        linear(EVA[0]),
+    ),
+    "siglip2": Expected(
+        378,
+        vit(*SO, 27, 14, 378, norm=1, bias=1, token=0) + SIGLIP_POOL,
+        27,
+        9,
+        18 * vit_block(*SO) + 2 * SO[0] + SIGLIP_POOL,
+        0,
+        linear(SO[0]),
+    ),
+    "blip2_vision": Expected(
+        224,
+        vit(*G, 39, 14, 224, norm=1, bias=1, token=1),
+        39,
+        15,
+        16 * adapters((G[0], 3 * G[0]), (G[0], G[0]), G, (G[1], G[0])) + 8 * vit_block(*G) + 2 * G[0],
+        16,
+        linear(G[0]),
+    ),
+}
+
+
+def shaped(name: str) -> tuple[Any, TrainSettings]:
+    """The experiment's regressor on the meta device, frozen and with its adapters."""
+    chosen = settings(TrainSettings, compose("train", [f"+experiment={name}"]))
+    about = chosen.model
+    assert not isinstance(about.size, str)
+    assert isinstance(about.freeze, int)
+    with torch.device("meta"):
+        model = make(about.backbone, "random", about.size, TARGETS, head=about.head, hidden=about.head_width)
+        model.freeze(about.freeze)
+        if about.lora.blocks:
+            low = about.lora
+            lora.insert(
+                model.backbone, about.freeze, low.blocks, low.rank, low.alpha, low.dropout, size=model.spec.size
+            )
+    return model, chosen
+
+
+def count(parameters: Any) -> int:
+    return sum(p.numel() for p in parameters)
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_an_experiment_is_what_its_table_says(name: str) -> None:
+    expected = TABLE[name]
+    model, chosen = shaped(name)
+    parts = blocks(model.backbone)
+    own = {n: p for n, p in model.backbone.named_parameters() if ".lora_" not in n}
+    assert (model.spec.size, count(own.values()), len(parts)) == (expected.size, expected.tower, expected.count)
+    assert count(p for p in model.backbone.parameters() if p.requires_grad) == expected.trained
+    assert count(p for p in model.head.parameters() if p.requires_grad) == expected.head
+    assert not any(own[n].requires_grad for n in layers(model.backbone)[0]), "the stem is frozen with its embeddings"
+
+    def state(part: Any) -> str:
+        trains = {n: p.requires_grad for n, p in part.named_parameters()}
+        if not any(trains.values()):
+            return "frozen"
+        if all(".lora_" in n for n, on in trains.items() if on):
+            return "adapted"
+        return "all" if all(trains.values()) else "some"
+
+    top = expected.count - expected.frozen - expected.adapted
+    assert [state(part) for part in parts] == ["frozen"] * expected.frozen + ["adapted"] * expected.adapted + [
+        "all"
+    ] * top
+    assert chosen.model.lora.blocks == expected.adapted
+    image_BCHW = torch.zeros(2, 3, expected.size, expected.size, dtype=torch.uint8, device="meta")
+    assert model(image_BCHW).shape == (2, TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "twin", "projection"),
+    [
+        ("vith14", "ViT-H-14/laion2b_s32b_b79k", 1280 * 1024),
+        ("vitl14_336", "ViT-L-14-336-quickgelu/openai", 1024 * 768),
+        ("convnext_xxl_256", "convnext_xxlarge/laion2b_s34b_b82k_augreg_soup", 3072 * 1024),
+        ("siglip2", "ViT-SO400M-14-SigLIP2-378/webli", 0),
+    ],
+)
+def test_a_tower_is_as_large_as_open_clips(name: str, twin: str, projection: int) -> None:
+    with torch.device("meta"):
+        module, spec = build(f"open_clip:{twin}", "random")
+    assert (count(module.parameters()) - projection, spec.size) == (TABLE[name].tower, TABLE[name].size)
+    assert open_clip.get_pretrained_cfg(*twin.split("/"))
+
+
+def test_the_table_leaves_out_only_what_a_test_runs() -> None:
+    assert {file.stem for file in FILES} - set(TABLE) == {"quickstart", "debug"}
+
+
+@pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
+def test_a_header_gives_the_command_the_hardware_and_the_cost(file: Path) -> None:
+    text = file.read_text()
+    header = text[: text.index("\nname:")]
+    assert f"python -m train +experiment={file.stem}" in header
+    if file.stem not in ("quickstart", "debug"):
+        assert "# Hardware" in header
+        assert "# To beat:" in header
+        assert re.search(r"# Hours, an estimate: [\d.]+ for|# Hardware and hours: as \+experiment=", header)
+    chosen = settings(TrainSettings, compose("train", [f"+experiment={file.stem}"]))
+    assert chosen.name == file.stem
+    for frozen, of in re.findall(r"freeze: (\d+) +# of (\d+)", text):
+        with torch.device("meta"):
+            module, _ = build(chosen.model.backbone, "random")
+        assert (chosen.model.freeze, len(blocks(module))) == (int(frozen), int(of))
+
+
+def test_debug_trains_two_steps_with_every_part_on(tmp_path: Path) -> None:
+    from models.checkpoint import load
+    from train.fit import fit
+
+    dataset = small_dataset.write(tmp_path / "data", train=40, val=8)
+    overrides = [f"dataset={dataset}", f"out={tmp_path / 'run'}", f"encoder={small_dataset.ENCODER}"]
+    chosen = settings(TrainSettings, compose("train", ["+experiment=debug", *overrides, "optim.head_only=0.2"]))
+    assert fit(chosen) == 0
+    losses = [r["train/loss"] for r in records(tmp_path / "run") if "train/loss" in r]
+    assert len(losses) == 2
+    first, last = (load(tmp_path / "run" / name).state_dict() for name in ("first", "last"))
+    moved = {name for name in first if not first[name].equal(last[name])}
+    of_block = {int(n.split(".")[2]) for n in moved if n.startswith("backbone.blocks.")}
+    assert of_block == set(range(2, 10)), "two blocks are frozen, four have adapters, four train"
+    assert "head.0.weight" in moved
+    assert "backbone.patch_embed.proj.weight" not in moved

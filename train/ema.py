@@ -1,0 +1,108 @@
+"""Averaged weights: shadow ← decay · shadow + (1 - decay) · weights after each step, warmed up.
+
+The decay of step t, the first being 1, is min(decay, (1 + t) / (10 + t)): at .9998 from the start on, the weights
+before the first step would make up a seventh of the average after 10,000 steps.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+# one kernel for all
+_lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
+_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
+
+def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What to average, by name: the parameters that require a gradient, and the statistics of batch norms that train.
+
+    Ask once `model` is frozen and in training mode as it will be at the end of training.
+    """
+    found: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+            found |= {n: b for n, b in module.named_buffers(prefix, recurse=False) if b.is_floating_point()}
+    return found
+
+
+class Ema:
+    """Keeps a shadow in fp32 of tensors that are changed in place, on their device; of DTensors, each rank its part.
+
+    Args:
+        parameters: by name, as from `averaged`, once they are on their device and shared out. These very tensors are
+            kept: to move a module later makes new buffers, which would go unseen.
+        decay: below 1.
+    """
+
+    def __init__(self, parameters: dict[str, torch.Tensor], decay: float) -> None:
+        self._live = dict(parameters)
+        self._decay = decay
+        self._shadow = {n: tensor.detach().to(torch.float32, copy=True) for n, tensor in parameters.items()}
+        self._swapped = False
+        self.steps = 0
+        """Updates so far."""
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """After an optimizer's step."""
+        if self._swapped:
+            raise RuntimeError("the averaged weights are swapped in: a step now would be lost")
+        self.steps += 1
+        weight = 1 - min(self._decay, (1 + self.steps) / (10 + self.steps))
+        live = [tensor.float() for tensor in _local(self._live)]  # itself where it is fp32
+        _lerp(_local(self._shadow), live, weight)
+
+    @contextmanager
+    def swapped(self) -> Iterator[None]:
+        """The averaged values stand in the tensors meanwhile; then the tensors' own again, to the bit."""
+        if self._swapped:
+            raise RuntimeError("the averaged weights are swapped in already")
+        live, shadow = _local(self._live), _local(self._shadow)
+        with torch.no_grad():
+            own = [tensor.clone() for tensor in live]
+        self._swapped = True
+        try:
+            with torch.no_grad():
+                _copy(live, shadow)
+            yield
+        finally:
+            with torch.no_grad():
+                _copy(live, own)
+            self._swapped = False
+
+    def state_dict(self) -> dict[str, Any]:
+        """The count of steps and the shadow itself, no copy; DTensors whole, so that all ranks must ask."""
+        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in self._shadow.items()}
+        return {"steps": self.steps, "shadow": whole}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Goes on from `state`.
+
+        Raises:
+            ValueError: it is of other tensors.
+        """
+        shadow: dict[str, torch.Tensor] = state["shadow"]
+        wrong = sorted(shadow.keys() ^ self._shadow.keys())
+        wrong += [n for n in self._shadow if n in shadow and shadow[n].shape != self._shadow[n].shape]
+        if wrong:
+            raise ValueError(f"the averaged weights are of another model: {', '.join(wrong[:3])}")
+        for name, mine in self._shadow.items():
+            whole = shadow[name]
+            if isinstance(mine, DTensor):
+                # each rank has the whole: none sends
+                whole = distribute_tensor(
+                    whole.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None
+                ).to_local()
+                mine.to_local().copy_(whole)
+            else:
+                mine.copy_(whole)
+        self.steps = int(state["steps"])
+
+
+def _local(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]

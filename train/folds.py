@@ -1,0 +1,230 @@
+"""Which pictures train and which validate: folds over the prompts, and no prompt on both sides.
+
+    fold_rows(pictures, rows, (2, 5), threshold=0.7, seed=0)    the second of five folds
+
+n pictures, c of their captions, d distinct prompts, V prompts of the fold, E width of their vectors.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from conf import UserError, progress
+from train.chance import uniform
+
+if TYPE_CHECKING:
+    from train.data import Pictures
+
+log = logging.getLogger(__name__)
+
+Rows = NDArray[np.int64]
+
+_ASKED, _HELD = 4096, 16384  # prompts of both sides that are compared at once
+_ROUNDING = 1e-5  # of a cosine in single precision
+_BAR_FROM = 50_000  # prompts that take longer than seconds
+
+
+@dataclass(frozen=True)
+class Fold:
+    train: Rows
+    val: Rows
+    purged: Rows
+    """Near the fold's prompts, and so neither."""
+
+    @property
+    def share_purged(self) -> float:
+        """Of the pictures outside the fold."""
+        return len(self.purged) / max(len(self.purged) + len(self.train), 1)
+
+
+class Prompts:
+    """The captions of all pictures, each by a number that follows from its text alone."""
+
+    def __init__(self, pictures: "Pictures") -> None:
+        self._pictures = pictures
+        each = [dataset.caption_starts for dataset in pictures.datasets]
+        self._offsets = np.cumsum([0, *(starts[-1] for starts in each)])
+        begins = [starts[:-1] + offset for starts, offset in zip(each, self._offsets[:-1], strict=True)]
+        self._starts_N = np.concatenate([*begins, self._offsets[-1:]])
+        self._hash_c = np.concatenate([dataset.prompt_hashes() for dataset in pictures.datasets])
+
+    def of(self, rows: Rows) -> tuple[NDArray[np.int64], Rows, NDArray[np.int64]]:
+        """The captions of pictures, side by side: the number of each text, whose it is (as a place in `rows`), and
+        where `vectors` finds it."""
+        firsts = self._starts_N[rows]
+        counts = self._starts_N[rows + 1] - firsts
+        owner_c = np.repeat(np.arange(len(rows)), counts)
+        caption_c = np.arange(counts.sum()) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+        return self._hash_c[caption_c], owner_c, caption_c
+
+    def vectors(self, caption_c: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Unit vectors of captions, [c, E]."""
+        found = np.empty((len(caption_c), self._pictures.width), np.float32)
+        dataset_of = np.searchsorted(self._offsets, caption_c, side="right") - 1
+        for number in np.unique(dataset_of).tolist():
+            mine = dataset_of == number
+            found[mine] = self._pictures.datasets[number].caption_targets(caption_c[mine] - self._offsets[number])
+        return found
+
+    def shared(self, rows: Rows, others: Rows) -> NDArray[np.bool_]:
+        """Which of the pictures `rows` have a caption that one of `others` has, too."""
+        hash_c, owner_c, _ = self.of(rows)
+        found = np.zeros(len(rows), bool)
+        found[owner_c[np.isin(hash_c, self.of(others)[0])]] = True
+        return found
+
+
+def fold_rows(
+    pictures: "Pictures",
+    rows: Rows,
+    fold: tuple[int, int],
+    threshold: float,
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+    prompts: Prompts | None = None,
+) -> Fold:
+    """Deals prompts to folds, one fold to validation, and purges from training what is near it.
+
+    A prompt's fold follows from the seed and its text, whatever the dataset and its order; prompts of a named group go
+    by the group's name. Pictures that have a caption in common share a fold, so that every prompt is in one.
+
+    Args:
+        rows: pictures to deal out.
+        fold: (i, n): the i-th of n, from 1.
+        threshold: a training picture with a caption of this cosine or more to one of the fold's is purged; above 1
+            purges none.
+        device: where the vectors are compared; it does not change the answer.
+        prompts: of `pictures`, where they were read before.
+
+    Raises:
+        UserError: the fold, or what is left beside it, is empty.
+    """
+    number, count = fold
+    prompts = prompts or Prompts(pictures)
+    label_n = _labels(pictures, prompts, rows)
+    dealt_n = (uniform(torch.from_numpy(label_n), 1, seed)[0] * count).long().numpy()
+    train, val = rows[dealt_n != number - 1], rows[dealt_n == number - 1]
+    near = np.zeros(len(train), bool)
+    if threshold <= 1 and len(train) and len(val):
+        near = _near(prompts, train, val, threshold, torch.device(device))
+    made = Fold(train[~near], val, train[near])
+    if not len(made.train) or not len(val):
+        empty = "training" if len(val) else "the fold"
+        raise UserError(
+            f"fold: {number}/{count} leaves nothing to {empty}: {len(np.unique(label_n)):,} prompts or groups in all, "
+            f"{len(made.purged):,} pictures purged at a cosine of {threshold}; take fewer folds, more pictures, or a "
+            f"higher fold_threshold"
+        )
+    return made
+
+
+def without_others_validation(pictures: "Pictures", prompts: Prompts, train: Rows, val: Rows) -> Rows:
+    """`train` without the pictures that have a prompt of another dataset's validation pictures; says how many."""
+    seen = np.zeros(len(train), bool)
+    for number, mine, own in pictures.by_dataset(train):
+        others = [pictures.rows(n, theirs) for n, _, theirs in pictures.by_dataset(val) if n != number]
+        if not others:
+            continue
+        seen[mine] = prompts.shared(train[mine], np.concatenate(others))
+        if seen[mine].any():
+            log.warning(
+                "%s: %s of %s training pictures are left out: their prompts are validated on in another dataset",
+                pictures.datasets[number].root,
+                f"{seen[mine].sum():,}",
+                f"{len(own):,}",
+            )
+    return train[~seen]
+
+
+def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None:
+    """
+    Args:
+        sets: name → pictures that training must not have seen.
+
+    Raises:
+        UserError: naming each set that has prompts of training.
+    """
+    trained = prompts.of(train)[0]
+    found = []
+    for name, rows in sets.items():
+        hashes = np.unique(prompts.of(rows)[0])
+        shared = int(np.isin(hashes, trained).sum())
+        if shared:
+            found.append(
+                f"val: {name}: {shared:,} of its {len(hashes):,} prompts are trained on, so its score would say "
+                f"nothing; make the training pictures with curate.against=[{name}], or leave it out of val=[…]"
+            )
+    if found:
+        raise UserError("\n".join(found))
+
+
+def _labels(pictures: "Pictures", prompts: Prompts, rows: Rows) -> NDArray[np.int64]:
+    """A number for each picture, the same for those that a caption or a group ties together: [n]."""
+    hash_c, owner_c, _ = prompts.of(rows)
+    group_n = np.zeros(len(rows), np.int64)
+    for number, mine, own in pictures.by_dataset(rows):
+        group_n[mine] = pictures.datasets[number].group_hashes()[own]
+    grouped = np.flatnonzero(group_n)
+    # groups are the negative numbers: the least of a picture's names is its group, where it has one
+    names = np.concatenate([hash_c & (2**63 - 1), group_n[grouped] | -(2**63)])
+    owners = np.concatenate([owner_c, grouped])
+    _, name_of = np.unique(names, return_inverse=True)
+    label_n = np.full(len(rows), 2**63 - 1)
+    while True:
+        label_of_name = np.full(name_of.max(initial=-1) + 1, 2**63 - 1)
+        np.minimum.at(label_of_name, name_of, np.minimum(names, label_n[owners]))
+        before, label_n = label_n, label_n.copy()
+        np.minimum.at(label_n, owners, label_of_name[name_of])
+        if np.array_equal(before, label_n):
+            return label_n
+
+
+def _near(prompts: Prompts, train: Rows, val: Rows, threshold: float, device: torch.device) -> NDArray[np.bool_]:
+    """Which training pictures have a caption at cosine ≥ threshold to one of the validation pictures': [n].
+
+    Exact: products in single precision decide all but those within its rounding, which double precision decides.
+    """
+    held_hash_c, _, held_caption_c = prompts.of(val)
+    held = held_caption_c[np.unique(held_hash_c, return_index=True)[1]]
+    held_VE = torch.from_numpy(prompts.vectors(np.sort(held))).to(device)
+    hash_c, owner_c, caption_c = prompts.of(train)
+    _, first_d, prompt_of_c = np.unique(hash_c, return_index=True, return_inverse=True)
+    near_d = np.zeros(len(first_d), bool)
+    order = np.argsort(first_d)  # as they lie on the disk
+    with progress(len(order), "prompt", "fold", show=len(order) > _BAR_FROM) as bar, _single_precision():
+        for begin in range(0, len(order), _ASKED):
+            asked = order[begin : begin + _ASKED]
+            asked_E = torch.from_numpy(prompts.vectors(caption_c[first_d[asked]])).to(device)
+            near_d[asked] = _any_near(asked_E, held_VE, threshold).cpu().numpy()
+            bar.update(len(asked))
+    near = np.zeros(len(train), bool)
+    near[owner_c[near_d[prompt_of_c]]] = True
+    return near
+
+
+def _any_near(asked_dE: torch.Tensor, held_VE: torch.Tensor, threshold: float) -> torch.Tensor:
+    near_d = torch.zeros(len(asked_dE), dtype=torch.bool, device=asked_dE.device)
+    for held_E in held_VE.split(_HELD):
+        best_d = (asked_dE @ held_E.T).amax(1)
+        near_d |= best_d >= threshold + _ROUNDING
+        unsure = (~near_d & (best_d >= threshold - _ROUNDING)).nonzero()[:, 0]
+        near_d[unsure] = (asked_dE[unsure].double() @ held_E.double().T).amax(1) >= threshold
+    return near_d
+
+
+@contextmanager
+def _single_precision() -> Iterator[None]:
+    """Products of matrices in it, whatever shorter one the run takes."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

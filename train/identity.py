@@ -1,0 +1,97 @@
+"""What a run is: `settings.json`, which says whether a folder is this run's, and what to resume from."""
+
+import dataclasses
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from conf import UserError, compose
+from datagen.shards import write_json
+from train.config import TrainSettings
+
+# Settings that change how a run is carried out and not what it is: another value may resume it.
+OF_THE_MACHINE = ("dry_run", "log_every", "out", "save_every", "scale", "wandb")
+
+
+def plain(chosen: TrainSettings) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(chosen), default=str))
+
+
+def of_this_run(chosen: TrainSettings, fingerprints: list[str]) -> dict[str, Any]:
+    """What `settings.json` holds, once it is checked that the one there, if any, is this run's.
+
+    Args:
+        fingerprints: of its datasets, in their order, those of val=[…] last.
+
+    Raises:
+        UserError: the folder holds another run, or this one, finished.
+    """
+    path = chosen.out / "settings.json"
+    mine = {**plain(chosen), "dataset_sha256": fingerprints, "weights_sha256": _sha256(chosen.data.weights)}
+    if path.exists():
+        there = flat(json.loads(path.read_text()))
+        here = flat(mine)
+        differ = [
+            f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here"
+            for key in sorted({*there, *here})
+            if there.get(key) != here.get(key) and key.partition(".")[0] not in OF_THE_MACHINE
+        ]
+        if differ:
+            raise UserError(
+                f"{chosen.out} holds another run:\n"
+                + "\n".join(differ)
+                + "\nGive this one another name=…, or remove that folder."
+            )
+        if (chosen.out / "done").exists():
+            raise UserError(
+                f"{chosen.out} is finished; export it, give another name=…, or remove the folder to train anew."
+            )
+    return mine
+
+
+def write(out: Path, mine: dict[str, Any]) -> None:
+    """The folder is this run's from here on: call it once all that could be refused was not."""
+    path = out / "settings.json"
+    if not path.exists():
+        write_json(path, mine)
+
+
+def changed(chosen: TrainSettings) -> list[str]:
+    """`key=value` of every setting that is not conf/train.yaml's."""
+    default, mine = flat(compose("train", [])), flat(plain(chosen))
+    default["dataset"] = [default["dataset"]]
+    # its default is made of the name
+    quiet = {"out"} if mine["out"] == default["out"].replace(default["name"], mine["name"]) else set()
+    return [f"{k}={_short(v)}" for k, v in mine.items() if default.get(k) != v and k not in quiet]
+
+
+def step_of(resume: Path) -> int:
+    """The step that a resume point was written at; 0 where there is none."""
+    if not resume.exists():
+        return 0
+    import torch  # train.runs imports this file, and should start at once
+
+    return int(torch.load(resume, weights_only=True, map_location="cpu", mmap=True)["global_step"])
+
+
+def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Groups of keys as dotted ones: {"optim": {"lr": 1}} → {"optim.lr": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+    return found
+
+
+def _sha256(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UserError(f"data.weights: no file {path}; python -m train.hard writes one")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _short(value: Any) -> str:
+    return "[" + ",".join(map(str, value)) + "]" if isinstance(value, list) else "null" if value is None else str(value)

@@ -1,0 +1,97 @@
+"""Activations that the backward pass computes again instead of keeping them, block by block.
+
+none: all are kept. selective: matrix products and attention are kept, what lies between is computed again.
+full: a block's input alone is kept.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Mode = Literal["none", "selective", "full"]
+
+_aten = torch.ops.aten
+_KEPT = {
+    getattr(_aten, name).default
+    for name in (
+        "mm",
+        "addmm",
+        "bmm",
+        "baddbmm",
+        "convolution",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+    )
+}
+
+
+def apply(blocks: Sequence[nn.Module], mode: Mode) -> int:
+    """Sets how `blocks`, bottom first, treat their activations; any earlier choice is undone.
+
+    Names of parameters stay, and so do gradients and statistics: random draws repeat, batch norms count once. Blocks
+    below the first with a trainable parameter keep nothing and are left alone, so freeze before. `block.compile()`
+    comes after.
+
+    Returns:
+        The number of blocks that compute again.
+    """
+    for block in blocks:
+        block.__dict__.pop("forward", None)
+    if mode == "none":
+        return 0
+    trained = [any(p.requires_grad for p in block.parameters()) for block in blocks]
+    first = trained.index(True) if any(trained) else len(blocks)
+    for block in blocks[first:]:
+        if mode == "selective":
+            for module in block.modules():
+                if getattr(module, "inplace", False) is True:  # of activations and dropout
+                    module.__dict__["inplace"] = False  # what is kept must not be overwritten
+        block.forward = _again(block, mode)
+    return len(blocks) - first
+
+
+def _again(block: nn.Module, mode: Mode) -> Callable[..., Any]:
+    forward = block.forward
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
+    kept = partial(create_selective_checkpoint_contexts, _policy)
+
+    def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+        first, again = kept() if mode == "selective" else (nullcontext(), nullcontext())
+        return first, _uncounted(norms, again)
+
+    # compiled code runs each statistic once anyway, and takes no contexts but torch's own
+    compiled = {"context_fn": kept} if mode == "selective" else {}
+    eager = {"context_fn": contexts} if norms else compiled
+
+    def computed(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*args, **kwargs)
+        chosen = compiled if torch.compiler.is_compiling() else eager
+        return checkpoint(forward, *args, use_reentrant=False, **chosen, **kwargs)
+
+    return computed
+
+
+@contextmanager
+def _uncounted(norms: list[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Batch norms leave their running statistics as the first pass made them."""
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        with inner:
+            yield
+    finally:
+        for norm, (momentum, batches) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, batches
+
+
+def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ARG001
+    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE

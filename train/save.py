@@ -1,0 +1,70 @@
+"""Writes checkpoints of a run, with the training mean and eight validation pictures to prove parity by."""
+
+import numpy as np
+import torch
+from torch.nn.functional import normalize
+
+from datagen.shards import CorruptImage, Dataset
+from models import checkpoint
+from models.metrics import Interval
+from models.preprocess import BadImage, decode
+from models.regressor import Regressor
+from train.config import TrainSettings
+from train.data import Data
+from train.machine import is_first
+from train.module import Training
+
+_AT_ONCE = 65_536  # vectors: 100 MB
+
+
+class Saver:
+    """`Saver(…)(module, "best")` writes `<out>/best`. Every rank calls it, and the first one writes."""
+
+    def __init__(self, chosen: TrainSettings, datasets: list[Dataset], data: Data) -> None:
+        self._chosen, self._datasets, self._data = chosen, datasets, data
+        self._plain: Regressor | None = None
+        self._extras: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+
+    def __call__(self, module: Training, name: str) -> None:
+        state = module.export_state()
+        if not is_first():
+            return
+        plain = self._plain = self._plain or checkpoint.rebuild(module.model.description())
+        plain.load_state_dict(state)
+        self.write(plain.eval(), name, module.score, module.global_step, self._data.steps)
+
+    def write(self, plain: Regressor, name: str, score: Interval | None, step: int, steps: int) -> None:
+        """Writes `<out>/<name>` of a regressor on the CPU, trained for `step` of `steps`."""
+        if self._extras is None:
+            self._extras = self._mean(), self._probes()
+        facts = {
+            "encoder": self._chosen.encoder,
+            "dataset": [
+                {"path": str(dataset.root), "sha256": dataset.fingerprint(), "splits": dataset.splits}
+                for dataset in self._datasets
+            ],
+            "score": None if score is None else {**score._asdict(), "images": len(self._data.val_sets[0])},
+            "step": step,
+            "steps": steps,
+            "weights": str(self._chosen.init_from or self._chosen.model.weights),
+            "versions": {"torch": torch.__version__},
+        }
+        checkpoint.save(self._chosen.out / name, plain, *self._extras, facts)
+
+    def _mean(self) -> torch.Tensor:
+        pictures, rows = self._data.pictures, self._data.train_rows
+        total = np.zeros(pictures.width)
+        for first in range(0, len(rows), _AT_ONCE):
+            total += pictures.targets(rows[first : first + _AT_ONCE]).sum(0, dtype=np.float64)
+        return normalize(torch.from_numpy(total).float(), dim=-1)
+
+    def _probes(self) -> list[torch.Tensor]:
+        found = []
+        for row in (self._data.val_rows if len(self._data.val_rows) else self._data.train_rows).tolist():
+            try:
+                found.append(decode(self._data.pictures.image_bytes(row)))
+            except (BadImage, CorruptImage):
+                continue
+            if len(found) == checkpoint.PROBES:
+                break
+        return found
