@@ -268,11 +268,11 @@ def test_training_reads_through_broken_connections(
     assert training.same_weights(tmp_path / "remote/last", tmp_path / "local/last")
     assert not (tmp_path / "remote/skipped.jsonl").exists()
     told, ours = (json.loads((tmp_path / run / "settings.json").read_text()) for run in ("remote", "local"))
-    assert told["dataset"] == str(root)
+    assert told["dataset"] == [str(root)]
     assert told["dataset_sha256"] == ours["dataset_sha256"]
     judge = [f"run={tmp_path / 'remote'}", "embedders=[regressor]", "accelerator=cpu", "workers=0"]
     info = evaluate(settings(EvaluateSettings, compose("evaluate", judge)))
-    assert (info["dataset"], info["images"], info["skipped"]) == (str(root), 12, [])
+    assert (info["datasets"][0]["path"], info["images"], info["skipped"]) == (str(root), 12, [])
 
 
 def test_a_large_file_comes_in_blocks_and_only_the_broken_ones_again(

@@ -37,6 +37,8 @@ class ModelSettings:
     """Hidden units of a wide head."""
     head_init: Literal["ridge", "text", "random"]
     """ridge: the head in closed form over frozen features (one pass), before any step."""
+    head_pictures: int | None
+    """Training pictures, drawn at random, that the ridge head is fitted on; null: all."""
     text_tower: str | None
     """open_clip:MODEL/PRETRAINED for head_init=text; null takes the backbone's own."""
     freeze: int | Literal["all"]
@@ -53,6 +55,8 @@ class ModelSettings:
             found.append(f"freeze: {self.freeze} is below 0")
         if self.head_width < 1:
             found.append(f"head_width: {self.head_width} is below 1")
+        if self.head_pictures is not None and self.head_pictures < 2:
+            found.append(f"head_pictures: {self.head_pictures} is below 2; null takes all")
         if self.freeze == "all" and self.lora.blocks:
             found.append(f"lora.blocks: {self.lora.blocks}, but freeze=all leaves no block above; freeze fewer")
         if self.head_init == "text" and self.head == "wide":

@@ -23,7 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from datagen.shards import Dataset, write_json
 from models.regressor import Regressor
-from train import cost, identity, micro_batch, start, tables
+from train import cost, identity, micro_batch, optim, start, tables
 from train.callbacks import KeepBest, Progress, ResumePoint
 from train.config import TrainSettings
 from train.data import Data
@@ -43,6 +43,7 @@ def fit(chosen: TrainSettings) -> int:
     """
     _quiet()
     machine = Machine(chosen.scale)
+    optim.check(chosen.optim, chosen.scale.strategy)
     datasets = [Dataset(folder, chosen.encoder) for folder in chosen.dataset]
     vals = [Dataset(folder, chosen.encoder) for folder in chosen.val]
     fingerprints = [dataset.fingerprint() for dataset in (*datasets, *vals)]

@@ -93,7 +93,8 @@ class Training(lightning.LightningModule):
             policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
             self.model.backbone.to(memory_format=torch.contiguous_format)  # it shares out no others
             for part in (*parts, self.model.backbone, self.model.head):
-                fully_shard(part, mesh=mesh["data_parallel"], mp_policy=policy)
+                # shares again after each pass: what validation gathered would be the averaged weights
+                fully_shard(part, mesh=mesh["data_parallel"], mp_policy=policy, reshard_after_forward=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self.model.train()
@@ -273,6 +274,14 @@ class Training(lightning.LightningModule):
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts.update({name: done + count - counts["ready"] for name, count in counts.items()})
+
+    def on_fit_start(self) -> None:
+        found = _listed(self.all_gather(torch.tensor(self._plan.accumulate, device=self.device)))
+        if len(set(found)) > 1:
+            raise UserError(
+                f"scale.micro_batch: the devices have room for different parts of the batch ({found} micro-batches); "
+                f"name one that all can take: {self._chosen.batch_size // (self._plan.world * int(max(found)))}"
+            )
 
     def on_train_start(self) -> None:
         # only now, since the optimizers, and the averages with them, are made after the checkpoint is read

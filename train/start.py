@@ -109,7 +109,13 @@ def head(made: Regressor, chosen: TrainSettings, data: Data, device: torch.devic
 
 
 def _ridge(made: Regressor, chosen: TrainSettings, data: Data, device: torch.device) -> None:
-    found = features(made.to(device).eval(), data.pictures, data.train_rows, chosen.batch_size, chosen.scale.workers)
+    rows = data.train_rows
+    if chosen.model.head_pictures is not None and len(rows) > chosen.model.head_pictures:
+        drawn = np.random.default_rng([chosen.seed, len(rows)]).choice(
+            len(rows), chosen.model.head_pictures, replace=False
+        )
+        rows = rows[np.sort(drawn)]
+    found = features(made.to(device).eval(), data.pictures, rows, chosen.batch_size, chosen.scale.workers)
     share = init_ridge(made.head, found.batches, stiffer=_STIFFER)
     log.info("ridge head: penalty %.1e of the features' variance", share)
     made.train()
