@@ -124,7 +124,7 @@ RECIPES = (
     Recipe(
         "ours",
         "ridge head from a sample, the bottom frozen, the rest fine-tuned: AdamW, cosine",
-        ("model.head_init=ridge", f"model.head_pictures={HEAD_PICTURES}", "model.freeze=5", LEARNT),
+        ("model.head_init=ridge", f"model.head_pictures={HEAD_PICTURES}", "model.freeze=8", LEARNT),
         (3e-4, 1e-3, 3e-3),
         fitted=True,
     ),

@@ -312,6 +312,46 @@ def test_killed_three_times_it_ends_the_same(every: int, small_data: Path, tmp_p
     assert validations(out) == validations(tmp_path / "whole")
 
 
+# averages, adapters with dropout, augmentation, micro-batches, rates by depth, a head that first trains alone
+EVERYTHING = (
+    "optim.ema=0.9",
+    "optim.layer_decay=0.8",
+    "optim.head_only=1",
+    "model.freeze=1",
+    "model.lora.blocks=2",
+    "model.lora.rank=4",
+    "model.lora.dropout=0.2",
+    "scale.micro_batch=4",
+    "data.crop=0.6",
+    "data.flip=true",
+    "data.jitter=0.2",
+    "data.erase=0.3",
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_ten_random_steps_it_ends_the_same(workers: int, small_data: Path, tmp_path: Path) -> None:
+    out, moments = tmp_path / "run", random.Random(workers)
+    parts = (*EVERYTHING, "epochs=16", "validate_every=3", "save_every=2", f"scale.workers={workers}")
+    ends = sorted(moments.sample(range(4, 76), 10))
+    for end in ends:
+        done = out / "log.jsonl"
+        lines = end + end // 15  # a line a step, and one a validation
+        with start(small_data, out, *parts) as process:
+            wait_for_line(process, done, lines)
+            time.sleep(moments.uniform(0, 0.05))
+            process.kill()
+            process.communicate()
+        assert process.returncode == -signal.SIGKILL
+    finish(small_data, out, *OVERRIDES, *parts)
+    train(small_data, tmp_path / "whole", *parts, "scale.workers=0")
+    assert same_weights(out / "last", tmp_path / "whole/last")
+    assert same_weights(out / "best", tmp_path / "whole/best")
+    assert validations(out) == validations(tmp_path / "whole")
+    assert untimed(out) == untimed(tmp_path / "whole")
+
+
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
