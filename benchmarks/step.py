@@ -47,7 +47,7 @@ class Stopwatch(Callback):
         self.seconds = self._began = 0.0
 
     def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any, **__: Any) -> None:
-        if trainer.global_step == self._first:
+        if trainer.global_step == self._first and not self._began:  # once, not at each of a step's micro-batches
             self._began = self._clock()
         elif trainer.global_step == self._last:
             self.seconds = self._clock() - self._began

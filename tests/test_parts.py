@@ -1,5 +1,6 @@
 """The parts of a recipe together, through `python -m train`: what adds up, what is refused, what ends a run."""
 
+import dataclasses
 import errno
 import json
 from pathlib import Path
@@ -15,6 +16,7 @@ from models.regressor import make
 from tests import small_dataset, training
 from tests.training import records, same_weights, train
 from train import fit as fit_module
+from train import start
 from train.callbacks import ResumePoint
 from train.config import TrainSettings
 from train.module import Training
@@ -93,6 +95,23 @@ def _stop_at(step: int) -> Any:
         end(self, trainer)
 
     return stopped
+
+
+def test_a_fused_optimizer_clips_in_half_precision(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where both are the default."""
+    plan = start.plan
+    monkeypatch.setattr(start, "plan", lambda *about: dataclasses.replace(plan(*about), fused=True))
+    parts = ("scale.precision=bf16", "optim.clip=0.5", "max_steps=2")
+    assert train(small_data, tmp_path / "run", *parts) == 0
+
+
+def test_another_precision_does_not_go_on(small_data: Path, tmp_path: Path) -> None:
+    train(small_data, tmp_path / "run", "max_steps=1")
+    (tmp_path / "run/done").unlink()
+    with pytest.raises(UserError, match="precision: 'fp32' there, 'bf16' here"):
+        train(small_data, tmp_path / "run", "max_steps=1", "scale.precision=bf16")
 
 
 # -------------------------------------------------------------------------------------------------- every part at once

@@ -97,6 +97,15 @@ def test_frozen_blocks_stay_bit_equal_and_the_others_train() -> None:
     assert {"backbone.conv_stem.weight", "backbone.bn1.running_mean"} <= step(model)
 
 
+def test_fixed_statistics_stay_while_their_block_trains() -> None:
+    model = make("test_efficientnet", "random", 32, E)
+    model.fixed_stats = True
+    model.freeze(0)
+    changed = step(model)
+    assert "backbone.blocks.2.0.conv_exp.weight" in changed
+    assert not [name for name in changed if "running_" in name]
+
+
 def test_blocks_above_the_frozen_ones_are_in_training_mode() -> None:
     """A ViT's root holds its class token: with it frozen, the blocks must not be put to evaluation along with it."""
     model = make("test_vit", "random", 32, E)

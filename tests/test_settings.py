@@ -126,7 +126,6 @@ COMMANDS = [
     ("report", "train.report.ReportSettings", [RUN]),
     ("runs", "train.runs.RunsSettings", []),
     ("hard", "train.hard.HardSettings", [RUN]),
-    ("probe", "train.probe.ProbeSettings", []),
     ("interpolate", "train.interpolate.InterpolateSettings", ["a=x", "b=y", "out=z"]),
     ("probe", "train.probe.ProbeSettings", []),
     ("export", "models.export.ExportSettings", []),
@@ -193,6 +192,32 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=said):
             settings(cls, compose(name, overrides))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ("optim.lr=0", "optim.lr: 0.0 is not above 0"),
+        ("optim.lr=-1e-4", "optim.lr: -0.0001 is not above 0"),
+        ("optim.lr=nan", "optim.lr: nan is not above 0"),
+        ("optim.head_lr=0", "optim.head_lr: 0.0 is not above 0"),
+        ("optim.layer_decay=1.5", "optim.layer_decay: 1.5 is not above 0 and at most 1"),
+        ("optim.betas=[0.9]", "optim.betas"),
+        ("optim.ema=1", "optim.ema: 1.0 is not from 0 to below 1"),
+        ("fold=6/5", "fold: '6/5' is not i/n"),
+        ("passes=[1,2]", "passes: 2 numbers for 1 datasets"),
+        ("val=[data/sd2]", "val: data/sd2 is trained on, too"),
+        ("seed=-1", "seed: -1 is below 0"),
+        ("loss.hardest=0", "loss.hardest: 0.0 is not above 0"),
+        ("data.crop=0", "data.crop: 0.0 is outside 0.05 to 1"),
+        ("scale.micro_batch=0", "scale.micro_batch: 0 is below 1"),
+    ],
+)
+def test_training_settings_out_of_bounds_are_named(wrong: str, words: str) -> None:
+    from train.config import TrainSettings
+
+    with pytest.raises(UserError, match=re.escape(words)):
+        settings(TrainSettings, compose("train", [wrong]))
 
 
 def test_holdout_takes_prompts_that_have_groups() -> None:

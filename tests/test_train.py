@@ -30,6 +30,7 @@ from models.regressor import make
 from tests import commands, small_dataset, training
 from tests.training import OVERRIDES, records, same_weights, train
 from train import __main__ as train_main
+from train import callbacks
 from train import fit as fit_module
 from train.callbacks import KeepBest, ResumePoint
 from train.data import Pictures
@@ -37,6 +38,7 @@ from train.draws import Draws, Part, Steps
 from train.loggers import JsonLines
 from train.module import Plan, Training
 from train.optim import lr_share
+from train.save import Saver
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -197,11 +199,11 @@ def test_resumed_at_any_point_it_equals_a_run_never_stopped(
         assert [r for r in untimed(copy) if r["step"] != step] == [r for r in untimed(whole) if r["step"] != step]
 
 
-@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 2), (signal.SIGINT, 3), (signal.SIGTERM, 8)])
+@pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 2), (signal.SIGINT, 3), (signal.SIGTERM, 7)])
 def test_asked_to_stop_it_stops_after_the_step_and_goes_on(
     number: signal.Signals, at: int, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Between validations, at one, and at the last step."""
+    """Between validations, at one, and before the last step."""
     handlers = [signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)]
     train(small_data, tmp_path / "whole", *INTRICATE)
     step = Training.training_step
@@ -223,6 +225,47 @@ def test_asked_to_stop_it_stops_after_the_step_and_goes_on(
     assert untimed(tmp_path / "run") == untimed(tmp_path / "whole")
 
 
+@pytest.mark.parametrize("parts", [(), ("validate_every=1.4",)], ids=["a validation last", "steps after it"])
+def test_ended_after_its_last_step_it_is_finished_the_same(
+    parts: tuple[str, ...], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As by a full disk: the last checkpoint is that of the averaged weights all the same, and has its score."""
+    parts = (*parts, "optim.ema=0.9", "save_every=1")
+    train(small_data, tmp_path / "whole", *parts)
+    write = Saver.write
+
+    def full(self: Saver, plain: Any, name: str, *about: Any) -> None:
+        if name == "last":
+            raise UserError("no room")
+        write(self, plain, name, *about)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Saver, "write", full)
+        with pytest.raises(UserError, match="no room"):
+            train(small_data, tmp_path / "run", *parts)
+    assert train(small_data, tmp_path / "run", *parts) == 0
+    assert same_weights(tmp_path / "run/last", tmp_path / "whole/last")
+    scores = [checkpoint.read_config(tmp_path / run / "last")["score"] for run in ("run", "whole")]
+    assert scores[0] == scores[1] is not None
+
+
+def test_a_signal_that_a_launcher_repeats_counts_once(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Training.training_step
+
+    def twice(self: Training, batch: Any, number: int) -> Any:
+        if self.global_step == 3:
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        return step(self, batch, number)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Training, "training_step", twice)
+        assert train(small_data, tmp_path / "run", "save_every=100") == 130
+    assert train(small_data, tmp_path / "run", "save_every=100") == 0
+
+
 def test_asked_twice_it_stops_at_once(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -230,6 +273,7 @@ def test_asked_twice_it_stops_at_once(small_data: Path, tmp_path: Path, monkeypa
         raise AssertionError("went on")
 
     monkeypatch.setattr(Training, "training_step", twice)
+    monkeypatch.setattr(callbacks, "_ECHO", -1.0)
     with pytest.raises(SystemExit) as ended:
         train(small_data, tmp_path / "run")
     assert ended.value.code == 130

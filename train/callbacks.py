@@ -17,6 +17,7 @@ from typing import Any
 
 import lightning.pytorch as lightning
 import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save_file
@@ -27,6 +28,7 @@ from train.module import Training
 
 log = logging.getLogger(__name__)
 
+_ECHO = 2.0  # seconds in which a second signal is the first one again, passed on by a launcher
 _LATE = 2  # steps after which a loss is looked at: the GPU has it by then, and nothing waits
 
 
@@ -37,10 +39,14 @@ class Progress(Callback):
         flops: of a picture's training step.
         peak: multiply-adds ×2 a second that the devices together can do, for the model FLOPs utilisation; None where
             it is not known.
+        head_steps: at the start, in which the head alone trains.
     """
 
-    def __init__(self, steps: int, log_every: int, flops: float = 0.0, peak: float | None = None) -> None:
+    def __init__(
+        self, steps: int, log_every: int, flops: float = 0.0, peak: float | None = None, head_steps: int = 0
+    ) -> None:
         self._steps, self._log_every, self._flops, self._peak = steps, log_every, flops, peak
+        self._head_steps = head_steps
         self._bar = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -68,13 +74,13 @@ class Progress(Callback):
             rate = self._pictures / (time.perf_counter() - self._began)
             self._began, self._pictures = time.perf_counter(), 0
             measured = {"train/images_per_s": rate, "train/lr": self._lr}
-            if self._peak:
+            if self._peak and trainer.global_step > self._head_steps:  # before, the backbone has no backward pass
                 measured["train/mfu"] = rate * self._flops / self._peak
             pl_module.log_dict(measured, rank_zero_only=True)
             if self._bar is not None:
                 loss = trainer.callback_metrics.get("train/loss")
                 told = [f"{rate:,.0f} pictures/s"]
-                told += [f"MFU {measured['train/mfu']:.0%}"] if self._peak else []
+                told += [f"MFU {measured['train/mfu']:.0%}"] if "train/mfu" in measured else []
                 told += [f"loss {loss:.4f}"] if loss is not None else []
                 self._bar.set_postfix_str(", ".join(told), refresh=False)
         if self._bar is not None:
@@ -106,6 +112,14 @@ class Progress(Callback):
     def _close(self) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+class Straight(TorchCheckpointIO):
+    """Writes a checkpoint where it is told to; Lightning's goes by a second copy in memory and the folder for temporary
+    files, whose disk may be small."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        torch.save(checkpoint, path)
 
 
 class ResumePoint(Callback):
@@ -166,7 +180,7 @@ class ResumePoint(Callback):
         """Queues whether the loss is no number and whether this rank was asked to stop, for all ranks to agree on."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         bad = torch.zeros((), device=pl_module.device) if loss is None else (~loss.detach().isfinite()).float()
-        flags = torch.stack([bad, torch.tensor(float(self._asked), device=bad.device)])
+        flags = torch.stack([bad, torch.full_like(bad, float(self._asked))])  # no copy to wait for
         work = None
         if trainer.world_size > 1:
             # read two steps later: a wait in every step would cost more than it tells
@@ -221,8 +235,10 @@ class ResumePoint(Callback):
 
     def _ask(self, number: int, frame: object) -> None:
         if self._asked:
-            sys.exit(130)
-        self._asked = True
+            if time.monotonic() - self._asked_at > _ECHO:
+                sys.exit(130)
+            return
+        self._asked, self._asked_at = True, time.monotonic()
         log.warning("\nstopping after this step; once more stops at once")
 
     def _hand_back(self) -> None:

@@ -7,6 +7,7 @@ B pictures, E target width, S side, N pictures of all datasets.
 import logging
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -213,7 +214,14 @@ def loader(
         pin_memory=pin,
         persistent_workers=keep and workers > 0,
         multiprocessing_context=context if workers else None,
+        worker_init_fn=_deaf if workers else None,
     )
+
+
+def _deaf(_: int) -> None:
+    """Of Ctrl-C and SIGTERM, which reach all processes: the one that trains decides when to stop."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _as_is(batch: Any) -> Batch:
@@ -308,6 +316,9 @@ class Data(lightning.LightningDataModule):
             passes = self._chosen.passes[number] if self._chosen.passes else 1
             parts.append(Part(self.pictures.rows(number, own), passes, units))
         return parts
+
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
+        return batch.to(device, non_blocking=device.type == "cuda")  # Lightning's own way waits for each copy
 
     def train_dataloader(self) -> DataLoader:
         trainer = self._attached()

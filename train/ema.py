@@ -46,6 +46,16 @@ class Ema:
         self.steps = 0
         """Updates so far."""
 
+    @property
+    def shadow(self) -> dict[str, torch.Tensor]:
+        """The averages themselves, of DTensors each rank's part of them."""
+        return self._shadow
+
+    def follow(self, model: nn.Module) -> None:
+        """Averages, and swaps, what `model` has under the same names now."""
+        there: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._live = {name: there[name] for name in self._live}
+
     @torch.no_grad()
     def update(self) -> None:
         """After an optimizer's step."""

@@ -38,6 +38,8 @@ _PART = 2048  # pictures, at most: what a kill costs
 _SHARE = 0.9  # of the free disk that features may take
 _NAMED = 3  # unreadable pictures that the log names
 
+MOST_AT_ONCE = 256  # pictures through a model without a backward pass: a step's may be those of many devices
+
 
 class Features:
     """What `features` gives: of the readable pictures among some rows, in their order.
@@ -121,7 +123,7 @@ def features(
     Args:
         model: on the device that computes them; its head does not matter.
         rows: numbers of the pictures.
-        batch_size: pictures at a time.
+        batch_size: pictures at a time; at most MOST_AT_ONCE.
         workers: processes that decode, as in `train.data.loader`.
         precision: of the products of matrices; None takes bf16 on a GPU that has it, fp16 on another, fp32 on a CPU.
 
@@ -129,6 +131,7 @@ def features(
         UserError: none of the pictures can be read (where the cache has no room: at the end of the first pass), or the
             cache cannot be written.
     """
+    batch_size = min(batch_size, MOST_AT_ONCE)
     source = _Source(model, pictures, np.asarray(rows, np.int64), batch_size, workers, precision)
     about = source.about()
     folder = cache_folder() / "features" / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]

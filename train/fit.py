@@ -12,6 +12,7 @@
 import json
 import logging
 import math
+import signal
 import warnings
 from pathlib import Path
 
@@ -20,11 +21,12 @@ import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities.memory import is_oom_error
 
 from datagen.shards import Dataset, write_json
 from models.regressor import Regressor
 from train import cost, identity, micro_batch, optim, start, tables
-from train.callbacks import KeepBest, Progress, ResumePoint
+from train.callbacks import KeepBest, Progress, ResumePoint, Straight
 from train.config import TrainSettings
 from train.data import Data
 from train.loggers import loggers, wandb_of
@@ -47,12 +49,13 @@ def fit(chosen: TrainSettings) -> int:
     datasets = [Dataset(folder, chosen.encoder) for folder in chosen.dataset]
     vals = [Dataset(folder, chosen.encoder) for folder in chosen.val]
     fingerprints = [dataset.fingerprint() for dataset in (*datasets, *vals)]
-    mine = {} if chosen.dry_run else identity.of_this_run(chosen, fingerprints)
+    mine = {} if chosen.dry_run else identity.of_this_run(chosen, fingerprints, machine.half)
     resume = chosen.out / "resume.ckpt"
     resumed_at = identity.step_of(resume)
     outline = start.outline(chosen, datasets)
     data = Data(datasets, vals, chosen, outline.spec.size, device=machine.device)
-    needs = cost.measure(outline, chosen.optim, machine.half)
+    mode = "none" if chosen.scale.recompute == "auto" else chosen.scale.recompute
+    needs = cost.measure(outline, chosen.optim, machine.half, mode)
     _introduce(chosen, outline, data, resumed_at, needs, machine)
     if chosen.dry_run:
         return 0
@@ -77,23 +80,34 @@ def fit(chosen: TrainSettings) -> int:
         save(module, "first")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resumed_at else None, weights_only=True)
-    except torch.OutOfMemoryError as error:
-        raise micro_batch.advice(error, chosen, plan, start.trial(model, chosen, needs, machine, plan)) from error
-    if point.stopped:
-        log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, plan.steps)
-        return 130
-    if judged and trainer.global_step % every:
-        trainer.validate(module, datamodule=data, verbose=False)
-    save(module, "last")
-    if not judged:
-        save(module, "best")
+        if point.stopped and trainer.global_step < plan.steps:
+            log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, plan.steps)
+            return 130
+        if judged and trainer.global_step % every:
+            trainer.validate(module, datamodule=data, verbose=False)
+        save(module, "last")
+        if not judged:
+            save(module, "best")
+        skipped = module.all_skipped()
+    except BaseException as error:
+        _let_go(trainer)
+        if isinstance(error, RuntimeError) and is_oom_error(error):
+            raise micro_batch.advice(error, chosen, plan, start.trial(model, chosen, needs, machine, plan)) from error
+        raise
     if trainer.is_global_zero:
-        _list_skipped(chosen.out, module.skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
+        _list_skipped(chosen.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
         if judged:
             tables.tell_of_best(chosen, data, machine.device, wandb_of(trainer.loggers))
         (chosen.out / "done").write_text(f"{plan.steps} steps\n")
         log.info("%s: %s", f"best val/cosine {best.best:.4f}" if judged else "not validated", chosen.out / "best")
     return 0
+
+
+def _let_go(trainer: lightning.Trainer) -> None:
+    """Ends the processes that Lightning started: they would wait for this one, on their GPUs, until a timeout."""
+    kill = getattr(trainer.strategy.launcher, "kill", None)
+    if kill is not None:
+        kill(signal.SIGKILL)  # SIGTERM would only ask them to stop after a step
 
 
 def _trainer(
@@ -108,9 +122,13 @@ def _trainer(
 ) -> lightning.Trainer:
     """Lightning's, for a run of `plan` that is validated `every` so many steps."""
     log_every = min(chosen.log_every, plan.steps)
-    peak = cost.peak_flop_per_s(machine.device, machine.half) * machine.world if machine.device.type == "cuda" else None
+    peak = None
+    if machine.device.type == "cuda" and is_first():
+        peak = cost.peak_flop_per_s(machine.device, machine.half) * machine.world
+        torch.cuda.empty_cache()
+    head_steps = math.ceil(chosen.optim.head_only * plan.per_epoch)
     return lightning.Trainer(
-        accelerator=chosen.scale.accelerator,
+        accelerator="gpu" if machine.device.type == "cuda" else "cpu",  # auto would take others that Machine does not
         devices=chosen.scale.devices,
         num_nodes=chosen.scale.nodes,
         precision=machine.precision,
@@ -124,15 +142,15 @@ def _trainer(
         num_sanity_val_steps=0,
         gradient_clip_val=chosen.optim.clip or None,
         log_every_n_steps=log_every,
-        callbacks=[Progress(plan.steps, log_every, needs.step_flop, peak), *callbacks],
+        callbacks=[Progress(plan.steps, log_every, needs.step_flop, peak, head_steps), *callbacks],
         logger=loggers(chosen, plan.per_epoch, resumed_at),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         strategy=machine.strategy(chosen.optim),
-        # it would requeue with a checkpoint of its own; here the same command goes on from ours
-        plugins=[SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else None,
+        # SLURM's would requeue with a checkpoint of its own; here the same command goes on from ours
+        plugins=[Straight(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         default_root_dir=chosen.out,
     )
 

@@ -19,17 +19,23 @@ def plain(chosen: TrainSettings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(chosen), default=str))
 
 
-def of_this_run(chosen: TrainSettings, fingerprints: list[str]) -> dict[str, Any]:
+def of_this_run(chosen: TrainSettings, fingerprints: list[str], precision: str) -> dict[str, Any]:
     """What `settings.json` holds, once it is checked that the one there, if any, is this run's.
 
     Args:
         fingerprints: of its datasets, in their order, those of val=[…] last.
+        precision: of its matrix products; of the group `scale`, it alone changes more than rounding.
 
     Raises:
         UserError: the folder holds another run, or this one, finished.
     """
     path = chosen.out / "settings.json"
-    mine = {**plain(chosen), "dataset_sha256": fingerprints, "weights_sha256": _sha256(chosen.data.weights)}
+    mine = {
+        **plain(chosen),
+        "dataset_sha256": fingerprints,
+        "weights_sha256": _sha256(chosen.data.weights),
+        "precision": precision,
+    }
     if path.exists():
         there = flat(json.loads(path.read_text()))
         here = flat(mine)

@@ -29,7 +29,7 @@ from models.regressor import Regressor, make
 from train.config import EvaluateSettings, TrainSettings
 from train.data import Data, Pictures, loader
 from train.draws import InOrder
-from train.features import features
+from train.features import MOST_AT_ONCE, features
 
 log = logging.getLogger(__name__)
 
@@ -72,7 +72,7 @@ def predictions(
     was_training = model.training
     model.eval()
     on_gpu = model.device.type == "cuda"
-    batches = loader(pictures, InOrder(rows, batch_size), workers, pin=on_gpu, keep=False)
+    batches = loader(pictures, InOrder(rows, min(batch_size, MOST_AT_ONCE)), workers, pin=on_gpu, keep=False)
     try:
         with progress(len(rows), "picture", what) as bar:
             for batch in batches:

@@ -11,6 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from conf import UserError
 from train.config import OptimSettings, ScaleSettings
 
+_PATIENCE = timedelta(hours=1)  # with the first process, which alone writes checkpoints
+
 
 def is_first() -> bool:
     """Whether this process is the one that writes: of rank 0, also before Lightning has started the others."""
@@ -39,6 +41,8 @@ class Machine:
         self.world = a_node * scale.nodes
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         self.device = torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
+        if gpus:
+            torch.cuda.set_device(self.device)  # or each process would also hold memory of the first GPU
         self._scale = scale
         self.half = self._half()
         self.precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.half]
@@ -47,14 +51,15 @@ class Machine:
         """Lightning's, with what it must know to wait for gradients or to share out a model."""
         if self._scale.strategy == "fsdp":
             return ModelParallelStrategy(
-                data_parallel_size=self.world, tensor_parallel_size=1, save_distributed_checkpoint=False
+                data_parallel_size=self.world,
+                tensor_parallel_size=1,
+                save_distributed_checkpoint=False,
+                timeout=_PATIENCE,
             )
         if self.world == 1:
             return "auto"
         # while the head trains alone, the backbone has no gradients for the ranks to wait for
-        return DDPStrategy(
-            find_unused_parameters=optim.head_only > 0, gradient_as_bucket_view=True, timeout=timedelta(hours=1)
-        )
+        return DDPStrategy(find_unused_parameters=optim.head_only > 0, gradient_as_bucket_view=True, timeout=_PATIENCE)
 
     def _half(self) -> Any:
         wanted = self._scale.precision

@@ -23,7 +23,7 @@ from models.losses import loss
 from models.regressor import Regressor
 from train import recompute
 from train.config import TrainSettings
-from train.cost import DTYPES, Cost
+from train.cost import DTYPES, Cost, measure
 from train.machine import Machine
 from train.module import Plan
 from train.recompute import Mode
@@ -131,6 +131,7 @@ def fitting(made: Regressor, chosen: TrainSettings, needs: Cost, machine: Machin
     """The first of `among`, largest first, that fits with `mode` on this process's GPU; 0 where none does."""
     if chosen.scale.strategy == "fsdp":
         capacity = torch.cuda.get_device_properties(machine.device).total_memory
+        needs = measure(made, chosen.optim, machine.half, mode)
         most = needs.fitting(int(capacity * (1 - _MARGIN)), machine.world)
         return next((size for size in among if size <= most), 0)
     blocks = depth.blocks(made.backbone) if mode != "none" else []

@@ -13,6 +13,7 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from conf import UserError
 from models import lora
@@ -25,6 +26,7 @@ from train.augment import augment
 from train.config import TrainSettings
 from train.data import Batch
 from train.ema import Ema, averaged
+from train.machine import is_first
 from train.optim import optimizer, scheduler
 from train.recompute import Mode
 
@@ -64,6 +66,7 @@ class Training(lightning.LightningModule):
         self._laid_out = False
         self._step_losses: list[torch.Tensor] = []
         self._ema: Ema | None = None
+        self._saved_ema: dict[str, Any] | None = None
         self._scores: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.score: Interval | None = None
         """Of the latest validation on the first set."""
@@ -83,6 +86,8 @@ class Training(lightning.LightningModule):
         parts = blocks(self.model.backbone)
         recompute.apply(parts, self._plan.recompute)
         if self._plan.compile:
+            # blocks share their code, and are of several widths, frozen and not, trained and judged: over the usual 8
+            torch._dynamo.config.recompile_limit = 64
             for part in parts:
                 part.compile()
         if mesh is not None:
@@ -102,6 +107,7 @@ class Training(lightning.LightningModule):
         schedule = scheduler(made, self._chosen.optim, self._plan.steps, self._head_steps)
         if self._chosen.optim.ema:
             self._ema = Ema(averaged(self.model), self._chosen.optim.ema)
+            self._go_on_averaging()
         return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -------------------------------------------------------------------------------------------------------- training
@@ -132,14 +138,29 @@ class Training(lightning.LightningModule):
         value = loss(z_BE, target_BE, weight_B, self._chosen.loss, planned)
         self._step_losses.append(value.detach())
         if len(self._step_losses) == self._plan.accumulate:
-            self.log("train/loss", torch.stack(self._step_losses).mean(), sync_dist=True, batch_size=1)
+            mean = torch.stack(self._step_losses).mean()
             self._step_losses = []
+            # ranks wait for each other to log: only where it is written
+            if (self.global_step + 1) % min(self._chosen.log_every, self._plan.steps) == 0:
+                self.log("train/loss", mean, sync_dist=True, batch_size=1)
         return scale * value
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
+        self._share_statistics()
         if self._ema is not None:  # here, since callbacks, which save, come before this module's other hooks
             self._ema.update()
+
+    def _share_statistics(self) -> None:
+        """Batch norms that learn have one mean and variance on all ranks: that of their own ones."""
+        if self._plan.world == 1:
+            return
+        learning = [
+            m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+        ]
+        for statistic in (s for m in learning for s in (m.running_mean, m.running_var) if s is not None):
+            torch.distributed.all_reduce(statistic)
+            statistic /= self._plan.world
 
     def configure_gradient_clipping(
         self,
@@ -147,7 +168,8 @@ class Training(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        if gradient_clip_val and self.device_mesh is not None:  # Lightning's own way refuses sharded parameters
+        # Lightning's own way refuses sharded parameters, and a fused optimizer even where no loss is scaled
+        if gradient_clip_val and (self.device_mesh is not None or self._plan.fused):
             torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -191,6 +213,8 @@ class Training(lightning.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         self._scores = {}
+        if self._ema is not None:
+            self._ema.follow(self.model)  # moved to another device and back, a module has other buffers
         self._swap = self._ema.swapped() if self._ema is not None else None
         if self._swap is not None:
             self._swap.__enter__()
@@ -252,28 +276,51 @@ class Training(lightning.LightningModule):
     def export_state(self) -> Tensors:
         """The weights to judge and keep, on the CPU under the plain model's names: averaged, adapters merged.
 
-        Every rank calls it. With FSDP2 the shares come together on each.
+        Every rank calls it, for with FSDP2 the shares come together; the first one gets the whole, the others nothing.
         """
         state: dict[str, Any] = dict(self.model.state_dict())
         if self._ema is not None:
-            state |= self._ema.state_dict()["shadow"]
-        whole = {k: getattr(v, "full_tensor", lambda v=v: v)().detach().cpu() for k, v in state.items()}
+            state |= self._ema.shadow
+        whole = {}
+        for name, tensor in state.items():
+            gathered = getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)()
+            if is_first():
+                whole[name] = gathered.detach().cpu()
+        if not is_first():
+            return {}
         about = self._chosen.model.lora
         return lora.merge(whole, about.alpha / about.rank) if about.blocks else whole
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["skipped"] = self.skipped
+        checkpoint["skipped"] = self.all_skipped()
+        checkpoint["score"] = None if self.score is None else tuple(self.score)
         if self._ema is not None:
             checkpoint["ema"] = self._ema.state_dict()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.skipped = dict(checkpoint["skipped"])
+        self.score = None if checkpoint["score"] is None else Interval(*checkpoint["score"])
         self._saved_ema = checkpoint.get("ema")
+        self._go_on_averaging()
         # another number of micro-batches a step may go on: Lightning counts them, not the steps
         done = checkpoint["global_step"] * self._plan.accumulate
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts.update({name: done + count - counts["ready"] for name, count in counts.items()})
+
+    def _go_on_averaging(self) -> None:
+        """With FSDP2 the checkpoint is read after the averages are made, else before."""
+        if self._ema is not None and self._saved_ema is not None:
+            self._ema.load_state_dict(self._saved_ema)
+            self._saved_ema = None
+
+    def all_skipped(self) -> dict[str, str]:
+        """`skipped` of all ranks; each of them asks."""
+        if self._plan.world == 1:
+            return self.skipped
+        parts: list[Any] = [None] * self._plan.world
+        torch.distributed.all_gather_object(parts, self.skipped)
+        return {key: reason for part in parts for key, reason in part.items()}
 
     def on_fit_start(self) -> None:
         found = _listed(self.all_gather(torch.tensor(self._plan.accumulate, device=self.device)))
@@ -282,13 +329,6 @@ class Training(lightning.LightningModule):
                 f"scale.micro_batch: the devices have room for different parts of the batch ({found} micro-batches); "
                 f"name one that all can take: {self._chosen.batch_size // (self._plan.world * int(max(found)))}"
             )
-
-    def on_train_start(self) -> None:
-        # only now, since the optimizers, and the averages with them, are made after the checkpoint is read
-        saved = getattr(self, "_saved_ema", None)
-        if self._ema is not None and saved is not None:
-            self._ema.load_state_dict(saved)
-        self._saved_ema = None
 
 
 def _listed(gathered: Any) -> list[float]:

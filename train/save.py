@@ -29,8 +29,9 @@ class Saver:
         state = module.export_state()
         if not is_first():
             return
-        plain = self._plain = self._plain or checkpoint.rebuild(module.model.description())
-        plain.load_state_dict(state)
+        with torch.inference_mode(False):  # in which validation may be, and its tensors could not be written to again
+            plain = self._plain = self._plain or checkpoint.rebuild(module.model.description())
+            plain.load_state_dict(state)
         self.write(plain.eval(), name, module.score, module.global_step, self._data.steps)
 
     def write(self, plain: Regressor, name: str, score: Interval | None, step: int, steps: int) -> None:

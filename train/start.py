@@ -163,7 +163,7 @@ def plan(chosen: TrainSettings, made: Regressor, data: Data, needs: cost.Cost, m
         accumulate=accumulate,
         recompute=mode,
         compile=machine.device.type == "cuda" if scale.compile == "auto" else scale.compile,
-        # Lightning clips no gradients whose loss scaling the optimizer itself undoes
+        # a fused optimizer undoes the loss scaling itself, after gradients were to be clipped
         fused=machine.device.type == "cuda" and machine.precision != "16-mixed",
     )
 
@@ -172,7 +172,7 @@ def trial(
     made: Regressor, chosen: TrainSettings, needs: cost.Cost, machine: Machine, plan: Plan
 ) -> Callable[[list[int]], int] | None:
     """Tries how many pictures fit after all, for the advice to a run that ran out of memory; None where none can."""
-    if machine.device.type != "cuda" or machine.world > 1:  # other processes would wait meanwhile
+    if machine.device.type != "cuda" or machine.world > 1 or chosen.scale.strategy == "fsdp":  # others would wait
         return None
     return lambda among: micro_batch.fitting(made, chosen, needs, machine, plan.recompute, among)
 
