@@ -393,7 +393,6 @@ def test_killed_at_ten_random_steps_it_ends_the_same(workers: int, small_data: P
     assert same_weights(out / "last", tmp_path / "whole/last")
     assert same_weights(out / "best", tmp_path / "whole/best")
     assert validations(out) == validations(tmp_path / "whole")
-    assert untimed(out) == untimed(tmp_path / "whole")
 
 
 # --------------------------------------------------------------------------------------------------------- refusals

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -214,14 +215,24 @@ def loader(
         pin_memory=pin,
         persistent_workers=keep and workers > 0,
         multiprocessing_context=context if workers else None,
-        worker_init_fn=_deaf if workers else None,
+        worker_init_fn=_with_the_run if workers else None,
     )
 
 
-def _deaf(_: int) -> None:
-    """Of Ctrl-C and SIGTERM, which reach all processes: the one that trains decides when to stop."""
+def _with_the_run(_: int) -> None:
+    """In a process that decodes: it ends when the one that trains does, and not before.
+
+    Ctrl-C and SIGTERM reach all processes, and the one that trains decides when to stop. Where that one is killed, this
+    would stay for ever: its parent is the fork server, which lives as long as what it forked.
+    """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with, args=(multiprocessing.parent_process(),), daemon=True).start()
+
+
+def _end_with(trainer: Any) -> None:
+    trainer.join()
+    os._exit(1)
 
 
 def _as_is(batch: Any) -> Batch:
