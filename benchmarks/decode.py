@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""From a file's bytes to the model's square: `python -m benchmarks.decode [--json FILE]`, one core.
+"""From a file's bytes to the model's square: `python -m benchmarks.decode [--json FILE] [--tiny]`, one core.
 
 Ours is `fit(decode(data), 224)`: uint8 [3, 224, 224]. The peer does the same with Pillow alone: decode, resize
 (bicubic), to a uint8 tensor. Pictures are 512 px JPEGs of 40 to 60 kB; told beside that: lossless WebP and PNG of the
@@ -14,21 +14,14 @@ from collections.abc import Callable
 import numpy as np
 import PIL
 import torch
-from PIL import Image, ImageFilter
+from PIL import Image
 
-from benchmarks.harness import finish, options, timed
+from benchmarks.harness import finish, noise, options, timed
 from models.preprocess import decode, fit
 
 TARGET, LEAST_DB = 1.9, 60
 PICTURES, SIZE, SIDE, ROUNDS = 50, 512, 224, 9
 KINDS = {"jpeg": {"quality": 85}, "webp": {"lossless": True}, "png": {}}
-
-
-def pictures() -> list[Image.Image]:
-    """Smooth noise, as compressible as photographs are."""
-    rng = np.random.default_rng(0)
-    noise = [Image.fromarray(rng.integers(0, 256, (SIZE // 4, SIZE // 4, 3), np.uint8)) for _ in range(PICTURES)]
-    return [n.resize((SIZE, SIZE), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(3)) for n in noise]
 
 
 def encoded(picture: Image.Image, kind: str) -> bytes:
@@ -58,15 +51,16 @@ def per_s(work: Callable[[bytes], torch.Tensor], files: list[bytes]) -> float:
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    chosen = options(__doc__, tiny="a few pictures: shows that the script works, measures nothing")
+    count, times = (2, 1) if chosen.tiny else (PICTURES, ROUNDS)
     torch.set_num_threads(1)
-    shown = pictures()
+    shown = noise(count, SIZE)
     figures: dict[str, float | dict[str, list[float]]] = {}
     for kind in KINDS:
         files = [encoded(picture, kind) for picture in shown]
         figures[f"{kind}_db"] = psnr(files)  # also warms both
         rounds: dict[str, list[float]] = {"ours": [], "pillow": []}
-        for _ in range(ROUNDS):
+        for _ in range(times):
             rounds["ours"].append(per_s(ours, files))
             rounds["pillow"].append(per_s(by_pillow, files))
         medians = {name: statistics.median(rates) for name, rates in rounds.items()}

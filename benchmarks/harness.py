@@ -6,7 +6,10 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -14,6 +17,19 @@ def timed(work: Callable[[], object]) -> float:
     start = time.process_time()
     work()
     return time.process_time() - start
+
+
+def noise(count: int, size: int) -> "list[Image.Image]":
+    """Smooth noise, as compressible as photographs are: a 512 px JPEG of quality 85 takes 40 to 60 kB."""
+    import numpy as np
+    from PIL import Image, ImageFilter
+
+    rng = np.random.default_rng(0)
+    found = []
+    for _ in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (size // 4, size // 4, 3), np.uint8))
+        found.append(small.resize((size, size), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(3)))
+    return found
 
 
 def options(doc: str | None, **switches: str) -> argparse.Namespace:

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Pictures a second into the model, from one process. `python -m benchmarks.pipeline [--json FILE]`, some minutes.
+"""Pictures a second into the model, from one process. `python -m benchmarks.pipeline [--json FILE] [--tiny]`, minutes.
 
 Ours is the loader of a training run: random order over all shards, uint8 batches of 224 px with their target vectors;
 the model normalises them on its own device. The first peer is the loop that a user of the same tars would write:
@@ -24,7 +24,7 @@ from torchvision import transforms
 from webdataset.compat import WebDataset
 
 from benchmarks.harness import finish, options, timed
-from benchmarks.reader import PICTURES, make
+from benchmarks.reader import PICTURES, SHARD, make
 from datagen import shards
 from datagen.shards import Dataset
 from models.preprocess import decode, fit
@@ -93,17 +93,18 @@ def drain(batches: Iterator[torch.Tensor], model: Regressor | None = None) -> in
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    chosen = options(__doc__, tiny="a few pictures: shows that the script works, measures nothing")
+    count, tars_of, times = (2 * BATCH, BATCH, 1) if chosen.tiny else (PICTURES, SHARD, ROUNDS)
     torch.set_num_threads(1)
     model = make_model("vit_tiny_patch16_224", "random", SIDE, WIDTH)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        mean_bytes = make(root)
+        mean_bytes = make(root, count, tars_of)
         tars = sorted(map(str, root.glob("shards/*.tar")))
         pictures = Pictures([write_targets(root)], SIDE)
-        expected = PICTURES // BATCH * BATCH
+        expected = count // BATCH * BATCH
         rounds: dict[str, list[float]] = {}
-        for k in range(ROUNDS):
+        for k in range(times):
             work: dict[str, Callable[[], int]] = {
                 "images_per_s": lambda k=k: drain(our_batches(pictures, k)),
                 "usual_per_s": lambda k=k: drain(usual_batches(tars, k, model.spec)),
@@ -118,7 +119,7 @@ def main() -> None:
     medians = {name: statistics.median(rates) for name, rates in rounds.items()}
     own = medians["images_per_s"] / medians["own_decoder_per_s"]
     figures = {**medians, "own_decoder_ratio": own, "own_decoder_target": OWN_DECODER_TARGET}
-    figures |= {"mean_bytes": mean_bytes, "pictures": PICTURES, "batch": BATCH}
+    figures |= {"mean_bytes": mean_bytes, "pictures": count, "batch": BATCH}
     ratio = medians["images_per_s"] / medians["usual_per_s"]
     finish("pipeline", ratio, TARGET, f"webdataset-{version('webdataset')}", {**figures, "rounds": rounds}, chosen.json)
 

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Samples a second in random order from one process. `python -m benchmarks.reader [--json FILE]`, about a minute.
+"""Samples a second in random order from one process. `python -m benchmarks.reader [--json FILE] [--tiny]`, a minute.
 
 Ours is `Dataset.image_bytes` at random numbers: a global shuffle. The peer is the loop that a user of the same tars
 would write, `WebDataset(tars, shardshuffle=…).shuffle(1000)`: a local one. Both give every picture's key and encoded
@@ -18,39 +18,35 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageFilter
 from webdataset.compat import WebDataset
 
-from benchmarks.harness import finish, options, timed
+from benchmarks.harness import finish, noise, options, timed
 from datagen import shards
 from datagen.shards import Dataset
 from models.preprocess import decode
 
 TARGET = 15
-PICTURES, SHARD, SIZE, ROUNDS = 2000, 500, 512, 7
+PICTURES, SHARD, DISTINCT, SIZE, ROUNDS = 2000, 500, 50, 512, 7
 DECODING_ROUNDS = 3  # the first ones: they take most of the time
 
 warnings.filterwarnings("ignore", category=ResourceWarning)  # webdataset leaves its tars open
 
 
-def make(root: Path) -> float:
-    """Writes a dataset of JPEGs of 40 to 60 kB; returns their mean size in bytes."""
-    rng = np.random.default_rng(0)
+def make(root: Path, count: int = PICTURES, shard: int = SHARD) -> float:
+    """Writes a dataset of `count` JPEGs of 40 to 60 kB, `shard` to a tar; returns their mean size in bytes."""
     distinct = []
-    for _ in range(50):
-        noise = Image.fromarray(rng.integers(0, 256, (SIZE // 4, SIZE // 4, 3), np.uint8))
-        picture = noise.resize((SIZE, SIZE), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(3))
+    for picture in noise(min(DISTINCT, count), SIZE):
         buffer = io.BytesIO()
         picture.save(buffer, "JPEG", quality=85)
         distinct.append(buffer.getvalue())
-    rows = [(f"{n:09d}", n, f"a picture of number {n}", "noise", "", "train", n) for n in range(PICTURES)]
+    rows = [(f"{n:09d}", n, f"a picture of number {n}", "noise", "", "train", n) for n in range(count)]
     columns = dict(zip(shards.PLAN.names, zip(*rows, strict=True), strict=True))
     plan = pa.table({name: list(column) for name, column in columns.items()}, schema=shards.PLAN)
-    shards.write_plan(root, plan, {"shards": PICTURES // SHARD})
-    pictures = [(distinct[n % len(distinct)], {}) for n in range(PICTURES)]
-    for number in range(PICTURES // SHARD):
-        part = slice(number * SHARD, (number + 1) * SHARD)
-        shards.write_shard(root, number, plan.slice(part.start, SHARD), pictures[part], ".jpg")
+    shards.write_plan(root, plan, {"shards": count // shard})
+    pictures = [(distinct[n % len(distinct)], {}) for n in range(count)]
+    for number in range(count // shard):
+        part = slice(number * shard, (number + 1) * shard)
+        shards.write_shard(root, number, plan.slice(part.start, shard), pictures[part], ".jpg")
     return float(np.mean([len(p) for p, _ in pictures]))
 
 
@@ -74,16 +70,17 @@ def drain_decoded(samples: Iterator[tuple[str, bytes]]) -> int:
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    chosen = options(__doc__, tiny="a few pictures: shows that the script works, measures nothing")
+    count, tars_of, times = (8, 4, 1) if chosen.tiny else (PICTURES, SHARD, ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        mean_bytes = make(root)
+        mean_bytes = make(root, count, tars_of)
         tars = sorted(map(str, root.glob("shards/*.tar")))
         dataset = Dataset(root)
         assert sorted(our_samples(dataset, 0)) == sorted(peer_samples(tars, 0))  # also warms the page cache
         only_jpg = {"select_files": lambda name: name.endswith(".jpg")}
         rounds: dict[str, list[float]] = {}
-        for k in range(ROUNDS):
+        for k in range(times):
             work = {
                 "samples_per_s": lambda k=k: drain(our_samples(dataset, k)),
                 "peer_per_s": lambda k=k: drain(peer_samples(tars, k)),
@@ -93,10 +90,10 @@ def main() -> None:
                 work["decoded_per_s"] = lambda k=k: drain_decoded(our_samples(dataset, k))
                 work["peer_decoded_per_s"] = lambda k=k: drain_decoded(peer_samples(tars, k))
             for name, what in work.items():
-                rounds.setdefault(name, []).append(PICTURES / timed(what))
+                rounds.setdefault(name, []).append(count / timed(what))
             print(f"round {k}: " + ", ".join(f"{name} {rounds[name][-1]:,.0f}" for name in work))
     medians = {name: statistics.median(rates) for name, rates in rounds.items()}
-    figures = {**medians, "mean_bytes": mean_bytes, "pictures": PICTURES, "rounds": rounds}
+    figures = {**medians, "mean_bytes": mean_bytes, "pictures": count, "rounds": rounds}
     ratio = medians["samples_per_s"] / medians["peer_per_s"]
     finish("reader", ratio, TARGET, f"webdataset-{version('webdataset')}", figures, chosen.json)
 

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""A training step on a CPU against a loop written by hand. `python -m benchmarks.step [--json FILE]`, some minutes.
+"""A training step on a CPU against a loop written by hand. `python -m benchmarks.step [--json FILE] [--tiny]`, minutes.
 
 Ours is `train.fit`, which is `python -m train`, with all that a step of it does: seeds, draws, losses logged and
 checked, progress, resume points. The peer is what a user would write for the same run: a DataLoader over the same
@@ -53,9 +53,9 @@ class Stopwatch(Callback):
             self.seconds = self._clock() - self._began
 
 
-def ours(data: Path, out: Path) -> tuple[float, Regressor]:
-    """Seconds a step, and the trained model."""
-    watch = Stopwatch(SKIPPED, SKIPPED + TIMED, time.process_time)
+def ours(data: Path, out: Path, skipped: int, timed: int) -> tuple[float, Regressor]:
+    """Seconds a step, of the `timed` after the `skipped`, and the trained model."""
+    watch = Stopwatch(skipped, skipped + timed, time.process_time)
     whole = lightning.Trainer
 
     def watched(**keys: Any) -> lightning.Trainer:
@@ -71,7 +71,7 @@ def ours(data: Path, out: Path) -> tuple[float, Regressor]:
         "model.freeze=0",
         "model.head_init=random",
         f"batch_size={BATCH}",
-        f"max_steps={SKIPPED + TIMED}",
+        f"max_steps={skipped + timed}",
         f"optim.lr={LR}",
         f"optim.head_lr={LR}",
         f"optim.warmup={WARMUP}",
@@ -86,16 +86,16 @@ def ours(data: Path, out: Path) -> tuple[float, Regressor]:
     finally:
         fit_module.lightning.Trainer = whole
     assert code == 0
-    return watch.seconds / TIMED, load(out / "last")
+    return watch.seconds / timed, load(out / "last")
 
 
-def by_hand(data: Path) -> tuple[float, Regressor]:
+def by_hand(data: Path, skipped: int, timed: int) -> tuple[float, Regressor]:
     """The same run, written by hand."""
     torch.manual_seed(0)
     dataset = Dataset(data, small_dataset.ENCODER)
     model = make("tf_efficientnet_lite0", "random", SIZE, dataset.width).train()
     rows = dataset.rows("train")
-    steps = SKIPPED + TIMED
+    steps = skipped + timed
     batches = Steps(Draws([Part(rows, 1, dataset.prompt_sets()[rows])], 0), BATCH, steps)
     loader = DataLoader(Pictures([dataset], SIZE), batch_sampler=batches, collate_fn=lambda batch: batch)
     groups = []
@@ -116,11 +116,11 @@ def by_hand(data: Path) -> tuple[float, Regressor]:
         adamw.step()
         adamw.zero_grad()
         schedule.step()
-        if step == SKIPPED:
+        if step == skipped:
             began = time.process_time()
         if step == steps:
             ended = time.process_time()
-    return (ended - began) / TIMED, model
+    return (ended - began) / timed, model
 
 
 def same(a: Regressor, b: Regressor) -> bool:
@@ -130,14 +130,17 @@ def same(a: Regressor, b: Regressor) -> bool:
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    chosen = options(__doc__, tiny="a few steps: shows that the script works, measures nothing")
+    skipped, timed, times = (1, 2, 1) if chosen.tiny else (SKIPPED, TIMED, ROUNDS)
     torch.set_num_threads(1)
     rounds: dict[str, list[float]] = {"ours_s": [], "peer_s": []}
     with tempfile.TemporaryDirectory() as folder:
-        data = small_dataset.write(Path(folder) / "data", train=320, val=0, shard=80, size=SIZE)
-        for k in range(ROUNDS):
-            seconds, trained = ours(data, Path(folder) / f"run-{k}")
-            peer_seconds, peer = by_hand(data)
+        data = small_dataset.write(
+            Path(folder) / "data", train=BATCH * (4 if chosen.tiny else 20), val=0, shard=80, size=SIZE
+        )
+        for k in range(times):
+            seconds, trained = ours(data, Path(folder) / f"run-{k}", skipped, timed)
+            peer_seconds, peer = by_hand(data, skipped, timed)
             if not same(trained, peer):
                 raise RuntimeError("not the same work: the weights differ")
             rounds["ours_s"].append(seconds)

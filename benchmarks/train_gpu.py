@@ -68,7 +68,7 @@ class Scale:
     timed: int
     """Steps."""
     queue: int
-    """Steps before the clock starts where a queue feeds them, and half of those after."""
+    """Steps before the clock starts where a queue feeds them; one and a half times as many, and one, are timed."""
 
 
 FULL = Scale(

@@ -169,6 +169,7 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
         for noisy in (
             "aiobotocore",
             "botocore",
+            "faiss",  # which instructions it was built for
             "httpx",
             "httpcore",
             "matplotlib",

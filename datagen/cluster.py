@@ -14,8 +14,6 @@ import signal
 import socket
 import threading
 import time
-import traceback
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,8 +26,7 @@ from conf import ROOT, UserError
 from datagen import shards
 from datagen.config import DatagenSettings
 from datagen.renderers.base import Renderer
-from datagen.storage import Unreachable
-from datagen.work import Event, Ticks, answer, make_renderer, render_shard
+from datagen.work import Event, Queue, Ticks, Tries, answer
 
 T = TypeVar("T")
 _LOOK_S = 1.0  # between two looks at the actors' progress
@@ -43,22 +40,13 @@ class _Actor:
     """Renders shards in a process of the cluster; asked for its progress while it does."""
 
     def __init__(self, chosen: DatagenSettings) -> None:
-        self._chosen = chosen
-        self._renderer: Renderer | None = None
+        self._tried = Tries(chosen)
         self._rendered = 0
         shards.remove_parts(chosen.out)  # of an actor that was killed on this machine
 
     def render(self, number: int, rows: pa.Table) -> Event | UserError:
         self._rendered = 0
-        try:
-            self._renderer = self._renderer or make_renderer(self._chosen)
-            return Event("done", number, report=render_shard(self._chosen, self._renderer, number, rows, self._tick))
-        except Unreachable as error:
-            return Event("failed", number, error=str(error))
-        except UserError as error:
-            return error
-        except Exception:
-            return Event("failed", number, error=traceback.format_exc().strip())
+        return self._tried(number, rows, self._tick)
 
     def _tick(self, pictures: int) -> None:
         self._rendered += pictures
@@ -116,9 +104,8 @@ class Cluster:
     def render(
         self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
     ) -> Iterator[Event]:
-        tries: Counter[int] = Counter()
         ticks = Ticks(tick)
-        queue = deque(todo)
+        queue = Queue(todo, self._chosen.retries)
         workers = [self._start() for _ in range(min(self.places, len(todo)))]
         running: dict[Any, _Worker] = {}
         began, told = time.monotonic(), False
@@ -126,7 +113,7 @@ class Cluster:
             while queue or running:
                 for worker in workers:  # a shard waits for no actor that waits for a place
                     if queue and worker.shard is None and worker.starts is None:
-                        worker.shard, worker.seen = queue.popleft(), 0
+                        worker.shard, worker.seen = queue.next(), 0
                         running[worker.actor.render.remote(worker.shard, rows_of(worker.shard))] = worker
                 if not running and not told and time.monotonic() - began > _NO_PLACE_S:
                     log.warning("no worker has found a place in the cluster yet: each needs %s", self._needs())
@@ -144,11 +131,7 @@ class Cluster:
                     if event.kind == "failed":
                         ray.kill(worker.actor)
                         workers[workers.index(worker)] = self._start()
-                        tries[event.shard] += 1
-                        last = tries[event.shard] > self._chosen.retries
-                        event = Event("failed", event.shard, error=event.error, last=last)
-                        if not last:
-                            queue.appendleft(event.shard)
+                        event = queue.failed(event)
                     yield event
         finally:
             for worker in workers:

@@ -92,11 +92,6 @@ class File:
                 file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
             yield file
 
-    def sha256(self) -> str:
-        """Of the file at `path`, a zip whole."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-
 
 @dataclass(frozen=True)
 class Origin:
@@ -108,10 +103,10 @@ class Origin:
     files: tuple[File, ...]
 
     def facts(self) -> dict[str, Any]:
-        """Plain JSON: the repository or URL, the hub's commit, and each file's size and sha256."""
+        """Plain JSON: the repository or URL, the hub's commit, and each file's size and sha256, a zip's whole."""
         hub = _HUB.fullmatch(self.url.rpartition("::")[2])
         where = {"repo": hub["repo"], "commit": self.commit} if hub else {"url": self.url}
-        found = {f.name: {"bytes": f.path.stat().st_size, "sha256": f.sha256()} for f in self.files}
+        found = {f.name: {"bytes": f.path.stat().st_size, "sha256": storage.sha256(f.path)} for f in self.files}
         return {**where, "files": found}
 
 

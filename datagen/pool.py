@@ -7,8 +7,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
-from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +18,7 @@ import pyarrow as pa
 from conf import UserError
 from datagen.config import DatagenSettings
 from datagen.renderers.base import Renderer
-from datagen.storage import Unreachable
-from datagen.work import Event, Ticks, answer, make_renderer, render_shard
+from datagen.work import Event, Queue, Ticks, Tries, answer
 
 T = TypeVar("T")
 _SPAWN = multiprocessing.get_context("spawn")  # the parent may hold torch's threads, which a fork would break
@@ -83,33 +80,25 @@ class Local:
 
     def _here(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
         """In this process: a renderer that has all cores, or a single core, needs no other."""
-        for number in todo:
-            for left in reversed(range(self._chosen.retries + 1)):
-                try:
-                    report = render_shard(
-                        self._chosen, self._renderer, number, rows_of(number), partial(ticks.add, number)
-                    )
-                except Unreachable as error:
-                    ticks.take_back(number)
-                    yield Event("failed", number, error=str(error), last=left == 0)
-                except UserError:
-                    raise
-                except Exception:
-                    ticks.take_back(number)
-                    yield Event("failed", number, error=traceback.format_exc().strip(), last=left == 0)
-                else:
-                    yield Event("done", number, report=report)
-                    break
+        queue, tried = Queue(todo, self._chosen.retries), Tries(self._chosen, self._renderer)
+        while queue:
+            number = queue.next()
+            event = tried(number, rows_of(number), partial(ticks.add, number))
+            if isinstance(event, UserError):
+                raise event
+            if event.kind == "failed":
+                ticks.take_back(number)
+                event = queue.failed(event)
+            yield event
 
     def _in_processes(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
-        tries: Counter[int] = Counter()
-        queue = deque(todo)
+        queue = Queue(todo, self._chosen.retries)
         workers = [_start(self._chosen, environment) for environment in self._environments[: len(todo)]]
         try:
             while queue or any(w.shard is not None for w in workers):
                 for worker in workers:
                     if queue and worker.shard is None:
-                        number = queue.popleft()
+                        number = queue.next()
                         _send(worker, number, rows_of(number))
                 for pipe in wait([w.pipe for w in workers]):
                     worker = next(w for w in workers if w.pipe is pipe)
@@ -125,11 +114,7 @@ class Local:
                         # a process whose CUDA context is broken fails at everything
                         _stop([worker])
                         workers[workers.index(worker)] = _start(self._chosen, worker.environment)
-                        tries[event.shard] += 1
-                        last = tries[event.shard] > self._chosen.retries
-                        event = Event("failed", event.shard, error=event.error, last=last)
-                        if not last:
-                            queue.appendleft(event.shard)
+                        event = queue.failed(event)
                     elif event.kind == "done":
                         worker.shard = None
                     yield event
@@ -211,27 +196,15 @@ def _answer(
 
 def _run(chosen: DatagenSettings, environment: dict[str, str], pipe: Connection) -> None:
     _start_process(environment)
-    try:
-        renderer = make_renderer(chosen)
-    except UserError as error:
-        pipe.send(error)
-        return
+    tried = Tries(chosen)
     while True:
         try:
             number, rows = pipe.recv()
         except EOFError:
             return  # the parent is gone
-        try:
-            report = render_shard(chosen, renderer, number, rows, lambda n, number=number: pipe.send((number, n)))
-            pipe.send(Event("done", number, report=report))
-        except Unreachable as error:
-            pipe.send(Event("failed", number, error=str(error)))
-            return
-        except UserError as error:
-            pipe.send(error)
-            return
-        except Exception:
-            pipe.send(Event("failed", number, error=traceback.format_exc().strip()))
+        found = tried(number, rows, lambda n, number=number: pipe.send((number, n)))
+        pipe.send(found)
+        if isinstance(found, UserError) or found.kind == "failed":
             return
 
 

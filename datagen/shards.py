@@ -30,7 +30,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from conf import UserError
-from datagen.storage import Files, Place, cache_folder, exists, free_bytes, remove_parts, write_atomically
+from datagen.storage import Files, Place, cache_folder, exists, free_bytes, remove_parts, sha256, write_atomically
 
 __all__ = [
     "FAULTY",
@@ -55,6 +55,8 @@ __all__ = [
     "read_notes",
     "read_plan",
     "remove_parts",
+    "sha256",
+    "write_array",
     "write_atomically",
     "write_json",
     "write_plan",
@@ -110,6 +112,12 @@ def json_bytes(value: Any) -> bytes:
 def write_json(path: Place, value: Any) -> None:
     data = json_bytes(value)
     write_atomically(path, lambda file: file.write(data))
+
+
+def write_array(path: Place, array: NDArray[Any]) -> None:
+    buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
+    np.save(buffer, array)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def write_table(path: Place, table: pa.Table) -> None:
@@ -228,7 +236,7 @@ def read_plan(root: Place) -> pa.Table:
 def plan_matches(root: Place) -> bool:
     """Whether `prompts.parquet` is the plan that `dataset.json` was written with."""
     files = Files(root)
-    return _sha256(_present(files, "prompts.parquet")) == _info(files)["plan_sha256"]
+    return sha256(_present(files, "prompts.parquet")) == _info(files)["plan_sha256"]
 
 
 def is_plan(path: Place) -> bool:
@@ -592,7 +600,7 @@ class Dataset:
 
     def fingerprint(self) -> str:
         """A hash of what the dataset is: its settings, plan and counts."""
-        return _sha256(self._files.path("dataset.json"))
+        return sha256(self._files.path("dataset.json"))
 
     def damaged(self, tick: Callable[[int], object]) -> Iterator[str]:
         """Re-reads every picture and yields a line for each that does not match its crc; `tick` counts pictures."""
@@ -794,8 +802,3 @@ def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str],
 def _text_hash(text: str) -> int:
     """64 bits of a text, signed."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

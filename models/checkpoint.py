@@ -62,9 +62,12 @@ def replacing(folder: Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
-        for file in part.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+        for path in (*part.rglob("*"), part):  # folders too: else their names may be lost
+            opened = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(opened)
+            finally:
+                os.close(opened)
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
@@ -91,7 +94,10 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(
             f"no checkpoint at {folder}: it needs config.json and model.safetensors, as python -m train writes"
         )
-    config = json.loads(path.read_text())
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no JSON: {error}; copy the checkpoint again") from error
     if config.get("format") != FORMAT:
         raise UserError(f"{path}: format {config.get('format')!r}, but this version reads {FORMAT}")
     return config
@@ -108,11 +114,19 @@ def rebuild(about: Mapping[str, Any]) -> Regressor:
         return Regressor(module, spec, about["target_width"], about.get("head", "linear"), about.get("head_width", 0))
 
 
-def load(folder: Path) -> Regressor:
-    """The regressor of a checkpoint, on the CPU, in evaluation mode."""
-    model = rebuild(read_config(folder))
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        model.load_state_dict({k: file.get_tensor(k) for k in model.state_dict()})
+def load(folder: Path, size: int | None = None) -> Regressor:
+    """The regressor of a checkpoint, on the CPU, in evaluation mode.
+
+    Args:
+        size: of its input, pixels; position embeddings are interpolated as timm does. None: that of training.
+
+    Raises:
+        UserError: the folder is no checkpoint of this version, its weights are damaged, or the backbone cannot take
+            that size.
+    """
+    about = read_config(folder)
+    model = rebuild({**about, "size": about["size"] if size is None else size})
+    _fill(model, folder, str(folder))
     return model.eval()
 
 
@@ -135,14 +149,22 @@ def load_into(model: Regressor, folder: Path) -> None:
     differ = differences(read_config(folder), model.description(), ARCHITECTURE)
     if differ:
         raise UserError(f"init_from: {folder} is of another model:\n" + "\n".join(differ))
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        names = list(file.keys())
-        backbone, head = (
-            {name.removeprefix(part): file.get_tensor(name) for name in names if name.startswith(part)}
-            for part in ("backbone.", "head.")
-        )
-    put(model.backbone, backbone, f"init_from: {folder}")
-    model.head.load_state_dict(head)
+    _fill(model, folder, f"init_from: {folder}")
+
+
+def _fill(model: Regressor, folder: Path, where: str) -> None:
+    """The weights of `folder` into a model of its architecture, of another input size perhaps."""
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            names = list(file.keys())
+            backbone, head = (
+                {name.removeprefix(part): file.get_tensor(name) for name in names if name.startswith(part)}
+                for part in ("backbone.", "head.")
+            )
+        put(model.backbone, backbone, where)
+        model.head.load_state_dict(head)
+    except (SafetensorError, RuntimeError) as error:
+        raise UserError(f"{where}: its weights cannot be read: {error}; copy the checkpoint again") from error
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[str]) -> list[str]:

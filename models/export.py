@@ -40,9 +40,7 @@ def newest() -> Path:
     """
     found = sorted((ROOT / "checkpoints").glob("*/best/config.json"), key=lambda p: p.stat().st_mtime)
     if not found:
-        raise UserError(
-            "no checkpoints/*/best to export: train first (python -m train +experiment=…) or name checkpoint=…"
-        )
+        raise UserError("no checkpoints/*/best: train first (python -m train +experiment=…) or name checkpoint=…")
     return found[-1].parent
 
 

@@ -101,8 +101,6 @@ def _called(backbone: nn.Module, names: list[str], size: int) -> list[str]:
 
 
 def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, dropout: float) -> None:
-    # peft imports bitsandbytes where it is installed, which warns of kernels that nothing here uses
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of optional parts that it tries to import

@@ -1,16 +1,45 @@
-"""Scores of predictions, and how sure they are. n pictures, E target width."""
+"""Scores of predictions, how sure they are, and what they find in a bank.
 
-from collections.abc import Sequence
-from typing import NamedTuple
+    score = {name: cosines(vector_nE, targets) for name, vector_nE in vectors.items()}
+    intervals, differences = compare(score, group_n=prompts)
+
+n pictures, M embedders, G groups of pictures, R resamples, E target width, m vectors of a bank.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+from conf import UserError
+
+_DRAWN = 1 << 16  # pictures at once, of all resamples: what fits the cache of a core is drawn twice as fast
+_BLOCK = 1 << 14  # vectors of a bank at once
+_ROUNDING = 1e-6  # of a cosine in single precision
 
 
 class Interval(NamedTuple):
     mean: float
     low: float
     high: float
+
+
+class Difference(NamedTuple):
+    """Of two means, with its 95 % interval; a is the embedder with the higher one."""
+
+    a: str
+    b: str
+    difference: float
+    low: float
+    high: float
+
+
+class Bin(NamedTuple):
+    name: str
+    mask_n: NDArray[np.bool_]
+    """The pictures in it."""
 
 
 def cosines(vectors: NDArray[np.float32], targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
@@ -24,10 +53,246 @@ def cosines(vectors: NDArray[np.float32], targets: Sequence[NDArray[np.float32]]
     return np.array([float((t.astype(np.float64) @ v.astype(np.float64)).mean()) for v, t in pairs])
 
 
-def bootstrap(scores: NDArray[np.float64], rounds: int = 2000, seed: int = 0) -> Interval:
-    """The mean of `scores` [n] and its 95 % percentile interval over `rounds` resamples of the pictures."""
+def mean_targets(targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
+    """The mean of each picture's caption vectors [n, E], not of unit length: a unit vector's product with it is the
+    score that `cosines` gives."""
+    return np.stack([t.mean(0, dtype=np.float64) for t in targets])
+
+
+def bootstrap(
+    scores: NDArray[np.float64], rounds: int = 2000, seed: int = 0, group_n: NDArray[Any] | None = None
+) -> Interval:
+    """The mean of `scores` [n] and its 95 % interval; what `compare` gives of one embedder.
+
+    Raises:
+        UserError: there is no score, or one is not finite.
+    """
+    return compare({"scores": scores}, group_n, rounds, seed)[0]["scores"]
+
+
+def compare(
+    scores: Mapping[str, NDArray[np.float64]],
+    group_n: NDArray[Any] | None = None,
+    rounds: int = 2000,
+    seed: int = 0,
+) -> tuple[dict[str, Interval], list[Difference]]:
+    """Means and their paired differences, each with a 95 % interval, from one set of bootstrap resamples.
+
+    The interval is the expanded percentile one (Hesterberg, What Teachers Should Know About the Bootstrap, 2015, 5.3):
+    quantiles further out, as Student's t asks for. The plain ones cover too seldom on few pictures: on seven normal
+    scores 87 % of the time, these 94 %; from a hundred pictures on the two hardly differ.
+
+    Args:
+        scores: embedder → its score of each picture, [n].
+        group_n: pictures with equal values are drawn together, as they must be where they share a prompt: they are not
+            as many independent witnesses. None draws pictures.
+        rounds: resamples.
+
+    Returns:
+        Embedder → interval in the order given, and every pair once, best means first.
+
+    Raises:
+        UserError: naming each embedder with another number of scores, or with one that is not finite.
+    """
+    _refuse_scores(scores, group_n)
+    if not scores:
+        return {}, []
+    score_nM = np.stack([np.asarray(score_n, np.float64) for score_n in scores.values()], 1)
+    drawn_RM, (low, high) = _resample(score_nM, group_n, rounds, seed)
+    mean_M = np.array([score_n.mean() for score_n in np.ascontiguousarray(score_nM.T)])
+    ends_M = np.quantile(drawn_RM, [low, high], axis=0).T
+    intervals = {
+        name: Interval(float(mean), float(ends[0]), float(ends[1]))
+        for name, mean, ends in zip(scores, mean_M, ends_M, strict=True)
+    }
+    names, order = list(scores), np.argsort(-mean_M, kind="stable").tolist()
+    differences = []
+    for place, a in enumerate(order):
+        for b in order[place + 1 :]:
+            ends = np.quantile(drawn_RM[:, a] - drawn_RM[:, b], [low, high]).tolist()
+            differences.append(Difference(names[a], names[b], float(mean_M[a] - mean_M[b]), *ends))
+    return intervals, differences
+
+
+def _refuse_scores(scores: Mapping[str, NDArray[np.float64]], group_n: NDArray[Any] | None) -> None:
+    lengths = {name: len(score_n) for name, score_n in scores.items()}
+    if group_n is not None:
+        lengths["group_n"] = len(group_n)
+    found = []
+    if len(set(lengths.values())) > 1:
+        each = ", ".join(f"{name} {count}" for name, count in lengths.items())
+        found.append(f"scores of different pictures cannot be compared: {each}; score all on the same ones")
+    for name, score_n in scores.items():
+        wrong = int((~np.isfinite(score_n)).sum())
+        found += [f"{name}: {wrong} of {len(score_n)} scores are not finite"] if wrong else []
+        found += [] if len(score_n) else [f"{name}: no score; at least one picture is needed"]
+    if found:
+        raise UserError("\n".join(found))
+
+
+def _resample(
+    score_nM: NDArray[np.float64], group_n: NDArray[Any] | None, rounds: int, seed: int
+) -> tuple[NDArray[np.float64], tuple[float, float]]:
+    """The means of each resample [R, M], and the quantiles of them that bound a 95 % interval."""
+    n, members = score_nM.shape
+    group_n = np.arange(n) if group_n is None else np.unique(group_n, return_inverse=True)[1]
+    size_G = np.bincount(group_n).astype(np.float64)
+    groups = len(size_G)
+    sum_GM = np.stack([np.bincount(group_n, score_n, groups) for score_n in score_nM.T], 1)
     rng = np.random.default_rng(seed)
-    n = len(scores)
-    means = np.array([scores[rng.integers(0, n, n)].mean() for _ in range(rounds)])
-    low, high = np.quantile(means, [0.025, 0.975])
-    return Interval(float(scores.mean()), float(low), float(high))
+    found = np.empty((rounds, members))
+    step = max(_DRAWN // groups, 1)
+    for start in range(0, rounds, step):
+        count = min(step, rounds - start)
+        drawn_RG = rng.integers(0, groups, (count, groups)) + groups * np.arange(count)[:, None]
+        times_RG = np.bincount(drawn_RG.ravel(), minlength=count * groups).reshape(count, groups).astype(np.float64)
+        found[start : start + count] = (times_RG @ sum_GM) / (times_RG @ size_G)[:, None]
+    return found, _quantiles(groups)
+
+
+def _quantiles(groups: int) -> tuple[float, float]:
+    if groups < 2:
+        return 0.0, 1.0  # all resamples are the same
+    from scipy.special import ndtr, stdtrit
+
+    far = math.sqrt(groups / (groups - 1)) * stdtrit(groups - 1, 0.975)
+    return float(ndtr(-far)), float(ndtr(far))
+
+
+def bins(
+    value_n: NDArray[Any], edges: Sequence[float] | int, *, unit: str = "", whole: bool = False, least: int = 20
+) -> list[Bin]:
+    """Pictures by a value of theirs, in groups with readable names: "below .5", ".5–.6"; "up to 5 words", "6–10 words".
+
+    Args:
+        value_n: NaN where it is not known; those make a last group, "unknown".
+        edges: where the second group begins, the third, …; or into how many groups of about equal size to cut.
+        unit: stands after each name.
+        whole: the values count something: they are rounded, and names include both ends.
+        least: a group of fewer pictures is joined with the smaller of its neighbours.
+    """
+    known_n = ~np.isnan(value_n)
+    value_n = np.rint(value_n) if whole else np.asarray(value_n, np.float64)
+    value_k = value_n[known_n]
+    if isinstance(edges, int):
+        inner = np.quantile(value_k, np.arange(1, edges) / edges) if len(value_k) else np.zeros(0)
+        cuts = np.unique(np.round(inner, 0 if whole else 2)).tolist()
+    else:
+        cuts = sorted(set(map(float, edges)))
+    while cuts:
+        sizes = np.bincount(np.searchsorted(cuts, value_k, side="right"), minlength=len(cuts) + 1).tolist()
+        small = int(np.argmin(sizes))
+        if sizes[small] >= least:
+            break
+        above = sizes[small + 1] if small < len(cuts) else math.inf
+        below = sizes[small - 1] if small else math.inf
+        del cuts[small if above <= below else small - 1]
+    bin_n = np.searchsorted(cuts, value_n, side="right")
+    found = [
+        Bin(name, known_n & (bin_n == number)) for number, name in enumerate(_names(cuts, unit, whole, known_n.all()))
+    ]
+    unknown = [] if known_n.all() else [Bin("unknown", ~known_n)]
+    return [one for one in found if one.mask_n.any()] + unknown
+
+
+def _names(cuts: list[float], unit: str, whole: bool, all_known: np.bool_) -> list[str]:
+    if not cuts:
+        return ["all" if all_known else "known"]
+    least = [_short(cut) for cut in cuts]
+    most = [_short(cut - 1) for cut in cuts] if whole else least
+    between = [low if low == high else f"{low}–{high}" for low, high in zip(least, most[1:], strict=False)]
+    names = [f"up to {most[0]}" if whole else f"below {most[0]}", *between, f"{least[-1]} or more"]
+    return [f"{name} {unit}".rstrip() for name in names]
+
+
+def _short(value: float) -> str:
+    text = f"{value:g}"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def vector_problems(name: str, vector_nE: NDArray[np.float32], count: int | None, width: int | None) -> list[str]:
+    """Why these cannot be an embedder's vectors, a line each.
+
+    Args:
+        name: of the embedder, for the message.
+        count: n that there must be; None: any.
+        width: E that they must have; None: any.
+    """
+    if vector_nE.ndim != 2:
+        return [f"{name}: an array of shape {list(vector_nE.shape)}, where vectors [n, E] are due"]
+    rows, columns = vector_nE.shape
+    found = []
+    if width is not None and columns != width:
+        found.append(f"{name}: vectors {columns} wide, not {width}; it is of another target encoder")
+    if count is not None and rows != count:
+        found.append(f"{name}: {rows} vectors, not {count}; predict all on the same pictures")
+    finite_n = np.isfinite(vector_nE).all(1)
+    for wrong_n, what in ((~finite_n, "NaN or infinite"), (finite_n & ~vector_nE.any(1), "zero")):
+        if wrong_n.any():
+            first = int(wrong_n.argmax())
+            found.append(f"{name}: {wrong_n.sum()} of {rows} vectors are {what}, the first that of picture {first}")
+    return found
+
+
+def similarity_matrix(vector_nE: NDArray[np.float32], targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
+    """Generated × reference, [n, n]: row i, column j is the mean cosine of vector i to the captions of picture j.
+
+    Its diagonal is what `cosines` gives. It takes 4 n² bytes: sample pictures where there are very many.
+
+    Args:
+        vector_nE: predictions, unit length.
+        targets: n arrays [captions, E] of unit vectors.
+
+    Raises:
+        UserError: vectors are zero, not finite, of another number or width.
+    """
+    target_nE = mean_targets(targets)
+    _refuse(vector_problems("vectors", vector_nE, *target_nE.shape))
+    return vector_nE.astype(np.float32) @ target_nE.astype(np.float32).T
+
+
+def recall(
+    vector_nE: NDArray[np.float32],
+    bank_mE: NDArray[np.float32],
+    true_n: Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64],
+    ks: Sequence[int] = (1, 5, 10),
+) -> dict[int, float]:
+    """k → share of pictures that have one of their own prompts among the k nearest of a bank.
+
+    Equal vectors of the bank count once, and the true one comes before others that are as near.
+
+    Args:
+        vector_nE: predictions.
+        bank_mE: unit vectors of prompts.
+        true_n: the row of each picture's prompt in the bank, or the rows of its several captions.
+
+    Raises:
+        UserError: vectors are zero, not finite or of another width, or a picture's row is not in the bank.
+    """
+    own = [np.atleast_1d(np.asarray(rows, np.int64)) for rows in true_n]
+    found = vector_problems("bank", bank_mE, None, None)
+    found += vector_problems("vectors", vector_nE, len(own), bank_mE.shape[-1])
+    outside = [i for i, rows in enumerate(own) if not len(rows) or rows.min() < 0 or rows.max() >= len(bank_mE)]
+    if outside:
+        found.append(f"{len(outside)} pictures have no prompt in the bank of {len(bank_mE)}, the first {outside[0]}")
+    if not len(own):
+        found.append("no picture to find the prompt of")
+    _refuse(found)
+    bank_mE = np.ascontiguousarray(bank_mE, np.float32) + 0.0  # no negative zeros: equal vectors have equal bytes
+    unit_nE = (vector_nE / np.linalg.norm(vector_nE, axis=1, keepdims=True)).astype(np.float32)
+    best_n = np.array([(bank_mE[rows] @ unit).max() for rows, unit in zip(own, unit_nE, strict=True)])
+    whole = np.dtype((np.void, bank_mE.itemsize * bank_mE.shape[1]))
+    once = np.sort(np.unique(bank_mE.view(whole)[:, 0], return_index=True)[1])
+    before_n = np.zeros(len(own), np.int64)
+    step = 1024
+    for start in range(0, len(once), _BLOCK):
+        part_mE = bank_mE[once[start : start + _BLOCK]]
+        for first in range(0, len(own), step):
+            near_nm = unit_nE[first : first + step] @ part_mE.T
+            before_n[first : first + step] += (near_nm > best_n[first : first + step, None] + _ROUNDING).sum(1)
+    return {k: float((before_n < k).mean()) for k in ks}
+
+
+def _refuse(found: list[str]) -> None:
+    if found:
+        raise UserError("\n".join(found))

@@ -225,10 +225,8 @@ def fit(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
     height, width = image_CHW.shape[1:]
     if (height, width) == (size, size):
         return image_CHW.contiguous()
-    if max(height, width) > _LONGEST * min(height, width):
-        # a strip would grow to gigabytes beside the square that is kept
-        image_CHW = _middle(image_CHW, _LONGEST * min(height, width))
-        height, width = image_CHW.shape[1:]
+    image_CHW = middle(image_CHW)
+    height, width = image_CHW.shape[1:]
     scale = size / min(height, width)
     resized = (max(size, round(height * scale)), max(size, round(width * scale)))
     image_BCHW = torch.nn.functional.interpolate(image_CHW[None], resized, mode="bicubic", antialias=True)
@@ -236,7 +234,8 @@ def fit(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
     return image_BCHW[0, :, top : top + size, left : left + size].contiguous()
 
 
-def _middle(image_CHW: torch.Tensor, most: int) -> torch.Tensor:
-    """At most `most` rows and columns from the middle."""
+def middle(image_CHW: torch.Tensor) -> torch.Tensor:
+    """The picture, or of a strip its middle: resized whole, it would grow to gigabytes beside the square kept."""
+    most = _LONGEST * min(image_CHW.shape[1:])
     top, left = (max(side - most, 0) // 2 for side in image_CHW.shape[1:])
     return image_CHW[:, top : top + most, left : left + most]

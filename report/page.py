@@ -20,12 +20,13 @@ import numbers
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any, SupportsFloat, TypeAlias
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image
 
 from report import plots
@@ -34,7 +35,10 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 Pixels: TypeAlias = "np.ndarray | bytes"  # uint8 [H, W, 3], or an encoded JPEG, PNG or WebP
-Cell: TypeAlias = "str | SupportsFloat | None"
+Cell: TypeAlias = "str | SupportsFloat | tuple[float, float, float] | None"
+"""A triple is a value with the ends of its interval."""
+Line: TypeAlias = "str | tuple[str, str] | tuple[str, str, str]"
+"""A text; a figure and its text; or a figure, whose it is, and a text."""
 SMALL = 160  # px: a picture no larger than this is embedded without loss
 
 
@@ -46,10 +50,16 @@ class Card:
     """uint8 [H, W, 3], or an encoded JPEG, PNG or WebP."""
     title: str
     """What it shows, such as its prompt; also its text for readers who do not see it."""
-    lines: Sequence[str | tuple[str, str]] = ()
-    """Smaller lines below; a pair is a figure and its text, set in two columns."""
+    lines: Sequence[Line] = ()
+    """Smaller lines below; figures and texts are set in two columns."""
     score: float | None = None
     """Shown with three decimals."""
+    more: tuple[str, Sequence[Line]] = ("", ())
+    """A heading that opens at a click, and the lines under it."""
+    values: Mapping[str, float | None] = field(default_factory=dict)
+    """What its gallery is sorted and filtered by: the same names for every card of it."""
+    kinds: Sequence[str] = ()
+    """What it is an example of: its gallery can be cut down to any of them."""
 
 
 class Page:
@@ -85,8 +95,8 @@ class Page:
     ) -> None:
         """A table that its readers can sort by any column.
 
-        A column of numbers is set right, None as a dash. `formats` maps a column to its format (`".1f"`); without one,
-        whole numbers get thousands separators and others three decimals.
+        A column of numbers is set right, None as a dash; a number with its interval sorts by the number. `formats` maps
+        a column to its format (`".1f"`); without one, whole numbers get thousands separators and others three decimals.
 
         Raises:
             ValueError: a row has another number of cells than there are columns.
@@ -96,8 +106,8 @@ class Page:
             if len(row) != len(columns):
                 raise ValueError(f"a row has {len(row)} cells, the table has {len(columns)} columns: {row}")
         formats = formats or {}
-        numeric = [all(_is_number(r[i]) or r[i] is None for r in rows) for i in range(len(columns))]
-        body = [[(_shown(v, formats.get(c, "")), _sort_key(v)) for c, v in zip(columns, r, strict=True)] for r in rows]
+        numeric = [all(_is_number(_value(r[i])) or r[i] is None for r in rows) for i in range(len(columns))]
+        body = [[_cell(v, formats.get(c, "")) for c, v in zip(columns, r, strict=True)] for r in rows]
         heads = list(zip(columns, numeric, strict=True))
         self._add("table", heads=heads, rows=body, caption=caption)
 
@@ -147,21 +157,51 @@ class Page:
         shown = [(name, detail, list(texts), n < opened) for n, (name, (detail, texts)) in enumerate(groups.items())]
         self._add("lists", groups=shown)
 
-    def gallery(self, cards: Iterable[Card], caption: str = "", pixels: int = 512) -> None:
-        """Pictures with their texts in a grid; a click enlarges. Larger pictures shrink to `pixels` a side."""
+    def matrix(self, values: ArrayLike, names: Sequence[str], reading: str, caption: str = "") -> None:
+        """A square matrix as a heatmap beside the names of its rows, which are those of its columns, too.
+
+        Pointing at a cell, touching it or going there with the arrow keys tells its row, column and value; `reading`
+        says what they are, such as "predicted for {row}, prompt of {column}".
+
+        Raises:
+            ValueError: the matrix is not [n, n] for n names.
+        """
+        value_NN = np.asarray(values, dtype=float)
+        if value_NN.shape != (len(names), len(names)):
+            raise ValueError(f"a matrix of {len(names)} names is not {list(value_NN.shape)}")
+        known = value_NN[np.isfinite(value_NN)]
+        ends = (_shown(float(known.min())), _shown(float(known.max()))) if known.size else ("–", "–")
+        shown = json.dumps([[_shown(float(value)) for value in row] for row in value_NN])
+        drawing = plots.heatmap(value_NN)
+        self._add("matrix", drawing=drawing, names=names, cells=shown, ends=ends, reading=reading, caption=caption)
+
+    def gallery(self, cards: Iterable[Card], caption: str = "", pixels: int = 512, compare: Sequence[str] = ()) -> None:
+        """Pictures with their texts in a grid; a click enlarges. Larger pictures shrink to `pixels` a side.
+
+        Cards with `values` can be sorted and filtered by each of them, by the difference of any two that `compare`
+        names, by kind and by the words of their texts.
+
+        Raises:
+            ValueError: the cards have different names of values, or `compare` names another.
+        """
+        cards = list(cards)
+        measures = list(cards[0].values) if cards else []
+        if any(list(card.values) != measures for card in cards) or (cards and not set(compare) <= set(measures)):
+            raise ValueError(f"every card needs the values {[*measures, *compare]}")
         shown = [
             (card, *embed(card.image, pixels), _shown(card.score) if card.score is not None else "") for card in cards
         ]
-        self._add("gallery", cards=shown, caption=caption, dense=False)
+        kinds = list(dict.fromkeys(kind for card in cards for kind in card.kinds))
+        controls = {"measures": measures, "compare": compare, "kinds": kinds} if measures else None
+        self._add("gallery", cards=shown, caption=caption, dense=False, controls=controls)
 
     def contact_sheet(
         self, images: Iterable[Pixels], captions: Iterable[str], caption: str = "", pixels: int = 256
     ) -> None:
         """Many pictures at a glance: a denser gallery, one caption a picture."""
         cards = (Card(image, text) for image, text in zip(images, captions, strict=True))
-        self._add(
-            "gallery", cards=[(card, *embed(card.image, pixels), "") for card in cards], caption=caption, dense=True
-        )
+        shown = [(card, *embed(card.image, pixels), "") for card in cards]
+        self._add("gallery", cards=shown, caption=caption, dense=True, controls=None)
 
     def html(self) -> str:
         """The whole page."""
@@ -223,6 +263,17 @@ def embed(image: Pixels, pixels: int) -> tuple[str, int, int]:
         candidates.append((kind, out.getvalue()))
     kind, data = min(candidates, key=lambda c: len(c[1]))
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", *picture.size
+
+
+def _value(cell: Any) -> Any:
+    """What a cell counts as: of a value with its interval, the value."""
+    return cell[0] if isinstance(cell, tuple) else cell
+
+
+def _cell(cell: Any, form: str) -> tuple[str, str, str]:
+    """A cell's text, its smaller text, and what the page sorts it by."""
+    detail = f"{_shown(cell[1], form)} – {_shown(cell[2], form)}" if isinstance(cell, tuple) else ""
+    return _shown(_value(cell), form), detail, _sort_key(_value(cell))
 
 
 def _is_number(value: Any) -> bool:

@@ -14,7 +14,7 @@ import math
 import re
 import textwrap
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -78,13 +78,16 @@ def intervals(
     highs: ArrayLike,
     *,
     label: str = "",
-    highlight: str | None = None,
+    highlight: str | Collection[str] | None = None,
+    zero: bool = False,
 ) -> Figure:
     """Means with their intervals: a dot and a whisker a name, the highest on top, its value at the right.
 
-    `means`, `lows` and `highs` are [n], in the order of `names`; `label` names their unit; the row
-    called `highlight` is drawn in the accent colour.
+    `means`, `lows` and `highs` are [n], in the order of `names`; `label` names their unit; the rows
+    called `highlight` are drawn in the accent colour, None meaning all. `zero` is for differences: a line at zero, and
+    values with their signs.
     """
+    lit = {highlight} if isinstance(highlight, str) else names if highlight is None else highlight
     mean_N, low_N, high_N = (np.asarray(values, dtype=float) for values in (means, lows, highs))
     order: list[int] = np.argsort(mean_N, kind="stable").tolist()
     rows = np.arange(len(order))
@@ -92,8 +95,10 @@ def intervals(
     with _look():
         figure = _figure((34 if any("\n" in label for label in labels) else 28) * len(order) + 52)
         axes = figure.subplots()
+        if zero:
+            axes.axvline(0, color=INK, linewidth=1.5, linestyle=(0, (3, 2)))
         for row, i in zip(rows, order, strict=True):
-            colour = ACCENT if highlight is None or names[i] == highlight else MUTED
+            colour = ACCENT if names[i] in lit else MUTED
             axes.plot([low_N[i], high_N[i]], [row, row], color=colour, linewidth=3, alpha=0.45)
             axes.plot(mean_N[i], row, "o", color=colour, markersize=8, markeredgewidth=0)
         axes.set_yticks(rows, labels)
@@ -105,7 +110,8 @@ def intervals(
         axes.margins(x=0.06)
         # The values are the tick labels of a right-hand axis: they line up, and the layout makes room for them.
         values = axes.secondary_yaxis("right")
-        values.set_yticks(rows, [f"{mean_N[i]:.3f}" for i in order])
+        form = "+.3f" if zero else ".3f"
+        values.set_yticks(rows, [format(mean_N[i], form).replace("-", "−") for i in order])
         values.tick_params(labelcolor=INK)
         values.spines["right"].set_visible(False)
     return figure
@@ -258,10 +264,88 @@ def histogram(
     return figure
 
 
-def bars(names: Sequence[str], parts: ArrayLike, wholes: ArrayLike | None = None, *, label: str = "") -> Figure:
-    """Counts as bars, the first name on top, their figures at the right.
+def trend(
+    series: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
+    points: tuple[ArrayLike, ArrayLike],
+    label: str,
+    what: str,
+) -> Figure:
+    """Means of groups along a scale, with their intervals, before the single values; names at the right.
 
-    `parts` are [n]; `wholes` [n], of which they are parts, are drawn behind them; `label` names the unit.
+    Args:
+        series: name → places, means, lows and highs of its groups, [g] each, places ascending; the first name is in
+            the accent colour.
+        points: places and values of what is drawn behind, [n] each.
+        label: names the places.
+        what: names the values.
+    """
+    looks = ((ACCENT, "—", "-"), (SECOND, "--", (0, (4, 2))), (INK, "··", (0, (1, 1.5))))
+    looks = [looks[i % len(looks)] for i in range(len(series))]
+    shown = {name: tuple(np.asarray(part, dtype=float) for part in parts) for name, parts in series.items()}
+    with _look():
+        figure = _figure(320)
+        axes = figure.subplots()
+        axes.plot(*points, "o", color=MUTED, markersize=4.5, markeredgewidth=0, alpha=0.3)
+        # the first in front of the others
+        for (colour, _, dash), (x_G, mean_G, low_G, high_G) in reversed(list(zip(looks, shown.values(), strict=True))):
+            axes.vlines(x_G, low_G, high_G, color=colour, linewidth=3, alpha=0.45)
+            axes.plot(x_G, mean_G, "o", color=colour, linestyle=dash, markersize=7, markeredgewidth=0)
+        axes.margins(x=0.03, y=0.06)
+        axes.spines["left"].set_visible(False)
+        axes.set_xlabel(label)
+        axes.set_ylabel(what)
+        _few_ticks(axes)
+        last_S = np.array([mean_G[-1] if len(mean_G) else np.nan for _, mean_G, _, _ in shown.values()])
+        labels = [f"{mark} {_shortened(name)}" for (_, mark, _), name in zip(looks, shown, strict=True)]
+        names = axes.secondary_yaxis("right")
+        names.set_yticks(_apart(last_S, *axes.get_ylim()), labels)
+        names.spines["right"].set_visible(False)
+        for (colour, *_), text in zip(looks, names.get_yticklabels(), strict=True):
+            text.set_color(colour)
+    return figure
+
+
+def heatmap(values: ArrayLike, cell: int = 20) -> str:
+    """A matrix [R, C] as an `<svg>` element: a square of `cell` px each, the stronger in colour the higher its value.
+
+    Lowest and highest lie at the ends of the scale; the diagonal is framed; NaN is empty. The element `.at`, a frame
+    that is not shown, is for the page to mark a cell with.
+    """
+    value_RC = np.asarray(values, dtype=float)
+    rows, columns = value_RC.shape
+    known = value_RC[np.isfinite(value_RC)]
+    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    shade_RC = np.where(np.isfinite(value_RC), (value_RC - low) / ((high - low) or 1), 0)
+    squares = [
+        f'<path d="M{c * cell} {r * cell}h{cell - 1}v{cell - 1}h-{cell - 1}z" fill-opacity="{shade_RC[r, c]:.2f}"/>'
+        for r in range(rows)
+        for c in range(columns)
+    ]
+    side = cell - 2
+    frames = [
+        f'<path d="M{d * cell + 0.5} {d * cell + 0.5}h{side}v{side}h-{side}z"/>' for d in range(min(rows, columns))
+    ]
+    frame = f'<rect class="at" width="{cell - 1}" height="{cell - 1}" fill="none" stroke="currentColor"'
+    return (
+        f'<svg viewBox="0 0 {columns * cell - 1} {rows * cell - 1}" aria-hidden="true" focusable="false">'
+        f'<g fill="var(--accent)">{"".join(squares)}</g>'
+        f'<g fill="none" stroke="var(--second)">{"".join(frames)}</g>'
+        f'{frame} stroke-width="2" visibility="hidden"/></svg>'
+    )
+
+
+def bars(
+    names: Sequence[str],
+    parts: ArrayLike,
+    wholes: ArrayLike | None = None,
+    *,
+    label: str = "",
+    form: str = ",.0f",
+) -> Figure:
+    """Counts or shares as bars, the first name on top, their figures at the right.
+
+    `parts` are [n]; `wholes` [n], of which they are parts, are drawn behind them; `label` names the unit; figures are
+    written in `form`.
     """
     part_N = np.asarray(parts, dtype=float)
     whole_N = part_N if wholes is None else np.asarray(wholes, dtype=float)
@@ -276,15 +360,16 @@ def bars(names: Sequence[str], parts: ArrayLike, wholes: ArrayLike | None = None
         axes.set_yticks(rows, labels)
         axes.tick_params(axis="y", labelcolor=INK)
         axes.set_ylim(-0.6, len(rows) - 0.4)
-        axes.set_xlim(0, max(whole_N.max(initial=0), 1) * 1.02)
+        axes.set_xlim(0, (whole_N.max(initial=0) or 1) * 1.02)
         axes.grid(visible=False, axis="y")
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
         _few_ticks(axes, y=False)
-        axes.xaxis.set_major_formatter("{x:,.0f}")
+        axes.xaxis.set_major_formatter("{x:" + (form if form == ",.0f" else "g") + "}")
         figures = axes.secondary_yaxis("right")
         shown = [
-            f"{p:,.0f}" if wholes is None else f"{p:,.0f} of {w:,.0f}" for p, w in zip(part_N, whole_N, strict=True)
+            format(p, form) if wholes is None else f"{p:{form}} of {w:{form}}"
+            for p, w in zip(part_N, whole_N, strict=True)
         ]
         figures.set_yticks(rows, shown)
         figures.tick_params(labelcolor=INK)

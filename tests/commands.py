@@ -44,7 +44,12 @@ def start(module: str, *overrides: object, **env: str) -> "subprocess.Popen[str]
 def run(module: str, *overrides: object, **env: str) -> "subprocess.CompletedProcess[str]":
     """Runs to the end; its exit code is the test's to judge."""
     process = start(module, *overrides, **env)
-    out, err = process.communicate(timeout=300)
+    return ended(process)
+
+
+def ended(process: "subprocess.Popen[str]", seconds: float = 300) -> "subprocess.CompletedProcess[str]":
+    """Waits for the end, so long at most."""
+    out, err = process.communicate(timeout=seconds)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 

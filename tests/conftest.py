@@ -5,11 +5,16 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from conf import ROOT
+
+if TYPE_CHECKING:
+    from tests.tiny_sd2 import TinySD2
 
 SHARED = ROOT.parent / "shared" / "data"
 
@@ -26,6 +31,26 @@ def shared() -> Path:
     if not SHARED.is_dir():
         pytest.skip("../shared/data is not on this machine: it holds real prompts and the competition's pictures")
     return SHARED
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As the commands here run: another number changes float sums, and a tiny network on two waits for the other (20 ms
+    a step became 500 on a busy machine)."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> "TinySD2":
+    """A tiny Stable Diffusion 2 as a folder and as single files; read them, do not write there."""
+    from tests import tiny_sd2
+
+    return tiny_sd2.build(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture(scope="session")

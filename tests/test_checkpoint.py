@@ -2,7 +2,6 @@
 
 import json
 import pickle
-import resource
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from conf import UserError
 from models import checkpoint
 from models.regressor import Regressor, make
+from tests import full_disk
 
 E = 10
 FACTS = {"encoder": "colours", "dataset": {"path": "data/x", "sha256": "ab" * 32}, "score": {"mean": 0.5}}
@@ -107,13 +107,9 @@ def _interrupt(*_: object, **__: object) -> None:
 def test_a_full_disk_is_said_plainly(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
     folder = tmp_path / "best"
     checkpoint.save(folder, model, mean_vector(), probes, {**FACTS, "step": 1})
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        with pytest.raises(UserError, match=r"cannot write .*best: .*too large.*Nothing half-written is left"):
-            checkpoint.save(folder, model, mean_vector(), probes, {**FACTS, "step": 2})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    words = r"cannot write .*best: .*too large.*Nothing half-written is left"
+    with full_disk.beyond(100_000), pytest.raises(UserError, match=words):
+        checkpoint.save(folder, model, mean_vector(), probes, {**FACTS, "step": 2})
     assert checkpoint.read_config(folder)["step"] == 1
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 

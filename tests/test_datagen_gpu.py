@@ -6,9 +6,6 @@ pytest tests/test_datagen_gpu.py
 import json
 from pathlib import Path
 
-import pytest
-import torch
-
 from tests.commands import run
 
 
@@ -23,11 +20,3 @@ def test_the_script_runs_on_tiny_networks(tmp_path: Path) -> None:
     assert 0.2 < figures["apart_levels"] < 1
     assert (figures["precision"], figures["compiled"], figures["notes"]) == ("fp32", False, {})
     assert [len(values) for values in figures["rounds"].values()] == [1] * 4
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_a_gpu_it_says_so() -> None:
-    done = run("benchmarks.datagen_gpu")
-    assert done.returncode == 2
-    assert "no CUDA device" in done.stdout
-    assert "--tiny" in done.stdout

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import shutil
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +27,10 @@ from datagen.renderers.hub import quiet
 from datagen.work import make_renderer
 from tests import tiny_sd2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS, SEEDS = ["a red cat", "an oil painting of two dogs in the sea"], [11, 12]
 WIDTH = 16
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # Tiny models with random weights

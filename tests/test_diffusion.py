@@ -4,7 +4,7 @@ pytest tests/test_diffusion.py
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,8 @@ from datagen.renderers.stable_diffusion import StableDiffusion2
 from tests import tiny_sd2
 from tests.tiny_sd2 import TinySD2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 CAT = 2368  # the token
 PROMPTS, SEEDS = ["a red cat", "a dog in the sea", "a tree"], [1, 2, 3]
 UNET, VAE, TEXT = (
@@ -27,19 +29,6 @@ UNET, VAE, TEXT = (
     "text_encoder/model.safetensors",
 )
 EMBEDDING = "text_model.embeddings.token_embedding.weight"
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> TinySD2:
-    return tiny_sd2.build(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(weights: TinySD2, **changes: Any) -> StableDiffusion2:

@@ -17,12 +17,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from conf import UserError, compose, settings
 from datagen.shards import Dataset
+from datagen.targets import TargetEncoder
 from models import checkpoint, export
+from models.baselines.captioners import Blip
 from models.head_init import LAMBDAS
 from models.metrics import bootstrap
 from models.preprocess import decode, fit
 from models.regressor import make
-from tests import commands, small_dataset, training
+from tests import commands, small_dataset, tiny_captioners, training
 from train.config import EvaluateSettings
 from train.data import Data
 from train.evaluate import evaluate, table
@@ -40,7 +42,7 @@ def judge(run: Path, out: Path, *overrides: str) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def judged(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("judged") / "evaluation"
-    return out, judge(tiny_run, out, "neighbours=3", "batch_size=5")
+    return out, judge(tiny_run, out, "knn.neighbours=3", "batch_size=5")
 
 
 def test_it_writes_what_it_returns(judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path) -> None:
@@ -48,7 +50,7 @@ def test_it_writes_what_it_returns(judged: tuple[Path, dict[str, Any]], tiny_run
     assert json.loads((out / "evaluation.json").read_text()) == info
     assert [score["name"] for score in info["scores"]] == NAMES
     dataset = Dataset(small_data, small_dataset.ENCODER)
-    facts = {k: v for k, v in info.items() if k not in ("scores", "sources")}
+    facts = {k: v for k, v in info.items() if k not in ("scores", "sources", "pairs", "breakdown", "retrieval")}
     assert facts == {
         "datasets": [{"path": str(small_data), "sha256": dataset.fingerprint(), "images": 12}],
         "split": "val",
@@ -57,6 +59,9 @@ def test_it_writes_what_it_returns(judged: tuple[Path, dict[str, Any]], tiny_run
         "images": 12,
         "skipped": [],
         "main": "regressor",
+        "ensemble": None,
+        "folders": {"regressor": str(tiny_run / "best")},
+        "seen": {},
     }
     assert json.loads((out / "keys.json").read_text()) == [dataset.key(row) for row in dataset.rows("val")]
 
@@ -110,14 +115,19 @@ def test_the_baselines_are_those_of_the_backbone_that_the_run_began_from(
 def test_the_table_is_sorted_and_names_what_was_judged(judged: tuple[Path, dict[str, Any]]) -> None:
     _, info = judged
     head, *lines = table(info).splitlines()
+    names = [line.split()[0] for line in lines]
     assert "12 pictures, val" in head
-    assert {line.split()[0] for line in lines} == set(NAMES)
-    scores = [float(line.split()[1]) for line in lines]
-    assert scores == sorted(scores, reverse=True)
+    assert f"behind {names[0]}" in head
+    assert set(names) == set(NAMES)
     by_name = {score["name"]: score for score in info["scores"]}
-    for line in lines:
-        score = by_name[line.split()[0]]
-        assert line.endswith(f"{score['mean']:8.4f}   [{score['low']:.4f}, {score['high']:.4f}]")
+    means = [by_name[name]["mean"] for name in names]
+    assert means == sorted(means, reverse=True)
+    for line, name in zip(lines, names, strict=True):
+        shown = [float(number.strip("[],")) for number in line.split()[1:]]
+        score = [by_name[name][key] for key in ("mean", "low", "high")]
+        gap = [p for p in info["pairs"] if (p["a"], p["b"]) == (names[0], name)]
+        expected = score + [p[key] for p in gap for key in ("difference", "low", "high")]
+        assert shown == pytest.approx(expected, abs=6e-5)
 
 
 def test_a_part_of_the_embedders_scores_as_in_the_whole(
@@ -126,7 +136,7 @@ def test_a_part_of_the_embedders_scores_as_in_the_whole(
     whole, _ = judged
     for names in (["mean"], ["knn"], ["regressor"]):
         out = tmp_path / names[0]
-        info = judge(tiny_run, out, f"embedders=[{','.join(names)}]", "neighbours=3", "batch_size=5")
+        info = judge(tiny_run, out, f"embedders=[{','.join(names)}]", "knn.neighbours=3", "batch_size=5")
         assert info["main"] == names[0]
         assert sorted(p.stem for p in (out / "predictions").iterdir()) == names
         ours, theirs = (np.load(folder / f"predictions/{names[0]}.npy") for folder in (out, whole))
@@ -261,7 +271,10 @@ def test_runs_of_older_versions_can_be_judged(tiny_run: Path, small_data: Path, 
 def test_wrong_settings_are_told_before_torch_is_imported(tiny_run: Path, tmp_path: Path) -> None:
     for overrides, said in (
         ([f"run={tmp_path}"], f"error: no run at {tmp_path}: settings.json is missing; train first"),
-        ([f"run={tiny_run}", "neighbours=0"], "neighbours: 0 is below 1"),
+        ([f"run={tiny_run}", "knn.neighbours=0"], "knn.neighbours: 0 is below 1"),
+        (["embedders=[mean,regresor]"], "'regresor' is no embedder and no folder; near it: regressor"),
+        (["embedders=[mean,mean]"], "mean is named twice"),
+        (["knn.bank=prompts.txt"], "has no text tower for bank; name open_clip:MODEL/TAG"),
     ):
         done = commands.run("train.evaluate", *overrides, PYTHONPROFILEIMPORTTIME="1")
         assert done.returncode == 2
@@ -283,3 +296,212 @@ def test_mistakes_name_the_remedy(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"none of the 2 pictures of .* could be read; the first: "):
         judge(tiny_run, out, f"dataset={data}", "embedders=[regressor]")
     assert not out.exists()
+
+
+def test_paired_differences_and_breakdowns_are_those_of_the_scores(
+    judged: tuple[Path, dict[str, Any]], small_data: Path
+) -> None:
+    out, info = judged
+    scores = {name: np.load(out / f"scores/{name}.npy").astype(np.float64) for name in NAMES}
+    assert len(info["pairs"]) == 6
+    for pair in info["pairs"]:
+        assert pair["difference"] == pytest.approx((scores[pair["a"]] - scores[pair["b"]]).mean(), abs=1e-6)
+        assert pair["low"] <= pair["difference"] <= pair["high"]
+    dataset = Dataset(small_data, small_dataset.ENCODER)
+    own, known = (np.concatenate([dataset.targets(row) for row in dataset.rows(split)]) for split in ("val", "train"))
+    about = json.loads((out / "pictures.json").read_text())
+    np.testing.assert_allclose(about["nearest"], (own @ known.T).max(1), atol=1e-5)
+    assert about["words"] == [len(dataset.prompts(row)[0].split()) for row in dataset.rows("val")]
+    for kind in ("source", "prompt length", "nearest training prompt"):
+        parts = info["breakdown"][kind]
+        assert sum(part["images"] for part in parts) == 12
+        mean = sum(part["images"] * part["scores"]["knn"]["mean"] for part in parts) / 12
+        assert mean == pytest.approx(scores["knn"].mean(), abs=1e-6)
+
+
+def test_retrieval_counts_how_often_the_own_prompt_is_near(
+    judged: tuple[Path, dict[str, Any]], small_data: Path
+) -> None:
+    out, info = judged
+    dataset = Dataset(small_data, small_dataset.ENCODER)
+    bank = np.concatenate([dataset.targets(row) for split in ("val", "train") for row in dataset.rows(split)])
+    assert info["retrieval"]["prompts"] == 52
+    for score in info["retrieval"]["scores"]:
+        cosine_nm = np.load(out / f"predictions/{score['name']}.npy") @ bank.T
+        rank_n = (cosine_nm > cosine_nm.diagonal()[:, None] + 1e-6).sum(1)
+        expected = [(rank_n < k).mean() for k in (1, 5, 10)]
+        assert [score[f"r{k}"] for k in (1, 5, 10)] == pytest.approx(expected)
+
+
+def test_what_is_retrieved_and_the_blend_follow_from_the_regressors_vectors(
+    judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    info = judge(
+        tiny_run, out, "embedders=[retrieve,blend]", "retrieve.neighbours=3", "retrieve.share=0.25", "batch_size=5"
+    )
+    assert [score["name"] for score in info["scores"]] == ["retrieve", "blend"]
+    dataset = Dataset(small_data, small_dataset.ENCODER)
+    rows = dataset.rows("train")
+    bank = np.concatenate([dataset.targets(row) for row in rows])
+    z_nE = np.load(judged[0] / "predictions/regressor.npy")
+    cosine_nm = z_nE @ bank.T
+    near_nk = np.argsort(-cosine_nm, 1)[:, :3]
+    mean_nE = (np.take_along_axis(cosine_nm, near_nk, 1)[..., None] * bank[near_nk]).sum(1)
+    mean_nE /= np.linalg.norm(mean_nE, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.load(out / "predictions/retrieve.npy"), mean_nE, atol=1e-5)
+    mixed_nE = 0.75 * z_nE + 0.25 * mean_nE
+    mixed_nE /= np.linalg.norm(mixed_nE, axis=1, keepdims=True)
+    np.testing.assert_allclose(np.load(out / "predictions/blend.npy"), mixed_nE, atol=1e-5)
+    texts = json.loads((out / "texts/retrieve.json").read_text())
+    assert texts == [dataset.prompts(int(rows[best]))[0] for best in near_nk[:, 0]]
+
+
+def test_an_ensemble_is_scored_out_of_its_folds_and_saved_as_one_embedder(tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    asked = "embedders=[mean,ridge,regressor,ensemble]"
+    info = judge(tiny_run, out, asked, "ensemble.members=[ridge,regressor]", "ensemble.folds=3", "batch_size=5")
+    told = info["ensemble"]
+    assert told["members"] == ["ridge", "regressor"]
+    assert sum(told["weights"].values()) == pytest.approx(1)
+    assert told["single"] == {
+        s["name"]: pytest.approx(s["mean"]) for s in info["scores"] if s["name"] in told["single"]
+    }
+    vectors = [np.load(out / f"predictions/{name}.npy") for name in told["members"]]
+    whole_nE = sum(weight * v for weight, v in zip(told["weights"].values(), vectors, strict=True))
+    whole_nE /= np.linalg.norm(whole_nE, axis=1, keepdims=True)
+    again = judge(tiny_run, tmp_path / "again", f"checkpoint={told['saved']}", "embedders=[regressor]", "batch_size=5")
+    np.testing.assert_allclose(np.load(tmp_path / "again/predictions/regressor.npy"), whole_nE, atol=1e-5)
+    held_out = next(score for score in info["scores"] if score["name"] == "ensemble")
+    assert held_out["mean"] <= again["scores"][0]["mean"] + 1e-6, "weights of its own pictures are at least as good"
+
+
+def test_an_ensemble_with_a_member_that_is_no_checkpoint_says_so(
+    tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        info = judge(tiny_run, tmp_path / "out", "embedders=[mean,knn,ensemble]")
+    assert info["ensemble"]["saved"] is None
+    assert "is not saved as one embedder" in caplog.text
+    with pytest.raises(UserError, match=r"ensemble\.members: 'blip' is not among the embedders"):
+        judge(tiny_run, tmp_path / "out", "embedders=[mean,knn,ensemble]", "ensemble.members=[mean,blip]")
+    with pytest.raises(UserError, match="name two embedders at least"):
+        judge(tiny_run, tmp_path / "out", "embedders=[mean,ensemble]")
+
+
+def test_members_that_are_no_checkpoints_cost_no_evaluation(tiny_run: Path, tmp_path: Path) -> None:
+    export.export(tiny_run / "best", tmp_path / "my bundle")
+    asked = f"embedders=[ridge,regressor,{tmp_path / 'my bundle'},ensemble]"
+    info = judge(tiny_run, tmp_path / "out", asked, "ensemble.folds=3")
+    assert info["ensemble"]["members"] == ["ridge", "regressor", "my-bundle"]
+    assert json.loads((tmp_path / "out/evaluation.json").read_text()) == info
+
+
+def test_only_what_an_evaluation_wrote_is_removed_by_the_next(tiny_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name in ("notes.txt", "scores/thesis.csv"):
+        (out / name).parent.mkdir(parents=True, exist_ok=True)
+        (out / name).write_text("mine")
+    judge(tiny_run, out, "embedders=[ridge,regressor,ensemble]", "ensemble.folds=3")
+    assert (out / "ensemble/config.json").exists()
+    judge(tiny_run, out, "embedders=[mean,retrieve]")
+    there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
+    expected = {"notes.txt", "scores/thesis.csv", "evaluation.json", "keys.json", "pictures.json", "report.html"}
+    expected |= {f"{kind}/{name}.npy" for kind in ("scores", "predictions") for name in ("mean", "retrieve")}
+    assert there == expected | {"texts/retrieve.json"}
+
+
+def test_who_was_trained_on_what_is_judged_is_told(
+    tiny_run: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fold = run_on(tiny_run, tmp_path / "fold1", fold="1/4", fold_threshold=1.01)
+    info = judge(tiny_run, tmp_path / "out", f"embedders=[regressor,{fold}]")
+    chosen = training.chosen(small_data, fold, "fold=1/4", "fold_threshold=1.01")
+    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, 32)
+    count = len(np.intersect1d(data.train_rows, Dataset(small_data).rows("val")))
+    assert info["seen"] == {"fold1": count}
+    assert f"fold1 was trained on the prompts of {count} of these pictures" in table(info)
+    judge(tiny_run, tmp_path / "train", "embedders=[regressor,retrieve]", "split=train")
+    assert "regressor was trained on the prompts of 40 of the 40 pictures" in caplog.text
+    assert "40 of the 40 prompts that are judged stand word for word in the bank of retrieve" in caplog.text
+
+
+def test_captions_need_no_run_and_a_bank_may_be_a_file(
+    glyph_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    blip = tiny_captioners.blip(tmp_path / "blip")
+    known = Dataset(glyph_dataset).prompts(int(Dataset(glyph_dataset).rows("val")[0]))[0]
+    (tmp_path / "prompts.txt").write_text(f"a red square\na green bird, oil painting\n{known}\n")
+    clip = f"local-dir:{tiny_captioners.clip(tmp_path / 'clip')}"
+    overrides = [f"dataset={glyph_dataset}", f"out={tmp_path / 'out'}", "embedders=[blip,knn]", "accelerator=cpu"]
+    overrides += [f"captions.blip={blip}", f"knn.bank={tmp_path / 'prompts.txt'}", f"knn.backbone={clip}"]
+    info = evaluate(settings(EvaluateSettings, compose("evaluate", overrides)))
+    assert [score["name"] for score in info["scores"]] == ["blip", "knn"]
+    dataset = Dataset(glyph_dataset, "all-MiniLM-L6-v2")
+    images = [decode(dataset.image_bytes(row)) for row in dataset.rows("val")]
+    texts = Blip(str(blip)).caption(images)
+    assert json.loads((tmp_path / "out/texts/blip.json").read_text()) == texts
+    expected = TargetEncoder("all-MiniLM-L6-v2").encode(texts)
+    np.testing.assert_allclose(np.load(tmp_path / "out/predictions/blip.npy"), expected, atol=1e-5)
+    assert set(json.loads((tmp_path / "out/texts/knn.json").read_text())) <= set(
+        (tmp_path / "prompts.txt").read_text().splitlines()
+    )
+    assert "stand word for word in the bank of knn" in caplog.text
+
+
+def test_what_cannot_be_judged_is_told_before_anything_is_computed(
+    tiny_run: Path, small_data: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone"
+    shutil.copytree(tiny_run / "best", alone)
+    other = tmp_path / "other"
+    shutil.copytree(tiny_run / "best", other)
+    about = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**about, "encoder": "all-MiniLM-L12-v2"}))
+    for run, overrides, words in (
+        (None, [f"checkpoint={alone}"], r"alone lies in no run.*name dataset=… to judge it on, or run=…"),
+        (tiny_run, [f"embedders=[regressor,{other}]"], "of the target encoder all-MiniLM-L12-v2, but the vectors comp"),
+        (tiny_run, ["+tta.ridge.flip=true"], r"tta\.ridge: views are for checkpoints and their like alone: regressor"),
+        (tiny_run, ["embedders=[mean,ridge,ensemble]", "ensemble.folds=13"], "folds: 13, but the 12 pictures have 12"),
+        (tiny_run, ["embedders=[regressor,retrieve]", f"bank={tmp_path / 'none.txt'}"], "none.txt"),
+        (None, ["embedders=[mean]", f"dataset={small_data}", f"checkpoint={alone}"], "alone lies in no run"),
+    ):
+        chosen = [f"run={run}"] if run else []
+        values = compose("evaluate", [*chosen, f"out={tmp_path / 'out'}", "accelerator=cpu", *overrides])
+        with pytest.raises(UserError, match=f"(?s){words}"):
+            evaluate(settings(EvaluateSettings, values))
+    assert not (tmp_path / "out").exists()
+
+
+def test_folders_of_checkpoints_stand_in_the_table_by_their_names(
+    judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
+) -> None:
+    names = [str(tiny_run), str(tiny_run / "last")]
+    overrides = [
+        f"embedders=[{','.join(names)}]",
+        f"dataset={small_data}",
+        "accelerator=cpu",
+        f"out={tmp_path / 'out'}",
+    ]
+    info = evaluate(settings(EvaluateSettings, compose("evaluate", [*overrides, "batch_size=5"])))
+    assert [score["name"] for score in info["scores"]] == ["tiny", "tiny-last"]
+    assert info["main"] == "tiny"
+    ours, theirs = (tmp_path / "out/predictions/tiny.npy", judged[0] / "predictions/regressor.npy")
+    np.testing.assert_array_equal(np.load(ours), np.load(theirs))
+
+
+def test_a_picture_may_be_seen_several_times(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+    judge(tiny_run, tmp_path / "out", "embedders=[regressor]", "tta.regressor.flip=true", "tta.regressor.sizes=[32,48]")
+    dataset = Dataset(small_data)
+    images = [decode(dataset.image_bytes(row)) for row in dataset.rows("val")]
+    views = [
+        checkpoint.load(tiny_run / "best", size).embed(seen)
+        for size in (32, 48)
+        for seen in (images, [image.flip(-1) for image in images])
+    ]
+    expected = torch.nn.functional.normalize(torch.stack(views).sum(0), dim=-1).numpy()
+    np.testing.assert_allclose(np.load(tmp_path / "out/predictions/regressor.npy"), expected, atol=1e-5)
+
+
+def test_the_page_is_drawn_beside_the_scores(judged: tuple[Path, dict[str, Any]]) -> None:
+    assert "Paired differences" in (judged[0] / "report.html").read_text()

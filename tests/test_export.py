@@ -220,7 +220,7 @@ def test_a_full_disk_leaves_the_old_bundle(bundle: Path, tiny_run: Path, tmp_pat
 
 def test_the_newest_best_checkpoint_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "ROOT", tmp_path)
-    with pytest.raises(UserError, match=r"no checkpoints/\*/best to export: train first"):
+    with pytest.raises(UserError, match=r"no checkpoints/\*/best: train first"):
         export.newest()
     for name, age in (("old", 50), ("new", 10), ("older", 90)):
         config = tmp_path / "checkpoints" / name / "best/config.json"

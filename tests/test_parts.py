@@ -1,7 +1,6 @@
 """The parts of a recipe together, through `python -m train`: what adds up, what is refused, what ends a run."""
 
 import dataclasses
-import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from conf import UserError, compose, settings
 from models import checkpoint
 from models.regressor import make
-from tests import small_dataset, training
+from tests import full_disk, small_dataset, training
 from tests.training import records, same_weights, train
 from train import fit as fit_module
 from train import start
@@ -38,6 +37,12 @@ def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
 
 def losses(run: Path) -> list[float]:
     return [r["train/loss"] for r in records(run) if "train/loss" in r]
+
+
+def goes_on_as_one_never_stopped(data: Path, run: Path, *overrides: str) -> None:
+    assert train(data, run, *overrides) == 0
+    train(data, run.with_name("whole"))
+    assert same_weights(run / "last", run.with_name("whole") / "last")
 
 
 # ------------------------------------------------------------------------------------------------------ accumulation
@@ -133,6 +138,10 @@ def test_the_debug_experiment_takes_two_steps_of_everything(small_data: Path, tm
     adapted = [n for n in state if n.startswith("backbone.blocks.3.") and n.endswith("qkv.weight")]
     assert adapted
     assert not any(state[name].equal(first[name]) for name in adapted)
+    moved = {name for name in first if not first[name].equal(state[name])}
+    of_block = {int(name.split(".")[2]) for name in moved if name.startswith("backbone.blocks.")}
+    assert of_block == set(range(2, 10)), "two blocks are frozen, four have adapters, four train"
+    assert "head.0.weight" in moved
 
 
 def test_a_second_stage_begins_where_the_first_ended(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
@@ -235,33 +244,22 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(
     assert kept["image_BCHW"].shape == (8, 3, 32, 32)
     assert torch.load(tmp_path / "run/resume.ckpt", weights_only=True)["global_step"] == 3
     monkeypatch.undo()
-    assert train(small_data, tmp_path / "run", "save_every=1") == 0
-    train(small_data, tmp_path / "whole")
-    assert same_weights(tmp_path / "run/last", tmp_path / "whole/last")
+    goes_on_as_one_never_stopped(small_data, tmp_path / "run", "save_every=1")
 
 
 def test_a_full_disk_leaves_the_resume_point_before(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import lightning.pytorch as lightning
-
-    save = lightning.Trainer.save_checkpoint
-
-    def full(self: lightning.Trainer, path: Any, *args: Any, **kwargs: Any) -> None:
-        if self.global_step >= 4:
-            Path(path).write_bytes(b"half of it")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        save(self, path, *args, **kwargs)
-
-    monkeypatch.setattr(lightning.Trainer, "save_checkpoint", full)
-    words = r"cannot write the resume point .* at step 4: .*No space left.*; that of an earlier step is there still"
-    with pytest.raises(UserError, match=words):
-        train(small_data, tmp_path / "run", "save_every=1")
-    assert sorted(p.name for p in (tmp_path / "run").iterdir() if "resume" in p.name) == ["resume.ckpt"]
-    monkeypatch.undo()
-    assert train(small_data, tmp_path / "run", "save_every=1") == 0
-    train(small_data, tmp_path / "whole")
-    assert same_weights(tmp_path / "run/last", tmp_path / "whole/last")
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumePoint, "_end", _stop_at(3))
+        assert train(small_data, run, "save_every=1") == 130
+    words = r"cannot write the resume point .* at step 4: File too large; that of an earlier step is there still\."
+    with full_disk.beyond(100_000), pytest.raises(UserError, match=words):
+        train(small_data, run, "save_every=1")
+    assert sorted(p.name for p in run.iterdir() if "resume" in p.name) == ["resume.ckpt"]
+    assert torch.load(run / "resume.ckpt", weights_only=True)["global_step"] == 3
+    goes_on_as_one_never_stopped(small_data, run, "save_every=1")
 
 
 def test_running_out_of_memory_names_what_to_change(

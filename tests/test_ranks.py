@@ -1,9 +1,12 @@
 """Two processes train as one does: DDP, FSDP2, what compares the pictures of a whole step, resuming, exporting.
 
-Processes of their own, over gloo on the CPU: `pytest tests/test_ranks.py -m slow`. One of each kind runs by default.
+Processes of their own, over gloo on the CPU: `pytest tests/test_ranks.py -m slow`. One of DDP and one of FSDP2 run by
+default.
 """
 
 import json
+import signal
+import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -35,7 +38,7 @@ def taken(run: Path) -> dict[int, list[int]]:
     rows: dict[int, list[int]] = defaultdict(list)
     for path in run.glob("rows_*.jsonl"):
         for line in path.read_text().splitlines():
-            step, some = json.loads(line)
+            step, some, _ = json.loads(line)
             rows[step] += some
     return rows
 
@@ -69,6 +72,16 @@ def test_two_ranks_train_as_one_process_does(small_data: Path, tmp_path: Path) -
     for epoch in (range(5), range(5, 10)):
         seen = [row for step in epoch for row in steps[step]]
         assert len(seen) == len(set(seen)) == 40
+    broadcasts = {json.loads(line)[2] for line in (tmp_path / "two/rows_0.jsonl").read_text().splitlines()}
+    assert len(broadcasts) == 1, "no collective of Lightning's at a step: it would ask the ranks for signals"
+
+
+def test_two_ranks_that_share_out_the_weights_train_as_one_process_does(small_data: Path, tmp_path: Path) -> None:
+    overrides = ("epochs=1", "optim.ema=0.9", "model.freeze=1")
+    train(small_data, tmp_path / "one", *overrides)
+    ranked(small_data, tmp_path / "two", *overrides, *FSDP)
+    agree(tmp_path / "one", tmp_path / "two", "train/loss", "val/cosine")
+    weights_agree(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -103,6 +116,24 @@ def test_a_shared_out_run_goes_on_where_it_stopped(small_data: Path, tmp_path: P
     said = ranked(small_data, tmp_path / "run", *parts, *FSDP)
     assert "going on from step" in said
     assert same_weights(tmp_path / "run/last", tmp_path / "whole/last")
+
+
+@pytest.mark.slow
+def test_one_rank_that_is_asked_to_stop_stops_all(small_data: Path, tmp_path: Path) -> None:
+    """SIGTERM to the first alone: both end after the same step, resumably."""
+    parts = ("epochs=40", "save_every=1000", "validate_every=1000", TWO)
+    words = (f"dataset={small_data}", f"out={tmp_path / 'run'}", *OVERRIDES, *parts)
+    process = commands.start("tests.noting_train", *words)
+    log = tmp_path / "run/rows_1.jsonl"
+    while process.poll() is None and not log.exists():
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 130, said
+    assert "the same command goes on" in said
+    steps = taken(tmp_path / "run")
+    assert {len(rows) for rows in steps.values()} == {8}
+    assert max(steps) < 199
 
 
 @pytest.mark.slow

@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 
 from conf import ROOT, compose
-from datagen.targets import _minilm_wheel
-from tests import tiny_published, tiny_sd2
+from datagen.targets import minilm_wheel
+from tests import tiny_captioners, tiny_published, tiny_sd2
 
 GLYPHS = ["renderer=glyphs", "num=24", "shard_size=12", "workers=1", "renderer.size=32", "curate.duplicates_at=null"]
 FILE = [*GLYPHS, "curate.min_tokens=3", "prompts.path=prompts.csv", "prompts.column=prompt"]
@@ -70,8 +70,18 @@ COMMANDS = {
     "python -m train.interpolate a=checkpoints/kept/first b=checkpoints/kept/best out=checkpoints/kept/wise "
     "dataset=data/sd2": ["dataset=data/mine", "workers=0", "accelerator=cpu"],
     "python -m train.probe +experiment=quickstart": [*MINE, *PROBE],
-    "python -m train.evaluate run=checkpoints/quickstart": ["run=checkpoints/mine", "workers=0", "accelerator=cpu"],
+    "python -m train.evaluate run=checkpoints/quickstart embedders=[mean,knn,ridge,regressor,ensemble]": [
+        *("run=checkpoints/mine", "ensemble.folds=2", "workers=0", "accelerator=cpu")
+    ],
+    "python -m train.evaluate run=checkpoints/vith14 embedders=[blip,coca,clip_interrogator,retrieve,regressor]": [
+        *("captions.blip={blip}", "captions.coca={coca}", "captions.clip={clip}", "captions.words={words}"),
+        *("workers=0", "accelerator=cpu"),
+    ],
+    "python -m train.evaluate embedders=[checkpoints/vith14,checkpoints/vith14_336,ensemble] out=both": [
+        *("ensemble.folds=2", "workers=0", "accelerator=cpu")
+    ],
     "python -m train.report run=checkpoints/quickstart": ["run=checkpoints/mine"],
+    "python -m train.demo checkpoint=checkpoints/quickstart/best": None,  # tests/test_demo.py starts it
 }
 CONFIGS = {"datagen": "datagen", "train": "train", "datagen.report": "datagen_report"}
 
@@ -96,7 +106,8 @@ def test_the_makefile_has_its_targets(target: str) -> None:
 
 def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    places = {"sd2": tiny_sd2.build(tmp_path / "tiny").folder, "minilm": _minilm_wheel()}
+    places = {"sd2": tiny_sd2.build(tmp_path / "tiny").folder, "minilm": minilm_wheel()}
+    places |= {name: getattr(tiny_captioners, name)(tmp_path / name) for name in ("blip", "coca", "clip", "words")}
     _pictures(tmp_path)
     tiny_published.sd2_4m(tmp_path / "sd2_4m")
     tiny_published.diffusiondb(tmp_path / "diffusiondb")

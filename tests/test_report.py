@@ -1,4 +1,7 @@
-"""The shared HTML page: nothing from outside, everything escaped, same input same bytes, readable by all."""
+"""The shared HTML page: nothing from outside, everything escaped, same input same bytes, readable by all.
+
+What a browser does with it is tried in headless Chromium, where there is one.
+"""
 
 import base64
 import hashlib
@@ -9,6 +12,7 @@ import sys
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 from xml.etree import ElementTree
 
 import matplotlib
@@ -19,6 +23,11 @@ from PIL import Image
 
 from report import Card, Page, plots
 from report.page import embed
+
+if TYPE_CHECKING:
+    from tests.browser import Opened
+
+pytest_plugins = ["tests.browser"]
 
 HOSTILE = """<script>alert("x")</script> & 'one' "two" </style> $a$ <img src=http://e.x/a>"""
 
@@ -66,11 +75,16 @@ def full_page() -> Page:
     page.figure(plots.bars([HOSTILE, "b"], [3, 2], [4, 4], label=HOSTILE), "c")
     page.figure(plots.curves({HOSTILE: [(1, 0.5), (2, 0.6)], "b": [(1, 0.4)]}, HOSTILE), "c")
     page.figure(plots.rate([0, 9], [10, 20], [5, 5], label=HOSTILE, resumed=[9]), "c")
+    series = {"b": ([1, 2], [0.4, 0.5], [0.3, 0.4], [0.5, 0.6]), "c": ([1], [0.4], [0.3], [0.5])}
+    page.figure(plots.trend(series, ([1, 2], [0.3, 0.6]), HOSTILE, "cosine"), "c")
+    page.matrix([[0.9, -0.1], [0.2, 0.8]], [HOSTILE, "b"], HOSTILE, HOSTILE)
     page.words({HOSTILE: 3, "b": 1})
     page.lists({HOSTILE: (HOSTILE, [HOSTILE, "b"])})
     page.section("Plots")
     page.gallery([Card(scene(64), HOSTILE, [HOSTILE, (HOSTILE, HOSTILE)], 0.7261)], caption=HOSTILE)
     page.contact_sheet([scene(300, i) for i in range(3)], [HOSTILE, "b", "c"])
+    line = ("0.5", HOSTILE, HOSTILE)
+    page.gallery([Card(scene(64), "b", [line], more=(HOSTILE, [line]), values={HOSTILE: 1.0}, kinds=[HOSTILE])])
     page.settings({HOSTILE: HOSTILE, "group": {"key": {"deep": [1, None, HOSTILE]}}})
     return page
 
@@ -104,25 +118,25 @@ def test_text_is_escaped_and_whole(html: str) -> None:
     page = Reader(html)
     assert len(page.all("script")) == 1
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
-    # Title ×2, subtitle, tile ×3, navigation, heading, lead, note, table ×3, figure caption, axis label ×2 × 3,
-    # title of curves ×2, word, list ×3, gallery ×5, sheet, settings ×2. The plots' wrapped names and the third setting,
-    # in JSON, are not whole.
-    assert page.text.count(HOSTILE) == 34
+    # Title ×2, subtitle, tile ×3, navigation, heading, lead, note, table ×3, figure caption, axis label ×2 × 4,
+    # title of curves ×2, matrix ×2, word, list ×3, gallery ×5, sheet, sorted gallery ×7, settings ×2. The plots'
+    # wrapped names and the third setting, in JSON, are not whole.
+    assert page.text.count(HOSTILE) == 45
     assert all(image["alt"] for image in page.all("img")[:-1])  # the last is the viewer's, filled when it opens
 
 
 def test_svg_is_well_formed_themed_and_alone(html: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", html, re.S)
-    assert len(drawings) == 12  # six figures, for a desk and for a phone
+    assert len(drawings) == 15  # seven figures, for a desk and for a phone, and a matrix
     ids: list[str] = []
     for drawing in drawings:
         root = ElementTree.fromstring(drawing)
         ids += [element.attrib["id"] for element in root.iter() if "id" in element.attrib]
         assert "var(--accent)" in drawing
-        assert "currentColor" in drawing
+        assert "currentColor" in drawing or "var(--muted)" in drawing
         assert "#0102" not in drawing
         assert "font-family" not in drawing
-        assert root.findall(".//text")
+        assert root.findall(".//text") or root.findall('.//rect[@class="at"]')
     assert len(ids) == len(set(ids))
     for used in re.findall(r'(?:href="#|url\(#)([^")]+)', "".join(drawings)):
         assert used in ids
@@ -149,6 +163,23 @@ def test_plot_values_survive_the_shortening_of_coordinates() -> None:
     assert drawing.index(">0.479<") < drawing.index(">0.726<")  # drawn from the bottom: the best is on top
 
 
+def test_differences_have_signs_and_a_line_at_zero() -> None:
+    figure = plots.intervals(["a", "b"], [0.1, -0.2], [0.05, -0.3], [0.15, 0.1], highlight=["a"], zero=True)
+    assert ">+0.100<" in plots.svg(figure)
+    assert ">−0.200<" in plots.svg(figure)
+    zero, *rows = figure.axes[0].lines
+    assert np.ptp(zero.get_xdata()) == 0  # pyright: ignore
+    assert [line.get_color() for line in rows] == [plots.MUTED] * 2 + [plots.ACCENT] * 2  # from the bottom
+
+
+def test_a_heatmap_shades_from_the_lowest_to_the_highest_and_frames_the_diagonal() -> None:
+    root = ElementTree.fromstring(plots.heatmap([[-1, 1, np.nan], [0, 0.5, 1]], cell=10))
+    squares, frames = root.findall("g")
+    assert [float(s.attrib["fill-opacity"]) for s in squares] == [0, 1, 0, 0.5, 0.75, 1]
+    assert [s.attrib["d"].split("h")[0] for s in squares][:4] == ["M0 0", "M10 0", "M20 0", "M0 10"]
+    assert [f.attrib["d"].split("h")[0] for f in frames] == ["M0.5 0.5", "M10.5 10.5"]
+
+
 @pytest.mark.parametrize("values", [[], [0.5], [0.5, 0.5, float("nan")]])
 def test_plots_of_little_data(values: list[float]) -> None:
     plots.svg(plots.histogram(values, "x"))
@@ -159,6 +190,8 @@ def test_plots_of_little_data(values: list[float]) -> None:
     plots.svg(plots.bars(["n"] * len(values), np.nan_to_num(values)))
     plots.svg(plots.curves({"a": list(zip(steps, values, strict=True)), "b": []}, "label", zero=True))
     plots.svg(plots.rate(steps, np.add(steps, 1), steps, label="x"))
+    plots.svg(plots.trend({"a": (steps, values, values, values)}, (steps, values), "x", "y"))
+    ElementTree.fromstring(plots.heatmap(np.array(values)[:, None]))
 
 
 def test_the_names_beside_curves_do_not_touch() -> None:
@@ -208,6 +241,24 @@ def test_tables_sort_by_full_numbers(html: str) -> None:
     assert {a["id"] for a in Reader(html).all("section") if "id" in a} >= {"plots", "plots-2"}
     with pytest.raises(ValueError, match="a row has 1 cells, the table has 2 columns"):
         page.table(["a", "b"], [["only"]])
+
+
+def test_a_number_with_its_interval_sorts_by_the_number() -> None:
+    page = Page("t")
+    page.table(["name", "score"], [["a", (0.5, 0.4, 0.625)], ["b", None]], formats={"score": ".2f"})
+    assert [(c["data-sort"], c["class"]) for c in Reader(page.html()).all("td")] == [("0.5", "number"), ("", "number")]
+    assert '>0.50<span class="detail">0.40 – 0.62</span>' in page.html()
+
+
+def test_cards_and_matrices_that_do_not_fit_are_refused() -> None:
+    page = Page("t")
+    cards = [Card(scene(8), "a", values={"x": 1.0}), Card(scene(8), "b", values={"y": 1.0})]
+    with pytest.raises(ValueError, match=r"every card needs the values \['x'\]"):
+        page.gallery(cards)
+    with pytest.raises(ValueError, match=r"every card needs the values \['x', 'z'\]"):
+        page.gallery(cards[:1], compare=["z"])
+    with pytest.raises(ValueError, match=r"a matrix of 3 names is not \[2, 2\]"):
+        page.matrix(np.eye(2), ["a", "b", "c"], "")
 
 
 def decoded(uri: str) -> Image.Image:
@@ -266,3 +317,104 @@ def test_contrast(html: str, theme: int, text: str, behind: str) -> None:
     colours = {m[1]: (m[2], m[3]) for m in re.finditer(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", html)}
     low, high = sorted(luminance(colours[name][theme]) for name in (text, behind))
     assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG 2 AA
+
+
+ODD = 'a "b" <c>'
+
+
+@pytest.fixture
+def sorted_page(tmp_path: Path) -> Path:
+    """Four cards: scores of two systems, of which one did not see the third picture, and a count."""
+    page = Page("t")
+    scores = {"w": (0.5, 0.9, 3), "x": (0.7, 0.1, 20), "y": (0.25, None, 100), "z": (-0.1, 0.2, 7)}
+    cards = [
+        Card(
+            scene(8, i),
+            title,
+            [("0.1", "knn", f"says {title}{title}")],
+            own,
+            values={ODD: own, "knn": other, "words": count},
+            kinds=["even"] if i % 2 == 0 else ["odd", "any"],
+        )
+        for i, (title, (own, other, count)) in enumerate(scores.items())
+    ]
+    page.gallery(cards, compare=[ODD, "knn"])
+    page.matrix([[0.9, -0.125], [0.2, 0.8]], ["first", "second"], "from {row} to {column}")
+    return page.write(tmp_path / "page.html")
+
+
+def test_the_gallery_sorts_and_filters(sorted_page: Path, opened: "Opened") -> None:
+    page = opened(sorted_page)
+    by, minus, order = (page.locator(f".{name}") for name in ("by", "minus", "order"))
+
+    def shown() -> str:
+        return "".join(page.locator(".gallery figure:visible .title").all_inner_texts())
+
+    def scores() -> list[str]:
+        return page.locator(".gallery figure:visible .score").all_inner_texts()
+
+    assert shown() == "xwyz"
+    assert scores() == [f"0.700 {ODD}", f"0.500 {ODD}", f"0.250 {ODD}", f"−0.100 {ODD}"]
+    order.click()
+    assert (shown(), order.inner_text()) == ("zywx", "Lowest first")
+    by.select_option("words")
+    assert (shown(), scores()[0]) == ("wzxy", "3 words")
+    assert minus.is_disabled()
+    by.select_option("knn")
+    assert shown() == "xzwy"  # what has no value stays last
+    order.click()
+    assert shown() == "wzxy"
+    minus.select_option(ODD)
+    assert shown() == "wzxy"
+    assert scores() == [f"{gap} knn − {ODD}" for gap in ("+0.400", "+0.300", "−0.600", "–")]
+    page.locator(".from").fill("-0.7")
+    page.locator(".to").fill("0.3")
+    assert (shown(), page.locator(".count").inner_text()) == ("zx", "2 of 4 pictures")
+    page.locator(".all").click()
+    page.locator(".kind").select_option("odd")
+    assert shown() == "zx"
+    page.locator(".search").fill("XX says")
+    assert shown() == "x"
+    page.locator(".all").click()
+    assert shown() == "wzxy"
+    assert not opened.errors
+
+
+def test_the_gallery_is_usable_by_keyboard(sorted_page: Path, opened: "Opened") -> None:
+    """Tab from control to control; the viewer goes through what is shown, in the order shown."""
+    page = opened(sorted_page, width=390)
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    page.locator(".by").focus()
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("ArrowDown")
+    page.keyboard.press("Tab")  # minus is off: words are not compared
+    page.keyboard.press("Enter")
+    assert "".join(page.locator(".gallery .title").all_inner_texts()) == "wzxy"
+    page.locator(".to").fill("20")
+    page.locator(".zoom").first.focus()
+    page.keyboard.press("Enter")
+    titles = []
+    for _ in range(4):
+        titles.append(page.locator("dialog .title").inner_text())
+        page.keyboard.press("ArrowRight")
+    assert titles == ["w", "z", "x", "x"]
+    page.keyboard.press("Escape")
+    assert page.evaluate("document.activeElement.closest('figure').querySelector('.title').textContent") == "x"
+    assert not opened.errors
+
+
+def test_the_matrix_tells_its_cells(sorted_page: Path, opened: "Opened") -> None:
+    page = opened(sorted_page)
+    told, svg = page.locator(".told"), page.locator(".grid svg")
+    box = svg.bounding_box()
+    assert box is not None
+    svg.hover(position={"x": 0.75 * box["width"], "y": 0.25 * box["height"]})
+    assert told.inner_text() == "−0.125 from 1 “first” to 2 “second”"
+    page.locator(".grid").focus()
+    page.keyboard.press("ArrowDown")
+    assert told.inner_text() == "0.800 from 2 “second” to 2 “second”"
+    page.keyboard.press("ArrowRight")  # there is no third
+    page.keyboard.press("ArrowLeft")
+    assert told.inner_text() == "0.200 from 2 “second” to 1 “first”"
+    assert page.locator(".names .at-row").inner_text() == "second"
+    assert not opened.errors

@@ -24,11 +24,6 @@ TINY = (*PLAIN, "renderer.device=cpu", "renderer.render_size=64", "renderer.size
 EIGHT = (*TINY, "renderer.batch_size=2", "num=8", "shard_size=2")
 
 
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> tiny_sd2.TinySD2:
-    return tiny_sd2.build(tmp_path_factory.mktemp("weights"))
-
-
 def chosen(folder: Path, out: Path, *overrides: str) -> DatagenSettings:
     return settings(DatagenSettings, compose("datagen", [*overrides, f"renderer.model={folder}", f"out={out}"]))
 

@@ -6,7 +6,6 @@ pytest tests/test_sd2_weights.py
 import hashlib
 import json
 import types
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +20,10 @@ from datagen.renderers.stable_diffusion import StableDiffusion2
 from tests import tiny_sd2
 from tests.tiny_sd2 import TinySD2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ["a red cat", "an oil painting of two dogs in the sea, highly detailed"]
 SEEDS = [11, 12]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> TinySD2:
-    return tiny_sd2.build(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A tiny network on two threads waits for the other: 20 ms a step became 500 on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

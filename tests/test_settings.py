@@ -122,7 +122,8 @@ COMMANDS = [
     ),
     ("train", "train.config.TrainSettings", []),
     *(("train", "train.config.TrainSettings", [f"+experiment={name}"]) for name in names("experiment")),
-    ("evaluate", "train.config.EvaluateSettings", [RUN]),
+    ("evaluate", "train.config.EvaluateSettings", []),
+    ("demo", "train.demo.DemoSettings", []),
     ("report", "train.report.ReportSettings", [RUN]),
     ("runs", "train.runs.RunsSettings", []),
     ("hard", "train.hard.HardSettings", [RUN]),
@@ -248,8 +249,8 @@ def test_printing_settings_is_quick_and_loads_no_torch() -> None:
 
 
 def test_what_is_missing_on_the_command_line_is_named() -> None:
-    # evaluate's `out` is interpolated from the `run` that is missing
-    code = "from conf import command; command('evaluate', print)"
+    # hard's `out` is interpolated from the `run` that is missing
+    code = "from conf import command; command('hard', print)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "error: missing on the command line: run=…\n"

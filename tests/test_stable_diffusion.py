@@ -7,7 +7,6 @@ import json
 import subprocess
 import sys
 import types
-from collections.abc import Iterator
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,8 @@ from datagen.renderers.stable_diffusion import StableDiffusion2
 from tests import tiny_sd2
 from tests.tiny_sd2 import TinySD2
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PROMPTS = ["a red cat", "an oil painting of two dogs in the sea, highly detailed"]
 SEEDS = [11, 12]
 # open_clip's ids of PROMPTS, start and end included; test_clip_tokenizer holds the tokenizer to open_clip's.
@@ -38,20 +39,6 @@ IDS = [
     [49406, 550, 2870, 3086, 539, 1237, 3255, 530, 518, 2102, 267, 5302, 12609, 49407],
 ]
 PRESETS = ["sd2_competition", "sd2_fast"]
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> TinySD2:
-    return tiny_sd2.build(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """A tiny network on two threads waits for the other: 20 ms a step became 500 on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 _loaded: dict[Any, Any] = {}

@@ -312,7 +312,7 @@ def test_a_worker_that_cannot_read_ends_the_run_with_the_reason(
     uploaded: Location, client: Client, tmp_path: Path
 ) -> None:
     client.deny("s3:GetObject", what="data/shards/*.tar")
-    done = run("train", f"dataset={uploaded}", f"out={tmp_path / 'run'}", *training.OVERRIDES, "workers=1")
+    done = run("train", f"dataset={uploaded}", f"out={tmp_path / 'run'}", *training.OVERRIDES, "scale.workers=1")
     assert done.returncode == 2
     assert re.search(rf"\nerror: cannot read {uploaded}/shards/00000\d.tar: Forbidden\nCheck the URL", done.stderr)
     assert "Traceback" not in done.stderr

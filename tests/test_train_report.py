@@ -16,7 +16,7 @@ import pytest
 from conf import ROOT, UserError, compose, settings
 from datagen.shards import Dataset
 from report.inputs import duration
-from tests import small_dataset
+from tests import evaluated, small_dataset
 from train import report
 from train.report import ReportSettings
 
@@ -39,28 +39,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_evaluation(folder: Path, data: list[Path], scores: np.ndarray) -> None:
-    """Predictions are the targets; the n-th validation picture of all datasets has the n-th score."""
-    for part in ("predictions", "scores"):
-        (folder / part).mkdir(parents=True)
-    means = [
-        {"name": "mean", "mean": 0.4, "low": 0.39, "high": 0.41, "seconds": 0.1},
-        {"name": "regressor", "mean": 0.7264, "low": 0.721, "high": 0.731, "seconds": 4.0},
-    ]
+    """The n-th validation picture of all datasets has the n-th score."""
     datasets = [Dataset(root, small_dataset.ENCODER) for root in data]
-    info = {
-        "datasets": [{"path": str(d.root), "sha256": d.fingerprint(), "images": JUDGED} for d in datasets],
-        "split": "val",
-        "encoder": small_dataset.ENCODER,
-        "images": JUDGED * len(data),
-        "main": "regressor",
-        "skipped": [{"key": "000099", "reason": "cut off"}],
-        "scores": means,
-        "sources": {name: {"mean": 0.61, "low": 0.6, "high": 0.62, "images": 15} for name in ("coco", "lexica")},
-    }
-    (folder / "evaluation.json").write_text(json.dumps(info))
-    (folder / "keys.json").write_text(json.dumps([d.key(row) for d in datasets for row in d.rows("val")]))
-    np.save(folder / "predictions/regressor.npy", [d.target(row) for d in datasets for row in d.rows("val")])
-    np.save(folder / "scores/regressor.npy", scores.astype(np.float32))
+    vectors = {"mean": evaluated.at(datasets, 0.4), "regressor": evaluated.at(datasets, scores, seed=1)}
+    evaluated.write(folder, datasets, vectors, skipped=[{"key": "000099", "reason": "cut off"}])
 
 
 @pytest.fixture
@@ -85,8 +67,9 @@ def run(tmp_path: Path, data: Path) -> Path:
     return folder
 
 
-def groups_of(html: str, count: int) -> dict[str, str]:
-    return {m[1]: m[2] for m in re.finditer(rf"<h3>(\w+) 4 of {count}</h3>(.*?)(?=<h3>|</section>)", html, re.DOTALL)}
+def titles_of(html: str) -> list[str]:
+    """Of the cards of the gallery that can be sorted, in its order."""
+    return re.findall(r'<figure data-values.*?class="title">([^<]*)<', html, re.DOTALL)
 
 
 def test_page_holds_what_was_measured(run: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -96,16 +79,16 @@ def test_page_holds_what_was_measured(run: Path, data: Path, caplog: pytest.LogC
     assert caplog.messages == [f"report: {path}"]
     html = path.read_text()
     assert HOSTILE not in html
-    for shown in ("0.726", "0.721–0.731", "5 min 00 s", "2 epochs", "tiny at 32 px → colours", str(data), "0.0003"):
-        assert shown in html
+    score = json.loads((run / "evaluation/evaluation.json").read_text())["scores"][1]
+    interval = f"{score['low']:.3f}–{score['high']:.3f}"
+    for shown in ("0.483", interval, "5 min 00 s", "2 epochs", "tiny at 32 px → colours", str(data), "0.0003"):
+        assert shown in html, shown
     assert "Skipped: 1, such as 000099 (cut off)." in html
     assert "49 of the 50, drawn at random" in html
     assert "could not be read: 1, such as cannot identify image file." in html
-    groups = groups_of(html, JUDGED)
-    titles = {kind: re.findall(r'class="title">picture (\d+)<', text) for kind, text in groups.items()}
-    ranked = [str(row) for row in Dataset(data).rows("val")[::-1]]
-    assert titles == {"Best": ranked[:4], "Middle": ranked[13:17], "Worst": ranked[-4:]}
-    assert groups["Best"].count('class="lead-figure"') == 12
+    ranked = [f"picture {row}" for row in Dataset(data).rows("val")[::-1]]
+    assert titles_of(html) == [*ranked[:8], *ranked[11:19], *ranked[-8:]]
+    assert html.count("Nearest training prompts</summary>") == 24
     report.run({"run": str(run), "scenes": 50})
     assert path.read_text() == html
 
@@ -115,7 +98,7 @@ def test_what_was_measured_over_time_and_by_source_is_drawn(run: Path) -> None:
     for shown in (
         *("Validation cosine by set", "real 0.61", "val 0.75"),
         *("Validation cosine by source", "coco 0.62", "lexica 0.63"),
-        *("Pictures a second", "MFU", "Prompt source"),
+        *("Pictures a second", "MFU", "By source."),
     ):
         assert shown in html, shown
     only = '{"step": 1, "epoch": 1, "seconds": 1, "train/loss": 1}\n'
@@ -133,11 +116,11 @@ def test_a_run_on_several_datasets_shows_pictures_of_all(run: Path, data: Path, 
     html = report.write_report(ReportSettings(run, evaluation=run / "both")).read_text()
     assert "trained on glyphs and other" in html
     assert "of the 54, drawn at random" in html
-    groups = groups_of(html, 2 * JUDGED)
     dataset = Dataset(other)
-    expected = [dataset.prompts(int(row))[0] for row in dataset.rows("val")[::-1][:4]]
-    assert re.findall(r'class="title">([^<]*)<', groups["Best"]) == expected
-    assert re.findall(r'class="title">(picture)', groups["Worst"]) == ["picture"] * 4
+    expected = [dataset.prompts(int(row))[0] for row in dataset.rows("val")[::-1][:8]]
+    titles = titles_of(html)
+    assert titles[:8] == expected
+    assert all(title.startswith("picture ") for title in titles[-8:])
 
 
 @pytest.mark.parametrize(
@@ -149,7 +132,8 @@ def test_a_run_on_several_datasets_shows_pictures_of_all(run: Path, data: Path, 
         ("evaluation/evaluation.json", "python -m train.evaluate run="),
         ("evaluation/keys.json", "python -m train.evaluate run="),
         ("evaluation/predictions/regressor.npy", "python -m train.evaluate run="),
-        ("evaluation/scores/regressor.npy", "python -m train.evaluate run="),
+        ("evaluation/scores/mean.npy", "python -m train.evaluate run="),
+        ("evaluation/pictures.json", "python -m train.evaluate run="),
     ],
 )
 def test_missing_input_names_file_and_command(run: Path, missing: str, remedy: str) -> None:
@@ -165,7 +149,7 @@ def test_inputs_that_do_not_fit_are_refused(run: Path) -> None:
     with pytest.raises(UserError, match=r"1 evaluated pictures, such as elsewhere, are not in .*glyphs: it changed"):
         report.write_report(ReportSettings(run))
     keys.write_text("[]")
-    with pytest.raises(UserError, match="0 keys, 30 predictions, 30 scores of regressor"):
+    with pytest.raises(UserError, match="0 keys, but 30 predictions of regressor, 30 scores of"):
         report.write_report(ReportSettings(run))
     (run / "best/config.json").write_text("{}")
     with pytest.raises(UserError, match="lacks backbone, size, encoder"):

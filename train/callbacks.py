@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from conf import UserError, progress
 from train.data import Batch
-from train.module import Training
+from train.module import Plan, Training
 
 log = logging.getLogger(__name__)
 
@@ -36,23 +36,17 @@ class Progress(Callback):
     """A bar with pictures a second and time left; the same rate goes to the log.
 
     Args:
-        flops: of a picture's training step.
-        peak: multiply-adds ×2 a second that the devices together can do, for the model FLOPs utilisation; None where
-            it is not known.
-        head_steps: at the start, in which the head alone trains.
+        mfu: pictures a second → model FLOPs utilisation of all devices; None where their peak is not known.
     """
 
-    def __init__(
-        self, steps: int, log_every: int, flops: float = 0.0, peak: float | None = None, head_steps: int = 0
-    ) -> None:
-        self._steps, self._log_every, self._flops, self._peak = steps, log_every, flops, peak
-        self._head_steps = head_steps
+    def __init__(self, plan: Plan, log_every: int, mfu: Callable[[float], float] | None) -> None:
+        self._plan, self._log_every, self._mfu = plan, log_every, mfu
         self._bar = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._began, self._pictures = time.perf_counter(), 0
         if trainer.is_global_zero:
-            self._bar = progress(self._steps, "step", "train", initial=trainer.global_step)
+            self._bar = progress(self._plan.steps, "step", "train", initial=trainer.global_step)
 
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
@@ -74,8 +68,9 @@ class Progress(Callback):
             rate = self._pictures / (time.perf_counter() - self._began)
             self._began, self._pictures = time.perf_counter(), 0
             measured = {"train/images_per_s": rate, "train/lr": self._lr}
-            if self._peak and trainer.global_step > self._head_steps:  # before, the backbone has no backward pass
-                measured["train/mfu"] = rate * self._flops / self._peak
+            if self._mfu is not None and trainer.global_step > self._plan.head_steps:
+                # before, the backbone has no backward pass
+                measured["train/mfu"] = self._mfu(rate)
             pl_module.log_dict(measured, rank_zero_only=True)
             if self._bar is not None:
                 loss = trainer.callback_metrics.get("train/loss")
@@ -119,7 +114,13 @@ class Straight(TorchCheckpointIO):
     files, whose disk may be small."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        torch.save(checkpoint, path)
+        try:
+            with Path(path).open("wb") as file:  # one that torch opens itself does not tell why it cannot be written
+                torch.save(checkpoint, file)
+        except RuntimeError as error:  # torch's, about the archive that it could not end
+            if isinstance(error.__context__, OSError):
+                raise OSError(*error.__context__.args) from error
+            raise
 
 
 class ResumePoint(Callback):
@@ -218,14 +219,12 @@ class ResumePoint(Callback):
                 with part.open("rb") as written:
                     os.fsync(written.fileno())
                 part.replace(self.path)
-        except (OSError, RuntimeError) as error:
-            if isinstance(error, RuntimeError) and "PytorchStreamWriter" not in str(error):
-                raise
+        except OSError as error:
             part.unlink(missing_ok=True)
             before = "that of an earlier step is there still" if self.path.exists() else "there is none yet"
             raise UserError(
-                f"cannot write the resume point {self.path} at step {trainer.global_step}: {error}; {before}. "
-                "Make room, and the same command goes on."
+                f"cannot write the resume point {self.path} at step {trainer.global_step}: "
+                f"{error.strerror or error}; {before}. Make room, and the same command goes on."
             ) from error
 
     def _end(self, trainer: lightning.Trainer) -> None:

@@ -1,5 +1,6 @@
 """Typed settings of `python -m train` and `train.evaluate`; `conf/` holds the values."""
 
+import difflib
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -284,30 +285,128 @@ def _outside(settings: object, **bounds: tuple[float, float]) -> list[str]:
     ]
 
 
+BASELINES = ("mean", "knn", "ridge")
+"""Fitted on the training pictures of the run."""
+CAPTIONERS = ("blip", "blip2", "coca", "clip_interrogator")
+FROM_OTHERS = ("retrieve", "blend", "ensemble")
+"""Made of what others predict."""
+EMBEDDERS = (*BASELINES, "regressor", *FROM_OTHERS[:2], *CAPTIONERS, FROM_OTHERS[2])
+
+
+@dataclass(frozen=True)
+class ViewsSettings:
+    flip: bool = False
+    """The mirrored picture, too."""
+    sizes: tuple[int, ...] = ()
+    """Sizes to see each picture at, px; none: that of training."""
+
+    def problems(self) -> list[str]:
+        return [f"sizes: {size} px is below 1" for size in self.sizes if size < 1]
+
+
+@dataclass(frozen=True)
+class KnnSettings:
+    neighbours: int
+    power: float
+    """Of the similarities that weigh the neighbours."""
+    backbone: str | None
+    """Whose features knn compares and ridge takes; null: the run's. With `bank`: open_clip:MODEL/TAG."""
+    weights: str | None
+    """Of that backbone, and of ridge's; null takes those that the run began from."""
+    bank: Location | None
+    """A dataset or file of prompts to be found by CLIP's text tower; null compares with the training pictures."""
+    exact: bool | None
+    """Every vector is compared; null decides by their number."""
+
+    def problems(self) -> list[str]:
+        found = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
+        found += [] if self.power >= 0 else [f"power: {self.power} is below 0"]
+        if self.bank is not None and not (self.backbone or "").startswith(("open_clip:", "local-dir:")):
+            found.append(f"backbone: {self.backbone} has no text tower for bank; name open_clip:MODEL/TAG")
+        return found
+
+
+@dataclass(frozen=True)
+class RetrieveSettings:
+    neighbours: int
+    power: float
+    """Of the cosines that weigh the prompts."""
+    share: float
+    """Of what is retrieved in blend, 0 to 1."""
+
+    def problems(self) -> list[str]:
+        found = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
+        found += [] if self.power >= 0 else [f"power: {self.power} is below 0"]
+        return found + ([] if 0 <= self.share <= 1 else [f"share: {self.share} is outside 0 to 1"])
+
+
+@dataclass(frozen=True)
+class CaptionsSettings:
+    blip: str
+    """Hub name or folder."""
+    blip2: str
+    coca: str
+    """open_clip's MODEL/TAG, or a folder."""
+    clip: str
+    """The judge of clip_interrogator: open_clip's MODEL/TAG, or a folder."""
+    mode: Literal["fast", "classic", "best"]
+    """Of clip_interrogator."""
+    words: Path | None
+    """Its lists: a folder with artists.txt, flavors.txt, mediums.txt, movements.txt; null takes the package's."""
+
+
+@dataclass(frozen=True)
+class EnsembleSettings:
+    members: tuple[str, ...] | None
+    """Names of embedders; null takes all others."""
+    folds: int
+    """Of the cross-validation that its score is of."""
+
+    def problems(self) -> list[str]:
+        return [] if self.folds >= 2 else [f"folds: {self.folds} is below 2"]
+
+
 @dataclass(frozen=True)
 class EvaluateSettings:
-    run: Path
-    """Run folder: its best checkpoint, its dataset and its backbone are the defaults below."""
+    run: Path | None
+    """Run folder: its best checkpoint, its dataset and its backbone are the defaults below; null takes the newest."""
     checkpoint: Path | None
-    """Checkpoint or bundle folder to judge; null takes RUN/best."""
+    """Folder of the regressor: a checkpoint, a bundle or an ensemble; null takes RUN/best."""
     dataset: Location | None
     """Dataset folder: a local path or an fsspec URL; null takes the run's."""
     split: str
-    embedders: tuple[Literal["mean", "knn", "ridge", "regressor"], ...]
-    """What stands in the table."""
-    neighbours: int
-    """k of knn."""
-    weights: str | None
-    """Of the frozen backbone of knn and ridge; null takes those the run began from."""
-    out: Path
-    """Folder of the scores, predictions and evaluation.json."""
+    embedders: tuple[str, ...]
+    """What stands in the table: names of EMBEDDERS, and folders of checkpoints, bundles, ensembles and runs."""
+    tta: dict[str, ViewsSettings]
+    """How often an embedder sees each picture, by its name."""
+    knn: KnnSettings
+    retrieve: RetrieveSettings
+    captions: CaptionsSettings
+    ensemble: EnsembleSettings
+    bank: Location | None
+    """Dataset or file of prompts, to retrieve from; null takes the run's training prompts."""
+    column: str
+    """Of a bank's file that has columns."""
+    out: Path | None
+    """Folder of the scores, predictions and evaluation.json; null: RUN/evaluation."""
+    report: Path | None
+    """The page to write; null: OUT/report.html."""
     batch_size: int
     workers: int | None
     """Processes that decode; null decides by the machine."""
     accelerator: Literal["auto", "cpu", "gpu"]
 
     def problems(self) -> list[str]:
-        found = [f"{n}: {getattr(self, n)} is below 1" for n in ("neighbours", "batch_size") if getattr(self, n) < 1]
+        found = [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
         if not self.embedders:
-            found.append("embedders: empty; name mean, knn, ridge or regressor")
+            found.append(f"embedders: empty; name some of {', '.join(EMBEDDERS)}, or folders of checkpoints")
+        for name in self.embedders:
+            if name not in EMBEDDERS and not Path(name).is_dir():
+                near = difflib.get_close_matches(name, EMBEDDERS, 3, 0.4) or EMBEDDERS
+                found.append(f"embedders: {name!r} is no embedder and no folder; near it: {', '.join(near)}")
+        found += [
+            f"embedders: {name} is named twice"
+            for name in sorted(set(self.embedders))
+            if self.embedders.count(name) > 1
+        ]
         return found

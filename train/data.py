@@ -4,6 +4,8 @@ Pictures of several datasets have one numbering. One that cannot be read is left
 B pictures, E target width, S side, N pictures of all datasets.
 """
 
+import atexit
+import functools
 import logging
 import multiprocessing
 import os
@@ -17,6 +19,7 @@ import lightning.pytorch as lightning
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch.nn.functional import normalize
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
@@ -32,6 +35,7 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
+_AT_ONCE = 65_536  # vectors: 100 MB
 _METRICS = ("cosine", "high", "low", "source", "val")  # names that a set of validation pictures cannot have
 
 
@@ -127,6 +131,14 @@ class Pictures(TorchDataset):
         dataset, own = self.place(row)
         return dataset.image_bytes(own)
 
+    def decoded(self, row: int) -> torch.Tensor:
+        """uint8 [3, H, W], as large as it is.
+
+        Raises:
+            CorruptImage, BadImage: it cannot be read.
+        """
+        return decode(self.image_bytes(row))
+
     def target(self, row: int) -> NDArray[np.float32]:
         """Mean of the captions' unit vectors, [E]."""
         dataset, own = self.place(row)
@@ -139,11 +151,26 @@ class Pictures(TorchDataset):
             found[mine] = self.datasets[number].mean_targets(own)
         return found
 
+    def mean_target(self, rows: Rows) -> torch.Tensor:
+        """The direction of the mean of their targets, [E]: what best stands for a picture that nothing is known of."""
+        total_E = np.zeros(self.width)
+        for first in range(0, len(rows), _AT_ONCE):
+            total_E += self.targets(rows[first : first + _AT_ONCE]).sum(0, dtype=np.float64)
+        return normalize(torch.from_numpy(total_E).float(), dim=-1)
+
+    def origins(self, rows: Rows) -> list[dict[str, Any]]:
+        """Each dataset's path and hash, and how many of `rows` it has, as plain JSON."""
+        numbers = np.searchsorted(self.offsets, rows, side="right") - 1
+        return [
+            {"path": str(dataset.root), "sha256": dataset.fingerprint(), "images": int((numbers == number).sum())}
+            for number, dataset in enumerate(self.datasets)
+        ]
+
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         images, good, bad = [], [], []
         for row in rows:
             try:
-                images.append(fit(decode(self.image_bytes(row)), self.size))
+                images.append(fit(self.decoded(row), self.size))
                 good.append(row)
             except (CorruptImage, BadImage) as error:
                 bad.append((self.label(row), str(error)))
@@ -203,6 +230,8 @@ def loader(
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(min(cores // ranks - 1, 16), 0) if torch.cuda.is_available() else 0
+    if workers:
+        _end_workers_at_exit()
     # a fork would copy the parent's threads in whatever state they are; what is forked here is a process that has
     # imported all a worker needs, once, and done nothing else
     context = multiprocessing.get_context("forkserver")
@@ -217,6 +246,15 @@ def loader(
         multiprocessing_context=context if workers else None,
         worker_init_fn=_with_the_run if workers else None,
     )
+
+
+@functools.cache
+def _end_workers_at_exit() -> None:
+    """Once a process that trains ends, whatever made it end, those that decode for it do.
+
+    Python would ask them by SIGTERM, which they ignore, and wait for ever where an error left their loader unfinished.
+    """
+    atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
 
 
 def _with_the_run(_: int) -> None:

@@ -10,7 +10,6 @@ asked for, nothing is read. A pass that was killed goes on where it was. n pictu
 """
 
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Iterator
@@ -24,10 +23,11 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from conf import UserError, progress
-from datagen.shards import cache_folder, free_bytes, write_atomically, write_json
+from datagen.shards import cache_folder, free_bytes, write_array, write_json
 from models.regressor import Regressor
 from train.data import Pictures, loader
 from train.draws import InOrder
+from train.machine import half
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +176,7 @@ class _Source:
     ) -> None:
         self.model, self.pictures, self.rows = model, pictures, rows
         self._batch_size, self._workers = batch_size, workers
-        self._precision = precision or _quick(model.device)
+        self._precision = precision or half(model.device)
         length = max(_PART // batch_size, 1) * batch_size
         self.parts = [range(at, min(at + length, len(rows))) for at in range(0, len(rows), length)]
 
@@ -232,9 +232,7 @@ class _Source:
         for part, (x_nD, marks) in zip(parts, self.compute(parts), strict=True):
             name = f"{numbers[part]:06d}"
             (self.folder / f"{name}.json").unlink(missing_ok=True)  # of a part of which less could be read
-            buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
-            np.save(buffer, x_nD)
-            write_atomically(self.folder / f"{name}.npy", lambda file, b=buffer: file.write(b.getbuffer()))
+            write_array(self.folder / f"{name}.npy", x_nD)
             write_json(self.folder / f"{name}.json", marks)
 
     @torch.inference_mode()
@@ -264,12 +262,6 @@ class _Source:
                     bar.update(len(sent))
                 model.train(was_training)
                 yield np.concatenate(x), marks
-
-
-def _quick(device: torch.device) -> torch.dtype:
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 def _digest_of(state: dict[str, torch.Tensor]) -> str:

@@ -14,6 +14,7 @@ import logging
 import math
 import signal
 import warnings
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as lightning
@@ -122,12 +123,12 @@ def _trainer(
 ) -> lightning.Trainer:
     """Lightning's, for a run of `plan` that is validated `every` so many steps."""
     log_every = min(chosen.log_every, plan.steps)
-    peak = None
+    mfu = None
     if machine.device.type == "cuda" and is_first():
         peak = cost.peak_flop_per_s(machine.device, machine.half) * machine.world
         torch.cuda.empty_cache()
-    head_steps = math.ceil(chosen.optim.head_only * plan.per_epoch)
-    return lightning.Trainer(
+        mfu = partial(needs.mfu, peak_flop_per_s=peak)
+    trainer = lightning.Trainer(
         accelerator="gpu" if machine.device.type == "cuda" else "cpu",  # auto would take others that Machine does not
         devices=chosen.scale.devices,
         num_nodes=chosen.scale.nodes,
@@ -142,7 +143,7 @@ def _trainer(
         num_sanity_val_steps=0,
         gradient_clip_val=chosen.optim.clip or None,
         log_every_n_steps=log_every,
-        callbacks=[Progress(plan.steps, log_every, needs.step_flop, peak, head_steps), *callbacks],
+        callbacks=[Progress(plan, log_every, mfu), *callbacks],
         logger=loggers(chosen, plan.per_epoch, resumed_at),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -153,6 +154,9 @@ def _trainer(
         plugins=[Straight(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         default_root_dir=chosen.out,
     )
+    # before every micro-batch it would tell the ranks of a SIGTERM, and wait: ResumePoint tells them without waiting
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
+    return trainer
 
 
 @rank_zero_only
@@ -195,7 +199,7 @@ def _list_skipped(out: Path, skipped: dict[str, str], pictures: int) -> None:
 
 def _quiet() -> None:
     """Lightning's own lines, which repeat ours or advise against what is meant here."""
-    for name in ("lightning.pytorch", "lightning.fabric", "timm"):
+    for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # what is frozen is

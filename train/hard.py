@@ -74,7 +74,9 @@ def mine(chosen: HardSettings) -> None:
 
     from datagen.shards import write_atomically
     from models import checkpoint
-    from train.judge import data_of, device_of, half, predictions
+    from train.judge import data_of
+    from train.machine import device_of, half
+    from train.passes import predictions
 
     folder = chosen.checkpoint or chosen.run / "best"
     config = checkpoint.read_config(folder)

@@ -1,13 +1,12 @@
 """What a run is: `settings.json`, which says whether a folder is this run's, and what to resume from."""
 
 import dataclasses
-import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 from conf import UserError, compose
-from datagen.shards import write_json
+from datagen.shards import sha256, write_json
 from train.config import TrainSettings
 
 # Settings that change how a run is carried out and not what it is: another value may resume it.
@@ -33,7 +32,7 @@ def of_this_run(chosen: TrainSettings, fingerprints: list[str], precision: str) 
     mine = {
         **plain(chosen),
         "dataset_sha256": fingerprints,
-        "weights_sha256": _sha256(chosen.data.weights),
+        "weights_sha256": _weights_sha256(chosen.data.weights),
         "precision": precision,
     }
     if path.exists():
@@ -90,13 +89,12 @@ def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
     return found
 
 
-def _sha256(path: Path | None) -> str | None:
+def _weights_sha256(path: Path | None) -> str | None:
     if path is None:
         return None
     if not path.is_file():
         raise UserError(f"data.weights: no file {path}; python -m train.hard writes one")
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return sha256(path)
 
 
 def _short(value: Any) -> str:

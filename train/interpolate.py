@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conf import Location, UserError, command, settings
+from train.runs import scored
 
 if TYPE_CHECKING:
     import torch
@@ -106,7 +107,8 @@ def _score(
     import numpy as np
 
     from models.metrics import bootstrap
-    from train.judge import device_of, predictions
+    from train.machine import device_of
+    from train.passes import predictions
 
     model.to(device_of(chosen.accelerator))
     passed = list(predictions(model, pictures, rows, batch_size=chosen.batch_size, workers=chosen.workers))
@@ -123,7 +125,7 @@ def table(info: dict[str, Any]) -> str:
     if info["dataset"] is None:
         lines = ["alpha"]
     for found in info["checkpoints"]:
-        score = f"   {found['mean']:8.4f}   [{found['low']:.4f}, {found['high']:.4f}]" if "mean" in found else ""
+        score = f"   {scored(found)}" if "mean" in found else ""
         lines.append(f"{found['alpha']:5g}{score}   {found['checkpoint']}")
     return "\n".join(lines)
 

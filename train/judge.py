@@ -1,109 +1,41 @@
-"""Scores of embedders on pictures: what `python -m train.evaluate` does, and the predictions that other commands take.
+"""Scores of embedders on the same pictures, and all that is told of them: what `python -m train.evaluate` does.
 
-B pictures of a batch, n pictures, E target width, D feature width.
+n pictures, E target width, m prompts of a bank.
 """
 
-import dataclasses
+import json
 import logging
+import shutil
 import time
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from conf import UserError, compose, progress, settings
-from datagen.shards import CorruptImage, Dataset, write_json
-from models import checkpoint
-from models.baselines.knn import Knn
-from models.baselines.mean import Mean
-from models.embedder import Embedder
-from models.export import load_bundle
-from models.head_init import init_ridge
-from models.metrics import bootstrap, cosines
-from models.preprocess import BadImage, decode
-from models.regressor import Regressor, make
-from train.config import EvaluateSettings, TrainSettings
-from train.data import Data, Pictures, loader
-from train.draws import InOrder
-from train.features import MOST_AT_ONCE, features
+from conf import Location, UserError, compose, progress, settings
+from datagen.shards import Dataset, encoders, write_array, write_json
+from models import checkpoint, ensemble
+from models.metrics import bins, compare, cosines, mean_targets, recall
+from train import banks
+from train.banks import Bank, Retrieve
+from train.config import BASELINES, EMBEDDERS, FROM_OTHERS, EvaluateSettings, TrainSettings, ViewsSettings
+from train.contenders import Contenders, newest_run, run_of
+from train.data import Data, Pictures
+from train.folds import Prompts
+from train.kept import Predictions, predict
+from train.machine import device_of
+from train.runs import read_settings
 
 log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-
-@dataclasses.dataclass(frozen=True)
-class Predicted:
-    """A batch of a pass over pictures."""
-
-    row_B: Rows  # noqa: N815
-    """Numbers of those that could be read."""
-    z_BE: NDArray[np.float32]  # noqa: N815
-    """Their unit vectors."""
-    score_B: NDArray[np.float64]  # noqa: N815
-    """Their cosines."""
-    bad: list[tuple[str, str]]
-    """Label and reason of each that could not."""
-
-
-@torch.inference_mode()
-def predictions(
-    model: Regressor,
-    pictures: Pictures,
-    rows: Rows,
-    *,
-    batch_size: int,
-    workers: int | None,
-    dtype: torch.dtype | None = None,
-    what: str = "predict",
-) -> Iterator[Predicted]:
-    """What `model` makes of `rows`, in order, batch by batch, with a bar.
-
-    Args:
-        model: on its device; `pictures` are of its size.
-        workers: processes that decode; None decides by the machine.
-        dtype: half precision for the products of matrices, as `half` gives it; None: fp32.
-        what: the bar is called.
-    """
-    was_training = model.training
-    model.eval()
-    on_gpu = model.device.type == "cuda"
-    batches = loader(pictures, InOrder(rows, min(batch_size, MOST_AT_ONCE)), workers, pin=on_gpu, keep=False)
-    try:
-        with progress(len(rows), "picture", what) as bar:
-            for batch in batches:
-                z_BE = np.zeros((0, model.width), np.float32)
-                if len(batch.row_B):
-                    with torch.autocast(model.device.type, dtype, enabled=dtype is not None):
-                        z = model(batch.image_BCHW.to(model.device, non_blocking=on_gpu))
-                    z_BE = z.float().cpu().numpy()
-                score_B = (z_BE.astype(np.float64) * batch.target_BE.numpy().astype(np.float64)).sum(-1)
-                yield Predicted(batch.row_B.numpy(), z_BE, score_B, batch.bad)
-                bar.update(len(batch.row_B) + len(batch.bad))
-    finally:
-        model.train(was_training)
-
-
-def half(device: torch.device) -> torch.dtype | None:
-    """The precision that a device is quick in: bf16 of a GPU that has it, fp16 of another, None of a CPU."""
-    if device.type != "cuda":
-        return None
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-
-
-def device_of(accelerator: str) -> torch.device:
-    """The device for `accelerator`: auto, cpu or gpu.
-
-    Raises:
-        UserError: gpu is asked for, and there is none.
-    """
-    if accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("accelerator: gpu, but torch finds none here; accelerator=auto takes the CPU then")
-    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+_LENGTHS = (6, 11, 21, 41)  # words of a prompt: where a group of the breakdown begins
+_DISTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)  # cosines to the nearest training prompt, likewise
+_RANKS = (1, 5, 10)  # of R@k
+_GROUPS = 60  # of the prompts' groups, the largest that the breakdown has
 
 
 def data_of(run: Mapping[str, Any], encoder: str, size: int) -> Data:
@@ -129,69 +61,190 @@ def _overlaid(default: Any, own: Any) -> Any:
     return {k: _overlaid(v, own[k]) if k in own else v for k, v in default.items()}
 
 
-def judge(chosen: EvaluateSettings, run: Mapping[str, Any]) -> dict[str, Any]:
-    """Scores the embedders, writes `chosen.out`, and returns what `evaluation.json` holds.
+class Judged(NamedTuple):
+    info: dict[str, Any]
+    """What `evaluation.json` holds."""
+    out: Path
+    """The evaluation's folder."""
+    trained_on: list[tuple[Dataset, Rows]] | None
+    """Datasets and their pictures that the run was trained on; None without a run."""
 
-    Args:
-        run: the `settings.json` of the run.
+
+class Subject:
+    """What is judged, and on which pictures.
+
+    Attributes:
+        run: folder of the run; None where none is needed.
+        folder: of the regressor; None where none is needed.
+        encoder: name of the target encoder.
+        data: the run's pictures, shared out as in its training; None without a run.
+        pictures, rows: to judge on.
+        trained_on: the datasets and pictures that the run was trained on; None without a run.
+        out: folder of the evaluation.
+        contenders: the embedders by name.
 
     Raises:
-        UserError: the checkpoint or a dataset cannot be used.
+        UserError: the run, a checkpoint or a dataset cannot be used.
     """
-    folder = chosen.checkpoint or chosen.run / "best"
-    config = checkpoint.read_config(folder)
-    device = device_of(chosen.accelerator)
-    baselines = [name for name in chosen.embedders if name != "regressor"]
-    data = data_of(run, config["encoder"], config["size"]) if baselines or chosen.dataset is None else None
-    if chosen.dataset is not None:
-        pictures = Pictures([Dataset(chosen.dataset, config["encoder"])], config["size"])
-        rows = pictures.datasets[0].rows(chosen.split)
-    else:
-        assert data is not None
-        pictures, rows = data.pictures, _rows(data, chosen.split)
-    embedders = _embedders(chosen, run, folder, config, data, device)
-    kept, skipped, vectors, seconds = _predict(pictures, rows, embedders, chosen.batch_size)
-    if not kept:
-        where = " and ".join(str(d.root) for d in pictures.datasets)
-        raise UserError(f"none of the {len(rows)} pictures of {where} could be read; the first: {skipped[0]}")
-    places = [pictures.place(row) for row in kept]
+
+    def __init__(self, chosen: EvaluateSettings) -> None:
+        asked, folders = set(chosen.embedders), [Path(name) for name in chosen.embedders if name not in EMBEDDERS]
+        regressed = bool(asked & {"regressor", "retrieve", "blend"})
+        fitted = bool(asked & ({*BASELINES} - ({"knn"} if chosen.knn.bank is not None else set())))
+        named = [folder for folder in (chosen.checkpoint, *folders) if folder is not None]
+        self.run = chosen.run or next((run for folder in named if (run := run_of(folder))), None)
+        if self.run is None and (chosen.dataset is None or fitted or (regressed and chosen.checkpoint is None)):
+            if named:
+                raise UserError(
+                    f"{named[0]} lies in no run, so nothing tells which pictures it has not seen and what baselines "
+                    "are fitted on: name dataset=… to judge it on, or run=…"
+                )
+            self.run = newest_run()
+        self.folder = (chosen.checkpoint or (self.run / "best" if self.run else None)) if regressed else None
+        about = self.folder or (folders[0] if folders else None) or (self.run / "best" if self.run else None)
+        self.encoder = ensemble.about(about)["encoder"] if about is not None else _only_encoder(chosen.dataset)
+        settings_of_run = backbone = self.data = None
+        if self.run is not None:
+            settings_of_run = read_settings(self.run)
+            own = checkpoint.read_config(self.run / "best")
+            backbone = own["backbone"], own["size"]
+            self.data = data_of(settings_of_run, self.encoder, own["size"])
+        if chosen.dataset is not None:
+            self.pictures = Pictures([Dataset(chosen.dataset, self.encoder)], backbone[1] if backbone else 1)
+            self.rows = self.pictures.datasets[0].rows(chosen.split)
+        else:
+            assert self.data is not None
+            self.pictures, self.rows = self.data.pictures, _rows(self.data, chosen.split)
+        self.trained_on = None if self.data is None else _parts(self.data)
+        self.out = chosen.out or (self.run or Path()) / "evaluation"
+        self.contenders = Contenders(
+            chosen,
+            self.folder,
+            self.encoder,
+            self.pictures.datasets[0].encoder_identity or {},
+            self.data,
+            settings_of_run,
+            backbone,
+            device_of(chosen.accelerator),
+        )
+
+
+def judge(chosen: EvaluateSettings) -> Judged:
+    """Scores the embedders and writes the evaluation's folder.
+
+    Raises:
+        UserError: a run, checkpoint, dataset, bank or embedder cannot be used; before anything is computed.
+    """
+    subject = Subject(chosen)
+    entries = [entry for entry in chosen.embedders if entry not in FROM_OTHERS]
+    if {"retrieve", "blend"} & set(chosen.embedders) and "regressor" not in entries:
+        entries.append("regressor")
+    known = subject.contenders.all(entries)
+    names = [known[entry].name if entry in known else entry for entry in chosen.embedders]
+    members = _members(chosen, {entry: contender.name for entry, contender in known.items()})
+    trained_on, bank = _banks(chosen, subject)
+    if members:
+        _apart(subject.pictures, subject.rows, chosen.ensemble.folds)
+    seen = _seen(chosen, subject)
+    found = predict(list(known.values()), subject.pictures, subject.rows, chosen.batch_size)
+    places = [subject.pictures.place(row) for row in found.rows]
     targets = [dataset.targets(own) for dataset, own in places]
-    main = "regressor" if "regressor" in embedders else next(iter(embedders))
-    scores = {name: cosines(vectors[name], targets) for name in embedders}
-    for name, score_n in scores.items():
-        for kind, array in (("predictions", vectors[name]), ("scores", score_n.astype(np.float32))):
-            (chosen.out / kind).mkdir(parents=True, exist_ok=True)
-            np.save(chosen.out / kind / f"{name}.npy", array)
-    number_n = np.array([pictures.dataset_of(row) for row in kept])
+    if {"retrieve", "blend"} & set(chosen.embedders):
+        assert bank is not None
+        _retrieve(chosen, found, bank)
+        _tell_of_leaks("retrieve", bank, places)
+    if subject.contenders.bank is not None:
+        _tell_of_leaks("knn", subject.contenders.bank, places)
+    row_n = np.array(found.rows)
+    prompt_n = _same(subject.pictures, row_n)
+    told = None
+    if members:
+        apart_n = _apart(subject.pictures, row_n, chosen.ensemble.folds)
+        told = _combine(chosen, found, members, mean_targets(targets), apart_n)
+    scores = {name: cosines(found.vectors[name], targets) for name in names}
+    intervals, differences = compare(scores, prompt_n)
+    folders = subject.contenders.folders
+    main = "regressor" if "regressor" in names else next((name for name in names if name in folders), names[0])
+    word_n, nearest_n = _of_prompts(places, targets, trained_on)
     info = {
-        "datasets": [
-            {"path": str(d.root), "sha256": d.fingerprint(), "images": int((number_n == number).sum())}
-            for number, d in enumerate(pictures.datasets)
-        ],
+        "datasets": subject.pictures.origins(row_n),
         "split": chosen.split,
-        "encoder": config["encoder"],
-        "checkpoint": str(folder),
-        "images": len(kept),
-        "skipped": skipped,
+        "encoder": subject.encoder,
+        "checkpoint": None if subject.folder is None else str(subject.folder),
+        "folders": {name: str(folder) for name, folder in folders.items()},
+        "seen": seen,
+        "images": len(found.rows),
+        "skipped": found.skipped,
         "main": main,
         "scores": [
-            {"name": name, **bootstrap(score_n)._asdict(), "seconds": round(seconds[name], 3)}
-            for name, score_n in scores.items()
+            {"name": name, **intervals[name]._asdict(), "seconds": round(found.seconds[name], 3)} for name in names
         ],
-        "sources": by_source(scores[main], [pictures.source(row) for row in kept]),
+        "pairs": [difference._asdict() for difference in differences],
+        "sources": {},
+        "breakdown": _breakdown(places, scores, prompt_n, word_n, nearest_n),
+        "retrieval": _retrieval(names, found, places, bank),
+        "ensemble": told,
     }
-    write_json(chosen.out / "keys.json", [pictures.key(row) for row in kept])
-    write_json(chosen.out / "evaluation.json", info)
-    return info
+    info["sources"] = {
+        part["name"]: {**part["scores"][main], "images": part["images"]} for part in info["breakdown"]["source"]
+    }
+    _write(subject, names, found, scores, word_n, nearest_n, info)
+    if told is not None:
+        told["saved"] = _saved(chosen, subject, told, info)
+        write_json(subject.out / "evaluation.json", info)
+    log.info("%s", subject.out / "evaluation.json")
+    return Judged(info, subject.out, subject.trained_on)
 
 
-def by_source(score_n: NDArray[np.float64], sources: list[str]) -> dict[str, dict[str, float]]:
-    """Source → mean, low, high (the 95 % interval) and images, by name."""
-    source_n = np.array(sources)
-    return {
-        name: {**bootstrap(score_n[source_n == name])._asdict(), "images": int((source_n == name).sum())}
-        for name in sorted(set(sources))
-    }
+def _only_encoder(dataset: Location | None) -> str:
+    """The target encoder that a dataset has vectors of, where no checkpoint says which."""
+    assert dataset is not None
+    found = encoders(dataset)
+    if len(found) != 1:
+        raise UserError(
+            f"{dataset} has vectors of {', '.join(found) or 'no encoder'}, and no checkpoint says which are meant: "
+            "name checkpoint=… or run=…" + ("" if found else ", or encode them: python -m datagen.targets out=…")
+        )
+    return found[0]
+
+
+def _parts(data: Data) -> list[tuple[Dataset, Rows]]:
+    """The datasets and pictures that are trained on."""
+    parts = data.pictures.by_dataset(data.train_rows)
+    return [(data.pictures.datasets[number], own) for number, _, own in parts]
+
+
+def _seen(chosen: EvaluateSettings, subject: Subject) -> dict[str, int | None]:
+    """Who was trained on prompts that are judged here: name → how many of the pictures have one; None: not known.
+
+    A fold trains on the dataset's own validation pictures, and another run may have trained on any.
+    """
+    runs = {name: run for name, folder in subject.contenders.folders.items() if (run := run_of(folder)) is not None}
+    runs |= {name: subject.run for name in chosen.embedders if name in BASELINES and subject.run is not None}
+    own_val = chosen.dataset is None and chosen.split == "val"  # which the run kept apart
+    others = {name: run for name, run in runs.items() if not (own_val and run == subject.run)}
+    if not others:
+        return {}
+    hash_c, owner_c, _ = Prompts(subject.pictures).of(subject.rows)
+    counts: dict[Path, int | None] = {}
+    for run in set(others.values()):
+        try:
+            data = subject.data if run == subject.run else None
+            if data is None:
+                data = data_of(read_settings(run), subject.encoder, checkpoint.read_config(run / "best")["size"])
+            known = np.isin(hash_c, Prompts(data.pictures).of(data.train_rows)[0])
+            counts[run] = len(np.unique(owner_c[known]))
+        except UserError as error:
+            log.warning("what %s was trained on cannot be read, so it may have seen what is judged: %s", run, error)
+            counts[run] = None
+    found = {name: counts[run] for name, run in others.items() if counts[run] != 0}
+    for name, count in found.items():
+        if count:
+            log.warning(
+                "%s was trained on the prompts of %s of the %s pictures that are judged: its score here is no measure",
+                *(name, f"{count:,}", f"{len(subject.rows):,}"),
+            )
+    return found
 
 
 def _rows(data: Data, split: str) -> Rows:
@@ -209,78 +262,262 @@ def _rows(data: Data, split: str) -> Rows:
     return rows
 
 
-def _embedders(
+def _members(chosen: EvaluateSettings, names: Mapping[str, str]) -> list[str]:
+    """Names of the ensemble's members; none where no ensemble is asked for.
+
+    Raises:
+        UserError: a member is not among the embedders, or there is only one.
+    """
+    if "ensemble" not in chosen.embedders:
+        return []
+    others = [names.get(entry, entry) for entry in chosen.embedders if entry != "ensemble"]
+    members = [names.get(entry, entry) for entry in chosen.ensemble.members or others]
+    strangers = [name for name in members if name not in others]
+    problems = [f"ensemble.members: {name!r} is not among the embedders, {', '.join(others)}" for name in strangers]
+    if len(set(members)) < 2:
+        problems.append(f"ensemble: {', '.join(members) or 'nothing'} to combine; name two embedders at least")
+    if problems:
+        raise UserError("\n".join(problems))
+    return list(dict.fromkeys(members))
+
+
+def _banks(chosen: EvaluateSettings, subject: Subject) -> tuple[Bank | None, Bank | None]:
+    """The prompts that the run was trained on, and those to retrieve from."""
+    trained_on = banks.from_pictures(subject.trained_on) if subject.trained_on else None
+    bank = trained_on
+    if chosen.bank is not None:
+        device = device_of(chosen.accelerator).type
+        bank = banks.from_places([chosen.bank], subject.encoder, column=chosen.column, device=device)
+    if bank is None and {"retrieve", "blend"} & set(chosen.embedders):
+        raise UserError("retrieve and blend need prompts: name bank=DATASET or bank=FILE, or the run=… whose they are")
+    return trained_on, bank
+
+
+def _tell_of_leaks(name: str, bank: Bank, places: Sequence[tuple[Dataset, int]]) -> None:
+    prompts = [prompt for dataset, own in places for prompt in dataset.prompts(own)]
+    count = int(bank.holds(prompts).sum())
+    if count:
+        log.warning(
+            "%s of the %s prompts that are judged stand word for word in the bank of %s, which scores higher for it "
+            "than with pictures of new prompts",
+            *(f"{count:,}", f"{len(prompts):,}", name),
+        )
+
+
+def _retrieve(chosen: EvaluateSettings, found: Predictions, bank: Bank) -> None:
+    """Adds what the regressor's vectors retrieve."""
+    began = time.perf_counter()
+    z_nE = found.vectors["regressor"]
+    vector_nE, texts = Retrieve(bank, chosen.retrieve.neighbours, chosen.retrieve.power).from_vectors(z_nE)
+    made = {"retrieve": vector_nE, "blend": banks.blend(z_nE, vector_nE, chosen.retrieve.share)}
+    found.texts["retrieve"] = texts
+    for name, own in made.items():
+        found.vectors[name] = own
+        found.seconds[name] = found.seconds["regressor"] + time.perf_counter() - began
+
+
+def _combine(
     chosen: EvaluateSettings,
-    run: Mapping[str, Any],
-    folder: Path,
-    config: Mapping[str, Any],
-    data: Data | None,
-    device: torch.device,
-) -> dict[str, Embedder]:
-    """The embedders by name. The baselines fit on the training pictures of the run."""
-    found: dict[str, Embedder] = {}
-    for name in chosen.embedders:
-        if name == "regressor":
-            bundle = (folder / "predict.py").exists()
-            found[name] = load_bundle(folder, device.type) if bundle else checkpoint.load(folder).to(device)
-        elif name == "mean":
-            assert data is not None
-            found[name] = _mean(data)
-    if {"knn", "ridge"} & set(chosen.embedders):
-        assert data is not None
-        weights = chosen.weights or run["model"]["weights"]
-        torch.manual_seed(run["seed"])  # random weights are then those that the run began from
-        frozen = make(config["backbone"], weights, config["size"], data.pictures.width).to(device).eval()
-        known = features(frozen, data.pictures, data.train_rows, run["batch_size"], chosen.workers)  # as its ridge head
-        if "knn" in chosen.embedders:
-            pairs = [(torch.from_numpy(x), torch.from_numpy(y)) for x, y in known.batches()]
-            x_nD, y_nE = (torch.cat(part) for part in zip(*pairs, strict=True))
-            found["knn"] = Knn(frozen, x_nD, y_nE, chosen.neighbours)
-        if "ridge" in chosen.embedders:
-            init_ridge(frozen.head, known.batches)
-            found["ridge"] = frozen
-    return {name: found[name] for name in sorted(found, key=chosen.embedders.index)}
+    found: Predictions,
+    members: Sequence[str],
+    target_nE: NDArray[np.float64],
+    group_n: NDArray[np.int64],
+) -> dict[str, Any]:
+    """Adds the ensemble, each picture by weights that were fitted on the folds that it is not in."""
+    vectors = [found.vectors[name] for name in members]
+    began = time.perf_counter()
+    held_out = ensemble.nested(vectors, target_nE, group_n, folds=chosen.ensemble.folds, names=members)
+    weight_M = ensemble.fit(vectors, target_nE, names=members)
+    found.vectors["ensemble"] = held_out.vector_nE
+    found.seconds["ensemble"] = sum(found.seconds[name] for name in members) + time.perf_counter() - began
+    return {
+        "members": list(members),
+        "weights": dict(zip(members, weight_M.tolist(), strict=True)),
+        "folds": chosen.ensemble.folds,
+        "single": {
+            name: float((vector_nE.astype(np.float64) * target_nE).sum(1).mean())
+            for name, vector_nE in zip(members, vectors, strict=True)
+        },
+    }
 
 
-def _mean(data: Data) -> Mean:
-    total_E = np.zeros(data.pictures.width)
-    for start in range(0, len(data.train_rows), 4096):
-        total_E += data.pictures.targets(data.train_rows[start : start + 4096]).sum(0, dtype=np.float64)
-    return Mean(torch.from_numpy(total_E / len(data.train_rows))[None])
+def _saved(chosen: EvaluateSettings, subject: Subject, told: Mapping[str, Any], info: Mapping[str, Any]) -> str | None:
+    """Writes the ensemble as one embedder, where its members are checkpoints; its folder."""
+    counted = {name: weight for name, weight in told["weights"].items() if weight >= ensemble.LEAST}
+    every = subject.contenders.folders.items()
+    folders = {name: folder for name, folder in every if ensemble.about(folder)["kind"] == "checkpoint"}
+    if "ridge" in counted:
+        folders["ridge"] = subject.out / "ridge"
+    loose = [name for name in counted if name not in folders]
+    if loose:
+        log.info(
+            "the ensemble is not saved as one embedder: %s no checkpoint. ensemble.members=[%s] leaves it out",
+            f"{', '.join(loose)} {'is' if len(loose) == 1 else 'are'}",
+            ",".join(name for name in counted if name in folders),
+        )
+        return None
+    members = []
+    for name, weight in counted.items():
+        views = chosen.tta.get(name, ViewsSettings())
+        members.append(ensemble.Member(name, folders[name], weight, views.flip, views.sizes))
+    score = next(score for score in info["scores"] if score["name"] == "ensemble")
+    if "ridge" in counted:
+        _save_ridge(subject)
+    facts = {key: info[key] for key in ("datasets", "split", "images")} | {"score": score, "folds": told["folds"]}
+    ensemble.save(subject.out / "ensemble", members, facts)
+    return str(subject.out / "ensemble")
 
 
-def _predict(
-    pictures: Pictures, rows: Rows, embedders: dict[str, Embedder], batch_size: int
-) -> tuple[list[int], list[dict[str, str]], dict[str, NDArray[np.float32]], dict[str, float]]:
-    """The rows that could be read, those that could not, each embedder's vectors [n, E], and its seconds."""
-    kept: list[int] = []
-    skipped: list[dict[str, str]] = []
-    vectors: dict[str, list[torch.Tensor]] = {name: [] for name in embedders}
-    seconds = dict.fromkeys(embedders, 0.0)
+def _save_ridge(subject: Subject) -> None:
+    """The frozen backbone with its ridge head, as a checkpoint."""
+    assert subject.run is not None
+    assert subject.data is not None
+    config = checkpoint.read_config(subject.run / "best")
+    _, probes, _ = checkpoint.load_extras(subject.run / "best")
+    mean_E = subject.data.pictures.mean_target(subject.data.train_rows)
+    facts = {key: config[key] for key in ("encoder", "dataset", "versions")} | {"score": None, "step": 0, "steps": 0}
+    checkpoint.save(subject.out / "ridge", subject.contenders.ridge().cpu(), mean_E, probes, facts)
 
-    def decoded(row: int) -> torch.Tensor | str:
-        try:
-            return decode(pictures.image_bytes(row))
-        except (CorruptImage, BadImage) as error:
-            return str(error)
 
-    with progress(len(rows), "picture", "evaluate") as bar, ThreadPoolExecutor(4) as pool:
-        for start in range(0, len(rows), batch_size):
-            batch = rows[start : start + batch_size].tolist()
-            images = []
-            for row, image in zip(batch, pool.map(decoded, batch), strict=True):
-                if isinstance(image, str):
-                    skipped.append({"key": pictures.label(row), "reason": image})
-                else:
-                    kept.append(row)
-                    images.append(image)
-            for name, embedder in embedders.items():
-                began = time.perf_counter()
-                if images:
-                    vectors[name].append(embedder.embed(images))
-                seconds[name] += time.perf_counter() - began
-            bar.update(len(batch))
-    if skipped:
-        log.warning("%d of %d pictures could not be read; evaluation.json lists them", len(skipped), len(rows))
-    none = np.zeros((0, 0), np.float32)
-    return kept, skipped, {n: torch.cat(v).numpy() if v else none for n, v in vectors.items()}, seconds
+def _same(pictures: Pictures, rows: Rows, *, group: bool = False) -> NDArray[np.int64]:
+    """A number for each picture, the same where they share their prompts; or their group, where they have one."""
+    code_2n = np.zeros((2, len(rows)), np.int64)
+    for number, mine, own in pictures.by_dataset(rows):
+        dataset = pictures.datasets[number]
+        code_2n[:, mine] = np.stack([np.full(len(own), number), dataset.prompt_sets()[own]])
+        if group:
+            group_o = dataset.group_hashes()[own]
+            code_2n[:, mine] = np.where(group_o != 0, np.stack([np.full(len(own), -1), group_o]), code_2n[:, mine])
+    return np.unique(code_2n, axis=1, return_inverse=True)[1].reshape(-1)
+
+
+def _apart(pictures: Pictures, rows: Rows, folds: int) -> NDArray[np.int64]:
+    """A number for each picture, the same where no fold may part them: groups, or prompts where groups are too few.
+
+    Raises:
+        UserError: there are fewer prompts than folds.
+    """
+    group_n, prompt_n = _same(pictures, rows, group=True), _same(pictures, rows)
+    found_n = group_n if len(np.unique(group_n)) >= folds else prompt_n
+    if len(np.unique(found_n)) < folds:
+        raise UserError(
+            f"ensemble.folds: {folds}, but the {len(rows)} pictures have {len(np.unique(found_n))} different prompts"
+        )
+    return found_n
+
+
+def _of_prompts(
+    places: Sequence[tuple[Dataset, int]], targets: Sequence[NDArray[np.float32]], trained_on: Bank | None
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Words of each picture's prompts, and the cosine of the nearest of them to a training prompt; NaN without any."""
+    words = [np.mean([len(text.split()) for text in dataset.prompts(own)]) for dataset, own in places]
+    word_n = np.array(words, np.float64)
+    if trained_on is None:
+        return word_n, np.full(len(places), np.nan)
+    cosine_m = trained_on.index.search(np.concatenate(targets), 1)[0][:, 0]
+    firsts = np.cumsum([0, *(len(target) for target in targets[:-1])])
+    return word_n, np.maximum.reduceat(cosine_m, firsts).astype(np.float64)
+
+
+def _breakdown(
+    places: Sequence[tuple[Dataset, int]],
+    scores: Mapping[str, NDArray[np.float64]],
+    prompt_n: NDArray[np.int64],
+    word_n: NDArray[np.float64],
+    nearest_n: NDArray[np.float64],
+) -> dict[str, list[dict[str, Any]]]:
+    """Kind → its parts, each with its pictures and the scores on them."""
+    source_n = np.array([dataset.source(own) for dataset, own in places])
+    name_n = np.array([dataset.group(own) for dataset, own in places])
+    names, counts = np.unique(name_n[name_n != ""], return_counts=True)
+    largest = names[np.argsort(-counts, kind="stable")][:_GROUPS]
+    left = np.setdiff1d(names, largest)
+    others = [(f"{len(left):,} others", np.isin(name_n, left))] if len(left) else []
+    kinds = {
+        "source": [(str(name), source_n == name) for name in np.unique(source_n)],
+        "group": [(str(name), name_n == name) for name in largest] + others if len(names) > 1 else [],
+        "prompt length": bins(word_n, _LENGTHS, unit="words", whole=True),
+        "nearest training prompt": bins(nearest_n, _DISTANCES),
+    }
+    return {
+        kind: [
+            {
+                "name": name,
+                "images": int(mask_n.sum()),
+                "scores": {
+                    embedder: interval._asdict()
+                    for embedder, interval in compare(
+                        {embedder: score_n[mask_n] for embedder, score_n in scores.items()}, prompt_n[mask_n]
+                    )[0].items()
+                },
+            }
+            for name, mask_n in parts
+        ]
+        for kind, parts in kinds.items()
+    }
+
+
+def _retrieval(
+    names: Sequence[str], found: Predictions, places: Sequence[tuple[Dataset, int]], bank: Bank | None
+) -> dict[str, Any]:
+    """How often a picture's own prompt is among the nearest to its vector, of all that were judged and the bank's."""
+    number: dict[str, int] = {}
+    own_n: list[list[int]] = []
+    vectors: list[NDArray[np.float32]] = []
+    for dataset, row in places:
+        prompts = dataset.prompts(row)
+        for prompt, target_E in zip(prompts, dataset.targets(row), strict=True):
+            if number.setdefault(prompt, len(number)) == len(vectors):
+                vectors.append(target_E)
+        own_n.append([number[prompt] for prompt in prompts])
+    judged_mE = np.stack(vectors)
+    count = len(number) + (len(bank) - int(bank.holds(list(number)).sum()) if bank is not None else 0)
+    scores = []
+    with progress(len(names), "embedder", "retrieval") as bar:
+        for name in names:
+            near_mE = judged_mE
+            if bank is not None:  # nothing else of it is among the first ten of any picture
+                near_mE = np.concatenate([judged_mE, bank.vectors[bank.rivals(found.vectors[name], max(_RANKS))]])
+            shares = recall(found.vectors[name], near_mE, own_n, _RANKS)
+            scores.append({"name": name, **{f"r{k}": share for k, share in shares.items()}})
+            bar.update()
+    return {"prompts": count, "scores": scores}
+
+
+def _write(
+    subject: Subject,
+    names: Sequence[str],
+    found: Predictions,
+    scores: Mapping[str, NDArray[np.float64]],
+    word_n: NDArray[np.float64],
+    nearest_n: NDArray[np.float64],
+    info: Mapping[str, Any],
+) -> None:
+    """The evaluation's folder; evaluation.json comes last, so that what it tells is there."""
+    out = subject.out
+    _clear(out)
+    for name in names:
+        for kind, array in (("predictions", found.vectors[name]), ("scores", scores[name].astype(np.float32))):
+            write_array(out / kind / f"{name}.npy", array)
+        if name in found.texts:
+            write_json(out / "texts" / f"{name}.json", found.texts[name])
+    nearest = [None if np.isnan(value) else round(value, 6) for value in nearest_n.tolist()]
+    write_json(out / "pictures.json", {"words": word_n.tolist(), "nearest": nearest})
+    write_json(out / "keys.json", [subject.pictures.key(row) for row in found.rows])
+    write_json(out / "evaluation.json", info)
+
+
+def _clear(out: Path) -> None:
+    """Removes what an earlier evaluation left there: what it names, and nothing else."""
+    try:
+        before = [score["name"] for score in json.loads((out / "evaluation.json").read_text())["scores"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        before = []
+    (out / "evaluation.json").unlink(missing_ok=True)
+    if before:
+        (out / "report.html").unlink(missing_ok=True)
+    for name in before:
+        for file in (f"predictions/{name}.npy", f"scores/{name}.npy", f"texts/{name}.json"):
+            (out / file).unlink(missing_ok=True)
+    for name in ("ensemble", "ridge") if before else ():
+        shutil.rmtree(out / name, ignore_errors=True)

@@ -1,4 +1,11 @@
-"""Where the figures of a run go: `log.jsonl`, and Weights & Biases, which never asks."""
+"""Where the figures of a run go: `log.jsonl`, and Weights & Biases, which never asks.
+
+`log.jsonl` has each step once. W&B takes no row back: of a run that goes on after a kill it has the steps between the
+resume point and the kill twice, with the same losses and scores (only rates differ), at one place of the charts' axis,
+`trainer/global_step`. Its own way to cut a run short, `resume_from`, is a preview to be asked for, and counts rows, not
+steps. Online all starts are one run. Offline each writes a folder of its own, of the same id, which `wandb sync`
+uploads in the order of their starts; the rows that W&B holds in memory when it is killed are lost there.
+"""
 
 import importlib.util
 import json

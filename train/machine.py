@@ -19,6 +19,24 @@ def is_first() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def device_of(accelerator: str) -> torch.device:
+    """The device for `accelerator`: auto, cpu or gpu.
+
+    Raises:
+        UserError: gpu is asked for, and there is none.
+    """
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("accelerator: gpu, but torch finds none here; accelerator=auto takes the CPU then")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def half(device: torch.device) -> torch.dtype:
+    """The precision that a device is quick in: bf16 of a GPU that has it, fp16 of another, fp32 of a CPU."""
+    if device.type != "cuda":
+        return torch.float32
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
 class Machine:
     """
     Attributes:
@@ -64,9 +82,7 @@ class Machine:
     def _half(self) -> Any:
         wanted = self._scale.precision
         if wanted == "auto":
-            if self.device.type == "cpu":
-                return "fp32"
-            wanted = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+            wanted = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[half(self.device)]
         if wanted == "fp16" and self._scale.strategy == "fsdp":
             raise UserError("scale.strategy: fsdp has no loss scaling for fp16; take scale.precision=bf16 or fp32")
         if wanted == "fp16" and self.device.type == "cpu":

@@ -4,8 +4,7 @@ Deleting every callback changes no weight: what decides them is here and in `tra
 scored pictures.
 """
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,6 +47,8 @@ class Plan:
     compile: bool = False
     fused: bool = False
     """Whether the optimizer is one kernel."""
+    head_steps: int = 0
+    """At the start, in which the head alone trains."""
 
 
 class Training(lightning.LightningModule):
@@ -61,7 +62,6 @@ class Training(lightning.LightningModule):
         super().__init__()
         self.model = model
         self._chosen, self._plan, self._sets = chosen, plan, sets
-        self._head_steps = min(math.ceil(chosen.optim.head_only * plan.per_epoch - 1e-9), plan.steps)
         self._head_alone: bool | None = None  # not set yet, as after a resume
         self._laid_out = False
         self._step_losses: list[torch.Tensor] = []
@@ -104,7 +104,7 @@ class Training(lightning.LightningModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self.model.train()
         made = optimizer(self.model, self._chosen.optim, fused=self._plan.fused)
-        schedule = scheduler(made, self._chosen.optim, self._plan.steps, self._head_steps)
+        schedule = scheduler(made, self._chosen.optim, self._plan.steps, self._plan.head_steps)
         if self._chosen.optim.ema:
             self._ema = Ema(averaged(self.model), self._chosen.optim.ema)
             self._go_on_averaging()
@@ -117,7 +117,7 @@ class Training(lightning.LightningModule):
         micro = batch_idx % self._plan.accumulate
         drawn = np.random.SeedSequence([self._chosen.seed, self.global_step, micro, self.global_rank])
         torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]) >> 1)
-        head_alone = self.global_step < self._head_steps
+        head_alone = self.global_step < self._plan.head_steps
         if head_alone is not self._head_alone:
             self.model.train()
             if head_alone:
@@ -195,19 +195,24 @@ class Training(lightning.LightningModule):
 
     def _whole_step(self, *mine: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """The predictions, targets and weights of all ranks; those of others carry no gradient."""
-        most = math.ceil(self._chosen.batch_size / self._plan.world)
+        shares = self._shares([tensor.detach() for tensor in mine])
+        for parts, tensor in zip(shares, mine, strict=True):
+            parts[self.global_rank] = tensor
+        return tuple(torch.cat(parts) for parts in shares)
+
+    def _shares(self, mine: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Each of these tensors as the ranks have it, in their order. Ranks hold different numbers of pictures, so what
+        travels is padded to the longest."""
         count = len(mine[0])
-        counts = _listed(self.all_gather(torch.tensor(count, device=self.device)))
+        counts = [int(n) for n in _listed(self.all_gather(torch.tensor(count, device=self.device)))]
         found = []
         for tensor in mine:
-            padded = tensor.new_zeros(most, *tensor.shape[1:])
-            padded[:count] = tensor.detach()
+            padded = tensor.new_zeros(max(1, *counts), *tensor.shape[1:])
+            padded[:count] = tensor
             all_WB = self.all_gather(padded)
             assert isinstance(all_WB, torch.Tensor)
-            shares = [all_WB[rank, : int(n)] for rank, n in enumerate(counts)]
-            shares[self.global_rank] = tensor
-            found.append(torch.cat(shares))
-        return tuple(found)
+            found.append([all_WB[rank, :n] for rank, n in enumerate(counts)])
+        return found
 
     # ------------------------------------------------------------------------------------------------------ validation
 
@@ -253,21 +258,12 @@ class Training(lightning.LightningModule):
         return {name: float(score_n[sources == name].mean()) for name in names} if len(names) > 1 else {}
 
     def _gather(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of all ranks, by row; ranks hold different numbers of pictures, so short ones are padded."""
+        """Scores and rows of all ranks, by row."""
         none = torch.zeros(0, device=self.device)
         score_n = torch.cat([s for s, _ in parts]).double() if parts else none.double()
         row_n = torch.cat([r for _, r in parts]) if parts else none.long()
         if self._plan.world > 1:
-            counts = _listed(self.all_gather(torch.tensor(len(score_n), device=self.device)))
-            most = int(max(counts))
-            gathered = []
-            for tensor in (score_n, row_n):
-                padded = tensor.new_zeros(most)
-                padded[: len(tensor)] = tensor
-                all_Wn = self.all_gather(padded)
-                assert isinstance(all_Wn, torch.Tensor)
-                gathered.append(torch.cat([all_Wn[rank, : int(n)] for rank, n in enumerate(counts)]))
-            score_n, row_n = gathered
+            score_n, row_n = map(torch.cat, self._shares([score_n, row_n]))
         order = row_n.argsort().cpu().numpy()
         return score_n.cpu().numpy()[order], row_n.cpu().numpy()[order]
 

@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from conf import command, settings
 from train.config import TrainSettings
+from train.runs import scored
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +69,7 @@ def table(info: dict[str, Any]) -> str:
     for found in info["heads"]:
         score = found["scores"][info["main"]]
         shown = "diverged" + " " * 20 if score["mean"] is None else ""
-        shown = shown or f"{score['mean']:8.4f}   [{score['low']:.4f}, {score['high']:.4f}]"
+        shown = shown or scored(score)
         lines.append(
             f"{found['head']:<8} {found['setting']:<14} {shown} {found['seconds']:8.1f}"
             + "".join(f" {_number(found['scores'][name]['mean']):>18}" for name in others)

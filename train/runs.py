@@ -166,7 +166,7 @@ def grouped(runs: Sequence[Run], folder: Path) -> list[Run | Folds]:
 def text(entries: Sequence[Run | Folds], strangers: Mapping[str, str], width: int = 120) -> str:
     """The table: results, then settings that differ, then what could not be read; lines of at most `width`."""
     parts = []
-    runs = [run for entry in entries for run in (entry.runs if isinstance(entry, Folds) else [entry])]
+    runs = _runs(entries)
     if runs:
         sets = sorted({name for run in runs for name in run.sets})
         head = ["run", "state", "step", "epoch", "cosine", "95 % interval", "at", *sets]
@@ -187,7 +187,7 @@ def ordered(entries: Sequence[Run | Folds], by: str) -> list[Run | Folds]:
     Raises:
         UserError: no run has it.
     """
-    runs = [run for entry in entries for run in (entry.runs if isinstance(entry, Folds) else [entry])]
+    runs = _runs(entries)
     columns = [n for n in Run.__dataclass_fields__ if n not in ("settings", "changed", "sets", "sources", "note")]
     known = {*columns, *(key for run in runs for key in run.settings)}
     if runs and by not in known:
@@ -209,6 +209,11 @@ def ordered(entries: Sequence[Run | Folds], by: str) -> list[Run | Folds]:
     return sorted(entries, key=lambda entry: (ranks[id(entry)][0], ranks[id(entry)][1], ranks[id(entry)][2]))
 
 
+def scored(score: Mapping[str, float]) -> str:
+    """A mean and its interval, {"mean", "low", "high"}, as the tables of scores show them: 30 characters."""
+    return f"{score['mean']:8.4f}   [{score['low']:.4f}, {score['high']:.4f}]"
+
+
 def write_csv(path: Path, runs: Iterable[Run], strangers: Mapping[str, str]) -> None:
     """A row a run with all that is known of it, its settings as `settings.optim.lr` and so on."""
     rows = []
@@ -227,7 +232,7 @@ def write_csv(path: Path, runs: Iterable[Run], strangers: Mapping[str, str]) -> 
 
 def write_json(path: Path, entries: Sequence[Run | Folds], strangers: Mapping[str, str]) -> None:
     """{"runs": […], "folds": […], "not_read": {name: reason}}"""
-    runs = [run for entry in entries for run in (entry.runs if isinstance(entry, Folds) else [entry])]
+    runs = _runs(entries)
     folds = [
         {
             "name": entry.name,
@@ -363,6 +368,11 @@ def _folds(runs: list[Run], folder: Path) -> Folds:
         mean, half = float(score_N.mean()), 1.96 * float(score_N.std(ddof=1)) / math.sqrt(len(score_N))
         whole = Interval(mean, mean - half, mean + half)
     return Folds(first[:same].rstrip("_-./ ") or first, of, runs, whole, sum(map(len, scores.values())))
+
+
+def _runs(entries: Iterable[Run | Folds]) -> list[Run]:
+    """The runs themselves, those of folds in their place."""
+    return [run for entry in entries for run in (entry.runs if isinstance(entry, Folds) else [entry])]
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,20 +1,16 @@
 """Writes checkpoints of a run, with the training mean and eight validation pictures to prove parity by."""
 
-import numpy as np
 import torch
-from torch.nn.functional import normalize
 
 from datagen.shards import CorruptImage, Dataset
 from models import checkpoint
 from models.metrics import Interval
-from models.preprocess import BadImage, decode
+from models.preprocess import BadImage
 from models.regressor import Regressor
 from train.config import TrainSettings
 from train.data import Data
 from train.machine import is_first
 from train.module import Training
-
-_AT_ONCE = 65_536  # vectors: 100 MB
 
 
 class Saver:
@@ -37,7 +33,7 @@ class Saver:
     def write(self, plain: Regressor, name: str, score: Interval | None, step: int, steps: int) -> None:
         """Writes `<out>/<name>` of a regressor on the CPU, trained for `step` of `steps`."""
         if self._extras is None:
-            self._extras = self._mean(), self._probes()
+            self._extras = self._data.pictures.mean_target(self._data.train_rows), self._probes()
         facts = {
             "encoder": self._chosen.encoder,
             "dataset": [
@@ -52,18 +48,11 @@ class Saver:
         }
         checkpoint.save(self._chosen.out / name, plain, *self._extras, facts)
 
-    def _mean(self) -> torch.Tensor:
-        pictures, rows = self._data.pictures, self._data.train_rows
-        total = np.zeros(pictures.width)
-        for first in range(0, len(rows), _AT_ONCE):
-            total += pictures.targets(rows[first : first + _AT_ONCE]).sum(0, dtype=np.float64)
-        return normalize(torch.from_numpy(total).float(), dim=-1)
-
     def _probes(self) -> list[torch.Tensor]:
         found = []
         for row in (self._data.val_rows if len(self._data.val_rows) else self._data.train_rows).tolist():
             try:
-                found.append(decode(self._data.pictures.image_bytes(row)))
+                found.append(self._data.pictures.decoded(row))
             except (BadImage, CorruptImage):
                 continue
             if len(found) == checkpoint.PROBES:

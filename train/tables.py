@@ -65,7 +65,8 @@ def tell_of_best(
     if not len(data.val_rows) or (chosen.fold is None and logger is None):
         return
     from models import checkpoint
-    from train.judge import half, predictions
+    from train.machine import half
+    from train.passes import predictions
 
     folder = chosen.out / "best"
     step = checkpoint.read_config(folder).get("step")
@@ -138,14 +139,12 @@ def worst_and_best(
         score_N: the cosine of each.
         train_rows: whose prompts to compare with; each target is read once.
     """
-    from models.preprocess import decode
-
     groups = extremes(score_N, count)
     shown = [(kind, int(n)) for kind in ("best", "worst") for n in groups.get(kind, ())]
     if not shown:
         return []
     was_training = model.training
-    vector_NE = model.embed([decode(pictures.image_bytes(int(row_N[n]))) for _, n in shown]).numpy()
+    vector_NE = model.embed([pictures.decoded(int(row_N[n])) for _, n in shown]).numpy()
     model.train(was_training)
     parts = [(pictures.datasets[number], own) for number, _, own in pictures.by_dataset(train_rows)]
     near = nearest_prompts(parts, vector_NE, nearest)
@@ -168,11 +167,9 @@ def log_to_wandb(
     import wandb
     from PIL import Image
 
-    from models.preprocess import decode
-
     data = []
     for one in shown:
-        image = Image.fromarray(decode(pictures.image_bytes(one.row)).permute(1, 2, 0).numpy())
+        image = Image.fromarray(pictures.decoded(one.row).permute(1, 2, 0).numpy())
         image.thumbnail((side, side))
         near = "\n".join(f"{cosine:.2f} {prompt}" for cosine, prompt in one.near)
         data.append([wandb.Image(image), one.kind, one.score, one.prompt, near, one.key])
@@ -197,18 +194,18 @@ def write_oof(
         model: of the run that never saw the prompts of `rows`, on its device.
         facts: plain JSON for `fold.json`, such as the fold, the run, the checkpoint.
         workers: processes that decode; None decides by the machine.
-        dtype: half precision, as `train.judge.half` gives it; None: fp32.
+        dtype: of the products of matrices, as `train.machine.half` gives it; None: fp32.
 
     Raises:
         UserError: no picture could be read, or the disk is full; what was there still is.
     """
     from models import checkpoint
-    from train.judge import predictions
+    from train.passes import predictions
 
     keys: list[str] = []
     scores: list[NDArray[np.float32]] = []
     skipped: list[dict[str, str]] = []
-    counts = [0] * len(pictures.datasets)
+    read: list[Rows] = []
     batches = predictions(
         model, pictures, rows, batch_size=batch_size, workers=workers, dtype=dtype, what="out of fold"
     )
@@ -219,9 +216,8 @@ def write_oof(
                 file.write(batch.z_BE.tobytes())
                 scores.append(batch.score_B.astype(np.float32))
                 skipped += [{"key": key, "reason": reason} for key, reason in batch.bad]
-                for row in batch.row_B.tolist():
-                    keys.append(pictures.key(row))
-                    counts[pictures.dataset_of(row)] += 1
+                read.append(batch.row_B)
+                keys += [pictures.key(row) for row in batch.row_B.tolist()]
             if not keys:
                 raise UserError(f"none of the {len(rows)} pictures of the fold could be read; the first: {skipped[:1]}")
             file.seek(0)
@@ -229,10 +225,7 @@ def write_oof(
         score_N = np.concatenate(scores)
         interval = bootstrap(score_N.astype(np.float64))
         np.save(part / "scores.npy", score_N)
-        datasets = [
-            {"path": str(d.root), "sha256": d.fingerprint(), "images": n}
-            for d, n in zip(pictures.datasets, counts, strict=True)
-        ]
+        datasets = pictures.origins(np.concatenate(read))
         info = {**facts, **interval._asdict(), "images": len(keys), "datasets": datasets, "skipped": skipped}
         for name, value in (("keys.json", keys), ("fold.json", info)):
             (part / name).write_bytes(json_bytes(value))

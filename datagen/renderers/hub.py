@@ -4,7 +4,6 @@ Nothing is downloaded here but by `download`, and no file is opened but to be ha
 """
 
 import contextlib
-import hashlib
 import logging
 import re
 import warnings
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf import UserError
+from datagen.storage import sha256
 
 log = logging.getLogger(__name__)
 
@@ -149,11 +149,6 @@ def download_one(source: Source, name: str, options: str) -> Path:
         raise UserError(
             f"renderer.model={source.name}: the download of {name} failed: {first_line(error)}\n{options}"
         ) from error
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def first_line(error: Exception) -> str:

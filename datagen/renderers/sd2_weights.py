@@ -15,6 +15,7 @@ from conf import UserError
 from datagen.clip_tokenizer import clip_tokenizer
 from datagen.renderers import hub
 from datagen.renderers.hub import Source
+from datagen.storage import sha256
 
 if TYPE_CHECKING:
     import torch
@@ -77,15 +78,15 @@ def _single_file(path: Path, allow_unknown: bool) -> Source:
     if path.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"renderer.model={path}: a single file is a .ckpt or .safetensors.\n{OPTIONS}")
     log.info("hashing %s", path)
-    sha256 = hub.sha256(path)
-    if path.suffix == ".ckpt" and sha256 != CHECKPOINT_SHA256 and not allow_unknown:
+    found = sha256(path)
+    if path.suffix == ".ckpt" and found != CHECKPOINT_SHA256 and not allow_unknown:
         raise UserError(
-            f"renderer.model={path}: its sha256 is {sha256},\n"
+            f"renderer.model={path}: its sha256 is {found},\n"
             f"the published 768-v-ema.ckpt's is {CHECKPOINT_SHA256}.\n"
             "It is damaged or another model: fetch it again, or, if you mean to use it, set "
             "renderer.allow_unknown_weights=true."
         )
-    return Source(path.name, None, {path.name: sha256}, path)
+    return Source(path.name, None, {path.name: found}, path)
 
 
 def load(source: Source, config: Path = CONFIG) -> Parts:

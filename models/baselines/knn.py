@@ -1,30 +1,62 @@
-"""Nearest neighbours on frozen features: the similarity-weighted mean of the targets of the k nearest pictures.
+"""Nearest neighbours: the mean of the targets of the k nearest of a bank, weighted by similarity.
 
-B pictures, n pictures of the bank, D feature width, E target width.
+Knn      the bank's pictures are like the picture: features of one frozen backbone
+ClipKnn  the bank's prompts fit the picture: CLIP's text tower for them, its image tower for the picture
+
+B pictures, n pictures or prompts of the bank, D feature width, J width of CLIP's joint space, E target width.
 """
 
-import torch
-from torch.nn.functional import normalize
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
 
+import torch
+
+from conf import UserError
+from models.bank import Floats, Index, Prompts, Rows, about, kept, weighted_mean
+from models.baselines.clip import Clip
 from models.preprocess import fit
 from models.regressor import Regressor
+from models.vectors import stored
+
+_FORMAT = 1  # of the features that are kept
+_TINY = 1e-12  # of a length: what is shorter stays as good as zero, and is refused
 
 
 class Knn:
     """
     Args:
         model: whose backbone gives the features; its head is not used.
-        features_nD: of the bank's pictures.
-        target_nE: of the bank's pictures.
+        features_nD: of the bank's pictures; they are copied once.
+        target_nE: of the bank's pictures; fp32 is not copied.
         k: neighbours.
+        power: of the similarities, which are cosines around the mean feature; the higher, the more the nearest counts.
+        exact: how the bank is searched, as in `models.bank.Index`.
+
+    Raises:
+        UserError: a feature is not finite, or is the mean of all.
     """
 
-    def __init__(self, model: Regressor, features_nD: torch.Tensor, target_nE: torch.Tensor, k: int = 20) -> None:
+    def __init__(
+        self,
+        model: Regressor,
+        features_nD: torch.Tensor,
+        target_nE: torch.Tensor,
+        k: int = 20,
+        *,
+        power: float = 1.0,
+        exact: bool | None = None,
+    ) -> None:
         self._model = model.eval()
         self._centre_D = features_nD.float().mean(0)  # pooled features share a large mean, which would hide the rest
-        self._bank_nD = normalize(features_nD.float() - self._centre_D, dim=-1)
-        self._target_nE = target_nE.float()
-        self._k = min(k, len(features_nD))
+        unit_nD = features_nD.float() - self._centre_D
+        # in place, for each copy of a large bank is gigabytes
+        unit_nD /= torch.linalg.vector_norm(unit_nD, dim=-1, keepdim=True).clamp_min_(_TINY)
+        self._index = Index(unit_nD.numpy(), exact=exact)
+        self._target_nE = target_nE.float().numpy()
+        self._k, self._power = k, power
 
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
@@ -33,6 +65,76 @@ class Knn:
         return self.from_features(features_BD)
 
     def from_features(self, features_BD: torch.Tensor) -> torch.Tensor:
-        query_BD = normalize(features_BD.float() - self._centre_D, dim=-1)
-        near_Bk, rows_Bk = (query_BD @ self._bank_nD.T).topk(self._k, dim=1)
-        return normalize((near_Bk.clamp(min=0)[..., None] * self._target_nE[rows_Bk]).sum(1), dim=-1)
+        """Unit vectors z_BE of pictures with these features.
+
+        Raises:
+            UserError: a feature is not finite, of another width, or is the mean of the bank's.
+        """
+        if features_BD.shape[1:] != self._centre_D.shape:
+            raise UserError(f"features {list(features_BD.shape)}, but the bank's are {len(self._centre_D)} wide")
+        cosine_Bk, row_Bk = self._index.search((features_BD.float() - self._centre_D).numpy(), self._k)
+        return torch.from_numpy(weighted_mean(self._target_nE, cosine_Bk, row_Bk, self._power))
+
+
+class ClipKnn:
+    """Nothing is loaded before the first picture; the prompts' CLIP features are computed once and kept.
+
+    Args:
+        clip: both towers of a model.
+        bank: prompts with their target vectors.
+        cache: a folder, such as the one of all that is cached.
+        k: neighbours.
+        power: of the cosines between picture and prompts, of which CLIP's differ by little: a high one tells near from
+            far.
+        exact: how the bank is searched, as in `models.bank.Index`.
+    """
+
+    def __init__(
+        self, clip: Clip, bank: Prompts, cache: Path, k: int = 20, *, power: float = 1.0, exact: bool | None = None
+    ) -> None:
+        self._clip, self._bank, self._cache = clip, bank, cache
+        self._k, self._power, self._exact = k, power, exact
+
+    def identity(self) -> dict[str, Any]:
+        """What the vectors depend on, with no model loaded.
+
+        Raises:
+            UserError: as `Clip.identity`.
+        """
+        return {
+            "clip": self._clip.identity(),
+            "bank": self._bank.identity(),
+            "index": about(len(self._bank), self._exact),
+            "k": self._k,
+            "power": self._power,
+        }
+
+    def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
+        """Decoded uint8 pictures [3, H, W] of any size → unit z_BE, fp32, on the CPU.
+
+        Raises:
+            UserError: the model cannot be loaded, or the disk is full.
+        """
+        return self.describe(images)[0]
+
+    def describe(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
+        """The vectors z_BE, and for each picture the prompt that fits it best."""
+        cosine_Bk, row_Bk = self._near(images)
+        z_BE = weighted_mean(self._bank.vectors, cosine_Bk, row_Bk, self._power)
+        return torch.from_numpy(z_BE), self._bank.texts(row_Bk[:, 0])
+
+    def _near(self, images: list[torch.Tensor]) -> tuple[Floats, Rows]:
+        picture_BJ = torch.stack([self._clip.picture(image) for image in images])
+        return self._index.search(picture_BJ.cpu().numpy(), self._k)
+
+    @functools.cached_property
+    def _index(self) -> Index:
+        """Over the CLIP features of the bank's prompts [n, J]."""
+        made_of = {"format": _FORMAT, "clip": self._clip.identity(), "prompts": self._bank.identity()["prompts"]}
+        named = hashlib.sha256(json.dumps(made_of, sort_keys=True).encode()).hexdigest()[:16]
+        folder = self._cache / "clip" / named
+        text_nJ = stored(folder, len(self._bank), self._features, "prompt", "CLIP")
+        return kept(folder, text_nJ, exact=self._exact)
+
+    def _features(self, start: int, stop: int) -> Floats:
+        return self._clip.texts(self._bank.texts(range(start, stop))).cpu().numpy()

@@ -1,0 +1,208 @@
+# ruff: noqa: T201
+"""The nearest 20 of a million prompts, against brute force. `python -m benchmarks.knn [--json FILE] [--tiny]`, minutes.
+
+The bank: the 86 k real prompts of ../shared/data/prompts (20 k of the grammar's where they are missing) but for 1,000;
+then prompts drawn from these with two small edits each, up to a million: an edit is the difference of vectors between
+another prompt and its own edit by `benchmarks.curate.edited`. The questions, asked all at once: `held`, the 1,000
+prompts left out; and `predicted`, each of these turned towards another prompt until its cosine to itself is .65, about
+as far as a good regressor's predictions are. Prompts and edits are encoded once and kept in the cache folder: the first
+run takes as long as that.
+
+Ours is `models.bank.Index`, approximate, built and saved in one process and loaded in others; the peer is a matrix
+product and `topk` by torch over blocks of the bank. Every measurement is a process of its own with two threads; rounds
+alternate, medians count. What is quoted, and what the exit status tells of (2 s at most, recall .95 at least), is the
+time by the clock of two cores that are otherwise idle: nothing else may run. Processor time is told beside it.
+recall@20: of the 20 rows that brute force finds, the share that ours finds. Memory: `own` is what the process has
+beside mapped files, `peak` counts the mapped vectors, too.
+"""
+
+import argparse
+import importlib
+import itertools
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from benchmarks import curate
+from benchmarks.harness import finish
+from conf import ROOT
+
+TARGET, RECALL, SECONDS = 4.0, 0.95, 2.0
+ROWS, QUESTIONS, K, ROUNDS = 1_000_000, 1000, 20, 3
+TINY = (20_000, 100)
+THREADS = 2
+PREDICTED_AT = 0.65
+BLOCK = 65_536
+
+Floats = NDArray[np.float32]
+
+
+def texts(tiny: bool) -> list[str]:
+    """Prompts, two edits behind each."""
+    if curate.FOLDER.is_dir() and not tiny:
+        return curate.prompts()
+    from datagen.grammar import lines
+
+    rng = random.Random("knn")
+    many = 500 if tiny else 20_000
+    prompts = list(dict.fromkeys(line.prompt for line in itertools.islice(lines(0), 2 * many)))[:many]
+    return [text for line in prompts for text in (line, curate.edited(line, rng), curate.edited(line, rng))]
+
+
+def unit(vectors: NDArray[Any]) -> Floats:
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+def write(folder: Path, triples: Path, rows: int, questions: int) -> None:
+    """bank.npy [rows, E], and held.npy and predicted.npy [questions, E], of the vectors of prompts and their edits."""
+    own, *edits = np.load(triples).reshape(-1, 3, 384).swapaxes(0, 1)
+    differences = np.concatenate([edit - own for edit in edits])
+    rng = np.random.default_rng(0)
+    own = unit(rng.permutation(own))
+    held, base = own[:questions], own[questions:]
+    bank = np.lib.format.open_memmap(folder / "bank.npy", "w+", np.float32, (rows, own.shape[1]))
+    count = min(len(base), rows)
+    bank[:count] = base[:count]
+    for start in range(count, rows, BLOCK):
+        block = bank[start : start + BLOCK]
+        two = sum(differences[rng.integers(0, len(differences), len(block))] for _ in range(2))
+        block[:] = unit(base[rng.integers(0, len(base), len(block))] + two)
+    other = base[rng.integers(0, len(base), questions)]
+    aside = unit(other - (other * held).sum(1, keepdims=True) * held)
+    np.save(folder / "held.npy", held)
+    np.save(folder / "predicted.npy", unit(PREDICTED_AT * held + (1 - PREDICTED_AT**2) ** 0.5 * aside))
+
+
+def brute(bank: Floats, query: Floats) -> NDArray[np.int64]:
+    """The peer."""
+    import torch
+
+    cosine, row = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
+    for start in range(0, len(bank), BLOCK):
+        near, at = (torch.from_numpy(query) @ torch.from_numpy(bank[start : start + BLOCK]).T).topk(K)
+        cosine, best = torch.cat([cosine, near], 1).topk(K)
+        row = torch.cat([row, at + start], 1).gather(1, best)
+    return row.numpy()
+
+
+def memory_mb() -> dict[str, float]:
+    """Of this process, by the kernel; nothing where it does not tell."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return {}
+    told = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return {
+        name: int(told[key].split()[0]) * 1024 / 1e6
+        for name, key in (("own_mb", "RssAnon"), ("peak_mb", "VmHWM"))
+        if key in told
+    }
+
+
+def measure(work: str, folder: Path) -> None:
+    """In a process of its own: does the work and prints its seconds and memory."""
+    importlib.import_module("torch" if work == "brute" else "faiss")  # which is not timed
+    from models.bank import Index
+
+    bank, file = np.load(folder / "bank.npy", mmap_mode="c"), folder / "index.faiss"
+    told: dict[str, Any] = {}
+
+    def timed(name: str, doing: Any) -> Any:
+        wall, processor = time.perf_counter(), time.process_time()
+        made = doing()
+        told[f"{name}_s"] = time.perf_counter() - wall
+        told[f"{name}_processor_s"] = time.process_time() - processor
+        return made
+
+    if work == "build":
+        timed("build", lambda: Index(bank, exact=False)).save(file)
+    else:
+        index = None if work == "brute" else Index(bank, exact=True) if work == "exact" else None
+        if work == "ours":
+            index = timed("load", lambda: Index.load(file, bank))
+        for kind in ("held", "predicted"):
+            query = np.load(folder / f"{kind}.npy")
+            ask = (lambda q=query: brute(bank, q)) if index is None else (lambda q=query: index.search(q, K)[1])
+            np.save(folder / f"{work}.{kind}.npy", timed(kind, ask))
+    print(json.dumps({**told, **memory_mb()}))
+
+
+def in_a_process(work: str, folder: Path) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.knn", "--measure", work, str(folder)]
+    env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS)}
+    done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True)
+    told = json.loads(done.stdout.splitlines()[-1])
+    print(f"{work}: " + ", ".join(f"{name} {value:,.2f}" for name, value in told.items()), flush=True)
+    return told
+
+
+def recall(folder: Path, kind: str) -> float:
+    ours, theirs = (np.load(folder / f"{work}.{kind}.npy") for work in ("ours", "brute"))
+    return float(np.mean([np.isin(b, a).mean() for a, b in zip(ours, theirs, strict=True)]))
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--json", type=Path, help="write all figures here")
+    parser.add_argument("--tiny", action="store_true", help="20,000 vectors: shows that the script works")
+    parser.add_argument("--measure", nargs=2, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> int:
+    chosen = options()
+    if chosen.measure:
+        measure(chosen.measure[0], Path(chosen.measure[1]))
+        return 0
+    rows, questions = TINY if chosen.tiny else (ROWS, QUESTIONS)
+    triples = curate.encoded(texts(chosen.tiny))
+    with tempfile.TemporaryDirectory(dir=triples.parent) as name:
+        return run(Path(name), triples, rows, questions, chosen)
+
+
+def run(folder: Path, triples: Path, rows: int, questions: int, chosen: argparse.Namespace) -> int:
+    write(folder, triples, rows, questions)
+    build = in_a_process("build", folder)
+    rounds: dict[str, list[dict[str, float]]] = {"ours": [], "brute": []}
+    for work in ("ours", "brute") * (1 if chosen.tiny else ROUNDS):
+        rounds[work].append(in_a_process(work, folder))
+    exact = in_a_process("exact", folder)
+    middle = {
+        work: {name: statistics.median(told[name] for told in found) for name in found[0]}
+        for work, found in rounds.items()
+    }
+    figures: dict[str, Any] = {
+        "rows": rows,
+        "questions": questions,
+        "threads": THREADS,
+        "recall_held": recall(folder, "held"),
+        "recall_predicted": recall(folder, "predicted"),
+        **{f"ours_{name}": value for name, value in middle["ours"].items()},
+        **{f"brute_{name}": value for name, value in middle["brute"].items()},
+        **{f"exact_{name}": value for name, value in exact.items()},
+        **{(name if name.startswith("build") else f"build_{name}"): value for name, value in build.items()},
+        "index_mb": (folder / "index.faiss").stat().st_size / 1e6,
+        "rounds": rounds,
+    }
+    worst = min(figures["recall_held"], figures["recall_predicted"])
+    seconds = max(middle["ours"]["held_s"], middle["ours"]["predicted_s"])
+    print(
+        f"recall@{K} {worst:.4f} (at least {RECALL}); {questions:,} questions: {seconds:.2f} s by the clock on "
+        f"{THREADS} threads (at most {SECONDS})"
+    )
+    ratio = middle["brute"]["predicted_s"] / middle["ours"]["predicted_s"]
+    finish("knn", ratio, TARGET, "torch-brute-force", figures, chosen.json)
+    return 0 if chosen.tiny or (worst >= RECALL and seconds <= SECONDS) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,54 @@
+"""Benchmarks from end to end at a tiny size: that they run, and what their last line says.
+
+pytest tests/test_benchmarks.py; the recipes' takes minutes: -m slow
+"""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.commands import ended, run, start
+
+
+@pytest.mark.parametrize(
+    ("name", "arms"),
+    [
+        ("decode", {"jpeg_per_s", "jpeg_pillow_per_s", "webp_per_s", "png_per_s"}),
+        ("knn", {"build_s", "ours_held_s", "ours_predicted_s", "brute_predicted_s", "recall_held", "recall_predicted"}),
+        ("pipeline", {"images_per_s", "usual_per_s", "own_decoder_per_s", "normalised_per_s"}),
+        ("reader", {"samples_per_s", "peer_per_s", "decoded_per_s"}),
+        ("step", {"ours_s", "peer_s"}),
+    ],
+)
+def test_a_benchmark_runs_at_a_tiny_size(name: str, arms: set[str], tmp_path: Path) -> None:
+    done = run(f"benchmarks.{name}", "--tiny", "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert done.stdout.splitlines()[-1].startswith(
+        f"{name} ratio={figures['ratio']:.2f} target={figures['target']} peer={figures['peer']} "
+    )
+    assert all(figures[arm] > 0 for arm in arms)
+
+
+@pytest.mark.slow
+def test_the_recipes_run_on_a_few_pictures_and_not_twice(tmp_path: Path) -> None:
+    words = ("--quick", "--work", tmp_path, "--json", tmp_path / "figures.json")
+    done = ended(start("benchmarks.recipes", *words), seconds=3600)
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert {row["recipe"] for row in figures["rows"]} == {"random", "probe", "5th", "12th", "ours"}
+    assert figures["gain"] == figures["ours"] - figures["next"]
+    again = run("benchmarks.recipes", *words)
+    assert "CPU minutes, " not in again.stdout, "what is done is kept"
+    assert json.loads((tmp_path / "figures.json").read_text()) == figures
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+@pytest.mark.parametrize("name", ["datagen_gpu", "train_gpu"])
+def test_without_a_gpu_it_says_so(name: str) -> None:
+    done = run(f"benchmarks.{name}")
+    assert done.returncode == 2
+    assert "no CUDA device" in done.stdout
+    assert "--tiny" in done.stdout
