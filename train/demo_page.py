@@ -397,7 +397,7 @@ class Guard:
                 return
         if call in _EVENTS and not _is_event(bytes(body)):
             log.debug("demo: refused %r", bytes(body[:200]))
-            await _answer(receive, send, 422, f"The page does not send that; if it is a file, {_NOT_UPLOADED}.")
+            await _answer(None, send, 422, f"The page does not send that; if it is a file, {_NOT_UPLOADED}.")
             return
         whole: list[Message] = [{"type": "http.request", "body": bytes(body), "more_body": False}]
 
@@ -440,14 +440,14 @@ class _TooLarge(Exception):  # noqa: N818 – it names the body
     """A body grew beyond the bound."""
 
 
-async def _answer(receive: Receive, send: Send, status: int, text: str) -> None:
-    """A message, and the end of the connection."""
+async def _answer(receive: Receive | None, send: Send, status: int, text: str) -> None:
+    """A message, and the end of the connection; `receive` is None where the whole body was read."""
     headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"connection", b"close")]
     await send({"type": "http.response.start", "status": status, "headers": headers})
     await send({"type": "http.response.body", "body": text.encode(), "more_body": True})
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(_PATIENCE_S):
             # what comes is dropped: one who still sends when the connection ends may never see the message
-            while (await receive()).get("more_body"):
+            while receive is not None and (await receive()).get("more_body"):
                 pass
     await send({"type": "http.response.body"})
