@@ -426,6 +426,19 @@ def test_who_was_trained_on_what_is_judged_is_told(
     assert "40 of the 40 prompts that are judged stand word for word in the bank of retrieve" in caplog.text
 
 
+def test_a_model_is_judged_elsewhere_without_its_training_pictures(
+    tiny_run: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = run_on(tiny_run, tmp_path / "run", dataset=[str(tmp_path / "gone")])
+    info = judge(run, tmp_path / "out", f"dataset={small_data}", "embedders=[regressor]")
+    assert info["images"] == 12
+    assert info["seen"] == {"regressor": None}
+    assert "regressor may have seen these pictures" in table(info)
+    assert "cannot be read" in caplog.text
+    with pytest.raises(UserError, match="gone"):
+        judge(run, tmp_path / "out", f"dataset={small_data}", "embedders=[mean]")
+
+
 def test_captions_need_no_run_and_a_bank_may_be_a_file(
     glyph_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -100,6 +100,7 @@ class Subject:
                     "are fitted on: name dataset=… to judge it on, or run=…"
                 )
             self.run = newest_run()
+            log.info("run: %s, the newest", self.run)
         self.folder = (chosen.checkpoint or (self.run / "best" if self.run else None)) if regressed else None
         about = self.folder or (folders[0] if folders else None) or (self.run / "best" if self.run else None)
         self.encoder = ensemble.about(about)["encoder"] if about is not None else _only_encoder(chosen.dataset)
@@ -108,7 +109,12 @@ class Subject:
             settings_of_run = read_settings(self.run)
             own = checkpoint.read_config(self.run / "best")
             backbone = own["backbone"], own["size"]
-            self.data = data_of(settings_of_run, self.encoder, own["size"])
+            try:
+                self.data = data_of(settings_of_run, self.encoder, own["size"])
+            except UserError as error:
+                if fitted or chosen.dataset is None:
+                    raise
+                log.warning("the pictures that %s was trained on cannot be read: %s", self.run, error)
         if chosen.dataset is not None:
             self.pictures = Pictures([Dataset(chosen.dataset, self.encoder)], backbone[1] if backbone else 1)
             self.rows = self.pictures.datasets[0].rows(chosen.split)
