@@ -62,11 +62,13 @@ def mean_targets(targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
 def bootstrap(
     scores: NDArray[np.float64], rounds: int = 2000, seed: int = 0, group_n: NDArray[Any] | None = None
 ) -> Interval:
-    """The mean of `scores` [n] and its 95 % interval; what `compare` gives of one embedder.
+    """The mean of `scores` [n] and its 95 % interval, what `compare` gives of one embedder; NaN of scores that are.
 
     Raises:
-        UserError: there is no score, or one is not finite.
+        UserError: there is no score.
     """
+    if len(scores) and not np.isfinite(scores).all():  # of a model that has diverged
+        return Interval(math.nan, math.nan, math.nan)
     return compare({"scores": scores}, group_n, rounds, seed)[0]["scores"]
 
 

@@ -62,6 +62,7 @@ def test_it_writes_what_it_returns(judged: tuple[Path, dict[str, Any]], tiny_run
         "ensemble": None,
         "folders": {"regressor": str(tiny_run / "best")},
         "seen": {},
+        "in_bank": {},
     }
     assert json.loads((out / "keys.json").read_text()) == [dataset.key(row) for row in dataset.rows("val")]
 
@@ -404,6 +405,8 @@ def test_only_what_an_evaluation_wrote_is_removed_by_the_next(tiny_run: Path, tm
         (out / name).write_text("mine")
     judge(tiny_run, out, "embedders=[ridge,regressor,ensemble]", "ensemble.folds=3")
     assert (out / "ensemble/config.json").exists()
+    with pytest.raises(UserError, match=r"would write over .*ensemble, which is judged; name another out="):
+        judge(tiny_run, out, f"embedders=[mean,{out / 'ensemble'}]")
     judge(tiny_run, out, "embedders=[mean,retrieve]")
     there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     expected = {"notes.txt", "scores/thesis.csv", "evaluation.json", "keys.json", "pictures.json", "report.html"}
@@ -420,7 +423,12 @@ def test_who_was_trained_on_what_is_judged_is_told(
     data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, 32)
     count = len(np.intersect1d(data.train_rows, Dataset(small_data).rows("val")))
     assert info["seen"] == {"fold1": count}
-    assert f"fold1 was trained on the prompts of {count} of these pictures" in table(info)
+    for told in (table(info), (tmp_path / "out/report.html").read_text()):
+        assert f"fold1 was trained on the prompts of {count} of these pictures" in told
+    bundle = tmp_path / "bundle"
+    export.export(tiny_run / "best", bundle)
+    info = judge(tiny_run, tmp_path / "of", f"embedders=[mean,regressor,{bundle},{fold},ensemble]", "ensemble.folds=3")
+    assert info["seen"] == {"bundle": None, "fold1": count, "ensemble": None}
     judge(tiny_run, tmp_path / "train", "embedders=[regressor,retrieve]", "split=train")
     assert "regressor was trained on the prompts of 40 of the 40 pictures" in caplog.text
     assert "40 of the 40 prompts that are judged stand word for word in the bank of retrieve" in caplog.text

@@ -6,7 +6,6 @@
 What they are made of is found out when they are first needed. n training pictures, D feature width, E target width.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,13 +14,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
-from conf import ROOT, Location, UserError
+from conf import ROOT, UserError
 from datagen.shards import cache_folder, sha256
 from datagen.targets import TargetEncoder
-from models import ensemble
+from models import checkpoint, ensemble
 from models.bank import about as bank_about
 from models.baselines.clip import Clip
 from models.baselines.knn import ClipKnn, Knn
@@ -32,7 +30,7 @@ from models.regressor import Regressor, make
 from train.banks import Bank, encoder_identity, from_places
 from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
 from train.data import Data, Pictures
-from train.features import Features, features
+from train.features import Features, digest, features
 from train.kept import Contender
 
 
@@ -51,7 +49,8 @@ def newest_run() -> Path:
 
 def run_of(folder: Path) -> Path | None:
     """The run that a checkpoint lies in, or that `folder` is; None where there is none."""
-    return next((place for place in (folder, folder.absolute().parent) if (place / "settings.json").exists()), None)
+    folder = folder.resolve()
+    return next((place for place in (folder, folder.parent) if (place / "settings.json").exists()), None)
 
 
 class Contenders:
@@ -114,8 +113,10 @@ class Contenders:
         if entry == "mean":
             return Contender(entry, self._trained_on, self._mean)
         if entry == "knn" and self._chosen.knn.bank is not None:
-            by_text = self._clip_knn(self._chosen.knn.bank)
-            return Contender(entry, by_text.identity, lambda: by_text, alone=True)
+            self.bank = from_places(
+                [self._chosen.knn.bank], self._encoder, column=self._chosen.column, device=self._device.type
+            )
+            return Contender(entry, cache(lambda: self._clip_knn().identity()), self._clip_knn, alone=True)
         if entry == "knn":
             chosen = self._chosen.knn
             how = {"neighbours": chosen.neighbours, "power": chosen.power}
@@ -126,7 +127,11 @@ class Contenders:
         if entry in CAPTIONERS:
             return Contender(
                 entry,
-                lambda: {"captioner": self._captioner(entry).identity(), "encoder": encoder_identity(self._encoder)},
+                lambda: {
+                    "captioner": self._captioner(entry).identity(),
+                    "encoder": encoder_identity(self._encoder),
+                    "targets": dict(self._targets),
+                },
                 lambda: Captioned(self._captioner(entry), self._encode),
                 alone=True,
             )
@@ -141,6 +146,11 @@ class Contenders:
         name = entry if entry == "regressor" else self._named(folder)
         self.folders[name] = folder
         views = self._chosen.tta.get(name, ViewsSettings())
+        if views.sizes and about["kind"] != "checkpoint":
+            raise UserError(f"tta.{name}.sizes: {folder} is a {about['kind']}, whose input size cannot be changed")
+        for size in views.sizes:
+            with torch.device("meta"):  # shapes alone tell whether it can take it
+                checkpoint.rebuild({**about, "size": size})
         return Contender(
             name,
             cache(lambda: {"folder": ensemble.identity(folder), "views": asdict(views), "device": self._device.type}),
@@ -179,12 +189,12 @@ class Contenders:
             pictures = Pictures(pictures.datasets, frozen.spec.size)
         return features(frozen, pictures, data.train_rows, self._run["batch_size"], self._chosen.workers)
 
-    def _clip_knn(self, place: Location) -> ClipKnn:
+    def _clip_knn(self) -> ClipKnn:
         chosen = self._chosen
-        bank = self.bank = from_places([place], self._encoder, column=chosen.column, device=self._device.type)
+        assert self.bank is not None
         clip = Clip(chosen.knn.backbone or "", self._device, key="knn.backbone")
         how = {"power": chosen.knn.power, "exact": chosen.knn.exact}
-        return ClipKnn(clip, bank, cache_folder(), chosen.knn.neighbours, **how)
+        return ClipKnn(clip, self.bank, cache_folder(), chosen.knn.neighbours, **how)
 
     @cached_property
     def _encode(self) -> Encode:
@@ -217,7 +227,8 @@ class Contenders:
         data = self.known
         return {
             "datasets": data.pictures.origins(data.train_rows),
-            "rows": hashlib.blake2b(np.ascontiguousarray(data.train_rows).data, digest_size=16).hexdigest(),
+            "rows": digest(data.train_rows),
+            "pictures": [digest(dataset.checksums) for dataset in data.pictures.datasets],
             "targets": data.pictures.datasets[0].encoder_identity,
         }
 
@@ -238,11 +249,12 @@ class Contenders:
 
     def _frozen_on(self) -> dict[str, Any]:
         began = self._began_from()
-        file = Path(began["weights"])
-        file = file / "model.safetensors" if file.is_dir() else file
-        # of weights on a hub the name is known, and the library that fetches them
-        kept = {"sha256": sha256(file)} if file.is_file() else {"timm": version("timm")}
-        return {**self._trained_on(), **began, **kept, "device": self._device.type}
+        place = Path(began["weights"])
+        files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+        # of weights on a hub their name is known, and what fetches them
+        libraries = {name: version(name) for name in ("timm", "transformers", "huggingface_hub")}
+        whose = {"weights_sha256": [sha256(file) for file in files]} if files else libraries
+        return {**self._trained_on(), **began, **whose, "device": self._device.type}
 
     def _captioner(self, name: str) -> Any:
         from models.baselines import captioners
@@ -268,5 +280,6 @@ class Contenders:
         run = run_of(folder)
         parts = [folder.name] if run in (None, folder) else [run.name, folder.name]
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part != "best") or folder.name)
+        name = name.strip("._-")[:90] or "embedder"
         taken = {*EMBEDDERS, *self.folders}
         return next(n for n in [name, *(f"{name}-{k}" for k in range(2, 1000))] if n not in taken)

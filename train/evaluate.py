@@ -21,6 +21,7 @@ from typing import Any
 from conf import UserError, command, settings
 from report.inputs import require_packages
 from train.config import EvaluateSettings
+from train.judged import caveats
 from train.runs import read_settings, scored
 
 log = logging.getLogger(__name__)
@@ -73,9 +74,7 @@ def table(info: Mapping[str, Any]) -> str:
         lines += ["", f"{'source':<{wide}} {'cosine':>8}   95 % interval      of {info['main']}"]
         by_score = sorted(info["sources"].items(), key=lambda item: -item[1]["mean"])
         lines += [f"{name:<{wide}} {scored(score)}   {score['images']:,} pictures" for name, score in by_score]
-    for name, count in info["seen"].items():
-        told = "may have seen" if count is None else f"was trained on the prompts of {count:,} of"
-        lines += ["", f"{name} {told} these pictures"]
+    lines += ["", *notes] if (notes := caveats(info)) else []
     if info["ensemble"]:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in info["ensemble"]["weights"].items())
         lines += ["", f"ensemble: {weights}; scored out of {info['ensemble']['folds']} folds"]

@@ -188,8 +188,8 @@ class _Source:
             "backbone": asdict(self.model.spec),
             "weights": _digest_of(self.model.backbone.state_dict()),
             "datasets": [self.pictures.datasets[number].fingerprint() for number, _, _ in datasets],
-            "pictures": [_digest(self.pictures.datasets[number].checksums[own]) for number, _, own in datasets],
-            "order": _digest(self._distinct_rows()),
+            "pictures": [digest(self.pictures.datasets[number].checksums[own]) for number, _, own in datasets],
+            "order": digest(self._distinct_rows()),
             "batch_size": self._batch_size,
             "precision": str(self._precision),
             "device": self.model.device.type,
@@ -265,12 +265,13 @@ class _Source:
 
 
 def _digest_of(state: dict[str, torch.Tensor]) -> str:
-    digest = hashlib.blake2b(digest_size=16)
+    found = hashlib.blake2b(digest_size=16)
     for name, tensor in state.items():
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
 
 
-def _digest(array: NDArray[Any]) -> str:
+def digest(array: NDArray[Any]) -> str:
+    """A hash of the values, in their order."""
     return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()

@@ -7,11 +7,12 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from conf import Location, UserError, compose, progress, settings
@@ -38,11 +39,12 @@ _RANKS = (1, 5, 10)  # of R@k
 _GROUPS = 60  # of the prompts' groups, the largest that the breakdown has
 
 
-def data_of(run: Mapping[str, Any], encoder: str, size: int) -> Data:
+def data_of(run: Mapping[str, Any], encoder: str, size: int, device: torch.device | str = "cpu") -> Data:
     """The pictures of a run at `size` pixels a side, shared out as in its training, each counting the same.
 
     Args:
         run: its `settings.json`, which may be of an older version: what that lacks is as by default.
+        device: where the vectors of a fold are compared.
 
     Raises:
         UserError: a dataset cannot be used.
@@ -51,7 +53,7 @@ def data_of(run: Mapping[str, Any], encoder: str, size: int) -> Data:
     plain = {k: _overlaid(v, run[k]) if k in run else v for k, v in default.items()}
     plain["data"] = {**plain["data"], "sources": {}, "weights": None}
     datasets = [Dataset(folder, encoder) for folder in run["dataset"]]
-    return Data(datasets, [], settings(TrainSettings, plain), size)
+    return Data(datasets, [], settings(TrainSettings, plain), size, device=device)
 
 
 def _overlaid(default: Any, own: Any) -> Any:
@@ -92,6 +94,7 @@ class Subject:
         regressed = bool(asked & {"regressor", "retrieve", "blend"})
         fitted = bool(asked & ({*BASELINES} - ({"knn"} if chosen.knn.bank is not None else set())))
         named = [folder for folder in (chosen.checkpoint, *folders) if folder is not None]
+        self.device = device = device_of(chosen.accelerator)
         self.run = chosen.run or next((run for folder in named if (run := run_of(folder))), None)
         if self.run is None and (chosen.dataset is None or fitted or (regressed and chosen.checkpoint is None)):
             if named:
@@ -110,7 +113,7 @@ class Subject:
             own = checkpoint.read_config(self.run / "best")
             backbone = own["backbone"], own["size"]
             try:
-                self.data = data_of(settings_of_run, self.encoder, own["size"])
+                self.data = data_of(settings_of_run, self.encoder, own["size"], device)
             except UserError as error:
                 if fitted or chosen.dataset is None:
                     raise
@@ -123,6 +126,10 @@ class Subject:
             self.pictures, self.rows = self.data.pictures, _rows(self.data, chosen.split)
         self.trained_on = None if self.data is None else _parts(self.data)
         self.out = chosen.out or (self.run or Path()) / "evaluation"
+        kept = (self.out / "ensemble").resolve()
+        inside = [place for place in named if kept in (place.resolve(), *place.resolve().parents)]
+        if inside:
+            raise UserError(f"out: {self.out} would write over {inside[0]}, which is judged; name another out=")
         self.contenders = Contenders(
             chosen,
             self.folder,
@@ -131,7 +138,7 @@ class Subject:
             self.data,
             settings_of_run,
             backbone,
-            device_of(chosen.accelerator),
+            device,
         )
 
 
@@ -151,16 +158,14 @@ def judge(chosen: EvaluateSettings) -> Judged:
     trained_on, bank = _banks(chosen, subject)
     if members:
         _apart(subject.pictures, subject.rows, chosen.ensemble.folds)
-    seen = _seen(chosen, subject)
+    seen = _seen(chosen, subject, members)
     found = predict(list(known.values()), subject.pictures, subject.rows, chosen.batch_size)
     places = [subject.pictures.place(row) for row in found.rows]
     targets = [dataset.targets(own) for dataset, own in places]
     if {"retrieve", "blend"} & set(chosen.embedders):
         assert bank is not None
         _retrieve(chosen, found, bank)
-        _tell_of_leaks("retrieve", bank, places)
-    if subject.contenders.bank is not None:
-        _tell_of_leaks("knn", subject.contenders.bank, places)
+    in_bank = _in_banks(chosen, bank, subject.contenders.bank, places)
     row_n = np.array(found.rows)
     prompt_n = _same(subject.pictures, row_n)
     told = None
@@ -179,6 +184,7 @@ def judge(chosen: EvaluateSettings) -> Judged:
         "checkpoint": None if subject.folder is None else str(subject.folder),
         "folders": {name: str(folder) for name, folder in folders.items()},
         "seen": seen,
+        "in_bank": in_bank,
         "images": len(found.rows),
         "skipped": found.skipped,
         "main": main,
@@ -196,7 +202,11 @@ def judge(chosen: EvaluateSettings) -> Judged:
     }
     _write(subject, names, found, scores, word_n, nearest_n, info)
     if told is not None:
-        told["saved"] = _saved(chosen, subject, told, info)
+        try:
+            told["saved"] = _saved(chosen, subject, told, info)
+        except UserError as error:
+            log.warning("the ensemble is not saved as one embedder: %s", error)
+            told["saved"] = None
         write_json(subject.out / "evaluation.json", info)
     log.info("%s", subject.out / "evaluation.json")
     return Judged(info, subject.out, subject.trained_on)
@@ -220,37 +230,77 @@ def _parts(data: Data) -> list[tuple[Dataset, Rows]]:
     return [(data.pictures.datasets[number], own) for number, _, own in parts]
 
 
-def _seen(chosen: EvaluateSettings, subject: Subject) -> dict[str, int | None]:
+def _seen(chosen: EvaluateSettings, subject: Subject, members: Sequence[str]) -> dict[str, int | None]:
     """Who was trained on prompts that are judged here: name → how many of the pictures have one; None: not known.
 
-    A fold trains on the dataset's own validation pictures, and another run may have trained on any.
+    A fold trains on the dataset's own validation pictures, and another run may have trained on any. What is made of
+    others has seen what they have.
     """
-    runs = {name: run for name, folder in subject.contenders.folders.items() if (run := run_of(folder)) is not None}
-    runs |= {name: subject.run for name in chosen.embedders if name in BASELINES and subject.run is not None}
-    own_val = chosen.dataset is None and chosen.split == "val"  # which the run kept apart
-    others = {name: run for name, run in runs.items() if not (own_val and run == subject.run)}
-    if not others:
-        return {}
-    hash_c, owner_c, _ = Prompts(subject.pictures).of(subject.rows)
-    counts: dict[Path, int | None] = {}
-    for run in set(others.values()):
-        try:
-            data = subject.data if run == subject.run else None
-            if data is None:
-                data = data_of(read_settings(run), subject.encoder, checkpoint.read_config(run / "best")["size"])
-            known = np.isin(hash_c, Prompts(data.pictures).of(data.train_rows)[0])
-            counts[run] = len(np.unique(owner_c[known]))
-        except UserError as error:
-            log.warning("what %s was trained on cannot be read, so it may have seen what is judged: %s", run, error)
-            counts[run] = None
-    found = {name: counts[run] for name, run in others.items() if counts[run] != 0}
-    for name, count in found.items():
-        if count:
-            log.warning(
-                "%s was trained on the prompts of %s of the %s pictures that are judged: its score here is no measure",
-                *(name, f"{count:,}", f"{len(subject.rows):,}"),
-            )
+    folders = subject.contenders.folders
+    runs = {name: _runs_of(folder) for name, folder in folders.items()}
+    by_text = {"knn"} if subject.contenders.bank is not None else set()
+    fitted = [name for name in chosen.embedders if name in {*BASELINES} - by_text]
+    runs |= {name: [subject.run] for name in fitted}
+    own = subject.run.resolve() if subject.run is not None else None
+    kept_apart = chosen.dataset is None and chosen.split == "val"  # by the run itself
+    every = {run for each in runs.values() for run in each if run is not None}
+    counts = _counts(subject, {run for run in every if not (kept_apart and run.resolve() == own)})
+    found: dict[str, int | None] = {}
+    for name, each in runs.items():
+        told = [None if run is None else counts.get(run, 0) for run in each]
+        numbers = [count for count in told if count is not None]
+        count = None if len(numbers) < len(told) else max(numbers)
+        if count != 0:
+            found[name] = count
+            log.warning("%s", _of_seen(name, count, len(subject.rows)))
+    made_of = {"retrieve": ["regressor"], "blend": ["regressor"], "ensemble": members}
+    for name in (name for name in FROM_OTHERS if name in chosen.embedders):
+        told = [found[part] for part in made_of[name] if part in found]
+        if told:
+            found[name] = None if None in told else max(count for count in told if count is not None)
+    return {name: count for name, count in found.items() if name in folders or name in chosen.embedders}
+
+
+def _of_seen(name: str, count: int | None, pictures: int) -> str:
+    if count is None:
+        return f"what {name} was trained on is not known: it may have seen the {pictures:,} pictures that are judged"
+    return f"{name} was trained on the prompts of {count:,} of the {pictures:,} pictures that are judged"
+
+
+def _runs_of(folder: Path) -> list[Path | None]:
+    """The run that a folder lies in, and those that it began from; None stands for one that is not known."""
+    run = run_of(folder)
+    if run is None:
+        return [None]
+    found: list[Path | None] = [run]
+    begun = read_settings(run).get("init_from")
+    while begun:
+        run = run_of(Path(begun))
+        if run in found:
+            break
+        found.append(run)
+        begun = read_settings(run).get("init_from") if run is not None else None
     return found
+
+
+def _counts(subject: Subject, runs: Iterable[Path]) -> dict[Path, int | None]:
+    """How many of the judged pictures have a prompt that each run was trained on; None where that cannot be read."""
+    counts: dict[Path, int | None] = {}
+    judged = None
+    for run in sorted(runs):
+        try:
+            same = subject.run is not None and run.resolve() == subject.run.resolve()
+            data = subject.data if same else None
+            if data is None:
+                size = checkpoint.read_config(run / "best")["size"]
+                data = data_of(read_settings(run), subject.encoder, size, subject.device)
+            judged = judged or Prompts(subject.pictures).of(subject.rows)
+            hash_c, owner_c, _ = judged
+            counts[run] = len(np.unique(owner_c[np.isin(hash_c, Prompts(data.pictures).of(data.train_rows)[0])]))
+        except UserError as error:
+            log.warning("what %s was trained on cannot be read: %s", run, error)
+            counts[run] = None
+    return counts
 
 
 def _rows(data: Data, split: str) -> Rows:
@@ -299,15 +349,23 @@ def _banks(chosen: EvaluateSettings, subject: Subject) -> tuple[Bank | None, Ban
     return trained_on, bank
 
 
-def _tell_of_leaks(name: str, bank: Bank, places: Sequence[tuple[Dataset, int]]) -> None:
+def _in_banks(
+    chosen: EvaluateSettings, bank: Bank | None, of_knn: Bank | None, places: Sequence[tuple[Dataset, int]]
+) -> dict[str, int]:
+    """How many of the judged prompts an embedder's bank holds word for word: its name → their number; warns of them."""
+    used = {name: bank for name in ("retrieve", "blend") if name in chosen.embedders}
     prompts = [prompt for dataset, own in places for prompt in dataset.prompts(own)]
-    count = int(bank.holds(prompts).sum())
-    if count:
-        log.warning(
-            "%s of the %s prompts that are judged stand word for word in the bank of %s, which scores higher for it "
-            "than with pictures of new prompts",
-            *(f"{count:,}", f"{len(prompts):,}", name),
-        )
+    found = {}
+    for name, held in {**used, "knn": of_knn}.items():
+        count = int(held.holds(prompts).sum()) if held is not None else 0
+        if count:
+            found[name] = count
+            log.warning(
+                "%s of the %s prompts that are judged stand word for word in the bank of %s, which scores higher for "
+                "it than with pictures of new prompts",
+                *(f"{count:,}", f"{len(prompts):,}", name),
+            )
+    return found
 
 
 def _retrieve(chosen: EvaluateSettings, found: Predictions, bank: Bank) -> None:
@@ -387,14 +445,14 @@ def _save_ridge(subject: Subject) -> None:
 
 def _same(pictures: Pictures, rows: Rows, *, group: bool = False) -> NDArray[np.int64]:
     """A number for each picture, the same where they share their prompts; or their group, where they have one."""
+    hash_c, owner_c, _ = Prompts(pictures).of(rows)
     code_2n = np.zeros((2, len(rows)), np.int64)
-    for number, mine, own in pictures.by_dataset(rows):
-        dataset = pictures.datasets[number]
-        code_2n[:, mine] = np.stack([np.full(len(own), number), dataset.prompt_sets()[own]])
-        if group:
-            group_o = dataset.group_hashes()[own]
-            code_2n[:, mine] = np.where(group_o != 0, np.stack([np.full(len(own), -1), group_o]), code_2n[:, mine])
-    return np.unique(code_2n, axis=1, return_inverse=True)[1].reshape(-1)
+    np.add.at(code_2n[0], owner_c, hash_c)  # a sum does not ask for the captions' order
+    for number, mine, own in pictures.by_dataset(rows) if group else []:
+        group_o = pictures.datasets[number].group_hashes()[own]
+        code_2n[:, mine] = np.where(group_o != 0, np.stack([group_o, np.ones_like(group_o)]), code_2n[:, mine])
+    _, first, number_n = np.unique(code_2n, axis=1, return_index=True, return_inverse=True)
+    return np.argsort(np.argsort(first))[number_n.reshape(-1)]  # in the order of the pictures, whatever the hashes are
 
 
 def _apart(pictures: Pictures, rows: Rows, folds: int) -> NDArray[np.int64]:
@@ -516,14 +574,15 @@ def _write(
 def _clear(out: Path) -> None:
     """Removes what an earlier evaluation left there: what it names, and nothing else."""
     try:
-        before = [score["name"] for score in json.loads((out / "evaluation.json").read_text())["scores"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        before = []
-    (out / "evaluation.json").unlink(missing_ok=True)
-    if before:
-        (out / "report.html").unlink(missing_ok=True)
+        info = json.loads((out / "evaluation.json").read_text())
+        before, saved = [score["name"] for score in info["scores"]], (info.get("ensemble") or {}).get("saved")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
     for name in before:
         for file in (f"predictions/{name}.npy", f"scores/{name}.npy", f"texts/{name}.json"):
             (out / file).unlink(missing_ok=True)
-    for name in ("ensemble", "ridge") if before else ():
-        shutil.rmtree(out / name, ignore_errors=True)
+    for file in ("evaluation.json", "report.html"):
+        (out / file).unlink(missing_ok=True)
+    if saved == str(out / "ensemble"):
+        for name in ("ensemble", "ridge"):
+            shutil.rmtree(out / name, ignore_errors=True)

@@ -62,6 +62,19 @@ class Evaluation:
         return next((score["name"] for score in self.ranked if score["name"] != self.info["main"]), None)
 
 
+def caveats(info: Mapping[str, Any]) -> list[str]:
+    """Whose scores are no measure of what is new to them, a sentence each."""
+    found = []
+    for name, count in info.get("seen", {}).items():
+        if count is None:
+            found.append(f"{name} may have seen these pictures: what it was trained on is not known.")
+        else:
+            found.append(f"{name} was trained on the prompts of {count:,} of these pictures.")
+    for name, count in info.get("in_bank", {}).items():
+        found.append(f"The bank of {name} holds {count:,} of these pictures' prompts word for word.")
+    return found
+
+
 def read_evaluation(folder: Path, remedy: str) -> Evaluation:
     """The evaluation in `folder`.
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from datagen.shards import FAULTY, Dataset
 from models.metrics import similarity_matrix
 from report.inputs import require_packages
-from train.judged import Evaluation, Place, kinds_of, pictures_of, read_evaluation, readable, trend
+from train.judged import Evaluation, Place, caveats, kinds_of, pictures_of, read_evaluation, readable, trend
 from train.tables import nearest_prompts
 
 if TYPE_CHECKING:
@@ -157,6 +157,8 @@ def _scores(page: "Page", evaluation: Evaluation) -> None:
         [[s["name"], s["mean"], s["low"], s["high"], s.get("seconds")] for s in ranked],
         formats={"Seconds": ",.1f"},
     )
+    for caveat in caveats(evaluation.info):
+        page.note(caveat)
     if skipped:
         page.note(f"Skipped: {len(skipped)}, such as {skipped[0]['key']} ({skipped[0]['reason']}).")
 

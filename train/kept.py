@@ -8,6 +8,7 @@ part of its predictions is missing, and not before; a pass that was killed goes 
 B pictures of a batch, n pictures that could be read, E target width.
 """
 
+import gc
 import hashlib
 import io
 import json
@@ -30,6 +31,7 @@ from datagen.shards import CorruptImage, cache_folder, write_atomically, write_j
 from models.embedder import Embedder
 from models.preprocess import BadImage
 from train.data import Pictures
+from train.features import digest
 
 log = logging.getLogger(__name__)
 
@@ -144,6 +146,7 @@ def _pass(
             bar.update(len(part))
     found.vectors = {name: np.concatenate(parts) for name, parts in vectors.items()}
     loaded.clear()
+    gc.collect()  # what holds itself would stay, and its memory
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
     return found
@@ -159,8 +162,8 @@ def _folders(contenders: Sequence[Contender], pictures: Pictures, rows: Rows, ba
     whose = {
         "format": _FORMAT,
         "datasets": [dataset.fingerprint() for dataset in pictures.datasets],
-        "checksums": [_digest(dataset.checksums) for dataset in pictures.datasets],
-        "order": _digest(order),
+        "checksums": [digest(dataset.checksums) for dataset in pictures.datasets],
+        "order": digest(order),
         "width": pictures.width,
         "torch": torch.__version__,
     }
@@ -275,7 +278,3 @@ def _sound(name: str, z_BE: NDArray[np.float32], width: int) -> NDArray[np.float
     if wrong:
         raise UserError(f"{name}: {wrong} of {len(z_BE)} vectors are zero or not finite, where unit vectors are due")
     return z_BE
-
-
-def _digest(array: NDArray[Any]) -> str:
-    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
