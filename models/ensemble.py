@@ -34,7 +34,7 @@ from models.weights import sha256
 
 __all__ = [
     "Ensemble", "Member", "Nested", "Views", "about", "blend", "fit", "identity", "load", "load_any", "nested",
-    "read_config", "save",
+    "read_config", "refuse_sizes", "save",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -141,11 +141,7 @@ def _checked(members: Sequence[Member]) -> tuple[list[float], list[dict[str, Any
             configs[member.name] = checkpoint.read_config(place)
             if "encoder" not in configs[member.name]:
                 raise UserError(f"{place / 'config.json'} names no target encoder")
-            sizes = size_problems(member.sizes)
-            found += [f"{member.name}: {problem}" for problem in sizes]
-            for size in () if sizes else member.sizes:
-                with torch.device("meta"):  # shapes alone tell whether it can take it
-                    checkpoint.rebuild({**configs[member.name], "size": size})
+            refuse_sizes(configs[member.name], member.sizes)
         except UserError as error:
             found.append(f"{member.name}: {error}")
     for key, what in (("encoder", "target encoder"), ("target_width", "width")):
@@ -161,6 +157,16 @@ def _checked(members: Sequence[Member]) -> tuple[list[float], list[dict[str, Any
     if found:
         raise UserError("these members make no ensemble:\n" + "\n".join(f"  {problem}" for problem in found))
     return shares, [configs[member.name] for member in members]
+
+
+def refuse_sizes(config: Mapping[str, Any], sizes: tuple[int, ...]) -> None:
+    """Raises a `UserError` where a checkpoint of this `config.json` cannot have views of these sizes, px."""
+    found = size_problems(sizes)
+    if found:
+        raise UserError("\n".join(found))
+    for size in sizes:
+        with torch.device("meta"):  # shapes alone tell whether it can take it
+            checkpoint.rebuild({**config, "size": size})
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -199,17 +199,12 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, *, z
         axes.set_xlabel("Step")
         axes.spines["left"].set_visible(False)
         _few_ticks(axes)
-        # as tick labels of a right-hand axis the names line up, and the layout makes room for them
         value_S = np.array([np.nanmean(v) if zero else v[-1] for _, v in shown.values()])
         labels = [
             f"{mark} {_shortened(name)} " if name else "" for (_, mark, _), name in zip(looks, shown, strict=True)
         ]
         labels = [f"{label}{value:.3g}" for label, value in zip(labels, value_S, strict=True)]
-        names = axes.secondary_yaxis("right")
-        names.set_yticks(_apart(value_S, *axes.get_ylim()), labels)
-        names.spines["right"].set_visible(False)
-        for (colour, *_), label in zip(looks, names.get_yticklabels(), strict=True):
-            label.set_color(colour)
+        _labelled_at_right(axes, value_S, labels, [colour for colour, *_ in looks])
     return figure
 
 
@@ -297,11 +292,7 @@ def trend(
         _few_ticks(axes)
         last_S = np.array([mean_G[-1] if len(mean_G) else np.nan for _, mean_G, _, _ in shown.values()])
         labels = [f"{mark} {_shortened(name)}" for (_, mark, _), name in zip(looks, shown, strict=True)]
-        names = axes.secondary_yaxis("right")
-        names.set_yticks(_apart(last_S, *axes.get_ylim()), labels)
-        names.spines["right"].set_visible(False)
-        for (colour, *_), text in zip(looks, names.get_yticklabels(), strict=True):
-            text.set_color(colour)
+        _labelled_at_right(axes, last_S, labels, [colour for colour, *_ in looks])
     return figure
 
 
@@ -466,6 +457,15 @@ def _figure(height: float) -> Figure:
     if engine is not None:
         engine.set(w_pad=2 / 72, h_pad=2 / 72, hspace=0.06)  # pyright: ignore[reportCallIssue]
     return figure
+
+
+def _labelled_at_right(axes: Axes, value_S: np.ndarray, labels: Sequence[str], colours: Sequence[str]) -> None:
+    """Each line's label beside its value; as tick labels they line up, and the layout makes room for them."""
+    names = axes.secondary_yaxis("right")
+    names.set_yticks(_apart(value_S, *axes.get_ylim()), labels)
+    names.spines["right"].set_visible(False)
+    for colour, label in zip(colours, names.get_yticklabels(), strict=True):
+        label.set_color(colour)
 
 
 def _apart(value_S: np.ndarray, low: float, high: float) -> np.ndarray:

@@ -19,7 +19,7 @@ import torch
 from conf import ROOT, UserError
 from datagen.shards import cache_folder, sha256
 from datagen.targets import TargetEncoder
-from models import checkpoint, ensemble
+from models import ensemble
 from models.bank import about as bank_about
 from models.baselines.clip import Clip
 from models.baselines.knn import ClipKnn, Knn
@@ -148,9 +148,7 @@ class Contenders:
         views = self._chosen.tta.get(name, ViewsSettings())
         if views.sizes and about["kind"] != "checkpoint":
             raise UserError(f"tta.{name}.sizes: {folder} is a {about['kind']}, whose input size cannot be changed")
-        for size in views.sizes:
-            with torch.device("meta"):  # shapes alone tell whether it can take it
-                checkpoint.rebuild({**about, "size": size})
+        ensemble.refuse_sizes(about, views.sizes)
         return Contender(
             name,
             cache(lambda: {"folder": ensemble.identity(folder), "views": asdict(views), "device": self._device.type}),

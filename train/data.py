@@ -109,6 +109,10 @@ class Pictures(TorchDataset):
         found = [(n, numbers == n) for n in np.unique(numbers).tolist()]
         return [(n, mine, rows[mine] - self.offsets[n]) for n, mine in found]
 
+    def parts(self, rows: Rows) -> list[tuple[Dataset, Rows]]:
+        """The datasets that have some of `rows`, each with their numbers there."""
+        return [(self.datasets[number], own) for number, _, own in self.by_dataset(rows)]
+
     def key(self, row: int) -> str:
         dataset, own = self.place(row)
         return dataset.key(own)

@@ -118,8 +118,7 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
     else:
         assert data is not None
         assert run is not None
-        pictures = data.pictures
-        bank = banks.from_pictures([(pictures.datasets[n], own) for n, _, own in pictures.by_dataset(data.train_rows)])
+        bank = banks.from_pictures(data.pictures.parts(data.train_rows))
         told = f"the training prompts of {run.absolute().name}"
     evaluate = settings(EvaluateSettings, compose("evaluate", []))
     names = chosen.baselines if chosen.baselines is not None else ("mean", *(["knn"] if run else []), "retrieve")

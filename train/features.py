@@ -24,10 +24,10 @@ from torch.nn.functional import normalize
 
 from conf import UserError, progress
 from datagen.shards import cache_folder, free_bytes, write_array, write_json
+from models.precision import half
 from models.regressor import Regressor
 from train.data import Pictures, loader
 from train.draws import InOrder
-from train.machine import half
 
 log = logging.getLogger(__name__)
 

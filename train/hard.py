@@ -74,8 +74,9 @@ def mine(chosen: HardSettings) -> None:
 
     from datagen.shards import write_atomically
     from models import checkpoint
+    from models.precision import half
     from train.judge import data_of
-    from train.machine import device_of, half
+    from train.machine import device_of
     from train.passes import predictions
 
     folder = chosen.checkpoint or chosen.run / "best"

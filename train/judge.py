@@ -8,6 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -124,7 +125,7 @@ class Subject:
         else:
             assert self.data is not None
             self.pictures, self.rows = self.data.pictures, _rows(self.data, chosen.split)
-        self.trained_on = None if self.data is None else _parts(self.data)
+        self.trained_on = None if self.data is None else self.data.pictures.parts(self.data.train_rows)
         self.out = chosen.out or (self.run or Path()) / "evaluation"
         kept = (self.out / "ensemble").resolve()
         inside = [place for place in named if kept in (place.resolve(), *place.resolve().parents)]
@@ -140,6 +141,11 @@ class Subject:
             backbone,
             device,
         )
+
+    @cached_property
+    def prompts(self) -> Prompts:
+        """Of `pictures`; a pass over their plans."""
+        return Prompts(self.pictures)
 
 
 def judge(chosen: EvaluateSettings) -> Judged:
@@ -157,7 +163,7 @@ def judge(chosen: EvaluateSettings) -> Judged:
     members = _members(chosen, {entry: contender.name for entry, contender in known.items()})
     trained_on, bank = _banks(chosen, subject)
     if members:
-        _apart(subject.pictures, subject.rows, chosen.ensemble.folds)
+        _apart(subject, subject.rows, chosen.ensemble.folds)
     seen = _seen(chosen, subject, members)
     found = predict(list(known.values()), subject.pictures, subject.rows, chosen.batch_size)
     places = [subject.pictures.place(row) for row in found.rows]
@@ -167,16 +173,19 @@ def judge(chosen: EvaluateSettings) -> Judged:
         _retrieve(chosen, found, bank)
     in_bank = _in_banks(chosen, bank, subject.contenders.bank, places)
     row_n = np.array(found.rows)
-    prompt_n = _same(subject.pictures, row_n)
+    prompt_n = _same(subject, row_n)
     told = None
     if members:
-        apart_n = _apart(subject.pictures, row_n, chosen.ensemble.folds)
+        apart_n = _apart(subject, row_n, chosen.ensemble.folds)
         told = _combine(chosen, found, members, mean_targets(targets), apart_n)
     scores = {name: cosines(found.vectors[name], targets) for name in names}
     intervals, differences = compare(scores, prompt_n)
+    if told is not None:
+        told["single"] = {name: intervals[name].mean for name in members}
     folders = subject.contenders.folders
     main = "regressor" if "regressor" in names else next((name for name in names if name in folders), names[0])
     word_n, nearest_n = _of_prompts(places, targets, trained_on)
+    breakdown = _breakdown(places, scores, prompt_n, word_n, nearest_n)
     info = {
         "datasets": subject.pictures.origins(row_n),
         "split": chosen.split,
@@ -192,13 +201,10 @@ def judge(chosen: EvaluateSettings) -> Judged:
             {"name": name, **intervals[name]._asdict(), "seconds": round(found.seconds[name], 3)} for name in names
         ],
         "pairs": [difference._asdict() for difference in differences],
-        "sources": {},
-        "breakdown": _breakdown(places, scores, prompt_n, word_n, nearest_n),
+        "sources": {p["name"]: {**p["scores"][main], "images": p["images"]} for p in breakdown["source"]},
+        "breakdown": breakdown,
         "retrieval": _retrieval(names, found, places, bank),
         "ensemble": told,
-    }
-    info["sources"] = {
-        part["name"]: {**part["scores"][main], "images": part["images"]} for part in info["breakdown"]["source"]
     }
     _write(subject, names, found, scores, word_n, nearest_n, info)
     if told is not None:
@@ -222,12 +228,6 @@ def _only_encoder(dataset: Location | None) -> str:
             "name checkpoint=… or run=…" + ("" if found else ", or encode them: python -m datagen.targets out=…")
         )
     return found[0]
-
-
-def _parts(data: Data) -> list[tuple[Dataset, Rows]]:
-    """The datasets and pictures that are trained on."""
-    parts = data.pictures.by_dataset(data.train_rows)
-    return [(data.pictures.datasets[number], own) for number, _, own in parts]
 
 
 def _seen(chosen: EvaluateSettings, subject: Subject, members: Sequence[str]) -> dict[str, int | None]:
@@ -286,7 +286,6 @@ def _runs_of(folder: Path) -> list[Path | None]:
 def _counts(subject: Subject, runs: Iterable[Path]) -> dict[Path, int | None]:
     """How many of the judged pictures have a prompt that each run was trained on; None where that cannot be read."""
     counts: dict[Path, int | None] = {}
-    judged = None
     for run in sorted(runs):
         try:
             same = subject.run is not None and run.resolve() == subject.run.resolve()
@@ -294,9 +293,9 @@ def _counts(subject: Subject, runs: Iterable[Path]) -> dict[Path, int | None]:
             if data is None:
                 size = checkpoint.read_config(run / "best")["size"]
                 data = data_of(read_settings(run), subject.encoder, size, subject.device)
-            judged = judged or Prompts(subject.pictures).of(subject.rows)
-            hash_c, owner_c, _ = judged
-            counts[run] = len(np.unique(owner_c[np.isin(hash_c, Prompts(data.pictures).of(data.train_rows)[0])]))
+            prompts = subject.prompts if data.pictures is subject.pictures else Prompts(data.pictures)
+            hash_c, owner_c, _ = subject.prompts.of(subject.rows)
+            counts[run] = len(np.unique(owner_c[np.isin(hash_c, prompts.of(data.train_rows)[0])]))
         except UserError as error:
             log.warning("what %s was trained on cannot be read: %s", run, error)
             counts[run] = None
@@ -398,10 +397,6 @@ def _combine(
         "members": list(members),
         "weights": dict(zip(members, weight_M.tolist(), strict=True)),
         "folds": chosen.ensemble.folds,
-        "single": {
-            name: float((vector_nE.astype(np.float64) * target_nE).sum(1).mean())
-            for name, vector_nE in zip(members, vectors, strict=True)
-        },
     }
 
 
@@ -443,25 +438,25 @@ def _save_ridge(subject: Subject) -> None:
     checkpoint.save(subject.out / "ridge", subject.contenders.ridge().cpu(), mean_E, probes, facts)
 
 
-def _same(pictures: Pictures, rows: Rows, *, group: bool = False) -> NDArray[np.int64]:
+def _same(subject: Subject, rows: Rows, *, group: bool = False) -> NDArray[np.int64]:
     """A number for each picture, the same where they share their prompts; or their group, where they have one."""
-    hash_c, owner_c, _ = Prompts(pictures).of(rows)
+    hash_c, owner_c, _ = subject.prompts.of(rows)
     code_2n = np.zeros((2, len(rows)), np.int64)
     np.add.at(code_2n[0], owner_c, hash_c)  # a sum does not ask for the captions' order
-    for number, mine, own in pictures.by_dataset(rows) if group else []:
-        group_o = pictures.datasets[number].group_hashes()[own]
+    for number, mine, own in subject.pictures.by_dataset(rows) if group else []:
+        group_o = subject.pictures.datasets[number].group_hashes()[own]
         code_2n[:, mine] = np.where(group_o != 0, np.stack([group_o, np.ones_like(group_o)]), code_2n[:, mine])
     _, first, number_n = np.unique(code_2n, axis=1, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[number_n.reshape(-1)]  # in the order of the pictures, whatever the hashes are
 
 
-def _apart(pictures: Pictures, rows: Rows, folds: int) -> NDArray[np.int64]:
+def _apart(subject: Subject, rows: Rows, folds: int) -> NDArray[np.int64]:
     """A number for each picture, the same where no fold may part them: groups, or prompts where groups are too few.
 
     Raises:
         UserError: there are fewer prompts than folds.
     """
-    group_n, prompt_n = _same(pictures, rows, group=True), _same(pictures, rows)
+    group_n, prompt_n = _same(subject, rows, group=True), _same(subject, rows)
     found_n = group_n if len(np.unique(group_n)) >= folds else prompt_n
     if len(np.unique(found_n)) < folds:
         raise UserError(

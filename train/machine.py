@@ -9,6 +9,7 @@ from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Str
 from lightning.pytorch.utilities import rank_zero_only
 
 from conf import UserError
+from models.precision import half
 from train.config import OptimSettings, ScaleSettings
 
 _PATIENCE = timedelta(hours=1)  # with the first process, which alone writes checkpoints
@@ -28,13 +29,6 @@ def device_of(accelerator: str) -> torch.device:
     if accelerator == "gpu" and not torch.cuda.is_available():
         raise UserError("accelerator: gpu, but torch finds none here; accelerator=auto takes the CPU then")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def half(device: torch.device) -> torch.dtype:
-    """The precision that a device is quick in: bf16 of a GPU that has it, fp16 of another, fp32 of a CPU."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
 
 
 class Machine:

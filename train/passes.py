@@ -52,7 +52,7 @@ def predictions(
     Args:
         model: on its device; `pictures` are of its size.
         workers: processes that decode; None decides by the machine.
-        dtype: of the products of matrices, as `train.machine.half` gives it; None: fp32.
+        dtype: of the products of matrices, as `models.precision.half` gives it; None: fp32.
         what: the bar is called.
     """
     was_training = model.training

@@ -197,7 +197,7 @@ def _training(run: Run, trained: Sequence[Dataset]) -> list[tuple[Dataset, Rows]
     from train.judge import data_of  # torch: what is too near the fold, or another's validation, was left out
 
     data = data_of(run.settings, run.checkpoint["encoder"], run.checkpoint["size"])
-    return [(trained[number], own) for number, _, own in data.pictures.by_dataset(data.train_rows)]
+    return data.pictures.parts(data.train_rows)
 
 
 def _place(parts: Sequence[tuple[Dataset, Rows]], ends: Rows, n: int) -> tuple[Dataset, int]:

@@ -65,7 +65,7 @@ def tell_of_best(
     if not len(data.val_rows) or (chosen.fold is None and logger is None):
         return
     from models import checkpoint
-    from train.machine import half
+    from models.precision import half
     from train.passes import predictions
 
     folder = chosen.out / "best"
@@ -146,8 +146,7 @@ def worst_and_best(
     was_training = model.training
     vector_NE = model.embed([pictures.decoded(int(row_N[n])) for _, n in shown]).numpy()
     model.train(was_training)
-    parts = [(pictures.datasets[number], own) for number, _, own in pictures.by_dataset(train_rows)]
-    near = nearest_prompts(parts, vector_NE, nearest)
+    near = nearest_prompts(pictures.parts(train_rows), vector_NE, nearest)
     rows = [int(row_N[n]) for _, n in shown]
     return [
         Shown(kind, row, pictures.key(row), " / ".join(pictures.prompts(row)), float(score_N[n]), prompts)
@@ -194,7 +193,7 @@ def write_oof(
         model: of the run that never saw the prompts of `rows`, on its device.
         facts: plain JSON for `fold.json`, such as the fold, the run, the checkpoint.
         workers: processes that decode; None decides by the machine.
-        dtype: of the products of matrices, as `train.machine.half` gives it; None: fp32.
+        dtype: of the products of matrices, as `models.precision.half` gives it; None: fp32.
 
     Raises:
         UserError: no picture could be read, or the disk is full; what was there still is.

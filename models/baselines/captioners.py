@@ -21,6 +21,7 @@ import torch
 from conf import UserError
 from models.baselines.beam_search import beam_search
 from models.baselines.source import Source
+from models.precision import half
 from models.preprocess import middle
 
 BATCH = 16  # pictures at once
@@ -85,7 +86,7 @@ class _Captioner(ABC):
         self.model, self.revision = model, revision
         self.beams, self.most_tokens, self.least_tokens = beams, most_tokens, least_tokens
         self._device = torch.device(device)
-        self._dtype = _quick(self._device)
+        self._dtype = half(self._device)
         self._loaded = False
 
     @functools.cached_property
@@ -403,10 +404,3 @@ def _version(library: str) -> str:
         return version(library)
     except PackageNotFoundError as error:
         raise UserError(f"captions: {library} is not installed; pip install {library}") from error
-
-
-def _quick(device: torch.device) -> torch.dtype:
-    """The precision that a device is quick in."""
-    if device.type != "cuda":
-        return torch.float32
-    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
