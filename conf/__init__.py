@@ -171,6 +171,7 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
             "botocore",
             "faiss",  # which instructions it was built for
             "httpx",
+            "httpx2",
             "httpcore",
             "matplotlib",
             "sentence_transformers",

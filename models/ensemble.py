@@ -33,8 +33,8 @@ from models.views import Views, size_problems
 from models.weights import sha256
 
 __all__ = [
-    "Ensemble", "Member", "Nested", "Views", "about", "blend", "fit", "identity", "load", "load_any", "nested",
-    "read_config", "refuse_sizes", "save",
+    "Ensemble", "Member", "Nested", "Views", "about", "blend", "bundle_config", "fit", "identity", "kind_of", "load",
+    "load_any", "nested", "read_config", "refuse_sizes", "save",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ KIND = "ensemble"
 LEAST = 1e-4  # weight of a member that is worth its time
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _CHECKPOINT = ("config.json", "model.safetensors")
-_BUNDLE = (*_CHECKPOINT, "predict.py")
+_BUNDLE = ("config.json", "predict.py")
 
 
 @dataclass(frozen=True)
@@ -217,7 +217,7 @@ def load_any(
     Raises:
         UserError: it holds none of them, it is damaged, or cannot have these sizes.
     """
-    kind, folder = _kind(folder)
+    kind, folder = kind_of(folder)
     if kind == "checkpoint":
         return _views(folder, device, flip=flip, sizes=sizes)
     if sizes:
@@ -235,8 +235,24 @@ def about(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: as for `load_any`.
     """
-    kind, folder = _kind(folder)
-    return {**(read_config(folder) if kind == KIND else checkpoint.read_config(folder)), "kind": kind}
+    kind, folder = kind_of(folder)
+    read = {"bundle": bundle_config, KIND: read_config, "checkpoint": checkpoint.read_config}[kind]
+    return {**read(folder), "kind": kind}
+
+
+def bundle_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a bundle.
+
+    Raises:
+        UserError: the folder is no bundle of this version.
+    """
+    from models.bundle.backends import BundleError
+    from models.bundle.model import read_config as read
+
+    try:
+        return read(folder)
+    except BundleError as error:
+        raise UserError(str(error)) from error
 
 
 def identity(folder: Path) -> dict[str, Any]:
@@ -245,8 +261,10 @@ def identity(folder: Path) -> dict[str, Any]:
     Raises:
         UserError: as for `load_any`.
     """
-    kind, folder = _kind(folder)
-    names = list(_BUNDLE if kind == "bundle" else _CHECKPOINT)
+    kind, folder = kind_of(folder)
+    names = list(_CHECKPOINT)
+    if kind == "bundle":
+        names = [*_BUNDLE, *(member["file"] for member in bundle_config(folder)["members"])]
     if kind == KIND:
         listed = [member["name"] for member in read_config(folder)["members"]]
         names = ["config.json", *(f"members/{name}/{file}" for name in listed for file in _CHECKPOINT)]
@@ -266,7 +284,7 @@ def _bundle(folder: Path, device: torch.device | str) -> Embedder:
 
     try:
         return load_bundle(folder, str(device))
-    except (KeyError, OSError, RuntimeError, SafetensorError, SyntaxError, ValueError) as error:
+    except (KeyError, OSError, RuntimeError, SafetensorError, SyntaxError, TypeError, ValueError) as error:
         raise UserError(
             f"the bundle {folder} cannot be loaded: {type(error).__name__}: {error}; export it again"
         ) from error
@@ -284,8 +302,8 @@ def _best(folder: Path) -> Path:
     return folder / "best" if is_run else folder
 
 
-def _kind(folder: Path) -> tuple[str, Path]:
-    """checkpoint, ensemble or bundle, and its folder.
+def kind_of(folder: Path) -> tuple[str, Path]:
+    """checkpoint, ensemble or bundle, and its folder: of a run, its best checkpoint's.
 
     Raises:
         UserError: it is none of them.

@@ -227,9 +227,10 @@ def fit(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
         return image_CHW.contiguous()
     image_CHW = middle(image_CHW)
     height, width = image_CHW.shape[1:]
+    # what is cut off is even, so that the mirrored picture gives the mirrored square
     scale = size / min(height, width)
-    resized = (max(size, round(height * scale)), max(size, round(width * scale)))
-    image_BCHW = torch.nn.functional.interpolate(image_CHW[None], resized, mode="bicubic", antialias=True)
+    resized = tuple(size + 2 * round(max(side * scale - size, 0) / 2) for side in (height, width))
+    image_BCHW = torch.nn.functional.interpolate(image_CHW[None], list(resized), mode="bicubic", antialias=True)
     top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
     return image_BCHW[0, :, top : top + size, left : left + size].contiguous()
 
@@ -237,5 +238,5 @@ def fit(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
 def middle(image_CHW: torch.Tensor) -> torch.Tensor:
     """The picture, or of a strip its middle: resized whole, it would grow to gigabytes beside the square kept."""
     most = _LONGEST * min(image_CHW.shape[1:])
-    top, left = (max(side - most, 0) // 2 for side in image_CHW.shape[1:])
-    return image_CHW[:, top : top + most, left : left + most]
+    top, left = (max(side - most + 1, 0) // 2 for side in image_CHW.shape[1:])  # as much on either side
+    return image_CHW[:, top : image_CHW.shape[1] - top, left : image_CHW.shape[2] - left]

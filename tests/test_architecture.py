@@ -111,8 +111,16 @@ def test_files_open_with_their_purpose() -> None:
 
 
 def test_the_bundles_program_needs_only_what_export_copies_into_it() -> None:
-    found = {name for name in imports(ROOT / "models" / "predict.py") if name.partition(".")[0] in OURS}
-    assert found == {"models.heads", "models.preprocess", "models.towers"}
+    from models.export import PROGRAM
+
+    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "models/bundle").glob("*.py")} <= {
+        *PROGRAM, "models/bundle/__init__.py", "models/bundle/im2emb.py",
+    }  # fmt: skip
+    carried = tuple(place.removesuffix(".py").replace("/", ".") for place in PROGRAM)
+    for place in PROGRAM:
+        found = {name for name in imports(ROOT / place) if name.partition(".")[0] in OURS}
+        assert found <= set(carried), place
+    assert not [name for name in imports(ROOT / "models/bundle/im2emb.py") if name.partition(".")[0] in OURS]
 
 
 def test_no_machine_paths_and_no_registry_hosts() -> None:

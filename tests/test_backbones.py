@@ -389,7 +389,7 @@ def test_a_bundle_rebuilds_a_blip2_tower_by_itself(tmp_path: Path) -> None:
 
     model = make(BLIP2, "random", 84, 16)
     probes = [(torch.rand(3, 100, 90, generator=torch.Generator().manual_seed(i)) * 255).byte() for i in range(2)]
-    checkpoint.save(tmp_path / "best", model, torch.ones(16) / 4, probes, {})
+    checkpoint.save(tmp_path / "best", model, torch.ones(16) / 4, probes, {"encoder": "colours"})
     assert export(tmp_path / "best", tmp_path / "bundle") <= 1e-5
     bundle = load_bundle(tmp_path / "bundle")
     torch.testing.assert_close(bundle.embed(probes), model.embed(probes), rtol=0, atol=1e-5)

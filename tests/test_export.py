@@ -1,31 +1,25 @@
-"""The bundle: on its own, in a process that cannot see this project, it predicts what the checkpoint does."""
+"""Export: whatever is exported, the bundle gives the vectors of what it was made of, or nothing is written."""
 
 import ast
-import csv
-import importlib.util
 import json
 import os
 import resource
 import shutil
-import site
-import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from conf import ROOT, UserError
-from models import checkpoint, export
-from models.preprocess import decode
+from conf import UserError
+from models import checkpoint, ensemble, export
 from models.regressor import make
 from tests import small_dataset
 from tests.commands import contents
+from tests.test_evaluate import judge
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -39,39 +33,119 @@ def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@pytest.fixture
-def pictures(tmp_path: Path) -> Path:
-    """Three pictures of other sizes than the training ones, one of them in a folder below."""
-    folder = tmp_path / "images"
-    (folder / "deeper").mkdir(parents=True)
-    for i, name in enumerate(("b.png", "deeper/a.webp", "c.jpg")):
-        pixels_HWC = np.random.default_rng(i).integers(0, 256, (40 + 9 * i, 60, 3), dtype=np.uint8)
-        Image.fromarray(pixels_HWC).save(folder / name)
+def drawn(count: int, seed: int = 0) -> list[torch.Tensor]:
+    """Pictures of several shapes."""
+    rng = np.random.default_rng(seed)
+    shapes = [(40, 40), (33, 60), (71, 50), (64, 64)]
+    return [torch.from_numpy(rng.integers(0, 256, (3, *shapes[i % 4]), np.uint8)) for i in range(count)]
+
+
+def save(folder: Path, backbone: str, size: int, seed: int = 0, head: str = "linear") -> Path:
+    """A checkpoint of random weights."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make(backbone, "random", size, E, head=head, hidden=9).eval()
+        for name, buffer in model.named_buffers():
+            if name.endswith("running_mean"):
+                buffer.normal_(std=0.1)
+        mean_E = torch.nn.functional.normalize(torch.rand(E), dim=0)
+    checkpoint.save(folder, model, mean_E, drawn(8, seed), {"encoder": small_dataset.ENCODER, "score": None})
     return folder
 
 
-def predict(bundle: Path, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
-    """The bundle's own `main`, in this process."""
-    spec = importlib.util.spec_from_file_location("bundle_main", bundle / "predict.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module: ModuleType = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(sys, "argv", ["predict.py", "--device", "cpu", *map(str, arguments)])
-    module.main()
-
-
-def submission(path: Path) -> tuple[list[str], NDArray[np.float64]]:
-    with path.open() as file:
-        head, *rows = csv.reader(file)
-    assert head == ["imgId_eId", "val"]
-    return [name for name, _ in rows], np.array([float(value) for _, value in rows]).reshape(-1, E)
-
-
-def test_it_holds_three_files_and_no_probes(bundle: Path, tiny_run: Path) -> None:
-    assert sorted(contents(bundle)) == ["config.json", "model.safetensors", "predict.py"]
-    assert (bundle / "config.json").read_text() == (tiny_run / "best/config.json").read_text()
+def test_it_holds_weights_without_probes_and_says_nothing_of_where_data_lay(
+    bundle: Path, tiny_run: Path, small_data: Path
+) -> None:
     assert not [name for name in load_file(bundle / "model.safetensors") if name.startswith("probe")]
+    assert (bundle / "model.safetensors").stat().st_mode & 0o444 == 0o444
+    config = json.loads((bundle / "config.json").read_text())
+    theirs = checkpoint.read_config(tiny_run / "best")
+    (member,) = config["members"]
+    assert member["facts"]["dataset"] == [{**theirs["dataset"][0], "path": small_data.name}]
+    assert member["facts"]["score"] == theirs["score"]
+    assert str(small_data.parent) not in (bundle / "config.json").read_text()
+    assert (member["backbone"], member["sizes"], config["encoder"]) == (theirs["backbone"], [32], theirs["encoder"])
+
+
+def test_names_of_its_program_are_unique(bundle: Path) -> None:
+    """Of files that are joined, a name that two of them give would be the second's."""
+    body = ast.parse((bundle / "predict.py").read_text()).body
+    names = Counter(node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef))
+    names += Counter(
+        target.id
+        for node in body
+        if isinstance(node, ast.Assign)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    )
+    assert not [name for name, count in names.items() if count > 1]
+
+
+def test_views_are_those_of_evaluation(tmp_path: Path) -> None:
+    save(tmp_path / "best", "test_vit", 64)
+    assert export.export(tmp_path / "best", tmp_path / "bundle", flip=True, sizes=(64, 96)) < 1e-5
+    images = drawn(6, 1)
+    expected = ensemble.load_any(tmp_path / "best", flip=True, sizes=(64, 96)).embed(images)
+    predictor = export.load_bundle(tmp_path / "bundle")
+    assert predictor.sizes == (64, 96)
+    torch.testing.assert_close(predictor.embed(images), expected, atol=1e-5, rtol=0)
+    names = load_file(tmp_path / "bundle/model.safetensors").keys()
+    assert [name for name in names if name.startswith("at-")] == ["at-96.backbone.pos_embed"]
+    with pytest.raises(UserError, match="sizes: 0 px is below 1"):
+        export.export(tmp_path / "best", tmp_path / "other", sizes=(0,))
+
+
+def test_an_ensemble_of_three_backbones_and_sizes_is_what_evaluation_blends(tiny_run: Path, tmp_path: Path) -> None:
+    """By `train.evaluate`, on its pictures, with views."""
+    members = [ensemble.Member("regressor", tiny_run, 0.5, sizes=(32, 48))]
+    for name, backbone, size, weight in (("conv", "test_efficientnet", 48, 0.3), ("large", "test_convnext", 64, 0.2)):
+        members.append(ensemble.Member(name, save(tmp_path / name, backbone, size), weight, flip=name == "conv"))
+    saved = tmp_path / "ensemble"
+    score = {"mean": 0.5, "low": 0.4, "high": 0.6}
+    ensemble.save(saved, members, {"score": score, "images": 9, "datasets": [{"path": "/somebodys/data", "images": 9}]})
+    assert export.export(saved, tmp_path / "bundle") < 1e-5
+    assert sorted(path.name for path in (tmp_path / "bundle").glob("*.safetensors")) == [
+        "model-conv.safetensors", "model-large.safetensors", "model-regressor.safetensors",
+    ]  # fmt: skip
+    judge(tiny_run, tmp_path / "theirs", f"checkpoint={saved}", "embedders=[regressor]")
+    judge(tiny_run, tmp_path / "ours", f"checkpoint={tmp_path / 'bundle'}", "embedders=[regressor]")
+    theirs, ours = (np.load(tmp_path / f"{name}/predictions/regressor.npy") for name in ("theirs", "ours"))
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    assert json.loads((tmp_path / "bundle/config.json").read_text())["facts"] == {
+        "score": score, "images": 9, "datasets": [{"path": "data", "images": 9}],
+    }  # fmt: skip
+    with pytest.raises(UserError, match="is an ensemble, whose members have views of their own"):
+        export.export(saved, tmp_path / "other", flip=True)
+
+
+def test_a_picture_that_cannot_be_read_gets_the_blended_mean(tmp_path: Path) -> None:
+    places = [save(tmp_path / name, "test_vit", 32, seed) for seed, name in enumerate("ab")]
+    members = [ensemble.Member(place.name, place, weight) for place, weight in zip(places, (3, 1), strict=True)]
+    ensemble.save(tmp_path / "both", members, {})
+    export.export(tmp_path / "both", tmp_path / "bundle")
+    a_E, b_E = (checkpoint.load_extras(place)[0] for place in places)
+    expected_E = torch.nn.functional.normalize(3 * a_E + b_E, dim=0)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    predictor = export.load_bundle(tmp_path / "bundle")
+    found = predictor.embed([tmp_path / "bad.png", *drawn(1)], unreadable="mean")
+    torch.testing.assert_close(found[0], expected_E, atol=1e-6, rtol=0)
+    torch.testing.assert_close(found[1:], predictor.embed(drawn(1)), atol=1e-6, rtol=0)
+
+
+def test_half_the_bytes_cost_little(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
+    export.export(tiny_run / "best", tmp_path / "half", precision="fp16")
+    small, large = ((folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", bundle))
+    assert small < 0.55 * large
+    images = drawn(8, 5)
+    near_B = (export.load_bundle(tmp_path / "half").embed(images) * export.load_bundle(bundle).embed(images)).sum(1)
+    assert near_B.min() > 1 - 1e-4
+    tensors = load_file(tmp_path / "half/model.safetensors").values()
+    assert {tensor.dtype for tensor in tensors if tensor.ndim < 2} == {torch.float32}, "a variance can be too small"
+
+
+def test_a_bundle_is_not_exported_again(bundle: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is a bundle already; name the checkpoint or the ensemble"):
+        export.export(bundle, tmp_path / "out")
 
 
 def test_it_imports_nothing_of_ours(bundle: Path) -> None:
@@ -84,96 +158,16 @@ def test_it_imports_nothing_of_ours(bundle: Path) -> None:
 
     assert roots(tree.body) <= {"torch", "timm", "safetensors", "PIL", "numpy"}
     everywhere = [node for node in ast.walk(tree) if isinstance(node, ast.stmt)]
-    others = {"open_clip", "transformers", "torchcodec", "torchvision"}  # where a backbone or a decoder asks for them
+    others = {
+        "open_clip",
+        "transformers",
+        "torchcodec",
+        "torchvision",
+        "onnxruntime",
+        "openvino",
+        "pyarrow",
+    }  # where asked for
     assert roots(everywhere) <= {"torch", "timm", "safetensors", "PIL", "numpy"} | others
-
-
-def test_alone_it_predicts_what_training_does(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
-    """A copy, in a process without the project and without a working folder: the public pictures and their ids."""
-    competition = ROOT.parent / "shared/data/competition"
-    images = tmp_path / "images"
-    if competition.is_dir():
-        shutil.copytree(competition, images, ignore=shutil.ignore_patterns("*.csv"))
-        expected_ids, _ = submission(competition / "sample_submission.csv")
-    else:
-        images.mkdir()
-        for i in range(7):
-            (images / f"{i}.png").write_bytes(small_dataset.picture(f"{i} 200 90 {20 * i} 0 7", 64))
-        expected_ids = [f"{i}_{e}" for i in range(7) for e in range(E)]
-    shutil.copytree(bundle, tmp_path / "copy")
-    (tmp_path / "empty").mkdir()
-    packages = os.pathsep.join(site.getsitepackages())
-    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": packages, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-S", tmp_path / "copy/predict.py", "--images", images, "--batch-size", "3"]
-    done = subprocess.run(
-        command, cwd=tmp_path / "empty", env=environment, capture_output=True, text=True, check=False, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "submission.csv: 7 pictures, 0 of them unreadable" in done.stderr
-    assert done.stdout == ""
-    ids, vectors = submission(tmp_path / "empty/submission.csv")
-    assert ids == expected_ids
-    assert len(ids) == 7 * E
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-    model = checkpoint.load(tiny_run / "best")
-    ours = model.embed([decode(file.read_bytes()) for file in sorted(images.iterdir())])
-    np.testing.assert_allclose(vectors, ours, atol=1e-5)
-
-
-def test_a_picture_that_cannot_be_read_gets_the_mean_vector(
-    bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (pictures / "broken.png").write_bytes((pictures / "b.png").read_bytes()[:500])
-    (pictures / "empty.JPG").touch()
-    predict(bundle, monkeypatch, "--images", pictures, "--out", tmp_path / "s.csv", "--batch-size", 2)
-    err = capsys.readouterr().err
-    assert f"warning: {pictures / 'broken.png'}: " in err
-    assert f"warning: {pictures / 'empty.JPG'}: " in err
-    assert "5 pictures, 2 of them unreadable" in err
-    ids, vectors = submission(tmp_path / "s.csv")
-    assert [name.rpartition("_")[0] for name in ids[::E]] == ["a", "b", "broken", "c", "empty"]
-    mean_E = load_file(bundle / "model.safetensors")["mean_E"]
-    for row in (2, 4):
-        np.testing.assert_allclose(vectors[row], mean_E, atol=1e-8)
-    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
-
-
-@pytest.mark.parametrize("mistake", ["empty", "missing", "twice", "batch"])
-def test_a_mistake_ends_it_with_nothing_written(
-    mistake: str, bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    batch = 4
-    if mistake == "empty":
-        shutil.rmtree(pictures)
-        pictures.mkdir()
-        (pictures / "notes.txt").touch()
-    elif mistake == "missing":
-        shutil.rmtree(pictures)
-    elif mistake == "twice":
-        shutil.copy(pictures / "b.png", pictures / "deeper/b.jpeg")
-    else:
-        batch = 0
-    with pytest.raises(SystemExit) as ended:
-        predict(bundle, monkeypatch, "--images", pictures, "--out", tmp_path / "s.csv", "--batch-size", batch)
-    assert ended.value.code not in (0, None)
-    assert [p.name for p in tmp_path.iterdir()] in (["images"], [])
-    words = {"empty": "no picture (.jpeg, .jpg, .png, .webp) in", "missing": "no folder", "twice": "share an imgId"}
-    assert words.get(mistake, "") in str(ended.value.code)
-
-
-def test_a_full_disk_leaves_no_half_of_a_submission(
-    bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "s.csv").write_text("the last one")
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, hard))
-    try:
-        with pytest.raises(SystemExit, match=r"error: cannot write .*s\.csv: File too large"):
-            predict(bundle, monkeypatch, "--images", pictures, "--out", tmp_path / "s.csv")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "s.csv"]
-    assert (tmp_path / "s.csv").read_text() == "the last one"
 
 
 def test_exported_again_it_has_the_same_bytes(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
@@ -188,7 +182,7 @@ def test_parity_is_refused_when_a_probe_vector_differs(tiny_run: Path, tmp_path:
     tensors = load_file(tmp_path / "altered/model.safetensors")
     tensors["probe_vectors"][5, 7] += 3e-5
     save_file(tensors, tmp_path / "altered/model.safetensors")
-    with pytest.raises(UserError, match=r"differs by 3\.\de-05 from the checkpoint's probe vectors, more than 1e-05"):
+    with pytest.raises(UserError, match=r"differs by 3\.\de-05 from the probe vectors that were kept in training"):
         export.export(tmp_path / "altered", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["altered"]
 
@@ -231,14 +225,15 @@ def test_the_newest_best_checkpoint_is_the_default(tmp_path: Path, monkeypatch: 
     assert export.newest() == tmp_path / "checkpoints/new/best"
 
 
-def test_a_wide_head_is_exported_too(tmp_path: Path) -> None:
-    model = make("test_vit", "random", 32, E, head="wide", hidden=9).eval()
-    model.head.get_submodule("1").get_buffer("running_mean").normal_(generator=torch.Generator().manual_seed(0))
-    probes = [torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8) for _ in range(3)]
-    checkpoint.save(tmp_path / "best", model, torch.nn.functional.normalize(torch.ones(E), dim=0), probes, {})
+@pytest.mark.parametrize("head", ["linear", "wide"])
+@pytest.mark.parametrize("backbone", ["test_vit", "test_efficientnet", "test_convnext", "test_vit3"])
+def test_a_bundle_gives_the_checkpoints_vectors(backbone: str, head: str, tmp_path: Path) -> None:
+    """Also of towers that compute what they need at a size, which no file holds."""
+    save(tmp_path / "best", backbone, 64, head=head)
     assert export.export(tmp_path / "best", tmp_path / "bundle") < 1e-5
-    found = export.load_bundle(tmp_path / "bundle").embed(probes)
-    torch.testing.assert_close(found, model.embed(probes), atol=1e-5, rtol=0)
+    images = drawn(5, 3)
+    found = export.load_bundle(tmp_path / "bundle").embed(images)
+    torch.testing.assert_close(found, checkpoint.load(tmp_path / "best").embed(images), atol=1e-5, rtol=0)
 
 
 def test_a_checkpoint_from_before_there_were_other_heads(tiny_run: Path, tmp_path: Path) -> None:

@@ -302,7 +302,7 @@ def test_a_giant_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch
 def test_fit_is_pillows_bicubic_and_a_centre_crop(height: int, width: int, size: int) -> None:
     picture = scene(height, width)
     scale = size / min(height, width)
-    to = (round(width * scale), round(height * scale))
+    to = (size + 2 * round((width * scale - size) / 2), size + 2 * round((height * scale - size) / 2))
     left, top = (to[0] - size) // 2, (to[1] - size) // 2
     resized = picture.resize(to, Image.Resampling.BICUBIC)
     expected = np.array(resized.crop((left, top, left + size, top + size)), np.float64)
@@ -312,6 +312,19 @@ def test_fit_is_pillows_bicubic_and_a_centre_crop(height: int, width: int, size:
     error = np.abs(hwc(found) - expected)
     assert error.mean() < 0.1, "levels"
     assert error.max() <= 1
+
+
+def test_the_mirrored_picture_gives_the_mirrored_square() -> None:
+    rng = np.random.default_rng(4)
+    for height, width, size in [
+        (90, 131, 32),
+        (333, 500, 224),
+        (31, 20, 48),
+        (3, 101, 16),
+        *rng.integers(8, 200, (50, 3)),
+    ]:
+        image_CHW = torch.from_numpy(rng.integers(0, 256, (3, height, width), np.uint8))
+        assert fit(image_CHW.flip(-1), int(size)).equal(fit(image_CHW, int(size)).flip(-1)), (height, width, size)
 
 
 def test_fit_does_not_depend_on_how_the_picture_lies_in_memory() -> None:
@@ -359,7 +372,7 @@ def test_training_evaluation_and_the_bundle_see_one_tensor(tiny_run: Path, tmp_p
         seen.append(inputs[0].clone())
 
     model.backbone.register_forward_pre_hook(keep)
-    predictor._backbone.register_forward_pre_hook(keep)
+    predictor.network.members[0].towers[0].register_forward_pre_hook(keep)
     with torch.inference_mode():
         model.features(pictures.__getitems__([0, 1, 2, 3]).image_BCHW)
     model.embed([decode(file) for file in files])

@@ -2,7 +2,6 @@
 
 import importlib
 import re
-import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +81,18 @@ COMMANDS = {
     ],
     "python -m train.report run=checkpoints/quickstart": ["run=checkpoints/mine"],
     "python -m train.demo checkpoint=checkpoints/quickstart/best": None,  # tests/test_demo.py starts it
+    "python -m models.export checkpoint=both/ensemble wheels.python=3.11 out=kaggle": ["wheels.python=null"],
+    "python kaggle/predict.py --images test/images --sample-submission sample_submission.csv --time-limit 8h30m "
+    "--out submission.csv": [],
+    "python -m models.export checkpoint=checkpoints/vith14 precision=fp16 flip=true sizes=[224,280] out=views": [
+        "sizes=[160,192]"
+    ],
+    "python -m models.export graphs=[onnx,openvino,openvino_int8,torch] pictures=data/sd2 out=served": [
+        *("checkpoint=checkpoints/vith14/best", "pictures=pictures")
+    ],
+    "python served/predict.py --images pictures --backend openvino_int8 --format npy --out vectors.npy": [],
+    "python -m models.export push=kaggle:user/im2emb-vith14": ["checkpoint=checkpoints/vith14/best"],
+    "python -m models.export push=hub:user/im2emb-vith14 dry_run=false": None,  # tests/test_publish.py sends it
 }
 CONFIGS = {"datagen": "datagen", "train": "train", "datagen.report": "datagen_report"}
 
@@ -116,9 +127,8 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
         if overrides is None:
             continue
         small = [o.format(**places) for o in overrides]
-        if command.startswith("python bundle/"):
-            monkeypatch.setattr(sys, "argv", command.split()[1:])
-            runpy.run_path("bundle/predict.py", run_name="__main__")
+        if "/predict.py" in command:
+            subprocess.run([sys.executable, *command.split()[1:]], check=True)
             continue
         words = command.replace("make datagen", "python -m datagen").replace("'", "").split()
         module, given = words[2], words[3:]
@@ -127,7 +137,9 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
         main = importlib.import_module(f"{module}.__main__" if "." not in module else module)
         values = compose(CONFIGS.get(module, module.split(".")[1] if "." in module else module), [*given, *small])
         assert not main.run({k: v for k, v in values.items() if k != "hydra"}), command
+    assert np.load("vectors.npy").shape == (16, 384)
     assert Path("submission.csv").read_text().count("\n") == 1 + 384 * 4
+    assert Path("submission.csv").read_text().splitlines()[1].startswith("t2_0,"), "the sample file's order"
     assert Path("checkpoints/mine/report.html").stat().st_size > 10_000
     assert Path("data/sd2.report.html").stat().st_size > 10_000
 
@@ -144,6 +156,8 @@ def _pictures(folder: Path) -> None:
         rows += [f"p{i}.png,a {colour} square number {i}" for colour in ("red", "noisy")]
         if i < 4:
             picture.save(folder / f"test/images/t{i}.png")
+    ids = [f"t{i}_{e},0\n" for i in (2, 0, 3, 1) for e in range(384)]
+    (folder / "sample_submission.csv").write_text("".join(["imgId_eId,val\n", *ids]))
     (folder / "captions.csv").write_text("\n".join(rows) + "\n")
     prompts = [f"a {c} {o}" for c in ("red", "blue", "green") for o in ("cat", "dog", "sailboat", "piano")]
     (folder / "prompts.csv").write_text("prompt\n" + "\n".join(prompts) + "\n")

@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-_FORMAT = 1  # of what is kept and how it comes about: another preprocess needs another number
+_FORMAT = 2  # of what is kept and how it comes about: another preprocess needs another number
 _PART = 2048  # pictures, at most: what a kill costs
 _SHARE = 0.9  # of the free disk that features may take
 _NAMED = 3  # unreadable pictures that the log names

@@ -37,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-_FORMAT = 1  # of what is kept: another preprocess needs another number
+_FORMAT = 2  # of what is kept: another preprocess needs another number
 _PART = 512  # pictures: what a kill costs
 _THREADS = 8  # that decode; decoders let go of the interpreter's lock
 

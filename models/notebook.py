@@ -1,0 +1,157 @@
+"""The bundle's notebook for Kaggle: it finds the bundle and the competition, runs predict.py and checks what came.
+
+    (bundle / "notebook.ipynb").write_text(notebook(config))
+
+The same config gives the same bytes. The notebook asks for nothing but Python's own library, and no network.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+_ABOUT = """\
+# im2emb: pictures → {encoder} embeddings of their prompts
+
+{members}
+
+README.md of the bundle says what that was trained on and how it scores.
+
+**On Kaggle:** *Add Input*: the dataset with this bundle, and the competition *Stable Diffusion – Image to Prompts*.
+Accelerator *GPU T4 ×2*, Internet *off*. *Save Version*, then *Submit*: the run on the hidden pictures may take nine
+hours, and predict.py ends after eight and a half with a whole submission in any case.
+
+**Elsewhere:** it looks below the folder that the environment variable `IM2EMB_INPUT` names, else below the notebook's
+own, for the bundle (`predict.py`, `config.json`) and for `sample_submission.csv` with the folder `images` beside it.
+Without a sample file, `python predict.py --images FOLDER --out submission.csv` is all you need."""
+
+_FIND = '''\
+import json
+import os
+from pathlib import Path
+
+KAGGLE = Path("/kaggle/input")
+INPUT = Path(os.environ.get("IM2EMB_INPUT") or (KAGGLE if KAGGLE.is_dir() else Path.cwd()))
+OUT = Path("submission.csv")
+
+
+def only(what, found):
+    """The one path that was found."""
+    if len(found) != 1:
+        names = ", ".join(map(str, found)) or "none"
+        raise FileNotFoundError(f"below {INPUT} there must be one {what}, and there is: {names}. See Add Input, above")
+    return found[0]
+
+
+def is_bundle(folder):
+    config = folder / "config.json"
+    return config.is_file() and json.loads(config.read_text()).get("kind") == "bundle"
+
+
+BUNDLE = only("bundle", [p.parent for p in sorted(INPUT.rglob("predict.py")) if is_bundle(p.parent)])
+SAMPLE = only(
+    "sample_submission.csv with images/ beside it",
+    [p for p in sorted(INPUT.rglob("sample_submission.csv")) if (p.parent / "images").is_dir()],
+)
+print(BUNDLE, SAMPLE, sep="\\n")'''
+
+_INSTALL = '''\
+import subprocess
+import sys
+
+
+def run(*command):
+    """Runs Python on it, its output shown as it comes, and raises where it fails."""
+    command = [sys.executable, *map(str, command)]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as process:
+        for line in process.stdout:
+            print(line, end="", flush=True)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}: the reason is above")
+
+
+wheels = BUNDLE / "wheels"
+if wheels.is_dir():  # what fits already stays as it is, and torch always does
+    run("-m", "pip", "install", "--no-index", "--find-links", wheels, "--requirement", wheels / "requirements.txt")'''
+
+_PREDICT = """\
+run(
+    BUNDLE / "predict.py",
+    *("--images", SAMPLE.parent / "images"),
+    *("--sample-submission", SAMPLE),
+    *("--time-limit", "8h30m"),  # Kaggle ends the notebook after nine hours
+    *("--out", OUT),
+)"""
+
+_CHECK = """\
+import csv
+import math
+from itertools import zip_longest
+
+WIDTH = json.loads((BUNDLE / "config.json").read_text())["target_width"]
+
+rows = 0
+with SAMPLE.open(newline="") as sample, OUT.open(newline="") as made:
+    for expected, row in zip_longest(filter(None, csv.reader(sample)), csv.reader(made)):
+        if not expected or not row or row[0] != expected[0] or len(row) != 2:
+            raise ValueError(f"row {rows} of {OUT} is {row}, and of {SAMPLE} {expected}")
+        if rows and not math.isfinite(float(row[1])):
+            raise ValueError(f"row {rows} of {OUT} is {row}")
+        rows += 1
+pictures, rest = divmod(rows - 1, WIDTH)
+if rest or not pictures:
+    raise ValueError(f"{OUT} has {rows - 1} rows, which is no multiple of {WIDTH}")
+
+print(f"{OUT}: {pictures} pictures × {WIDTH} rows, in the order of {SAMPLE.name}")
+with OUT.open() as made:
+    print("", *(next(made) for _ in range(5)), sep="  ")
+
+unreadable = OUT.with_suffix(".unreadable.csv")
+print(unreadable.read_text() if unreadable.exists() else "Every picture was read.")"""
+
+
+def notebook(config: Mapping[str, Any]) -> str:
+    """The text of notebook.ipynb, nbformat 4.5, for a bundle's config.json."""
+    about = _ABOUT.format(encoder=config["encoder"] or "text", members="\n".join(_members(config)))
+    code = {"find": _FIND, "install": _INSTALL, "predict": _PREDICT, "check": _CHECK}
+    cells = [
+        {"cell_type": "markdown", "id": "about", "metadata": {}, "source": about.splitlines(keepends=True)},
+        *(_code(name, text) for name, text in code.items()),
+    ]
+    metadata = {
+        "kaggle": {
+            "accelerator": "nvidiaTeslaT4",  # Kaggle's name of T4 ×2
+            "dataSources": [],
+            "isGpuEnabled": True,
+            "isInternetEnabled": False,
+            "language": "python",
+            "sourceType": "notebook",
+        },
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    document = {"cells": cells, "metadata": metadata, "nbformat": 4, "nbformat_minor": 5}
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+def _members(config: Mapping[str, Any]) -> list[str]:
+    """A Markdown line a member."""
+    lines = []
+    for member in config["members"]:
+        sizes = ", ".join(f"{size} px" for size in member["sizes"])
+        flip = ", mirrored too" if member["flip"] else ""
+        weight = f", weight {member['weight']:.3f}" if len(config["members"]) > 1 else ""
+        lines.append(f"* `{member['backbone']}` at {sizes}{flip}{weight}")
+    return lines
+
+
+def _code(name: str, text: str) -> dict[str, Any]:
+    return {
+        "cell_type": "code",
+        "execution_count": None,
+        "id": name,
+        "metadata": {},
+        "outputs": [],
+        "source": text.splitlines(keepends=True),
+    }
