@@ -36,9 +36,7 @@ _WHAT = {
     "modules.json": "for sentence-transformers",
     "config_sentence_transformers.json": "for sentence-transformers",
     "dataset-metadata.json": "for Kaggle's uploader",
-    "onnx": "the whole network for onnxruntime",
-    "openvino": "the whole network for OpenVINO",
-    "torch": "the whole network by torch.export, for C++",
+    "graphs": "the whole network for other runtimes",
     "wheels": "packages to install with no network",
 }
 
@@ -453,7 +451,11 @@ def _graphs(config: Mapping[str, Any]) -> list[str]:
     found = ["## Graphs", _GRAPHS, _table(("graph", "file", "mean cosine distance", "largest", "pictures"), rows)]
     if "openvino_int8" in graphs:
         mean, most = (graphs["openvino_int8"][f"{kind}_distance"] for kind in ("mean", "max"))
-        found.append(f"int8 costs {mean:.4f} of cosine on the average, and {most:.4f} at worst.")
+        fitted = graphs["openvino_int8"].get("calibrated")
+        found.append(
+            f"int8 costs {mean:.4f} of cosine on the average, and {most:.4f} at worst"
+            + (f"; it was fitted to {fitted:,} other pictures." if fitted else ".")
+        )
     runs = [name for name in sorted(graphs) if name != "torch"]
     return found + ([f"`predict.py --backend {runs[0]}` runs it on the CPU."] if runs else [])
 

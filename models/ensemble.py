@@ -6,7 +6,7 @@
 
 <folder>/config.json      {"format", "kind": "ensemble", "encoder", "target_width", "facts",
                            "members": [{"name", "weight", "flip", "sizes"}]}
-         members/NAME/    each member's checkpoint, whole
+         members/NAME/    each member's checkpoint, whole, and recipe.json, the settings of its run
 
 B pictures, M members, E target width.
 """
@@ -34,7 +34,7 @@ from models.weights import sha256
 
 __all__ = [
     "Ensemble", "Member", "Nested", "Views", "about", "blend", "bundle_config", "fit", "identity", "kind_of", "load",
-    "load_any", "nested", "read_config", "refuse_sizes", "save",
+    "load_any", "nested", "read_config", "recipe", "refuse_sizes", "save",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -45,6 +45,7 @@ LEAST = 1e-4  # weight of a member that is worth its time
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _CHECKPOINT = ("config.json", "model.safetensors")
 _BUNDLE = ("config.json", "predict.py")
+_RECIPE = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,8 @@ def save(folder: Path, members: Sequence[Member], facts: Mapping[str, Any]) -> N
             own.mkdir(parents=True)
             for name in reversed(_CHECKPOINT):  # the weights first: a config that is still the same is theirs
                 shutil.copyfile(_best(member.folder) / name, own / name)
+            if (settings := recipe(_best(member.folder))) is not None:
+                shutil.copyfile(settings, own / _RECIPE)
             if checkpoint.read_config(own) != its:
                 raise UserError(
                     f"{member.folder} was written to while it was copied: does its run go on? Run this again"
@@ -157,6 +160,12 @@ def _checked(members: Sequence[Member]) -> tuple[list[float], list[dict[str, Any
     if found:
         raise UserError("these members make no ensemble:\n" + "\n".join(f"  {problem}" for problem in found))
     return shares, [configs[member.name] for member in members]
+
+
+def recipe(folder: Path) -> Path | None:
+    """The settings of the run that a checkpoint, or a member's, comes from; None where they are not there."""
+    places = (folder / _RECIPE, folder.parent / "settings.json")
+    return next((place for place in places if place.is_file()), None)
 
 
 def refuse_sizes(config: Mapping[str, Any], sizes: tuple[int, ...]) -> None:

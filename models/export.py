@@ -11,6 +11,7 @@ The bundle is loaded and must give the vectors of what it was made of, or nothin
 import ast
 import json
 import logging
+import re
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
@@ -24,12 +25,18 @@ from models.notebook import notebook
 from models.publish import address_problems, push
 from models.samples import samples
 from models.st_module import st_files
-from models.wheels import collect, problems
+from models.wheels import collect, problems, wanted
 
 log = logging.getLogger(__name__)
 
+_FACTS = ("dataset", "datasets", "folds", "images", "score", "split", "step", "steps", "versions")
+_IN_A_BUNDLE = re.compile(
+    r"[^/]+\.(safetensors|json)|predict\.py|im2emb\.py|notebook\.ipynb|README\.md|graphs|wheels|__pycache__"
+)
+_EVERYWHERE = {"timm", "numpy", "pillow", "safetensors"}  # where pictures are predicted
 _SHOWN = 500  # pictures that graphs are checked on
-_TOLERANCE = {"fp32": 1e-5, "fp16": 5e-3}  # largest difference of a component
+_TOLERANCE = 1e-5  # largest difference of a component
+_HALF_BOUND = 1e-3  # largest cosine distance that weights in fp16 may cost
 PROGRAM = (
     *(f"models/{name}.py" for name in ("heads", "preprocess", "towers")),
     *(f"models/bundle/{name}.py" for name in ("backends", "model", "inputs", "outputs", "work", "predict")),
@@ -45,8 +52,8 @@ class WheelsSettings:
     """It predicts on, such as manylinux_2_28_x86_64."""
 
     def version(self) -> str:
-        """The Python's; what is read as a number was written without quotes, and 3.10 came as 3.1."""
-        return f"{self.python:.2f}" if isinstance(self.python, float) else str(self.python)
+        """The Python's: 3.10 is read as the number 3.1."""
+        return "3.10" if self.python == 3.1 else str(self.python)
 
     def problems(self) -> list[str]:
         return problems(self.version(), self.platform) if self.python is not None else []
@@ -87,6 +94,12 @@ class ExportSettings:
         if "openvino_int8" in self.graphs and self.pictures is None:
             found.append(
                 "graphs: openvino_int8 is fitted to pictures and measured on them; name some hundreds, pictures=FOLDER"
+            )
+        if self.pictures is not None and not self.graphs:
+            found.append(f"pictures: {self.pictures} are for graphs, and none is asked for; name some, graphs=[onnx]")
+        if self.push is None and (self.public or not self.dry_run):
+            found.append(
+                "public, dry_run: they are for push=, which is not there; name hub:USER/NAME or kaggle:USER/SLUG"
             )
         return found + self.told().problems()
 
@@ -145,7 +158,7 @@ def export(
         UserError: `source` is no such thing, the bundle does not give its vectors, or `out` cannot be written; nothing
             is.
     """
-    from models import checkpoint
+    from models import checkpoint, ensemble
 
     if graphs:
         from models.graphs import refuse
@@ -159,24 +172,24 @@ def export(
             f"{parts[0].folder / 'config.json'} names no target encoder; is it a checkpoint of python -m train?"
         )
     out = out.resolve()
-    if out.exists() and not (out / "predict.py").exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"{out} holds something that is no bundle; choose another out=")
+    _refuse_strangers(out)
     with checkpoint.replacing(out) as folder:
         members = [_write_member(folder, part, precision, only=len(parts) == 1) for part in parts]
         config = _config(members, encoder, facts, precision)
         _write_json(folder / "config.json", config)
         (folder / "predict.py").write_text(predict_source())
-        difference = _checked(folder, source, parts, precision, flip=flip, sizes=tuple(sizes))
+        difference, cost = _checked(folder, source, parts, precision, flip=flip, sizes=tuple(sizes))
         if graphs:
             config["graphs"] = _write_graphs(folder, config, graphs, shown or _probes(parts))
-            _write_json(folder / "config.json", config)
+        config |= cost
+        _write_json(folder / "config.json", config)
         (folder / "im2emb.py").write_text((ROOT / "models/bundle/im2emb.py").read_text())
         (folder / "notebook.ipynb").write_text(notebook(config))
         for name, text in st_files().items():
             (folder / name).write_text(text)
         if wheels is not None and wheels.python is not None:
             collect(folder / "wheels", config, wheels.version(), wheels.platform)
-        recipes = {part.name: recipe for part in parts if (recipe := _recipe(part.folder))}
+        recipes = {part.name: json.loads(path.read_text()) for part in parts if (path := ensemble.recipe(part.folder))}
         files = {
             path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
         }
@@ -186,24 +199,54 @@ def export(
     return difference
 
 
+def _refuse_strangers(out: Path) -> None:
+    """Raises a `UserError` where `out` holds what is not a bundle's, since it is replaced whole."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        config = json.loads((out / "config.json").read_text())
+        # those of version 0.1 name no kind, but have a checkpoint's keys
+        ours = (out / "predict.py").is_file() and config.get("kind", "bundle") == "bundle" and "target_width" in config
+    except (OSError, ValueError, AttributeError, TypeError):
+        ours = False
+    if not ours:
+        raise UserError(f"{out} holds something that is no bundle; choose another out=")
+    strange = sorted(path.name for path in out.iterdir() if not _IN_A_BUNDLE.fullmatch(path.name))
+    if strange:
+        raise UserError(
+            f"{out} holds {', '.join(strange[:3])}, which is no part of a bundle; move it, or choose another out="
+        )
+
+
 def _checked(
     folder: Path, source: Path, parts: Sequence[_Part], precision: str, *, flip: bool, sizes: tuple[int, ...]
-) -> float:
-    """The largest difference of the bundle's probe vectors from those of `source`, which is small enough."""
+) -> tuple[float, dict[str, Any]]:
+    """The largest difference of the bundle's probe vectors from those of `source`; and what fp16 costs, or nothing."""
     import torch
 
     from models import ensemble
 
     probes = _probes(parts)
     expected = ensemble.load_any(source, flip=flip, sizes=sizes).embed(probes)
-    found = torch.cat([load_bundle(folder).embed([probe]) for probe in probes])
+    predictor = load_bundle(folder)
+    found = torch.cat([predictor.embed([probe]) for probe in probes])
     difference = _largest(found, expected)
-    if not difference <= _TOLERANCE[precision]:
+    if precision == "fp32":
+        if not difference <= _TOLERANCE:
+            raise UserError(
+                f"the bundle of {source} differs by {difference:.1e} from its vectors, more than {_TOLERANCE:.0e}; "
+                "nothing is written"
+            )
+        return difference, {}
+    distance_N = ((found.double() - expected.double()) ** 2).sum(1) / 2
+    mean, largest = float(distance_N.mean()), float(distance_N.max())
+    if not largest <= _HALF_BOUND:
         raise UserError(
-            f"the bundle of {source} differs by {difference:.1e} from its vectors, more than "
-            f"{_TOLERANCE[precision]:.0e}; nothing is written"
+            f"weights in fp16 cost up to {largest:.1e} of cosine on {len(probes)} pictures, more than "
+            f"{_HALF_BOUND:.0e}; nothing is written. Leave precision=fp32"
         )
-    return difference
+    cost = {"mean_distance": round(mean, 7), "max_distance": round(largest, 7), "pictures": len(probes)}
+    return difference, {"half_distance": cost}
 
 
 def _probes(parts: Sequence[_Part]) -> list[Any]:
@@ -259,10 +302,10 @@ def _write_member(folder: Path, part: _Part, precision: str, *, only: bool) -> d
     model = checkpoint.load(part.folder)
     found = torch.cat([model.embed([probe]) for probe in probes])
     difference = _largest(found, expected)
-    if not difference <= _TOLERANCE["fp32"]:
+    if not difference <= _TOLERANCE:
         raise UserError(
             f"{part.folder} differs by {difference:.1e} from the probe vectors that were kept in training, more than "
-            f"{_TOLERANCE['fp32']:.0e}; nothing is written. Is timm another version than in training?"
+            f"{_TOLERANCE:.0e}; nothing is written. Is timm another version than in training?"
         )
     tensors = _stored(model.state_dict(), precision)
     for size in part.sizes:
@@ -274,8 +317,6 @@ def _write_member(folder: Path, part: _Part, precision: str, *, only: bool) -> d
     save_file({**tensors, "mean_E": mean_E}, folder / file)
     (folder / file).chmod(0o644)  # safetensors lets nobody else read it
     about = {key: config[key] for key in ("backbone", "size", "width", "mean", "std", "target_width")}
-    others = ("format", "encoder", "head", "head_width")
-    facts = {key: value for key, value in config.items() if key not in (*about, *others)}
     return {
         **about,
         "name": part.name,
@@ -285,15 +326,17 @@ def _write_member(folder: Path, part: _Part, precision: str, *, only: bool) -> d
         "sizes": list(part.sizes),
         "head": config.get("head", "linear"),
         "head_width": config.get("head_width", 0),
-        "facts": _named_only(facts),
+        "facts": _told(config),
     }
 
 
-def _named_only(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """Without the folders that datasets lie in, which are nobody's business."""
-    found = dict(facts)
+def _told(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What anyone may know; the folders where data and weights lie are nobody's business."""
+    found = {key: facts[key] for key in _FACTS if key in facts}
     for key in found.keys() & {"dataset", "datasets"}:
         found[key] = [{**each, "path": Path(each["path"]).name} for each in found[key]]
+    if "weights" in facts:
+        found["weights"] = facts["weights"] if facts["weights"] in ("pretrained", "random") else "file"
     return found
 
 
@@ -320,16 +363,10 @@ def _config(members: list[dict[str, Any]], encoder: str, facts: Mapping[str, Any
         "target_width": members[0]["target_width"],
         "precision": precision,
         "members": members,
-        "facts": _named_only(facts),
+        "facts": _told(facts),
         "graphs": {},
         "versions": {name: version(name) for name in ("torch", "timm")},
     }
-
-
-def _recipe(folder: Path) -> dict[str, Any]:
-    """The settings of the run that a checkpoint lies in; none where it lies elsewhere."""
-    path = folder.parent / "settings.json"
-    return json.loads(path.read_text()) if path.is_file() else {}
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
@@ -378,15 +415,22 @@ def run(values: dict[str, Any]) -> None:
         told=chosen.told(),
     )
     log.info("%s → %s: probe vectors equal within %.1e", source, chosen.out, difference)
-    for told in json.loads((chosen.out / "config.json").read_text())["graphs"].values():
+    about = json.loads((chosen.out / "config.json").read_text())
+    for told in about["graphs"].values():
         log.info(
             "%s: cosine distance %.1e on average, %.1e at most, on %d pictures",
             *(told[key] for key in ("file", "mean_distance", "max_distance", "pictures")),
         )
+    if chosen.wheels.python is None and (more := set(wanted(about)) - _EVERYWHERE):
+        log.info(
+            "predict.py needs %s beside torch and timm; for a machine without network: wheels.python=3.11",
+            ", ".join(sorted(more)),
+        )
     if chosen.push is None:
         log.info("predict: python %s/predict.py --images FOLDER --out submission.csv", chosen.out)
         return
-    again = [*(word for word in sys.argv[1:] if not word.startswith("dry_run=")), "dry_run=false"]
+    again = [word for word in sys.argv[1:] if not word.lstrip("+").startswith(("dry_run=", "checkpoint="))]
+    again += [f"checkpoint={source}", "dry_run=false"]
     command_line = shlex.join(["python", "-m", "models.export", *again])
     place = push(chosen.out, chosen.push, dry_run=chosen.dry_run, public=chosen.public, command=command_line)
     log.info("%s%s", "would be " if chosen.dry_run else "", place)

@@ -2,10 +2,10 @@
 
     config["graphs"] = write(folder, network, ["onnx", "openvino"], pictures)
 
-onnx           onnx/model.onnx            ONNX Runtime, and most others
-openvino       openvino/model.xml         OpenVINO: fp32, or bf16 where the CPU has it
-openvino_int8  openvino/model-int8.xml    OpenVINO: 8 bits, calibrated on pictures
-torch          torch/model.pt2            torch.export, for AOTInductor (C++) and ExecuTorch
+onnx           graphs/model.onnx          ONNX Runtime, and most others
+openvino       graphs/openvino.xml        OpenVINO: fp32, or bf16 where the CPU has it
+openvino_int8  graphs/openvino-int8.xml   OpenVINO: 8 bits, calibrated on pictures
+torch          graphs/model.pt2           torch.export, for AOTInductor (C++) and ExecuTorch
 
 A graph holds all members, views and the blend. Its inputs are `image_SIZE`, uint8 RGB [B, 3, SIZE, SIZE] with any B,
 for each distinct size, ascending; its output is `z`, unit [B, E] in fp32. Each is run on pictures as it is written, and
@@ -38,11 +38,12 @@ BOUND = 1e-3
 INT8_BOUND = 0.05
 """Largest mean cosine distance of int8: more is no model."""
 
+# not in folders of the packages' names: beside predict.py they would be imported in their place
 _FILE = {
-    "onnx": "onnx/model.onnx",
-    "openvino": "openvino/model.xml",
-    "openvino_int8": "openvino/model-int8.xml",
-    "torch": "torch/model.pt2",
+    "onnx": "graphs/model.onnx",
+    "openvino": "graphs/openvino.xml",
+    "openvino_int8": "graphs/openvino-int8.xml",
+    "torch": "graphs/model.pt2",
 }
 _PACKAGES = {
     "onnx": ("onnx", "onnxscript", "onnxruntime"),

@@ -16,6 +16,7 @@ from tests.commands import ended, run, start
     ("name", "arms"),
     [
         ("decode", {"jpeg_per_s", "jpeg_pillow_per_s", "webp_per_s", "png_per_s"}),
+        ("infer_cpu", {"peer_per_s", "onnx_per_s", "openvino_per_s", "openvino_bf16_per_s", "openvino_int8_per_s"}),
         ("knn", {"build_s", "ours_held_s", "ours_predicted_s", "brute_predicted_s", "recall_held", "recall_predicted"}),
         ("pipeline", {"images_per_s", "usual_per_s", "own_decoder_per_s", "normalised_per_s"}),
         ("reader", {"samples_per_s", "peer_per_s", "decoded_per_s"}),

@@ -157,16 +157,16 @@ def test_the_recipe() -> None:
 
 def test_graphs_and_what_int8_costs() -> None:
     graphs = {
-        "onnx": {"file": "onnx/model.onnx", "pictures": 500, "mean_distance": 1.2e-7, "max_distance": 3.4e-7},
+        "onnx": {"file": "graphs/model.onnx", "pictures": 500, "mean_distance": 1.2e-7, "max_distance": 3.4e-7},
         "openvino_int8": {
-            "file": "openvino/int8.xml",
+            "file": "graphs/openvino-int8.xml",
             "pictures": 500,
             "mean_distance": 0.0012,
             "max_distance": 0.0345,
         },
     }
     text = card.card(ONE | {"graphs": graphs}, Told())
-    assert row(text, "`onnx`") == ["`onnx`", "`onnx/model.onnx`", "1.2e-07", "3.4e-07", "500"]
+    assert row(text, "`onnx`") == ["`onnx`", "`graphs/model.onnx`", "1.2e-07", "3.4e-07", "500"]
     assert "int8 costs 0.0012 of cosine on the average, and 0.0345 at worst." in text
     assert "## Graphs" not in card.card(ONE, Told())
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from conf import UserError
+from conf import UserError, compose, settings
 from models import checkpoint, ensemble, export
 from models.regressor import make
 from tests import small_dataset
@@ -67,6 +67,17 @@ def test_it_holds_weights_without_probes_and_says_nothing_of_where_data_lay(
     assert (member["backbone"], member["sizes"], config["encoder"]) == (theirs["backbone"], [32], theirs["encoder"])
 
 
+def test_weights_from_a_file_do_not_tell_where_it_lay(tmp_path: Path) -> None:
+    save(tmp_path / "best", "test_vit", 32)
+    path = tmp_path / "best/config.json"
+    told = {"weights": "/home/alice/clip.safetensors", "interpolated": {"a": "/home/alice/a"}, "step": 3}
+    path.write_text(json.dumps(json.loads(path.read_text()) | told))
+    export.export(tmp_path / "best", tmp_path / "bundle")
+    assert not [name for name, data in contents(tmp_path / "bundle").items() if b"alice" in data]
+    facts = json.loads((tmp_path / "bundle/config.json").read_text())["members"][0]["facts"]
+    assert (facts["weights"], facts["step"]) == ("file", 3)
+
+
 def test_names_of_its_program_are_unique(bundle: Path) -> None:
     """Of files that are joined, a name that two of them give would be the second's."""
     body = ast.parse((bundle / "predict.py").read_text()).body
@@ -104,6 +115,7 @@ def test_an_ensemble_of_three_backbones_and_sizes_is_what_evaluation_blends(tiny
     score = {"mean": 0.5, "low": 0.4, "high": 0.6}
     ensemble.save(saved, members, {"score": score, "images": 9, "datasets": [{"path": "/somebodys/data", "images": 9}]})
     assert export.export(saved, tmp_path / "bundle") < 1e-5
+    assert "## Recipe" in (tmp_path / "bundle/README.md").read_text(), "the run's settings go with its checkpoint"
     assert sorted(path.name for path in (tmp_path / "bundle").glob("*.safetensors")) == [
         "model-conv.safetensors", "model-large.safetensors", "model-regressor.safetensors",
     ]  # fmt: skip
@@ -137,10 +149,35 @@ def test_half_the_bytes_cost_little(bundle: Path, tiny_run: Path, tmp_path: Path
     small, large = ((folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", bundle))
     assert small < 0.55 * large
     images = drawn(8, 5)
+    cost = json.loads((tmp_path / "half/config.json").read_text())["half_distance"]
+    assert 0 <= cost["mean_distance"] <= cost["max_distance"] < 1e-4
     near_B = (export.load_bundle(tmp_path / "half").embed(images) * export.load_bundle(bundle).embed(images)).sum(1)
     assert near_B.min() > 1 - 1e-4
     tensors = load_file(tmp_path / "half/model.safetensors").values()
     assert {tensor.dtype for tensor in tensors if tensor.ndim < 2} == {torch.float32}, "a variance can be too small"
+
+
+def test_fp16_that_costs_too_much_is_refused(tmp_path: Path) -> None:
+    save(tmp_path / "best", "test_vit", 32)
+    tensors = load_file(tmp_path / "best/model.safetensors")
+    tensors["head.weight"] *= 1e-7  # below what fp16 can tell apart
+    tensors["head.bias"] *= 0
+    save_file(tensors, tmp_path / "best/model.safetensors")
+    model = checkpoint.load(tmp_path / "best")
+    checkpoint.save(tmp_path / "best", model, tensors["mean_E"], drawn(8), {"encoder": small_dataset.ENCODER})
+    with pytest.raises(UserError, match=r"weights in fp16 cost up to .* of cosine on 8 pictures, more than 1e-03"):
+        export.export(tmp_path / "best", tmp_path / "bundle", precision="fp16")
+
+
+@pytest.mark.parametrize(("written", "meant"), [(3.11, "3.11"), (3.1, "3.10"), ("3.12", "3.12"), (3.9, "3.9")])
+def test_a_version_that_was_read_as_a_number(written: str | float, meant: str) -> None:
+    assert export.WheelsSettings(written, "manylinux_2_28_x86_64").version() == meant
+
+
+def test_settings_that_do_nothing_are_refused() -> None:
+    values = compose("export", ["pictures=x", "public=true", "graphs=[]", "push=null"])
+    with pytest.raises(UserError, match=r"pictures: x are for graphs(.|\n)*public, dry_run: they are for push="):
+        settings(export.ExportSettings, {k: v for k, v in values.items() if k != "hydra"})
 
 
 def test_a_bundle_is_not_exported_again(bundle: Path, tmp_path: Path) -> None:
@@ -197,6 +234,14 @@ def test_a_strangers_folder_is_not_overwritten(tiny_run: Path, tmp_path: Path) -
     assert contents(tmp_path) == {"thesis/chapter1.tex": b"It was a dark and stormy night", "file": b"a file"}
     (tmp_path / "empty").mkdir()
     export.export(tiny_run / "best", tmp_path / "empty")
+    (tmp_path / "program").mkdir()
+    (tmp_path / "program/predict.py").write_text("mine")
+    with pytest.raises(UserError, match="program holds something that is no bundle"):
+        export.export(tiny_run / "best", tmp_path / "program")
+    (tmp_path / "empty/submission.csv").write_text("mine")
+    with pytest.raises(UserError, match=r"holds submission\.csv, which is no part of a bundle"):
+        export.export(tiny_run / "best", tmp_path / "empty")
+    assert (tmp_path / "empty/submission.csv").read_text() == "mine"
 
 
 def test_a_full_disk_leaves_the_old_bundle(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:

@@ -110,17 +110,17 @@ def test_each_gives_what_the_network_gives(members: list[Any], tmp_path: Path) -
 
     model = network(*(member(name, *sizes, **more) for name, sizes, more in members))
     about = graphs.write(tmp_path, model, EXACT, pictures(3))
-    assert about["onnx"] == {"file": "onnx/model.onnx", "pictures": 3, "mean_distance": 0, "max_distance": 0}
+    assert about["onnx"] == {"file": "graphs/model.onnx", "pictures": 3, "mean_distance": 0, "max_distance": 0}
     assert sorted(contents(tmp_path)) == [
-        "onnx/model.onnx", "openvino/model.bin", "openvino/model.xml", "torch/model.pt2",
+        "graphs/model.onnx", "graphs/model.pt2", "graphs/openvino.bin", "graphs/openvino.xml",
     ]  # fmt: skip
-    session = onnxruntime.InferenceSession(tmp_path / "onnx/model.onnx")
+    session = onnxruntime.InferenceSession(tmp_path / "graphs/model.onnx")
     takes = [(taken.name, taken.type, taken.shape) for taken in session.get_inputs()]
     assert takes == [(f"image_{s}", "tensor(uint8)", ["batch", 3, s, s]) for s in sorted(model.sizes)]
     assert [(given.name, given.shape) for given in session.get_outputs()] == [("z", ["batch", E])]
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(tmp_path / "openvino/model.xml", "CPU", exact)
-    program = torch.export.load(tmp_path / "torch/model.pt2").module()
+    compiled = openvino.Core().compile_model(tmp_path / "graphs/openvino.xml", "CPU", exact)
+    program = torch.export.load(tmp_path / "graphs/model.pt2").module()
     for count in (1, 2, 37):
         images = batch(model, count)
         expected = own(model, images)
@@ -162,7 +162,7 @@ def test_the_loss_of_int8_is_measured_on_pictures_that_it_was_not_calibrated_on(
     assert about["mean_distance"] == pytest.approx(1 - cosine_N.mean(), abs=1e-6)
     assert about["max_distance"] == pytest.approx(1 - cosine_N.min(), abs=1e-6)
     assert about["mean_distance"] > 0
-    assert (folder / "openvino/model-int8.bin").stat().st_size < (folder / "openvino/model.bin").stat().st_size
+    assert (folder / "graphs/openvino-int8.bin").stat().st_size < (folder / "graphs/openvino.bin").stat().st_size
 
 
 def test_the_same_bytes_again_and_no_path_of_this_machine(
@@ -183,7 +183,7 @@ def test_one_picture_is_enough(conv: Network, tmp_path: Path) -> None:
 def test_half_the_bytes_where_asked(conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     about = graphs.write(tmp_path, conv, ["openvino"], pictures(2), half=True)
     assert about["openvino"]["max_distance"] < 1e-5
-    sizes = [(folder / "openvino/model.bin").stat().st_size for folder in (tmp_path, written[0])]
+    sizes = [(folder / "graphs/openvino.bin").stat().st_size for folder in (tmp_path, written[0])]
     assert sizes[0] < 0.6 * sizes[1]
 
 
@@ -191,7 +191,7 @@ def test_large_weights_have_a_file_of_their_own(conv: Network, tmp_path: Path, m
     monkeypatch.setattr(graphs, "_ONE_FILE", 100_000)
     graphs.write(tmp_path, conv, ["onnx", "openvino"], pictures(2))
     sizes = {name: len(data) for name, data in contents(tmp_path).items()}
-    assert sizes["onnx/model.onnx.data"] > sizes["onnx/model.onnx"]
+    assert sizes["graphs/model.onnx.data"] > sizes["graphs/model.onnx"]
 
 
 # ------------------------------------------------------------------------------------------------------------ mistakes

@@ -53,7 +53,7 @@ def bundle(tmp_path: Path) -> Path:
         "precision": "fp32",
         "members": [member],
         "facts": {},
-        "graphs": {"onnx": {"file": "onnx/model.onnx", "pictures": 8, "mean_distance": 0.0, "max_distance": 0.0}},
+        "graphs": {"onnx": {"file": "graphs/model.onnx", "pictures": 8, "mean_distance": 0.0, "max_distance": 0.0}},
         "versions": {"torch": "2.15.0"},
     }
     files = {
@@ -62,7 +62,7 @@ def bundle(tmp_path: Path) -> Path:
         "README.md": card(config, Told()),
         "dataset-metadata.json": json.dumps(dataset_metadata(config, Told())),
         "model.safetensors": "weights" * 1000,
-        "onnx/model.onnx": "graph" * 100,
+        "graphs/model.onnx": "graph" * 100,
         "wheels/a-1-py3-none-any.whl": "wheel",
         "__pycache__/predict.cpython-311.pyc": "bytes",
         ".env": "A=1",
@@ -143,7 +143,9 @@ def test_good_addresses() -> None:
         assert publish.address_problems(address) == []
 
 
-@pytest.mark.parametrize("lacking", ["config.json", "model.safetensors", "onnx/model.onnx", "README.md", "predict.py"])
+@pytest.mark.parametrize(
+    "lacking", ["config.json", "model.safetensors", "graphs/model.onnx", "README.md", "predict.py"]
+)
 def test_only_a_whole_bundle_is_published(lacking: str, bundle: Path) -> None:
     (bundle / lacking).unlink()
     with pytest.raises(UserError, match="is no bundle" if lacking == "config.json" else f"lacks {lacking}"):
@@ -200,11 +202,11 @@ def test_a_later_bundle_takes_the_place_of_the_earlier(tmp_path: Path, bundle: P
     push(tmp_path, bundle, "hub:user/name", "earnest", **env)
     repo = hub.repos["user/name"]
     repo.files |= {"picture.jpg": b"the user's", "model-old.safetensors": b"stale", "wheels/old.whl": b"stale"}
-    shutil.rmtree(bundle / "onnx")
+    shutil.rmtree(bundle / "graphs")
     config = json.loads((bundle / "config.json").read_text()) | {"graphs": {}}
     (bundle / "config.json").write_text(json.dumps(config))
     dry = push(tmp_path, bundle, "hub:user/name", **env)
-    for name in ("model-old.safetensors", "wheels/old.whl", "onnx/model.onnx"):
+    for name in ("model-old.safetensors", "wheels/old.whl", "graphs/model.onnx"):
         assert f"removed  {name}\n" in dry.stderr
     assert "there already, private" in dry.stderr
     assert len(repo.commits) == 1

@@ -91,8 +91,9 @@ COMMANDS = {
         *("checkpoint=checkpoints/vith14/best", "pictures=pictures")
     ],
     "python served/predict.py --images pictures --backend openvino_int8 --format npy --out vectors.npy": [],
-    "python -m models.export push=kaggle:user/im2emb-vith14": ["checkpoint=checkpoints/vith14/best"],
-    "python -m models.export push=hub:user/im2emb-vith14 dry_run=false": None,  # tests/test_publish.py sends it
+    "python -m models.export checkpoint=checkpoints/vith14 out=vith14 push=kaggle:user/im2emb-vith14": [],
+    "python -m models.export checkpoint=checkpoints/vith14 out=vith14 push=hub:user/im2emb-vith14 licence=mit "
+    "dry_run=false": None,  # tests/test_publish.py sends one
 }
 CONFIGS = {"datagen": "datagen", "train": "train", "datagen.report": "datagen_report"}
 

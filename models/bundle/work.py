@@ -47,10 +47,11 @@ CHILD = "--child"
 
 _FILES = ("about.json", "vectors", "states", "unreadable.jsonl", "lock")
 _OF_ROWS = ("fitted-", "new-")  # files whose names begin so
-_CPU_BATCH = 16
+_CPU_BATCH = 8  # more leave the caches
 _GPU_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _GPU_SHARE = 0.8  # of the free memory that a batch may take
 _CHILD_BYTES = 700e6  # of a child on the CPU, beside its weights
+_AHEAD = 2  # batches that each decoding worker makes ready
 _LANES = 4  # batches at once in a process
 _ATTEMPTS = 3  # in which a child may end without having finished a batch
 _ALONE_SECONDS = 120  # in which one picture must be decoded
@@ -394,8 +395,9 @@ def _embed(line: Any, order: Mapping[str, Any]) -> None:
             torch.utils.data.DataLoader(
                 reader,
                 batch_size=None,
-                sampler=itertools.chain([None] * (2 * workers), _claimed(line, turn)),  # type: ignore[arg-type]
+                sampler=itertools.chain([None] * (_AHEAD * workers), _claimed(line, turn)),  # type: ignore[arg-type]
                 num_workers=workers,
+                prefetch_factor=_AHEAD,
                 pin_memory=order["device"].startswith("cuda"),
                 worker_init_fn=functools.partial(_end_with, os.getpid()),
                 multiprocessing_context="fork",
