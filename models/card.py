@@ -29,6 +29,7 @@ _KAGGLE_LICENCES = (
 )  # fmt: skip
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _WHAT = {
+    "README.md": "this card",
     "predict.py": "the program: pictures → submission.csv, .npy or .parquet",
     "im2emb.py": "the library, and the module of sentence-transformers",
     "config.json": "models, sizes, weights of the blend",
@@ -43,7 +44,7 @@ _WHAT = {
 _USE = """\
 ## Use
 
-With torch, timm, safetensors, Pillow and numpy; no network is asked. On Kaggle `notebook.ipynb` does all; the command
+With {packages}; no network is asked. On Kaggle `notebook.ipynb` does all; the command
 that it runs finishes in time, and goes on where it was:
 
 ```sh
@@ -75,11 +76,15 @@ _LIMITS = """\
 ## Limits
 
 - It gives the vector of a prompt, not of a caption. Words that leave no trace in the picture cannot come out.
-- The score is of held-out pictures from the same source as the training pictures. Photographs, and pictures of other
-  generators and prompts, are another matter: measure on some of your own.
+- {judged}
 - A picture is resized by its shorter side and its centre is kept: what lies at the ends of a strip is not seen.
 - One of more than 100 million pixels, or that cannot be decoded, gets the mean vector of the training targets.
 - Half precision, graphs and other releases of torch and timm change the last digits. Written with {versions}."""
+_JUDGED = """\
+The score is of held-out pictures from the same source as the training pictures. Photographs, and pictures of other
+  generators and prompts, are another matter: measure on some of your own."""
+_NOT_JUDGED = """\
+No score on held-out pictures is known: measure on some of your own."""
 _NO_LICENCE = """\
 **The weights: nobody has said yet.** It depends on the weights that the backbone began from and on the training
 pictures and prompts, which the program that wrote this cannot judge. Whoever publishes them says so:
@@ -179,6 +184,13 @@ def readable(size: int) -> str:
     return f"{size:,} B"
 
 
+def distance(value: float) -> str:
+    """A cosine distance: 0.0123, 1.2e-05; below what fp32 resolves, < 1e-7."""
+    if value < 1e-7:
+        return "< 1e-7"
+    return f"{value:.4f}" if value >= 1e-3 else f"{value:.1e}"
+
+
 def _outside(name: str, text: str, bounds: tuple[int, int]) -> list[str]:
     low, high = bounds
     return [] if low <= len(text) <= high else [f"{name}: {text!r} has {len(text)} characters, not {low} to {high}"]
@@ -250,19 +262,28 @@ def _base(member: Mapping[str, Any]) -> tuple[str | None, str | None]:
 
 
 def _body(config: Mapping[str, Any], told: Told) -> str:
+    from models.wheels import wanted  # torch; see _base
+
     versions = ", ".join(f"{name} {version}" for name, version in sorted(config["versions"].items()))
+    packages = _listed(["torch", *wanted({"members": config["members"]})])
+    known = any(_score(facts) for facts in (config["facts"], *(member["facts"] for member in config["members"])))
     parts = [
         [f"# {_title(config, told)}", *_opening(config, told)],
-        [_USE.format(width=config["target_width"], encoder=_encoder(config))],
+        [_USE.format(width=config["target_width"], encoder=_encoder(config), packages=packages)],
         _models(config),
         _data(config),
         _recipes(config, told),
         _graphs(config),
         _files(told),
-        [_LIMITS.format(versions=versions)],
+        [_LIMITS.format(versions=versions, judged=_JUDGED if known else _NOT_JUDGED)],
         _licence(told),
     ]
     return "\n\n".join("\n\n".join(part) for part in parts if part) + "\n"
+
+
+def _listed(words: Sequence[str], last: str = "and") -> str:
+    """a, b and c."""
+    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
 def _opening(config: Mapping[str, Any], told: Told) -> list[str]:
@@ -336,7 +357,14 @@ def _models(config: Mapping[str, Any]) -> list[str]:
                 f"`{_backbone(member['backbone'])}` began from [{base}](https://huggingface.co/{base})"
                 + (f", whose licence timm records as {licence}" if licence else "")
             )
-    return found + ([f"{'; '.join(dict.fromkeys(began))}."] if began else [])
+    found += [f"{'; '.join(dict.fromkeys(began))}."] if began else []
+    half = config.get("half_distance")
+    if half:
+        found.append(
+            f"Weights in fp16 cost {distance(half['mean_distance'])} of cosine on the average, and "
+            f"{distance(half['max_distance'])} at worst, against fp32, on {half['pictures']:,} pictures."
+        )
+    return found
 
 
 def _data(config: Mapping[str, Any]) -> list[str]:
@@ -384,8 +412,6 @@ def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
         )
     if value("fold"):
         lines.append(f"fold {value('fold')} of the prompts held out")
-    if value("init_from"):
-        lines.append("begun from another checkpoint of the same architecture")
     if value("model.backbone"):
         lines.append(_tuned(value))
     if value("loss"):
@@ -411,6 +437,9 @@ def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
 def _tuned(value: Any) -> str:
     weights = value("model.weights")
     began = {"pretrained": "its pre-trained weights", "random": "random weights"}.get(weights, "weights of a file")
+    begun = f", begun from {value('model.head_init', 'random')}"
+    if value("init_from"):  # which has a head, too
+        began, begun = "another checkpoint of the same architecture", " of that checkpoint"
     freeze = value("model.freeze", 0)
     frozen = ""
     if freeze == "all":
@@ -420,7 +449,7 @@ def _tuned(value: Any) -> str:
     lora = value("model.lora.blocks", 0)
     adapted = f", LoRA of rank {value('model.lora.rank')} in {lora} blocks, merged here" if lora else ""
     head = value("model.head", "linear") + (f" ({value('model.head_width')})" if value("model.head") == "wide" else "")
-    return f"backbone from {began}{frozen}{adapted}; {head} head, begun from {value('model.head_init', 'random')}"
+    return f"backbone from {began}{frozen}{adapted}; {head} head{begun}"
 
 
 def _optimised(value: Any) -> list[str]:
@@ -446,18 +475,25 @@ def _graphs(config: Mapping[str, Any]) -> list[str]:
         return []
     rows = []
     for name, about in sorted(graphs.items()):
-        distances = [f"{about[f'{kind}_distance']:.1e}" for kind in ("mean", "max")]
+        distances = [distance(about[f"{kind}_distance"]) for kind in ("mean", "max")]
         rows.append([f"`{name}`", f"`{about['file']}`", *distances, f"{about['pictures']:,}"])
     found = ["## Graphs", _GRAPHS, _table(("graph", "file", "mean cosine distance", "largest", "pictures"), rows)]
     if "openvino_int8" in graphs:
         mean, most = (graphs["openvino_int8"][f"{kind}_distance"] for kind in ("mean", "max"))
         fitted = graphs["openvino_int8"].get("calibrated")
         found.append(
-            f"int8 costs {mean:.4f} of cosine on the average, and {most:.4f} at worst"
+            f"int8 costs {distance(mean)} of cosine on the average, and {distance(most)} at worst"
             + (f"; it was fitted to {fitted:,} other pictures." if fitted else ".")
         )
     runs = [name for name in sorted(graphs) if name != "torch"]
-    return found + ([f"`predict.py --backend {runs[0]}` runs it on the CPU."] if runs else [])
+    if runs:
+        options = _listed([f"`--backend {name}`" for name in runs], "or")
+        needed = dict.fromkeys("onnxruntime" if name == "onnx" else "openvino" for name in runs)
+        found.append(
+            f"`predict.py` runs {'it' if len(runs) == 1 else 'one'} on the CPU by {options}, with "
+            f"{_listed(list(needed))} installed."
+        )
+    return found
 
 
 def _files(told: Told) -> list[str]:
@@ -467,12 +503,20 @@ def _files(told: Told) -> list[str]:
         sizes.setdefault(PurePosixPath(path).parts[0], []).append(size)
     if not sizes:
         return []
+    # these two hold this very table
+    sizes |= {"README.md": [], "dataset-metadata.json": []}
     folders = {PurePosixPath(path).parts[0] for path in told.files if len(PurePosixPath(path).parts) > 1}
     rows = []
     for name in sorted(sizes):
         what = "weights" if name.endswith(".safetensors") else _WHAT.get(name, "")
         inside = f" ({len(sizes[name])} files)" if name in folders and len(sizes[name]) > 1 else ""
-        rows.append([f"`{name}{'/' if name in folders else ''}`{inside}", readable(sum(sizes[name])), what])
+        rows.append(
+            [
+                f"`{name}{'/' if name in folders else ''}`{inside}",
+                readable(sum(sizes[name])) if sizes[name] else "–",
+                what,
+            ]
+        )
     return ["## Files", _table(("file", "size", "what"), rows)]
 
 

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from conf import UserError
 from models.backbones import Spec, build
+from models.preprocess import PREPROCESS
 from models.regressor import Regressor
 from models.weights import put
 
@@ -45,7 +46,7 @@ def save(
     tensors["mean_E"] = mean_E.float().cpu().contiguous()
     tensors["probe_vectors"] = torch.cat([model.embed([probe]) for probe in probes])
     tensors |= {f"probe_image_{i}": probe.contiguous() for i, probe in enumerate(probes)}
-    config = {"format": FORMAT, **model.description(), **facts}
+    config = {"format": FORMAT, "preprocess": PREPROCESS, **model.description(), **facts}
     with replacing(folder) as part:
         save_file(tensors, part / "model.safetensors")
         (part / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")

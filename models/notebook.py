@@ -43,8 +43,11 @@ def only(what, found):
 
 
 def is_bundle(folder):
-    config = folder / "config.json"
-    return config.is_file() and json.loads(config.read_text()).get("kind") == "bundle"
+    try:
+        config = json.loads((folder / "config.json").read_text())
+    except (OSError, ValueError):  # none, or another program's that is no JSON
+        return False
+    return isinstance(config, dict) and config.get("kind") == "bundle"
 
 
 BUNDLE = only("bundle", [p.parent for p in sorted(INPUT.rglob("predict.py")) if is_bundle(p.parent)])

@@ -83,6 +83,8 @@ def address_problems(address: str) -> list[str]:
 def push(folder: Path, address: str, *, dry_run: bool = True, public: bool = False, command: str) -> str:
     """Publishes a bundle as one commit of the hub, or one version of a Kaggle dataset.
 
+    Title and licence of a dataset that is there become the bundle's, or the log says where to change them.
+
     Args:
         address: hub:USER/NAME or kaggle:USER/SLUG.
         dry_run: tell what would be done, and do nothing; the network and a token are of use, and not needed.
@@ -94,7 +96,7 @@ def push(folder: Path, address: str, *, dry_run: bool = True, public: bool = Fal
 
     Raises:
         UserError: the address or the bundle is none, there is no token, it may not write there, what lies there is no
-            bundle or of another visibility, or the site cannot be reached.
+            bundle or of another visibility, the site refuses the card or the metadata, or it cannot be reached.
     """
     target = _parse(address)
     files = _files(folder)
@@ -201,13 +203,14 @@ def _to_hub(folder: Path, files: dict[str, int], target: _Address, *, dry_run: b
         try:
             with _clear_errors(target, [token]):
                 known = _at_hub(api, target)
+                _refuse(target, known, public)
+                _check_card(folder / "README.md", target, token)
         except _UnreachableError as error:
             if not dry_run:
                 raise
             known = str(error)
     gone: list[str] = []
     if isinstance(known, _There):
-        _refuse(target, known, public)
         gone = [name for name in known.files if name not in files and _OF_A_BUNDLE.fullmatch(name)]
     if dry_run or isinstance(known, str):
         _tell(target, page, files, known, gone, public, command)
@@ -251,10 +254,28 @@ def _at_hub(api: "HfApi", target: _Address) -> _There:
     return _There(bool(info.private), () if untouched else names, info.sha or "")
 
 
+def _check_card(path: Path, target: _Address, token: str) -> None:
+    """
+    Raises:
+        UserError: the hub would refuse the card, such as for a licence that it does not know.
+    """
+    from huggingface_hub import ModelCard
+    from yaml import YAMLError
+
+    try:
+        ModelCard(path.read_text()).validate()
+    except (ValueError, YAMLError) as error:
+        said = str(error)
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            said = "; ".join(each["message"] for each in json.loads(said)["errors"])
+        said = _scrubbed(_first_words(said), [token])
+        raise UserError(f"{target}: the hub refuses the card: {said} (the licence is set by licence=…)") from None
+
+
 def _to_kaggle(
     folder: Path, files: dict[str, int], target: _Address, *, dry_run: bool, public: bool, command: str
 ) -> str:
-    page = f"https://www.kaggle.com/datasets/{target.id}"
+    page = _page(target)
     try:
         metadata = json.loads((folder / "dataset-metadata.json").read_text()) | {"id": target.id}
         problems = metadata_problems(metadata)
@@ -282,6 +303,7 @@ def _to_kaggle(
         return page
     with _clear_errors(target, secrets), _staged(folder, sent, metadata) as staged:
         if known.version:
+            _retitle(api, target, metadata, secrets, private=known.private)
             made: Any = api.dataset_create_version(str(staged), _NOTE, dir_mode="zip")
         else:
             made = api.dataset_create_new(str(staged), public=public, dir_mode="zip")
@@ -291,6 +313,10 @@ def _to_kaggle(
         log.info("keywords that Kaggle does not know are left out: %s", ", ".join(made.invalid_tags))
     log.info("%s, %s; Kaggle unpacks it now, which takes minutes", page, "public" if public else "private")
     return page
+
+
+def _page(target: _Address) -> str:
+    return f"https://www.kaggle.com/datasets/{target.id}"
 
 
 def _kaggle(target: _Address) -> "tuple[KaggleApi, list[str]]":
@@ -349,6 +375,37 @@ def _at_kaggle(api: "KaggleApi", target: _Address) -> _There:
         names += [file.name for file in listed.files or []]
         page = listed.next_page_token or ""
     return _There(bool(found.is_private), tuple(names), str(found.current_version_number or 1))
+
+
+def _retitle(
+    api: "KaggleApi", target: _Address, metadata: dict[str, Any], secrets: Sequence[str], *, private: bool
+) -> None:
+    """Title and licence of a dataset that is there, which no version carries; the rest of its page stays as it is.
+
+    Raises:
+        UserError: the dataset has become public.
+    """
+    ours = {key: metadata[key] for key in ("title", "licenses")}
+    try:
+        with tempfile.TemporaryDirectory(prefix="im2emb-") as own:
+            page = Path(api.dataset_metadata(target.id, own))
+            there = json.loads(page.read_text())
+            there = there.get("info") or there  # as the client reads it, too
+            if {key: there.get(key) for key in ours} == ours:
+                return
+            # the client takes a dataset for public where this is missing
+            page.write_text(json.dumps({**there, **ours, "isPrivate": private}))
+            api.dataset_metadata_update(target.id, own)
+    except (Exception, SystemExit) as error:  # by which it tells of a refusal
+        log.warning(
+            "the page keeps its title and licence; set them to %s and %s there, at %s/settings: %s",
+            repr(ours["title"]),
+            ours["licenses"][0]["name"],
+            _page(target),
+            _scrubbed(_first_words(str(error)), secrets),
+        )
+    if private and not _at_kaggle(api, target).private:
+        raise UserError(f"{target} has become public; make it private on {_page(target)}/settings. No file was sent")
 
 
 @contextlib.contextmanager
@@ -419,7 +476,7 @@ def _clear_errors(target: _Address, secrets: Sequence[str | None]) -> Iterator[N
 def _clear(error: Exception, target: _Address, secrets: Iterable[str | None]) -> UserError:
     """What a client has raised, in words that help."""
     status = getattr(getattr(error, "response", None), "status_code", None)
-    said = _scrubbed(_first_words(error), secrets)
+    said = _scrubbed(_first_words(str(error)), secrets)
     site = _SITES[target.site]
     if status == 401:
         return UserError(f"{target}: {site} does not take the token (401); {_NO_TOKEN[target.site]}")
@@ -441,6 +498,6 @@ def _clear(error: Exception, target: _Address, secrets: Iterable[str | None]) ->
     )
 
 
-def _first_words(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+def _first_words(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return " ".join(lines)[:300]

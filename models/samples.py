@@ -1,11 +1,13 @@
 """Some pictures of a folder, to check a bundle on: of files below it, and of those in tars, such as a dataset's shards.
 
-N pictures.
+    for image_CHW in samples(Path("data/sd2"), 500): …
+
+One is held at a time: hundreds of large photographs would fill the memory.
 """
 
 import logging
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -18,13 +20,14 @@ log = logging.getLogger(__name__)
 _SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
-def samples(folder: Path, most: int) -> list[torch.Tensor]:
-    """Up to `most` pictures from all over a folder, decoded, uint8 [3, H, W]; always the same ones.
+def samples(folder: Path, most: int) -> Iterator[torch.Tensor]:
+    """Up to `most` pictures from all over a folder, decoded one at a time, uint8 [3, H, W]; always the same ones.
 
-    Pictures that cannot be read are left out; the log counts them.
+    Pictures that cannot be read are left out, and counted in the log at the end.
 
     Raises:
-        UserError: there is no such folder, or no picture below it.
+        UserError: at the call, that there is no such folder, or no picture below it; at the end, that none of them
+            can be read.
     """
     if not folder.is_dir():
         raise UserError(f"pictures: {folder} is no folder; name one that holds pictures or a dataset's shards")
@@ -32,26 +35,34 @@ def samples(folder: Path, most: int) -> list[torch.Tensor]:
     readers: list[Callable[[], bytes]] = [path.read_bytes for path in listed if path.suffix.lower() in _SUFFIXES]
     for path in (path for path in listed if path.suffix == ".tar"):
         readers += _in_tar(path)
-    chosen = [readers[i * len(readers) // most] for i in range(most)] if len(readers) > most else readers
-    found, bad = [], 0
-    for read in chosen:
+    if not readers:
+        raise UserError(f"pictures: no picture ({', '.join(_SUFFIXES)}) below {folder}, nor in tars there")
+    return _decoded(
+        [readers[i * len(readers) // most] for i in range(most)] if len(readers) > most else readers, folder
+    )
+
+
+def _decoded(readers: Sequence[Callable[[], bytes]], folder: Path) -> Iterator[torch.Tensor]:
+    bad = 0
+    for read in readers:
         try:
-            found.append(decode(read()))
+            yield decode(read())  # of no name, which would hold it while the next is decoded
         except (BadImage, OSError):
             bad += 1
+    if bad == len(readers):
+        raise UserError(f"pictures: none of the {bad:,} pictures chosen below {folder} can be read; name others")
     if bad:
-        log.warning("%d of %d pictures in %s cannot be read", bad, len(chosen), folder)
-    if not found:
-        raise UserError(f"pictures: no picture ({', '.join(_SUFFIXES)}) below {folder}, nor in tars there")
-    return found
+        log.warning("%d of %d pictures in %s cannot be read", bad, len(readers), folder)
 
 
 def _in_tar(path: Path) -> list[Callable[[], bytes]]:
+    """Readers of a tar's pictures; of a damaged tar, those before the damage."""
+    members: list[tarfile.TarInfo] = []
     try:
-        with tarfile.open(path) as tar:
-            members = [m for m in tar if m.isfile() and m.name.lower().endswith(_SUFFIXES)]
+        with tarfile.open(path, "r:") as tar:
+            members.extend(m for m in tar if m.isfile() and m.name.lower().endswith(_SUFFIXES))
     except (OSError, tarfile.TarError) as error:
-        raise UserError(f"pictures: {path} cannot be read: {error}") from error
+        log.warning("%s is damaged, and %d pictures before that are taken: %s", path, len(members), error)
 
     def reader(begin: int, size: int) -> Callable[[], bytes]:
         def read() -> bytes:

@@ -38,7 +38,14 @@ def bare(name: str, size: int | None = None) -> nn.Module:
         return _blip2(name, size)
     import timm
 
-    return timm.create_model(name, pretrained=False, num_classes=0)
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=0)
+    except RuntimeError:
+        # a tag names weights, which are not wanted here, and one that came later is unknown to an older timm
+        architecture, _, tag = name.partition(".")
+        if not tag:
+            raise
+        return timm.create_model(architecture, pretrained=False, num_classes=0)
 
 
 def resize(module: nn.Module, size: int) -> None:

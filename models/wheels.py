@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 REQUIREMENTS = "requirements.txt"
 _THERE = ("torch", "torchvision")  # what the other machine has
 _LOOSE = ("numpy", "pillow", "safetensors")  # any version will do, so one that is there stays; all else is pinned
+_OLDEST = 11  # Python 3.11: predict.py is written for it, and numpy's release here has no wheel for an older one
 _OLD_NAMES = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # glibc's minor version → PEP 571, 599, 513
 
 
@@ -41,6 +42,11 @@ def problems(python: str, platform: str) -> list[str]:
     found = []
     if not re.fullmatch(r"3\.\d{1,2}", python):
         found.append(f"python: {python!r} is no version of Python; write two numbers, such as 3.11")
+    elif int(python.partition(".")[2]) < _OLDEST:
+        found.append(
+            f"python: {python!r} is older than 3.{_OLDEST}, which predict.py and the packages that it was checked with "
+            f"ask for; write 3.{_OLDEST} or a later one"
+        )
     if not _glibc(platform):
         found.append(
             f"platform: {platform!r} is none that predict.py runs on; write manylinux_2_28_x86_64 (Kaggle), "
@@ -65,6 +71,26 @@ def wanted(config: Mapping[str, Any]) -> list[str]:
     return sorted([name for name, needed in by_need.items() if needed] + list(_LOOSE))
 
 
+def refuse(config: Mapping[str, Any], python: str, platform: str) -> None:
+    """Raises for what can be known before any work.
+
+    Args:
+        config: `members`, each with its `backbone`, and the names of `graphs`.
+
+    Raises:
+        UserError: python or platform is malformed or too old, a package that the bundle needs is not installed here,
+            or there is no pip.
+    """
+    found = problems(python, platform)
+    missing = [name for name in wanted(config) if _installed(name) is None]
+    if missing:
+        found.append(f"{', '.join(missing)}: not installed here, so the bundle was not checked with it; install it")
+    if importlib.util.find_spec("pip") is None:
+        found.append(f"{sys.executable} has no pip, which resolves wheels; run {sys.executable} -m ensurepip")
+    if found:
+        raise UserError("wheels cannot be collected:\n" + "\n".join(f"  {problem}" for problem in found))
+
+
 def collect(folder: Path, config: Mapping[str, Any], python: str, platform: str) -> list[str]:
     """Writes the wheels that a bundle needs on that Python and platform, and requirements.txt.
 
@@ -78,18 +104,11 @@ def collect(folder: Path, config: Mapping[str, Any], python: str, platform: str)
         The wheels' names, sorted.
 
     Raises:
-        UserError: python or platform is malformed, a package is not installed here, has no such wheel, or the package
-            registry cannot be reached; nothing is written.
+        UserError: as `refuse`; or a package has no such wheel, or the package registry cannot be reached; nothing is
+            written.
     """
-    found = problems(python, platform)
-    versions = {name: _installed(name) for name in wanted(config)}
-    missing = [name for name, version in versions.items() if version is None]
-    if missing:
-        found.append(f"{', '.join(missing)}: not installed here, so the bundle was not checked with it; install it")
-    if importlib.util.find_spec("pip") is None:
-        found.append(f"{sys.executable} has no pip, which resolves wheels; run {sys.executable} -m ensurepip")
-    if found:
-        raise UserError("wheels cannot be collected:\n" + "\n".join(f"  {problem}" for problem in found))
+    refuse(config, python, platform)
+    versions = {name: importlib.metadata.version(name) for name in wanted(config)}
     roots = [f"{name}=={version}" for name, version in versions.items()]
     with tempfile.TemporaryDirectory(prefix="im2emb-wheels-") as scratch:
         chosen = _resolved(Path(scratch), roots, python, platform)

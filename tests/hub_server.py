@@ -21,6 +21,8 @@ from urllib.parse import unquote, urlsplit
 import yaml
 
 TOKEN = "hf_FaKeToKeNoFtHeTeSt0123456789"
+LICENCES = ("apache-2.0", "mit", "openrail", "other")
+"""Some of those that the hub knows."""
 
 Answer = tuple[int, Any, dict[str, str]]
 
@@ -127,16 +129,18 @@ class HubServer(Loopback):
             assert hashlib.sha256(body).hexdigest() == path.rpartition("/")[2]
             self._large[path.rpartition("/")[2]] = body
             return 200, {}, {}
+        if asked == "POST /api/validate-yaml":  # of anybody
+            front = yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            if front["license"] not in LICENCES:
+                said = f'"license" must be one of [{", ".join(LICENCES)}]'
+                return 400, {"errors": [{"message": said}], "warnings": []}, {}
+            return 200, {"errors": [], "warnings": []}, {}
         if {key.lower(): value for key, value in headers.items()}.get("authorization") != f"Bearer {TOKEN}":
             # a careless server, which repeats what it got
             return 401, {"error": f"bad {headers}"}, {"X-Error-Message": "Invalid credentials in Authorization header"}
         if asked == "GET /api/whoami-v2":
             access = {"accessToken": {"role": self.role}}
             return 200, {"name": "user", "type": "user", "orgs": [{"name": "team"}], "auth": access}, {}
-        if asked == "POST /api/validate-yaml":
-            front = json.loads(body)["content"].split("---\n")[1]
-            assert isinstance(yaml.safe_load(front), dict)
-            return 200, {"errors": [], "warnings": []}, {}
         if asked == "POST /api/repos/create":
             told = json.loads(body)
             name = f"{told['organization']}/{told['name']}"

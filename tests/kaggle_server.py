@@ -23,6 +23,8 @@ class Dataset:
     private: bool
     about: dict[str, Any]
     """The request that made it."""
+    page: dict[str, Any]
+    """What its owner may change on its page."""
     versions: list[dict[str, bytes]] = field(default_factory=list)
 
 
@@ -31,6 +33,8 @@ class KaggleServer(Loopback):
         super().__init__()
         self.datasets: dict[str, Dataset] = {}
         self.accepts = TOKEN
+        self.opens = False
+        """Whether a change of a page makes its dataset public, whatever is asked."""
         self.authorizations: set[str] = set()
         self._names: list[str] = []
         self._blobs: dict[str, bytes] = {}
@@ -63,13 +67,21 @@ class KaggleServer(Loopback):
         here = self.datasets.get(name)
         if asked == "CreateDataset":
             assert here is None
-            self.datasets[name] = Dataset(bool(told.get("isPrivate")), told, [self._unpacked(told)])
+            page = {"title": told["title"], "licenses": [{"name": told["licenseName"]}]}
+            self.datasets[name] = Dataset(bool(told.get("isPrivate")), told, page, [self._unpacked(told)])
         elif here is None:
             return 403, {"code": 403, "message": "Permission 'datasets.get' was denied"}, {}
         elif asked == "GetDatasetStatus":
             return 200, {"status": "READY"}, {}
         elif asked == "GetDataset":
             return 200, {"ref": name, "isPrivate": here.private, "currentVersionNumber": len(here.versions)}, {}
+        elif asked == "GetDatasetMetadata":
+            return 200, {"info": {"isPrivate": here.private, **here.page}}, {}
+        elif asked == "UpdateDatasetMetadata":
+            private = bool(told["settings"].pop("isPrivate", False))  # the client leaves out what is false
+            here.private = private and not self.opens
+            here.page = told["settings"]
+            return 200, {"errors": []}, {}
         elif asked == "ListDatasetFiles":
             names = sorted(here.versions[-1])
             half = len(names) // 2

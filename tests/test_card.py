@@ -58,6 +58,12 @@ TWO = config(
     member("b", "tf_efficientnet_lite0", 0.25, weights="pretrained"),
     facts={"score": {"name": "ensemble", "mean": 0.7, "low": 0.69, "high": 0.71}, "images": 1234, "folds": 5},
 )
+GRAPHS = {
+    "onnx": {"file": "graphs/model.onnx", "pictures": 500, "mean_distance": 4e-9, "max_distance": 3.4e-7},
+    "openvino_int8": {
+        "file": "graphs/openvino-int8.xml", "pictures": 500, "mean_distance": 0.0012, "max_distance": 0.0345,
+    },
+}  # fmt: skip
 FILES = {"predict.py": 50_000, "model.safetensors": 1_264_000_000, "wheels/a.whl": 400, "wheels/b.whl": 199}
 
 
@@ -129,6 +135,9 @@ def test_members_and_score() -> None:
 def test_a_model_that_was_not_judged_has_no_score() -> None:
     text = card.card(config(member("ridge", "tf_efficientnet_lite0", score=None)), Told())
     assert "Mean cosine on" not in text
+    assert "No score on held-out pictures is known" in text
+    assert "The score is" not in text
+    assert "The score is of held-out pictures" in card.card(ONE, Told())
     assert row(text, "ridge")[-3:] == ["–", "–", "–"]
 
 
@@ -143,31 +152,86 @@ def test_the_recipe() -> None:
     text = card.card(ONE, Told(recipes={"model": SETTINGS}))
     for words in (
         "3 epochs, 32 pictures a step, seed 7, bf16; the best of 672 steps is 600",
-        "begun from another checkpoint",
-        "weights of a file, its lowest 14 blocks frozen, LoRA of rank 16 in 4 blocks, merged here; wide (2048) head",
+        "backbone from another checkpoint of the same architecture, its lowest 14 blocks frozen",
+        "LoRA of rank 16 in 4 blocks, merged here; wide (2048) head of that checkpoint",
         "loss: 1 − cosine + 0.01 × mean squared error, of the 50% of lowest cosine",
         "adamw, peak rates 4e-05 (backbone) and 0.0004 (head), cosine schedule, warm-up of 500 steps",
         "layer decay 0.9, gradients clipped at 1, averaged weights (decay 0.9998)",
         "pictures: crops of at least 90%, mirrored, brightness and contrast ± 10%",
     ):
         assert words in text
+    text = card.card(ONE, Told(recipes={"model": SETTINGS | {"init_from": None}}))
+    assert "backbone from weights of a file, its" in text
+    assert "wide (2048) head, begun from ridge\n" in text
     assert "## Recipe" not in card.card(ONE, Told())
     assert "- 2 epochs" in card.card(ONE, Told(recipes={"model": {"epochs": 2, "batch_size": 8}}))
 
 
-def test_graphs_and_what_int8_costs() -> None:
-    graphs = {
-        "onnx": {"file": "graphs/model.onnx", "pictures": 500, "mean_distance": 1.2e-7, "max_distance": 3.4e-7},
-        "openvino_int8": {
-            "file": "graphs/openvino-int8.xml",
-            "pictures": 500,
-            "mean_distance": 0.0012,
-            "max_distance": 0.0345,
-        },
+def test_each_member_has_its_recipe() -> None:
+    other = {
+        **SETTINGS,
+        "epochs": 5.0,
+        "fold": "2/5",
+        "init_from": None,
+        "model": {"backbone": "x", "weights": "random"},
     }
-    text = card.card(ONE | {"graphs": graphs}, Told())
-    assert row(text, "`onnx`") == ["`onnx`", "`graphs/model.onnx`", "1.2e-07", "3.4e-07", "500"]
+    text = card.card(TWO, Told(recipes={"a": SETTINGS, "b": other}))
+    first, second = text.partition("## Recipe\n\n### a\n\n")[2].partition("\n\n## ")[0].split("\n\n### b\n\n")
+    assert first.startswith("- 3 epochs, ")
+    assert second.startswith("- 5 epochs, ")
+    assert (
+        "- fold 2/5 of the prompts held out\n- backbone from random weights; linear head, begun from random" in second
+    )
+    assert all(line.startswith("- ") for line in (first + "\n" + second).splitlines())
+    assert "## Recipe\n\n### b\n\n- 5 epochs" in card.card(TWO, Told(recipes={"b": other}))
+
+
+@pytest.mark.parametrize(
+    ("backbone", "packages"),
+    [
+        ("tf_efficientnet_lite0", "torch, numpy, pillow, safetensors and timm"),
+        ("open_clip:ViT-H-14/x", "torch, numpy, open_clip_torch, pillow, safetensors and timm"),
+        ("transformers:blip2_vision", "torch, numpy, pillow, safetensors, timm and transformers"),
+    ],
+)
+def test_it_names_the_packages_that_its_members_ask_for(backbone: str, packages: str) -> None:
+    text = card.card(config(member("model", backbone), graphs=GRAPHS), Told())
+    assert f"\nWith {packages}; no network is asked." in text
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (0.0, "< 1e-7"),
+        (-2e-8, "< 1e-7"),
+        (9.9e-8, "< 1e-7"),
+        (1.2e-7, "1.2e-07"),
+        (9e-5, "9.0e-05"),
+        (0.0345, "0.0345"),
+    ],
+)
+def test_distances_in_words(value: float, words: str) -> None:
+    assert card.distance(value) == words
+
+
+def test_what_half_precision_costs() -> None:
+    half = {"mean_distance": 2.4e-6, "max_distance": 8.1e-6, "pictures": 1200}
+    assert (
+        "Weights in fp16 cost 2.4e-06 of cosine on the average, and 8.1e-06 at worst, against fp32, on 1,200 pictures."
+        in card.card(ONE | {"half_distance": half}, Told())
+    )
+    assert "Weights in fp16 cost" not in card.card(ONE, Told())
+
+
+def test_graphs_and_what_int8_costs() -> None:
+    text = card.card(ONE | {"graphs": GRAPHS}, Told())
+    assert row(text, "`onnx`") == ["`onnx`", "`graphs/model.onnx`", "\\< 1e-7", "3.4e-07", "500"]
     assert "int8 costs 0.0012 of cosine on the average, and 0.0345 at worst." in text
+    assert "`predict.py` runs one on the CPU by `--backend onnx` or `--backend openvino_int8`, with" in text
+    assert "with onnxruntime and openvino installed." in text
+    alone = card.card(ONE | {"graphs": {"onnx": GRAPHS["onnx"]}}, Told())
+    assert "`predict.py` runs it on the CPU by `--backend onnx`, with onnxruntime installed." in alone
+    assert "--backend" not in card.card(ONE | {"graphs": {"torch": GRAPHS["onnx"]}}, Told())
     assert "## Graphs" not in card.card(ONE, Told())
 
 
@@ -176,6 +240,9 @@ def test_files_and_sizes() -> None:
     assert row(text, "`model.safetensors`")[1] == "1.3 GB"
     assert row(text, "`wheels/` (2 files)")[1] == "599 B"
     assert row(text, "`predict.py`")[1] == "50.0 kB"
+    assert row(text, "`README.md`") == ["`README.md`", "–", "this card"]
+    assert row(text, "`dataset-metadata.json`") == ["`dataset-metadata.json`", "–", "for Kaggle's uploader"]
+    assert "## Files" not in card.card(ONE, Told())
 
 
 def test_it_holds_no_path_of_this_machine_and_no_date_and_is_the_same_again() -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from conf import UserError
 from models import checkpoint
+from models.preprocess import PREPROCESS
 from models.regressor import Regressor, make
 from tests import full_disk
 
@@ -50,6 +51,7 @@ def test_its_config_is_plain_json_that_says_what_it_is(
     config = json.loads((tmp_path / "best/config.json").read_text())
     assert config == {
         "format": 1,
+        "preprocess": PREPROCESS,
         "backbone": "test_efficientnet",
         "width": 256,
         "size": 32,

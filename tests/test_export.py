@@ -3,11 +3,13 @@
 import ast
 import json
 import os
+import re
 import resource
 import shutil
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from conf import UserError, compose, settings
 from models import checkpoint, ensemble, export
+from models.bundle.im2emb import load
 from models.regressor import make
 from tests import small_dataset
 from tests.commands import contents
@@ -155,6 +158,118 @@ def test_half_the_bytes_cost_little(bundle: Path, tiny_run: Path, tmp_path: Path
     assert near_B.min() > 1 - 1e-4
     tensors = load_file(tmp_path / "half/model.safetensors").values()
     assert {tensor.dtype for tensor in tensors if tensor.ndim < 2} == {torch.float32}, "a variance can be too small"
+
+
+def test_variances_that_fp16_cannot_hold_stay(tmp_path: Path) -> None:
+    """The same function, with a batch norm's input a thousand times as large."""
+    save(tmp_path / "best", "test_efficientnet", 32)
+    tensors = load_file(tmp_path / "best/model.safetensors")
+    tensors["backbone.conv_stem.weight"] *= 1e3
+    tensors["backbone.bn1.running_mean"] *= 1e3
+    tensors["backbone.bn1.running_var"] *= 1e6
+    save_file(tensors, tmp_path / "best/model.safetensors")
+    model = checkpoint.load(tmp_path / "best")
+    checkpoint.save(tmp_path / "best", model, tensors["mean_E"], drawn(8), {"encoder": small_dataset.ENCODER})
+    export.export(tmp_path / "best", tmp_path / "bundle")
+    exact = model.embed(drawn(5, 2))
+    for precision, far in (("fp16", 1e-5), ("bf16", 1e-3)):
+        half = load(tmp_path / "bundle", "cpu", precision)
+        assert ((half.embed(drawn(5, 2)) - exact) ** 2).sum(1).max() / 2 < far, precision
+        assert half.redone == 0
+
+
+def test_what_overflows_in_fp16_is_computed_again_from_the_files(tmp_path: Path) -> None:
+    save(tmp_path / "best", "test_efficientnet", 32)
+    tensors = load_file(tmp_path / "best/model.safetensors")
+    tensors["backbone.conv_stem.weight"] *= 1e7
+    tensors["backbone.bn1.running_mean"] *= 1e7
+    tensors["backbone.bn1.running_var"] *= 1e14
+    save_file(tensors, tmp_path / "best/model.safetensors")
+    model = checkpoint.load(tmp_path / "best")
+    checkpoint.save(tmp_path / "best", model, tensors["mean_E"], drawn(8), {"encoder": small_dataset.ENCODER})
+    export.export(tmp_path / "best", tmp_path / "bundle")
+    half = load(tmp_path / "bundle", "cpu", "fp16")
+    torch.testing.assert_close(half.embed(drawn(5, 2)), model.embed(drawn(5, 2)), atol=1e-5, rtol=0)
+    assert half.redone == 1
+
+
+def test_sizes_share_their_weights(tmp_path: Path) -> None:
+    save(tmp_path / "best", "test_vit", 64)
+    export.export(tmp_path / "best", tmp_path / "bundle", sizes=(64, 96))
+    for precision in ("fp32", "bf16"):
+        one, other = load(tmp_path / "bundle", "cpu", precision).network.members[0].towers
+        assert one.blocks[0].attn.qkv.weight.data_ptr() == other.blocks[0].attn.qkv.weight.data_ptr()
+        assert one.pos_embed.data_ptr() != other.pos_embed.data_ptr()
+
+
+def test_a_checkpoint_from_before_pictures_were_cut_so(tmp_path: Path) -> None:
+    save(tmp_path / "best", "test_vit", 32)
+    tensors = load_file(tmp_path / "best/model.safetensors")
+    tensors["probe_vectors"] += 0.1  # as if of other crops
+    save_file(tensors, tmp_path / "best/model.safetensors")
+    path = tmp_path / "best/config.json"
+    path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k != "preprocess"}))
+    assert export.export(tmp_path / "best", tmp_path / "bundle") < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("images", "reason"),
+    [
+        ("a.jpg", "'a.jpg' is one picture; give a list of them"),
+        (["a\0b.png"], "1 of 1 pictures cannot be read:\n  a\0b.png: embedded null byte"),
+        ([np.zeros((0, 5, 3), np.uint8)], "picture 0: neither a path, a PIL picture"),
+        ([np.zeros((5, 5, 3))], "picture 0: neither a path, a PIL picture"),
+    ],
+)
+def test_what_is_no_list_of_pictures_is_refused(images: Any, reason: str, bundle: Path) -> None:
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        load(bundle, "cpu").embed(images)
+
+
+def test_arrays_that_cannot_be_written_to_are_taken(bundle: Path) -> None:
+    pixels_HWC = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
+    pixels_HWC.flags.writeable = False
+    found = load(bundle, "cpu").embed(image for image in [pixels_HWC])
+    torch.testing.assert_close(found, load(bundle, "cpu").embed([torch.tensor(pixels_HWC).permute(2, 0, 1)]))
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"backbone": "open_clip:NO-SUCH"}, "does not fit open_clip:NO-SUCH"),
+        ({"head": "tall"}, "no head 'tall'"),
+        ({"backbone": "test_convnext"}, "The bundle was written with timm "),
+    ],
+)
+def test_a_bundle_that_does_not_fit_what_is_installed(
+    change: dict[str, str], reason: str, bundle: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    config = json.loads((bundle / "config.json").read_text())
+    config["members"][0] |= change
+    (tmp_path / "bundle/config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        load(tmp_path / "bundle")
+
+
+def test_a_tower_that_looks_at_values_as_it_is_made(bundle: Path, tmp_path: Path) -> None:
+    """As timm's did before 1.0.21: on the device meta there are none."""
+    shutil.copytree(bundle, tmp_path / "bundle")
+    program = (tmp_path / "bundle/predict.py").read_text()
+    changed = program.replace("    import timm\n", "    import timm\n\n    torch.linspace(0, 1, 3).tolist()\n", 1)
+    assert changed != program
+    (tmp_path / "bundle/predict.py").write_text(changed)
+    expected = load(bundle, "cpu").embed(drawn(2))
+    torch.testing.assert_close(load(tmp_path / "bundle", "cpu").embed(drawn(2)), expected)
+
+
+def test_a_tag_that_came_after_the_installed_timm_is_not_needed(bundle: Path, tmp_path: Path) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    config = json.loads((bundle / "config.json").read_text())
+    config["members"][0]["backbone"] += ".of_next_year"
+    (tmp_path / "bundle/config.json").write_text(json.dumps(config))
+    expected = load(bundle, "cpu").embed(drawn(2))
+    torch.testing.assert_close(load(tmp_path / "bundle", "cpu").embed(drawn(2)), expected)
 
 
 def test_fp16_that_costs_too_much_is_refused(tmp_path: Path) -> None:

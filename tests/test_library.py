@@ -308,6 +308,13 @@ def test_an_ensemble_from_the_hubs_cache_and_saved_again(
     (repo / "refs/main").write_text(commit)
     bundle = repo / "snapshots" / commit
     export(tmp_path / "ensemble", bundle)
+    (repo / "blobs").mkdir()
+    for number, path in enumerate(path for path in bundle.rglob("*") if path.is_file()):
+        path.replace(repo / f"blobs/{number}")
+        path.symlink_to(repo / f"blobs/{number}")
+    script = "import sys; sys.path.append(sys.argv[1]); from im2emb import load; load()"
+    environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(site.getsitepackages())}
+    subprocess.run([sys.executable, "-S", "-c", script, bundle], cwd=tmp_path, env=environment, check=True)
     expected = ensemble.load(tmp_path / "ensemble").embed([decode(Path(path).read_bytes()) for path in paths])
     torch.testing.assert_close(library.load(bundle, "cpu").embed(paths), expected, atol=1e-5, rtol=0)
     options: dict[str, Any] = {"trust_remote_code": True, "device": "cpu"}

@@ -108,6 +108,19 @@ def test_elsewhere_it_looks_beside_itself(
     assert "submission.csv: 2 pictures" in capfd.readouterr().out
 
 
+@pytest.mark.parametrize("config", [b"[]", b'"bundle"', b"kind = bundle", b"", b"\xff\xfe", None])
+def test_another_data_set_that_has_a_predict_py_does_not_stop_it(
+    kaggle: Path, config: bytes | None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    other = kaggle / "datasets/another/model"
+    other.mkdir(parents=True)
+    (other / "predict.py").write_text("raise SystemExit(9)")
+    if config is not None:
+        (other / "config.json").write_bytes(config)
+    execute()
+    assert "submission.csv: 2 pictures" in capfd.readouterr().out
+
+
 def test_a_failure_of_predict_stops_it(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle(kaggle / "datasets/someone/im2emb", SAMPLE, code=3)
     with pytest.raises(RuntimeError, match=r"predict\.py .* ended with 3: the reason is above"):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub import ModelCard
 
 from conf import ROOT, UserError
 from models import publish
@@ -20,6 +21,7 @@ from tests.hub_server import HubServer, Repo
 from tests.kaggle_server import Dataset, KaggleServer
 
 pytestmark = pytest.mark.enable_socket
+pytest_plugins = ["tests.tiny_run"]
 
 PUSH = """
 import logging, sys
@@ -170,7 +172,7 @@ def test_a_dry_run_tells_all_and_sends_nothing(tmp_path: Path, bundle: Path, hub
     ):
         assert words in done.stderr
     assert not [name for name in NOT_SENT if name in done.stderr]
-    assert {line.partition(" ")[0] for line in hub.asked} == {"GET"}
+    assert [line for line in hub.asked if not line.startswith("GET ")] == ["POST /api/validate-yaml"]
     assert hub.repos == {}
 
 
@@ -240,7 +242,8 @@ def test_what_is_there_is_not_spoilt(tmp_path: Path, bundle: Path, hub: HubServe
         ("POST /api/models/user/name/commit", 404, "not found (404); is there a user or organisation user?"),
         ("POST /api/models/user/name/commit", 412, "was changed meanwhile (412); run it again"),
         ("POST /api/models/user/name/commit", 500, "the hub cannot be reached, or fails: HfHubHTTPError"),
-        ("POST /api/validate-yaml", 400, "the hub cannot be reached, or fails: ValueError: Invalid metadata"),
+        ("POST /api/validate-yaml", 400, "the hub refuses the card: no: … (the licence is set by licence=…)"),
+        ("POST /api/validate-yaml", 500, "the hub cannot be reached, or fails: HfHubHTTPError"),
     ],
 )
 def test_what_the_hub_refuses(
@@ -250,6 +253,47 @@ def test_what_the_hub_refuses(
     hub.faults[fault] = (status, {"error": said, "errors": [{"message": said}]}, {"X-Error-Message": said})
     assert words in refused(push(tmp_path, bundle, "hub:user/name", "earnest", **hub.environment(tmp_path)))
     assert not [repo for repo in hub.repos.values() if repo.commits]
+    assert not hub.repos or "commit" in fault, "an empty repository is left"
+
+
+def test_a_card_that_the_hub_refuses_leaves_nothing_there(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
+    card_text = (bundle / "README.md").read_text()
+    for text, words in (
+        (card_text.replace('license: "other"', 'license: "apache-2"'), 'the hub refuses the card: "license" must be'),
+        (card_text.replace('license: "other"', 'license: ["other"'), "the hub refuses the card: while parsing"),
+    ):
+        (bundle / "README.md").write_text(text)
+        for word in ("dry", "earnest"):
+            assert words in refused(push(tmp_path, bundle, "hub:user/name", word, **hub.environment(tmp_path)))
+    assert hub.repos == {}
+
+
+def test_the_export_command_publishes(tiny_run: Path, tmp_path: Path, hub: HubServer) -> None:
+    """The dry run's own line, as a shell takes it."""
+    env = {**os.environ, **hub.environment(tmp_path), "OMP_NUM_THREADS": "1"}
+    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+    words = [f"checkpoint={tiny_run / 'best'}", f"out={tmp_path / 'a bundle'}", "push=hub:user/name"]
+    words += ["licence=apache-2.0", "title='Pictures, to sentences (tiny)'", "author=Somebody Else"]
+    command = ["python", "-m", "models.export", *words]
+    dry = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
+    assert dry.returncode == 0, dry.stderr
+    assert hub.repos == {}
+    (line,) = [line for line in (dry.stdout + dry.stderr).splitlines() if "in earnest: " in line]
+    done = subprocess.run(
+        line.partition("in earnest: ")[2], shell=True, cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+        timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    repo = hub.repos["user/name"]
+    assert repo.private
+    assert {name: data for name, data in repo.files.items() if name != ".gitattributes"} == contents(
+        tmp_path / "a bundle"
+    )
+    readme = repo.files["README.md"].decode()
+    assert ModelCard(readme).data.to_dict()["license"] == "apache-2.0"
+    for words_there in ("# Pictures, to sentences (tiny)\n", "By Somebody Else.", "The weights: apache-2.0."):
+        assert words_there in readme
+    assert hub_server.TOKEN not in dry.stdout + dry.stderr + done.stdout + done.stderr
 
 
 def test_who_may_write(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
@@ -289,12 +333,55 @@ def test_kaggle_gets_a_dataset_and_then_its_next_version(
     assert made.versions == [sent(bundle, "dataset-metadata.json")]
     assert made.about["title"] == "Image to all-MiniLM-L6-v2, test_vit"
     assert made.about["licenseName"] == "other"
+    made.page |= {"collaborators": [{"username": "other", "role": "WRITER"}], "userSpecifiedSources": "a book"}
     (bundle / "model.safetensors").write_text("better")
+    metadata = json.loads((bundle / "dataset-metadata.json").read_text())
+    metadata |= {"title": "A better title", "licenses": [{"name": "apache-2.0"}]}
+    (bundle / "dataset-metadata.json").write_text(json.dumps(metadata))
     assert "there already, private" in push(tmp_path, bundle, "kaggle:user/some-bundle", **env).stderr
-    assert push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env).returncode == 0
+    done = push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
+    assert done.returncode == 0, done.stderr
+    assert "the page keeps its title" not in done.stderr
     assert made.versions[1:] == [sent(bundle, "dataset-metadata.json")]
+    assert made.private, "the client's own default is public"
+    assert (made.page["title"], made.page["licenses"]) == ("A better title", [{"name": "apache-2.0"}])
+    assert made.page["collaborators"] == [{"username": "other", "role": "WRITER"}]
+    assert made.page["userSpecifiedSources"] == "a book"
+    updates = [line for line in kaggle.asked if "UpdateDatasetMetadata" in line]
+    assert push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env).returncode == 0
+    assert [line for line in kaggle.asked if "UpdateDatasetMetadata" in line] == updates, "nothing differs"
     bearer = {f"Bearer {kaggle_server.TOKEN}"}
     assert kaggle.authorizations == (bearer if token is MODERN else {f"Basic {SECRETS[3]}"})
+
+
+@pytest.mark.parametrize(
+    "answer", [(200, {"errors": [f"not {SECRETS[2]}"]}), (403, {"code": 403, "message": f"no {SECRETS[2]}"})]
+)
+def test_a_title_that_kaggle_keeps_is_told(
+    answer: tuple[int, Any], tmp_path: Path, bundle: Path, kaggle: KaggleServer
+) -> None:
+    env = {**kaggle.environment(), **LEGACY}
+    push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
+    kaggle.datasets["user/some-bundle"].page["title"] = "Renamed by hand"
+    kaggle.faults["POST /api/v1/datasets.DatasetApiService/UpdateDatasetMetadata"] = (*answer, {})
+    done = push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
+    assert done.returncode == 0
+    assert "the page keeps its title and licence; set them to 'Image to all-MiniLM-L6-v2, test_vit' and oth" in (
+        done.stderr
+    )
+    assert "at https://www.kaggle.com/datasets/user/some-bundle/settings: " in done.stderr
+    assert len(kaggle.datasets["user/some-bundle"].versions) == 2
+
+
+def test_nothing_follows_where_a_dataset_has_become_public(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
+    env = {**kaggle.environment(), **LEGACY}
+    push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
+    made = kaggle.datasets["user/some-bundle"]
+    made.page["title"] = "Renamed by hand"
+    kaggle.opens = True
+    told = refused(push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env))
+    assert "kaggle:user/some-bundle has become public; make it private on https://www.kaggle.com/" in told
+    assert len(made.versions) == 1
 
 
 def test_kaggle_public(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
@@ -317,7 +404,7 @@ def test_kaggle_without_a_token_that_works(tmp_path: Path, bundle: Path, kaggle:
 
 
 def test_kaggle_keeps_what_is_no_bundle(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
-    kaggle.datasets["user/some-bundle"] = Dataset(True, {}, [{"train.csv": b"", "test.csv": b""}])
+    kaggle.datasets["user/some-bundle"] = Dataset(True, {}, {}, [{"train.csv": b"", "test.csv": b""}])
     told = refused(push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **kaggle.environment(), **LEGACY))
     assert "holds something that is no bundle (test.csv, train.csv)" in told
 

