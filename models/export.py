@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from conf import ROOT, UserError, command, settings
-from models.card import Told, card, dataset_metadata
+from models.card import Told, card, dataset_metadata, distance
 from models.notebook import notebook
 from models.publish import address_problems, push
 from models.samples import samples
 from models.st_module import st_files
 from models.wheels import collect, problems, wanted
+from models.wheels import refuse as refuse_wheels
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,9 @@ def export(
         refuse(graphs)
     shown = None if pictures is None or not graphs else samples(pictures, _SHOWN)
     parts, facts = _parts(source, flip, tuple(sizes))
+    if wheels is not None and wheels.python is not None:
+        backbones = [{"backbone": checkpoint.read_config(part.folder)["backbone"]} for part in parts]
+        refuse_wheels({"members": backbones, "graphs": list(graphs)}, wheels.version(), wheels.platform)
     encoder = checkpoint.read_config(parts[0].folder).get("encoder")
     if encoder is None:
         raise UserError(
@@ -420,8 +424,10 @@ def run(values: dict[str, Any]) -> None:
     about = json.loads((chosen.out / "config.json").read_text())
     for told in about["graphs"].values():
         log.info(
-            "%s: cosine distance %.1e on average, %.1e at most, on %d pictures",
-            *(told[key] for key in ("file", "mean_distance", "max_distance", "pictures")),
+            "%s: cosine distance %s on average, %s at most, on %d pictures",
+            told["file"],
+            *(distance(told[key]) for key in ("mean_distance", "max_distance")),
+            told["pictures"],
         )
     if chosen.wheels.python is None and (more := set(wanted(about)) - _EVERYWHERE):
         log.info(
