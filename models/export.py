@@ -386,17 +386,30 @@ def _largest(a: Any, b: Any) -> float:
 
 def predict_source() -> str:
     """The bundle's program as one file: the imports of our files of each other give way to their text."""
-    imports: set[str] = set()
+    plain: set[str] = set()
+    names: dict[str, set[str]] = {}
     docstring, bodies = "", []
-    for place in (p for p in PROGRAM if (ROOT / p).exists()):
+    for place in PROGRAM:
         text = (ROOT / place).read_text()
-        nodes = [n for n in ast.parse(text).body if isinstance(n, ast.Import | ast.ImportFrom)]
+        tree = ast.parse(text)
+        nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         docstring = text[: text.index(ast.get_source_segment(text, nodes[0]) or "")]
-        imports |= {ast.unparse(n) for n in nodes if not ast.unparse(n).startswith("from models.")}
-        bodies.append("".join(text.splitlines(True)[nodes[-1].end_lineno or 0 :]).strip("\n"))
-    standard = {line for line in imports if line.split()[1].split(".")[0] in sys.stdlib_module_names}
-    ordered = "\n\n".join("\n".join(sorted(group)) for group in (standard, imports - standard))
-    return docstring + "\n\n\n".join([f"{ordered}\n\n{bodies[0]}", *bodies[1:]]) + "\n"
+        for node in nodes:
+            given = {ast.unparse(alias) for alias in node.names}
+            if isinstance(node, ast.Import):
+                plain |= given
+            elif node.module and not node.module.startswith("models."):
+                names.setdefault(node.module, set()).update(given)
+        stem = Path(place).stem
+        own = "".join(text.splitlines(True)[nodes[-1].end_lineno or 0 :]).strip("\n")
+        about = (ast.get_docstring(tree) or "").splitlines()[0]
+        bodies.append(f"# {stem} {'-' * (117 - len(stem))}\n# {about}\n\n\n{own}")
+    lines = [f"import {name}" for name in sorted(plain)]
+    lines += [f"from {module} import {', '.join(sorted(given))}" for module, given in sorted(names.items())]
+    standard = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
+    others = [line for line in lines if line not in standard]
+    head = "\n\n".join("\n".join(group) for group in (standard, others))
+    return docstring + "\n\n\n".join([head, *bodies]) + "\n"
 
 
 def load_bundle(folder: Path, device: str | None = "cpu") -> Any:

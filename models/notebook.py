@@ -44,7 +44,7 @@ def only(what, found):
 
 def is_bundle(folder):
     try:
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):  # none, or another program's that is no JSON
         return False
     return isinstance(config, dict) and config.get("kind") == "bundle"
@@ -90,28 +90,41 @@ run(
 _CHECK = """\
 import csv
 import math
-from itertools import zip_longest
+from itertools import islice, zip_longest
 
-WIDTH = json.loads((BUNDLE / "config.json").read_text())["target_width"]
+WIDTH = json.loads((BUNDLE / "config.json").read_text(encoding="utf-8"))["target_width"]
+AS_IS = {"errors": "surrogateescape", "newline": ""}  # names of files may be of any bytes
 
-rows = 0
-with SAMPLE.open(newline="") as sample, OUT.open(newline="") as made:
+rows, first, differ = 0, [], False
+with SAMPLE.open(encoding="utf-8-sig", **AS_IS) as sample, OUT.open(encoding="utf-8", **AS_IS) as made:
     for expected, row in zip_longest(filter(None, csv.reader(sample)), csv.reader(made)):
         if not expected or not row or row[0] != expected[0] or len(row) != 2:
             raise ValueError(f"row {rows} of {OUT} is {row}, and of {SAMPLE} {expected}")
         if rows and not math.isfinite(float(row[1])):
             raise ValueError(f"row {rows} of {OUT} is {row}")
+        if 0 < rows <= WIDTH:
+            first.append(row[1])
+        elif rows:
+            differ = differ or row[1] != first[(rows - 1) % WIDTH]
         rows += 1
 pictures, rest = divmod(rows - 1, WIDTH)
 if rest or not pictures:
     raise ValueError(f"{OUT} has {rows - 1} rows, which is no multiple of {WIDTH}")
 
 print(f"{OUT}: {pictures} pictures × {WIDTH} rows, in the order of {SAMPLE.name}")
-with OUT.open() as made:
-    print("", *(next(made) for _ in range(5)), sep="  ")
+with OUT.open(encoding="utf-8", errors="replace") as made:
+    print("", *islice(made, 5), sep="  ")
 
-unreadable = OUT.with_suffix(".unreadable.csv")
-print(unreadable.read_text() if unreadable.exists() else "Every picture was read.")"""
+listed, unreadable = [], OUT.with_suffix(".unreadable.csv")
+if unreadable.exists():
+    with unreadable.open(encoding="utf-8", errors="replace", newline="") as file:
+        listed = list(csv.reader(file))[1:]
+    print(f"{len(listed)} of {pictures} pictures have the mean vector, as {unreadable} lists:")
+    print("", *map(", ".join, listed[:20]), sep="\\n  ")
+if pictures > 1 and (len(listed) == pictures or not differ):
+    raise ValueError(f"all {pictures} vectors of {OUT} are the same, made of no picture: the reason is above")
+if not listed:
+    print("Every picture was read.")"""
 
 
 def notebook(config: Mapping[str, Any]) -> str:

@@ -34,6 +34,16 @@ def test_a_benchmark_runs_at_a_tiny_size(name: str, arms: set[str], tmp_path: Pa
 
 
 @pytest.mark.slow
+def test_the_benchmark_of_predictions_runs_on_a_few_pictures(tmp_path: Path) -> None:
+    done = run("benchmarks.predict", "--images", "60", "--rounds", "1", "--json", tmp_path / "figures.json")
+    assert done.returncode == 0, done.stderr
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert figures["same_bytes"]
+    assert figures["ours_rss"] < 2
+    assert figures["cosine_to_peer"] > 0.9999
+
+
+@pytest.mark.slow
 def test_the_recipes_run_on_a_few_pictures_and_not_twice(tmp_path: Path) -> None:
     words = ("--quick", "--work", tmp_path, "--json", tmp_path / "figures.json")
     done = ended(start("benchmarks.recipes", *words), seconds=3600)
@@ -47,7 +57,7 @@ def test_the_recipes_run_on_a_few_pictures_and_not_twice(tmp_path: Path) -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
-@pytest.mark.parametrize("name", ["datagen_gpu", "train_gpu"])
+@pytest.mark.parametrize("name", ["datagen_gpu", "infer_gpu", "train_gpu"])
 def test_without_a_gpu_it_says_so(name: str) -> None:
     done = run(f"benchmarks.{name}")
     assert done.returncode == 2

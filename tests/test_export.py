@@ -73,7 +73,7 @@ def test_it_holds_weights_without_probes_and_says_nothing_of_where_data_lay(
 def test_weights_from_a_file_do_not_tell_where_it_lay(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 32)
     path = tmp_path / "best/config.json"
-    told = {"weights": "/home/alice/clip.safetensors", "interpolated": {"a": "/home/alice/a"}, "step": 3}
+    told = {"weights": "/disk/alice/clip.safetensors", "interpolated": {"a": "/disk/alice/a"}, "step": 3}
     path.write_text(json.dumps(json.loads(path.read_text()) | told))
     export.export(tmp_path / "best", tmp_path / "bundle")
     assert not [name for name, data in contents(tmp_path / "bundle").items() if b"alice" in data]

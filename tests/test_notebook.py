@@ -3,7 +3,9 @@ beside the real predict.py; here a small program takes its place, which notes ho
 
 import ast
 import json
+import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,14 @@ from models.notebook import notebook
 MEMBER = {"backbone": "vit_large_patch14_clip_224", "weight": 1.0, "flip": False, "sizes": [224]}
 CONFIG: dict[str, Any] = {"kind": "bundle", "encoder": "all-MiniLM-L6-v2", "target_width": 2, "members": [MEMBER]}
 SAMPLE = "imgId_eId,val\nb_0,0\nb_1,0\na_0,0\na_1,0\n"
+MADE = "imgId_eId,val\nb_0,0\nb_1,1\na_0,1\na_1,0\n"
+UNREADABLE = "id,path,reason\na,,no picture has this id\n"
 PROGRAM = """\
 import pathlib, sys
 print("called with", *sys.argv[1:])
-pathlib.Path("submission.csv").write_text({made!r})
-pathlib.Path("submission.unreadable.csv").write_text("id,reason\\na,no picture\\n")
+pathlib.Path("submission.csv").write_bytes({made!r})
+if {unreadable!r}:
+    pathlib.Path("submission.unreadable.csv").write_bytes({unreadable!r})
 sys.exit({code})
 """
 
@@ -31,17 +36,21 @@ def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     pictures = tmp_path / "input/competitions/image-to-prompts"
     (pictures / "images").mkdir(parents=True)
     (pictures / "sample_submission.csv").write_text(SAMPLE)
-    bundle(tmp_path / "input/datasets/someone/im2emb", SAMPLE)
+    bundle(tmp_path / "input/datasets/someone/im2emb", MADE)
     (tmp_path / "working").mkdir()
     monkeypatch.chdir(tmp_path / "working")
     monkeypatch.setenv("IM2EMB_INPUT", str(tmp_path / "input"))
     return tmp_path / "input"
 
 
-def bundle(folder: Path, made: str, code: int = 0, kind: str = "bundle") -> None:
+def bundle(folder: Path, made: str, unreadable: str = UNREADABLE, code: int = 0, kind: str = "bundle") -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, "kind": kind}))
-    (folder / "predict.py").write_text(PROGRAM.format(made=made, code=code))
+    texts = {
+        "made": made.encode("utf-8", "surrogateescape"),
+        "unreadable": unreadable.encode("utf-8", "surrogateescape"),
+    }
+    (folder / "predict.py").write_text(PROGRAM.format(**texts, code=code))
 
 
 def cells() -> dict[str, str]:
@@ -96,7 +105,63 @@ def test_it_predicts_and_checks(kaggle: Path, capfd: pytest.CaptureFixture[str])
     assert f"called with {options} --time-limit 8h30m --out submission.csv\n" in out
     assert "submission.csv: 2 pictures × 2 rows, in the order of sample_submission.csv\n" in out
     assert "imgId_eId,val\n  b_0,0\n" in out
-    assert "a,no picture" in out
+    assert (
+        "1 of 2 pictures have the mean vector, as submission.unreadable.csv lists:\n\n  a, , no picture has this id\n"
+        in out
+    )
+    assert "Every picture was read." not in out
+
+
+def test_every_picture_was_read(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    bundle(kaggle / "datasets/someone/im2emb", MADE, unreadable="")
+    execute()
+    assert capfd.readouterr().out.endswith("\nEvery picture was read.\n")
+
+
+@pytest.mark.parametrize(
+    ("made", "unreadable"),
+    [(SAMPLE, ""), (MADE, "id,path,reason\nb,b.png,not reached\na,a.png,cut off\n")],
+    ids=["all the same", "all listed"],
+)
+def test_a_submission_that_was_made_of_no_picture_stops_it(
+    made: str, unreadable: str, kaggle: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    bundle(kaggle / "datasets/someone/im2emb", made, unreadable)
+    with pytest.raises(ValueError, match=r"all 2 vectors of submission\.csv are the same, made of no picture"):
+        execute()
+    assert "Every picture was read." not in capfd.readouterr().out
+
+
+def test_one_picture_may_be_unreadable(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (kaggle / "competitions/image-to-prompts/sample_submission.csv").write_text("imgId_eId,val\na_0,0\na_1,0\n")
+    bundle(kaggle / "datasets/someone/im2emb", "imgId_eId,val\na_0,1\na_1,0\n")
+    execute()
+    assert "submission.csv: 1 pictures × 2 rows" in capfd.readouterr().out
+
+
+def test_names_of_any_bytes_and_many_of_them(kaggle: Path) -> None:
+    """In a kernel whose locale is C, too: the files are read as UTF-8. A long list is cut."""
+    names = ["\udcff", "ü", "two\nlines", *(f"{i:03d}" for i in range(30))]
+    head = "imgId_eId,val\n"
+    rows = [(f'"{name}_{e}"', i + e) for i, name in enumerate(names) for e in range(2)]
+    sample = "\ufeff" + head + "".join(f"{name},0\n" for name, _ in rows) + "\n"
+    (kaggle / "competitions/image-to-prompts/sample_submission.csv").write_bytes(
+        sample.encode("utf-8", "surrogateescape")
+    )
+    made = head + "".join(f"{name},{value}\n" for name, value in rows)
+    listed = "id,path,reason\n" + "".join(f'"{name}","{name}.png",cut off\n' for name in names[:-1])
+    bundle(kaggle / "datasets/someone/im2emb", made, listed)
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    environment["PYTHONIOENCODING"] = "utf-8"  # as a kernel's output is
+    (kaggle.parent / "cells.py").write_text("\n".join(cells().values()), encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, kaggle.parent / "cells.py"], env=environment, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr.decode()
+    out = done.stdout.decode("utf-8")
+    assert "32 of 33 pictures have the mean vector, as submission.unreadable.csv lists:\n" in out
+    assert "\n  \ufffd, \ufffd.png, cut off\n  ü, ü.png, cut off\n" in out
+    assert out.endswith("\n  016, 016.png, cut off\n")
 
 
 def test_elsewhere_it_looks_beside_itself(
@@ -122,7 +187,7 @@ def test_another_data_set_that_has_a_predict_py_does_not_stop_it(
 
 
 def test_a_failure_of_predict_stops_it(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    bundle(kaggle / "datasets/someone/im2emb", SAMPLE, code=3)
+    bundle(kaggle / "datasets/someone/im2emb", MADE, code=3)
     with pytest.raises(RuntimeError, match=r"predict\.py .* ended with 3: the reason is above"):
         execute()
     assert "called with" in capfd.readouterr().out

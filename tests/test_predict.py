@@ -1,5 +1,6 @@
 """The bundle's program: right rows from any folder, and nothing lost when it is killed, hangs, or the disk is full."""
 
+import argparse
 import csv
 import io
 import itertools
@@ -7,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -24,7 +26,7 @@ from models.bundle import outputs, predict, work
 from models.bundle.inputs import sample_ids, task
 from models.bundle.model import BundleError
 from models.bundle.outputs import Line
-from models.preprocess import decode
+from models.preprocess import BadImage, decode
 from models.regressor import Regressor
 from tests import full_disk, predicted
 from tests.predicted import E, hostile, submission, until
@@ -407,6 +409,62 @@ def test_a_vector_that_is_not_finite_is_no_vector(tmp_path: Path) -> None:
         assert part.reasons() == {4: "the model's vector of it is not finite"}
 
 
+def test_what_may_pass_is_not_held_against_a_picture(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of errors while a picture is read: only those of the picture make it unreadable before it is tried alone."""
+    picture(0).save(images / "a.png")
+    no_memory = BadImage("MemoryError: ")
+    no_memory.__cause__ = MemoryError()
+    with work.locked(tmp_path / "o.part"):
+        part = opened(tmp_path / "o.part")
+        reader = work._Reader({"part": str(part.folder), "width": E, "images": str(images), "sizes": [8]})
+        for error, state in (
+            (OSError(5, "Input/output error"), work.READING),
+            (MemoryError(), work.READING),
+            (no_memory, work.READING),
+            (BadImage("cut off"), work.UNREADABLE),
+            (None, work.READ),
+        ):
+            with monkeypatch.context() as patched:
+                if error is not None:
+                    patched.setattr(work, "decode", lambda _, error=error: _raise(error))
+                part.mark(0, work.TODO)
+                number, rows, _ = reader[(7, 0, ["a.png"])]  # type: ignore[misc]
+                assert (number, rows, part.state(0)) == (7, [0] if error is None else [], state)
+                reader.alone(0, "a.png")
+                assert part.state(0) == (work.FITTED if error is None else work.UNREADABLE)
+        part.mark(0, work.TODO)
+        assert reader[(7, 0, ["gone.png"])] == (7, [], [])
+        assert part.reasons()[0] == "No such file or directory"
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def test_an_error_in_a_worker_is_told_without_its_traceback() -> None:
+    text = "Caught DiskError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n"
+    assert work._words(work.DiskError(f"{text}__mp_main__.DiskError: o.part/states: No space")) == (
+        "o.part/states: No space"
+    )
+    assert work._words(work.DiskError("o.part/states: No space")) == "o.part/states: No space"
+    assert work._words(MemoryError()) == "MemoryError"
+
+
+def test_with_a_time_limit_any_error_but_a_full_disk_ends_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    def worked(error: Exception, limit: float | None) -> bool:
+        options = argparse.Namespace(time_limit=limit, format="npy")
+        made: Any = type("Crew", (), {"run": staticmethod(lambda *_: _raise(error))})
+        return predict._worked(made, options, time.monotonic(), 1, E)
+
+    assert not worked(OSError(24, "Too many open files"), 60)
+    assert "ERROR: [Errno 24] Too many open files. Nothing can compute" in capsys.readouterr().err
+    for error, limit in ((OSError(24, "Too many open files"), None), (work.DiskError("full"), 60)):
+        with pytest.raises(type(error)):
+            worked(error, limit)
+
+
 def test_progress_is_one_line_on_a_terminal_and_a_few_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(100, 5)
     monkeypatch.setattr(predict.time, "monotonic", lambda: float(next(clock)))
@@ -669,6 +727,8 @@ def test_a_model_that_cannot_be_loaded_is_an_error_or_by_a_limit_mean_vectors(
     done = predicted.run(tmp_path / "broken", *command)
     assert done.returncode == 1
     assert "no_such_tower" in done.stderr.splitlines()[-1]
+    assert done.stderr.count("the model cannot be loaded") == 1, "it is told once"
+    assert "BundleError" not in done.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "images"]
     done = predicted.run(tmp_path / "broken", *command, "--time-limit", "1h")
     assert done.returncode == 0, done.stderr
@@ -676,10 +736,13 @@ def test_a_model_that_cannot_be_loaded_is_an_error_or_by_a_limit_mean_vectors(
     assert "WARNING: 3 of 3 pictures were not reached" in done.stderr
     done = predicted.run(bundle, "--images", images, "--out", tmp_path / "t.csv", "--time-limit", "0.1")
     assert done.returncode == 0, done.stderr
+    assert "the time limit is too short to begin" in done.stderr
     assert (tmp_path / "t.csv").read_bytes() == (tmp_path / "s.csv").read_bytes()
     for vector_E in submission(tmp_path / "s.csv").values():
         np.testing.assert_allclose(vector_E, MEAN, atol=1e-7)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["broken", "images", "s.csv", "t.csv"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+        ["broken", "images", *(f"{out}{kind}.csv" for out in "st" for kind in ("", ".unreadable"))]
+    )
 
 
 def test_a_disk_that_is_full_loses_nothing(bundle: Path, images: Path, tmp_path: Path) -> None:
@@ -691,6 +754,7 @@ def test_a_disk_that_is_full_loses_nothing(bundle: Path, images: Path, tmp_path:
     assert none.returncode == 1
     assert "File too large" in none.stderr
     assert "Traceback" not in none.stderr
+    assert "is kept" not in none.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "s.csv"]
     some = predicted.run(bundle, *command, file_bytes=20_000)
     assert some.returncode == 1
@@ -755,5 +819,132 @@ def test_where_no_gpu_works_the_cpu_does_and_says_so(bundle: Path, images: Path,
         assert found.run(None, lambda _: None)
         assert work.Part(tmp_path / "o.part", E).states().tolist() == [work.DONE] * 3
     assert "device 'cuda' does not work here" in said[0]
-    assert said[1] == "no GPU works with this torch; the CPU computes"
+    assert said[1] == "no GPU works here; the CPU computes"
     assert found.progress.facts["device"] == "cpu"
+
+
+def test_what_stands_still_is_replaced(
+    made: tuple[Path, Regressor],
+    images: Path,
+    tmp_path: Path,
+    hostility: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A decoder that hangs, without a time limit, in a child as for a GPU, which has shared memory for one worker."""
+    bundle, model = made
+    for i in range(8):
+        (images / f"{i}.png").write_bytes(hostile("hang", i) if i == 5 else _png(i))
+    monkeypatch.setattr(work, "_STALLED_SECONDS", 2)
+    monkeypatch.setattr(work, "_ALONE_SECONDS", 6)
+    monkeypatch.setattr(work, "shared_memory", lambda: 5 * 4 * 3 * 32 * 32)  # of five batches
+    for name, value in hostility.items():
+        monkeypatch.setenv(name, value)
+    said: list[str] = []
+    slot = work.Slot("cpu", 1, 1, 3, {"OMP_NUM_THREADS": "1"})
+    with work.locked(tmp_path / "o.part"):
+        assert crew(bundle, images, tmp_path / "o.part", [slot], said).run(None, lambda _: None)
+        part = work.Part(tmp_path / "o.part", E)
+        assert part.reasons() == {5: "decoding it takes more than 6 s"}
+        for row in (0, 7):
+            np.testing.assert_allclose(part.vector(row), model.embed([decode(_png(row))])[0], atol=1e-5)
+    assert said == ["/dev/shm has 0 MB for it: 1 processes decode instead of 3. Of a container, --shm-size gives more."]
+    assert slot.workers == 0, "half as many, after a loss"
+
+
+def test_done_on_another_device_is_kept_and_when_all_is_done_nothing_is_started(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for i in range(5):
+        (images / f"{i}.png").write_bytes(_png(i))
+    said: list[str] = []
+    folder, slot = tmp_path / "o.part", work.Slot("cpu", 1, 1, 0, {"OMP_NUM_THREADS": "1"})
+    with work.locked(folder):
+        part = crew(bundle, images, folder, [slot], said)._part
+        for row in range(4):
+            part.put(row, unit(row))
+        gpu = {"device": "cuda", "precision": "fp16", "batch": 2, "threads": 1}
+        work.settle(part, {"pictures": "1"}, gpu)
+        found = crew(bundle, images, folder, [slot], said)
+        assert found.run(None, lambda _: None)
+        assert (found.progress.begun_at, found.progress.done) == (4, 5)
+        for row in range(4):
+            np.testing.assert_array_equal(part.vector(row), unit(row))
+        assert said == [
+            "what is there was made on cuda in fp16 and is kept; the rest is made on cpu in fp32, a little different"
+        ]
+        monkeypatch.setattr(work, "_Child", None)
+        found = crew(bundle, images, folder, [slot], said)
+        assert found.run(None, lambda _: None)
+        assert (found.progress.begun_at, found.progress.done) == (5, 5)
+
+
+def test_no_process_can_be_started_is_an_error_once_it_does_not_pass(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (images / "a.png").write_bytes(_png(0))
+    monkeypatch.setattr(work, "_TICK", 0.01)
+    monkeypatch.setattr(work, "_Child", lambda *_: _raise(OSError(12, "Cannot allocate memory")))
+    with work.locked(tmp_path / "o.part"):
+        found = crew(bundle, images, tmp_path / "o.part", [work.Slot("cpu", 1, 1, 0, {})], [])
+        with pytest.raises(work.WorkError, match="no process can be started: Cannot allocate memory"):
+            found.run(None, lambda _: None)
+
+
+def test_a_gpu_that_fails_again_and_again_is_replaced_by_the_cpu(bundle: Path, images: Path, tmp_path: Path) -> None:
+    """Its processes end at once, as where memory is too small for the model."""
+    said: list[str] = []
+    slot = work.Slot("cpu", 1, 1, 0, {}, optional=True)
+    with work.locked(tmp_path / "o.part"):
+        (images / "a.png").write_bytes(_png(0))
+        found = crew(bundle, images, tmp_path / "o.part", [slot], said)
+        for _ in range(work._ATTEMPTS):
+            found._staff()
+            (one,) = found._children
+            found._lost(one, "CUDA out of memory")
+        assert found._slots != [slot]
+        assert found._slots[0].device == "cpu"
+    assert said == ["CUDA out of memory", "CUDA out of memory", "no GPU works here; the CPU computes"]
+
+
+_IN_A_SMALL_CONTAINER = """
+import sys
+from pathlib import Path
+from models.bundle import work
+from tests import test_predict
+
+assert work.shared_memory() < 70_000
+work._STALLED_SECONDS = 3
+room, said = work.shared_memory, []
+work.shared_memory = room if sys.argv[2] == "seen" else lambda: 1e9
+folder = Path(sys.argv[1])
+slot = work.Slot("cpu", 1, 1, 2, {"OMP_NUM_THREADS": "1"})
+with work.locked(folder / "o.part"):
+    found = test_predict.crew(folder / "bundle", folder / "images", folder / "o.part", [slot], said)
+    found._order["batch"] = 32
+    assert found.run(None, lambda _: None)
+print(slot.workers, said)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["seen", "not seen"])
+def test_too_little_shared_memory_hangs_nothing(how: str, bundle: Path, images: Path, tmp_path: Path) -> None:
+    """In a namespace of its own, where /dev/shm is smaller than a batch; then a batch vanishes, and no process ends."""
+    for i in range(64):
+        (images / f"{i:02d}.png").write_bytes(_png(i))
+    shutil.copytree(bundle, tmp_path / "bundle")
+    (tmp_path / "small.sh").write_text('mount -t tmpfs -o size=64k tmpfs /dev/shm || exit 77\nexec "$@"\n')
+    inside = ["unshare", "-rm", "sh", tmp_path / "small.sh"]
+    if shutil.which("unshare") is None or subprocess.run([*inside, "true"], capture_output=True).returncode:
+        pytest.skip("no namespace with a /dev/shm of its own can be made here")
+    done = subprocess.run(
+        [*inside, sys.executable, "-c", _IN_A_SMALL_CONTAINER, tmp_path, how],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 0, done.stderr
+    told = "0 processes decode instead of 2" if how == "seen" else "has stood still for 3 s"
+    assert done.stdout.startswith("0 [")
+    assert told in done.stdout

@@ -49,27 +49,28 @@ def task(folder: Path, by_path: bool, sample: Path | None, width: int) -> Task:
     found = sorted((path if by_path else PurePosixPath(path).stem, path, *about) for path, *about in _pictures(folder))
     if not found:
         raise BundleError(f"no picture ({', '.join(SUFFIXES)}) in {folder}")
-    ids = sample_ids(sample, width) if sample else None
-    wanted = None if ids is None else set(ids)
-    chosen = [entry for entry in found if wanted is None or entry[0] in wanted]
-    twice = [f"{a[1]} and {b[1]}" for a, b in itertools.pairwise(chosen) if a[0] == b[0]]
+    count, first = len(found), found[0][0]
+    ids: list[str] = []
+    if sample:
+        ids = sample_ids(sample, width)
+        wanted = set(ids)
+        found = [entry for entry in found if entry[0] in wanted]
+        if not found:
+            raise BundleError(
+                f"no picture in {folder} has an id of {sample}: the first ids are {ids[0]!r} there, {first!r} here"
+            )
+    twice = [f"{a[1]} and {b[1]}" for a, b in itertools.pairwise(found) if a[0] == b[0]]
     if twice:
         raise BundleError(f"pictures that share an id: {shown(twice)}; rename them, or take --ids path")
-    if ids is None:
-        ids = [entry[0] for entry in chosen]
-    elif ids and not chosen:
-        raise BundleError(
-            f"no picture in {folder} has an id of {sample}: the first ids are {ids[0]!r} there, {found[0][0]!r} here"
-        )
-    row = {entry[0]: number for number, entry in enumerate(chosen)}
-    return Task(
-        folder,
-        [entry[1] for entry in chosen],
-        ids,
-        [row.get(name, -1) for name in ids],
-        len(found) - len(chosen),
-        hashlib.sha256(json.dumps(chosen).encode()).hexdigest(),
-    )
+    sha256 = hashlib.sha256()
+    for entry in found:  # all at once, a million pictures would take another half GB
+        sha256.update(json.dumps(entry).encode())
+    if sample:
+        row = {entry[0]: number for number, entry in enumerate(found)}
+        rows = [row.get(name, -1) for name in ids]
+    else:
+        ids, rows = [entry[0] for entry in found], list(range(len(found)))
+    return Task(folder, [entry[1] for entry in found], ids, rows, count - len(found), sha256.hexdigest())
 
 
 def shown(items: list[str]) -> str:
@@ -82,14 +83,7 @@ def _pictures(folder: Path) -> Iterator[tuple[str, int, int]]:
     """Path below `folder`, bytes and time of each; -1 where a link leads nowhere."""
     if not folder.is_dir():
         raise BundleError(f"no folder {folder}")
-    seen = set()
-    for place, folders, names in os.walk(folder, onerror=_unlisted, followlinks=True):
-        folders.sort()  # of two links to one folder the same is followed everywhere
-        here = Path(place).stat()
-        if (here.st_dev, here.st_ino) in seen:  # a link to a folder above would never end
-            folders.clear()
-            continue
-        seen.add((here.st_dev, here.st_ino))
+    for place, names in _folders(folder):
         for name in names:
             if not name.lower().endswith(SUFFIXES) or name.lower() in SUFFIXES:
                 continue
@@ -105,12 +99,29 @@ def _pictures(folder: Path) -> Iterator[tuple[str, int, int]]:
             yield path.relative_to(folder).as_posix(), size, time
 
 
+def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:
+    """Each folder from `top` on and its names, once: links to folders come after all that is reached without them."""
+    seen, tops = set(), [top]
+    for start in tops:  # which grows
+        for place, folders, names in os.walk(start, onerror=_unlisted):
+            here = Path(place).stat()
+            if (here.st_dev, here.st_ino) in seen:  # a link to a folder above would never end
+                folders.clear()
+                continue
+            seen.add((here.st_dev, here.st_ino))
+            folders.sort()  # of two links to one folder the same is followed everywhere
+            tops += [path for name in folders if (path := Path(place, name)).is_symlink()]
+            yield place, names
+
+
 def _unlisted(error: OSError) -> NoReturn:
     raise BundleError(f"cannot list {error.filename}: {error.strerror}")
 
 
 def sample_ids(file: Path, width: int) -> list[str]:
     """The ids of a sample submission: `imgId_eId,val`, and of each id the rows _0 … _(width-1). Only ids are held.
+
+    Blank lines may stand between ids and at the end.
 
     Raises:
         BundleError: naming the line and what should stand there.
@@ -123,7 +134,9 @@ def sample_ids(file: Path, width: int) -> list[str]:
             if header != HEADER:
                 raise BundleError(f"{file}: the header is {','.join(header)!r}, not {','.join(HEADER)!r}")
             for first in lines:
-                name = first[0].rpartition("_")[0] if first else ""
+                if not first:
+                    continue
+                name = first[0].rpartition("_")[0]
                 block = [
                     row[0] if len(row) == 2 else ",".join(row) for row in (first, *itertools.islice(lines, width - 1))
                 ]

@@ -60,7 +60,7 @@ def write_output(
     Args:
         kind: one of `FORMATS`.
         lines: `count` of them.
-        unread: id, path and reason of each picture that was not read, for `OUT.unreadable.csv`.
+        unread: id, path and reason of each line with the mean vector, for `OUT.unreadable.csv`.
         room: a folder on the disk of `out`, for files in the making.
 
     Raises:

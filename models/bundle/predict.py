@@ -8,7 +8,8 @@ The file belongs beside config.json and the weights, as python -m models.export 
 `<imgId>_<0…E-1>,val`. One that cannot be read gets the mean vector of the training targets, and is listed in
 OUT.unreadable.csv. What is done is kept in OUT.part/ until all is: after Ctrl-C, a crash or a full disk the same
 command goes on, to the same bytes. Exit codes: 0, OUT is written; 1, an error; 2, wrong arguments; 130 or 143, ended
-by a signal. With --time-limit OUT is written by then whatever happens, with mean vectors for all that was not reached.
+by a signal. With --time-limit OUT is written by then whatever happens, but for wrong arguments, wrong input and a full
+disk; all that was not reached has mean vectors.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from models.bundle.work import (
 )
 
 _LINES_APART = 10.0  # seconds, where the progress line cannot be rewritten
-_GO_ON = "What is done is kept: run the same command to go on."
+_GO_ON = ". What is done is kept: run the same command to go on."
 
 
 class _Ended(BaseException):
@@ -79,6 +80,9 @@ def _parsed() -> argparse.Namespace:
             raise ValueError(text)
         return int(text)
 
+    def device(text: str) -> str:
+        return re.sub(r"^cpu:\d+$", "cpu", text.lower())
+
     parser.add_argument("--images", type=Path, required=True, help="folder of pictures, searched to the bottom")
     parser.add_argument("--out", type=Path, help="file to write [submission.csv, vectors.npy or vectors.parquet]")
     parser.add_argument("--sample-submission", type=Path, metavar="FILE", help="the ids to write, in its order")
@@ -93,7 +97,7 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument(
         "--workers", type=number, metavar="N", help="batches at once on the CPU, or decoders for each GPU"
     )
-    parser.add_argument("--device", help="cpu, cuda, cuda:1 … [all GPUs, or else the CPU]")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 … [all GPUs, or else the CPU]")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="[%(default)s]")
     parser.add_argument("--backend", choices=BACKENDS, default="torch", help="but for torch: on the CPU [%(default)s]")
     parser.add_argument("--fresh", action="store_true", help="do not go on with what is done, begin anew")
@@ -113,18 +117,28 @@ def main() -> None:
         signal.signal(signal.SIGTERM, _terminated)
     try:
         _predict(options, Path(__file__).absolute().parent, began)
-    except (BundleError, WorkError) as error:
+    except BundleError as error:
         sys.exit(f"error: {error}")
+    except WorkError as error:
+        sys.exit(f"error: {error}{_go_on(options)}")
     except DiskError as error:
-        sys.exit(f"error: cannot write {error}. {_GO_ON}")
+        sys.exit(f"error: cannot write {error}{_go_on(options)}")
     except OSError as error:
         sys.exit(f"error: {error.filename or options.out}: {error.strerror or error}")
     except KeyboardInterrupt:
-        _tell(f"\nended by Ctrl-C. {_GO_ON}")
+        _tell(f"\nended by Ctrl-C{_go_on(options)}")
         sys.exit(130)
     except _Ended:
-        _tell(f"\nended by SIGTERM. {_GO_ON}")
+        _tell(f"\nended by SIGTERM{_go_on(options)}")
         sys.exit(143)
+
+
+def _part_folder(options: argparse.Namespace) -> Path:
+    return options.out.with_name(f"{options.out.name}.part")
+
+
+def _go_on(options: argparse.Namespace) -> str:
+    return _GO_ON if _part_folder(options).exists() else ""
 
 
 def _terminated(*_: Any) -> None:
@@ -159,7 +173,7 @@ def _predict(options: argparse.Namespace, bundle: Path, began: float) -> None:
         "pictures": asked.sha256,
         **{word: str(getattr(options, word)) for word in ("batch_size", "precision", "backend", "device")},
     }
-    folder = options.out.with_name(f"{options.out.name}.part")
+    folder = _part_folder(options)
     with locked(folder):
         complete = False
         try:
@@ -203,6 +217,8 @@ def _crew(
         graph = options.backend != "torch"  # their runtimes take one batch at a time
         return cpu_slots(len(asked.paths), options.batch_size, fp32_bytes, options.workers, threads, graph)
 
+    if options.backend != "torch" and options.device not in (None, "cpu"):
+        _tell(f"--backend {options.backend} computes on the CPU: --device {options.device} is not used")
     gpus = [] if options.backend != "torch" or options.device == "cpu" else gpu_slots(options.device, options.workers)
     return Crew(bundle / "predict.py", part, asked.paths, order, gpus or on_cpu(), on_cpu, identity, settings, _tell)
 
@@ -213,12 +229,18 @@ def _worked(crew: Crew, options: argparse.Namespace, began: float, count: int, w
     deadline = None
     if limit is not None:
         deadline = began + limit - seconds_to_write(options.format, count, width) - min(60.0, 2 + 0.02 * limit)
+        if deadline <= time.monotonic():
+            _tell("the time limit is too short to begin: what is not done gets the mean vector")
     try:
         return crew.run(deadline, show)
-    except WorkError as error:
+    except DiskError:
+        raise
+    except Exception as error:  # WorkError, or whatever else: a file is promised
         if limit is None:
             raise
-        _tell(f"ERROR: {error}. Nothing can compute: what is not done gets the mean vector.")
+        _tell(
+            f"ERROR: {str(error) or type(error).__name__}. Nothing can compute: what is not done gets the mean vector."
+        )
         return False
     finally:
         show.close()
@@ -291,12 +313,14 @@ def _written(options: argparse.Namespace, asked: Task, part: Part, mean_E: np.nd
                 state = "unreadable" if states[row] == UNREADABLE else "not reached"
                 yield Line(name, asked.paths[row], state, mean_E)
 
+    not_reached = [pair for pair in pairs if pair[1] >= 0 and states[pair[1]] not in (DONE, UNREADABLE)]
     listed = unread + [(name, "", "no picture has this id") for name in missing]
+    listed += [(name, asked.paths[row], "not reached") for name, row in not_reached]
     try:
         write_output(options.out, options.format, lines(), len(pairs), len(mean_E), listed, part.folder)
     except OSError as error:
         raise DiskError(f"{options.out}: {error.strerror or error}") from error
-    return _Outcome(unread, missing, int((~np.isin(states, (DONE, UNREADABLE))).sum()))
+    return _Outcome(unread, missing, len(not_reached))
 
 
 def _sum_up(options: argparse.Namespace, asked: Task, progress: Progress, outcome: _Outcome, seconds: float) -> None:

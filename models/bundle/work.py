@@ -21,6 +21,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -32,7 +33,7 @@ import numpy as np
 import torch
 
 from models.bundle.model import BundleError, Predictor, working_device
-from models.preprocess import decode, fit
+from models.preprocess import BadImage, decode, fit
 
 try:
     import fcntl
@@ -55,6 +56,7 @@ _AHEAD = 2  # batches that each decoding worker makes ready
 _LANES = 4  # batches at once in a process
 _ATTEMPTS = 3  # in which a child may end without having finished a batch
 _ALONE_SECONDS = 120  # in which one picture must be decoded
+_STALLED_SECONDS = 300  # without a sign of life, after which a child is replaced
 _TICK = 0.5  # seconds
 
 
@@ -93,14 +95,16 @@ class Part:
         self.mark_all(bytes(states), first)
 
     def mark_all(self, states: bytes, first: int = 0) -> None:
-        _write_at(self._states, states, first)
+        with _disk_errors(self.folder / "states"):
+            _write_at(self._states, states, first)
 
     def vector(self, row: int) -> np.ndarray:
         """[E], fp32."""
         return np.frombuffer(os.pread(self._vectors, self._row_bytes, row * self._row_bytes), np.float32)
 
     def put(self, row: int, vector_E: np.ndarray) -> None:
-        _write_at(self._vectors, vector_E.astype(np.float32).tobytes(), row * self._row_bytes)
+        with _disk_errors(self.folder / "vectors"):
+            _write_at(self._vectors, vector_E.astype(np.float32).tobytes(), row * self._row_bytes)
         self.mark(row, DONE)
 
     def refuse(self, row: int, reason: str) -> None:
@@ -146,14 +150,13 @@ class Part:
 
 
 def _write_at(descriptor: int, data: bytes, at: int) -> None:
-    with _disk_errors("vectors"):
-        while data:
-            written = os.pwrite(descriptor, data, at)
-            data, at = data[written:], at + written
+    while data:
+        written = os.pwrite(descriptor, data, at)
+        data, at = data[written:], at + written
 
 
 @contextlib.contextmanager
-def _disk_errors(path: Path | str) -> Iterator[None]:
+def _disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -311,12 +314,18 @@ def child(descriptor: int) -> None:
         else:
             _embed(line, order)
     except DiskError as error:
-        line.send(("disk", str(error)))
+        line.send(("disk", _words(error)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)  # the coordinator is gone
     except Exception as error:
-        line.send(("failed", str(error) or type(error).__name__, isinstance(error, BundleError)))
+        line.send(("failed", _words(error), isinstance(error, BundleError)))
     os._exit(0)  # lanes that are at work, or hang, are not waited for
+
+
+def _words(error: Exception) -> str:
+    """Of an error in a DataLoader's worker, whose text is a traceback, the last line."""
+    text = str(error) or type(error).__name__
+    return text.strip().splitlines()[-1].partition(": ")[2] if "Traceback (most recent call last)" in text else text
 
 
 def _end_with(coordinator: int, *_: int) -> None:
@@ -358,18 +367,20 @@ class _Reader(torch.utils.data.Dataset):
             self.part.mark(row, READ)
         return squares
 
-    def _decoded(self, row: int, path: str) -> list[torch.Tensor] | None:
+    def _decoded(self, row: int, path: str, last: bool = False) -> list[torch.Tensor] | None:
+        """None: it cannot be read; or, unless this is the last attempt, it is left as a suspect."""
         try:
             image_CHW = decode((self._folder / path).read_bytes())
             return [fit(image_CHW, size) for size in self._sizes]
-        except OSError as error:
-            self.part.refuse(row, error.strerror or str(error))
-        except Exception as error:  # besides BadImage, such as memory that a picture asks for in vain
-            self.part.refuse(row, str(error) or type(error).__name__)
+        except Exception as error:
+            # others may pass, such as a lack of memory or a network drive that is away
+            lasting = isinstance(error, BadImage | FileNotFoundError | PermissionError | IsADirectoryError)
+            if last or (lasting and not isinstance(error.__cause__, MemoryError)):
+                self.part.refuse(row, getattr(error, "strerror", None) or str(error) or type(error).__name__)
         return None
 
     def alone(self, row: int, path: str) -> None:
-        squares = self._decoded(row, path)
+        squares = self._decoded(row, path, last=True)
         if squares:
             self.part.keep_fitted(row, squares)
 
@@ -391,18 +402,20 @@ def _embed(line: Any, order: Mapping[str, Any]) -> None:
     if workers:
         # the workers are forked here, while this process has neither threads nor a GPU; what they are sent first
         # stands for nothing, since no batch can be claimed before the model is loaded
-        batches = iter(
-            torch.utils.data.DataLoader(
-                reader,
-                batch_size=None,
-                sampler=itertools.chain([None] * (_AHEAD * workers), _claimed(line, turn)),  # type: ignore[arg-type]
-                num_workers=workers,
-                prefetch_factor=_AHEAD,
-                pin_memory=order["device"].startswith("cuda"),
-                worker_init_fn=functools.partial(_end_with, os.getpid()),
-                multiprocessing_context="fork",
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "This DataLoader will create")  # more than cores, as the user asks
+            batches = iter(
+                torch.utils.data.DataLoader(
+                    reader,
+                    batch_size=None,
+                    sampler=itertools.chain([None] * (_AHEAD * workers), _claimed(line, turn)),  # type: ignore[arg-type]
+                    num_workers=workers,
+                    prefetch_factor=_AHEAD,
+                    pin_memory=order["device"].startswith("cuda"),
+                    worker_init_fn=functools.partial(_end_with, os.getpid()),
+                    multiprocessing_context="fork",
+                )
             )
-        )
     if order["optional"]:
         try:
             working_device(order["device"])
@@ -441,7 +454,8 @@ def _loaded(order: Mapping[str, Any]) -> Predictor:
     except (MemoryError, torch.cuda.OutOfMemoryError):
         raise  # what another process has had may soon be free
     except Exception as error:
-        raise BundleError(f"the model cannot be loaded: {type(error).__name__}: {error}") from error
+        kind = "" if isinstance(error, BundleError) else f"{type(error).__name__}: "
+        raise BundleError(f"the model cannot be loaded: {kind}{error}") from error
 
 
 def _largest_batch(predictor: Predictor) -> int:
@@ -529,7 +543,7 @@ class Slot:
     lanes: int
     """Batches that it decodes and computes at once; with workers 1."""
     workers: int
-    """Processes that decode for it; 0: it decodes itself."""
+    """Processes that decode for it; 0: it decodes itself. Fewer after it was lost."""
     environment: dict[str, str]
     optional: bool = False
     """The CPU may take its place."""
@@ -557,6 +571,15 @@ def memory() -> float:
         found.append(1024 * int(next(line for line in lines if line.startswith("MemAvailable")).split()[1]))
     limits = _cgroup("memory.max") or _cgroup("memory/memory.limit_in_bytes")
     return min([*found, *(limit for limit in limits if limit > 0)])
+
+
+def shared_memory() -> float:
+    """Bytes through which workers can hand over what they decode; a container may have little."""
+    try:
+        free = os.statvfs("/dev/shm")
+    except (OSError, AttributeError):  # not on Linux
+        return math.inf
+    return free.f_bavail * free.f_frsize
 
 
 def _cgroup(name: str) -> list[float]:
@@ -621,6 +644,7 @@ class _Child:
         self.batches: set[int] = set()
         self.sent_home = 0  # lanes
         self.again = 0  # batches in fp32
+        self.sign, self.sign_at, self.look_at = b"", 0.0, 0.0  # of life: see Crew._stalled
         self.line, theirs = multiprocessing.Pipe()
         environment = {**os.environ, **(slot.environment if slot else {"CUDA_VISIBLE_DEVICES": ""})}
         with theirs:
@@ -650,9 +674,9 @@ class _Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def bury(self) -> None:
+    def bury(self, seconds: float = 5.0) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a driver: it ends some day
-            self.process.wait(5)
+            self.process.wait(seconds)
         self.line.close()
 
 
@@ -709,6 +733,7 @@ class Crew:
         self._suspects: deque[int] = deque()  # rows to decode alone
         self._held: dict[int, set[int]] = {}  # batches that wait for their suspects
         self._last_words = ""
+        self._unstarted = 0  # children in a row
         self.progress = Progress(len(paths))
 
     def run(self, deadline: float | None, show: Callable[[Progress], None]) -> bool:
@@ -718,6 +743,11 @@ class Crew:
             DiskError: the part folder cannot be written.
             WorkError: no child can work.
         """
+        states = self._part.states()
+        unreadable = int((states == UNREADABLE).sum())
+        if unreadable + int((states == DONE).sum()) == len(states):
+            self.progress = Progress(len(states), len(states), unreadable, len(states))
+            return True
         try:
             while self._todo is None or self._todo or self._held or any(c.batches for c in self._children):
                 if deadline is not None and time.monotonic() >= deadline:
@@ -732,13 +762,16 @@ class Crew:
                         self._lost(one, "")
                     elif time.monotonic() > one.until:
                         self._lost(one, f"takes more than {_ALONE_SECONDS} s")
+                    elif self._stalled(one):
+                        self._lost(one, f"the process that computes has stood still for {_STALLED_SECONDS} s")
                 show(self.progress)
         finally:
             self.progress.ended_at = time.monotonic()
             for one in self._children:
                 one.kill()
+            until = time.monotonic() + 1  # for all of them: the time may be up
             for one in self._children:
-                one.bury()
+                one.bury(max(0.0, until - time.monotonic()))
         return True
 
     def _staff(self) -> None:
@@ -746,24 +779,64 @@ class Crew:
         for slot in self._slots:
             busy = any(one.slot is slot for one in self._children)
             if not busy and slot.failures < _ATTEMPTS and (self._todo is None or self._todo):
+                same = self._settings.get("device") == slot.device.partition(":")[0]
+                batch = (self._settings["batch"] if same else 0) or self._order["batch"]
+                self._fit_workers(slot, batch or _GPU_BATCHES[0])
                 self._start(
                     slot,
                     device=slot.device,
                     threads=slot.threads,
                     lanes=slot.lanes,
-                    # after a failure without: they need shared memory, of which a container may have too little
-                    workers=0 if slot.failures else slot.workers,
+                    workers=slot.workers,
                     optional=slot.optional,
-                    batch=self._settings.get("batch") or self._order["batch"],
+                    batch=batch,
                 )
         if self._suspects and not any(one.row is not None for one in self._children):
-            row = self._suspects.popleft()
-            self._start(None, alone=(row, self._paths[row]))
-        if not self._children:
+            row = self._suspects[0]
+            if self._start(None, alone=(row, self._paths[row])):
+                self._suspects.popleft()
+        if not self._children and not 0 < self._unstarted < _ATTEMPTS * (len(self._slots) + 1):
             raise WorkError(self._last_words)
 
-    def _start(self, slot: Slot | None, **more: Any) -> None:
-        self._children.append(_Child(self._program, slot, {**self._order, **more}))
+    def _start(self, slot: Slot | None, **more: Any) -> bool:
+        try:
+            self._children.append(_Child(self._program, slot, {**self._order, **more}))
+        except OSError as error:  # such as no memory for another process, which may pass
+            self._unstarted += 1
+            self._last_words = f"no process can be started: {error.strerror or error}"
+            return False
+        self._unstarted = 0
+        return True
+
+    def _fit_workers(self, slot: Slot, batch: int) -> None:
+        """No more than there is shared memory for: a batch that finds none is lost without a word."""
+        size = batch * sum(3 * side * side for side in self._order["sizes"])
+        room = shared_memory() / len(self._slots)
+        if slot.workers and (_AHEAD * slot.workers + 2) * size > room:
+            fitting = max(0, int((room / size - 2) // _AHEAD))
+            self._tell(
+                f"/dev/shm has {room / 1e6:.0f} MB for it: {fitting} processes decode instead of {slot.workers}. "
+                "Of a container, --shm-size gives more."
+            )
+            slot.workers = fitting
+
+    def _stalled(self, one: _Child) -> bool:
+        """Whether it neither claims, decodes nor finishes anything though it holds batches.
+
+        On the CPU a batch may take long to compute; a picture takes nowhere long to decode.
+        """
+        now = time.monotonic()
+        if one.slot is None or now < one.look_at:
+            return False
+        one.look_at = now + _TICK
+        states = [self._part.states(rows.start, len(rows)) for rows in map(self._rows, sorted(one.batches))]
+        sign = repr(sorted(one.batches)).encode() + b"".join(some.tobytes() for some in states)
+        if sign != one.sign:
+            one.sign, one.sign_at = sign, now
+        computes = one.slot.device == "cpu" and not one.slot.workers
+        if not one.batches or (computes and not any(READING in some for some in states)):
+            return False
+        return now - one.sign_at > _STALLED_SECONDS
 
     def _hear(self, one: _Child) -> None:
         try:
@@ -796,8 +869,10 @@ class Crew:
         if self._settings:
             changed = [key for key in ("device", "precision") if self._settings.get(key) != settings[key]]
             if changed:
-                self._tell(f"what is there was made with another {' and '.join(changed)}; it begins anew")
-                self._part.mark_all(bytes(len(self._paths)))
+                was, now = (f"{of['device']} in {of['precision']}" for of in (self._settings, settings))
+                self._tell(
+                    f"what is there was made on {was} and is kept; the rest is made on {now}, a little different"
+                )
         if settings != self._settings:
             settle(self._part, self._identity, settings)
         self._settings = settings
@@ -834,7 +909,18 @@ class Crew:
         one.slot.failures = 0
         self.progress.again_in_fp32 += again - one.again
         one.again = again
-        self._count(number)
+        if not self._suspect(number):
+            self._count(number)
+
+    def _suspect(self, number: int) -> bool:
+        """Whether pictures of a batch wait to be decoded alone, and it for them."""
+        rows = self._rows(number)
+        states = self._part.states(rows.start, len(rows))
+        suspects = [row for row, state in zip(rows, states, strict=True) if state == READING]
+        if suspects:
+            self._held[number] = set(suspects)
+            self._suspects.extend(suspects)
+        return bool(suspects)
 
     def _count(self, number: int) -> None:
         rows = self._rows(number)
@@ -853,20 +939,23 @@ class Crew:
             return
         suspected = False
         for number in sorted(one.batches, reverse=True):
-            rows = self._rows(number)
-            states = self._part.states(rows.start, len(rows))
-            suspects = [row for row, state in zip(rows, states, strict=True) if state == READING]
-            if suspects:
+            if self._suspect(number):
                 suspected = True
-                self._held[number] = set(suspects)
-                self._suspects.extend(suspects)
             elif self._todo is not None:
                 self._todo.appendleft(number)
         slot = one.slot
-        if slot is not None and not suspected:
-            slot.failures = _ATTEMPTS if final else slot.failures + 1
-            self._last_words = words or f"the process that computes ended: {how}"
-            self._tell(self._last_words)
+        assert slot is not None
+        if suspected:
+            slot.workers //= 2
+            return
+        slot.workers = 0
+        slot.failures = _ATTEMPTS if final else slot.failures + 1
+        words = words or f"the process that computes ended: {how}"
+        if slot.optional and slot.failures >= _ATTEMPTS:
+            self._replace(slot, words)
+        elif words != self._last_words and any(other.failures < _ATTEMPTS for other in self._slots):
+            self._tell(words)  # else it is the error that ends the run
+        self._last_words = words
 
     def _cleared(self, row: int | None) -> None:
         """It is known what becomes of a suspect."""
@@ -878,12 +967,15 @@ class Crew:
                     self._todo.appendleft(number)
 
     def _without(self, one: _Child, reason: str) -> None:
-        """A GPU does not work."""
         self._dismiss(one)
-        self._slots = [slot for slot in self._slots if slot is not one.slot]
+        self._replace(one.slot, reason)
+
+    def _replace(self, gone: Slot | None, reason: str) -> None:
+        """A GPU does not work."""
+        self._slots = [slot for slot in self._slots if slot is not gone]
         self._tell(reason)
         if not self._slots:
-            self._tell("no GPU works with this torch; the CPU computes")
+            self._tell("no GPU works here; the CPU computes")
             self._slots = self._cpu()
 
     def _dismiss(self, one: _Child) -> str:
