@@ -23,7 +23,6 @@ from conf import ROOT, UserError, command, settings
 from models.card import Told, card, dataset_metadata, distance
 from models.notebook import notebook
 from models.publish import address_problems, push
-from models.samples import samples
 from models.st_module import st_files
 from models.wheels import collect, problems, wanted
 from models.wheels import refuse as refuse_wheels
@@ -165,6 +164,8 @@ def export(
         from models.graphs import refuse
 
         refuse(graphs)
+    from models.samples import samples
+
     shown = None if pictures is None or not graphs else samples(pictures, _SHOWN)
     parts, facts = _parts(source, flip, tuple(sizes))
     if wheels is not None and wheels.python is not None:

@@ -85,7 +85,7 @@ def refuse(config: Mapping[str, Any], python: str, platform: str) -> None:
     missing = [name for name in wanted(config) if _installed(name) is None]
     if missing:
         found.append(f"{', '.join(missing)}: not installed here, so the bundle was not checked with it; install it")
-    if importlib.util.find_spec("pip") is None:
+    if _installed("pip") is None:
         found.append(f"{sys.executable} has no pip, which resolves wheels; run {sys.executable} -m ensurepip")
     if found:
         raise UserError("wheels cannot be collected:\n" + "\n".join(f"  {problem}" for problem in found))
