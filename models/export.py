@@ -160,15 +160,15 @@ def export(
     """
     from models import checkpoint, ensemble
 
+    shown = None
     if graphs:
         from models.graphs import refuse
+        from models.samples import samples
 
         refuse(graphs)
-    from models.samples import samples
-
-    shown = None if pictures is None or not graphs else samples(pictures, _SHOWN)
+        shown = None if pictures is None else samples(pictures, _SHOWN)
     parts, facts = _parts(source, flip, tuple(sizes))
-    if wheels is not None and wheels.python is not None:
+    if wheels is not None:
         backbones = [{"backbone": checkpoint.read_config(part.folder)["backbone"]} for part in parts]
         refuse_wheels({"members": backbones, "graphs": list(graphs)}, wheels.version(), wheels.platform)
     encoder = checkpoint.read_config(parts[0].folder).get("encoder")
@@ -192,7 +192,7 @@ def export(
         (folder / "notebook.ipynb").write_text(notebook(config))
         for name, text in st_files().items():
             (folder / name).write_text(text)
-        if wheels is not None and wheels.python is not None:
+        if wheels is not None:
             collect(folder / "wheels", config, wheels.version(), wheels.platform)
         recipes = {part.name: json.loads(path.read_text()) for part in parts if (path := ensemble.recipe(part.folder))}
         files = {
@@ -230,6 +230,7 @@ def _checked(
     import torch
 
     from models import ensemble
+    from models.graphs import cosine_distance, told
 
     probes = _probes(parts)
     expected = ensemble.load_any(source, flip=flip, sizes=sizes).embed(probes)
@@ -243,15 +244,14 @@ def _checked(
                 "nothing is written"
             )
         return difference, {}
-    distance_N = ((found.double() - expected.double()) ** 2).sum(1) / 2
-    mean, largest = float(distance_N.mean()), float(distance_N.max())
+    distance_N = cosine_distance(found.numpy(), expected.numpy())
+    largest = distance_N.max()
     if not largest <= _HALF_BOUND:
         raise UserError(
             f"weights in fp16 cost up to {largest:.1e} of cosine on {len(probes)} pictures, more than "
             f"{_HALF_BOUND:.0e}; nothing is written. Leave precision=fp32"
         )
-    cost = {"mean_distance": round(mean, 7), "max_distance": round(largest, 7), "pictures": len(probes)}
-    return difference, {"half_distance": cost}
+    return difference, {"half_distance": told(distance_N)}
 
 
 def _probes(parts: Sequence[_Part]) -> list[Any]:
@@ -431,7 +431,7 @@ def run(values: dict[str, Any]) -> None:
         precision=chosen.precision,
         graphs=chosen.graphs,
         pictures=chosen.pictures,
-        wheels=chosen.wheels,
+        wheels=chosen.wheels if chosen.wheels.python is not None else None,
         told=chosen.told(),
     )
     log.info("%s → %s: probe vectors equal within %.1e", source, chosen.out, difference)

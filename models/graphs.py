@@ -159,8 +159,13 @@ def _verified(
             f"the {kind} graph differs from the network: its {which} cosine distance on {len(squares)} pictures is "
             f"{value:.1e}, more than {bound:g}; nothing is written. Leave {kind} out of graphs, or {remedy}"
         )
-    # what is smaller differs between machines
-    return about | {"pictures": len(squares), "mean_distance": round(mean, 7), "max_distance": round(largest, 7)}
+    return about | told(distance_N)
+
+
+def told(distance_N: np.ndarray) -> dict[str, Any]:
+    """Distances as config.json keeps them: what is smaller differs between machines."""
+    mean, largest = (round(float(value), 7) for value in (distance_N.mean(), distance_N.max()))
+    return {"pictures": len(distance_N), "mean_distance": mean, "max_distance": largest}
 
 
 def cosine_distance(a_NE: np.ndarray, b_NE: np.ndarray) -> np.ndarray:

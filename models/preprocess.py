@@ -60,14 +60,18 @@ def _by_pillow(data: bytes) -> torch.Tensor:
             with Image.open(io.BytesIO(data)) as picture:
                 if picture.width * picture.height > MAX_PIXELS:
                     raise BadImage(f"{picture.width} × {picture.height} pixels are over the bound of {MAX_PIXELS:,}")
-                rgb_HWC = np.array(_rgb(ImageOps.exif_transpose(picture)))
+                return from_pillow(picture)
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # whose message is an address in memory
         raise BadImage("UnidentifiedImageError: cannot identify image file") from error
     except Exception as error:  # Pillow's decoders raise nearly anything on damaged files
         raise BadImage(f"{type(error).__name__}: {error}") from error
-    return torch.from_numpy(rgb_HWC).permute(2, 0, 1)
+
+
+def from_pillow(picture: Image.Image) -> torch.Tensor:
+    """What `decode` gives, of a picture that Pillow has opened or made."""
+    return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(picture)))).permute(2, 0, 1)
 
 
 def _plain(data: bytes) -> tuple[str, int, int]:

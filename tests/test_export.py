@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from conf import UserError, compose, settings
 from models import checkpoint, ensemble, export
 from models.bundle.im2emb import load
-from models.regressor import make
+from models.regressor import Regressor, make
 from tests import small_dataset
 from tests.commands import contents
 from tests.test_evaluate import judge
@@ -160,16 +160,21 @@ def test_half_the_bytes_cost_little(bundle: Path, tiny_run: Path, tmp_path: Path
     assert {tensor.dtype for tensor in tensors if tensor.ndim < 2} == {torch.float32}, "a variance can be too small"
 
 
+def scaled(folder: Path, factor: float) -> Regressor:
+    """A checkpoint of the same function, but that its first batch norm's input is `factor` times as large."""
+    save(folder, "test_efficientnet", 32)
+    tensors = load_file(folder / "model.safetensors")
+    tensors["backbone.conv_stem.weight"] *= factor
+    tensors["backbone.bn1.running_mean"] *= factor
+    tensors["backbone.bn1.running_var"] *= factor**2
+    save_file(tensors, folder / "model.safetensors")
+    model = checkpoint.load(folder)
+    checkpoint.save(folder, model, tensors["mean_E"], drawn(8), {"encoder": small_dataset.ENCODER})
+    return model
+
+
 def test_variances_that_fp16_cannot_hold_stay(tmp_path: Path) -> None:
-    """The same function, with a batch norm's input a thousand times as large."""
-    save(tmp_path / "best", "test_efficientnet", 32)
-    tensors = load_file(tmp_path / "best/model.safetensors")
-    tensors["backbone.conv_stem.weight"] *= 1e3
-    tensors["backbone.bn1.running_mean"] *= 1e3
-    tensors["backbone.bn1.running_var"] *= 1e6
-    save_file(tensors, tmp_path / "best/model.safetensors")
-    model = checkpoint.load(tmp_path / "best")
-    checkpoint.save(tmp_path / "best", model, tensors["mean_E"], drawn(8), {"encoder": small_dataset.ENCODER})
+    model = scaled(tmp_path / "best", 1e3)
     export.export(tmp_path / "best", tmp_path / "bundle")
     exact = model.embed(drawn(5, 2))
     for precision, far in (("fp16", 1e-5), ("bf16", 1e-3)):
@@ -179,14 +184,7 @@ def test_variances_that_fp16_cannot_hold_stay(tmp_path: Path) -> None:
 
 
 def test_what_overflows_in_fp16_is_computed_again_from_the_files(tmp_path: Path) -> None:
-    save(tmp_path / "best", "test_efficientnet", 32)
-    tensors = load_file(tmp_path / "best/model.safetensors")
-    tensors["backbone.conv_stem.weight"] *= 1e7
-    tensors["backbone.bn1.running_mean"] *= 1e7
-    tensors["backbone.bn1.running_var"] *= 1e14
-    save_file(tensors, tmp_path / "best/model.safetensors")
-    model = checkpoint.load(tmp_path / "best")
-    checkpoint.save(tmp_path / "best", model, tensors["mean_E"], drawn(8), {"encoder": small_dataset.ENCODER})
+    model = scaled(tmp_path / "best", 1e7)
     export.export(tmp_path / "best", tmp_path / "bundle")
     half = load(tmp_path / "bundle", "cpu", "fp16")
     torch.testing.assert_close(half.embed(drawn(5, 2)), model.embed(drawn(5, 2)), atol=1e-5, rtol=0)

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.nn.functional import normalize
 
 from models.bundle.backends import BundleError, open_graph
 from models.heads import make_head
-from models.preprocess import BadImage, _rgb, decode, fit
+from models.preprocess import BadImage, decode, fit, from_pillow
 from models.towers import tower
 
 FORMAT = 2
@@ -63,6 +63,11 @@ def mean_vector(folder: Path, config: Mapping[str, Any]) -> np.ndarray:
         with _opened(folder / member["file"]) as file:
             means.append(member["weight"] * normalize(file.get_tensor("mean_E").float(), dim=0))
     return normalize(torch.stack(means).sum(0), dim=0).numpy()
+
+
+def sizes_of(config: Mapping[str, Any]) -> tuple[int, ...]:
+    """The distinct squares that a bundle sees each picture at, px, ascending."""
+    return tuple(sorted({size for member in config["members"] for size in member["sizes"]}))
 
 
 @contextlib.contextmanager
@@ -262,7 +267,7 @@ class Predictor:
                 f"precision {precision!r}, backend {backend!r}: there are auto, {', '.join(PRECISIONS)}; "
                 f"{', '.join(BACKENDS)}"
             )
-        self.sizes = tuple(sorted({size for member in self.config["members"] for size in member["sizes"]}))
+        self.sizes = sizes_of(self.config)
         self.width: int = self.config["target_width"]
         self.mean_E = mean_vector(folder, self.config)
         self.device, warning = working_device(device if backend == "torch" else "cpu")
@@ -348,7 +353,7 @@ def _decoded(image: Picture) -> torch.Tensor:
     if isinstance(image, Path | str):
         return decode(Path(image).read_bytes())
     if isinstance(image, Image.Image):
-        image = np.array(_rgb(ImageOps.exif_transpose(image)))
+        return from_pillow(image)
     if isinstance(image, np.ndarray):  # copied: torch warns of one that cannot be written to
         image = torch.tensor(image).permute(2, 0, 1) if image.ndim == 3 else torch.empty(0)
     fitting = isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from models.bundle.inputs import Task, shown, task
-from models.bundle.model import BACKENDS, PRECISIONS, BundleError, mean_vector, read_config
+from models.bundle.model import BACKENDS, PRECISIONS, BundleError, mean_vector, read_config, sizes_of
 from models.bundle.outputs import FORMATS, Line, check_format, seconds_to_write, unreadable_list, write_output
 from models.bundle.work import (
     CHILD,
@@ -204,7 +204,7 @@ def _crew(
         "images": str(asked.folder.resolve()),
         "part": str(part.folder.resolve()),
         "width": config["target_width"],
-        "sizes": sorted({size for member in config["members"] for size in member["sizes"]}),
+        "sizes": sizes_of(config),
         "precision": options.precision,
         "backend": options.backend,
         "batch": options.batch_size,
