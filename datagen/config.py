@@ -355,10 +355,16 @@ class IndexSettings:
     """Column of the file name or its stem; null finds the usual ones."""
     prompt_column: str | None
     """Column of the prompt; null finds the usual ones."""
+    source_column: str | None
+    """Column of each image's source, of a tar's .json the field; null gives all images the name in `source`."""
+    group_column: str | None
+    """Column of each image's group, for split.kind=holdout; parts of a group are joined by ";"."""
+    split_column: str | None
+    """Column of each image's split, "train" or "val"; null lets `split` decide."""
     tars: str | None
     """Glob of WebDataset tars, instead of `images` and `csv`."""
     source: str | None
-    """Name kept with each picture; null takes the name of the folder or the tars'."""
+    """Name of the source of every image; null takes the name of the folder or the tars'."""
     seed: int
     """Decides the split."""
     encoder: str | None

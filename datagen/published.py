@@ -33,7 +33,7 @@ from datagen import fetch, shards, storage
 from datagen.archives import Tar, Zip, opened
 from datagen.config import PublishedSettings
 from datagen.curate import Curated, clean, curate
-from datagen.index import sample_captions
+from datagen.foreign import sample_captions
 from datagen.plan import differences
 from datagen.prompts import Prompt
 

@@ -30,6 +30,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from conf import UserError
+from datagen.normal_form import normal_form
 from datagen.storage import Files, Place, cache_folder, exists, free_bytes, remove_parts, sha256, write_atomically
 
 __all__ = [
@@ -460,13 +461,14 @@ class Dataset:
         return self._row_starts
 
     def prompt_hashes(self) -> NDArray[np.int64]:
-        """A number for each index row's prompt that follows from its text alone; one pass over the plan."""
+        """A number for each index row's prompt that follows from its normal form alone; one pass over the plan."""
         ids, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         _present(self._files, "prompts.parquet")
         with pq.ParquetFile(self._files.path("prompts.parquet")) as plan:
             for batch in plan.iter_batches(columns=["prompt_id", "prompt"]):
                 texts = batch["prompt"].dictionary_encode()  # a prompt's several pictures lie side by side
-                known = np.fromiter(map(_text_hash, texts.dictionary.to_pylist()), np.int64, len(texts.dictionary))
+                forms = map(normal_form, texts.dictionary.to_pylist())
+                known = np.fromiter(map(_text_hash, forms), np.int64, len(texts.dictionary))
                 ids.append(batch["prompt_id"].to_numpy())
                 hashes.append(known[texts.indices.to_numpy()])
         all_ids, firsts = np.unique(np.concatenate(ids), return_index=True)

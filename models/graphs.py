@@ -169,9 +169,10 @@ def told(distance_N: np.ndarray) -> dict[str, Any]:
 
 
 def cosine_distance(a_NE: np.ndarray, b_NE: np.ndarray) -> np.ndarray:
-    """[N], 1 - cosine: of vectors that are nearly the same, too."""
-    a_NE, b_NE = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a_NE.astype(float), b_NE.astype(float)))
-    return 0.5 * ((a_NE - b_NE) ** 2).sum(1)
+    """[N], 1 - cosine, exact for vectors that are nearly equal; NaN where a vector is not finite."""
+    with np.errstate(invalid="ignore"):
+        a_NE, b_NE = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a_NE.astype(float), b_NE.astype(float)))
+        return 0.5 * ((a_NE - b_NE) ** 2).sum(1)
 
 
 def _vectors(graph: Graph, squares: _Squares, tell: Callable[[int], object]) -> np.ndarray:

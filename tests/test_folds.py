@@ -154,8 +154,8 @@ def test_training_pictures_that_another_dataset_validates_on_are_left_out(
 
 def test_a_validation_set_that_training_has_seen_is_refused(tmp_path: Path) -> None:
     train = listed_dataset.write(tmp_path / "train", [Row("a"), Row("b"), Row("c"), Row("c")])
-    clean = listed_dataset.write(tmp_path / "clean", [Row("x"), Row("A")])
-    seen = listed_dataset.write(tmp_path / "seen", [Row("c"), Row(("y", "b")), Row("c")])
+    clean = listed_dataset.write(tmp_path / "clean", [Row("x"), Row("z")])
+    seen = listed_dataset.write(tmp_path / "seen", [Row("C."), Row(("y", "b")), Row("c")])
     pictures = opened(train, clean, seen)
     prompts = Prompts(pictures)
     sets = {"clean": np.array([4, 5]), "seen": np.array([6, 7, 8])}
