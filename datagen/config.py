@@ -354,7 +354,7 @@ class IndexSettings:
     file_column: str | None
     """Column of the file name or its stem; null finds the usual ones."""
     prompt_column: str | None
-    """Column of the prompt; null finds the usual ones."""
+    """Column of the prompt, of a tar's .json the field; null finds the usual ones, and takes a tar's .txt first."""
     source_column: str | None
     """Column of each image's source, of a tar's .json the field; null gives all images the name in `source`."""
     group_column: str | None
@@ -377,6 +377,10 @@ class IndexSettings:
             found.append("images, tars: give one of the two, either a folder with csv=… or tars='…/*.tar'")
         if self.images is not None and self.csv is None:
             found.append("csv: missing; it holds the prompts of the pictures in images=…")
+        if self.tars is not None and self.csv is not None:
+            found.append(f"csv: {self.csv} is for images=…; a sample of tars has its prompt in its .txt or .json")
+        if self.tars is not None and self.file_column is not None:
+            found.append("file_column: is for csv=…; in tars the names of members say what belongs together")
         if self.split.kind != "picture":
             found.append(f"split.kind: {self.split.kind} needs prompts drawn by datagen; foreign data takes picture")
         return found

@@ -12,7 +12,6 @@ import json
 import math
 import random
 import tempfile
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,6 +26,7 @@ from numpy.typing import NDArray
 
 from conf import UserError, progress
 from datagen import filters, near, shards, storage
+from datagen.captions import clean
 from datagen.chunks import KEPT, Chunk, Chunks, digest, save, text_hash
 from datagen.config import Curation, Split
 from datagen.near import Bank, Rows, distinct
@@ -120,18 +120,6 @@ def curate(
             return run.curate(iter(source))
         finally:
             chunks.close()
-
-
-def clean(text: str) -> str:
-    """Unicode in composed form, without control and invisible characters, white space folded."""
-    if text.isascii() and text.isprintable():
-        return " ".join(text.split())
-    text = unicodedata.normalize("NFC", text)
-    kept = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE)
-    return " ".join("".join(kept).split())
-
-
-_INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn"}
 
 
 class _Drops:

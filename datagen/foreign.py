@@ -1,29 +1,32 @@
 """Images of others, read where they lie: a folder with a table of prompts, or WebDataset tars.
 
-Nothing is copied. Images without a prompt and prompts without an image are appended to `skipped`, each with its reason.
+Nothing is copied. Images without a prompt, prompts without an image and values that are not read are appended to
+`skipped`, each with its reason.
 """
 
 import glob
 import json
 import tarfile
 import zlib
-from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from conf import UserError, progress
 from datagen import shards
 from datagen.archives import Tar
+from datagen.captions import Captions, distinct, read_captions, read_label
 from datagen.config import IndexSettings
-from datagen.curate import clean
 from datagen.rows import read_csv
 
 _FILE_COLUMNS = ("file", "image", "filename", "file_name", "imgId", "image_id", "id", "key")
 _PROMPT_COLUMNS = ("prompt", "caption", "text")
+NO_PROMPT = "sample without a prompt"
 T = TypeVar("T")
 _SHARD = 10_000  # images of a folder that share an index file
+_SHOWN = 3  # of a list, in a message
 
 
 @dataclass(frozen=True)
@@ -37,23 +40,36 @@ class ForeignImage:
     size: int
     crc32: int
     source: str = ""
-    """Value of `source_column`; empty where the user named none."""
+    """Value of `source_column`; empty where the user named none, and where the value is missing."""
     group: str = ""
     """Value of `group_column`, likewise."""
     split: str = ""
     """Value of `split_column`, likewise."""
 
 
-def read_folder(chosen: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[list[ForeignImage]]:
-    """The pictures of a folder and its CSV, sorted by name, in batches of an index file each."""
-    folder, table = chosen.images, chosen.csv
+class _Row(NamedTuple):
+    """What a row of the table says of its image."""
+
+    captions: tuple[str, ...]
+    labels: dict[str, str]
+    """Source, group and split, where the user named their columns."""
+
+
+def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[list[ForeignImage]]:
+    """Images of a folder and its table of prompts, sorted by name, in batches of an index file each.
+
+    Raises:
+        UserError: the folder or the table cannot be read, or rows of one image name different sources, groups or
+            splits.
+    """
+    folder, table = cfg.images, cfg.csv
     assert folder is not None
     assert table is not None
     problems = [f"images: no folder {folder}"] if not folder.is_dir() else []
     problems += [f"csv: no file {table}"] if not table.is_file() else []
     if problems:
         raise UserError("\n".join(problems))
-    captions = _captions(chosen, table)
+    rows_of = _rows_by_name(cfg, table, skipped)
     files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in shards.IMAGE_SUFFIXES)
     twice = [stem for stem, n in Counter(p.stem for p in files).items() if n > 1]
     if twice:
@@ -62,46 +78,71 @@ def read_folder(chosen: IndexSettings, skipped: list[dict[str, str]]) -> Iterato
         )
     batch: list[ForeignImage] = []
     used = set()
+    conflicts: list[str] = []
     for file in progress_over(files, "index"):
-        name = next((n for n in (file.name, file.stem, file.relative_to(folder).as_posix()) if n in captions), None)
-        if name is None:
+        names = dict.fromkeys((file.name, file.stem, file.relative_to(folder).as_posix()))
+        rows = [row for name in names for row in rows_of.get(name, ())]
+        if not rows:
             skipped.append({"key": file.name, "reason": "picture without a prompt"})
             continue
-        used.add(name)
+        used.update(names)
         data = file.read_bytes()
         if not data:
             skipped.append({"key": file.name, "reason": "empty file"})
             continue
-        batch.append(ForeignImage(file.stem, captions[name], str(file.absolute()), 0, len(data), zlib.crc32(data)))
+        labels = {}
+        for name in rows[0].labels:
+            values = list(dict.fromkeys(row.labels[name] for row in rows))
+            labels[name] = values[0]
+            if len(values) > 1:
+                conflicts.append(f"{file.name}: {name} {' and '.join(map(repr, values[:_SHOWN]))}")
+        captions = distinct([caption for row in rows for caption in row.captions])
+        place = str(file.absolute())
+        batch.append(ForeignImage(file.stem, captions, place, 0, len(data), zlib.crc32(data), **labels))
         if len(batch) == _SHARD:
             yield batch
             batch = []
+    if conflicts:
+        raise UserError(
+            f"{table}: rows of one image differ for {len(conflicts):,} images: {'; '.join(conflicts[:_SHOWN])}; "
+            "give each image one value"
+        )
     if batch:
         yield batch
-    skipped += [{"key": name, "reason": "prompt without a picture"} for name in captions if name not in used]
+    skipped += [{"key": name, "reason": "prompt without a picture"} for name in rows_of if name not in used]
 
 
-def _captions(chosen: IndexSettings, table: Path) -> dict[str, tuple[str, ...]]:
-    """File name or stem → its captions, in the CSV's order."""
+def _rows_by_name(cfg: IndexSettings, table: Path, skipped: list[dict[str, str]]) -> dict[str, list[_Row]]:
+    """File name or stem → its rows with captions, in the table's order."""
     if table.stat().st_size == 0:
         raise UserError(f"csv: {table} is empty")
-    found: dict[str, list[str]] = {}
+    rows_of: dict[str, list[_Row]] = defaultdict(list)
     try:
         header = next(iter(read_csv(table, [])), None)
         if header is None:
             raise UserError(f"csv: {table} has no row")
-        file_column = _column(chosen.file_column, _FILE_COLUMNS, header, table, "file_column")
-        prompt_column = _column(chosen.prompt_column, _PROMPT_COLUMNS, header, table, "prompt_column")
-        for row in read_csv(table, [file_column, prompt_column]):
-            caption = clean(row[prompt_column] or "")
-            if caption:
-                found.setdefault(row[file_column] or "", []).append(caption)
+        file_column = _column(cfg.file_column, _FILE_COLUMNS, header, table, "file_column")
+        prompt_column = _column(cfg.prompt_column, _PROMPT_COLUMNS, header, table, "prompt_column")
+        labels = _label_columns(cfg)
+        _require(labels, list(header), f"csv: {table}")
+        for number, row in enumerate(read_csv(table, [file_column, prompt_column, *labels.values()]), 1):
+            where = f"{table}, row {number}"
+            name = row[file_column] or ""
+            captions = read_captions(row[prompt_column], prompt_column, where, "name another: prompt_column=…")
+            skipped += _left_out(name or f"row {number}", captions)
+            if captions.texts:
+                values = {label: read_label(row[column], column, where) for label, column in labels.items()}
+                rows_of[name].append(_Row(captions.texts, values))
     except UnicodeDecodeError as error:
         raise UserError(f"csv: {table} is not UTF-8 ({error.reason}); convert it: iconv -f latin1 -t utf-8") from error
-    return {name: tuple(dict.fromkeys(captions)) for name, captions in found.items()}
+    return rows_of
 
 
-def _column(named: str | None, usual: tuple[str, ...], row: dict[str, str], table: Path, key: str) -> str:
+def _left_out(key: str, captions: Captions) -> list[dict[str, str]]:
+    return [{"key": key, "reason": f"prompt that is {reason}"} for reason in captions.left_out]
+
+
+def _column(named: str | None, usual: tuple[str, ...], row: Mapping[str, Any], table: Path, key: str) -> str:
     for column in [named] if named else usual:
         if column in row:
             return column
@@ -110,53 +151,112 @@ def _column(named: str | None, usual: tuple[str, ...], row: dict[str, str], tabl
     )
 
 
-def read_tars(chosen: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[list[ForeignImage]]:
-    """The samples of WebDataset tars, an index file a tar."""
-    paths = sorted(glob.glob(str(chosen.tars)))  # noqa: PTH207 – the pattern is the user's and may be absolute
+def _label_columns(cfg: IndexSettings) -> dict[str, str]:
+    """source, group and split → the column that the user named for it."""
+    named = {"source": cfg.source_column, "group": cfg.group_column, "split": cfg.split_column}
+    return {label: column for label, column in named.items() if column is not None}
+
+
+def _require(labels: Mapping[str, str], present: Sequence[str], where: str) -> None:
+    """
+    Raises:
+        UserError: naming every column that is not among those present.
+    """
+    missing = [f"{label}_column={column}" for label, column in labels.items() if column not in present]
+    if missing:
+        raise UserError(f"{where} has no column for {', '.join(missing)}; it has {', '.join(present) or 'none'}")
+
+
+# ---------------------------------------------------------------------------------------------------------------- tars
+
+
+def read_tars(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[list[ForeignImage]]:
+    """Images of the samples of WebDataset tars, an index file a tar.
+
+    Raises:
+        UserError: a tar cannot be read; a prompt is not text; no sample has a field that the user named.
+    """
+    paths = sorted(glob.glob(str(cfg.tars)))  # noqa: PTH207 – the pattern is the user's and may be absolute
     if not paths:
-        raise UserError(f"tars: nothing matches {chosen.tars}")
+        raise UserError(f"tars: nothing matches {cfg.tars}")
     others = [path for path in paths if not path.endswith(".tar")]
     if others:
-        raise UserError(f"tars: {others[0]} is no .tar; narrow the pattern {chosen.tars}, or unpack what is compressed")
+        raise UserError(f"tars: {others[0]} is no .tar; narrow the pattern {cfg.tars}, or unpack what is compressed")
+    fields: set[str] = set()
     for path in progress_over(paths, "index"):
         try:
-            batch = list(_samples(Path(path), skipped))
+            batch = list(_samples(cfg, Path(path), skipped, fields))
         except tarfile.TarError as error:
             raise UserError(f"{path} is cut off or no tar: {error}; copy it again") from error
         if len(paths) > 1:  # WebDataset keys need only be distinct within a tar
-            stem = Path(path).stem
-            batch = [ForeignImage(f"{stem}/{f.key}", f.captions, f.path, f.offset, f.size, f.crc32) for f in batch]
+            batch = [replace(image, key=f"{Path(path).stem}/{image.key}") for image in batch]
         if batch:
             yield batch
+    named = _label_columns(cfg) | ({"prompt": cfg.prompt_column} if cfg.prompt_column else {})
+    _require(named, sorted(fields), f"tars: the .json of every sample of {cfg.tars}")
 
 
-def _samples(path: Path, skipped: list[dict[str, str]]) -> Iterator[ForeignImage]:
-    """The picture and captions of each sample."""
+def _samples(cfg: IndexSettings, path: Path, skipped: list[dict[str, str]], fields: set[str]) -> Iterator[ForeignImage]:
+    """Image and captions of each sample of a tar; adds the fields of its .json to `fields`."""
+    labels = _label_columns(cfg)
     with Tar(path) as tar:
         for key, members in tar.samples.items():
+            where = f"{path}, sample {key}"
             picture = next((members[s] for s in shards.IMAGE_SUFFIXES if s in members), None)
-            captions = sample_captions({s: tar.read(m) for s, m in members.items() if s in (".txt", ".json")})
-            if picture is None or not captions:
-                skipped.append({"key": key, "reason": "sample without a " + ("prompt" if picture else "picture")})
+            texts = {s: tar.read(m) for s, m in members.items() if s in (".txt", ".json")}
+            sample = read_sample(texts, where, cfg.prompt_column)
+            fields.update(sample.fields)
+            skipped += _left_out(key, sample.captions)
+            if picture is None or not sample.captions.texts:
+                reason = sample.problem or NO_PROMPT
+                skipped.append({"key": key, "reason": reason if picture else "sample without a picture"})
                 continue
             crc = zlib.crc32(tar.read(picture))
-            where = str(path.absolute())  # not resolved: a link's target may lack the suffix that says how to read
-            yield ForeignImage(key, captions, where, picture.offset_data, picture.size, crc)
+            place = str(path.absolute())  # not resolved: a link's target may lack the suffix that says how to read
+            values = {label: read_label(sample.fields.get(column), column, where) for label, column in labels.items()}
+            captions = distinct(sample.captions.texts)
+            yield ForeignImage(key, captions, place, picture.offset_data, picture.size, crc, **values)
 
 
-def sample_captions(texts: dict[str, bytes]) -> tuple[str, ...]:
-    """The .txt, else the usual field of the .json, as one caption; a list there is several."""
-    found: list[str] = []
-    if ".txt" in texts:
-        found = [texts[".txt"].decode(errors="replace")]
-    elif ".json" in texts:
+@dataclass(frozen=True)
+class SampleText:
+    """Text of a sample of a tar."""
+
+    captions: Captions
+    fields: dict[str, Any]
+    """Of its .json; empty where there is none."""
+    problem: str = ""
+    """Why it has no captions, where no value was left out for it."""
+
+
+def read_sample(texts: Mapping[str, bytes], where: str, prompt_column: str | None = None) -> SampleText:
+    """Captions of a sample: the field of its .json that the user named; else its .txt, else a usual field of the .json.
+
+    Args:
+        texts: ".txt" and ".json" → bytes of the member, where the sample has one.
+        where: the tar and the sample, for messages.
+
+    Raises:
+        UserError: the field holds something else than text.
+    """
+    fields: Any = {}
+    problem = ""
+    if ".json" in texts:
         try:
-            meta = json.loads(texts[".json"])
+            fields = json.loads(texts[".json"])
         except ValueError:
-            meta = {}
-        value = next((meta[c] for c in _PROMPT_COLUMNS if c in meta), None) if isinstance(meta, dict) else None
-        found = value if isinstance(value, list) else [value] if isinstance(value, str) else []
-    return tuple(dict.fromkeys(c for c in map(clean, map(str, found)) if c))
+            problem = ".json that is not JSON"
+        if not isinstance(fields, dict):
+            fields, problem = {}, ".json that is not an object"
+    if prompt_column is None and ".txt" in texts:
+        return SampleText(read_captions(texts[".txt"].decode(errors="replace"), ".txt", where), fields)
+    column = prompt_column or next((name for name in _PROMPT_COLUMNS if name in fields), None)
+    if column in fields:
+        hint = "name another field: prompt_column=…"
+        return SampleText(read_captions(fields[column], str(column), where, hint), fields)
+    if not problem and prompt_column is not None:
+        problem = f"sample without the field {prompt_column!r}"
+    return SampleText(Captions(()), fields, problem)
 
 
 def progress_over(items: list[T], what: str) -> Iterator[T]:

@@ -31,9 +31,10 @@ import pyarrow.parquet as pq
 from conf import UserError, command, progress, settings
 from datagen import fetch, shards, storage
 from datagen.archives import Tar, Zip, opened
+from datagen.captions import clean, read_label
 from datagen.config import PublishedSettings
-from datagen.curate import Curated, clean, curate
-from datagen.foreign import sample_captions
+from datagen.curate import Curated, curate
+from datagen.foreign import NO_PROMPT, read_sample
 from datagen.plan import differences
 from datagen.prompts import Prompt
 
@@ -50,6 +51,7 @@ TEXTS = pa.schema(
 )
 """A row a picture: its archive, its name there, and what the set says of it."""
 
+_TEXTS_FORMAT = 2  # of the tables of texts in the work folder
 _CHECKED_AT_ONCE = 64  # pictures held, decoded in threads
 _MARGIN = 1 << 30  # bytes that a disk keeps free beside an archive
 _ABSENT = b"\0"  # stands for the bytes of a picture that its archive lacks
@@ -175,7 +177,12 @@ def _plan(chosen: PublishedSettings, work: Path) -> None:
 def _source(chosen: PublishedSettings, published: Set, work: Path) -> fetch.Repository:
     """The repository; its commit and names as they were when the work began, if it was interrupted."""
     path = work / "source.json"
-    wanted = {"identity": _identity(chosen), "revision": chosen.revision, "folder": str(chosen.folder)}
+    wanted = {
+        "identity": _identity(chosen),
+        "texts": _TEXTS_FORMAT,
+        "revision": chosen.revision,
+        "folder": str(chosen.folder),
+    }
     if path.exists():
         there = json.loads(path.read_text())
         if there["wanted"] == wanted:
@@ -244,7 +251,7 @@ def _texts_of_archives(
                 if not chosen.hold_archives:
                     source.release(name, work / "archives")
             table = pq.read_table(path)
-            lost["sample without a prompt or a picture"] += int(table.schema.metadata[b"lost"])
+            lost.update(json.loads(table.schema.metadata[b"lost"]))
             table = table.replace_schema_metadata(None).slice(0, None if chosen.num is None else chosen.num - have)
             tables.append(table)
             have += table.num_rows
@@ -255,28 +262,26 @@ def _texts_of_archives(
 
 
 def _texts_of_tar(archive: Tar, name: str, suffix: str) -> pa.Table:
+    """A row for each sample with a prompt and an image; the samples left out are counted in the schema's metadata."""
     rows: list[dict[str, Any]] = []
+    lost: Counter[str] = Counter()
     for key, members in archive.samples.items():
         try:
             texts = {s: archive.read(m) for s, m in members.items() if s in (".txt", ".json")}
         except tarfile.TarError:
-            texts = {}
-        captions = sample_captions(texts)
-        if captions and suffix in members:
-            cluster = _json(texts.get(".json", b"{}")).get("cluster")
-            group = "" if cluster is None else clean(f"cluster {cluster}")
-            row = {"archive": name, "file": f"{key}{suffix}", "prompt": captions[0], "group": group, "seed": 0}
-            rows.append(row)
-    lost = len(archive.samples) - len(rows)
-    return pa.Table.from_pylist(rows, schema=TEXTS.with_metadata({"lost": str(lost)}))
-
-
-def _json(data: bytes) -> dict[str, Any]:
-    try:
-        value = json.loads(data)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
+            lost["sample that is cut off"] += 1
+            continue
+        sample = read_sample(texts, f"{name}, sample {key}")
+        lost.update(f"prompt that is {reason}" for reason in sample.captions.left_out)
+        if not sample.captions.texts or suffix not in members:
+            if not sample.captions.left_out:
+                lost["sample without a picture" if sample.captions.texts else sample.problem or NO_PROMPT] += 1
+            continue
+        cluster = read_label(sample.fields.get("cluster"), "cluster", f"{name}, sample {key}")
+        group = f"cluster {cluster}" if cluster else ""
+        prompt = sample.captions.texts[0]
+        rows.append({"archive": name, "file": f"{key}{suffix}", "prompt": prompt, "group": group, "seed": 0})
+    return pa.Table.from_pylist(rows, schema=TEXTS.with_metadata({"lost": json.dumps(lost)}))
 
 
 def _curated(chosen: PublishedSettings, source: fetch.Repository, texts: pa.Table, work: Path) -> Curated:

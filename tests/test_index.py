@@ -14,6 +14,7 @@ from PIL import Image
 
 from conf import UserError, compose, settings
 from datagen.config import IndexSettings
+from datagen.foreign import read_folder, read_tars
 from datagen.index import index
 from datagen.shards import Dataset
 from datagen.verify import verify
@@ -161,6 +162,81 @@ def test_an_output_that_exists_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match=r"data is there already; choose another out=.*datagen.targets"):
         make(tmp_path / "data", tars="x.tar")
+
+
+LABELS = {"source_column": "from", "group_column": "kind", "split_column": "side"}
+
+
+def read(**values: Any) -> dict[str, tuple[str, str, str]]:
+    """Key → source, group and split, as the readers give them."""
+    overrides = [f"{k}={str(v)!r}" for k, v in values.items()]
+    cfg = settings(IndexSettings, compose("index", ["out=unused", *overrides]))
+    batches = read_tars(cfg, []) if cfg.tars else read_folder(cfg, [])
+    return {image.key: (image.source, image.group, image.split) for batch in batches for image in batch}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".tar"])
+def test_source_group_and_split_are_read(tmp_path: Path, suffix: str) -> None:
+    rows = [
+        ("a", "a fox", "web", "7", "val"),
+        ("b", "a cat", " my\u00a0own ", "", "train"),
+        ("c", "a boat", "", "8", ""),
+    ]
+    if suffix == ".tar":
+        fields = [
+            {"from": "web", "kind": 7, "side": "val"},
+            {"from": " my\u00a0own ", "kind": None, "side": "train"},
+            {"kind": 8.0},
+        ]
+        members = [{"png": picture(n), "txt": b"x", "json": json.dumps(f).encode()} for n, f in enumerate(fields)]
+        values: dict[str, Any] = {"tars": webdataset_tar(tmp_path / "0.tar", dict(zip("abc", members, strict=True)))}
+    else:
+        values = {"images": folder(tmp_path / "images", ["a.png", "b.png", "c.png"]), "csv": tmp_path / f"p{suffix}"}
+        with values["csv"].open("w", encoding="utf-8", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if suffix == ".tsv" else ",")
+            writer.writerows([("id", "prompt", "from", "kind", "side"), *rows])
+    expected = {"a": ("web", "7", "val"), "b": ("my own", "", "train"), "c": ("", "8", "")}
+    assert read(**values, **LABELS) == expected
+    assert read(**values) == dict.fromkeys("abc", ("", "", ""))
+    with pytest.raises(UserError, match=r"no column for source_column=origin, split_column=part; it has .*from.*kind"):
+        read(**values, source_column="origin", group_column="kind", split_column="part")
+
+
+def test_rows_of_one_image_agree_on_its_split(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", ["a.png", "b.png"])
+    rows = [("a", "a fox", "val"), ("a.png", "the fox", "val"), ("b", "a cat", "val"), ("b", "the cat", "train")]
+    path = table(tmp_path / "p.csv", ("id", "prompt", "side"), *rows)
+    with pytest.raises(UserError, match=r"differ for 1 images: b\.png: split 'val' and 'train'; give each image one"):
+        read(images=images, csv=path, split_column="side")
+    assert read(images=images, csv=path)["a"] == ("", "", "")
+
+
+@pytest.mark.parametrize("value", [True, 3.5, [1], {"id": 1}])
+def test_a_group_is_text_or_a_whole_number(tmp_path: Path, value: object) -> None:
+    sample = {"png": picture(0), "txt": b"a fox", "json": json.dumps({"kind": value}).encode()}
+    path = webdataset_tar(tmp_path / "0.tar", {"k": sample})
+    with pytest.raises(UserError, match=r"0\.tar, sample k: 'kind' holds .*, but a name is text or a whole number"):
+        read(tars=path, group_column="kind")
+
+
+def test_prompt_column_names_the_field_of_a_tars_json(tmp_path: Path) -> None:
+    fields = {
+        "one": {"long": "a fox in snow", "prompt": "no"},
+        "two": {"long": ["a cat", None, "one cat"]},
+        "three": {},
+    }
+    samples = {k: {"png": picture(0), "txt": b"short", "json": json.dumps(v).encode()} for k, v in fields.items()}
+    path = webdataset_tar(tmp_path / "0.tar", samples)
+    dataset = make(tmp_path / "data", tars=path, prompt_column="long")
+    assert {dataset.key(i): dataset.prompts(i) for i in range(len(dataset))} == {
+        "one": ["one fox"],
+        "two": ["a cat", "one cat"],
+    }
+    assert log(tmp_path / "data") == [("two", "prompt that is null"), ("three", "sample without the field 'long'")]
+    with pytest.raises(UserError, match=r"no column for prompt_column=lang; it has long, prompt"):
+        make(tmp_path / "other", tars=path, prompt_column="lang")
+    with pytest.raises(UserError, match=r"(?s)csv: .* is for images=.*file_column: is for csv="):
+        make(tmp_path / "other", tars=path, file_column="id", csv=tmp_path / "p.csv")
 
 
 # Tars

@@ -107,7 +107,7 @@ def test_sd2_4m_from_a_folder_by_its_clusters(tmp_path: Path) -> None:
     clusters = {split: {dataset.group(i) for i in dataset.rows(split).tolist()} for split in ("train", "val")}
     assert not clusters["train"] & clusters["val"]
     assert clusters["train"] | clusters["val"] == {f"cluster {n}" for n in range(6)}
-    assert read_info(tmp_path / "out")["curation"]["pictures_left_out"] == {"sample without a prompt or a picture": 1}
+    assert read_info(tmp_path / "out")["curation"]["pictures_left_out"] == {"sample without a picture": 1}
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["copy", "out"]
 
 
