@@ -6,14 +6,13 @@ Nothing here touches the weights: a run without callbacks ends with the same one
 
 import logging
 import math
-import os
 import signal
 import sys
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import lightning.pytorch as lightning
 import torch
@@ -23,6 +22,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save_file
 
 from conf import UserError, progress
+from conf.checksum import ChecksumWriter
+from train import resume
 from train.data import Batch
 from train.module import Plan, Training
 
@@ -110,13 +111,15 @@ class Progress(Callback):
 
 
 class Straight(TorchCheckpointIO):
-    """Writes a checkpoint where it is told to; Lightning's goes by a second copy in memory and the folder for temporary
-    files, whose disk may be small."""
+    """Writes a checkpoint, with its checksum, where it is told to; Lightning's goes by a second copy in memory and the
+    folder for temporary files, whose disk may be small."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         try:
             with Path(path).open("wb") as file:  # one that torch opens itself does not tell why it cannot be written
-                torch.save(checkpoint, file)
+                writer = ChecksumWriter(file)
+                torch.save(checkpoint, cast(IO[bytes], writer))
+                writer.finish()
         except RuntimeError as error:  # torch's, about the archive that it could not end
             if isinstance(error.__context__, OSError):
                 raise OSError(*error.__context__.args) from error
@@ -124,18 +127,25 @@ class Straight(TorchCheckpointIO):
 
 
 class ResumePoint(Callback):
-    """Writes `resume.ckpt` every so many steps, after each validation, and when asked to stop.
+    """Writes a resume point (train/resume.py) every so many steps, after each validation, and when asked to stop.
 
     Ctrl-C or SIGTERM ends the run after the step at hand, resumably; a second one ends it at once. A loss that is no
     number ends it too, with the batch in `nan_step_<n>.safetensors`, and is never saved.
     """
 
-    def __init__(self, path: Path, every: int) -> None:
-        self.path, self._every = path, every
+    def __init__(self, out: Path, every: int, resumed_from: Path | None, resumed_at: int) -> None:
+        self._out, self.path, self._every = out, out / resume.NEWEST, every
+        self._resumed_at = resumed_at
+        # a resume.ckpt that was there and not taken is damaged: it must not replace the previous one
+        self._newest_is_whole = resumed_from == self.path
         self.stopped = False
         """Whether a signal ended the run."""
         self._before: dict[int, Any] = {}
         self._pending: deque[tuple[int, Batch, torch.Tensor, Any]] = deque()
+
+    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+        if stage == "fit" and trainer.world_size > 1:  # before anything is loaded: then they would wait for each other
+            resume.require_agreement(self._resumed_at, lambda step: _gathered(step, trainer.world_size))
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._asked = False
@@ -201,7 +211,7 @@ class ResumePoint(Callback):
             save_file({k: v.cpu().contiguous() for k, v in kept.items()}, where)
             raise UserError(
                 f"the loss of step {step} is not a number; the batch is in {where}. "
-                f"{'The same command goes on from the last resume point, and' if self.path.exists() else 'It'} "
+                f"{'The same command goes on from the last resume point, and' if resume.exists(self._out) else 'It'} "
                 "will come here again: try a lower optim.lr and optim.head_lr, a longer optim.warmup, optim.clip=1, or "
                 "scale.precision=bf16 or fp32 in place of fp16, under another name=…"
             )
@@ -216,12 +226,11 @@ class ResumePoint(Callback):
         try:
             trainer.save_checkpoint(part)
             if trainer.is_global_zero:
-                with part.open("rb") as written:
-                    os.fsync(written.fileno())
-                part.replace(self.path)
+                resume.commit(part, self._out, rotate=self._newest_is_whole)
+            self._newest_is_whole = True
         except OSError as error:
             part.unlink(missing_ok=True)
-            before = "that of an earlier step is there still" if self.path.exists() else "there is none yet"
+            before = "that of an earlier step is there still" if resume.exists(self._out) else "there is none yet"
             raise UserError(
                 f"cannot write the resume point {self.path} at step {trainer.global_step}: "
                 f"{error.strerror or error}; {before}. Make room, and the same command goes on."
@@ -266,6 +275,13 @@ class KeepBest(Callback):
 
     def load_state_dict(self, state_dict: dict[str, float]) -> None:
         self.best = state_dict["best"]
+
+
+def _gathered(value: int, world: int) -> list[int]:
+    """The values of all ranks."""
+    values: list[Any] = [None] * world
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def _step_ends(trainer: lightning.Trainer, batch_idx: int) -> bool:

@@ -3,7 +3,7 @@
 <out>/settings.json    what the run is; a run with other settings is refused there
 <out>/about.json       parameters, how many of them train, and steps
 <out>/log.jsonl        step, epoch, seconds, loss, rate, scores
-<out>/resume.ckpt      where a run that was stopped goes on
+<out>/resume.ckpt      where a run that was stopped goes on; train/resume.py says what is beside it
 <out>/best, <out>/last checkpoints (models/checkpoint.py); `last` is written at the end, `first` on demand
 <out>/oof              predictions on the run's fold, with fold=i/n
 <out>/skipped.jsonl    pictures that could not be read
@@ -26,7 +26,7 @@ from lightning.pytorch.utilities.memory import is_oom_error
 
 from datagen.shards import Dataset, write_json
 from models.regressor import Regressor
-from train import cost, identity, micro_batch, optim, start, tables
+from train import cost, identity, micro_batch, optim, resume, start, tables
 from train.callbacks import KeepBest, Progress, ResumePoint, Straight
 from train.config import TrainSettings
 from train.data import Data
@@ -51,8 +51,7 @@ def fit(chosen: TrainSettings) -> int:
     vals = [Dataset(folder, chosen.encoder) for folder in chosen.val]
     fingerprints = [dataset.fingerprint() for dataset in (*datasets, *vals)]
     mine = {} if chosen.dry_run else identity.of_this_run(chosen, fingerprints, machine.half)
-    resume = chosen.out / "resume.ckpt"
-    resumed_at = identity.step_of(resume)
+    resumed_from, resumed_at = resume.newest_whole(chosen.out)
     outline = start.outline(chosen, datasets)
     data = Data(datasets, vals, chosen, outline.spec.size, device=machine.device)
     mode = "none" if chosen.scale.recompute == "auto" else chosen.scale.recompute
@@ -72,7 +71,7 @@ def fit(chosen: TrainSettings) -> int:
     data.accumulate = plan.accumulate
     module = Training(model, chosen, plan, tuple(data.val_names))
     save = Saver(chosen, datasets, data)
-    point = ResumePoint(resume, chosen.save_every)
+    point = ResumePoint(chosen.out, chosen.save_every, resumed_from, resumed_at)
     best = KeepBest(lambda trained: save(trained, "best"))
     every = min(max(round(chosen.validate_every * plan.per_epoch), 1), plan.steps)
     judged = bool(data.val_names)
@@ -80,7 +79,7 @@ def fit(chosen: TrainSettings) -> int:
     if chosen.keep_first and not resumed_at:
         save(module, "first")
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resumed_at else None, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=resumed_from, weights_only=True)
         if point.stopped and trainer.global_step < plan.steps:
             log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, plan.steps)
             return 130
@@ -100,6 +99,7 @@ def fit(chosen: TrainSettings) -> int:
         if judged:
             tables.tell_of_best(chosen, data, machine.device, wandb_of(trainer.loggers))
         (chosen.out / "done").write_text(f"{plan.steps} steps\n")
+        (chosen.out / resume.PREVIOUS).unlink(missing_ok=True)
         log.info("%s: %s", f"best val/cosine {best.best:.4f}" if judged else "not validated", chosen.out / "best")
     return 0
 

@@ -1,4 +1,4 @@
-"""What a run is: `settings.json`, which says whether a folder is this run's, and what to resume from."""
+"""What a run is: `settings.json`, which says whether a folder is this run's."""
 
 import dataclasses
 import json
@@ -70,15 +70,6 @@ def changed(chosen: TrainSettings) -> list[str]:
     # its default is made of the name
     quiet = {"out"} if mine["out"] == default["out"].replace(default["name"], mine["name"]) else set()
     return [f"{k}={_short(v)}" for k, v in mine.items() if default.get(k) != v and k not in quiet]
-
-
-def step_of(resume: Path) -> int:
-    """The step that a resume point was written at; 0 where there is none."""
-    if not resume.exists():
-        return 0
-    import torch  # train.runs imports this file, and should start at once
-
-    return int(torch.load(resume, weights_only=True, map_location="cpu", mmap=True)["global_step"])
 
 
 def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
