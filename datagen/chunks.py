@@ -3,7 +3,7 @@
 lock                held by the run that curates here; a second one is refused
 settings.json       what decides all else; a folder of other settings is emptied
 000000.parquet      the prompts kept of a chunk: prompt, source, group, tokens
-000000.hashes.npy   hashes of the texts that were new in it, sorted, for finding equal ones later
+000000.hashes.npy   hashes of the texts that were new in it (of their normal form), sorted, for finding equal ones later
 000000.json         counts and examples; written last, so it is the commit
 vectors.f16         the kept prompts' vectors, one after the other; what lies behind the last commit is cut off
 """
@@ -117,12 +117,12 @@ class Chunks:
             self._rows.close()
         self._unlock()
 
-    def hashes(self) -> NDArray[np.uint64]:
+    def hashes(self) -> NDArray[np.int64]:
         """Sorted, of all texts that were new."""
         found = [np.load(self._path(n, "hashes.npy"), allow_pickle=False) for n in range(len(self.done))]
-        return np.sort(np.concatenate([*found, np.zeros(0, np.uint64)]))
+        return np.sort(np.concatenate([*found, np.zeros(0, np.int64)]))
 
-    def commit(self, chunk: Chunk, kept: pa.Table, hashes: NDArray[np.uint64]) -> None:
+    def commit(self, chunk: Chunk, kept: pa.Table, hashes: NDArray[np.int64]) -> None:
         """Adds a chunk; its vectors are in `rows` already.
 
         Raises:
@@ -194,8 +194,3 @@ def digest(prompts: Iterable[Prompt]) -> str:
     for p in prompts:
         total.update(f"{p.text}\0{p.source}\0{p.group}\0{p.out}\0".encode("utf-8", "surrogatepass"))
     return total.hexdigest()
-
-
-def text_hash(text: str) -> int:
-    """64 bits of a text but for its case: two of 14 million texts share one with a chance of 5 in a million."""
-    return int.from_bytes(hashlib.blake2b(text.casefold().encode(), digest_size=8).digest())

@@ -360,7 +360,7 @@ class IndexSettings:
     group_column: str | None
     """Column of each image's group, for split.kind=holdout; parts of a group are joined by ";"."""
     split_column: str | None
-    """Column of each image's split, "train" or "val"; null lets `split` decide."""
+    """Column of each image's split: "train", "val" or "test"; null draws it by `split`."""
     tars: str | None
     """Glob of WebDataset tars, instead of `images` and `csv`."""
     source: str | None
@@ -381,8 +381,20 @@ class IndexSettings:
             found.append(f"csv: {self.csv} is for images=…; a sample of tars has its prompt in its .txt or .json")
         if self.tars is not None and self.file_column is not None:
             found.append("file_column: is for csv=…; in tars the names of members say what belongs together")
-        if self.split.kind != "picture":
-            found.append(f"split.kind: {self.split.kind} needs prompts drawn by datagen; foreign data takes picture")
+        if not 0 <= self.seed < 2**31:
+            found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
+        if self.split_column is not None and self.split.kind != "picture":
+            found.append(
+                f"split_column, split.kind: {self.split.kind} draws a split, {self.split_column} has one; "
+                "leave one of them out"
+            )
+        if self.split.kind == "similarity" and self.encoder is None:
+            found.append("encoder: null, but split.kind=similarity compares vectors of prompts; name an encoder")
+        if self.split.kind == "holdout" and self.group_column is None:
+            found.append(
+                "group_column: missing; split.kind=holdout needs each image's group. Name its column (of tars, the "
+                "field of the .json), or take split.kind=similarity or picture, which need none"
+            )
         return found
 
 

@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 from conf import UserError, progress
 from datagen import filters, near, shards, storage
 from datagen.captions import clean
-from datagen.chunks import KEPT, Chunk, Chunks, digest, save, text_hash
+from datagen.chunks import KEPT, Chunk, Chunks, digest, save
 from datagen.config import Curation, Split
 from datagen.near import Bank, Rows, distinct
+from datagen.normal_form import form_hash
 from datagen.prompts import Prompt, read_file
 from datagen.rows import KINDS
 
@@ -105,7 +106,7 @@ def curate(
     """
     against = {str(place): _texts_at(place) for place in chosen.against}
     decides = {
-        "chunks": 2,  # of this file's making
+        "chunks": 3,  # of this file's making
         "num": num,
         "seed": seed,
         "curate": dataclasses.asdict(chosen),
@@ -162,6 +163,7 @@ class _Run:
     against: Mapping[str, list[str]]
     _bank: Bank | None = None
     _others: Bank | None = None
+    _other_forms: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.needs_vectors = (
@@ -244,11 +246,11 @@ class _Run:
         self.seen = np.insert(self.seen, at, hashes)
         return left, ended
 
-    def _usable(self, prompts: list[Prompt], drops: _Drops) -> tuple[list[Prompt], NDArray[np.uint64], Ints]:
+    def _usable(self, prompts: list[Prompt], drops: _Drops) -> tuple[list[Prompt], Ints, Ints]:
         """The clean, new prompts of the right length that no filter drops; their hashes, ascending; their tokens."""
         texts = ["" if p.out else clean(p.text) for p in prompts]
         lengths = self.count_tokens(texts) if texts else np.zeros(0, np.int64)
-        hashes = np.array([text_hash(text) for text in texts], np.uint64)
+        hashes = np.array([form_hash(text) for text in texts], np.int64)
         at = np.searchsorted(self.seen, hashes)
         known = np.zeros(len(texts), bool)
         known[at < len(self.seen)] = self.seen[at[at < len(self.seen)]] == hashes[at < len(self.seen)]
@@ -286,9 +288,12 @@ class _Run:
         if self.against:
             others, names = self._other_bank(vectors.shape[1])
             number, cosine = others.near(vectors)
+            for i in np.flatnonzero(number < 0).tolist():  # equal but for case or punctuation, whatever the encoder
+                number[i] = self._other_forms.get(form_hash(texts[i]), -1)
+                cosine[i] = vectors[i] @ others.rows[number[i : i + 1]][0] if number[i] >= 0 else 0
             out = np.flatnonzero(number >= 0)
             drops.add(
-                f"cosine ≥ {self.chosen.against_at} to a prompt of curate.against",
+                f"equal or cosine ≥ {self.chosen.against_at} to a prompt of curate.against",
                 len(out),
                 lambda n: [_pair(texts[i], names[number[i]], float(cosine[i])) for i in out[:n]],
             )
@@ -325,6 +330,7 @@ class _Run:
                         parts.append(self.encode(names[start : start + _AT_ONCE]).astype(np.float16))
                         bar.update(len(parts[-1]))
                 save(path, np.concatenate(parts))
+            self._other_forms = {form_hash(name): k for k, name in enumerate(names)}
             self._others = Bank(Rows(width, self.chunks.folder), self.chosen.against_at)
             self._others.add(np.load(path, allow_pickle=False))
         return self._others, names
@@ -343,7 +349,7 @@ class _Run:
         """The numbers of the kept prompts on each side."""
         count, drops = self.chunks.kept, _Drops()
         if self.split.kind == "holdout":
-            side = cache(lambda group: _side(group, self.split.share, self.seed))
+            side = cache(lambda group: side_of_group(group, self.split.share, self.seed))
             sides: list[bool | str] = []
             for number in range(len(self.chunks.done)):
                 sides += [side(group) for group in self.chunks.table(number, ["group"])["group"].to_pylist()]
@@ -458,14 +464,7 @@ def held_out(part: str, share: float, seed: int) -> bool:
     return int.from_bytes(digest) < share * 2**64
 
 
-def _side(group: str, share: float, seed: int) -> bool | str:
+def side_of_group(group: str, share: float, seed: int) -> bool | str:
     """Whether a group is held out for validation, or why it is on neither side."""
     sides = {held_out(part, share, seed) for part in group.split(";") if part}
     return _NO_GROUP if not sides else sides.pop() if len(sides) == 1 else _BOTH_SIDES
-
-
-def split_pictures(pictures: Sequence[str], share: float, seed: int) -> list[str]:
-    """ "train" or "val" for each picture; equal names go together, and `val` has `share` of the distinct ones."""
-    names = sorted(set(pictures))
-    val = set(random.Random(f"split:{seed}").sample(names, round(len(names) * share)))
-    return ["val" if picture in val else "train" for picture in pictures]

@@ -5,6 +5,7 @@
 Splits keep prompts of one normal form on one side, and leakage between training and evaluation is counted by it.
 """
 
+import hashlib
 import string
 import sys
 import unicodedata
@@ -24,6 +25,12 @@ def normal_form(prompt: str) -> str:
     # folding may leave characters that NFKC composes, and NFKC letters that fold again
     folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
     return folded.translate(_ignored()) or folded
+
+
+def form_hash(prompt: str) -> int:
+    """64 bits of the prompt's normal form, signed: equal for prompts that are near-identical."""
+    digest = hashlib.blake2b(normal_form(prompt).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 @cache

@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +34,12 @@ from datagen import fetch, shards, storage
 from datagen.archives import Tar, Zip, opened
 from datagen.captions import clean, read_label
 from datagen.config import PublishedSettings
-from datagen.curate import Curated, curate
+from datagen.curate import Curated, curate, side_of_group
 from datagen.foreign import NO_PROMPT, read_sample
+from datagen.normal_form import normal_form
 from datagen.plan import differences
 from datagen.prompts import Prompt
+from datagen.splits import content_hash, leakage, plan_leakage
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +109,8 @@ def publish(chosen: PublishedSettings) -> None:
 
         fill(out, TargetEncoder(chosen.encoder))
     shutil.rmtree(work, ignore_errors=True)
-    splits = shards.Dataset(out).splits
+    dataset = shards.Dataset(out)
+    splits = dataset.splits
     log.info("%s: %s", out, ", ".join(f"{count:,} {split}" for split, count in splits.items()))
     if shards.FAULTY in splits:
         log.warning(
@@ -114,6 +118,20 @@ def publish(chosen: PublishedSettings) -> None:
             f"{splits[shards.FAULTY]:,}",
             storage.beside(chosen.out, ".log.jsonl"),
         )
+    _log_equal_images(dataset)
+
+
+def _log_equal_images(dataset: shards.Dataset) -> None:
+    """Warn of image bytes in both splits: the plan divides prompts, before any image is read."""
+    names, split_of = dataset.split_codes()
+    contents = content_hash(dataset.checksums, dataset.sizes)
+    split_n = [names[code] for code in split_of.tolist()]
+    for pair, counts in leakage(split_n, np.arange(len(dataset)), dataset.prompt_hashes(), contents).items():
+        if counts["images"]:
+            log.warning(
+                "leakage: %s image contents with other prompts are in both %s",
+                *(f"{counts['images']:,}", pair.replace("/", " and ")),
+            )
 
 
 def _identity(chosen: PublishedSettings) -> dict[str, Any]:
@@ -159,7 +177,7 @@ def _plan(chosen: PublishedSettings, work: Path) -> None:
     else:
         texts = _texts_of_archives(chosen, source, order, published.suffix, work, lost)
     curated = _curated(chosen, source, texts, work)
-    plan, kept = _plan_table(chosen, texts, curated)
+    plan, kept = _plan_table(chosen, texts, curated, lost)
     for counts, what in ((+lost, "pictures"), (curated.dropped, "prompts")):
         for reason, number in counts.most_common():
             log.info("  left out %s %s: %s", f"{number:,}", what, reason)
@@ -170,6 +188,7 @@ def _plan(chosen: PublishedSettings, work: Path) -> None:
         "shards": len(kept),
         "curation": {**curated.report(), "pictures_left_out": dict(sorted((+lost).items()))},
         "provenance": {"repo": published.repo, "commit": source.commit, "archives": kept},
+        "leakage": plan_leakage(plan),
     }
     shards.write_plan(chosen.out, plan, info)
 
@@ -304,21 +323,29 @@ def _curated(chosen: PublishedSettings, source: fetch.Repository, texts: pa.Tabl
     )
 
 
-def _plan_table(chosen: PublishedSettings, texts: pa.Table, curated: Curated) -> tuple[pa.Table, list[dict[str, Any]]]:
+def _plan_table(
+    chosen: PublishedSettings, texts: pa.Table, curated: Curated, lost: Counter[str]
+) -> tuple[pa.Table, list[dict[str, Any]]]:
     """The plan, and the archives with the number of their pictures in it, a shard each.
 
     A key is the archive's name and the picture's, so that it tells where the picture came from. Prompts that differ in
-    case alone are one to curation and on one side; each picture keeps its own.
+    case, punctuation or spaces alone are one to curation and on one side; each picture keeps its own. With holdout, an
+    image whose group is on another side than its prompt is left out and counted in `lost`.
     """
-    side_of = {text.casefold(): s for s in ("train", "val") for text in getattr(curated, s)["prompt"].to_pylist()}
+    side_of = {normal_form(text): s for s in ("train", "val") for text in getattr(curated, s)["prompt"].to_pylist()}
+    by_group = chosen.split.kind == "holdout"
+    side_of_groups = cache(lambda group: side_of_group(group, chosen.split.share, chosen.seed))
     ids: dict[str, int] = {}
     columns: dict[str, list[Any]] = {name: [] for name in shards.PLAN.names}
     archives: list[dict[str, Any]] = []
     for batch in texts.to_batches(8192):
         for row in batch.to_pylist():
             prompt = clean(row["prompt"])
-            split = side_of.get(prompt.casefold())
+            split = side_of.get(normal_form(prompt))
             if split is None:
+                continue
+            if by_group and side_of_groups(row["group"]) != (split == "val"):
+                lost["group on another side than its prompt"] += 1
                 continue
             if not archives or archives[-1]["name"] != row["archive"]:
                 archives.append({"name": row["archive"], "pictures": 0})

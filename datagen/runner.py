@@ -30,6 +30,7 @@ from datagen.config import DatagenSettings, FilePrompts
 from datagen.pool import Local
 from datagen.prompts import provenance
 from datagen.renderers.base import Renderer
+from datagen.splits import plan_leakage
 from datagen.storage import beside, free_bytes, located
 from datagen.targets import TargetEncoder, fill
 from datagen.work import Engine, make_renderer
@@ -154,6 +155,7 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -
         "batch_size": engine.ask(_batch_size),
         "provenance": provenance(chosen.prompts),
         "curation": curated.report(),
+        "leakage": plan_leakage(plan),
     }
     shards.write_plan(out, plan, info)
     shutil.rmtree(work, ignore_errors=True)

@@ -30,12 +30,13 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from conf import UserError
-from datagen.normal_form import normal_form
+from datagen.normal_form import form_hash
 from datagen.storage import Files, Place, cache_folder, exists, free_bytes, remove_parts, sha256, write_atomically
 
 __all__ = [
     "FAULTY",
     "INDEX",
+    "LEFT_OUT",
     "PLAN",
     "SCHEMA",
     "CorruptImage",
@@ -95,6 +96,7 @@ INDEX = pa.schema(
 )
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FAULTY = "faulty"  # the split of pictures that no training and no validation takes
+LEFT_OUT = "left_out"  # the split of images that share too much with validation to be trained on; folds use them
 _MOST_MAPPED = 512  # tars; each holds a file descriptor, and a process has 1,024 by default
 _MOST_TARGETS = 256  # files of vectors, likewise
 
@@ -423,6 +425,10 @@ class Dataset:
         codes, counts = np.unique(self._split_of, return_counts=True)
         return dict(sorted(zip((self._splits[c] for c in codes.tolist()), counts.tolist(), strict=True)))
 
+    def split_codes(self) -> tuple[list[str], NDArray[np.int32]]:
+        """The distinct splits, and the number among them of each image's."""
+        return self._splits, self._split_of
+
     def rows(self, split: str) -> NDArray[np.int64]:
         """Numbers of the pictures of a split, ascending.
 
@@ -439,6 +445,11 @@ class Dataset:
     def checksums(self) -> NDArray[np.uint32]:
         """The crc32 of each picture's bytes, as its index has it, [len]."""
         return self._crcs
+
+    @property
+    def sizes(self) -> NDArray[np.int64]:
+        """Bytes of each encoded image, [len]."""
+        return self._sizes
 
     def captions(self, i: int) -> range:
         """Index rows of picture `i`."""
@@ -467,8 +478,7 @@ class Dataset:
         with pq.ParquetFile(self._files.path("prompts.parquet")) as plan:
             for batch in plan.iter_batches(columns=["prompt_id", "prompt"]):
                 texts = batch["prompt"].dictionary_encode()  # a prompt's several pictures lie side by side
-                forms = map(normal_form, texts.dictionary.to_pylist())
-                known = np.fromiter(map(_text_hash, forms), np.int64, len(texts.dictionary))
+                known = np.fromiter(map(form_hash, texts.dictionary.to_pylist()), np.int64, len(texts.dictionary))
                 ids.append(batch["prompt_id"].to_numpy())
                 hashes.append(known[texts.indices.to_numpy()])
         all_ids, firsts = np.unique(np.concatenate(ids), return_index=True)

@@ -23,7 +23,7 @@ from datagen import curate as curation
 from datagen import shards, storage
 from datagen.clip_tokenizer import token_counts
 from datagen.config import Curation, Split
-from datagen.curate import Curated, clean, curate, held_out, split_pictures
+from datagen.curate import Curated, clean, curate, held_out
 from datagen.prompts import Prompt
 
 WIDTH = 16
@@ -124,6 +124,29 @@ def test_every_drop_has_its_reason() -> None:
     assert (len(made.train), len(made.val)) == (80, 20)
 
 
+@pytest.mark.parametrize("kind", ["similarity", "holdout", "picture"])
+def test_near_identical_prompts_are_one_prompt(kind: str) -> None:
+    """Spelled with other case, punctuation and spaces: the first stays, whatever the vectors and the kind of split."""
+    spelled = ("a fox in snow {}", "A fox, in snow {}.", "a  fox in  SNOW {}", "a fox in snow ({})!")
+    source = [Prompt(text.format(n), "s", f"group {n}") for n in range(100, 140) for text in spelled]
+    made = run(source, 1000, kind, share=0.3, encode=lambda part: unit(len(part), len(part), 9.0), threshold=0.99)
+    assert made.dropped == {"equal text": 120}
+    assert sorted(texts(made.train) + texts(made.val)) == sorted(f"a fox in snow {n}" for n in range(100, 140))
+
+
+def test_a_prompt_of_another_set_is_dropped_in_any_spelling(tmp_path: Path) -> None:
+    """Also by an encoder that puts its spellings apart."""
+    (tmp_path / "val.txt").write_text("a fox in snow\n")
+    source = [Prompt(text, "s", "") for text in ("A fox, in snow.", "a boat in snow", "a house by the sea")]
+
+    def by_letters(part: Sequence[str]) -> NDArray[np.float32]:
+        return np.stack([unit(1, sum(map(ord, text)))[0] for text in part])
+
+    made = run(source, 10, against=(Location(tmp_path / "val.txt"),), against_at=1.0, encode=by_letters)
+    assert made.dropped == {"equal or cosine ≥ 1.0 to a prompt of curate.against": 1}
+    assert sorted(texts(made.train) + texts(made.val)) == ["a boat in snow", "a house by the sea"]
+
+
 def test_similarity_split_leaves_nothing_near_validation() -> None:
     made = run(numbered(), 500, "similarity", duplicates_at=0.9)
     train, val = (encode(texts(side)) for side in (made.train, made.val))
@@ -186,17 +209,6 @@ def test_held_out_takes_its_share_and_no_more() -> None:
     assert [held_out(p, 0.25, 1) for p in parts] != [held_out(p, 0.25, 0) for p in parts]
     # a larger share holds out what a smaller one did
     assert all(held_out(p, 0.5, 0) for p in parts if held_out(p, 0.25, 0))
-
-
-def test_picture_split_keeps_equal_pictures_together() -> None:
-    names = [f"p{n % 100}" for n in range(250)]
-    sides = split_pictures(names, 0.1, 0)
-    by_name = {name: {s for n, s in zip(names, sides, strict=True) if n == name} for name in names}
-    assert all(len(s) == 1 for s in by_name.values())
-    assert sum(s == {"val"} for s in by_name.values()) == 10
-    assert set(split_pictures(names, 1.0, 0)) == {"val"}
-    assert set(split_pictures(names, 0.0, 0)) == {"train"}
-    assert split_pictures(names[::-1], 0.1, 0)[::-1] == sides
 
 
 @pytest.mark.parametrize("kind", ["similarity", "holdout", "picture"])
@@ -345,7 +357,7 @@ def test_nothing_is_left_near_another_set(tmp_path: Path) -> None:
     vectors, others = encode(texts(made.train) + texts(made.val)), encode([f"thing {n}" for n in range(20)])
     assert (vectors @ others.T).max() < 0.8
     near = (encode([f"thing {n}" for n in range(400)]) @ others.T).max(1) >= 0.8
-    assert made.dropped == {"cosine ≥ 0.8 to a prompt of curate.against": near.sum()}
+    assert made.dropped == {"equal or cosine ≥ 0.8 to a prompt of curate.against": near.sum()}
     assert 20 < near.sum() < 400
     assert made.report()["against"] == {str(place): 10 for place in places}
     with pytest.raises(UserError, match=r"curate\.against.*gone\.txt"):
@@ -369,7 +381,7 @@ def test_a_file_of_another_set_is_not_asked_for_a_dataset(tmp_path: Path, monkey
         made = run(
             itertools.islice(numbered(), 50), 90, against=(Location("memory://sets/val.jsonl.gz"),), against_at=1.0
         )
-        assert made.dropped == {"cosine ≥ 1.0 to a prompt of curate.against": 1}
+        assert made.dropped == {"equal or cosine ≥ 1.0 to a prompt of curate.against": 1}
         assert asked == []
         run(itertools.islice(numbered(), 50), 90, against=other_set(tmp_path)[:1])
         assert asked == [str(tmp_path / "set" / "dataset.json")]

@@ -40,6 +40,10 @@ COMMANDS = {
     "python -m datagen.index out=data/mine images=pictures csv=captions.csv": ["split.share=0.25"],
     "python -m datagen.index out=data/laion tars='laion/*.tar'": ["tars=data/sd2/shards/*.tar"],
     "python -m train +experiment=quickstart name=mine dataset=data/mine": TINY_TRAIN,
+    "python -m datagen.index out=data/near images=pictures csv=captions.csv split.kind=similarity": [
+        "split.threshold=0.999"  # all captions here are alike
+    ],
+    "python -m datagen.index out=data/own images=pictures csv=captions.csv split_column=split": ["encoder=null"],
     "python -m datagen renderer=glyphs prompts=grammar out=data/glyphs": GLYPHS,
     "python -m datagen.targets out=data/glyphs encoder=sentence-transformers/all-mpnet-base-v2": ["encoder={minilm}"],
     "python -m datagen.verify out=data/glyphs": [],
@@ -150,11 +154,11 @@ def _pictures(folder: Path) -> None:
     rng = np.random.default_rng(0)
     (folder / "pictures").mkdir()
     (folder / "test/images").mkdir(parents=True)
-    rows = ["file,caption"]
+    rows = ["file,caption,split"]
     for i in range(16):
         picture = Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8))
         picture.save(folder / f"pictures/p{i}.png")
-        rows += [f"p{i}.png,a {colour} square number {i}" for colour in ("red", "noisy")]
+        rows += [f"p{i}.png,a {colour} square number {i},{'val' if i < 4 else 'train'}" for colour in ("red", "noisy")]
         if i < 4:
             picture.save(folder / f"test/images/t{i}.png")
     ids = [f"t{i}_{e},0\n" for i in (2, 0, 3, 1) for e in range(384)]

@@ -189,7 +189,12 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         ),
         (IndexSettings, "index", ["out=x"], "images, tars: give one of the two"),
         (IndexSettings, "index", ["out=x", "images=y"], "csv: missing"),
-        (IndexSettings, "index", ["out=x", "tars=y", "split.kind=holdout"], "split.kind: holdout needs"),
+        (
+            IndexSettings,
+            "index",
+            ["out=x", "tars=y", "split.kind=holdout"],
+            "group_column: missing; split.kind=holdout",
+        ),
     ):
         with pytest.raises(UserError, match=said):
             settings(cls, compose(name, overrides))
