@@ -11,7 +11,7 @@ import os
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[1]
 T = TypeVar("T")
 
 
-__all__ = ["ROOT", "Location", "UserError", "command", "compose", "progress", "settings"]
+__all__ = ["ROOT", "Location", "UserError", "Values", "command", "compose", "progress", "settings"]
 """`Location` is a local path or an fsspec URL (s3://, gs://, hf://), with pathlib's interface."""
 
 
@@ -32,22 +32,40 @@ class UserError(Exception):
     """A mistake that the user can mend: its message names the value, the bound and the remedy; no trace is shown."""
 
 
+class Values(dict[str, Any]):
+    """Composed settings that remember which keys the command line wrote.
+
+    Attributes:
+        written: dotted keys of the user's own overrides, except those set to null or false, which ask for nothing.
+            Keys that only a file of `conf/` sets, an experiment's among them, are not in it.
+    """
+
+    def __init__(self, values: Mapping[str, Any], written: Iterable[str]) -> None:
+        super().__init__(values)
+        self.written = frozenset(written)
+
+
 def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
     """`values`, as read from YAML, as the frozen dataclass `cls`.
 
-    A class may have `problems() -> list[str]`, which checks bounds once the types are right.
+    A class may have `problems() -> list[str]`, which checks bounds once the types are right, and
+    `unused() -> dict[str, str]`: each key, dotted below the class, that has no effect under the other values, and why
+    ("with optim.schedule=onecycle"). Such a key is refused where the user wrote it (`Values.written`), and accepted
+    where a default or an experiment set it.
 
     Raises:
-        UserError: naming every unknown key, missing key and value of a wrong type or out of bounds, all at once.
+        UserError: naming every unknown key, missing key, value of a wrong type or out of bounds, and every written key
+            without an effect, all at once.
     """
     import dacite
 
+    written = values.written if isinstance(values, Values) else frozenset[str]()
     values = _listed(cls, values)
     found = _problems(cls, values, where)
     if not found:
         config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: float, Path: Path, Location: Location})
         made = dacite.from_dict(cls, values, config)
-        found = _bounds(made, where)
+        found = _bounds(made, where) + _without_effect(made, where, written)
         if not found:
             return made
     raise UserError("settings that cannot be used:\n" + "\n".join(f"  {p}" for p in found))
@@ -67,15 +85,37 @@ def _listed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _bounds(made: Any, where: str) -> list[str]:
-    found = [f"{where}{p}" for p in made.problems()] if hasattr(made, "problems") else []
+    return [
+        f"{place}{p}" for group, place in _groups(made, where) if hasattr(group, "problems") for p in group.problems()
+    ]
+
+
+def _without_effect(made: Any, where: str, written: frozenset[str]) -> list[str]:
+    """One line for each written key that a group declares unused; a group of keys stands for all below it."""
+    unused = [
+        (f"{place}{key}", reason)
+        for group, place in _groups(made, where)
+        if hasattr(group, "unused")
+        for key, reason in group.unused().items()
+    ]
+    reasons = {
+        key: next((reason for name, reason in unused if f"{key}.".startswith(f"{name}.")), None)
+        for key in sorted(written)
+    }
+    return [f"{key}: has no effect {reason}; leave it out" for key, reason in reasons.items() if reason]
+
+
+def _groups(made: Any, where: str) -> Iterator[tuple[Any, str]]:
+    """A settings object and all settings objects in it, each with the prefix of its keys."""
+    yield made, where
     for field in dataclasses.fields(made):
         value = getattr(made, field.name)
         if dataclasses.is_dataclass(value):
-            found += _bounds(value, f"{where}{field.name}.")
+            yield from _groups(value, f"{where}{field.name}.")
         elif isinstance(value, dict):
             for key, item in value.items():
-                found += _bounds(item, f"{where}{field.name}.{key}.") if dataclasses.is_dataclass(item) else []
-    return found
+                if dataclasses.is_dataclass(item):
+                    yield from _groups(item, f"{where}{field.name}.{key}.")
 
 
 def _problems(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
@@ -138,8 +178,12 @@ def _named(classes: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     )
 
 
-def compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
-    """The settings that `python -m … OVERRIDES` would see, as plain values."""
+def compose(config_name: str, overrides: list[str], *, by_user: bool = False) -> dict[str, Any]:
+    """The settings that `python -m … OVERRIDES` would see, as plain values.
+
+    Args:
+        by_user: whether `settings` refuses overrides without an effect, as it does on the command line.
+    """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
@@ -148,7 +192,25 @@ def compose(config_name: str, overrides: list[str]) -> dict[str, Any]:
     GlobalHydra.instance().clear()  # a command may want to know another's settings, as train.runs does
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = OmegaConf.to_container(hydra_compose(config_name, overrides), resolve=True)
-    return typing.cast(dict[str, Any], composed)
+    values = typing.cast(dict[str, Any], composed)
+    return Values(values, _written(overrides)) if by_user else values
+
+
+def _written(overrides: Sequence[str]) -> set[str]:
+    """Dotted keys that Hydra's overrides set to another value than null and false; `{a: {b: 1}}` sets a.b."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    values = {override.key_or_group: override.value() for override in parsed if not override.is_delete()}
+    return set(_leaves(values))
+
+
+def _leaves(values: Mapping[Any, Any], where: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{where}{key}.")
+        elif value is not None and value is not False:
+            yield f"{where}{key}"
 
 
 def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> None:
@@ -157,6 +219,7 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     A `UserError` is printed as one message and exits with 2; Ctrl-C exits with 130.
     """
     import hydra
+    from hydra.core.hydra_config import HydraConfig
     from omegaconf import OmegaConf
 
     _refuse_foreign_packages()
@@ -185,8 +248,8 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
             missing = _missing(OmegaConf.to_container(composed))
             if missing:
                 raise UserError("missing on the command line: " + ", ".join(f"{key}=…" for key in missing))
-            values = OmegaConf.to_container(composed, resolve=True)
-            code = run(typing.cast(dict[str, Any], values)) or 0
+            values = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+            code = run(Values(values, _written(HydraConfig.get().overrides.task))) or 0
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             code = 2

@@ -83,6 +83,10 @@ class Cluster:
         gpus = int(there.get("GPU", 0))
         # the machine that started the run may have no GPU itself, but a renderer of one core never wants one
         self.on_gpu = gpus > 0 and not renderer.one_core and getattr(chosen.renderer, "device", "cpu") != "cpu"
+        if self.on_gpu and chosen.workers is not None:
+            raise UserError(
+                f"workers: {chosen.workers} is for CPUs, and each of the cluster's {gpus} GPUs has a worker"
+            )
         cores = int(there.get("CPU", 1))
         nodes = sum(node["Alive"] for node in ray.nodes())
         self.places = gpus if self.on_gpu else chosen.workers or (cores if renderer.one_core else nodes)

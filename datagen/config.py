@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from conf import Location
@@ -59,6 +59,20 @@ class FilePrompts:
     def problems(self) -> list[str]:
         return [f"shuffle: {self.shuffle} is below 0; 0 keeps the files' order"] if self.shuffle < 0 else []
 
+    def unused(self) -> dict[str, str]:
+        kind = self.kind()
+        found = {"column": f"with path={self.path}: a .txt has no columns, each line is a prompt"}
+        if kind != ".txt":
+            del found["column"]
+        if kind not in ("", ".json"):
+            found["records"] = f"with path={self.path}: only a .json has a key above its list of rows"
+        return found
+
+    def kind(self) -> str:
+        """Suffix that decides how the files are read, such as .csv; empty where the path does not tell."""
+        name = self.path.removeprefix("zip://").partition("::")[0].lower().removesuffix(".gz")
+        return PurePosixPath(name).suffix
+
 
 @dataclass(frozen=True)
 class MixtureSource:
@@ -93,6 +107,15 @@ class MixturePrompts:
         largest = max(scaled, key=lambda name: scaled[name])
         scaled[largest] = round(scaled[largest] + 1 - sum(scaled.values()), 4)
         return [f"{found}; scaled: " + " ".join(f"prompts.sources.{n}.weight={w:g}" for n, w in scaled.items())]
+
+    def unused(self) -> dict[str, str]:
+        found = {}
+        for name, source in self.sources.items():
+            found[f"sources.{name}.prompts.source"] = f"in a mixture, whose prompts carry the name {name}"
+            if not source.weight:
+                why = f"with prompts.sources.{name}.weight=0, which does not open the source"
+                found |= dict.fromkeys((f"sources.{name}.prompts", f"sources.{name}.most"), why)
+        return found
 
 
 @dataclass(frozen=True)
@@ -163,6 +186,14 @@ class StableDiffusionRenderer:
             found.append(f"render_size: {self.render_size} is not a multiple of 64 pixels; 768 is right")
         return found
 
+    def unused(self) -> dict[str, str]:
+        found = _diffusion_unused(self)
+        if not self.model.endswith(".ckpt"):
+            found["allow_unknown_weights"] = f"with renderer.model={self.model}: only a .ckpt is compared with a sha256"
+        if self.guidance == 1:
+            found["guided_share"] = "with renderer.guidance=1, which guides no step"
+        return found
+
 
 @dataclass(frozen=True)
 class DiffusersRenderer:
@@ -202,6 +233,9 @@ class DiffusersRenderer:
             found.append(f"render_size: {self.render_size} is not a multiple of 8 pixels; null is the model's own")
         return found
 
+    def unused(self) -> dict[str, str]:
+        return _diffusion_unused(self)
+
 
 def _diffusion_problems(chosen: StableDiffusionRenderer | DiffusersRenderer) -> list[str]:
     found = []
@@ -212,6 +246,17 @@ def _diffusion_problems(chosen: StableDiffusionRenderer | DiffusersRenderer) -> 
         found.append(f"size: {chosen.size} is outside 1 to render_size={most} pixels")
     if chosen.batch_size is not None and chosen.batch_size < 1:
         found.append(f"batch_size: {chosen.batch_size} is below 1; null finds the quickest")
+    return found
+
+
+def _diffusion_unused(chosen: StableDiffusionRenderer | DiffusersRenderer) -> dict[str, str]:
+    found = {}
+    if Path(chosen.model).expanduser().exists():
+        found["revision"] = f"with renderer.model={chosen.model}, a local path; only a repository of the hub has one"
+    if chosen.size == chosen.render_size:
+        found["filter"] = f"with renderer.size={chosen.size} equal to renderer.render_size: nothing is resized"
+    if chosen.precision == "fp32":
+        found["redraw"] = "with renderer.precision=fp32, the highest: there is none to draw again in"
     return found
 
 
@@ -244,6 +289,9 @@ class Curation:
             found.append(f"against_at: {self.against_at} is outside 0 to 1")
         return found
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.against else {"against_at": "with curate.against=[]: there is nothing to be near"}
+
 
 @dataclass(frozen=True)
 class Split:
@@ -261,6 +309,13 @@ class Split:
         if not 0 < self.threshold <= 1:
             found.append(f"threshold: {self.threshold} is outside 0 to 1")
         return found
+
+
+def _unused_threshold(split: Split, curate: Curation | None = None) -> dict[str, str]:
+    """`split.threshold` where it decides nothing, also not by `curate.against_at`, whose default it is."""
+    if split.kind == "similarity" or (curate and curate.against and curate.against_at == split.threshold):
+        return {}
+    return {"split.threshold": f"with split.kind={split.kind}: only similarity purges by cosine"}
 
 
 @dataclass(frozen=True)
@@ -323,6 +378,19 @@ class DatagenSettings:
         if self.split.kind == "holdout" and lacking:
             lack = f"{', '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no group_column"
             found.append(f"split.kind: holdout needs groups, and {lack}; similarity needs none")
+        return found
+
+    def unused(self) -> dict[str, str]:
+        found = _unused_threshold(self.split, self.curate)
+        name, device = self.renderer.name, getattr(self.renderer, "device", "cpu")
+        if self.engine == "local":
+            found["ray_address"] = "with engine=local, which asks no cluster"
+            if name != "glyphs":
+                found["workers"] = f"with renderer={name}, which takes all cores or a process for each GPU"
+        if device == "cpu":
+            found["devices"] = f"with renderer={name} on the CPU; workers says how many processes take its cores"
+        elif ":" in device:
+            found["devices"] = f"with renderer.device={device}, which names one GPU by itself"
         return found
 
 
@@ -397,6 +465,12 @@ class IndexSettings:
             )
         return found
 
+    def unused(self) -> dict[str, str]:
+        if self.split_column is None:
+            return _unused_threshold(self.split)
+        why = f"with split_column={self.split_column}, which holds each image's split"
+        return dict.fromkeys(("split.share", "split.threshold", "seed"), why)
+
 
 @dataclass(frozen=True)
 class PublishedSettings:
@@ -435,6 +509,16 @@ class PublishedSettings:
             found.append("encoder: null, but curate.duplicates_at, curate.against or split.kind=similarity needs one")
         if self.name == "diffusiondb" and self.split.kind == "holdout":
             found.append("split.kind: holdout needs groups, and diffusiondb has none; similarity or picture")
+        return found
+
+    def unused(self) -> dict[str, str]:
+        found = _unused_threshold(self.split, self.curate)
+        if self.name != "diffusiondb":
+            found["nsfw_at_most"] = f"with name={self.name}: only diffusiondb has an estimate for each image"
+        if self.name != "sd2_4m":
+            found["hold_archives"] = f"with name={self.name}, whose prompts lie in a table"
+        elif self.folder is not None:
+            found["hold_archives"] = f"with folder={self.folder}, of which nothing is fetched or removed"
         return found
 
 

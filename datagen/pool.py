@@ -39,6 +39,11 @@ class Local:
     def __init__(self, chosen: DatagenSettings, renderer: Renderer) -> None:
         self._chosen, self._renderer = chosen, renderer
         self.on_gpu = renderer.on_gpu()
+        if not self.on_gpu and chosen.devices != "all":
+            raise UserError(
+                f"devices: {chosen.devices} GPUs are asked for, and renderer={chosen.renderer.name} runs on the CPU "
+                "here; leave devices out"
+            )
         self._environments: list[dict[str, str]] = [{}]
         if self.on_gpu and ":" not in getattr(chosen.renderer, "device", ""):  # cuda:1 names one by itself
             self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus(chosen)]

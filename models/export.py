@@ -58,6 +58,9 @@ class WheelsSettings:
     def problems(self) -> list[str]:
         return problems(self.version(), self.platform) if self.python is not None else []
 
+    def unused(self) -> dict[str, str]:
+        return {} if self.python is not None else {"platform": "without wheels.python: no wheels are collected"}
+
 
 @dataclass(frozen=True)
 class ExportSettings:
@@ -102,6 +105,13 @@ class ExportSettings:
                 "public, dry_run: they are for push=, which is not there; name hub:USER/NAME or kaggle:USER/SLUG"
             )
         return found + self.told().problems()
+
+    def unused(self) -> dict[str, str]:
+        # false without push= is refused by `problems`
+        alone = self.push is None and self.dry_run
+        return (
+            {"dry_run": "without push: the bundle is written all the same, and nothing is published"} if alone else {}
+        )
 
     def told(self) -> Told:
         return Told(self.title, self.licence, self.author)

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from typing import Any, Literal
 
 import pytest
 
-from conf import ROOT, UserError, compose, settings
+from conf import ROOT, UserError, Values, compose, settings
 from tests.commands import run
+from tests.test_readme import CONFIGS, readme_commands
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,73 @@ def test_every_bound_is_named_at_once() -> None:
     assert "inner.share: 1.5 is outside 0 to 1" in str(error.value)
 
 
+@dataclass(frozen=True)
+class Curve:
+    kind: Literal["flat", "steep"]
+    slope: float | None
+    rounded: bool
+
+    def problems(self) -> list[str]:
+        return [] if self.slope is None or self.slope > 0 else [f"slope: {self.slope} is not above 0"]
+
+    def unused(self) -> dict[str, str]:
+        return dict.fromkeys(("slope", "rounded"), "with kind=flat") if self.kind == "flat" else {}
+
+
+@dataclass(frozen=True)
+class Curves:
+    first: Curve
+    more: dict[str, Curve]
+    count: int
+
+    def unused(self) -> dict[str, str]:
+        return {"more": "with count=1"} if self.count == 1 else {}
+
+
+FLAT = {"kind": "flat", "slope": -1.0, "rounded": True}
+STEEP = {**FLAT, "kind": "steep", "slope": 1.0}
+
+
+def test_a_key_without_effect_is_refused_where_the_user_wrote_it() -> None:
+    values = {"first": FLAT, "more": {"a": STEEP}, "count": 1}
+    with pytest.raises(UserError) as error:
+        settings(Curves, Values(values, ["first.slope", "first.rounded", "more.a.kind", "count"]))
+    assert str(error.value).splitlines()[1:] == [
+        "  first.slope: -1.0 is not above 0",
+        "  first.rounded: has no effect with kind=flat; leave it out",
+        "  first.slope: has no effect with kind=flat; leave it out",
+        "  more.a.kind: has no effect with count=1; leave it out",
+    ]
+
+
+def test_a_key_without_effect_is_accepted_from_a_file() -> None:
+    values = {"first": {**FLAT, "slope": 1.0}, "more": {"a": {**FLAT, "slope": 1.0}}, "count": 2}
+    assert settings(Curves, values) == settings(Curves, Values(values, ["first.kind", "count"]))
+    with pytest.raises(UserError, match=r"more\.a\.slope: has no effect with kind=flat; leave it out"):
+        settings(Curves, Values(values, ["more.a.slope"]))
+
+
+def test_what_the_command_line_wrote() -> None:
+    overrides = [
+        *("optim.warmup=5", "+experiment=vith14", "loss={mse: 0.1, contrastive: 1}", "val=[a,b]"),
+        *("init_from=null", "keep_first=false", "+data.sources={coco: 2}", "++scale.workers=0"),
+    ]
+    written = compose("train", overrides, by_user=True).written  # type: ignore[attr-defined]
+    keys = {"optim.warmup", "experiment", "loss.mse", "loss.contrastive", "val", "data.sources.coco", "scale.workers"}
+    assert written == keys, "null and false ask for nothing"
+
+
+def test_the_command_refuses_settings_without_effect() -> None:
+    done = run("train", "+experiment=vith14", "optim.schedule=onecycle", "optim.warmup=500", "loss.temperature=0.1")
+    assert done.returncode == 2
+    assert done.stderr == (
+        "error: settings that cannot be used:\n"
+        "  loss.temperature: has no effect with loss.contrastive=0: no other part of the loss has one; leave it out\n"
+        "  optim.warmup: has no effect with optim.schedule=onecycle, whose own warm-up is three tenths of the run; "
+        "leave it out\n"
+    )
+
+
 def names(group: str) -> list[str]:
     return sorted(p.stem for p in (ROOT / "conf" / group).glob("*.yaml"))
 
@@ -143,7 +212,22 @@ def test_every_file_composes_and_converts(name: str, cls: str, overrides: list[s
     module, _, class_name = cls.rpartition(".")
     values = compose(name, overrides)
     made = settings(getattr(importlib.import_module(module), class_name), values)
+    settings(type(made), compose(name, overrides, by_user=True))  # what an experiment leaves without effect is accepted
     assert set(values) == {f.name for f in dataclasses.fields(made)}, "a key that only its default knows"
+
+
+def test_no_command_of_the_readme_has_a_setting_without_effect() -> None:
+    classes = {name: cls for name, cls, _ in COMMANDS}
+    for command in (c for c in readme_commands() if c.startswith("python -m")):
+        module, *given = shlex.split(command)[2:]
+        name = CONFIGS.get(module, module.rpartition(".")[2])
+        place, _, class_name = classes[name].rpartition(".")
+        message = ""
+        try:
+            settings(getattr(importlib.import_module(place), class_name), compose(name, given, by_user=True))
+        except UserError as error:  # of folders that are not here
+            message = str(error)
+        assert "has no effect" not in message, command
 
 
 def test_no_file_is_forgotten() -> None:

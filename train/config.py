@@ -24,6 +24,10 @@ class LoraSettings:
         found += [] if self.alpha > 0 else [f"alpha: {self.alpha} is not above 0"]
         return found + _outside(self, dropout=(0, 0.99))
 
+    def unused(self) -> dict[str, str]:
+        names = ("rank", "alpha", "dropout")
+        return {} if self.blocks else dict.fromkeys(names, "with model.lora.blocks=0: there are no adapters")
+
 
 @dataclass(frozen=True)
 class ModelSettings:
@@ -66,6 +70,14 @@ class ModelSettings:
             found.append(f"text_tower: {self.text_tower} serves head_init=text, and head_init is {self.head_init}")
         return found
 
+    def unused(self) -> dict[str, str]:
+        found = {}
+        if self.head_init != "ridge":
+            found["head_pictures"] = f"with model.head_init={self.head_init}: only ridge is fitted on images"
+        if self.freeze == "all":
+            found["fixed_stats"] = "with model.freeze=all, which keeps all of the backbone as it is"
+        return found
+
 
 @dataclass(frozen=True)
 class LossSettings:
@@ -92,6 +104,9 @@ class LossSettings:
             if not getattr(self, name) > 0
         ]
         return found + ([f"hardest: {self.hardest} is above 1"] if self.hardest > 1 else [])
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.contrastive else {"temperature": "with loss.contrastive=0: no other part of the loss has one"}
 
 
 @dataclass(frozen=True)
@@ -137,6 +152,14 @@ class OptimSettings:
         if not 0 < self.layer_decay <= 1:
             found.append(f"layer_decay: {self.layer_decay} is not above 0 and at most 1")
         return found + ([] if 0 <= self.ema < 1 else [f"ema: {self.ema} is not from 0 to below 1"])
+
+    def unused(self) -> dict[str, str]:
+        found = {}
+        if self.name == "madgrad":
+            found["betas"] = "with optim.name=madgrad, whose momentum is 0.9"
+        if self.schedule == "onecycle":
+            found["warmup"] = "with optim.schedule=onecycle, whose own warm-up is three tenths of the run"
+        return found
 
 
 @dataclass(frozen=True)
@@ -275,6 +298,29 @@ class TrainSettings:
                 found.append(f"fold: {self.fold!r} is not i/n with 1 ≤ i ≤ n and n at least 2, such as 1/5")
         return found + _outside(self, fold_threshold=(0.1, 1.01))
 
+    def unused(self) -> dict[str, str]:
+        found = {}
+        if self.fold is None:
+            found["fold_threshold"] = "without fold=i/n: the dataset's own split is kept"
+        if self.max_steps is not None:
+            found["epochs"] = f"with max_steps={self.max_steps}, which ends the run"
+        if self.model.head == "linear":
+            found["model.head_width"] = "with model.head=linear, which has no hidden units"
+        if self.init_from is not None:
+            why = f"with init_from={self.init_from}, whose head is taken"
+            found |= dict.fromkeys(("model.head_init", "model.head_pictures"), why)
+        elif self.model.weights == "random":
+            why = "with model.weights=random: batch norms without pre-training learn their statistics"
+            found["model.fixed_stats"] = why
+        if self.model.freeze == "all":
+            why = "with model.freeze=all: the backbone does not train"
+            found |= dict.fromkeys(("optim.lr", "optim.layer_decay"), why)
+            if self.optim.head_only_lr is None:
+                found["optim.head_only"] = (
+                    "with model.freeze=all and no optim.head_only_lr: the head trains alone anyway"
+                )
+        return found
+
 
 def _outside(settings: object, **bounds: tuple[float, float]) -> list[str]:
     values = {name: getattr(settings, name) for name in bounds}
@@ -393,7 +439,7 @@ class EvaluateSettings:
     """The page to write; null: OUT/report.html."""
     batch_size: int
     workers: int | None
-    """Processes that decode; null decides by the machine."""
+    """Threads that decode images, and processes that decode them for the features of knn and ridge; null decides."""
     accelerator: Literal["auto", "cpu", "gpu"]
 
     def problems(self) -> list[str]:
@@ -409,4 +455,32 @@ class EvaluateSettings:
             for name in sorted(set(self.embedders))
             if self.embedders.count(name) > 1
         ]
+        return found
+
+    def unused(self) -> dict[str, str]:
+        asked = set(self.embedders)
+        on_features = {"ridge"} | ({"knn"} if self.knn.bank is None else set())
+        prompt_files = [str(place) for place in (self.bank, self.knn.bank if "knn" in asked else None) if place]
+        needs = [
+            (("knn.neighbours", "knn.power", "knn.bank", "knn.exact"), {"knn"}),
+            (("knn.backbone",), {"knn", "ridge"}),
+            (("knn.weights",), on_features),
+            (("retrieve.neighbours", "retrieve.power"), {"retrieve", "blend"}),
+            (("retrieve.share",), {"blend"}),
+            (("captions.blip",), {"blip", "clip_interrogator"}),
+            (("captions.blip2",), {"blip2"}),
+            (("captions.coca",), {"coca"}),
+            (("captions.clip", "captions.mode", "captions.words"), {"clip_interrogator"}),
+            (("ensemble",), {"ensemble"}),
+        ]
+        if self.run is not None:  # else it says which run is meant
+            needs.append((("checkpoint",), {"regressor", "retrieve", "blend"}))
+        found = {
+            key: f"without {' or '.join(sorted(embedders))} in embedders"
+            for keys, embedders in needs
+            if not embedders & asked
+            for key in keys
+        }
+        if not any(place.lower().endswith((".csv", ".tsv", ".parquet")) for place in prompt_files):
+            found["column"] = "without a .csv, .tsv or .parquet file in bank or knn.bank"
         return found

@@ -66,6 +66,12 @@ class DemoSettings:
         found += [f"baselines: {name!r} is none of {', '.join(OFFERED)}" for name in names if name not in OFFERED]
         return found + [f"baselines: {name} is named twice" for name in OFFERED if names.count(name) > 1]
 
+    def unused(self) -> dict[str, str]:
+        fitted = self.baselines is None or {"knn", "ridge"} & set(self.baselines)
+        if fitted or self.checkpoint is None or self.bank is None:
+            return {}
+        return {"run": "with checkpoint, bank and no knn or ridge in baselines: nothing of a run is asked for"}
+
 
 def place_of(chosen: DemoSettings) -> tuple[Path, Path | None]:
     """The folder of the model, and that of the run whose data are taken, if there is one.

@@ -50,6 +50,10 @@ class InterpolateSettings:
         found += [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
         return found + ([f"b: {self.b} is a, too"] if self.a == self.b else [])
 
+    def unused(self) -> dict[str, str]:
+        scoring = ("split", "batch_size", "workers", "accelerator")
+        return {} if self.dataset is not None else dict.fromkeys(scoring, "without dataset: nothing is scored")
+
 
 def interpolate(chosen: InterpolateSettings) -> dict[str, Any]:
     """Writes the checkpoints, scores them where there is a dataset, and returns what `interpolate.json` holds.

@@ -165,7 +165,7 @@ def judge(chosen: EvaluateSettings) -> Judged:
     if members:
         _apart(subject, subject.rows, chosen.ensemble.folds)
     seen = _seen(chosen, subject, members)
-    found = predict(list(known.values()), subject.pictures, subject.rows, chosen.batch_size)
+    found = predict(list(known.values()), subject.pictures, subject.rows, chosen.batch_size, chosen.workers)
     places = [subject.pictures.place(row) for row in found.rows]
     targets = [dataset.targets(own) for dataset, own in places]
     if {"retrieve", "blend"} & set(chosen.embedders):

@@ -79,8 +79,13 @@ class _Part:
     seconds: float
 
 
-def predict(contenders: Sequence[Contender], pictures: Pictures, rows: Rows, batch_size: int) -> Predictions:
+def predict(
+    contenders: Sequence[Contender], pictures: Pictures, rows: Rows, batch_size: int, workers: int | None = None
+) -> Predictions:
     """What each embedder makes of `rows`, in order.
+
+    Args:
+        workers: threads that decode images, at least one; None takes 8.
 
     Raises:
         UserError: no picture can be read, a vector is not finite or not of the targets' width, or the cache is full.
@@ -88,7 +93,8 @@ def predict(contenders: Sequence[Contender], pictures: Pictures, rows: Rows, bat
     folders = _folders(contenders, pictures, rows, batch_size)
     together = [c for c in contenders if not c.alone]
     passes = [[c] for c in contenders if c.alone] + ([together] if together else [])
-    found = [_pass(group, folders, pictures, rows, batch_size) for group in passes]
+    threads = _THREADS if workers is None else max(workers, 1)
+    found = [_pass(group, folders, pictures, rows, batch_size, threads) for group in passes]
     first = found[0]
     if any(other.rows != first.rows for other in found):
         raise UserError("some pictures could be read at one time and not at another: run it again")
@@ -105,7 +111,12 @@ def predict(contenders: Sequence[Contender], pictures: Pictures, rows: Rows, bat
 
 
 def _pass(
-    contenders: Sequence[Contender], kept_in: Mapping[str, Path], pictures: Pictures, rows: Rows, batch_size: int
+    contenders: Sequence[Contender],
+    kept_in: Mapping[str, Path],
+    pictures: Pictures,
+    rows: Rows,
+    batch_size: int,
+    threads: int,
 ) -> Predictions:
     """One pass over the pictures, for embedders that are in memory together."""
     folders = {c.name: kept_in[c.name] for c in contenders}
@@ -115,7 +126,7 @@ def _pass(
     vectors: dict[str, list[NDArray[np.float32]]] = {name: [] for name in folders}
     with (
         progress(len(rows), "picture", "evaluate " + ", ".join(folders)) as bar,
-        ThreadPoolExecutor(_THREADS) as pool,
+        ThreadPoolExecutor(threads) as pool,
     ):
         for number, start in enumerate(range(0, len(rows), _PART)):
             part = rows[start : start + _PART].tolist()

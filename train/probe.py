@@ -21,6 +21,8 @@ from train.runs import scored
 
 log = logging.getLogger(__name__)
 
+_CLOSED_FORM = "with probe.heads=[ridge], which is solved in closed form"
+
 
 @dataclass(frozen=True)
 class SearchSettings:
@@ -46,6 +48,24 @@ class SearchSettings:
         found += [] if self.epochs > 0 else [f"epochs: {self.epochs} is not above 0"]
         return found + ([] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"])
 
+    def unused(self) -> dict[str, str]:
+        found = {}
+        if "ridge" not in self.heads:
+            found["penalties"] = "without ridge in probe.heads"
+        if set(self.heads) == {"ridge"}:
+            found |= dict.fromkeys(("lrs", "epochs", "batch_size"), _CLOSED_FORM)
+        return found
+
+
+_NOT_OF_A_SEARCH = (
+    *("epochs", "max_steps", "validate_every", "save_every", "log_every", "keep_first", "dry_run"),
+    *("model.head", "model.head_width", "model.head_pictures", "model.text_tower", "model.freeze", "model.fixed_stats"),
+    *("model.lora", "optim.lr", "optim.head_lr", "optim.layer_decay", "optim.head_only", "optim.head_only_lr"),
+    *("optim.ema", "data.crop", "data.flip", "data.jitter", "data.erase", "scale.devices", "scale.nodes"),
+    *("scale.strategy", "scale.precision", "scale.micro_batch", "scale.recompute", "scale.compile"),
+)
+"""Settings of `python -m train` that a search over heads on frozen features does not use."""
+
 
 @dataclass(frozen=True)
 class ProbeSettings(TrainSettings):
@@ -55,6 +75,18 @@ class ProbeSettings(TrainSettings):
         found = super().problems()
         if self.model.head_init == "text" and set(self.probe.heads) != {"ridge"}:
             found.append("model.head_init: text is not for a search, which has pictures; take ridge or random")
+        return found
+
+    def unused(self) -> dict[str, str]:
+        shared = {key: why for key, why in super().unused().items() if key == "fold_threshold"}
+        found = shared | dict.fromkeys(_NOT_OF_A_SEARCH, "in a search over heads on frozen features")
+        if self.wandb != "off":
+            found["wandb"] = "in a search over heads, which writes no log of steps"
+        if "wide" in self.probe.heads:
+            found.pop("model.head_width", None)
+        if set(self.probe.heads) == {"ridge"}:
+            by_steps = ("loss", "optim", "model.head_init", "data.one_seed", "passes")
+            found |= dict.fromkeys(by_steps, _CLOSED_FORM)
         return found
 
 

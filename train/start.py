@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import load_file, save
+from torch.nn.modules.batchnorm import _NormBase
 
 from conf import UserError
 from datagen.shards import Dataset, write_atomically
@@ -54,6 +55,8 @@ def outline(chosen: TrainSettings, datasets: list[Dataset]) -> Regressor:
         made = _made(chosen, datasets, "random")
         made.fixed_stats = chosen.model.fixed_stats
         arm(made, chosen)
+    if not chosen.model.fixed_stats and not any(isinstance(m, _NormBase) for m in made.backbone.modules()):
+        log.warning("model.fixed_stats=false has no effect: %s has no batch norm", made.spec.name)
     return made
 
 
