@@ -56,7 +56,7 @@ QUICK = ("renderer.size=32", "num=150")
 COMMON = (
     "+experiment=quickstart",
     f"batch_size={BATCH}",
-    "validate_every=1000",  # epochs: only after the last step
+    "validate_every=1000",  # epochs: only before the first step and after the last
     "save_every=100000",
     "scale.accelerator=cpu",
     "scale.workers=0",

@@ -104,8 +104,9 @@ def by_hand(data: Path, skipped: int, timed: int) -> tuple[float, Regressor]:
         groups.append({"params": [p for p in part.parameters() if p.ndim < 2], "weight_decay": 0.0})
     parameters = [p for group in groups for p in group["params"]]
     adamw = torch.optim.AdamW(groups, lr=LR, betas=(0.9, 0.98))
+    warmup = min(WARMUP, steps // 10)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        adamw, lambda n: min((n + 1) / (WARMUP + 1), 1) * 0.5 * (1 + math.cos(math.pi * n / steps))
+        adamw, lambda n: min((n + 1) / (warmup + 1), 1) * 0.5 * (1 + math.cos(math.pi * n / steps))
     )
     began = ended = 0.0
     for step, batch in enumerate(loader, 1):

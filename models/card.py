@@ -455,7 +455,7 @@ def _tuned(value: Any) -> str:
 def _optimised(value: Any) -> list[str]:
     optim = [
         f"{value('optim.name')}, peak rates {value('optim.lr'):g} (backbone) and {value('optim.head_lr'):g} (head)",
-        f"{value('optim.schedule')} schedule, warm-up of {value('optim.warmup', 0)} steps",
+        f"{value('optim.schedule')} schedule, warm-up of at most {value('optim.warmup', 0)} steps",
         f"weight decay {value('optim.weight_decay', 0):g}",
     ]
     if value("optim.layer_decay", 1) != 1:

@@ -155,7 +155,7 @@ def test_the_recipe() -> None:
         "backbone from another checkpoint of the same architecture, its lowest 14 blocks frozen",
         "LoRA of rank 16 in 4 blocks, merged here; wide (2048) head of that checkpoint",
         "loss: 1 − cosine + 0.01 × mean squared error, of the 50% of lowest cosine",
-        "adamw, peak rates 4e-05 (backbone) and 0.0004 (head), cosine schedule, warm-up of 500 steps",
+        "adamw, peak rates 4e-05 (backbone) and 0.0004 (head), cosine schedule, warm-up of at most 500 steps",
         "layer decay 0.9, gradients clipped at 1, averaged weights (decay 0.9998)",
         "pictures: crops of at least 90%, mirrored, brightness and contrast ± 10%",
     ):

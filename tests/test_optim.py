@@ -232,7 +232,7 @@ def test_the_rate_is_half_a_cosine_times_a_line_up() -> None:
 
 
 def test_a_constant_rate_rises_alike() -> None:
-    assert [lr_share(step, 8, 3, "constant") for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [lr_share(step, 30, 3, "constant") for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 @pytest.mark.parametrize("total", [2, 3, 10, 57, 400])

@@ -74,6 +74,36 @@ def test_a_run_as_its_files_tell_it(tmp_path: Path) -> None:
     assert found.settings["optim.lr"] == 3e-5
 
 
+def test_how_far_a_run_came_from_its_start(tmp_path: Path) -> None:
+    """Of a run that goes on, by its log; once it has ended, with the interval of the paired difference."""
+    gains = {"sure": (0.1, 0.08), "unsure": (0.1, -0.01), "runs_on": (0.1, None), "start": (-0.2, None), "older": None}
+    for name, gain in gains.items():
+        folder = write(tmp_path / name, 0.5, done=name != "runs_on")
+        if gain is None:
+            continue
+        log = folder / "log.jsonl"
+        start = {"step": 0, "epoch": 0, "seconds": 1, "val/cosine": 0.5 - gain[0], "val/low": 0.3, "val/high": 0.7}
+        log.write_text(json.dumps(start) + "\n" + log.read_text())
+        if gain[1] is not None:
+            found = {"start": {}, "best": {}, "gain": {"mean": 0.1, "low": gain[1], "high": 0.2}, "verdict": ""}
+            (folder / "improvement.json").write_text(json.dumps(found))
+    runs = {run.name: run for run in find(tmp_path)[0]}
+    assert (runs["sure"].start, runs["sure"].gain) == (0.4, pytest.approx(0.1))
+    assert (runs["sure"].gain_low, runs["sure"].gain_high) == (0.08, 0.2)
+    assert (runs["older"].start, runs["older"].gain) == (None, None)
+    assert (runs["start"].score, runs["start"].best_step) == (0.7, 0)
+    head, *rows = text(list(runs.values()), {}).split("\n\n")[0].splitlines()
+    place = head.index("over start")
+    cells = {row.split()[0]: row[place : place + 14].strip() for row in rows}
+    assert cells == {
+        "sure": "+0.1000",
+        "unsure": "+0.1000 n.s.",
+        "runs_on": "+0.1000",
+        "start": "start is best",
+        "older": "",
+    }
+
+
 def test_states_by_the_files(tmp_path: Path) -> None:
     write(tmp_path / "a", done=True, age=1e6)
     write(tmp_path / "b", done=False, steps=20)

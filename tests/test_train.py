@@ -34,6 +34,7 @@ from train import fit as fit_module
 from train.callbacks import KeepBest, ResumePoint
 from train.data import Pictures
 from train.draws import Draws, Part, Steps
+from train.improvement import ImageScores
 from train.loggers import JsonLines
 from train.module import Plan, Training
 from train.optim import lr_share
@@ -58,7 +59,8 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 def test_a_run_leaves_its_settings_log_and_checkpoints(tiny_run: Path, small_data: Path) -> None:
     assert {p.name for p in tiny_run.iterdir()} == {
-        *("about.json", "best", "done", "head_init.safetensors", "last", "log.jsonl", "resume.ckpt", "settings.json")
+        *("about.json", "best", "done", "head_init.safetensors", "improvement.json", "last", "log.jsonl"),
+        *("resume.ckpt", "settings.json"),
     }
     chosen = json.loads((tiny_run / "settings.json").read_text())
     assert chosen["dataset"] == [str(small_data)]
@@ -72,7 +74,7 @@ def test_a_run_leaves_its_settings_log_and_checkpoints(tiny_run: Path, small_dat
     assert all(r["train/images_per_s"] > 0 for r in steps)
     assert [r["train/lr"] for r in steps] == pytest.approx([3e-4 * lr_share(n, 10, 2) for n in range(10)])
     judged = [r for r in log if "val/cosine" in r]
-    assert [r["step"] for r in judged] == [5, 10]
+    assert [r["step"] for r in judged] == [0, 5, 10]
     assert all(r["val/low"] <= r["val/cosine"] <= r["val/high"] for r in judged)
 
 
@@ -180,12 +182,13 @@ def test_resumed_at_any_point_it_equals_a_run_never_stopped(
         patch.setattr(ResumePoint, "_save", keep)
         train(small_data, whole, *INTRICATE, "save_every=1")
     assert [step for _, step in points] == list(range(1, 9))
-    assert [r["step"] for r in validations(whole)] == [3, 6, 8]
+    assert [r["step"] for r in validations(whole)] == [0, 3, 6, 8]
     for copy, step in points:
         assert train(small_data, copy, *INTRICATE, "save_every=3") == 0
         assert same_weights(copy / "last", whole / "last"), step
         assert same_weights(copy / "best", whole / "best"), step
         assert validations(copy) == validations(whole), step
+        assert (copy / "improvement.json").read_bytes() == (whole / "improvement.json").read_bytes(), step
         # of the step at hand, a kill may come between the point and the log
         assert [r for r in untimed(copy) if r["step"] != step] == [r for r in untimed(whole) if r["step"] != step]
 
@@ -529,11 +532,13 @@ def test_a_score_that_is_not_a_number_is_never_best(small_data: Path) -> None:
     saved: list[float] = []
     best = KeepBest(lambda trained: saved.append(trained.score.mean if trained.score else 0))
     trainer = lightning.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
-    for score in (0.2, float("nan"), 0.1, 0.3):
+    for step, score in enumerate((0.2, float("nan"), 0.1, 0.3)):
         module.score = Interval(score, score, score)
+        module.image_scores = ImageScores(step, np.arange(2), np.full(2, score))
         best.on_validation_end(trainer, module)
     assert saved == [0.2, 0.3]
-    assert best.state_dict() == {"best": 0.3}
+    assert best.state_dict()["best"] == 0.3
+    assert best.scores["best"].step == 3
 
 
 def test_a_resumed_log_drops_what_lies_beyond_and_its_clock_goes_on(tmp_path: Path) -> None:
@@ -558,8 +563,14 @@ def test_processes_that_decode_change_no_bit(small_data: Path, tiny_run: Path, t
 
 
 @pytest.mark.slow
-def test_wandb_without_an_account_writes_its_run_and_asks_nothing(small_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", ["auto", "offline"])
+def test_wandb_without_an_account_writes_its_run_and_asks_nothing(
+    mode: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     overrides = [word for word in OVERRIDES if not word.startswith("wandb=")]
-    finish(small_data, tmp_path / "run", *overrides, "wandb=offline")
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))  # with no .netrc
+    finish(small_data, tmp_path / "run", *overrides, f"wandb={mode}")
     assert list((tmp_path / "run").glob("wandb/offline-run-*/*.wandb"))
-    assert len(records(tmp_path / "run")) == 12
+    assert len(records(tmp_path / "run")) == 13

@@ -93,6 +93,31 @@ def test_page_holds_what_was_measured(run: Path, data: Path, caplog: pytest.LogC
     assert path.read_text() == html
 
 
+@pytest.mark.parametrize(
+    ("verdict", "shown"),
+    [
+        ("improved", ("+0.250", "+0.200 to +0.300; validation 0.500 → 0.750")),
+        ("not significant", ("+0.250", "+0.200 to +0.300, not significant; validation 0.500 → 0.750")),
+        ("the start is best", ("none", "the best model is the start, 0.500 on validation")),
+    ],
+)
+def test_page_says_how_far_the_run_came_from_its_start(run: Path, verdict: str, shown: tuple[str, ...]) -> None:
+    log = run / "log.jsonl"
+    log.write_text('{"step": 0, "epoch": 0, "seconds": 0.5, "val/cosine": 0.5}\n' + log.read_text())
+    html = report.write_report(ReportSettings(run)).read_text()
+    assert "Over its start" not in html
+    gain = {"mean": 0.25, "low": 0.2, "high": 0.3}
+    found = {"start": {"mean": 0.5}, "best": {"mean": 0.75}, "gain": gain, "verdict": verdict}
+    (run / "improvement.json").write_text(json.dumps(found))
+    html = report.write_report(ReportSettings(run)).read_text()
+    assert "Over its start" in html
+    for words in shown:
+        assert words in html
+    (run / "improvement.json").write_text("{}")
+    with pytest.raises(UserError, match=r"improvement\.json.* lacks start, best, gain, verdict"):
+        report.write_report(ReportSettings(run))
+
+
 def test_what_was_measured_over_time_and_by_source_is_drawn(run: Path) -> None:
     html = report.write_report(ReportSettings(run)).read_text()
     for shown in (

@@ -25,6 +25,7 @@ from conf import UserError, progress
 from conf.checksum import ChecksumWriter
 from train import resume
 from train.data import Batch
+from train.improvement import ImageScores
 from train.module import Plan, Training
 
 log = logging.getLogger(__name__)
@@ -37,11 +38,12 @@ class Progress(Callback):
     """A bar with pictures a second and time left; the same rate goes to the log.
 
     Args:
+        peak_step: the step of the highest rate, which goes to the log even between two of its lines.
         mfu: pictures a second → model FLOPs utilisation of all devices; None where their peak is not known.
     """
 
-    def __init__(self, plan: Plan, log_every: int, mfu: Callable[[float], float] | None) -> None:
-        self._plan, self._log_every, self._mfu = plan, log_every, mfu
+    def __init__(self, plan: Plan, log_every: int, peak_step: int, mfu: Callable[[float], float] | None) -> None:
+        self._plan, self._log_every, self._peak_step, self._mfu = plan, log_every, peak_step, mfu
         self._bar = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
@@ -79,6 +81,9 @@ class Progress(Callback):
                 told += [f"MFU {measured['train/mfu']:.0%}"] if "train/mfu" in measured else []
                 told += [f"loss {loss:.4f}"] if loss is not None else []
                 self._bar.set_postfix_str(", ".join(told), refresh=False)
+        elif trainer.global_step == self._peak_step:
+            for logger in trainer.loggers:
+                logger.log_metrics({"train/lr": self._lr}, step=trainer.global_step - 1)
         if self._bar is not None:
             self._bar.update()
 
@@ -86,7 +91,8 @@ class Progress(Callback):
         self._began, self._pictures = time.perf_counter(), 0
         score = pl_module.score if isinstance(pl_module, Training) else None
         if trainer.is_global_zero and score is not None:
-            line = f"step {trainer.global_step}: val/cosine {score.mean:.4f} [{score.low:.4f}, {score.high:.4f}]"
+            step = f"step {trainer.global_step}" + (" (the start)" if trainer.sanity_checking else "")
+            line = f"{step}: val/cosine {score.mean:.4f} [{score.low:.4f}, {score.high:.4f}]"
             others = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/") and k.count("/") > 1}
             told = [f"{k.removeprefix('val/')} {v:.4f}" for k, v in others.items() if not k.endswith(("/low", "/high"))]
             line = ", ".join([line, *told])
@@ -147,7 +153,15 @@ class ResumePoint(Callback):
         if stage == "fit" and trainer.world_size > 1:  # before anything is loaded: then they would wait for each other
             resume.require_agreement(self._resumed_at, lambda step: _gathered(step, trainer.world_size))
 
+    def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        self._listen()
+
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if not self._before:  # no validation of step 0 came before
+            self._listen()
+
+    def _listen(self) -> None:
+        """Take the signals over from Lightning, which has registered handlers of its own by now."""
         self._asked = False
         self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
 
@@ -172,7 +186,8 @@ class ResumePoint(Callback):
             self._end(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if trainer.state.fn == TrainerFn.FITTING:
+        # nothing is lost before the first step: a run killed there begins again
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save(trainer)
             self._end(trainer)
 
@@ -256,25 +271,36 @@ class ResumePoint(Callback):
 
 
 class KeepBest(Callback):
-    """Calls `save` with the module, on every rank, whenever validation scores above all before."""
+    """Calls `save` with the module, on every rank, whenever validation scores above all before, step 0 included.
+
+    It keeps the scores of the start, the best and the last model, image by image, over resume points too.
+    """
 
     def __init__(self, save: Callable[[Training], None]) -> None:
         self._save = save
         self.best = -math.inf
+        self.scores: dict[str, ImageScores] = {}
+        """start, best and last."""
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Training)
-        score = pl_module.score
-        if score is None or not score.mean > self.best:  # NaN is never better
+        score, each = pl_module.score, pl_module.image_scores
+        if score is None or each is None:
             return
-        self.best = score.mean
-        self._save(pl_module)
+        self.scores["last"] = each
+        if trainer.sanity_checking:
+            self.scores["start"] = each
+        if score.mean > self.best:  # NaN is never better
+            self.best = score.mean
+            self.scores["best"] = each
+            self._save(pl_module)
 
-    def state_dict(self) -> dict[str, float]:
-        return {"best": self.best}
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "scores": {name: each.state() for name, each in self.scores.items()}}
 
-    def load_state_dict(self, state_dict: dict[str, float]) -> None:
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
+        self.scores = {name: ImageScores.of_state(state) for name, state in state_dict["scores"].items()}
 
 
 def _gathered(value: int, world: int) -> list[int]:

@@ -124,7 +124,7 @@ class OptimSettings:
     """Two."""
     schedule: Literal["cosine", "onecycle", "constant"]
     warmup: int
-    """Steps with a rising rate, times a cosine that falls to zero from the first step on."""
+    """Most steps with a rising rate; never more than a tenth of the schedule's steps. onecycle has its own."""
     clip: float
     """Largest norm of a step's gradient; 0 does not clip."""
     head_only: float
@@ -243,7 +243,7 @@ class TrainSettings:
     batch_size: int
     """Pictures a step, over all devices."""
     validate_every: float
-    """Epochs between validations."""
+    """Epochs between validations; the model before its first step is validated, too."""
     save_every: int
     """Steps between two resume points."""
     log_every: int
@@ -253,7 +253,7 @@ class TrainSettings:
     wandb: Literal["auto", "online", "offline", "off"]
     """auto: online with an account, else offline."""
     dry_run: bool
-    """Whether to tell the cost and stop."""
+    """Whether to report the cost and what the learning rate will reach, and stop."""
     model: ModelSettings
     loss: LossSettings
     optim: OptimSettings

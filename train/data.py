@@ -27,8 +27,9 @@ from conf import UserError
 from datagen.shards import FAULTY, CorruptImage, Dataset
 from models.preprocess import BadImage, decode, fit
 from train.config import TrainSettings
-from train.draws import Draws, InOrder, Part, Steps, per_epoch
+from train.draws import Draws, InOrder, Part, Steps
 from train.folds import Prompts, fold_rows, refuse_seen, without_others_validation
+from train.schedule import run_length
 from train.weights import picture_weights
 
 log = logging.getLogger(__name__)
@@ -293,7 +294,8 @@ class Data(lightning.LightningDataModule):
             `val`, by its folder.
         val_sets: rows of each, in the same order.
         draws: what an epoch draws.
-        per_epoch, steps: steps of an epoch, and of the run.
+        length: steps of an epoch, of the run, and of the head alone.
+        per_epoch, steps: of `length`.
         accumulate: micro-batches a step on each device; may be set until training begins.
 
     Args:
@@ -351,8 +353,8 @@ class Data(lightning.LightningDataModule):
         self.val_names = [*own, *_beside(pictures.names[len(datasets) :])]
         self.val_sets = [*[self.val_rows for _ in own], *sets]
         self.draws = Draws(self._parts(trained), chosen.seed)
-        self.per_epoch = per_epoch(len(self.draws), chosen.batch_size)
-        self.steps = chosen.max_steps or max(round(chosen.epochs * self.per_epoch), 1)
+        self.length = run_length(len(self.draws), chosen)
+        self.per_epoch, self.steps = self.length.per_epoch, self.length.steps
 
     def _parts(self, trained: range) -> list[Part]:
         rows_of = {number: own for number, _, own in self.pictures.by_dataset(self.train_rows)}

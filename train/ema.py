@@ -4,6 +4,7 @@ The decay of step t, the first being 1, is min(decay, (1 + t) / (10 + t)): at .9
 before the first step would make up a seventh of the average after 10,000 steps.
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -15,6 +16,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 # one kernel for all
 _lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
 _copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+
+
+def decay_at(step: int, decay: float) -> float:
+    """The decay of update `step`, counted from 1."""
+    return min(decay, (1 + step) / (10 + step))
+
+
+def start_share(steps: int, decay: float, first: int = 1) -> float:
+    """Share of the average after `steps` updates that is still the weights before update `first`, 0 to 1."""
+    return math.prod(decay_at(step, decay) for step in range(first, steps + 1))
 
 
 def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -62,7 +73,7 @@ class Ema:
         if self._swapped:
             raise RuntimeError("the averaged weights are swapped in: a step now would be lost")
         self.steps += 1
-        weight = 1 - min(self._decay, (1 + self.steps) / (10 + self.steps))
+        weight = 1 - decay_at(self.steps, self._decay)
         live = [tensor.float() for tensor in _local(self._live)]  # itself where it is fp32
         _lerp(_local(self._shadow), live, weight)
 

@@ -1,10 +1,11 @@
 """One run from its settings to its checkpoints: what `python -m train` does.
 
 <out>/settings.json    what the run is; a run with other settings is refused there
-<out>/about.json       parameters, how many of them train, and steps
-<out>/log.jsonl        step, epoch, seconds, loss, rate, scores
+<out>/about.json       parameters, how many of them train, steps, and what the learning rate reaches
+<out>/log.jsonl        step, epoch, seconds, loss, rate, scores; step 0 is the model before training
 <out>/resume.ckpt      where a run that was stopped goes on; train/resume.py says what is beside it
 <out>/best, <out>/last checkpoints (models/checkpoint.py); `last` is written at the end, `first` on demand
+<out>/improvement.json start → best and last, with the paired differences; at the end of a validated run
 <out>/oof              predictions on the run's fold, with fold=i/n
 <out>/skipped.jsonl    pictures that could not be read
 """
@@ -30,10 +31,12 @@ from train import cost, identity, micro_batch, optim, resume, start, tables
 from train.callbacks import KeepBest, Progress, ResumePoint, Straight
 from train.config import TrainSettings
 from train.data import Data
+from train.improvement import FILE, Improvement
 from train.loggers import loggers, wandb_of
 from train.machine import Machine, is_first
 from train.module import Plan, Training
 from train.save import Saver
+from train.schedule import Forecast
 
 log = logging.getLogger(__name__)
 
@@ -56,13 +59,14 @@ def fit(chosen: TrainSettings) -> int:
     data = Data(datasets, vals, chosen, outline.spec.size, device=machine.device)
     mode = "none" if chosen.scale.recompute == "auto" else chosen.scale.recompute
     needs = cost.measure(outline, chosen.optim, machine.half, mode)
-    _introduce(chosen, outline, data, resumed_at, needs, machine)
+    forecast = Forecast.of(data.length, chosen)
+    _introduce(chosen, outline, data, resumed_at, needs, machine, forecast)
     if chosen.dry_run:
         return 0
     model = start.model(chosen, datasets, resumed=bool(resumed_at))
     if is_first():
         identity.write(chosen.out, mine)
-        about = {"parameters": needs.parameters, "trained": needs.trained, "steps": data.steps}
+        about = {"parameters": needs.parameters, "trained": needs.trained, "steps": data.steps, **forecast.facts()}
         write_json(chosen.out / "about.json", about)
     if not resumed_at:
         start.head(model, chosen, data, machine.device)
@@ -75,7 +79,7 @@ def fit(chosen: TrainSettings) -> int:
     best = KeepBest(lambda trained: save(trained, "best"))
     every = min(max(round(chosen.validate_every * plan.per_epoch), 1), plan.steps)
     judged = bool(data.val_names)
-    trainer = _trainer(chosen, plan, machine, needs, judged, every, resumed_at, [best, point])
+    trainer = _trainer(chosen, plan, machine, needs, judged, every, forecast.peak_step, resumed_at, [best, point])
     if chosen.keep_first and not resumed_at:
         save(module, "first")
     try:
@@ -98,6 +102,7 @@ def fit(chosen: TrainSettings) -> int:
         _list_skipped(chosen.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
         if judged:
             tables.tell_of_best(chosen, data, machine.device, wandb_of(trainer.loggers))
+            _report_improvement(chosen, best, data, forecast)
         (chosen.out / "done").write_text(f"{plan.steps} steps\n")
         (chosen.out / resume.PREVIOUS).unlink(missing_ok=True)
         log.info("%s: %s", f"best val/cosine {best.best:.4f}" if judged else "not validated", chosen.out / "best")
@@ -118,6 +123,7 @@ def _trainer(
     needs: cost.Cost,
     judged: bool,
     every: int,
+    peak_step: int,
     resumed_at: int,
     callbacks: list[Callback],
 ) -> lightning.Trainer:
@@ -140,10 +146,13 @@ def _trainer(
         val_check_interval=every * plan.accumulate,
         check_val_every_n_epoch=None,
         limit_val_batches=1.0 if judged else 0,
-        num_sanity_val_steps=0,
+        # step 0: Lightning's sanity check, over all images; a resumed run has it behind it
+        num_sanity_val_steps=-1 if judged and not resumed_at else 0,
+        # what FSDP2 gathers in inference mode, before the first step, could not be trained on
+        inference_mode=chosen.scale.strategy != "fsdp",
         gradient_clip_val=chosen.optim.clip or None,
         log_every_n_steps=log_every,
-        callbacks=[Progress(plan, log_every, mfu), *callbacks],
+        callbacks=[Progress(plan, log_every, peak_step, mfu), *callbacks],
         logger=loggers(chosen, plan.per_epoch, resumed_at),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -161,7 +170,13 @@ def _trainer(
 
 @rank_zero_only
 def _introduce(
-    chosen: TrainSettings, model: Regressor, data: Data, resumed_at: int, needs: cost.Cost, machine: Machine
+    chosen: TrainSettings,
+    model: Regressor,
+    data: Data,
+    resumed_at: int,
+    needs: cost.Cost,
+    machine: Machine,
+    forecast: Forecast,
 ) -> None:
     log.info("settings changed: %s", " ".join(identity.changed(chosen)) or "none")
     spec = model.spec
@@ -178,8 +193,27 @@ def _introduce(
         machine.device.type,
         machine.precision,
     )
+    for line in forecast.lines():
+        log.info("%s", line)
+    for message in forecast.warnings(len(data.train_rows)):
+        log.warning("warning: %s", message)
     if resumed_at:
         log.info("going on from step %d", resumed_at)
+
+
+def _report_improvement(chosen: TrainSettings, best: KeepBest, data: Data, forecast: Forecast) -> None:
+    """Writes `improvement.json` and logs it, with what to change where the run did not improve."""
+    improvement = None
+    if best.scores.keys() >= {"start", "best", "last"}:
+        improvement = Improvement.of(best.scores["start"], best.scores["best"], best.scores["last"], data.pictures)
+    if improvement is None:
+        log.warning("warning: the scores of the start are not finite: the run cannot be compared with its start")
+        return
+    write_json(chosen.out / FILE, improvement.facts())
+    log.info("%s", improvement.line())
+    advice = improvement.advice(forecast.longer(len(data.train_rows)) if forecast.too_short else None)
+    if advice:
+        log.warning("warning: %s", advice)
 
 
 def _a_device(chosen: TrainSettings, machine: Machine) -> tuple[int, int]:

@@ -90,9 +90,10 @@ def _wandb(chosen: TrainSettings) -> Logger:
         raise UserError("wandb is not installed: pip install 'im2emb[wandb]', or wandb=off")
     import wandb
 
-    offline = chosen.wandb == "offline" or (chosen.wandb == "auto" and not wandb.api.api_key)
+    # wandb reads the environment once, at its first call
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DATA_DIR", str((chosen.out / "wandb").resolve()))  # or an offline run lacks pictures
+    offline = chosen.wandb == "offline" or (chosen.wandb == "auto" and not wandb.login(prompt=False))
     known = chosen.out / "wandb" / "id"
     if is_first() and not known.exists():
         known.parent.mkdir(parents=True, exist_ok=True)
@@ -105,4 +106,5 @@ def _wandb(chosen: TrainSettings) -> Logger:
         offline=offline,
         config=plain(chosen),
         log_model=False,
+        **({"mode": "offline"} if offline else {}),  # WANDB_MODE, which Lightning sets, would come too late
     )

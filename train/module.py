@@ -25,6 +25,7 @@ from train.augment import augment
 from train.config import TrainSettings
 from train.data import Batch
 from train.ema import Ema, averaged
+from train.improvement import ImageScores
 from train.machine import is_first
 from train.optim import optimizer, scheduler
 from train.recompute import Mode
@@ -70,6 +71,8 @@ class Training(lightning.LightningModule):
         self._scores: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.score: Interval | None = None
         """Of the latest validation on the first set."""
+        self.image_scores: ImageScores | None = None
+        """Image by image, of the latest validation on the first set."""
         self.skipped: dict[str, str] = {}
         """Key → reason of every picture that could not be read."""
 
@@ -245,8 +248,12 @@ class Training(lightning.LightningModule):
             measured |= {f"{where}/{k}": v for k, v in zip(keys, interval, strict=True)}
             if number == 0:
                 self.score = interval
+                self.image_scores = ImageScores(self.global_step, row_n, score_n)
                 measured |= {f"val/source/{k}": v for k, v in self._by_source(score_n, row_n).items()}
         self._scores = {}
+        if self.trainer.sanity_checking:  # the validation of step 0, whose figures Lightning does not log
+            for logger in self.loggers:
+                logger.log_metrics(measured, step=-1)
         # its own step, for after the last one Lightning would count one more
         self.log_dict({**measured, "step": float(self.global_step - 1)}, rank_zero_only=True)
 

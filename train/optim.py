@@ -135,6 +135,7 @@ def part_share(part: str, step: int, steps: int, alone: int, chosen: OptimSettin
 
     In the first `alone` steps the backbone's is 0 and the head's falls from head_only_lr to a hundredth of it by half
     a cosine, after which the schedule begins for all; without head_only_lr one schedule runs from the first step on.
+    The warm-up is at most a tenth of the steps that the schedule covers: those after `alone` in the first case.
     """
     if part == "backbone" and step < alone:
         return 0.0
@@ -149,11 +150,8 @@ def part_share(part: str, step: int, steps: int, alone: int, chosen: OptimSettin
 def lr_share(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
     """The rate at `step` of `steps`, as a share of its peak.
 
-    cosine: half a cosine down to zero, times a line up over `warmup`; constant: the line alone; onecycle:
+    cosine: half a cosine down to zero, times a line up over `warmup_steps`; constant: the line alone; onecycle:
     torch.optim.OneCycleLR, whose own rise takes 3 tenths of the run, from 1/25 of the peak up and down to 1/250,000.
-
-    The line counts steps, not a share of them: AdamW's first steps are sign noise, whatever the length of the run, and
-    a run shorter than its warm-up never reaches the peak.
     """
     if schedule == "onecycle":
         peak, last = _RISING * steps - 1, steps - 1  # as torch has it: the peak may be between two steps
@@ -161,8 +159,19 @@ def lr_share(step: int, steps: int, warmup: int, schedule: str = "cosine") -> fl
         if step <= peak:
             return _half_cosine(_FIRST, 1.0, step / peak)
         return _half_cosine(1.0, _LAST, (step - peak) / (last - peak))
-    rising = min((step + 1) / (warmup + 1), 1.0)
+    rising = min((step + 1) / (warmup_steps(steps, warmup, schedule) + 1), 1.0)
     return rising if schedule == "constant" else rising * _half_cosine(1.0, 0.0, min(step / steps, 1.0))
+
+
+def warmup_steps(steps: int, warmup: int, schedule: str = "cosine") -> int:
+    """Steps below the peak at the start of a schedule of `steps`: `warmup`, and never more than a tenth of them.
+
+    AdamW's first steps are sign noise, whatever the length of the run, so the warm-up counts steps; without the bound
+    a run shorter than its warm-up would never come near the peak. onecycle has a rise of its own.
+    """
+    if schedule == "onecycle":
+        return max(math.ceil(_RISING * steps - 1), 0)
+    return min(warmup, steps // 10)
 
 
 def _half_cosine(begin: float, end: float, progress: float) -> float:

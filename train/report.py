@@ -19,6 +19,7 @@ from conf import command, settings
 from datagen.shards import Dataset
 from report.inputs import duration, read_log, require_packages
 from train import judgement
+from train.improvement import FILE
 from train.judged import Evaluation, pictures_of, read_evaluation, read_json, readable
 from train.runs import read_settings
 
@@ -59,6 +60,8 @@ class Run:
     """`settings.json`; its `dataset` is a list of paths and URLs."""
     checkpoint: dict[str, Any]
     """`best/config.json`: backbone, size (px), encoder."""
+    improvement: dict[str, Any] | None
+    """`improvement.json`: start → best; None of a run without validation, or that has not ended."""
 
 
 def read_run(folder: Path) -> Run:
@@ -72,6 +75,7 @@ def read_run(folder: Path) -> Run:
         read_log(folder / "log.jsonl", remedy),
         read_settings(folder),
         read_json(folder / "best/config.json", remedy, ("backbone", "size", "encoder")),
+        read_json(folder / FILE, remedy, ("start", "best", "gain", "verdict")) if (folder / FILE).exists() else None,
     )
 
 
@@ -115,7 +119,7 @@ def write_report(config: ReportSettings) -> Path:
     page.section("Learning curve", "Cosine on validation pictures and loss on training batches, by optimiser step.")
     page.figure(
         _learning_curve(run.log),
-        "Along the top: wall time since the start of training. Shaded: the 95 % interval.",
+        "Step 0 is the model before training. Along the top: wall time since the start. Shaded: the 95 % interval.",
         f"Validation cosine and training loss over {last['step']:,} steps.",
     )
 
@@ -140,9 +144,22 @@ def _headline(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, str 
     last = run.log[-1]
     return {
         **judgement.headline(evaluation),
+        **_over_start(run),
         "Training pictures": f"{pictures:,}",
         "Training time": (duration(last["seconds"]), f"{last['epoch']:.3g} epochs, {last['step']:,} steps"),
     }
+
+
+def _over_start(run: Run) -> dict[str, tuple[str, str]]:
+    """How far training came on validation, as `Page.facts` takes it."""
+    if run.improvement is None:
+        return {}
+    start, best, gain = (run.improvement[key] for key in ("start", "best", "gain"))
+    if run.improvement["verdict"] == "the start is best":
+        return {"Over its start": ("none", f"the best model is the start, {start['mean']:.3f} on validation")}
+    zero = ", not significant" if run.improvement["verdict"] == "not significant" else ""
+    scores = f"validation {start['mean']:.3f} → {best['mean']:.3f}"
+    return {"Over its start": (f"{gain['mean']:+.3f}", f"{gain['low']:+.3f} to {gain['high']:+.3f}{zero}; {scores}")}
 
 
 def _learning_curve(records: Sequence[Mapping[str, Any]]) -> Any:

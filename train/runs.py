@@ -28,6 +28,7 @@ from conf import UserError, command, compose, settings
 from datagen.shards import write_atomically
 from models.metrics import Interval
 from train.identity import OF_THE_MACHINE, flat
+from train.improvement import FILE
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +68,12 @@ class Run:
     low: float | None
     high: float | None
     best_step: int | None
+    start: float | None
+    """val/cosine of step 0, before training."""
+    gain: float | None
+    """The best score minus that of step 0; its paired 95 % interval, once the run has ended."""
+    gain_low: float | None
+    gain_high: float | None
     sets: dict[str, dict[str, float]]
     """Further validation sets at that step: name → {cosine, low, high}."""
     sources: dict[str, float]
@@ -169,7 +176,7 @@ def text(entries: Sequence[Run | Folds], strangers: Mapping[str, str], width: in
     runs = _runs(entries)
     if runs:
         sets = sorted({name for run in runs for name in run.sets})
-        head = ["run", "state", "step", "epoch", "cosine", "95 % interval", "at", *sets]
+        head = ["run", "state", "step", "epoch", "cosine", "95 % interval", "at", "over start", *sets]
         head += ["img/s", "MFU", "hours", "last sign"]
         parts += _table(head, [row for entry in entries for row in _results(entry, sets)], width)
         parts += _differing(entries, width)
@@ -266,9 +273,12 @@ def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
     records, note = _records(folder / "log.jsonl")
     best = _json(folder / "best/config.json") if (folder / "best/config.json").exists() else {}
     about = _json(folder / "about.json") if (folder / "about.json").exists() else {}
+    improvement = _json(folder / FILE) if (folder / FILE).exists() else {}
+    gain = improvement["gain"] if isinstance(improvement.get("gain"), dict) else {}
     last = records[-1] if records else {}
     judged = [r for r in records if (score := _number(r.get("val/cosine"))) is not None and not math.isnan(score)]
     top = max(judged, key=lambda r: r["val/cosine"], default={})
+    start = next((float(r["val/cosine"]) for r in judged if r["step"] == 0), None)
     sets: dict[str, dict[str, float]] = {}
     for key, value in top.items():
         part, _, kind = key.removeprefix("val/").rpartition("/")
@@ -292,6 +302,10 @@ def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
         low=_number(top.get("val/low")),
         high=_number(top.get("val/high")),
         best_step=top.get("step"),
+        start=start,
+        gain=None if start is None else float(top["val/cosine"]) - start,
+        gain_low=_number(gain.get("low")),
+        gain_high=_number(gain.get("high")),
         sets=sets,
         sources=sources,
         images_per_s=_median(records, "train/images_per_s"),
@@ -409,7 +423,7 @@ def _results(entry: Run | Folds, sets: Sequence[str]) -> list[list[str]]:
     if isinstance(entry, Folds):
         whole = entry.out_of_fold
         state = f"{sum(r.state == 'finished' for r in entry.runs)}/{entry.of} folds"
-        row = [entry.name, state, "", "", *_interval(*(whole or (None, None, None))), ""]
+        row = [entry.name, state, "", "", *_interval(*(whole or (None, None, None))), "", ""]
         row += ["" for _ in sets]
         row += ["", "", f"{sum(r.hours for r in entry.runs):.1f}", max(r.when for r in entry.runs)[5:]]
         return [row, *([f"  {cells[0]}", *cells[1:]] for run in entry.runs for cells in _results(run, sets))]
@@ -422,6 +436,7 @@ def _results(entry: Run | Folds, sets: Sequence[str]) -> list[list[str]]:
             f"{run.epoch:.3g}" + (f"/{run.epochs:g}" if run.epochs else ""),
             *_interval(run.score, run.low, run.high),
             "" if run.best_step is None else f"{run.best_step:,}",
+            _over_start(run),
             *(_decimal(run.sets.get(name, {}).get("cosine"), 4) for name in sets),
             _decimal(run.images_per_s, 0 if (run.images_per_s or 0) >= 100 else 1),
             "" if run.mfu is None else f"{run.mfu:.0%}",
@@ -508,6 +523,15 @@ def _interval(mean: float | None, low: float | None, high: float | None) -> tupl
     return _decimal(mean, 4), "" if low is None or high is None else f"{low:.4f}–{high:.4f}"
 
 
+def _over_start(run: Run) -> str:
+    """How far the best model is above the start; n.s.: not significant, the paired 95 % interval includes 0."""
+    if run.gain is None:
+        return ""
+    if run.best_step == 0:
+        return "start is best"
+    return f"{run.gain:+.4f}" + (" n.s." if run.gain_low is not None and run.gain_low <= 0 else "")
+
+
 def _decimal(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:,.{digits}f}"
 
@@ -521,7 +545,7 @@ def _cut(cell: str, most: int) -> str:
 
 
 def _numeric(cell: str) -> bool:
-    return not cell.strip() or cell.strip()[0] in "0123456789-["
+    return not cell.strip() or cell.strip()[0] in "0123456789-+["
 
 
 def _finite(value: Any) -> Any:

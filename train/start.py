@@ -168,8 +168,7 @@ def plan(chosen: TrainSettings, made: Regressor, data: Data, needs: cost.Cost, m
         compile=machine.device.type == "cuda" if scale.compile == "auto" else scale.compile,
         # a fused optimizer undoes the loss scaling itself, after gradients were to be clipped
         fused=machine.device.type == "cuda" and machine.precision != "16-mixed",
-        # without the rounding .55 of 100 steps were 56: the product is 55.00000000000001
-        head_steps=min(math.ceil(chosen.optim.head_only * data.per_epoch - 1e-9), data.steps),
+        head_steps=data.length.head_steps,
     )
 
 
