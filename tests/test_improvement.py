@@ -27,6 +27,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WORSE = ("optim.lr=0.3", "optim.head_lr=0.3", "optim.clip=0")
 """Rates at which every step does harm."""
 
+BETTER = ("model.head_init=random", "optim.lr=1e-3", "optim.head_lr=1e-2", "epochs=6", "validate_every=3")
+"""From a random head, which training leaves far behind."""
+
 
 def improvement_of(run: Path) -> dict[str, Any]:
     return json.loads((run / "improvement.json").read_text())
@@ -57,12 +60,12 @@ def test_the_end_of_a_run_says_start_and_best_with_the_paired_difference(
     small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        assert train(small_data, tmp_path / "run", "epochs=20", "validate_every=10", "optim.head_lr=3e-3") == 0
+        assert train(small_data, tmp_path / "run", *BETTER) == 0
     found = improvement_of(tmp_path / "run")
     scored = {r["step"]: r["val/cosine"] for r in validations(tmp_path / "run")}
     best = max(scored, key=scored.__getitem__)
     assert found["verdict"] == "improved"
-    assert (found["start"]["step"], found["best"]["step"], found["last"]["step"]) == (0, best, 100)
+    assert (found["start"]["step"], found["best"]["step"], found["last"]["step"]) == (0, best, 30)
     for name in ("start", "best", "last"):
         assert found[name]["mean"] == pytest.approx(scored[found[name]["step"]])
     gain = found["gain"]
@@ -85,9 +88,14 @@ def test_where_no_step_scores_higher_best_is_the_start_and_the_run_says_so(
     found = improvement_of(tmp_path / "run")
     assert (found["verdict"], found["best"]["step"], found["gain"]["mean"]) == ("the start is best", 0, 0)
     assert found["last_gain"]["high"] < 0
+    (line,) = [m for m in caplog.messages if m.startswith("validation, start → best")]
+    assert (
+        f"{found['start']['mean']:.4f} (step 0) is the best, the last is {found['last']['mean']:.4f} (step 50)" in line
+    )
+    assert f"paired difference {found['last_gain']['mean']:+.4f} [" in line
     (message,) = [m for m in caplog.messages if "best is the start" in m]
-    assert "the last, step 50: -" in message
     assert "optim.lr" in message
+    assert f"best val/cosine {found['start']['mean']:.4f} (step 0): {tmp_path / 'run/best'}" in caplog.messages
 
 
 def test_a_checkpoint_that_a_run_begins_from_can_stay_its_best(

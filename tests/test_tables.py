@@ -146,7 +146,8 @@ def test_a_run_that_ends_tells_of_its_best_checkpoint(
     with caplog.at_level(logging.INFO):
         found = logged(tmp_path, monkeypatch, lambda logger: tables.tell_of_best(chosen, data, cpu, logger))
     info = json.loads((run / "oof/fold.json").read_text())
-    assert (info["fold"], info["images"], info["step"]) == ("1/4", len(data.val_rows), 10)
+    step = checkpoint.read_config(run / "best")["step"]
+    assert (info["fold"], info["images"], info["step"]) == ("1/4", len(data.val_rows), step)
     assert f"out of fold 1/4: cosine {info['mean']:.4f} [{info['low']:.4f}, {info['high']:.4f}]" in caplog.text
     scores = np.load(run / "oof/scores.npy")
     kinds = [row[1] for row in found["data"]]

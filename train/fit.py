@@ -105,7 +105,10 @@ def fit(chosen: TrainSettings) -> int:
             _report_improvement(chosen, best, data, forecast)
         (chosen.out / "done").write_text(f"{plan.steps} steps\n")
         (chosen.out / resume.PREVIOUS).unlink(missing_ok=True)
-        log.info("%s: %s", f"best val/cosine {best.best:.4f}" if judged else "not validated", chosen.out / "best")
+        at = f"step {best.scores['best'].step}" if "best" in best.scores else "no score is finite"
+        log.info(
+            "%s: %s", f"best val/cosine {best.best:.4f} ({at})" if judged else "not validated", chosen.out / "best"
+        )
     return 0
 
 

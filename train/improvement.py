@@ -116,13 +116,17 @@ class Improvement:
         }
 
     def line(self) -> str:
-        """Start → best with the paired difference, in one line."""
-        best = f"{self.best.mean:.4f} (step {self.best_step:,})"
+        """Start → best with the paired difference, in one line; where the start is best, the last model's."""
         groups = f"{self.prompts:,} prompts" if self.prompts != 1 else "1 prompt"
-        return (
-            f"validation, start → best: {self.start.mean:.4f} (step 0) → {best}; paired difference "
-            f"{signed(self.gain)}, {self.images:,} images of {groups}"
-        )
+        images = f"{self.images:,} images of {groups}"
+        begun = f"validation, start → best: {self.start.mean:.4f} (step 0)"
+        if self.verdict != "the start is best":
+            best = f"{self.best.mean:.4f} (step {self.best_step:,})"
+            return f"{begun} → {best}; paired difference {signed(self.gain)}, {images}"
+        if self.last is None or self.last_gain is None:
+            return f"{begun} is the best, {images}; the last model's scores are not finite"
+        last = f"the last is {self.last.mean:.4f} (step {self.last_step:,})"
+        return f"{begun} is the best, {last}; paired difference {signed(self.last_gain)}, {images}"
 
     def advice(self, longer: str | None) -> str | None:
         """What to change where the run did not improve; None where it did.
@@ -139,11 +143,10 @@ class Improvement:
                 f"{more or 'Try more training images, more epochs or another optim.lr.'} More validation images "
                 f"(now {self.images:,}) would show smaller differences."
             )
-        worse = "" if self.last_gain is None else f" (the last, step {self.last_step:,}: {signed(self.last_gain)})"
         lower = "Try a lower optim.lr and optim.head_lr, more frozen blocks (model.freeze) or more training images."
         return (
-            "best is the start: no validation after it scored higher"
-            f"{worse}, so `best` holds the model before its first step. {more or lower}"
+            "best is the start: no validation after it scored higher, so `best` holds the model before its first "
+            f"step. {more or lower}"
         )
 
 

@@ -16,7 +16,8 @@ from train.optim import part_share, warmup_steps
 
 ENOUGH_STEPS = 20
 """Steps at half the peak rate or more below which a run is reported as too short: with the quickstart's recipe, 12 such
-steps gave no significant gain over the start, 21 a small one, 42 a clear one (benchmarks/LOG.md, 2026-11-30)."""
+steps gave no significant gain over the start, 20 a small one, 39 a clear one (benchmarks/LOG.md, 2026-11-30)."""
+_HALF = 0.5 - 1e-9  # of the peak rate: half a cosine's middle is .5 but for rounding
 MOST_OF_START = 0.1
 """Share of the averaged weights that may still be the start before it is reported."""
 
@@ -76,7 +77,7 @@ class Forecast:
             warmup=warmup_steps(steps - first, optim.warmup, optim.schedule),
             backbone=None if frozen else max(shares["backbone"]),
             head=max(shares["head"][first:], default=0.0),
-            working_steps=sum(share >= 0.5 for share in main),
+            working_steps=sum(share >= _HALF for share in main),
             peak_step=max(range(steps), key=main.__getitem__) + 1,
             # until the head's own steps are over, the backbone's average is of its start alone
             start_share=start_share(steps, optim.ema, 1 if frozen else alone + 1) if optim.ema else None,
@@ -155,17 +156,28 @@ class Forecast:
 
     def longer(self, images: int) -> str:
         """Which settings give the run `ENOUGH_STEPS` steps at half the peak rate, each on its own."""
-        times = max(ENOUGH_STEPS / max(self.working_steps, 1), 1.5)
-        if self.cfg.max_steps is not None:
-            return f"max_steps={math.ceil(self.cfg.max_steps * times)} (now {self.cfg.max_steps})"
-        batch_size = max(int(self.cfg.batch_size / times), 1)
+        cfg, steps = self.cfg, self._enough()
+        if cfg.max_steps is not None:
+            return f"max_steps={steps} (now {cfg.max_steps})"
+        times = steps / self.length.steps
+        batch_size = max(int(cfg.batch_size / times), 1)
         ways = [
-            f"about {_rounded(images * times):,} training images (now {images:,})",
-            f"epochs={math.ceil(self.cfg.epochs * times)} (now {self.cfg.epochs:g})",
+            f"about {_rounded(max(steps / cfg.epochs * cfg.batch_size, images)):,} training images (now {images:,})",
+            f"epochs={math.ceil(cfg.epochs * times)} (now {cfg.epochs:g})",
         ]
-        if batch_size < self.cfg.batch_size:
-            ways.append(f"batch_size={batch_size} (now {self.cfg.batch_size})")
+        if batch_size < cfg.batch_size:
+            ways.append(f"batch_size={batch_size} (now {cfg.batch_size})")
         return ", or ".join(ways)
+
+    def _enough(self) -> int:
+        """The least number of steps that would be enough, the same share of them with the head alone."""
+        part = "head" if self.backbone is None else "backbone"
+        alone = self.length.head_steps / self.length.steps
+        for steps in range(self.length.steps + 1, 100 * ENOUGH_STEPS):
+            cut = math.ceil(alone * steps)
+            if sum(part_share(part, n, steps, cut, self.cfg.optim) >= _HALF for n in range(steps)) >= ENOUGH_STEPS:
+                return steps
+        return 100 * ENOUGH_STEPS  # nearly all of the run is the head's own
 
 
 def _rate(part: str, share: float, peak: float, setting: str) -> str:
