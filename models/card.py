@@ -406,6 +406,8 @@ def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     lines = []
     if value("epochs") is not None:
         at = f"; the best of {facts['steps']:,} steps is {facts['step']:,}" if facts.get("steps") else ""
+        if at and not facts["step"]:
+            at = f"; none of {facts['steps']:,} steps scored above the start, which this model is"
         lines.append(
             f"{value('epochs'):g} epochs, {value('batch_size')} pictures a step, seed {value('seed', 0)}, "
             f"{value('precision', 'fp32')}{at}"

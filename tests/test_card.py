@@ -163,6 +163,10 @@ def test_the_recipe() -> None:
     text = card.card(ONE, Told(recipes={"model": SETTINGS | {"init_from": None}}))
     assert "backbone from weights of a file, its" in text
     assert "wide (2048) head, begun from ridge\n" in text
+    untrained = config(member("model", "vit_huge_patch14_clip_224.laion2b", step=0))
+    assert "; none of 672 steps scored above the start, which this model is" in card.card(
+        untrained, Told(recipes={"model": SETTINGS})
+    )
     assert "## Recipe" not in card.card(ONE, Told())
     assert "- 2 epochs" in card.card(ONE, Told(recipes={"model": {"epochs": 2, "batch_size": 8}}))
 

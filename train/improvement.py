@@ -96,7 +96,8 @@ class Improvement:
         """One of: improved; not significant, where the interval of the gain includes 0; the start is best."""
         if self.best_step == 0:
             return "the start is best"
-        return "improved" if self.gain.low > 0 else "not significant"
+        # of one prompt all resamples are the same: its interval has no width and says nothing
+        return "improved" if self.gain.low > 0 and self.prompts > 1 else "not significant"
 
     def facts(self) -> dict[str, Any]:
         """As plain JSON."""
@@ -138,8 +139,10 @@ class Improvement:
             return None
         more = f"The run was too short to learn much; to train longer: {longer}." if longer else None
         if self.verdict == "not significant":
+            several = "the interval of the difference includes 0"
+            why = several if self.prompts > 1 else "an interval takes two validation prompts or more"
             return (
-                "not significantly better than the start: the interval of the difference includes 0. "
+                f"not significantly better than the start: {why}. "
                 f"{more or 'Try more training images, more epochs or another optim.lr.'} More validation images "
                 f"(now {self.images:,}) would show smaller differences."
             )
