@@ -83,4 +83,4 @@ def test_the_first_three_commands_fine_tune(tree: Path, weights: TinySD2) -> Non
 
     python(tree, "models.export")
     assert (tree / "bundle/model.safetensors").is_file()
-    assert json.loads((tree / "bundle/config.json").read_text())["backbone"] == BACKBONE
+    assert json.loads((tree / "bundle/config.json").read_text())["members"][0]["backbone"] == BACKBONE

@@ -176,15 +176,15 @@ def test_the_start_that_is_best_survives_a_resume(
         patch.setattr(Training, "validation_step", asked)
         patch.setattr("train.callbacks._ECHO", 1e9)
         assert train(small_data, tmp_path / "run", *parts, "save_every=100") == 130
-    scored: list[int] = []
+    scored: list[int | None] = []
     write = JsonLines.log_metrics
-    monkeypatch.setattr(
-        JsonLines,
-        "log_metrics",
-        lambda self, metrics, step=None: (
-            (scored.append(step) if "val/cosine" in metrics else None) or write(self, metrics, step)
-        ),
-    )
+
+    def noted(self: JsonLines, metrics: dict[str, float], step: int | None = None) -> None:
+        if "val/cosine" in metrics:
+            scored.append(step)
+        write(self, metrics, step)
+
+    monkeypatch.setattr(JsonLines, "log_metrics", noted)
     assert train(small_data, tmp_path / "run", *parts, "save_every=100") == 0
     assert scored == [4, 9], "what was validated is not validated again"
     assert checkpoint.read_config(tmp_path / "run/best")["step"] == 0

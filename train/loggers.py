@@ -98,6 +98,8 @@ def _wandb(chosen: TrainSettings) -> Logger:
     if is_first() and not known.exists():
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(secrets.token_hex(4))
+    # for `offline` Lightning sets WANDB_MODE, which wandb has read by now
+    more: dict[str, Any] = {"mode": "offline"} if offline else {}
     return WandbLogger(
         project="im2emb",
         name=chosen.name,
@@ -106,5 +108,5 @@ def _wandb(chosen: TrainSettings) -> Logger:
         offline=offline,
         config=plain(chosen),
         log_model=False,
-        **({"mode": "offline"} if offline else {}),  # WANDB_MODE, which Lightning sets, would come too late
+        **more,
     )
