@@ -372,7 +372,7 @@ class DatagenSettings:
             found.append(f"part: {self.part} is not i/n with i from 1 to n, such as 3/8")
         if not 0 <= self.seed < 2**31:
             found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
-        if self.encoder is None and _needs_vectors(self.curate, self.split):
+        if self.encoder is None and needs_vectors(self.curate, self.split):
             found.append("encoder: null, but curate.duplicates_at, curate.against or split.kind=similarity needs one")
         lacking = _without_groups(self.prompts)
         if self.split.kind == "holdout" and lacking:
@@ -402,7 +402,8 @@ def _without_groups(prompts: GrammarPrompts | FilePrompts | MixturePrompts) -> l
     return [name for name, source in sources.items() if isinstance(source, FilePrompts) and not source.group_column]
 
 
-def _needs_vectors(curate: Curation, split: Split) -> bool:
+def needs_vectors(curate: Curation, split: Split) -> bool:
+    """Whether curation compares prompts by their vectors."""
     return curate.duplicates_at is not None or bool(curate.against) or split.kind == "similarity"
 
 
@@ -505,7 +506,7 @@ class PublishedSettings:
             found.append(f"nsfw_at_most: {self.nsfw_at_most} is below 0, and leaves no picture")
         if self.folder is not None and self.revision is not None:
             found.append(f"folder, revision: {self.folder} has no revision; give one of the two")
-        if self.encoder is None and _needs_vectors(self.curate, self.split):
+        if self.encoder is None and needs_vectors(self.curate, self.split):
             found.append("encoder: null, but curate.duplicates_at, curate.against or split.kind=similarity needs one")
         if self.name == "diffusiondb" and self.split.kind == "holdout":
             found.append("split.kind: holdout needs groups, and diffusiondb has none; similarity or picture")

@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datagen import shards
-from datagen.config import DatagenSettings, GlyphsRenderer
+from datagen.config import DatagenSettings, GlyphsRenderer, needs_vectors
 from datagen.curate import CONTEXT, Curated, curate, held_out
 from datagen.prompts import provenance, stream
 from datagen.renderers.base import Renderer
-from datagen.targets import TargetEncoder
+from datagen.targets import TargetEncoder, encoder_name
 
 log = logging.getLogger(__name__)
 
@@ -31,12 +31,19 @@ def identity(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
     """All that decides the dataset's bytes, as plain JSON."""
     keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
     values = {k: v for k, v in dataclasses.asdict(chosen).items() if k in keys}
+    values["encoder"] = chosen.encoder and encoder_name(chosen.encoder)
     values["renderer"] = {**renderer.settings(), "image_format": chosen.renderer.image_format}
     packages = ["numpy", "pillow", "pyarrow"]
     if not isinstance(chosen.renderer, GlyphsRenderer):
         packages += ["diffusers", "torch", "transformers"]
     values["versions"] = {p: importlib.metadata.version(p) for p in packages}
     return json.loads(json.dumps(values, default=str))
+
+
+def recorded_settings(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in `dataset.json`. Earlier versions recorded `encoder=` as it was typed, not the encoder's name."""
+    values = dict(info.get("settings", {}))
+    return {**values, "encoder": encoder_name(values["encoder"])} if values.get("encoder") else values
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], where: str = "") -> list[str]:
@@ -74,7 +81,7 @@ def curated_prompts(chosen: DatagenSettings, renderer: Renderer, work: Path | No
         origin={
             "prompts": dataclasses.asdict(chosen.prompts),
             "provenance": provenance(chosen.prompts),
-            "encoder": chosen.encoder,
+            "encoder": encoder.identity() if encoder and needs_vectors(chosen.curate, chosen.split) else None,
             "renderer": chosen.renderer.name,
         },
     )

@@ -33,11 +33,12 @@ from conf import UserError, command, progress, settings
 from datagen import fetch, shards, storage
 from datagen.archives import Tar, Zip, opened
 from datagen.captions import clean, read_label
-from datagen.config import PublishedSettings
+from datagen.config import PublishedSettings, needs_vectors
 from datagen.curate import Curated, curate, side_of_group
+from datagen.encoder_identity import encoder_name
 from datagen.foreign import NO_PROMPT, read_sample
 from datagen.normal_form import normal_form
-from datagen.plan import differences
+from datagen.plan import differences, recorded_settings
 from datagen.prompts import Prompt
 from datagen.splits import content_hash, leakage, plan_leakage
 
@@ -138,11 +139,12 @@ def _identity(chosen: PublishedSettings) -> dict[str, Any]:
     """What decides the dataset's bytes, beside the hub's commit."""
     keys = ("num", "seed", "encoder", "curate", "split", "nsfw_at_most")
     values = {key: value for key, value in dataclasses.asdict(chosen).items() if key in keys}
+    values["encoder"] = chosen.encoder and encoder_name(chosen.encoder)
     return json.loads(json.dumps({"published": chosen.name, **values}, default=str))
 
 
 def _refuse_another(chosen: PublishedSettings, info: dict[str, Any]) -> None:
-    differ = differences(info.get("settings", {}), _identity(chosen))
+    differ = differences(recorded_settings(info), _identity(chosen))
     commit = info.get("provenance", {}).get("commit")
     if chosen.revision is not None and commit not in (None, chosen.revision) and len(chosen.revision) == 40:
         differ.append(f"revision: {commit!r} there, {chosen.revision!r} here")
@@ -319,7 +321,12 @@ def _curated(chosen: PublishedSettings, source: fetch.Repository, texts: pa.Tabl
         count_tokens=token_counts,
         can_draw=lambda _: True,
         work=work / "curation",
-        origin={**_identity(chosen), "commit": source.commit, "folder": str(chosen.folder)},
+        origin={
+            **_identity(chosen),
+            "encoder": encoder.identity() if encoder and needs_vectors(chosen.curate, chosen.split) else None,
+            "commit": source.commit,
+            "folder": str(chosen.folder),
+        },
     )
 
 

@@ -128,7 +128,7 @@ def _open_or_plan(chosen: DatagenSettings, renderer: Renderer, engine: Engine) -
         info = shards.read_info(out)
         wanted = getattr(chosen.renderer, "batch_size", None) or info.get("batch_size")
         differ = plans.differences(
-            {**info.get("settings", {}), "batch_size": info.get("batch_size")}, {**identity, "batch_size": wanted}
+            {**plans.recorded_settings(info), "batch_size": info.get("batch_size")}, {**identity, "batch_size": wanted}
         )
         if differ:
             raise UserError(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from conf import progress
+from conf import UserError, progress
 
 if TYPE_CHECKING:
     import torch
@@ -60,11 +60,14 @@ def quick(model: "SentenceTransformer", fast: bool) -> Encode:
 
     Args:
         fast: also half precision, at a cosine ≥ LOWEST_COSINE to fp32; else vectors equal the plain ones within 1e-6.
+
+    Raises:
+        UserError: the model fails on a long text: it states no limit of tokens that it can take.
     """
     model.eval()
     plain = _plain(model)
     probes = list(_PROBES)
-    wanted = plain(probes, False)
+    wanted = _encode_probes(plain)
     for name, way in _ways(model, fast):
         found = way(probes, False)
         cosine = float((found * wanted).sum(1).min()) if found.shape == wanted.shape else 0.0
@@ -75,6 +78,52 @@ def quick(model: "SentenceTransformer", fast: bool) -> Encode:
         log.warning("not encoding texts the %s way: its vectors differ from the plain ones (cosine %.6f)", name, cosine)
     log.info("texts are encoded the plain way")
     return plain
+
+
+def limit_tokens(model: "SentenceTransformer") -> None:
+    """Lower the longest text, in tokens, to what each transformer has position embeddings for.
+
+    Without a stated `model_max_length`, sentence-transformers takes `max_position_embeddings`; RoBERTa and its like
+    keep the first padding_idx + 1 positions for themselves, and a text that long stops them with an IndexError.
+    """
+    from sentence_transformers.base.modules import Transformer
+
+    for module in model.modules():
+        if not isinstance(module, Transformer) or module.tokenizer is None:
+            continue
+        limit = _positions(module.auto_model)
+        stated = module.max_seq_length
+        if limit is not None and (stated is None or stated > limit):
+            module.max_seq_length = limit
+            log.info("texts are cut to %d tokens, the position embeddings of the encoder (stated: %s)", limit, stated)
+
+
+def _positions(network: "torch.nn.Module") -> int | None:
+    """Tokens that a network with learned absolute position embeddings can take; None of others."""
+    import torch
+
+    limits = []
+    for part in network.modules():
+        table, padding = getattr(part, "position_embeddings", None), getattr(part, "padding_idx", None)
+        if isinstance(table, torch.nn.Embedding):
+            limits.append(table.num_embeddings - (padding + 1 if isinstance(padding, int) else 0))
+    return min(limits, default=None)
+
+
+def _encode_probes(encode: Encode) -> NDArray[np.float32]:
+    import torch
+
+    try:
+        return encode(list(_PROBES), False)
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError) as error:
+        encode(list(_PROBES[:-1]), False)  # raises where the length is not the cause
+        raise UserError(
+            f"the encoder fails on a text of {len(_PROBES[-1].split())} words ({str(error).splitlines()[0]}): it "
+            'states no limit of tokens. Write one into its folder: {"max_seq_length": 512} in '
+            "sentence_bert_config.json, or model_max_length in tokenizer_config.json"
+        ) from error
 
 
 def _ways(model: "SentenceTransformer", fast: bool) -> Iterator[tuple[str, Encode]]:

@@ -4,7 +4,10 @@
     prompts.parquet         the plan: a row a caption, in the order of the shards
     shards/000000.tar       WebDataset: {key}.{jpg|png|webp} {key}.txt {key}.json
     shards/000000.parquet   index: a row a caption, where its picture lies, its crc; written last, so it is the commit
-    targets/<encoder>/000000.npy   [n, E] fp32 unit vectors, a row an index row; encoder.json says whose
+    targets/<encoder>/000000.npy   [n, E] fp32 unit vectors, a row an index row
+    targets/<encoder>/encoder.json the encoder's identity (datagen/encoder_identity.py): name, width, weights_sha256,
+                                   settings (modules, pooling, tokenizer, longest text, default prompt, cut) and the
+                                   sha256 of all but the name; older ones lack the last two
 
 A picture is a run of index rows with one key. Reading is random access: map the tar, slice at the offset. The folder
 lies on this machine or at any fsspec URL (datagen/storage.py says how it is read and written there).
@@ -12,6 +15,7 @@ lies on this machine or at any fsspec URL (datagen/storage.py says how it is rea
 The split of an index row, and of the member .json, is the plan's, or "faulty" of a picture that could not be drawn.
 """
 
+import functools
 import hashlib
 import io
 import json
@@ -30,7 +34,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from conf import UserError
+from conf.encoders import has_settings
+from datagen.encoder_identity import encoder_name
 from datagen.normal_form import form_hash
+from datagen.stale_vectors import refuse_stale_vectors
 from datagen.storage import Files, Place, cache_folder, exists, free_bytes, remove_parts, sha256, write_atomically
 
 __all__ = [
@@ -273,22 +280,31 @@ def write_targets(
 
     Args:
         numbers: of the shards to see to; None takes all.
-        identity: who encodes: {"name", "width", …}; recorded, and refused where another's vectors lie.
+        identity: of the encoder, as `datagen.encoder_identity.describe` gives it; recorded in encoder.json.
         encode: n texts → unit vectors [n, E].
         tick: told the rows of each shard, written or found.
+
+    Raises:
+        UserError: the vectors that are there are not those that this encoder gives. Where their encoder.json lacks the
+            settings, or is missing, some prompts of every file are encoded again and compared.
     """
     files = Files(root)
     folder = f"targets/{identity['name']}"
     there = _encoder(files, identity["name"])
-    if there is None:
-        write_json(root / folder / "encoder.json", dict(identity))
-    elif there != dict(identity):
-        raise UserError(
-            f"{root / folder} holds vectors of another encoder, {there}, not {dict(identity)}; remove the folder"
-        )
-    remove_parts(root / folder)
     plan = _plan(files)
     prompts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
+    if there != dict(identity):
+        present = set(files.names(folder))
+        names = [name for name in _index_names(files) if _target_name(name) in present]
+        stored = zip(
+            (f"{folder}/{_target_name(name)}" for name in names),
+            files.paths(f"{folder}/{_target_name(name)}" for name in names),
+            files.paths(f"shards/{name}" for name in names),
+            strict=True,
+        )
+        refuse_stale_vectors(root, there, identity, stored, prompts, encode)
+        write_json(root / folder / "encoder.json", dict(identity))
+    remove_parts(root / folder)
     written = set(files.names(folder))
     indices = [n for n in _index_names(files) if numbers is None or int(n.partition(".")[0]) in numbers]
     wrote = 0
@@ -322,7 +338,8 @@ class Dataset:
 
     Args:
         root: the dataset folder, a local path or an fsspec URL.
-        encoder: name of the target vectors to read; None reads none.
+        encoder: whose target vectors to read: a hub name or folder, as of `TargetEncoder`, or the name under
+            `targets/`; None reads none.
         whole: False also reads the pictures one by one, for one who wants few of a remote folder.
         files: what is in the folder, where another process has listed it.
         partial: True also opens a dataset that is still being made; it then has the pictures of the shards there are.
@@ -342,7 +359,7 @@ class Dataset:
     ) -> None:
         self._files = files or Files(root)
         self.root = self._files.root
-        self.encoder = encoder
+        self.encoder = None if encoder is None else encoder_name(encoder)
         self.partial = partial
         self.info = _info(self._files)
         self._maps: dict[str, mmap.mmap] = {}
@@ -368,9 +385,11 @@ class Dataset:
         self._identity: dict[str, Any] | None = None
         problems = self._check_pictures(table)
         if encoder is not None:
-            problems += self._open_targets(encoder)
+            problems += self._open_targets(encoder_name(encoder), encoder)
         if problems:
             raise UserError(f"the dataset {self.root} cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
+        if self._identity is not None and not has_settings(self._identity) and files is None:
+            _report_unknown_settings(str(self.root), encoder_name(encoder or ""))
         self._whole = whole and (files is not None or self._cache_has_room())
 
     def __len__(self) -> int:
@@ -672,12 +691,13 @@ class Dataset:
             return f"copy it again, or remove {index} and repeat the python -m datagen command"
         return "copy it again, or index it anew: python -m datagen.index"
 
-    def _open_targets(self, encoder: str) -> list[str]:
+    def _open_targets(self, encoder: str, as_given: str) -> list[str]:
         folder = f"targets/{encoder}"
-        remedy = f"python -m datagen.targets out={self.root} encoder={encoder}"
+        remedy = f"python -m datagen.targets out={self.root} encoder={as_given}"
         identity = _encoder(self._files, encoder)
         if identity is None:
-            return [f"no vectors of {encoder}; write them: {remedy}"]
+            others = ", ".join(self._files.names("targets"))
+            return [f"no vectors of {encoder}; write them: {remedy}" + (f" (there are: {others})" if others else "")]
         self._identity, self._width = identity, identity["width"]
         targets = [f"{folder}/{_target_name(name)}" for name in _index_names(self._files)]
         there = {f"{folder}/{name}" for name in self._files.names(folder)}
@@ -699,6 +719,17 @@ class Dataset:
                 continue
             self._target_names.append(name)
         return found
+
+
+@functools.cache
+def _report_unknown_settings(root: str, encoder: str) -> None:
+    """Once per dataset and process."""
+    log.warning(
+        "%s/targets/%s: encoder.json does not record the encoder's settings (an earlier version wrote it), so nothing "
+        "shows whether these vectors are what the encoder gives now. Check and record it: python -m datagen.targets "
+        "out=%s encoder=%s",
+        *(root, encoder, root, encoder),
+    )
 
 
 def _reopened(root: Place, encoder: str | None, whole: bool, partial: bool, files: Files) -> Dataset:

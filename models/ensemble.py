@@ -4,7 +4,7 @@
     save(folder, [Member("a", Path("checkpoints/a/best"), 0.7), Member("b", …, 0.3, flip=True)], {"score": …})
     load_any(folder).embed(images)
 
-<folder>/config.json      {"format", "kind": "ensemble", "encoder", "target_width", "facts",
+<folder>/config.json      {"format", "kind": "ensemble", "encoder", "encoder_identity", "target_width", "facts",
                            "members": [{"name", "weight", "flip", "sizes"}]}
          members/NAME/    each member's checkpoint, whole, and recipe.json, the settings of its run
 
@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from conf import UserError
+from conf.encoders import differences
 from models import checkpoint
 from models.blend import Nested, blend, fit, nested, weights
 from models.embedder import Embedder
@@ -125,7 +126,21 @@ def save(folder: Path, members: Sequence[Member], facts: Mapping[str, Any]) -> N
             "members": kept,
             "facts": dict(facts),
         }
+        if known := [its["encoder_identity"] for its in configs if its.get("encoder_identity")]:
+            config["encoder_identity"] = known[0]
         (part / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
+
+
+def _of_other_encoders(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """One line per member whose text encoder gives other vectors than the first member's."""
+    (first, reference), *others = configs.items() or [("", {})]
+    problems = []
+    for name, config in others:
+        if lines := differences(reference.get("encoder_identity"), config.get("encoder_identity")):
+            problems.append(
+                f"{first} (there) and {name} (here) have text encoders of other settings: " + "; ".join(lines)
+            )
+    return problems
 
 
 def _checked(members: Sequence[Member]) -> tuple[list[float], list[dict[str, Any]]]:
@@ -152,6 +167,7 @@ def _checked(members: Sequence[Member]) -> tuple[list[float], list[dict[str, Any
         if len(set(values.values())) > 1:
             each = ", ".join(f"{name} {value}" for name, value in values.items())
             found.append(f"members of one ensemble need one {what}: {each}")
+    found += _of_other_encoders(configs)
     shares: list[float] = []
     try:
         shares = weights([member.weight for member in members], len(members)).tolist() if members else []

@@ -181,8 +181,8 @@ def export(
     if wheels is not None:
         backbones = [{"backbone": checkpoint.read_config(part.folder)["backbone"]} for part in parts]
         refuse_wheels({"members": backbones, "graphs": list(graphs)}, wheels.version(), wheels.platform)
-    encoder = checkpoint.read_config(parts[0].folder).get("encoder")
-    if encoder is None:
+    trained = checkpoint.read_config(parts[0].folder)
+    if trained.get("encoder") is None:
         raise UserError(
             f"{parts[0].folder / 'config.json'} names no target encoder; is it a checkpoint of python -m train?"
         )
@@ -190,7 +190,7 @@ def export(
     _refuse_strangers(out)
     with checkpoint.replacing(out) as folder:
         members = [_write_member(folder, part, precision, only=len(parts) == 1) for part in parts]
-        config = _config(members, encoder, facts, precision)
+        config = _config(members, trained, facts, precision)
         _write_json(folder / "config.json", config)
         (folder / "predict.py").write_text(predict_source())
         difference, cost = _checked(folder, source, parts, precision, flip=flip, sizes=tuple(sizes))
@@ -368,7 +368,9 @@ def _stored(tensors: Mapping[str, Any], precision: str) -> dict[str, Any]:
     return {name: cast(tensor) for name, tensor in tensors.items()}
 
 
-def _config(members: list[dict[str, Any]], encoder: str, facts: Mapping[str, Any], precision: str) -> dict[str, Any]:
+def _config(
+    members: list[dict[str, Any]], trained: Mapping[str, Any], facts: Mapping[str, Any], precision: str
+) -> dict[str, Any]:
     from importlib.metadata import version
 
     from models.bundle.model import FORMAT
@@ -376,7 +378,8 @@ def _config(members: list[dict[str, Any]], encoder: str, facts: Mapping[str, Any
     return {
         "format": FORMAT,
         "kind": "bundle",
-        "encoder": encoder,
+        "encoder": trained["encoder"],
+        "encoder_identity": trained.get("encoder_identity"),
         "target_width": members[0]["target_width"],
         "precision": precision,
         "members": members,

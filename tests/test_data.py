@@ -139,7 +139,9 @@ def test_a_worker_is_sent_no_picture_and_no_prompt(two: list[Path]) -> None:
 def test_vectors_of_two_encoders_are_refused(tmp_path: Path) -> None:
     one = listed_dataset.write(tmp_path / "one", [Row("a")])
     two = listed_dataset.write(tmp_path / "two", [Row("b")], identity={"weights_sha256": "other"})
-    with pytest.raises(UserError, match=r"vectors of different encoders:\n.*one: .*\n.*two: .*'other'"):
+    with pytest.raises(
+        UserError, match=r"different encoders, .*\n.*one .*two .*\n.*: not recorded there, 'other' here"
+    ):
         Pictures([Dataset(one, ENCODER), Dataset(two, ENCODER)], 8)
 
 

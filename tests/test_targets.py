@@ -112,7 +112,7 @@ def test_equal_prompts_are_encoded_once(copy: Path) -> None:
 def test_another_encoder_of_the_same_name_is_refused(copy: Path, encoder: TargetEncoder) -> None:
     before = contents(copy)
     identity = {**encoder.identity(), "weights_sha256": "0" * 64}
-    with pytest.raises(UserError, match=r"holds vectors of another encoder, .*; remove the folder"):
+    with pytest.raises(UserError, match=r"holds vectors of another encoder.*\n  weights_sha256: .*\nRemove .*"):
         shards.write_targets(copy, identity, encoder.encode, lambda _: None)
     assert contents(copy) == before
 

@@ -18,7 +18,7 @@ import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -30,9 +30,10 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from conf import Location, UserError
+from conf.encoders import differences
 from datagen import shards
 from datagen.shards import Dataset, cache_folder, sha256, write_json
-from datagen.targets import MINILM, TargetEncoder, encoder_name, minilm_wheel
+from datagen.targets import MINILM, TargetEncoder, encoder_folder, encoder_name, encoder_source, minilm_wheel
 from models import blend as blends
 from models.bank import Index, about, is_exact, kept, weighted_mean
 from models.vectors import stored
@@ -276,6 +277,7 @@ def from_places(
     split: str = "train",
     device: str | None = None,
     exact: bool | None = None,
+    identity: Mapping[str, Any] | None = None,
 ) -> Bank:
     """The prompts of dataset folders, and of files: .txt with one a line, .csv, .tsv or .parquet with a column of them.
 
@@ -288,13 +290,15 @@ def from_places(
         split: of the datasets.
         device: that encodes a file's prompts; None takes the best there is.
         exact: as in `Bank`.
+        identity: of the encoder whose vectors the bank's are compared with; None where that is unknown.
 
     Raises:
-        UserError: naming every place that cannot be read, lacks the column, or holds no prompt.
+        UserError: naming every place that cannot be read, lacks the column or holds no prompt, or holds vectors of
+            another encoder.
     """
     sources: list[Source] = []
     problems = []
-    shared = _Encoder(encoder, device)
+    shared = _Encoder(encoder, device, identity)
     for place in places:
         try:
             if str(place).lower().endswith(KINDS):
@@ -302,7 +306,8 @@ def from_places(
                     raise UserError(f"{place}: a file of prompts must lie on this machine; copy it here")
                 sources.append(_File(Path(str(place)), column, shared))
             else:
-                dataset = Dataset(place, encoder_name(encoder), whole=False)
+                dataset = Dataset(place, encoder, whole=False)
+                _require_same_encoder(dataset.encoder_identity, identity, str(place))
                 sources.append(_Captions(dataset, dataset.rows(split)))
         except UserError as error:
             problems.append(str(error))
@@ -318,17 +323,23 @@ def encoder_identity(model: str) -> dict[str, Any]:
         UserError: the hub cannot be asked, and its cache lacks the model.
     """
     name = encoder_name(model)
-    folder = Path(model) if Path(model).is_dir() else minilm_wheel() if name == MINILM else None
+    folder = encoder_folder(model) or (minilm_wheel() if name == MINILM else None)
     if folder is not None:
         digest = hashlib.sha256()
         for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".md"):
             digest.update(f"{path.relative_to(folder)} {sha256(path)}\n".encode())
         return {"name": name, "sha256": digest.hexdigest()}
     from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    repository = model if "/" in model else f"sentence-transformers/{model}"
+    source = encoder_source(model)
+    repository = source if "/" in source else f"sentence-transformers/{source}"
     try:
-        return {"name": name, "commit": Path(hf_hub_download(repository, "modules.json")).parent.name}
+        try:
+            file = hf_hub_download(repository, "modules.json")
+        except EntryNotFoundError:  # a transformer without modules of sentence-transformers
+            file = hf_hub_download(repository, "config.json")
+        return {"name": name, "commit": Path(file).parent.name}
     except (OSError, ValueError) as error:  # its client's own errors are of these classes
         raise UserError(
             f"cannot look up the target encoder {model!r}: {str(error).splitlines()[0]}\n"
@@ -339,16 +350,28 @@ def encoder_identity(model: str) -> dict[str, Any]:
 class _Encoder:
     """The target encoder that the files of a bank share."""
 
-    def __init__(self, model: str, device: str | None) -> None:
-        self.model = model if Path(model).is_dir() else model.replace("--", "/")  # as a dataset names a hub's
+    def __init__(self, model: str, device: str | None, expected: Mapping[str, Any] | None) -> None:
+        self.model = encoder_source(model)
         self._encoder = TargetEncoder(self.model, device)
+        self._expected = expected
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
         return encoder_identity(self.model)
 
     def encode(self, texts: list[str]) -> Floats:
+        if self._expected:
+            _require_same_encoder(self._encoder.identity(), self._expected, f"the encoder {self.model}")
+            self._expected = None
         return self._encoder.encode(texts)
+
+
+def _require_same_encoder(identity: Mapping[str, Any] | None, expected: Mapping[str, Any] | None, whose: str) -> None:
+    if lines := differences(expected, identity):
+        raise UserError(
+            f"the vectors of {whose} (here) are not of the encoder that those they are compared with are of (there):\n"
+            + "\n".join(f"  {line}" for line in lines)
+        )
 
 
 class _File:

@@ -232,7 +232,7 @@ class TrainSettings:
     fold_threshold: float
     """Cosine to a prompt of the fold at which a training prompt is left out."""
     encoder: str
-    """Whose target vectors to train on."""
+    """Whose target vectors to train on: a hub name or folder, or the name under `targets/`."""
     init_from: Path | None
     """Checkpoint folder to begin from."""
     seed: int

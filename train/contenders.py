@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from conf import ROOT, UserError
+from conf.encoders import differences, has_settings
 from datagen.shards import cache_folder, sha256
-from datagen.targets import TargetEncoder
+from datagen.targets import TargetEncoder, encoder_source
 from models import ensemble
 from models.bank import about as bank_about
 from models.baselines.clip import Clip
@@ -30,6 +31,7 @@ from models.regressor import Regressor, make
 from train.banks import Bank, encoder_identity, from_places
 from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
 from train.data import Data, Pictures
+from train.encoders import require_same
 from train.features import Features, digest, features
 from train.kept import Contender
 
@@ -78,7 +80,7 @@ class Contenders:
     ) -> None:
         self._chosen, self._folder, self._device = chosen, folder, device
         self._encoder_name = encoder
-        self._encoder = encoder if Path(encoder).is_dir() else encoder.replace("--", "/")  # as the hub has it
+        self._encoder = encoder_source(encoder)
         self._targets, self._data, self._run, self._backbone = targets, data, run, backbone
         self.folders: dict[str, Path] = {}
         """Of those that are checkpoints, bundles or ensembles: name → folder."""
@@ -114,7 +116,11 @@ class Contenders:
             return Contender(entry, self._trained_on, self._mean)
         if entry == "knn" and self._chosen.knn.bank is not None:
             self.bank = from_places(
-                [self._chosen.knn.bank], self._encoder, column=self._chosen.column, device=self._device.type
+                [self._chosen.knn.bank],
+                self._encoder,
+                column=self._chosen.column,
+                device=self._device.type,
+                identity=self._targets,
             )
             return Contender(entry, cache(lambda: self._clip_knn().identity()), self._clip_knn, alone=True)
         if entry == "knn":
@@ -138,11 +144,13 @@ class Contenders:
         folder = self._folder if entry == "regressor" else Path(entry)
         assert folder is not None
         about = ensemble.about(folder)
-        if about["encoder"] != self._encoder_name:
+        recorded = has_settings(self._targets) and has_settings(about.get("encoder_identity"))
+        if about["encoder"] != self._encoder_name and not recorded:
             raise UserError(
                 f"{folder} is of the target encoder {about['encoder']}, but the vectors compared here are of "
                 f"{self._encoder_name}; leave it out, or judge it by itself"
             )
+        require_same(about, folder, self._targets, "the evaluated dataset")
         name = entry if entry == "regressor" else self._named(folder)
         self.folders[name] = folder
         views = self._chosen.tta.get(name, ViewsSettings())
@@ -170,6 +178,12 @@ class Contenders:
         """
         if self._data is None:
             raise UserError("mean, knn and ridge are fitted on the training pictures of a run: name run=…")
+        fitted_on = self._data.pictures.datasets[0]
+        if lines := differences(fitted_on.encoder_identity, self._targets):
+            raise UserError(
+                f"mean, knn and ridge are fitted on the vectors of {fitted_on.root} (there), which are not of the "
+                "encoder that the evaluated vectors (here) are of:\n" + "\n".join(f"  {line}" for line in lines)
+            )
         return self._data
 
     @cached_property
@@ -203,10 +217,12 @@ class Contenders:
         """
         encoder = TargetEncoder(self._encoder, self._device.type)
         mine, theirs = encoder.identity(), self._targets
-        if theirs.get("weights_sha256") not in (None, mine["weights_sha256"]):
+        if lines := differences(theirs, mine):
             raise UserError(
-                f"the target encoder {self._encoder} has other weights than the one that the dataset's targets are of "
-                f"({mine['weights_sha256'][:12]}…, not {theirs['weights_sha256'][:12]}…); encode the targets again: "
+                f"the target encoder {self._encoder} (here) is not the one that wrote the dataset's vectors (there), "
+                "or its settings were changed:\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + "\nRemove the dataset's folder in targets/ and write the vectors anew: "
                 f"python -m datagen.targets out=DATASET encoder={self._encoder}"
             )
         return encoder.encode

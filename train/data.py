@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from conf import UserError
+from conf.encoders import differences
 from datagen.shards import FAULTY, CorruptImage, Dataset
 from models.preprocess import BadImage, decode, fit
 from train.config import TrainSettings
@@ -452,14 +453,15 @@ def _beside(names: Sequence[str]) -> list[str]:
 
 def _refuse_other_vectors(datasets: Sequence[Dataset]) -> None:
     first, *others = datasets
-    differ = [
-        f"  {dataset.root}: {dataset.encoder_identity}"
-        for dataset in others
-        if dataset.encoder_identity != first.encoder_identity
-    ]
-    if differ:
+    problems = []
+    for dataset in others:
+        if lines := differences(first.encoder_identity, dataset.encoder_identity, strict=True):
+            problems.append(f"  {first.root} (there) and {dataset.root} (here):")
+            problems += [f"    {line}" for line in lines]
+    if problems:
         raise UserError(
-            f"datasets with vectors of different encoders:\n  {first.root}: {first.encoder_identity}\n"
-            + "\n".join(differ)
-            + "\nRemove targets/ of those that are wrong and write them anew: python -m datagen.targets out=…"
+            "datasets with vectors of different encoders, or of other settings of one:\n"
+            + "\n".join(problems)
+            + "\nWhere a value is not recorded, python -m datagen.targets out=… encoder=… checks the vectors and "
+            "records it. Where vectors are wrong, remove their folder in targets/ first: it then writes them anew."
         )

@@ -22,6 +22,7 @@ from train.runs import read_settings
 if TYPE_CHECKING:
     from models.baselines.mean import Mean
     from train.demo_page import Words
+    from train.encoders import identity_of, require_same
     from train.look import Demo
 
 log = logging.getLogger(__name__)
@@ -113,14 +114,17 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
 
     device = device_of(chosen.accelerator)
     embedder = ensemble.load_any(folder, device)
-    encoder = json.loads((folder / "config.json").read_text())["encoder"]
+    config = json.loads((folder / "config.json").read_text())
+    encoder = config["encoder"]
     data = values = backbone = None
     if run is not None:
         values, trained = read_settings(run), checkpoint.read_config(run / "best")
         backbone = trained["backbone"], trained["size"]
         data = data_of(values, encoder, trained["size"])
+    targets = (data.pictures.datasets[0].encoder_identity if data else None) or identity_of(config)
+    require_same(config, folder, targets, "the run's dataset")
     if chosen.bank is not None:
-        bank, told = banks.from_places([chosen.bank], encoder, device=device.type), str(chosen.bank)
+        bank, told = banks.from_places([chosen.bank], encoder, device=device.type, identity=targets), str(chosen.bank)
     else:
         assert data is not None
         assert run is not None
@@ -134,7 +138,6 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
             "baselines=[mean,retrieve] starts at once",
             f"{len(data.train_rows):,}",
         )
-    targets = (data.pictures.datasets[0].encoder_identity or {}) if data else {}
     contenders = Contenders(evaluate, folder, encoder, targets, data, values, backbone, device)
     baselines = {n: _mean(folder) if n == "mean" else contenders.of(n).make() for n in names if n != "retrieve"}
     retrieve = banks.Retrieve(bank, evaluate.retrieve.neighbours, evaluate.retrieve.power)

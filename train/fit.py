@@ -10,6 +10,7 @@
 <out>/skipped.jsonl    pictures that could not be read
 """
 
+import dataclasses
 import json
 import logging
 import math
@@ -26,11 +27,13 @@ from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.memory import is_oom_error
 
 from datagen.shards import Dataset, write_json
+from datagen.targets import encoder_name
 from models.regressor import Regressor
 from train import cost, identity, micro_batch, optim, resume, start, tables
 from train.callbacks import KeepBest, Progress, ResumePoint, Straight
 from train.config import TrainSettings
 from train.data import Data
+from train.encoders import check_folder
 from train.improvement import FILE, Improvement
 from train.loggers import loggers, wandb_of
 from train.machine import Machine, is_first
@@ -52,8 +55,9 @@ def fit(chosen: TrainSettings) -> int:
     optim.check(chosen.optim, chosen.scale.strategy)
     datasets = [Dataset(folder, chosen.encoder) for folder in chosen.dataset]
     vals = [Dataset(folder, chosen.encoder) for folder in chosen.val]
-    fingerprints = [dataset.fingerprint() for dataset in (*datasets, *vals)]
-    mine = {} if chosen.dry_run else identity.of_this_run(chosen, fingerprints, machine.half)
+    check_folder(chosen.encoder, [*datasets, *vals])
+    chosen = dataclasses.replace(chosen, encoder=encoder_name(chosen.encoder))
+    mine = {} if chosen.dry_run else identity.of_this_run(chosen, [*datasets, *vals], machine.half)
     resumed_from, resumed_at = resume.newest_whole(chosen.out)
     outline = start.outline(chosen, datasets)
     data = Data(datasets, vals, chosen, outline.spec.size, device=machine.device)

@@ -75,6 +75,7 @@ def mine(chosen: HardSettings) -> None:
     from datagen.shards import write_atomically
     from models import checkpoint
     from models.precision import half
+    from train.encoders import require_same
     from train.judge import data_of
     from train.machine import device_of
     from train.passes import predictions
@@ -83,6 +84,8 @@ def mine(chosen: HardSettings) -> None:
     config = checkpoint.read_config(folder)
     device = device_of(chosen.accelerator)
     data = data_of(run, config["encoder"], config["size"])
+    for dataset in data.pictures.datasets:
+        require_same(config, folder, dataset.encoder_identity or {}, str(dataset.root))
     pictures, rows = data.pictures, data.train_rows
     read, scores, bad = [], [], []
     passes = predictions(

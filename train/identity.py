@@ -2,11 +2,12 @@
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from conf import UserError, compose
-from datagen.shards import sha256, write_json
+from datagen.shards import Dataset, sha256, write_json
 from train.config import TrainSettings
 
 # Settings that change how a run is carried out and not what it is: another value may resume it.
@@ -18,11 +19,11 @@ def plain(chosen: TrainSettings) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(chosen), default=str))
 
 
-def of_this_run(chosen: TrainSettings, fingerprints: list[str], precision: str) -> dict[str, Any]:
+def of_this_run(chosen: TrainSettings, datasets: Sequence[Dataset], precision: str) -> dict[str, Any]:
     """What `settings.json` holds, once it is checked that the one there, if any, is this run's.
 
     Args:
-        fingerprints: of its datasets, in their order, those of val=[…] last.
+        datasets: in their order, those of val=[…] last.
         precision: of its matrix products; of the group `scale`, it alone changes more than rounding.
 
     Raises:
@@ -31,7 +32,8 @@ def of_this_run(chosen: TrainSettings, fingerprints: list[str], precision: str) 
     path = chosen.out / "settings.json"
     mine = {
         **plain(chosen),
-        "dataset_sha256": fingerprints,
+        "dataset_sha256": [dataset.fingerprint() for dataset in datasets],
+        "encoder_sha256": [(dataset.encoder_identity or {}).get("sha256") for dataset in datasets],
         "weights_sha256": _weights_sha256(chosen.data.weights),
         "precision": precision,
     }
@@ -41,7 +43,9 @@ def of_this_run(chosen: TrainSettings, fingerprints: list[str], precision: str) 
         differ = [
             f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here"
             for key in sorted({*there, *here})
-            if there.get(key) != here.get(key) and key.partition(".")[0] not in OF_THE_MACHINE
+            if there.get(key) != here.get(key)
+            and key.partition(".")[0] not in OF_THE_MACHINE
+            and not _unrecorded(key, there, here)
         ]
         if differ:
             raise UserError(
@@ -54,6 +58,11 @@ def of_this_run(chosen: TrainSettings, fingerprints: list[str], precision: str) 
                 f"{chosen.out} is finished; export it, give another name=…, or remove the folder to train anew."
             )
     return mine
+
+
+def _unrecorded(key: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether a run of an earlier version, or a dataset then, did not record the settings of its text encoder."""
+    return key == "encoder_sha256" and (None in (there.get(key) or [None]) or None in here[key])
 
 
 def write(out: Path, mine: dict[str, Any]) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from conf import Location, UserError, command, settings
+from conf.encoders import differences
 from train.runs import scored
 
 if TYPE_CHECKING:
@@ -64,14 +65,18 @@ def interpolate(chosen: InterpolateSettings) -> dict[str, Any]:
     from datagen.shards import Dataset, write_json
     from models import checkpoint
     from train.data import Pictures
+    from train.encoders import require_same
 
     there, config = (checkpoint.read_config(folder) for folder in (chosen.a, chosen.b))
     differ = checkpoint.differences(there, config, (*checkpoint.ARCHITECTURE, "size", "encoder"))
+    of_encoders = differences(there.get("encoder_identity"), config.get("encoder_identity"))
+    differ += [f"  encoder: {line}" for line in of_encoders]
     if differ:
         raise UserError(f"{chosen.a} (there) and {chosen.b} (here) are of two kinds:\n" + "\n".join(differ))
     pictures = rows = None
     if chosen.dataset is not None:
         pictures = Pictures([Dataset(chosen.dataset, config["encoder"])], config["size"])
+        require_same(config, chosen.b, pictures.datasets[0].encoder_identity or {}, str(chosen.dataset))
         rows = pictures.datasets[0].rows(chosen.split)
     a, b = (checkpoint.load(folder).state_dict() for folder in (chosen.a, chosen.b))
     mean_E, probes, _ = checkpoint.load_extras(chosen.b)

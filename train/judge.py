@@ -342,7 +342,13 @@ def _banks(chosen: EvaluateSettings, subject: Subject) -> tuple[Bank | None, Ban
     bank = trained_on
     if chosen.bank is not None:
         device = device_of(chosen.accelerator).type
-        bank = banks.from_places([chosen.bank], subject.encoder, column=chosen.column, device=device)
+        bank = banks.from_places(
+            [chosen.bank],
+            subject.encoder,
+            column=chosen.column,
+            device=device,
+            identity=subject.pictures.datasets[0].encoder_identity,
+        )
     if bank is None and {"retrieve", "blend"} & set(chosen.embedders):
         raise UserError("retrieve and blend need prompts: name bank=DATASET or bank=FILE, or the run=… whose they are")
     return trained_on, bank
@@ -434,7 +440,8 @@ def _save_ridge(subject: Subject) -> None:
     config = checkpoint.read_config(subject.run / "best")
     _, probes, _ = checkpoint.load_extras(subject.run / "best")
     mean_E = subject.data.pictures.mean_target(subject.data.train_rows)
-    facts = {key: config[key] for key in ("encoder", "dataset", "versions")} | {"score": None, "step": 0, "steps": 0}
+    inherited = ("encoder", "encoder_identity", "dataset", "versions")
+    facts = {key: config.get(key) for key in inherited} | {"score": None, "step": 0, "steps": 0}
     checkpoint.save(subject.out / "ridge", subject.contenders.ridge().cpu(), mean_E, probes, facts)
 
 

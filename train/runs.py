@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 
 _LATEST = 200  # log lines at the end that tell the rate
 _SILENT = 300  # seconds without a sign of life after which a run counts as stopped, where its log lines are not rarer
-_NO_MATTER = (*OF_THE_MACHINE, "name", "keep_first", "dataset_sha256")  # of two runs that differ in these alone
+# settings that may differ between two runs of the same recipe
+_NO_MATTER = (*OF_THE_MACHINE, "name", "keep_first", "dataset_sha256", "encoder_sha256")
 _IN_COLUMNS = ("dataset", "fold", "epochs", "batch_size", "optim.lr", "model.backbone", "model.size")
 _WIDEST, _NAME = 34, 28  # characters of a cell and of a name, at most
 

@@ -3,6 +3,7 @@
 import torch
 
 from datagen.shards import CorruptImage, Dataset
+from datagen.targets import encoder_name
 from models import checkpoint
 from models.metrics import Interval
 from models.preprocess import BadImage
@@ -35,7 +36,8 @@ class Saver:
         if self._extras is None:
             self._extras = self._data.pictures.mean_target(self._data.train_rows), self._probes()
         facts = {
-            "encoder": self._chosen.encoder,
+            "encoder": encoder_name(self._chosen.encoder),
+            "encoder_identity": self._datasets[0].encoder_identity,
             "dataset": [
                 {"path": str(dataset.root), "sha256": dataset.fingerprint(), "splits": dataset.splits}
                 for dataset in self._datasets

@@ -20,6 +20,7 @@ from torch.nn.functional import normalize
 
 from conf import UserError, progress
 from datagen.shards import Dataset, write_json
+from datagen.targets import encoder_name
 from models.head_init import Ridge, init_ridge
 from models.losses import loss
 from models.metrics import Interval, bootstrap
@@ -27,6 +28,7 @@ from models.regressor import Regressor
 from train import identity, start
 from train.data import Data
 from train.draws import Steps, per_epoch
+from train.encoders import check_folder
 from train.features import Features, features
 from train.machine import Machine
 from train.optim import optimizer, scheduler
@@ -56,6 +58,8 @@ def search(chosen: ProbeSettings) -> dict[str, Any]:
     device = Machine(chosen.scale).device
     datasets = [Dataset(folder, chosen.encoder) for folder in chosen.dataset]
     vals = [Dataset(folder, chosen.encoder) for folder in chosen.val]
+    check_folder(chosen.encoder, [*datasets, *vals])
+    chosen = dataclasses.replace(chosen, encoder=encoder_name(chosen.encoder))
     model = start.model(chosen, datasets, resumed=False)
     data = Data(datasets, vals, chosen, model.spec.size, device=device)
     if not data.val_names:

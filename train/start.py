@@ -12,7 +12,9 @@ from safetensors.torch import load_file, save
 from torch.nn.modules.batchnorm import _NormBase
 
 from conf import UserError
+from conf.encoders import has_settings
 from datagen.shards import Dataset, write_atomically
+from datagen.targets import encoder_name
 from models import checkpoint, lora
 from models.head_init import init_ridge
 from models.regressor import Regressor, make
@@ -21,6 +23,7 @@ from train import cost, micro_batch
 from train.config import TrainSettings
 from train.data import Data
 from train.draws import check_shares
+from train.encoders import require_same
 from train.features import features
 from train.machine import Machine, is_first
 from train.module import Plan
@@ -40,12 +43,14 @@ def model(chosen: TrainSettings, datasets: list[Dataset], *, resumed: bool) -> R
     made.fixed_stats = chosen.model.fixed_stats and (chosen.model.weights != "random" or chosen.init_from is not None)
     if chosen.init_from is not None and not resumed:
         checkpoint.load_into(made, chosen.init_from)
-        there = checkpoint.read_config(chosen.init_from)["encoder"]
-        if there != chosen.encoder:
+        config = checkpoint.read_config(chosen.init_from)
+        there, identity = config["encoder"], datasets[0].encoder_identity or {}
+        if there != encoder_name(chosen.encoder) and not (has_settings(identity) and "encoder_identity" in config):
             raise UserError(
                 f"init_from: {chosen.init_from} was trained on vectors of {there}, not {chosen.encoder}; its head "
                 f"would point elsewhere. Take encoder={there}, or another checkpoint."
             )
+        require_same(config, f"init_from: {chosen.init_from}", identity, str(datasets[0].root))
     return made
 
 

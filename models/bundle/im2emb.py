@@ -200,12 +200,15 @@ class ImageEncoder(nn.Module):
             if not self._text["model_name_or_path"]:
                 raise ValueError("a text needs a text encoder, and config.json names none: model_kwargs={'encoder': …}")
             try:
-                self._texts = SentenceTransformer(**self._text, device=str(self._here.device))
+                precise = {"model_kwargs": {"dtype": "float32"}}  # as the vectors were written that the bundle learned
+                texts = SentenceTransformer(**{**precise, **self._text}, device=str(self._here.device))
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"a text needs the text encoder {self._config.get('encoder')}, which cannot be loaded: "
                     f"{str(error).splitlines()[0]}\nName its folder: model_kwargs={{'encoder': …}}"
                 ) from error
+            _require(texts, self._config.get("encoder_identity") or {}, self._text["model_name_or_path"])
+            self._texts = texts
         return self._texts
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ImageEncoder":
@@ -235,6 +238,61 @@ def _encoder(name: str | None) -> str:
         if wheel is not None and wheel.origin is not None:
             return str(Path(wheel.origin).parent / "model")
     return (name or "").replace("--", "/")
+
+
+def _require(model: Any, identity: dict[str, Any], source: str) -> None:
+    """Take over the longest text in tokens, and raise a ValueError where a text encoder would give other vectors.
+
+    Args:
+        model: the loaded text encoder.
+        identity: of the encoder that the bundle was trained for; empty in bundles that do not record it.
+        source: where the model came from.
+    """
+    if not identity:
+        return
+    settings = identity.get("settings") or {}
+    pairs = [
+        ("width", identity["width"], _width(model)),
+        ("weights", identity.get("weights_sha256"), _weights_sha256(model)),
+    ]
+    if settings:
+        prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
+        classes = [record["class"] for record in settings["modules"]]
+        pairs += [
+            ("default prompt", settings["default_prompt"], prompt or ""),
+            ("truncate_dim", settings["truncate_dim"], model.truncate_dim),
+            ("modules", classes, [type(module).__name__ for module in model]),
+        ]
+        for record, module in zip(settings["modules"], model, strict=False):
+            if record.get("max_tokens") and "tokenizer" in record:
+                module.max_seq_length = record["max_tokens"]
+            for key, value in record.get("config", {}).items():
+                here = getattr(module, key, value)
+                if here is None or isinstance(here, str | int | float | list | tuple):
+                    pairs.append((f"{record['class']}.{key}", value, list(here) if isinstance(here, tuple) else here))
+    lines = [f"  {name}: {a!r} in the bundle, {b!r} here" for name, a, b in pairs if a is not None and a != b]
+    if lines:
+        raise ValueError(
+            f"the text encoder {source} is not the one that the bundle was trained for:\n"
+            + "\n".join(lines)
+            + "\nName the folder of the right one: model_kwargs={'encoder': …}"
+        )
+
+
+def _width(model: Any) -> int | None:
+    """Of its vectors; releases of sentence-transformers before 6 have the longer name alone."""
+    named = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+    return named()
+
+
+def _weights_sha256(model: nn.Module) -> str:
+    """As encoder.json has it: over the parameters in the order of their names."""
+    digest = hashlib.sha256()
+    named = {name.replace(".auto_model.", ".model."): tensor for name, tensor in model.state_dict().items()}
+    for name, tensor in sorted(named.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _names_picture(item: str) -> bool:
