@@ -20,7 +20,7 @@ from conf import command, settings
 from datagen import shards
 from datagen.clip_tokenizer import CONTEXT, token_counts
 from datagen.config import ReportSettings
-from datagen.shards import FAULTY, CorruptImage, Dataset
+from datagen.shards import FAULTY, LEFT_OUT, CorruptImage, Dataset
 from datagen.storage import Place, beside, located
 from report.inputs import decodable, duration, read_log, require_packages
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_SPLITS = {"train": "Training", "val": "Validation", FAULTY: "Faulty"}
+_SPLITS = {"train": "Training", "val": "Validation", FAULTY: "Faulty", LEFT_OUT: "Left out of training"}
 _NOTES = {
     "redrawn": ("Drawn again", "black, constant or NaN at first, good when drawn again at higher precision"),
     "constant": ("Constant", "one colour at the highest precision too, and kept"),
@@ -160,6 +160,7 @@ def write_report(chosen: ReportSettings) -> Path:
         page.section("Pictures left out", "What of the published set is not here, and why.")
         counted: list[tuple[str, int]] = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
         page.table(["Reason", "Pictures"], counted)
+    _splits(page, info)
     if work and len(work.starts):
         _rate(page, work)
     _faults(page, chosen, dataset, prompts, work)
@@ -195,10 +196,15 @@ def _headline(dataset: Dataset, prompts: _Prompts, work: Work | None, there: int
     all_there = there == info["shards"]
     shown = (f"{planned:,}", "") if all_there else (f"{len(dataset):,}", f"of {planned:,} planned")
     facts = {"Pictures": shown, "Prompts": (f"{len(prompts):,}", _seeds(planned, len(prompts)))}
-    sides = [(_SPLITS.get(name, name), f"{splits[name]:,}") for name in _in_order(splits)]
+    sides = [(_SPLITS.get(name, name), f"{splits[name]:,}") for name in _in_order(splits) if name != LEFT_OUT]
     if sides:
         (first, count), *others = sides
         facts[first] = (count, ", ".join(f"{other} for {name.lower()}" for name, other in others))
+    if LEFT_OUT in splits:
+        facts["Left out of training"] = (f"{splits[LEFT_OUT]:,}", f"{_percent(splits[LEFT_OUT], len(dataset))} of all")
+    leaks = {pair: counts["affected"] for pair, counts in info.get("leakage", {}).items() if counts["affected"]}
+    if leaks:
+        facts["Leakage"] = (f"{sum(leaks.values()):,}", "images with a prompt or bytes of another split")
     curation = info.get("curation", {})
     if curation.get("drawn"):
         gone = sum(curation.get("dropped", {}).values())
@@ -329,6 +335,29 @@ def _dropped(page: "Page", curation: Mapping[str, Any]) -> None:
     }
     if shown:
         page.lists(shown, opened=1)
+
+
+def _splits(page: "Page", info: Mapping[str, Any]) -> None:
+    """Images that no split takes, and what two splits have in common."""
+    left_out: Mapping[str, int] = info.get("left_out", {})
+    leaks: Mapping[str, Mapping[str, int]] = info.get("leakage", {})
+    if left_out:
+        page.section("Images left out of training", "Each is listed in the log beside the dataset, with the reason.")
+        ranked: list[tuple[str, int]] = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+        page.table(["Reason", "Images"], ranked)
+    if leaks:
+        page.section(
+            "Leakage",
+            "Prompts (case, punctuation and spaces aside) and image bytes that two splits share, and the images of the "
+            "second split that are affected. Only a split of your own can share any.",
+        )
+        page.table(
+            ["Splits", "Prompts", "Image bytes", "Images affected"],
+            [
+                [pair.replace("/", " and "), counts["prompts"], counts.get("images"), counts["affected"]]
+                for pair, counts in leaks.items()
+            ],
+        )
 
 
 def _rate(page: "Page", work: Work) -> None:

@@ -19,6 +19,8 @@ LAMBDAS = tuple(10.0**p for p in np.arange(-4, 4.01, 0.5))
 """Tried penalties, as shares of the features' mean variance."""
 _HELD_OUT = 10  # every tenth row judges the penalty
 _MOST_HELD_OUT = 5000  # rows kept for that
+FIT, JUDGE, NEITHER = 0, 1, 2
+"""Parts that rows have in the choice of the penalty; the head itself is fitted on all."""
 
 
 class Ridge:
@@ -47,6 +49,12 @@ class Ridge:
             self._x += x.sum(0)
             self._y += y.sum(0)
 
+    def add_all_of(self, other: "Ridge") -> None:
+        """Add the rows that `other` has."""
+        self.n += other.n
+        for name in ("_x", "_y", "_xx", "_xy"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
     def solve(self, share: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Weight [E, D] and bias [E] of the least squares with penalty λ‖W‖².
 
@@ -64,21 +72,35 @@ class Ridge:
 
 
 class RidgeHead:
-    """Ridge whose penalty is chosen on held-out rows by the score itself, the mean cosine; arguments as `Ridge`'s."""
+    """Ridge whose penalty is chosen on held-out rows by the score itself, the mean cosine.
 
-    def __init__(self, features: int, targets: int, *, intercept: bool = True) -> None:
+    Args:
+        features, targets, intercept: as of `Ridge`.
+        part_n: FIT, JUDGE or NEITHER of each row, in the order in which `add` has them: rows that judge must share no
+            prompt with rows that fit, or too low a penalty wins. None lets every tenth row judge.
+    """
+
+    def __init__(
+        self, features: int, targets: int, *, intercept: bool = True, part_n: NDArray[np.integer] | None = None
+    ) -> None:
         self._fit = Ridge(features, targets, intercept=intercept)
+        self._rest = Ridge(features, targets, intercept=intercept)
         self._held: tuple[list[NDArray[np.float32]], list[NDArray[np.float32]]] = ([], [])
         self._seen = 0
+        self._part_n = part_n
 
     def add(self, x_nD: NDArray[np.float32], y_nE: NDArray[np.float32]) -> None:
-        """Features and unit targets of one batch, in a fixed order: every tenth row is held out."""
+        """Features and unit targets of one batch, in a fixed order."""
         rows = self._seen + np.arange(len(x_nD))
-        held = (rows % _HELD_OUT == 0) & (rows < _HELD_OUT * _MOST_HELD_OUT)
+        if self._part_n is None:
+            part_n = np.where((rows % _HELD_OUT == 0) & (rows < _HELD_OUT * _MOST_HELD_OUT), JUDGE, FIT)
+        else:
+            part_n = self._part_n[rows]
         self._seen += len(x_nD)
-        self._held[0].append(x_nD[held])
-        self._held[1].append(y_nE[held])
-        self._fit.add(x_nD[~held], y_nE[~held])
+        self._held[0].append(x_nD[part_n == JUDGE])
+        self._held[1].append(y_nE[part_n == JUDGE])
+        self._fit.add(x_nD[part_n == FIT], y_nE[part_n == FIT])
+        self._rest.add(x_nD[part_n == NEITHER], y_nE[part_n == NEITHER])
 
     def solve(self, stiffer: float = 1) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
         """Weight [E, D] and bias [E] over all rows, and their penalty's share: the one that scored best × `stiffer`."""
@@ -90,11 +112,17 @@ class RidgeHead:
             scores[share] = float(((z * y).sum(1) / np.maximum(np.linalg.norm(z, axis=1), 1e-12)).mean())
         best = stiffer * max(scores, key=scores.__getitem__)
         self._fit.add(x, y)
+        self._fit.add_all_of(self._rest)
         self._held = ([], [])
         return *self._fit.solve(best), best
 
 
-def init_ridge(head: nn.Module, batches: Callable[[], Pairs], stiffer: float = 1) -> float:
+def init_ridge(
+    head: nn.Module,
+    batches: Callable[[], Pairs],
+    stiffer: float = 1,
+    part_n: NDArray[np.integer] | None = None,
+) -> float:
     """Sets a head of `models.heads` in closed form; returns the penalty's share.
 
     Linear: one pass. Wide: its first layer stays as it is, random features; one pass measures the mean and variance
@@ -104,9 +132,10 @@ def init_ridge(head: nn.Module, batches: Callable[[], Pairs], stiffer: float = 1
     Args:
         batches: begins a pass over the same batches.
         stiffer: factor on the penalty that scored best on held-out rows.
+        part_n: of all rows in the order of the batches, as of `RidgeHead`.
     """
     if isinstance(head, nn.Linear):
-        return _fit(head, batches(), stiffer)
+        return _fit(head, batches(), stiffer, part_n)
     assert isinstance(head, nn.Sequential)
     first, norm, relu, last = head
     assert isinstance(first, nn.Linear)
@@ -115,13 +144,13 @@ def init_ridge(head: nn.Module, batches: Callable[[], Pairs], stiffer: float = 1
     _measure(first, norm, batches())
     hidden = nn.Sequential(first, norm, relu).eval()
     try:
-        return _fit(last, _through(hidden, batches()), stiffer)
+        return _fit(last, _through(hidden, batches()), stiffer, part_n)
     finally:
         hidden.train(head.training)
 
 
-def _fit(layer: nn.Linear, batches: Pairs, stiffer: float) -> float:
-    ridge = RidgeHead(layer.in_features, layer.out_features)
+def _fit(layer: nn.Linear, batches: Pairs, stiffer: float, part_n: NDArray[np.integer] | None) -> float:
+    ridge = RidgeHead(layer.in_features, layer.out_features, part_n=part_n)
     for x_nD, y_nE in batches:
         ridge.add(x_nD, y_nE)
     weight_ED, bias_E, share = ridge.solve(stiffer)

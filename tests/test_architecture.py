@@ -16,7 +16,7 @@ MAY: dict[str, tuple[str, ...]] = {
     "datagen": ("conf", "datagen", "report"),
     "models": ("conf", "models"),
     "report": ("conf", "report"),
-    "train": ("conf", "models", "datagen.shards", "datagen.targets", "report", "train"),
+    "train": ("conf", "models", "datagen.shards", "datagen.splits", "datagen.targets", "report", "train"),
 }
 ONLY: dict[str, tuple[str, ...]] = {
     "hydra": ("conf/__init__.py",),

@@ -1,5 +1,6 @@
 """Batches, weights and the pictures of a run, over one dataset and several."""
 
+import json
 import logging
 import pickle
 from collections.abc import Sequence
@@ -353,6 +354,32 @@ def test_a_fold_replaces_the_splits(run: dict[str, Path], caplog: pytest.LogCapt
         assert data.val_names == ["val"]
     assert "fold 1/2: " in caplog.text
     assert "left out, at cosine 0.6 or more to one of its prompts" in caplog.text
+
+
+def test_what_a_fold_leaves_out_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """30 of 60 images share "a photo", 6 others are near it."""
+    rows = [Row("a photo") if n < 30 else Row(f"near {n}" if n < 36 else f"alone {n}") for n in range(60)]
+    near = {f"near {n}": ("a photo", 0.9) for n in range(30, 36)}
+    data = data_of([listed_dataset.write(tmp_path / "data", rows, near=near)], "fold=1/5")
+    assert (data.val_rows < 30).sum() == 6
+    assert "24 images are left out of training: they are of a group of more than a fifth" in caplog.text
+    data.list_left_out(tmp_path / "left_out.jsonl")
+    lines = [json.loads(line) for line in (tmp_path / "left_out.jsonl").read_text().splitlines()]
+    shared = {int(line["key"]) for line in lines if line["reason"] == "shares a prompt or its bytes with the fold"}
+    assert shared == {*range(30)} - {*data.val_rows.tolist()}
+    purged = {int(line["key"]) for line in lines if line["reason"] == "cosine 0.7 or more to a prompt of the fold"}
+    assert purged == {*range(30, 36)} - {*data.val_rows.tolist()}
+    assert len(lines) == len(shared) + len(purged) == len(data.purged_rows)
+
+
+def test_images_of_a_validation_set_are_not_trained_on_under_other_prompts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train = listed_dataset.write(tmp_path / "a" / "set", [Row(f"one {n}") for n in range(10)])
+    val = listed_dataset.write(tmp_path / "b" / "set", [Row(f"two {n}", "val" if n < 3 else "train") for n in range(9)])
+    data = data_of([train], val=[val])
+    assert data.train_rows.tolist() == list(range(3, 10))
+    assert "3 training images are left out: val=[…] has their bytes" in caplog.text
 
 
 def test_a_dataset_whose_pictures_all_count_nothing_is_refused(run: dict[str, Path], tmp_path: Path) -> None:

@@ -16,6 +16,8 @@ from datagen.config import ReportSettings
 from datagen.pictures import encode
 from tests import small_dataset
 from tests.commands import BARE, contents, make, run
+from tests.test_index import folder, table
+from tests.test_index import make as make_index
 
 HOSTILE = '<script>alert("x")</script>'
 SHARD, SHARDS = 10, 5
@@ -196,3 +198,20 @@ def test_settings_match_their_file() -> None:
     assert str(settings(ReportSettings, compose("datagen_report", [])).out) == "data/sd2"
     with pytest.raises(UserError, match=r"(?s)pictures: 0 is below 1.*counted: -1 is below 1.*seed: -3 is below 0"):
         settings(ReportSettings, compose("datagen_report", ["pictures=0", "counted=-1", "seed=-3"]))
+
+
+def test_images_left_out_and_leakage_are_shown(tmp_path: Path) -> None:
+    images = folder(tmp_path / "images", [f"{n:02d}.png" for n in range(50)])
+    rows = [(f"{n:02d}", "a photo" if n < 30 else f"photo x{n}x", "val" if n < 7 else "train") for n in range(50)]
+    csv = table(tmp_path / "p.csv", ("id", "prompt", "fold"), *rows)
+    make_index(tmp_path / "drawn", images=images, csv=csv)
+    html = page_of(tmp_path / "drawn")
+    assert "Left out of training" in html
+    shown = sections(html)["Images left out of training"]
+    assert "shares a prompt or its bytes with a validation image" in shown
+    assert ">27<" in shown
+    make_index(tmp_path / "own", images=images, csv=csv, split_column="fold")
+    shown = sections(page_of(tmp_path / "own"))["Leakage"]
+    assert "train and val" in shown
+    assert ">1<" in shown
+    assert ">7<" in shown

@@ -9,11 +9,13 @@ import torch
 from numpy.typing import NDArray
 
 from conf import UserError
+from datagen.normal_form import normal_form
 from datagen.shards import Dataset
+from models.head_init import FIT, JUDGE, NEITHER
 from tests import listed_dataset
 from tests.listed_dataset import ENCODER, Row
 from train.data import Pictures
-from train.folds import Prompts, fold_rows, refuse_seen, without_others_validation
+from train.folds import Prompts, fold_rows, penalty_parts, refuse_seen, without_others_validation
 
 
 def opened(*roots: Path) -> Pictures:
@@ -114,12 +116,55 @@ def test_a_named_group_stays_together(tmp_path: Path) -> None:
 
 
 def test_a_chain_of_shared_captions_is_one(tmp_path: Path) -> None:
-    """Each picture shares a caption with the next: nothing can be dealt out."""
-    chain = [Row((f"caption {n}", f"caption {n + 1}")) for n in range(30)]
-    pictures = opened(listed_dataset.write(tmp_path / "data", [*chain, *[Row(f"alone {n}") for n in range(40)]]))
+    """Each picture shares a caption with the next, spelled in another way: nothing can be dealt out."""
+    chain = [Row((f"caption x{n}x", f"Caption  X{n + 1}X.")) for n in range(12)]
+    pictures = opened(listed_dataset.write(tmp_path / "data", [*chain, *[Row(f"alone {n}") for n in range(60)]]))
     for i in (1, 2):
         fold = fold_rows(pictures, every(pictures), (i, 2), 1.01, 0)
-        assert len({row in fold.val for row in range(30)}) == 1
+        assert len({row in fold.val for row in range(12)}) == 1
+        assert not len(fold.left_out)
+
+
+def test_a_group_of_more_than_a_fifth_is_dealt_to_all_folds_and_its_neighbours_are_left_out(tmp_path: Path) -> None:
+    """A chain of 40 of 100 images, each of which shares a caption with the next, and 10 images of one prompt."""
+    rows = [Row((f"caption x{n}x", f"caption x{n + 1}x")) for n in range(40)]
+    rows += [Row("a photo")] * 10 + [Row(f"alone x{n}x") for n in range(50)]
+    pictures = opened(listed_dataset.write(tmp_path / "data", rows))
+    folds = [fold_rows(pictures, every(pictures), (i, 5), 1.01, 0) for i in range(1, 6)]
+    assert sorted(np.concatenate([fold.val for fold in folds]).tolist()) == every(pictures).tolist()
+    for fold in folds:
+        assert (fold.val < 40).sum() == 8
+        assert (fold.val[(fold.val >= 40) & (fold.val < 50)]).size in (0, 10)
+        held = texts(pictures, fold.val)
+        assert sorted([*fold.train, *fold.val, *fold.left_out]) == every(pictures).tolist()
+        for row in sorted([*fold.train, *fold.left_out]):
+            assert bool(texts(pictures, np.array([row])) & held) == (row in fold.left_out)
+    assert sum(len(fold.left_out) for fold in folds) > 40
+
+
+def test_a_ridge_penalty_is_judged_by_other_prompts(tmp_path: Path) -> None:
+    rows = [Row(f"{'A' if n % 2 else 'a'} prompt x{n // 4}x") for n in range(80)] + [Row("a photo")] * 40
+    pictures = opened(listed_dataset.write(tmp_path / "data", rows))
+    wanted = np.arange(4, 120)
+    part_n = penalty_parts(pictures, wanted)
+    assert (part_n == JUDGE).sum() == 12
+    judging = {normal_form(t) for t in texts(pictures, wanted[part_n == JUDGE])}
+    for row, part in zip(wanted.tolist(), part_n.tolist(), strict=True):
+        shares = bool({normal_form(t) for t in texts(pictures, np.array([row]))} & judging)
+        assert part == JUDGE or (part == NEITHER) == shares
+    same = opened(listed_dataset.write(tmp_path / "same", [Row("a photo")] * 20))
+    assert np.bincount(penalty_parts(same, np.arange(20))).tolist() == [18, 2]
+    assert (FIT, JUDGE) == (0, 1)
+
+
+def test_images_of_equal_bytes_share_a_fold(tmp_path: Path) -> None:
+    """A second dataset of the same name and keys has the same images, under other prompts."""
+    one = listed_dataset.write(tmp_path / "a" / "set", [Row(f"one {n}") for n in range(60)])
+    two = listed_dataset.write(tmp_path / "b" / "set", [Row(f"two {n}") for n in range(60)])
+    pictures = opened(one, two)
+    for i in (1, 2, 3):
+        fold = fold_rows(pictures, every(pictures), (i, 3), 1.01, 0)
+        assert {row % 60 for row in fold.val.tolist() if row < 60} == {r % 60 for r in fold.val.tolist() if r >= 60}
 
 
 def test_only_the_pictures_asked_for_are_dealt_out(pictures: Pictures) -> None:
@@ -148,7 +193,7 @@ def test_training_pictures_that_another_dataset_validates_on_are_left_out(
         kept = without_others_validation(pictures, Prompts(pictures), train, val)
     assert kept.tolist() == [0, 2, 3, 7]
     assert [r.getMessage() for r in caplog.records] == [
-        f"{tmp_path / 'two'}: 2 of 3 training pictures are left out: their prompts are validated on in another dataset"
+        f"{tmp_path}/two: 2 of 3 training pictures are left out: another dataset validates on their prompts or bytes"
     ]
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge as TheirRidge
 
-from models.head_init import LAMBDAS, Ridge, RidgeHead, init_ridge
+from models.head_init import FIT, JUDGE, LAMBDAS, NEITHER, Ridge, RidgeHead, init_ridge
 from models.heads import make_head
 
 N, D, E = 300, 20, 7
@@ -68,6 +68,31 @@ def test_the_chosen_penalty_beats_the_extremes_on_new_data() -> None:
     assert score(weight_ED, bias_E, *new) > max(extremes) + 0.01
     # the held-out rows judged the penalty and then were fitted, too
     np.testing.assert_allclose(weight_ED, plain.solve(share)[0], atol=1e-5)
+
+
+def test_rows_that_judge_the_penalty_share_no_prompt_with_those_that_fit() -> None:
+    """Ten images a prompt: a judge that has the prompts of the fit prefers what memorises them."""
+    features = 150
+    rng = np.random.default_rng(0)
+    prompt_n = np.arange(400) // 10
+    x_nD = (rng.normal(size=(40, features))[prompt_n] + 0.3 * rng.normal(size=(400, features))).astype(np.float32)
+    y_nE = rng.normal(size=(40, E))[prompt_n] + 1
+    y_nE = (y_nE / np.linalg.norm(y_nE, axis=1, keepdims=True)).astype(np.float32)
+    part_n = np.where(prompt_n % 8 == 0, JUDGE, np.where(prompt_n == 1, NEITHER, FIT))
+    fitted, whole = Ridge(features, E), Ridge(features, E)
+    fitted.add(x_nD[part_n == FIT], y_nE[part_n == FIT])
+    whole.add(x_nD, y_nE)
+    judge = part_n == JUDGE
+    scores = {share: score(*fitted.solve(share), x_nD[judge], y_nE[judge]) for share in LAMBDAS}
+    apart, together = RidgeHead(features, E, part_n=part_n), RidgeHead(features, E)
+    for rows in np.array_split(np.arange(400), 7):
+        apart.add(x_nD[rows], y_nE[rows])
+        together.add(x_nD[rows], y_nE[rows])
+    weight_ED, bias_E, share = apart.solve()
+    assert share == max(scores, key=scores.__getitem__)
+    assert share > 10 * together.solve()[2], "the same prompts on both sides let a low penalty win"
+    for ours, theirs in zip((weight_ED, bias_E), whole.solve(share), strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_a_constant_feature_does_no_harm() -> None:

@@ -33,6 +33,7 @@ from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
 from train.data import Data, Pictures
 from train.encoders import require_same
 from train.features import Features, digest, features
+from train.folds import penalty_parts
 from train.kept import Contender
 
 
@@ -129,7 +130,7 @@ class Contenders:
             index = bank_about(len(self.known.train_rows), chosen.exact)
             return Contender(entry, lambda: {**self._frozen_on(), "knn": how, "index": index}, self._knn)
         if entry == "ridge":
-            return Contender(entry, self._frozen_on, self.ridge)
+            return Contender(entry, lambda: {**self._frozen_on(), "penalty": "judged by other prompts"}, self.ridge)
         if entry in CAPTIONERS:
             return Contender(
                 entry,
@@ -166,7 +167,8 @@ class Contenders:
     def ridge(self) -> Regressor:
         """The frozen backbone with a head fitted in closed form."""
         model = self._frozen
-        init_ridge(model.head, self._features.batches)
+        found = self._features
+        init_ridge(model.head, found.batches, part_n=penalty_parts(self.known.pictures, found.row_n))
         return model
 
     @property

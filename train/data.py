@@ -6,6 +6,7 @@ B pictures, E target width, S side, N pictures of all datasets.
 
 import atexit
 import functools
+import json
 import logging
 import multiprocessing
 import os
@@ -13,6 +14,7 @@ import signal
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -25,7 +27,7 @@ from torch.utils.data import Dataset as TorchDataset
 
 from conf import UserError
 from conf.encoders import differences
-from datagen.shards import FAULTY, CorruptImage, Dataset
+from datagen.shards import FAULTY, CorruptImage, Dataset, write_atomically
 from models.preprocess import BadImage, decode, fit
 from train.config import TrainSettings
 from train.draws import Draws, InOrder, Part, Steps
@@ -38,6 +40,7 @@ log = logging.getLogger(__name__)
 Rows = NDArray[np.int64]
 
 _AT_ONCE = 65_536  # vectors: 100 MB
+_ELSEWHERE = "its prompt or bytes are validated on in another dataset"
 _METRICS = ("cosine", "high", "low", "source", "val")  # names that a set of validation pictures cannot have
 
 
@@ -290,7 +293,8 @@ class Data(lightning.LightningDataModule):
         pictures: of `datasets`, then of `val`, numbered through.
         train_rows: those that are trained on.
         val_rows: those that the datasets, or the fold, keep for validation; may be none.
-        purged_rows: those that are neither, being too near the fold's.
+        purged_rows: those that are neither, being too near the fold's or sharing a prompt or bytes with them.
+        left_out: reason → images that are neither for it.
         val_names: of the validation loaders, in order: "val" for `val_rows` if there are any, then one for each of
             `val`, by its folder.
         val_sets: rows of each, in the same order.
@@ -328,25 +332,38 @@ class Data(lightning.LightningDataModule):
         # reading every prompt takes a while, and one dataset by its own split has no need of it
         prompts = Prompts(pictures) if chosen.fold or len(pictures.datasets) > 1 else None
         self.purged_rows = np.zeros(0, np.int64)
+        self.left_out: dict[str, Rows] = {}
         if chosen.fold_of is not None:
             every = _joined([pictures.rows(n, _sound(pictures.datasets[n])) for n in trained])
             made = fold_rows(
                 pictures, every, chosen.fold_of, chosen.fold_threshold, chosen.seed, device=device, prompts=prompts
             )
-            self.train_rows, self.val_rows, self.purged_rows = made.train, made.val, made.purged
+            self.train_rows, self.val_rows = made.train, made.val
+            self.purged_rows = _joined([made.purged, made.left_out])
+            near = f"cosine {chosen.fold_threshold:g} or more to a prompt of the fold"
+            self.left_out = {near: made.purged, "shares a prompt or its bytes with the fold": made.left_out}
             log.info(
                 "fold %s: %s pictures; %s (%.1f %%) of the others left out, at cosine %g or more to one of its prompts",
                 *(chosen.fold, f"{len(made.val):,}", f"{len(made.purged):,}", 100 * made.share_purged),
                 chosen.fold_threshold,
             )
+            if len(made.left_out):
+                log.warning(
+                    "fold %s: %s images are left out of training: they are of a group of more than a fifth of all "
+                    "images, and share a prompt or their bytes with the fold",
+                    *(chosen.fold, f"{len(made.left_out):,}"),
+                )
         else:
-            self.train_rows, self.val_rows = _own_splits(pictures, trained)
+            own_train, self.val_rows = _own_splits(pictures, trained)
+            self.train_rows = own_train
             if prompts is not None:
-                self.train_rows = without_others_validation(pictures, prompts, self.train_rows, self.val_rows)
+                self.train_rows = without_others_validation(pictures, prompts, own_train, self.val_rows)
+                self.left_out[_ELSEWHERE] = np.setdiff1d(own_train, self.train_rows)
         sets = [pictures.rows(n, _judged(pictures.datasets[n])) for n in others]
         if prompts is not None:
             names = [str(pictures.datasets[n].root) for n in others]
             refuse_seen(prompts, self.train_rows, dict(zip(names, sets, strict=True)))
+            self._leave_out_equal_images(prompts, _joined(sets))
         self.train_rows, pictures.weight_N = picture_weights(
             pictures, self.train_rows, chosen.data.sources, chosen.data.weights
         )
@@ -356,6 +373,22 @@ class Data(lightning.LightningDataModule):
         self.draws = Draws(self._parts(trained), chosen.seed)
         self.length = run_length(len(self.draws), chosen)
         self.per_epoch, self.steps = self.length.per_epoch, self.length.steps
+
+    def _leave_out_equal_images(self, prompts: Prompts, val: Rows) -> None:
+        """Of images that validation sets have under other prompts, training has none."""
+        equal_n = prompts.equal_bytes(self.train_rows, val)
+        if equal_n.any():
+            log.warning("%s training images are left out: val=[…] has their bytes", f"{equal_n.sum():,}")
+            self.left_out["bytes of an image of val=[…]"] = self.train_rows[equal_n]
+            self.train_rows = self.train_rows[~equal_n]
+
+    def list_left_out(self, path: Path) -> None:
+        """Write a line for each image of `left_out`: its key and the reason. No image, no file."""
+        rows = [(row, reason) for reason, rows in self.left_out.items() for row in rows.tolist()]
+        lines = [json.dumps({"key": self.pictures.label(row), "reason": reason}) + "\n" for row, reason in rows]
+        if lines:
+            data = "".join(lines).encode()
+            write_atomically(path, lambda file: file.write(data))
 
     def _parts(self, trained: range) -> list[Part]:
         rows_of = {number: own for number, _, own in self.pictures.by_dataset(self.train_rows)}
@@ -431,7 +464,7 @@ def _judged(dataset: Dataset) -> Rows:
 
 
 def _sound(dataset: Dataset) -> Rows:
-    """All pictures but the faulty.
+    """All pictures but the faulty: also those that the dataset's own split left out, since a fold draws another one.
 
     Raises:
         UserError: there is none.

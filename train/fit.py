@@ -8,6 +8,7 @@
 <out>/improvement.json start → best and last, with the paired differences; at the end of a validated run
 <out>/oof              predictions on the run's fold, with fold=i/n
 <out>/skipped.jsonl    pictures that could not be read
+<out>/left_out.jsonl   images that neither train nor validate, each with the reason
 """
 
 import dataclasses
@@ -72,6 +73,7 @@ def fit(chosen: TrainSettings) -> int:
         identity.write(chosen.out, mine)
         about = {"parameters": needs.parameters, "trained": needs.trained, "steps": data.steps, **forecast.facts()}
         write_json(chosen.out / "about.json", about)
+        data.list_left_out(chosen.out / "left_out.jsonl")
     if not resumed_at:
         start.head(model, chosen, data, machine.device)
     start.arm(model, chosen)

@@ -1,6 +1,10 @@
-"""Which pictures train and which validate: folds over the prompts, and no prompt on both sides.
+"""Which pictures train and which validate: folds over the prompts, and no prompt and no image bytes on both sides.
 
     fold_rows(pictures, rows, (2, 5), threshold=0.7, seed=0)    the second of five folds
+
+Images that share a prompt or bytes are a group (datagen/splits.py) and in one fold. The images of a group of more than
+a fifth of all are dealt to all folds instead, and what shares a prompt or bytes with the fold's own is left out of its
+training.
 
 n pictures, c of their captions, d distinct prompts, V prompts of the fold, E width of their vectors.
 """
@@ -16,6 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from conf import UserError, progress
+from datagen.splits import ImageLinks, content_hash, divide, giant_groups
+from models.head_init import FIT, JUDGE, NEITHER
 from train.chance import uniform
 
 if TYPE_CHECKING:
@@ -27,6 +33,7 @@ Rows = NDArray[np.int64]
 
 _ASKED, _HELD = 4096, 16384  # prompts of both sides that are compared at once
 _ROUNDING = 1e-5  # of a cosine in single precision
+_MOST_JUDGED = 5000  # images that judge a penalty
 _BAR_FROM = 50_000  # prompts that take longer than seconds
 
 
@@ -36,6 +43,8 @@ class Fold:
     val: Rows
     purged: Rows
     """Near the fold's prompts, and so neither."""
+    left_out: Rows
+    """Of a group of more than a fifth of all images: they share a prompt or bytes with the fold, and so neither."""
 
     @property
     def share_purged(self) -> float:
@@ -53,6 +62,8 @@ class Prompts:
         begins = [starts[:-1] + offset for starts, offset in zip(each, self._offsets[:-1], strict=True)]
         self._starts_N = np.concatenate([*begins, self._offsets[-1:]])
         self._hash_c = np.concatenate([dataset.prompt_hashes() for dataset in pictures.datasets])
+        contents = [content_hash(dataset.checksums, dataset.sizes) for dataset in pictures.datasets]
+        self._content_N = np.concatenate(contents)
 
     def of(self, rows: Rows) -> tuple[NDArray[np.int64], Rows, NDArray[np.int64]]:
         """The captions of pictures, side by side: the number of each text, whose it is (as a place in `rows`), and
@@ -72,12 +83,19 @@ class Prompts:
             found[mine] = self._pictures.datasets[number].caption_targets(caption_c[mine] - self._offsets[number])
         return found
 
-    def shared(self, rows: Rows, others: Rows) -> NDArray[np.bool_]:
-        """Which of the pictures `rows` have a caption that one of `others` has, too."""
+    def links(self, rows: Rows) -> ImageLinks:
+        """Prompts and bytes of `rows`, each image by its place there."""
         hash_c, owner_c, _ = self.of(rows)
-        found = np.zeros(len(rows), bool)
-        found[owner_c[np.isin(hash_c, self.of(others)[0])]] = True
-        return found
+        return ImageLinks(owner_c, hash_c, self._content_N[rows])
+
+    def shared(self, rows: Rows, others: Rows) -> NDArray[np.bool_]:
+        """Which of the images `rows` share a caption or their bytes with one of `others`."""
+        every = np.concatenate([rows, others])
+        return self.links(every).linked_to(np.arange(len(every)) >= len(rows))[: len(rows)]
+
+    def equal_bytes(self, rows: Rows, others: Rows) -> NDArray[np.bool_]:
+        """Which of the images `rows` have the bytes of one of `others`."""
+        return np.isin(self._content_N[rows], self._content_N[others])
 
 
 def fold_rows(
@@ -93,7 +111,8 @@ def fold_rows(
     """Deals prompts to folds, one fold to validation, and purges from training what is near it.
 
     A prompt's fold follows from the seed and its text, whatever the dataset and its order; prompts of a named group go
-    by the group's name. Pictures that have a caption in common share a fold, so that every prompt is in one.
+    by the group's name. Images that share a caption or bytes share a fold, but for those of a group of more than a
+    fifth of all images: they are dealt out evenly, whatever their named group. Every image is validated in one fold.
 
     Args:
         rows: pictures to deal out.
@@ -108,25 +127,47 @@ def fold_rows(
     """
     number, count = fold
     prompts = prompts or Prompts(pictures)
-    label_n = _labels(pictures, prompts, rows)
-    dealt_n = (uniform(torch.from_numpy(label_n), 1, seed)[0] * count).long().numpy()
-    train, val = rows[dealt_n != number - 1], rows[dealt_n == number - 1]
+    links = prompts.links(rows)
+    group_n = links.groups()
+    in_giant_n = giant_groups(group_n)[group_n]
+    label_n = np.zeros(len(rows), np.int64)
+    label_n[~in_giant_n] = _labels(pictures, prompts, rows[~in_giant_n])
+    fold_n = (uniform(torch.from_numpy(label_n), 1, seed)[0] * count).long().numpy()
+    giants = links.shuffled(np.flatnonzero(in_giant_n), seed)
+    fold_n[giants] = np.arange(len(giants)) * count // max(len(giants), 1)
+    in_fold_n = fold_n == number - 1
+    left_out_n = links.linked_to(in_fold_n) & ~in_fold_n
+    train, val = rows[~in_fold_n & ~left_out_n], rows[in_fold_n]
     near = np.zeros(len(train), bool)
     if threshold <= 1 and len(train) and len(val):
         near = _near(prompts, train, val, threshold, torch.device(device))
-    made = Fold(train[~near], val, train[near])
+    made = Fold(train[~near], val, train[near], rows[left_out_n])
     if not len(made.train) or not len(val):
         empty = "training" if len(val) else "the fold"
         raise UserError(
-            f"fold: {number}/{count} leaves nothing to {empty}: {len(np.unique(label_n)):,} prompts or groups in all, "
-            f"{len(made.purged):,} pictures purged at a cosine of {threshold}; take fewer folds, more pictures, or a "
-            f"higher fold_threshold"
+            f"fold: {number}/{count} leaves nothing to {empty}: {len(np.unique(group_n)):,} prompts or groups in all, "
+            f"{len(made.purged):,} pictures purged at a cosine of {threshold}, {len(made.left_out):,} left out that "
+            "share a prompt or bytes with the fold; take fewer folds, more pictures, or a higher fold_threshold"
         )
     return made
 
 
+def penalty_parts(pictures: "Pictures", rows: Rows) -> NDArray[np.int8]:
+    """Which of `rows` choose a ridge head's penalty, in the parts of `models.head_init`: about a tenth judges, and what
+    shares a prompt or bytes with them is not fitted meanwhile.
+
+    Where that leaves nothing to judge or to fit, as of images that all have one prompt, every tenth image judges: the
+    penalty is then a guess, and no score depends on the split.
+    """
+    division = divide(Prompts(pictures).links(rows), min(0.1, _MOST_JUDGED / max(len(rows), 1)), 0)
+    part_n = np.where(division.val_n, JUDGE, np.where(division.left_out_n, NEITHER, FIT)).astype(np.int8)
+    if not (part_n == JUDGE).any() or not (part_n == FIT).any():
+        part_n = np.where(np.arange(len(rows)) % 10 == 0, JUDGE, FIT).astype(np.int8)
+    return part_n
+
+
 def without_others_validation(pictures: "Pictures", prompts: Prompts, train: Rows, val: Rows) -> Rows:
-    """`train` without the pictures that have a prompt of another dataset's validation pictures; says how many."""
+    """`train` without images that share a prompt or bytes with another dataset's validation; logs how many."""
     seen = np.zeros(len(train), bool)
     for number, mine, own in pictures.by_dataset(train):
         others = [pictures.rows(n, theirs) for n, _, theirs in pictures.by_dataset(val) if n != number]
@@ -135,7 +176,7 @@ def without_others_validation(pictures: "Pictures", prompts: Prompts, train: Row
         seen[mine] = prompts.shared(train[mine], np.concatenate(others))
         if seen[mine].any():
             log.warning(
-                "%s: %s of %s training pictures are left out: their prompts are validated on in another dataset",
+                "%s: %s of %s training pictures are left out: another dataset validates on their prompts or bytes",
                 pictures.datasets[number].root,
                 f"{seen[mine].sum():,}",
                 f"{len(own):,}",
@@ -166,24 +207,18 @@ def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None
 
 
 def _labels(pictures: "Pictures", prompts: Prompts, rows: Rows) -> NDArray[np.int64]:
-    """A number for each picture, the same for those that a caption or a group ties together: [n]."""
-    hash_c, owner_c, _ = prompts.of(rows)
+    """A number for each picture, the same for those that a caption, bytes or a group tie together: [n]."""
     group_n = np.zeros(len(rows), np.int64)
     for number, mine, own in pictures.by_dataset(rows):
         group_n[mine] = pictures.datasets[number].group_hashes()[own]
     grouped = np.flatnonzero(group_n)
     # groups are the negative numbers: the least of a picture's names is its group, where it has one
-    names = np.concatenate([hash_c & (2**63 - 1), group_n[grouped] | -(2**63)])
-    owners = np.concatenate([owner_c, grouped])
-    _, name_of = np.unique(names, return_inverse=True)
-    label_n = np.full(len(rows), 2**63 - 1)
-    while True:
-        label_of_name = np.full(name_of.max(initial=-1) + 1, 2**63 - 1)
-        np.minimum.at(label_of_name, name_of, np.minimum(names, label_n[owners]))
-        before, label_n = label_n, label_n.copy()
-        np.minimum.at(label_n, owners, label_of_name[name_of])
-        if np.array_equal(before, label_n):
-            return label_n
+    links, group_name = prompts.links(rows), group_n[grouped] | -(2**63)
+    tied_n = links.groups((grouped, group_name))
+    least = np.full(tied_n.max(initial=-1) + 1, 2**63 - 1)
+    np.minimum.at(least, tied_n[links.owner_l], links.prompt_l & (2**63 - 1))
+    np.minimum.at(least, tied_n[grouped], group_name)
+    return least[tied_n]
 
 
 def _near(prompts: Prompts, train: Rows, val: Rows, threshold: float, device: torch.device) -> NDArray[np.bool_]:

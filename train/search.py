@@ -30,6 +30,7 @@ from train.data import Data
 from train.draws import Steps, per_epoch
 from train.encoders import check_folder
 from train.features import Features, features
+from train.folds import penalty_parts
 from train.machine import Machine
 from train.optim import optimizer, scheduler
 from train.probe import ProbeSettings
@@ -123,7 +124,7 @@ def _candidates(
     for kind in kinds:
         begun = _with_head(model, kind, chosen)
         if chosen.model.head_init == "ridge":
-            init_ridge(begun.head, training.batches)
+            init_ridge(begun.head, training.batches, part_n=penalty_parts(data.pictures, training.row_n))
         for lr in search.lrs:
             yield kind, f"lr {lr:g}", lambda begun=begun, lr=lr: lesson.teach(begun, lr)
 

@@ -25,6 +25,7 @@ from train.data import Data
 from train.draws import check_shares
 from train.encoders import require_same
 from train.features import features
+from train.folds import Prompts, penalty_parts
 from train.machine import Machine, is_first
 from train.module import Plan
 
@@ -124,7 +125,7 @@ def _ridge(made: Regressor, chosen: TrainSettings, data: Data, device: torch.dev
         )
         rows = rows[np.sort(drawn)]
     found = features(made.to(device).eval(), data.pictures, rows, chosen.batch_size, chosen.scale.workers)
-    share = init_ridge(made.head, found.batches, stiffer=_STIFFER)
+    share = init_ridge(made.head, found.batches, _STIFFER, penalty_parts(data.pictures, found.row_n))
     log.info("ridge head: penalty %.1e of the features' variance", share)
     made.train()
 
@@ -135,7 +136,10 @@ def _text(made: Regressor, chosen: TrainSettings, data: Data, device: torch.devi
     for dataset, own in (pictures.place(row) for row in rows.tolist()):
         prompts += dataset.prompts(own)
         targets.append(dataset.targets(own))
-    share = init_text(made, chosen.model.text_tower, chosen.model.weights, prompts, np.concatenate(targets), device)
+    # spelled in several ways, a prompt would judge the penalty that was fitted on itself
+    first = np.sort(np.unique(Prompts(pictures).of(rows)[0], return_index=True)[1])
+    prompts, target_cE = [prompts[c] for c in first.tolist()], np.concatenate(targets)[first]
+    share = init_text(made, chosen.model.text_tower, chosen.model.weights, prompts, target_cE, device)
     log.info("text head: penalty %.1e of the features' variance", share)
 
 
