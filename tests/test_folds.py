@@ -36,7 +36,7 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
     prompts of the first. Every tenth prompt has a neighbour, at a cosine on either side of .7."""
     folder = tmp_path_factory.mktemp("folds")
     one = [Row(f"prompt {n}") for n in range(300) for _ in range(2)]
-    two = [Row(tuple(dict.fromkeys([f"other {n}", f"prompt {n % 100}", f"other {n % 3}"]))) for n in range(200)]
+    two = [Row(tuple(dict.fromkeys([f"other {n}", f"prompt {n % 100}", f"pair {n // 2}"]))) for n in range(200)]
     near = {f"prompt {n}": (f"prompt {n + 1}", 0.7 + 1e-7 * (n - 150)) for n in range(100, 300, 10)}
     return opened(
         listed_dataset.write(folder / "one", one, near=near),
