@@ -221,7 +221,7 @@ def test_a_group_is_text_or_a_whole_number(tmp_path: Path, value: object) -> Non
 
 def test_prompt_column_names_the_field_of_a_tars_json(tmp_path: Path) -> None:
     fields = {
-        "one": {"long": "a fox in snow", "prompt": "no"},
+        "one": {"long": "one fox", "prompt": "no"},
         "two": {"long": ["a cat", None, "one cat"]},
         "three": {},
     }
