@@ -9,6 +9,7 @@ its reason. Whatever else a file holds is refused: no prompt is ever the Python 
 """
 
 import math
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ NULL, NAN, EMPTY = "null", "NaN", "empty"
 """Why a value is left out. A list without items, and white space and invisible characters alone, are empty."""
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn"}
+_LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # what "\\ud83d" alone in a JSON gives; no encoder takes it
 _SHOWN_LENGTH = 60
 
 
@@ -62,7 +64,7 @@ def read_captions(value: Any, column: str, where: str, hint: str = "") -> Captio
                 f"{where}: {column!r} holds {holds}, not text or a list of texts{f'; {hint}' if hint else ''}"
             )
         if clean(text):
-            texts.append(text)
+            texts.append(_LONE_SURROGATES.sub("", text))
         else:
             left_out.append(EMPTY)
     return Captions(tuple(texts), tuple(left_out))

@@ -6,6 +6,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from conf import Location
+from datagen.text_encoding import encoding_problem
 
 ENCODER = "all-MiniLM-L6-v2"
 
@@ -43,6 +44,8 @@ class FilePrompts:
     """Commit, tag or branch of the hub's repository; null resolves today's commit and records it."""
     records: str | None
     """Of a .json: key of the list of rows; null where the file is that list."""
+    text_encoding: str | None
+    """Encoding of text files, such as cp1252; null: UTF-8, or what a byte order mark says, which overrules this."""
     column: str
     """Column of the prompt; a list there is several prompts. A .txt has none."""
     json_lists: bool
@@ -57,7 +60,8 @@ class FilePrompts:
     """Name kept with each prompt; null takes the file's name."""
 
     def problems(self) -> list[str]:
-        return [f"shuffle: {self.shuffle} is below 0; 0 keeps the files' order"] if self.shuffle < 0 else []
+        found = [f"shuffle: {self.shuffle} is below 0; 0 keeps the files' order"] if self.shuffle < 0 else []
+        return found + encoding_problem(self.text_encoding, "text_encoding")
 
     def unused(self) -> dict[str, str]:
         kind = self.kind()
@@ -66,6 +70,8 @@ class FilePrompts:
             del found["column"]
         if kind not in ("", ".json"):
             found["records"] = f"with path={self.path}: only a .json has a key above its list of rows"
+        if kind == ".parquet":
+            found["text_encoding"] = f"with path={self.path}: a .parquet is not a text file"
         return found
 
     def kind(self) -> str:
@@ -430,6 +436,9 @@ class IndexSettings:
     """Column of each image's group, for split.kind=holdout; parts of a group are joined by ";"."""
     split_column: str | None
     """Column of each image's split: "train", "val" or "test"; null draws it by `split`."""
+    text_encoding: str | None
+    """Encoding of `csv`, or of the .txt in `tars`, such as cp1252; null: UTF-8, or what a byte order mark says, which
+    overrules this."""
     tars: str | None
     """Glob of WebDataset tars, instead of `images` and `csv`."""
     source: str | None
@@ -450,6 +459,7 @@ class IndexSettings:
             found.append(f"csv: {self.csv} is for images=…; a sample of tars has its prompt in its .txt or .json")
         if self.tars is not None and self.file_column is not None:
             found.append("file_column: is for csv=…; in tars the names of members say what belongs together")
+        found += encoding_problem(self.text_encoding, "text_encoding")
         if not 0 <= self.seed < 2**31:
             found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
         if self.split_column is not None and self.split.kind != "picture":

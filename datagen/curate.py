@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
+import logging
 import math
 import random
 import tempfile
@@ -33,6 +34,8 @@ from datagen.near import Bank, Rows, distinct
 from datagen.normal_form import form_hash
 from datagen.prompts import Prompt, read_file
 from datagen.rows import KINDS
+
+log = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """n texts → unit vectors [n, E]."""
@@ -260,7 +263,7 @@ class _Run:
         for i, (text, length, key) in enumerate(zip(texts, lengths.tolist(), hashes.tolist(), strict=True)):
             reason = None
             if prompts[i].out:
-                reason, text = prompts[i].out, clean(prompts[i].text)
+                reason, text = prompts[i].out, clean(prompts[i].text) or prompts[i].where
             elif not text:
                 reason, text = "empty", ascii(prompts[i].text)
             elif length < least:
@@ -454,7 +457,10 @@ def _texts_at(place: storage.Place) -> list[str]:
     except UserError as error:
         raise UserError(f"curate.against: {error}") from error
     if texts is None:
-        texts = [p.text for p in read_file(str(place), "curate.against")]
+        prompts = list(read_file(str(place), "curate.against"))
+        texts = [p.text for p in prompts]
+        for reason, number in Counter(p.out for p in prompts if p.out).items():
+            log.warning("curate.against: %s: left out %s prompts: %s", place, f"{number:,}", reason)
     return [text for text in dict.fromkeys(map(clean, texts)) if text]
 
 

@@ -12,7 +12,6 @@ import contextlib
 import glob
 import gzip
 import hashlib
-import io
 import json
 import logging
 import os
@@ -397,8 +396,3 @@ def _is_gone(error: BaseException) -> bool:
     """Whether the server said that there is no such file; fsspec raises the same class where it reached no server."""
     root = _root(error)
     return isinstance(root, FileNotFoundError) or getattr(root, "status", None) in (404, 410)
-
-
-def text(file: BinaryIO, newline: str | None = None) -> io.TextIOWrapper:
-    """UTF-8 with or without its mark."""
-    return io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)

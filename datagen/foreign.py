@@ -6,6 +6,7 @@ Nothing is copied. Images without a prompt, prompts without an image and values 
 
 import glob
 import json
+import logging
 import tarfile
 import zlib
 from collections import Counter, defaultdict
@@ -15,15 +16,20 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from conf import UserError, progress
-from datagen import shards
 from datagen.archives import Tar
 from datagen.captions import Captions, distinct, read_captions, read_label
 from datagen.config import IndexSettings
 from datagen.rows import read_csv
+from datagen.text_encoding import decode_text, likely_encodings
+from models.runtime.image_files import IMAGE_SUFFIXES, why_not_image
 
 _FILE_COLUMNS = ("file", "image", "filename", "file_name", "imgId", "image_id", "id", "key")
 _PROMPT_COLUMNS = ("prompt", "caption", "text")
 NO_PROMPT = "sample without a prompt"
+UNDECODED = ".txt in another text encoding"
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 _SHARD = 10_000  # images of a folder that share an index file
 _SHOWN = 3  # of a list, in a message
@@ -70,7 +76,7 @@ def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[l
     if problems:
         raise UserError("\n".join(problems))
     rows_of = _rows_by_name(cfg, table, skipped)
-    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in shards.IMAGE_SUFFIXES)
+    files = list(_image_files(folder, table, skipped))
     twice = [stem for stem, n in Counter(p.stem for p in files).items() if n > 1]
     if twice:
         raise UserError(
@@ -112,29 +118,38 @@ def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[l
     skipped += [{"key": name, "reason": "prompt without a picture"} for name in rows_of if name not in used]
 
 
+def _image_files(folder: Path, table: Path, skipped: list[dict[str, str]]) -> Iterator[Path]:
+    """Images below a folder, sorted; every other file but the table is skipped with its reason."""
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() or (path.suffix == table.suffix and path.samefile(table)):
+            continue
+        below = path.relative_to(folder).as_posix()
+        reason = why_not_image(below) or ("" if path.is_file() else "not a regular file")
+        if reason:
+            skipped.append({"key": below, "reason": reason})
+        else:
+            yield path
+
+
 def _rows_by_name(cfg: IndexSettings, table: Path, skipped: list[dict[str, str]]) -> dict[str, list[_Row]]:
     """File name or stem → its rows with captions, in the table's order."""
-    if table.stat().st_size == 0:
-        raise UserError(f"csv: {table} is empty")
     rows_of: dict[str, list[_Row]] = defaultdict(list)
-    try:
-        header = next(iter(read_csv(table, [])), None)
-        if header is None:
-            raise UserError(f"csv: {table} has no row")
-        file_column = _column(cfg.file_column, _FILE_COLUMNS, header, table, "file_column")
-        prompt_column = _column(cfg.prompt_column, _PROMPT_COLUMNS, header, table, "prompt_column")
-        labels = _label_columns(cfg)
-        _require(labels, list(header), f"csv: {table}")
-        for number, row in enumerate(read_csv(table, [file_column, prompt_column, *labels.values()]), 1):
-            where = f"{table}, row {number}"
-            name = row[file_column] or ""
-            captions = read_captions(row[prompt_column], prompt_column, where, "name another: prompt_column=…")
-            skipped += _left_out(name or f"row {number}", captions)
-            if captions.texts:
-                values = {label: read_label(row[column], column, where) for label, column in labels.items()}
-                rows_of[name].append(_Row(captions.texts, values))
-    except UnicodeDecodeError as error:
-        raise UserError(f"csv: {table} is not UTF-8 ({error.reason}); convert it: iconv -f latin1 -t utf-8") from error
+    header = next(iter(read_csv(table, [], cfg.text_encoding)), None)
+    if header is None:
+        raise UserError(f"csv: {table} has no row")
+    file_column = _column(cfg.file_column, _FILE_COLUMNS, header, table, "file_column")
+    prompt_column = _column(cfg.prompt_column, _PROMPT_COLUMNS, header, table, "prompt_column")
+    labels = _label_columns(cfg)
+    _require(labels, list(header), f"csv: {table}")
+    columns = [prompt_column, file_column, *labels.values()]
+    for number, row in enumerate(read_csv(table, columns, cfg.text_encoding), 1):
+        where = f"{table}, row {number}"
+        name = row[file_column] or ""
+        captions = read_captions(row[prompt_column], prompt_column, where, "name another: prompt_column=…")
+        skipped += _left_out(name or f"row {number}", captions)
+        if captions.texts:
+            values = {label: read_label(row[column], column, where) for label, column in labels.items()}
+            rows_of[name].append(_Row(captions.texts, values))
     return rows_of
 
 
@@ -183,33 +198,56 @@ def read_tars(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[lis
     if others:
         raise UserError(f"tars: {others[0]} is no .tar; narrow the pattern {cfg.tars}, or unpack what is compressed")
     fields: set[str] = set()
+    undecoded: list[tuple[str, bytes]] = []
     for path in progress_over(paths, "index"):
         try:
-            batch = list(_samples(cfg, Path(path), skipped, fields))
+            batch = list(_samples(cfg, Path(path), skipped, fields, undecoded))
         except tarfile.TarError as error:
             raise UserError(f"{path} is cut off or no tar: {error}; copy it again") from error
         if len(paths) > 1:  # WebDataset keys need only be distinct within a tar
             batch = [replace(image, key=f"{Path(path).stem}/{image.key}") for image in batch]
         if batch:
             yield batch
+    if undecoded:
+        where, data = undecoded[0]
+        readings = [f"{encoding}, which reads {text!r}" for encoding, text in likely_encodings(data)]
+        log.warning(
+            "%s .txt cannot be decoded as %s, the first of %s; likely %s. If that is right: text_encoding=…",
+            f"{len(undecoded):,}",
+            cfg.text_encoding or "UTF-8",
+            where,
+            "; or ".join(readings) or "damaged",
+        )
     named = _label_columns(cfg) | ({"prompt": cfg.prompt_column} if cfg.prompt_column else {})
     _require(named, sorted(fields), f"tars: the .json of every sample of {cfg.tars}")
 
 
-def _samples(cfg: IndexSettings, path: Path, skipped: list[dict[str, str]], fields: set[str]) -> Iterator[ForeignImage]:
-    """Image and captions of each sample of a tar; adds the fields of its .json to `fields`."""
+def _samples(
+    cfg: IndexSettings,
+    path: Path,
+    skipped: list[dict[str, str]],
+    fields: set[str],
+    undecoded: list[tuple[str, bytes]],
+) -> Iterator[ForeignImage]:
+    """Image and captions of each sample of a tar; adds the fields of its .json to `fields`, and a .txt in another
+    encoding to `undecoded`."""
     labels = _label_columns(cfg)
     with Tar(path) as tar:
+        skipped += [{"key": name, "reason": reason} for name, reason in tar.left_out]
         for key, members in tar.samples.items():
             where = f"{path}, sample {key}"
-            picture = next((members[s] for s in shards.IMAGE_SUFFIXES if s in members), None)
+            picture = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
             texts = {s: tar.read(m) for s, m in members.items() if s in (".txt", ".json")}
-            sample = read_sample(texts, where, cfg.prompt_column)
+            sample = read_sample(texts, where, cfg.prompt_column, cfg.text_encoding)
+            if sample.problem == UNDECODED:
+                undecoded.append((where, texts[".txt"]))
             fields.update(sample.fields)
             skipped += _left_out(key, sample.captions)
             if picture is None or not sample.captions.texts:
-                reason = sample.problem or NO_PROMPT
-                skipped.append({"key": key, "reason": reason if picture else "sample without a picture"})
+                if picture is None:
+                    skipped.append({"key": key, "reason": "sample without a picture"})
+                elif not sample.captions.left_out:
+                    skipped.append({"key": key, "reason": sample.problem or NO_PROMPT})
                 continue
             crc = zlib.crc32(tar.read(picture))
             place = str(path.absolute())  # not resolved: a link's target may lack the suffix that says how to read
@@ -229,12 +267,15 @@ class SampleText:
     """Why it has no captions, where no value was left out for it."""
 
 
-def read_sample(texts: Mapping[str, bytes], where: str, prompt_column: str | None = None) -> SampleText:
+def read_sample(
+    texts: Mapping[str, bytes], where: str, prompt_column: str | None = None, text_encoding: str | None = None
+) -> SampleText:
     """Captions of a sample: the field of its .json that the user named; else its .txt, else a usual field of the .json.
 
     Args:
         texts: ".txt" and ".json" → bytes of the member, where the sample has one.
         where: the tar and the sample, for messages.
+        text_encoding: of the .txt; None for UTF-8.
 
     Raises:
         UserError: the field holds something else than text.
@@ -249,7 +290,11 @@ def read_sample(texts: Mapping[str, bytes], where: str, prompt_column: str | Non
         if not isinstance(fields, dict):
             fields, problem = {}, ".json that is not an object"
     if prompt_column is None and ".txt" in texts:
-        return SampleText(read_captions(texts[".txt"].decode(errors="replace"), ".txt", where), fields)
+        try:
+            text = decode_text(texts[".txt"], text_encoding)
+        except UnicodeDecodeError:
+            return SampleText(Captions(()), fields, UNDECODED)
+        return SampleText(read_captions(text, ".txt", where), fields)
     column = prompt_column or next((name for name in _PROMPT_COLUMNS if name in fields), None)
     if column in fields:
         hint = "name another field: prompt_column=…"

@@ -16,8 +16,9 @@ import numpy as np
 
 from conf import UserError
 from datagen import fetch
+from datagen.captions import EMPTY, Captions, as_text, read_captions, read_label, reason_to_leave_out
 from datagen.config import FilePrompts, GrammarPrompts, MixturePrompts, MixtureSource
-from datagen.rows import Wanted, rows
+from datagen.rows import Wanted, require_text_column, rows
 
 log = logging.getLogger(__name__)
 
@@ -32,7 +33,9 @@ class Prompt:
     group: str
     """What `split.kind=holdout` keeps apart: parts joined by ";", such as "red fox;blue boat"; may be empty."""
     out: str = ""
-    """Why it is to be dropped and counted, such as "prompt_nsfw above 0.5"; empty for nearly all."""
+    """Why it is to be dropped and counted, such as "prompt_nsfw above 0.5" or "null"; empty for nearly all."""
+    where: str = ""
+    """Its file and row, where it is dropped without a text."""
 
 
 def stream(
@@ -79,7 +82,7 @@ def provenance(chosen: GrammarPrompts | FilePrompts | MixturePrompts, key: str =
 
 def read_file(path: str, setting: str) -> Iterator[Prompt]:
     """The prompts of a file or URL, in its order: the column `prompt`. `setting` names the file, for messages."""
-    plain = FilePrompts("file", path, None, None, "prompt", False, None, {}, 0, None)
+    plain = FilePrompts("file", path, None, None, None, "prompt", False, None, {}, 0, None)
     return _from_files(plain, 0, None, setting)
 
 
@@ -92,37 +95,52 @@ def _from_files(chosen: FilePrompts, seed: int, key: str | None, setting: str) -
     source = chosen.source or files[0].stem
     extra = [chosen.group_column] if chosen.group_column else []
     rng = np.random.default_rng([seed, 3, zlib.crc32(source.encode())]) if chosen.shuffle else None
-    wanted = Wanted(list(dict.fromkeys([chosen.column, *extra, *chosen.at_most])), chosen.records, setting, key, rng)
+    columns = list(dict.fromkeys([chosen.column, *extra, *chosen.at_most]))
+    settings = {name: f"{key}.{name}" for name in ("column", "records", "json_lists", "text_encoding") if key}
+    wanted = Wanted(columns, chosen.records, setting, settings, rng, chosen.text_encoding)
+    for file in files:
+        require_text_column(file, wanted)
     if rng is not None:
         files = [files[i] for i in rng.permutation(len(files))]
-    texts = (found for file in files for found in _texts(chosen, file, wanted))
-    if rng is not None:
-        texts = shuffled(texts, chosen.shuffle, rng)
-    for text, group, out in texts:
-        yield Prompt(text, source, group, out)
+    prompts = (prompt for file in files for prompt in _prompts(chosen, file, wanted, source))
+    yield from prompts if rng is None else shuffled(prompts, chosen.shuffle, rng)
 
 
-def _texts(chosen: FilePrompts, file: fetch.File, wanted: Wanted) -> Iterator[tuple[str, str, str]]:
-    """Each text of a file with its group and why it is left out."""
+def _prompts(chosen: FilePrompts, file: fetch.File, wanted: Wanted, source: str) -> Iterator[Prompt]:
+    """Prompts of a file; those that are left out come along, each with its reason."""
     for number, row in enumerate(rows(file, wanted), 1):
+        where = f"{file.name}, row {number}"
+        value = row[chosen.column]
         above = (f"{c} above {most:g}" for c, most in chosen.at_most.items() if _above(row, c, most, file.name, number))
         out = next(above, "")
-        group = row[chosen.group_column] if chosen.group_column else None
-        # a row left out may hold anything
-        json_lists = chosen.json_lists and not out
-        for text in _listed(row[chosen.column], json_lists, f"{file.name}, row {number}", wanted.key):
-            yield text, "" if group is None else str(group), out
+        if out:  # such a row may hold anything
+            for item in value if isinstance(value, list) else [value]:
+                yield Prompt(as_text(item) or "", source, "", out, where)
+            continue
+        group = read_label(row[chosen.group_column], chosen.group_column, where) if chosen.group_column else ""
+        captions = _captions(value, chosen, where, wanted)
+        for text in captions.texts:
+            yield Prompt(text, source, group)
+        for reason in captions.left_out:
+            yield Prompt("", source, group, reason, where)
 
 
-def _listed(value: Any, json_lists: bool, where: str, key: str | None) -> list[str]:
-    if json_lists:
-        try:
-            value = json.loads(value)
-        except (TypeError, json.JSONDecodeError):
-            value = None
-        if not isinstance(value, list):
-            raise UserError(f"{where}: not a JSON list of texts; if it is a plain text: {key}.json_lists=false")
-    return ["" if v is None else str(v) for v in (value if isinstance(value, list) else [value])]
+def _captions(value: Any, chosen: FilePrompts, where: str, wanted: Wanted) -> Captions:
+    hint = wanted.settings.get("column")
+    if not chosen.json_lists:
+        return read_captions(value, chosen.column, where, f"name another column: {hint}=…" if hint else "")
+    reason = reason_to_leave_out(value) or (EMPTY if as_text(value) == "" else "")
+    if reason:
+        return Captions((), (reason,))
+    try:
+        items = json.loads(as_text(value) or "")
+    except json.JSONDecodeError:
+        items = None
+    if not isinstance(items, list):
+        raise UserError(
+            f"{where}: not a JSON list of texts; if it is a plain text: {wanted.settings['json_lists']}=false"
+        )
+    return read_captions(items, chosen.column, where)
 
 
 def _above(row: Mapping[str, Any], column: str, most: float, file: str, number: int) -> bool:

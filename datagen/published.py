@@ -285,7 +285,7 @@ def _texts_of_archives(
 def _texts_of_tar(archive: Tar, name: str, suffix: str) -> pa.Table:
     """A row for each sample with a prompt and an image; the samples left out are counted in the schema's metadata."""
     rows: list[dict[str, Any]] = []
-    lost: Counter[str] = Counter()
+    lost = Counter(reason for _, reason in archive.left_out)
     for key, members in archive.samples.items():
         try:
             texts = {s: archive.read(m) for s, m in members.items() if s in (".txt", ".json")}

@@ -1,11 +1,13 @@
-"""Rows of a prompt file, whatever its kind, with the columns that are asked for: streamed, in bounded memory.
+"""Rows of a file of prompts, whatever its kind, with the columns that are asked for: streamed, in bounded memory.
 
 .txt .csv .tsv .jsonl (each also .gz) and .parquet are read piece by piece; a .json is read whole.
 """
 
 import csv
+import difflib
 import gzip
 import json
+import logging
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,9 +18,14 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from conf import UserError
-from datagen.fetch import File, first_line, text
+from datagen.captions import is_caption_type
+from datagen.fetch import File, first_line
+from datagen.text_encoding import open_text, refusal
+
+log = logging.getLogger(__name__)
 
 Rows = Iterator[Mapping[str, Any]]
+_SHOWN_COLUMNS = 20  # in a message
 
 
 @dataclass(frozen=True)
@@ -29,76 +36,114 @@ class Wanted:
     """.json: key of the list of rows; None where the file is that list."""
     setting: str
     """That names the file, such as `prompts.path`, for messages."""
-    key: str | None
-    """Settings that name columns and records, such as `prompts`; None where there are none."""
+    settings: Mapping[str, str]
+    """Full names of the settings `column`, `records`, `json_lists` and `text_encoding`, for messages; without those
+    that the command lacks."""
     rng: np.random.Generator | None
     """Permutes a parquet's row groups; None reads in the file's order."""
+    encoding: str | None = None
+    """Of a text file; None for UTF-8. A byte order mark overrules it."""
 
 
 def rows(file: File, wanted: Wanted) -> Rows:
     """
     Raises:
-        UserError: the file's kind is unknown, it is empty, damaged or not UTF-8, or lacks a column.
+        UserError: the file's kind is unknown, it is empty, damaged or in another text encoding, or lacks a column; its
+            column of prompts can hold no text; a quotation mark of a .csv is never closed.
     """
-    name = str(file.path) if file.member is None else f"{file.path}/{file.member}"
-    key = wanted.setting
     if file.suffix not in KINDS:
-        raise UserError(f"{key}: {name} is {file.suffix or 'without suffix'}; known: {', '.join(KINDS)}")
-    if file.path.stat().st_size == 0:
-        raise UserError(f"{key}: {name} is empty")
-    none = True
+        known = f"{file.suffix or 'without suffix'}; known: {', '.join(KINDS)}"
+        raise UserError(f"{wanted.setting}: {_name(file)} is {known}")
+    empty = True
+    for row in _read(file, wanted, _READERS[file.suffix]):
+        empty = False
+        yield row
+    if empty:
+        raise UserError(f"{wanted.setting}: {_name(file)} holds no prompt")
+
+
+def read_csv(path: Path, columns: Sequence[str], encoding: str | None = None) -> Iterator[Mapping[str, str]]:
+    """Rows of a .tsv, or of a .csv of whatever name, that must have `columns`; of the setting `csv`, for messages.
+
+    Raises:
+        UserError: as `rows`; a file without a row gives none.
+    """
+    reader = _READERS[".tsv" if path.suffix.lower() == ".tsv" else ".csv"]
+    wanted = Wanted(columns, None, "csv", {"text_encoding": "text_encoding"}, None, encoding)
+    return _read(File(path.name, path, None), wanted, reader)
+
+
+def _name(file: File) -> str:
+    return str(file.path) if file.member is None else f"{file.path}/{file.member}"
+
+
+def _read(file: File, wanted: Wanted, reader: "_Reader") -> Rows:
+    key, name = wanted.setting, _name(file)
     try:
-        with file.open() as raw:
-            for row in _READERS[file.suffix](raw, name, wanted):
-                none = False
-                yield row
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{key}: {name} is not UTF-8: byte 0x{error.object[error.start]:02x} ({error.reason}); "
-            f"convert it: iconv -f latin1 -t utf-8 {name}"
-        ) from error
+        if file.path.stat().st_size == 0:
+            raise UserError(f"{key}: {name} is empty")
+        try:
+            with file.open() as raw:
+                yield from reader(raw, name, wanted)
+        except UnicodeDecodeError as error:
+            with file.open() as raw:
+                raise refusal(raw, name, wanted.encoding, wanted.settings.get("text_encoding")) from error
     except (zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, EOFError) as error:
         raise _damaged(name, wanted, error) from error
     except OSError as error:
         raise UserError(f"{key}: {name} cannot be read: {error.strerror or error}") from error
-    if none:
-        raise UserError(f"{key}: {name} holds no prompt")
 
 
-def read_csv(path: Path, columns: Sequence[str]) -> Iterator[dict[str, str]]:
-    """Rows of a .csv or .tsv that must have `columns`."""
-    with path.open("rb") as raw:
-        separator = "\t" if path.suffix.lower() == ".tsv" else ","
-        yield from _csv(raw, str(path), Wanted(columns, None, "csv", None, None), separator)
+_Reader = Callable[[BinaryIO, str, Wanted], Rows]
 
 
 def _lines(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
     column, *others = wanted.columns
     if others:
         raise UserError(f"{wanted.setting}: the column {others[0]!r} is asked for, but a .txt such as {name} has none")
-    with text(raw) as lines:
+    with open_text(raw, name, wanted.encoding) as lines:
         for line in lines:
             if line.strip():
                 yield {column: line}
 
 
-def _csv(raw: BinaryIO, name: str, wanted: Wanted, separator: str) -> Iterator[dict[str, str]]:
-    with text(raw, newline="") as lines:
-        reader = csv.DictReader(lines, delimiter=separator)
-        _require(list(reader.fieldnames or []), name, wanted)
+def _csv(raw: BinaryIO, name: str, wanted: Wanted, separator: str, quoting: int) -> Rows:
+    """Rows of a .csv, whose quotation marks are checked, or of a .tsv, which has no quoting.
+
+    An open quotation mark makes the following rows one field. Where another one follows, or the file ends, the strict
+    reader refuses it; rows that hold line breaks within quotes are therefore counted in the log.
+    """
+    spanning, first_spanning = 0, 0
+    with open_text(raw, name, wanted.encoding, newline="") as lines:
+        reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+        begin = 1
         try:
-            for row in reader:
-                if None in row:
-                    raise UserError(
-                        f"{name}:{reader.line_num}: more fields than columns; quote a field that holds the separator"
-                    )
-                yield row
+            header = next(reader, [])
+            _require(header, name, wanted)
+            twice = [column for column in wanted.columns if header.count(column) > 1]
+            if twice:
+                raise UserError(f"{name} has several columns {twice[0]}; rename all but the one to read")
+            begin = reader.line_num + 1
+            for fields in reader:
+                if reader.line_num > begin:
+                    spanning, first_spanning = spanning + 1, first_spanning or begin
+                if len(fields) > len(header):
+                    remedy = "quote a field that holds the separator" if separator == "," else "a field holds no tab"
+                    raise UserError(f"{name}:{begin}: more fields than columns; {remedy}")
+                if fields:
+                    yield dict(zip(header, fields + [""] * (len(header) - len(fields)), strict=True))
+                begin = reader.line_num + 1
         except csv.Error as error:
-            raise UserError(f"{name}:{reader.line_num}: {error}; a quotation mark may be open") from error
+            remedy = "; a quotation mark may be open, or one within quotes not doubled" if separator == "," else ""
+            raise UserError(f"{name}:{begin}: {error}{remedy}") from error
+    if spanning:
+        log.info(
+            "%s: %s rows hold line breaks within quotes, the first from line %s", name, f"{spanning:,}", first_spanning
+        )
 
 
 def _jsonl(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
-    with text(raw) as lines:
+    with open_text(raw, name, wanted.encoding) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -111,18 +156,18 @@ def _jsonl(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
 
 def _json(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
     try:
-        with text(raw) as file:
+        with open_text(raw, name, wanted.encoding) as file:
             value = json.load(file)
     except json.JSONDecodeError as error:
         raise UserError(f"{name}:{error.lineno}: not JSON: {error.msg}") from error
     if wanted.records is not None:
         if not isinstance(value, dict) or wanted.records not in value:
             there = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
-            raise UserError(f"{wanted.key}.records={wanted.records}: {name} has no such key, but {there}")
+            raise UserError(f"{wanted.settings['records']}={wanted.records}: {name} has no such key, but {there}")
         value = value[wanted.records]
     if not isinstance(value, list):
         keys = f" with the keys {', '.join(value)}" if isinstance(value, dict) else ""
-        remedy = f"; name its list: {wanted.key}.records=…" if wanted.key else ""
+        remedy = f"; name its list: {wanted.settings['records']}=…" if "records" in wanted.settings else ""
         raise UserError(f"{name}: expected a list, got {type(value).__name__}{keys}{remedy}")
     for number, row in enumerate(value):
         yield _object(row, f"{name}[{number}]", wanted)
@@ -146,6 +191,7 @@ def _parquet(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
     except (pa.ArrowException, OSError) as error:
         raise _damaged(name, wanted, error) from error
     _require(file.schema_arrow.names, name, wanted)
+    _require_text(file.schema_arrow, name, wanted)
     groups = range(file.num_row_groups) if wanted.rng is None else wanted.rng.permutation(file.num_row_groups).tolist()
     columns = list(wanted.columns)
     try:
@@ -161,19 +207,50 @@ def _damaged(name: str, wanted: Wanted, error: Exception) -> UserError:
     return UserError(f"{wanted.setting}: {name} is damaged or cut off ({first_line(error)}); copy it again")
 
 
-def _require(present: list[str], where: str, wanted: Wanted) -> None:
+def _require(present: Sequence[str], where: str, wanted: Wanted) -> None:
     missing = [column for column in wanted.columns if column not in present]
     if missing:
-        lacks = f"{where} lacks the column {', '.join(missing)}; it has {', '.join(present) or 'none'}"
-        if wanted.key is None:
+        near = difflib.get_close_matches(missing[0], present)
+        known = ", ".join(present[:_SHOWN_COLUMNS]) + (", …" if len(present) > _SHOWN_COLUMNS else "")
+        lacks = f"{where} lacks the column {', '.join(missing)}; "
+        lacks += (f"near: {', '.join(near)}; " if near else "") + f"it has {known or 'none'}"
+        if "column" not in wanted.settings:
             raise UserError(f"{wanted.setting}: {lacks}; rename the column to {missing[0]}")
-        raise UserError(f"{lacks}. Name the right one: {wanted.key}.column=…")
+        raise UserError(f"{lacks}. Name the right one: {wanted.settings['column']}=…")
 
 
-_READERS: dict[str, Callable[[BinaryIO, str, Wanted], Rows]] = {
+def require_text_column(file: File, wanted: Wanted) -> None:
+    """Look at a .parquet's types alone, which takes no time, to refuse it before the files before it are read.
+
+    Raises:
+        UserError: the column of prompts is of numbers, objects or nested lists.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    if file.suffix == ".parquet" and file.member is None and file.path.suffix.lower() == ".parquet":
+        try:
+            schema = pq.read_schema(file.path)
+        except (pa.ArrowException, OSError):
+            return  # the reader says what is wrong with it
+        if not set(wanted.columns) - set(schema.names):
+            _require_text(schema, _name(file), wanted)
+
+
+def _require_text(schema: Any, name: str, wanted: Wanted) -> None:
+    column = wanted.columns[0] if wanted.columns else None
+    if column is not None and not is_caption_type(schema.field(column).type):
+        hint = wanted.settings.get("column")
+        raise UserError(
+            f"{name}: the column {column!r} is {schema.field(column).type}, not text or lists of texts"
+            + (f"; name another: {hint}=…" if hint else "")
+        )
+
+
+_READERS: dict[str, _Reader] = {
     ".txt": _lines,
-    ".csv": lambda raw, name, wanted: _csv(raw, name, wanted, ","),
-    ".tsv": lambda raw, name, wanted: _csv(raw, name, wanted, "\t"),
+    ".csv": lambda raw, name, wanted: _csv(raw, name, wanted, ",", csv.QUOTE_MINIMAL),
+    ".tsv": lambda raw, name, wanted: _csv(raw, name, wanted, "\t", csv.QUOTE_NONE),
     ".jsonl": _jsonl,
     ".json": _json,
     ".parquet": _parquet,

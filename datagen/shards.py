@@ -101,7 +101,6 @@ INDEX = pa.schema(
         ("crc32", pa.uint32()),
     ]
 )
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 FAULTY = "faulty"  # the split of pictures that no training and no validation takes
 LEFT_OUT = "left_out"  # the split of images that share too much with validation to be trained on; folds use them
 _MOST_MAPPED = 512  # tars; each holds a file descriptor, and a process has 1,024 by default

@@ -38,7 +38,7 @@ _SHOWN = 500  # pictures that graphs are checked on
 _TOLERANCE = 1e-5  # largest difference of a component
 _HALF_BOUND = 1e-3  # largest cosine distance that weights in fp16 may cost
 PROGRAM = (
-    *(f"models/{name}.py" for name in ("heads", "preprocess", "towers")),
+    *(f"models/{name}.py" for name in ("heads", "preprocess", "towers", "runtime/image_files")),
     *(f"models/bundle/{name}.py" for name in ("backends", "model", "inputs", "outputs", "work", "predict")),
 )
 """Files whose text predict.py is, in this order."""

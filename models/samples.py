@@ -7,6 +7,7 @@ One is held at a time: hundreds of large photographs would fill the memory.
 
 import logging
 import tarfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -14,10 +15,9 @@ import torch
 
 from conf import UserError
 from models.preprocess import BadImage, decode
+from models.runtime.image_files import IMAGE_SUFFIXES, why_not_image
 
 log = logging.getLogger(__name__)
-
-_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 def samples(folder: Path, most: int) -> Iterator[torch.Tensor]:
@@ -32,11 +32,15 @@ def samples(folder: Path, most: int) -> Iterator[torch.Tensor]:
     if not folder.is_dir():
         raise UserError(f"pictures: {folder} is no folder; name one that holds pictures or a dataset's shards")
     listed = sorted(path for path in folder.rglob("*") if path.is_file())
-    readers: list[Callable[[], bytes]] = [path.read_bytes for path in listed if path.suffix.lower() in _SUFFIXES]
+    reasons = {path: why_not_image(path.relative_to(folder).as_posix()) for path in listed}
+    readers: list[Callable[[], bytes]] = [path.read_bytes for path in listed if not reasons[path]]
     for path in (path for path in listed if path.suffix == ".tar"):
         readers += _in_tar(path)
+    others = Counter(reason for path, reason in reasons.items() if reason and path.suffix != ".tar")
+    if others:
+        log.info("%s: other files: %s", folder, ", ".join(f"{n:,} × {reason}" for reason, n in others.most_common()))
     if not readers:
-        raise UserError(f"pictures: no picture ({', '.join(_SUFFIXES)}) below {folder}, nor in tars there")
+        raise UserError(f"pictures: no picture ({', '.join(IMAGE_SUFFIXES)}) below {folder}, nor in tars there")
     return _decoded(
         [readers[i * len(readers) // most] for i in range(most)] if len(readers) > most else readers, folder
     )
@@ -60,7 +64,7 @@ def _in_tar(path: Path) -> list[Callable[[], bytes]]:
     members: list[tarfile.TarInfo] = []
     try:
         with tarfile.open(path, "r:") as tar:
-            members.extend(m for m in tar if m.isfile() and m.name.lower().endswith(_SUFFIXES))
+            members.extend(m for m in tar if m.isfile() and not why_not_image(m.name))
     except (OSError, tarfile.TarError) as error:
         log.warning("%s is damaged, and %d pictures before that are taken: %s", path, len(members), error)
 

@@ -13,10 +13,13 @@ OURS = ("benchmarks", "conf", "datagen", "models", "report", "tests", "train")
 PACKAGES = ("conf", "datagen", "models", "report", "train")  # what is shipped: tests and benchmarks are free
 MAY: dict[str, tuple[str, ...]] = {
     "conf": (),
-    "datagen": ("conf", "datagen", "report"),
+    "datagen": ("conf", "datagen", "models.runtime", "report"),
     "models": ("conf", "models"),
     "report": ("conf", "report"),
-    "train": ("conf", "models", "datagen.shards", "datagen.splits", "datagen.targets", "report", "train"),
+    "train": (
+        *("conf", "models", "report", "train", "datagen.shards", "datagen.splits", "datagen.targets"),
+        *("datagen.captions", "datagen.fetch", "datagen.rows"),  # files of prompts
+    ),
 }
 ONLY: dict[str, tuple[str, ...]] = {
     "hydra": ("conf/__init__.py",),
@@ -121,6 +124,14 @@ def test_the_bundles_program_needs_only_what_export_copies_into_it() -> None:
         found = {name for name in imports(ROOT / place) if name.partition(".")[0] in OURS}
         assert found <= set(carried), place
     assert not [name for name in imports(ROOT / "models/bundle/im2emb.py") if name.partition(".")[0] in OURS]
+
+
+def test_models_runtime_is_a_leaf_that_loads_no_torch() -> None:
+    assert not (ROOT / "models/__init__.py").read_text()
+    for path in (ROOT / "models/runtime").glob("*.py"):
+        wrong = [n for n in imports(path) if n.partition(".")[0] in OURS and not within(n, ("models.runtime",))]
+        assert not wrong, path
+        assert not [name for name in imports(path) if name.partition(".")[0] in ("torch", "numpy", "PIL")], path
 
 
 def test_no_machine_paths_and_no_registry_hosts() -> None:

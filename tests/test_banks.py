@@ -56,6 +56,10 @@ def write(path: Path, texts: Sequence[str | None], column: str = "prompt") -> Pa
         path.write_text("".join(f"{text}\n" for text in texts), encoding="utf-8")
     elif path.suffix == ".parquet":
         pq.write_table(table, path, row_group_size=2)
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in table.to_pylist()), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(table.to_pylist()), encoding="utf-8")
     else:
         tabs = path.suffix == ".tsv"
         quoting = "none" if tabs else "needed"
@@ -280,15 +284,15 @@ def test_all_that_is_wrong_with_the_places_is_told_at_once(tmp_path: Path, data:
         tmp_path / "gone.txt": "cannot be read: No such file or directory",
         tmp_path / "folder.txt": "cannot be read: Is a directory",
         tmp_path / "nowhere": "no dataset at",
-        latin: "not UTF-8: byte 0xe9; convert it: iconv",
-        damaged: "damaged, or not what its name says",
-        cut: "damaged, or not what its name says",
-        bad_bytes: "damaged, or not what its name says",
-        tmp_path / "ragged.csv": "damaged, or not what its name says",
+        latin: "not UTF-8: line 1 cannot be decoded. Likely cp1252 (Western Europe), which reads 'café'",
+        damaged: "is no parquet file",
+        cut: "is damaged or cut off",
+        bad_bytes: "not UTF-8: line 2 cannot be decoded. Likely cp1252",
+        tmp_path / "ragged.csv": "ragged.csv:3: more fields than columns",
         tmp_path / "lists.parquet": "the column 'prompt' is list<element: int64>, not text",
-        wrong_csv: "lacks the column 'prompt'; near: prompts; it has id, prompts. Name the right one: column=…",
-        empty: "holds no prompt; a bank needs one at least",
-        write(tmp_path / "blank.txt", ["", "  "]): "holds no prompt; a bank needs one at least",
+        wrong_csv: "lacks the column prompt; near: prompts; it has id, prompts. Name the right one: column=…",
+        empty: "empty.csv is empty",
+        write(tmp_path / "blank.txt", ["", "  "]): "holds no prompt",
         write(tmp_path / "none.parquet", [None]): "holds no prompt; a bank needs one at least",
         data: "no vectors of all-MiniLM-L6-v2",
     }

@@ -82,6 +82,12 @@ def test_pictures_are_found_to_the_bottom_in_the_order_of_their_ids(images: Path
     assert found.ids == ["A", "b", "c", "gone", "z"]
     assert found.paths == ["A.jpg", "a/deeper/b.WebP", "a/c.JPEG", "gone.png", "z.png"]
     assert found.rows == [0, 1, 2, 3, 4]
+    assert found.other_files == [
+        (".png", "no suffix"),
+        ("a/notes.txt", "suffix .txt"),
+        ("a/x.png.txt", "suffix .txt"),
+        ("pipe.png", "not a regular file"),
+    ]
     assert task(images, True, None, E).ids == ["A.jpg", "a/c.JPEG", "a/deeper/b.WebP", "gone.png", "z.png"]
 
 
@@ -188,7 +194,7 @@ def lines(count: int = len(NAMES)) -> list[Line]:
 
 
 def written(out: Path, kind: str, made: list[Line], unread: list[tuple[str, str, str]]) -> None:
-    outputs.write_output(out, kind, iter(made), len(made), E, unread, out.parent)
+    outputs.write_output(out, kind, iter(made), len(made), E, unread, [], out.parent)
 
 
 def test_the_csv_is_what_pythons_own_writer_makes_of_it(tmp_path: Path) -> None:
@@ -564,7 +570,7 @@ def test_rows_are_right_whatever_lies_in_the_folder(made: tuple[Path, Regressor]
     ("arguments", "code", "said"),
     [
         (["--images", "nowhere"], 1, "error: no folder nowhere"),
-        (["--images", "empty"], 1, "error: no picture (.jpeg, .jpg, .png, .webp) in empty"),
+        (["--images", "empty"], 1, ".avif) in empty; it is empty"),
         (
             ["--images", "images", "--out", "no/s.csv"],
             1,

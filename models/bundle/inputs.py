@@ -6,14 +6,15 @@ import itertools
 import json
 import os
 import stat
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 from models.bundle.model import BundleError
+from models.runtime.image_files import IMAGE_SUFFIXES, why_not_image
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 HEADER = ["imgId_eId", "val"]
 
 _SHOWN = 5  # of a list, in a message
@@ -34,6 +35,8 @@ class Task:
     """Pictures whose id the sample does not ask for."""
     sha256: str
     """Of paths, ids, sizes and times of the pictures."""
+    other_files: list[tuple[str, str]]
+    """Path below `folder`, and why it is not read, of each other file there."""
 
 
 def task(folder: Path, by_path: bool, sample: Path | None, width: int) -> Task:
@@ -46,9 +49,11 @@ def task(folder: Path, by_path: bool, sample: Path | None, width: int) -> Task:
     Raises:
         BundleError: there is no picture, two have one id, or `sample` is not of that form.
     """
-    found = sorted((path if by_path else PurePosixPath(path).stem, path, *about) for path, *about in _pictures(folder))
+    others: list[tuple[str, str]] = []
+    pictures = _pictures(folder, others)
+    found = sorted((path if by_path else PurePosixPath(path).stem, path, *about) for path, *about in pictures)
     if not found:
-        raise BundleError(f"no picture ({', '.join(SUFFIXES)}) in {folder}")
+        raise BundleError(f"no picture ({', '.join(IMAGE_SUFFIXES)}) in {folder}; {by_reason(others) or 'it is empty'}")
     count, first = len(found), found[0][0]
     ids: list[str] = []
     if sample:
@@ -70,7 +75,8 @@ def task(folder: Path, by_path: bool, sample: Path | None, width: int) -> Task:
         rows = [row.get(name, -1) for name in ids]
     else:
         ids, rows = [entry[0] for entry in found], list(range(len(found)))
-    return Task(folder, [entry[1] for entry in found], ids, rows, count - len(found), sha256.hexdigest())
+    paths = [entry[1] for entry in found]
+    return Task(folder, paths, ids, rows, count - len(found), sha256.hexdigest(), sorted(others))
 
 
 def shown(items: list[str]) -> str:
@@ -79,24 +85,34 @@ def shown(items: list[str]) -> str:
     return ", ".join(items[:_SHOWN]) + more
 
 
-def _pictures(folder: Path) -> Iterator[tuple[str, int, int]]:
-    """Path below `folder`, bytes and time of each; -1 where a link leads nowhere."""
+def by_reason(others: list[tuple[str, str]]) -> str:
+    """How many files are not read, by the reason."""
+    counts = Counter(reason for _, reason in others).most_common()
+    return ", ".join(f"{count:,} × {reason}" for reason, count in counts)
+
+
+def _pictures(folder: Path, others: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
+    """Path below `folder`, bytes and time of each, -1 where a link leads nowhere; adds all other files to `others`."""
     if not folder.is_dir():
         raise BundleError(f"no folder {folder}")
     for place, names in _folders(folder):
         for name in names:
-            if not name.lower().endswith(SUFFIXES) or name.lower() in SUFFIXES:
-                continue
             path = Path(place, name)
+            below = path.relative_to(folder).as_posix()
+            reason = why_not_image(below)
+            if reason:
+                others.append((below, reason))
+                continue
             size = time = -1
             try:
                 about = path.stat()
                 if not stat.S_ISREG(about.st_mode):
-                    continue  # a pipe: reading it would wait for ever
+                    others.append((below, "not a regular file"))  # reading a pipe would wait for ever
+                    continue
                 size, time = about.st_size, about.st_mtime_ns
             except OSError:
                 pass  # it is unreadable, as the reader will find
-            yield path.relative_to(folder).as_posix(), size, time
+            yield below, size, time
 
 
 def _folders(top: Path) -> Iterator[tuple[str, list[str]]]:

@@ -53,6 +53,7 @@ def write_output(
     count: int,
     width: int,
     unread: Sequence[tuple[str, str, str]],
+    skipped: Sequence[tuple[str, str]],
     room: Path,
 ) -> None:
     """Writes `out` and the lists beside it, whole or not at all.
@@ -61,27 +62,37 @@ def write_output(
         kind: one of `FORMATS`.
         lines: `count` of them.
         unread: id, path and reason of each line with the mean vector, for `OUT.unreadable.csv`.
+        skipped: path and reason of each file that is not read, for `OUT.skipped.csv`.
         room: a folder on the disk of `out`, for files in the making.
 
     Raises:
         OSError: the disk is full or refuses; what was there before is there still.
     """
-    beside, names = unreadable_list(out), out.with_name(f"{out.stem}.ids.csv")
-    with _replacing([*[beside] * bool(unread), *[names] * (kind == "npy"), out], room) as files:
-        if unread:
-            _rows(files[beside], [("id", "path", "reason"), *unread])
+    lists: dict[Path, list[tuple[str, ...]]] = {}
+    if unread:
+        lists[unreadable_list(out)] = [("id", "path", "reason"), *unread]
+    if skipped:
+        lists[skipped_list(out)] = [("path", "reason"), *skipped]
+    names = out.with_name(f"{out.stem}.ids.csv")
+    with _replacing([*lists, *[names] * (kind == "npy"), out], room) as files:
+        for path, rows in lists.items():
+            _rows(files[path], rows)
         if kind == "csv":
             _write_csv(files[out], lines, width)
         elif kind == "npy":
             _write_npy(files[out], files[names], lines, count, width)
         else:
             _write_parquet(files[out], lines, width)
-    if not unread:
-        beside.unlink(missing_ok=True)
+    for path in {unreadable_list(out), skipped_list(out)} - lists.keys():
+        path.unlink(missing_ok=True)
 
 
 def unreadable_list(out: Path) -> Path:
     return out.with_name(f"{out.stem}.unreadable.csv")
+
+
+def skipped_list(out: Path) -> Path:
+    return out.with_name(f"{out.stem}.skipped.csv")
 
 
 def seconds_to_write(kind: str, count: int, width: int) -> float:

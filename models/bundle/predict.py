@@ -6,10 +6,10 @@
 
 The file belongs beside config.json and the weights, as python -m models.export writes them. Each picture gives E rows
 `<imgId>_<0…E-1>,val`. One that cannot be read gets the mean vector of the training targets, and is listed in
-OUT.unreadable.csv. What is done is kept in OUT.part/ until all is: after Ctrl-C, a crash or a full disk the same
-command goes on, to the same bytes. Exit codes: 0, OUT is written; 1, an error; 2, wrong arguments; 130 or 143, ended
-by a signal. With --time-limit OUT is written by then whatever happens, but for wrong arguments, wrong input and a full
-disk; all that was not reached has mean vectors.
+OUT.unreadable.csv; files of other suffixes are listed in OUT.skipped.csv. What is done is kept in OUT.part/ until all
+is: after Ctrl-C, a crash or a full disk the same command goes on, to the same bytes. Exit codes: 0, OUT is written; 1,
+an error; 2, wrong arguments; 130 or 143, ended by a signal. With --time-limit OUT is written by then whatever happens,
+but for wrong arguments, wrong input and a full disk; all that was not reached has mean vectors.
 """
 
 import argparse
@@ -26,9 +26,17 @@ from typing import Any
 
 import numpy as np
 
-from models.bundle.inputs import Task, shown, task
+from models.bundle.inputs import Task, by_reason, shown, task
 from models.bundle.model import BACKENDS, PRECISIONS, BundleError, mean_vector, read_config, sizes_of
-from models.bundle.outputs import FORMATS, Line, check_format, seconds_to_write, unreadable_list, write_output
+from models.bundle.outputs import (
+    FORMATS,
+    Line,
+    check_format,
+    seconds_to_write,
+    skipped_list,
+    unreadable_list,
+    write_output,
+)
 from models.bundle.work import (
     CHILD,
     DONE,
@@ -317,7 +325,8 @@ def _written(options: argparse.Namespace, asked: Task, part: Part, mean_E: np.nd
     listed = unread + [(name, "", "no picture has this id") for name in missing]
     listed += [(name, asked.paths[row], "not reached") for name, row in not_reached]
     try:
-        write_output(options.out, options.format, lines(), len(pairs), len(mean_E), listed, part.folder)
+        skipped = asked.other_files
+        write_output(options.out, options.format, lines(), len(pairs), len(mean_E), listed, skipped, part.folder)
     except OSError as error:
         raise DiskError(f"{options.out}: {error.strerror or error}") from error
     return _Outcome(unread, missing, len(not_reached))
@@ -338,6 +347,8 @@ def _sum_up(options: argparse.Namespace, asked: Task, progress: Progress, outcom
         _tell(f"{len(outcome.missing):,} ids have no picture and get the mean vector: {shown(outcome.missing)}")
     if asked.left_out:
         _tell(f"{asked.left_out:,} pictures are left out: {options.sample_submission} does not ask for them")
+    if asked.other_files:
+        _tell(f"files that are not read, as {skipped_list(options.out)} lists: {by_reason(asked.other_files)}")
     if progress.again_in_fp32:
         _tell(f"{progress.again_in_fp32:,} batches were computed again in fp32: {facts['precision']} was not finite")
     if outcome.not_reached:

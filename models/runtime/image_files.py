@@ -1,0 +1,30 @@
+"""Which files are images, by their names: the one list of suffixes, for every command and the bundle's program.
+
+why_not_image("a.JPG") == ""        why_not_image("a.heic") == "suffix .heic"        why_not_image("._a.jpg")
+"""
+
+import re
+
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp"),
+    *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif"),  # Pillow's wheels read AVIF from 11.3 on
+)
+"""Suffixes, in small letters, of the files that `decode` reads; tests/test_image_files.py decodes one of each."""
+
+_SYSTEM_FILE = re.compile(r"(?:^|.*/)(?:__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)", re.IGNORECASE)
+
+
+def suffix_of(path: str) -> str:
+    """The last suffix in small letters, with its dot; "" for a name without one, such as `README` or `.png`."""
+    stem, dot, suffix = path.rpartition("/")[2].rpartition(".")
+    return f"{dot}{suffix}".lower() if stem.strip(".") else ""
+
+
+def why_not_image(path: str) -> str:
+    """ "" for the path of an image; else why it is none: a system file, its suffix, or that it has no suffix."""
+    if _SYSTEM_FILE.fullmatch(path):
+        return "system file"
+    suffix = suffix_of(path)
+    if suffix in IMAGE_SUFFIXES:
+        return ""
+    return f"suffix {suffix}" if suffix else "no suffix"
