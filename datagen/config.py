@@ -478,9 +478,13 @@ class IndexSettings:
 
     def unused(self) -> dict[str, str]:
         if self.split_column is None:
-            return _unused_threshold(self.split)
-        why = f"with split_column={self.split_column}, which holds each image's split"
-        return dict.fromkeys(("split.share", "split.threshold", "seed"), why)
+            found = _unused_threshold(self.split)
+        else:
+            why = f"with split_column={self.split_column}, which holds each image's split"
+            found = dict.fromkeys(("split.share", "split.threshold", "seed"), why)
+        if self.tars is not None and self.prompt_column is not None:
+            found["text_encoding"] = f"with prompt_column={self.prompt_column}: a .json has its own encoding"
+        return found
 
 
 @dataclass(frozen=True)
