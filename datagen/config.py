@@ -477,11 +477,10 @@ class IndexSettings:
         return found
 
     def unused(self) -> dict[str, str]:
-        if self.split_column is None:
-            found = _unused_threshold(self.split)
-        else:
-            why = f"with split_column={self.split_column}, which holds each image's split"
-            found = dict.fromkeys(("split.share", "split.threshold", "seed"), why)
+        found = _unused_threshold(self.split) if self.split_column is None else {}
+        if self.split_column is not None:
+            for name in ("split.share", "split.threshold", "seed"):
+                found[name] = f"with split_column={self.split_column}, which holds each image's split"
         if self.tars is not None and self.prompt_column is not None:
             found["text_encoding"] = f"with prompt_column={self.prompt_column}: a .json has its own encoding"
         return found

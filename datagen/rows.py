@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
@@ -107,7 +107,7 @@ def _lines(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
                 yield {column: line}
 
 
-def _csv(raw: BinaryIO, name: str, wanted: Wanted, separator: str, quoting: int) -> Rows:
+def _csv(raw: BinaryIO, name: str, wanted: Wanted, separator: str, quoting: Literal[0, 3]) -> Rows:
     """Rows of a .csv, whose quotation marks are checked, or of a .tsv, which has no quoting.
 
     An open quotation mark makes the following rows one field. Where another one follows, or the file ends, the strict

@@ -89,9 +89,8 @@ def encoding_problem(encoding: str | None, setting: str) -> list[str]:
     try:
         "".encode(encoding or "utf-8")
     except LookupError:
-        return [
-            f"{setting}: {encoding} is no encoding of text that Python knows, such as {', '.join(list(_COMMON)[:4])}"
-        ]
+        known = ", ".join(list(_COMMON)[:4])
+        return [f"{setting}: {encoding} is not a text encoding; known are utf-16, {known} and others"]
     return []
 
 

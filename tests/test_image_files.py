@@ -21,7 +21,7 @@ def test_every_suffix_is_decoded(suffix: str) -> None:
         pytest.skip("this Pillow reads no AVIF")
     assert Image.registered_extensions()[suffix] in (FORMATS[suffix], "BMP")
     data = io.BytesIO()
-    ramp_HWC = np.stack([np.tile(np.arange(0, 240, 10, np.uint8), (16, 1))] * 3, 2)
+    ramp_HWC = np.stack([np.tile(np.arange(24, dtype=np.uint8) * 10, (16, 1))] * 3, 2)
     Image.fromarray(ramp_HWC).save(data, FORMATS[suffix])
     image_CHW = decode(data.getvalue()).numpy()
     assert image_CHW.shape == (3, 16, 24)

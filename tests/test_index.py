@@ -269,6 +269,7 @@ def test_webdatasets_own_tars(tmp_path: Path) -> None:
     assert sorted(log(tmp_path / "data")) == [
         ("no-picture", "sample without a picture"),
         ("no-prompt", "sample without a prompt"),
+        ("two.seg.png", "further image of a sample"),
     ]
     assert verify(tmp_path / "data") == []
 
