@@ -197,6 +197,15 @@ def written(out: Path, kind: str, made: list[Line], unread: list[tuple[str, str,
     outputs.write_output(out, kind, iter(made), len(made), E, unread, [], out.parent)
 
 
+def test_files_that_are_not_read_are_listed_beside_the_output(tmp_path: Path) -> None:
+    skipped = [("a/b.heic", "suffix .heic"), ("c, d", "no suffix")]
+    outputs.write_output(tmp_path / "s.csv", "csv", iter(lines()), len(NAMES), E, [], skipped, tmp_path)
+    with (tmp_path / "s.skipped.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["path", "reason"], *map(list, skipped)]
+    written(tmp_path / "s.csv", "csv", lines(), [])
+    assert [p.name for p in tmp_path.iterdir()] == ["s.csv"]
+
+
 def test_the_csv_is_what_pythons_own_writer_makes_of_it(tmp_path: Path) -> None:
     written(tmp_path / "s.csv", "csv", lines(), [])
     expected = io.StringIO()
