@@ -23,14 +23,13 @@ from datagen.curate import side_of_group
 from datagen.foreign import ForeignImage
 from datagen.near import Bank, Rows
 from datagen.normal_form import form_hash
-from datagen.shards import LEFT_OUT
+from datagen.shards import LEFT_OUT, content_hash
 from datagen.splits import (
     SHARED,
     TRAIN,
     VAL,
     ImageLinks,
     Leakage,
-    content_hash,
     divide,
     leakage,
     require_no_leakage,

@@ -40,7 +40,7 @@ from datagen.foreign import NO_PROMPT, read_sample
 from datagen.normal_form import normal_form
 from datagen.plan import differences, recorded_settings
 from datagen.prompts import Prompt
-from datagen.splits import content_hash, leakage, plan_leakage
+from datagen.splits import leakage, plan_leakage
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ def publish(chosen: PublishedSettings) -> None:
 def _log_equal_images(dataset: shards.Dataset) -> None:
     """Warn of image bytes in both splits: the plan divides prompts, before any image is read."""
     names, split_of = dataset.split_codes()
-    contents = content_hash(dataset.checksums, dataset.sizes)
+    contents = dataset.content_ids
     split_n = [names[code] for code in split_of.tolist()]
     for pair, counts in leakage(split_n, np.arange(len(dataset)), dataset.prompt_hashes(), contents).items():
         if counts["images"]:

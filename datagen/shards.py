@@ -50,8 +50,10 @@ __all__ = [
     "Dataset",
     "cache_folder",
     "committed",
+    "content_hash",
     "encoders",
     "free_bytes",
+    "hash_prompts",
     "index_foreign",
     "is_dataset",
     "is_plan",
@@ -465,9 +467,9 @@ class Dataset:
         return self._crcs
 
     @property
-    def sizes(self) -> NDArray[np.int64]:
-        """Bytes of each encoded image, [len]."""
-        return self._sizes
+    def content_ids(self) -> NDArray[np.int64]:
+        """A number for each image's bytes, [len], as `content_hash` gives it. No image is read."""
+        return content_hash(self._crcs, self._sizes)
 
     def captions(self, i: int) -> range:
         """Index rows of picture `i`."""
@@ -485,6 +487,11 @@ class Dataset:
         return self._prompt_ids[self._row_starts[i] : self._row_starts[i + 1]]
 
     @property
+    def caption_prompt_ids(self) -> NDArray[np.int64]:
+        """The prompt_id of each index row; index rows of one id have the same text."""
+        return self._prompt_ids
+
+    @property
     def caption_starts(self) -> NDArray[np.int64]:
         """The first index row of each picture, and the number of rows at the end: [len + 1]."""
         return self._row_starts
@@ -496,7 +503,7 @@ class Dataset:
         with pq.ParquetFile(self._files.path("prompts.parquet")) as plan:
             for batch in plan.iter_batches(columns=["prompt_id", "prompt"]):
                 texts = batch["prompt"].dictionary_encode()  # a prompt's several pictures lie side by side
-                known = np.fromiter(map(form_hash, texts.dictionary.to_pylist()), np.int64, len(texts.dictionary))
+                known = hash_prompts(texts.dictionary.to_pylist())
                 ids.append(batch["prompt_id"].to_numpy())
                 hashes.append(known[texts.indices.to_numpy()])
         all_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
@@ -839,6 +846,16 @@ def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str],
     """The distinct values of a column, and each row's number among them."""
     encoded = column.combine_chunks().dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()[rows]
+
+
+def content_hash(crc32: NDArray[np.integer], size: NDArray[np.integer]) -> NDArray[np.int64]:
+    """A number for each image's bytes, from their crc32 and their count: [n]."""
+    return (crc32.astype(np.int64) << 32) ^ size.astype(np.int64)
+
+
+def hash_prompts(prompts: Sequence[str]) -> NDArray[np.int64]:
+    """A number for each prompt that follows from its normal form alone, as `Dataset.prompt_hashes` gives it."""
+    return np.fromiter(map(form_hash, prompts), np.int64, len(prompts))
 
 
 def _text_hash(text: str) -> int:

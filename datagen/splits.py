@@ -43,7 +43,7 @@ class ImageLinks:
     prompt_l: Ints
     """Hash of its prompt's normal form (`datagen.normal_form.form_hash`)."""
     content_n: Ints
-    """Hash of each image's bytes (`content_hash`)."""
+    """Hash of each image's bytes (`datagen.shards.content_hash`)."""
 
     def groups(self, *others: tuple[Ints, Ints]) -> Ints:
         """The number of each image's group, 0 … c − 1: [n].
@@ -88,11 +88,6 @@ class Division:
     groups: int
     largest: int
     """Images of the largest group."""
-
-
-def content_hash(crc32: NDArray[np.integer], size: NDArray[np.integer]) -> Ints:
-    """A number for each image's bytes, from their crc32 and their count: [n]."""
-    return (crc32.astype(np.int64) << 32) ^ size.astype(np.int64)
 
 
 def giant_groups(group_n: Ints) -> Mask:

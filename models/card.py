@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from conf import UserError
+from models.leakage import Leakage
 
 TITLE = (6, 50)  # characters; these are the bounds of Kaggle's own client
 SLUG = (6, 50)
@@ -80,11 +81,13 @@ _LIMITS = """\
 - A picture is resized by its shorter side and its centre is kept: what lies at the ends of a strip is not seen.
 - One of more than 100 million pixels, or that cannot be decoded, gets the mean vector of the training targets.
 - Half precision, graphs and other releases of torch and timm change the last digits. Written with {versions}."""
-_JUDGED = """\
+_HELD_OUT = """\
 The score is of held-out pictures from the same source as the training pictures. Photographs, and pictures of other
   generators and prompts, are another matter: measure on some of your own."""
-_NOT_JUDGED = """\
+_NOT_HELD_OUT = """\
 No score on held-out pictures is known: measure on some of your own."""
+_PARTLY_HELD_OUT = """\
+Not every score above is of held-out pictures: measure on some of your own."""
 _NO_LICENCE = """\
 **The weights: nobody has said yet.** It depends on the weights that the backbone began from and on the training
 pictures and prompts, which the program that wrote this cannot judge. Whoever publishes them says so:
@@ -266,7 +269,9 @@ def _body(config: Mapping[str, Any], told: Told) -> str:
 
     versions = ", ".join(f"{name} {version}" for name, version in sorted(config["versions"].items()))
     packages = _listed(["torch", *wanted({"members": config["members"]})])
-    known = any(_score(facts) for facts in (config["facts"], *(member["facts"] for member in config["members"])))
+    scores = [_score(facts) for facts in (config["facts"], *(member["facts"] for member in config["members"]))]
+    held_out = [_held_out(score) for score in scores if score is not None]
+    judged = _HELD_OUT if held_out and all(held_out) else _PARTLY_HELD_OUT if any(held_out) else _NOT_HELD_OUT
     parts = [
         [f"# {_title(config, told)}", *_opening(config, told)],
         [_USE.format(width=config["target_width"], encoder=_encoder(config), packages=packages)],
@@ -275,7 +280,7 @@ def _body(config: Mapping[str, Any], told: Told) -> str:
         _recipes(config, told),
         _graphs(config),
         _files(told),
-        [_LIMITS.format(versions=versions, judged=_JUDGED if known else _NOT_JUDGED)],
+        [_LIMITS.format(versions=versions, judged=judged)],
         _licence(told),
     ]
     return "\n\n".join("\n\n".join(part) for part in parts if part) + "\n"
@@ -297,12 +302,14 @@ def _opening(config: Mapping[str, Any], told: Told) -> list[str]:
     facts = members[0]["facts"] if len(members) == 1 else config["facts"]
     score = _score(facts)
     if score is not None:
-        pictures = f"{score['images']:,} held-out pictures" if score["images"] else "held-out pictures"
+        pictures = "held-out pictures" if _held_out(score) else "pictures"
+        pictures = f"{score['images']:,} {pictures}" if score["images"] else pictures
         how = f", weights of the blend by {facts['folds']}-fold cross-validation" if facts.get("folds") else ""
         if len(members) == 1 and (members[0]["flip"] or members[0]["sizes"] != [members[0]["size"]]):
             how = f", of one view at {members[0]['size']} px each"
         interval = f"{score['low']:.3f} – {score['high']:.3f}"
         found.append(f"Mean cosine on {pictures}: **{score['mean']:.3f}**, 95 % interval {interval}{how}.")
+        found.append(_overlap(score["leakage"]))
     if identity := config.get("encoder_identity"):
         found.append(_text_encoder(identity))
     if told.author:
@@ -328,7 +335,28 @@ def _score(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     score = facts.get("score")
     if not score or any(score.get(key) is None for key in ("mean", "low", "high")):
         return None
-    return {key: score[key] for key in ("mean", "low", "high")} | {"images": score.get("images", facts.get("images"))}
+    try:
+        leakage = Leakage.from_json(score.get("leakage"))
+    except ValueError:  # of an older version, which did not count
+        leakage = None
+    images = score.get("images", facts.get("images"))
+    return {key: score[key] for key in ("mean", "low", "high")} | {"images": images, "leakage": leakage}
+
+
+def _held_out(score: Mapping[str, Any]) -> bool:
+    return score["leakage"] is not None and score["leakage"].held_out
+
+
+def _overlap(leakage: Leakage | None) -> str:
+    """What the evaluated images share with training, in a sentence or two."""
+    if leakage is None or leakage.affected is None:
+        return "Leakage: whether these images or their prompts occur in training is not known."
+    sentence = f"Leakage, images and prompts shared with training: {leakage.counts_text()}."
+    if not leakage.is_known:
+        sentence += " More may be shared: not all training images are known."
+    if leakage.clean:
+        sentence += f" Mean cosine on the other {leakage.clean['images']:,}: {leakage.clean['mean']:.3f}."
+    return sentence
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -345,10 +373,11 @@ def _models(config: Mapping[str, Any]) -> list[str]:
     rows = []
     for member in config["members"]:
         score = _score(member["facts"])
-        judged = ["–", "–", "–"]
+        judged = ["–", "–", "–", "–"]
         if score is not None:
             count = f"{score['images']:,}" if score["images"] else "–"
-            judged = [f"{score['mean']:.3f}", f"{score['low']:.3f} – {score['high']:.3f}", count]
+            leakage = "not known" if score["leakage"] is None else score["leakage"].short()
+            judged = [f"{score['mean']:.3f}", f"{score['low']:.3f} – {score['high']:.3f}", count, leakage]
         sizes = ", ".join(str(size) for size in member["sizes"])
         views = [sizes, "yes" if member["flip"] else "no", f"{member['weight']:.3f}"]
         rows.append([member["name"], f"`{member['backbone']}`", member["head"], *views, *judged])
@@ -362,6 +391,7 @@ def _models(config: Mapping[str, Any]) -> list[str]:
         "mean cosine",
         "95 % interval",
         "pictures",
+        "leakage",
     )
     found = ["## Models", _table(heads, rows)]
     began = []
@@ -428,7 +458,7 @@ def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
             f"{value('precision', 'fp32')}{at}"
         )
     if value("fold"):
-        lines.append(f"fold {value('fold')} of the prompts held out")
+        lines.append(f"validated on fold {value('fold')} of the prompts")
     if value("model.backbone"):
         lines.append(_tuned(value))
     if value("loss"):

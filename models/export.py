@@ -352,6 +352,9 @@ def _told(facts: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: facts[key] for key in _FACTS if key in facts}
     for key in found.keys() & {"dataset", "datasets"}:
         found[key] = [{**each, "path": Path(each["path"]).name} for each in found[key]]
+    leakage = (facts.get("score") or {}).get("leakage")
+    if leakage and leakage.get("unknown"):
+        found["score"] = {**facts["score"], "leakage": {**leakage, "unknown": ["some training images"]}}
     if "weights" in facts:
         found["weights"] = facts["weights"] if facts["weights"] in ("pretrained", "random") else "file"
     return found

@@ -14,8 +14,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from datagen.shards import Dataset
+from models.leakage import NEAR, Leakage
 from models.metrics import bins, compare, cosines, recall
 from tests import small_dataset
+from train.judged import FORMAT
 
 
 def at(datasets: Sequence[Dataset], cosine_N: ArrayLike, seed: int = 0) -> NDArray[np.float32]:
@@ -39,8 +41,12 @@ def write(
     skipped: Sequence[Mapping[str, str]] = (),
     ensemble: Mapping[str, Any] | None = None,
     main: str = "regressor",
+    leakage: Mapping[str, Leakage] | None = None,
 ) -> Path:
-    """Writes the folder and returns it. Every third picture's prompt is said to be of coco, the others of lexica."""
+    """Writes the folder and returns it. Every third picture's prompt is said to be of coco, the others of lexica.
+
+    An embedder has no leakage, unless `leakage` says otherwise.
+    """
     places = [(dataset, int(row)) for dataset in datasets for row in dataset.rows("val")]
     targets = [dataset.targets(row) for dataset, row in places]
     keys = [dataset.key(row) for dataset, row in places]
@@ -60,7 +66,13 @@ def write(
     owner = np.repeat(np.arange(len(targets)), [len(t) for t in targets])
     own = [np.flatnonzero(owner == n).tolist() for n in range(len(targets))]
     by_source = _groups(scores, {name: source_N == name for name in ("coco", "lexica")})
+    none = dict.fromkeys(vectors, Leakage(len(keys), 0, 0, 0, 0))
     info = {
+        "format": FORMAT,
+        "leakage": {
+            "cosine": NEAR,
+            "embedders": {name: own.to_json() for name, own in {**none, **(leakage or {})}.items()},
+        },
         "datasets": [{"path": str(d.root), "sha256": d.fingerprint(), "images": len(d.rows("val"))} for d in datasets],
         "split": "val",
         "encoder": datasets[0].encoder or small_dataset.ENCODER,

@@ -26,6 +26,8 @@ class Row:
     split: str = "train"
     source: str = "made"
     group: str = ""
+    image: str | None = None
+    """As `small_dataset.picture` draws it, equal texts being equal bytes; None: colours of its own."""
 
 
 def encode(texts: list[str], near: Mapping[str, tuple[str, float]] | None = None) -> NDArray[np.float32]:
@@ -48,10 +50,10 @@ def _own(text: str) -> NDArray[np.float64]:
     return vector / np.linalg.norm(vector)
 
 
-def _image(root: Path, row: dict[str, object], size: int) -> bytes:
-    """Colours of its own: images of equal bytes would be one to every split."""
+def _colours(root: Path, row: dict[str, object]) -> str:
+    """An image of its own: images of equal bytes would be one to every split."""
     colours = hashlib.sha256(f"{root.name} {row['key']}".encode()).digest()[:6]
-    return small_dataset.picture("square {} {} {} on {} {} {}".format(*colours), size)
+    return "square {} {} {} on {} {} {}".format(*colours)
 
 
 def write(
@@ -85,8 +87,12 @@ def write(
     shards.write_plan(root, pa.Table.from_pylist(every, schema=shards.PLAN), {"shards": len(numbers), "settings": {}})
     for number in numbers:
         part = plan[number * shard : (number + 1) * shard]
+        images = [
+            small_dataset.picture(row.image or _colours(root, line[0]), size)
+            for row, line in zip(rows[number * shard : (number + 1) * shard], part, strict=True)
+        ]
         firsts = pa.Table.from_pylist([lines[0] for lines in part], schema=shards.PLAN)
-        shards.write_shard(root, number, firsts, [(_image(root, line[0], size), {}) for line in part], ".png")
+        shards.write_shard(root, number, firsts, [(image, {}) for image in images], ".png")
         index = pq.read_table(root / f"shards/{number:06d}.parquet").to_pylist()
         captions = [
             {**picture, "prompt_id": line["prompt_id"]}

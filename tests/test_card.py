@@ -10,8 +10,10 @@ from huggingface_hub import ModelCard
 from conf import UserError
 from models import card
 from models.card import Told, dataset_metadata
+from models.leakage import Leakage
 
-SCORE = {"mean": 0.68093, "low": 0.6733, "high": 0.6887, "images": 810}
+NONE = Leakage(810, 0, 0, 0, 0)
+SCORE = {"mean": 0.68093, "low": 0.6733, "high": 0.6887, "images": 810, "leakage": NONE.to_json()}
 DATASET = {"path": "/place/somebody/data/quickstart", "sha256": "64" * 32, "splits": {"train": 7190, "val": 810}}
 SETTINGS = {
     "epochs": 3.0,
@@ -56,7 +58,11 @@ ONE = config(member("model", "vit_huge_patch14_clip_224.laion2b", weights="pretr
 TWO = config(
     member("a", "vit_huge_patch14_clip_224.laion2b", 0.75, weights="pretrained"),
     member("b", "tf_efficientnet_lite0", 0.25, weights="pretrained"),
-    facts={"score": {"name": "ensemble", "mean": 0.7, "low": 0.69, "high": 0.71}, "images": 1234, "folds": 5},
+    facts={
+        "score": {"name": "ensemble", "mean": 0.7, "low": 0.69, "high": 0.71, "leakage": NONE.to_json()},
+        "images": 1234,
+        "folds": 5,
+    },
 )
 GRAPHS = {
     "onnx": {"file": "graphs/model.onnx", "pictures": 500, "mean_distance": 4e-9, "max_distance": 3.4e-7},
@@ -127,7 +133,7 @@ def test_members_and_score() -> None:
     assert "Mean cosine on 1,234 held-out pictures: **0.700**, 95 % interval 0.690 – 0.710" in text
     assert "weights of the blend by 5-fold cross-validation" in text
     backbone = "`vit_huge_patch14_clip_224.laion2b`"
-    assert row(text, "a") == ["a", backbone, "linear", "224", "no", "0.750", "0.681", "0.673 – 0.689", "810"]
+    assert row(text, "a") == ["a", backbone, "linear", "224", "no", "0.750", "0.681", "0.673 – 0.689", "810", "none"]
     assert row(text, "b")[5] == "0.250"
     assert row(text, "quickstart") == ["quickstart", "7,190", "810", f"`{'64' * 32}`"]
 
@@ -138,7 +144,38 @@ def test_a_model_that_was_not_judged_has_no_score() -> None:
     assert "No score on held-out pictures is known" in text
     assert "The score is" not in text
     assert "The score is of held-out pictures" in card.card(ONE, Told())
-    assert row(text, "ridge")[-3:] == ["–", "–", "–"]
+    assert row(text, "ridge")[-4:] == ["–", "–", "–", "–"]
+
+
+def test_held_out_is_said_of_scores_without_leakage_alone() -> None:
+    clean = {"mean": 0.61, "low": 0.6, "high": 0.62, "images": 400}
+    near = Leakage(810, 0, 0, 5, 5)
+    cases: list[tuple[Leakage | None, str]] = [
+        (NONE, "Leakage, images and prompts shared with training: none of 810 images."),
+        (near, "training: 5 of 810 images (5 with a prompt at cosine ≥ 0.9 to a training prompt)."),
+        (Leakage(810, 10, 0, 0, 10), "10 of 810 images (10 with the bytes of a training image)."),
+        (Leakage(810, 0, 400, 410, 410, clean=clean), "training prompt). Mean cosine on the other 400: 0.610."),
+        (Leakage(810, 0, 0, 0, 0, ("checkpoints/gone",)), "none of 810 images. More may be shared: not all"),
+        (Leakage(810, None, None, None, None, ("no run",)), "prompts occur in training is not known."),
+        (None, "prompts occur in training is not known."),  # of a version that did not count
+    ]
+    for leakage, words in cases:
+        score = {**SCORE, "leakage": None if leakage is None else leakage.to_json()}
+        text = card.card(config(member("one", "tf_efficientnet_lite0", score=score)), Told())
+        assert words in text
+        held_out = leakage in (NONE, near)
+        assert ("Mean cosine on 810 held-out pictures" in text) is held_out, leakage
+        assert ("The score is of held-out pictures" in text) is held_out, leakage
+        assert ("No score on held-out pictures is known" in text) is not held_out, leakage
+        assert row(text, "one")[-1] == ("not known" if leakage is None else leakage.short())
+    both = config(
+        member("a", "tf_efficientnet_lite0"),
+        member("b", "tf_efficientnet_lite0", score={**SCORE, "leakage": None}),
+        facts={"score": {**SCORE, "name": "ensemble", "leakage": None}, "images": 810, "folds": 5},
+    )
+    text = card.card(both, Told())
+    assert "Mean cosine on 810 pictures: " in text
+    assert "Not every score above is of held-out pictures" in text
 
 
 def test_the_score_of_one_view_is_said_to_be_that() -> None:
@@ -184,7 +221,8 @@ def test_each_member_has_its_recipe() -> None:
     assert first.startswith("- 3 epochs, ")
     assert second.startswith("- 5 epochs, ")
     assert (
-        "- fold 2/5 of the prompts held out\n- backbone from random weights; linear head, begun from random" in second
+        "- validated on fold 2/5 of the prompts\n- backbone from random weights; linear head, begun from random"
+        in second
     )
     assert all(line.startswith("- ") for line in (first + "\n" + second).splitlines())
     assert "## Recipe\n\n### b\n\n- 5 epochs" in card.card(TWO, Told(recipes={"b": other}))

@@ -50,8 +50,11 @@ def test_it_writes_what_it_returns(judged: tuple[Path, dict[str, Any]], tiny_run
     assert json.loads((out / "evaluation.json").read_text()) == info
     assert [score["name"] for score in info["scores"]] == NAMES
     dataset = Dataset(small_data, small_dataset.ENCODER)
-    facts = {k: v for k, v in info.items() if k not in ("scores", "sources", "pairs", "breakdown", "retrieval")}
+    facts = {
+        k: v for k, v in info.items() if k not in ("scores", "sources", "pairs", "breakdown", "retrieval", "leakage")
+    }
     assert facts == {
+        "format": 2,
         "datasets": [{"path": str(small_data), "sha256": dataset.fingerprint(), "images": 12}],
         "split": "val",
         "encoder": small_dataset.ENCODER,
@@ -61,8 +64,6 @@ def test_it_writes_what_it_returns(judged: tuple[Path, dict[str, Any]], tiny_run
         "main": "regressor",
         "ensemble": None,
         "folders": {"regressor": str(tiny_run / "best")},
-        "seen": {},
-        "in_bank": {},
     }
     assert json.loads((out / "keys.json").read_text()) == [dataset.key(row) for row in dataset.rows("val")]
 
@@ -115,7 +116,7 @@ def test_the_baselines_are_those_of_the_backbone_that_the_run_began_from(
 
 def test_the_table_is_sorted_and_names_what_was_judged(judged: tuple[Path, dict[str, Any]]) -> None:
     _, info = judged
-    head, *lines = table(info).splitlines()
+    head, *lines = table(info).split("\n\n")[0].splitlines()
     names = [line.split()[0] for line in lines]
     assert "12 pictures, val" in head
     assert f"behind {names[0]}" in head
@@ -255,7 +256,9 @@ def test_each_prompt_source_has_its_score_and_interval(tiny_run: Path, tmp_path:
         assert (score["low"], score["high"]) == pytest.approx(bootstrap(mine)[1:], abs=1e-6)
     lines = table(info).splitlines()
     assert lines[3].split()[0] == "source"
-    assert [line.split()[0] for line in lines[4:]] == sorted(info["sources"], key=lambda n: -info["sources"][n]["mean"])
+    assert [line.split()[0] for line in lines[4:6]] == sorted(
+        info["sources"], key=lambda n: -info["sources"][n]["mean"]
+    )
     assert f"{info['sources']['coco']['images']} pictures" in table(info)
 
 
@@ -414,34 +417,15 @@ def test_only_what_an_evaluation_wrote_is_removed_by_the_next(tiny_run: Path, tm
     assert there == expected | {"texts/retrieve.json"}
 
 
-def test_who_was_trained_on_what_is_judged_is_told(
-    tiny_run: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    fold = run_on(tiny_run, tmp_path / "fold1", fold="1/4", fold_threshold=1.01)
-    info = judge(tiny_run, tmp_path / "out", f"embedders=[regressor,{fold}]")
-    chosen = training.chosen(small_data, fold, "fold=1/4", "fold_threshold=1.01")
-    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, 32)
-    count = len(np.intersect1d(data.train_rows, Dataset(small_data).rows("val")))
-    assert info["seen"] == {"fold1": count}
-    for told in (table(info), (tmp_path / "out/report.html").read_text()):
-        assert f"fold1 was trained on the prompts of {count} of these pictures" in told
-    bundle = tmp_path / "bundle"
-    export.export(tiny_run / "best", bundle)
-    info = judge(tiny_run, tmp_path / "of", f"embedders=[mean,regressor,{bundle},{fold},ensemble]", "ensemble.folds=3")
-    assert info["seen"] == {"bundle": None, "fold1": count, "ensemble": None}
-    judge(tiny_run, tmp_path / "train", "embedders=[regressor,retrieve]", "split=train")
-    assert "regressor was trained on the prompts of 40 of the 40 pictures" in caplog.text
-    assert "40 of the 40 prompts that are judged stand word for word in the bank of retrieve" in caplog.text
-
-
 def test_a_model_is_judged_elsewhere_without_its_training_pictures(
     tiny_run: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(tmp_path / "gone")])
     info = judge(run, tmp_path / "out", f"dataset={small_data}", "embedders=[regressor]")
     assert info["images"] == 12
-    assert info["seen"] == {"regressor": None}
-    assert "regressor may have seen these pictures" in table(info)
+    leakage = info["leakage"]["embedders"]["regressor"]
+    assert [leakage[key] for key in ("bytes", "prompts", "near", "affected", "clean")] == [None] * 5
+    assert re.search(r"^regressor +not known \(.*gone", table(info), re.MULTILINE)
     assert "cannot be read" in caplog.text
     with pytest.raises(UserError, match="gone"):
         judge(run, tmp_path / "out", f"dataset={small_data}", "embedders=[mean]")
@@ -467,7 +451,8 @@ def test_captions_need_no_run_and_a_bank_may_be_a_file(
     assert set(json.loads((tmp_path / "out/texts/knn.json").read_text())) <= set(
         (tmp_path / "prompts.txt").read_text().splitlines()
     )
-    assert "stand word for word in the bank of knn" in caplog.text
+    assert info["leakage"]["embedders"]["knn"]["prompts"] == 1
+    assert "leakage of knn: " in caplog.text
 
 
 def test_what_cannot_be_judged_is_told_before_anything_is_computed(

@@ -200,7 +200,7 @@ def test_prompts_that_are_given_are_the_nearest(folder: Path, dataset: Dataset, 
     assert f"<span>{first}</span>" in cards[0].partition("Nearest training prompts")[2]
 
 
-@pytest.mark.parametrize("missing", ["pairs", "breakdown", "retrieval", "ensemble"])
+@pytest.mark.parametrize("missing", ["pairs", "breakdown", "retrieval", "ensemble", "leakage"])
 def test_an_older_evaluation_is_to_be_made_again(dataset: Dataset, tmp_path: Path, missing: str) -> None:
     old = write(tmp_path / "old", dataset)
     info = json.loads((old / "evaluation.json").read_text())

@@ -35,6 +35,7 @@ from train.encoders import require_same
 from train.features import Features, digest, features
 from train.folds import penalty_parts
 from train.kept import Contender
+from train.trained_on import run_of
 
 
 def newest_run() -> Path:
@@ -48,12 +49,6 @@ def newest_run() -> Path:
     if not found:
         raise UserError("no run in checkpoints/: train first (python -m train +experiment=quickstart), or name run=…")
     return found[-1].parents[1]
-
-
-def run_of(folder: Path) -> Path | None:
-    """The run that a checkpoint lies in, or that `folder` is; None where there is none."""
-    folder = folder.resolve()
-    return next((place for place in (folder, folder.parent) if (place / "settings.json").exists()), None)
 
 
 class Contenders:

@@ -298,6 +298,7 @@ class Data(lightning.LightningDataModule):
         val_names: of the validation loaders, in order: "val" for `val_rows` if there are any, then one for each of
             `val`, by its folder.
         val_sets: rows of each, in the same order.
+        prompts: prompts of `pictures`, where they were read; None where the split did not ask for them.
         draws: what an epoch draws.
         length: steps of an epoch, of the run, and of the head alone.
         per_epoch, steps: of `length`.
@@ -330,7 +331,7 @@ class Data(lightning.LightningDataModule):
         self.pictures = pictures = Pictures([*datasets, *val], size)
         trained, others = range(len(datasets)), range(len(datasets), len(datasets) + len(val))
         # reading every prompt takes a while, and one dataset by its own split has no need of it
-        prompts = Prompts(pictures) if chosen.fold or len(pictures.datasets) > 1 else None
+        self.prompts = prompts = Prompts(pictures) if chosen.fold or len(pictures.datasets) > 1 else None
         self.purged_rows = np.zeros(0, np.int64)
         self.left_out: dict[str, Rows] = {}
         if chosen.fold_of is not None:

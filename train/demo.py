@@ -108,9 +108,9 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
     from train import banks
     from train.contenders import Contenders
     from train.demo_page import Words
-    from train.judge import data_of
     from train.look import Demo
     from train.machine import device_of
+    from train.trained_on import data_of
 
     device = device_of(chosen.accelerator)
     embedder = ensemble.load_any(folder, device)

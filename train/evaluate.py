@@ -19,9 +19,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from conf import UserError, command, settings
+from models.leakage import Leakage
 from report.inputs import require_packages
 from train.config import EvaluateSettings
-from train.judged import caveats
+from train.judged import leakage_of
 from train.runs import read_settings, scored
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,8 @@ def _page_can_be_drawn(chosen: EvaluateSettings) -> bool:
 
 
 def table(info: Mapping[str, Any]) -> str:
-    """The scores as text, best first, each with its distance from the best; below, the main embedder's by source."""
+    """The scores as text, best first, each with its distance from the best; below them the main embedder's scores by
+    source, and the leakage of each embedder."""
     head = f"{info['images']:,} pictures, {info['split']}"
     ranked = sorted(info["scores"], key=lambda s: -s["mean"])
     wide = max(12, *(len(name) for name in [s["name"] for s in ranked] + list(info["sources"])))
@@ -74,11 +76,20 @@ def table(info: Mapping[str, Any]) -> str:
         lines += ["", f"{'source':<{wide}} {'cosine':>8}   95 % interval      of {info['main']}"]
         by_score = sorted(info["sources"].items(), key=lambda item: -item[1]["mean"])
         lines += [f"{name:<{wide}} {scored(score)}   {score['images']:,} pictures" for name, score in by_score]
-    lines += ["", *notes] if (notes := caveats(info)) else []
+    lines += ["", *_leakage_lines(leakage_of(info), wide)]
     if info["ensemble"]:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in info["ensemble"]["weights"].items())
         lines += ["", f"ensemble: {weights}; scored out of {info['ensemble']['folds']} folds"]
     return "\n".join(lines)
+
+
+def _leakage_lines(leakage: Mapping[str, Leakage], wide: int) -> list[str]:
+    """A line for each embedder, also for one without leakage."""
+    lines = [f"{'leakage':<{wide}} evaluated images that share bytes or prompts with training"]
+    for name, own in leakage.items():
+        clean = f"; cosine of the other {own.clean['images']:,}:{scored(own.clean)}" if own.clean else ""
+        lines.append(f"{name:<{wide}} {own.text()}{clean}")
+    return lines
 
 
 def run(values: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """One run from its settings to its checkpoints: what `python -m train` does.
 
 <out>/settings.json    what the run is; a run with other settings is refused there
-<out>/about.json       parameters, how many of them train, steps, and what the learning rate reaches
+<out>/about.json       parameters, how many of them train, steps, rate that is reached, leakage of validation
 <out>/log.jsonl        step, epoch, seconds, loss, rate, scores; step 0 is the model before training
 <out>/resume.ckpt      where a run that was stopped goes on; train/resume.py says what is beside it
 <out>/best, <out>/last checkpoints (models/checkpoint.py); `last` is written at the end, `first` on demand
@@ -36,6 +36,7 @@ from train.config import TrainSettings
 from train.data import Data
 from train.encoders import check_folder
 from train.improvement import FILE, Improvement
+from train.leakage import validation_leakage
 from train.loggers import loggers, wandb_of
 from train.machine import Machine, is_first
 from train.module import Plan, Training
@@ -66,12 +67,14 @@ def fit(chosen: TrainSettings) -> int:
     needs = cost.measure(outline, chosen.optim, machine.half, mode)
     forecast = Forecast.of(data.length, chosen)
     _introduce(chosen, outline, data, resumed_at, needs, machine, forecast)
+    leakage = validation_leakage(chosen, data, machine.device, chosen.out / "about.json" if resumed_at else None)
     if chosen.dry_run:
         return 0
     model = start.model(chosen, datasets, resumed=bool(resumed_at))
     if is_first():
         identity.write(chosen.out, mine)
         about = {"parameters": needs.parameters, "trained": needs.trained, "steps": data.steps, **forecast.facts()}
+        about |= {"leakage": {name: own.to_json() for name, own in leakage.items()}}
         write_json(chosen.out / "about.json", about)
         data.list_left_out(chosen.out / "left_out.jsonl")
     if not resumed_at:
@@ -80,7 +83,7 @@ def fit(chosen: TrainSettings) -> int:
     plan = start.plan(chosen, model, data, needs, machine)
     data.accumulate = plan.accumulate
     module = Training(model, chosen, plan, tuple(data.val_names))
-    save = Saver(chosen, datasets, data)
+    save = Saver(chosen, datasets, data, leakage)
     point = ResumePoint(chosen.out, chosen.save_every, resumed_from, resumed_at)
     best = KeepBest(lambda trained: save(trained, "best"))
     every = min(max(round(chosen.validate_every * plan.per_epoch), 1), plan.steps)

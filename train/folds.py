@@ -233,30 +233,40 @@ def _near(prompts: Prompts, train: Rows, val: Rows, threshold: float, device: to
     _, first_d, prompt_of_c = np.unique(hash_c, return_index=True, return_inverse=True)
     near_d = np.zeros(len(first_d), bool)
     order = np.argsort(first_d)  # as they lie on the disk
-    with progress(len(order), "prompt", "fold", show=len(order) > _BAR_FROM) as bar, _single_precision():
+    with progress(len(order), "prompt", "fold", show=len(order) > _BAR_FROM) as bar, single_precision():
         for begin in range(0, len(order), _ASKED):
             asked = order[begin : begin + _ASKED]
             asked_E = torch.from_numpy(prompts.vectors(caption_c[first_d[asked]])).to(device)
-            near_d[asked] = _any_near(asked_E, held_VE, threshold).cpu().numpy()
+            near_d[asked] = nearest(asked_E, held_VE, threshold)[1].cpu().numpy()
             bar.update(len(asked))
     near = np.zeros(len(train), bool)
     near[owner_c[near_d[prompt_of_c]]] = True
     return near
 
 
-def _any_near(asked_dE: torch.Tensor, held_VE: torch.Tensor, threshold: float) -> torch.Tensor:
+def nearest(asked_dE: torch.Tensor, held_VE: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine of each asked vector to the nearest held vector, [d], and whether it reaches the threshold, [d].
+
+    Single precision decides all but those within its rounding of the threshold, which double precision decides: use it
+    within `single_precision()`.
+
+    Args:
+        asked_dE, held_VE: unit vectors; V of at least 1.
+    """
+    best_d = torch.full((len(asked_dE),), -torch.inf, device=asked_dE.device)
     near_d = torch.zeros(len(asked_dE), dtype=torch.bool, device=asked_dE.device)
     for held_E in held_VE.split(_HELD):
-        best_d = (asked_dE @ held_E.T).amax(1)
-        near_d |= best_d >= threshold + _ROUNDING
-        unsure = (~near_d & (best_d >= threshold - _ROUNDING)).nonzero()[:, 0]
+        part_d = (asked_dE @ held_E.T).amax(1)
+        near_d |= part_d >= threshold + _ROUNDING
+        unsure = (~near_d & (part_d >= threshold - _ROUNDING)).nonzero()[:, 0]
         near_d[unsure] = (asked_dE[unsure].double() @ held_E.double().T).amax(1) >= threshold
-    return near_d
+        best_d = torch.maximum(best_d, part_d)
+    return best_d, near_d
 
 
 @contextmanager
-def _single_precision() -> Iterator[None]:
-    """Products of matrices in it, whatever shorter one the run takes."""
+def single_precision() -> Iterator[None]:
+    """Compute matrix products in full fp32 (no TF32)."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

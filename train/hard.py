@@ -76,9 +76,9 @@ def mine(chosen: HardSettings) -> None:
     from models import checkpoint
     from models.precision import half
     from train.encoders import require_same
-    from train.judge import data_of
     from train.machine import device_of
     from train.passes import predictions
+    from train.trained_on import data_of
 
     folder = chosen.checkpoint or chosen.run / "best"
     config = checkpoint.read_config(folder)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from conf import Location, UserError, command, settings
 from conf.encoders import differences
+from models.leakage import Leakage
 from train.runs import scored
 
 if TYPE_CHECKING:
@@ -82,10 +83,11 @@ def interpolate(chosen: InterpolateSettings) -> dict[str, Any]:
     mean_E, probes, _ = checkpoint.load_extras(chosen.b)
     model = checkpoint.rebuild(config).eval()
     facts = {key: value for key, value in config.items() if key not in model.description()}
+    overlap = None if pictures is None else _overlap(pictures, rows, chosen, config["encoder"])
     found = []
     for alpha in chosen.alpha:
         model.load_state_dict(between(a, b, alpha))
-        score, skipped = (None, []) if pictures is None else _score(model, pictures, rows, chosen)
+        score, skipped = (None, []) if pictures is None else _score(model, pictures, rows, overlap, chosen)
         mixed = {"a": str(chosen.a), "b": str(chosen.b), "alpha": alpha}
         folder = chosen.out / f"alpha-{alpha:g}"
         checkpoint.save(folder, model.cpu(), mean_E, probes, {**facts, "score": score, "interpolated": mixed})
@@ -109,13 +111,25 @@ def between(a: dict[str, "torch.Tensor"], b: dict[str, "torch.Tensor"], alpha: f
     }
 
 
+def _overlap(pictures: Any, rows: Any, cfg: InterpolateSettings, encoder: str) -> Any:
+    """What the evaluated images share with the training images of both checkpoints."""
+    from train.leakage import find_leakage
+    from train.machine import device_of
+    from train.trained_on import ImageSet, origins
+
+    device = device_of(cfg.accelerator)
+    both = [origin for folder in (cfg.a, cfg.b) for origin in origins(folder, encoder, device)]
+    return find_leakage(ImageSet(pictures, rows), {"both": both}, device)["both"]
+
+
 def _score(
-    model: "Regressor", pictures: Any, rows: Any, chosen: InterpolateSettings
+    model: "Regressor", pictures: Any, rows: Any, overlap: Any, chosen: InterpolateSettings
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Mean cosine with its interval, and the pictures that could not be read."""
+    """Mean cosine with its interval and leakage, and the pictures that could not be read."""
     import numpy as np
 
     from models.metrics import bootstrap
+    from train.leakage import with_clean_score
     from train.machine import device_of
     from train.passes import predictions
 
@@ -125,7 +139,11 @@ def _score(
     skipped = [{"key": key, "reason": reason} for batch in passed for key, reason in batch.bad]
     if not len(score_n):
         raise UserError(f"none of the {len(rows)} pictures of {chosen.dataset} could be read; the first: {skipped[0]}")
-    return {**bootstrap(score_n)._asdict(), "images": len(score_n)}, skipped
+    overlap = overlap.at(np.flatnonzero(np.isin(rows, np.concatenate([batch.row_B for batch in passed]))))
+    clean_n = score_n[~overlap.affected_n]
+    clean = bootstrap(clean_n) if 0 < len(clean_n) < len(score_n) else None
+    leakage = with_clean_score(overlap.counts(), clean, len(clean_n))
+    return {**bootstrap(score_n)._asdict(), "images": len(score_n), "leakage": leakage.to_json()}, skipped
 
 
 def table(info: dict[str, Any]) -> str:
@@ -136,6 +154,8 @@ def table(info: dict[str, Any]) -> str:
     for found in info["checkpoints"]:
         score = f"   {scored(found)}" if "mean" in found else ""
         lines.append(f"{found['alpha']:5g}{score}   {found['checkpoint']}")
+    if info["dataset"] is not None:  # all checkpoints come from the same two
+        lines.append(f"leakage: {Leakage.from_json(info['checkpoints'][0]['leakage']).text()}")
     return "\n".join(lines)
 
 

@@ -7,28 +7,40 @@ import json
 import logging
 import shutil
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from conf import Location, UserError, compose, progress, settings
+from conf import Location, UserError, progress
 from datagen.shards import Dataset, encoders, write_array, write_json
 from models import checkpoint, ensemble
+from models.leakage import NEAR, Leakage
 from models.metrics import bins, compare, cosines, mean_targets, recall
 from train import banks
 from train.banks import Bank, Retrieve
-from train.config import BASELINES, EMBEDDERS, FROM_OTHERS, EvaluateSettings, TrainSettings, ViewsSettings
-from train.contenders import Contenders, newest_run, run_of
+from train.config import BASELINES, CAPTIONERS, EMBEDDERS, FROM_OTHERS, EvaluateSettings, ViewsSettings
+from train.contenders import Contenders, newest_run
 from train.data import Data, Pictures
 from train.folds import Prompts
+from train.judged import FORMAT
 from train.kept import Predictions, predict
+from train.leakage import Overlap, find_leakage, log_leakage, with_clean_score
 from train.machine import device_of
 from train.runs import read_settings
+from train.trained_on import (
+    ImageSet,
+    Origin,
+    PromptIndexSet,
+    data_of,
+    origins,
+    rows_of_split,
+    run_of,
+    run_origin,
+)
 
 log = logging.getLogger(__name__)
 
@@ -38,30 +50,6 @@ _LENGTHS = (6, 11, 21, 41)  # words of a prompt: where a group of the breakdown 
 _DISTANCES = (0.5, 0.6, 0.7, 0.8, 0.9)  # cosines to the nearest training prompt, likewise
 _RANKS = (1, 5, 10)  # of R@k
 _GROUPS = 60  # of the prompts' groups, the largest that the breakdown has
-
-
-def data_of(run: Mapping[str, Any], encoder: str, size: int, device: torch.device | str = "cpu") -> Data:
-    """The pictures of a run at `size` pixels a side, shared out as in its training, each counting the same.
-
-    Args:
-        run: its `settings.json`, which may be of an older version: what that lacks is as by default.
-        device: where the vectors of a fold are compared.
-
-    Raises:
-        UserError: a dataset cannot be used.
-    """
-    default = compose("train", [])
-    plain = {k: _overlaid(v, run[k]) if k in run else v for k, v in default.items()}
-    plain["data"] = {**plain["data"], "sources": {}, "weights": None}
-    datasets = [Dataset(folder, encoder) for folder in run["dataset"]]
-    return Data(datasets, [], settings(TrainSettings, plain), size, device=device)
-
-
-def _overlaid(default: Any, own: Any) -> Any:
-    """`own`, and of a group what it lacks from `default`; keys that there are no more are left out."""
-    if not isinstance(default, Mapping) or not isinstance(own, Mapping) or not default:
-        return own
-    return {k: _overlaid(v, own[k]) if k in own else v for k, v in default.items()}
 
 
 class Judged(NamedTuple):
@@ -124,7 +112,7 @@ class Subject:
             self.rows = self.pictures.datasets[0].rows(chosen.split)
         else:
             assert self.data is not None
-            self.pictures, self.rows = self.data.pictures, _rows(self.data, chosen.split)
+            self.pictures, self.rows = self.data.pictures, rows_of_split(self.data, chosen.split)
         self.trained_on = None if self.data is None else self.data.pictures.parts(self.data.train_rows)
         self.out = chosen.out or (self.run or Path()) / "evaluation"
         kept = (self.out / "ensemble").resolve()
@@ -145,7 +133,8 @@ class Subject:
     @cached_property
     def prompts(self) -> Prompts:
         """Of `pictures`; a pass over their plans."""
-        return Prompts(self.pictures)
+        read = self.data.prompts if self.data is not None and self.data.pictures is self.pictures else None
+        return read or Prompts(self.pictures)
 
 
 def judge(chosen: EvaluateSettings) -> Judged:
@@ -161,18 +150,22 @@ def judge(chosen: EvaluateSettings) -> Judged:
     known = subject.contenders.all(entries)
     names = [known[entry].name if entry in known else entry for entry in chosen.embedders]
     members = _members(chosen, {entry: contender.name for entry, contender in known.items()})
-    trained_on, bank = _banks(chosen, subject)
+    bank = _bank(chosen, subject)
     if members:
         _apart(subject, subject.rows, chosen.ensemble.folds)
-    seen = _seen(chosen, subject, members)
+    evaluated = ImageSet(subject.pictures, subject.rows, subject.prompts)
+    overlaps = find_leakage(evaluated, _origins(chosen, subject, members, bank), subject.device)
+    for name in names:
+        log_leakage(name, overlaps[name].counts())
     found = predict(list(known.values()), subject.pictures, subject.rows, chosen.batch_size, chosen.workers)
     places = [subject.pictures.place(row) for row in found.rows]
     targets = [dataset.targets(own) for dataset, own in places]
     if {"retrieve", "blend"} & set(chosen.embedders):
         assert bank is not None
         _retrieve(chosen, found, bank)
-    in_bank = _in_banks(chosen, bank, subject.contenders.bank, places)
     row_n = np.array(found.rows)
+    readable = np.flatnonzero(np.isin(subject.rows, row_n))
+    overlaps = {name: overlap.at(readable) for name, overlap in overlaps.items()}
     prompt_n = _same(subject, row_n)
     told = None
     if members:
@@ -184,16 +177,17 @@ def judge(chosen: EvaluateSettings) -> Judged:
         told["single"] = {name: intervals[name].mean for name in members}
     folders = subject.contenders.folders
     main = "regressor" if "regressor" in names else next((name for name in names if name in folders), names[0])
-    word_n, nearest_n = _of_prompts(places, targets, trained_on)
+    word_n, nearest_n = _words(places), overlaps[""].nearest_n
+    leakage = _leakage(names, overlaps, scores, prompt_n)
     breakdown = _breakdown(places, scores, prompt_n, word_n, nearest_n)
     info = {
+        "format": FORMAT,
         "datasets": subject.pictures.origins(row_n),
         "split": chosen.split,
         "encoder": subject.encoder,
         "checkpoint": None if subject.folder is None else str(subject.folder),
         "folders": {name: str(folder) for name, folder in folders.items()},
-        "seen": seen,
-        "in_bank": in_bank,
+        "leakage": {"cosine": NEAR, "embedders": {name: own.to_json() for name, own in leakage.items()}},
         "images": len(found.rows),
         "skipped": found.skipped,
         "main": main,
@@ -230,91 +224,60 @@ def _only_encoder(dataset: Location | None) -> str:
     return found[0]
 
 
-def _seen(chosen: EvaluateSettings, subject: Subject, members: Sequence[str]) -> dict[str, int | None]:
-    """Who was trained on prompts that are judged here: name → how many of the pictures have one; None: not known.
-
-    A fold trains on the dataset's own validation pictures, and another run may have trained on any. What is made of
-    others has seen what they have.
-    """
-    folders = subject.contenders.folders
-    runs = {name: _runs_of(folder) for name, folder in folders.items()}
-    by_text = {"knn"} if subject.contenders.bank is not None else set()
-    fitted = [name for name in chosen.embedders if name in {*BASELINES} - by_text]
-    runs |= {name: [subject.run] for name in fitted}
-    own = subject.run.resolve() if subject.run is not None else None
-    kept_apart = chosen.dataset is None and chosen.split == "val"  # by the run itself
-    every = {run for each in runs.values() for run in each if run is not None}
-    counts = _counts(subject, {run for run in every if not (kept_apart and run.resolve() == own)})
-    found: dict[str, int | None] = {}
-    for name, each in runs.items():
-        told = [None if run is None else counts.get(run, 0) for run in each]
-        numbers = [count for count in told if count is not None]
-        count = None if len(numbers) < len(told) else max(numbers)
-        if count != 0:
-            found[name] = count
-            log.warning("%s", _of_seen(name, count, len(subject.rows)))
-    made_of = {"retrieve": ["regressor"], "blend": ["regressor"], "ensemble": members}
-    for name in (name for name in FROM_OTHERS if name in chosen.embedders):
-        told = [found[part] for part in made_of[name] if part in found]
-        if told:
-            found[name] = None if None in told else max(count for count in told if count is not None)
-    return {name: count for name, count in found.items() if name in folders or name in chosen.embedders}
-
-
-def _of_seen(name: str, count: int | None, pictures: int) -> str:
-    if count is None:
-        return f"what {name} was trained on is not known: it may have seen the {pictures:,} pictures that are judged"
-    return f"{name} was trained on the prompts of {count:,} of the {pictures:,} pictures that are judged"
-
-
-def _runs_of(folder: Path) -> list[Path | None]:
-    """The run that a folder lies in, and those that it began from; None stands for one that is not known."""
-    run = run_of(folder)
-    if run is None:
-        return [None]
-    found: list[Path | None] = [run]
-    begun = read_settings(run).get("init_from")
-    while begun:
-        run = run_of(Path(begun))
-        if run in found:
-            break
-        found.append(run)
-        begun = read_settings(run).get("init_from") if run is not None else None
+def _origins(
+    chosen: EvaluateSettings, subject: Subject, members: Sequence[str], bank: Bank | None
+) -> dict[str, list[Origin]]:
+    """What each embedder was trained on; under "", the training images of the run, where they are known."""
+    contenders, asked = subject.contenders, chosen.embedders
+    by_run = [] if subject.data is None else [_origin_of_run(subject, subject.data)]
+    found: dict[str, list[Origin]] = {name: [] for name in asked if name in CAPTIONERS}
+    found |= dict.fromkeys(("", *(name for name in BASELINES if name in asked)), by_run)
+    if contenders.bank is not None:
+        found["knn"] = [_origin_of_bank(str(chosen.knn.bank), contenders.bank)]
+    for name, folder in contenders.folders.items():
+        each = origins(folder, subject.encoder, subject.device)
+        found[name] = [next((own for own in by_run if own.name == origin.name), origin) for origin in each]
+    for name in (name for name in ("retrieve", "blend") if name in asked):
+        assert bank is not None
+        regressor = found["regressor"]
+        is_held = chosen.bank is None and by_run and by_run[0] in regressor
+        found[name] = [*regressor, *([] if is_held else [_origin_of_bank(str(chosen.bank or subject.run), bank)])]
+    if members:
+        found["ensemble"] = [origin for name in members for origin in found[name]]
     return found
 
 
-def _counts(subject: Subject, runs: Iterable[Path]) -> dict[Path, int | None]:
-    """How many of the judged pictures have a prompt that each run was trained on; None where that cannot be read."""
-    counts: dict[Path, int | None] = {}
-    for run in sorted(runs):
-        try:
-            same = subject.run is not None and run.resolve() == subject.run.resolve()
-            data = subject.data if same else None
-            if data is None:
-                size = checkpoint.read_config(run / "best")["size"]
-                data = data_of(read_settings(run), subject.encoder, size, subject.device)
-            prompts = subject.prompts if data.pictures is subject.pictures else Prompts(data.pictures)
-            hash_c, owner_c, _ = subject.prompts.of(subject.rows)
-            counts[run] = len(np.unique(owner_c[np.isin(hash_c, prompts.of(data.train_rows)[0])]))
-        except UserError as error:
-            log.warning("what %s was trained on cannot be read: %s", run, error)
-            counts[run] = None
-    return counts
+def _origin_of_run(subject: Subject, data: Data) -> Origin:
+    """The training images of the run as its datasets are now, which baselines are fitted on."""
+    assert subject.run is not None
+    values = read_settings(subject.run)
+    then = run_origin(subject.run, values, subject.encoder, subject.device, weighted=False)
+    sha256 = values.get("dataset_sha256") or []
+    same = all(d.fingerprint() == known for d, known in zip(data.pictures.datasets, sha256, strict=False))
+    name = then.name if same else f"{then.name}, datasets as they are now"
+    prompts = subject.prompts if data.pictures is subject.pictures else data.prompts
+    return Origin(name, lambda: ImageSet(data.pictures, data.train_rows, prompts))
 
 
-def _rows(data: Data, split: str) -> Rows:
-    """The pictures of a split of the run's own datasets; `train` and `val` are what the run made of them."""
-    known = {"train": data.train_rows, "val": data.val_rows}
-    datasets = list(enumerate(data.pictures.datasets))
-    if split in known:
-        rows = known[split]
-    else:
-        own = [data.pictures.rows(n, d.rows(split)) for n, d in datasets if d.splits.get(split)]
-        rows = np.concatenate(own) if own else np.zeros(0, np.int64)
-    if not len(rows):
-        there = "; ".join(f"{d.root} {d.splits}" for _, d in datasets)
-        raise UserError(f"the run has no picture in the split {split!r}; {there}")
-    return rows
+def _origin_of_bank(place: str, bank: Bank) -> Origin:
+    return Origin(f"the prompts of {place}", lambda: PromptIndexSet(bank))
+
+
+def _leakage(
+    names: Sequence[str],
+    overlaps: Mapping[str, Overlap],
+    scores: Mapping[str, NDArray[np.float64]],
+    prompt_n: NDArray[np.int64],
+) -> dict[str, Leakage]:
+    """Counts for each embedder, with its score on the images that are not affected."""
+    found = {}
+    for name in names:
+        clean_n = ~overlaps[name].affected_n
+        clean = None
+        if clean_n.any() and not clean_n.all():
+            clean = compare({name: scores[name][clean_n]}, prompt_n[clean_n])[0][name]
+        found[name] = with_clean_score(overlaps[name].counts(), clean, int(clean_n.sum()))
+    return found
 
 
 def _members(chosen: EvaluateSettings, names: Mapping[str, str]) -> list[str]:
@@ -336,41 +299,22 @@ def _members(chosen: EvaluateSettings, names: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(members))
 
 
-def _banks(chosen: EvaluateSettings, subject: Subject) -> tuple[Bank | None, Bank | None]:
-    """The prompts that the run was trained on, and those to retrieve from."""
-    trained_on = banks.from_pictures(subject.trained_on) if subject.trained_on else None
-    bank = trained_on
+def _bank(chosen: EvaluateSettings, subject: Subject) -> Bank | None:
+    """The prompts to retrieve from: those named, or those that the run was trained on; None without either."""
     if chosen.bank is not None:
         device = device_of(chosen.accelerator).type
-        bank = banks.from_places(
+        return banks.from_places(
             [chosen.bank],
             subject.encoder,
             column=chosen.column,
             device=device,
             identity=subject.pictures.datasets[0].encoder_identity,
         )
-    if bank is None and {"retrieve", "blend"} & set(chosen.embedders):
+    if subject.trained_on:
+        return banks.from_pictures(subject.trained_on)
+    if {"retrieve", "blend"} & set(chosen.embedders):
         raise UserError("retrieve and blend need prompts: name bank=DATASET or bank=FILE, or the run=… whose they are")
-    return trained_on, bank
-
-
-def _in_banks(
-    chosen: EvaluateSettings, bank: Bank | None, of_knn: Bank | None, places: Sequence[tuple[Dataset, int]]
-) -> dict[str, int]:
-    """How many of the judged prompts an embedder's bank holds word for word: its name → their number; warns of them."""
-    used = {name: bank for name in ("retrieve", "blend") if name in chosen.embedders}
-    prompts = [prompt for dataset, own in places for prompt in dataset.prompts(own)]
-    found = {}
-    for name, held in {**used, "knn": of_knn}.items():
-        count = int(held.holds(prompts).sum()) if held is not None else 0
-        if count:
-            found[name] = count
-            log.warning(
-                "%s of the %s prompts that are judged stand word for word in the bank of %s, which scores higher for "
-                "it than with pictures of new prompts",
-                *(f"{count:,}", f"{len(prompts):,}", name),
-            )
-    return found
+    return None
 
 
 def _retrieve(chosen: EvaluateSettings, found: Predictions, bank: Bank) -> None:
@@ -426,9 +370,11 @@ def _saved(chosen: EvaluateSettings, subject: Subject, told: Mapping[str, Any], 
         views = chosen.tta.get(name, ViewsSettings())
         members.append(ensemble.Member(name, folders[name], weight, views.flip, views.sizes))
     score = next(score for score in info["scores"] if score["name"] == "ensemble")
+    score = {**score, "leakage": info["leakage"]["embedders"]["ensemble"]}
     if "ridge" in counted:
         _save_ridge(subject)
     facts = {key: info[key] for key in ("datasets", "split", "images")} | {"score": score, "folds": told["folds"]}
+    facts["run"] = str(subject.run.resolve()) if chosen.dataset is None and subject.run is not None else None
     ensemble.save(subject.out / "ensemble", members, facts)
     return str(subject.out / "ensemble")
 
@@ -442,6 +388,7 @@ def _save_ridge(subject: Subject) -> None:
     mean_E = subject.data.pictures.mean_target(subject.data.train_rows)
     inherited = ("encoder", "encoder_identity", "dataset", "versions")
     facts = {key: config.get(key) for key in inherited} | {"score": None, "step": 0, "steps": 0}
+    facts["ridge_of"] = str(subject.run.resolve())
     checkpoint.save(subject.out / "ridge", subject.contenders.ridge().cpu(), mean_E, probes, facts)
 
 
@@ -472,17 +419,10 @@ def _apart(subject: Subject, rows: Rows, folds: int) -> NDArray[np.int64]:
     return found_n
 
 
-def _of_prompts(
-    places: Sequence[tuple[Dataset, int]], targets: Sequence[NDArray[np.float32]], trained_on: Bank | None
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Words of each picture's prompts, and the cosine of the nearest of them to a training prompt; NaN without any."""
+def _words(places: Sequence[tuple[Dataset, int]]) -> NDArray[np.float64]:
+    """Mean number of words of each image's prompts."""
     words = [np.mean([len(text.split()) for text in dataset.prompts(own)]) for dataset, own in places]
-    word_n = np.array(words, np.float64)
-    if trained_on is None:
-        return word_n, np.full(len(places), np.nan)
-    cosine_m = trained_on.index.search(np.concatenate(targets), 1)[0][:, 0]
-    firsts = np.cumsum([0, *(len(target) for target in targets[:-1])])
-    return word_n, np.maximum.reduceat(cosine_m, firsts).astype(np.float64)
+    return np.array(words, np.float64)
 
 
 def _breakdown(

@@ -17,10 +17,13 @@ from numpy.typing import NDArray
 
 from conf import UserError
 from datagen.shards import CorruptImage, Dataset
+from models.leakage import Leakage
 from models.metrics import bins, bootstrap
 from report.inputs import decodable
 from train.tables import extremes
 
+FORMAT = 2
+"""Version of evaluation.json: 2 has `leakage`, {"cosine", "embedders": {name: Leakage as JSON}}."""
 Place = tuple[Dataset, int]
 """A picture: its dataset, and its number there."""
 Trend = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
@@ -45,6 +48,8 @@ class Evaluation:
     """Words of each picture's prompt, [N]."""
     nearest: NDArray[np.float64]
     """Cosine of each picture's prompt to the nearest training prompt, [N]; NaN where it is not known."""
+    leakage: dict[str, Leakage]
+    """Each embedder's overlap of training with these images."""
 
     @property
     def main(self) -> dict[str, Any]:
@@ -62,19 +67,6 @@ class Evaluation:
         return next((score["name"] for score in self.ranked if score["name"] != self.info["main"]), None)
 
 
-def caveats(info: Mapping[str, Any]) -> list[str]:
-    """Whose scores are no measure of what is new to them, a sentence each."""
-    found = []
-    for name, count in info.get("seen", {}).items():
-        if count is None:
-            found.append(f"{name} may have seen these pictures: what it was trained on is not known.")
-        else:
-            found.append(f"{name} was trained on the prompts of {count:,} of these pictures.")
-    for name, count in info.get("in_bank", {}).items():
-        found.append(f"The bank of {name} holds {count:,} of these pictures' prompts word for word.")
-    return found
-
-
 def read_evaluation(folder: Path, remedy: str) -> Evaluation:
     """The evaluation in `folder`.
 
@@ -85,13 +77,22 @@ def read_evaluation(folder: Path, remedy: str) -> Evaluation:
         UserError: a file is missing, broken or lacks a key, or two do not fit each other.
     """
     required = (
+        *("format", "leakage"),
         *("datasets", "encoder", "split", "scores", "skipped", "main"),
         *("pairs", "breakdown", "retrieval", "ensemble"),
     )
     info = read_json(folder / "evaluation.json", remedy, required)
+    if info["format"] != FORMAT:
+        raise UserError(
+            f"{folder / 'evaluation.json'}: format {info['format']!r}, but this version reads {FORMAT}; {remedy}"
+        )
     main = info["main"]
     if main not in [score["name"] for score in info["scores"]]:
         raise UserError(f"{folder / 'evaluation.json'}: main is {main!r}, which has no score; {remedy}")
+    try:
+        leakage = leakage_of(info)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder / 'evaluation.json'}: {type(error).__name__}: {error}; {remedy}") from error
     keys = read_json(folder / "keys.json", remedy)
     vector_NE = _array(folder / f"predictions/{main}.npy", remedy)
     names = [score["name"] for score in sorted(info["scores"], key=lambda score: -score["mean"])]
@@ -110,7 +111,30 @@ def read_evaluation(folder: Path, remedy: str) -> Evaluation:
     if wrong or not keys:
         every = wrong or [f"{count:,} {what}" for what, count in counts.items()]
         raise UserError(f"{folder} does not fit together: {len(keys):,} keys, but {', '.join(every)}; {remedy}")
-    return Evaluation(info, keys, vector_NE, scores, texts, word_N, nearest_N)
+    return Evaluation(info, keys, vector_NE, scores, texts, word_N, nearest_N, leakage)
+
+
+def leakage_of(info: Mapping[str, Any]) -> dict[str, Leakage]:
+    """Embedder → its overlap of training with the evaluated images, in the order of the scores.
+
+    Args:
+        info: what `evaluation.json` holds.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: an embedder has none, or it is damaged.
+    """
+    embedders = info["leakage"]["embedders"]
+    return {score["name"]: Leakage.from_json(embedders[score["name"]]) for score in info["scores"]}
+
+
+def validation_counts(about: Path) -> dict[str, Leakage] | None:
+    """Validation set → its overlap with training, from the about.json of a run; None where an older version wrote it
+    or it cannot be read."""
+    try:
+        values = json.loads(about.read_text(encoding="utf-8"))["leakage"]
+        return {name: Leakage.from_json(value) for name, value in values.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
 
 
 def pictures_of(evaluation: Evaluation, opened: Mapping[str, Dataset], remedy: str) -> list[Place]:

@@ -19,9 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from datagen.shards import FAULTY, Dataset
+from models.leakage import TITLES, Leakage
 from models.metrics import similarity_matrix
 from report.inputs import require_packages
-from train.judged import Evaluation, Place, caveats, kinds_of, pictures_of, read_evaluation, readable, trend
+from train.judged import Evaluation, Place, kinds_of, pictures_of, read_evaluation, readable, trend
 from train.tables import nearest_prompts
 
 if TYPE_CHECKING:
@@ -98,6 +99,8 @@ def headline(evaluation: Evaluation) -> dict[str, str | tuple[str, str]]:
         if score["name"] == main["name"]:
             prompts = retrieval["prompts"]
             facts["R@1"] = (f"{100 * score['r1']:.1f} %", f"own prompt the first of {prompts:,}")
+    leakage = evaluation.leakage[main["name"]]
+    facts["Leakage"] = (leakage.short(), f"images of {main['name']}'s training, or with prompts of it or near it")
     skipped = len(evaluation.info["skipped"])
     facts["Pictures"] = (f"{len(evaluation.keys):,}", f"{skipped:,} skipped" if skipped else "")
     return facts
@@ -127,6 +130,8 @@ def add(
     """
     prompts = [dataset.prompts(row) for dataset, row in pictures]
     _scores(page, evaluation)
+    page.section("Leakage", "Evaluated images that share bytes or prompts with the training images of an embedder.")
+    leakage_table(page, evaluation.leakage, "Embedder")
     _pairs(page, evaluation)
     _ensemble(page, evaluation)
     _retrieval(page, evaluation)
@@ -157,10 +162,34 @@ def _scores(page: "Page", evaluation: Evaluation) -> None:
         [[s["name"], s["mean"], s["low"], s["high"], s.get("seconds")] for s in ranked],
         formats={"Seconds": ",.1f"},
     )
-    for caveat in caveats(evaluation.info):
-        page.note(caveat)
     if skipped:
         page.note(f"Skipped: {len(skipped)}, such as {skipped[0]['key']} ({skipped[0]['reason']}).")
+
+
+def leakage_table(page: "Page", leakage: Mapping[str, Leakage], heading: str) -> None:
+    """Adds the overlap of training with evaluated images: a table with a row for each name, and what is not known.
+
+    Args:
+        leakage: embedder or validation set → its counts.
+        heading: of the column of names.
+    """
+    clean = any(own.clean for own in leakage.values())
+    page.table(
+        [heading, "Images", *TITLES, *(["Mean cosine of the others", "Others"] if clean else [])],
+        [
+            [
+                name,
+                own.images,
+                *own.counts,
+                *([_triple(own.clean), (own.clean or {}).get("images")] if clean else []),
+            ]
+            for name, own in leakage.items()
+        ],
+        "Leakage: images that share bytes or prompts with training. The pre-training of public weights is not counted.",
+    )
+    for name, own in leakage.items():
+        if not own.is_known or own.affected:
+            page.note(f"Leakage of {name}: {own.text()}.")
 
 
 def _differences(evaluation: Evaluation) -> list[tuple[str, float, float, float]]:

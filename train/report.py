@@ -10,7 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,8 +20,11 @@ from datagen.shards import Dataset
 from report.inputs import duration, read_log, require_packages
 from train import judgement
 from train.improvement import FILE
-from train.judged import Evaluation, pictures_of, read_evaluation, read_json, readable
+from train.judged import Evaluation, pictures_of, read_evaluation, read_json, readable, validation_counts
 from train.runs import read_settings
+
+if TYPE_CHECKING:
+    from report import Page
 
 log = logging.getLogger(__name__)
 
@@ -125,6 +128,7 @@ def write_report(config: ReportSettings) -> Path:
 
     for caption, figure in _more_curves(run.log):
         page.figure(figure, caption)
+    _leakage(page, config.run)
 
     judgement.add(
         page,
@@ -138,6 +142,15 @@ def write_report(config: ReportSettings) -> Path:
     page.section("Settings", "What the run was trained with.")
     page.settings(run.settings)
     return page.write(config.out or config.run / "report.html")
+
+
+def _leakage(page: "Page", run: Path) -> None:
+    """Overlap of the run's validation sets with its training images, as training counted it."""
+    counts = validation_counts(run / "about.json")
+    if counts is None:
+        page.note("Leakage of the validation sets: not known; the run was trained by an older version.")
+    elif counts:
+        judgement.leakage_table(page, counts, "Validation set")
 
 
 def _headline(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, str | tuple[str, str]]:
@@ -211,7 +224,7 @@ def _training(run: Run, trained: Sequence[Dataset]) -> list[tuple[Dataset, Rows]
     """The datasets with the pictures that were trained on."""
     if len(trained) == 1 and not run.settings.get("fold"):
         return [(trained[0], trained[0].rows("train"))]
-    from train.judge import data_of  # torch: what is too near the fold, or another's validation, was left out
+    from train.trained_on import data_of  # torch: what is too near the fold, or another's validation, was left out
 
     data = data_of(run.settings, run.checkpoint["encoder"], run.checkpoint["size"])
     return data.pictures.parts(data.train_rows)

@@ -1,10 +1,14 @@
 """Writes checkpoints of a run, with the training mean and eight validation pictures to prove parity by."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 from datagen.shards import CorruptImage, Dataset
 from datagen.targets import encoder_name
 from models import checkpoint
+from models.leakage import Leakage
 from models.metrics import Interval
 from models.preprocess import BadImage
 from models.regressor import Regressor
@@ -15,10 +19,16 @@ from train.module import Training
 
 
 class Saver:
-    """`Saver(…)(module, "best")` writes `<out>/best`. Every rank calls it, and the first one writes."""
+    """`Saver(…)(module, "best")` writes `<out>/best`. Every rank calls it, and the first one writes.
 
-    def __init__(self, chosen: TrainSettings, datasets: list[Dataset], data: Data) -> None:
-        self._chosen, self._datasets, self._data = chosen, datasets, data
+    Args:
+        leakage: validation set → its overlap with training, which is stored beside the score.
+    """
+
+    def __init__(
+        self, chosen: TrainSettings, datasets: list[Dataset], data: Data, leakage: Mapping[str, Leakage]
+    ) -> None:
+        self._chosen, self._datasets, self._data, self._leakage = chosen, datasets, data, leakage
         self._plain: Regressor | None = None
         self._extras: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
@@ -42,13 +52,18 @@ class Saver:
                 {"path": str(dataset.root), "sha256": dataset.fingerprint(), "splits": dataset.splits}
                 for dataset in self._datasets
             ],
-            "score": None if score is None else {**score._asdict(), "images": len(self._data.val_sets[0])},
+            "score": None if score is None else {**score._asdict(), **self._score_facts()},
             "step": step,
             "steps": steps,
             "weights": str(self._chosen.init_from or self._chosen.model.weights),
             "versions": {"torch": torch.__version__},
         }
         checkpoint.save(self._chosen.out / name, plain, *self._extras, facts)
+
+    def _score_facts(self) -> dict[str, Any]:
+        """Number of images of the first validation set, and their overlap with training."""
+        leakage = self._leakage.get(self._data.val_names[0])
+        return {"images": len(self._data.val_sets[0]), "leakage": None if leakage is None else leakage.to_json()}
 
     def _probes(self) -> list[torch.Tensor]:
         found = []

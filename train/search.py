@@ -31,6 +31,7 @@ from train.draws import Steps, per_epoch
 from train.encoders import check_folder
 from train.features import Features, features
 from train.folds import penalty_parts
+from train.leakage import validation_leakage
 from train.machine import Machine
 from train.optim import optimizer, scheduler
 from train.probe import ProbeSettings
@@ -66,6 +67,7 @@ def search(chosen: ProbeSettings) -> dict[str, Any]:
     if not data.val_names:
         raise UserError("a search needs validation pictures to choose by: give val=[…] or fold=1/5")
     model.to(device)
+    leakage = validation_leakage(chosen, data, device)
 
     def known(rows: NDArray[np.int64]) -> Features:
         return features(model, data.pictures, rows, chosen.batch_size, chosen.scale.workers)
@@ -102,7 +104,9 @@ def search(chosen: ProbeSettings) -> dict[str, Any]:
         raise UserError("every head diverged to no numbers: take lower probe.lrs or higher probe.penalties")
     tried.sort(key=lambda each: math.inf if (m := each["scores"][main]["mean"]) is None else -m)
     info = {"main": main, "sets": data.val_names, "images": len(sets[main].x_nD), "heads": tried}
-    _write(chosen, datasets, vals, data, made, found, info)
+    info["leakage"] = {name: own.to_json() for name, own in leakage.items()}
+    save = Saver(chosen, datasets, data, leakage)
+    _write(chosen, [*datasets, *vals], save, made, found, info)
     return info
 
 
@@ -205,15 +209,14 @@ def _refuse_a_run(chosen: ProbeSettings) -> None:
 def _write(
     chosen: ProbeSettings,
     datasets: list[Dataset],
-    vals: list[Dataset],
-    data: Data,
+    save: Saver,
     made: Regressor,
     found: dict[str, Any],
     info: dict[str, Any],
 ) -> None:
-    fingerprints = [dataset.fingerprint() for dataset in (*datasets, *vals)]
+    fingerprints = [dataset.fingerprint() for dataset in datasets]
     scores = {name: Interval(**score) for name, score in found["scores"].items()}
-    Saver(chosen, datasets, data).write(made.cpu().eval(), "best", scores[info["main"]], 1, 1)
+    save.write(made.cpu().eval(), "best", scores[info["main"]], 1, 1)
     write_json(chosen.out / "settings.json", {**identity.plain(chosen), "dataset_sha256": fingerprints})
     write_json(chosen.out / "probe.json", info)
     record: dict[str, Any] = {"step": 1, "epoch": chosen.probe.epochs}

@@ -69,18 +69,23 @@ def tell_of_best(
     from train.passes import predictions
 
     folder = chosen.out / "best"
-    step = checkpoint.read_config(folder).get("step")
+    config = checkpoint.read_config(folder)
+    step, leakage = config.get("step"), (config.get("score") or {}).get("leakage")
     model = checkpoint.load(folder).to(device)
     how = {"batch_size": chosen.batch_size, "workers": chosen.scale.workers, "dtype": half(device)}
     if chosen.fold is not None:
         facts = {"run": chosen.name, "fold": chosen.fold, "encoder": chosen.encoder, "checkpoint": str(folder)}
-        found = write_oof(chosen.out / "oof", model, data.pictures, data.val_rows, {**facts, "step": step}, **how)
+        facts |= {"step": step, "leakage": leakage}
+        found = write_oof(
+            chosen.out / "oof", model, data.pictures, data.val_rows, {**facts, "step": step, "leakage": leakage}, **how
+        )
         log.info("out of fold %s: cosine %.4f [%.4f, %.4f]: %s", chosen.fold, *found, chosen.out / "oof")
     if logger is not None:
         batches = list(predictions(model, data.pictures, data.val_rows, what="pictures for wandb", **how))
         row_N, score_N = (np.concatenate([getattr(b, name) for b in batches]) for name in ("row_B", "score_B"))
         shown = worst_and_best(model, data.pictures, row_N, score_N, data.train_rows)
         log_to_wandb(logger, data.pictures, shown, step)
+        logger.experiment.summary["val/leakage"] = leakage
 
 
 def extremes(score_N: NDArray[np.floating], count: int) -> dict[str, NDArray[np.int64]]:
