@@ -160,6 +160,18 @@ def test_sets_of_one_embedder_add_up_and_an_unknown_one_leaves_lower_bounds(othe
     assert found["part"].counts().text().endswith("as far as is known; not known: it is gone")
 
 
+def test_vectors_of_another_encoder_are_not_compared(tmp_path: Path) -> None:
+    """The texts are: they do not ask for vectors."""
+    rows = [Row("A cat.", image=colour(1)), Row("a dog", image=colour(2))]
+    data = listed_dataset.write(tmp_path / "train", rows, identity={"weights_sha256": "old"})
+    judged = [Row("a cat", "val", image=colour(3)), Row("almost a dog", "val", image=colour(2))]
+    near = {"almost a dog": ("a dog", 0.95)}
+    evaluated = image_set(listed_dataset.write(tmp_path / "val", judged, near=near), "val")
+    found = find_leakage(evaluated, {"a": [Origin("old", lambda: image_set(data, "train"))]})["a"].counts()
+    assert found.counts == (1, 1, 1, 2)
+    assert found.unknown == ("old: prompts at cosine ≥ 0.9, because its vectors are of another version of the encoder",)
+
+
 def test_damaged_counts_are_refused() -> None:
     good = Leakage(4, 1, 1, 2, 3).to_json()
     assert Leakage.from_json(json.loads(json.dumps(good))) == Leakage(4, 1, 1, 2, 3)

@@ -138,6 +138,8 @@ def validation_leakage(
         evaluated = ImageSet(data.pictures, np.concatenate(data.val_sets), data.prompts)
         trained = Origin("this run", lambda: ImageSet(data.pictures, data.train_rows, data.prompts))
         overlap = find_leakage(evaluated, {"run": [trained, *origins_of_start(cfg, device)]}, device)["run"]
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # what fits on the device is measured next
         ends = np.cumsum([0, *map(len, data.val_sets)])
         sets = zip(data.val_names, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
         counts = {name: overlap.at(slice(begin, end)).counts() for name, begin, end in sets}
@@ -159,12 +161,15 @@ def _vectors(evaluated: ImageSet, device: torch.device | str) -> torch.Tensor:
 def _measure(evaluated: ImageSet, vector_dE: torch.Tensor, origin: Origin) -> Overlap:
     try:
         training = origin.open()
-        best_d, near_d = _nearest_texts(vector_dE, training)
     except UserError as error:
         return replace(_none(evaluated), is_measured=False, unknown=(" ".join(str(error).split()),))
     overlap = _none(evaluated)
     overlap.bytes_n[:] = np.isin(evaluated.content_ids, training.content_ids)
     overlap.prompts_n[evaluated.owner_c[np.isin(evaluated.hash_c, training.hash_c)]] = True
+    if training.encoder not in (None, evaluated.encoder):
+        reason = f"{origin.name}: prompts at cosine ≥ {NEAR}, because its vectors are of another version of the encoder"
+        return replace(overlap, near_n=overlap.prompts_n, unknown=(reason,))
+    best_d, near_d = _nearest_texts(vector_dE, training)
     overlap.near_n[evaluated.owner_c[near_d[evaluated.text_c]]] = True
     np.fmax.at(overlap.nearest_n, evaluated.owner_c, best_d[evaluated.text_c])
     return replace(overlap, near_n=overlap.near_n | overlap.prompts_n)

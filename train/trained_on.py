@@ -41,6 +41,8 @@ class TrainingSet(Protocol):
     """A number for each image's encoded bytes; empty where the embedder has the prompts alone."""
     hash_c: NDArray[np.int64]
     """A number for each prompt's normal form."""
+    encoder: dict[str, Any] | None
+    """Identity of the encoder that the vectors are of, as `encoder.json` has it; None where another check holds it."""
 
     @property
     def texts(self) -> int:
@@ -67,6 +69,7 @@ class ImageSet:
 
     def __init__(self, pictures: Pictures, rows: Rows, prompts: Prompts | None = None) -> None:
         self.rows = rows
+        self.encoder = pictures.datasets[0].encoder_identity
         self._prompts = prompts or Prompts(pictures)
         parts = [np.zeros(0, np.int64), *(dataset.content_ids for dataset in pictures.datasets)]
         self.content_ids = np.concatenate(parts)[rows]
@@ -89,6 +92,7 @@ class PromptIndexSet:
 
     def __init__(self, index: Bank) -> None:
         self._index = index
+        self.encoder: dict[str, Any] | None = None  # of the embedder that retrieves from it
         self.content_ids = np.zeros(0, np.int64)
         parts = [hash_prompts(index.texts(range(b, min(b + _BLOCK, len(index))))) for b in range(0, len(index), _BLOCK)]
         self.hash_c = np.concatenate(parts)
