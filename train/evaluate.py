@@ -85,7 +85,7 @@ def table(info: Mapping[str, Any]) -> str:
 
 def _leakage_lines(leakage: Mapping[str, Leakage], wide: int) -> list[str]:
     """A line for each embedder, also for one without leakage."""
-    lines = [f"{'leakage':<{wide}} evaluated images that share bytes or prompts with training"]
+    lines = [f"{'leakage':<{wide}} evaluated images that share bytes or prompts with training, public weights aside"]
     for name, own in leakage.items():
         clean = f"; cosine of the other {own.clean['images']:,}:{scored(own.clean)}" if own.clean else ""
         lines.append(f"{name:<{wide}} {own.text()}{clean}")
