@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 
 from conf import UserError, progress
+from conf.encoders import differences
 from models.leakage import NEAR, Leakage
 from models.metrics import Interval
 from train.config import TrainSettings
@@ -166,7 +167,7 @@ def _measure(evaluated: ImageSet, vector_dE: torch.Tensor, origin: Origin) -> Ov
     overlap = _none(evaluated)
     overlap.bytes_n[:] = np.isin(evaluated.content_ids, training.content_ids)
     overlap.prompts_n[evaluated.owner_c[np.isin(evaluated.hash_c, training.hash_c)]] = True
-    if training.encoder not in (None, evaluated.encoder):
+    if training.encoder is not None and differences(training.encoder, evaluated.encoder):
         reason = f"{origin.name}: prompts at cosine ≥ {NEAR}, because its vectors are of another version of the encoder"
         return replace(overlap, near_n=overlap.prompts_n, unknown=(reason,))
     best_d, near_d = _nearest_texts(vector_dE, training)
