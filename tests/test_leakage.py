@@ -166,7 +166,8 @@ def test_vectors_of_another_encoder_are_not_compared(tmp_path: Path) -> None:
     data = listed_dataset.write(tmp_path / "train", rows, identity={"weights_sha256": "old"})
     judged = [Row("a cat", "val", image=colour(3)), Row("almost a dog", "val", image=colour(2))]
     near = {"almost a dog": ("a dog", 0.95)}
-    evaluated = image_set(listed_dataset.write(tmp_path / "val", judged, near=near), "val")
+    new = {"weights_sha256": "new"}
+    evaluated = image_set(listed_dataset.write(tmp_path / "val", judged, near=near, identity=new), "val")
     found = find_leakage(evaluated, {"a": [Origin("old", lambda: image_set(data, "train"))]})["a"].counts()
     assert found.counts == (1, 1, 1, 2)
     assert found.unknown == ("old: prompts at cosine ≥ 0.9, because its vectors are of another version of the encoder",)

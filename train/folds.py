@@ -20,7 +20,7 @@ import torch
 from numpy.typing import NDArray
 
 from conf import UserError, progress
-from datagen.splits import ImageLinks, content_hash, divide, giant_groups
+from datagen.splits import ImageLinks, divide, giant_groups
 from models.head_init import FIT, JUDGE, NEITHER
 from train.chance import uniform
 
@@ -62,7 +62,7 @@ class Prompts:
         begins = [starts[:-1] + offset for starts, offset in zip(each, self._offsets[:-1], strict=True)]
         self._starts_N = np.concatenate([*begins, self._offsets[-1:]])
         self._hash_c = np.concatenate([dataset.prompt_hashes() for dataset in pictures.datasets])
-        contents = [content_hash(dataset.checksums, dataset.sizes) for dataset in pictures.datasets]
+        contents = [dataset.content_ids for dataset in pictures.datasets]
         self._content_N = np.concatenate(contents)
 
     def of(self, rows: Rows) -> tuple[NDArray[np.int64], Rows, NDArray[np.int64]]:

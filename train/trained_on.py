@@ -154,8 +154,8 @@ def data_of(
     Args:
         run: its `settings.json`, which may be of an older version: what that lacks is as by default.
         device: where the vectors of a fold are compared.
-        weighted: keep `data.sources` and `data.weights`, so that images of weight 0 are left out as in training; False
-            lets each training image count the same.
+        weighted: keep `data.sources`, `data.weights` and `val`, so that images of weight 0 and those that share bytes
+            with further validation sets are left out as in training; False lets each training image count the same.
 
     Raises:
         UserError: a dataset cannot be used.
@@ -165,7 +165,8 @@ def data_of(
     if not weighted:
         plain["data"] = {**plain["data"], "sources": {}, "weights": None}
     datasets = [Dataset(folder, encoder) for folder in run["dataset"]]
-    return Data(datasets, [], settings(TrainSettings, plain), size, device=device)
+    vals = [Dataset(folder, encoder) for folder in run.get("val") or []] if weighted else []
+    return Data(datasets, vals, settings(TrainSettings, plain), size, device=device)
 
 
 def _overlaid(default: Any, own: Any) -> Any:
@@ -176,9 +177,9 @@ def _overlaid(default: Any, own: Any) -> Any:
 
 
 def has_weights(run: Mapping[str, Any]) -> bool:
-    """Whether a run's `settings.json` gives images weights, which may leave some out of training."""
+    """Whether weights or further validation sets of a run's `settings.json` may leave images out of training."""
     data = run.get("data") or {}
-    return bool(data.get("sources") or data.get("weights"))
+    return bool(data.get("sources") or data.get("weights") or run.get("val"))
 
 
 def rows_of_split(data: Data, split: str) -> Rows:
@@ -291,7 +292,7 @@ def run_origin(
         _refuse_changed(data.pictures.datasets, values.get("dataset_sha256") or [])
         return ImageSet(data.pictures, data.train_rows, data.prompts)
 
-    return Origin(f"{run.resolve()}{' with its weights' if weighted else ''}", read)
+    return Origin(f"{run.resolve()}{' with its weights and val' if weighted else ''}", read)
 
 
 def _refuse_changed(datasets: Sequence[Dataset], sha256: Sequence[str]) -> None:
