@@ -5,7 +5,9 @@
     files("zip://annotations/train.json::https://host/annotations.zip", None, "prompts.path")
 
 Whole files are fetched, once: text is small, readers stay simple, and a second run needs no network. The hub's lie in
-`HF_HOME`, others' in the folder that `IM2EMB_CACHE` names, or ~/.cache/im2emb.
+`HF_HOME`, others' in the folder that `IM2EMB_CACHE` names, or ~/.cache/im2emb. A cached file is hashed before each use,
+the hub's against the hash that the hub names it by, others' against what was recorded when it was fetched; a damaged
+one is fetched again, and refused where that is impossible.
 """
 
 import contextlib
@@ -27,6 +29,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
 from conf import UserError
+from conf.checksum import DamagedFile, read_checked, with_checksum
 from datagen import storage
 
 log = logging.getLogger(__name__)
@@ -183,7 +186,7 @@ def _hub_files(url: str, hub: re.Match[str], revision: str | None, key: str) -> 
     options = {"repo_type": kind, "revision": inside or revision}
     with _hub_errors(f"{key}={url}", repo, kind, options["revision"], name, _COPY_HUB_FILE):
         if not _is_glob(name):
-            path = Path(huggingface_hub.hf_hub_download(repo, name, **options))
+            path = whole_hub_file(lambda **more: huggingface_hub.hf_hub_download(repo, name, **options, **more))
             folder = path.parents[len(Path(name).parts) - 1]
             found = [path]
         else:
@@ -191,6 +194,14 @@ def _hub_files(url: str, hub: re.Match[str], revision: str | None, key: str) -> 
             found = sorted(p for p in folder.glob(name) if p.is_file())
             if not found:
                 raise _NoMatchError(f"nothing matches {name}")
+            for path in found:
+                inner = path.relative_to(folder).as_posix()
+                commit = {"repo_type": kind, "revision": folder.name}
+                whole_hub_file(
+                    lambda inner=inner, commit=commit, **more: huggingface_hub.hf_hub_download(
+                        repo, inner, **commit, **more
+                    )
+                )
     files = tuple(File(p.relative_to(folder).as_posix(), p, None) for p in found)
     return Origin(url, folder.name, files)
 
@@ -228,10 +239,11 @@ class Repository:
         import huggingface_hub
 
         with _hub_errors(self.repo, self.repo, "dataset", self.commit, name, _COPY_REPOSITORY):
-            found = huggingface_hub.hf_hub_download(
-                self.repo, name, repo_type="dataset", revision=self.commit, local_dir=work
+            options = {"repo_type": "dataset", "revision": self.commit, "local_dir": work}
+            return whole_hub_file(
+                lambda **more: huggingface_hub.hf_hub_download(self.repo, name, **options, **more),
+                lambda _: _local_etag(work, name),
             )
-        return Path(found)
 
     def release(self, name: str, work: Path) -> None:
         """Removes what `fetch` fetched."""
@@ -254,6 +266,57 @@ def repository(repo: str, revision: str | None, folder: Path | None) -> Reposito
     with _hub_errors(repo, repo, "dataset", revision, "its files", _COPY_REPOSITORY):
         info = huggingface_hub.HfApi().dataset_info(repo, revision=revision, timeout=60)
     return Repository(repo, info.sha, None, tuple(sorted(s.rfilename for s in info.siblings or ())))
+
+
+def whole_hub_file(
+    download: Callable[..., str], etag_of: Callable[[Path], str] = lambda path: path.resolve().name
+) -> Path:
+    """The file that `download` gives, downloaded again where its bytes are not those of its ETag.
+
+    Args:
+        download: huggingface_hub's, but for `force_download`.
+        etag_of: file → the hub's ETag; in its cache that is the name of the blob that the file links to.
+
+    Raises:
+        UserError: it is damaged and cannot be downloaded again.
+    """
+    path = Path(download())
+    problem = etag_mismatch(path, etag_of(path))
+    if problem is None:
+        return path
+    log.warning("%s is damaged: %s; it is fetched again", path, problem)
+    try:
+        path = Path(download(force_download=True))
+    except Exception as error:  # the hub's client has a new set of error classes in each major version
+        raise UserError(
+            f"{path} is damaged ({problem}), and it cannot be fetched again: {first_line(_root(error))}\n"
+            "Remove it and run the same command with a network, or copy the file and name its path instead of the URL."
+        ) from error
+    problem = etag_mismatch(path, etag_of(path))
+    if problem is not None:
+        raise UserError(f"{path} was fetched twice and is damaged each time: {problem}; check the disk and the hub")
+    return path
+
+
+def etag_mismatch(path: Path, etag: str) -> str | None:
+    """Says so where a file is not the one that an ETag of the hub names; None where it is, or the ETag is no hash."""
+    if re.fullmatch(r"[0-9a-f]{64}", etag):  # of large files: SHA-256
+        digest = storage.sha256(path)
+    elif re.fullmatch(r"[0-9a-f]{40}", etag):  # of small ones: git's SHA-1 of a blob
+        data = path.read_bytes()
+        digest = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    else:
+        return None
+    return None if digest == etag else f"{path.stat().st_size} bytes with the hash {digest[:12]}…, not {etag[:12]}…"
+
+
+def _local_etag(folder: Path, name: str) -> str:
+    """The ETag that the hub's client noted beside its downloads into `folder`: the second line of its metadata."""
+    try:
+        lines = (folder / ".cache/huggingface/download" / f"{name}.metadata").read_text().splitlines()
+    except OSError:
+        return ""
+    return lines[1].strip() if len(lines) > 1 else ""
 
 
 @contextlib.contextmanager
@@ -322,7 +385,8 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
         for name, source in zip(names, paths, strict=True):
             _copy(fs, source, folder / name)
         told = dict(zip(names, _told([Path(urllib.parse.urlsplit(p).path) for p in paths]), strict=True))
-        listing.write_text(json.dumps(told))
+        listed = with_checksum(json.dumps(told).encode())
+        storage.write_atomically(listing, lambda file: file.write(listed))
     except UserError:
         raise
     except Exception as error:  # each protocol's client has its own
@@ -332,7 +396,7 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
         if not listing.exists():
             raise UserError(f"{key}={url}: cannot be fetched: {why}. {_copy_it(key)}") from error
         log.warning("%s cannot be asked (%s): taking the copy in %s", url, why, folder)
-        told = json.loads(listing.read_text())
+        told = _whole_copies(folder, listing, f"{key}={url}: cannot be fetched ({why})", _copy_it(key))
     for name, shown in told.items():
         yield File(shown, folder / name, None)
 
@@ -345,16 +409,19 @@ def _copy_it(key: str) -> str:
 
 
 def _copy(fs: Any, source: str, target: Path) -> None:
-    """Copies one file unless a copy of the same size and version is there; never leaves a half.
+    """Copies one file unless a whole copy of the same size and version is there; never leaves a half.
 
-    Where the server tells no version, every run copies anew.
+    Where the server tells no version, every run copies it again.
     """
     info = _again(lambda: fs.info(source))
     told = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
     version = {"bytes": info.get("size"), "version": told}
-    known = target.with_name(f"{target.name}.version")
-    if told is not None and target.exists() and known.exists() and json.loads(known.read_text()) == version:
-        return
+    known = storage.read_record(target)
+    if told is not None and target.exists() and known is not None and version.items() <= known.items():
+        problem = storage.damage(target, known)
+        if problem is None:
+            return
+        log.warning("%s, the cached copy of %s, is damaged: %s; it is fetched again", target, source, problem)
     target.parent.mkdir(parents=True, exist_ok=True)
     part = target.with_name(f".{target.name}.part-{os.getpid()}")
 
@@ -367,10 +434,34 @@ def _copy(fs: Any, source: str, target: Path) -> None:
     log.info("fetching %s", source)
     try:
         _again(copy)
+        storage.write_record(target, part.stat(), storage.sha256(part), **version)
         part.replace(target)
-        known.write_text(json.dumps(version))
     finally:
         part.unlink(missing_ok=True)
+
+
+def _whole_copies(folder: Path, listing: Path, what: str, remedy: str) -> dict[str, str]:
+    """The names in `listing`, whose copies are as they were fetched.
+
+    Raises:
+        UserError: some are not; it begins with `what`.
+    """
+    try:
+        names: dict[str, str] = json.loads(read_checked(listing))
+    except DamagedFile as error:
+        raise UserError(f"{what}, and the list of its copies, {listing}, cannot be used: {error}. {remedy}") from error
+    problems = []
+    for name in names:
+        record = storage.read_record(folder / name)
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name} is missing")
+        elif record is None:
+            problems.append(f"{folder / name} has no record of its checksum")
+        elif (problem := storage.damage(folder / name, record)) is not None:
+            problems.append(f"{folder / name} is damaged: {problem}")
+    if problems:
+        raise UserError(f"{what}, and the copies on this machine cannot be used: {'; '.join(problems)}. {remedy}")
+    return names
 
 
 def _again(work: Callable[[], T]) -> T:

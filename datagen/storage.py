@@ -5,7 +5,10 @@ Writing: a local file gets a temporary name, is synced and renamed. A remote one
 
 Reading: a remote file is fetched whole into a cache, the folder that `IM2EMB_CACHE` names, or ~/.cache/im2emb. A copy
 is filed under the size and version (ETag, else time of change) that the store tells of the object: one written anew is
-not read from an old copy. Any number of processes share the cache; remove the folder when you please.
+not read from an old copy. Any number of processes share the cache; remove the folder when you please. Beside each copy
+lies its record: size, time of change and SHA-256 as it was fetched. A process hashes a copy before its first use; one
+of more than 64 MiB only where its size or time differs from the record (`datagen.verify` always hashes). A copy that is
+damaged or without a record is fetched again.
 
 A fault of the network or the server is logged and tried again for about a minute, beside what the protocol's own
 package tries. What no second try mends is a `UserError`. Listings are always asked for anew: other processes write too.
@@ -16,6 +19,7 @@ import errno
 import fcntl
 import hashlib
 import io
+import json
 import logging
 import os
 import re
@@ -43,6 +47,8 @@ _WAITS_S = (0.5, 2, 8, 30)  # before each further try
 _BLOCK, _AT_ONCE = 8 << 20, 8  # bytes of a request, requests at a time: 64 MiB are held
 _THREADS = 16  # that fetch small files
 _DIGEST = 12  # letters of a hash in a name of the cache
+_HASHED_ALWAYS = 64 << 20  # bytes up to which a cached copy is hashed once a process
+_whole_copies: dict[Path, tuple[int, int]] = {}  # that this process has checked: size and time of change
 
 # Errors that no second try mends, by their classes or, for those of packages that may not be installed, by words in
 # the names of their classes.
@@ -218,10 +224,12 @@ class Files:
 
     Args:
         root: the folder.
+        hash_all: hash cached copies of any size before their first use.
     """
 
-    def __init__(self, root: Place | str) -> None:
+    def __init__(self, root: Place | str, *, hash_all: bool = False) -> None:
         self.root = located(root)
+        self._hash_all = hash_all
         self._folders: dict[str, dict[str, Entry | None]] = {}  # of a remote root: a folder's names, None of a folder
 
     @property
@@ -261,7 +269,10 @@ class Files:
         if entry is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root / name))
         copy = self._copy(name, entry)
-        if not copy.exists():
+        problem = self._problem(copy)
+        if problem is not None:
+            if copy.exists():
+                log.warning("%s, the cached copy of %s, %s; it is fetched again", copy, self.root / name, problem)
             self._fetch(name, entry, copy)
         return copy
 
@@ -287,7 +298,30 @@ class Files:
     def is_here(self, name: str) -> bool:
         """Whether `path` needs to fetch nothing."""
         entry = self._entry(name)
-        return entry is None or self._copy(name, entry).exists()
+        return entry is None or self._problem(self._copy(name, entry)) is None
+
+    def has_room(self, name: str) -> bool:
+        """Whether the disk of the cache can hold `name` and leaves a tenth free."""
+        return (self.size(name) or 0) < 0.9 * free_bytes(cache_folder())
+
+    def _problem(self, copy: Path) -> str | None:
+        """Why a cached copy cannot be used; None where it can."""
+        try:
+            stat = copy.stat()
+        except OSError:
+            return "is missing"
+        if _whole_copies.get(copy) == (stat.st_size, stat.st_mtime_ns):
+            return None
+        known = read_record(copy)
+        if known is None:
+            return "has no record of its checksum"
+        if stat.st_size != known["size"]:
+            return f"is damaged: it has {stat.st_size} bytes of {known['size']}"
+        trusted = stat.st_size > _HASHED_ALWAYS and stat.st_mtime_ns == known["mtime_ns"] and not self._hash_all
+        if not trusted and (problem := damage(copy, known)) is not None:
+            return f"is damaged: {problem}"
+        _whole_copies[copy] = (stat.st_size, stat.st_mtime_ns)
+        return None
 
     def _here(self, name: str) -> Path | None:
         """The file itself, where it lies on this machine."""
@@ -341,20 +375,25 @@ class Files:
         place = self._place(name)
         cache = cache_folder()
 
+        digest = hashlib.sha256()
+
         def write(file: io.BufferedWriter) -> None:
             for group in _groups(entry.size):
                 for block in _tried(f"cannot read {place}", lambda group=group: _blocks(place, group)):
+                    digest.update(block)
                     file.write(block)
             now = _entry(_tried(f"cannot look for {place}", lambda: _info(place)))
             if now.size != entry.size or (now.version and entry.version and now.version != entry.version):
                 raise self._changed(name)
+            file.flush()  # then its time of change is final
+            write_record(copy, os.fstat(file.fileno()), digest.hexdigest())
 
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
             # of a small file a second copy costs less than a lock
             one = FileLock(copy.with_name(f".{name.rpartition('/')[2]}.lock")) if entry.size > _BLOCK else None
             with one or contextlib.nullcontext():
-                if copy.exists():
+                if self._problem(copy) is None:
                     return
                 stem = copy.name.rpartition("-")[0]
                 for part in copy.parent.glob(f".{stem}-*{_PART}*"):
@@ -362,7 +401,8 @@ class Files:
                 _write_local(copy, write, f"make room, or name another folder by IM2EMB_CACHE (now {cache}).")
                 for old in copy.parent.glob(f"{stem}-{'?' * _DIGEST}{copy.suffix}"):
                     if old != copy:
-                        old.unlink(missing_ok=True)
+                        for path in (old, _record(old)):
+                            path.unlink(missing_ok=True)
         except FileNotFoundError as error:
             raise self._changed(name) from error
         except OSError as error:
@@ -410,6 +450,34 @@ def _entry(info: dict[str, Any]) -> Entry:
     if isinstance(told, datetime):  # which a listing may tell as a number
         told = told.timestamp()
     return Entry(info["size"], str(told).strip('"'))
+
+
+def write_record(copy: Path, stat: os.stat_result, sha256: str, **facts: Any) -> None:
+    """Records what was fetched, beside the copy that is about to get its name; without its record it is not used."""
+    record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, **facts}
+    data = json.dumps(record).encode()
+    _write_local(_record(copy), lambda file: file.write(data), "make room, or name another folder by IM2EMB_CACHE.")
+
+
+def read_record(copy: Path) -> dict[str, Any] | None:
+    """What `write_record` recorded; None where there is nothing, or it is damaged."""
+    try:
+        record = json.loads(_record(copy).read_bytes())
+        whole = isinstance(record, dict) and record.keys() >= {"size", "mtime_ns", "sha256"}
+    except (OSError, ValueError):
+        return None
+    return record if whole else None
+
+
+def damage(copy: Path, record: dict[str, Any]) -> str | None:
+    """How a copy differs from its record: all of it is read. None where it does not."""
+    digest = sha256(copy)
+    same = digest == record["sha256"]
+    return None if same else f"its sha256 is {digest[:12]}…, but {str(record['sha256'])[:12]}… was fetched"
+
+
+def _record(copy: Path) -> Path:
+    return copy.with_name(f".{copy.name}.json")
 
 
 def sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +147,92 @@ def test_without_a_network_the_message_says_what_to_do(tmp_path: Path) -> None:
     assert done.returncode == 1
     for part in ("tried the hub's dataset owner/name", "HF_HUB_OFFLINE=1", "copy the file", "prompts=grammar"):
         assert part in done.stderr
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: os.truncate(path, 0),
+    "cut off": lambda path: os.truncate(path, 5),
+    "altered": lambda path: path.write_bytes(b"ONE\ntwo\n"),  # as many bytes
+}
+
+
+def damage(path: Path, case: str) -> None:
+    """Changes a file, and its time of change back."""
+    stat = path.stat()
+    DAMAGES[case](path)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+@pytest.mark.parametrize("pattern", ["all.txt", "al*.txt"])
+def test_a_damaged_copy_of_a_hub_file_is_fetched_again_or_refused(
+    case: str, pattern: str, tmp_path: Path, repo: Path
+) -> None:
+    with TinyHub({"owner/name": repo}) as hub:
+        env = hub.environment(tmp_path)
+        first = found(read(path(pattern), **env))
+        (copy,) = (tmp_path / "hf").rglob("snapshots/*/all.txt")
+        damage(copy.resolve(), case)
+        offline = read(path(pattern), **{**env, "HF_HUB_OFFLINE": "1"})
+        assert offline.returncode == 1
+        assert f"error: {copy} is damaged (" in offline.stderr
+        assert "it cannot be fetched again" in offline.stderr
+        again = read(path(pattern), **env)
+        assert found(again) == first
+        assert f"{copy} is damaged: " in again.stderr
+    assert found(read(path(pattern), **{**env, "HF_HUB_OFFLINE": "1"})) == first
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_copy_of_a_file_of_another_server_is_fetched_again_or_refused(
+    case: str, tmp_path: Path, repo: Path
+) -> None:
+    with TinyHub({"owner/name": repo}) as hub:
+        env = hub.environment(tmp_path)
+        url = f"prompts.path={hub.url}/datasets/owner/name/resolve/main/all.txt"
+        first = found(read(url, **env))
+        (copy,) = (tmp_path / "im2emb").rglob("*-all.txt")
+        damage(copy, case)
+        again = read(url, **env)
+        assert found(again) == first
+        assert f"{copy}, the cached copy of " in again.stderr
+        damage(copy, case)
+    gone = read(url, **env)  # the server is
+    assert gone.returncode == 1
+    assert f"the copies on this machine cannot be used: {copy} is damaged: " in gone.stderr
+    copy.unlink()
+    assert f"cannot be used: {copy} is missing" in read(url, **env).stderr
+
+
+def test_a_copy_without_a_record_of_its_checksum_is_not_trusted(tmp_path: Path, repo: Path) -> None:
+    """As earlier versions left it."""
+    with TinyHub({"owner/name": repo}) as hub:
+        env = hub.environment(tmp_path)
+        url = f"prompts.path={hub.url}/datasets/owner/name/resolve/main/all.txt"
+        first = found(read(url, **env))
+        (record,) = (tmp_path / "im2emb").rglob(".*-all.txt.json")
+        for content in (b"", b"{}", b'{"sha256": 1', None):
+            record.unlink() if content is None else record.write_bytes(content)
+            asked = len(hub.asked)
+            assert found(read(url, **env)) == first
+            assert any(line.startswith("GET /datasets/") for line in hub.asked[asked:])
+        record.unlink()
+    assert "has no record of its checksum" in read(url, **env).stderr
+
+
+def test_a_damaged_file_of_a_repository_is_fetched_again(tmp_path: Path, repo: Path) -> None:
+    with TinyHub({"owner/name": repo}) as hub:
+        script = (
+            "import sys; from pathlib import Path; from datagen import fetch; work = Path(sys.argv[1])\n"
+            "print(fetch.repository('owner/name', None, None).fetch('all.txt', work).read_text())"
+        )
+        command = [sys.executable, "-c", script, str(tmp_path / "work")]
+        for case in (None, *DAMAGES):
+            if case is not None:
+                damage(tmp_path / "work/all.txt", case)
+            env = {**os.environ, **hub.environment(tmp_path)}
+            done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=True)
+            assert done.stdout.split() == ["one", "two"]
 
 
 def test_files_of_any_store_that_fsspec_knows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

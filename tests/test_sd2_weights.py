@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from conf import UserError
-from datagen.renderers import sd2_weights
+from datagen.renderers import hub, sd2_weights
 from datagen.renderers.stable_diffusion import StableDiffusion2
+from datagen.storage import sha256
 from tests import tiny_sd2
 from tests.tiny_sd2 import TinySD2
 
@@ -205,6 +206,30 @@ def test_the_hubs_commit_is_resolved_loaded_and_recorded(weights: TinySD2, monke
 
     make(weights, model="some/mirror", revision="v1").settings()
     assert asked[2:] == [("some/mirror", "v1")]
+
+
+def test_weights_damaged_in_the_hubs_cache_are_not_used(
+    weights: TinySD2, offline: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A flipped byte in a blob, which is named by its hash: refused by name where the hub cannot be asked."""
+    repository = offline / "models--some--mirror"
+    snapshot = repository / "snapshots" / ("d" * 40)
+    _copy(weights.folder, snapshot)
+    (repository / "blobs").mkdir()
+    name = sd2_weights.WEIGHTS[0]
+    blob = repository / "blobs" / sha256(snapshot / name)
+    (snapshot / name).rename(blob)
+    (snapshot / name).symlink_to(blob)
+    assert make(weights, model="some/mirror").settings()["revision"] == "d" * 40
+    data = bytearray(blob.read_bytes())
+    data[-9] ^= 1
+    blob.write_bytes(data)
+    with pytest.raises(UserError, match="tried the hub"):
+        make(weights, model="some/mirror").settings()
+    assert f"{snapshot / name} is damaged: " in caplog.text
+    source = hub.Source("some/mirror", "d" * 40, {}, None, (name,))
+    with pytest.raises(UserError, match=rf"{name} is damaged .* and it cannot be fetched again"):
+        hub.download(source, "")
 
 
 def test_a_filled_cache_serves_without_the_hub(weights: TinySD2, offline: Path) -> None:

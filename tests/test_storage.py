@@ -8,7 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -442,6 +442,56 @@ def test_a_flipped_byte_is_found(uploaded: Location, client: Client) -> None:
     client.put("data/shards/000001.tar", bytes(tar))
     (problem,) = verify(uploaded)
     assert problem.startswith(f"000025: {uploaded}/shards/000001.tar at {dataset._offsets[25]}: crc32 ")
+
+
+COPY_DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: os.truncate(path, 0),
+    "cut off": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "altered": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+}
+
+
+@pytest.mark.parametrize("suffix", ["tar", "parquet", "npy"])
+@pytest.mark.parametrize("case", COPY_DAMAGES)
+def test_a_damaged_copy_in_the_cache_is_fetched_again(
+    case: str, suffix: str, uploaded: Location, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = read_all(Dataset(uploaded, small_dataset.ENCODER))
+    copy = cached(tmp_path, suffix)[-1]
+    whole = copy.read_bytes()
+    COPY_DAMAGES[case](copy)
+    assert read_all(Dataset(uploaded, small_dataset.ENCODER)) == first
+    (said,) = [m for m in caplog.messages if "is damaged" in m]
+    assert said.startswith(f"{copy}, the cached copy of {uploaded}/")
+    assert copy.read_bytes() == whole
+
+
+def test_a_copy_without_its_record_is_fetched_again(uploaded: Location, tmp_path: Path) -> None:
+    first = read_all(Dataset(uploaded, small_dataset.ENCODER))
+    for copy in cached(tmp_path):
+        copy.with_name(f".{copy.name}.json").unlink()
+        copy.write_bytes(bytes(copy.stat().st_size))
+    storage._whole_copies.clear()  # as another process has it
+    assert read_all(Dataset(uploaded, small_dataset.ENCODER)) == first
+
+
+def test_a_large_copy_is_hashed_where_its_time_changed_or_all_are(
+    uploaded: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "_HASHED_ALWAYS", 0)
+    files = storage.Files(uploaded)
+    copy = files.path("shards/000000.tar")
+    whole, stat = copy.read_bytes(), copy.stat()
+    copy.write_bytes(bytes(len(whole)))
+    storage._whole_copies.clear()
+    assert files.path("shards/000000.tar").read_bytes() == whole
+    stat = copy.stat()
+    copy.write_bytes(bytes(len(whole)))
+    os.utime(copy, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    storage._whole_copies.clear()
+    assert files.path("shards/000000.tar").read_bytes() == bytes(len(whole))
+    storage._whole_copies.clear()
+    assert storage.Files(uploaded, hash_all=True).path("shards/000000.tar").read_bytes() == whole
 
 
 # Killed, or without room

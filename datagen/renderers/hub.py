@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf import UserError
+from datagen.fetch import whole_hub_file
 from datagen.storage import sha256
 
 log = logging.getLogger(__name__)
@@ -111,12 +112,23 @@ def _cached(model: str, revision: str | None, select: Select, options: str) -> S
     for snapshot in sorted(snapshots, key=lambda s: s.last_modified, reverse=True):
         if revision in (None, snapshot.commit_hash, *snapshot.refs):
             with contextlib.suppress(UserError):  # one that was left unfinished
-                return _folder(snapshot.snapshot_path, model, snapshot.commit_hash, select, options)
+                source = _folder(snapshot.snapshot_path, model, snapshot.commit_hash, select, options)
+                if not _damaged(snapshot.snapshot_path, source):
+                    return source
     return None
 
 
+def _damaged(folder: Path, source: Source) -> bool:
+    """Whether weights in the hub's cache are not those of the blobs that hold them; the log names them."""
+    blobs = {name: (folder / name).resolve().name for name in source.files}
+    wrong = [n for n, blob in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", blob) and blob != source.files[n]]
+    for name in wrong:
+        log.warning("%s is damaged: its sha256 is not the one that the hub names it by; remove it", folder / name)
+    return bool(wrong)
+
+
 def download(source: Source, options: str) -> Path:
-    """The folder of a repository's files, got from the hub or its cache.
+    """The folder of a repository's files, got from the hub or its cache; damaged ones are downloaded again.
 
     Raises:
         UserError: the download failed.
@@ -132,6 +144,14 @@ def download(source: Source, options: str) -> Path:
             f"renderer.model={source.name}: the download of commit {source.revision} failed: {first_line(error)}\n"
             f"The same command resumes it. {options}"
         ) from error
+    for name in source.names:
+        whole_hub_file(
+            lambda name=name, **again: (
+                huggingface_hub.hf_hub_download(source.name, name, revision=source.revision, **again)
+                if again
+                else str(Path(folder) / name)
+            )
+        )
     return Path(folder)
 
 
