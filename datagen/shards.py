@@ -787,6 +787,8 @@ def _target_name(index_name: str) -> str:
 
 def _info(files: Files) -> dict[str, Any]:
     info = _json(files, "dataset.json", "make the dataset anew")
+    if not isinstance(info, dict):
+        raise UserError(f"{files.root / 'dataset.json'} is damaged: it is not an object; make the dataset anew")
     if info.get("schema") != SCHEMA:
         raise UserError(
             f"{files.root / 'dataset.json'}: schema {info.get('schema')!r}, but this version reads {SCHEMA}; "

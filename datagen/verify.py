@@ -1,6 +1,13 @@
-"""Re-reads a whole dataset: `python -m datagen.verify out=data/sd2`. Exits 1 where anything is missing or damaged.
+"""Re-reads a whole dataset: `python -m datagen.verify out=data/sd2`. Exits 1 where anything does not match.
 
-Of a remote one (out=s3://…), the copy in the cache is read, fetched now where it lacks or is not the store's version.
+Compared with each other: dataset.json, the plan, the index, every member of the tars (image, .txt and .json; of foreign
+images their bytes alone), and the target vectors (number, width, length; equal prompts have equal vectors).
+
+Not checked: that an image can be decoded (its bytes are those that were indexed), that it shows its prompt, and that a
+vector is its encoder's for the prompt (`python -m datagen.targets` writes vectors again once their folder is removed).
+
+Of a remote dataset (out=s3://…) the copy in the cache is read: it is hashed first, and fetched where it is missing,
+damaged or not the store's version. Where the cache has no room for a tar, it is read from the store.
 """
 
 import logging
@@ -15,37 +22,33 @@ log = logging.getLogger(__name__)
 
 
 def verify(root: Place) -> list[str]:
-    """A line for each shard, picture or vector that is missing or does not match.
+    """A line for everything that is missing or does not match, twenty of a kind at most and then their number.
 
     Raises:
-        UserError: the folder is no dataset, or its shards, tars or vectors are not whole.
+        UserError: the folder is not a dataset, or a store cannot be reached.
     """
-    import numpy as np
+    return _verify(root)[1]
 
-    encoders = shards.encoders(root)
-    dataset = shards.Dataset(root)
-    with progress(len(dataset), "picture", "verify") as bar:
-        found = list(dataset.damaged(bar.update))
-    if not shards.plan_matches(root):
-        found.append(f"{root / 'prompts.parquet'} is not the plan that dataset.json was written with; copy it again")
-    for encoder in encoders:
-        dataset = shards.Dataset(root, encoder)
-        for i in range(len(dataset)):
-            norms = np.linalg.norm(dataset.targets(i), axis=1)
-            if not np.allclose(norms, 1, atol=1e-4):
-                found.append(f"{dataset.key(i)}: its vector of {encoder} has length {norms.tolist()}, not 1")
-    if not encoders:
+
+def _verify(root: Place) -> tuple[int, list[str]]:
+    """Number of problems, and their lines."""
+    from datagen.checks import check
+
+    pictures = shards.read_info(root).get("pictures")
+    with progress(pictures if isinstance(pictures, int) else 0, "image", "verify") as bar:
+        problems = check(root, bar.update)
+    if not shards.encoders(root):
         log.warning("%s has no target vectors yet: python -m datagen.targets out=%s", root, root)
-    return found
+    return problems.count, problems.lines()
 
 
 def run(values: dict[str, Any]) -> int:
     root = settings(VerifySettings, values).out
-    found = verify(root)
-    for line in found:
+    count, lines = _verify(root)
+    for line in lines:
         log.error("%s", line)
-    log.info("%s: %d problems", root, len(found))
-    return 1 if found else 0
+    log.info("%s: %d problems", root, count)
+    return 1 if count else 0
 
 
 if __name__ == "__main__":

@@ -333,25 +333,6 @@ def test_verify_finds_a_flipped_byte(copy: Path) -> None:
     assert problem.startswith(f"000000041: {tar(copy)} at {offset}: crc32 ")
 
 
-def test_verify_finds_a_missing_shard(copy: Path) -> None:
-    UNUSABLE["missing shard"][0](copy)
-    with pytest.raises(UserError, match=r"1 of 2 shards are missing \(000001\)"):
-        verify(copy)
-
-
-def test_verify_finds_another_plan_and_vectors_of_another_length(copy: Path) -> None:
-    plan = shards.read_plan(copy)
-    shards.write_table(copy / "prompts.parquet", plan.slice(0, 59))
-    path = copy / "targets" / "stand-in" / "000000.npy"
-    vectors = np.load(path)
-    vectors[3] *= 2
-    np.save(path, vectors)
-    problems = verify(copy)
-    assert len(problems) == 2
-    assert "prompts.parquet is not the plan that dataset.json was written with" in problems[0]
-    assert problems[1].startswith("000000003: its vector of stand-in has length [2.0")
-
-
 # Writing
 
 
