@@ -15,9 +15,10 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from conf import UserError
+from conf.checksum import DamagedFile
+from models import tensors as tensor_file
 from models.backbones import Spec, build
 from models.preprocess import PREPROCESS
 from models.regressor import Regressor
@@ -48,7 +49,7 @@ def save(
     tensors |= {f"probe_image_{i}": probe.contiguous() for i, probe in enumerate(probes)}
     config = {"format": FORMAT, "preprocess": PREPROCESS, **model.description(), **facts}
     with replacing(folder) as part:
-        save_file(tensors, part / "model.safetensors")
+        tensor_file.save(tensors, part / "model.safetensors")
         (part / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
@@ -156,15 +157,14 @@ def load_into(model: Regressor, folder: Path) -> None:
 def _fill(model: Regressor, folder: Path, where: str) -> None:
     """The weights of `folder` into a model of its architecture, of another input size perhaps."""
     try:
-        with safe_open(folder / "model.safetensors", "pt") as file:
-            names = list(file.keys())
-            backbone, head = (
-                {name.removeprefix(part): file.get_tensor(name) for name in names if name.startswith(part)}
-                for part in ("backbone.", "head.")
-            )
+        tensors = tensor_file.read(folder / "model.safetensors")
+        backbone, head = (
+            {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
+            for part in ("backbone.", "head.")
+        )
         put(model.backbone, backbone, where)
         model.head.load_state_dict(head)
-    except (SafetensorError, RuntimeError) as error:
+    except (DamagedFile, RuntimeError) as error:
         raise UserError(f"{where}: its weights cannot be read: {error}; copy the checkpoint again") from error
 
 

@@ -226,7 +226,7 @@ def test_rows_are_made_once_and_mapped(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found, rows_of(0, count))
         assert isinstance(found, np.memmap)
     assert asked == [(0, vectors.PART), (vectors.PART, count)]
-    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == [".lock", "vectors.npy"]
+    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == [".lock", "rows.json", "vectors.npy"]
 
 
 def test_a_failed_pass_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
@@ -258,6 +258,21 @@ def test_what_does_not_count_is_made_again(tmp_path: Path) -> None:
         np.testing.assert_array_equal(stored(folder, count, rows_of, "row", "rows"), rows_of(0, count))
     (tmp_path / "cut" / "vectors.npy").write_bytes(b"short")
     np.testing.assert_array_equal(stored(tmp_path / "cut", count, rows_of, "row", "rows"), rows_of(0, count))
+
+
+@pytest.mark.parametrize("place", [9, 200, 40_000, -2])
+def test_damaged_rows_are_made_again(place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A flipped byte in the file, or in what a killed process left of it."""
+    count = 2 * vectors.PART
+    stored(tmp_path, count, rows_of, "row", "rows")
+    whole = tmp_path / "vectors.npy"
+    for path in (whole, tmp_path / "vectors.part"):
+        data = bytearray(whole.read_bytes())
+        data[place] ^= 1
+        whole.rename(path)
+        path.write_bytes(data)
+        np.testing.assert_array_equal(stored(tmp_path, count, rows_of, "row", "rows"), rows_of(0, count))
+    assert caplog.messages == [f"{whole} is damaged or of an earlier version: it is made again"]
 
 
 def test_rows_that_are_not_finite_are_refused_and_the_part_before_is_kept(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from conf import UserError
-from models import checkpoint
+from models import checkpoint, tensors
 from models.preprocess import PREPROCESS
 from models.regressor import Regressor, make
 from tests import full_disk
@@ -94,7 +94,7 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(
             elif place == "json":
                 patch.setattr(Path, "write_text", _interrupt)
             else:
-                patch.setattr(checkpoint, "save_file", _interrupt)
+                patch.setattr(tensors, "save", _interrupt)
             with pytest.raises(KeyboardInterrupt):
                 checkpoint.save(folder, model, mean_vector(), probes, {**FACTS, "step": 2})
         assert checkpoint.read_config(folder)["step"] == 1, place
@@ -104,6 +104,19 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(
 
 def _interrupt(*_: object, **__: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("share", [0.0001, 0.1, 0.4, 0.7, 0.9999])
+def test_weights_with_a_flipped_byte_are_refused(
+    share: float, model: Regressor, probes: list[torch.Tensor], tmp_path: Path
+) -> None:
+    checkpoint.save(tmp_path / "best", model, mean_vector(), probes, FACTS)
+    path = tmp_path / "best/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[int(share * len(data))] ^= 8
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"best: its weights cannot be read: .*; copy the checkpoint again"):
+        checkpoint.load(tmp_path / "best")
 
 
 def test_a_full_disk_is_said_plainly(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_nothing_readable_is_refused(data: Path) -> None:
         features(model(), pictures(data), rows, 8)
 
 
-def test_a_damaged_part_is_computed_anew(data: Path, cache: Path) -> None:
+def test_a_damaged_part_is_computed_anew(data: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     known = pictures(data)
     rows = known.datasets[0].rows("train")
     found = features(model(), known, rows, 8)
@@ -161,6 +161,14 @@ def test_a_damaged_part_is_computed_anew(data: Path, cache: Path) -> None:
     (found.folder / "000002.json").unlink()
     features(model(), known, rows, 8)
     assert kept(cache) == before
+    for name, place in (("000001.npy", 70), ("000001.npy", -3), ("000000.json", 20), ("000000.json", -5)):
+        content = bytearray((found.folder / name).read_bytes())
+        content[place] ^= 1
+        (found.folder / name).write_bytes(content)
+        caplog.clear()
+        features(model(), known, rows, 8)
+        assert kept(cache) == before, (name, place)
+        assert f"{found.folder / name[:6]}.npy is damaged" in caplog.text
 
 
 def test_a_full_disk_costs_the_cache_and_not_the_result(

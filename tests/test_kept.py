@@ -83,7 +83,9 @@ def test_what_they_depend_on_is_told_apart(pictures: Pictures, tmp_path: Path) -
     assert Colours.calls == calls + 17
 
 
-def test_a_lost_or_damaged_part_alone_is_computed_again(pictures: Pictures, tmp_path: Path) -> None:
+def test_a_lost_or_damaged_part_alone_is_computed_again(
+    pictures: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first = run(pictures, contender("a")).vectors["a"]
     parts = files(tmp_path)
     assert len(parts) == 5
@@ -92,6 +94,13 @@ def test_a_lost_or_damaged_part_alone_is_computed_again(pictures: Pictures, tmp_
     calls = Colours.calls
     np.testing.assert_array_equal(run(pictures, contender("a")).vectors["a"], first)
     assert Colours.calls == calls + 8
+    for place in (0, 40, 200, -90, -3):  # zip header, vectors, directory, checksum
+        data = bytearray(parts[2].read_bytes())
+        data[place] ^= 1
+        parts[2].write_bytes(data)
+        np.testing.assert_array_equal(run(pictures, contender("a")).vectors["a"], first)
+        assert f"{parts[2]} is damaged" in caplog.text
+        caplog.clear()
 
 
 def test_a_picture_that_can_be_read_by_now_is_not_left_out(pictures: Pictures) -> None:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from conf import UserError, compose, settings
-from models import checkpoint
+from models import checkpoint, tensors
 from models.regressor import make
 from tests import full_disk, small_dataset, training
 from tests.training import records, same_weights, train
@@ -185,9 +185,23 @@ def test_a_head_worked_out_before_is_taken(small_data: Path, tmp_path: Path) -> 
     """A run killed before its first resume point does not go over its pictures again."""
     head = make("test_vit", "random", 32, small_dataset.WIDTH).head
     (tmp_path / "run").mkdir()
-    save_file(dict(head.state_dict()), tmp_path / "run/head_init.safetensors")
+    tensors.save(dict(head.state_dict()), tmp_path / "run/head_init.safetensors")
     train(small_data, tmp_path / "run", "keep_first=true", "max_steps=1")
     assert load_file(tmp_path / "run/first/model.safetensors")["head.weight"].equal(head.state_dict()["weight"])
+
+
+@pytest.mark.parametrize("place", [3, 60, -5])
+def test_a_damaged_head_is_worked_out_again(
+    place: int, small_data: Path, tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = bytearray((tiny_run / "head_init.safetensors").read_bytes())
+    data[place] ^= 4
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/head_init.safetensors").write_bytes(data)
+    train(small_data, tmp_path / "run", "max_steps=1")
+    assert f"{tmp_path / 'run/head_init.safetensors'} is damaged: " in caplog.text
+    here, there = (load_file(run / "head_init.safetensors") for run in (tmp_path / "run", tiny_run))
+    assert all(here[name].equal(there[name]) for name in there)
 
 
 def test_several_datasets_and_validation_sets(small_data: Path, tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 <cache>/features/<hash>/about.json      what they are of
                         000000.npy      [n, D] fp32, those of a part of the pictures that could be read
-                        000000.json     where the others stand in that part; written last: it commits the part
+                        000000.json     where the others stand in that part, and the checksum of both; written last: it
+                                        commits the part
+
+A part that is damaged is computed again.
 
 <cache> is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; remove what you please. The hash covers the weights,
 the size, the normalisation, the pictures, their order, the batches and the precision: of anything else than what is
@@ -26,6 +29,7 @@ from conf import UserError, progress
 from datagen.shards import cache_folder, free_bytes, write_array, write_json
 from models.precision import half
 from models.regressor import Regressor
+from models.tensors import checksum
 from train.data import Pictures, loader
 from train.draws import InOrder
 
@@ -33,7 +37,7 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-_FORMAT = 2  # of what is kept and how it comes about: another preprocess needs another number
+_FORMAT = 3  # of what is kept and how it comes about: another preprocess needs another number
 _PART = 2048  # pictures, at most: what a kill costs
 _SHARE = 0.9  # of the free disk that features may take
 _NAMED = 3  # unreadable pictures that the log names
@@ -186,7 +190,7 @@ class _Source:
         return {
             "format": _FORMAT,
             "backbone": asdict(self.model.spec),
-            "weights": _digest_of(self.model.backbone.state_dict()),
+            "weights": checksum(self.model.backbone.state_dict()),
             "datasets": [self.pictures.datasets[number].fingerprint() for number, _, _ in datasets],
             "pictures": [digest(self.pictures.datasets[number].checksums[own]) for number, _, own in datasets],
             "order": digest(self._distinct_rows()),
@@ -208,18 +212,32 @@ class _Source:
         return [part for number, part in enumerate(self.parts) if not self._is_kept(number, part)]
 
     def _is_kept(self, number: int, part: range) -> bool:
-        try:
-            marks = self._marks(number)
-            x_nD = np.load(self.folder / f"{number:06d}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError):  # absent or damaged
-            return False
-        if x_nD.shape != (len(part) - len(marks), self.model.spec.width):
+        marks = self._whole_marks(number)
+        if marks is None:
             return False
         rows = [int(self.rows[part.start + at]) for at, _ in marks]
         return not any(len(self.pictures.__getitems__([row]).row_B) for row in rows)
 
+    def _whole_marks(self, number: int) -> list[Mark] | None:
+        """The marks of a part that is there and as it was written."""
+        if not (self.folder / f"{number:06d}.json").exists():
+            return None
+        path = self.folder / f"{number:06d}.npy"
+        try:
+            marks = self._marks(number)
+            if self._commit(number)["checksum"] == _checksum(np.load(path, allow_pickle=False), marks):
+                return marks
+        except (OSError, ValueError, EOFError, KeyError, TypeError):
+            pass
+        log.warning("%s is damaged: the features of its images are computed again", path)
+        return None
+
     def _marks(self, number: int) -> list[Mark]:
-        return [(at, why) for at, why in json.loads((self.folder / f"{number:06d}.json").read_text())]
+        return [(at, why) for at, why in self._commit(number)["unread"]]
+
+    def _commit(self, number: int) -> dict[str, Any]:
+        """What the file that commits a part says."""
+        return json.loads((self.folder / f"{number:06d}.json").read_text())
 
     def read(self) -> Iterator[tuple[NDArray[np.float32], list[Mark]]]:
         """What `compute` gives of all parts, as it is kept."""
@@ -233,7 +251,7 @@ class _Source:
             name = f"{numbers[part]:06d}"
             (self.folder / f"{name}.json").unlink(missing_ok=True)  # of a part of which less could be read
             write_array(self.folder / f"{name}.npy", x_nD)
-            write_json(self.folder / f"{name}.json", marks)
+            write_json(self.folder / f"{name}.json", {"unread": marks, "checksum": _checksum(x_nD, marks)})
 
     @torch.inference_mode()
     def compute(self, parts: list[range]) -> Iterator[tuple[NDArray[np.float32], list[Mark]]]:
@@ -264,12 +282,9 @@ class _Source:
                 yield np.concatenate(x), marks
 
 
-def _digest_of(state: dict[str, torch.Tensor]) -> str:
-    found = hashlib.blake2b(digest_size=16)
-    for name, tensor in state.items():
-        found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return found.hexdigest()
+def _checksum(x_nD: NDArray[np.float32], marks: list[Mark]) -> str:
+    """Of what is kept of a part."""
+    return f"{digest(x_nD)} {hashlib.blake2b(json.dumps(marks).encode(), digest_size=16).hexdigest()}"
 
 
 def digest(array: NDArray[Any]) -> str:

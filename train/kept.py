@@ -1,7 +1,8 @@
 """Predictions of embedders on pictures, computed once and kept on disk.
 
 <cache>/predictions/<hash>/about.json       what the vectors depend on: the embedder, the pictures, their order
-                           000000.npz       those of a part of the pictures: z [n, E], unread, texts, seconds
+                           000000.npz       those of a part of the pictures: z [n, E], unread, texts, seconds; a
+                                            checksum at its end: a damaged part is computed again
 
 <cache> is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; remove what you please. An embedder is loaded when a
 part of its predictions is missing, and not before; a pass that was killed goes on where it was.
@@ -14,7 +15,6 @@ import io
 import json
 import logging
 import time
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -27,6 +27,7 @@ import torch
 from numpy.typing import NDArray
 
 from conf import UserError, progress
+from conf.checksum import DamagedFile, read_checked, with_checksum
 from datagen.shards import CorruptImage, cache_folder, write_atomically, write_json
 from models.embedder import Embedder
 from models.preprocess import BadImage
@@ -37,7 +38,7 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-_FORMAT = 2  # of what is kept: another preprocess needs another number
+_FORMAT = 3  # of what is kept: another preprocess needs another number
 _PART = 512  # pictures: what a kill costs
 _THREADS = 8  # that decode; decoders let go of the interpreter's lock
 
@@ -198,10 +199,13 @@ def _folders(contenders: Sequence[Contender], pictures: Pictures, rows: Rows, ba
 def _read(file: Path, pictures: Pictures, part: Sequence[int]) -> _Part | None:
     """What is kept of a part; None where it is not, is damaged, or lacks a picture that can be read by now."""
     try:
-        with file.open("rb") as opened, np.load(opened, allow_pickle=False) as kept:  # or a damaged one stays open
+        with np.load(io.BytesIO(read_checked(file)), allow_pickle=False) as kept:
             facts = json.loads(kept["facts"].tobytes())
             z_nE = kept["z"]
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        log.warning("%s is damaged: %s. Its predictions are computed again", file, error)
         return None
     unread = [(at, why) for at, why in facts["unread"]]
     readable = any(not isinstance(_decoded(pictures, part[at]), str) for at, _ in unread)
@@ -215,7 +219,8 @@ def _write(file: Path, part: _Part) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, z=part.z_nE, facts=np.frombuffer(facts, np.uint8))
     try:
-        write_atomically(file, lambda out: out.write(buffer.getbuffer()))
+        content = with_checksum(buffer.getbuffer())
+        write_atomically(file, lambda out: out.write(content))
     except UserError as error:
         raise UserError(
             f"{error}\nPredictions are kept in a cache; IM2EMB_CACHE names another folder for it."

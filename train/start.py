@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
 from torch.nn.modules.batchnorm import _NormBase
 
 from conf import UserError
+from conf.checksum import DamagedFile
 from conf.encoders import has_settings
 from datagen.shards import Dataset, write_atomically
 from datagen.targets import encoder_name
-from models import checkpoint, lora
+from models import checkpoint, lora, tensors
 from models.head_init import init_ridge
 from models.regressor import Regressor, make
 from models.text_head import init_text
@@ -104,17 +104,31 @@ def head(made: Regressor, chosen: TrainSettings, data: Data, device: torch.devic
     if chosen.init_from is not None or about.head_init == "random":
         return
     path = chosen.out / "head_init.safetensors"
-    if not path.exists():
+    state = _whole_head(path)
+    if state is None:
         if is_first():
             if about.head_init == "ridge":
                 _ridge(made, chosen, data, device)
             else:
                 _text(made, chosen, data, device)
             state = {k: v.detach().cpu().contiguous() for k, v in made.head.state_dict().items()}
-            write_atomically(path, lambda file: file.write(save(state)))
+            content = tensors.to_bytes(state)
+            write_atomically(path, lambda file: file.write(content))
         else:
-            _wait_for(path)
-    made.head.load_state_dict(load_file(path))
+            state = _wait_for(path)
+    made.head.load_state_dict(state)
+
+
+def _whole_head(path: Path) -> dict[str, torch.Tensor] | None:
+    """The head that an earlier start of the run wrote; None where there is none, or it is damaged."""
+    try:
+        return tensors.read(path, required=True)
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        if is_first():
+            log.warning("%s is damaged: %s; the head is computed again", path, error)
+        return None
 
 
 def _ridge(made: Regressor, chosen: TrainSettings, data: Data, device: torch.device) -> None:
@@ -143,13 +157,14 @@ def _text(made: Regressor, chosen: TrainSettings, data: Data, device: torch.devi
     log.info("text head: penalty %.1e of the features' variance", share)
 
 
-def _wait_for(path: Path) -> None:
+def _wait_for(path: Path) -> dict[str, torch.Tensor]:
     told = time.monotonic()
-    while not path.exists():
+    while (state := _whole_head(path)) is None:
         time.sleep(1)
         if time.monotonic() - told > 600:
             told = time.monotonic()
             log.info("waiting for %s, which the first process writes", path)
+    return state
 
 
 def plan(chosen: TrainSettings, made: Regressor, data: Data, needs: cost.Cost, machine: Machine) -> Plan:
