@@ -4,7 +4,8 @@ lock                held by the run that curates here; a second one is refused
 settings.json       what decides all else; a folder of other settings is emptied
 000000.parquet      the prompts kept of a chunk: prompt, source, group, tokens
 000000.hashes.npy   hashes of the texts that were new in it (of their normal form), sorted, for finding equal ones later
-000000.json         counts and examples; written last, so it is the commit
+000000.json         counts, examples, and the SHA-256 of these, of the files above and of the chunk's vectors; written
+                    last, so it is the commit. A chunk that is damaged is curated again, with all after it
 vectors.f16         the kept prompts' vectors, one after the other; what lies behind the last commit is cut off
 """
 
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from conf import UserError
+from conf.checksum import with_checksum
 from datagen import storage
 from datagen.near import Rows
 from datagen.prompts import Prompt
@@ -95,12 +97,46 @@ class Chunks:
                     path.unlink()
             storage.write_atomically(there, lambda file: file.write(wanted))
         storage.remove_parts(folder)
-        self.done = [Chunk(**json.loads(path.read_text())) for path in sorted(folder.glob("[0-9]*.json"))]
-        self.starts = np.cumsum([0, *(chunk.kept for chunk in self.done)]).tolist()
+        self.done: list[Chunk] = []
+        self.starts: list[int] = [0]
         """Number of each chunk's first kept prompt, and of all."""
+        self._read_chunks(sorted(folder.glob("[0-9]*.json")))
         self._rows: Rows | None = None
         if self.done:
             log.info("curation goes on after %s prompts", f"{sum(chunk.drawn for chunk in self.done):,}")
+
+    def _read_chunks(self, paths: list[Path]) -> None:
+        """Takes the committed chunks up to the first damaged one; removes the commits of that and of all after it."""
+        for number, path in enumerate(paths):
+            chunk = self._whole_chunk(number)
+            if chunk is None:
+                log.warning("%s or a file beside it is damaged: this part is curated again, and all after it", path)
+                for later in reversed(paths[number:]):
+                    later.unlink()
+                return
+            self.done.append(chunk)
+            self.starts.append(self.starts[-1] + chunk.kept)
+
+    def _whole_chunk(self, number: int) -> Chunk | None:
+        """A committed chunk; None of one that is missing or damaged."""
+        try:
+            record = json.loads(self._path(number, "json").read_text())
+            hashes = record.pop("sha256")
+            chunk = Chunk(**record)
+            return chunk if hashes == self._sha256(number, chunk) else None
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            return None
+
+    def _sha256(self, number: int, chunk: Chunk) -> dict[str, str]:
+        """Of all that is on the disk of a chunk; those before it are in `starts`."""
+        hashes = {suffix: storage.sha256(self._path(number, suffix)) for suffix in ("parquet", "hashes.npy")}
+        if chunk.width:
+            row_bytes = chunk.width * np.dtype(np.float16).itemsize
+            with (self.folder / "vectors.f16").open("rb") as file:
+                file.seek(self.starts[number] * row_bytes)
+                hashes["vectors.f16"] = hashlib.sha256(file.read(chunk.kept * row_bytes)).hexdigest()
+        facts = json_bytes(asdict(chunk))
+        return {**hashes, "json": hashlib.sha256(facts).hexdigest()}
 
     @property
     def kept(self) -> int:
@@ -135,7 +171,7 @@ class Chunks:
         pq.write_table(kept, buffer, compression="zstd")
         storage.write_atomically(self._path(number, "parquet"), lambda file: file.write(buffer.getbuffer()))
         save(self._path(number, "hashes.npy"), hashes)
-        data = json_bytes(asdict(chunk))
+        data = json_bytes({**asdict(chunk), "sha256": self._sha256(number, chunk)})
         storage.write_atomically(self._path(number, "json"), lambda file: file.write(data))
         self.done.append(chunk)
         self.starts.append(self.starts[-1] + chunk.kept)
@@ -182,10 +218,11 @@ def _locked(path: Path) -> int:
 
 
 def save(path: Path, array: NDArray[Any]) -> None:
-    """Writes a .npy, whole or not at all."""
+    """Writes a .npy that ends with its checksum, whole or not at all."""
     buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
     np.save(buffer, array)
-    storage.write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+    content = with_checksum(buffer.getbuffer())
+    storage.write_atomically(path, lambda file: file.write(content))
 
 
 def digest(prompts: Iterable[Prompt]) -> str:

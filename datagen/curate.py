@@ -8,6 +8,7 @@ reason, with examples; nothing goes missing in silence.
 import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import logging
 import math
@@ -26,6 +27,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from conf import UserError, progress
+from conf.checksum import DamagedFile, read_checked
 from datagen import filters, near, shards, storage
 from datagen.captions import clean
 from datagen.chunks import KEPT, Chunk, Chunks, digest, save
@@ -326,16 +328,19 @@ class _Run:
         names = list(dict.fromkeys(text for texts in self.against.values() for text in texts))
         if self._others is None:
             path = self.chunks.folder / f"against-{_digest(names)}.npy"
-            if not path.exists():
+            try:
+                vectors = np.load(io.BytesIO(read_checked(path)), allow_pickle=False)
+            except (FileNotFoundError, DamagedFile):
                 with progress(len(names), "prompt", "against", show=len(names) > _BAR_FROM) as bar:
                     parts = []
                     for start in range(0, len(names), _AT_ONCE):
                         parts.append(self.encode(names[start : start + _AT_ONCE]).astype(np.float16))
                         bar.update(len(parts[-1]))
-                save(path, np.concatenate(parts))
+                vectors = np.concatenate(parts)
+                save(path, vectors)
             self._other_forms = {form_hash(name): k for k, name in enumerate(names)}
             self._others = Bank(Rows(width, self.chunks.folder), self.chosen.against_at)
-            self._others.add(np.load(path, allow_pickle=False))
+            self._others.add(vectors)
         return self._others, names
 
     def _dry(self) -> bool:

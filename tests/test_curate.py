@@ -430,6 +430,47 @@ def test_killed_anywhere_it_decides_the_same(kind: str, tmp_path: Path, monkeypa
     assert (made.train, made.val, made.report()) == (whole.train, whole.val, whole.report())
 
 
+@pytest.mark.parametrize(
+    ("name", "place", "chunks"),
+    [
+        ("000003.parquet", 60, 3),
+        ("000003.hashes.npy", -90, 3),
+        ("000003.json", 40, 3),
+        ("000000.json", -2, 0),
+        ("vectors.f16", 0, 0),
+        ("vectors.f16", -1, None),
+        ("against-*.npy", 200, None),
+    ],
+)
+def test_damaged_work_is_done_again(
+    name: str,
+    place: int,
+    chunks: int | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """A flipped byte in what an earlier run left: that chunk and those after it are curated again."""
+    monkeypatch.setattr(curation, "_CHUNK", 97)
+    settings: dict[str, Any] = {"kind": "similarity", "duplicates_at": 0.9, "against": other_set(tmp_path)}
+    work = tmp_path / "work"
+    whole = run(thousand(), 2000, work=work, **settings)
+    commits = sorted(work.glob("[0-9]*.json"))
+    (path,) = work.glob(name)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+    if name.startswith("against"):
+        commits[-1].unlink()  # or nothing is left to compare
+    made = run(thousand(), 2000, work=work, **settings)
+    assert (made.train, made.val, made.report()) == (whole.train, whole.val, whole.report())
+    if name.startswith("against"):
+        assert bytes(data) != path.read_bytes()
+    else:
+        first = commits[chunks if chunks is not None else -1]
+        assert f"{first} or a file beside it is damaged" in caplog.text
+
+
 def thousand() -> Iterator[Prompt]:
     yield from itertools.islice(numbered(), 1000)
 
