@@ -384,7 +384,7 @@ FOREIGN: dict[str, tuple[Damage, str]] = {
     "cut": (lambda r: os.truncate(r.parent / "images/3.png", 9), "3: .*3.png holds 9 bytes, but its index says"),
     "empty": (lambda r: os.truncate(r.parent / "images/3.png", 0), "3: .*3.png holds 0 bytes, but its index says"),
     "longer": (
-        lambda r: (r.parent / "images/3.png").open("ab").write(b"?"),
+        lambda r: (r.parent / "images/3.png").write_bytes((r.parent / "images/3.png").read_bytes() + b"?"),
         "3: .*3.png holds .* bytes, but its index",
     ),
     "altered": (lambda r: flip("../images/3.png", 20)(r), "3: .*3.png at 0: crc32"),
