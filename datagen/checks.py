@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datagen.shards import FAULTY, INDEX, PLAN, json_bytes, read_info
+from datagen.shards import ARRAY_ERRORS, FAULTY, INDEX, PLAN, json_bytes, read_info
 from datagen.storage import Files, Place
 
 _LISTED = 20  # problems of a kind that are listed; the others are counted
@@ -437,7 +437,7 @@ class _Check:
                 continue
             try:
                 vector_nE = np.load(self.files.path(f"{folder}/{name}"), allow_pickle=False)
-            except (ValueError, EOFError, OSError) as error:
+            except ARRAY_ERRORS as error:
                 self._add(
                     "vectors are damaged", f"{where} cannot be read: {_line(error)}; remove it and write it again"
                 )

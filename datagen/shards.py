@@ -25,6 +25,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,7 @@ from datagen.stale_vectors import refuse_stale_vectors
 from datagen.storage import Files, Place, cache_folder, exists, free_bytes, remove_parts, sha256, write_atomically
 
 __all__ = [
+    "ARRAY_ERRORS",
     "FAULTY",
     "INDEX",
     "LEFT_OUT",
@@ -107,6 +109,10 @@ FAULTY = "faulty"  # the split of pictures that no training and no validation ta
 LEFT_OUT = "left_out"  # the split of images that share too much with validation to be trained on; folds use them
 _MOST_MAPPED = 512  # tars; each holds a file descriptor, and a process has 1,024 by default
 _MOST_TARGETS = 256  # files of vectors, likewise
+
+
+ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError)
+"""What numpy.load raises of a damaged file, whose header it parses as Python."""
 
 
 class CorruptImage(Exception):  # noqa: N818 – it names the state of a picture
@@ -714,7 +720,7 @@ class Dataset:
             where, expected = self.root / name, [rows_of[name], self._width]
             try:
                 vectors = np.load(path, mmap_mode="r", allow_pickle=False)
-            except (ValueError, EOFError, OSError) as error:
+            except ARRAY_ERRORS as error:
                 found.append(f"{where} cannot be read ({error}); remove it and write it anew: {remedy}")
                 continue
             if list(vectors.shape) != expected or vectors.dtype != np.float32:

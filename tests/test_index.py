@@ -323,4 +323,4 @@ def test_the_command(tmp_path: Path) -> None:
     (images / "a.png").unlink()
     done = run("datagen.verify", f"out={tmp_path / 'data'}")
     assert done.returncode == 1
-    assert "a.png: No such file" in done.stderr
+    assert "a.png is missing" in done.stderr

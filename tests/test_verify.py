@@ -275,6 +275,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     # vectors
     "vectors missing": (lambda r: (r / TARGETS / "000001.npy").unlink(), "000001.npy is missing; write it: python -m"),
     "vectors cut": (lambda r: os.truncate(r / TARGETS / "000001.npy", 300), "000001.npy cannot be read"),
+    "header of the vectors": (flip(f"{TARGETS}/000001.npy", 70), "000001.npy cannot be read"),
     "too few vectors": (vectors(lambda a: a[:-1]), r"000001.npy is float32 \[19, 384\], expected float32 \[20, 384\]"),
     "wide vectors": (
         vectors(lambda a: np.pad(a, ((0, 0), (0, 1)))),

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from conf import UserError, progress
-from datagen.shards import cache_folder, free_bytes, write_array, write_json
+from datagen.shards import cache_folder, free_bytes, sha256, write_array, write_json
 from models.precision import half
 from models.regressor import Regressor
 from models.tensors import checksum
@@ -225,9 +225,9 @@ class _Source:
         path = self.folder / f"{number:06d}.npy"
         try:
             marks = self._marks(number)
-            if self._commit(number)["checksum"] == _checksum(np.load(path, allow_pickle=False), marks):
+            if self._commit(number)["checksum"] == _checksum(path, marks):
                 return marks
-        except (OSError, ValueError, EOFError, KeyError, TypeError):
+        except (OSError, ValueError, KeyError, TypeError):
             pass
         log.warning("%s is damaged: the features of its images are computed again", path)
         return None
@@ -250,8 +250,9 @@ class _Source:
         for part, (x_nD, marks) in zip(parts, self.compute(parts), strict=True):
             name = f"{numbers[part]:06d}"
             (self.folder / f"{name}.json").unlink(missing_ok=True)  # of a part of which less could be read
-            write_array(self.folder / f"{name}.npy", x_nD)
-            write_json(self.folder / f"{name}.json", {"unread": marks, "checksum": _checksum(x_nD, marks)})
+            path = self.folder / f"{name}.npy"
+            write_array(path, x_nD)
+            write_json(self.folder / f"{name}.json", {"unread": marks, "checksum": _checksum(path, marks)})
 
     @torch.inference_mode()
     def compute(self, parts: list[range]) -> Iterator[tuple[NDArray[np.float32], list[Mark]]]:
@@ -282,9 +283,9 @@ class _Source:
                 yield np.concatenate(x), marks
 
 
-def _checksum(x_nD: NDArray[np.float32], marks: list[Mark]) -> str:
-    """Of what is kept of a part."""
-    return f"{digest(x_nD)} {hashlib.blake2b(json.dumps(marks).encode(), digest_size=16).hexdigest()}"
+def _checksum(path: Path, marks: list[Mark]) -> str:
+    """Of the file with a part's features, and of its marks."""
+    return f"{sha256(path)} {hashlib.sha256(json.dumps(marks).encode()).hexdigest()}"
 
 
 def digest(array: NDArray[Any]) -> str:
