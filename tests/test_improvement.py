@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 WORSE = ("optim.lr=0.3", "optim.head_lr=0.3", "optim.clip=0")
 """Rates at which every step does harm."""
 
-BETTER = ("model.head_init=random", "optim.lr=1e-3", "optim.head_lr=1e-2", "epochs=6", "validate_every=3")
+BETTER = ("model.head_init=random", "optim.lr=1e-3", "optim.head_lr=1e-2", "epochs=10", "validate_every=5")
 """From a random head, which training leaves far behind."""
 
 
@@ -65,7 +65,7 @@ def test_the_end_of_a_run_says_start_and_best_with_the_paired_difference(
     scored = {r["step"]: r["val/cosine"] for r in validations(tmp_path / "run")}
     best = max(scored, key=scored.__getitem__)
     assert found["verdict"] == "improved"
-    assert (found["start"]["step"], found["best"]["step"], found["last"]["step"]) == (0, best, 30)
+    assert (found["start"]["step"], found["best"]["step"], found["last"]["step"]) == (0, best, 50)
     for name in ("start", "best", "last"):
         assert found[name]["mean"] == pytest.approx(scored[found[name]["step"]])
     gain = found["gain"]
@@ -75,7 +75,7 @@ def test_the_end_of_a_run_says_start_and_best_with_the_paired_difference(
     assert f"{scored[0]:.4f} (step 0) → {scored[best]:.4f} (step {best})" in line
     assert f"paired difference {gain['mean']:+.4f} [{gain['low']:+.4f}, {gain['high']:+.4f}]" in line
     assert "12 images of 12 prompts" in line
-    assert not [m for m in caplog.messages if "the start" in m and m.startswith("warning")]
+    assert not [m for m in caplog.messages if m.startswith("warning")]
 
 
 def test_where_no_step_scores_higher_best_is_the_start_and_the_run_says_so(

@@ -138,8 +138,8 @@ class Forecast:
             part = "head" if self.backbone is None else "backbone"
             messages.append(
                 f"the run is too short to learn much: the {part}'s rate is at half its peak or more in "
-                f"{self.working_steps:,} of {steps:,} {_steps(steps)}; below {ENOUGH_STEPS} such steps, expect about "
-                f"the score of the start. To train longer: {self.longer(images)}."
+                f"{self.working_steps:,} of {steps:,} {_steps(steps)}; with fewer than {ENOUGH_STEPS} such steps it "
+                f"hardly changes. To train longer: {self.longer(images)}."
             )
         if self.start_share is not None and self.start_share > MOST_OF_START:
             messages.append(
