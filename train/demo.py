@@ -22,7 +22,6 @@ from train.runs import read_settings
 if TYPE_CHECKING:
     from models.baselines.mean import Mean
     from train.demo_page import Words
-    from train.encoders import identity_of, require_same
     from train.look import Demo
 
 log = logging.getLogger(__name__)
@@ -108,6 +107,7 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
     from train import banks
     from train.contenders import Contenders
     from train.demo_page import Words
+    from train.encoders import identity_of, require_same
     from train.look import Demo
     from train.machine import device_of
     from train.trained_on import data_of
