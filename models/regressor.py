@@ -1,6 +1,5 @@
 """The model: image → backbone → head → unit vector. B pictures, D backbone width, E target width."""
 
-from dataclasses import asdict
 from typing import Any, Self
 
 import torch
@@ -89,21 +88,47 @@ class Regressor(nn.Module):
         return self.project(self.features(image_BCHW), unit=unit)
 
     @torch.inference_mode()
-    def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Decoded uint8 pictures [3, H, W] of any size → unit z_BE, fp32, on the CPU."""
-        image_BCHW = torch.stack([fit(image, self.spec.size) for image in images])
+    def embed(self, images: list[torch.Tensor], *, flip: bool = False) -> torch.Tensor:
+        """Decoded uint8 pictures [3, H, W] of any size → unit z_BE, fp32, on the CPU.
+
+        Args:
+            flip: mirror the squares, as bundles and training do: mirrored before it is cropped, an image would show up
+                to a pixel more of one side.
+        """
+        image_BCHW = torch.stack([fit(image, self.spec.preprocessing) for image in images])
+        if flip:
+            image_BCHW = image_BCHW.flip(-1)
         return self.eval()(image_BCHW.to(self.device)).cpu()
 
     def description(self) -> dict[str, Any]:
         """What `models.checkpoint.rebuild` needs, as plain JSON."""
-        about = asdict(self.spec)
-        head = {"head": self.head_kind, "head_width": self.hidden}
-        return {"backbone": about.pop("name"), **about, "target_width": self.width, **head}
+        spec = self.spec
+        return {
+            "backbone": spec.name,
+            "width": spec.width,
+            **spec.preprocessing.to_config(),
+            "mean": spec.mean,
+            "std": spec.std,
+            "target_width": self.width,
+            "head": self.head_kind,
+            "head_width": self.hidden,
+        }
 
 
 def make(
-    backbone: str, weights: str, size: int | None, width: int, *, head: str = "linear", hidden: int = 0
+    backbone: str,
+    weights: str,
+    size: int | None,
+    width: int,
+    *,
+    head: str = "linear",
+    hidden: int = 0,
+    resize_mode: str | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
 ) -> Regressor:
     """A regressor with a random head; see `models.backbones.build`."""
-    module, spec = build(backbone, weights, size)
+    module, spec = build(
+        backbone, weights, size, resize_mode=resize_mode, interpolation=interpolation, crop_pct=crop_pct
+    )
     return Regressor(module, spec, width, head, hidden)

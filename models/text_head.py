@@ -22,6 +22,7 @@ from conf import UserError, progress
 from models.backbones import OPEN_CLIP
 from models.head_init import RidgeHead
 from models.regressor import Regressor
+from models.specs import with_own_activation
 
 _BATCH = 256
 # timm's own copies of towers, whose names do not tell open_clip's. SigLIP's and those of one hub repository do.
@@ -153,6 +154,8 @@ def tower_of(backbone: str) -> str:
 def _load(text_tower: str, weights: str) -> tuple[Any, Any]:
     """Both towers and the tokenizer."""
     open_clip = _open_clip()
+    if text_tower.startswith(OPEN_CLIP) and text_tower in _listed(open_clip):
+        text_tower = with_own_activation(text_tower)
     model, _, tag = text_tower.removeprefix(OPEN_CLIP).partition("/")
     if not text_tower.startswith(OPEN_CLIP) or model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=5)
@@ -182,6 +185,10 @@ def _load(text_tower: str, weights: str) -> tuple[Any, Any]:
             f"With no network: model.text_tower=open_clip:{model}/FILE.safetensors (a download of its "
             "open_clip_model.safetensors) or model.head_init=ridge."
         ) from error
+
+
+def _listed(open_clip: Any) -> set[str]:
+    return {f"{OPEN_CLIP}{model}/{tag}" for model, tag in open_clip.list_pretrained()}
 
 
 def _file(name: str) -> Path | None:

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize
 
 from conf import UserError
 from models.embedder import Embedder
+from models.regressor import Regressor
 
 
 class Views:
@@ -37,9 +38,17 @@ class Views:
 
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
-        seen = [images, [image.flip(-1) for image in images]] if self._flip else [images]
-        z_VBE = [normalize(embedder.embed(view), dim=-1) for embedder in self._embedders for view in seen]
-        return normalize(torch.stack(z_VBE).mean(0), dim=-1)
+        z_VBE = [embedder.embed(images) for embedder in self._embedders]
+        if self._flip:
+            z_VBE += [_mirrored(embedder, images) for embedder in self._embedders]
+        return normalize(torch.stack([normalize(z_BE, dim=-1) for z_BE in z_VBE]).mean(0), dim=-1)
+
+
+def _mirrored(embedder: Embedder, images: list[torch.Tensor]) -> torch.Tensor:
+    """Vectors of the mirrored images: of a regressor, which crops, of the mirrored squares, as its bundle has it."""
+    if isinstance(embedder, Regressor):
+        return embedder.embed(images, flip=True)
+    return embedder.embed([image.flip(-1) for image in images])
 
 
 def size_problems(sizes: tuple[int, ...]) -> list[str]:

@@ -91,7 +91,7 @@ def test_knn_embeds_pictures_by_the_models_features(model: Regressor) -> None:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, 32 + i, 40), dtype=torch.uint8, generator=generator) for i in range(8)]
     with torch.inference_mode():
-        features_nD = model.features(torch.stack([fit(image, 32) for image in images]))
+        features_nD = model.features(torch.stack([fit(image, model.spec.preprocessing) for image in images]))
     knn = Knn(model, features_nD, unit(8, E, 1), k=1)
     torch.testing.assert_close(knn.embed(images), unit(8, E, 1), msg="each picture's nearest is itself")
     assert Knn(model, features_nD, unit(8, E, 1), k=99).embed(images[:2]).shape == (2, E), "a bank smaller than k"

@@ -26,6 +26,7 @@ ANCHORS = [
     ("vit_huge_patch14_clip_224.laion2b", 336, 781),
     ("convnext_xxlarge.clip_laion2b_soup", 256, 396),
     ("eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", None, 724),
+    ("eva02_large_patch14_clip_336.merged2b", None, 382),
 ]
 
 

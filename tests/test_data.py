@@ -15,7 +15,7 @@ import torch
 
 from conf import UserError, compose, settings
 from datagen.shards import Dataset
-from models.preprocess import decode, fit
+from models.preprocess import Preprocessing, decode, fit
 from tests import listed_dataset, small_dataset
 from tests.listed_dataset import ENCODER, Row
 from tests.training import OVERRIDES
@@ -34,7 +34,7 @@ def chosen(*overrides: str, encoder: str = ENCODER) -> TrainSettings:
 def data_of(folders: Sequence[Path], *overrides: str, val: Sequence[Path] = (), accumulate: int = 1) -> Data:
     named = [f"dataset=[{','.join(map(str, folders))}]", f"val=[{','.join(map(str, val))}]"]
     datasets, sets = ([Dataset(folder, ENCODER) for folder in each] for each in (folders, val))
-    return Data(datasets, sets, chosen(*named, *overrides), 8, accumulate=accumulate)
+    return Data(datasets, sets, chosen(*named, *overrides), Preprocessing(8), accumulate=accumulate)
 
 
 def attached(data: Data) -> Data:
@@ -55,7 +55,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def pictures_of(folders: Sequence[Path], size: int = 16) -> Pictures:
-    return Pictures([Dataset(folder, small_dataset.ENCODER) for folder in folders], size)
+    return Pictures([Dataset(folder, small_dataset.ENCODER) for folder in folders], Preprocessing(size))
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
@@ -89,7 +89,7 @@ def test_a_batch_holds_each_pictures_own_pixels_vector_number_and_weight(two: li
         torch.float32,
     )
     for image, target, row in zip(batch.image_BCHW, batch.target_BE, rows, strict=True):
-        assert image.equal(fit(decode(pictures.image_bytes(row)), 16))
+        assert image.equal(fit(decode(pictures.image_bytes(row)), Preprocessing(16)))
         assert np.array_equal(target.numpy(), pictures.target(row))
     assert pictures_of(two).__getitems__(rows).weight_B.tolist() == [1.0] * 6
 
@@ -143,7 +143,7 @@ def test_vectors_of_two_encoders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"different encoders, .*\n.*one .*two .*\n.*: not recorded there, 'other' here"
     ):
-        Pictures([Dataset(one, ENCODER), Dataset(two, ENCODER)], 8)
+        Pictures([Dataset(one, ENCODER), Dataset(two, ENCODER)], Preprocessing(8))
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -164,7 +164,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def weights_of(
     folders: Sequence[Path], table: dict[str, list[object]] | None, path: Path, **by_source: float
 ) -> tuple[list[int], list[float] | None]:
-    pictures = Pictures([Dataset(folder, ENCODER) for folder in folders], 8)
+    pictures = Pictures([Dataset(folder, ENCODER) for folder in folders], Preprocessing(8))
     rows = np.flatnonzero(np.arange(len(pictures)) % 10 != 9)
     if table is not None:
         pq.write_table(pa.table(table), path)
@@ -200,7 +200,7 @@ def test_sources_and_keys_multiply_and_are_one_on_average(sources: list[Path], t
 def test_a_csv_keeps_the_zeros_of_its_keys(sources: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "w.csv"
     path.write_text("key,weight\n000001,9\n000003,1\n")
-    pictures = Pictures([Dataset(sources[0], ENCODER)], 8)
+    pictures = Pictures([Dataset(sources[0], ENCODER)], Preprocessing(8))
     _, weight_N = picture_weights(pictures, np.arange(9), {}, path)
     assert weight_N is not None
     assert weight_N[1] / weight_N[3] == pytest.approx(9)
@@ -253,7 +253,7 @@ def test_a_key_of_two_datasets_needs_the_datasets_name(sources: list[Path], tmp_
 
 
 def test_a_file_of_weights_that_is_none(sources: list[Path], tmp_path: Path) -> None:
-    pictures = Pictures([Dataset(sources[0], ENCODER)], 8)
+    pictures = Pictures([Dataset(sources[0], ENCODER)], Preprocessing(8))
     (tmp_path / "w.parquet").write_bytes(b"PAR1 no more")
     for path in (tmp_path / "w.parquet", tmp_path / "nowhere.csv"):
         with pytest.raises(UserError, match=f"data.weights: {path} cannot be read"):

@@ -22,7 +22,7 @@ from models import checkpoint, export
 from models.baselines.captioners import Blip
 from models.head_init import LAMBDAS
 from models.metrics import bootstrap
-from models.preprocess import decode, fit
+from models.preprocess import Preprocessing, decode, fit
 from models.regressor import make
 from tests import commands, small_dataset, tiny_captioners, training
 from train.config import EvaluateSettings
@@ -94,7 +94,7 @@ def test_the_baselines_are_those_of_the_backbone_that_the_run_began_from(
 
     @torch.inference_mode()
     def features(split: str) -> np.ndarray:
-        images = [fit(decode(dataset.image_bytes(row)), 32) for row in dataset.rows(split)]
+        images = [fit(decode(dataset.image_bytes(row)), training.PREPROCESSING) for row in dataset.rows(split)]
         return frozen.features(torch.stack(images)).numpy().astype(np.float64)
 
     x_nD, new_BD = features("train"), features("val")
@@ -230,7 +230,7 @@ def test_a_fold_is_judged_on_its_own_pictures(tiny_run: Path, small_data: Path, 
     run = run_on(tiny_run, tmp_path / "run", fold="2/4", fold_threshold=1.01)
     info = judge(run, tmp_path / "out", "embedders=[mean,regressor]")
     chosen = training.chosen(small_data, run, "fold=2/4", "fold_threshold=1.01")
-    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, 32)
+    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, Preprocessing(32))
     assert 0 < info["images"] == len(data.val_rows) < 52
     assert json.loads((tmp_path / "out/keys.json").read_text()) == [data.pictures.key(row) for row in data.val_rows]
     mean = data.pictures.targets(data.train_rows).mean(0)

@@ -17,6 +17,8 @@ from conf import ROOT, compose, settings
 from datagen.shards import Dataset
 from models.backbones import build
 from models.depth import blocks, layers
+from models.specs import own_spec
+from models.text_head import tower_of
 from tests import small_dataset
 from train import start
 from train.config import TrainSettings
@@ -32,8 +34,8 @@ def vit_block(width: int, feed_forward: int) -> int:
 
 
 def eva_block(width: int, feed_forward: int) -> int:
-    """As a ViT's, with SwiGLU's third matrix, a norm inside the feed-forward layers, and no bias on keys."""
-    return 4 * width + 4 * width**2 + 3 * width + 3 * width * feed_forward + 4 * feed_forward + width
+    """As a ViT's, with SwiGLU's third matrix, a norm inside each of its two parts, and no bias on keys."""
+    return 6 * width + 4 * width**2 + 3 * width + 3 * width * feed_forward + 4 * feed_forward + width
 
 
 def convnext_block(channels: int) -> int:
@@ -126,9 +128,9 @@ TABLE = {
         16,
         wide(3072, 2048),
     ),
-    "eva02_l_448": Expected(
-        448,
-        3 * 14**2 * EVA[0] + EVA[0] + (32**2 + 2) * EVA[0] + 24 * eva_block(*EVA) + 2 * EVA[0],
+    "eva02_l_clip_336": Expected(
+        336,
+        3 * 14**2 * EVA[0] + EVA[0] + (24**2 + 2) * EVA[0] + 24 * eva_block(*EVA) + 2 * EVA[0],
         24,
         6,
         18 * eva_block(*EVA) + 2 * EVA[0],
@@ -224,6 +226,7 @@ def test_an_experiment_is_what_its_table_says(name: str, rendered: Dataset) -> N
         ("vitl14_336", "ViT-L-14-336-quickgelu/openai", 1024 * 768),
         ("convnext_xxl_256", "convnext_xxlarge/laion2b_s34b_b82k_augreg_soup", 3072 * 1024),
         ("siglip2", "ViT-SO400M-14-SigLIP2-378/webli", 0),
+        ("eva02_l_clip_336", "EVA02-L-14-336/merged2b_s6b_b61k", 1024 * 768 + 768),
     ],
 )
 def test_a_tower_is_as_large_as_open_clips(name: str, twin: str, projection: int) -> None:
@@ -231,6 +234,22 @@ def test_a_tower_is_as_large_as_open_clips(name: str, twin: str, projection: int
         module, spec = build(f"open_clip:{twin}", "random")
     assert (count(module.parameters()) - projection, spec.size) == (TABLE[name].tower, TABLE[name].size)
     assert open_clip.get_pretrained_cfg(*twin.split("/"))
+
+
+@pytest.mark.parametrize("name", sorted(TABLE.keys() - {"quickstart", "debug", "blip2_vision"}))
+def test_weights_are_those_of_a_clip_and_its_images_are_prepared_as_in_open_clip(name: str) -> None:
+    """ImageNet's classifiers have no twin in open_clip. BLIP-2's tower is of EVA-CLIP; debug's weights are random."""
+    chosen = settings(TrainSettings, compose("train", [f"+experiment={name}"])).model
+    with torch.device("meta"):
+        _, spec = build(
+            *(chosen.backbone, "random", TABLE[name].size),
+            resize_mode=chosen.resize_mode,
+            interpolation=chosen.interpolation,
+            crop_pct=chosen.crop_pct,
+        )
+    twin = own_spec(tower_of(chosen.backbone))
+    assert spec.preprocessing == twin.preprocessing.at(spec.size)
+    assert (spec.mean, spec.std) == (twin.mean, twin.std)
 
 
 def test_every_experiment_is_in_the_table() -> None:

@@ -13,6 +13,7 @@ from torch.nn.functional import normalize
 
 from conf import ROOT, UserError
 from datagen.shards import Dataset
+from models.preprocess import Preprocessing
 from models.regressor import Regressor, make
 from tests import small_dataset
 from train import features as module
@@ -36,7 +37,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def pictures(*roots: Path, size: int = 32) -> Pictures:
-    return Pictures([Dataset(root, small_dataset.ENCODER) for root in roots], size)
+    return Pictures([Dataset(root, small_dataset.ENCODER) for root in roots], Preprocessing(size))
 
 
 def model(seed: int = 0) -> Regressor:

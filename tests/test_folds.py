@@ -12,6 +12,7 @@ from conf import UserError
 from datagen.normal_form import normal_form
 from datagen.shards import Dataset
 from models.head_init import FIT, JUDGE, NEITHER
+from models.preprocess import Preprocessing
 from tests import listed_dataset
 from tests.listed_dataset import ENCODER, Row
 from train.data import Pictures
@@ -19,7 +20,7 @@ from train.folds import Prompts, fold_rows, penalty_parts, refuse_seen, without_
 
 
 def opened(*roots: Path) -> Pictures:
-    return Pictures([Dataset(root, ENCODER) for root in roots], 8)
+    return Pictures([Dataset(root, ENCODER) for root in roots], Preprocessing(8))
 
 
 def every(pictures: Pictures) -> NDArray[np.int64]:

@@ -19,7 +19,7 @@ from models import graphs
 from models.bundle.backends import BundleError, open_graph
 from models.bundle.model import Member, Network
 from models.heads import make_head
-from models.preprocess import decode
+from models.preprocess import Preprocessing, decode
 from models.towers import tower
 from tests.commands import contents
 
@@ -33,7 +33,7 @@ WIDTH = {"test_vit": 64, "test_efficientnet": 256, "test_convnext": 64, "transfo
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-def member(backbone: str, *sizes: int, flip: bool = False, hidden: int = 0) -> Member:
+def member(backbone: str, *sizes: int, flip: bool = False, hidden: int = 0, resize_mode: str = "shortest") -> Member:
     """With random weights, batch statistics too."""
     torch.manual_seed(0)
     width, head = WIDTH[backbone], "wide" if hidden else "linear"
@@ -50,6 +50,7 @@ def member(backbone: str, *sizes: int, flip: bool = False, hidden: int = 0) -> M
             "width": width,
             "size": sizes[0],
             "sizes": sizes,
+            "resize_mode": resize_mode,
             "flip": flip,
             "head": head,
             "head_width": hidden,
@@ -101,8 +102,9 @@ def written(conv: Network, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
         [("test_convnext", (32,), {})],
         [("transformers:test_blip2_vision", (56,), {})],
         [("transformers:test_blip2_vision", (56, 28), {"flip": True}), ("test_convnext", (32,), {"hidden": 8})],
+        [("test_vit", (32, 48), {"resize_mode": "squash"}), ("test_convnext", (32,), {})],
     ],
-    ids=["vit", "convnext", "blip2", "ensemble"],
+    ids=["vit", "convnext", "blip2", "ensemble", "two ways to resize"],
 )
 def test_each_gives_what_the_network_gives(members: list[Any], tmp_path: Path) -> None:
     import onnxruntime
@@ -116,7 +118,12 @@ def test_each_gives_what_the_network_gives(members: list[Any], tmp_path: Path) -
     ]  # fmt: skip
     session = onnxruntime.InferenceSession(tmp_path / "graphs/model.onnx")
     takes = [(taken.name, taken.type, taken.shape) for taken in session.get_inputs()]
-    assert takes == [(f"image_{s}", "tensor(uint8)", ["batch", 3, s, s]) for s in sorted(model.sizes)]
+    inputs = graphs.inputs(model.squares)
+    names = [each["name"] for each in inputs]
+    assert takes == [(each["name"], "tensor(uint8)", ["batch", 3, *2 * (each["size"],)]) for each in inputs]
+    assert [Preprocessing.from_config(each) for each in inputs] == list(model.squares)
+    twice = model.sizes.count(32) == 2
+    assert names == ([f"image_{size}" for size in model.sizes] if not twice else ["image_32", "image_32_2", "image_48"])
     assert [(given.name, given.shape) for given in session.get_outputs()] == [("z", ["batch", E])]
     exact = {"INFERENCE_PRECISION_HINT": "f32"}
     compiled = openvino.Core().compile_model(tmp_path / "graphs/openvino.xml", "CPU", exact)
@@ -124,7 +131,6 @@ def test_each_gives_what_the_network_gives(members: list[Any], tmp_path: Path) -
     for count in (1, 2, 37):
         images = batch(model, count)
         expected = own(model, images)
-        names = [f"image_{size}" for size in model.sizes]
         found = {
             "onnx": session.run(None, dict(zip(names, images, strict=True)))[0],
             "openvino": compiled(images)[0],
@@ -156,7 +162,7 @@ def test_the_loss_of_int8_is_measured_on_pictures_that_it_was_not_calibrated_on(
     folder, config = written
     about = config["graphs"]["openvino_int8"]
     assert (about["calibrated"], about["pictures"]) == (9, 9)
-    others = [np.stack([graphs.fit(picture, 32).numpy() for picture in pictures(18)[1::2]])]
+    others = [np.stack([graphs.fit(picture, Preprocessing(32)).numpy() for picture in pictures(18)[1::2]])]
     a_NE, b_NE = own(conv, others), open_graph(folder, config, "openvino_int8", 1)(others)
     cosine_N = (a_NE * b_NE).sum(1) / np.linalg.norm(a_NE, axis=1) / np.linalg.norm(b_NE, axis=1)
     assert about["mean_distance"] == pytest.approx(1 - cosine_N.mean(), abs=1e-6)

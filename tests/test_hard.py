@@ -41,7 +41,9 @@ def test_the_file_holds_every_score_and_training_takes_it(
         mine(chosen(tiny_run, "keep=0.25", "weight=3", f"out={out}"))
     dataset = Dataset(small_data, small_dataset.ENCODER)
     rows = dataset.rows("train")
-    z_BE = checkpoint.load(tiny_run / "best")(Pictures([dataset], 32).__getitems__(rows.tolist()).image_BCHW)
+    z_BE = checkpoint.load(tiny_run / "best")(
+        Pictures([dataset], training.PREPROCESSING).__getitems__(rows.tolist()).image_BCHW
+    )
     expected = dict(
         zip(
             [dataset.key(row) for row in rows],
@@ -58,7 +60,9 @@ def test_the_file_holds_every_score_and_training_takes_it(
         f"10 hard pictures of 40, cosine {sorted(expected.values())[9]:.4f} or less, count 3, others 1" in caplog.text
     )
 
-    data = Data([dataset], [], training.chosen(small_data, tmp_path / "x", f"data.weights={out}"), 32)
+    data = Data(
+        [dataset], [], training.chosen(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING
+    )
     weight_N = data.pictures.weight_N
     assert weight_N is not None
     heavy = {row["key"] for row in table[:10]}
@@ -73,7 +77,7 @@ def test_the_hard_ones_alone_as_csv(tiny_run: Path, small_data: Path, tmp_path: 
     assert table.column_names == ["key", "dataset", "score", "weight"]
     assert table["weight"].to_pylist() == [2] * 4 + [0] * 36
     hard = Dataset(small_data, small_dataset.ENCODER)
-    data = Data([hard], [], training.chosen(small_data, tmp_path / "x", f"data.weights={out}"), 32)
+    data = Data([hard], [], training.chosen(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING)
     assert len(data.train_rows) == 4
 
 
@@ -84,7 +88,7 @@ def test_several_datasets_with_the_same_keys(tiny_run: Path, small_data: Path, t
     table = pq.read_table(tmp_path / "w.parquet").to_pylist()
     assert len({(row["key"], row["dataset"]) for row in table}) == len(table) == 60
     both = training.chosen(small_data, run, f"dataset=[{small_data},{other}]", f"data.weights={tmp_path / 'w.parquet'}")
-    data = Data([Dataset(d, small_dataset.ENCODER) for d in (small_data, other)], [], both, 32)
+    data = Data([Dataset(d, small_dataset.ENCODER) for d in (small_data, other)], [], both, training.PREPROCESSING)
     assert data.pictures.weight_N is not None
     assert (data.pictures.weight_N[data.train_rows] > 1).sum() == 12
 
@@ -94,7 +98,7 @@ def test_a_fold_is_not_mined(tiny_run: Path, small_data: Path, tmp_path: Path) -
     run = run_on(tiny_run, tmp_path / "run", fold="1/4", fold_threshold=1.01)
     mine(chosen(run, f"out={tmp_path / 'w.parquet'}"))
     fold = training.chosen(small_data, run, "fold=1/4", "fold_threshold=1.01")
-    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], fold, 32)
+    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], fold, training.PREPROCESSING)
     found = set(pq.read_table(tmp_path / "w.parquet")["key"].to_pylist())
     assert found == {data.pictures.key(row) for row in data.train_rows}
     assert not found & {data.pictures.key(row) for row in data.val_rows}

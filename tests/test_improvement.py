@@ -14,7 +14,7 @@ from datagen.shards import Dataset
 from models import checkpoint
 from models.metrics import compare
 from tests import commands, small_dataset
-from tests.training import OVERRIDES, records, same_weights, train
+from tests.training import OVERRIDES, PREPROCESSING, records, same_weights, train
 from train.callbacks import KeepBest
 from train.data import Pictures
 from train.improvement import ImageScores, Improvement
@@ -49,7 +49,7 @@ def test_step_0_is_the_model_before_training(small_data: Path, tmp_path: Path) -
     assert (first["step"], first["epoch"]) == (0, 0)
     assert [r["step"] for r in later] == [5, 10]
     dataset = Dataset(small_data, small_dataset.ENCODER)
-    batch = Pictures([dataset], 32).__getitems__(dataset.rows("val").tolist())
+    batch = Pictures([dataset], PREPROCESSING).__getitems__(dataset.rows("val").tolist())
     with torch.inference_mode():
         score_n = (checkpoint.load(tmp_path / "run/first")(batch.image_BCHW) * batch.target_BE).sum(-1)
     assert first["val/cosine"] == pytest.approx(score_n.mean().item(), abs=1e-6)
@@ -216,7 +216,7 @@ def scores(step: int, row_n: Any, score_n: Any) -> ImageScores:
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
     root = small_dataset.write(tmp_path_factory.mktemp("pictures") / "data", train=30, val=12)
-    return Pictures([Dataset(root, small_dataset.ENCODER)], 32)
+    return Pictures([Dataset(root, small_dataset.ENCODER)], PREPROCESSING)
 
 
 def test_images_are_paired_and_those_of_one_prompt_resampled_together(

@@ -9,7 +9,7 @@ import torch
 
 from conf import UserError
 from datagen.shards import Dataset
-from models.preprocess import fit
+from models.preprocess import Preprocessing, fit
 from tests import small_dataset
 from train import kept
 from train.data import Pictures
@@ -28,7 +28,7 @@ class Colours:
 
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
         Colours.calls += len(images)
-        pixels_BC = torch.stack([fit(image, 8) for image in images]).flatten(1).float() / 255
+        pixels_BC = torch.stack([fit(image, Preprocessing(8)) for image in images]).flatten(1).float() / 255
         return torch.nn.functional.normalize(pixels_BC @ self._map, dim=-1)
 
 
@@ -48,7 +48,9 @@ def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pictures:
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(kept, "_PART", 4)
     monkeypatch.setattr(Colours, "calls", 0)
-    return Pictures([Dataset(small_dataset.write(tmp_path / "data", train=17, val=2), small_dataset.ENCODER)], 32)
+    return Pictures(
+        [Dataset(small_dataset.write(tmp_path / "data", train=17, val=2), small_dataset.ENCODER)], Preprocessing(32)
+    )
 
 
 def run(pictures: Pictures, *contenders: Contender) -> Predictions:
@@ -77,7 +79,10 @@ def test_they_are_computed_once_and_are_those_of_the_embedder(pictures: Pictures
 def test_what_they_depend_on_is_told_apart(pictures: Pictures, tmp_path: Path) -> None:
     a, b = (run(pictures, contender("a", seed)).vectors["a"] for seed in (0, 1))
     assert np.abs(a - b).max() > 0.01
-    other = Pictures([Dataset(small_dataset.write(tmp_path / "b", train=17, val=2, seed=9), small_dataset.ENCODER)], 32)
+    other = Pictures(
+        [Dataset(small_dataset.write(tmp_path / "b", train=17, val=2, seed=9), small_dataset.ENCODER)],
+        Preprocessing(32),
+    )
     calls = Colours.calls
     run(other, contender("a"))
     assert Colours.calls == calls + 17
@@ -113,7 +118,7 @@ def test_a_picture_that_can_be_read_by_now_is_not_left_out(pictures: Pictures) -
     assert [line["key"] for line in found.skipped] == [key]
     assert len(found.vectors["a"]) == 16
     tar.write_bytes(sound)
-    found = run(Pictures([Dataset(dataset.root, small_dataset.ENCODER)], 32), contender("a"))
+    found = run(Pictures([Dataset(dataset.root, small_dataset.ENCODER)], Preprocessing(32)), contender("a"))
     assert not found.skipped
     assert len(found.vectors["a"]) == 17
 

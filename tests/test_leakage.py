@@ -36,7 +36,7 @@ def colour(n: int) -> str:
 
 
 def image_set(root: Path, split: str) -> ImageSet:
-    pictures = Pictures([Dataset(root, listed_dataset.ENCODER)], 32)
+    pictures = Pictures([Dataset(root, listed_dataset.ENCODER)], training.PREPROCESSING)
     return ImageSet(pictures, pictures.datasets[0].rows(split))
 
 

@@ -91,7 +91,7 @@ def learned(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _fitted(model: Regressor, image_CHW: torch.Tensor) -> torch.Tensor:
     from models.preprocess import fit
 
-    return fit(image_CHW, model.spec.size)[None]
+    return fit(image_CHW, model.spec.preprocessing)[None]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
 from conf import UserError
 from models.backbones import Spec
+from models.preprocess import Preprocessing
 from models.regressor import Regressor, make
 from train.config import OptimSettings
 from train.optim import check, depth_shares, lr_share, optimizer, parameter_groups, part_share, scheduler
@@ -102,7 +103,7 @@ def test_layer_decay_equals_timms_scales(kind: str) -> None:
     assert {round(factors[name], 9) for name in factors.keys() - own} == {0.7 if own else 1.0}
     assert max(found.values()) == 1.0
     assert len(set(found.values())) > 3
-    model = Regressor(backbone, Spec(kind, 8, 32, (0.0,) * 3, (1.0,) * 3), 12)
+    model = Regressor(backbone, Spec(kind, 8, Preprocessing(32), (0.0,) * 3, (1.0,) * 3), 12)
     mine = settings_of(model, with_(layer_decay=0.7))
     assert {name: mine[f"backbone.{name}"][1] for name in decays} == decays
     assert {name: mine[f"backbone.{name}"][0] for name in found} == {n: 1e-5 * share for n, share in found.items()}

@@ -1,6 +1,7 @@
 """Picture → tensor: every kind of file decodes to what Pillow says, damage is refused, and three places agree."""
 
 import io
+import json
 import struct
 import time
 import zlib
@@ -16,7 +17,7 @@ from PIL import Image, ImageCms
 
 from models import preprocess
 from models.export import load_bundle
-from models.preprocess import BadImage, decode, fit
+from models.preprocess import BadImage, Preprocessing, decode, fit
 from models.regressor import Regressor, make
 
 pytest_plugins = ["tests.tiny_run"]
@@ -298,33 +299,77 @@ def test_a_giant_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch
         decode(encoded(scene(), "png"))
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(90, 130, 32), (200, 64, 48), (64, 64, 40), (20, 31, 48)])
-def test_fit_is_pillows_bicubic_and_a_centre_crop(height: int, width: int, size: int) -> None:
-    picture = scene(height, width)
+def fit_of_preprocess_2(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
+    """As `fit` was before PREPROCESS 3, word for word but for the strip, whose ends are cut first."""
+    height, width = image_CHW.shape[1:]
+    if (height, width) == (size, size):
+        return image_CHW.contiguous()
+    image_CHW = preprocess.middle(image_CHW)
+    height, width = image_CHW.shape[1:]
     scale = size / min(height, width)
-    to = (size + 2 * round((width * scale - size) / 2), size + 2 * round((height * scale - size) / 2))
-    left, top = (to[0] - size) // 2, (to[1] - size) // 2
-    resized = picture.resize(to, Image.Resampling.BICUBIC)
-    expected = np.array(resized.crop((left, top, left + size, top + size)), np.float64)
-    found = fit(decode(encoded(picture, "png")), size)
-    assert found.dtype == torch.uint8
-    assert found.shape == (3, size, size)
-    error = np.abs(hwc(found) - expected)
-    assert error.mean() < 0.1, "levels"
-    assert error.max() <= 1
+    resized = tuple(size + 2 * round(max(side * scale - size, 0) / 2) for side in (height, width))
+    image_BCHW = torch.nn.functional.interpolate(image_CHW[None], list(resized), mode="bicubic", antialias=True)
+    top, left = (resized[0] - size) // 2, (resized[1] - size) // 2
+    return image_BCHW[0, :, top : top + size, left : left + size].contiguous()
 
 
-def test_the_mirrored_picture_gives_the_mirrored_square() -> None:
+def test_a_config_without_preprocessing_keeps_that_of_its_time() -> None:
+    """To the bit; and there, mirrored images give mirrored squares."""
     rng = np.random.default_rng(4)
-    for height, width, size in [
-        (90, 131, 32),
-        (333, 500, 224),
-        (31, 20, 48),
-        (3, 101, 16),
-        *rng.integers(8, 200, (50, 3)),
-    ]:
+    shapes = [(90, 131, 32), (333, 500, 224), (31, 20, 48), (3, 101, 16), (40, 40, 40), *rng.integers(8, 200, (50, 3))]
+    for height, width, size in shapes:
         image_CHW = torch.from_numpy(rng.integers(0, 256, (3, height, width), np.uint8))
-        assert fit(image_CHW.flip(-1), int(size)).equal(fit(image_CHW, int(size)).flip(-1)), (height, width, size)
+        old = Preprocessing.from_config({"size": int(size)})
+        square = fit(image_CHW, old)
+        assert square.equal(fit_of_preprocess_2(image_CHW, int(size))), (height, width, size)
+        assert fit(image_CHW.flip(-1), old).equal(square.flip(-1)), (height, width, size)
+
+
+@pytest.mark.parametrize(
+    ("preprocessing", "text"),
+    [
+        (Preprocessing(224), "shorter side resized to 224 px (bicubic), cropped to the central 224 px"),
+        (
+            Preprocessing(224, crop_pct=0.875),
+            "shorter side resized to 256 px (bicubic), cropped to the central 224 px",
+        ),
+        (Preprocessing(336, "squash", "bilinear"), "both sides resized to 336 px (bilinear)"),
+        (
+            Preprocessing(64, "longest", fill_color=(1, 2, 3)),
+            "longer side resized to 64 px (bicubic), cropped and padded to the central 64 px",
+        ),
+    ],
+)
+def test_a_preprocessing_is_read_back_from_json_and_says_what_it_does(preprocessing: Preprocessing, text: str) -> None:
+    assert Preprocessing.from_config(json.loads(json.dumps(preprocessing.to_config()))) == preprocessing
+    assert str(preprocessing) == text
+    assert preprocessing.at(64).size == 64
+    assert preprocessing.at(64).at(preprocessing.size) == preprocessing
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"resize_mode": "stretch"}, "resize_mode 'stretch' is not one of shortest, longest, squash"),
+        ({"resize_mode": "squash", "interpolation": "lanczos"}, "'lanczos' is not one of bicubic, bilinear"),
+        ({"resize_mode": "squash", "crop_pct": 0}, "crop_pct 0 is not above 0"),
+    ],
+)
+def test_an_unknown_preprocessing_is_refused(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Preprocessing.from_config({"size": 32, **config})
+
+
+def test_longest_pads_both_ends_and_squash_keeps_all_of_a_strip() -> None:
+    image_CHW = torch.full((3, 10, 40), 200, dtype=torch.uint8)
+    padded = fit(image_CHW, Preprocessing(20, "longest", fill_color=(1, 2, 3)))
+    assert padded[:, 0, 0].tolist() == padded[:, -1, 0].tolist() == [1, 2, 3]
+    assert (padded[:, 7:12] == 200).all()
+    strip = torch.zeros(3, 4, 400, dtype=torch.uint8)  # beyond 16:1
+    strip[:, :, :40], strip[:, :, -40:] = 90, 180
+    squashed = fit(strip, Preprocessing(20, "squash"))
+    assert abs(int(squashed[0, 10, 0]) - 90) <= 10
+    assert abs(int(squashed[0, 10, -1]) - 180) <= 20
 
 
 def test_fit_does_not_depend_on_how_the_picture_lies_in_memory() -> None:
@@ -332,39 +377,62 @@ def test_fit_does_not_depend_on_how_the_picture_lies_in_memory() -> None:
     for _ in range(100):
         height, width, size = rng.integers(8, 200, 3).tolist()
         image_CHW = torch.from_numpy(rng.integers(0, 256, (height, width, 3), np.uint8)).permute(2, 0, 1)
-        found = fit(image_CHW, size)
-        assert found.equal(fit(image_CHW.contiguous(), size)), (height, width, size)
-        assert found.is_contiguous()
+        for mode in preprocess.RESIZE_MODES:
+            how = Preprocessing(size, mode, crop_pct=0.9)
+            found = fit(image_CHW, how)
+            assert found.equal(fit(image_CHW.contiguous(), how)), (height, width, size, mode)
+            assert found.is_contiguous()
 
 
 def test_a_picture_of_the_right_size_is_untouched() -> None:
     image_CHW = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
-    assert fit(image_CHW, 40).equal(image_CHW)
-    assert fit(image_CHW.transpose(1, 2), 40).is_contiguous()
+    for mode in preprocess.RESIZE_MODES:
+        assert fit(image_CHW, Preprocessing(40, mode)).equal(image_CHW)
+    assert fit(image_CHW.transpose(1, 2), Preprocessing(40)).is_contiguous()
 
 
 def test_a_strip_keeps_its_middle_and_no_gigabytes() -> None:
     strip = torch.zeros(3, 1, 1_000_000, dtype=torch.uint8)
     strip[:, :, 499_990:500_010] = 200
     for image_CHW in (strip, strip.transpose(1, 2)):
-        began = time.perf_counter()
-        assert (fit(image_CHW, 64) == 200).all()
-        assert time.perf_counter() - began < 1
+        for how in (Preprocessing(64), Preprocessing.from_config({"size": 64})):
+            began = time.perf_counter()
+            assert (fit(image_CHW, how) == 200).all()
+            assert time.perf_counter() - began < 1
 
 
-def test_training_evaluation_and_the_bundle_see_one_tensor(tiny_run: Path, tmp_path: Path) -> None:
+PREPARED = {
+    "own": {},
+    "squash": {"resize_mode": "squash", "interpolation": "bilinear"},
+    "longest": {"resize_mode": "longest", "crop_pct": 0.8},
+    "before PREPROCESS 3": {"resize_mode": "shortest_even", "crop_pct": 1.0},
+}
+
+
+@pytest.mark.parametrize("how", PREPARED.values(), ids=PREPARED.keys())
+def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], tmp_path: Path) -> None:
     """What enters the backbone, caught there: by the loader's way, by `embed`, and in the exported bundle."""
     from models import checkpoint, export
+    from models.ensemble import load_any
     from tests import small_dataset
     from train.data import Pictures
 
     data = small_dataset.write(tmp_path / "data", train=3, val=1, size=56)
     dataset = small_dataset.shards.Dataset(data, small_dataset.ENCODER)
-    pictures = Pictures([dataset], 32)
-    files = [dataset.image_bytes(row) for row in range(4)]
-    model = checkpoint.load(tiny_run / "best")
-    export.export(tiny_run / "best", tmp_path / "bundle")
-    predictor = load_bundle(tmp_path / "bundle")
+    images = [decode(dataset.image_bytes(row)) for row in range(4)]
+    images = [image[:, : 56 - 9 * n, : 23 + 11 * n] for n, image in enumerate(images)]  # of odd shapes
+    made = make("test_vit", "random", 32, 8, **how)
+    checkpoint.save(tmp_path / "best", made, torch.ones(8), images, {"encoder": small_dataset.ENCODER})
+    if how.get("resize_mode") == "shortest_even":  # as older versions wrote it
+        path = tmp_path / "best/config.json"
+        config = json.loads(path.read_text()) | {"preprocess": 2}
+        for key in ("resize_mode", "interpolation", "crop_pct", "fill_color"):
+            del config[key]
+        path.write_text(json.dumps(config))
+    export.export(tmp_path / "best", tmp_path / "bundle", flip=True, sizes=[32, 48])
+    predictor, model = load_bundle(tmp_path / "bundle"), checkpoint.load(tmp_path / "best")
+    assert model.spec == made.spec
+    assert [str(square) for square in predictor.squares] == [str(made.spec.preprocessing.at(s)) for s in (32, 48)]
 
     seen: list[torch.Tensor] = []
 
@@ -373,14 +441,20 @@ def test_training_evaluation_and_the_bundle_see_one_tensor(tiny_run: Path, tmp_p
 
     model.backbone.register_forward_pre_hook(keep)
     predictor.network.members[0].towers[0].register_forward_pre_hook(keep)
+    pictures = Pictures([dataset], model.spec.preprocessing)
+    files = [encoded(Image.fromarray(image.permute(1, 2, 0).numpy()), "png") for image in images]
+    pictures.image_bytes = files.__getitem__  # type: ignore[method-assign]
     with torch.inference_mode():
         model.features(pictures.__getitems__([0, 1, 2, 3]).image_BCHW)
-    model.embed([decode(file) for file in files])
-    predictor.embed([decode(file) for file in files])
-    training, evaluation, bundle = seen
+    model.embed(images)
+    predictor.embed(images)
+    training, evaluation, bundle, mirrored = seen
     assert training.shape == (4, 3, 32, 32)
     assert evaluation.equal(training)
     assert bundle.equal(training)
+    assert mirrored.equal(training.flip(-1))
+    views = load_any(tmp_path / "best", flip=True, sizes=(32, 48)).embed(images)
+    torch.testing.assert_close(predictor.embed(images), views, rtol=0, atol=1e-5)
 
 
 def test_normalisation_is_the_floating_point_one() -> None:

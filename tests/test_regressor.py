@@ -7,7 +7,7 @@ from torch import nn
 from conf import UserError
 from models.backbones import Spec, build
 from models.depth import blocks
-from models.preprocess import fit
+from models.preprocess import Preprocessing
 from models.regressor import Regressor, make
 
 E = 12
@@ -37,7 +37,7 @@ def test_pictures_of_mixed_sizes_embed_as_each_alone() -> None:
     together = model.embed(images)
     assert together.dtype == torch.float32
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(4))
-    alone = torch.cat([model.embed([fit(image, 32)]) for image in images])
+    alone = torch.cat([model.embed([image]) for image in images])
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
 
 
@@ -67,7 +67,7 @@ def test_a_backbone_that_also_returns_tokens_gives_its_first() -> None:
         def forward(self, image_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return image_BCHW.mean((2, 3)), image_BCHW.flatten(2)
 
-    model = Regressor(Both(), Spec("both", 3, 8, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), E)
+    model = Regressor(Both(), Spec("both", 3, Preprocessing(8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), E)
     (image,) = pictures((8, 8))
     torch.testing.assert_close(model.features(image[None])[0], image.float().mean((1, 2)) / 255)
 

@@ -34,7 +34,7 @@ def model(tiny_run: Path) -> Regressor:
 def pictures(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pictures:
     """Of two datasets with the same keys; the second's pictures have two captions."""
     other = small_dataset.write(tmp_path_factory.mktemp("two") / "other", train=9, val=6, captions=2, seed=8)
-    return Pictures([Dataset(root, small_dataset.ENCODER) for root in (small_data, other)], 32)
+    return Pictures([Dataset(root, small_dataset.ENCODER) for root in (small_data, other)], training.PREPROCESSING)
 
 
 def rows_of(pictures: Pictures, split: str) -> NDArray[np.int64]:
@@ -141,7 +141,7 @@ def test_a_run_that_ends_tells_of_its_best_checkpoint(
     run = tmp_path / "run"
     shutil.copytree(tiny_run / "best", run / "best")
     chosen = training.chosen(small_data, run, "fold=1/4", "fold_threshold=1.01")
-    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, 32)
+    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, training.PREPROCESSING)
     cpu = torch.device("cpu")
     with caplog.at_level(logging.INFO):
         found = logged(tmp_path, monkeypatch, lambda logger: tables.tell_of_best(chosen, data, cpu, logger))
@@ -155,7 +155,7 @@ def test_a_run_that_ends_tells_of_its_best_checkpoint(
     assert found["data"][0][2] == pytest.approx(scores.max(), abs=1e-6)
     assert found["data"][-1][2] == pytest.approx(scores.min(), abs=1e-6)
     whole = training.chosen(small_data, tmp_path / "none")
-    tables.tell_of_best(whole, Data(data.pictures.datasets, [], whole, 32), cpu)
+    tables.tell_of_best(whole, Data(data.pictures.datasets, [], whole, training.PREPROCESSING), cpu)
     assert not (tmp_path / "none").exists(), "there is no fold and no wandb"
 
 
@@ -196,7 +196,7 @@ def test_unreadable_pictures_of_a_fold_are_left_out_and_listed(model: Regressor,
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("val")
     keys = [small_dataset.corrupt(data, int(rows[n])) for n in (0, 4, 9)]
-    pictures = Pictures([dataset], 32)
+    pictures = Pictures([dataset], training.PREPROCESSING)
     tables.write_oof(tmp_path / "oof", model, pictures, rows, {}, batch_size=4, workers=0)
     vectors = np.load(tmp_path / "oof/predictions.npy")
     kept = json.loads((tmp_path / "oof/keys.json").read_text())

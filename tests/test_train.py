@@ -91,7 +91,7 @@ def test_best_is_the_checkpoint_that_validated_best_and_says_so(tiny_run: Path, 
     assert checkpoint.read_config(tiny_run / "last")["step"] == 10
     dataset = Dataset(small_data, small_dataset.ENCODER)
     rows = dataset.rows("val")
-    batch = Pictures([dataset], 32).__getitems__(rows.tolist())
+    batch = Pictures([dataset], training.PREPROCESSING).__getitems__(rows.tolist())
     with torch.inference_mode():
         score = (checkpoint.load(tiny_run / "best")(batch.image_BCHW) * batch.target_BE).sum(-1).mean().item()
     assert score == pytest.approx(judged["val/cosine"], abs=1e-5)
@@ -125,7 +125,7 @@ def test_without_validation_pictures_the_last_is_the_best(tmp_path: Path) -> Non
 def test_a_picture_with_several_captions_trains_on_their_mean(tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "data", train=6, val=2, captions=3)
     dataset = Dataset(data, small_dataset.ENCODER)
-    batch = Pictures([dataset], 32).__getitems__([4])
+    batch = Pictures([dataset], training.PREPROCESSING).__getitems__([4])
     texts = dataset.prompts(4)
     assert len(texts) == 3
     np.testing.assert_allclose(batch.target_BE[0], small_dataset.encode(texts).mean(0), atol=1e-6)

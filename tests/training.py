@@ -7,6 +7,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from conf import compose, settings
+from models.preprocess import Preprocessing
 from tests import small_dataset
 from train.config import TrainSettings
 
@@ -26,6 +27,8 @@ OVERRIDES = (
     "scale.workers=0",
     "wandb=off",
 )
+PREPROCESSING = Preprocessing(32, crop_pct=0.95)
+"""Of these settings: test_vit's own."""
 
 
 def chosen(dataset: Path, out: Path, *overrides: str) -> TrainSettings:

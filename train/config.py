@@ -37,6 +37,12 @@ class ModelSettings:
     """pretrained, random, a .safetensors file, or a folder that holds model.safetensors."""
     size: int | Literal["dataset"] | None
     """Side of the input, pixels; null takes the backbone's own, dataset the rendered pictures' where it is smaller."""
+    resize_mode: Literal["shortest", "longest", "squash"] | None
+    """Which sides are resized before the centre is cropped, or padded; null takes the backbone's own."""
+    interpolation: Literal["bicubic", "bilinear"] | None
+    """Of the resizing; null takes the backbone's own."""
+    crop_pct: float | None
+    """Images are resized to size ÷ crop_pct pixels, of which the centre is kept; null takes the backbone's own."""
     head: Literal["linear", "wide"]
     head_width: int
     """Hidden units of a wide head."""
@@ -56,6 +62,8 @@ class ModelSettings:
         found = []
         if isinstance(self.size, int) and self.size < 8:
             found.append(f"size: {self.size} is below 8 pixels")
+        if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 2:
+            found.append(f"crop_pct: {self.crop_pct} is not from 0.1 to 2; null takes the backbone's own")
         if isinstance(self.freeze, int) and self.freeze < 0:
             found.append(f"freeze: {self.freeze} is below 0")
         if self.head_width < 1:

@@ -27,6 +27,7 @@ from models.baselines.knn import ClipKnn, Knn
 from models.baselines.mean import Mean
 from models.embedder import Captioned, Encode
 from models.head_init import init_ridge
+from models.preprocess import PREPROCESS, Preprocessing
 from models.regressor import Regressor, make
 from train.banks import Bank, encoder_identity, from_places
 from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
@@ -60,7 +61,7 @@ class Contenders:
         targets: what the dataset tells of it.
         data: the run's pictures; None where nothing is fitted on them.
         run: `settings.json` of the run; None, likewise.
-        backbone: of the run, and the size of its pictures, px.
+        backbone: of the run, and its preprocessing.
     """
 
     def __init__(
@@ -71,7 +72,7 @@ class Contenders:
         targets: Mapping[str, Any],
         data: Data | None,
         run: Mapping[str, Any] | None,
-        backbone: tuple[str, int] | None,
+        backbone: tuple[str, Preprocessing] | None,
         device: torch.device,
     ) -> None:
         self._chosen, self._folder, self._device = chosen, folder, device
@@ -185,17 +186,22 @@ class Contenders:
 
     @cached_property
     def _frozen(self) -> Regressor:
-        name, weights, size, seed = (self._began_from()[key] for key in ("backbone", "weights", "size", "seed"))
-        torch.manual_seed(seed)  # random weights are then those that the run began from
-        return make(name, weights, size, self.known.pictures.width).to(self._device).eval()
+        began = self._began_from()
+        torch.manual_seed(began["seed"])  # random weights are then those that the run began from
+        keys = ("resize_mode", "interpolation", "crop_pct")
+        model = make(
+            *(began["backbone"], began["weights"], began["size"], self.known.pictures.width),
+            **{key: began[key] for key in keys if key in began},
+        )
+        return model.to(self._device).eval()
 
     @cached_property
     def _features(self) -> Features:
         assert self._run is not None
         frozen, data = self._frozen, self.known
         pictures = data.pictures
-        if frozen.spec.size != pictures.size:  # another backbone than the run's
-            pictures = Pictures(pictures.datasets, frozen.spec.size)
+        if frozen.spec.preprocessing != pictures.preprocessing:  # another backbone than the run's
+            pictures = Pictures(pictures.datasets, frozen.spec.preprocessing)
         return features(frozen, pictures, data.train_rows, self._run["batch_size"], self._chosen.workers)
 
     def _clip_knn(self) -> ClipKnn:
@@ -247,15 +253,15 @@ class Contenders:
         """The frozen backbone: that of the run, with the weights it began from, or another."""
         assert self._run is not None
         assert self._backbone is not None
-        name, size = self._backbone
+        name, preprocessing = self._backbone
         other, weights = self._chosen.knn.backbone, self._chosen.knn.weights
         if other:
             return {"backbone": other, "weights": weights or "pretrained", "size": None, "seed": 0}
         return {
             "backbone": name,
             "weights": weights or self._run["model"]["weights"],
-            "size": size,
             "seed": self._run["seed"],
+            **preprocessing.to_config(),
         }
 
     def _frozen_on(self) -> dict[str, Any]:
@@ -265,7 +271,7 @@ class Contenders:
         # of weights on a hub their name is known, and what fetches them
         libraries = {name: version(name) for name in ("timm", "transformers", "huggingface_hub")}
         whose = {"weights_sha256": [sha256(file) for file in files]} if files else libraries
-        return {**self._trained_on(), **began, **whose, "device": self._device.type}
+        return {**self._trained_on(), **began, **whose, "preprocess": PREPROCESS, "device": self._device.type}
 
     def _captioner(self, name: str) -> Any:
         from models.baselines import captioners

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset as TorchDataset
 from conf import UserError
 from conf.encoders import differences
 from datagen.shards import FAULTY, CorruptImage, Dataset, write_atomically
-from models.preprocess import BadImage, decode, fit
+from models.preprocess import BadImage, Preprocessing, decode, fit
 from train.config import TrainSettings
 from train.draws import Draws, InOrder, Part, Steps
 from train.folds import Prompts, fold_rows, refuse_seen, without_others_validation
@@ -72,15 +72,18 @@ class Pictures(TorchDataset):
 
     Args:
         datasets: with the same target vectors.
+        preprocessing: of the model.
         weight_N: how much each picture counts, float32; None: all the same.
 
     Raises:
         UserError: vectors of different encoders.
     """
 
-    def __init__(self, datasets: Sequence[Dataset], size: int, weight_N: NDArray[np.float32] | None = None) -> None:
+    def __init__(
+        self, datasets: Sequence[Dataset], preprocessing: Preprocessing, weight_N: NDArray[np.float32] | None = None
+    ) -> None:
         self.datasets = list(datasets)
-        self.size = size
+        self.preprocessing = preprocessing
         self.weight_N = weight_N
         self.offsets = np.cumsum([0, *map(len, self.datasets)])
         """Number of each dataset's first picture, and of all pictures at the end."""
@@ -179,11 +182,12 @@ class Pictures(TorchDataset):
         images, good, bad = [], [], []
         for row in rows:
             try:
-                images.append(fit(self.decoded(row), self.size))
+                images.append(fit(self.decoded(row), self.preprocessing))
                 good.append(row)
             except (CorruptImage, BadImage) as error:
                 bad.append((self.label(row), str(error)))
-        image_BCHW = torch.stack(images) if images else torch.zeros(0, 3, self.size, self.size, dtype=torch.uint8)
+        size = self.preprocessing.size
+        image_BCHW = torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8)
         row_B = np.array(good, np.int64)
         weight_B = np.ones(len(good), np.float32) if self.weight_N is None else self.weight_N[row_B]
         target_BE = torch.from_numpy(self.targets(row_B))
@@ -307,7 +311,7 @@ class Data(lightning.LightningDataModule):
     Args:
         datasets: to train on.
         val: more to validate on: the split "val" of each, or all of one that has no such split.
-        size: S.
+        preprocessing: of the model; its size is S.
         device: where the vectors of a fold are compared.
 
     Raises:
@@ -320,7 +324,7 @@ class Data(lightning.LightningDataModule):
         datasets: Sequence[Dataset],
         val: Sequence[Dataset],
         chosen: TrainSettings,
-        size: int,
+        preprocessing: Preprocessing,
         *,
         accumulate: int = 1,
         device: torch.device | str = "cpu",
@@ -328,7 +332,7 @@ class Data(lightning.LightningDataModule):
         super().__init__()
         self.accumulate = accumulate
         self._chosen = chosen
-        self.pictures = pictures = Pictures([*datasets, *val], size)
+        self.pictures = pictures = Pictures([*datasets, *val], preprocessing)
         trained, others = range(len(datasets)), range(len(datasets), len(datasets) + len(val))
         # reading every prompt takes a while, and one dataset by its own split has no need of it
         self.prompts = prompts = Prompts(pictures) if chosen.fold or len(pictures.datasets) > 1 else None

@@ -104,6 +104,7 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
         UserError: the model, the run, the bank or a baseline cannot be used.
     """
     from models import checkpoint, ensemble
+    from models.preprocess import Preprocessing
     from train import banks
     from train.contenders import Contenders
     from train.demo_page import Words
@@ -119,8 +120,8 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
     data = values = backbone = None
     if run is not None:
         values, trained = read_settings(run), checkpoint.read_config(run / "best")
-        backbone = trained["backbone"], trained["size"]
-        data = data_of(values, encoder, trained["size"])
+        backbone = trained["backbone"], Preprocessing.from_config(trained)
+        data = data_of(values, encoder, backbone[1])
     targets = (data.pictures.datasets[0].encoder_identity if data else None) or identity_of(config)
     require_same(config, folder, targets, "the run's dataset")
     if chosen.bank is not None:

@@ -8,8 +8,9 @@
 A part that is damaged is computed again.
 
 <cache> is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; remove what you please. The hash covers the weights,
-the size, the normalisation, the pictures, their order, the batches and the precision: of anything else than what is
-asked for, nothing is read. A pass that was killed goes on where it was. n pictures, D feature width, E target width.
+the preprocessing with its normalisation, the pictures, their order, the batches and the precision: of anything else
+than what is asked for, nothing is read. A pass that was killed goes on where it was. n pictures, D feature width, E
+target width.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from torch.nn.functional import normalize
 from conf import UserError, progress
 from datagen.shards import cache_folder, free_bytes, sha256, write_array, write_json
 from models.precision import half
+from models.preprocess import PREPROCESS
 from models.regressor import Regressor
 from models.tensors import checksum
 from train.data import Pictures, loader
@@ -37,7 +39,7 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-_FORMAT = 3  # of what is kept and how it comes about: another preprocess needs another number
+_FORMAT = 3  # of what is kept and how it comes about
 _PART = 2048  # pictures, at most: what a kill costs
 _SHARE = 0.9  # of the free disk that features may take
 _NAMED = 3  # unreadable pictures that the log names
@@ -189,6 +191,7 @@ class _Source:
         datasets = self.pictures.by_dataset(self.rows)
         return {
             "format": _FORMAT,
+            "preprocess": PREPROCESS,
             "backbone": asdict(self.model.spec),
             "weights": checksum(self.model.backbone.state_dict()),
             "datasets": [self.pictures.datasets[number].fingerprint() for number, _, _ in datasets],

@@ -62,7 +62,7 @@ def fit(chosen: TrainSettings) -> int:
     mine = {} if chosen.dry_run else identity.of_this_run(chosen, [*datasets, *vals], machine.half)
     resumed_from, resumed_at = resume.newest_whole(chosen.out)
     outline = start.outline(chosen, datasets)
-    data = Data(datasets, vals, chosen, outline.spec.size, device=machine.device)
+    data = Data(datasets, vals, chosen, outline.spec.preprocessing, device=machine.device)
     mode = "none" if chosen.scale.recompute == "auto" else chosen.scale.recompute
     needs = cost.measure(outline, chosen.optim, machine.half, mode)
     forecast = Forecast.of(data.length, chosen)
@@ -193,6 +193,7 @@ def _introduce(
     log.info("settings changed: %s", " ".join(identity.changed(chosen)) or "none")
     spec = model.spec
     log.info("%s at %d px → %d: %s", spec.name, spec.size, model.width, needs.line(*_a_device(chosen, machine)))
+    log.info("preprocessing: %s", spec.preprocessing)
     log.info(
         "%s training pictures, %s; %d steps of %d, %d an epoch; %d × %s, %s",
         f"{len(data.train_rows):,}",

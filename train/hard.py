@@ -75,6 +75,7 @@ def mine(chosen: HardSettings) -> None:
     from datagen.shards import write_atomically
     from models import checkpoint
     from models.precision import half
+    from models.preprocess import Preprocessing
     from train.encoders import require_same
     from train.machine import device_of
     from train.passes import predictions
@@ -83,7 +84,7 @@ def mine(chosen: HardSettings) -> None:
     folder = chosen.checkpoint or chosen.run / "best"
     config = checkpoint.read_config(folder)
     device = device_of(chosen.accelerator)
-    data = data_of(run, config["encoder"], config["size"])
+    data = data_of(run, config["encoder"], Preprocessing.from_config(config))
     for dataset in data.pictures.datasets:
         require_same(config, folder, dataset.encoder_identity or {}, str(dataset.root))
     pictures, rows = data.pictures, data.train_rows

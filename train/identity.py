@@ -29,6 +29,8 @@ def of_this_run(chosen: TrainSettings, datasets: Sequence[Dataset], precision: s
     Raises:
         UserError: the folder holds another run, or this one, finished.
     """
+    from models.preprocess import PREPROCESS  # torch: train.runs imports this file, and should start at once
+
     path = chosen.out / "settings.json"
     mine = {
         **plain(chosen),
@@ -36,6 +38,7 @@ def of_this_run(chosen: TrainSettings, datasets: Sequence[Dataset], precision: s
         "encoder_sha256": [(dataset.encoder_identity or {}).get("sha256") for dataset in datasets],
         "weights_sha256": _weights_sha256(chosen.data.weights),
         "precision": precision,
+        "preprocess": PREPROCESS,
     }
     if path.exists():
         there = flat(json.loads(path.read_text()))

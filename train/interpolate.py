@@ -65,18 +65,19 @@ def interpolate(chosen: InterpolateSettings) -> dict[str, Any]:
     """
     from datagen.shards import Dataset, write_json
     from models import checkpoint
+    from models.preprocess import Preprocessing
     from train.data import Pictures
     from train.encoders import require_same
 
     there, config = (checkpoint.read_config(folder) for folder in (chosen.a, chosen.b))
-    differ = checkpoint.differences(there, config, (*checkpoint.ARCHITECTURE, "size", "encoder"))
+    differ = checkpoint.differences(there, config, (*checkpoint.ARCHITECTURE, *checkpoint.PREPROCESSING, "encoder"))
     of_encoders = differences(there.get("encoder_identity"), config.get("encoder_identity"))
     differ += [f"  encoder: {line}" for line in of_encoders]
     if differ:
         raise UserError(f"{chosen.a} (there) and {chosen.b} (here) are of two kinds:\n" + "\n".join(differ))
     pictures = rows = None
     if chosen.dataset is not None:
-        pictures = Pictures([Dataset(chosen.dataset, config["encoder"])], config["size"])
+        pictures = Pictures([Dataset(chosen.dataset, config["encoder"])], Preprocessing.from_config(config))
         require_same(config, chosen.b, pictures.datasets[0].encoder_identity or {}, str(chosen.dataset))
         rows = pictures.datasets[0].rows(chosen.split)
     a, b = (checkpoint.load(folder).state_dict() for folder in (chosen.a, chosen.b))

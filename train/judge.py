@@ -20,6 +20,7 @@ from datagen.shards import Dataset, encoders, write_array, write_json
 from models import checkpoint, ensemble
 from models.leakage import NEAR, Leakage
 from models.metrics import bins, compare, cosines, mean_targets, recall
+from models.preprocess import Preprocessing
 from train import banks
 from train.banks import Bank, Retrieve
 from train.config import BASELINES, CAPTIONERS, EMBEDDERS, FROM_OTHERS, EvaluateSettings, ViewsSettings
@@ -100,15 +101,16 @@ class Subject:
         if self.run is not None:
             settings_of_run = read_settings(self.run)
             own = checkpoint.read_config(self.run / "best")
-            backbone = own["backbone"], own["size"]
+            backbone = own["backbone"], Preprocessing.from_config(own)
             try:
-                self.data = data_of(settings_of_run, self.encoder, own["size"], device)
+                self.data = data_of(settings_of_run, self.encoder, backbone[1], device)
             except UserError as error:
                 if fitted or chosen.dataset is None:
                     raise
                 log.warning("the pictures that %s was trained on cannot be read: %s", self.run, error)
         if chosen.dataset is not None:
-            self.pictures = Pictures([Dataset(chosen.dataset, self.encoder)], backbone[1] if backbone else 1)
+            preprocessing = backbone[1] if backbone else Preprocessing(1)  # without a run, nothing takes its squares
+            self.pictures = Pictures([Dataset(chosen.dataset, self.encoder)], preprocessing)
             self.rows = self.pictures.datasets[0].rows(chosen.split)
         else:
             assert self.data is not None

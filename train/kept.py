@@ -30,7 +30,7 @@ from conf import UserError, progress
 from conf.checksum import DamagedFile, read_checked, with_checksum
 from datagen.shards import CorruptImage, cache_folder, write_atomically, write_json
 from models.embedder import Embedder
-from models.preprocess import BadImage
+from models.preprocess import PREPROCESS, BadImage
 from train.data import Pictures
 from train.features import digest
 
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-_FORMAT = 3  # of what is kept: another preprocess needs another number
+_FORMAT = 3  # of what is kept
 _PART = 512  # pictures: what a kill costs
 _THREADS = 8  # that decode; decoders let go of the interpreter's lock
 
@@ -173,6 +173,7 @@ def _folders(contenders: Sequence[Contender], pictures: Pictures, rows: Rows, ba
     order = np.stack([np.searchsorted(pictures.offsets, rows, side="right") - 1, rows])
     whose = {
         "format": _FORMAT,
+        "preprocess": PREPROCESS,
         "datasets": [dataset.fingerprint() for dataset in pictures.datasets],
         "checksums": [digest(dataset.checksums) for dataset in pictures.datasets],
         "order": digest(order),

@@ -224,9 +224,10 @@ def _training(run: Run, trained: Sequence[Dataset]) -> list[tuple[Dataset, Rows]
     """The datasets with the pictures that were trained on."""
     if len(trained) == 1 and not run.settings.get("fold"):
         return [(trained[0], trained[0].rows("train"))]
+    from models.preprocess import Preprocessing
     from train.trained_on import data_of  # torch: what is too near the fold, or another's validation, was left out
 
-    data = data_of(run.settings, run.checkpoint["encoder"], run.checkpoint["size"])
+    data = data_of(run.settings, run.checkpoint["encoder"], Preprocessing.from_config(run.checkpoint))
     return data.pictures.parts(data.train_rows)
 
 

@@ -63,7 +63,7 @@ def search(chosen: ProbeSettings) -> dict[str, Any]:
     check_folder(chosen.encoder, [*datasets, *vals])
     chosen = dataclasses.replace(chosen, encoder=encoder_name(chosen.encoder))
     model = start.model(chosen, datasets, resumed=False)
-    data = Data(datasets, vals, chosen, model.spec.size, device=device)
+    data = Data(datasets, vals, chosen, model.spec.preprocessing, device=device)
     if not data.val_names:
         raise UserError("a search needs validation pictures to choose by: give val=[…] or fold=1/5")
     model.to(device)

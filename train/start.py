@@ -92,7 +92,14 @@ def _made(chosen: TrainSettings, datasets: list[Dataset], weights: str) -> Regre
         with torch.device("meta"):
             own = make(about.backbone, "random", None, datasets[0].width).spec.size
         size = min(own, max(rendered)) if all(rendered) else None
-    return make(about.backbone, weights, size, datasets[0].width, head=about.head, hidden=about.head_width)
+    return make(
+        *(about.backbone, weights, size, datasets[0].width),
+        head=about.head,
+        hidden=about.head_width,
+        resize_mode=about.resize_mode,
+        interpolation=about.interpolation,
+        crop_pct=about.crop_pct,
+    )
 
 
 def head(made: Regressor, chosen: TrainSettings, data: Data, device: torch.device) -> None:

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from conf import UserError, compose, settings
 from datagen.shards import Dataset, hash_prompts
 from models import checkpoint, ensemble
+from models.preprocess import Preprocessing
 from train.banks import Bank
 from train.config import TrainSettings
 from train.data import Data, Pictures
@@ -31,6 +32,7 @@ from train.runs import read_settings
 
 Rows = NDArray[np.int64]
 
+_NO_SQUARES = Preprocessing(1)  # prompts and checksums are compared here: no image is decoded
 _BLOCK = 16_384  # texts whose vectors are read at a time
 
 
@@ -147,9 +149,14 @@ def run_of(folder: Path) -> Path | None:
 
 
 def data_of(
-    run: Mapping[str, Any], encoder: str, size: int, device: torch.device | str = "cpu", *, weighted: bool = False
+    run: Mapping[str, Any],
+    encoder: str,
+    preprocessing: Preprocessing,
+    device: torch.device | str = "cpu",
+    *,
+    weighted: bool = False,
 ) -> Data:
-    """The images of a run at `size` pixels a side, split as in its training.
+    """The images of a run, prepared by `preprocessing`, split as in its training.
 
     Args:
         run: its `settings.json`, which may be of an older version: what that lacks is as by default.
@@ -166,7 +173,7 @@ def data_of(
         plain["data"] = {**plain["data"], "sources": {}, "weights": None}
     datasets = [Dataset(folder, encoder) for folder in run["dataset"]]
     vals = [Dataset(folder, encoder) for folder in run.get("val") or []] if weighted else []
-    return Data(datasets, vals, settings(TrainSettings, plain), size, device=device)
+    return Data(datasets, vals, settings(TrainSettings, plain), preprocessing, device=device)
 
 
 def _overlaid(default: Any, own: Any) -> Any:
@@ -264,9 +271,9 @@ class _Lineage:
 
         def read() -> TrainingSet:
             if run is not None:
-                data = data_of(read_settings(Path(run)), self._encoder, 1, self._device)
+                data = data_of(read_settings(Path(run)), self._encoder, _NO_SQUARES, self._device)
                 return ImageSet(data.pictures, rows_of_split(data, split), data.prompts)
-            pictures = Pictures([Dataset(path, self._encoder) for path in paths], 1)
+            pictures = Pictures([Dataset(path, self._encoder) for path in paths], _NO_SQUARES)
             _refuse_changed(pictures.datasets, [about["sha256"] for about in facts["datasets"]])
             rows = [pictures.rows(number, dataset.rows(split)) for number, dataset in enumerate(pictures.datasets)]
             return ImageSet(pictures, np.concatenate(rows))
@@ -288,7 +295,7 @@ def run_origin(
     weighted = weighted and has_weights(values)
 
     def read() -> TrainingSet:
-        data = data_of(values, encoder, 1, device, weighted=weighted)
+        data = data_of(values, encoder, _NO_SQUARES, device, weighted=weighted)
         _refuse_changed(data.pictures.datasets, values.get("dataset_sha256") or [])
         return ImageSet(data.pictures, data.train_rows, data.prompts)
 

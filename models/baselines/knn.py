@@ -60,7 +60,7 @@ class Knn:
 
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
-        image_BCHW = torch.stack([fit(image, self._model.spec.size) for image in images])
+        image_BCHW = torch.stack([fit(image, self._model.spec.preprocessing) for image in images])
         features_BD = self._model.features(image_BCHW.to(self._model.device)).float().cpu()
         return self.from_features(features_BD)
 

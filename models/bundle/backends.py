@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 Graph = Callable[[Sequence[np.ndarray]], np.ndarray]
-"""For each size, ascending, uint8 pictures [B, 3, size, size] → unit z_BE in fp32."""
+"""For each input of the graph, in its order, uint8 images [B, 3, size, size] → unit z_BE in fp32."""
 
 _COMPUTES_IN = {"onnx": ("fp32",), "openvino": ("fp32", "bf16"), "openvino_int8": ("fp32", "bf16")}
 
@@ -73,9 +73,10 @@ def _onnx(path: Path, threads: int | None) -> Graph:
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3  # errors alone
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [value.name for value in session.get_inputs()]
 
     def run(image_SBCHW: Sequence[np.ndarray]) -> np.ndarray:
-        feed = {_input(image_BCHW): image_BCHW for image_BCHW in image_SBCHW}
+        feed = dict(zip(names, image_SBCHW, strict=True))
         return np.asarray(session.run(["z"], feed)[0])
 
     return run
@@ -86,6 +87,7 @@ def _openvino(path: Path, threads: int | None, precision: str) -> Graph:
 
     core, one_at_a_time = openvino.Core(), threading.Lock()
     model = core.read_model(path)
+    names = [value.any_name for value in model.inputs]
     about = {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
@@ -109,12 +111,8 @@ def _openvino(path: Path, threads: int | None, precision: str) -> Graph:
             queue.set_callback(keep)
             for number, part in enumerate(parts):
                 images = [np.ascontiguousarray(image_BCHW[part[0] : part[-1] + 1]) for image_BCHW in image_SBCHW]
-                queue.start_async({_input(image_BCHW): image_BCHW for image_BCHW in images}, userdata=number)
+                queue.start_async(dict(zip(names, images, strict=True)), userdata=number)
             queue.wait_all()
         return np.concatenate(found)
 
     return run
-
-
-def _input(image_BCHW: np.ndarray) -> str:
-    return f"image_{image_BCHW.shape[-1]}"

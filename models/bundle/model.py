@@ -2,7 +2,7 @@
 
     load("bundle").embed(["a.jpg", "b.png"])
 
-B pictures, S sizes that they are seen at, E target width.
+B pictures, S squares that are made of each, E target width.
 """
 
 import contextlib
@@ -24,10 +24,11 @@ from torch.nn.functional import normalize
 
 from models.bundle.backends import BundleError, open_graph
 from models.heads import make_head
-from models.preprocess import BadImage, decode, fit, from_pillow
+from models.preprocess import BadImage, Preprocessing, decode, fit, from_pillow
 from models.towers import tower
 
-FORMAT = 2
+FORMAT = 3
+_FORMATS = (2, FORMAT)  # without preprocessing, members of 2 have that of their time
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BACKENDS = ("torch", "onnx", "openvino", "openvino_int8")
 
@@ -47,8 +48,11 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise BundleError(f"no bundle at {folder}: {path} cannot be read ({error})") from error
     if not isinstance(config, dict) or config.get("kind") != "bundle":
         raise BundleError(f"no bundle at {folder}: {path} is of another kind")
-    if config.get("format") != FORMAT:
-        raise BundleError(f"{path}: format {config.get('format')!r}, but this program reads {FORMAT}; export it again")
+    if config.get("format") not in _FORMATS:
+        raise BundleError(
+            f"{path}: format {config.get('format')!r}, but this program reads {' and '.join(map(str, _FORMATS))}; "
+            "export it again"
+        )
     return config
 
 
@@ -65,9 +69,24 @@ def mean_vector(folder: Path, config: Mapping[str, Any]) -> np.ndarray:
     return normalize(torch.stack(means).sum(0), dim=0).numpy()
 
 
-def sizes_of(config: Mapping[str, Any]) -> tuple[int, ...]:
-    """The distinct squares that a bundle sees each picture at, px, ascending."""
-    return tuple(sorted({size for member in config["members"] for size in member["sizes"]}))
+def squares_of(config: Mapping[str, Any]) -> tuple[Preprocessing, ...]:
+    """The distinct squares that a bundle makes of each image, by size and then by the other fields.
+
+    They are the inputs of its network and of its graphs, in this order.
+
+    Raises:
+        BundleError: a member's preprocessing is unknown to this program.
+    """
+    return tuple(sorted({square for member in config["members"] for square in _squares_of(member)}))
+
+
+def _squares_of(member: Mapping[str, Any]) -> tuple[Preprocessing, ...]:
+    """The squares of one entry of config.json, in the order of its sizes."""
+    try:
+        preprocessing = Preprocessing.from_config(member)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"config.json: the preprocessing of {member.get('name')!r} is unknown: {error}") from error
+    return tuple(preprocessing.at(size) for size in member["sizes"])
 
 
 @contextlib.contextmanager
@@ -95,19 +114,19 @@ class Member(nn.Module):
 
     def __init__(self, about: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> None:
         super().__init__()
-        self.sizes: tuple[int, ...] = tuple(about["sizes"])
+        self.squares = _squares_of(about)
         self.flip: bool = about["flip"]
         self.head = make_head(about["head"], about["width"], about["target_width"], about["head_width"])
         self.head.load_state_dict(_under("head.", tensors))
         self.towers = nn.ModuleList()
-        for size in self.sizes:
+        for size in about["sizes"]:
             own = _under("backbone.", tensors) | _under(f"at-{size}.backbone.", tensors)
             self.towers.append(_filled(about["backbone"], size, own))
         self.register_buffer("mean", 255 * torch.tensor(about["mean"]).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(about["std"]).view(1, 3, 1, 1), persistent=False)
 
     def forward(self, image_SBCHW: Sequence[torch.Tensor]) -> torch.Tensor:
-        """uint8 pictures, for each of `sizes` a tensor [B, 3, size, size] → unit z_BE."""
+        """uint8 images, for each of `squares` a tensor [B, 3, size, size] → unit z_BE."""
         seen = []
         for module, image_BCHW in zip(self.towers, image_SBCHW, strict=True):
             for view_BCHW in (image_BCHW, image_BCHW.flip(-1)) if self.flip else (image_BCHW,):
@@ -126,14 +145,14 @@ class Network(nn.Module):
         listed = list(members)
         self.members = nn.ModuleList(listed)
         self.weight_M = list(weight_M)
-        self._sizes = [member.sizes for member in listed]
-        self.sizes: tuple[int, ...] = tuple(sorted({size for sizes in self._sizes for size in sizes}))
+        self.squares: tuple[Preprocessing, ...] = tuple(sorted({square for m in listed for square in m.squares}))
+        self.sizes = tuple(square.size for square in self.squares)
+        self._inputs = [[self.squares.index(square) for square in member.squares] for member in listed]
 
     def forward(self, *image_BCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 pictures, for each of `sizes` a tensor [B, 3, size, size] → unit z_BE in fp32."""
-        at = dict(zip(self.sizes, image_BCHW, strict=True))
-        parts = zip(self.weight_M, self.members, self._sizes, strict=True)
-        z_MBE = [weight * member([at[size] for size in sizes]) for weight, member, sizes in parts]
+        """uint8 images, for each of `squares` a tensor [B, 3, size, size] → unit z_BE in fp32."""
+        parts = zip(self.weight_M, self.members, self._inputs, strict=True)
+        z_MBE = [weight * member([image_BCHW[n] for n in inputs]) for weight, member, inputs in parts]
         return normalize(torch.stack(z_MBE).sum(0), dim=-1)
 
 
@@ -248,7 +267,8 @@ class Predictor:
 
     Attributes:
         config: the bundle's.
-        sizes: squares that each picture is seen at, px.
+        squares: preprocessing of each square that the network takes.
+        sizes: their sides, px.
         width: E.
         mean_E: fp32, for pictures that cannot be read.
         redone: batches that were not finite in half precision, and were computed again in fp32.
@@ -267,7 +287,8 @@ class Predictor:
                 f"precision {precision!r}, backend {backend!r}: there are auto, {', '.join(PRECISIONS)}; "
                 f"{', '.join(BACKENDS)}"
             )
-        self.sizes = sizes_of(self.config)
+        self.squares = squares_of(self.config)
+        self.sizes = tuple(square.size for square in self.squares)
         self.width: int = self.config["target_width"]
         self.mean_E = mean_vector(folder, self.config)
         self.device, warning = working_device(device if backend == "torch" else "cpu")
@@ -283,12 +304,12 @@ class Predictor:
             self._graph = open_graph(folder, self.config, backend, torch.get_num_threads(), self.precision)
 
     def fit(self, image_CHW: torch.Tensor) -> list[torch.Tensor]:
-        """A decoded picture, uint8 [3, H, W] → for each of `sizes` its square, uint8 [3, size, size]."""
-        return [fit(image_CHW, size) for size in self.sizes]
+        """A decoded image, uint8 [3, H, W] → for each of `squares` uint8 [3, size, size]."""
+        return [fit(image_CHW, square) for square in self.squares]
 
     @torch.inference_mode()
     def start(self, image_SBCHW: Sequence[torch.Tensor]) -> torch.Tensor:
-        """For each of `sizes` uint8 [B, 3, size, size] → z_BE on the device, which may compute on; see `finish`."""
+        """For each of `squares` uint8 [B, 3, size, size] → z_BE on the device, which may compute on; see `finish`."""
         if self._graph is not None:
             return torch.from_numpy(self._graph([image_BCHW.numpy() for image_BCHW in image_SBCHW]))
         return self.network(*(image_BCHW.to(self.device, non_blocking=True) for image_BCHW in image_SBCHW))
@@ -304,7 +325,7 @@ class Predictor:
         return z_BE
 
     def embed_fitted(self, image_SBCHW: Sequence[torch.Tensor]) -> torch.Tensor:
-        """For each of `sizes` uint8 [B, 3, size, size] → unit z_BE, fp32, on the CPU."""
+        """For each of `squares` uint8 [B, 3, size, size] → unit z_BE, fp32, on the CPU."""
         return self.finish(self.start(image_SBCHW), image_SBCHW)
 
     def embed(self, images: Iterable[Picture], batch_size: int = 32, unreadable: str = "raise") -> torch.Tensor:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from models.bundle.inputs import Task, by_reason, shown, task
-from models.bundle.model import BACKENDS, PRECISIONS, BundleError, mean_vector, read_config, sizes_of
+from models.bundle.model import BACKENDS, PRECISIONS, BundleError, mean_vector, read_config, squares_of
 from models.bundle.outputs import (
     FORMATS,
     Line,
@@ -212,7 +212,7 @@ def _crew(
         "images": str(asked.folder.resolve()),
         "part": str(part.folder.resolve()),
         "width": config["target_width"],
-        "sizes": sizes_of(config),
+        "squares": [square.to_config() for square in squares_of(config)],
         "precision": options.precision,
         "backend": options.backend,
         "batch": options.batch_size,

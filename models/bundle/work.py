@@ -33,7 +33,7 @@ import numpy as np
 import torch
 
 from models.bundle.model import BundleError, Predictor, working_device
-from models.preprocess import BadImage, decode, fit
+from models.preprocess import BadImage, Preprocessing, decode, fit
 
 try:
     import fcntl
@@ -340,11 +340,12 @@ _Batch = tuple[int, int, list[str]]  # number, first row, paths
 
 
 class _Reader(torch.utils.data.Dataset):
-    """A batch → its number, the rows that can be read, and for each size uint8 [B, 3, size, size]."""
+    """A batch → its number, the rows that can be read, and for each square uint8 [B, 3, size, size]."""
 
     def __init__(self, order: Mapping[str, Any]) -> None:
         self.part = Part(Path(order["part"]), order["width"])
-        self._folder, self._sizes = Path(order["images"]), order["sizes"]
+        self._folder = Path(order["images"])
+        self._preprocessings = [Preprocessing.from_config(square) for square in order["squares"]]
 
     def __getitem__(self, batch: _Batch | None) -> tuple[int, list[int], list[torch.Tensor]] | None:
         if batch is None:
@@ -360,7 +361,7 @@ class _Reader(torch.utils.data.Dataset):
         if state == UNREADABLE:
             return None
         if state == FITTED:
-            return self.part.fitted(row, self._sizes)
+            return self.part.fitted(row, [square.size for square in self._preprocessings])
         self.part.mark(row, READING)
         squares = self._decoded(row, path)
         if squares:
@@ -371,7 +372,7 @@ class _Reader(torch.utils.data.Dataset):
         """None: it cannot be read; or, unless this is the last attempt, it is left as a suspect."""
         try:
             image_CHW = decode((self._folder / path).read_bytes())
-            return [fit(image_CHW, size) for size in self._sizes]
+            return [fit(image_CHW, square) for square in self._preprocessings]
         except Exception as error:
             # others may pass, such as a lack of memory or a network drive that is away
             lasting = isinstance(error, BadImage | FileNotFoundError | PermissionError | IsADirectoryError)
@@ -466,7 +467,9 @@ def _largest_batch(predictor: Predictor) -> int:
         before = torch.cuda.memory_allocated(predictor.device)
         free, _ = torch.cuda.mem_get_info(predictor.device)
         try:
-            predictor.embed_fitted([torch.zeros(size, 3, side, side, dtype=torch.uint8) for side in predictor.sizes])
+            predictor.embed_fitted(
+                [torch.zeros(size, 3, *2 * (square.size,), dtype=torch.uint8) for square in predictor.squares]
+            )
         except torch.cuda.OutOfMemoryError:
             continue
         if torch.cuda.max_memory_allocated(predictor.device) - before <= _GPU_SHARE * free:
@@ -810,7 +813,7 @@ class Crew:
 
     def _fit_workers(self, slot: Slot, batch: int) -> None:
         """No more than there is shared memory for: a batch that finds none is lost without a word."""
-        size = batch * sum(3 * side * side for side in self._order["sizes"])
+        size = batch * sum(3 * square["size"] ** 2 for square in self._order["squares"])
         room = shared_memory() / len(self._slots)
         if slot.workers and (_AHEAD * slot.workers + 2) * size > room:
             fitting = max(0, int((room / size - 2) // _AHEAD))
