@@ -304,7 +304,6 @@ OF_STEPS = {
     "optim.weight_decay": 5.0,
     "optim.betas": "[0.5,0.9]",
     "optim.schedule": "constant",
-    "optim.warmup": 1,
     "optim.clip": 1e-3,
     "loss.mse": 1,
     "loss.contrastive": 1,
