@@ -146,6 +146,9 @@ TRAIN_SETTINGS: Entries = {
     "model.backbone": shows(weights, "model.backbone=test_vit2"),
     "model.weights": shows(weights, "model.weights={vit_weights}"),
     "model.size": shows(weights, "model.size=48"),
+    "model.resize_mode": shows(weights, "model.resize_mode=squash", given=("dataset={wide}",)),
+    "model.interpolation": shows(weights, "model.interpolation=bilinear", given=("dataset={wide}",)),
+    "model.crop_pct": shows(weights, "model.crop_pct=0.5", given=("dataset={wide}",)),
     "model.head": shows(weights, "model.head=wide"),
     "model.head_width": [
         shows(weights, "model.head_width=8", given=WIDE),
@@ -347,6 +350,9 @@ PROBE_SETTINGS: Entries = {
     "model.backbone": shows(scores, "model.backbone=test_vit2"),
     "model.weights": shows(scores, "model.weights={vit_weights}"),
     "model.size": shows(scores, "model.size=48"),
+    "model.resize_mode": shows(scores, "model.resize_mode=squash", given=("dataset={wide}",)),
+    "model.interpolation": shows(scores, "model.interpolation=bilinear", given=("dataset={wide}",)),
+    "model.crop_pct": shows(scores, "model.crop_pct=0.5", given=("dataset={wide}",)),
     "model.head_width": [
         shows(scores, "model.head_width=8"),
         refused(f"model.head_width: {UNUSED}in a search", "model.head_width=8", given=RIDGE),
