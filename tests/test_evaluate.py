@@ -500,11 +500,11 @@ def test_a_picture_may_be_seen_several_times(tiny_run: Path, small_data: Path, t
     judge(tiny_run, tmp_path / "out", "embedders=[regressor]", "tta.regressor.flip=true", "tta.regressor.sizes=[32,48]")
     dataset = Dataset(small_data)
     images = [decode(dataset.image_bytes(row)) for row in dataset.rows("val")]
-    views = [
-        checkpoint.load(tiny_run / "best", size).embed(seen)
-        for size in (32, 48)
-        for seen in (images, [image.flip(-1) for image in images])
-    ]
+    views = []
+    for model in (checkpoint.load(tiny_run / "best", size) for size in (32, 48)):
+        square_BCHW = torch.stack([fit(image, model.spec.preprocessing) for image in images])
+        with torch.inference_mode():
+            views += [model(square_BCHW), model(square_BCHW.flip(-1))]
     expected = torch.nn.functional.normalize(torch.stack(views).sum(0), dim=-1).numpy()
     np.testing.assert_allclose(np.load(tmp_path / "out/predictions/regressor.npy"), expected, atol=1e-5)
 
