@@ -25,6 +25,7 @@ from train.evaluate import evaluate, table
 from train.interpolate import InterpolateSettings, interpolate
 from train.leakage import find_leakage
 from train.report import ReportSettings, write_report
+from train.runs import find, text
 from train.trained_on import ImageSet, Origin, origins
 
 pytest_plugins = ["tests.tiny_run"]
@@ -227,6 +228,10 @@ def test_leaks_stand_in_table_json_page_and_card(leaky_run: Path, tmp_path: Path
         assert counts(info, name) == (0, 16, 16, 16)
         assert re.search(rf"^{name} +16 of 16 images \(16 with a training prompt, 16 with", table(info), re.MULTILINE)
     assert (out / "report.html").read_text().count("Leakage of regressor: 16 of 16 images (16 with a training") == 1
+    runs, _ = find(leaky_run.parent)
+    assert f"{leaky_run.name}: leakage of validation on val: 16 of 16 images (16 with a training prompt" in text(
+        runs, {}
+    )
     page = write_report(ReportSettings(leaky_run, out, tmp_path / "run.html")).read_text()
     assert "Leakage of val: 16 of 16 images (16 with a training prompt" in page
     assert "Leakage of regressor: 16 of 16 images" in page
@@ -425,6 +430,17 @@ def test_images_of_weight_zero_were_not_trained_on(tmp_path: Path) -> None:
     info = scores(tmp_path / "out", f"run={run}", "embedders=[mean,regressor]")
     assert counts(info)[1] == 1
     assert counts(info, "mean")[1] == 2, "baselines are fitted on all"
+
+
+def test_images_that_a_further_validation_set_left_out_were_not_trained_on(tmp_path: Path) -> None:
+    data = listed_dataset.write(tmp_path / "data", [Row(f"text {n}", image=colour(n)) for n in range(16)])
+    judged = listed_dataset.write(
+        tmp_path / "judged", [Row(f"other {n}", "val", image=colour(n + 14)) for n in range(4)]
+    )
+    run = train(data, tmp_path / "run", f"val=[{judged}]")
+    info = scores(tmp_path / "out", f"run={run}", f"dataset={judged}", "embedders=[mean,regressor]")
+    assert counts(info) == (0, 0, 0, 0)
+    assert counts(info, "mean") == (2, 0, 0, 2), "baselines are fitted on all"
 
 
 def test_runs_that_begin_from_each_other_end(leaky_run: Path, tmp_path: Path) -> None:

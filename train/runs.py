@@ -29,6 +29,7 @@ from datagen.shards import write_atomically
 from models.metrics import Interval
 from train.identity import OF_THE_MACHINE, flat
 from train.improvement import FILE
+from train.judged import validation_counts
 
 log = logging.getLogger(__name__)
 
@@ -37,6 +38,7 @@ _SILENT = 300  # seconds without a sign of life after which a run counts as stop
 # settings that may differ between two runs of the same recipe
 _NO_MATTER = (*OF_THE_MACHINE, "name", "keep_first", "dataset_sha256", "encoder_sha256")
 _IN_COLUMNS = ("dataset", "fold", "epochs", "batch_size", "optim.lr", "model.backbone", "model.size")
+_NOT_SORTABLE = ("settings", "changed", "sets", "sources", "leakage", "note")
 _WIDEST, _NAME = 34, 28  # characters of a cell and of a name, at most
 
 
@@ -93,6 +95,8 @@ class Run:
     fold: str | None
     batch_size: int | None
     lr: float | None
+    leakage: dict[str, str]
+    """Overlap of each validation set with training, in words; empty where an older version trained."""
     note: str
     """What is wrong with its files, if anything."""
     settings: dict[str, Any] = field(default_factory=dict)
@@ -181,6 +185,12 @@ def text(entries: Sequence[Run | Folds], strangers: Mapping[str, str], width: in
         head += ["img/s", "MFU", "hours", "last sign"]
         parts += _table(head, [row for entry in entries for row in _results(entry, sets)], width)
         parts += _differing(entries, width)
+        parts += [
+            f"{run.name}: leakage of validation on {name}: {words}"
+            for run in runs
+            for name, words in run.leakage.items()
+            if not words.startswith("none of") or "not known" in words
+        ]
         parts += [f"{run.name}: {run.note}" for run in runs if run.note]
     else:
         parts.append("no runs")
@@ -196,7 +206,7 @@ def ordered(entries: Sequence[Run | Folds], by: str) -> list[Run | Folds]:
         UserError: no run has it.
     """
     runs = _runs(entries)
-    columns = [n for n in Run.__dataclass_fields__ if n not in ("settings", "changed", "sets", "sources", "note")]
+    columns = [n for n in Run.__dataclass_fields__ if n not in _NOT_SORTABLE]
     known = {*columns, *(key for run in runs for key in run.settings)}
     if runs and by not in known:
         raise UserError(f"sort: {by!r} is no column and no setting; known: {', '.join(sorted(known))}")
@@ -276,6 +286,7 @@ def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
     about = _json(folder / "about.json") if (folder / "about.json").exists() else {}
     improvement = _json(folder / FILE) if (folder / FILE).exists() else {}
     gain = improvement["gain"] if isinstance(improvement.get("gain"), dict) else {}
+    leakage = validation_counts(folder / "about.json") or {}
     last = records[-1] if records else {}
     judged = [r for r in records if (score := _number(r.get("val/cosine"))) is not None and not math.isnan(score)]
     top = max(judged, key=lambda r: r["val/cosine"], default={})
@@ -321,6 +332,7 @@ def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
         fold=fold if re.fullmatch(r"\d+/\d+", fold) else None,
         batch_size=None if (batch := _number(known.get("batch_size"))) is None else int(batch),
         lr=_number(known.get("optim.lr")),
+        leakage={name: own.text() for name, own in leakage.items()},
         note=note,
         settings=known,
         changed={
