@@ -19,7 +19,8 @@ from models import checkpoint, ensemble
 from models.ensemble import Ensemble, Member, Views, blend, fit, nested
 from models.export import export
 from models.metrics import cosines, mean_targets
-from models.regressor import make
+from models.preprocess import fit as fit_square
+from models.regressor import Regressor, make
 
 E = 10
 FACTS = {"encoder": "colours", "score": {"mean": 0.5}}
@@ -201,13 +202,19 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [save(place, seed, *kind) for seed, (place, kind) in enumerate(zip(places, kinds, strict=True))]
 
 
+def mirrored(model: Regressor, images: list[torch.Tensor]) -> torch.Tensor:
+    """Vectors of the mirrored squares: an odd number of pixels is cut less on one side than on the other."""
+    square_BCHW = torch.stack([fit_square(image, model.spec.preprocessing) for image in images])
+    with torch.inference_mode():
+        return model(torch.from_numpy(np.ascontiguousarray(square_BCHW.numpy()[..., ::-1])))
+
+
 def test_views_are_the_normalised_mean_over_mirror_images_and_sizes(three: list[Path]) -> None:
     images = pictures()
     views = Views(lambda size: checkpoint.load(three[0], size), flip=True, sizes=(32, 64))
     small, large = checkpoint.load(three[0]), checkpoint.load(three[0], 64)
     assert (small.spec.size, large.spec.size) == (32, 64)
-    mirrored = [torch.from_numpy(np.ascontiguousarray(image.numpy()[..., ::-1])) for image in images]
-    each = [model.embed(view) for model in (small, large) for view in (images, mirrored)]
+    each = [view for model in (small, large) for view in (model.embed(images), mirrored(model, images))]
     expected = torch.stack(each).mean(0)
     torch.testing.assert_close(views.embed(images), normalize(expected, dim=-1), atol=1e-6, rtol=0)
     assert not torch.allclose(each[0], each[2], atol=1e-3), "another size sees another picture"
@@ -329,12 +336,14 @@ def test_nothing_but_an_ensemble_is_overwritten(three: list[Path], tmp_path: Pat
 
 def test_any_folder_that_embeds(three: list[Path], tmp_path: Path) -> None:
     images = pictures()
-    expected = checkpoint.load(three[0]).embed(images)
+    model = checkpoint.load(three[0])
+    expected = model.embed(images)
     export(three[0], tmp_path / "bundle")
     ensemble.save(tmp_path / "whole", [Member("a", three[0], 1)], {})
     for folder, kind in ((three[0], "checkpoint"), (tmp_path / "bundle", "bundle"), (tmp_path / "whole", "ensemble")):
         torch.testing.assert_close(ensemble.load_any(folder).embed(images), expected, atol=1e-5, rtol=0)
-        both = normalize(expected + checkpoint.load(three[0]).embed([image.flip(-1) for image in images]), dim=-1)
+        other = mirrored(model, images) if kind == "checkpoint" else model.embed([image.flip(-1) for image in images])
+        both = normalize(expected + other, dim=-1)
         torch.testing.assert_close(ensemble.load_any(folder, flip=True).embed(images), both, atol=1e-5, rtol=0)
         assert ensemble.about(folder)["kind"] == kind
     run = ensemble.load_any(three[2].parent)

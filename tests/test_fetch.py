@@ -130,7 +130,7 @@ def test_what_the_hub_does_not_have_is_told_with_what_it_has(tmp_path: Path, rep
             ([path("gone.txt")], "The repository holds all.txt, data/eval.csv, data/train-0.csv, data/train-1.csv."),
             ([path("gone/*.txt")], "nothing matches gone/*.txt"),
             ([path("all.txt"), "prompts.revision=v9"], "at v9 for all.txt"),
-            ([path("data/eval.csv")], "lacks the column prompt; near: Prompt; it has Prompt. Name the right one: prompts.column="),
+            ([path("data/eval.csv")], "lacks the column prompt; near: Prompt; it has Prompt. Name the right one: "),
             (
                 ["prompts.path=hf://datasets/owner/other/all.txt"],
                 "tried the hub's dataset owner/other at its newest commit",
