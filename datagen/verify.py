@@ -1,4 +1,4 @@
-"""Re-reads a whole dataset: `python -m datagen.verify out=data/sd2`. Exits 1 where anything does not match.
+"""Compare all files of a dataset: `python -m datagen.verify out=data/sd2`. Exits 1 where anything does not match.
 
 Compared with each other: dataset.json, the plan, the index, every member of the tars (image, .txt and .json; of foreign
 images their bytes alone), and the target vectors (number, width, length; equal prompts have equal vectors).
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def verify(root: Place) -> list[str]:
-    """A line for everything that is missing or does not match, twenty of a kind at most and then their number.
+    """A line for each file or row that is missing or does not match; beyond twenty of a kind, their number.
 
     Raises:
         UserError: the folder is not a dataset, or a store cannot be reached.

@@ -21,9 +21,9 @@ from numpy.typing import NDArray
 
 from conf import UserError, compose, settings
 from datagen import shards
-from datagen.checks import Problems
 from datagen.config import IndexSettings
 from datagen.index import index
+from datagen.problems import Problems
 from datagen.verify import run, verify
 from tests import small_dataset
 
