@@ -1,4 +1,4 @@
-"""Captions of a value that a file holds: the one place that decides what is text, for every reader.
+"""Read the captions in a value of a file; every reader of prompts decides by these functions what is text.
 
     read_captions("a fox", "prompt", "p.jsonl, row 1").texts          ("a fox",)
     read_captions(["a fox", None], "prompt", …)                       one text, and the reason "null" for the other
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 NULL, NAN, EMPTY = "null", "NaN", "empty"
-"""Why a value is left out. A list without items, and white space and invisible characters alone, are empty."""
+"""Reasons to leave a value out. EMPTY: a list without items, or text of white space and invisible characters alone."""
 
 _INVISIBLE = {"Cc", "Cf", "Cs", "Co", "Cn"}
 _LONE_SURROGATES = re.compile("[\ud800-\udfff]")  # what "\\ud83d" alone in a JSON gives; no encoder takes it
@@ -30,7 +30,7 @@ _SHOWN_LENGTH = 60
 
 @dataclass(frozen=True)
 class Captions:
-    """Captions of one value, as they are written there, and why others of it were left out."""
+    """Captions of one value as the file spells them, and the reasons why other items of the value are left out."""
 
     texts: tuple[str, ...]
     left_out: tuple[str, ...] = ()
@@ -38,11 +38,11 @@ class Captions:
 
 
 def read_captions(value: Any, column: str, where: str, hint: str = "") -> Captions:
-    """Captions of a value; a list has those of its items, in order.
+    """Read the captions of a value; of a list, those of its items in order.
 
     Args:
-        column: its column or field, for messages.
-        where: its file, and row or sample, for messages.
+        column: column or field of the value, for messages.
+        where: file, and row or sample, of the value, for messages.
         hint: what the user can change, for messages.
 
     Raises:
@@ -71,10 +71,13 @@ def read_captions(value: Any, column: str, where: str, hint: str = "") -> Captio
 
 
 def read_label(value: Any, column: str, where: str) -> str:
-    """A source, group or split: text, or a whole number, as clean text; "" for null, NaN and empty values.
+    """Read a source, group or split, which is text or a whole number, as clean text; "" for null, NaN and empty values.
+
+    Args:
+        column, where: as of `read_captions`.
 
     Raises:
-        UserError: it is neither.
+        UserError: the value is neither text nor a whole number.
     """
     if reason_to_leave_out(value):
         return ""
@@ -119,6 +122,7 @@ def type_of(value: Any) -> str:
 
 
 def shown(value: object) -> str:
+    """The value as text of at most 60 characters, for a message."""
     text = str(value)
     return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"
 
@@ -145,8 +149,8 @@ def clean(text: str) -> str:
     if text.isascii() and text.isprintable():
         return " ".join(text.split())
     text = unicodedata.normalize("NFC", text)
-    kept = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE)
-    return " ".join("".join(kept).split())
+    visible = (" " if c.isspace() else c for c in text if c.isspace() or unicodedata.category(c) not in _INVISIBLE)
+    return " ".join("".join(visible).split())
 
 
 def distinct(texts: Sequence[str]) -> tuple[str, ...]:

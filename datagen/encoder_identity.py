@@ -1,4 +1,4 @@
-"""The identity of a text encoder: everything that decides which vector a text gets.
+"""The identity of a text encoder: a record of everything that decides which vector a text gets.
 
     describe(model, "all-MiniLM-L6-v2")     → the content of encoder.json
     encoder_name("…/models/my-encoder/")    → "my-encoder", the folder under targets/
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 _LONGEST = 10**9  # tokens; transformers writes 1e30 for a tokenizer without a limit
-_MOST_LETTERS = 400  # of a value that stays readable; a longer one, such as a vocabulary, is hashed
+_MOST_LETTERS = 400  # longest JSON of a value that is recorded as it is; a longer one, such as a vocabulary, is hashed
 _WITHOUT_EFFECT = {  # keys of a transformer's configuration that change no vector
     *("architectures", "transformers_version", "dtype", "torch_dtype", "use_cache", "gradient_checkpointing"),
     *("id2label", "label2id", "problem_type", "finetuning_task", "return_dict", "output_attentions"),
@@ -88,7 +88,7 @@ def weights_sha256(model: "nn.Module") -> str:
 
 
 def _modules(parent: "nn.Module", *, top: bool = False) -> list[dict[str, Any]]:
-    """The modules of sentence-transformers within `parent`, in order; of containers such as a Router's, with names."""
+    """Records of the sentence-transformers modules within `parent`, in order; those in a Router have names."""
     from sentence_transformers.base.modules import Module
     from torch import nn
 
@@ -109,7 +109,7 @@ def _modules(parent: "nn.Module", *, top: bool = False) -> list[dict[str, Any]]:
 
 
 def _module(module: "nn.Module") -> dict[str, Any]:
-    """Settings of one module, beside its class and weights."""
+    """Settings of one module, without its class and weights."""
     record: dict[str, Any] = {}
     config: dict[str, Any] = getattr(module, "get_config_dict", dict)()
     transformer = getattr(module, "auto_model", None)
@@ -153,7 +153,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
         state = json.loads(backend.to_str())
         record |= {key: _readable(state.get(key)) for key in ("normalizer", "pre_tokenizer", "post_processor")}
         record |= {"vocabulary": _sha256(state.get("model")), "added_tokens": _sha256(state.get("added_tokens"))}
-        if backend is tokenizer:  # else each call sets them anew
+        if backend is tokenizer:  # else each call sets them
             record |= {key: _readable(state.get(key)) for key in ("truncation", "padding")}
     elif hasattr(tokenizer, "special_tokens_map"):  # of transformers, in Python
         ids = [tokenizer(text)["input_ids"] for text in _TEXTS]
@@ -169,7 +169,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def _foreign_code(cls: type) -> str | None:
-    """Hash of the file of a module's class that no library defines, such as one beside the model."""
+    """SHA-256 of the source file of a class that no library defines, such as one beside the model; None for others."""
     import inspect
 
     if cls.__module__.split(".")[0] in ("sentence_transformers", "torch", "transformers"):
@@ -185,7 +185,7 @@ def _limit(tokens: Any) -> int | None:
 
 
 def _plain(value: Any) -> Any:
-    """A value as JSON can hold it, the same in every process."""
+    """Convert a value to plain JSON that is the same in every process."""
     if isinstance(value, Mapping):
         return {key if isinstance(key, str) else str(_plain(key)): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

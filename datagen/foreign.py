@@ -1,6 +1,6 @@
-"""Images of others, read where they lie: a folder with a table of prompts, or WebDataset tars.
+"""Read foreign images in place: a folder with a table of prompts, or WebDataset tars.
 
-Nothing is copied. Images without a prompt, prompts without an image and values that are not read are appended to
+Nothing is copied. Images without a prompt, prompts without an image and values that are left out are appended to
 `skipped`, each with its reason.
 """
 
@@ -32,12 +32,12 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _SHARD = 10_000  # images of a folder that share an index file
-_SHOWN = 3  # of a list, in a message
+_SHOWN = 3  # items of a list in a message
 
 
 @dataclass(frozen=True)
 class ForeignImage:
-    """An image and its captions, where they lie."""
+    """An image and its captions; path and offset say where its bytes lie."""
 
     key: str
     captions: tuple[str, ...]
@@ -48,13 +48,13 @@ class ForeignImage:
     source: str = ""
     """Value of `source_column`; empty where the user named none, and where the value is missing."""
     group: str = ""
-    """Value of `group_column`, likewise."""
+    """Value of `group_column`, empty in the same cases."""
     split: str = ""
-    """Value of `split_column`, likewise."""
+    """Value of `split_column`, empty in the same cases."""
 
 
 class _Row(NamedTuple):
-    """What a row of the table says of its image."""
+    """Captions and labels of a row of the table."""
 
     captions: tuple[str, ...]
     labels: dict[str, str]
@@ -119,7 +119,7 @@ def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[l
 
 
 def _image_files(folder: Path, table: Path, skipped: list[dict[str, str]]) -> Iterator[Path]:
-    """Images below a folder, sorted; every other file but the table is skipped with its reason."""
+    """Images below a folder, sorted; adds every other file but the table to `skipped`, with the reason."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir() or (path.suffix == table.suffix and path.samefile(table)):
             continue
@@ -173,9 +173,15 @@ def _label_columns(cfg: IndexSettings) -> dict[str, str]:
 
 
 def _require(labels: Mapping[str, str], present: Sequence[str], where: str) -> None:
-    """
+    """Refuse columns that the user named and the file lacks.
+
+    Args:
+        labels: source, group, split or prompt → column.
+        present: columns of the file.
+        where: setting and file, for the message.
+
     Raises:
-        UserError: naming every column that is not among those present.
+        UserError: naming every column that is missing.
     """
     missing = [f"{label}_column={column}" for label, column in labels.items() if column not in present]
     if missing:
@@ -258,27 +264,27 @@ def _samples(
 
 @dataclass(frozen=True)
 class SampleText:
-    """Text of a sample of a tar."""
+    """Captions and fields of a sample of a tar."""
 
     captions: Captions
     fields: dict[str, Any]
-    """Of its .json; empty where there is none."""
+    """Fields of the .json; empty where the sample has none."""
     problem: str = ""
-    """Why it has no captions, where no value was left out for it."""
+    """Why the sample has no captions, where no value that was left out explains it."""
 
 
 def read_sample(
     texts: Mapping[str, bytes], where: str, prompt_column: str | None = None, text_encoding: str | None = None
 ) -> SampleText:
-    """Captions of a sample: the field of its .json that the user named; else its .txt, else a usual field of the .json.
+    """Read a sample's captions: the .json field that the user named; else the .txt, else a usual field of the .json.
 
     Args:
         texts: ".txt" and ".json" → bytes of the member, where the sample has one.
         where: the tar and the sample, for messages.
-        text_encoding: of the .txt; None for UTF-8.
+        text_encoding: encoding of the .txt; None for UTF-8.
 
     Raises:
-        UserError: the field holds something else than text.
+        UserError: the field holds a value that is not text.
     """
     fields: Any = {}
     problem = ""

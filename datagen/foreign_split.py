@@ -1,9 +1,9 @@
-"""The split of images that `datagen.index` reads: the user's own column, or drawn by `split.kind`.
+"""Split the images that `datagen.index` reads, by the user's own column or by `split.kind`.
 
     picture      whole groups of images that share a prompt or bytes (datagen/splits.py)
     similarity   as picture; then training images at cosine ≥ split.threshold to a validation prompt are left out
     holdout      by group: the same groups as datagen holds out
-    split_column as the user says; what is on both sides is counted and stays there
+    split_column as the user says; leakage between the splits is counted and stays
 
 n images, d distinct prompts, E width of their vectors.
 """
@@ -47,20 +47,22 @@ _NAMED = 5  # values or keys that a message names
 
 @dataclass(frozen=True)
 class ForeignSplit:
+    """Split of each image, and what was counted."""
+
     split_n: list[str]
     """ "train", "val", "left_out"; "test" by the user's own column alone."""
     left_out: list[dict[str, Any]]
-    """A line for each image that is in neither: its key, the reason, and of similarity the two prompts."""
+    """A line for each image that is left out: key, reason and, with split.kind=similarity, both prompts."""
     leakage: Leakage
     about: dict[str, Any] = field(default_factory=dict)
-    """Counts for dataset.json."""
+    """Further counts for dataset.json."""
 
 
 def split_foreign(images: Sequence[ForeignImage], cfg: IndexSettings, encode: Encode) -> ForeignSplit:
     """Split images as `cfg` says.
 
     Args:
-        encode: of `cfg.encoder`; called for split.kind=similarity alone.
+        encode: encodes by `cfg.encoder`; called for split.kind=similarity alone.
 
     Raises:
         UserError: a value of the user's column is not a split; or one side would be empty.
@@ -68,9 +70,9 @@ def split_foreign(images: Sequence[ForeignImage], cfg: IndexSettings, encode: En
     links = _links(images)
     if cfg.split_column is not None:
         split_n = _own_splits(images, cfg.split_column)
-        found = leakage(split_n, links.owner_l, links.prompt_l, links.content_n)
-        _log_leakage(found)
-        return ForeignSplit(split_n, [], found)
+        leakage_of_pairs = leakage(split_n, links.owner_l, links.prompt_l, links.content_n)
+        _log_leakage(leakage_of_pairs)
+        return ForeignSplit(split_n, [], leakage_of_pairs)
     about: dict[str, Any] = {}
     if cfg.split.kind == "holdout":
         reasons, is_val_n = _hold_out(images, links, cfg)
@@ -88,8 +90,8 @@ def split_foreign(images: Sequence[ForeignImage], cfg: IndexSettings, encode: En
     counts = Counter(line["reason"] for line in left_out)
     if counts:
         about["left_out"] = dict(sorted(counts.items()))
-    found = require_no_leakage(leakage(split_n, links.owner_l, links.prompt_l, links.content_n))
-    return ForeignSplit(split_n, left_out, found, about)
+    leakage_of_pairs = require_no_leakage(leakage(split_n, links.owner_l, links.prompt_l, links.content_n))
+    return ForeignSplit(split_n, left_out, leakage_of_pairs, about)
 
 
 def _links(images: Sequence[ForeignImage]) -> ImageLinks:
@@ -110,18 +112,18 @@ def _own_splits(images: Sequence[ForeignImage], column: str) -> list[str]:
     others = Counter(image.split.strip() for image, split in zip(images, split_n, strict=True) if split is None)
     if others:
         empty = next((image.key for image in images if not image.split.strip()), None)
-        told = [f"{count:,} {value!r}" for value, count in others.most_common(_NAMED) if value]
-        told += [f"{others['']:,} without a value, the first {empty}"] if empty is not None else []
+        counted = [f"{count:,} {value!r}" for value, count in others.most_common(_NAMED) if value]
+        counted += [f"{others['']:,} without a value, the first {empty}"] if empty is not None else []
         raise UserError(
             f"split_column: {column} of {sum(others.values()):,} of {len(images):,} images is not a split: "
-            f"{', '.join(told)}{', …' if len(others) > _NAMED else ''}. It may be train (or training), val (valid, "
+            f"{', '.join(counted)}{', …' if len(others) > _NAMED else ''}. It may be train (or training), val (valid, "
             "validation, dev) or test; correct the values, or leave split_column out and let split draw"
         )
     return [split for split in split_n if split is not None]
 
 
-def _log_leakage(found: Leakage) -> None:
-    for pair, counts in found.items():
+def _log_leakage(leakage_of_pairs: Leakage) -> None:
+    for pair, counts in leakage_of_pairs.items():
         first, second = pair.split("/")
         if counts["affected"]:
             log.warning(
@@ -134,7 +136,12 @@ def _log_leakage(found: Leakage) -> None:
 def _hold_out(
     images: Sequence[ForeignImage], links: ImageLinks, cfg: IndexSettings
 ) -> tuple[dict[int, dict[str, Any]], NDArray[np.bool_]]:
-    """Why images are left out, and which validate: by group; then what shares too much with the groups held out."""
+    """Draw whole groups for validation; leave out images whose group is on no side, or that share a prompt or bytes
+    with a validation image.
+
+    Returns:
+        image → why it is left out; and which images validate, [n].
+    """
     sides = {group: side_of_group(group, cfg.split.share, cfg.seed) for group in {image.group for image in images}}
     side_n = [sides[image.group] for image in images]
     reasons: dict[int, dict[str, Any]] = {i: {"reason": side} for i, side in enumerate(side_n) if isinstance(side, str)}
@@ -150,34 +157,35 @@ def _near_validation(
     threshold: float,
     encode: Encode,
 ) -> dict[int, dict[str, Any]]:
-    """The training images that have a caption at cosine ≥ threshold to one of a validation image, and why."""
-    asked = list(dict.fromkeys(c for i in np.flatnonzero(in_training_n).tolist() for c in images[i].captions))
-    held = list(dict.fromkeys(c for i in np.flatnonzero(is_val_n).tolist() for c in images[i].captions))
+    """Training images with a caption at cosine ≥ threshold to a validation image's caption → why they are left out."""
+    train_prompts = list(dict.fromkeys(c for i in np.flatnonzero(in_training_n).tolist() for c in images[i].captions))
+    val_prompts = list(dict.fromkeys(c for i in np.flatnonzero(is_val_n).tolist() for c in images[i].captions))
     near: dict[str, dict[str, Any]] = {}
-    if not asked or not held:
+    if not train_prompts or not val_prompts:
         return {}
     reason = f"cosine ≥ {threshold} to a validation prompt"
-    with progress(len(held) + len(asked), "prompt", "split", show=len(held) + len(asked) > _AT_ONCE) as bar:
+    count = len(val_prompts) + len(train_prompts)
+    with progress(count, "prompt", "split", show=count > _AT_ONCE) as bar:
         bank: Bank | None = None
-        for start in range(0, len(held), _AT_ONCE):
-            vectors = encode(held[start : start + _AT_ONCE])
+        for start in range(0, len(val_prompts), _AT_ONCE):
+            vectors = encode(val_prompts[start : start + _AT_ONCE])
             bank = bank or Bank(Rows(vectors.shape[1]), threshold)
             bank.add(vectors)
             bar.update(len(vectors))
         assert bank is not None
-        for start in range(0, len(asked), _AT_ONCE):
-            part = asked[start : start + _AT_ONCE]
+        for start in range(0, len(train_prompts), _AT_ONCE):
+            part = train_prompts[start : start + _AT_ONCE]
             number_d, cosine_d = bank.near(encode(part))
             for d in np.flatnonzero(number_d >= 0).tolist():
-                partner = {"prompt": part[d], "near": held[number_d[d]], "cosine": round(float(cosine_d[d]), 4)}
+                partner = {"prompt": part[d], "near": val_prompts[number_d[d]], "cosine": round(float(cosine_d[d]), 4)}
                 near[part[d]] = {"reason": reason, **partner}
             bar.update(len(part))
-    found: dict[int, dict[str, Any]] = {}
+    reasons: dict[int, dict[str, Any]] = {}
     for i in np.flatnonzero(in_training_n).tolist():
         hits = [near[caption] for caption in images[i].captions if caption in near]
         if hits:
-            found[i] = max(hits, key=lambda hit: hit["cosine"])
-    return found
+            reasons[i] = max(hits, key=lambda hit: hit["cosine"])
+    return reasons
 
 
 def _refuse_an_empty_side(split_n: Sequence[str], left_out: Sequence[dict[str, Any]], cfg: IndexSettings) -> None:

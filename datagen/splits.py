@@ -1,7 +1,7 @@
-"""Draw validation images so that no prompt and no image bytes are on both sides, and count what is.
+"""Draw validation images so that no prompt and no image bytes are on both sides, and count leakage.
 
     division = divide(links, share=0.1, seed=0)        which images validate, and which are left out
-    leakage(split_n, links.owner_l, links.prompt_l)    what stands on both sides of any two splits
+    leakage(split_n, links.owner_l, links.prompt_l)    prompts that any two splits share
 
 Images that share a prompt (in normal form) or their bytes are linked, and images linked by a chain of others are one
 group: it is drawn whole. A group of more than a fifth of all images is too large for one side: validation images are
@@ -36,12 +36,12 @@ SHARED = "shares a prompt or its bytes with a validation image"
 
 @dataclass(frozen=True)
 class ImageLinks:
-    """The prompts and the bytes of n images, as numbers that follow from text and bytes alone."""
+    """Prompts and bytes of n images, as hashes that depend on text and bytes alone."""
 
     owner_l: Ints
     """Image of each link, 0 … n − 1."""
     prompt_l: Ints
-    """Hash of its prompt's normal form (`datagen.normal_form.form_hash`)."""
+    """Hash of the normal form of each link's prompt (`datagen.normal_form.form_hash`)."""
     content_n: Ints
     """Hash of each image's bytes (`datagen.shards.content_hash`)."""
 
@@ -49,13 +49,13 @@ class ImageLinks:
         """The number of each image's group, 0 … c − 1: [n].
 
         Args:
-            others: more that ties images together, as (image of each link, hash of what it has).
+            others: further links that join images to a group, as (image of each link, hash of the shared value).
         """
         from scipy.sparse import coo_array
         from scipy.sparse.csgraph import connected_components
 
         count = nodes = len(self.content_n)
-        owners, names = [], []  # a graph of images and of what they have
+        owners, names = [], []  # edges of a graph whose nodes are images, prompts and image contents
         for owner, name in ((self.owner_l, self.prompt_l), (np.arange(count), self.content_n), *others):
             distinct, code = np.unique(name, return_inverse=True)
             owners.append(owner)
@@ -82,16 +82,23 @@ class ImageLinks:
 
 @dataclass(frozen=True)
 class Division:
+    """Validation images and those left out of training, [n] each."""
+
     val_n: Mask
     left_out_n: Mask
-    """Images that training cannot have: each shares a prompt or its bytes with a validation image."""
+    """Images left out of training: each shares a prompt or its bytes with a validation image."""
     groups: int
+    """Number of groups."""
     largest: int
-    """Images of the largest group."""
+    """Number of images of the largest group."""
 
 
 def giant_groups(group_n: Ints) -> Mask:
-    """Which groups hold several images, and more than a fifth of all: [c]."""
+    """Which groups hold several images and more than a fifth of all, [c].
+
+    Args:
+        group_n: number of each image's group, 0 … c − 1.
+    """
     size_c = np.bincount(group_n)
     return (size_c > GIANT * len(group_n)) & (size_c > 1)
 
@@ -133,16 +140,16 @@ def divide(links: ImageLinks, share: float, seed: int) -> Division:
 
 
 def leakage(split_n: Sequence[str], owner_l: Ints, prompt_l: Ints, content_n: Ints | None = None) -> Leakage:
-    """Count what any two splits have in common, those of no use to training and evaluation left aside.
+    """Count the prompts and images that any two splits share; faulty and left-out images belong to no split.
 
     Args:
-        split_n: of each image.
+        split_n: split of each image.
         owner_l, prompt_l: as of `ImageLinks`.
-        content_n: likewise; None where the bytes are not known yet, and "images" is then not counted.
+        content_n: as of `ImageLinks`; None before images exist, and "images" is then not counted.
     """
     split = np.asarray(split_n, object)
     names = sorted({*split.tolist()} - {FAULTY, LEFT_OUT}, key=lambda name: (name != TRAIN, name != VAL, name))
-    found: Leakage = {}
+    counts_of: Leakage = {}
     for first, second in combinations(names, 2):
         in_first, in_second = split == first, split == second
         prompts = np.intersect1d(prompt_l[in_first[owner_l]], prompt_l[in_second[owner_l]])
@@ -153,12 +160,12 @@ def leakage(split_n: Sequence[str], owner_l: Ints, prompt_l: Ints, content_n: In
             contents = np.intersect1d(content_n[in_first], content_n[in_second])
             hit_n |= np.isin(content_n, contents)
             counts["images"] = len(contents)
-        found[f"{first}/{second}"] = {**counts, "affected": int((hit_n & in_second).sum())}
-    return found
+        counts_of[f"{first}/{second}"] = {**counts, "affected": int((hit_n & in_second).sum())}
+    return counts_of
 
 
 def plan_leakage(plan: pa.Table) -> Leakage:
-    """Check a plan that the project made, of one prompt a row: for dataset.json.
+    """Leakage of a plan that datagen drew, one prompt a row, for dataset.json.
 
     Raises:
         RuntimeError: a prompt is in two splits.
@@ -172,12 +179,12 @@ def plan_leakage(plan: pa.Table) -> Leakage:
     return require_no_leakage(leakage(plan["split"].to_pylist(), np.arange(len(prompt_l)), prompt_l))
 
 
-def require_no_leakage(found: Leakage) -> Leakage:
-    """`found`, of a split that the project drew.
+def require_no_leakage(counts: Leakage) -> Leakage:
+    """Return the counts of a split that datagen drew.
 
     Raises:
-        RuntimeError: something is on both sides, which is a defect of the project.
+        RuntimeError: two splits share a prompt or an image, which is a defect of datagen.
     """
-    if any(counts["affected"] for counts in found.values()):
-        raise RuntimeError(f"a split has prompts or images on both sides: {found}; this is a defect, please report it")
-    return found
+    if any(pair["affected"] for pair in counts.values()):
+        raise RuntimeError(f"a split has prompts or images on both sides: {counts}; this is a defect, please report it")
+    return counts

@@ -1,4 +1,4 @@
-"""Refuse to extend stored vectors that an encoder no longer gives.
+"""Refuse to extend stored vectors that differ from what the encoder gives now.
 
 `write_targets` calls this before it adds vectors to a folder whose encoder.json differs from the encoder at hand.
 Where both record the encoder's settings, the differences decide. Where encoder.json is missing, or an earlier version
@@ -32,7 +32,7 @@ def refuse_stale_vectors(
     prompts: Mapping[int, str],
     encode: Callable[[list[str]], NDArray[np.float32]],
 ) -> None:
-    """Raise a UserError unless the vectors stored under `targets/` are those that the encoder gives now.
+    """Check that the vectors stored under `targets/` are those that the encoder gives now.
 
     Args:
         there: content of the folder's encoder.json; None where there is none.
@@ -40,10 +40,13 @@ def refuse_stale_vectors(
         stored: name, file of vectors and file of index rows of each shard that has vectors.
         prompts: prompt_id → text.
         encode: n texts → unit vectors [n, E].
+
+    Raises:
+        UserError: the settings or the vectors differ, or a file of vectors cannot be read.
     """
     folder = root / "targets" / here["name"]
     remedy = (
-        f"Remove {folder} and repeat this command: it writes the vectors anew. Models trained on the old vectors do "
+        f"Remove {folder} and repeat this command: it writes the vectors again. Models trained on the old vectors do "
         "not fit the new ones. To keep both, rename the encoder's folder: vectors are stored under its name."
     )
     if lines := differences(there, here):
@@ -79,8 +82,8 @@ def refuse_stale_vectors(
 
 
 def _sample(index_file: Path, prompts: Mapping[int, str]) -> tuple[list[str], NDArray[np.int64]]:
-    """Prompts of a shard that show a changed setting most, and a row of each: the longest (a changed limit of tokens),
-    those with most capitals (a changed tokenizer), and others evenly."""
+    """Prompts of a shard, and a row of each: the longest, whose vectors change with the limit of tokens; those with
+    most capitals, whose vectors change with the tokenizer; and others at even distances."""
     ids, rows = np.unique(pq.read_table(index_file, columns=["prompt_id"])["prompt_id"].to_numpy(), return_index=True)
     texts = [prompts[i] for i in ids.tolist()]
     capitals = [sum(a != b for a, b in zip(text, text.lower(), strict=False)) for text in texts]
@@ -95,7 +98,7 @@ def _sample(index_file: Path, prompts: Mapping[int, str]) -> tuple[list[str], ND
 
 
 def _differences(stored: NDArray[np.float32], now: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The largest difference of a component of each vector; infinite where the widths differ or a value is NaN."""
+    """Largest absolute difference of a component, [n]; infinite where the widths differ or a value is NaN."""
     if stored.shape != now.shape:
         return np.full(len(now), np.inf, np.float32)
     return np.nan_to_num(np.abs(stored - now).max(1), nan=np.inf)

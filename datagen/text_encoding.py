@@ -1,4 +1,4 @@
-"""Encoding of text files: UTF-8, or what a byte order mark says, or what the user names; it is never guessed.
+"""Encoding of text files: that of the byte order mark, else the one that the user names, else UTF-8; never a guess.
 
     with open_text(raw, "p.csv", None) as lines: …
     raise refusal(raw, "p.csv", None, "prompts.text_encoding")        p.csv is not UTF-8 … Likely cp1252, which reads …
@@ -26,7 +26,7 @@ _MARKS = {
     codecs.BOM_UTF16_BE: "utf-16-be",
     b"\x84\x31\x95\x33": "gb18030",
 }
-_SAMPLE = 1 << 16  # bytes looked at
+_SAMPLE = 1 << 16  # bytes that decide about the encoding
 _NOT_TEXT = re.compile(rb"\0|\x1b\$[@B]|\x1b\([IJ]")  # UTF-16 and UTF-32 without a mark, ISO-2022-JP: valid as UTF-8
 _COMMON = {  # charset-normalizer's names, the commonest first: it decides between equal guesses
     "cp1252": "Western Europe",
@@ -50,11 +50,11 @@ _KANA = re.compile("[\u3040-\u30ff]")
 
 
 def open_text(raw: BinaryIO, name: str, encoding: str | None, newline: str | None = None) -> io.TextIOWrapper:
-    """The text of a file that can seek, without its byte order mark.
+    """Open a binary file that can seek as text, after its byte order mark.
 
     Args:
-        name: of the file, for the log.
-        encoding: that the user named; None for UTF-8. A byte order mark overrules both.
+        name: name of the file, for the log.
+        encoding: the encoding that the user named; None for UTF-8. A byte order mark overrules both.
         newline: as for `open`.
 
     Raises:
@@ -73,10 +73,10 @@ def open_text(raw: BinaryIO, name: str, encoding: str | None, newline: str | Non
 
 
 def decode_text(data: bytes, encoding: str | None = None) -> str:
-    """The whole text of a small file, as `open_text` reads it.
+    """Decode the whole content of a text file as `open_text` does.
 
     Raises:
-        UnicodeDecodeError: it is in another encoding.
+        UnicodeDecodeError: the text is in another encoding.
     """
     mark = _mark_of(data)
     if not mark and encoding is None:
@@ -85,7 +85,11 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
 
 
 def encoding_problem(encoding: str | None, setting: str) -> list[str]:
-    """The message for a name that is no encoding of text, if it is none."""
+    """The message for a name that is not a text encoding; empty for any other.
+
+    Args:
+        setting: name of the setting, for the message.
+    """
     try:
         "".encode(encoding or "utf-8")
     except LookupError:
@@ -95,35 +99,36 @@ def encoding_problem(encoding: str | None, setting: str) -> list[str]:
 
 
 def refusal(raw: BinaryIO, name: str, encoding: str | None, setting: str | None) -> UserError:
-    """The error for a file that is not in `encoding`, or in UTF-8: the first line that is not, and likely encodings.
+    """The error for a file that cannot be decoded: its first undecodable line, and the likely encodings.
 
     Args:
-        setting: that names an encoding, such as prompts.text_encoding; None where there is none.
+        encoding: the encoding that the file was read in; None for UTF-8.
+        setting: the setting that names an encoding, such as prompts.text_encoding; None where the command has none.
     """
     raw.seek(0)
     bad = _undecodable(raw, encoding)
     where = f"{name} is not {encoding or 'UTF-8'}: line {bad.number:,}"
     if encoding is None and bad.other_lines >= bad.lines:
         return UserError(
-            f"{where} cannot be decoded, while {bad.other_lines:,} lines with other letters than ASCII's can: the file "
-            f"is damaged there, or of several encodings; mend the line, which begins {bad.line[:_READING_LENGTH]!r}"
+            f"{where} cannot be decoded, while {bad.other_lines:,} lines with non-ASCII letters can: the file "
+            f"is damaged there, or mixes encodings; correct the line, which begins {bad.line[:_READING_LENGTH]!r}"
         )
     readings = likely_encodings(bad.sample)
     if not readings:
         return UserError(f"{where} cannot be decoded, and no encoding is likely: the file is damaged, or not text")
-    told = [f"{known} ({_COMMON[known]})" if known in _COMMON else known for known, _ in readings]
-    told = [f"{known}, which reads {text!r}" for known, (_, text) in zip(told, readings, strict=True)]
+    names = [f"{known} ({_COMMON[known]})" if known in _COMMON else known for known, _ in readings]
+    guesses = [f"{label}, which reads {text!r}" for label, (_, text) in zip(names, readings, strict=True)]
     likely, path = readings[0][0], name.partition(" ")[0]
     remedy = (
         f"{setting}={likely}"
         if setting is not None
         else f"iconv -f {_ICONV.get(likely, likely.upper())} -t UTF-8 {path} > utf8-{path.rpartition('/')[2]}"
     )
-    return UserError(f"{where} cannot be decoded. Likely {'; or '.join(told)}. If that is right: {remedy}")
+    return UserError(f"{where} cannot be decoded. Likely {'; or '.join(guesses)}. If that is right: {remedy}")
 
 
 def likely_encodings(sample: bytes) -> list[tuple[str, str]]:
-    """Encodings that may be a text's, the likeliest first, each with the text as it reads it, shortened."""
+    """Likely encodings of a text, the likeliest first, each with the first non-ASCII words as it decodes them."""
     from charset_normalizer import from_bytes
 
     if b"\0" in sample:
@@ -160,19 +165,22 @@ def _refuse_disguised(head: bytes) -> None:
 
 @dataclass(frozen=True)
 class _Undecodable:
+    """Lines of a text file that cannot be decoded."""
+
     number: int
-    """Of the first line that cannot be decoded."""
+    """Number of the first such line, from 1."""
     line: bytes
+    """The first such line."""
     lines: int
-    """That cannot be decoded, of those looked at."""
+    """Number of such lines among those read."""
     other_lines: int
-    """That can, and hold other letters than ASCII's."""
+    """Number of lines that can be decoded and hold non-ASCII letters."""
     sample: bytes
-    """Of the lines that cannot."""
+    """Bytes of such lines, at least `_SAMPLE` of them where the file has as many."""
 
 
 def _undecodable(raw: BinaryIO, encoding: str | None) -> _Undecodable:
-    """What cannot be decoded, up to the first 64 KiB of it."""
+    """Read a file from its present position until 64 KiB of undecodable lines are collected."""
     sample, first, first_line, lines, others = bytearray(), 0, b"", 0, 0
     number = 0
     while len(sample) < _SAMPLE and (line := raw.readline(_SAMPLE)):
