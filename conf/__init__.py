@@ -36,8 +36,8 @@ class Values(dict[str, Any]):
     """Composed settings that remember which keys the command line wrote.
 
     Attributes:
-        written: dotted keys of the user's own overrides, except those set to null or false, which ask for nothing.
-            Keys that only a file of `conf/` sets, an experiment's among them, are not in it.
+        written: dotted keys that the command line sets to another value than null or false. Keys that only a file of
+            `conf/` sets, such as an experiment, are not among them.
     """
 
     def __init__(self, values: Mapping[str, Any], written: Iterable[str]) -> None:
@@ -182,7 +182,7 @@ def compose(config_name: str, overrides: list[str], *, by_user: bool = False) ->
     """The settings that `python -m … OVERRIDES` would see, as plain values.
 
     Args:
-        by_user: whether `settings` refuses overrides without an effect, as it does on the command line.
+        by_user: record the overrides as written by the user, so that `settings` refuses those without an effect.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir

@@ -1,4 +1,4 @@
-"""Files that end with the SHA-256 of all bytes before it: damage is noticed when they are read again.
+"""Files that end with the SHA-256 of all bytes before it, so that a reader notices damage.
 
     with path.open("wb") as file:
         writer = ChecksumWriter(file)
@@ -22,7 +22,7 @@ _LENGTH = len(_MARK) + 64 + 1  # 64 hexadecimal digits and a line feed
 _BLOCK = 8 << 20  # bytes read at a time
 
 
-class DamagedFile(Exception):  # noqa: N818 – it names the state of a file
+class DamagedFile(Exception):  # noqa: N818 – the name says what the file is
     """A file whose bytes are not those that were written."""
 
 
@@ -30,7 +30,7 @@ class ChecksumWriter:
     """Binary file object that hashes what is written through it; `finish` appends the hash.
 
     Args:
-        file: open for writing, at its beginning. It is not closed here.
+        file: open for writing, at its beginning. The caller closes it.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -44,6 +44,7 @@ class ChecksumWriter:
         self._file.flush()
 
     def finish(self) -> None:
+        """Append the checksum; nothing may be written after it."""
         self._file.write(_trailer(self._hash.hexdigest()))
 
 
@@ -56,7 +57,7 @@ def read_checked(path: Path) -> bytes:
     """The bytes of a file without their checksum.
 
     Raises:
-        DamagedFile: they are not those that were written, or the file cannot be read.
+        DamagedFile: the bytes are not those that were written, or the file cannot be read.
         FileNotFoundError: there is no such file.
     """
     try:
@@ -72,7 +73,7 @@ def read_checked(path: Path) -> bytes:
 
 
 def damage(path: Path, *, from_disk: bool = False) -> str | None:
-    """What is wrong with a file that should end with its checksum; None where it is whole. Reads all of it, in blocks.
+    """Describe the damage of a file that should end with its checksum; None where it is whole. Reads it in blocks.
 
     Args:
         from_disk: ask the kernel to drop its copy of the (synced) file first, so that the disk itself is read. It is
@@ -83,11 +84,11 @@ def damage(path: Path, *, from_disk: bool = False) -> str | None:
         with path.open("rb", buffering=0) as file:
             if from_disk and hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            left = max(file.seek(0, io.SEEK_END) - _LENGTH, 0)
+            remaining = max(file.seek(0, io.SEEK_END) - _LENGTH, 0)
             file.seek(0)
-            while left and (block := file.read(min(left, _BLOCK))):
+            while remaining and (block := file.read(min(remaining, _BLOCK))):
                 digest.update(block)
-                left -= len(block)
+                remaining -= len(block)
             trailer = file.read()
     except OSError as error:
         return f"it cannot be read: {error.strerror}"

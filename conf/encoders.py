@@ -1,4 +1,4 @@
-"""Compare encoder identities: were two sets of vectors written by encoders that give the same vectors?
+"""Compare encoder identities: do two encoders give the same vectors?
 
     differences(checkpoint_config["encoder_identity"], dataset.encoder_identity)    one line per difference
 
@@ -10,9 +10,9 @@ the width and the hash of the weights alone; the settings are then unknown.
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_MOST_LINES = 12
+_MOST_LINES = 12  # differences that a message names
 _MOST_LETTERS = 60  # of a value in a message
-_HASH_LETTERS = 16
+_HASH_LETTERS = 16  # shown of a longer value, such as a hash
 _UNKNOWN = "not recorded"
 
 

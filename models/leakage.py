@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-NEAR = 0.9  # cosine of two prompts' vectors from which they count as near
+NEAR = 0.9  # least cosine between the vectors of two prompts that count as near
 TITLES = ("Equal bytes", "Equal prompt", f"Prompt at cosine ≥ {NEAR}", "Any of these")
 _WORDS = ("with the bytes of a training image", "with a training prompt")
 _NEAR_WORDS = f"with a prompt at cosine ≥ {NEAR} to a training prompt"
@@ -73,7 +73,7 @@ class Leakage:
 
     @property
     def held_out(self) -> bool:
-        """Whether the images may be called held-out: no bytes and no prompt are shared, and that is known."""
+        """Whether the images are held-out: all training images are known, and share neither bytes nor prompts."""
         return self.is_known and self.bytes == 0 and self.prompts == 0
 
     def text(self) -> str:
@@ -90,7 +90,7 @@ class Leakage:
         return counts + (f" ({', '.join(words)})" if words else "")
 
     def short(self) -> str:
-        """The affected images in a word or three, for a table."""
+        """The number of affected images in a few words, for a table."""
         if self.affected is None:
             return "not known"
         counts = f"{self.affected:,} of {self.images:,}" if self.affected else "none"

@@ -1,4 +1,4 @@
-"""Safetensors files with a checksum of their tensors in the header: any reader opens them, ours notices damage.
+"""Safetensors files with a checksum of their tensors in the header: every reader opens them, `read` notices damage.
 
 path.write_bytes(to_bytes(tensors))   or   save(tensors, path)
 tensors = read(path)
@@ -15,10 +15,11 @@ from safetensors.torch import save_file
 
 from conf.checksum import DamagedFile
 
-_KEY = "tensors_blake2b"  # of the header's metadata
+_KEY = "tensors_blake2b"  # in the header's metadata
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write tensors and their checksum to a safetensors file."""
     save_file(tensors, path, {_KEY: checksum(tensors)})
 
 
@@ -28,13 +29,13 @@ def to_bytes(tensors: dict[str, torch.Tensor]) -> bytes:
 
 
 def read(path: Path, *, required: bool = False) -> dict[str, torch.Tensor]:
-    """All tensors of a file, on the CPU.
+    """Read all tensors of a file, on the CPU.
 
     Args:
-        required: refuse a file without a checksum, as other programs and earlier versions write it.
+        required: refuse files without a checksum, which other programs and earlier versions write.
 
     Raises:
-        DamagedFile: it is not a safetensors file, or its tensors have changed since they were written.
+        DamagedFile: the file is not a safetensors file, or its tensors have changed since they were written.
         FileNotFoundError: there is no such file.
     """
     try:

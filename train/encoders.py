@@ -1,7 +1,7 @@
-"""Refuse vectors of another text encoder than the one that a model or a command expects.
+"""Refuse target vectors whose text encoder is not the one that a model or a command expects.
 
-require_same(config, folder, dataset.encoder_identity, "data/sd2")    a checkpoint and the vectors it is scored by
-check_folder("models/my-encoder", datasets)                           encoder= names a folder: is it the datasets'?
+require_same(config, folder, dataset.encoder_identity, "data/sd2")    compares a model with the vectors of a dataset
+check_folder("models/my-encoder", datasets)                           compares the folder of encoder= with the datasets
 """
 
 import functools
@@ -24,19 +24,22 @@ def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """The identity of the encoder that a checkpoint, an ensemble or a bundle was trained for.
 
     Args:
-        config: its config.json; an older one names the encoder alone.
+        config: config.json of the checkpoint, ensemble or bundle; an older one names the encoder alone.
     """
     return dict(config.get("encoder_identity") or {"name": config.get("encoder"), "width": config.get("target_width")})
 
 
 def require_same(config: Mapping[str, Any], model: Path | str, identity: Mapping[str, Any], vectors: str) -> None:
-    """Raise a UserError where a model was trained for other vectors than those it would meet.
+    """Check that a model was trained on vectors of the encoder that wrote the given vectors.
 
     Args:
         config: config.json of the model's folder.
-        model: that folder.
-        identity: of the encoder that wrote the vectors; empty where unknown.
-        vectors: what holds them, for the message.
+        model: the model's folder, for the message.
+        identity: identity of the encoder that wrote the vectors; empty where it is unknown, and nothing is checked.
+        vectors: folder that holds the vectors, for the message.
+
+    Raises:
+        UserError: the encoders or their settings differ.
     """
     if not identity:
         return
@@ -63,9 +66,12 @@ def _report_unknown(model: str, encoder: str) -> None:
 
 
 def check_folder(encoder: str, datasets: Sequence[Dataset]) -> None:
-    """Raise a UserError where `encoder=` names an encoder's folder and a dataset's vectors are not of that encoder.
+    """Check that the datasets' vectors are of the encoder whose folder `encoder=` names; other values are not checked.
 
-    Two folders of the same last name have the same name under `targets/`. The encoder is loaded for this, on the CPU.
+    Two folders of the same last name have the same name under `targets/`. The encoder is loaded on the CPU.
+
+    Raises:
+        UserError: naming each dataset whose vectors are of another encoder, or of other settings.
     """
     folder = encoder_folder(encoder)
     if folder is None or not any((folder / name).is_file() for name in _FILES):
@@ -81,8 +87,8 @@ def check_folder(encoder: str, datasets: Sequence[Dataset]) -> None:
             problems.append(
                 f"{stored} holds vectors of another encoder than {folder}, or of other settings of it:\n"
                 + "\n".join(f"  {line}" for line in lines)
-                + f"\nTake encoder={model.name} to train on the vectors that are there, or remove that folder and "
-                f"write the others: python -m datagen.targets out={dataset.root} encoder={encoder}"
+                + f"\nTake encoder={model.name} to train on the stored vectors, or remove that folder and "
+                f"write vectors of the other encoder: python -m datagen.targets out={dataset.root} encoder={encoder}"
             )
     if problems:
         raise UserError("\n".join(problems))
