@@ -24,9 +24,9 @@ from PIL import Image
 
 from models.bundle import outputs, predict, work
 from models.bundle.inputs import sample_ids, task
-from models.bundle.model import BundleError
+from models.bundle.model import BundleError, read_config, squares_of
 from models.bundle.outputs import Line
-from models.preprocess import BadImage, decode
+from models.preprocess import BadImage, Preprocessing, decode
 from models.regressor import Regressor
 from tests import full_disk, predicted
 from tests.predicted import E, hostile, submission, until
@@ -433,7 +433,9 @@ def test_what_may_pass_is_not_held_against_a_picture(
     no_memory.__cause__ = MemoryError()
     with work.locked(tmp_path / "o.part"):
         part = opened(tmp_path / "o.part")
-        reader = work._Reader({"part": str(part.folder), "width": E, "images": str(images), "sizes": [8]})
+        reader = work._Reader(
+            {"part": str(part.folder), "width": E, "images": str(images), "squares": [Preprocessing(8).to_config()]}
+        )
         for error, state in (
             (OSError(5, "Input/output error"), work.READING),
             (MemoryError(), work.READING),
@@ -791,7 +793,8 @@ def crew(bundle: Path, images: Path, folder: Path, slots: list[work.Slot], said:
     paths = sorted(p.name for p in images.iterdir())
     identity = {"pictures": "1"}
     part, settings = work.open_part(folder, identity, len(paths), E, False, said.append)
-    order = {"bundle": str(bundle), "images": str(images), "part": str(folder), "width": E, "sizes": [32]}
+    order = {"bundle": str(bundle), "images": str(images), "part": str(folder), "width": E}
+    order["squares"] = [square.to_config() for square in squares_of(read_config(bundle))]
     order |= {"precision": "auto", "backend": "torch", "batch": 4}
     cpu = [work.Slot("cpu", 1, 1, 0, {"OMP_NUM_THREADS": "1"})]
     return work.Crew(bundle / "predict.py", part, paths, order, slots, lambda: cpu, identity, settings, said.append)
