@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from conf import UserError, compose, settings
 from datagen.shards import Dataset
 from models import checkpoint, export
-from models.preprocess import decode
+from models.preprocess import decode, fit
 from tests import small_dataset
 from tests.training import OVERRIDES, chosen
 from train import start
@@ -92,8 +92,8 @@ def test_ridge_is_the_closed_form(data: Path, tmp_path: Path) -> None:
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("train").tolist()
     with torch.inference_mode():
-        images = torch.stack([decode(dataset.image_bytes(row)) for row in rows])
-        images = torch.nn.functional.interpolate(images, (32, 32), mode="bicubic", antialias=True)
+        decoded = (decode(dataset.image_bytes(row)) for row in rows)
+        images = torch.stack([fit(image, model.spec.preprocessing) for image in decoded])
         x = model.features(images).double()
     y = normalize(torch.from_numpy(np.stack([dataset.target(row) for row in rows])), dim=-1).double()
     centred = x - x.mean(0)
