@@ -299,7 +299,7 @@ def whole_hub_file(
 
 
 def etag_mismatch(path: Path, etag: str) -> str | None:
-    """Says so where a file is not the one that an ETag of the hub names; None where it is, or the ETag is no hash."""
+    """Describe how a file differs from the hash in its ETag; None where it does not, or the ETag is not a hash."""
     if re.fullmatch(r"[0-9a-f]{64}", etag):  # of large files: SHA-256
         digest = storage.sha256(path)
     elif re.fullmatch(r"[0-9a-f]{40}", etag):  # of small ones: git's SHA-1 of a blob

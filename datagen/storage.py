@@ -453,14 +453,14 @@ def _entry(info: dict[str, Any]) -> Entry:
 
 
 def write_record(copy: Path, stat: os.stat_result, sha256: str, **facts: Any) -> None:
-    """Records what was fetched, beside the copy that is about to get its name; without its record it is not used."""
+    """Write the record of a fetched copy beside it, before the copy gets its name: without a record it is not used."""
     record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, **facts}
     data = json.dumps(record).encode()
     _write_local(_record(copy), lambda file: file.write(data), "make room, or name another folder by IM2EMB_CACHE.")
 
 
 def read_record(copy: Path) -> dict[str, Any] | None:
-    """What `write_record` recorded; None where there is nothing, or it is damaged."""
+    """The record that `write_record` wrote; None where it is missing or damaged."""
     try:
         record = json.loads(_record(copy).read_bytes())
         whole = isinstance(record, dict) and record.keys() >= {"size", "mtime_ns", "sha256"}
@@ -470,7 +470,7 @@ def read_record(copy: Path) -> dict[str, Any] | None:
 
 
 def damage(copy: Path, record: dict[str, Any]) -> str | None:
-    """How a copy differs from its record: all of it is read. None where it does not."""
+    """Hash a copy and describe its difference from the record; None where there is none."""
     digest = sha256(copy)
     same = digest == record["sha256"]
     return None if same else f"its sha256 is {digest[:12]}…, but {str(record['sha256'])[:12]}… was fetched"

@@ -32,7 +32,7 @@ PROBES = 8
 ARCHITECTURE = ("backbone", "mean", "std", "target_width", "head", "head_width")
 """What of `config.json` must agree for weights to fit."""
 PREPROCESSING = ("size", "resize_mode", "interpolation", "crop_pct")
-"""What of `config.json` says how images are made ready."""
+"""Keys of `config.json` that describe the preprocessing."""
 
 
 def save(
@@ -113,8 +113,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 def rebuild(about: Mapping[str, Any]) -> Regressor:
     """The regressor of a `Regressor.description`, with random weights, on the CPU.
 
-    A description without a head is of a time when all were linear, and one without resize_mode has the preprocessing
-    of its time (`Preprocessing.from_config`).
+    Older descriptions without a head mean a linear one, and those without resize_mode the preprocessing of their
+    version (`Preprocessing.from_config`).
 
     Raises:
         UserError: there is no such backbone, it cannot take that size, or the preprocessing is unknown to this version.
@@ -187,7 +187,7 @@ def _fill(model: Regressor, folder: Path, where: str) -> None:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
     """Where two descriptions differ, a line each; of a backbone's name the tag does not count, which names weights."""
-    absent = {"head": "linear", "head_width": 0}  # of a checkpoint written before these were
+    absent = {"head": "linear", "head_width": 0}  # keys that older checkpoints lack
     absent |= {"resize_mode": "shortest_even", "interpolation": "bicubic", "crop_pct": 1.0}
     pairs = [(key, {**absent, **there}.get(key), {**absent, **here}.get(key)) for key in keys]
     return [f"  {key}: {a!r} there, {b!r} here" for key, a, b in pairs if _same(key, a) != _same(key, b)]

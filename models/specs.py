@@ -1,4 +1,4 @@
-"""What a backbone's own library says of it: width, input size, activation, and how images are resized and normalised.
+"""Backbones as their own library describes them: width, input size, activation, preprocessing and normalisation.
 
     spec = own_spec(with_own_activation("vit_large_patch14_clip_336.openai"))
 
@@ -27,7 +27,7 @@ _TIMM_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 @dataclass(frozen=True)
 class Spec:
-    """What must be known to build a backbone again and to feed it."""
+    """Description of a backbone from which it can be built again and fed."""
 
     name: str
     width: int
@@ -49,7 +49,7 @@ def own_spec(name: str) -> Spec:
     """The backbone as its library describes it, for the weights that `name` says.
 
     Raises:
-        UserError: no such name, with the nearest ones; or its images cannot be prepared here as the library does it.
+        UserError: the library has no such name (with the nearest names), or its preprocessing is not implemented here.
     """
     if name.startswith(OPEN_CLIP):
         return _open_clip_spec(name)
@@ -63,7 +63,7 @@ def shape_of(name: str) -> tuple[int, int]:
     """Width of a backbone's pooled features, and its own input size in pixels.
 
     Raises:
-        UserError: no such name; with the nearest ones.
+        UserError: the library has no such name; with the nearest names.
     """
     if name.startswith(OPEN_CLIP):
         config, _, _ = _open_clip_config(name)
@@ -81,7 +81,7 @@ def with_own_activation(name: str) -> str:
     timm and open_clip list some weights under two names, one of them with another activation than in training.
 
     Raises:
-        UserError: the library has no such name for these weights; with one of another library.
+        UserError: the library has no such name for these weights; the message names one of another library.
     """
     other = name
     if name.startswith(OPEN_CLIP):
@@ -136,7 +136,7 @@ def _refuse_unknown_of_timm(name: str) -> None:
 def _timm_preprocessing(
     name: str, config: dict[str, Any]
 ) -> tuple[Preprocessing, tuple[float, ...], tuple[float, ...]]:
-    """As `timm.data.create_transform` prepares images for evaluation; mean; std."""
+    """Preprocessing of `timm.data.create_transform` for evaluation, mean, and std."""
     from timm.data.config import resolve_data_config
 
     resolved = resolve_data_config({}, pretrained_cfg=config)
@@ -155,7 +155,8 @@ def mean_colour(mean: tuple[float, ...]) -> tuple[int, int, int]:
 def _preprocessing(
     name: str, size: int, mode: str, config: dict[str, Any], fill_color: tuple[int, int, int]
 ) -> Preprocessing:
-    """
+    """Build a preprocessing from a library's config.
+
     Raises:
         UserError: the library resizes in a way that is not implemented here.
     """
@@ -207,7 +208,7 @@ def _open_clip_spec(name: str) -> Spec:
 
 
 def _blip2_spec(name: str) -> Spec:
-    """As its `BlipImageProcessor` prepares images: both sides resized, bicubic."""
+    """Preprocessing of `BlipImageProcessor`: both sides resized, bicubic."""
     known = [TRANSFORMERS + kind for kind in BLIP2]
     if name not in known:
         raise UserError(f"model.backbone: no {name!r}; of transformers there are {', '.join(known)}")
@@ -220,7 +221,7 @@ def _blip2_spec(name: str) -> Spec:
 
 
 def _near(name: str, names: list[str]) -> str:
-    found = difflib.get_close_matches(name, names, n=5)
+    near = difflib.get_close_matches(name, names, n=5)
     lower = {n.lower(): n for n in names}
-    found = found or [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=5)]
-    return f"; near: {', '.join(found)}" if found else ""
+    near = near or [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=5)]
+    return f"; near: {', '.join(near)}" if near else ""

@@ -1,11 +1,11 @@
-"""Rows of numbers, computed once and kept in a file: vectors of prompts, features of a bank.
+"""Rows of numbers, computed once and cached in a file: vectors of prompts, features of a prompt index.
 
     vector_nD = stored(folder, 1_000_000, make, "prompt", "encode")     mapped, not read
 
 <folder>/vectors.npy        [n, D] fp32: 4 D bytes a row
          vectors.part       while it grows
-         rows.json          how many rows count, and the SHA-256 of each part, which is checked whenever the file is
-                            opened (0.6 s a GB); damaged vectors are made again
+         rows.json          number of rows written, and the SHA-256 of each part, which is checked whenever the file
+                            is opened (0.6 s a GB); damaged vectors are computed again
 
 What a killed process has computed is not lost: the next one goes on behind the last part, which was cut the same way.
 Two processes that want the same folder wait for one another. n rows, D their width.
@@ -117,7 +117,7 @@ def _grow(folder: Path, rows: int, make: Make, unit: str, what: str) -> None:
 
 
 def _whole_parts(path: Path, note: Path, rows: int) -> tuple[list[str], int]:
-    """Hashes of the first parts of a file, as far as they are as they were written, and its width; [], 0 of none."""
+    """Hashes of the undamaged parts at the start of a file, and its width; [] and 0 where there is none."""
     try:
         record = json.loads(note.read_text())
         width, digests = int(record["width"]), [str(digest) for digest in record["sha256"]]

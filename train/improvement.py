@@ -32,7 +32,7 @@ class ImageScores:
     score_n: NDArray[np.float64]
 
     def state(self) -> dict[str, Any]:
-        """For a resume point, which holds no arrays of numpy."""
+        """The scores as tensors, for a resume point, which cannot hold numpy arrays."""
         import torch
 
         return {"step": self.step, "row_n": torch.from_numpy(self.row_n), "score_n": torch.from_numpy(self.score_n)}
@@ -44,6 +44,8 @@ class ImageScores:
 
 @dataclass(frozen=True)
 class Improvement:
+    """Validation scores of the start, the best and the last model, with their paired differences."""
+
     start: Interval
     best: Interval
     best_step: int
@@ -61,7 +63,11 @@ class Improvement:
 
     @staticmethod
     def of(start: ImageScores, best: ImageScores, last: ImageScores, pictures: "Pictures") -> "Improvement | None":
-        """The comparison; None where the start's scores are not finite: there is nothing to compare with."""
+        """Compare the three; None where the scores of the start or of the best are not finite.
+
+        Args:
+            pictures: the images that `row_n` of each number.
+        """
         row_n = start.row_n[np.isin(start.row_n, best.row_n) & np.isin(start.row_n, last.row_n)]
         scores = {
             name: one.score_n[np.searchsorted(one.row_n, row_n)]
@@ -100,7 +106,7 @@ class Improvement:
         return "improved" if self.gain.low > 0 and self.prompts > 1 else "not significant"
 
     def facts(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """The comparison as plain JSON, for `improvement.json`."""
 
         def at(step: int, interval: Interval | None) -> dict[str, Any] | None:
             return None if interval is None else {"step": step, **interval._asdict()}
@@ -133,7 +139,7 @@ class Improvement:
         """What to change where the run did not improve; None where it did.
 
         Args:
-            longer: which settings make a run longer that was too short; None: it was long enough.
+            longer: settings that make the run long enough; None where it is long enough.
         """
         if self.verdict == "improved":
             return None
@@ -154,7 +160,7 @@ class Improvement:
 
 
 def prompt_groups(pictures: "Pictures", row_n: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A number for each image, the same where images have the same prompts (in normal form)."""
+    """A number for each image, equal where images have the same prompts in normal form, [n]."""
     from train.folds import Prompts
 
     hash_c, owner_c, _ = Prompts(pictures).of(row_n)

@@ -1,8 +1,8 @@
-"""Counts the overlap of evaluated images with the training images of each embedder.
+"""Count the evaluated images that share bytes or prompts with the training images of each embedder.
 
     overlaps = find_leakage(evaluated, {"regressor": origins(folder, encoder)}, device)
     overlaps["regressor"].counts().text()       "16 of 16 images (16 with a training prompt, …)"
-    validation_leakage(cfg, data, device)       of a run's own validation sets, before it trains
+    validation_leakage(cfg, data, device)       the same for a run's own validation sets, before it trains
 
 Three kinds: equal bytes (crc32 and size in the index; no image is read), equal prompts (normal form), and prompts at a
 cosine of .9 or more. The last is exact, one blocked matrix product: 2 E FLOP for each pair of an evaluated and a
@@ -36,20 +36,22 @@ log = logging.getLogger(__name__)
 
 Mask = NDArray[np.bool_]
 
-_AT_ONCE = 4096  # evaluated texts that are compared with a block at once
-_BAR_FROM = 2e8  # pairs of texts that take longer than seconds
+_AT_ONCE = 4096  # evaluated texts in one matrix product
+_BAR_FROM = 2e8  # pairs of texts from which a progress bar is shown: fewer take seconds
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """What evaluated images share with training images, image by image."""
+    """Evaluated images that share bytes or prompts with training images, image by image."""
 
     bytes_n: Mask
+    """Images with the bytes of a training image."""
     prompts_n: Mask
+    """Images with a prompt that equals a training prompt in normal form."""
     near_n: Mask
-    """Equal prompts are among them."""
+    """Images with a prompt at cosine ≥ `NEAR` to a training prompt, or an equal one."""
     nearest_n: NDArray[np.float64]
-    """Cosine of each image's prompt to the nearest training prompt; NaN without any."""
+    """Cosine of each image's prompt to the nearest training prompt; NaN where there is no training prompt."""
     is_measured: bool = True
     """Whether any training images are known."""
     unknown: tuple[str, ...] = ()
@@ -57,10 +59,11 @@ class Overlap:
 
     @property
     def affected_n(self) -> Mask:
+        """Images of any of the three kinds."""
         return self.bytes_n | self.near_n
 
     def at(self, places: NDArray[np.integer] | slice) -> "Overlap":
-        """The same of some of the images."""
+        """The overlap of some of the images, by their places or a slice."""
         return replace(
             self,
             bytes_n=self.bytes_n[places],
@@ -91,8 +94,8 @@ def find_leakage(
     """The overlap of the evaluated images with what each embedder was trained on.
 
     Args:
-        origins: embedder → what it was trained on; none for an embedder that is not fitted on anything here.
-        device: where vectors are compared; it does not change the answer.
+        origins: embedder → the sets that it was trained on; empty for an embedder with public weights alone.
+        device: where vectors are compared; it does not change the counts.
     """
     vector_dE = _vectors(evaluated, device)
     measured: dict[str, Overlap] = {}
@@ -110,13 +113,18 @@ def find_leakage(
 
 
 def log_leakage(name: str, leakage: Leakage) -> None:
-    """One line; a warning where images are affected or training images are not known."""
+    """Log one line; it is a warning where images are affected or training images are not known."""
     clean = leakage.is_known and not leakage.affected
     log.log(logging.INFO if clean else logging.WARNING, "leakage of %s: %s", name, leakage.text())
 
 
 def with_clean_score(leakage: Leakage, clean: Interval | None, images: int) -> Leakage:
-    """The counts with the score of the `images` that are not affected; None where there is none of them."""
+    """Add the score of unaffected images to the counts.
+
+    Args:
+        clean: that score; None leaves the counts as they are.
+        images: number of unaffected images.
+    """
     return leakage if clean is None else replace(leakage, clean={**clean._asdict(), "images": images})
 
 
@@ -125,12 +133,12 @@ def validation_leakage(
 ) -> dict[str, Leakage]:
     """The overlap of a run's own validation sets with its training images and those of what it began from.
 
-    Logs a line a set. Only the first process counts; for the others there is nothing.
+    Logs a line for each set. Only rank 0 counts; the result is empty on other ranks and without validation.
 
     Args:
         data: the run's images.
         device: where vectors are compared.
-        known: about.json of the same run, which resumes and need not count again.
+        known: about.json of the same run where it resumes: its counts are taken, and nothing is counted again.
     """
     if not data.val_names or not is_first():
         return {}
@@ -177,7 +185,7 @@ def _measure(evaluated: ImageSet, vector_dE: torch.Tensor, origin: Origin) -> Ov
 
 
 def _nearest_texts(vector_dE: torch.Tensor, training: TrainingSet) -> tuple[NDArray[np.float64], Mask]:
-    """The cosine of each evaluated text to the nearest training text, NaN without any; and whether it is near, [d]."""
+    """Cosine of each evaluated text to the nearest training text, NaN without any, [d]; whether it is near, [d]."""
     device = vector_dE.device
     best_d = torch.full((len(vector_dE),), torch.nan, device=device)
     near_d = torch.zeros(len(vector_dE), dtype=torch.bool, device=device)

@@ -60,8 +60,8 @@ def commit(part: Path, out: Path, *, rotate: bool) -> None:
     """Make the file `part` the newest resume point of `out`, after it was read back.
 
     Args:
-        part: in `out`, written with its checksum.
-        rotate: keep the present `resume.ckpt` as the previous one; False of one that is damaged.
+        part: file in `out` that ends with its checksum.
+        rotate: keep the present `resume.ckpt` as the previous point; False where it is damaged.
 
     Raises:
         OSError: the bytes on disk are not those that were written; both points are as they were.
@@ -86,11 +86,11 @@ def require_agreement(step: int, gather: Callable[[int], list[int]]) -> None:
     """Check that all ranks continue from the same step: their machines may see different files.
 
     Args:
-        step: of this rank.
-        gather: this rank's number → the numbers of all ranks.
+        step: step of this rank's resume point; 0 without one.
+        gather: step of this rank → steps of all ranks.
 
     Raises:
-        UserError: they do not.
+        UserError: the steps differ.
     """
     steps = gather(step)
     if len(set(steps)) > 1:

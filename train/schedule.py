@@ -1,4 +1,4 @@
-"""How many steps a run has, and what its learning rate will reach in them: known before the first step.
+"""Forecast of a run before its first step: its length, and what its learning rate will reach.
 
     length = run_length(len(draws), cfg)
     forecast = Forecast.of(length, cfg)       forecast.lines(), forecast.warnings(images)
@@ -24,6 +24,8 @@ MOST_OF_START = 0.1
 
 @dataclass(frozen=True)
 class RunLength:
+    """Numbers of optimizer steps."""
+
     per_epoch: int
     """Steps of an epoch."""
     steps: int
@@ -43,7 +45,7 @@ def run_length(draws: int, cfg: TrainSettings) -> RunLength:
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the schedule of a run reaches. Rates are shares of their peak, `optim.lr` and `optim.head_lr`."""
+    """What the schedule of a run reaches; rates are shares of their peak, `optim.lr` and `optim.head_lr`."""
 
     length: RunLength
     cfg: TrainSettings
@@ -52,7 +54,7 @@ class Forecast:
     backbone: float | None
     """Highest share of the backbone's peak rate; None where the whole backbone is frozen."""
     head: float
-    """Highest share of the head's peak rate on the run's schedule, the steps of `head_only_lr` left out."""
+    """Highest share of the head's peak rate on the run's schedule, without the steps at `head_only_lr`."""
     working_steps: int
     """Steps at which the backbone (of a frozen one, the head) has half its peak rate or more."""
     peak_step: int
@@ -62,6 +64,7 @@ class Forecast:
 
     @staticmethod
     def of(length: RunLength, cfg: TrainSettings) -> "Forecast":
+        """Compute the forecast from the rates of every step."""
         optim, steps, alone = cfg.optim, length.steps, length.head_steps
         frozen = cfg.model.freeze == "all"
         own_schedule = optim.head_only_lr is not None and alone > 0
@@ -84,7 +87,7 @@ class Forecast:
         )
 
     def facts(self) -> dict[str, int | float | None]:
-        """As plain JSON, for `about.json`."""
+        """The figures as plain JSON, for `about.json`."""
         return {
             "warmup_steps": self.warmup,
             "highest_backbone_rate_share": self.backbone,
@@ -94,7 +97,7 @@ class Forecast:
         }
 
     def lines(self) -> list[str]:
-        """Steps, warm-up and highest rates; and of averaged weights, what is left of the start in them."""
+        """Lines for the log: steps, warm-up and highest rates; the share of the start in averaged weights."""
         optim, alone = self.cfg.optim, self.length.head_steps
         steps = f"{self.length.steps:,} {_steps(self.length.steps)}"
         if alone:
@@ -120,10 +123,10 @@ class Forecast:
         return ""
 
     def warnings(self, images: int) -> list[str]:
-        """What keeps the run from learning, a message each with what to change; empty where nothing does.
+        """Reasons why the run cannot learn much, each with what to change; empty where there is none.
 
         Args:
-            images: training images.
+            images: number of training images.
         """
         optim, steps, alone = self.cfg.optim, self.length.steps, self.length.head_steps
         if self.backbone is not None and alone >= steps:
@@ -155,7 +158,11 @@ class Forecast:
         return self.working_steps < ENOUGH_STEPS
 
     def longer(self, images: int) -> str:
-        """Which settings give the run `ENOUGH_STEPS` steps at half the peak rate, each on its own."""
+        """Settings that each give the run `ENOUGH_STEPS` steps at half the peak rate, joined by "or".
+
+        Args:
+            images: number of training images.
+        """
         cfg, steps = self.cfg, self._enough()
         if cfg.max_steps is not None:
             return f"max_steps={steps} (now {cfg.max_steps})"
@@ -191,7 +198,7 @@ def _percent(share: float) -> str:
 
 
 def _rounded(count: float) -> int:
-    """Two digits are enough for an advice."""
+    """Round up to two digits."""
     scale = 10 ** max(int(math.log10(max(count, 1))) - 1, 0)
     return math.ceil(count / scale) * scale
 

@@ -57,12 +57,12 @@ class TrainingSet(Protocol):
 
 
 class ImageSet:
-    """Images of datasets, with their captions. No image is read.
+    """Images of datasets with their captions. No image is read.
 
     Args:
         pictures: the datasets.
-        rows: numbers of the images there, [n].
-        prompts: of `pictures`, where they were read before.
+        rows: numbers of the images in `pictures`, [n].
+        prompts: prompts of `pictures`, where the caller has read them; None reads them.
 
     Attributes:
         owner_c: the image of each caption, as a place in `rows`.
@@ -90,7 +90,7 @@ class ImageSet:
 
 
 class PromptIndexSet:
-    """The prompts of a prompt index: an embedder that retrieves from it knows no images."""
+    """Prompts of a prompt index; they have no images."""
 
     def __init__(self, index: Bank) -> None:
         self._index = index
@@ -115,11 +115,11 @@ class Origin:
     name: str
     """The run's folder or the like; origins of one name are the same set."""
     open: Callable[[], TrainingSet]
-    """Read the set. Raises UserError where it is not known: that says why."""
+    """Read the set; a UserError says why it is not known."""
 
 
 def origins(folder: Path, encoder: str, device: torch.device | str = "cpu") -> list[Origin]:
-    """All that the weights of a checkpoint, run, ensemble or bundle were fitted on; nothing is read yet.
+    """Training sets behind the weights of a checkpoint, run, ensemble or bundle; none is read yet.
 
     Follows `init_from`, `model.weights` of our own checkpoints, both ends of an interpolation, and the members of an
     ensemble with the images that its weights were fitted on.
@@ -133,7 +133,7 @@ def origins(folder: Path, encoder: str, device: torch.device | str = "cpu") -> l
 
 
 def origins_of_start(cfg: TrainSettings, device: torch.device | str = "cpu") -> list[Origin]:
-    """All that the weights which a run begins from were fitted on; none for public and random weights."""
+    """Training sets behind the weights that a run begins from; none for public and random weights."""
     begun = {
         "init_from": None if cfg.init_from is None else str(cfg.init_from),
         "model": {"weights": cfg.model.weights},
@@ -156,10 +156,11 @@ def data_of(
     *,
     weighted: bool = False,
 ) -> Data:
-    """The images of a run, prepared by `preprocessing`, split as in its training.
+    """Open the images of a run, split as in its training.
 
     Args:
-        run: its `settings.json`, which may be of an older version: what that lacks is as by default.
+        run: its `settings.json`; keys that an older version did not write have their defaults.
+        preprocessing: from images to the model's squares.
         device: where the vectors of a fold are compared.
         weighted: keep `data.sources`, `data.weights` and `val`, so that images of weight 0 and those that share bytes
             with further validation sets are left out as in training; False lets each training image count the same.
@@ -177,7 +178,7 @@ def data_of(
 
 
 def _overlaid(default: Any, own: Any) -> Any:
-    """`own`, with what it lacks taken from `default`; keys that no longer exist are left out."""
+    """`own` with missing keys from `default`, at every depth; keys that `default` lacks are dropped."""
     if not isinstance(default, Mapping) or not isinstance(own, Mapping) or not default:
         return own
     return {k: _overlaid(v, own[k]) if k in own else v for k, v in default.items()}
@@ -190,10 +191,10 @@ def has_weights(run: Mapping[str, Any]) -> bool:
 
 
 def rows_of_split(data: Data, split: str) -> Rows:
-    """The images of a split of a run's own datasets; `train` and `val` are what the run made of them.
+    """Numbers of the images of a split of a run's datasets; `train` and `val` are the run's own split.
 
     Raises:
-        UserError: there is none.
+        UserError: the split has no image.
     """
     known = {"train": data.train_rows, "val": data.val_rows}
     datasets = list(enumerate(data.pictures.datasets))
@@ -209,7 +210,7 @@ def rows_of_split(data: Data, split: str) -> Rows:
 
 
 class _Lineage:
-    """Walks from a folder to the runs that its weights come from; each folder once."""
+    """Walk from a folder to the runs that its weights come from, visiting each folder once."""
 
     def __init__(self, encoder: str, device: torch.device | str) -> None:
         self._encoder, self._device = encoder, device
@@ -233,7 +234,7 @@ class _Lineage:
             return [_unknown(str(error))]
 
     def of_start(self, run: Mapping[str, Any]) -> list[Origin]:
-        """What the weights that a run begins from were fitted on, by its `settings.json`."""
+        """Training sets behind the weights that a run begins from, by its `settings.json`."""
         if run.get("init_from"):
             return self.of_folder(Path(run["init_from"]))
         weights = (run.get("model") or {}).get("weights")
@@ -284,7 +285,7 @@ class _Lineage:
 def run_origin(
     run: Path, values: Mapping[str, Any], encoder: str, device: torch.device | str = "cpu", *, weighted: bool = True
 ) -> Origin:
-    """The training images of a run, without those that it began from.
+    """Training images of a run, without those of the weights that it began from.
 
     Args:
         run: its folder, or the recipe.json of a member of an ensemble.

@@ -86,7 +86,7 @@ def shown(items: list[str]) -> str:
 
 
 def by_reason(others: list[tuple[str, str]]) -> str:
-    """How many files are not read, by the reason."""
+    """Numbers of the files that are not read, by reason, as text."""
     counts = Counter(reason for _, reason in others).most_common()
     return ", ".join(f"{count:,} × {reason}" for reason, count in counts)
 
