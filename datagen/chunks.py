@@ -128,7 +128,7 @@ class Chunks:
             return None
 
     def _sha256(self, number: int, chunk: Chunk) -> dict[str, str]:
-        """Of all that is on the disk of a chunk; those before it are in `starts`."""
+        """SHA-256 of each file of a chunk and of its rows in vectors.f16; `starts` must hold the chunks before it."""
         hashes = {suffix: storage.sha256(self._path(number, suffix)) for suffix in ("parquet", "hashes.npy")}
         if chunk.width:
             row_bytes = chunk.width * np.dtype(np.float16).itemsize

@@ -55,7 +55,7 @@ def encoder_name(encoder: str) -> str:
 
 
 def encoder_source(encoder: str) -> str:
-    """What sentence-transformers loads for a value of `encoder=`: a folder, or a hub name."""
+    """Folder or hub name that sentence-transformers loads for a value of `encoder=`."""
     folder = encoder_folder(encoder)
     return str(folder) if folder is not None else encoder.rstrip("/").replace("--", "/")
 
@@ -146,7 +146,7 @@ def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """What decides a text's token ids, whatever the class and version of the tokenizer."""
+    """Settings that decide a text's token ids, the same for every class and version of the tokenizer."""
     record: dict[str, Any] = {}
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "to_str"):

@@ -42,7 +42,7 @@ class Wanted:
     rng: np.random.Generator | None
     """Permutes a parquet's row groups; None reads in the file's order."""
     encoding: str | None = None
-    """Of a text file; None for UTF-8. A byte order mark overrules it."""
+    """Encoding of a text file; None for UTF-8. A byte order mark overrules it."""
 
 
 def rows(file: File, wanted: Wanted) -> Rows:

@@ -112,7 +112,7 @@ _MOST_TARGETS = 256  # files of vectors, likewise
 
 
 ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError)
-"""What numpy.load raises of a damaged file, whose header it parses as Python."""
+"""Errors that numpy.load raises for a damaged file, whose header it parses as Python."""
 
 
 class CorruptImage(Exception):  # noqa: N818 – it names the state of a picture

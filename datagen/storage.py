@@ -305,7 +305,7 @@ class Files:
         return (self.size(name) or 0) < 0.9 * free_bytes(cache_folder())
 
     def _problem(self, copy: Path) -> str | None:
-        """Why a cached copy cannot be used; None where it can."""
+        """Reason why a cached copy cannot be used; None where it can."""
         try:
             stat = copy.stat()
         except OSError:

@@ -360,7 +360,7 @@ def _held_out(score: Mapping[str, Any]) -> bool:
 
 
 def _overlap(leakage: Leakage | None) -> str:
-    """What the evaluated images share with training, in a sentence or two."""
+    """Leakage of the evaluated images in a sentence or two."""
     if leakage is None or leakage.affected is None:
         return "Leakage: whether these images or their prompts occur in training is not known."
     sentence = f"Leakage, images and prompts shared with training: {leakage.counts_text()}."
@@ -382,7 +382,7 @@ def _plain(text: str) -> str:
 
 
 def _preprocessing(config: Mapping[str, Any]) -> list[str]:
-    """What each way to prepare an image loses, a Markdown line each."""
+    """Parts of an image that each preprocessing loses, as Markdown lines."""
     lines: dict[str, None] = {}
     for member in config["members"]:
         mode, crop_pct = member.get("resize_mode", "shortest"), member.get("crop_pct", 1)

@@ -40,7 +40,7 @@ class ModelSettings:
     resize_mode: Literal["shortest", "longest", "squash"] | None
     """Which sides are resized before the centre is cropped, or padded; null takes the backbone's own."""
     interpolation: Literal["bicubic", "bilinear"] | None
-    """Of the resizing; null takes the backbone's own."""
+    """Interpolation of the resizing; null takes the backbone's own."""
     crop_pct: float | None
     """Images are resized to size ÷ crop_pct pixels, of which the centre is kept; null takes the backbone's own."""
     head: Literal["linear", "wide"]

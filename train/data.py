@@ -380,7 +380,7 @@ class Data(lightning.LightningDataModule):
         self.per_epoch, self.steps = self.length.per_epoch, self.length.steps
 
     def _leave_out_equal_images(self, prompts: Prompts, val: Rows) -> None:
-        """Of images that validation sets have under other prompts, training has none."""
+        """Leave training images out whose bytes a validation set has under another prompt."""
         equal_n = prompts.equal_bytes(self.train_rows, val)
         if equal_n.any():
             log.warning("%s training images are left out: val=[…] has their bytes", f"{equal_n.sum():,}")

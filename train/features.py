@@ -239,7 +239,7 @@ class _Source:
         return [(at, why) for at, why in self._commit(number)["unread"]]
 
     def _commit(self, number: int) -> dict[str, Any]:
-        """What the file that commits a part says."""
+        """Content of the file that commits a part."""
         return json.loads((self.folder / f"{number:06d}.json").read_text())
 
     def read(self) -> Iterator[tuple[NDArray[np.float32], list[Mark]]]:
@@ -287,7 +287,7 @@ class _Source:
 
 
 def _checksum(path: Path, marks: list[Mark]) -> str:
-    """Of the file with a part's features, and of its marks."""
+    """Checksum of the file with a part's features, and of its marks."""
     return f"{sha256(path)} {hashlib.sha256(json.dumps(marks).encode()).hexdigest()}"
 
 

@@ -44,7 +44,8 @@ class Fold:
     purged: Rows
     """Near the fold's prompts, and so neither."""
     left_out: Rows
-    """Of a group of more than a fifth of all images: they share a prompt or bytes with the fold, and so neither."""
+    """Images of a group of more than a fifth of all that share a prompt or bytes with the fold; they neither train nor
+    validate."""
 
     @property
     def share_purged(self) -> float:

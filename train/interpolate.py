@@ -113,7 +113,7 @@ def between(a: dict[str, "torch.Tensor"], b: dict[str, "torch.Tensor"], alpha: f
 
 
 def _overlap(pictures: Any, rows: Any, cfg: InterpolateSettings, encoder: str) -> Any:
-    """What the evaluated images share with the training images of both checkpoints."""
+    """Overlap of the evaluated images with the training images of both checkpoints."""
     from train.leakage import find_leakage
     from train.machine import device_of
     from train.trained_on import ImageSet, origins

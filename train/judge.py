@@ -229,7 +229,7 @@ def _only_encoder(dataset: Location | None) -> str:
 def _origins(
     chosen: EvaluateSettings, subject: Subject, members: Sequence[str], bank: Bank | None
 ) -> dict[str, list[Origin]]:
-    """What each embedder was trained on; under "", the training images of the run, where they are known."""
+    """Embedder → its training sets; under "", the training images of the run where they are known."""
     contenders, asked = subject.contenders, chosen.embedders
     by_run = [] if subject.data is None else [_origin_of_run(subject, subject.data)]
     found: dict[str, list[Origin]] = {name: [] for name in asked if name in CAPTIONERS}

@@ -244,12 +244,15 @@ def _encoder(name: str | None) -> str:
 
 
 def _require(model: Any, identity: dict[str, Any], source: str) -> None:
-    """Take over the longest text in tokens, and raise a ValueError where a text encoder would give other vectors.
+    """Set the longest text in tokens, and check that a text encoder gives the vectors that the bundle was trained for.
 
     Args:
         model: the loaded text encoder.
-        identity: of the encoder that the bundle was trained for; empty in bundles that do not record it.
-        source: where the model came from.
+        identity: encoder identity that the bundle was trained for; empty in bundles that do not record it.
+        source: folder or hub name of the model, for the message.
+
+    Raises:
+        ValueError: the text encoder gives other vectors.
     """
     if not identity:
         return
@@ -283,13 +286,13 @@ def _require(model: Any, identity: dict[str, Any], source: str) -> None:
 
 
 def _width(model: Any) -> int | None:
-    """Of its vectors; releases of sentence-transformers before 6 have the longer name alone."""
+    """Width of the model's vectors; sentence-transformers before 6 has the longer method name alone."""
     named = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
     return named()
 
 
 def _weights_sha256(model: nn.Module) -> str:
-    """As encoder.json has it: over the parameters in the order of their names."""
+    """SHA-256 of the parameters in the order of their names, as encoder.json has it."""
     digest = hashlib.sha256()
     named = {name.replace(".auto_model.", ".model."): tensor for name, tensor in model.state_dict().items()}
     for name, tensor in sorted(named.items()):
