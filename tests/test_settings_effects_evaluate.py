@@ -212,7 +212,7 @@ EVALUATE_SETTINGS: Entries = {
     "bank": shows(predictions, "bank={files}/bank.txt"),
     "column": [
         shows(predictions, "column=other", given=("bank={files}/bank.csv",)),
-        refused(f"column: {UNUSED}without a .csv, .tsv or .parquet", "column=other"),
+        refused(f"column: {UNUSED}without a file of columns", "column=other"),
     ],
     "out": shows(names, "out={here}/elsewhere"),
     "report": shows(names, "report={here}/page.html"),

@@ -339,6 +339,7 @@ def _outside(settings: object, **bounds: tuple[float, float]) -> list[str]:
     ]
 
 
+_WITH_COLUMNS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # suffixes of prompt files that have columns
 BASELINES = ("mean", "knn", "ridge")
 """Fitted on the training pictures of the run."""
 CAPTIONERS = ("blip", "blip2", "coca", "clip_interrogator")
@@ -489,6 +490,6 @@ class EvaluateSettings:
             if not embedders & asked
             for key in keys
         }
-        if not any(place.lower().endswith((".csv", ".tsv", ".parquet")) for place in prompt_files):
-            found["column"] = "without a .csv, .tsv or .parquet file in bank or knn.bank"
+        if not any(place.lower().endswith(_WITH_COLUMNS) for place in prompt_files):
+            found["column"] = f"without a file of columns ({', '.join(_WITH_COLUMNS)}) in bank or knn.bank"
         return found
