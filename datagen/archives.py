@@ -3,6 +3,7 @@
 import tarfile
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path
 
 from conf import UserError
@@ -18,7 +19,8 @@ class Tar:
 
     Two kinds of tars that others write keep all of their samples, too. Names with dots: of 22.05.png, 22.05.txt,
     22.06.png and 22.06.txt, each image that has a text of its name up to the last dot is a sample. Repeated members:
-    where a member comes again, a new sample begins, whose key ends in ~2, ~3, ….
+    the samples' keys end in ~2, ~3, …. Where each member of a name comes equally often, those that come for the n-th
+    time are the n-th sample; else a new sample begins where a member comes again.
 
     Raises:
         tarfile.TarError: it is none, or cut off.
@@ -26,12 +28,15 @@ class Tar:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        groups: dict[str, list[Members]] = {}
+        groups: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
         self.left_out: list[tuple[str, str]] = []
         """Name and reason of each member that belongs to no sample."""
         with tarfile.open(path, "r:") as tar, path.open("rb") as file:
             for member in tar:
+                if member.isdir():
+                    continue
                 if not member.isfile():
+                    self.left_out.append((member.name, "link" if member.issym() or member.islnk() else "not a file"))
                     continue
                 if why_not_image(member.name) == "system file":
                     self.left_out.append((member.name, "system file"))
@@ -40,17 +45,14 @@ class Tar:
                 stem, _, suffixes = name.partition(".")
                 last = suffix_of(f"name.{suffixes}")
                 suffix = f".{suffixes}"[: -len(last) or None] + last
-                repeats = groups.setdefault(f"{folder}/{stem}".lstrip("/"), [{}])
-                if suffix in repeats[-1]:
-                    repeats.append({})
-                repeats[-1][suffix] = member
+                groups.setdefault(f"{folder}/{stem}".lstrip("/"), []).append((suffix, member))
             file.seek(tar.offset)
             if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself ends there in silence
                 raise tarfile.ReadError(f"no end mark at {tar.offset}")
         self.samples: dict[str, Members] = {}
         """Key → its members by suffix."""
-        for key, repeats in groups.items():
-            for number, members in enumerate(repeats, 1):
+        for key, group in groups.items():
+            for number, members in enumerate(_repeats(group), 1):
                 samples, left_out = _split_dotted(members)
                 self.left_out += left_out
                 for stem, sample in samples.items():
@@ -78,6 +80,22 @@ class Tar:
         key, dot, suffix = name.rpartition(".")
         member = self.samples.get(key, {}).get(f"{dot}{suffix}".lower())
         return None if member is None else self.read(member)
+
+
+def _repeats(group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
+    """The members that share a name, given by suffix in the tar's order: those of its first sample, its second, …."""
+    counts: dict[str, Counter[str]] = {}  # of the suffixes that share a name up to the last dot
+    for suffix, _ in group:
+        counts.setdefault(suffix.rpartition(".")[0], Counter())[suffix] += 1
+    equally_often = all(len(set(of_name.values())) == 1 for of_name in counts.values())
+    repeats: list[Members] = [{}]
+    for suffix, member in group:
+        target = next((m for m in repeats if suffix not in m), None) if equally_often else repeats[-1]
+        if target is None or suffix in target:
+            target = {}
+            repeats.append(target)
+        target[suffix] = member
+    return repeats
 
 
 def _split_dotted(members: Members) -> tuple[dict[str, Members], list[tuple[str, str]]]:

@@ -113,7 +113,7 @@ def type_of(value: Any) -> str:
     if isinstance(value, bool):
         return f"a truth value ({str(value).lower()})"
     if isinstance(value, int | float):
-        return f"a number ({value})"
+        return f"a number ({shown(value)})"
     if isinstance(value, dict):
         return f"an object with the keys {shown(', '.join(map(str, value)))}"
     if isinstance(value, list | tuple):

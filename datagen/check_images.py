@@ -6,7 +6,6 @@ n rows of a shard's index.
 """
 
 import io
-import json
 import tarfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from datagen.json_text import parse_json
 from datagen.problems import Problems
 from datagen.shards import FAULTY, json_bytes
 from datagen.storage import Files, Place
@@ -155,7 +155,7 @@ class ImageCheck:
 
     def _check_json(self, where: str, data: bytes, row: dict[str, Any], planned: dict[str, Any] | None) -> None:
         try:
-            meta = json.loads(data)
+            meta = parse_json(data)
             canonical = json_bytes(meta) == data
         except ValueError as error:
             self._problems.add("a .json is damaged", f"{where} is not JSON: {error}")

@@ -5,7 +5,6 @@
 n rows of a shard's index, E width of the vectors.
 """
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 
@@ -13,7 +12,9 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from datagen.encoder_identity import identity_sha256
 from datagen.fetch import first_line
+from datagen.json_text import parse_json
 from datagen.problems import HIDDEN_PART, Problems
 from datagen.shards import ARRAY_ERRORS
 from datagen.storage import Files, Place
@@ -61,7 +62,11 @@ class VectorCheck:
                 self._problems.add("vectors are missing", f"{where} is missing; write it: {remedy}")
                 continue
             try:
-                vector_nE = np.load(self._files.path(f"{folder}/{name}"), allow_pickle=False)
+                with self._files.path(f"{folder}/{name}").open("rb") as file:
+                    vector_nE = np.load(file, allow_pickle=False)
+                    if file.read(1):
+                        line = f"{where} goes on after its vectors; remove it and write it again"
+                        self._problems.add("vectors are damaged", line)
             except ARRAY_ERRORS as error:
                 self._problems.add(
                     "vectors are damaged", f"{where} cannot be read: {first_line(error)}; remove it and write it again"
@@ -81,13 +86,17 @@ class VectorCheck:
             self._problems.add("vectors without encoder.json", line)
             return None
         try:
-            identity = json.loads(self._files.path(f"{folder}/encoder.json").read_bytes())
+            identity = parse_json(self._files.path(f"{folder}/encoder.json").read_bytes())
             name, width = identity["name"], identity["width"]
         except (ValueError, KeyError, TypeError) as error:
             self._problems.add(
                 "encoder.json is damaged", f"{where} is damaged: {type(error).__name__} {first_line(error)}"
             )
             return None
+        hashed = "settings" in identity or "sha256" in identity  # older versions wrote neither
+        if hashed and identity.get("sha256") != identity_sha256(identity):
+            line = f"{where} is damaged: its sha256 is not that of what it records"
+            self._problems.add("encoder.json is damaged", line)
         if name != encoder:
             self._problems.add(
                 "encoder.json names another encoder", f"{where} is of {name!r}, but its folder is {encoder}"
@@ -111,6 +120,9 @@ class VectorCheck:
             first: prompt_id → key and vector of its first row, of prompts with several rows; extended here.
         """
         keys, ids = table["key"].to_pylist(), table["prompt_id"].to_pylist()
+        if len(set(ids)) > 1 and (vector_nE == vector_nE[0]).all():
+            line = f"{where} has one vector for all prompts; remove it and write it again"
+            self._problems.add("vectors are damaged", line)
         length_n = np.linalg.norm(vector_nE.astype(np.float64), axis=1)
         for n in np.flatnonzero(~(np.abs(length_n - 1) <= _LENGTH_TOLERANCE)).tolist():  # NaN too
             line = f"{keys[n]}: its vector of {encoder}, row {n} of {where}, has length {length_n[n]:.6g}, not 1"

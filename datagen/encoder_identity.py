@@ -75,7 +75,12 @@ def describe(model: "SentenceTransformer", name: str) -> dict[str, Any]:
             "modules": _modules(model, top=True),
         },
     }
-    return {"name": name, **identity, "sha256": _sha256(identity)}
+    return {"name": name, **identity, "sha256": identity_sha256(identity)}
+
+
+def identity_sha256(identity: Mapping[str, Any]) -> str:
+    """Hash of width, weights and settings, as `describe` gives them; other keys do not count."""
+    return _sha256({key: identity.get(key) for key in ("width", "weights_sha256", "settings")})
 
 
 def weights_sha256(model: "nn.Module") -> str:

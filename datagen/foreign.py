@@ -5,7 +5,6 @@ Nothing is copied. Images without a prompt, prompts without an image and values 
 """
 
 import glob
-import json
 import logging
 import tarfile
 import zlib
@@ -19,6 +18,7 @@ from conf import UserError, progress
 from datagen.archives import Tar
 from datagen.captions import Captions, distinct, read_captions, read_label
 from datagen.config import IndexSettings
+from datagen.json_text import NotJsonError, parse_json
 from datagen.rows import read_csv
 from datagen.text_encoding import decode_text, likely_encodings
 from models.runtime.image_files import IMAGE_SUFFIXES, why_not_image
@@ -26,6 +26,9 @@ from models.runtime.image_files import IMAGE_SUFFIXES, why_not_image
 _FILE_COLUMNS = ("file", "image", "filename", "file_name", "imgId", "image_id", "id", "key")
 _PROMPT_COLUMNS = ("prompt", "caption", "text")
 NO_PROMPT = "sample without a prompt"
+EMPTY_FILE = "empty file"
+NOT_UTF8 = "a name that is not UTF-8"
+"""A dataset's tables are UTF-8; Python holds the other bytes of such a name as lone surrogates."""
 UNDECODED = ".txt in another text encoding"
 
 log = logging.getLogger(__name__)
@@ -73,6 +76,7 @@ def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[l
     assert table is not None
     problems = [f"images: no folder {folder}"] if not folder.is_dir() else []
     problems += [f"csv: no file {table}"] if not table.is_file() else []
+    problems += [f"images: {folder.absolute()!r} is {NOT_UTF8}; rename it"] if not _is_utf8(folder.absolute()) else []
     if problems:
         raise UserError("\n".join(problems))
     rows_of = _rows_by_name(cfg, table, skipped)
@@ -94,7 +98,7 @@ def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[l
         used.update(names)
         data = file.read_bytes()
         if not data:
-            skipped.append({"key": file.name, "reason": "empty file"})
+            skipped.append({"key": file.name, "reason": EMPTY_FILE})
             continue
         labels = {}
         for name in rows[0].labels:
@@ -125,6 +129,7 @@ def _image_files(folder: Path, table: Path, skipped: list[dict[str, str]]) -> It
             continue
         below = path.relative_to(folder).as_posix()
         reason = why_not_image(below) or ("" if path.is_file() else "not a regular file")
+        reason = reason or ("" if _is_utf8(below) else NOT_UTF8)
         if reason:
             skipped.append({"key": below, "reason": reason})
         else:
@@ -203,6 +208,9 @@ def read_tars(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[lis
     others = [path for path in paths if not path.endswith(".tar")]
     if others:
         raise UserError(f"tars: {others[0]} is no .tar; narrow the pattern {cfg.tars}, or unpack what is compressed")
+    unnamed = [path for path in paths if not _is_utf8(Path(path).absolute())]
+    if unnamed:
+        raise UserError(f"tars: {unnamed[0]!r} is {NOT_UTF8}; rename it")
     fields: set[str] = set()
     undecoded: list[tuple[str, bytes]] = []
     for path in progress_over(paths, "index"):
@@ -210,6 +218,8 @@ def read_tars(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[lis
             batch = list(_samples(cfg, Path(path), skipped, fields, undecoded))
         except tarfile.TarError as error:
             raise UserError(f"{path} is cut off or no tar: {error}; copy it again") from error
+        except OSError as error:  # such as of a folder of that name, or a link that leads nowhere
+            raise UserError(f"tars: {path} cannot be read: {error.strerror or error}") from error
         if len(paths) > 1:  # WebDataset keys need only be distinct within a tar
             batch = [replace(image, key=f"{Path(path).stem}/{image.key}") for image in batch]
         if batch:
@@ -255,6 +265,9 @@ def _samples(
                 elif not sample.captions.left_out:
                     skipped.append({"key": key, "reason": sample.problem or NO_PROMPT})
                 continue
+            if picture.size == 0 or not _is_utf8(key):
+                skipped.append({"key": key, "reason": NOT_UTF8 if picture.size else EMPTY_FILE})
+                continue
             crc = zlib.crc32(tar.read(picture))
             place = str(path.absolute())  # not resolved: a link's target may lack the suffix that says how to read
             values = {label: read_label(sample.fields.get(column), column, where) for label, column in labels.items()}
@@ -290,8 +303,8 @@ def read_sample(
     problem = ""
     if ".json" in texts:
         try:
-            fields = json.loads(texts[".json"])
-        except ValueError:
+            fields = parse_json(texts[".json"])
+        except NotJsonError:
             problem = ".json that is not JSON"
         if not isinstance(fields, dict):
             fields, problem = {}, ".json that is not an object"
@@ -308,6 +321,14 @@ def read_sample(
     if not problem and prompt_column is not None:
         problem = f"sample without the field {prompt_column!r}"
     return SampleText(Captions(()), fields, problem)
+
+
+def _is_utf8(name: str | Path) -> bool:
+    try:
+        str(name).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def progress_over(items: list[T], what: str) -> Iterator[T]:

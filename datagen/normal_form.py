@@ -12,6 +12,9 @@ import unicodedata
 from functools import cache
 
 _ASCII_IGNORED = str.maketrans("", "", string.punctuation + string.whitespace)
+_APOSTROPHES = {*range(0x2B9, 0x2C0), 0x2C8, 0x2EE}  # modifier letters
+_INVISIBLE = {0x34F, *range(0x180B, 0x180E), *range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)}  # variation selectors
+_INVISIBLE |= {0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0}  # fillers
 
 
 def normal_form(prompt: str) -> str:
@@ -22,9 +25,8 @@ def normal_form(prompt: str) -> str:
     if prompt.isascii():
         folded = prompt.lower()
         return folded.translate(_ASCII_IGNORED) or folded
-    # folding may leave characters that NFKC composes, and NFKC letters that fold again
-    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
-    return folded.translate(_ignored()) or folded
+    # ignored characters go before NFKC, too, which would put the accent of don´t on the n
+    return _folded(prompt.translate(_ignored())).translate(_ignored()) or _folded(prompt)
 
 
 def form_hash(prompt: str) -> int:
@@ -33,12 +35,18 @@ def form_hash(prompt: str) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
+def _folded(prompt: str) -> str:
+    # folding may leave characters that NFKC composes, and NFKC letters that fold again
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", prompt).casefold())
+
+
 @cache
 def _ignored() -> dict[int, None]:
-    """Punctuation (P), separators (Z), control and invisible characters (C), accents that stand alone (Sk); and all
-    of ASCII's punctuation, some of which Unicode counts as symbols."""
+    """Punctuation (P), separators (Z), control and invisible characters (C), accents that stand alone (Sk); all of
+    ASCII's punctuation, some of which Unicode counts as symbols; and the apostrophes and invisible characters that
+    Unicode counts as letters or marks."""
     every = {c for c in range(sys.maxunicode + 1) if _is_ignored(chr(c))}
-    return dict.fromkeys(every | set(map(ord, string.punctuation)))
+    return dict.fromkeys(every | set(map(ord, string.punctuation)) | _APOSTROPHES | _INVISIBLE)
 
 
 def _is_ignored(character: str) -> bool:

@@ -5,7 +5,6 @@ python -m datagen prompts=grammar                                or any other of
 python -m datagen prompts=file prompts.path=prompts.csv
 """
 
-import json
 import logging
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -16,8 +15,9 @@ import numpy as np
 
 from conf import UserError
 from datagen import fetch
-from datagen.captions import EMPTY, Captions, as_text, read_captions, read_label, reason_to_leave_out
+from datagen.captions import EMPTY, Captions, as_text, clean, read_captions, read_label, reason_to_leave_out
 from datagen.config import FilePrompts, GrammarPrompts, MixturePrompts, MixtureSource
+from datagen.json_text import NotJsonError, parse_json
 from datagen.rows import Wanted, require_text_column, rows
 
 log = logging.getLogger(__name__)
@@ -129,12 +129,13 @@ def _captions(value: Any, chosen: FilePrompts, where: str, wanted: Wanted) -> Ca
     hint = wanted.settings.get("column")
     if not chosen.json_lists:
         return read_captions(value, chosen.column, where, f"name another column: {hint}=…" if hint else "")
-    reason = reason_to_leave_out(value) or (EMPTY if as_text(value) == "" else "")
+    text = as_text(value)
+    reason = reason_to_leave_out(value) or (EMPTY if text is not None and not clean(text) else "")
     if reason:
         return Captions((), (reason,))
     try:
-        items = json.loads(as_text(value) or "")
-    except json.JSONDecodeError:
+        items = parse_json(text or "")
+    except NotJsonError:
         items = None
     if not isinstance(items, list):
         raise UserError(

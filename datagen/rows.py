@@ -6,11 +6,10 @@
 import csv
 import difflib
 import gzip
-import json
 import logging
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -18,8 +17,9 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from conf import UserError
-from datagen.captions import is_caption_type
+from datagen.captions import is_caption_type, shown
 from datagen.fetch import File, first_line
+from datagen.json_text import NotJsonError, parse_json
 from datagen.text_encoding import open_text, refusal
 
 log = logging.getLogger(__name__)
@@ -115,14 +115,12 @@ def _csv(raw: BinaryIO, name: str, wanted: Wanted, separator: str, quoting: Lite
     """
     spanning, first_spanning = 0, 0
     with open_text(raw, name, wanted.encoding, newline="") as lines:
-        reader = csv.reader(lines, delimiter=separator, quoting=quoting, strict=True)
+        reader = csv.reader(_lines_of_csv(lines), delimiter=separator, quoting=quoting, strict=True)
         begin = 1
         try:
             header = next(reader, [])
             _require(header, name, wanted)
-            twice = [column for column in wanted.columns if header.count(column) > 1]
-            if twice:
-                raise UserError(f"{name} has several columns {twice[0]}; rename all but the one to read")
+            _require_one(header, name, wanted)
             begin = reader.line_num + 1
             for fields in reader:
                 if reader.line_num > begin:
@@ -134,12 +132,30 @@ def _csv(raw: BinaryIO, name: str, wanted: Wanted, separator: str, quoting: Lite
                     yield dict(zip(header, fields + [""] * (len(header) - len(fields)), strict=True))
                 begin = reader.line_num + 1
         except csv.Error as error:
-            remedy = "; a quotation mark may be open, or one within quotes not doubled" if separator == "," else ""
-            raise UserError(f"{name}:{begin}: {error}{remedy}") from error
+            message = f"{error}; a quotation mark may be open, or one within quotes not doubled"
+            if "new-line character" in str(error):
+                message = "a carriage return within a field, while lines end by a line feed; remove it"
+            elif separator != ",":
+                message = str(error)
+            raise UserError(f"{name}:{begin}: {message}") from error
     if spanning:
         log.info(
             "%s: %s rows hold line breaks within quotes, the first from line %s", name, f"{spanning:,}", first_spanning
         )
+
+
+def _lines_of_csv(lines: Iterable[str]) -> Iterator[str]:
+    """The lines of a file, ended as the first: where that is by a line feed, carriage returns alone end none."""
+    pending, by_line_feed = "", None
+    for line in lines:
+        if by_line_feed is None:
+            by_line_feed = line.endswith("\n")
+        pending += line
+        if not (by_line_feed and line.endswith("\r")):
+            yield pending
+            pending = ""
+    if pending:
+        yield pending
 
 
 def _jsonl(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
@@ -148,18 +164,18 @@ def _jsonl(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise UserError(f"{name}:{number}: not JSON: {error.msg}") from error
+                row = parse_json(line)
+            except NotJsonError as error:
+                raise UserError(f"{name}:{number}: not JSON: {error}") from error
             yield _object(row, f"{name}:{number}", wanted)
 
 
 def _json(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
     try:
         with open_text(raw, name, wanted.encoding) as file:
-            value = json.load(file)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{name}:{error.lineno}: not JSON: {error.msg}") from error
+            value = parse_json(file.read())
+    except NotJsonError as error:
+        raise UserError(f"{name}:{error.line}: not JSON: {error}") from error
     if wanted.records is not None:
         if not isinstance(value, dict) or wanted.records not in value:
             there = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
@@ -186,21 +202,41 @@ def _parquet(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
 
     try:
         file = pq.ParquetFile(raw)
+        names = file.schema_arrow.names
+    except UnicodeDecodeError as error:  # of a column's name
+        raise _damaged(name, wanted, error) from error
     except pa.ArrowInvalid as error:
         raise UserError(f"{name} is no parquet file: {error}") from error
     except (pa.ArrowException, OSError) as error:
         raise _damaged(name, wanted, error) from error
-    _require(file.schema_arrow.names, name, wanted)
+    _require(names, name, wanted)
+    _require_one(names, name, wanted)
     _require_text(file.schema_arrow, name, wanted)
     groups = range(file.num_row_groups) if wanted.rng is None else wanted.rng.permutation(file.num_row_groups).tolist()
     columns = list(wanted.columns)
     try:
         for group in groups:
             for batch in file.iter_batches(row_groups=[group], columns=columns, batch_size=8192):
-                for values in zip(*(batch[c].to_pylist() for c in columns), strict=True):
+                values_of = {column: _values(batch[column], column, name) for column in columns}
+                for values in zip(*values_of.values(), strict=True):
                     yield dict(zip(columns, values, strict=True))
     except (pa.ArrowException, OSError) as error:  # of a damaged page
         raise _damaged(name, wanted, error) from error
+
+
+def _values(array: Any, column: str, name: str) -> list[Any]:
+    """A column as Python values. Parquet does not check that its strings are text.
+
+    Raises:
+        UserError: one is not UTF-8.
+    """
+    try:
+        return array.to_pylist()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{name}: the column {column!r} holds a string that is not UTF-8 ({shown(error.object)}): write the file "
+            "again, from text that is decoded"
+        ) from error
 
 
 def _damaged(name: str, wanted: Wanted, error: Exception) -> UserError:
@@ -219,6 +255,12 @@ def _require(present: Sequence[str], where: str, wanted: Wanted) -> None:
         raise UserError(f"{lacks}. Name the right one: {wanted.settings['column']}=…")
 
 
+def _require_one(present: Sequence[str], name: str, wanted: Wanted) -> None:
+    twice = [column for column in wanted.columns if present.count(column) > 1]
+    if twice:
+        raise UserError(f"{name} has several columns {twice[0]}; rename all but the one to read")
+
+
 def require_text_column(file: File, wanted: Wanted) -> None:
     """Look at a .parquet's types alone, which takes no time, to refuse it before the files before it are read.
 
@@ -231,9 +273,10 @@ def require_text_column(file: File, wanted: Wanted) -> None:
     if file.suffix == ".parquet" and file.member is None and file.path.suffix.lower() == ".parquet":
         try:
             schema = pq.read_schema(file.path)
-        except (pa.ArrowException, OSError):
+            names = schema.names
+        except (pa.ArrowException, OSError, UnicodeDecodeError):
             return  # the reader says what is wrong with it
-        if not set(wanted.columns) - set(schema.names):
+        if all(names.count(column) == 1 for column in wanted.columns):
             _require_text(schema, _name(file), wanted)
 
 

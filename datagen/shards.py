@@ -37,6 +37,7 @@ from numpy.typing import NDArray
 from conf import UserError
 from conf.encoders import has_settings
 from datagen.encoder_identity import encoder_name
+from datagen.json_text import parse_json
 from datagen.normal_form import form_hash
 from datagen.stale_vectors import refuse_stale_vectors
 from datagen.storage import Files, Place, cache_folder, exists, free_bytes, remove_parts, sha256, write_atomically
@@ -815,7 +816,7 @@ def _encoder(files: Files, name: str) -> dict[str, Any] | None:
 
 def _json(files: Files, name: str, remedy: str) -> dict[str, Any]:
     try:
-        return json.loads(_present(files, name).read_text())
+        return parse_json(_present(files, name).read_text())
     except ValueError as error:
         raise UserError(f"{files.root / name} is damaged ({error}); copy it again, or {remedy}") from error
 

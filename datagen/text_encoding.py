@@ -133,7 +133,10 @@ def likely_encodings(sample: bytes) -> list[tuple[str, str]]:
 
     if b"\0" in sample:
         zeros = [sample[start::2].count(0) for start in (0, 1)]
-        candidates = ["utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"]
+        order = "be" if zeros[0] > zeros[1] else "le"
+        candidates = [f"utf-16-{order}"]
+        if sum(zeros) > 0.6 * len(sample):  # UTF-32 has two zeros or more in four bytes, and three for ASCII
+            candidates = [f"utf-32-{'be' if sample[:1] == bytes(1) else 'le'}"]
     elif b"\x1b$" in sample:
         candidates = ["iso2022_jp"]
     else:
@@ -143,6 +146,9 @@ def likely_encodings(sample: bytes) -> list[tuple[str, str]]:
             kana = len(_KANA.findall(str(match))) > 0.2 * sum(not c.isascii() for c in str(match))
             scores[known] = (not kana and round(match.chaos, 1), known in _RARE, -round(match.coherence, 1), place)
         candidates = sorted(scores, key=lambda known: scores[known])
+    if b"\0" in sample:  # of a file that is damaged, and in no encoding
+        texts = {known: sample.decode(known, "ignore") for known in candidates}
+        candidates = [known for known, text in texts.items() if text and "\0" not in text]
     readings = []
     for known in candidates[:_READINGS]:
         text = sample.decode(known, "replace").strip("\ufeff\r\n")

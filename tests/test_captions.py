@@ -8,6 +8,7 @@ import csv
 import datetime
 import io
 import json
+import os
 import re
 import tarfile
 import zipfile
@@ -149,6 +150,21 @@ def test_columns_of_a_parquet_that_hold_none(tmp_path: Path, case: str, reader: 
         reader(tmp_path / "p.parquet")
 
 
+@pytest.mark.parametrize("reader", [read_prompts, read_bank])
+def test_strings_of_a_parquet_that_are_not_utf_8(tmp_path: Path, reader: Callable[[Path], Read]) -> None:
+    starts = pa.array([0, 5, 9], pa.int32()).buffers()[1]
+    strings = pa.Array.from_buffers(pa.string(), 2, [None, starts, pa.py_buffer(b"a foxcaf\xe9")])
+    pq.write_table(pa.table({"prompt": strings}), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match=r"p\.parquet: the column 'prompt' holds a string that is not UTF-8 \(b'caf"):
+        reader(tmp_path / "p.parquet")
+
+
+def test_a_column_that_a_parquet_has_twice(tmp_path: Path) -> None:
+    pq.write_table(pa.Table.from_arrays([VIEWS, VIEWS], names=["prompt", "prompt"]), tmp_path / "p.parquet")
+    with pytest.raises(UserError, match="several columns prompt; rename"):
+        read_prompts(tmp_path / "p.parquet")
+
+
 def test_types_of_all_files_are_looked_at_before_the_first_is_read(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": [FOX]}), tmp_path / "0.parquet")
     pq.write_table(pa.table({"prompt": [1]}), tmp_path / "1.parquet")
@@ -175,6 +191,7 @@ JSON_BAD = {
     "infinity": ("Infinity", r"a number \(inf\)"),
     "whole number": ("7", r"a number \(7\)"),
     "truth value": ("true", r"a truth value \(true\)"),
+    "long whole number": ("7" * 4000, r"a number \(7{60}…\)"),
     "object": ('{"from": "x"}', "an object with the keys from"),
     "list of objects": ('[{"from": "x"}]', "an object with the keys from"),
     "list of numbers": ('["a fox", 3]', r"a number \(3\)"),
@@ -216,9 +233,25 @@ def test_values_of_json(tmp_path: Path, case: str, reader: str) -> None:
     no_representations(texts)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"), [("[" * 100_000, "nested too deep"), ("9" * 5000, "thousands of digits")]
+)
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".tar", ".csv"])
+def test_json_that_python_cannot_hold(tmp_path: Path, value: str, message: str, suffix: str) -> None:
+    path = tmp_path / f"p{suffix}"
+    row = f'{{"prompt": {value}}}'
+    if suffix == ".tar":
+        write_tar(path, [("a.png", image()), ("a.json", row.encode()), ("b.png", image(1)), ("b.txt", FOX.encode())])
+        assert read_index(index_settings(tars=path)) == ({"b": [FOX]}, {".json that is not JSON": 1})
+        return
+    path.write_text({".json": f"[{row}]", ".csv": f"prompt\n{value}\n"}.get(suffix, row))
+    with pytest.raises(UserError, match="row 1: not a JSON list" if suffix == ".csv" else f"not JSON: .*{message}"):
+        read_prompts(path, json_lists=suffix == ".csv")
+
+
 def test_json_lists_in_a_csv(tmp_path: Path) -> None:
     with (tmp_path / "p.csv").open("w", newline="") as file:
-        csv.writer(file).writerows([["prompt"], ['["a fox", null, "a cat"]'], [""], ['["a boat", ""]']])
+        csv.writer(file).writerows([["prompt"], ['["a fox", null, "a cat"]'], [" "], ['["a boat", ""]']])
     assert read_prompts(tmp_path / "p.csv", json_lists=True) == (
         [FOX, "a cat", "a boat"],
         {"null": 1, "empty": 2},
@@ -245,6 +278,10 @@ TABLES: dict[str, tuple[str, str, list[str] | str]] = {
         ['"a fox', "a cat", '"hen" of', "a dog"],
     ),
     "escapes stay": (".tsv", "id\tprompt\na\ta\\tfox\\n, 'red'\n", ["a\\tfox\\n, 'red'"]),
+    "carriage return": (".tsv", "id\tprompt\na\ta\rfox\n", r"p\.tsv:2: a carriage return within a field"),
+    "carriage return in a csv": (".csv", "id,prompt\na,a\rfox\n", r"p\.csv:2: a carriage return within a field"),
+    "quoted carriage return": (".csv", 'id,prompt\na,"a\rfox"\n', ["a\rfox"]),
+    "lines that end by it": (".csv", "id,prompt\ra,a fox\rb,a cat\r", ["a fox", "a cat"]),
     "a tab too many": (".tsv", "id\tprompt\na\ta fox\nb\ta\tcat\n", r"p\.tsv:3: more fields than columns"),
 }
 
@@ -301,6 +338,8 @@ ENCODINGS = {
     "cp1250": "zażółć gęślą jaźń",
     "utf-16-le": "a café",
     "utf-16-be": "a café",
+    "utf-32-le": "a café",
+    "utf-32-be": "a café",
     "iso2022_jp": "雪の中の赤い狐",
 }
 
@@ -378,6 +417,8 @@ TARS: dict[str, tuple[list[str], list[str], dict[str, int]]] = {
     "one text of two": (["22.05.png", "22.06.png", "22.06.txt"], ["22.06"], {"image without a text of its name": 1}),
     "a key twice": (["k.png", "k.txt", "k.png", "k.txt"], ["k", "k~2"], {}),
     "a key twice, apart": (["k.png", "k.txt", "j.png", "j.txt", "k.txt", "k.png"], ["k", "k~2", "j"], {}),
+    "a key twice, images first": (["k.png", "k.png", "k.txt", "k.txt"], ["k", "k~2"], {}),
+    "a key twice, one without text": (["k.png", "k.png", "k.txt"], ["k~2"], {"sample without a prompt": 1}),
     "a dotted key twice": (["k.1.png", "k.1.txt", "k.1.png", "k.1.txt"], ["k.1", "k.1~2"], {}),
     "system files": (["a.png", "a.txt", "._a.png", "__MACOSX/a.png"], ["a"], {"system file": 2}),
     "other suffixes": (
@@ -416,6 +457,42 @@ def test_no_sample_of_a_tar_is_lost(tmp_path: Path, case: str) -> None:
             same = [m for m, (name, _) in enumerate(members) if members[m][1] == data]
             assert len(same) == 1
             assert names[same[0]].partition(".")[0] == names[number].partition(".")[0]
+
+
+def test_members_without_bytes_are_listed(tmp_path: Path) -> None:
+    tars = write_tar(tmp_path / "0.tar", [("a.png", b""), ("a.txt", b"a hen"), ("b.png", image()), ("b.txt", b"a fox")])
+    with tarfile.open(tars, "a") as tar:
+        for name, kind in (("c.png", tarfile.SYMTYPE), ("d.png", tarfile.LNKTYPE), ("e.png", tarfile.FIFOTYPE)):
+            header = tarfile.TarInfo(name)
+            header.type, header.linkname = kind, "b.png"
+            tar.addfile(header)
+    reasons = {"empty file": 1, "link": 2, "not a file": 1}
+    assert read_index(index_settings(tars=tars)) == ({"b": [FOX]}, reasons)
+
+
+def test_names_that_are_not_utf_8_are_listed(tmp_path: Path) -> None:
+    name = os.fsdecode(b"caf\xe9")
+    members = [
+        (f"{stem}{suffix}", data) for stem in (name, "b") for suffix, data in ((".png", image()), (".txt", b"a fox"))
+    ]
+    captions, reasons = read_index(index_settings(tars=write_tar(tmp_path / "0.tar", members)))
+    assert (captions, reasons) == ({"b": [FOX]}, {"a name that is not UTF-8": 1})
+    (tmp_path / "images").mkdir()
+    for stem in (name, "b"):
+        (tmp_path / "images" / f"{stem}.png").write_bytes(image())
+    (tmp_path / "p.csv").write_text("id,prompt\nb,a fox\n")
+    captions, reasons = read_index(index_settings(images=tmp_path / "images", csv=tmp_path / "p.csv"))
+    assert (captions, reasons) == ({"b": [FOX]}, {"a name that is not UTF-8": 1})
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nowhere"])
+def test_a_tar_that_cannot_be_opened(tmp_path: Path, kind: str) -> None:
+    if kind == "folder":
+        (tmp_path / "0.tar").mkdir()
+    else:
+        (tmp_path / "0.tar").symlink_to(tmp_path / "1.tar")
+    with pytest.raises(UserError, match=r"0\.tar cannot be read: (Is a directory|No such file)"):
+        read_index(index_settings(tars=tmp_path / "0.tar"))
 
 
 def test_files_of_a_folder_that_are_not_read_are_listed(tmp_path: Path) -> None:

@@ -14,6 +14,9 @@ VARIANTS = [
     "a red\u00a0fox",
     "a red\u200b fox",
     "a-red-fox…",
+    "a red´ fox",
+    "a red\u02bc fox",
+    "a red fox\ufe0f",
 ]
 
 

@@ -285,6 +285,11 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "vector too long": (vectors(lambda a: second_row(a, 2)), "000022: its vector of colours, row 2 of .* has length"),
     "vector of NaN": (vectors(lambda a: second_row(a, np.nan)), "000022: its vector .* has length nan, not 1"),
     "vector of zeros": (vectors(lambda a: second_row(a, 0)), "000022: its vector .* has length 0, not 1"),
+    "vectors and more": (
+        lambda r: (r / TARGETS / "000001.npy").write_bytes((r / TARGETS / "000001.npy").read_bytes() + b"x"),
+        "000001.npy goes on after its vectors",
+    ),
+    "one vector for all": (vectors(lambda a: np.repeat(a[:1], len(a), axis=0)), "000001.npy has one vector for all"),
     "vectors of another shard": (lambda r: (r / TARGETS / "000009.npy").touch(), "000009.npy is unexpected: no shard"),
     "no encoder.json": (
         lambda r: (r / TARGETS / "encoder.json").unlink(),
@@ -294,6 +299,18 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "encoder.json of another": (
         encoder_json(lambda e: e.update(name="moon")),
         "is of 'moon', but its folder is colours",
+    ),
+    "settings of encoder.json": (
+        encoder_json(lambda e: e.update(settings={"truncate_dim": 5}, weights_sha256="5" * 64, sha256="5" * 64)),
+        "encoder.json is damaged: its sha256 is not that of what it records",
+    ),
+    "no settings in encoder.json": (
+        encoder_json(lambda e: e.update(sha256="5" * 64)),
+        "its sha256 is not that of what it",
+    ),
+    "nested encoder.json": (
+        lambda r: (r / TARGETS / "encoder.json").write_text("[" * 100_000),
+        "encoder.json is damaged: .*nested too deeply",
     ),
     "width of encoder.json": (encoder_json(lambda e: e.update(width=11)), r"\[20, 384\], expected float32 \[20, 11\]"),
     "no width": (encoder_json(lambda e: e.update(width=None)), "says width None, not a positive number"),
