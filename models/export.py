@@ -33,6 +33,7 @@ _FACTS = ("dataset", "datasets", "folds", "images", "score", "split", "step", "s
 _IN_A_BUNDLE = re.compile(
     r"[^/]+\.(safetensors|json)|predict\.py|im2emb\.py|notebook\.ipynb|README\.md|graphs|wheels|__pycache__"
 )
+_WEIGHTS = re.compile(r"\.safetensors$|/graphs/[^/]+$")  # files whose sha256 is in config.json
 _EVERYWHERE = {"timm", "numpy", "pillow", "safetensors"}  # where pictures are predicted
 _SHOWN = 500  # pictures that graphs are checked on
 _TOLERANCE = 1e-5  # largest difference of a component
@@ -169,6 +170,7 @@ def export(
             is.
     """
     from models import checkpoint, ensemble
+    from models.weights import sha256
 
     shown = None
     if graphs:
@@ -197,6 +199,8 @@ def export(
         if graphs:
             config |= _write_graphs(folder, config, graphs, shown or _probes(parts))
         config |= cost
+        weights = [path for path in sorted(folder.rglob("*")) if path.is_file() and _WEIGHTS.search(path.as_posix())]
+        config["sha256"] = {path.relative_to(folder).as_posix(): sha256(path) for path in weights}
         _write_json(folder / "config.json", config)
         (folder / "im2emb.py").write_text((ROOT / "models/bundle/im2emb.py").read_text())
         (folder / "notebook.ipynb").write_text(notebook(config))

@@ -81,6 +81,17 @@ def test_weights_from_a_file_do_not_tell_where_it_lay(tmp_path: Path) -> None:
     assert (facts["weights"], facts["step"]) == ("file", 3)
 
 
+@pytest.mark.parametrize("place", [0.5, 0.99])
+def test_damaged_weights_of_a_bundle_are_refused(bundle: Path, tmp_path: Path, place: float) -> None:
+    shutil.copytree(bundle, tmp_path / "bundle")
+    path = tmp_path / "bundle/model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[int(place * len(data))] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"{path} is damaged or was replaced: its sha256 is .*copy the bundle again"):
+        load(tmp_path / "bundle", "cpu")
+
+
 def test_names_of_its_program_are_unique(bundle: Path) -> None:
     """Of files that are joined, a name that two of them give would be the second's."""
     body = ast.parse((bundle / "predict.py").read_text()).body

@@ -6,6 +6,7 @@ B pictures, S squares that are made of each, E target width.
 """
 
 import contextlib
+import hashlib
 import itertools
 import json
 import os
@@ -87,6 +88,31 @@ def _squares_of(member: Mapping[str, Any]) -> tuple[Preprocessing, ...]:
     except (KeyError, TypeError, ValueError) as error:
         raise BundleError(f"config.json: the preprocessing of {member.get('name')!r} is unknown: {error}") from error
     return tuple(preprocessing.at(size) for size in member["sizes"])
+
+
+def refuse_damaged(folder: Path, config: Mapping[str, Any], backend: str = "torch") -> None:
+    """Raise a BundleError unless the files that a backend reads have the SHA-256 that config.json has of them.
+
+    It reads all of them: a second for 1 to 2 GB. The config.json of an older bundle has none, and nothing is compared.
+    """
+    names = {member["file"] for member in config["members"]}
+    if graph := config.get("graphs", {}).get(backend, {}).get("file"):
+        names |= {graph, f"{graph}.data", graph.removesuffix(".xml") + ".bin"}  # ONNX above 2 GB and OpenVINO have two
+    for name, expected in config.get("sha256", {}).items():
+        if name not in names:
+            continue
+        digest = hashlib.sha256()
+        try:
+            with (folder / name).open("rb") as file:
+                while block := file.read(1 << 22):
+                    digest.update(block)
+        except OSError as error:
+            raise BundleError(f"{folder / name} cannot be read: {error}; copy the bundle again") from error
+        if digest.hexdigest() != expected:
+            raise BundleError(
+                f"{folder / name} is damaged or was replaced: its sha256 is {digest.hexdigest()[:12]}…, and "
+                f"{expected[:12]}… in config.json; copy the bundle again"
+            )
 
 
 @contextlib.contextmanager
@@ -290,6 +316,7 @@ class Predictor:
         self.squares = squares_of(self.config)
         self.sizes = tuple(square.size for square in self.squares)
         self.width: int = self.config["target_width"]
+        refuse_damaged(folder, self.config, backend)
         self.mean_E = mean_vector(folder, self.config)
         self.device, warning = working_device(device if backend == "torch" else "cpu")
         if warning:
