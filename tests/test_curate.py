@@ -563,15 +563,15 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["work"]
 
 
-def test_vectors_that_are_lost_are_told(tmp_path: Path) -> None:
-    run(thousand(), 500, "similarity", duplicates_at=0.9, work=tmp_path)
+def test_vectors_that_are_lost_are_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    whole = run(thousand(), 500, "similarity", duplicates_at=0.9, work=tmp_path)
     path = tmp_path / "vectors.f16"
     for damage in (lambda: os.truncate(path, path.stat().st_size - 1), path.unlink):
         damage()
-        with pytest.raises(
-            UserError, match=rf"vectors\.f16 is cut off or lost; remove {tmp_path}, and curation begins"
-        ):
-            run(thousand(), 500, "similarity", duplicates_at=0.9, work=tmp_path)
+        caplog.clear()
+        again = run(thousand(), 500, "similarity", duplicates_at=0.9, work=tmp_path)
+        assert (again.train, again.val, again.report()) == (whole.train, whole.val, whole.report())
+        assert "is damaged: this part is curated again" in caplog.text
 
 
 def test_a_strangers_folder_is_not_emptied(tmp_path: Path) -> None:
