@@ -105,4 +105,5 @@ def _difference(trailer: bytes, hexdigest: str) -> str | None:
     if len(trailer) != _LENGTH or not trailer.startswith(_MARK):
         return "it does not end with its checksum: it was cut short, or an older version wrote it"
     stored = trailer[len(_MARK) : -1].decode(errors="replace")
-    return f"its bytes have changed since they were written: their sha256 is {hexdigest[:12]}…, not {stored[:12]}…"
+    # whole hashes: the damage may be a letter of the stored one
+    return f"its bytes have changed since they were written: their sha256 is {hexdigest}, not {stored}"
