@@ -72,7 +72,7 @@ def test_a_damaged_tar_is_warned_of_and_the_others_are_read(tmp_path: Path, capl
 
 
 def test_a_folder_without_any_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no picture \(\.png, \.jpg, \.jpeg, \.webp\) below"):
+    with pytest.raises(UserError, match=r"no picture \(\.jpg, \.jpeg, .*, \.avif\) below"):
         samples(tmp_path, 5)
     with pytest.raises(UserError, match="is no folder"):
         samples(tmp_path / "missing", 5)
