@@ -8,7 +8,6 @@ places of images with each other. `datagen.check_images` compares images and mem
 `datagen.check_vectors` compares vectors with the index and with each other.
 """
 
-import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from datagen.check_vectors import VectorCheck
 from datagen.fetch import first_line
 from datagen.problems import HIDDEN_PART, Problems
 from datagen.shards import FAULTY, INDEX, PLAN, read_info
-from datagen.storage import Files, Place
+from datagen.storage import Files, Place, sha256
 
 _SHARD = re.compile(r"(\d{6,})\.(tar|parquet)")
 
@@ -108,7 +107,7 @@ class _Check:
 
     def _check_plan(self, plan: pa.Table) -> None:
         where = self.root / "prompts.parquet"
-        digest = hashlib.sha256(self.files.path("prompts.parquet").read_bytes()).hexdigest()
+        digest = sha256(self.files.path("prompts.parquet"))
         if digest != self.info.get("plan_sha256"):
             self._add(
                 "the plan is another", f"{where} is not the plan that dataset.json was written with; copy it again"

@@ -23,7 +23,7 @@ import logging
 import mmap
 import tarfile
 import zlib
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from tokenize import TokenError
 from typing import Any
@@ -645,18 +645,6 @@ class Dataset:
     def fingerprint(self) -> str:
         """A hash of what the dataset is: its settings, plan and counts."""
         return sha256(self._files.path("dataset.json"))
-
-    def damaged(self, tick: Callable[[int], object]) -> Iterator[str]:
-        """Re-reads every picture and yields a line for each that does not match its crc; `tick` counts pictures."""
-        for i in range(len(self)):
-            try:
-                crc = zlib.crc32(self.image_bytes(i))
-                if crc != int(self._crcs[i]):
-                    where = self.root / self._paths[self._path_of[i]]
-                    yield f"{self.key(i)}: {where} at {self._offsets[i]}: crc32 {crc:08x}, index {self._crcs[i]:08x}"
-            except CorruptImage as error:
-                yield str(error)
-            tick(1)
 
     def _check_pictures(self, table: pa.Table) -> list[str]:
         found = []

@@ -101,11 +101,9 @@ def refuse_damaged(folder: Path, config: Mapping[str, Any], backend: str = "torc
     for name, expected in config.get("sha256", {}).items():
         if name not in names:
             continue
-        digest = hashlib.sha256()
         try:
             with (folder / name).open("rb") as file:
-                while block := file.read(1 << 22):
-                    digest.update(block)
+                digest = hashlib.file_digest(file, "sha256")
         except OSError as error:
             raise BundleError(f"{folder / name} cannot be read: {error}; copy the bundle again") from error
         if digest.hexdigest() != expected:
