@@ -3,7 +3,8 @@
 
 The 86 k real prompts of ../shared/data/prompts, each with two small edits (words swapped or left out, typing errors,
 tags appended; seeded), 259 k in all, in random order. Their vectors are encoded once and kept in the cache folder: the
-first run takes as long as that. Ours is `datagen.near.distinct`, as curation calls it: exact up to 50,000 kept vectors,
+first run takes as long as that. Ours is `datagen.curation.near_duplicates.distinct`, as curation calls it: exact up to
+50,000 kept vectors,
 cells beyond. The peer is the same greedy rule by blocks of fp32 matrix products: each row at cosine ≥ 0.9 to one kept
 before it is dropped. Every measurement is a process of its own with one thread, and tells its processor time (the
 machine may be shared) and its peak memory.
@@ -30,8 +31,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import finish, timed
-from conf import ROOT, progress
-from datagen import storage
+from core import store
+from core.paths import ROOT
+from core.progress import progress
 
 TARGET, GROWTH, RECALL = 2.0, 5.0, 0.99
 THRESHOLD, PURGE_AT, ROUNDS = 0.9, 0.7, 3
@@ -88,10 +90,10 @@ def prompts() -> list[str]:
 
 def encoded(texts: list[str]) -> Path:
     """The vectors [N, E] as a .npy, from the cache or made now; what a stopped run has encoded is not lost."""
-    from datagen.targets import TargetEncoder
+    from datagen.dataset.targets import TargetEncoder
 
     name = hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
-    path = storage.cache_folder() / f"benchmark-curate-{name}.npy"
+    path = store.cache_folder() / f"benchmark-curate-{name}.npy"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -133,7 +135,7 @@ def greedy(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def ours(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    from datagen.near import Bank, Rows, distinct
+    from datagen.curation.near_duplicates import Bank, Rows, distinct
 
     bank = Bank(Rows(vectors.shape[1]), THRESHOLD)
     return np.concatenate(
@@ -149,7 +151,7 @@ def greedy_purge(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def our_purge(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    from datagen.near import Bank, Rows
+    from datagen.curation.near_duplicates import Bank, Rows
 
     bank = Bank(Rows(vectors.shape[1]), PURGE_AT)
     bank.add(vectors[: len(vectors) // 10])
@@ -180,7 +182,7 @@ def peak_mb() -> float:
 def measure(name: str, path: Path, rows: int, kept: Path) -> None:
     """In a process of its own: does the work, writes the rows kept, and prints seconds and peak memory."""
     vectors = shuffled(path, rows)
-    import datagen.near  # noqa: F401 – its import is not timed
+    import datagen.curation.near_duplicates  # noqa: F401 – its import is not timed
 
     before = peak_mb()
     found: list[NDArray[np.int64]] = []

@@ -32,16 +32,17 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import finish, options
-from conf import compose, settings
-from datagen import shards
-from datagen.clip_tokenizer import clip_tokenizer
+from core.cli import compose
+from core.settings import settings
 from datagen.config import DatagenSettings
-from datagen.pictures import OPTIONS
+from datagen.dataset import format as shards
+from datagen.dataset.image_codec import OPTIONS
+from datagen.engine.worker import render_shard
+from datagen.prompts.clip_tokenizer import clip_tokenizer
 from datagen.renderers.device import matmul_tflops
 from datagen.renderers.hub import quiet
-from datagen.renderers.sd2_weights import CONFIG
-from datagen.renderers.stable_diffusion import StableDiffusion2, make_scheduler
-from datagen.work import render_shard
+from datagen.renderers.sd2.renderer import StableDiffusion2, make_scheduler
+from datagen.renderers.sd2.weights import CONFIG
 
 TARGET, PEAK_TARGET, FAST_TARGET = 2.0, 0.50, 1.8
 ROUNDS, BATCHES, PEERS = 5, 2, 4  # batches of ours and pictures of the peer a round

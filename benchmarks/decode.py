@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import finish, noise, options, timed
-from models.preprocess import Preprocessing, decode, fit
+from models.runtime.preprocess import Preprocessing, decode, fit
 
 TARGET, LEAST_DB = 1.9, 60
 PICTURES, SIZE, SIDE, ROUNDS = 50, 512, 224, 9

@@ -12,8 +12,8 @@ import statistics
 from PIL import Image
 
 from benchmarks.harness import finish, options, timed
-from datagen.grammar import lines
-from datagen.renderers.glyphs import Glyphs
+from datagen.prompts.grammar import lines
+from datagen.renderers.glyphs.renderer import Glyphs
 
 TARGET = 0.5
 SIZE, ROUND, ROUNDS = 128, 250, 7

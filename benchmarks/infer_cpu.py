@@ -29,12 +29,13 @@ import torch
 from torch.nn.functional import normalize
 
 from benchmarks.harness import finish, noise, options
-from models import checkpoint, graphs
-from models.bundle.backends import send_nothing
-from models.bundle.model import Predictor, network, read_config
-from models.export import export
-from models.preprocess import Preprocessing, fit
+from models import checkpoint
+from models.export import runtimes
+from models.export.export import export
 from models.regressor import Regressor, make
+from models.runtime.backends import send_nothing
+from models.runtime.model import Predictor, network, read_config
+from models.runtime.preprocess import Preprocessing, fit
 
 TARGET = 4
 WIDTH = 384
@@ -65,7 +66,7 @@ def exported(scale: Scale, pictures: list[torch.Tensor], root: Path) -> tuple[Re
     bundle = root / "bundle"
     export(root / "best", bundle)
     config = read_config(bundle)
-    config["graphs"] = graphs.write(bundle, network(bundle, config), KINDS, pictures)
+    config["graphs"] = runtimes.write(bundle, network(bundle, config), KINDS, pictures)
     (bundle / "config.json").write_text(json.dumps(config))
     return model, bundle
 
@@ -140,7 +141,7 @@ def compared(arms: dict[str, Callable[[slice], torch.Tensor]], scale: Scale) -> 
     for arm in arms:
         best = max(scale.batches, key=lambda size: medians[arm, size])
         figures |= {f"{arm}_per_s": medians[arm, best], f"{arm}_batch": best, f"{arm}_one_per_s": medians[arm, 1]}
-        figures[f"{arm}_distance"] = float(graphs.cosine_distance(vectors[arm], vectors["peer"]).max())
+        figures[f"{arm}_distance"] = float(runtimes.cosine_distance(vectors[arm], vectors["peer"]).max())
     del figures["peer_distance"]
     figures |= {"pictures": scale.pictures, "threads": torch.get_num_threads()}
     return figures | {"rounds": {f"{arm} {size}": values for (arm, size), values in rounds.items()}}

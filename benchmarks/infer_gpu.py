@@ -33,9 +33,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import finish, options
 from models import checkpoint
-from models.export import export, load_bundle
+from models.export.export import export, load_bundle
 from models.regressor import Regressor, make
-from train.cost import DTYPES, peak_flop_per_s
+from train.scale.flops import DTYPES, peak_flop_per_s
 
 TARGET, PEAK_TARGET = 1.10, 0.60
 WIDTH = 384

@@ -8,7 +8,8 @@ prompts left out; and `predicted`, each of these turned towards another prompt u
 as far as a good regressor's predictions are. Prompts and edits are encoded once and kept in the cache folder: the first
 run takes as long as that.
 
-Ours is `models.bank.Index`, approximate, built and saved in one process and loaded in others; the peer is a matrix
+Ours is `models.retrieval.vector_index.Index`, approximate, built and saved in one process and loaded in others; the
+peer is a matrix
 product and `topk` by torch over blocks of the bank. Every measurement is a process of its own with two threads; rounds
 alternate, medians count. What is quoted, and what the exit status tells of (2 s at most, recall .95 at least), is the
 time by the clock of two cores that are otherwise idle: nothing else may run. Processor time is told beside it.
@@ -35,7 +36,7 @@ from numpy.typing import NDArray
 
 from benchmarks import curate
 from benchmarks.harness import finish
-from conf import ROOT
+from core.paths import ROOT
 
 TARGET, RECALL, SECONDS = 4.0, 0.95, 2.0
 ROWS, QUESTIONS, K, ROUNDS = 1_000_000, 1000, 20, 3
@@ -51,7 +52,7 @@ def texts(tiny: bool) -> list[str]:
     """Prompts, two edits behind each."""
     if curate.FOLDER.is_dir() and not tiny:
         return curate.prompts()
-    from datagen.grammar import lines
+    from datagen.prompts.grammar import lines
 
     rng = random.Random("knn")
     many = 500 if tiny else 20_000
@@ -111,7 +112,7 @@ def memory_mb() -> dict[str, float]:
 def measure(work: str, folder: Path) -> None:
     """In a process of its own: does the work and prints its seconds and memory."""
     importlib.import_module("torch" if work == "brute" else "faiss")  # which is not timed
-    from models.bank import Index
+    from models.retrieval.vector_index import Index
 
     bank, file = np.load(folder / "bank.npy", mmap_mode="c"), folder / "index.faiss"
     told: dict[str, Any] = {}

@@ -25,13 +25,13 @@ from webdataset.compat import WebDataset
 
 from benchmarks.harness import finish, options, timed
 from benchmarks.reader import PICTURES, SHARD, make
-from datagen import shards
-from datagen.shards import Dataset
-from models.preprocess import Preprocessing, decode, fit
+from datagen.dataset import format as shards
+from datagen.dataset.format import Dataset
 from models.regressor import Regressor
 from models.regressor import make as make_model
-from train.data import Pictures, loader
-from train.draws import Draws, Part, Steps
+from models.runtime.preprocess import Preprocessing, decode, fit
+from train.data.images import Pictures, loader
+from train.data.samplers import Draws, Part, Steps
 
 TARGET, OWN_DECODER_TARGET = 2.3, 1.15
 SIDE, BATCH, ROUNDS, WIDTH = 224, 64, 7, 384

@@ -33,7 +33,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import finish
-from conf import ROOT
+from core.paths import ROOT
 
 TARGET, GIGABYTES = 1.8, 2.0
 COUNT, DISTINCT, ROUNDS, SIDE = 16_000, 500, 3, 512
@@ -70,7 +70,8 @@ def make_pictures(folder: Path, count: int) -> float:
 def make_bundle(folder: Path) -> None:
     import torch
 
-    from models import checkpoint, export
+    from models import checkpoint
+    from models.export import export
     from models.regressor import make
 
     source = QUICKSTART

@@ -21,9 +21,9 @@ import pyarrow as pa
 from webdataset.compat import WebDataset
 
 from benchmarks.harness import finish, noise, options, timed
-from datagen import shards
-from datagen.shards import Dataset
-from models.preprocess import decode
+from datagen.dataset import format as shards
+from datagen.dataset.format import Dataset
+from models.runtime.preprocess import decode
 
 TARGET = 15
 PICTURES, SHARD, DISTINCT, SIZE, ROUNDS = 2000, 500, 50, 512, 7

@@ -1,7 +1,8 @@
 # ruff: noqa: T201
 """The podium's recipes and ours at equal cost. `python -m benchmarks.recipes [--work DIR] [--json FILE]`, half an hour.
 
-A run is `train.fit` with a recipe's settings, which is `python -m train` with them: RECIPES is all that differs between
+A run is `train.fit.fit` with a recipe's settings, which is `python -m train` with them: RECIPES is all that differs
+between
 two rows. Common to them are the pictures (glyph scenes; training never shows validation's pairs of object and colour),
 the backbone (EfficientNet-Lite0, ImageNet weights), the batch, and the budget: the CPU time of plain fine-tuning for
 PASSES passes over the training pictures. What a picture costs is measured first, for each recipe, from two short runs;
@@ -34,7 +35,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.harness import finish
-from conf import ROOT, compose, settings
+from core.cli import compose
+from core.paths import ROOT
+from core.settings import settings
 
 TARGET = 1.0
 PASSES, SEARCH_SEED, SEEDS = 1.5, 100, (0, 1, 2)
@@ -202,7 +205,7 @@ def one(overrides: list[str]) -> None:
     import torch
 
     from train.config import TrainSettings
-    from train.fit import fit
+    from train.fit.fit import fit
 
     torch.set_num_threads(1)
     chosen = settings(TrainSettings, compose("train", overrides))
@@ -288,7 +291,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def options() -> argparse.Namespace:
-    from datagen.storage import cache_folder
+    from core.store import cache_folder
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write all figures here")
@@ -308,7 +311,7 @@ def main() -> None:
     data = [*DATA, *(QUICK if chosen.quick else FULL), f"out={work / 'data'}"]
     subprocess.run([sys.executable, "-m", "datagen", *data], cwd=ROOT, check=True)  # goes on, or is done already
     runs = Runs(work, chosen.processes)
-    from datagen.shards import read_info
+    from datagen.dataset.format import read_info
 
     pictures = read_info(work / "data")["splits"]["train"]
     rows = measured(runs, pictures, SEEDS[:2], 1) if chosen.quick else measured(runs, pictures, SEEDS, 3)

@@ -1,7 +1,7 @@
 # ruff: noqa: T201
 """A training step on a CPU against a loop written by hand. `python -m benchmarks.step [--json FILE] [--tiny]`, minutes.
 
-Ours is `train.fit`, which is `python -m train`, with all that a step of it does: seeds, draws, losses logged and
+Ours is `train.fit.fit`, which is `python -m train`, with all that a step of it does: seeds, draws, losses logged and
 checked, progress, resume points. The peer is what a user would write for the same run: a DataLoader over the same
 pictures in the same order, loss, backward pass, gradient clipping, AdamW, LambdaLR. That both do the same work is
 checked: their weights are the same at the end, to the bit. The model is the quickstart's, EfficientNet-Lite0 with
@@ -24,16 +24,17 @@ from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 
 from benchmarks.harness import finish, options
-from conf import compose, settings
-from datagen.shards import Dataset
+from core.cli import compose
+from core.settings import settings
+from datagen.dataset.format import Dataset
 from models.checkpoint import load
-from models.preprocess import Preprocessing
 from models.regressor import Regressor, make
+from models.runtime.preprocess import Preprocessing
 from tests import small_dataset
-from train import fit as fit_module
 from train.config import TrainSettings
-from train.data import Pictures
-from train.draws import Draws, Part, Steps
+from train.data.images import Pictures
+from train.data.samplers import Draws, Part, Steps
+from train.fit import fit
 
 TARGET = 0.97
 ROUNDS, SKIPPED, TIMED = 5, 5, 30
@@ -81,11 +82,11 @@ def ours(data: Path, out: Path, skipped: int, timed: int) -> tuple[float, Regres
         "scale.accelerator=cpu",
         "scale.workers=0",
     ]
-    fit_module.lightning.Trainer = watched  # pyright: ignore[reportAttributeAccessIssue] — the run's own, with one more
+    fit.lightning.Trainer = watched  # pyright: ignore[reportAttributeAccessIssue] — the run's own, with one more
     try:
-        code = fit_module.fit(settings(TrainSettings, compose("train", overrides)))
+        code = fit.fit(settings(TrainSettings, compose("train", overrides)))
     finally:
-        fit_module.lightning.Trainer = whole
+        fit.lightning.Trainer = whole
     assert code == 0
     return watch.seconds / timed, load(out / "last")
 

@@ -19,10 +19,10 @@ import numpy as np
 import torch
 
 from benchmarks.harness import finish, options
-from conf import ROOT
-from datagen.grammar import lines
-from datagen.sentences import LOWEST_COSINE
-from datagen.targets import MINILM, TargetEncoder
+from core.paths import ROOT
+from datagen.dataset.targets import MINILM, TargetEncoder
+from datagen.dataset.text_encoder import LOWEST_COSINE
+from datagen.prompts.grammar import lines
 
 TARGET = 2.5
 TEXTS, ROUNDS = 3000, 5

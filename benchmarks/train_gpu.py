@@ -36,21 +36,22 @@ from torch.nn.functional import cosine_similarity, normalize
 from benchmarks import reader
 from benchmarks.harness import finish, options
 from benchmarks.step import Stopwatch
-from conf import compose, settings
-from datagen import shards
-from datagen.shards import Dataset
-from models import depth
-from models.preprocess import Preprocessing
+from core.cli import compose
+from core.settings import settings
+from datagen.dataset import format as shards
+from datagen.dataset.format import Dataset
+from models.backbones import layer_groups
 from models.regressor import Regressor, make
+from models.runtime.preprocess import Preprocessing
 from tests import small_dataset
-from train import start
 from train.config import TrainSettings
-from train.cost import DTYPES, Cost, measure, peak_flop_per_s
-from train.data import Batch, Data, loader
-from train.draws import Steps
-from train.fit import _quiet
-from train.machine import Machine
-from train.module import Plan, Training
+from train.data.images import Batch, Data, loader
+from train.data.samplers import Steps
+from train.fit import setup
+from train.fit.fit import _quiet
+from train.fit.module import Plan, Training
+from train.scale.devices import Machine
+from train.scale.flops import DTYPES, Cost, measure, peak_flop_per_s
 
 TARGET, MFU_TARGET, HALF_TARGET, SHARDS_TARGET = 1.15, 0.55, 1.4, 0.97
 WIDTH = 384
@@ -158,12 +159,12 @@ def prepare(data_root: Path, name: str, scale: Scale, tiny: bool, freeze: int = 
     chosen = settings(TrainSettings, compose("train", overrides))
     machine = Machine(chosen.scale)
     datasets = [Dataset(data_root, chosen.encoder)]
-    needs = measure(start.outline(chosen, datasets), chosen.optim, machine.half)
+    needs = measure(setup.outline(chosen, datasets), chosen.optim, machine.half)
     data = Data(datasets, [], chosen, Preprocessing(scale.size))
     with machine.device:
         model = make(name, "random", scale.size, WIDTH)
-    start.arm(model, chosen)
-    plan = start.plan(chosen, model, data, needs, machine)
+    setup.arm(model, chosen)
+    plan = setup.plan(chosen, model, data, needs, machine)
     data.accumulate = plan.accumulate
     model.cpu()
     free()
@@ -234,7 +235,7 @@ def write_shards(root: Path, tiny: bool) -> Path:
 def measured(kind: str, name: str, scale: Scale, data_root: Path, tiny: bool) -> dict[str, Any]:
     """Figures of one model."""
     ours = prepare(data_root, name, scale, tiny)
-    half = prepare(data_root, name, scale, tiny, freeze=len(depth.blocks(ours.model.backbone)) // 2)
+    half = prepare(data_root, name, scale, tiny, freeze=len(layer_groups.blocks(ours.model.backbone)) // 2)
     how = f"{ours.micro} pictures at once, {ours.plan.recompute} recomputation, {ours.machine.half}"
     print(
         f"{kind}: {name}, {how}, {'compiled' if ours.plan.compile else 'not compiled'}; {ours.needs.line(ours.micro)}"

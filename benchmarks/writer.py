@@ -29,9 +29,9 @@ from PIL import Image
 from webdataset.writer import ShardWriter
 
 from benchmarks.harness import finish, options
-from conf import ROOT
-from datagen import shards
-from datagen.pictures import OPTIONS, Resizer, encoded
+from core.paths import ROOT
+from datagen.dataset import format as shards
+from datagen.dataset.image_codec import OPTIONS, Resizer, encoded
 
 TARGET, LEAST_DB = 2.5, 40
 FROM, TO, BATCH, BATCHES, ROUNDS = 768, 512, 7, 4, 5

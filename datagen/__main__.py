@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from conf import command, settings
+from core.cli import command
+from core.settings import settings
 from datagen.config import DatagenSettings
 
 
 def run(values: dict[str, Any]) -> int:
     chosen = settings(DatagenSettings, values)
-    from datagen.runner import generate
+    from datagen.engine.runner import generate
 
     return generate(chosen)
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from conf import Location
-from datagen.text_encoding import encoding_problem
+from core.charset import encoding_problem
+from core.paths import Location
 
 ENCODER = "all-MiniLM-L6-v2"
 

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from conf import UserError
-from conf.checksum import DamagedFile
-from models import tensors as tensor_file
-from models.backbones import Spec, build_as_named
-from models.preprocess import PREPROCESS, Preprocessing
+from core import tensor_files
+from core.checksum import DamagedFile
+from core.errors import UserError
+from models.backbones.pretrained_weights import put
+from models.backbones.registry import Spec, build_as_named
 from models.regressor import Regressor
-from models.weights import put
+from models.runtime.preprocess import PREPROCESS, Preprocessing
 
 log = logging.getLogger(__name__)
 
@@ -54,7 +54,7 @@ def save(
     tensors |= {f"probe_image_{i}": probe.contiguous() for i, probe in enumerate(probes)}
     config = {"format": FORMAT, "preprocess": PREPROCESS, **model.description(), **facts}
     with replacing(folder) as part:
-        tensor_file.save(tensors, part / "model.safetensors")
+        tensor_files.save(tensors, part / "model.safetensors")
         (part / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
 
 
@@ -174,7 +174,7 @@ def load_into(model: Regressor, folder: Path) -> None:
 def _fill(model: Regressor, folder: Path, where: str) -> None:
     """The weights of `folder` into a model of its architecture, of another input size perhaps."""
     try:
-        tensors = tensor_file.read(folder / "model.safetensors")
+        tensors = tensor_files.read(folder / "model.safetensors")
         backbone, head = (
             {name.removeprefix(part): tensor for name, tensor in tensors.items() if name.startswith(part)}
             for part in ("backbone.", "head.")

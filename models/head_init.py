@@ -123,7 +123,7 @@ def init_ridge(
     stiffer: float = 1,
     part_n: NDArray[np.integer] | None = None,
 ) -> float:
-    """Sets a head of `models.heads` in closed form; returns the penalty's share.
+    """Sets a head of `models.runtime.heads` in closed form; returns the penalty's share.
 
     Linear: one pass. Wide: its first layer stays as it is, random features; one pass measures the mean and variance
     of their BatchNorm over all pictures (as in evaluation: exactly, no running average), a second one fits the last

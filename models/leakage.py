@@ -4,7 +4,8 @@
     leakage.text()       "3 of 810 images (3 with a prompt at cosine ≥ 0.9 to a training prompt)"
     leakage.held_out     True: no bytes and no prompt are shared
 
-`train/leakage.py` counts; evaluation.json, checkpoints and bundles store the counts; tables, pages and cards show them.
+`train/evaluate/leakage.py` counts; evaluation.json, checkpoints and bundles store the counts; tables, pages and cards
+show them.
 """
 
 from collections.abc import Mapping

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from conf import UserError
-from models.depth import layers
+from core.errors import UserError
+from models.backbones.layer_groups import layers
 
 log = logging.getLogger(__name__)
 

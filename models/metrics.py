@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from conf import UserError
+from core.errors import UserError
 
 _DRAWN = 1 << 16  # pictures at once, of all resamples: what fits the cache of a core is drawn twice as fast
 _BLOCK = 1 << 14  # vectors of a bank at once

@@ -5,10 +5,10 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from models.backbones import Spec, build
-from models.depth import frozen_names
-from models.heads import make_head
-from models.preprocess import fit
+from models.backbones.layer_groups import frozen_names
+from models.backbones.registry import Spec, build
+from models.runtime.heads import make_head
+from models.runtime.preprocess import fit
 
 
 class Regressor(nn.Module):
@@ -18,7 +18,7 @@ class Regressor(nn.Module):
         backbone: normalised image_BCHW → features_BD.
         spec: of that backbone.
         width: E, of the target vectors.
-        head: linear or wide, as in `models.heads`.
+        head: linear or wide, as in `models.runtime.heads`.
         hidden: units of a wide head.
     """
 

@@ -18,11 +18,12 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from conf import UserError, progress
-from models.backbones import OPEN_CLIP
+from core.errors import UserError
+from core.progress import progress
+from models.backbones.registry import OPEN_CLIP
+from models.backbones.specs import with_own_activation
 from models.head_init import RidgeHead
 from models.regressor import Regressor
-from models.specs import with_own_activation
 
 _BATCH = 256
 # timm's own copies of towers, whose names do not tell open_clip's. SigLIP's and those of one hub repository do.

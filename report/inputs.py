@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from conf import UserError
+from core.errors import UserError
 
 
 def require_packages(*more: str) -> None:

@@ -8,9 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from conf import ROOT, Location, compose, settings
+from core.cli import compose
+from core.paths import ROOT, Location
+from core.settings import settings
 from datagen.config import DatagenSettings
-from datagen.runner import generate
+from datagen.engine.runner import generate
 
 GLYPHS = (
     "renderer=glyphs",

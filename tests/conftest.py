@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from conf import ROOT
+from core.paths import ROOT
 
 if TYPE_CHECKING:
     from tests.tiny_sd2 import TinySD2

@@ -26,7 +26,8 @@ from typing import Any
 
 import pytest
 
-from conf import UserError, compose
+from core.cli import compose
+from core.errors import UserError
 
 _TIMES = ("seconds", "train/images_per_s", "time")
 

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from datagen.shards import Dataset
+from datagen.dataset.format import Dataset
 from models.leakage import NEAR, Leakage
 from models.metrics import bins, compare, cosines, recall
 from tests import small_dataset
-from train.judged import FORMAT
+from train.evaluate.results import FORMAT
 
 
 def at(datasets: Sequence[Dataset], cosine_N: ArrayLike, seed: int = 0) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datagen import shards
+from datagen.dataset import format as shards
 from tests import small_dataset
 
 ENCODER, WIDTH = "texts", 64

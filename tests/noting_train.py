@@ -1,7 +1,7 @@
 """`python -m train`, noting of each rank at each step: the pictures it takes, and how many tensors Lightning has
 broadcast so far. <out>/rows_<rank>.jsonl
 
-    python -m tests.noting_train dataset=… out=…     # for tests/test_ranks.py
+    python -m tests.noting_train dataset=… out=…     # for tests/train/fit/test_ranks.py
 
 Nothing but the note is added; the ranks that Lightning starts run this module too.
 """
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from conf import command
+from core.cli import command
 from train.__main__ import run
-from train.data import Batch
-from train.module import Training
+from train.data.images import Batch
+from train.fit.module import Training
 
 _step = Training.training_step
 _broadcast = torch.distributed.broadcast

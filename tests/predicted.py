@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from models import checkpoint, export
+from models import checkpoint
+from models.export import export
 from models.regressor import Regressor, make
 
 E = 6

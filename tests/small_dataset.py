@@ -15,8 +15,8 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from PIL import Image
 
-from conf import Location
-from datagen import shards
+from core.paths import Location
+from datagen.dataset import format as shards
 
 T = TypeVar("T", Path, Location)
 ENCODER, WIDTH = "colours", 384

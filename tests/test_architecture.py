@@ -1,33 +1,34 @@
-"""The rules of the house: who may import whom, and where the heavy packages live."""
+"""Layering of the packages: who may import whom, where heavy packages live, and that no import runs in a circle."""
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
-from conf import ROOT
+from core.paths import ROOT
 
-OURS = ("benchmarks", "conf", "datagen", "models", "report", "tests", "train")
-PACKAGES = ("conf", "datagen", "models", "report", "train")  # what is shipped: tests and benchmarks are free
+OURS = ("benchmarks", "core", "datagen", "models", "report", "tests", "train")
+PACKAGES = ("core", "datagen", "models", "report", "train")  # what is shipped: tests and benchmarks are free
 MAY: dict[str, tuple[str, ...]] = {
-    "conf": (),
-    "datagen": ("conf", "datagen", "models.runtime", "report"),
-    "models": ("conf", "models"),
-    "report": ("conf", "report"),
+    "core": ("core", "models.runtime"),
+    "datagen": ("core", "datagen", "models.runtime", "report"),
+    "models": ("core", "models"),
+    "report": ("core", "models.runtime", "report"),
     "train": (
-        *("conf", "models", "report", "train", "datagen.shards", "datagen.splits", "datagen.targets"),
-        *("datagen.captions", "datagen.fetch", "datagen.rows"),  # files of prompts
+        *("core", "datagen.dataset", "models", "report", "train"),
+        *("datagen.prompts.captions", "datagen.prompts.download", "datagen.prompts.readers"),  # files of prompts
     ),
 }
 ONLY: dict[str, tuple[str, ...]] = {
-    "hydra": ("conf/__init__.py",),
-    "omegaconf": ("conf/__init__.py",),
+    "hydra": ("core/cli.py",),
+    "omegaconf": ("core/cli.py",),
     "lightning": ("train/",),
     "wandb": ("train/",),
     "diffusers": ("datagen/renderers/",),
-    "ray": ("datagen/cluster.py",),
+    "ray": ("datagen/engine/ray.py",),
 }
 
 
@@ -37,25 +38,47 @@ def files() -> list[Path]:
 
 @cache
 def imports(path: Path) -> tuple[str, ...]:
-    """Full names of all that a file imports, wherever in it: `from a import b` gives both a and a.b."""
+    """Full names of all that a file imports, wherever in it: in functions and under TYPE_CHECKING, too.
+
+    `from a import b` gives a.b where b is a module, else a.
+    """
     return tuple(_imports(path))
 
 
 def _imports(path: Path) -> Iterator[str]:
+    package = path.relative_to(ROOT).parent.parts if path.is_relative_to(ROOT) else ()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            assert node.module is not None
+            relative = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join([*relative, *([node.module] if node.module else [])])
             for alias in node.names:
-                inner = ROOT.joinpath(*node.module.split("."), alias.name)
+                inner = ROOT.joinpath(*module.split("."), alias.name)
                 is_module = inner.is_dir() or inner.with_suffix(".py").is_file()
-                yield f"{node.module}.{alias.name}" if is_module else node.module
+                yield f"{module}.{alias.name}" if is_module else module
 
 
 def within(name: str, allowed: tuple[str, ...]) -> bool:
     return any(name == a or name.startswith(f"{a}.") for a in allowed)
+
+
+def ours(path: Path) -> list[str]:
+    return [name for name in imports(path) if name.partition(".")[0] in OURS]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def cycle(graph: Mapping[str, Iterable[str]]) -> list[str]:
+    """The names of one circle of imports, or nothing."""
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
 
 
 @pytest.mark.parametrize("package", PACKAGES)
@@ -63,10 +86,39 @@ def test_who_imports_whom(package: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sorted((ROOT / package).rglob("*.py"))
-        for name in imports(path)
-        if name.partition(".")[0] in OURS and not within(name, MAY[package])
+        for name in ours(path)
+        if not within(name, MAY[package])
     ]
-    assert not wrong, f"{package} may import {', '.join(MAY[package]) or 'nothing of ours'}"
+    assert not wrong, f"{package} may import {', '.join(MAY[package])}"
+
+
+def test_no_file_imports_itself_by_way_of_others() -> None:
+    graph = {module_name(path): {name for name in ours(path) if name != module_name(path)} for path in files()}
+    assert not cycle(graph)
+
+
+def test_no_folder_imports_itself_by_way_of_others() -> None:
+    """A folder of modules imports only folders below it; a command beside the folders is a folder of its own."""
+    graph: dict[str, set[str]] = {}
+    folders = {module_name(path) for path in files() if path.name == "__init__.py"}
+    for path in files():
+        place = module_name(path)
+        own = folder_of(place, folders)
+        graph.setdefault(own, set()).update({folder_of(name, folders) for name in ours(path)} - {own})
+    assert not cycle(graph)
+
+
+def folder_of(name: str, folders: set[str]) -> str:
+    """The package that holds a module; a module directly in a top-level package stands for itself."""
+    if name in folders:
+        return name
+    package = name.rpartition(".")[0]
+    return package if "." in package else name
+
+
+def test_a_circle_is_seen() -> None:
+    assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
+    assert not cycle({"a": {"b", "c"}, "b": {"c"}})
 
 
 @pytest.mark.parametrize("name", ONLY)
@@ -83,11 +135,12 @@ def test_where_the_heavy_packages_live(name: str) -> None:
 def test_the_walk_sees_imports() -> None:
     """Else the rules above would hold of anything."""
     seen = {name for path in files() for name in imports(path)}
-    assert {"datagen.shards", "report", "conf", "hydra", "lightning.pytorch", "numpy"} <= {
+    assert {"datagen.dataset.format", "report", "core.errors", "hydra", "lightning.pytorch", "numpy"} <= {
         *seen,
         *(name.partition(".")[0] for name in seen),
     }
     assert any(name.startswith("diffusers.") for name in seen)
+    assert "models.runtime.backends" in imports(ROOT / "models/runtime/model.py")  # by a relative import
 
 
 def test_no_print_no_utils_no_target() -> None:
@@ -113,25 +166,31 @@ def test_files_open_with_their_purpose() -> None:
         assert path.read_text(encoding="utf-8").startswith("#"), f"{path} opens with no comment"
 
 
-def test_the_bundles_program_needs_only_what_export_copies_into_it() -> None:
-    from models.export import PROGRAM
-
-    assert {path.relative_to(ROOT).as_posix() for path in (ROOT / "models/bundle").glob("*.py")} <= {
-        *PROGRAM, "models/bundle/__init__.py", "models/bundle/im2emb.py",
-    }  # fmt: skip
-    carried = tuple(place.removesuffix(".py").replace("/", ".") for place in PROGRAM)
-    for place in PROGRAM:
-        found = {name for name in imports(ROOT / place) if name.partition(".")[0] in OURS}
-        assert found <= set(carried), place
-    assert not [name for name in imports(ROOT / "models/bundle/im2emb.py") if name.partition(".")[0] in OURS]
+def test_conf_holds_yaml_alone() -> None:
+    strange = [path for path in (ROOT / "conf").rglob("*") if path.is_file() and path.suffix not in (".yaml", ".pyc")]
+    assert not strange
 
 
-def test_models_runtime_is_a_leaf_that_loads_no_torch() -> None:
+def test_models_runtime_is_a_leaf() -> None:
+    """It imports only itself, by relative imports: the bundle carries its files."""
     assert not (ROOT / "models/__init__.py").read_text()
+    assert not (ROOT / "models/runtime/__init__.py").read_text()
     for path in (ROOT / "models/runtime").glob("*.py"):
-        wrong = [n for n in imports(path) if n.partition(".")[0] in OURS and not within(n, ("models.runtime",))]
-        assert not wrong, path
-        assert not [name for name in imports(path) if name.partition(".")[0] in ("torch", "numpy", "PIL")], path
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        absolute = [n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and not n.level]
+        assert not [name for name in absolute if name and name.partition(".")[0] in OURS], path
+        assert all(within(name, ("models.runtime",)) for name in ours(path)), path
+
+
+def test_the_bundles_program_is_models_runtime() -> None:
+    from models.export.export import PROGRAM
+
+    left = {path.relative_to(ROOT).as_posix() for path in (ROOT / "models/runtime").glob("*.py")} - {*PROGRAM}
+    assert left == {"models/runtime/__init__.py", "models/runtime/im2emb.py"}
+
+
+def test_the_list_of_image_suffixes_loads_no_torch() -> None:
+    assert not [name for name in imports(ROOT / "models/runtime/image_files.py") if name in ("torch", "numpy", "PIL")]
 
 
 def test_no_machine_paths_and_no_registry_hosts() -> None:

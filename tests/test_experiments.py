@@ -13,15 +13,17 @@ import open_clip
 import pytest
 import torch
 
-from conf import ROOT, compose, settings
-from datagen.shards import Dataset
-from models.backbones import build
-from models.depth import blocks, layers
-from models.specs import own_spec
+from core.cli import compose
+from core.paths import ROOT
+from core.settings import settings
+from datagen.dataset.format import Dataset
+from models.backbones.layer_groups import blocks, layers
+from models.backbones.registry import build
+from models.backbones.specs import own_spec
 from models.text_head import tower_of
 from tests import small_dataset
-from train import start
 from train.config import TrainSettings
+from train.fit import setup
 
 TARGETS = 384
 RENDERED = 112  # px of `make quickstart`
@@ -194,7 +196,7 @@ def count(parameters: Any) -> int:
 def test_an_experiment_is_what_its_table_says(name: str, rendered: Dataset) -> None:
     expected = TABLE[name]
     chosen = settings(TrainSettings, compose("train", [f"+experiment={name}"]))
-    model = start.outline(chosen, [rendered])
+    model = setup.outline(chosen, [rendered])
     parts = blocks(model.backbone)
     own = {n: p for n, p in model.backbone.named_parameters() if ".lora_" not in n}
     assert (model.spec.size, count(own.values()), len(parts)) == (expected.size, expected.tower, expected.count)

@@ -17,7 +17,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from conf import ROOT
+from core.paths import ROOT
 from models.regressor import make
 from tests.tiny_sd2 import TinySD2
 
@@ -39,7 +39,7 @@ def python(tree: Path, module: str, *overrides: str) -> str:
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The project without its tests, as after a clone."""
     tree = tmp_path_factory.mktemp("clone") / "im2emb"
-    for package in ("conf", "datagen", "models", "report", "train"):
+    for package in ("conf", "core", "datagen", "models", "report", "train"):
         shutil.copytree(ROOT / package, tree / package, ignore=shutil.ignore_patterns("__pycache__"))
     for file in ("pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / file).exists():

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from conf import ROOT, compose
-from datagen.targets import minilm_wheel
+from core.cli import compose
+from core.paths import ROOT
+from datagen.dataset.targets import minilm_wheel
 from tests import tiny_captioners, tiny_published, tiny_sd2
 
 GLYPHS = ["renderer=glyphs", "num=24", "shard_size=12", "workers=1", "renderer.size=32", "curate.duplicates_at=null"]
@@ -84,7 +85,7 @@ COMMANDS = {
         *("ensemble.folds=2", "workers=0", "accelerator=cpu")
     ],
     "python -m train.report run=checkpoints/quickstart": ["run=checkpoints/mine"],
-    "python -m train.demo checkpoint=checkpoints/quickstart/best": None,  # tests/test_demo.py starts it
+    "python -m train.demo checkpoint=checkpoints/quickstart/best": None,  # tests/train/demo/test_demo.py starts it
     "python -m models.export checkpoint=both/ensemble wheels.python=3.11 out=kaggle": ["wheels.python=null"],
     "python kaggle/predict.py --images test/images --sample-submission sample_submission.csv --time-limit 8h30m "
     "--out submission.csv": [],
@@ -97,7 +98,7 @@ COMMANDS = {
     "python served/predict.py --images pictures --backend openvino_int8 --format npy --out vectors.npy": [],
     "python -m models.export checkpoint=checkpoints/vith14 out=vith14 push=kaggle:user/im2emb-vith14": [],
     "python -m models.export checkpoint=checkpoints/vith14 out=vith14 push=hub:user/im2emb-vith14 licence=mit "
-    "dry_run=false": None,  # tests/test_publish.py sends one
+    "dry_run=false": None,  # tests/models/export/test_upload.py sends one
 }
 CONFIGS = {"datagen": "datagen", "train": "train", "datagen.report": "datagen_report"}
 

@@ -13,7 +13,7 @@ from sentence_transformers.base.modules import Dense, Router, Transformer
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers import AutoTokenizer, BertConfig, BertModel, RobertaConfig, RobertaModel
 
-from datagen.targets import minilm_wheel
+from datagen.dataset.targets import minilm_wheel
 
 WIDTH = 16
 _SIZES: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """A tiny Stable Diffusion 2 with random weights: SD 2.0's layout at a hundredth of its widths, in every form it is had.
 
     weights = tiny_sd2.build(tmp_path)   # a second or two; for a fixture of a module
-    StableDiffusion2(tiny_sd2.settings(weights, steps=2))
+    StableDiffusion2(tiny_sd2.renderer_settings(weights, steps=2))
 
 It has SD 2's four levels, attention layout, linear projections, v-prediction and real vocabulary, so that the code that
 loads and samples it is the code that loads and samples the real one. The folder is written as the hub's is: the text
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
-import conf
-from datagen.clip_tokenizer import clip_tokenizer
+from core.cli import compose
+from core.settings import settings
 from datagen.config import StableDiffusionRenderer
+from datagen.prompts.clip_tokenizer import clip_tokenizer
 
 TEXT_WIDTH, TEXT_LAYERS = 16, 2
 LAYERS = 2  # resnets a level, as in SD 2
@@ -131,10 +132,10 @@ def build(out: Path, seed: int = 0) -> TinySD2:
     return single
 
 
-def settings(weights: TinySD2, preset: str = "sd2_competition", **changes: Any) -> StableDiffusionRenderer:
+def renderer_settings(weights: TinySD2, preset: str = "sd2_competition", **changes: Any) -> StableDiffusionRenderer:
     """The preset's settings for these weights on a CPU: 64 px, 4 steps, two pictures a batch."""
-    composed = conf.compose("datagen", [f"renderer={preset}"])["renderer"]
-    chosen = conf.settings(StableDiffusionRenderer, composed)
+    composed = compose("datagen", [f"renderer={preset}"])["renderer"]
+    chosen = settings(StableDiffusionRenderer, composed)
     small = {"model": str(weights.folder), "device": "cpu", "render_size": 64, "size": 64, "steps": 4, "batch_size": 2}
     return replace(chosen, **{**small, **changes})
 

@@ -6,8 +6,9 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from conf import compose, settings
-from models.preprocess import Preprocessing
+from core.cli import compose
+from core.settings import settings
+from models.runtime.preprocess import Preprocessing
 from tests import small_dataset
 from train.config import TrainSettings
 
@@ -38,7 +39,7 @@ def chosen(dataset: Path, out: Path, *overrides: str) -> TrainSettings:
 
 def train(dataset: Path, out: Path, *overrides: str) -> int:
     """Trains in this process; returns the exit code."""
-    from train.fit import fit
+    from train.fit.fit import fit
 
     return fit(chosen(dataset, out, *overrides))
 

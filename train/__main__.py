@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from conf import command, settings
+from core.cli import command
+from core.settings import settings
 from train.config import TrainSettings
 
 
 def run(values: dict[str, Any]) -> int:
     chosen = settings(TrainSettings, values)
-    from train.fit import fit
+    from train.fit.fit import fit
 
     return fit(chosen)
 

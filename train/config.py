@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from conf import Location
+from core.paths import Location
 
 
 @dataclass(frozen=True)

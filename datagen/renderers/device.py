@@ -7,7 +7,7 @@ from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from typing import TYPE_CHECKING, Literal
 
-from conf import UserError
+from core.errors import UserError
 
 if TYPE_CHECKING:
     import torch

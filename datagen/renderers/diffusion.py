@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from conf import UserError
-from datagen.pictures import Resizer
+from core.errors import UserError
+from datagen.dataset.image_codec import Resizer
 from datagen.renderers.device import CPU_EFFICIENCY, CUDA_EFFICIENCY, Precision, finish, free, kernels, matmul_tflops
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from conf import UserError
-from datagen.fetch import whole_hub_file
-from datagen.storage import sha256
+from core.errors import UserError
+from core.store import sha256
+from datagen.prompts.download import whole_hub_file
 
 log = logging.getLogger(__name__)
 

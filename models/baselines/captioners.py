@@ -18,11 +18,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from conf import UserError
+from core.device import half
+from core.errors import UserError
 from models.baselines.beam_search import beam_search
 from models.baselines.source import Source
-from models.precision import half
-from models.preprocess import middle
+from models.runtime.preprocess import middle
 
 BATCH = 16  # pictures at once
 _TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json")

@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
-from conf import UserError
+from core.errors import UserError
 from models.baselines.source import Source
-from models.preprocess import middle
+from models.runtime.preprocess import middle
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 

@@ -22,10 +22,11 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 
-from conf import UserError, progress
+from core.cache import PART, stored
+from core.errors import UserError
+from core.progress import progress
 from models.baselines.clip import Clip
 from models.embedder import Captioner
-from models.vectors import PART, stored
 
 Mode = Literal["fast", "classic", "best"]
 

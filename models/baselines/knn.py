@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 
-from conf import UserError
-from models.bank import Floats, Index, Prompts, Rows, about, kept, weighted_mean
+from core.cache import stored
+from core.errors import UserError
 from models.baselines.clip import Clip
-from models.preprocess import fit
 from models.regressor import Regressor
-from models.vectors import stored
+from models.retrieval.vector_index import Floats, Index, Prompts, Rows, about, kept, weighted_mean
+from models.runtime.preprocess import fit
 
 _FORMAT = 1  # of the features that are kept
 _TINY = 1e-12  # of a length: what is shorter stays as good as zero, and is refused
@@ -33,7 +33,7 @@ class Knn:
         target_nE: of the bank's pictures; fp32 is not copied.
         k: neighbours.
         power: of the similarities, which are cosines around the mean feature; the higher, the more the nearest counts.
-        exact: how the bank is searched, as in `models.bank.Index`.
+        exact: how the bank is searched, as in `models.retrieval.vector_index.Index`.
 
     Raises:
         UserError: a feature is not finite, or is the mean of all.
@@ -86,7 +86,7 @@ class ClipKnn:
         k: neighbours.
         power: of the cosines between picture and prompts, of which CLIP's differ by little: a high one tells near from
             far.
-        exact: how the bank is searched, as in `models.bank.Index`.
+        exact: how the bank is searched, as in `models.retrieval.vector_index.Index`.
     """
 
     def __init__(

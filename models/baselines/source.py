@@ -13,8 +13,8 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from conf import UserError
-from models.weights import sha256
+from core.errors import UserError
+from models.backbones.pretrained_weights import sha256
 
 
 class Source:

@@ -9,7 +9,7 @@ IMAGE_SUFFIXES = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp"),
     *(".bmp", ".dib", ".gif", ".tif", ".tiff", ".avif"),  # Pillow's wheels read AVIF from 11.3 on
 )
-"""Suffixes, in small letters, of the files that `decode` reads; tests/test_image_files.py decodes one of each."""
+"""Suffixes, in small letters, of the files that `decode` reads; the tests decode one file of each."""
 
 _SYSTEM_FILE = re.compile(r"(?:^|.*/)(?:__MACOSX/.*|\._[^/]*|\.DS_Store|Thumbs\.db|desktop\.ini)", re.IGNORECASE)
 

@@ -1,0 +1,206 @@
+"""Encoding of text files: that of the byte order mark, else the one that the user names, else UTF-8; never a guess.
+
+    with open_text(raw, "p.csv", None) as lines: …
+    raise refusal(raw, "p.csv", None, "prompts.text_encoding")        p.csv is not UTF-8 … Likely cp1252, which reads …
+
+A guess can be wrong without an error: cp1252, cp1250 and Shift_JIS decode each other's bytes. A file in another
+encoding is therefore refused, with its likely encodings and how each reads the text, so that the user can tell.
+"""
+
+import codecs
+import io
+import logging
+import re
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_MARKS = {
+    codecs.BOM_UTF8: "utf-8",
+    codecs.BOM_UTF32_LE: "utf-32-le",  # before UTF-16's, with which it begins
+    codecs.BOM_UTF32_BE: "utf-32-be",
+    codecs.BOM_UTF16_LE: "utf-16-le",
+    codecs.BOM_UTF16_BE: "utf-16-be",
+    b"\x84\x31\x95\x33": "gb18030",
+}
+_SAMPLE = 1 << 16  # bytes that decide about the encoding
+_NOT_TEXT = re.compile(rb"\0|\x1b\$[@B]|\x1b\([IJ]")  # UTF-16 and UTF-32 without a mark, ISO-2022-JP: valid as UTF-8
+_COMMON = {  # charset-normalizer's names, the commonest first: it decides between equal guesses
+    "cp1252": "Western Europe",
+    "cp932": "Shift_JIS, Japanese",
+    "gb18030": "GBK, Chinese",
+    "cp1251": "Cyrillic",
+    "cp949": "EUC-KR, Korean",
+    "cp1250": "Central Europe",
+    "big5": "Chinese",
+    "euc_jp": "Japanese",
+    "koi8_r": "Cyrillic",
+    "cp1254": "Turkish",
+    "cp1253": "Greek",
+    "mac_roman": "Mac",
+    "cp437": "DOS",
+}
+_RARE = ("mac_roman", "cp437")  # read much of cp1252 without an error
+_ICONV = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "euc_jp": "EUC-JP", "koi8_r": "KOI8-R", "mac_roman": "MAC"}
+_READINGS, _READING_LENGTH = 4, 40  # shown in a message
+_KANA = re.compile("[\u3040-\u30ff]")
+
+
+def open_text(raw: BinaryIO, name: str, encoding: str | None, newline: str | None = None) -> io.TextIOWrapper:
+    """Open a binary file that can seek as text, after its byte order mark.
+
+    Args:
+        name: name of the file, for the log.
+        encoding: the encoding that the user named; None for UTF-8. A byte order mark overrules both.
+        newline: as for `open`.
+
+    Raises:
+        UnicodeDecodeError: here or while reading: the text is in another encoding.
+    """
+    head = raw.read(_SAMPLE)
+    mark = _mark_of(head)
+    if mark:
+        encoding = _MARKS[mark]
+        if encoding != "utf-8":
+            log.info("%s is read as %s, as its byte order mark says", name, encoding)
+    elif encoding is None:
+        _refuse_disguised(head)
+    raw.seek(len(mark))
+    return io.TextIOWrapper(raw, encoding=encoding or "utf-8", newline=newline)
+
+
+def decode_text(data: bytes, encoding: str | None = None) -> str:
+    """Decode the whole content of a text file as `open_text` does.
+
+    Raises:
+        UnicodeDecodeError: the text is in another encoding.
+    """
+    mark = _mark_of(data)
+    if not mark and encoding is None:
+        _refuse_disguised(data)
+    return data[len(mark) :].decode(_MARKS[mark] if mark else encoding or "utf-8")
+
+
+def encoding_problem(encoding: str | None, setting: str) -> list[str]:
+    """The message for a name that is not a text encoding; empty for any other.
+
+    Args:
+        setting: name of the setting, for the message.
+    """
+    try:
+        "".encode(encoding or "utf-8")
+    except LookupError:
+        known = ", ".join(list(_COMMON)[:4])
+        return [f"{setting}: {encoding} is not a text encoding; known are utf-16, {known} and others"]
+    return []
+
+
+def refusal(raw: BinaryIO, name: str, encoding: str | None, setting: str | None) -> UserError:
+    """The error for a file that cannot be decoded: its first undecodable line, and the likely encodings.
+
+    Args:
+        encoding: the encoding that the file was read in; None for UTF-8.
+        setting: the setting that names an encoding, such as prompts.text_encoding; None where the command has none.
+    """
+    raw.seek(0)
+    bad = _undecodable(raw, encoding)
+    where = f"{name} is not {encoding or 'UTF-8'}: line {bad.number:,}"
+    if encoding is None and bad.other_lines >= bad.lines:
+        return UserError(
+            f"{where} cannot be decoded, while {bad.other_lines:,} lines with non-ASCII letters can: the file "
+            f"is damaged there, or mixes encodings; correct the line, which begins {bad.line[:_READING_LENGTH]!r}"
+        )
+    readings = likely_encodings(bad.sample)
+    if not readings:
+        return UserError(f"{where} cannot be decoded, and no encoding is likely: the file is damaged, or not text")
+    names = [f"{known} ({_COMMON[known]})" if known in _COMMON else known for known, _ in readings]
+    guesses = [f"{label}, which reads {text!r}" for label, (_, text) in zip(names, readings, strict=True)]
+    likely, path = readings[0][0], name.partition(" ")[0]
+    remedy = (
+        f"{setting}={likely}"
+        if setting is not None
+        else f"iconv -f {_ICONV.get(likely, likely.upper())} -t UTF-8 {path} > utf8-{path.rpartition('/')[2]}"
+    )
+    return UserError(f"{where} cannot be decoded. Likely {'; or '.join(guesses)}. If that is right: {remedy}")
+
+
+def likely_encodings(sample: bytes) -> list[tuple[str, str]]:
+    """Likely encodings of a text, the likeliest first, each with the first non-ASCII words as it decodes them."""
+    from charset_normalizer import from_bytes
+
+    if b"\0" in sample:
+        zeros = [sample[start::2].count(0) for start in (0, 1)]
+        order = "be" if zeros[0] > zeros[1] else "le"
+        candidates = [f"utf-16-{order}"]
+        if sum(zeros) > 0.6 * len(sample):  # UTF-32 has two zeros or more in four bytes, and three for ASCII
+            candidates = [f"utf-32-{'be' if sample[:1] == bytes(1) else 'le'}"]
+    elif b"\x1b$" in sample:
+        candidates = ["iso2022_jp"]
+    else:
+        scores = {}
+        for match in from_bytes(sample, cp_isolation=list(_COMMON), threshold=0.4, enable_fallback=False):
+            place, known = min((list(_COMMON).index(n), n) for n in match.could_be_from_charset if n in _COMMON)
+            kana = len(_KANA.findall(str(match))) > 0.2 * sum(not c.isascii() for c in str(match))
+            scores[known] = (not kana and round(match.chaos, 1), known in _RARE, -round(match.coherence, 1), place)
+        candidates = sorted(scores, key=lambda known: scores[known])
+    if b"\0" in sample:  # of a file that is damaged, and in no encoding
+        texts = {known: sample.decode(known, "ignore") for known in candidates}
+        candidates = [known for known, text in texts.items() if text and "\0" not in text]
+    readings = []
+    for known in candidates[:_READINGS]:
+        text = sample.decode(known, "replace").strip("\ufeff\r\n")
+        start = next((i for i, c in enumerate(text) if not c.isascii()), 0)
+        line = text[text.rfind("\n", 0, start) + 1 :]
+        start = max(0, next((i for i, c in enumerate(line) if not c.isascii()), 0) - _READING_LENGTH // 2)
+        readings.append((known, line[start : start + _READING_LENGTH].partition("\n")[0].strip()))
+    return readings
+
+
+def _mark_of(head: bytes) -> bytes:
+    return next((mark for mark in _MARKS if head.startswith(mark)), b"")
+
+
+def _refuse_disguised(head: bytes) -> None:
+    disguised = _NOT_TEXT.search(head)
+    if disguised:
+        raise UnicodeDecodeError("utf-8", head, disguised.start(), disguised.end(), "a byte that no text has")
+
+
+@dataclass(frozen=True)
+class _Undecodable:
+    """Lines of a text file that cannot be decoded."""
+
+    number: int
+    """Number of the first such line, from 1."""
+    line: bytes
+    """The first such line."""
+    lines: int
+    """Number of such lines among those read."""
+    other_lines: int
+    """Number of lines that can be decoded and hold non-ASCII letters."""
+    sample: bytes
+    """Bytes of such lines, at least `_SAMPLE` of them where the file has as many."""
+
+
+def _undecodable(raw: BinaryIO, encoding: str | None) -> _Undecodable:
+    """Read a file from its present position until 64 KiB of undecodable lines are collected."""
+    sample, first, first_line, lines, others = bytearray(), 0, b"", 0, 0
+    number = 0
+    while len(sample) < _SAMPLE and (line := raw.readline(_SAMPLE)):
+        number += 1
+        disguised = encoding is None and _NOT_TEXT.search(line)
+        if line.isascii() and not disguised:
+            continue
+        try:
+            if disguised:
+                raise UnicodeError
+            line.decode(encoding or "utf-8")
+            others += 1
+        except UnicodeError:
+            lines += 1
+            sample += line
+            first, first_line = first or number, first_line or line
+    return _Undecodable(first or number, first_line, lines, others, bytes(sample))

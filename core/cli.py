@@ -1,0 +1,126 @@
+"""How a command starts and fails. Hydra is imported here and nowhere else.
+
+A command is `command("datagen", run)`: Hydra composes `conf/datagen.yaml` with the command line, and `run` gets a plain
+dict, which it converts once with `core.settings.settings`.
+"""
+
+import importlib.util
+import logging
+import os
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from core.errors import UserError
+from core.paths import ROOT
+from core.settings import Values
+
+
+def compose(config_name: str, overrides: list[str], *, by_user: bool = False) -> dict[str, Any]:
+    """The settings that `python -m … OVERRIDES` would see, as plain values.
+
+    Args:
+        by_user: record the overrides as written by the user, so that `settings` refuses those without an effect.
+    """
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_dir
+    from hydra.core.global_hydra import GlobalHydra
+    from omegaconf import OmegaConf
+
+    GlobalHydra.instance().clear()  # a command may want to know another's settings, as train.runs does
+    with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
+        composed = OmegaConf.to_container(hydra_compose(config_name, overrides), resolve=True)
+    values = typing.cast(dict[str, Any], composed)
+    return Values(values, _written(overrides)) if by_user else values
+
+
+def _written(overrides: Sequence[str]) -> set[str]:
+    """Dotted keys that Hydra's overrides set to another value than null and false; `{a: {b: 1}}` sets a.b."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    values = {override.key_or_group: override.value() for override in parsed if not override.is_delete()}
+    return set(_leaves(values))
+
+
+def _leaves(values: Mapping[Any, Any], where: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{where}{key}.")
+        elif value is not None and value is not False:
+            yield f"{where}{key}"
+
+
+def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> None:
+    """Runs `run` on the settings of `conf/<config_name>.yaml` and the command line, and exits with its code.
+
+    A `UserError` is printed as one message and exits with 2; Ctrl-C exits with 130.
+    """
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from omegaconf import OmegaConf
+
+    _refuse_foreign_packages()
+    code = 0
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)
+    def main(composed: Any) -> None:
+        nonlocal code
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
+        for noisy in (
+            "aiobotocore",
+            "botocore",
+            "faiss",  # which instructions it was built for
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "matplotlib",
+            "sentence_transformers",
+            "timm",
+            "transformers",
+        ):
+            logging.getLogger(noisy).setLevel(logging.WARNING)
+        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, wherever it is, of kernels not used here
+        try:
+            missing = _missing(OmegaConf.to_container(composed))
+            if missing:
+                raise UserError("missing on the command line: " + ", ".join(f"{key}=…" for key in missing))
+            values = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+            code = run(Values(values, _written(HydraConfig.get().overrides.task))) or 0
+        except UserError as error:
+            sys.stderr.write(f"error: {error}\n")
+            code = 2
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted: the same command resumes\n")
+            code = 130
+
+    main()
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _missing(values: Any, where: str = "") -> list[str]:
+    """The keys whose value is `???`."""
+    found = []
+    for key, value in values.items():
+        if value == "???":
+            found.append(f"{where}{key}")
+        elif isinstance(value, dict):
+            found += _missing(value, f"{where}{key}.")
+    return found
+
+
+def _refuse_foreign_packages() -> None:
+    """Our package names are generic: a stranger's `models` on the path would be imported in silence."""
+    for name in ("core", "datagen", "models", "report", "train"):
+        spec = importlib.util.find_spec(name)
+        places = [*(spec.submodule_search_locations or []), spec.origin] if spec else [None]
+        home = Path(places[0]).resolve() if places[0] else None
+        if home != ROOT / name:
+            sys.exit(
+                f"error: the package '{name}' comes from {home}, not from {ROOT / name}.\n"
+                f"Run from {ROOT}, or remove the other '{name}' from PYTHONPATH ({os.environ.get('PYTHONPATH', '')})."
+            )

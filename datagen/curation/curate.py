@@ -1,0 +1,485 @@
+"""Prompts → the prompts worth rendering, each with its split: clean, filter, drop duplicates, keep validation apart.
+
+The source is taken in chunks, and what became of each is committed to a work folder (`datagen.curation.journal`):
+millions fit
+in memory, and a killed run goes on after its last chunk and decides the same. What is dropped is counted under its
+reason, with examples; nothing goes missing in silence.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import math
+import random
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from core import store as storage
+from core.checksum import DamagedFile, read_checked
+from core.errors import UserError
+from core.progress import progress
+from datagen.config import Curation, Split
+from datagen.curation import filters, near_duplicates
+from datagen.curation.journal import KEPT, Chunk, Chunks, digest, save
+from datagen.curation.near_duplicates import Bank, Rows, distinct
+from datagen.dataset import format as shards
+from datagen.dataset.normal_form import form_hash
+from datagen.prompts.captions import clean
+from datagen.prompts.readers import KINDS
+from datagen.prompts.sources import Prompt, read_file
+
+log = logging.getLogger(__name__)
+
+Encode = Callable[[Sequence[str]], NDArray[np.float32]]
+"""n texts → unit vectors [n, E]."""
+Ints = NDArray[np.int64]
+
+CONTEXT = 77  # tokens that Stable Diffusion reads
+_CHUNK = 50_000  # prompts of the source between two commits
+_AT_ONCE = 8192  # texts encoded, or vectors compared, between two ticks of a bar
+_SURPLUS = "more than num asks for"
+_MOST_DRAWN = 50  # a source that yields less than one new prompt in 50 has run dry
+_DRY_AFTER = 4 * _CHUNK  # prompts over which that is looked at
+_EXAMPLES, _EXAMPLE_LENGTH = 10, 300
+_HALF_LENGTH = 140  # of a pair, so that it is no longer than an example
+_NO_GROUP, _BOTH_SIDES = "no group", "group on both sides"
+_BAR_FROM = 2000  # prompts that take longer than seconds
+
+
+@dataclass
+class Curated:
+    train: pa.Table
+    """Prompts with their source and group: columns prompt, source, group."""
+    val: pa.Table
+    drawn: int = 0
+    """Prompts taken from the source."""
+    dropped: Counter[str] = field(default_factory=Counter)
+    """Reason → prompts dropped for it."""
+    examples: dict[str, list[str]] = field(default_factory=dict)
+    """Reason → the first prompts dropped for it."""
+    sources: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Source → {"drawn", "kept"}."""
+    over_context: int = 0
+    """Prompts of more than 77 tokens among those left: whole for the target, cut by Stable Diffusion."""
+    against: dict[str, int] = field(default_factory=dict)
+    """Location → prompts there that none here may be near."""
+
+    def report(self) -> dict[str, Any]:
+        """All but the prompts, as plain JSON."""
+        return {
+            "drawn": self.drawn,
+            "dropped": dict(sorted(self.dropped.items())),
+            "examples": dict(sorted(self.examples.items())),
+            "sources": dict(sorted(self.sources.items())),
+            f"over_{CONTEXT}_tokens": self.over_context,
+            **({"against": self.against} if self.against else {}),
+        }
+
+
+def curate(
+    source: Iterable[Prompt],
+    num: int,
+    chosen: Curation,
+    split: Split,
+    seed: int,
+    *,
+    encode: Encode,
+    count_tokens: Callable[[list[str]], NDArray[np.int64]],
+    can_draw: Callable[[str], bool],
+    work: Path | None = None,
+    origin: Mapping[str, Any] | None = None,
+) -> Curated:
+    """Draws from `source` until `num` prompts are left, it ends or it has run dry.
+
+    Args:
+        work: folder of what is done, from which a killed run goes on; the caller removes it. None keeps nothing.
+        origin: what else decides the result, as plain JSON: the source, its versions, the encoder. A `work` of another
+            origin or of other settings is begun anew.
+
+    Raises:
+        UserError: nothing is left; a filter's package is missing; `work` cannot be written; the source no longer gives
+            what `work` was begun with.
+    """
+    against = {str(place): _texts_at(place) for place in chosen.against}
+    decides = {
+        "chunks": 3,  # of this file's making
+        "num": num,
+        "seed": seed,
+        "curate": dataclasses.asdict(chosen),
+        "split": dataclasses.asdict(split),
+        "against": {place: _digest(texts) for place, texts in against.items()},
+        "origin": origin,
+    }
+    with tempfile.TemporaryDirectory() if work is None else contextlib.nullcontext(work) as folder:
+        chunks = Chunks(Path(folder), json.loads(json.dumps(decides, default=str)))
+        try:
+            run = _Run(chunks, num, chosen, split, seed, encode, count_tokens, can_draw, against)
+            return run.curate(iter(source))
+        finally:
+            chunks.close()
+
+
+class _Drops:
+    """Counts what is dropped, and keeps the first examples."""
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
+
+    def add(self, reason: str, number: int, examples: Callable[[int], list[str]]) -> None:
+        """`number` prompts for `reason`; `examples(n)` tells n of them or fewer."""
+        if number:
+            self.counts[reason] += number
+            told = self.examples.setdefault(reason, [])
+            room = _EXAMPLES - len(told)
+            if room > 0:
+                told += [_cut(text) for text in examples(room)[:room]]
+
+    def merge(self, counts: Mapping[str, int], examples: Mapping[str, list[str]]) -> None:
+        for reason, number in counts.items():
+            self.add(reason, number, lambda _, r=reason: examples.get(r, []))
+
+
+def _cut(text: str, length: int = _EXAMPLE_LENGTH) -> str:
+    return text if len(text) <= length else f"{text[: length - 1]}…"
+
+
+@dataclass
+class _Run:
+    """One curation: its settings, and what it has found so far."""
+
+    chunks: Chunks
+    num: int
+    chosen: Curation
+    split: Split
+    seed: int
+    encode: Encode
+    count_tokens: Callable[[list[str]], NDArray[np.int64]]
+    can_draw: Callable[[str], bool]
+    against: Mapping[str, list[str]]
+    _bank: Bank | None = None
+    _others: Bank | None = None
+    _other_forms: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.needs_vectors = (
+            self.chosen.duplicates_at is not None or self.split.kind == "similarity" or bool(self.against)
+        )
+        self.seen = self.chunks.hashes()
+        self.filters: list[tuple[str, filters.Keep]] = []
+        if self.chosen.language is not None:
+            self.filters.append((f"not in the language {self.chosen.language}", filters.language(self.chosen.language)))
+        if self.chosen.profanity == "drop":
+            self.filters.append(("profanity", filters.profanity()))
+        # slow for some renderers, so it comes last
+        self.filters.append(("nothing the renderer can draw", lambda texts: [self.can_draw(t) for t in texts]))
+
+    def curate(self, stream: Iterator[Prompt]) -> Curated:
+        done = self.chunks.done
+        for number, chunk in enumerate(done):
+            if digest(islice(stream, chunk.drawn)) != chunk.digest:
+                raise UserError(
+                    f"{self.chunks.folder}: the source no longer gives the prompts that chunk {number} was made of; "
+                    "remove that folder, and curation begins anew"
+                )
+        left = done[-1].left if done else math.ceil(self.num * 1.05)
+        ended = done[-1].ended if done else False
+        drawn = sum(chunk.drawn for chunk in done)
+        with progress(drawn + left, "prompt", "curate", drawn, show=left > _BAR_FROM) as bar:
+            while True:
+                while left > 0 and not ended:
+                    left, ended = self._take(stream, left, bar.update)
+                drawn, usable, kept = (sum(getattr(c, k) for c in done) for k in ("drawn", "usable", "kept"))
+                last = ended or drawn > self.num * _MOST_DRAWN or self._dry()
+                # to split more than the exact search holds takes minutes, for nothing while too few are kept
+                if last or kept >= self.num or kept <= near_duplicates.EXACT:
+                    sides = self._split()
+                    have = len(sides.train) + len(sides.val)
+                    if last or have >= self.num:
+                        break
+                else:
+                    have = kept
+                # for each that lacks, as many as one left has taken so far: the purge may have most of them
+                left = math.ceil((self.num - have) * 1.2 * min(usable / max(have, 1), 5)) + 16
+                bar.total += left
+        return self._curated(sides, drawn)
+
+    # ------------------------------------------------------------------------------------------------------- a chunk
+
+    def _take(self, stream: Iterator[Prompt], left: int, tick: Callable[[int], object]) -> tuple[int, bool]:
+        """Draws a chunk of the `left` prompts and commits it; tells how many are left and whether the source ended."""
+        asked = min(left, _CHUNK)
+        prompts = list(islice(stream, asked))
+        left, ended = (left - asked, False) if len(prompts) == asked else (0, True)
+        drops = _Drops()
+        usable, hashes, tokens = self._usable(prompts, drops)
+        tick(len(prompts) - len(usable))
+        kept, width = np.arange(len(usable)), 0
+        if self.needs_vectors and usable:
+            texts = [p.text for p in usable]
+            parts = []
+            for start in range(0, len(texts), _AT_ONCE):
+                parts.append(self.encode(texts[start : start + _AT_ONCE]))
+                tick(len(parts[-1]))
+            vectors = np.concatenate(parts)
+            kept, width = self._distinct(texts, vectors, drops), vectors.shape[1]
+        else:
+            tick(len(usable))
+        table = pa.table(
+            {
+                "prompt": [usable[i].text for i in kept],
+                "source": [usable[i].source for i in kept],
+                "group": [usable[i].group for i in kept],
+                "tokens": tokens[kept],
+            },
+            schema=KEPT,
+        )
+        sources = Counter(p.source for p in prompts)
+        told = (dict(drops.counts), drops.examples, dict(sources))
+        chunk = Chunk(len(prompts), digest(prompts), left, ended, len(usable), len(kept), width, *told)
+        self.chunks.commit(chunk, table, hashes)
+        at = np.searchsorted(self.seen, hashes)
+        self.seen = np.insert(self.seen, at, hashes)
+        return left, ended
+
+    def _usable(self, prompts: list[Prompt], drops: _Drops) -> tuple[list[Prompt], Ints, Ints]:
+        """The clean, new prompts of the right length that no filter drops; their hashes, ascending; their tokens."""
+        texts = ["" if p.out else clean(p.text) for p in prompts]
+        lengths = self.count_tokens(texts) if texts else np.zeros(0, np.int64)
+        hashes = np.array([form_hash(text) for text in texts], np.int64)
+        at = np.searchsorted(self.seen, hashes)
+        known = np.zeros(len(texts), bool)
+        known[at < len(self.seen)] = self.seen[at[at < len(self.seen)]] == hashes[at < len(self.seen)]
+        kept: list[int] = []
+        new: set[int] = set()
+        least, most = self.chosen.min_tokens, self.chosen.max_tokens
+        for i, (text, length, key) in enumerate(zip(texts, lengths.tolist(), hashes.tolist(), strict=True)):
+            reason = None
+            if prompts[i].out:
+                reason, text = prompts[i].out, clean(prompts[i].text) or prompts[i].where
+            elif not text:
+                reason, text = "empty", ascii(prompts[i].text)
+            elif length < least:
+                reason = f"under {least} tokens"
+            elif most is not None and length > most:
+                reason = f"over {most} tokens"
+            elif known[i] or key in new:
+                reason = "equal text"
+            if reason:
+                drops.add(reason, 1, lambda _, text=text: [text])
+            else:
+                new.add(key)
+                kept.append(i)
+        for reason, keep in self.filters:
+            stays = keep([texts[i] for i in kept])
+            out = [texts[i] for i, stay in zip(kept, stays, strict=True) if not stay]
+            drops.add(reason, len(out), lambda n, out=out: out[:n])
+            kept = [i for i, stay in zip(kept, stays, strict=True) if stay]
+        usable = [Prompt(texts[i], prompts[i].source, clean(prompts[i].group)) for i in kept]
+        return usable, np.sort(hashes[kept]), lengths[kept]
+
+    def _distinct(self, texts: list[str], vectors: NDArray[np.float32], drops: _Drops) -> Ints:
+        """Numbers of the rows kept, whose vectors are now in the bank."""
+        rows = np.arange(len(texts))
+        if self.against:
+            others, names = self._other_bank(vectors.shape[1])
+            number, cosine = others.near(vectors)
+            for i in np.flatnonzero(number < 0).tolist():  # equal but for case or punctuation, whatever the encoder
+                number[i] = self._other_forms.get(form_hash(texts[i]), -1)
+                cosine[i] = vectors[i] @ others.rows[number[i : i + 1]][0] if number[i] >= 0 else 0
+            out = np.flatnonzero(number >= 0)
+            drops.add(
+                f"equal or cosine ≥ {self.chosen.against_at} to a prompt of curate.against",
+                len(out),
+                lambda n: [_pair(texts[i], names[number[i]], float(cosine[i])) for i in out[:n]],
+            )
+            rows = np.flatnonzero(number < 0)
+        store = self.chunks.rows(vectors.shape[1])
+        if self.chosen.duplicates_at is None:
+            store.append(vectors[rows])
+            return rows
+        if self._bank is None:
+            self._bank = Bank(store, self.chosen.duplicates_at)
+        base = len(self._bank)
+        kept, number, cosine = distinct(vectors[rows], self._bank)
+        out = np.flatnonzero(number >= 0)
+
+        def examples(n: int) -> list[str]:
+            told = []
+            for i, k in zip(out[:n].tolist(), number[out[:n]].tolist(), strict=True):
+                partner = texts[rows[kept[k - base]]] if k >= base else self.chunks.texts([k])[0]
+                told.append(_pair(texts[rows[i]], partner, float(cosine[i])))
+            return told
+
+        drops.add(f"cosine ≥ {self.chosen.duplicates_at} to a prompt kept", len(out), examples)
+        return rows[kept]
+
+    def _other_bank(self, width: int) -> tuple[Bank, list[str]]:
+        """The prompts of `curate.against`, encoded once."""
+        names = list(dict.fromkeys(text for texts in self.against.values() for text in texts))
+        if self._others is None:
+            path = self.chunks.folder / f"against-{_digest(names)}.npy"
+            try:
+                vectors = np.load(io.BytesIO(read_checked(path)), allow_pickle=False)
+            except (FileNotFoundError, DamagedFile):
+                with progress(len(names), "prompt", "against", show=len(names) > _BAR_FROM) as bar:
+                    parts = []
+                    for start in range(0, len(names), _AT_ONCE):
+                        parts.append(self.encode(names[start : start + _AT_ONCE]).astype(np.float16))
+                        bar.update(len(parts[-1]))
+                vectors = np.concatenate(parts)
+                save(path, vectors)
+            self._other_forms = {form_hash(name): k for k, name in enumerate(names)}
+            self._others = Bank(Rows(width, self.chunks.folder), self.chosen.against_at)
+            self._others.add(vectors)
+        return self._others, names
+
+    def _dry(self) -> bool:
+        drawn = kept = 0
+        for chunk in reversed(self.chunks.done):
+            drawn, kept = drawn + chunk.drawn, kept + chunk.kept
+            if drawn >= _DRY_AFTER:
+                return kept * _MOST_DRAWN < drawn
+        return False
+
+    # ------------------------------------------------------------------------------------------------------- the split
+
+    def _split(self) -> "_Sides":
+        """The numbers of the kept prompts on each side."""
+        count, drops = self.chunks.kept, _Drops()
+        if self.split.kind == "holdout":
+            side = cache(lambda group: side_of_group(group, self.split.share, self.seed))
+            sides: list[bool | str] = []
+            for number in range(len(self.chunks.done)):
+                sides += [side(group) for group in self.chunks.table(number, ["group"])["group"].to_pylist()]
+            for reason in (_NO_GROUP, _BOTH_SIDES):
+                out = np.flatnonzero([side == reason for side in sides])
+                drops.add(reason, len(out), lambda n, out=out: self.chunks.texts(out[:n].tolist()))
+            decided = np.flatnonzero([isinstance(side, bool) for side in sides])
+            self._surplus(drops, decided[self.num :])
+            decided = decided[: self.num]
+            is_val = np.array([sides[i] for i in decided.tolist()], bool)
+            return _Sides(decided[~is_val], decided[is_val], drops)
+        # each prompt is one picture's here, or all its seeds', so `picture` has nothing more to keep together
+        n_val = round(min(self.num, count) * self.split.share)
+        val = np.sort(np.array(random.Random(f"split:{self.seed}").sample(range(count), n_val), np.int64))
+        train = np.setdiff1d(np.arange(count), val, assume_unique=True)
+        if self.split.kind == "similarity" and len(val) and len(train):
+            train = self._purge(train, val, drops)
+        self._surplus(drops, train[self.num - n_val :])
+        return _Sides(train[: self.num - n_val], val, drops)
+
+    def _surplus(self, drops: _Drops, rows: Ints) -> None:
+        drops.add(_SURPLUS, len(rows), lambda n: self.chunks.texts(rows[:n].tolist()))
+
+    def _purge(self, train: Ints, val: Ints, drops: _Drops) -> Ints:
+        """The training prompts that are near no validation prompt."""
+        store = self.chunks.rows(max(chunk.width for chunk in self.chunks.done))
+        bank = Bank(Rows(store.width, self.chunks.folder), self.split.threshold)
+        stays, reason = [], f"cosine ≥ {self.split.threshold} to a validation prompt"
+        with progress(len(train), "prompt", "split", show=len(train) > near_duplicates.EXACT) as bar:
+            for start in range(0, len(val), _AT_ONCE):
+                bank.add(store[val[start : start + _AT_ONCE]])
+            for start in range(0, len(train), _AT_ONCE):
+                part = train[start : start + _AT_ONCE]
+                number, cosine = bank.near(store[part])
+                out = np.flatnonzero(number >= 0)
+
+                drops.add(reason, len(out), partial(self._pairs, part[out], val[number[out]], cosine[out]))
+                stays.append(part[number < 0])
+                bar.update(len(part))
+        return np.concatenate(stays)
+
+    def _pairs(self, dropped: Ints, other: Ints, cosine: NDArray[np.float32], most: int) -> list[str]:
+        texts, others = (self.chunks.texts(numbers[:most].tolist()) for numbers in (dropped, other))
+        return list(map(_pair, texts, others, cosine[:most].tolist()))
+
+    # ------------------------------------------------------------------------------------------------------ the result
+
+    def _curated(self, sides: "_Sides", drawn: int) -> Curated:
+        drops = _Drops()
+        sources: dict[str, dict[str, int]] = {}
+        for chunk in self.chunks.done:
+            drops.merge(chunk.dropped, chunk.examples)
+            for name, number in chunk.sources.items():
+                sources.setdefault(name, {"drawn": 0, "kept": 0})["drawn"] += number
+        drops.merge(sides.drops.counts, sides.drops.examples)
+        if not len(sides.train) + len(sides.val):
+            raise UserError(f"no prompt is left of {drawn}: {dict(drops.counts) or 'the source is empty'}")
+        tables: dict[str, list[pa.Table]] = {"train": [], "val": []}
+        over = 0
+        for number, start in enumerate(self.chunks.starts[:-1]):
+            table, end = self.chunks.table(number), self.chunks.starts[number + 1]
+            for name, rows in (("train", sides.train), ("val", sides.val)):
+                first, last = np.searchsorted(rows, [start, end])
+                part = table.take(rows[first:last] - start)
+                over += int((part["tokens"].to_numpy() > CONTEXT).sum())
+                for source, kept in Counter(part["source"].to_pylist()).items():
+                    sources[source]["kept"] += kept
+                tables[name].append(part.drop_columns(["tokens"]))
+        told = {place: len(texts) for place, texts in self.against.items()}
+        train, val = (pa.concat_tables(parts) for parts in tables.values())
+        return Curated(train, val, drawn, drops.counts, drops.examples, sources, over, told)
+
+
+@dataclass
+class _Sides:
+    train: Ints
+    """Numbers of kept prompts, ascending."""
+    val: Ints
+    drops: _Drops
+
+
+def _pair(dropped: str, other: str, cosine: float) -> str:
+    return f"{_cut(dropped, _HALF_LENGTH)} ≈ {_cut(other, _HALF_LENGTH)} (cosine {cosine:.2f})"
+
+
+def _digest(texts: Iterable[str]) -> str:
+    return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def _texts_at(place: storage.Place) -> list[str]:
+    """The clean prompts of a dataset folder, or of a file of prompts.
+
+    Raises:
+        UserError: it is neither.
+    """
+    # a file is not asked whether it holds a dataset.json: that takes a network where the file is in the cache
+    is_file = place.name.lower().removesuffix(".gz").endswith(KINDS)
+    texts = None
+    try:
+        if not is_file and storage.exists(place / "dataset.json"):
+            texts = shards.read_plan(place)["prompt"].to_pylist()
+    except UserError as error:
+        raise UserError(f"curate.against: {error}") from error
+    if texts is None:
+        prompts = list(read_file(str(place), "curate.against"))
+        texts = [p.text for p in prompts]
+        for reason, number in Counter(p.out for p in prompts if p.out).items():
+            log.warning("curate.against: %s: left out %s prompts: %s", place, f"{number:,}", reason)
+    return [text for text in dict.fromkeys(map(clean, texts)) if text]
+
+
+def held_out(part: str, share: float, seed: int) -> bool:
+    """Whether `holdout` keeps a part of a group for validation: the same answer everywhere."""
+    digest = hashlib.blake2b(f"{seed}:{part}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
+
+
+def side_of_group(group: str, share: float, seed: int) -> bool | str:
+    """Whether a group is held out for validation, or why it is on neither side."""
+    sides = {held_out(part, share, seed) for part in group.split(";") if part}
+    return _NO_GROUP if not sides else sides.pop() if len(sides) == 1 else _BOTH_SIDES

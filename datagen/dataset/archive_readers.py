@@ -1,0 +1,173 @@
+"""Archives of images, read at random: WebDataset tars and zips."""
+
+import tarfile
+import zipfile
+import zlib
+from collections import Counter
+from pathlib import Path
+
+from core.errors import UserError
+from models.runtime.image_files import IMAGE_SUFFIXES, suffix_of, why_not_image
+
+TEXT_SUFFIXES = (".txt", ".json")
+Members = dict[str, tarfile.TarInfo]
+"""Suffix, in small letters → member."""
+
+
+class Tar:
+    """A WebDataset tar: a sample is the members that share a name up to the first dot of its last part.
+
+    Two kinds of tars that others write keep all of their samples, too. Names with dots: of 22.05.png, 22.05.txt,
+    22.06.png and 22.06.txt, each image that has a text of its name up to the last dot is a sample. Repeated members:
+    the samples' keys end in ~2, ~3, …. Where each member of a name comes equally often, those that come for the n-th
+    time are the n-th sample; else a new sample begins where a member comes again.
+
+    Raises:
+        tarfile.TarError: it is none, or cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        groups: dict[str, list[tuple[str, tarfile.TarInfo]]] = {}
+        self.left_out: list[tuple[str, str]] = []
+        """Name and reason of each member that belongs to no sample."""
+        with tarfile.open(path, "r:") as tar, path.open("rb") as file:
+            for member in tar:
+                if member.isdir():
+                    continue
+                if not member.isfile():
+                    self.left_out.append((member.name, "link" if member.issym() or member.islnk() else "not a file"))
+                    continue
+                if why_not_image(member.name) == "system file":
+                    self.left_out.append((member.name, "system file"))
+                    continue
+                folder, _, name = member.name.rpartition("/")
+                stem, _, suffixes = name.partition(".")
+                last = suffix_of(f"name.{suffixes}")
+                suffix = f".{suffixes}"[: -len(last) or None] + last
+                groups.setdefault(f"{folder}/{stem}".lstrip("/"), []).append((suffix, member))
+            file.seek(tar.offset)
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself ends there in silence
+                raise tarfile.ReadError(f"no end mark at {tar.offset}")
+        self.samples: dict[str, Members] = {}
+        """Key → its members by suffix."""
+        for key, group in groups.items():
+            for number, members in enumerate(_repeats(group), 1):
+                samples, left_out = _split_dotted(members)
+                self.left_out += left_out
+                for stem, sample in samples.items():
+                    name = f"{key}{stem}" if number == 1 else f"{key}{stem}~{number}"
+                    while name in self.samples:
+                        name += "~"
+                    self.samples[name] = sample
+        self._file = path.open("rb")
+
+    def __enter__(self) -> "Tar":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, member: tarfile.TarInfo) -> bytes:
+        self._file.seek(member.offset_data)
+        data = self._file.read(member.size)
+        if len(data) != member.size:
+            raise tarfile.ReadError(f"{member.name} ends early")
+        return data
+
+    def picture(self, name: str) -> bytes | None:
+        """The member key.suffix; None where there is none."""
+        key, dot, suffix = name.rpartition(".")
+        member = self.samples.get(key, {}).get(f"{dot}{suffix}".lower())
+        return None if member is None else self.read(member)
+
+
+def _repeats(group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
+    """The members that share a name, given by suffix in the tar's order: those of its first sample, its second, …."""
+    counts: dict[str, Counter[str]] = {}  # of the suffixes that share a name up to the last dot
+    for suffix, _ in group:
+        counts.setdefault(suffix.rpartition(".")[0], Counter())[suffix] += 1
+    equally_often = all(len(set(of_name.values())) == 1 for of_name in counts.values())
+    repeats: list[Members] = [{}]
+    for suffix, member in group:
+        target = next((m for m in repeats if suffix not in m), None) if equally_often else repeats[-1]
+        if target is None or suffix in target:
+            target = {}
+            repeats.append(target)
+        target[suffix] = member
+    return repeats
+
+
+def _split_dotted(members: Members) -> tuple[dict[str, Members], list[tuple[str, str]]]:
+    """Samples among the members that share a name up to its first dot, and the name and reason of each image that
+    belongs to none.
+
+    A sample's key here is what follows the first dot of its name, such as ".05"; "" is the sample of that name itself.
+    """
+    dotted: dict[str, Members] = {}
+    for suffix, member in members.items():
+        last = suffix_of(f"name{suffix}")
+        if last in IMAGE_SUFFIXES + TEXT_SUFFIXES and suffix != last:
+            dotted.setdefault(suffix.removesuffix(last), {})[last] = member
+    dotted = {stem: m for stem, m in dotted.items() if _first(m, IMAGE_SUFFIXES) and _first(m, TEXT_SUFFIXES)}
+    own = {f"{stem}{last}" for stem, sample in dotted.items() for last in sample}
+    rest = {suffix: member for suffix, member in members.items() if suffix not in own}
+    images = [suffix for suffix in rest if suffix_of(f"name{suffix}") in IMAGE_SUFFIXES]
+    image, text = _first(rest, IMAGE_SUFFIXES), _first(rest, TEXT_SUFFIXES)
+    if image is None and text is not None and len(images) == 1:  # such as 0001.rgb.png with 0001.txt
+        image = images[0]
+        rest[suffix_of(f"name{image}")] = rest.pop(image)
+    reason = "further image of a sample" if image else "image without a text of its name"
+    left_out = [(members[suffix].name, reason) for suffix in images if suffix != image]
+    if rest and (image or text or not (dotted or images)):
+        return {"": rest, **dotted}, left_out
+    return dotted, left_out
+
+
+def _first(members: Members, suffixes: tuple[str, ...]) -> str | None:
+    return next((suffix for suffix in suffixes if suffix in members), None)
+
+
+class Zip:
+    """A zip of pictures, in folders or not.
+
+    Raises:
+        zipfile.BadZipFile: it is none, or cut off.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._zip = zipfile.ZipFile(path)
+        self._members: dict[str, list[zipfile.ZipInfo]] = {}
+        for member in self._zip.infolist():
+            self._members.setdefault(member.filename.rpartition("/")[2], []).append(member)
+
+    def __enter__(self) -> "Zip":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._zip.close()
+
+    def picture(self, name: str) -> bytes | None:
+        """The file of that name, in whatever folder; None where there is none, several differ, or it does not match its
+        checksum."""
+        members = self._members.get(name, [])
+        if len({(member.CRC, member.file_size) for member in members}) != 1:
+            return None
+        try:
+            return self._zip.read(members[0])
+        except (zipfile.BadZipFile, zlib.error, EOFError):
+            return None
+
+
+def opened(path: Path) -> Tar | Zip:
+    """
+    Raises:
+        UserError: the file is cut off, or no archive.
+    """
+    try:
+        return Zip(path) if path.suffix == ".zip" else Tar(path)
+    except (tarfile.TarError, zipfile.BadZipFile) as error:
+        kind = path.suffix.removeprefix(".")
+        raise UserError(
+            f"{path} is cut off or no {kind}: {error}; remove it, and run the same command again"
+        ) from error

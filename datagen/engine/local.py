@@ -1,0 +1,231 @@
+"""Processes of this machine that render shards: one that dies is started anew, and its shard is tried again."""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing.connection import Connection, wait
+from typing import Any, TypeVar
+
+import pyarrow as pa
+
+from core.errors import UserError
+from datagen.config import DatagenSettings
+from datagen.engine.worker import Event, Queue, Ticks, Tries, answer
+from datagen.renderers.base import Renderer
+
+T = TypeVar("T")
+_SPAWN = multiprocessing.get_context("spawn")  # the parent may hold torch's threads, which a fork would break
+_LONGEST_STOP_S = 20  # for a worker to drop its shard
+
+
+@dataclass
+class _Worker:
+    process: Any
+    pipe: Connection
+    environment: Mapping[str, str]
+    shard: int | None = None
+
+
+class Local:
+    """The engine of one machine: a process a GPU, or a process a core for a renderer of one core."""
+
+    def __init__(self, chosen: DatagenSettings, renderer: Renderer) -> None:
+        self._chosen, self._renderer = chosen, renderer
+        self.on_gpu = renderer.on_gpu()
+        if not self.on_gpu and chosen.devices != "all":
+            raise UserError(
+                f"devices: {chosen.devices} GPUs are asked for, and renderer={chosen.renderer.name} runs on the CPU "
+                "here; leave devices out"
+            )
+        self._environments: list[dict[str, str]] = [{}]
+        if self.on_gpu and ":" not in getattr(chosen.renderer, "device", ""):  # cuda:1 names one by itself
+            self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus(chosen)]
+        elif renderer.one_core:
+            self._environments *= chosen.workers or os.cpu_count() or 1
+        self.places = len(self._environments)
+
+    def render(
+        self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
+    ) -> Iterator[Event]:
+        if min(self.places, len(todo)) == 1 and not self.on_gpu:
+            return self._here(todo, rows_of, Ticks(tick))
+        return self._in_processes(todo, rows_of, Ticks(tick))
+
+    def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
+        if not self.on_gpu:
+            return question(self._chosen, self._renderer)
+        ours, theirs = _SPAWN.Pipe()
+        worker = _Worker(
+            _SPAWN.Process(target=_answer, args=(question, self._chosen, self._environments[0], theirs), daemon=True),
+            ours,
+            self._environments[0],
+        )
+        worker.process.start()
+        theirs.close()
+        try:
+            found = ours.recv()
+        except EOFError as error:
+            worker.process.join()
+            raise UserError(
+                f"the process that tried the renderer ended with exit code {worker.process.exitcode}, perhaps for want "
+                f"of memory"
+            ) from error
+        finally:
+            _stop([worker])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def _here(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
+        """In this process: a renderer that has all cores, or a single core, needs no other."""
+        queue, tried = Queue(todo, self._chosen.retries), Tries(self._chosen, self._renderer)
+        while queue:
+            number = queue.next()
+            event = tried(number, rows_of(number), partial(ticks.add, number))
+            if isinstance(event, UserError):
+                raise event
+            if event.kind == "failed":
+                ticks.take_back(number)
+                event = queue.failed(event)
+            yield event
+
+    def _in_processes(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
+        queue = Queue(todo, self._chosen.retries)
+        workers = [_start(self._chosen, environment) for environment in self._environments[: len(todo)]]
+        try:
+            while queue or any(w.shard is not None for w in workers):
+                for worker in workers:
+                    if queue and worker.shard is None:
+                        number = queue.next()
+                        _send(worker, number, rows_of(number))
+                for pipe in wait([w.pipe for w in workers]):
+                    worker = next(w for w in workers if w.pipe is pipe)
+                    event = _receive(worker)
+                    if event is None:  # it died with nothing to do
+                        workers.remove(worker)
+                        continue
+                    if isinstance(event, tuple):
+                        ticks.add(*event)
+                        continue
+                    if event.kind == "failed":
+                        ticks.take_back(event.shard)
+                        # a process whose CUDA context is broken fails at everything
+                        _stop([worker])
+                        workers[workers.index(worker)] = _start(self._chosen, worker.environment)
+                        event = queue.failed(event)
+                    elif event.kind == "done":
+                        worker.shard = None
+                    yield event
+        finally:
+            _stop(workers)
+
+
+def _start(chosen: DatagenSettings, environment: Mapping[str, str]) -> _Worker:
+    ours, theirs = _SPAWN.Pipe()
+    process = _SPAWN.Process(target=_run, args=(chosen, dict(environment), theirs), daemon=True)
+    process.start()
+    theirs.close()  # so that its end is the only one: the pipe closes with the process
+    return _Worker(process, ours, environment)
+
+
+def _send(worker: _Worker, number: int, rows: pa.Table) -> None:
+    worker.shard = number
+    with contextlib.suppress(OSError):  # it has died: `_receive` sees the closed pipe
+        worker.pipe.send((number, rows))
+
+
+def _receive(worker: _Worker) -> Event | tuple[int, int] | None:
+    """An event, or a shard and the pictures rendered of it."""
+    try:
+        message = worker.pipe.recv()
+    except (EOFError, OSError):
+        worker.process.join()
+        shard, worker.shard = worker.shard, None
+        code = worker.process.exitcode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        return None if shard is None else Event("failed", shard, error=f"its process ended with {how}")
+    if isinstance(message, UserError):
+        raise message
+    return message
+
+
+def _stop(workers: Sequence[_Worker]) -> None:
+    for worker in workers:
+        worker.process.terminate()
+    until = time.monotonic() + _LONGEST_STOP_S
+    for worker in workers:
+        worker.process.join(max(0, until - time.monotonic()))
+        if worker.process.is_alive():
+            worker.process.kill()
+            worker.process.join()
+        worker.pipe.close()
+
+
+# ------------------------------------------------------------------------------------------------ inside the process
+
+
+def _start_process(environment: Mapping[str, str]) -> None:
+    os.environ.update(environment)  # before torch is imported, which reads CUDA_VISIBLE_DEVICES once
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers for all
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not killed outright: a shard half written is dropped
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        raise RuntimeError("not a child process")
+
+    def die_with_parent() -> None:
+        parent.join()  # a killed parent cannot end its workers: each ends itself
+        os._exit(1)
+
+    threading.Thread(target=die_with_parent, daemon=True).start()
+
+
+def _answer(
+    question: Callable[[DatagenSettings, Renderer], object],
+    chosen: DatagenSettings,
+    environment: dict[str, str],
+    pipe: Connection,
+) -> None:
+    _start_process(environment)
+    try:
+        pipe.send(answer(question, chosen))
+    except Exception as error:
+        pipe.send(error)
+
+
+def _run(chosen: DatagenSettings, environment: dict[str, str], pipe: Connection) -> None:
+    _start_process(environment)
+    tried = Tries(chosen)
+    while True:
+        try:
+            number, rows = pipe.recv()
+        except EOFError:
+            return  # the parent is gone
+        found = tried(number, rows, lambda n, number=number: pipe.send((number, n)))
+        pipe.send(found)
+        if isinstance(found, UserError) or found.kind == "failed":
+            return
+
+
+def _gpus(chosen: DatagenSettings) -> list[str]:
+    """The GPUs to use, by the names that CUDA_VISIBLE_DEVICES takes.
+
+    Raises:
+        UserError: fewer are there than asked for.
+    """
+    import torch
+
+    there = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    names = visible.split(",")[:there] if visible else [str(n) for n in range(there)]
+    if chosen.devices == "all":
+        return names
+    if chosen.devices > there:
+        raise UserError(f"devices: {chosen.devices} GPUs are asked for, and {there} are here; devices=all takes them")
+    return names[: chosen.devices]

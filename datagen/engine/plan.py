@@ -1,0 +1,154 @@
+"""Prompts → the plan: what `python -m datagen` decides before any pixel is drawn.
+
+The plan holds a row a picture: its key, prompt, split and seed. Everything after it is a function of the plan.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from datagen.config import DatagenSettings, GlyphsRenderer, needs_vectors
+from datagen.curation.curate import CONTEXT, Curated, curate, held_out
+from datagen.dataset import format as shards
+from datagen.dataset.targets import TargetEncoder, encoder_name
+from datagen.prompts.sources import provenance, stream
+from datagen.renderers.base import Renderer
+
+log = logging.getLogger(__name__)
+
+_ROWS = 1 << 20  # rows of the plan made at a time: a column of strings holds no more than 2 GB
+
+
+def identity(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
+    """All that decides the dataset's bytes, as plain JSON."""
+    keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
+    values = {k: v for k, v in dataclasses.asdict(chosen).items() if k in keys}
+    values["encoder"] = chosen.encoder and encoder_name(chosen.encoder)
+    values["renderer"] = {**renderer.settings(), "image_format": chosen.renderer.image_format}
+    packages = ["numpy", "pillow", "pyarrow"]
+    if not isinstance(chosen.renderer, GlyphsRenderer):
+        packages += ["diffusers", "torch", "transformers"]
+    values["versions"] = {p: importlib.metadata.version(p) for p in packages}
+    return json.loads(json.dumps(values, default=str))
+
+
+def recorded_settings(info: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings in `dataset.json`. Earlier versions recorded `encoder=` as it was typed, not the encoder's name."""
+    values = dict(info.get("settings", {}))
+    return {**values, "encoder": encoder_name(values["encoder"])} if values.get("encoder") else values
+
+
+def differences(there: dict[str, Any], here: dict[str, Any], where: str = "") -> list[str]:
+    found = []
+    for key in sorted({*there, *here}):
+        a, b = there.get(key), here.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{where}{key}.")
+        elif a != b:
+            found.append(f"{where}{key}: {a!r} there, {b!r} here")
+    return found
+
+
+def curated_prompts(chosen: DatagenSettings, renderer: Renderer, work: Path | None = None) -> Curated:
+    """The prompts of the dataset and their sides.
+
+    Args:
+        work: folder of what is done, from which a killed run goes on; the caller removes it once the plan is committed.
+    """
+    from datagen.prompts.clip_tokenizer import token_counts
+
+    by_group = chosen.split.kind == "holdout"
+    side = (lambda part: held_out(part, chosen.split.share, chosen.seed)) if by_group else None
+    encoder = TargetEncoder(chosen.encoder, fast=True) if chosen.encoder else None
+    curated = curate(
+        stream(chosen.prompts, chosen.seed, side),
+        -(-chosen.num // chosen.seeds_per_prompt),
+        chosen.curate,
+        chosen.split,
+        chosen.seed,
+        encode=encoder.encode if encoder else _no_vectors,
+        count_tokens=token_counts,
+        can_draw=renderer.can_draw,
+        work=work,
+        origin={
+            "prompts": dataclasses.asdict(chosen.prompts),
+            "provenance": provenance(chosen.prompts),
+            "encoder": encoder.identity() if encoder and needs_vectors(chosen.curate, chosen.split) else None,
+            "renderer": chosen.renderer.name,
+        },
+    )
+    if encoder:
+        encoder.close()
+    return curated
+
+
+def _no_vectors(texts: Sequence[str]) -> NDArray[np.float32]:
+    return np.zeros((len(texts), 0), np.float32)
+
+
+def count(chosen: DatagenSettings, curated: Curated) -> int:
+    return min(chosen.num, (len(curated.train) + len(curated.val)) * chosen.seeds_per_prompt)
+
+
+def plan_table(chosen: DatagenSettings, curated: Curated) -> pa.Table:
+    """A row a picture, validation spread evenly among training so that every shard has its part of both."""
+    prompts = pa.concat_tables([curated.train, curated.val]).combine_chunks()
+    order = np.random.default_rng([chosen.seed, 1]).permutation(len(prompts))
+    is_val = order >= len(curated.train)
+    per_prompt = chosen.seeds_per_prompt
+    seeds = picture_seeds(chosen.seed, len(prompts), per_prompt)
+    parts = []
+    for first in range(0, count(chosen, curated), _ROWS):
+        row = np.arange(first, min(first + _ROWS, count(chosen, curated)))
+        prompt_id, nth = np.divmod(row, per_prompt)
+        texts = prompts.take(order[prompt_id])
+        columns = {
+            "key": np.char.zfill(row.astype(str), 9),
+            "prompt_id": prompt_id,
+            "prompt": texts["prompt"],
+            "source": texts["source"],
+            "group": texts["group"],
+            "split": np.where(is_val[prompt_id], "val", "train"),
+            "seed": seeds[prompt_id, nth],
+        }
+        parts.append(pa.table(columns).cast(shards.PLAN))
+    return pa.concat_tables(parts)
+
+
+def picture_seeds(seed: int, prompts: int, per_prompt: int) -> NDArray[np.int64]:
+    """Every picture's own seed, 0 to 2³¹ − 1: [prompts, per_prompt].
+
+    Philox counts: the n-th prompt's k-th seed depends on `seed`, n and k alone, not on how many there are of either.
+    """
+    drawn = [np.random.Philox(key=(seed << 64) + k).random_raw(prompts) >> np.uint64(33) for k in range(per_prompt)]
+    return np.stack(drawn, axis=1).astype(np.int64)
+
+
+def tell(chosen: DatagenSettings, curated: Curated) -> None:
+    log.info(
+        "prompts: %s drawn, %s train, %s val",
+        *map("{:,}".format, (curated.drawn, len(curated.train), len(curated.val))),
+    )
+    for reason, number in curated.dropped.most_common():
+        log.info("  dropped %s (%.1f %%): %s", f"{number:,}", 100 * number / curated.drawn, reason)
+    if curated.over_context:
+        log.info(
+            "  %s prompts over %d tokens: Stable Diffusion reads the first %d",
+            f"{curated.over_context:,}",
+            CONTEXT,
+            CONTEXT,
+        )
+    have = count(chosen, curated)
+    if have < chosen.num:
+        log.warning(
+            "only %s pictures of the num=%s wanted: the %s prompts drawn hold no more that can be used",
+            *map("{:,}".format, (have, chosen.num, curated.drawn)),
+        )

@@ -1,0 +1,243 @@
+"""The same shards on Ray: a laptop's own, or a cluster of any size.
+
+    python -m datagen engine=ray                                         Ray on this machine, an actor a GPU or core
+    python -m datagen engine=ray ray_address=auto out=s3://bucket/sd2    the cluster that this machine belongs to
+
+Each node needs the project's dependencies; our code travels with the job. `out` is a URL, or a folder that all share.
+An actor that dies, with its node too, is replaced, and its shard tried again elsewhere.
+"""
+
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pyarrow as pa
+import ray
+from ray.exceptions import RayError, RayTaskError
+
+from core.errors import UserError
+from core.paths import ROOT
+from datagen.config import DatagenSettings
+from datagen.dataset import format as shards
+from datagen.engine.worker import Event, Queue, Ticks, Tries, answer
+from datagen.renderers.base import Renderer
+
+T = TypeVar("T")
+_LOOK_S = 1.0  # between two looks at the actors' progress
+_NO_PLACE_S = 60  # without any actor at work before it is told
+log = logging.getLogger(__name__)
+# what of the project's folder the nodes do not need
+_NOT_SENT = [".git", ".venv", "data", "checkpoints", "bundle", "tests", "wandb", "*.ckpt", "*.safetensors", "*.tar"]
+
+
+class _Actor:
+    """Renders shards in a process of the cluster; asked for its progress while it does."""
+
+    def __init__(self, chosen: DatagenSettings) -> None:
+        self._tried = Tries(chosen)
+        self._rendered = 0
+        shards.remove_parts(chosen.out)  # of an actor that was killed on this machine
+
+    def render(self, number: int, rows: pa.Table) -> Event | UserError:
+        self._rendered = 0
+        return self._tried(number, rows, self._tick)
+
+    def _tick(self, pictures: int) -> None:
+        self._rendered += pictures
+
+    @ray.method(concurrency_group="looks")
+    def rendered(self) -> int:
+        """Pictures of the shard in hand."""
+        return self._rendered
+
+
+@dataclasses.dataclass
+class _Worker:
+    actor: Any
+    starts: Any
+    """The answer that comes once it has found a place in the cluster; then None."""
+    shard: int | None = None
+    seen: int = 0
+    """Pictures of the shard that were ticked."""
+    look: Any = None
+    """The question after its progress that is under way."""
+
+
+class Cluster:
+    """The engine `ray`.
+
+    Raises:
+        UserError: the cluster cannot be reached, or has no place for a worker.
+    """
+
+    def __init__(self, chosen: DatagenSettings, renderer: Renderer) -> None:
+        self._chosen = _absolute(chosen)
+        _connect(chosen)
+        there = ray.cluster_resources()
+        gpus = int(there.get("GPU", 0))
+        # the machine that started the run may have no GPU itself, but a renderer of one core never wants one
+        self.on_gpu = gpus > 0 and not renderer.one_core and getattr(chosen.renderer, "device", "cpu") != "cpu"
+        if self.on_gpu and chosen.workers is not None:
+            raise UserError(
+                f"workers: {chosen.workers} is for CPUs, and each of the cluster's {gpus} GPUs has a worker"
+            )
+        cores = int(there.get("CPU", 1))
+        nodes = sum(node["Alive"] for node in ray.nodes())
+        self.places = gpus if self.on_gpu else chosen.workers or (cores if renderer.one_core else nodes)
+        self._cores = 1 if renderer.one_core or self.on_gpu else max(1, cores // self.places)
+
+    def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
+        task: Any = ray.remote(answer)
+        return _get(task.options(**self._needs()).remote(question, self._chosen))
+
+    def _needs(self) -> dict[str, float]:
+        return {"num_cpus": self._cores, "num_gpus": 1 if self.on_gpu else 0}
+
+    def _start(self) -> _Worker:
+        remote: Any = ray.remote  # its annotations know no option of these
+        actor = remote(concurrency_groups={"looks": 1})(_Actor)
+        started = actor.options(**self._needs()).remote(self._chosen)
+        return _Worker(started, started.rendered.remote())
+
+    def render(
+        self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
+    ) -> Iterator[Event]:
+        ticks = Ticks(tick)
+        queue = Queue(todo, self._chosen.retries)
+        workers = [self._start() for _ in range(min(self.places, len(todo)))]
+        running: dict[Any, _Worker] = {}
+        began, told = time.monotonic(), False
+        try:
+            while queue or running:
+                for worker in workers:  # a shard waits for no actor that waits for a place
+                    if queue and worker.shard is None and worker.starts is None:
+                        worker.shard, worker.seen = queue.next(), 0
+                        running[worker.actor.render.remote(worker.shard, rows_of(worker.shard))] = worker
+                if not running and not told and time.monotonic() - began > _NO_PLACE_S:
+                    log.warning("no worker has found a place in the cluster yet: each needs %s", self._needs())
+                    told = True
+                starting = [w.starts for w in workers if w.starts is not None]
+                ended, _ = ray.wait([*running, *starting], timeout=_LOOK_S)
+                for worker in workers:
+                    if worker.starts in ended:
+                        worker.starts = None  # one that could not start fails at its first shard
+                for worker in running.values():
+                    _look(worker, ticks)
+                for reference in [r for r in ended if r in running]:
+                    worker = running.pop(reference)
+                    event = self._event(reference, worker, ticks)
+                    if event.kind == "failed":
+                        ray.kill(worker.actor)
+                        workers[workers.index(worker)] = self._start()
+                        event = queue.failed(event)
+                    yield event
+        finally:
+            for worker in workers:
+                ray.kill(worker.actor)
+
+    def _event(self, reference: Any, worker: _Worker, ticks: Ticks) -> Event:
+        """What became of the shard in hand, and the bar set right."""
+        number = worker.shard
+        if number is None:
+            raise ValueError("a worker without a shard")
+        try:
+            event: Any = ray.get(reference)
+        except RayError as error:  # its process or its node is gone
+            event = Event("failed", number, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
+        if isinstance(event, UserError):
+            raise event
+        if event.kind == "done" and not shards.committed(self._chosen.out, number):
+            raise UserError(
+                f"shard {number:06d} was written on another machine, and {self._chosen.out} does not show it here: "
+                f"give out= a URL, or a folder that all nodes share"
+            )
+        if event.kind == "done":
+            ticks.add(number, event.report["pictures"] - worker.seen)
+        else:
+            ticks.take_back(number)
+        worker.shard, worker.look = None, None
+        return event
+
+
+def _look(worker: _Worker, ticks: Ticks) -> None:
+    """Ticks what the worker has rendered since the last look; asks again without waiting for the answer."""
+    if worker.look is not None and worker.shard is not None:
+        if not ray.wait([worker.look], timeout=0)[0]:
+            return
+        try:
+            rendered: Any = ray.get(worker.look)
+        except RayError:
+            return  # `_event` tells of it
+        if rendered > worker.seen:
+            ticks.add(worker.shard, rendered - worker.seen)
+            worker.seen = rendered
+    worker.look = worker.actor.rendered.remote()
+
+
+def _connect(chosen: DatagenSettings) -> None:
+    if ray.is_initialized():
+        return
+    environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
+    cores = None
+    if chosen.ray_address is not None:
+        environment = {"working_dir": str(ROOT), "excludes": _NOT_SENT}
+    else:
+        cores = chosen.workers or os.cpu_count()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        _reach(chosen.ray_address)
+        ray.init(
+            chosen.ray_address or "local",  # None would obey RAY_ADDRESS
+            num_cpus=cores,
+            include_dashboard=False if chosen.ray_address is None else None,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            runtime_env=environment,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as error:  # ValueError: a port that is no number
+        raise UserError(
+            f"ray_address={chosen.ray_address}: {str(error).splitlines()[0]}\n"
+            f"Start a cluster (ray start --head), or leave ray_address out for a Ray of this machine's own."
+        ) from error
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
+
+
+def _absolute(chosen: DatagenSettings) -> DatagenSettings:
+    """The settings with the paths that a process in another folder would not find made absolute."""
+    renderer = chosen.renderer
+    model = getattr(renderer, "model", None)
+    if model is not None and Path(model).expanduser().exists():
+        renderer = dataclasses.replace(renderer, model=str(Path(model).expanduser().absolute()))
+    return dataclasses.replace(chosen, out=chosen.out.absolute(), renderer=renderer)
+
+
+def _reach(address: str | None) -> None:
+    """Ray itself would try for minutes.
+
+    Raises:
+        ConnectionError: nobody answers there.
+    """
+    host, _, port = (address or "").rpartition(":")
+    if not host:
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=10).close()
+    except OSError as error:
+        raise ConnectionError(f"nobody answers there: {error.strerror or error}") from error
+
+
+def _get(reference: Any) -> Any:
+    try:
+        return ray.get(reference)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from error
+        raise

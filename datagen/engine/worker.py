@@ -1,0 +1,180 @@
+"""One shard, the unit of work: rendered, encoded, written and committed whole, wherever it is done.
+
+A shard is a function of its plan rows and the renderer's settings: not of the process, the machine, or where a run
+resumed.
+"""
+
+import dataclasses
+import time
+import traceback
+from collections import Counter, deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, Protocol, TypeVar
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from core.errors import UserError
+from core.store import Unreachable
+from datagen.config import DatagenSettings, DiffusersRenderer, GlyphsRenderer
+from datagen.dataset import format as shards
+from datagen.dataset.image_codec import encoded
+from datagen.renderers.base import Renderer
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """What became of a shard."""
+
+    kind: Literal["done", "failed"]
+    shard: int
+    report: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """done: what `render_shard` returned."""
+    error: str = ""
+    """failed: its last line names the error, those before it where it was raised."""
+    last: bool = False
+    """failed: it is not tried again."""
+
+
+class Engine(Protocol):
+    """Where shards are rendered: this machine's processes (`pool.Local`) or a cluster's (`cluster.Cluster`)."""
+
+    places: int
+    """Shards rendered at once."""
+
+    on_gpu: bool
+
+    def render(
+        self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
+    ) -> Iterator[Event]:
+        """Renders shards. A failing one is tried `retries` times more; the last of its `failed` events says so.
+
+        Args:
+            todo: numbers of the shards.
+            rows_of: a shard's rows of the plan.
+            tick: told how many pictures more are rendered; less than none when a shard has failed.
+
+        Raises:
+            UserError: what no second try mends, such as a full disk.
+        """
+        ...
+
+    def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
+        """`question(settings, renderer)`, answered where shards are rendered, and all memory it took given back."""
+        ...
+
+
+def answer(question: Callable[[DatagenSettings, Renderer], T], chosen: DatagenSettings) -> T:
+    return question(chosen, make_renderer(chosen))
+
+
+def make_renderer(chosen: DatagenSettings) -> Renderer:
+    if isinstance(chosen.renderer, GlyphsRenderer):
+        from datagen.renderers.glyphs.renderer import Glyphs
+
+        return Glyphs(chosen.renderer.size)
+    if isinstance(chosen.renderer, DiffusersRenderer):
+        from datagen.renderers.diffusers.renderer import DiffusersModel
+
+        return DiffusersModel(chosen.renderer)
+    from datagen.renderers.sd2.renderer import StableDiffusion2
+
+    return StableDiffusion2(chosen.renderer)
+
+
+class Queue:
+    """Shards to render, those that failed first; each is tried `retries` times more."""
+
+    def __init__(self, todo: Sequence[int], retries: int) -> None:
+        self._todo, self._retries = deque(todo), retries
+        self._failed: Counter[int] = Counter()
+
+    def __bool__(self) -> bool:
+        return bool(self._todo)
+
+    def next(self) -> int:
+        return self._todo.popleft()
+
+    def failed(self, event: Event) -> Event:
+        """`event`, saying whether it was the last try; if not, the shard is next."""
+        self._failed[event.shard] += 1
+        last = self._failed[event.shard] > self._retries
+        if not last:
+            self._todo.appendleft(event.shard)
+        return dataclasses.replace(event, last=last)
+
+
+class Tries:
+    """Renders shards one after the other, with a renderer that is made at the first."""
+
+    def __init__(self, chosen: DatagenSettings, renderer: Renderer | None = None) -> None:
+        self._chosen, self._renderer = chosen, renderer
+
+    def __call__(self, number: int, rows: pa.Table, tick: Callable[[int], object]) -> Event | UserError:
+        """What became of `render_shard`; a `UserError` is what no second try mends."""
+        try:
+            self._renderer = self._renderer or make_renderer(self._chosen)
+            return Event("done", number, report=render_shard(self._chosen, self._renderer, number, rows, tick))
+        except Unreachable as error:
+            return Event("failed", number, error=str(error))
+        except UserError as error:
+            return error
+        except Exception:
+            return Event("failed", number, error=traceback.format_exc().strip())
+
+
+class Ticks:
+    """Pictures rendered of each shard, so that those of one that fails can be taken back."""
+
+    def __init__(self, tick: Callable[[int], object]) -> None:
+        self._tick = tick
+        self._rendered: Counter[int] = Counter()
+
+    def add(self, shard: int, pictures: int) -> None:
+        self._rendered[shard] += pictures
+        self._tick(pictures)
+
+    def take_back(self, shard: int) -> None:
+        self._tick(-self._rendered.pop(shard, 0))
+
+
+def render_shard(
+    chosen: DatagenSettings, renderer: Renderer, number: int, rows: pa.Table, tick: Callable[[int], object]
+) -> dict[str, Any]:
+    """Renders the plan's `rows` and commits them as shard `number`.
+
+    Args:
+        tick: told the pictures of each batch.
+
+    Returns:
+        Plain JSON for the log: shard, pictures, seconds, and under notes how often each was made of a picture.
+    """
+    began = time.time()
+    prompts, seeds = rows["prompt"].to_pylist(), rows["seed"].to_pylist()
+    batch = renderer.batch_size
+    if batch is None:
+        raise ValueError("find_batch_size() comes first")
+    told: Counter[str] = Counter()
+
+    def pictures() -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
+        for start in range(0, len(prompts), batch):
+            picture_NHWC = renderer.render(prompts[start : start + batch], seeds[start : start + batch])
+            notes = renderer.notes
+            for note in notes:
+                told.update(note.keys())
+            yield from zip(picture_NHWC, notes, strict=True)
+            tick(len(picture_NHWC))
+
+    # A renderer of one core has its neighbours on the others: it encodes by itself.
+    threads = 1 if renderer.one_core else None
+    image_format = chosen.renderer.image_format
+    shards.write_shard(chosen.out, number, rows, encoded(pictures(), image_format, threads), f".{image_format}")
+    return {
+        "shard": number,
+        "pictures": len(prompts),
+        "seconds": time.time() - began,
+        "notes": dict(sorted(told.items())),
+    }

@@ -1,0 +1,145 @@
+"""Foreign pictures as a dataset, where they lie: a folder with a CSV of prompts, or WebDataset tars.
+
+    python -m datagen.index out=data/comp images=competition csv=competition/prompts.csv split.share=1
+    python -m datagen.index out=data/laion tars='laion/*.tar'
+
+Nothing is copied. Pictures without a prompt and prompts without a picture are counted and listed in `<out>.log.jsonl`,
+as are images that no split takes because they share a prompt or their bytes with a validation image. What two splits
+have in common is counted in dataset.json ("leakage"); only a split of the user's own (split_column=) has anything.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from core.errors import UserError
+from core.settings import settings
+from datagen.config import IndexSettings
+from datagen.dataset import format as shards
+from datagen.importers.foreign_images import ForeignImage, read_folder, read_tars
+from datagen.importers.foreign_split import ForeignSplit, split_foreign
+
+if TYPE_CHECKING:
+    from datagen.dataset.targets import TargetEncoder
+
+log = logging.getLogger(__name__)
+
+
+def index(chosen: IndexSettings) -> None:
+    """Writes the dataset folder `chosen.out`; it appears whole or not at all."""
+    if chosen.out.exists():
+        raise UserError(
+            f"{chosen.out} is there already; choose another out=, or remove it. If only its vectors are missing: "
+            f"python -m datagen.targets out={chosen.out}"
+        )
+    skipped: list[dict[str, str]] = []
+    batches = list(read_tars(chosen, skipped) if chosen.tars is not None else read_folder(chosen, skipped))
+    pictures = [found for batch in batches for found in batch]
+    if not pictures:
+        raise UserError(
+            f"no picture with a prompt in {chosen.tars or chosen.images}; {_summary(skipped) or 'it is empty'}"
+        )
+    clash = [key for key, count in Counter(p.key for p in pictures).items() if count > 1]
+    if clash:
+        raise UserError(f"{len(clash)} keys name several pictures ({', '.join(clash[:3])}, …); rename the files")
+    encoder = _Encoder(chosen.encoder)
+    split = split_foreign(pictures, chosen, encoder.encode)
+    encoder.close()
+    listing = chosen.out.with_name(f"{chosen.out.name}.log.jsonl")
+    lines = [*skipped, *split.left_out]
+    part = chosen.out.with_name(f".{chosen.out.name}.part-{os.getpid()}")
+    try:
+        _write(part, batches, split, chosen)
+        if lines:
+            data = "".join(json.dumps(line) + "\n" for line in lines).encode()
+            shards.write_atomically(listing, lambda file: file.write(data))
+        else:
+            listing.unlink(missing_ok=True)  # of a dataset that was there before
+        part.replace(chosen.out)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    if skipped:
+        log.warning("skipped: %s; listed in %s", _summary(skipped), listing)
+    if split.left_out:
+        log.warning(
+            "left out of training: %s (%.1f %% of the images outside validation); listed in %s",
+            *(_summary(split.left_out), 100 * len(split.left_out) / (len(pictures) - split.split_n.count("val"))),
+            listing,
+        )
+
+
+class _Encoder:
+    """The target encoder for comparing prompts, loaded at the first use."""
+
+    def __init__(self, model: str | None) -> None:
+        self._model = model
+        self._encoder: TargetEncoder | None = None
+
+    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        if self._encoder is None:
+            from datagen.dataset.targets import TargetEncoder
+
+            assert self._model is not None  # settings refuse split.kind=similarity without an encoder
+            self._encoder = TargetEncoder(self._model, fast=True)
+        return self._encoder.encode(texts)
+
+    def close(self) -> None:
+        if self._encoder is not None:
+            self._encoder.close()
+
+
+def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, chosen: IndexSettings) -> None:
+    source = chosen.source or (chosen.images or Path(str(chosen.tars)).parent).absolute().name
+    columns: dict[str, list[Any]] = {name: [] for name in shards.PLAN.names}
+    split_of = iter(split.split_n)
+    prompt_ids: dict[str, int] = {}
+    for number, batch in enumerate(batches):
+        rows: dict[str, list[Any]] = {name: [] for name in shards.INDEX.names}
+        for image in batch:
+            of_image = {"group": image.group, "source": image.source or source, "split": next(split_of)}
+            where = {"path": image.path, "offset": image.offset, "size": image.size, "crc32": image.crc32}
+            for caption in image.captions:
+                shared = {"key": image.key, "prompt_id": prompt_ids.setdefault(caption, len(prompt_ids)), **of_image}
+                for name, value in {**shared, **where}.items():
+                    rows[name].append(value)
+                for name, value in {**shared, "prompt": caption, "seed": 0}.items():
+                    columns[name].append(value)
+        shards.index_foreign(root, number, rows)
+    origin = {"images": chosen.images, "csv": chosen.csv, "tars": chosen.tars}
+    kind: dict[str, Any] = dataclasses.asdict(chosen.split)
+    info = {
+        "settings": {
+            "index": {k: str(v) for k, v in origin.items() if v is not None},
+            "split": kind if chosen.split_column is None else {"column": chosen.split_column},
+            "seed": chosen.seed,
+        },
+        "shards": len(batches),
+        "leakage": split.leakage,
+        **split.about,
+    }
+    shards.write_plan(root, pa.table(columns, schema=shards.PLAN), info)
+
+
+def _summary(skipped: Sequence[Mapping[str, Any]]) -> str:
+    return ", ".join(f"{n} {reason}" for reason, n in Counter(line["reason"] for line in skipped).most_common())
+
+
+def run(values: dict[str, Any]) -> None:
+    chosen = settings(IndexSettings, values)
+    index(chosen)
+    if chosen.encoder is not None:
+        from datagen.dataset.targets import TargetEncoder, fill
+
+        fill(chosen.out, TargetEncoder(chosen.encoder))
+    info = shards.read_info(chosen.out)
+    log.info("%s: %d pictures, %d captions, %s", chosen.out, info["pictures"], info["captions"], info["splits"])

@@ -1,0 +1,489 @@
+"""Files named by a path, a glob or a URL, as local files: the hub's through its own cache, others' through ours.
+
+    files("data/prompts/*.csv", None, "prompts.path")
+    files("hf://datasets/poloclub/diffusiondb/metadata.parquet", None, "prompts.path")
+    files("zip://annotations/train.json::https://host/annotations.zip", None, "prompts.path")
+
+Whole files are fetched, once: text is small, readers stay simple, and a second run needs no network. The hub's lie in
+`HF_HOME`, others' in the folder that `IM2EMB_CACHE` names, or ~/.cache/im2emb. A cached file is hashed before each use,
+the hub's against the hash that the hub names it by, others' against what was recorded when it was fetched; a damaged
+one is fetched again, and refused where that is impossible.
+"""
+
+import contextlib
+import glob
+import gzip
+import hashlib
+import json
+import logging
+import os
+import re
+import shutil
+import time
+import urllib.parse
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar, cast
+
+from core import store
+from core.checksum import DamagedFile, read_checked, with_checksum
+from core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+_HUB = re.compile(r"hf://(?P<kind>datasets|models)/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<name>.+)")
+_TRIES = 3
+_VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "created", "mtime")
+_COPY_HUB_FILE = (
+    "Without a network: run the command once with one, and again with HF_HUB_OFFLINE=1 from the same cache (HF_HOME); "
+    "or copy the file and name its path instead of the URL. prompts=grammar needs no file at all."
+)
+_COPY_REPOSITORY = (
+    "The same command goes on where it was. Without a network: copy the repository, or some archives of it, and give "
+    "folder=FOLDER."
+)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class File:
+    """A local file, or a member of a local zip."""
+
+    name: str
+    """As its origin names it, below the folder that all of its files share; a zip's is that of the zip/member."""
+    path: Path
+    member: str | None
+    """Of the zip at `path`."""
+
+    @property
+    def suffix(self) -> str:
+        """.csv of data.csv, and of data.csv.gz."""
+        return self._unpacked.suffix.lower()
+
+    @property
+    def stem(self) -> str:
+        return self._unpacked.stem
+
+    @property
+    def _unpacked(self) -> Path:
+        name = Path(self.name)
+        return Path(name.stem) if name.suffix.lower() == ".gz" else Path(name.name)
+
+    @contextlib.contextmanager
+    def open(self) -> Iterator[BinaryIO]:
+        """Its bytes, unpacked.
+
+        Raises:
+            UserError: the zip is none, or lacks the member.
+        """
+        with contextlib.ExitStack() as stack:
+            if self.member is None:
+                file = cast(BinaryIO, stack.enter_context(self.path.open("rb")))
+            else:
+                try:
+                    archive = stack.enter_context(zipfile.ZipFile(self.path))
+                except zipfile.BadZipFile as error:
+                    raise UserError(f"{self.path} is no zip, or cut off ({error}); copy it again") from error
+                if self.member not in archive.namelist():
+                    raise UserError(f"{self.path} holds no {self.member}, but {some(archive.namelist())}")
+                file = cast(BinaryIO, stack.enter_context(archive.open(self.member)))
+            if self.name.lower().endswith(".gz"):
+                file = cast(BinaryIO, stack.enter_context(gzip.GzipFile(fileobj=file)))
+            yield file
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where files came from."""
+
+    url: str
+    commit: str | None
+    """Of the hub's repository."""
+    files: tuple[File, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """Plain JSON: the repository or URL, the hub's commit, and each file's size and sha256, a zip's whole."""
+        hub = _HUB.fullmatch(self.url.rpartition("::")[2])
+        where = {"repo": hub["repo"], "commit": self.commit} if hub else {"url": self.url}
+        found = {f.name: {"bytes": f.path.stat().st_size, "sha256": store.sha256(f.path)} for f in self.files}
+        return {**where, "files": found}
+
+
+@cache
+def files(url: str, revision: str | None, key: str) -> Origin:
+    """The files that `url` names, fetched where they are not local, in the order of their names.
+
+    Args:
+        url: a path, or an fsspec URL: hf://datasets/owner/name[@revision]/file, s3://…, https://…; it may hold * and ?.
+            zip://member::url is one file of a zip.
+        revision: commit, tag or branch of a hub's repository; None takes the newest commit, once a process.
+        key: the setting that holds `url`, for messages.
+
+    Raises:
+        UserError: there is no such file, or it cannot be had: it says what was tried, what is there and what to do.
+    """
+    if url.startswith("zip://"):
+        member, separator, outer = url.removeprefix("zip://").partition("::")
+        if not separator or not member:
+            raise UserError(f"{key}: {url} is not zip://member::path")
+        found = files(outer, revision, key)
+        return Origin(url, found.commit, tuple(File(f"{f.name}/{member}", f.path, member) for f in found.files))
+    hub = _HUB.fullmatch(url)
+    if hub:
+        return _hub_files(url, hub, revision, key)
+    if url.startswith("hf://"):
+        raise UserError(f"{key}: {url} is not hf://datasets/owner/name/file, or hf://datasets/owner/name@revision/file")
+    if revision is not None:
+        raise UserError(f"{key}: {url} is no file of the hub (hf://…), which alone has a revision ({revision})")
+    if "://" in url and not url.startswith("file://"):
+        return Origin(url, None, tuple(_remote_files(url, key)))
+    path = url.removeprefix("file://")
+    paths = sorted(glob.glob(path, recursive=True)) if _is_glob(path) else [path]  # noqa: PTH207 – it may be absolute
+    found = [p for p in map(Path, paths) if p.is_file()]
+    if not found:
+        raise UserError(f"{key}: no file {path}{_beside(Path(path))}")
+    return Origin(url, None, tuple(File(n, p, None) for n, p in zip(_told(found), found, strict=True)))
+
+
+def _told(paths: Sequence[Path]) -> list[str]:
+    """Names of files: their paths below the folder that they share, since two folders may hold files of one name."""
+    shared = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(shared).as_posix() for path in paths]
+
+
+def _is_glob(path: str) -> bool:
+    return any(c in path for c in "*?[") and not Path(path).is_file()
+
+
+def _beside(path: Path) -> str:
+    """What lies in the folder of a missing file."""
+    if not path.parent.is_dir():
+        return ""
+    return f"; {path.parent} holds {some(sorted(p.name for p in path.parent.iterdir()))}"
+
+
+def some(names: list[str]) -> str:
+    return (", ".join(names[:8]) + (f", … ({len(names):,} in all)" if len(names) > 8 else "")) or "nothing"
+
+
+# ------------------------------------------------------------------------------------------------------------ the hub
+
+
+class _NoMatchError(Exception):
+    pass
+
+
+def _hub_files(url: str, hub: re.Match[str], revision: str | None, key: str) -> Origin:
+    import huggingface_hub
+
+    inside = hub["revision"] and urllib.parse.unquote(hub["revision"])
+    if inside and revision and inside != revision:
+        raise UserError(f"{key}: {url} names the revision {inside}, and revision={revision} another; give one of them")
+    repo, kind, name = hub["repo"], hub["kind"].removesuffix("s"), hub["name"]
+    options = {"repo_type": kind, "revision": inside or revision}
+    with _hub_errors(f"{key}={url}", repo, kind, options["revision"], name, _COPY_HUB_FILE):
+        if not _is_glob(name):
+            path = whole_hub_file(lambda **more: huggingface_hub.hf_hub_download(repo, name, **options, **more))
+            folder = path.parents[len(Path(name).parts) - 1]
+            found = [path]
+        else:
+            folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[name], **options))
+            found = sorted(p for p in folder.glob(name) if p.is_file())
+            if not found:
+                raise _NoMatchError(f"nothing matches {name}")
+            for path in found:
+                inner = path.relative_to(folder).as_posix()
+                commit = {"repo_type": kind, "revision": folder.name}
+                whole_hub_file(
+                    lambda inner=inner, commit=commit, **more: huggingface_hub.hf_hub_download(
+                        repo, inner, **commit, **more
+                    )
+                )
+    files = tuple(File(p.relative_to(folder).as_posix(), p, None) for p in found)
+    return Origin(url, folder.name, files)
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A dataset's repository on the hub, at a commit, or a local folder with the same files."""
+
+    repo: str
+    commit: str | None
+    folder: Path | None
+    names: tuple[str, ...]
+    """All files."""
+
+    def sizes(self, names: list[str]) -> dict[str, int]:
+        """Bytes of each file."""
+        if self.folder is not None:
+            return {name: (self.folder / name).stat().st_size for name in names}
+        import huggingface_hub
+
+        api, found = huggingface_hub.HfApi(), {}
+        with _hub_errors(self.repo, self.repo, "dataset", self.commit, "sizes of files", _COPY_REPOSITORY):
+            for first in range(0, len(names), 500):
+                part = names[first : first + 500]
+                infos = api.get_paths_info(self.repo, part, repo_type="dataset", revision=self.commit)
+                found |= {info.path: info.size for info in infos if isinstance(info, huggingface_hub.RepoFile)}
+        return found
+
+    def fetch(self, name: str, work: Path) -> Path:
+        """A file of the folder, or of the hub in `work`; what an earlier run fetched of it is not fetched again."""
+        if self.folder is not None:
+            if not (self.folder / name).is_file():
+                raise UserError(f"{self.folder} lacks {name}; copy it from the hub's dataset {self.repo}")
+            return self.folder / name
+        import huggingface_hub
+
+        with _hub_errors(self.repo, self.repo, "dataset", self.commit, name, _COPY_REPOSITORY):
+            options = {"repo_type": "dataset", "revision": self.commit, "local_dir": work}
+            return whole_hub_file(
+                lambda **more: huggingface_hub.hf_hub_download(self.repo, name, **options, **more),
+                lambda _: _local_etag(work, name),
+            )
+
+    def release(self, name: str, work: Path) -> None:
+        """Removes what `fetch` fetched."""
+        if self.folder is None:
+            (work / name).unlink(missing_ok=True)
+
+
+def repository(repo: str, revision: str | None, folder: Path | None) -> Repository:
+    """
+    Raises:
+        UserError: there is no such folder, or the hub cannot be asked or has no such repository.
+    """
+    if folder is not None:
+        if not folder.is_dir():
+            raise UserError(f"folder: no folder {folder}; it is to hold a copy of the hub's dataset {repo}")
+        names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+        return Repository(repo, None, folder, tuple(names))
+    import huggingface_hub
+
+    with _hub_errors(repo, repo, "dataset", revision, "its files", _COPY_REPOSITORY):
+        info = huggingface_hub.HfApi().dataset_info(repo, revision=revision, timeout=60)
+    return Repository(repo, info.sha, None, tuple(sorted(s.rfilename for s in info.siblings or ())))
+
+
+def whole_hub_file(
+    download: Callable[..., str], etag_of: Callable[[Path], str] = lambda path: path.resolve().name
+) -> Path:
+    """The file that `download` gives, downloaded again where its bytes are not those of its ETag.
+
+    Args:
+        download: huggingface_hub's, but for `force_download`.
+        etag_of: file → the hub's ETag; in its cache that is the name of the blob that the file links to.
+
+    Raises:
+        UserError: it is damaged and cannot be downloaded again.
+    """
+    path = Path(download())
+    problem = etag_mismatch(path, etag_of(path))
+    if problem is None:
+        return path
+    log.warning("%s is damaged: %s; it is fetched again", path, problem)
+    try:
+        path = Path(download(force_download=True))
+    except Exception as error:  # the hub's client has a new set of error classes in each major version
+        raise UserError(
+            f"{path} is damaged ({problem}), and it cannot be fetched again: {first_line(_root(error))}\n"
+            "Remove it and run the same command with a network, or copy the file and name its path instead of the URL."
+        ) from error
+    problem = etag_mismatch(path, etag_of(path))
+    if problem is not None:
+        raise UserError(f"{path} was fetched twice and is damaged each time: {problem}; check the disk and the hub")
+    return path
+
+
+def etag_mismatch(path: Path, etag: str) -> str | None:
+    """Describe how a file differs from the hash in its ETag; None where it does not, or the ETag is not a hash."""
+    if re.fullmatch(r"[0-9a-f]{64}", etag):  # of large files: SHA-256
+        digest = store.sha256(path)
+    elif re.fullmatch(r"[0-9a-f]{40}", etag):  # of small ones: git's SHA-1 of a blob
+        data = path.read_bytes()
+        digest = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
+    else:
+        return None
+    return None if digest == etag else f"{path.stat().st_size} bytes with the hash {digest[:12]}…, not {etag[:12]}…"
+
+
+def _local_etag(folder: Path, name: str) -> str:
+    """The ETag that the hub's client noted beside its downloads into `folder`: the second line of its metadata."""
+    try:
+        lines = (folder / ".cache/huggingface/download" / f"{name}.metadata").read_text().splitlines()
+    except OSError:
+        return ""
+    return lines[1].strip() if len(lines) > 1 else ""
+
+
+@contextlib.contextmanager
+def _hub_errors(what: str, repo: str, kind: str, revision: str | None, name: str, remedy: str) -> Iterator[None]:
+    """Errors of the hub's client as one that says what was tried, what is there and what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client has a new set of error classes in each major version
+        answered = getattr(getattr(error, "response", None), "status_code", None) == 404 or isinstance(
+            error, _NoMatchError
+        )
+        there = _hub_names(repo, kind, revision) if answered else []
+        raise UserError(
+            f"{what}: tried the hub's {kind} {repo} at {revision or 'its newest commit'} for {name}, and the hub's "
+            f"cache on this machine: {first_line(error if answered else _root(error))}\n"
+            + (f"The repository holds {some(there)}.\n" if there else "")
+            + remedy
+        ) from error
+
+
+def _hub_names(repo: str, kind: str, revision: str | None) -> list[str]:
+    """What the repository holds, its folders abridged; empty where the hub cannot be asked."""
+    import huggingface_hub
+
+    try:
+        names = huggingface_hub.HfApi().list_repo_files(repo, repo_type=kind, revision=revision)
+    except Exception:  # a message about a first error needs no second
+        return []
+    shown = dict.fromkeys(n if n.count("/") < 1 else f"{n.partition('/')[0]}/{_numberless(n)}" for n in names)
+    return list(shown)
+
+
+def _numberless(name: str) -> str:
+    return re.sub(r"\d{3,}", "…", name.partition("/")[2])
+
+
+def first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+# ---------------------------------------------------------------------------------------------------------- elsewhere
+
+
+def _remote_files(url: str, key: str) -> Iterator[File]:
+    """The files of any other fsspec URL, in our cache."""
+    from fsspec.core import url_to_fs
+
+    protocol = url.partition("://")[0]
+    try:
+        fs, path = url_to_fs(url)
+    except ImportError as error:
+        raise UserError(f"{key}={url}: {protocol}:// needs another package: {first_line(error)}") from error
+    except ValueError as error:
+        raise UserError(
+            f"{key}={url}: {first_line(error)}; a path, hf://, s3://, gs:// and https:// are known"
+        ) from error
+    folder = store.cache_folder() / "files" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    listing = folder / "listing.json"
+    try:
+        paths = _again(lambda: sorted(cast(list[str], fs.glob(path))) if _is_glob(path) else [path])
+        if not paths:
+            raise FileNotFoundError(f"nothing matches {path}")
+        names = [f"{n:03d}-{Path(urllib.parse.urlsplit(p).path).name}" for n, p in enumerate(paths)]
+        for name, source in zip(names, paths, strict=True):
+            _copy(fs, source, folder / name)
+        told = dict(zip(names, _told([Path(urllib.parse.urlsplit(p).path) for p in paths]), strict=True))
+        listed = with_checksum(json.dumps(told).encode())
+        store.write_atomically(listing, lambda file: file.write(listed))
+    except UserError:
+        raise
+    except Exception as error:  # each protocol's client has its own
+        why = first_line(_root(error))
+        if _is_gone(error):
+            raise UserError(f"{key}={url}: there is no such file ({why}). {_copy_it(key)}") from error
+        if not listing.exists():
+            raise UserError(f"{key}={url}: cannot be fetched: {why}. {_copy_it(key)}") from error
+        log.warning("%s cannot be asked (%s): taking the copy in %s", url, why, folder)
+        told = _whole_copies(folder, listing, f"{key}={url}: cannot be fetched ({why})", _copy_it(key))
+    for name, shown in told.items():
+        yield File(shown, folder / name, None)
+
+
+def _copy_it(key: str) -> str:
+    return (
+        f"Copy the file to this machine and give {key}=FILE; in a mixture, ~prompts.sources.NAME leaves a source out; "
+        "prompts=grammar needs no file at all."
+    )
+
+
+def _copy(fs: Any, source: str, target: Path) -> None:
+    """Copies one file unless a whole copy of the same size and version is there; never leaves a half.
+
+    Where the server tells no version, every run copies it again.
+    """
+    info = _again(lambda: fs.info(source))
+    told = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
+    version = {"bytes": info.get("size"), "version": told}
+    known = store.read_record(target)
+    if told is not None and target.exists() and known is not None and version.items() <= known.items():
+        problem = store.damage(target, known)
+        if problem is None:
+            return
+        log.warning("%s, the cached copy of %s, is damaged: %s; it is fetched again", target, source, problem)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    part = target.with_name(f".{target.name}.part-{os.getpid()}")
+
+    def copy() -> None:
+        with fs.open(source, "rb") as remote, part.open("wb") as file:
+            shutil.copyfileobj(remote, file, 1 << 20)
+        if version["bytes"] is not None and part.stat().st_size != version["bytes"]:
+            raise ConnectionError(f"{source} came cut off: {part.stat().st_size} bytes of {version['bytes']}")
+
+    log.info("fetching %s", source)
+    try:
+        _again(copy)
+        store.write_record(target, part.stat(), store.sha256(part), **version)
+        part.replace(target)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _whole_copies(folder: Path, listing: Path, what: str, remedy: str) -> dict[str, str]:
+    """The names in `listing`, whose copies are as they were fetched.
+
+    Raises:
+        UserError: some are not; it begins with `what`.
+    """
+    try:
+        names: dict[str, str] = json.loads(read_checked(listing))
+    except DamagedFile as error:
+        raise UserError(f"{what}, and the list of its copies, {listing}, cannot be used: {error}. {remedy}") from error
+    problems = []
+    for name in names:
+        record = store.read_record(folder / name)
+        if not (folder / name).is_file():
+            problems.append(f"{folder / name} is missing")
+        elif record is None:
+            problems.append(f"{folder / name} has no record of its checksum")
+        elif (problem := store.damage(folder / name, record)) is not None:
+            problems.append(f"{folder / name} is damaged: {problem}")
+    if problems:
+        raise UserError(f"{what}, and the copies on this machine cannot be used: {'; '.join(problems)}. {remedy}")
+    return names
+
+
+def _again(work: Callable[[], T]) -> T:
+    """`work`, tried again after a fault of the network."""
+    for n in range(_TRIES):
+        try:
+            return work()
+        except Exception as error:  # each protocol's client has its own
+            if _is_gone(error) or isinstance(error, PermissionError) or n + 1 == _TRIES:
+                raise
+            log.info("%s; trying again", first_line(_root(error)))
+            time.sleep(2**n)
+    raise AssertionError
+
+
+def _root(error: BaseException) -> BaseException:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Whether the server said that there is no such file; fsspec raises the same class where it reached no server."""
+    root = _root(error)
+    return isinstance(root, FileNotFoundError) or getattr(root, "status", None) in (404, 410)

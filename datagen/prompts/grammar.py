@@ -1,0 +1,651 @@
+"""Scenes and the prompts that say them: an endless prompt source whose every line the glyph renderer can draw.
+
+`lines(seed)` writes prompts, `parse(prompt)` reads them back: the renderer draws what `parse` finds, so a line is only
+written when it parses to the very scene it was made from. An attribute that is not said is None; the renderer then
+draws nothing for it (a place, a light, a medium) or chooses from the seed (a size).
+"""
+
+import random
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple, TypeVar
+
+from core.errors import UserError
+from datagen.prompts.icon_names import Object, objects, plural
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Thing:
+    """One kind of object in a scene."""
+
+    name: str
+    """A name of `glyph_names.objects()`."""
+    colour: str | None = None
+    """A key of `COLOURS`; None is drawn in the object's neutral tone."""
+    count: int = 1
+    """1 … 4 copies."""
+    size: str | None = None
+    """A key of `SIZES`."""
+    look: str | None = None
+    """A key of `LOOKS`: a pattern, a material or a state."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """All that a prompt says and a picture shows."""
+
+    things: tuple[Thing, ...]
+    relation: str | None = None
+    """How the first thing stands to the others, a key of `RELATIONS`; None: in a row."""
+    place: str | None = None
+    light: str | None = None
+    medium: str | None = None
+
+
+@dataclass(frozen=True)
+class Line:
+    """A prompt and the group that a hold-out split keeps on one side: its "colour object" pairs joined by ";"."""
+
+    prompt: str
+    group: str
+
+
+# Canonical word: how else it is said. The first way is the commonest.
+COLOURS = {
+    "red": ("red", "scarlet", "crimson", "bright red"),
+    "orange": ("orange", "tangerine", "bright orange"),
+    "yellow": ("yellow", "lemon yellow", "bright yellow"),
+    "lime": ("lime green", "chartreuse", "bright green"),
+    "green": ("green", "emerald", "dark green"),
+    "mint": ("mint green", "pale green"),
+    "teal": ("teal", "turquoise", "cyan"),
+    "sky blue": ("sky blue", "light blue", "azure"),
+    "blue": ("blue", "royal blue", "cobalt", "bright blue"),
+    "navy": ("navy blue", "dark blue", "midnight blue"),
+    "purple": ("purple", "violet", "deep purple"),
+    "lavender": ("lavender", "lilac", "pale purple"),
+    "magenta": ("magenta", "fuchsia", "hot pink"),
+    "pink": ("pink", "pale pink", "rose pink"),
+    "maroon": ("maroon", "burgundy", "dark red"),
+    "brown": ("brown", "chocolate brown", "chestnut"),
+    "beige": ("beige", "tan", "sand coloured"),
+    "white": ("white", "snow white", "ivory"),
+    "grey": ("grey", "gray", "ash grey"),
+    "black": ("black", "jet black", "pitch black"),
+}
+SIZES = {
+    "tiny": ("tiny", "miniature", "minuscule"),
+    "small": ("small", "little"),
+    "large": ("large", "big"),
+    "huge": ("huge", "giant", "gigantic", "enormous", "colossal"),
+}
+# Before the noun, and after it.
+LOOKS = {
+    "striped": (("striped", "stripy"), ("with stripes",)),
+    "spotted": (("spotted", "polka dot", "dotted"), ("covered in polka dots",)),
+    "chequered": (("chequered", "checkered"), ("with a chequered pattern",)),
+    "glowing": (("glowing", "luminous", "radiant"), ("glowing from within",)),
+    "transparent": (("transparent", "translucent", "see-through"), ("made of glass",)),
+    "upside-down": (("upside-down",), ("turned upside down", "standing on its head")),
+    "cracked": (("cracked", "broken", "shattered"), ("covered in cracks", "broken into pieces")),
+    "wooden": (("wooden", "timber"), ("carved out of wood", "made of oak wood", "carved out of ebony")),
+    "marble": (("marble",), ("carved out of marble", "made of veined marble")),
+    "golden": (("golden", "gilded"), ("made of gold", "cast in solid gold")),
+    "chrome": (("chrome", "metallic", "steel"), ("made of chrome", "made of polished steel")),
+    "knitted": (("knitted", "woollen"), ("knitted from wool", "made of yarn")),
+    "rusty": (("rusty", "rusted", "corroded"), ("covered in rust",)),
+    "icy": (("icy", "frozen"), ("carved from ice", "made of ice")),
+}
+RELATIONS = {
+    "beside": ("next to", "beside", "alongside", "near", "standing by"),
+    "above": ("above", "hovering over", "floating above"),
+    "below": ("below", "underneath", "beneath"),
+    "on": ("on top of", "sitting on", "balanced on", "riding on", "standing on"),
+    "before": ("in front of", "partly hiding"),
+    "behind": ("behind", "hiding behind", "half hidden by"),
+    "inside": ("inside", "trapped inside", "contained within"),
+    "around": ("surrounded by", "encircled by"),
+}
+# The words in brackets carry the meaning; those around them are the clause.
+PLACES = {
+    "forest": "in a [forest], deep in the [woods], in a [pine forest], among the [trees of a woodland]",
+    "beach": "on a [beach], on a [sandy shore], at the [seaside], on a [tropical beach]",
+    "city": "in a [city street], in the [city], before a [skyline of skyscrapers], in the streets of a [metropolis]",
+    "desert": "in the [desert], among [sand dunes], in the [sahara]",
+    "space": "in [outer space], floating in [space], in a [galaxy] far away, in the [cosmos], among the [nebulae]",
+    "underwater": "[underwater], on the [ocean floor], [under the sea], on a [coral reef], at the [bottom of the sea]",
+    "snowy mountains": "in the [snowy mountains], on a [snowy mountain], in the [alps], below [snow capped peaks]",
+    "kitchen": "in a [kitchen], on the [kitchen counter], in a [tiled kitchen]",
+    "library": "in a [library], in an [old library], before shelves in a [reading room]",
+    "meadow": "in a [meadow], in a [field of wildflowers], in a [grassy field], on a [green hillside]",
+    "volcano land": "in a [field of lava], before a [volcanic landscape], on the [slopes of mordor]",
+    "graveyard": "in a [graveyard], in a [haunted cemetery], among [tombstones at night]",
+    "theatre": "on a [stage], in an [old theatre], before [red velvet curtains]",
+    "farm": "on a [farm], in a [wheat field], in a [field of golden corn]",
+    "sea": "on the [open sea], at [sea], on the [waves of the ocean], in the middle of the [ocean]",
+    "sky": "high in the [sky], [above the clouds], in the [blue sky], among [fluffy clouds]",
+    "cave": "in a [cave], in a [crystal cave], in a dark [cavern]",
+    "disco": "on a [dance floor], in a [disco], in a [nightclub]",
+    "art gallery": "in an [art gallery], in a [museum], in an [exhibition hall]",
+    "canyon": "in a [canyon], in a [red rock canyon], in the [badlands]",
+    "living room": "in a [living room], in a [cosy parlour], on [patterned wallpaper]",
+    "moon": "on the [surface of the moon], on a [lunar landscape], on a [cratered moon]",
+    "circus": "in a [circus tent], in a [circus], under a [big top]",
+    "blossom garden": "in a garden of [cherry blossoms], in a [japanese garden], in an [orchard in bloom]",
+    "pyramids": "before the [pyramids of giza], in [ancient egypt], near the [great pyramids]",
+    "lake": "by a [lake], at a [mountain lake], on the shore of a [loch]",
+    "arctic": "in the [arctic], among [icebergs], in [antarctica], at the [north pole]",
+    "jungle": "in the [jungle], in a [rainforest], in a [tropical jungle]",
+    "chessboard": "on a [chessboard], on a [chequered floor]",
+    "swamp": "in a [swamp], in a murky [bog], in the [mangroves]",
+}
+LIGHTS = {
+    "sunset": "at [sunset], at [dusk], in the light of the [setting sun], in [golden hour] light",
+    "dawn": "at [dawn], at [sunrise], in [pink morning light]",
+    "moonlight": "in the [moonlight], at [night], under a [full moon], at [midnight]",
+    "fog": "in thick [fog], in the [mist], on a [foggy day], [shrouded in haze]",
+    "studio": "in [studio light], under [studio lighting], in a [spotlight]",
+    "neon": "in [neon light], with a [neon glow], lit by [cyan and magenta lights], with [cyberpunk lighting]",
+    "shadows": "with [dramatic shadows], in [chiaroscuro], with [hard shadows], in [film noir] light",
+    "rain": "in the [rain], on a [rainy day], in [pouring rain]",
+    "snowfall": "in [falling snow], on a [snowy day], in a [blizzard]",
+    "storm": "in a [thunderstorm], with [lightning in the sky], in a [lightning storm]",
+    "sunbeams": "in [sunbeams], with [god rays], with [volumetric light], in [shafts of sunlight]",
+    "candlelight": "by [candlelight], in [warm dim light], lit by [firelight]",
+    "bokeh": "with [bokeh], before [blurred lights], with [bokeh lights]",
+    "fireflies": "with [fireflies], among [glowing fireflies], amid [floating sparks]",
+    "confetti": "with [confetti], in a shower of [colourful confetti], amid [paper streamers]",
+    "aurora": "under the [northern lights], beneath an [aurora borealis], below a [green aurora]",
+}
+# "a …" goes with an article, "… *" only after a comma, the others without an article.
+MEDIA = {
+    "oil painting": "an oil painting, a painting, oil on canvas *, a thick impasto painting, an impressionist painting",
+    "watercolour": "a watercolour, a watercolor painting, a watercolour painting, an aquarelle, loose watercolour *",
+    "pencil sketch": "a pencil sketch, a pencil drawing, a coloured pencil drawing, a sketch, graphite on paper *",
+    "charcoal": "a charcoal drawing, a charcoal sketch, charcoal on paper *",
+    "ink": "an ink drawing, a pen and ink drawing, inks on parchment *, an ink wash drawing",
+    "pixel art": "pixel art, 8 bit pixel art, a pixel art picture, 16 bit game graphics *, a retro video game sprite",
+    "neon sign": "a neon sign, a glowing neon sign, neon tubes on a brick wall *",
+    "blueprint": "a blueprint, a technical drawing, an architect's blueprint, blueprint style *",
+    "photograph": "a photo, a photograph, a hyper realistic photo, a grainy photograph, 35mm film *, a dslr photo",
+    "vintage photograph": "a vintage photo, an old polaroid, a faded photograph, a sepia photograph, daguerreotype *",
+    "stained glass": "a stained glass window, stained glass, a church window in stained glass, leaded glass *",
+    "cross-stitch": "a cross-stitch, an embroidery, a needlepoint sampler, cross stitch on linen *",
+    "woodcut": "a woodcut, a linocut, a linocut print, a wood engraving, a block print",
+    "comic": "a comic book panel, a comic, a cartoon, a comic strip drawing, marvel comic style *",
+    "low poly": "low poly, a low poly render, a low-poly 3d model, low polygon style *",
+    "pop art": "pop art, a pop art print, a pop art poster, screenprint in bold colours *",
+    "mosaic": "a mosaic, a roman mosaic, a byzantine mosaic, mosaic tiles *",
+    "chalk": "a chalk drawing, a chalk drawing on a blackboard, chalk on a blackboard *",
+    "paper cut-out": "a paper cut-out, a papercut, layered paper art, a paper collage, origami paper *",
+    "pointillism": "a pointillist painting, pointillism, a painting made of dots, pointillist style *",
+    "cubism": "a cubist painting, cubism, a cubist portrait, cubist style *",
+    "glitch": "glitch art, a glitched video still, a corrupted vhs recording, datamoshing *",
+    "vaporwave": "vaporwave, a vaporwave poster, a synthwave album cover, retro 80s style *",
+    "clay": "a clay model, claymation, a plasticine model, a claymation scene",
+    "crayon": "a crayon drawing, a child's crayon drawing, wax crayon *, a pastel drawing",
+    "ukiyo-e": "a ukiyo-e print, a japanese woodblock print, ukiyo-e, ukiyo-e style *",
+    "graffiti": "graffiti, a graffiti mural, street art on a wall, a spray painted mural, stencil graffiti *",
+}
+# What a medium cannot show is not said with it.
+COLOURLESS = frozenset({"charcoal", "blueprint"})
+PLACELESS = frozenset({"neon sign"})
+
+# Clauses that no picture of ours can show: noise that a regressor has to live with, as it has in real prompts.
+_ARTISTS = [
+    "van gogh",
+    "claude monet",
+    "hokusai",
+    "greg rutkowski",
+    "alphonse mucha",
+    "studio ghibli",
+    "moebius",
+    "salvador dali",
+    "rembrandt",
+    "caravaggio",
+    "gustav klimt",
+    "edward hopper",
+    "hieronymus bosch",
+    "beeple",
+    "frida kahlo",
+    "hayao miyazaki",
+    "william turner",
+    "ansel adams",
+    "wes anderson",
+    "tim burton",
+    "zdzislaw beksinski",
+    "hr giger",
+    "james jean",
+    "norman rockwell",
+    "ivan aivazovsky",
+    "john singer sargent",
+    "yayoi kusama",
+    "keith haring",
+    "banksy",
+]
+_MOVEMENTS = [
+    "hudson river school",
+    "art nouveau",
+    "art deco",
+    "the bauhaus",
+    "surrealism",
+    "baroque",
+    "romanticism",
+    "expressionism",
+    "fauvism",
+    "dadaism",
+    "soviet propaganda",
+    "steampunk",
+    "solarpunk",
+    "gothic fantasy",
+    "dark fantasy",
+    "magical realism",
+]
+_FLOURISHES = [
+    "trending on artstation",
+    "highly detailed",
+    "intricate",
+    "8k",
+    "4k resolution",
+    "unreal engine",
+    "octane render",
+    "award winning",
+    "masterpiece",
+    "sharp focus",
+    "elegant",
+    "concept art",
+    "matte finish",
+    "smooth",
+    "hd wallpaper",
+    "beautiful composition",
+    "rule of thirds",
+    "wide angle",
+    "close up",
+    "symmetrical",
+    "whimsical",
+    "eerie",
+    "dystopian",
+    "very friendly",
+    "melancholic",
+    "dreamlike",
+    "serene",
+    "ominous",
+    "epic",
+    "nostalgic",
+    "mysterious",
+    "joyful",
+    "surreal",
+    "deviantart",
+    "behance",
+    "cinematic",
+    "ultra realistic",
+    "hyperdetailed",
+    "minimalist",
+    "ornate",
+    "majestic",
+    "fine details",
+    "isometric",
+    "tilt shift",
+    "macro",
+    "centered",
+    "vivid colors",
+    "muted colors",
+    "psychedelic",
+    "futuristic",
+    "apocalyptic",
+]
+
+
+def lines(
+    seed: int,
+    *,
+    flourish: float = 0.3,
+    objects: tuple[float, ...] = (0.6, 0.3, 0.1),
+    detail: float = 1.0,
+    names: int | None = None,
+    side: Callable[[str], bool] | None = None,
+) -> Iterator[Line]:
+    """Endless lines; the same arguments give the same lines on any machine.
+
+    Args:
+        flourish: the chance of artist, mood or quality clauses, which the picture cannot show.
+        objects: the weights of scenes with 1, 2 and 3 kinds of objects.
+        detail: scales the chances of a medium, place, light, look, size and count; 0 says objects and colours alone.
+        names: how many different objects there are; None takes all of them.
+        side: tells which side of a split a pair such as "red fox" is on; a line's pairs are all on one side, that of
+            the first, so that held-out lines are as common as held-out pairs.
+
+    Raises:
+        UserError: on the first line, when the weights or the chance cannot be used.
+    """
+    if not 1 <= len(objects) <= 3 or min(objects) < 0 or sum(objects) <= 0:
+        raise UserError(
+            f"grammar: objects {objects} must be 1 to 3 weights, none below 0, not all 0, such as (0.6, 0.3)"
+        )
+    for name, chance in (("flourish", flourish), ("detail", detail)):
+        if not 0 <= chance <= 1:
+            raise UserError(f"grammar: {name} {chance} is not within 0 … 1: give a share such as 0.3")
+    table = _tables()
+    most = len(table.names)
+    if names is not None:
+        if not 1 <= names <= most:
+            raise UserError(f"grammar: names {names} is not within 1 … {most}: null takes all")
+        table = table._replace(names=[table.names[i * most // names] for i in range(names)])
+    rng = _Rng(seed)
+    while True:
+        scene = _draw(rng, table, objects, side, detail)
+        for _ in range(8):  # some words make another scene of a name, as in "a broken heart": try other words
+            prompt = _say(scene, rng, rng.chance(flourish))
+            if 5 <= len(prompt.split()) <= 40 and parse(prompt) == scene:
+                yield Line(prompt, group(scene))
+                break
+
+
+def group(scene: Scene) -> str:
+    """The scene's "colour object" pairs, "plain object" without a colour, joined by ";"."""
+    return ";".join(_pair(thing.colour, thing.name) for thing in scene.things)
+
+
+def parse(prompt: str) -> Scene | None:
+    """What the prompt says that can be drawn; None when it names no object we know.
+
+    At each word the longest known phrase is taken. Words before an object describe it, up to an article.
+    """
+    lexicon, reach = _lexicon()
+    words = _words(prompt)
+    things: list[Thing] = []
+    found: dict[str, str] = {}
+    pending: dict[str, str] = {}
+    count = 1
+    i = 0
+    while i < len(words):
+        entry = None
+        step = 1
+        for length in range(min(reach.get(words[i], 0), len(words) - i), 0, -1):
+            entry = lexicon.get(" ".join(words[i : i + length]))
+            if entry:
+                step = length
+                break
+        i += step
+        if entry is None:
+            continue
+        kind, value = entry
+        if kind == "count":
+            count, pending = int(value), {}
+        elif kind in ("colour", "size", "look"):
+            pending[kind] = value
+        elif kind in ("object", "objects"):
+            if len(things) < 3:
+                many = 2 if kind == "objects" and count == 1 else count
+                things.append(Thing(value, pending.get("colour"), many, pending.get("size"), pending.get("look")))
+            count, pending = 1, {}
+        elif kind == "after":  # "carved out of wood" describes the object before it
+            if things and things[-1].look is None:
+                last = things[-1]
+                things[-1] = Thing(last.name, last.colour, last.count, last.size, value)
+        elif kind == "relation":
+            if len(things) == 1:
+                found.setdefault(kind, value)
+            count, pending = 1, {}
+        else:
+            found.setdefault(kind, value)
+            count, pending = 1, {}
+    if not things:
+        return None
+    relation = found.get("relation") if len(things) > 1 else None
+    return Scene(tuple(things), relation, found.get("place"), found.get("light"), found.get("medium"))
+
+
+class _Rng:
+    """Draws by `random.random` alone, whose stream Python promises never to change."""
+
+    def __init__(self, seed: int) -> None:
+        self._random = random.Random(seed).random
+
+    def chance(self, p: float) -> bool:
+        return self._random() < p
+
+    def pick(self, options: Sequence[T]) -> T:
+        return options[int(self._random() * len(options))]
+
+    def weighted(self, weights: Iterable[float]) -> int:
+        weights = list(weights)
+        point = self._random() * sum(weights)
+        for i, weight in enumerate(weights):
+            point -= weight
+            if point < 0:
+                return i
+        return len(weights) - 1
+
+
+class _Words(NamedTuple):
+    """The tables above, cut up for drawing and saying."""
+
+    names: list[str]
+    colours: list[str]
+    sizes: list[str]
+    looks: list[str]
+    relations: list[str]
+    places: dict[str, list[str]]
+    lights: dict[str, list[str]]
+    media: dict[str, list[tuple[str, str]]]  # phrase and its form: "a", "" or "*"
+
+
+@cache
+def _tables() -> _Words:
+    return _Words(
+        list(objects()),
+        list(COLOURS),
+        list(SIZES),
+        list(LOOKS),
+        list(RELATIONS),
+        {key: [re.sub(r"[\[\]]", "", clause) for clause in text.split(", ")] for key, text in PLACES.items()},
+        {key: [re.sub(r"[\[\]]", "", clause) for clause in text.split(", ")] for key, text in LIGHTS.items()},
+        {key: [_medium_form(phrase) for phrase in text.split(", ")] for key, text in MEDIA.items()},
+    )
+
+
+def _medium_form(phrase: str) -> tuple[str, str]:
+    if phrase.endswith(" *"):
+        return phrase[:-2], "*"
+    first, _, rest = phrase.partition(" ")
+    return (rest, "a") if first in ("a", "an") else (phrase, "")
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"[a-z0-9]+", text.lower().replace("'", "").replace("’", ""))
+
+
+@cache
+def _lexicon() -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
+    """Phrase → its kind and canonical value; first word → words in the longest phrase that it opens."""
+    entries: dict[str, tuple[str, str]] = {}
+
+    def add(kind: str, value: str, phrases: Iterable[str]) -> None:
+        for phrase in phrases:
+            key = " ".join(_words(phrase))
+            if entries.setdefault(key, (kind, value)) != (kind, value):
+                raise ValueError(f"{phrase!r} means both {entries[key]} and {(kind, value)}: take it from one of them")
+
+    for value, phrases in COLOURS.items():
+        add("colour", value, phrases)
+    for value, phrases in SIZES.items():
+        add("size", value, phrases)
+    for value, (before, after) in LOOKS.items():
+        add("look", value, before)
+        add("after", value, after)
+    for value, phrases in RELATIONS.items():
+        add("relation", value, phrases)
+    for kind, table in (("place", PLACES), ("light", LIGHTS)):
+        for value, text in table.items():
+            add(kind, value, re.findall(r"\[(.+?)\]", text))
+    for value, forms in _tables().media.items():
+        add("medium", value, (phrase for phrase, _ in forms))
+    add("flourish", "", _FLOURISHES)
+    add("flourish", "", (f"in the style of {artist}" for artist in (*_ARTISTS, *_MOVEMENTS)))
+    add("flourish", "", (f"by {artist}" for artist in _ARTISTS))
+    for value, phrases in {
+        "1": ("a", "an", "the", "one", "single"),
+        "2": ("two", "2", "a couple of", "twin"),
+        "3": ("three", "3", "a trio of"),
+        "4": ("four", "4", "several", "a group of"),
+    }.items():
+        add("count", value, phrases)
+    for item in objects().values():
+        add("object", item.name, (item.name, *item.others, *item.read))
+    for item in objects().values():  # after all singulars, and giving way to them: "glasses" are spectacles
+        for many in (item.plural, *map(plural, item.others)):
+            key = " ".join(_words(many))
+            entries.setdefault(key, ("objects", item.name))
+    reach: dict[str, int] = {}
+    for key in entries:
+        first, _, rest = key.partition(" ")
+        reach[first] = max(reach.get(first, 0), 1 + len(rest.split()))
+    return entries, reach
+
+
+def _pair(colour: str | None, name: str) -> str:
+    return f"{colour or 'plain'} {name}"
+
+
+def _draw(
+    rng: _Rng, table: _Words, weights: tuple[float, ...], side: Callable[[str], bool] | None, detail: float = 1.0
+) -> Scene:
+    number = 1 + rng.weighted(weights)
+    medium = rng.pick(list(table.media)) if rng.chance(detail * (0.45, 0.36, 0.3)[number - 1]) else None
+    place = rng.pick(list(table.places)) if rng.chance(detail * (0.62, 0.5, 0.34)[number - 1]) else None
+    light = rng.pick(list(table.lights)) if rng.chance(detail * (0.34, 0.25, 0.2)[number - 1]) else None
+    if medium in PLACELESS:
+        place = light = None
+    things: list[Thing] = []
+    held: bool | None = None
+    while len(things) < number:
+        thing = _draw_thing(rng, table, medium, detail)
+        if side:
+            if held is None:
+                held = side(_pair(thing.colour, thing.name))
+            else:
+                same = _same_side(rng, table, thing, side, held)
+                if same is None:  # so few pairs on this side that a smaller scene is the way out
+                    break
+                thing = same
+        if all(thing.name != other.name for other in things):
+            things.append(thing)
+    relation = rng.pick(table.relations) if len(things) > 1 and rng.chance(0.75) else None
+    if relation == "around":  # one thing cannot surround another
+        second = things[1]
+        things[1] = Thing(second.name, second.colour, max(second.count, 3), None, second.look)
+        if len(things) == 3:
+            del things[2]
+    return Scene(tuple(things), relation, place, light, medium)
+
+
+def _draw_thing(rng: _Rng, table: _Words, medium: str | None, detail: float) -> Thing:
+    name = rng.pick(table.names)
+    look = rng.pick(table.looks) if rng.chance(detail * 0.13) else None
+    colour = None if rng.chance(0.2) or look in ("golden", "rusty") else rng.pick(table.colours)
+    if medium in COLOURLESS:
+        colour = None
+    count = 1 + rng.weighted((1 - detail * 0.2, detail * 0.09, detail * 0.07, detail * 0.04))
+    size = rng.pick(table.sizes) if rng.chance(detail * 0.22) else None
+    return Thing(name, colour, count, size, look)
+
+
+def _same_side(rng: _Rng, table: _Words, thing: Thing, side: Callable[[str], bool], held: bool) -> Thing | None:
+    """`thing` with its colour, or else its name, redrawn until its pair is on the `held` side."""
+    for attempt in range(400):
+        if side(_pair(thing.colour, thing.name)) == held:
+            return thing
+        name = thing.name if attempt < 20 and thing.colour else rng.pick(table.names)
+        colour = rng.pick(table.colours) if thing.colour else None
+        thing = Thing(name, colour, thing.count, thing.size, thing.look)
+    return None
+
+
+def _say(scene: Scene, rng: _Rng, flourish: bool) -> str:
+    """One of the many ways to say a scene."""
+    table = _tables()
+    said = [_say_thing(thing, rng) for thing in scene.things]
+    core = said[0]
+    if len(said) > 1:
+        others = " and ".join(said[1:])
+        if scene.relation:
+            comma = "," if rng.chance(0.15) else ""
+            core += f"{comma} {rng.pick(RELATIONS[scene.relation])} {others}"
+        elif len(said) == 2:
+            core += rng.pick((" and ", " with ", " and ", " together with ")) + others
+        else:
+            core += ", " + others if rng.chance(0.6) else " with " + others
+    place = rng.pick(table.places[scene.place]) if scene.place else ""
+    light = rng.pick(table.lights[scene.light]) if scene.light else ""
+    phrase, form = rng.pick(table.media[scene.medium]) if scene.medium else ("", "*")
+    clauses = [clause for clause in (place, light) if clause]
+    if len(clauses) == 2 and rng.chance(0.3):
+        clauses.reverse()
+    opened = False
+    if form != "*" and rng.chance(0.6):
+        core = f"{_with_article(phrase) if form == 'a' else phrase} {rng.pick(('of', 'of', 'of', 'showing'))} {core}"
+        opened = True
+    elif clauses and rng.chance(0.18):
+        core = f"{clauses.pop(0)}, {core}"
+    text = core
+    for clause in clauses:
+        text += (", " if rng.chance(0.25) else " ") + clause
+    tail = []
+    if phrase and not opened:
+        named = _with_article(phrase) if form == "a" and rng.chance(0.3) else phrase
+        styles = (f"drawn as {_with_article(phrase)}", named, named) if form == "a" else (named,)
+        tail.append(rng.pick(styles))
+    if flourish:
+        if rng.chance(0.5):
+            by = rng.chance(0.4)
+            tail.append(f"by {rng.pick(_ARTISTS)}" if by else f"in the style of {rng.pick(_ARTISTS + _MOVEMENTS)}")
+        first = rng.pick(_FLOURISHES)
+        if rng.chance(0.7) or not tail:
+            tail.insert(int(rng.chance(0.5)) and len(tail), first)
+        second = rng.pick(_FLOURISHES)
+        if rng.chance(0.35) and second != first:
+            tail.append(second)
+    text = ", ".join([text, *tail])
+    if rng.chance(0.35):
+        text = text[0].upper() + text[1:]
+    return text + ("." if rng.chance(0.08) else "")
+
+
+def _say_thing(thing: Thing, rng: _Rng) -> str:
+    item: Object = objects()[thing.name]
+    many = thing.count > 1
+    name = item.plural if many else item.name
+    if item.others and rng.chance(0.18):
+        other = rng.pick(item.others)
+        name = plural(other) if many else other
+    words = []
+    after = ""
+    if thing.size:
+        words.append(rng.pick(SIZES[thing.size]))
+    if thing.look:
+        before, behind = LOOKS[thing.look]
+        if rng.chance(0.5) and not many:
+            after = " " + rng.pick(behind)
+        else:
+            words.append(rng.pick(before))
+    if thing.colour:
+        ways = COLOURS[thing.colour]
+        words.append(ways[0] if rng.chance(0.55) else rng.pick(ways))
+    text = " ".join([*words, name])
+    if many:
+        number = {2: ("two", "a couple of"), 3: ("three", "a trio of"), 4: ("four", "several", "a group of")}[
+            thing.count
+        ]
+        return f"{number[0] if rng.chance(0.6) else rng.pick(number)} {text}{after}"
+    return f"{_with_article(text) if rng.chance(0.93) else 'the ' + text}{after}"
+
+
+def _with_article(text: str) -> str:
+    """ "owl" → "an owl". By sound: a unicorn, a ukiyo-e print, an hourglass, an 8 bit picture."""
+    vowel = text[0] in "aeiou8" and not text.startswith(("uni", "uk", "ufo", "eu", "one", "use"))
+    return f"{'an' if vowel or text.startswith('hour') else 'a'} {text}"

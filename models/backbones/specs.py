@@ -1,0 +1,227 @@
+"""Backbones as their own library describes them: width, input size, activation, preprocessing and normalisation.
+
+    spec = own_spec(with_own_activation("vit_large_patch14_clip_336.openai"))
+
+No weights are read, and nothing is downloaded.
+"""
+
+import difflib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from core.errors import UserError
+from models.runtime.preprocess import Preprocessing
+from models.runtime.towers import BLIP2, OPEN_CLIP, TRANSFORMERS, bare
+
+log = logging.getLogger(__name__)
+
+# timm's notes leave these out, though they are QuickGELU's too (open_clip: ViT-B-16/dfn2b), and timm has no other name
+# for them: timm name → name in open_clip
+_QUICKGELU_IN_OPEN_CLIP_ALONE = {"vit_base_patch16_clip_224.dfn2b": "open_clip:ViT-B-16-quickgelu/dfn2b"}
+
+_TIMM_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """Description of a backbone from which it can be built again and fed."""
+
+    name: str
+    width: int
+    """D of its pooled features."""
+    preprocessing: Preprocessing
+    """From an image of any size to its square input."""
+    mean: tuple[float, ...]
+    """Of each channel, of values from 0 to 1."""
+    std: tuple[float, ...]
+    """Of each channel, of values from 0 to 1."""
+
+    @property
+    def size(self) -> int:
+        """Side of its square input, pixels."""
+        return self.preprocessing.size
+
+
+def own_spec(name: str) -> Spec:
+    """The backbone as its library describes it, for the weights that `name` says.
+
+    Raises:
+        UserError: the library has no such name (with the nearest names), or its preprocessing is not implemented here.
+    """
+    if name.startswith(OPEN_CLIP):
+        return _open_clip_spec(name)
+    if name.startswith(TRANSFORMERS):
+        return _blip2_spec(name)
+    config, width = _timm_config(name)
+    return Spec(name, width, *_timm_preprocessing(name, config))
+
+
+def shape_of(name: str) -> tuple[int, int]:
+    """Width of a backbone's pooled features, and its own input size in pixels.
+
+    Raises:
+        UserError: the library has no such name; with the nearest names.
+    """
+    if name.startswith(OPEN_CLIP):
+        config, _, _ = _open_clip_config(name)
+        return config["embed_dim"], config["vision_cfg"].get("image_size", 224)
+    if name.startswith(TRANSFORMERS):
+        spec = _blip2_spec(name)
+        return spec.width, spec.size
+    config, width = _timm_config(name)
+    return width, config["input_size"][-1]
+
+
+def with_own_activation(name: str) -> str:
+    """The name under which a backbone computes with the activation that its weights were trained with.
+
+    timm and open_clip list some weights under two names, one of them with another activation than in training.
+
+    Raises:
+        UserError: the library has no such name for these weights; the message names one of another library.
+    """
+    other = name
+    if name.startswith(OPEN_CLIP):
+        other = _quickgelu_of_open_clip(name)
+    elif not name.startswith(TRANSFORMERS):
+        import timm
+
+        if name in _QUICKGELU_IN_OPEN_CLIP_ALONE:
+            raise UserError(
+                f"model.backbone: timm computes {name} with GELU, but its weights were trained with QuickGELU; take "
+                f"{_QUICKGELU_IN_OPEN_CLIP_ALONE[name]}"
+            )
+        _refuse_unknown_of_timm(name)
+        cfg = timm.get_pretrained_cfg(name)
+        if cfg is not None and "QuickGELU" in str(cfg.notes) and "quickgelu" not in name:
+            other = name.replace("_clip_", "_clip_quickgelu_")
+    if other != name:
+        log.info("%s: its weights were trained with QuickGELU, so the model is %s", name, other)
+    return other
+
+
+def _quickgelu_of_open_clip(name: str) -> str:
+    config, model, tag = _open_clip_config(name)
+    import open_clip
+
+    cfg: Any = open_clip.get_pretrained_cfg(model, tag) if tag else {}
+    if not cfg.get("quick_gelu") or config.get("quick_gelu"):
+        return name  # a model whose own config says QuickGELU was trained so, whatever the list of weights leaves out
+    return f"{OPEN_CLIP}{model}-quickgelu/{tag}"
+
+
+def _timm_config(name: str) -> tuple[dict[str, Any], int]:
+    """timm's `pretrained_cfg`, and the width of the pooled features."""
+    _refuse_unknown_of_timm(name)
+    with torch.device("meta"):
+        module: Any = bare(name)
+    # some heads widen the pooled features before the classifier, which alone is left out
+    return module.pretrained_cfg, getattr(module, "head_hidden_size", None) or module.num_features
+
+
+def _refuse_unknown_of_timm(name: str) -> None:
+    import timm
+
+    base, _, tag = name.partition(".")
+    if not timm.is_model(base):
+        raise UserError(f"model.backbone: timm has no {base!r}" + _near(base, timm.list_models()))
+    tags = timm.list_models(f"{base}.*", pretrained=True)
+    if tag and name not in tags:
+        raise UserError(f"model.backbone: timm's {base} has no weights {tag!r}; it has: {', '.join(tags) or 'none'}")
+
+
+def _timm_preprocessing(
+    name: str, config: dict[str, Any]
+) -> tuple[Preprocessing, tuple[float, ...], tuple[float, ...]]:
+    """Preprocessing of `timm.data.create_transform` for evaluation, mean, and std."""
+    from timm.data.config import resolve_data_config
+
+    resolved = resolve_data_config({}, pretrained_cfg=config)
+    mean, std = tuple(resolved["mean"]), tuple(resolved["std"])
+    mode = _TIMM_MODES.get(resolved["crop_mode"], str(resolved["crop_mode"]))
+    fill_color = mean_colour(mean) if mode == "longest" else (0, 0, 0)
+    return _preprocessing(name, resolved["input_size"][-1], mode, resolved, fill_color), mean, std
+
+
+def mean_colour(mean: tuple[float, ...]) -> tuple[int, int, int]:
+    """RGB, 0 to 255, of the channels' means: what timm pads with."""
+    red, green, blue = (round(255 * value) for value in mean)
+    return red, green, blue
+
+
+def _preprocessing(
+    name: str, size: int, mode: str, config: dict[str, Any], fill_color: tuple[int, int, int]
+) -> Preprocessing:
+    """Build a preprocessing from a library's config.
+
+    Raises:
+        UserError: the library resizes in a way that is not implemented here.
+    """
+    interpolation = "bicubic" if config["interpolation"] == "random" else config["interpolation"]  # as the libraries
+    try:
+        return Preprocessing(size, mode, interpolation, config.get("crop_pct", 1.0), fill_color)
+    except ValueError as error:
+        raise UserError(
+            f"model.backbone: images for {name} are prepared in a way that is not implemented: {error}; take other "
+            "weights of it, or another backbone"
+        ) from error
+
+
+def _open_clip_config(name: str) -> tuple[dict[str, Any], str, str]:
+    """open_clip's config of the model, the model's name, and the tag of its weights or ""."""
+    try:
+        import open_clip
+    except ImportError as error:
+        raise UserError("open_clip backbones need it: pip install 'im2emb[clip]'") from error
+    model, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
+    config: Any = open_clip.get_model_config(model) if model in open_clip.list_models() else None
+    if config is None:
+        raise UserError(f"model.backbone: open_clip has no {model!r}" + _near(model, open_clip.list_models()))
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if tag and tag not in tags:
+        raise UserError(f"model.backbone: open_clip's {model} has no weights {tag!r}, only {', '.join(tags) or 'none'}")
+    return config, model, tag
+
+
+def _open_clip_spec(name: str) -> Spec:
+    import open_clip
+    from open_clip.transform import PreprocessCfg, merge_preprocess_dict
+
+    config, model, tag = _open_clip_config(name)
+    tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(model)
+    listed: list[Any] = [open_clip.get_pretrained_cfg(model, each) for each in tags]
+    if not tag:  # weights of another activation are this model's under another name
+        listed = [cfg for cfg in listed if bool(cfg.get("quick_gelu")) == bool(config.get("quick_gelu"))]
+    size = config["vision_cfg"].get("image_size", 224)
+    specs = []
+    for cfg in listed or [{}]:
+        merged = merge_preprocess_dict(PreprocessCfg(), cfg)
+        grey = int(merged["fill_color"]) if merged["resize_mode"] == "longest" else 0
+        preprocessing = _preprocessing(name, size, merged["resize_mode"], merged, (grey, grey, grey))
+        specs.append(Spec(name, config["embed_dim"], preprocessing, tuple(merged["mean"]), tuple(merged["std"])))
+    if len(set(specs)) > 1:
+        raise UserError(f"model.backbone: the weights of {name} take images differently; name one: {', '.join(tags)}")
+    return specs[0]
+
+
+def _blip2_spec(name: str) -> Spec:
+    """Preprocessing of `BlipImageProcessor`: both sides resized, bicubic."""
+    known = [TRANSFORMERS + kind for kind in BLIP2]
+    if name not in known:
+        raise UserError(f"model.backbone: no {name!r}; of transformers there are {', '.join(known)}")
+    from transformers import Blip2VisionConfig
+    from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+    config: Any = Blip2VisionConfig(**BLIP2[name.removeprefix(TRANSFORMERS)])
+    preprocessing = Preprocessing(config.image_size, "squash")
+    return Spec(name, config.hidden_size, preprocessing, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
+
+
+def _near(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=5)
+    lower = {n.lower(): n for n in names}
+    near = near or [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=5)]
+    return f"; near: {', '.join(near)}" if near else ""

@@ -1,0 +1,226 @@
+"""Blends of embedders' vectors: the normalised weighted sum, and the weights that score best.
+
+    weight_M = fit([a_nE, b_nE], target_nE)
+    honest = nested([a_nE, b_nE], target_nE, group_n)      weights and scores on different pictures
+
+n pictures, M members, E target width, F folds.
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import UserError
+from models.metrics import vector_problems
+
+_AT_ONCE = 4096  # pictures
+_SAMPLE = 2048  # pictures that tell where the hills are
+_BETTER = 1e-9  # of a score: less is no reason to prefer a start that comes later
+_NONE = 1e-9  # of a length: members that cancel out
+
+
+class Nested(NamedTuple):
+    vector_nE: NDArray[np.float32]  # noqa: N815
+    """Each picture's blend, by weights that were fitted without it."""
+    weight_FM: NDArray[np.float64]  # noqa: N815
+    fold_n: NDArray[np.int64]
+    """Which of the folds a picture is in."""
+
+
+def blend(
+    vectors: Sequence[NDArray[np.float32]], weight_M: NDArray[np.float64], names: Sequence[str] | None = None
+) -> NDArray[np.float32]:
+    """normalise(Σ w · normalise(z)): [n, E], unit length.
+
+    Args:
+        vectors: of each member, [n, E].
+        weight_M: at least 0, not all 0; their scale does not matter.
+        names: of the members, for messages.
+
+    Raises:
+        UserError: a member's vectors are zero, not finite, of another width or number; or members cancel out.
+    """
+    _refuse(vectors, None, names)
+    weight_M = weights(weight_M, len(vectors))
+    found = np.empty_like(vectors[0], np.float32)
+    for start in range(0, len(found), _AT_ONCE):
+        z_nE = sum(w * _unit(v[start : start + _AT_ONCE]) for w, v in zip(weight_M, vectors, strict=True))
+        length_n = np.linalg.norm(z_nE, axis=1, keepdims=True)
+        if (length_n < _NONE).any():
+            raise UserError(f"members cancel out on picture {start + int(length_n.argmin())}; leave one of them out")
+        found[start : start + _AT_ONCE] = z_nE / length_n
+    return found
+
+
+def weights(weight_M: Sequence[float] | NDArray[np.float64], members: int) -> NDArray[np.float64]:
+    """`weight_M` as shares that sum to 1.
+
+    Raises:
+        UserError: they are not as many as the members, negative, not finite, or all 0.
+    """
+    made_M = np.asarray(weight_M, np.float64)
+    if made_M.shape != (members,) or not np.isfinite(made_M).all() or (made_M < 0).any() or not made_M.any():
+        raise UserError(f"weights {made_M.tolist()} of {members} members: one each, at least 0, not all 0")
+    return made_M / made_M.sum()
+
+
+def fit(
+    vectors: Sequence[NDArray[np.float32]],
+    target_nE: NDArray[Any],
+    *,
+    starts: int = 8,
+    seed: int = 0,
+    names: Sequence[str] | None = None,
+) -> NDArray[np.float64]:
+    """The weights on the simplex [M] that maximise the mean score of `blend`.
+
+    The score is smooth but, for the normalisation, not concave: the search (SLSQP, with the exact gradient) begins
+    from equal weights, from each member alone and from random weights, and the best end is kept; of ends as good, the
+    first.
+
+    Args:
+        vectors: of each member, [n, E].
+        target_nE: the mean of each picture's caption vectors, not normalised, as `models.metrics.mean_targets` gives
+            it: the score is then the average cosine to the captions.
+        starts: random ones.
+        names: of the members, for messages.
+
+    Raises:
+        UserError: a member's or the targets' vectors are zero, not finite, of another width or number.
+    """
+    _refuse(vectors, target_nE, names)
+    return _fit(*_moments(vectors, target_nE), starts, seed)
+
+
+def nested(
+    vectors: Sequence[NDArray[np.float32]],
+    target_nE: NDArray[Any],
+    group_n: NDArray[Any],
+    folds: int = 5,
+    seed: int = 0,
+    *,
+    names: Sequence[str] | None = None,
+) -> Nested:
+    """Blends whose score is honest: each fold's weights are fitted on the other folds.
+
+    Args:
+        vectors: of each member, [n, E].
+        target_nE: as for `fit`.
+        group_n: pictures with equal values are in one fold, as those of one prompt must be.
+
+    Raises:
+        UserError: as for `fit`; or there are fewer groups than folds.
+    """
+    _refuse(vectors, target_nE, names)
+    if len(group_n) != len(target_nE):
+        raise UserError(f"{len(group_n)} groups of {len(target_nE)} pictures: one each is needed")
+    fold_n = _deal(group_n, folds, seed)
+    gram_nMM, dot_nM = _moments(vectors, target_nE)
+    weight_FM = np.stack([_fit(gram_nMM[fold_n != f], dot_nM[fold_n != f], 8, seed) for f in range(folds)])
+    found = np.empty_like(vectors[0], np.float32)
+    for fold, weight_M in enumerate(weight_FM):
+        mine_n = fold_n == fold
+        found[mine_n] = blend([v[mine_n] for v in vectors], weight_M, names)
+    return Nested(found, weight_FM, fold_n)
+
+
+def _refuse(
+    vectors: Sequence[NDArray[np.float32]], target_nE: NDArray[Any] | None, names: Sequence[str] | None
+) -> None:
+    if not len(vectors):
+        raise UserError("a blend of no members: name at least one")
+    names = names or [f"member {number}" for number in range(len(vectors))]
+    count, width = (vectors[0] if target_nE is None else target_nE).shape
+    found = [] if target_nE is None else vector_problems("targets", target_nE, None, None)
+    for name, vector_nE in zip(names, vectors, strict=True):
+        found += vector_problems(name, vector_nE, count, width)
+    found += [] if count else ["there is no picture to blend on"]
+    if found:
+        raise UserError("\n".join(found))
+
+
+def _unit(vector_nE: NDArray[Any]) -> NDArray[np.float64]:
+    vector_nE = vector_nE.astype(np.float64)
+    return vector_nE / np.linalg.norm(vector_nE, axis=1, keepdims=True)
+
+
+def _moments(
+    vectors: Sequence[NDArray[np.float32]], target_nE: NDArray[Any]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """All that the score of a blend depends on: products of members with each other [n, M, M], and with the targets
+    [n, M]."""
+    n, members = len(target_nE), len(vectors)
+    gram_nMM, dot_nM = np.empty((n, members, members)), np.empty((n, members))
+    for start in range(0, n, _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        z_nME = np.stack([_unit(v[part]) for v in vectors], 1)
+        gram_nMM[part] = z_nME @ z_nME.transpose(0, 2, 1)
+        dot_nM[part] = (z_nME @ target_nE[part].astype(np.float64)[..., None])[..., 0]
+    return gram_nMM, dot_nM
+
+
+def _fit(gram_nMM: NDArray[np.float64], dot_nM: NDArray[np.float64], starts: int, seed: int) -> NDArray[np.float64]:
+    """Every start ends on a sample of the pictures; from there those that differ go on, on all of them."""
+    n, members = dot_nM.shape
+    rng = np.random.default_rng(seed)
+    begin = [np.full(members, 1 / members), *np.eye(members), *rng.dirichlet(np.ones(members), starts)]
+    if n > _SAMPLE:
+        row_s = np.sort(rng.choice(n, _SAMPLE, replace=False))
+        ends = [_climb(gram_nMM[row_s], dot_nM[row_s], first_M)[0] for first_M in begin]
+        begin = [end for i, end in enumerate(ends) if all(abs(end - other).max() > 0.01 for other in ends[:i])]
+    best_M, best = _climb(gram_nMM, dot_nM, begin[0])
+    for first_M in begin[1:]:
+        end_M, score = _climb(gram_nMM, dot_nM, first_M)
+        if score > best + _BETTER:
+            best_M, best = end_M, score
+    return best_M
+
+
+def _climb(
+    gram_nMM: NDArray[np.float64], dot_nM: NDArray[np.float64], first_M: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float]:
+    """The nearest weights uphill from `first_M`, and their mean score: that of (w·d) / √(wᵀ G w)."""
+    from scipy.optimize import minimize
+
+    n, members = dot_nM.shape
+    flat = gram_nMM.reshape(n, members * members)
+
+    def loss(weight_M: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+        square_n = np.maximum(flat @ np.outer(weight_M, weight_M).ravel(), _NONE**2)
+        each_n = 1 / np.sqrt(square_n)
+        score_n = (dot_nM @ weight_M) * each_n
+        pull_MM = ((score_n / square_n) @ flat).reshape(members, members)
+        return -float(score_n.mean()), (pull_MM @ weight_M - each_n @ dot_nM) / n
+
+    found = minimize(
+        loss,
+        first_M,
+        jac=True,
+        method="SLSQP",
+        bounds=[(0, 1)] * members,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1, "jac": np.ones_like},
+        options={"ftol": 1e-12, "maxiter": 500},
+    )
+    end_M = np.where(found.x < _NONE, 0, found.x)
+    end_M /= end_M.sum()
+    return end_M, -loss(end_M)[0]
+
+
+def _deal(group_n: NDArray[Any], folds: int, seed: int) -> NDArray[np.int64]:
+    """The fold of each picture: groups in random order, the largest first, each to the fold that has fewest."""
+    _, group_n, size_G = np.unique(group_n, return_inverse=True, return_counts=True)
+    if not 2 <= folds <= len(size_G):
+        raise UserError(
+            f"folds: {folds} is outside 2 to {len(size_G)}, the prompts or groups of these pictures; take fewer folds, "
+            "or more pictures"
+        )
+    order = np.random.default_rng(seed).permutation(len(size_G))
+    order = order[np.argsort(-size_G[order], kind="stable")]
+    held_F = np.zeros(folds, np.int64)
+    fold_G = np.empty(len(size_G), np.int64)
+    for group in order.tolist():
+        fold_G[group] = fold = int(held_F.argmin())
+        held_F[fold] += size_G[group]
+    return fold_G[group_n]

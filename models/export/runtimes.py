@@ -1,0 +1,319 @@
+"""The bundle's network as one graph, for runtimes without Python or without torch.
+
+    config["graphs"] = write(folder, network, ["onnx", "openvino"], pictures)
+
+onnx           graphs/model.onnx          ONNX Runtime, and most others
+openvino       graphs/openvino.xml        OpenVINO: fp32, or bf16 where the CPU has it
+openvino_int8  graphs/openvino-int8.xml   OpenVINO: 8 bits, calibrated on pictures
+torch          graphs/model.pt2           torch.export, for AOTInductor (C++) and ExecuTorch
+
+A graph holds all members, views and the blend. Its inputs, `image_SIZE` by ascending SIZE, are squares that are resized
+and cropped already, uint8 RGB [B, 3, SIZE, SIZE] with any B: `inputs` of config.json says how each is made. The graph
+normalises them. Its output is `z`, unit [B, E] in fp32. Each is run on pictures as it is written, and
+refused where it differs from the network.
+
+N pictures, B of a batch, S squares of each, E target width.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from core.errors import UserError
+from core.progress import progress
+from models.runtime.backends import Graph, open_graph, send_nothing
+from models.runtime.model import Network
+from models.runtime.preprocess import Preprocessing, fit
+
+KINDS = ("onnx", "openvino", "openvino_int8", "torch")
+BOUND = 1e-3
+"""Largest cosine distance of a picture's vector from the network's, of all but int8."""
+INT8_BOUND = 0.05
+"""Largest mean cosine distance of int8: more is no model."""
+
+# not in folders of the packages' names: beside predict.py they would be imported in their place
+_FILE = {
+    "onnx": "graphs/model.onnx",
+    "openvino": "graphs/openvino.xml",
+    "openvino_int8": "graphs/openvino-int8.xml",
+    "torch": "graphs/model.pt2",
+}
+_PACKAGES = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"),
+    "openvino": ("onnx", "onnxscript", "openvino"),
+    "openvino_int8": ("onnx", "onnxscript", "openvino", "nncf"),
+    "torch": (),
+}
+_OPSET = 20
+_ONE_FILE = 2_000_000_000  # bytes of weights, beyond which ONNX, a protobuf, needs a second file
+_AT_ONCE = 16  # pictures of a batch
+_CALIBRATION = 300  # pictures; more change nothing
+
+_Squares = Sequence[Sequence[torch.Tensor]]
+"""Of each picture, for each of the network's squares: uint8 [3, size, size]."""
+
+
+def refuse(kinds: Iterable[str]) -> None:
+    """Raises a `UserError` where one of `kinds` is unknown, or needs a package that is not installed."""
+    kinds = list(kinds)
+    wrong = [kind for kind in kinds if kind not in KINDS]
+    if wrong:
+        raise UserError(f"graphs: {', '.join(map(repr, wrong))}: there are {', '.join(KINDS)}")
+    needed = dict.fromkeys(package for kind in kinds for package in _PACKAGES[kind])
+    missing = [package for package in needed if importlib.util.find_spec(package) is None]
+    if missing:
+        raise UserError(
+            f"graphs=[{','.join(kinds)}] needs {', '.join(missing)}, not installed here: pip install -e '.[graphs]'"
+        )
+
+
+def inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
+    """For `config["inputs"]`: name of each input of the graphs, in their order, and how its squares are made.
+
+    Of several squares of one size the second is named image_SIZE_2, and so on.
+    """
+    sizes = [square.size for square in squares]
+    counts = [sizes[: n + 1].count(size) for n, size in enumerate(sizes)]
+    names = [f"image_{size}" + (f"_{count}" if count > 1 else "") for size, count in zip(sizes, counts, strict=True)]
+    return [{"name": name, **square.to_config()} for name, square in zip(names, squares, strict=True)]
+
+
+def write(
+    folder: Path, network: Network, kinds: Sequence[str], pictures: Iterable[torch.Tensor], *, half: bool = False
+) -> dict[str, dict[str, Any]]:
+    """Writes the graphs below `folder`, and runs each on the pictures, one alone and then in batches.
+
+    Args:
+        network: in fp32, on the CPU, in evaluation mode.
+        kinds: of `KINDS`.
+        pictures: decoded uint8 [3, H, W]. int8 is calibrated on every other one, and measured on those between.
+        half: OpenVINO's weights in fp16, as precise as those of a bundle that is in fp16 itself.
+
+    Returns:
+        For `config["graphs"]`, by kind: file, pictures, mean_distance and max_distance, which are cosine distances from
+        the network; of int8 also calibrated, pictures.
+
+    Raises:
+        UserError: a package is missing, there are no pictures, a graph cannot be made of this network, or differs from
+            it by more than `BOUND`, or `INT8_BOUND`.
+    """
+    refuse(kinds)
+    squares = [[fit(picture, square) for square in network.squares] for picture in pictures]
+    if not squares:
+        raise UserError("graphs: no pictures to verify them on; give pictures=")
+    send_nothing()
+    with (
+        torch.inference_mode(),
+        progress(len(squares) * (1 + len(set(kinds))), "picture", "graphs", show=len(squares) > _AT_ONCE) as bar,
+        tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch,
+    ):
+        own_NE = _vectors(lambda image_SBCHW: network(*map(torch.from_numpy, image_SBCHW)).numpy(), squares, bar.update)
+        found = {}
+        for kind, path in _written(folder, Path(scratch), network, kinds, squares, half):
+            found[kind] = _verified(kind, folder, path, squares, own_NE, bar.update)
+    return found
+
+
+def _written(
+    folder: Path, scratch: Path, network: Network, kinds: Sequence[str], squares: _Squares, half: bool
+) -> Iterator[tuple[str, Path]]:
+    """Each kind's name and its file, as soon as it is written."""
+    for kind in kinds:
+        (folder / _FILE[kind]).parent.mkdir(exist_ok=True)
+    program = _exported(network)
+    if "torch" in kinds:
+        _save_torch(program, folder / _FILE["torch"])
+        yield "torch", folder / _FILE["torch"]
+    if set(kinds) == {"torch"}:
+        return
+    onnx = folder / _FILE["onnx"] if "onnx" in kinds else scratch / "model.onnx"
+    _save_onnx(program, [each["name"] for each in inputs(network.squares)], onnx)
+    del program
+    if "onnx" in kinds:
+        yield "onnx", onnx
+    if "openvino" in kinds:
+        _save_openvino(_openvino_of(onnx), folder / _FILE["openvino"], half=half)
+        yield "openvino", folder / _FILE["openvino"]
+    if "openvino_int8" in kinds:
+        _save_openvino(_quantized(_openvino_of(onnx), squares[::2]), folder / _FILE["openvino_int8"], half=half)
+        yield "openvino_int8", folder / _FILE["openvino_int8"]
+
+
+def _verified(
+    kind: str, folder: Path, path: Path, squares: _Squares, own_NE: np.ndarray, tell: Callable[[int], object]
+) -> dict[str, Any]:
+    file = path.relative_to(folder).as_posix()
+    if kind == "torch":
+        graph = _open_torch(path)
+    else:
+        graph = open_graph(folder, {"graphs": {kind: {"file": file}}}, kind, torch.get_num_threads())
+    about: dict[str, Any] = {"file": file}
+    if kind == "openvino_int8":
+        about["calibrated"] = min(len(squares[::2]), _CALIBRATION)
+        if len(squares) > 1:  # of what it was calibrated on, the loss would look smaller
+            squares, own_NE = squares[1::2], own_NE[1::2]
+    distance_N = cosine_distance(_vectors(graph, squares, tell), own_NE)
+    mean, largest = float(distance_N.mean()), float(distance_N.max())
+    value, bound, which = (mean, INT8_BOUND, "mean") if kind == "openvino_int8" else (largest, BOUND, "largest")
+    if not value <= bound:  # nan, too
+        remedy = f"try another version of {' and '.join(_PACKAGES[kind]) or 'torch'}"
+        if kind == "openvino_int8":
+            remedy = f"calibrate it on more pictures than {about['calibrated']}: pictures="
+        raise UserError(
+            f"the {kind} graph differs from the network: its {which} cosine distance on {len(squares)} pictures is "
+            f"{value:.1e}, more than {bound:g}; nothing is written. Leave {kind} out of graphs, or {remedy}"
+        )
+    return about | told(distance_N)
+
+
+def told(distance_N: np.ndarray) -> dict[str, Any]:
+    """Distances as config.json keeps them: what is smaller differs between machines."""
+    mean, largest = (round(float(value), 7) for value in (distance_N.mean(), distance_N.max()))
+    return {"pictures": len(distance_N), "mean_distance": mean, "max_distance": largest}
+
+
+def cosine_distance(a_NE: np.ndarray, b_NE: np.ndarray) -> np.ndarray:
+    """[N], 1 - cosine, exact for vectors that are nearly equal; NaN where a vector is not finite."""
+    with np.errstate(invalid="ignore"):
+        a_NE, b_NE = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a_NE.astype(float), b_NE.astype(float)))
+        return 0.5 * ((a_NE - b_NE) ** 2).sum(1)
+
+
+def _vectors(graph: Graph, squares: _Squares, tell: Callable[[int], object]) -> np.ndarray:
+    """z_NE: of the first picture alone, of the others in batches, the last of which may be smaller."""
+    rows = [[0], *([*range(i, min(i + _AT_ONCE, len(squares)))] for i in range(1, len(squares), _AT_ONCE))]
+    found = []
+    for batch in rows:
+        each = zip(*(squares[i] for i in batch), strict=True)
+        found.append(graph([torch.stack(of_a_size).numpy() for of_a_size in each]))
+        tell(len(batch))
+    if len(squares) == 1:  # any number of pictures, all the same
+        found = [graph([torch.stack([square] * 2).numpy() for square in squares[0]])[1:]]
+    return np.concatenate(found)
+
+
+@contextlib.contextmanager
+def _making(kind: str) -> Iterator[None]:
+    """What exporters warn of and print is for their own authors; their progress bars go to standard error.
+
+    Raises:
+        UserError: instead of an exporter's errors; those of the disk are let through.
+    """
+    loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx", "nncf", "openvino")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        except OSError:
+            raise
+        except Exception as error:  # each exporter has classes of its own
+            reason = str(error).strip().splitlines() or [""]
+            raise UserError(
+                f"the {kind} graph cannot be made of this network: {type(error).__name__}: {reason[0]}; leave {kind} "
+                "out of graphs"
+            ) from error
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+# --------------------------------------------------------------------------------------------------------------- torch
+
+
+def _exported(network: Network) -> torch.export.ExportedProgram:
+    """The network's graph, for any number of pictures."""
+    example = tuple(torch.zeros(2, 3, *2 * (square.size,), dtype=torch.uint8) for square in network.squares)
+    batch = torch.export.Dim("batch", min=1)
+    with _making("torch"), torch.inference_mode(False), torch.no_grad():
+        program = torch.export.export(network, example, dynamic_shapes=(tuple({0: batch} for _ in example),))
+    for module in program.graph_module.modules():
+        for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+            node.meta.pop("stack_trace", None)  # paths of this machine
+    return program
+
+
+def _save_torch(program: torch.export.ExportedProgram, path: Path) -> None:
+    for name, tensor in program.state_dict.items():  # each by itself and contiguous, as they are stored
+        own = tensor.detach().clone(memory_format=torch.contiguous_format)
+        parameter = isinstance(tensor, torch.nn.Parameter)
+        program.state_dict[name] = torch.nn.Parameter(own, requires_grad=False) if parameter else own
+    with _making("torch"):
+        torch.export.save(program, path)
+
+
+def _open_torch(path: Path) -> Graph:
+    with _making("torch"):
+        module = torch.export.load(path).module()
+    return lambda image_SBCHW: module(*map(torch.from_numpy, image_SBCHW)).numpy()
+
+
+# ---------------------------------------------------------------------------------------------------------------- onnx
+
+
+def _save_onnx(program: torch.export.ExportedProgram, names: Sequence[str], path: Path) -> None:
+    with _making("onnx"):
+        import onnx_ir
+        from onnx_ir.passes.common import ClearMetadataAndDocStringPass
+
+        made = torch.onnx.export(
+            program, (), dynamo=True, opset_version=_OPSET, input_names=list(names), output_names=["z"], verbose=False
+        )
+        assert made is not None
+        model = made.model
+        ClearMetadataAndDocStringPass()(model)  # stack traces
+        (symbol,) = {value.shape[0] for value in model.graph.inputs if value.shape is not None}
+        values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
+        for value in values:
+            value.metadata_props.clear()
+            if value.shape is not None:
+                value.shape = onnx_ir.Shape(["batch" if dim == symbol else dim for dim in value.shape])
+        weights = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+        onnx_ir.save(model, path, external_data=f"{path.name}.data" if weights > _ONE_FILE else None)
+
+
+# ------------------------------------------------------------------------------------------------------------ openvino
+
+
+def _openvino_of(onnx: Path) -> Any:
+    with _making("openvino"):
+        import openvino
+
+        return openvino.convert_model(onnx)
+
+
+def _save_openvino(model: Any, path: Path, *, half: bool) -> None:
+    import openvino
+
+    for number, node in enumerate(model.get_ordered_ops()):
+        if node.get_type_name() not in ("Parameter", "Result"):  # else numbered on from all that this process made
+            node.set_friendly_name(f"{node.get_type_name()}_{number}")
+    openvino.save_model(model, path, compress_to_fp16=half)
+
+
+def _quantized(model: Any, squares: _Squares) -> Any:
+    """The model in int8; what it loses least by is found on these pictures."""
+    with _making("openvino_int8"):
+        import nncf
+
+    names = [node.any_name for node in model.inputs]
+    attends = any(op.get_type_name() in ("Softmax", "ScaledDotProductAttention") for op in model.get_ops())
+    items = [dict(zip(names, (square[None].numpy() for square in each), strict=True)) for each in squares]
+    with _making("openvino_int8"):
+        return nncf.quantize(
+            model,
+            nncf.Dataset(items),
+            model_type=nncf.ModelType.TRANSFORMER if attends else None,
+            subset_size=min(len(items), _CALIBRATION),
+        )

@@ -1,0 +1,274 @@
+"""Wheels for the bundle, so that `pip install --no-index` gives a machine without network what predict.py asks for.
+
+    names = collect(folder, config, "3.11", "manylinux_2_28_x86_64")
+
+pip's own resolver chooses, at the versions installed here, which are those that the bundle was checked with. torch and
+torchvision are never among them: the machine has its own (a build for CUDA 13 would drop the P100). For the resolver
+they are two empty wheels, so that what they alone need stays away too. requirements.txt beside the wheels names what
+to install: `pip install --no-index --find-links wheels -r wheels/requirements.txt`.
+"""
+
+import importlib.metadata
+import importlib.util
+import logging
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from packaging.metadata import Metadata
+from packaging.requirements import Requirement
+from packaging.utils import NormalizedName, canonicalize_name, parse_wheel_filename
+from packaging.version import Version
+
+from core.errors import UserError
+
+log = logging.getLogger(__name__)
+
+REQUIREMENTS = "requirements.txt"
+_THERE = ("torch", "torchvision")  # what the other machine has
+_LOOSE = ("numpy", "pillow", "safetensors")  # any version will do, so one that is there stays; all else is pinned
+_OLDEST = 11  # Python 3.11: predict.py is written for it, and numpy's release here has no wheel for an older one
+_OLD_NAMES = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # glibc's minor version → PEP 571, 599, 513
+
+
+def problems(python: str, platform: str) -> list[str]:
+    """What is wrong with the names of a Python and a platform, a line each."""
+    found = []
+    if not re.fullmatch(r"3\.\d{1,2}", python):
+        found.append(f"python: {python!r} is no version of Python; write two numbers, such as 3.11")
+    elif int(python.partition(".")[2]) < _OLDEST:
+        found.append(
+            f"python: {python!r} is older than 3.{_OLDEST}, which predict.py and the packages that it was checked with "
+            f"ask for; write 3.{_OLDEST} or a later one"
+        )
+    if not _glibc(platform):
+        found.append(
+            f"platform: {platform!r} is none that predict.py runs on; write manylinux_2_28_x86_64 (Kaggle), "
+            "manylinux_2_28_aarch64, or another manylinux_2_N_ARCH with N of 5 or more"
+        )
+    return found
+
+
+def wanted(config: Mapping[str, Any]) -> list[str]:
+    """The packages that a bundle's predict.py imports beside torch, sorted."""
+    from models.runtime.towers import OPEN_CLIP, TRANSFORMERS  # torch
+
+    backbones = [member["backbone"] for member in config["members"]]
+    graphs = config.get("graphs", {})
+    by_need = {
+        "timm": True,
+        "open_clip_torch": any(name.startswith(OPEN_CLIP) for name in backbones),
+        "transformers": any(name.startswith(TRANSFORMERS) for name in backbones),
+        "onnxruntime": "onnx" in graphs,
+        "openvino": any(name.startswith("openvino") for name in graphs),
+    }
+    return sorted([name for name, needed in by_need.items() if needed] + list(_LOOSE))
+
+
+def refuse(config: Mapping[str, Any], python: str, platform: str) -> None:
+    """Raises for what can be known before any work.
+
+    Args:
+        config: `members`, each with its `backbone`, and the names of `graphs`.
+
+    Raises:
+        UserError: python or platform is malformed or too old, a package that the bundle needs is not installed here,
+            or there is no pip.
+    """
+    found = problems(python, platform)
+    missing = [name for name in wanted(config) if _installed(name) is None]
+    if missing:
+        found.append(f"{', '.join(missing)}: not installed here, so the bundle was not checked with it; install it")
+    if _installed("pip") is None:
+        found.append(f"{sys.executable} has no pip, which resolves wheels; run {sys.executable} -m ensurepip")
+    if found:
+        raise UserError("wheels cannot be collected:\n" + "\n".join(f"  {problem}" for problem in found))
+
+
+def collect(folder: Path, config: Mapping[str, Any], python: str, platform: str) -> list[str]:
+    """Writes the wheels that a bundle needs on that Python and platform, and requirements.txt.
+
+    Args:
+        folder: to be made, or empty.
+        config: `config.json` of the bundle: `members`, `graphs`.
+        python: such as "3.11".
+        platform: such as "manylinux_2_28_x86_64"; wheels for an older glibc are taken too.
+
+    Returns:
+        The wheels' names, sorted.
+
+    Raises:
+        UserError: as `refuse`; or a package has no such wheel, or the package registry cannot be reached; nothing is
+            written.
+    """
+    refuse(config, python, platform)
+    versions = {name: importlib.metadata.version(name) for name in wanted(config)}
+    roots = [f"{name}=={version}" for name, version in versions.items()]
+    with tempfile.TemporaryDirectory(prefix="im2emb-wheels-") as scratch:
+        chosen = _resolved(Path(scratch), roots, python, platform)
+        folder.mkdir(parents=True, exist_ok=True)
+        for wheel in chosen:
+            shutil.copyfile(wheel, folder / wheel.name)
+    pinned = [name if name in _LOOSE else root for name, root in zip(versions, roots, strict=True)]
+    (folder / REQUIREMENTS).write_text(
+        f"# What predict.py needs beside torch, for Python {python} on {platform}; what fits already stays.\n"
+        + "".join(f"{line}\n" for line in pinned)
+    )
+    size = sum(wheel.stat().st_size for wheel in folder.glob("*.whl"))
+    log.info("%d wheels for Python %s on %s: %.1f MB", len(chosen), python, platform, size / 1e6)
+    return [wheel.name for wheel in chosen]
+
+
+def _resolved(scratch: Path, roots: list[str], python: str, platform: str) -> list[Path]:
+    """The wheels of `roots` and of all they need there, below `scratch`, sorted by name.
+
+    pip judges `; python_version < "3.12"` by the Python that it runs on, not by the one it resolves for. So what its
+    wheels need there is read from them: what pip left out is asked for, what it took in vain is dropped.
+    """
+    stubs = [_stub(scratch, name, _installed(name) or "0") for name in _THERE]
+    environment = _environment(python, platform)
+    asked = list(roots)
+    for attempt in range(10):  # each asks for more than the last; two do for all that is known
+        target = scratch / str(attempt)
+        _download(target, [*asked, *map(str, stubs)], python, platform, scratch)
+        wheels = {parse_wheel_filename(wheel.name)[0]: wheel for wheel in target.glob("*.whl")}
+        needed, absent = _closure(wheels, roots, environment)
+        if not absent:
+            return sorted(wheels[name] for name in needed if name not in _THERE)
+        asked += absent
+    raise UserError(f"wheels: what {', '.join(asked)} need on Python {python} has no end; report this")
+
+
+def _closure(
+    wheels: Mapping[NormalizedName, Path], roots: list[str], environment: Mapping[str, str]
+) -> tuple[set[NormalizedName], list[str]]:
+    """Names of the wheels that the roots need in that environment, and the requirements that have no wheel here."""
+    needed: set[NormalizedName] = set()
+    absent: set[str] = set()
+    queue = [Requirement(root) for root in roots]
+    seen: set[str] = set()
+    while queue:
+        requirement = queue.pop()
+        name = canonicalize_name(requirement.name)
+        if str(requirement) in seen:
+            continue
+        seen.add(str(requirement))
+        if name not in wheels:
+            requirement.marker = None
+            absent.add(str(requirement))
+            continue
+        needed.add(name)
+        for further in _requirements(wheels[name]):
+            extras = ["", *requirement.extras]
+            if not further.marker or any(further.marker.evaluate({**environment, "extra": e}) for e in extras):
+                queue.append(further)
+    return needed, sorted(absent)
+
+
+def _requirements(wheel: Path) -> Iterator[Requirement]:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(n for n in archive.namelist() if re.fullmatch(r"[^/]+\.dist-info/METADATA", n))
+        yield from Metadata.from_email(archive.read(name), validate=False).requires_dist or []
+
+
+def _download(target: Path, requirements: list[str], python: str, platform: str, scratch: Path) -> None:
+    """pip's choice into `target`; pip compares the hashes that the registry gives.
+
+    Raises:
+        UserError: by pip's own words.
+    """
+    constraints = scratch / "constraints.txt"
+    constraints.write_text("".join(f"{line}\n" for line in _constraints() if line not in requirements))
+    command = [sys.executable, "-m", "pip", "download", "--no-input", "--disable-pip-version-check", "--retries", "1"]
+    command += ["--progress-bar", "off", "--only-binary=:all:", "--dest", str(target), "--constraint", str(constraints)]
+    command += ["--python-version", python, "--implementation", "cp"]
+    command += [f"--platform={tag}" for tag in _tags(platform)]
+    lines = []
+    with subprocess.Popen(
+        [*command, *requirements], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+    ) as pip:
+        assert pip.stdout is not None
+        for line in pip.stdout:
+            lines.append(line)
+            if re.match(r"\s+(Downloading|Using cached) ", line):
+                log.info("%s", line.strip())
+    if not pip.returncode:
+        return
+    why = "".join(lines).partition("The conflict is caused by:\n")[2].partition("\n\n")[0].splitlines()
+    said = why or [line for line in lines if line.startswith("ERROR:")] or lines[-10:]
+    broken = [line for line in lines if "connection broken by" in line]
+    if broken:
+        remedy, said = "the package registry cannot be reached: export where it can, or without wheels", broken[-1:]
+    elif why or any("No matching distribution" in line or "conflicting dependencies" in line for line in said):
+        remedy = (
+            f"there are no such wheels for Python {python} on {platform}: name the Python and the platform that the "
+            "bundle will run on, or install other versions here and export again"
+        )
+    else:
+        remedy = "pip could not fetch them"
+    raise UserError(f"wheels: {remedy}. pip said:\n" + "\n".join(f"  {line.rstrip()}" for line in said))
+
+
+def _constraints() -> list[str]:
+    """All that is installed here, at its version, but for what the other machine has and what is of no registry."""
+    found = {canonicalize_name(d.metadata["Name"]): Version(d.version) for d in importlib.metadata.distributions()}
+    return [f"{name}=={found[name]}" for name in sorted(found) if name not in _THERE and not found[name].local]
+
+
+def _stub(folder: Path, name: str, version: str) -> Path:
+    """An empty wheel without requirements: to the resolver, a package that is there already."""
+    version = Version(version).public
+    wheel, about = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{about}/RECORD", "")
+    return wheel
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _glibc(platform: str) -> tuple[int, str] | None:
+    """Minor version of glibc and architecture that a platform's name says; None where it says none."""
+    match = re.fullmatch(r"manylinux_2_(\d{1,2})_([a-z0-9]+(?:_[a-z0-9]+)*)", platform)
+    return (int(match[1]), match[2]) if match and int(match[1]) >= 5 else None
+
+
+def _tags(platform: str) -> list[str]:
+    """Every platform tag whose wheels run there, the newest first: those of the older glibcs too."""
+    minor, machine = _glibc(platform) or (0, "")
+    tags = []
+    for version in range(minor, 4, -1):
+        tags.append(f"manylinux_2_{version}_{machine}")
+        if version in _OLD_NAMES:
+            tags.append(f"{_OLD_NAMES[version]}_{machine}")
+    return tags
+
+
+def _environment(python: str, platform: str) -> dict[str, str]:
+    """What markers are judged by there."""
+    _, machine = _glibc(platform) or (0, "")
+    return {
+        "implementation_name": "cpython",
+        "implementation_version": f"{python}.0",
+        "os_name": "posix",
+        "platform_machine": machine,
+        "platform_python_implementation": "CPython",
+        "platform_release": "",
+        "platform_system": "Linux",
+        "platform_version": "",
+        "python_full_version": f"{python}.0",
+        "python_version": python,
+        "sys_platform": "linux",
+    }

@@ -1,0 +1,362 @@
+"""Pictures → submission.csv, with no network and nothing but torch, timm, safetensors, Pillow and numpy.
+
+    python predict.py --images test/images --out submission.csv
+    python predict.py --images test/images --sample-submission sample_submission.csv --time-limit 8h30m
+    python predict.py --images photos --ids path --format npy --out vectors.npy
+
+The file belongs beside config.json and the weights, as python -m models.export writes them. Each picture gives E rows
+`<imgId>_<0…E-1>,val`. One that cannot be read gets the mean vector of the training targets, and is listed in
+OUT.unreadable.csv; files of other suffixes are listed in OUT.skipped.csv. What is done is kept in OUT.part/ until all
+is: after Ctrl-C, a crash or a full disk the same command goes on, to the same bytes. Exit codes: 0, OUT is written; 1,
+an error; 2, wrong arguments; 130 or 143, ended by a signal. With --time-limit OUT is written by then whatever happens,
+but for wrong arguments, wrong input and a full disk; all that was not reached has mean vectors.
+"""
+
+import argparse
+import os
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .inputs import Task, by_reason, shown, task
+from .model import BACKENDS, PRECISIONS, BundleError, mean_vector, read_config, squares_of
+from .outputs import (
+    FORMATS,
+    Line,
+    check_format,
+    seconds_to_write,
+    skipped_list,
+    unreadable_list,
+    write_output,
+)
+from .workers import (
+    CHILD,
+    DONE,
+    UNREADABLE,
+    Crew,
+    DiskError,
+    Part,
+    Progress,
+    Slot,
+    WorkError,
+    bundle_sha256,
+    child,
+    clear,
+    cpu_slots,
+    gpu_slots,
+    is_begun,
+    locked,
+    open_part,
+)
+
+_LINES_APART = 10.0  # seconds, where the progress line cannot be rewritten
+_GO_ON = ". What is done is kept: run the same command to go on."
+
+
+class _Ended(BaseException):
+    """SIGTERM."""
+
+
+def duration(text: str) -> float:
+    """8h30m, 90m, 45s or plain seconds → seconds.
+
+    Raises:
+        ValueError: it is none of these, or nought.
+    """
+    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    seconds = sum(float(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    if not seconds:
+        raise ValueError(text)
+    return seconds
+
+
+def _parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Pictures → vectors, as a submission or an array. The same command goes on where it was ended."
+    )
+
+    def number(text: str) -> int:
+        if int(text) < 1:
+            raise ValueError(text)
+        return int(text)
+
+    def device(text: str) -> str:
+        return re.sub(r"^cpu:\d+$", "cpu", text.lower())
+
+    parser.add_argument("--images", type=Path, required=True, help="folder of pictures, searched to the bottom")
+    parser.add_argument("--out", type=Path, help="file to write [submission.csv, vectors.npy or vectors.parquet]")
+    parser.add_argument("--sample-submission", type=Path, metavar="FILE", help="the ids to write, in its order")
+    parser.add_argument("--format", choices=FORMATS, default="csv", help="[%(default)s]")
+    parser.add_argument(
+        "--time-limit", type=duration, metavar="TIME", help="8h30m, 90m, 45s: OUT is written by then, whatever happens"
+    )
+    parser.add_argument(
+        "--ids", choices=("name", "path"), default="name", help="a picture's id: name without suffix, or path [name]"
+    )
+    parser.add_argument("--batch-size", type=number, metavar="N", help="pictures a batch [as the memory allows]")
+    parser.add_argument(
+        "--workers", type=number, metavar="N", help="batches at once on the CPU, or decoders for each GPU"
+    )
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 … [all GPUs, or else the CPU]")
+    parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="[%(default)s]")
+    parser.add_argument("--backend", choices=BACKENDS, default="torch", help="but for torch: on the CPU [%(default)s]")
+    parser.add_argument("--fresh", action="store_true", help="do not go on with what is done, begin anew")
+    options = parser.parse_args()
+    if options.out is None:
+        options.out = Path("submission.csv" if options.format == "csv" else f"vectors.{options.format}")
+    return options
+
+
+def main() -> None:
+    if sys.argv[1:2] == [CHILD]:
+        child(int(sys.argv[2]))
+        return
+    began = _began()
+    options = _parsed()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, _terminated)
+    try:
+        _predict(options, Path(__file__).absolute().parent, began)
+    except BundleError as error:
+        sys.exit(f"error: {error}")
+    except WorkError as error:
+        sys.exit(f"error: {error}{_go_on(options)}")
+    except DiskError as error:
+        sys.exit(f"error: cannot write {error}{_go_on(options)}")
+    except OSError as error:
+        sys.exit(f"error: {error.filename or options.out}: {error.strerror or error}")
+    except KeyboardInterrupt:
+        _tell(f"\nended by Ctrl-C{_go_on(options)}")
+        sys.exit(130)
+    except _Ended:
+        _tell(f"\nended by SIGTERM{_go_on(options)}")
+        sys.exit(143)
+
+
+def _part_folder(options: argparse.Namespace) -> Path:
+    return options.out.with_name(f"{options.out.name}.part")
+
+
+def _go_on(options: argparse.Namespace) -> str:
+    return _GO_ON if _part_folder(options).exists() else ""
+
+
+def _terminated(*_: Any) -> None:
+    raise _Ended
+
+
+def _began() -> float:
+    """When this process began, by time.monotonic(): importing torch may have taken a while."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, ValueError, IndexError):
+        age = time.process_time()
+    return time.monotonic() - min(max(age, 0.0), 120.0)  # some sandboxes count from elsewhere
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(f"{text}\n")
+    sys.stderr.flush()
+
+
+def _predict(options: argparse.Namespace, bundle: Path, began: float) -> None:
+    config = read_config(bundle)
+    width = config["target_width"]
+    mean_E = mean_vector(bundle, config)
+    if options.out.is_dir() or not options.out.absolute().parent.is_dir():
+        raise BundleError(f"--out {options.out} is a folder, or in a folder that is not there")
+    asked = task(options.images, options.ids == "path", options.sample_submission, width)
+    check_format(options.format, [*asked.ids, *asked.paths])
+    identity = {
+        "bundle": bundle_sha256(bundle, config),
+        "pictures": asked.sha256,
+        **{word: str(getattr(options, word)) for word in ("batch_size", "precision", "backend", "device")},
+    }
+    folder = _part_folder(options)
+    with locked(folder):
+        complete = False
+        try:
+            part, settings = open_part(folder, identity, len(asked.paths), width, options.fresh, _tell)
+            crew = _crew(options, bundle, config, asked, part, identity, settings)
+            complete = _worked(crew, options, began, len(asked.ids), width)
+            outcome = _written(options, asked, part, mean_E)
+        except BaseException:
+            complete = False
+            raise
+        finally:
+            if complete or not is_begun(folder):
+                clear(folder, whole=True)
+    _sum_up(options, asked, crew.progress, outcome, time.monotonic() - began)
+
+
+def _crew(
+    options: argparse.Namespace,
+    bundle: Path,
+    config: dict[str, Any],
+    asked: Task,
+    part: Part,
+    identity: dict[str, str],
+    settings: dict[str, Any],
+) -> Crew:
+    order = {
+        "bundle": str(bundle),
+        "images": str(asked.folder.resolve()),
+        "part": str(part.folder.resolve()),
+        "width": config["target_width"],
+        "squares": [square.to_config() for square in squares_of(config)],
+        "precision": options.precision,
+        "backend": options.backend,
+        "batch": options.batch_size,
+    }
+    weights = sum((bundle / member["file"]).stat().st_size for member in config["members"])
+
+    def on_cpu() -> list[Slot]:
+        threads = settings["threads"] if settings.get("device") == "cpu" else None
+        fp32_bytes = weights * (2 if config["precision"] == "fp16" else 1)
+        graph = options.backend != "torch"  # their runtimes take one batch at a time
+        return cpu_slots(len(asked.paths), options.batch_size, fp32_bytes, options.workers, threads, graph)
+
+    if options.backend != "torch" and options.device not in (None, "cpu"):
+        _tell(f"--backend {options.backend} computes on the CPU: --device {options.device} is not used")
+    gpus = [] if options.backend != "torch" or options.device == "cpu" else gpu_slots(options.device, options.workers)
+    return Crew(bundle / "predict.py", part, asked.paths, order, gpus or on_cpu(), on_cpu, identity, settings, _tell)
+
+
+def _worked(crew: Crew, options: argparse.Namespace, began: float, count: int, width: int) -> bool:
+    """Whether every picture is done; without, the time is up, or nothing works and there is a limit."""
+    limit, show = options.time_limit, _Shown()
+    deadline = None
+    if limit is not None:
+        deadline = began + limit - seconds_to_write(options.format, count, width) - min(60.0, 2 + 0.02 * limit)
+        if deadline <= time.monotonic():
+            _tell("the time limit is too short to begin: what is not done gets the mean vector")
+    try:
+        return crew.run(deadline, show)
+    except DiskError:
+        raise
+    except Exception as error:  # WorkError, or whatever else: a file is promised
+        if limit is None:
+            raise
+        _tell(
+            f"ERROR: {str(error) or type(error).__name__}. Nothing can compute: what is not done gets the mean vector."
+        )
+        return False
+    finally:
+        show.close()
+
+
+class _Shown:
+    """A line of progress, rewritten on a terminal; elsewhere a new one now and then."""
+
+    def __init__(self) -> None:
+        self._on_terminal = sys.stderr.isatty()
+        self._told = time.monotonic()
+
+    def __call__(self, progress: Progress) -> None:
+        now = time.monotonic()
+        if now - self._told < (0.5 if self._on_terminal else _LINES_APART):
+            return
+        self._told = now
+        text = self._line(progress, now)
+        sys.stderr.write(f"\r{text}\x1b[K" if self._on_terminal else f"{text}\n")
+        sys.stderr.flush()
+
+    def _line(self, progress: Progress, now: float) -> str:
+        if not progress.facts:
+            return "the model is being loaded"
+        made = progress.done - progress.begun_at
+        text = f"{progress.done:,} of {progress.count:,} pictures, {100 * progress.done // progress.count} %"
+        if made:
+            rate = made / (now - progress.ready_at)
+            text += f", {rate:.3g}/s, {_span((progress.count - progress.done) / rate)} left"
+        return text + (f", {progress.unreadable:,} unreadable" if progress.unreadable else "")
+
+    def close(self) -> None:
+        if self._on_terminal:
+            sys.stderr.write("\r\x1b[K")
+
+
+def _span(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """Of what was written."""
+
+    unread: list[tuple[str, str, str]]
+    """Id, path and reason."""
+    missing: list[str]
+    """Ids without a picture."""
+    not_reached: int
+
+
+def _written(options: argparse.Namespace, asked: Task, part: Part, mean_E: np.ndarray) -> _Outcome:
+    """Writes the output of what is done so far."""
+    states, reasons = part.states(), part.reasons()
+    pairs = list(zip(asked.ids, asked.rows, strict=True))
+    unread = [(name, asked.paths[row], reasons[row]) for name, row in pairs if row >= 0 and states[row] == UNREADABLE]
+    missing = [name for name, row in pairs if row < 0]
+
+    def lines() -> Iterator[Line]:
+        for name, row in pairs:
+            if row < 0:
+                yield Line(name, "", "missing", mean_E)
+            elif states[row] == DONE:
+                yield Line(name, asked.paths[row], "predicted", part.vector(row))
+            else:
+                state = "unreadable" if states[row] == UNREADABLE else "not reached"
+                yield Line(name, asked.paths[row], state, mean_E)
+
+    not_reached = [pair for pair in pairs if pair[1] >= 0 and states[pair[1]] not in (DONE, UNREADABLE)]
+    listed = unread + [(name, "", "no picture has this id") for name in missing]
+    listed += [(name, asked.paths[row], "not reached") for name, row in not_reached]
+    try:
+        skipped = asked.other_files
+        write_output(options.out, options.format, lines(), len(pairs), len(mean_E), listed, skipped, part.folder)
+    except OSError as error:
+        raise DiskError(f"{options.out}: {error.strerror or error}") from error
+    return _Outcome(unread, missing, len(not_reached))
+
+
+def _sum_up(options: argparse.Namespace, asked: Task, progress: Progress, outcome: _Outcome, seconds: float) -> None:
+    text = f"{options.out}: {len(asked.paths):,} pictures, {len(outcome.unread):,} of them unreadable; {_span(seconds)}"
+    facts, made = progress.facts, progress.done - progress.begun_at
+    if facts and made:
+        text += f", {made / (progress.ended_at - progress.ready_at):.3g}/s in {facts['precision']} on {facts['name']}"
+    if progress.begun_at:
+        text += f"; {progress.begun_at:,} were done before"
+    _tell(text)
+    if outcome.unread:
+        reasons = [f"{path!r} ({reason})" for _, path, reason in outcome.unread]
+        _tell(f"unreadable, with the mean vector, as {unreadable_list(options.out)} lists: {shown(reasons)}")
+    if outcome.missing:
+        _tell(f"{len(outcome.missing):,} ids have no picture and get the mean vector: {shown(outcome.missing)}")
+    if asked.left_out:
+        _tell(f"{asked.left_out:,} pictures are left out: {options.sample_submission} does not ask for them")
+    if asked.other_files:
+        _tell(f"files that are not read, as {skipped_list(options.out)} lists: {by_reason(asked.other_files)}")
+    if progress.again_in_fp32:
+        _tell(f"{progress.again_in_fp32:,} batches were computed again in fp32: {facts['precision']} was not finite")
+    if outcome.not_reached:
+        _tell(
+            f"WARNING: {outcome.not_reached:,} of {len(asked.paths):,} pictures were not reached and have the mean "
+            "vector. The same command goes on."
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,307 @@
+"""The bundle's graphs: each gives what the network gives, for any number of pictures; the same bytes again; refusals.
+
+Runtimes are called here as a stranger would call them. The 500 pictures take minutes: -m slow.
+"""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.errors import UserError
+from core.paths import ROOT
+from models.export import runtimes
+from models.runtime.backends import BundleError, open_graph
+from models.runtime.heads import make_head
+from models.runtime.model import Member, Network
+from models.runtime.preprocess import Preprocessing, decode
+from models.runtime.towers import tower
+from tests.commands import contents
+
+for package in ("onnx", "onnxruntime", "onnxscript", "openvino", "nncf"):
+    pytest.importorskip(package, reason="graphs need the extra [graphs]")
+
+E = 12
+EXACT = ("torch", "onnx", "openvino")
+WIDTH = {"test_vit": 64, "test_efficientnet": 256, "test_convnext": 64, "transformers:test_blip2_vision": 48}
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def member(backbone: str, *sizes: int, flip: bool = False, hidden: int = 0, resize_mode: str = "shortest") -> Member:
+    """With random weights, batch statistics too."""
+    torch.manual_seed(0)
+    width, head = WIDTH[backbone], "wide" if hidden else "linear"
+    tensors = {f"head.{k}": v for k, v in make_head(head, width, E, hidden).state_dict().items()}
+    for size in sizes:
+        prefix = "backbone." if size == sizes[0] else f"at-{size}.backbone."
+        tensors |= {f"{prefix}{k}": v for k, v in tower(backbone, size).state_dict().items()}
+    for name, tensor in tensors.items():
+        if "running" in name:
+            tensor.uniform_(0.5, 1.5)
+    return Member(
+        {
+            "backbone": backbone,
+            "width": width,
+            "size": sizes[0],
+            "sizes": sizes,
+            "resize_mode": resize_mode,
+            "flip": flip,
+            "head": head,
+            "head_width": hidden,
+            "target_width": E,
+            "mean": [0.48, 0.46, 0.41],
+            "std": [0.27, 0.26, 0.28],
+        },
+        tensors,
+    )
+
+
+def network(*members: Member, made: Callable[..., Network] = Network) -> Network:
+    return made(members, [1 / (i + 1) for i in range(len(members))]).eval().requires_grad_(False)
+
+
+def pictures(count: int) -> list[torch.Tensor]:
+    """Smooth, of several shapes."""
+    rng = torch.Generator().manual_seed(0)
+    coarse = [torch.rand(1, 3, 6, 6 + i % 4, generator=rng) * 255 for i in range(count)]
+    return [torch.nn.functional.interpolate(c, scale_factor=20.0).byte()[0] for c in coarse]
+
+
+def batch(model: Network, count: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(count)
+    return [rng.integers(0, 256, (count, 3, size, size), np.uint8) for size in model.sizes]
+
+
+@torch.inference_mode()
+def own(model: Network, image_SBCHW: list[np.ndarray]) -> np.ndarray:
+    return model(*map(torch.from_numpy, image_SBCHW)).numpy()
+
+
+@pytest.fixture(scope="module")
+def conv() -> Network:
+    return network(member("test_efficientnet", 32))
+
+
+@pytest.fixture(scope="module")
+def written(conv: Network, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """All kinds of graph of `conv`, and what is told of them."""
+    folder = tmp_path_factory.mktemp("graphs")
+    return folder, {"graphs": runtimes.write(folder, conv, runtimes.KINDS, pictures(18))}
+
+
+@pytest.mark.parametrize(
+    "members",
+    [
+        [("test_vit", (48,), {})],
+        [("test_convnext", (32,), {})],
+        [("transformers:test_blip2_vision", (56,), {})],
+        [("transformers:test_blip2_vision", (56, 28), {"flip": True}), ("test_convnext", (32,), {"hidden": 8})],
+        [("test_vit", (32, 48), {"resize_mode": "squash"}), ("test_convnext", (32,), {})],
+    ],
+    ids=["vit", "convnext", "blip2", "ensemble", "two ways to resize"],
+)
+def test_each_gives_what_the_network_gives(members: list[Any], tmp_path: Path) -> None:
+    import onnxruntime
+    import openvino
+
+    model = network(*(member(name, *sizes, **more) for name, sizes, more in members))
+    about = runtimes.write(tmp_path, model, EXACT, pictures(3))
+    assert about["onnx"] == {"file": "graphs/model.onnx", "pictures": 3, "mean_distance": 0, "max_distance": 0}
+    assert sorted(contents(tmp_path)) == [
+        "graphs/model.onnx", "graphs/model.pt2", "graphs/openvino.bin", "graphs/openvino.xml",
+    ]  # fmt: skip
+    session = onnxruntime.InferenceSession(tmp_path / "graphs/model.onnx")
+    takes = [(taken.name, taken.type, taken.shape) for taken in session.get_inputs()]
+    inputs = runtimes.inputs(model.squares)
+    names = [each["name"] for each in inputs]
+    assert takes == [(each["name"], "tensor(uint8)", ["batch", 3, *2 * (each["size"],)]) for each in inputs]
+    assert [Preprocessing.from_config(each) for each in inputs] == list(model.squares)
+    twice = model.sizes.count(32) == 2
+    assert names == ([f"image_{size}" for size in model.sizes] if not twice else ["image_32", "image_32_2", "image_48"])
+    assert [(given.name, given.shape) for given in session.get_outputs()] == [("z", ["batch", E])]
+    exact = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(tmp_path / "graphs/openvino.xml", "CPU", exact)
+    program = torch.export.load(tmp_path / "graphs/model.pt2").module()
+    for count in (1, 2, 37):
+        images = batch(model, count)
+        expected = own(model, images)
+        found = {
+            "onnx": session.run(None, dict(zip(names, images, strict=True)))[0],
+            "openvino": compiled(images)[0],
+            "torch": program(*map(torch.from_numpy, images)).numpy(),
+        }
+        for kind, z_BE in found.items():
+            np.testing.assert_allclose(z_BE, expected, atol=2e-6, err_msg=f"{kind}, {count} pictures")
+
+
+@pytest.mark.parametrize(("kind", "largest"), [("onnx", 1e-9), ("openvino", 1e-9), ("openvino_int8", 0.05)])
+def test_the_bundle_runs_them(kind: str, largest: float, conv: Network, written: tuple[Path, dict[str, Any]]) -> None:
+    graph = open_graph(*written, kind, 2)
+    for count in (1, 5):
+        images = batch(conv, count)
+        assert runtimes.cosine_distance(graph(images), own(conv, images)).max() < largest
+
+
+def test_in_bf16_it_is_about_the_same(conv: Network, written: tuple[Path, dict[str, Any]]) -> None:
+    images = batch(conv, 5)
+    for kind in ("openvino", "openvino_int8"):
+        z_BE = open_graph(*written, kind, 1, "bf16")(images)
+        assert z_BE.dtype == np.float32
+        assert runtimes.cosine_distance(z_BE, own(conv, images)).max() < 0.05
+
+
+def test_the_loss_of_int8_is_measured_on_pictures_that_it_was_not_calibrated_on(
+    conv: Network, written: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, config = written
+    about = config["graphs"]["openvino_int8"]
+    assert (about["calibrated"], about["pictures"]) == (9, 9)
+    others = [np.stack([runtimes.fit(picture, Preprocessing(32)).numpy() for picture in pictures(18)[1::2]])]
+    a_NE, b_NE = own(conv, others), open_graph(folder, config, "openvino_int8", 1)(others)
+    cosine_N = (a_NE * b_NE).sum(1) / np.linalg.norm(a_NE, axis=1) / np.linalg.norm(b_NE, axis=1)
+    assert about["mean_distance"] == pytest.approx(1 - cosine_N.mean(), abs=1e-6)
+    assert about["max_distance"] == pytest.approx(1 - cosine_N.min(), abs=1e-6)
+    assert about["mean_distance"] > 0
+    assert (folder / "graphs/openvino-int8.bin").stat().st_size < (folder / "graphs/openvino.bin").stat().st_size
+
+
+def test_the_same_bytes_again_and_no_path_of_this_machine(
+    conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    assert {"graphs": runtimes.write(tmp_path, conv, runtimes.KINDS, pictures(18))} == written[1]
+    again = contents(tmp_path)
+    assert again == contents(written[0])
+    for name, data in again.items():
+        for place in (ROOT, tmp_path, Path(torch.__file__).parents[2]):
+            assert str(place).encode() not in data, f"{name} names {place}"
+
+
+def test_one_picture_is_enough(conv: Network, tmp_path: Path) -> None:
+    assert runtimes.write(tmp_path, conv, ["torch"], pictures(1))["torch"]["pictures"] == 1
+
+
+def test_half_the_bytes_where_asked(conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    about = runtimes.write(tmp_path, conv, ["openvino"], pictures(2), half=True)
+    assert about["openvino"]["max_distance"] < 1e-5
+    sizes = [(folder / "graphs/openvino.bin").stat().st_size for folder in (tmp_path, written[0])]
+    assert sizes[0] < 0.6 * sizes[1]
+
+
+def test_large_weights_have_a_file_of_their_own(conv: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "_ONE_FILE", 100_000)
+    runtimes.write(tmp_path, conv, ["onnx", "openvino"], pictures(2))
+    sizes = {name: len(data) for name, data in contents(tmp_path).items()}
+    assert sizes["graphs/model.onnx.data"] > sizes["graphs/model.onnx"]
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+class Other(Network):
+    """Differs as soon as it is exported."""
+
+    def forward(self, *image_BCHW: torch.Tensor) -> torch.Tensor:
+        z_BE = super().forward(*image_BCHW)
+        return z_BE.roll(1, 1) if torch.compiler.is_exporting() else z_BE
+
+
+class Branching(Network):
+    """No graph: what it does depends on the pictures."""
+
+    def forward(self, *image_BCHW: torch.Tensor) -> torch.Tensor:
+        z_BE = super().forward(*image_BCHW)
+        return z_BE if z_BE.sum() > 0 else -z_BE
+
+
+@pytest.mark.parametrize("kind", EXACT)
+def test_a_graph_that_differs_is_refused(kind: str, tmp_path: Path) -> None:
+    model = network(member("test_convnext", 32), made=Other)
+    with pytest.raises(UserError, match=rf"the {kind} graph differs .* on 3 pictures is \d\.\de.*, more than 0\.001"):
+        runtimes.write(tmp_path, model, [kind], pictures(3))
+
+
+def test_int8_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    model = network(member("test_convnext", 32), made=Other)
+    with pytest.raises(UserError, match=r"openvino_int8 graph differs .*mean cosine distance .*, more than 0\.05"):
+        runtimes.write(tmp_path, model, ["openvino_int8"], pictures(4))
+
+
+def test_a_network_that_has_no_graph_is_refused(tmp_path: Path) -> None:
+    model = network(member("test_convnext", 32), made=Branching)
+    with pytest.raises(UserError, match=r"the torch graph cannot be made of this network: .*; leave torch out"):
+        runtimes.write(tmp_path, model, ["torch"], pictures(2))
+
+
+def test_what_is_missing_is_told_before_any_work(
+    conv: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(UserError, match=r"'tflite': there are onnx, openvino, openvino_int8, torch"):
+        runtimes.write(tmp_path, conv, ["tflite"], pictures(1))
+    with pytest.raises(UserError, match=r"no pictures to verify them on; give pictures="):
+        runtimes.write(tmp_path, conv, ["torch"], [])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("nncf", "openvino") else name)
+    with pytest.raises(UserError, match=r"needs openvino, nncf, not installed here: pip install -e '\.\[graphs\]'"):
+        runtimes.write(tmp_path, conv, ["onnx", "openvino_int8"], pictures(1))
+    assert not contents(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "precision", "words"),
+    [
+        ("openvino", "fp32", r"has no openvino graph \(it has: onnx\); export it with graphs=\[openvino\]"),
+        ("onnx", "bf16", r"onnx does not compute in bf16; it does in fp32"),
+        ("onnx", "fp32", r"model\.onnx cannot be loaded: .*; copy the bundle again"),
+    ],
+)
+def test_the_bundle_says_what_is_wrong(kind: str, precision: str, words: str, tmp_path: Path) -> None:
+    config = {"graphs": {"onnx": {"file": "model.onnx"}}}
+    with pytest.raises(BundleError, match=r"model\.onnx is missing; copy the bundle again"):
+        open_graph(tmp_path, config, "onnx", 1)
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(BundleError, match=words):
+        open_graph(tmp_path, config, kind, 1, precision)
+
+
+@pytest.mark.parametrize(("kind", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
+def test_the_bundle_says_what_to_install(
+    kind: str, package: str, written: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(BundleError, match=rf"{kind} needs {package}: pip install {package} "):
+        open_graph(*written, kind, 1)
+
+
+def test_nothing_is_sent(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+    """Both runtimes would keep a number of this machine, and what is yet to be sent, in the home folder."""
+    folder, config = written
+    program = (
+        "import pathlib, sys\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from models.runtime.backends import open_graph\n"
+        f"for kind in ('onnx', 'openvino'): open_graph(pathlib.Path({str(folder)!r}), {config!r}, kind, 1)\n"
+    )
+    environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}  # no CI=true, which would turn it off, too
+    subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)
+    assert not contents(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------- real pictures
+
+
+@pytest.mark.slow
+def test_on_500_real_pictures(shared: Path, tmp_path: Path) -> None:
+    files = sorted((shared / "flickr8k_1000").rglob("*.jpg"))[:500]
+    if len(files) < 500:
+        pytest.skip("../shared/data/flickr8k_1000 holds fewer than 500 pictures")
+    model = network(member("test_vit", 160, flip=True), member("test_efficientnet", 128, hidden=32))
+    about = runtimes.write(tmp_path, model, runtimes.KINDS, (decode(file.read_bytes()) for file in files))
+    assert all(about[kind]["pictures"] == 500 for kind in EXACT)
+    assert all(about[kind]["max_distance"] <= 1e-3 for kind in EXACT)
+    assert about["openvino_int8"]["mean_distance"] < 0.05

@@ -1,0 +1,465 @@
+"""Leakage: counts by brute force, what weights come from, and where evaluation, training, page and card report it."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.cli import compose
+from core.errors import UserError
+from core.settings import settings
+from datagen.dataset.format import Dataset
+from models.ensemble import ensemble
+from models.ensemble.ensemble import Member
+from models.export.export import export
+from models.leakage import Leakage
+from tests import listed_dataset, small_dataset, training
+from tests.listed_dataset import Row
+from train.config import EvaluateSettings
+from train.data.images import Pictures
+from train.evaluate import leakage
+from train.evaluate.evaluate import evaluate, table
+from train.evaluate.leakage import find_leakage
+from train.evaluate.trained_on import ImageSet, Origin, origins
+from train.tools.interpolation import InterpolateSettings, interpolate
+from train.tools.run_report import ReportSettings, write_report
+from train.tools.runs_table import find, text
+
+pytest_plugins = ["tests.tiny_run"]
+
+
+def colour(n: int) -> str:
+    """An image of its own bytes for each n below 4,000."""
+    return f"square {n % 16 * 16} {n // 16 % 16 * 16} 30 on 200 {n // 256 * 16} 50"
+
+
+def image_set(root: Path, split: str) -> ImageSet:
+    pictures = Pictures([Dataset(root, listed_dataset.ENCODER)], training.PREPROCESSING)
+    return ImageSet(pictures, pictures.datasets[0].rows(split))
+
+
+def train(data: Path, out: Path, *overrides: str) -> Path:
+    """A tiny run on a listed dataset; its folder."""
+    few = ("encoder=texts", "epochs=1", "model.head_init=random")
+    assert training.train(data, out, *few, *overrides) == 0
+    return out
+
+
+def scores(out: Path, *overrides: str) -> dict[str, Any]:
+    """What `evaluation.json` holds."""
+    values = compose("evaluate", [f"out={out}", "accelerator=cpu", "workers=0", *overrides])
+    return evaluate(settings(EvaluateSettings, values))
+
+
+def counts(info: dict[str, Any], name: str = "regressor") -> tuple[int | None, ...]:
+    """Equal bytes, equal prompts, near prompts, any of them."""
+    return Leakage.from_json(info["leakage"]["embedders"][name]).counts
+
+
+def shared_prompts() -> list[Row]:
+    """20 prompts × 4 images, each image of its own bytes: the fourth image of 16 prompts validates, by the user's own
+    split; case, white space and full stops vary."""
+    variants = ("{}", "{}.", "  {}", "{}")
+    return [
+        Row(
+            variants[k].format(f"Prompt number {p}" if k == 1 else f"prompt number {p}"),
+            split="val" if k == 3 and p < 16 else "train",
+            image=colour(4 * p + k),
+        )
+        for p in range(20)
+        for k in range(4)
+    ]
+
+
+@pytest.fixture(scope="module")
+def leaky(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return listed_dataset.write(tmp_path_factory.mktemp("leaky") / "own_split", shared_prompts())
+
+
+@pytest.fixture(scope="module")
+def leaky_run(leaky: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return train(leaky, tmp_path_factory.mktemp("runs") / "leaky")
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four evaluated images under other keys: training bytes of `leaky`, a training prompt of it, one at cosine .95 to
+    such a prompt, and nothing of it."""
+    rows = [
+        Row("filler", image=colour(900)),
+        Row("something else", "val", image=colour(0)),
+        Row("PROMPT, number 3!", "val", image=colour(901)),
+        Row("almost number 5", "val", image=colour(902)),
+        Row("nothing of it", "val", image=colour(903)),
+    ]
+    near = {"almost number 5": ("prompt number 5", 0.95)}
+    return listed_dataset.write(tmp_path_factory.mktemp("other") / "other", rows, near=near)
+
+
+# ------------------------------------------------------------------------------------------------------------ counting
+
+
+def test_counts_are_those_of_a_loop_over_all_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(3)
+    known = [f"training text {n}" for n in range(60)]
+    near = {f"near {n}": (known[n], cosine) for n, cosine in enumerate(rng.choice([0.85, 0.899, 0.901, 0.97], 40))}
+    texts = [*near, *(known[n].upper() + "!" for n in range(10)), *(f"new text {n}" for n in range(30))]
+    data = listed_dataset.write(
+        tmp_path / "train", [Row((text, f"{text} again"), image=colour(n)) for n, text in enumerate(known)]
+    )
+    rows = [
+        Row(tuple(rng.choice(texts, rng.integers(1, 4), replace=False)), "val", image=colour(int(rng.integers(0, 300))))
+        for _ in range(90)
+    ]
+    judged = listed_dataset.write(tmp_path / "val", rows, near=near)
+    evaluated, trained = image_set(judged, "val"), image_set(data, "train")
+    monkeypatch.setattr(leakage, "_AT_ONCE", 7)
+    monkeypatch.setattr("train.evaluate.trained_on._BLOCK", 11)
+    found = find_leakage(evaluated, {"a": [Origin("train", lambda: trained)]})["a"]
+
+    theirs = Dataset(data, listed_dataset.ENCODER)
+    mine = Dataset(judged, listed_dataset.ENCODER)
+    known_bytes = {theirs.image_bytes(row) for row in range(len(theirs))}
+    plain = {"".join(c for c in text.lower() if c.isalnum()) for row in range(60) for text in theirs.prompts(row)}
+    vectors = np.concatenate([theirs.targets(row) for row in range(60)]).astype(np.float64)
+    for place, row in enumerate(range(len(mine))):
+        equal = any("".join(c for c in text.lower() if c.isalnum()) in plain for text in mine.prompts(row))
+        nearest = (mine.targets(row).astype(np.float64) @ vectors.T).max()
+        assert found.bytes_n[place] == (mine.image_bytes(row) in known_bytes)
+        assert found.prompts_n[place] == equal
+        assert found.near_n[place] == (equal or nearest >= 0.9)
+        assert found.nearest_n[place] == pytest.approx(nearest, abs=1e-6)
+    assert 0 < found.bytes_n.sum() < found.affected_n.sum() < 90
+    assert 0 < found.prompts_n.sum() < found.near_n.sum() < 90
+
+
+def test_sets_of_one_embedder_add_up_and_an_unknown_one_leaves_lower_bounds(other: Path, leaky: Path) -> None:
+    evaluated, trained = image_set(other, "val"), image_set(leaky, "train")
+
+    def gone() -> ImageSet:
+        raise UserError("it is\n  gone")
+
+    first, second, unknown = (
+        Origin("first", lambda: trained),
+        Origin("second", lambda: image_set(other, "val")),
+        Origin("unknown", gone),
+    )
+    found = find_leakage(
+        evaluated, {"one": [first], "both": [first, second], "part": [first, unknown], "dark": [unknown], "none": []}
+    )
+    assert found["one"].counts() == Leakage(4, 1, 1, 2, 3)
+    assert found["both"].counts() == Leakage(4, 4, 4, 4, 4)
+    assert found["part"].counts() == Leakage(4, 1, 1, 2, 3, ("it is gone",))
+    assert found["dark"].counts() == Leakage(4, None, None, None, None, ("it is gone",))
+    assert found["none"].counts() == Leakage(4, 0, 0, 0, 0)
+    held_out = {name: overlap.counts().held_out for name, overlap in found.items()}
+    assert held_out == {"one": False, "both": False, "part": False, "dark": False, "none": True}
+    assert found["none"].counts().text() == "none of 4 images"
+    assert found["part"].counts().text().endswith("as far as is known; not known: it is gone")
+
+
+def test_vectors_of_another_encoder_are_not_compared(tmp_path: Path) -> None:
+    """The texts are: they do not ask for vectors."""
+    rows = [Row("A cat.", image=colour(1)), Row("a dog", image=colour(2))]
+    data = listed_dataset.write(tmp_path / "train", rows, identity={"weights_sha256": "old"})
+    judged = [Row("a cat", "val", image=colour(3)), Row("almost a dog", "val", image=colour(2))]
+    near = {"almost a dog": ("a dog", 0.95)}
+    new = {"weights_sha256": "new"}
+    evaluated = image_set(listed_dataset.write(tmp_path / "val", judged, near=near, identity=new), "val")
+    found = find_leakage(evaluated, {"a": [Origin("old", lambda: image_set(data, "train"))]})["a"].counts()
+    assert found.counts == (1, 1, 1, 2)
+    assert found.unknown == ("old: prompts at cosine ≥ 0.9, because its vectors are of another version of the encoder",)
+
+
+def test_damaged_counts_are_refused() -> None:
+    good = Leakage(4, 1, 1, 2, 3).to_json()
+    assert Leakage.from_json(json.loads(json.dumps(good))) == Leakage(4, 1, 1, 2, 3)
+    for bad in (None, {}, {**good, "bytes": -1}, {**good, "near": "2"}, {**good, "clean": 1}, {**good, "more": 1}):
+        with pytest.raises(ValueError, match="leakage"):
+            Leakage.from_json(bad)
+
+
+# -------------------------------------------------------------------------------------------- a user's own split column
+
+
+def test_training_counts_the_leaks_of_its_own_validation(
+    leaky: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level("INFO"):
+        train(leaky, tmp_path / "dry", "dry_run=true")
+    said = "leakage of validation on val: 16 of 16 images (16 with a training prompt, 16 with a prompt at cosine ≥ 0.9"
+    assert said in caplog.text
+    assert not (tmp_path / "dry").exists()
+    clean = listed_dataset.write(
+        tmp_path / "clean", [Row(f"text {n}", "val" if n < 4 else "train", image=colour(2000 + n)) for n in range(12)]
+    )
+    with caplog.at_level("INFO"):
+        train(leaky, tmp_path / "run", f"val=[{clean}]")
+    about = json.loads((tmp_path / "run/about.json").read_text())
+    assert {name: Leakage.from_json(own).counts for name, own in about["leakage"].items()} == {
+        "val": (0, 16, 16, 16),
+        "clean": (0, 0, 0, 0),
+    }
+    assert "leakage of validation on clean: none of 4 images" in caplog.text
+    for name in ("best", "last"):
+        score = json.loads((tmp_path / f"run/{name}/config.json").read_text())["score"]
+        assert Leakage.from_json(score["leakage"]) == Leakage(16, 0, 16, 16, 16)
+
+
+def test_a_resumed_run_does_not_count_again(
+    leaky: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(leaky, tmp_path / "run", "save_every=1")
+    (run / "done").unlink()
+    monkeypatch.setattr(leakage, "find_leakage", None)
+    with caplog.at_level("INFO"):
+        train(leaky, run, "save_every=1")
+    assert "leakage of validation on val: 16 of 16 images" in caplog.text
+
+
+def test_leaks_stand_in_table_json_page_and_card(leaky_run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "evaluation"
+    info = scores(out, f"run={leaky_run}", "embedders=[mean,knn,ridge,regressor,ensemble]", "ensemble.folds=3")
+    assert json.loads((out / "evaluation.json").read_text()) == info
+    for name in ("mean", "knn", "ridge", "regressor", "ensemble"):
+        assert counts(info, name) == (0, 16, 16, 16)
+        assert re.search(rf"^{name} +16 of 16 images \(16 with a training prompt, 16 with", table(info), re.MULTILINE)
+    assert (out / "report.html").read_text().count("Leakage of regressor: 16 of 16 images (16 with a training") == 1
+    runs, _ = find(leaky_run.parent)
+    assert f"{leaky_run.name}: leakage of validation on val: 16 of 16 images (16 with a training prompt" in text(
+        runs, {}
+    )
+    page = write_report(ReportSettings(leaky_run, out, tmp_path / "run.html")).read_text()
+    assert "Leakage of val: 16 of 16 images (16 with a training prompt" in page
+    assert "Leakage of regressor: 16 of 16 images" in page
+    export(leaky_run, tmp_path / "bundle")
+    card = (tmp_path / "bundle/README.md").read_text()
+    assert "Mean cosine on 16 pictures: **" in card
+    assert "shared with training: 16 of 16 images (16 with a training prompt" in card
+    assert "16 held-out" not in card
+    assert "The score is of held-out" not in card
+
+
+def test_an_evaluation_of_another_version_is_to_be_made_again(leaky_run: Path, tmp_path: Path) -> None:
+    scores(tmp_path, f"run={leaky_run}", "embedders=[regressor]")
+    info = json.loads((tmp_path / "evaluation.json").read_text())
+    older = {key: value for key, value in info.items() if key not in ("format", "leakage")} | {"seen": {}}
+    no_counts = {**info, "leakage": {"embedders": {"regressor": {"images": 16}}}}
+    for value, said in (
+        (older, "lacks format, leakage"),
+        ({**info, "format": 1}, "format 1, but this version reads 2"),
+        (no_counts, "leakage must hold images, bytes"),
+        ({**info, "leakage": {"embedders": {}}}, "KeyError: 'regressor'"),
+    ):
+        (tmp_path / "evaluation.json").write_text(json.dumps(value))
+        with pytest.raises(UserError, match=f"{said}.*; evaluate"):
+            write_report(ReportSettings(leaky_run, tmp_path, tmp_path / "run.html"))
+
+
+def test_a_run_without_leaks_says_so_everywhere(tiny_run: Path, tmp_path: Path) -> None:
+    info = scores(tmp_path / "out", f"run={tiny_run}", "embedders=[ridge,regressor]")
+    leaks = {name: Leakage.from_json(own) for name, own in info["leakage"]["embedders"].items()}
+    assert all((own.bytes, own.prompts, own.is_known) == (0, 0, True) for own in leaks.values())
+    export(tiny_run, tmp_path / "bundle")
+    card = (tmp_path / "bundle/README.md").read_text()
+    assert "Mean cosine on 12 held-out pictures" in card
+    assert f"shared with training: {leaks['regressor'].counts_text()}." in card
+
+
+# ------------------------------------------------------------------------------------------------- evaluation elsewhere
+
+
+def test_another_dataset_is_compared_and_scored_without_the_leaks(leaky_run: Path, other: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("Nothing of it.\na stranger\n")
+    asked = "embedders=[mean,regressor,retrieve]"
+    bank = listed_dataset.write(tmp_path / "bank", [Row("Nothing of it."), Row("a stranger")])
+    info = scores(tmp_path / "out", f"run={leaky_run}", f"dataset={other}", asked, f"bank={bank}")
+    assert counts(info) == counts(info, "mean") == (1, 1, 2, 3)
+    assert counts(info, "retrieve") == (1, 2, 3, 4)
+    score_n = np.load(tmp_path / "out/scores/regressor.npy")
+    clean = info["leakage"]["embedders"]["regressor"]["clean"]
+    assert (clean["mean"], clean["images"]) == (pytest.approx(float(score_n[3]), abs=1e-6), 1)
+    assert re.search(rf"^regressor .*; cosine of the other 1: +{clean['mean']:.4f} ", table(info), re.MULTILINE)
+    assert info["leakage"]["embedders"]["retrieve"]["clean"] is None
+    page = (tmp_path / "out/report.html").read_text()
+    assert "Mean cosine of the others" in page
+    assert f">{clean['mean']:.3f}" in page
+
+
+def test_images_that_cannot_be_read_are_not_counted(leaky_run: Path, tmp_path: Path) -> None:
+    rows = [Row("first", image=colour(1)), *(Row(f"odd {n}", "val", image=colour(n)) for n in range(3))]
+    data = listed_dataset.write(tmp_path / "damaged", rows)
+    small_dataset.corrupt(data, 2)  # its index still has the bytes of a training image
+    info = scores(tmp_path / "out", f"run={leaky_run}", f"dataset={data}", "embedders=[regressor]")
+    assert info["images"] == 2
+    assert counts(info) == (2, 0, 0, 2)
+
+
+def test_a_fold_is_judged_on_the_datasets_own_split(leaky: Path, tmp_path: Path) -> None:
+    """The fold's own pictures are clean; those of the own split have trained in part."""
+    run = train(leaky, tmp_path / "fold", "fold=1/4", "fold_threshold=1.01")
+    own = scores(tmp_path / "own", f"run={run}", "embedders=[regressor]")
+    assert counts(own) == (0, 0, 0, 0)
+    info = scores(tmp_path / "out", f"run={run}", f"dataset={leaky}", "embedders=[regressor]")
+    folds = set(json.loads((tmp_path / "own/keys.json").read_text()))
+    dataset = Dataset(leaky)
+    trained = sum(key not in folds for key in (dataset.key(row) for row in dataset.rows("val").tolist()))
+    assert 0 < trained < 16
+    assert counts(info) == (trained, trained, trained, trained)
+    fold = json.loads((run / "oof/fold.json").read_text())
+    assert Leakage.from_json(fold["leakage"]).counts == (0, 0, 0, 0)
+
+
+# ---------------------------------------------------------------------------------------------- what weights come from
+
+
+@pytest.fixture(scope="module")
+def second(leaky_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Trained on other images, beginning from `leaky_run`; validates on prompts that the first stage alone saw."""
+    return train(
+        listed_dataset.write(
+            tmp_path_factory.mktemp("second") / "data",
+            [Row(f"second {n}", image=colour(500 + n)) for n in range(16)]
+            + [Row(f"Prompt number {n}?", "val", image=colour(700 + n)) for n in range(6)]
+            + [Row(f"own {n}", "val", image=colour(800 + n)) for n in range(2)],
+        ),
+        tmp_path_factory.mktemp("runs") / "second",
+        f"init_from={leaky_run / 'best'}",
+    )
+
+
+def test_a_second_stage_inherits_the_leaks_of_the_first(second: Path, tmp_path: Path) -> None:
+    score = json.loads((second / "best/config.json").read_text())["score"]
+    assert Leakage.from_json(score["leakage"]).counts == (0, 6, 6, 6)
+    info = scores(tmp_path / "out", f"run={second}", "embedders=[mean,ridge,regressor,blend]")
+    assert counts(info) == counts(info, "blend") == (0, 6, 6, 6)
+    assert counts(info, "mean") == counts(info, "ridge") == (0, 0, 0, 0), "fitted on the second stage's images alone"
+    clean = info["leakage"]["embedders"]["regressor"]["clean"]
+    assert clean["images"] == 2
+    assert clean["mean"] == pytest.approx(np.load(tmp_path / "out/scores/regressor.npy")[6:].mean(), abs=1e-6)
+
+
+def test_a_folder_made_of_others_inherits_their_leaks(
+    leaky_run: Path, second: Path, other: Path, tmp_path: Path
+) -> None:
+    """Interpolated checkpoints, an ensemble that was moved, a ridge in it, weights taken as a backbone's, a cycle."""
+    asked = ["accelerator=cpu", "workers=0", "alpha=[0.5]", f"dataset={other}"]
+    mixed = interpolate(
+        settings(
+            InterpolateSettings,
+            compose("interpolate", [f"a={leaky_run / 'last'}", f"b={second}/best", f"out={tmp_path / 'wise'}", *asked]),
+        )
+    )
+    own = Leakage.from_json(mixed["checkpoints"][0]["leakage"])
+    assert own.counts == (1, 1, 2, 3)
+    assert own.clean is not None
+    folder = Path(mixed["checkpoints"][0]["checkpoint"])
+    assert json.loads((folder / "config.json").read_text())["score"]["leakage"] == own.to_json()
+    third = train(
+        listed_dataset.write(tmp_path / "third", [Row(f"third {n}", image=colour(1000 + n)) for n in range(16)]),
+        tmp_path / "run",
+        f"init_from={folder}",
+    )
+    saved = scores(tmp_path / "pair", f"embedders=[{third},{second},ensemble]", f"dataset={other}", "ensemble.folds=2")[
+        "ensemble"
+    ]["saved"]
+    moved = shutil.copytree(saved, tmp_path / "moved")
+    facts = json.loads((moved / "config.json").read_text())["facts"]
+    assert Leakage.from_json(facts["score"]["leakage"]).counts == (1, 1, 2, 3)
+    names = [third, folder, moved]
+    info = scores(tmp_path / "out", f"embedders=[{','.join(map(str, names))}]", f"dataset={other}", "split=train")
+    assert {name: counts(info, name) for name in info["folders"]} == dict.fromkeys(info["folders"], (0, 0, 0, 0))
+    info = scores(tmp_path / "out", f"embedders=[{','.join(map(str, names))}]", f"dataset={other}")
+    by_folder = {folder: counts(info, name) for name, folder in info["folders"].items()}
+    assert by_folder[str(third)] == by_folder[str(folder)] == (1, 1, 2, 3)
+    assert by_folder[str(moved)] == (4, 4, 4, 4), "its weights were fitted on these very images"
+
+
+def test_an_ensemble_of_a_run_carries_its_ridge_and_the_images_its_weights_fit(leaky_run: Path, tmp_path: Path) -> None:
+    asked = f"run={leaky_run}"
+    info = scores(tmp_path / "out", asked, "embedders=[ridge,regressor,ensemble]", "ensemble.folds=3")
+    saved = Path(info["ensemble"]["saved"])
+    info = scores(tmp_path / "ridge", asked, f"embedders=[{tmp_path / 'out/ridge'}]")
+    assert [counts(info, name) for name in info["folders"]] == [(0, 16, 16, 16)]
+    again = scores(tmp_path / "again", asked, f"checkpoint={saved}", "embedders=[regressor]")
+    assert counts(again) == (16, 16, 16, 16)
+    by_hand = tmp_path / "by_hand"
+    ensemble.save(by_hand, [Member("a", leaky_run / "best", 1)], {})
+    assert counts(scores(tmp_path / "hand", asked, f"checkpoint={by_hand}", "embedders=[regressor]")) == (0, 16, 16, 16)
+
+
+def test_what_is_not_known_is_said(leaky_run: Path, leaky: Path, other: Path, tmp_path: Path) -> None:
+    """A checkpoint without its run, a bundle, a dataset that is gone or changed, a first stage that is gone."""
+    alone = shutil.copytree(leaky_run / "best", tmp_path / "alone")
+    bundle = tmp_path / "bundle"
+    export(leaky_run, bundle)
+    copied = shutil.copytree(leaky_run, tmp_path / "changed")
+    values = json.loads((copied / "settings.json").read_text())
+    (copied / "settings.json").write_text(json.dumps({**values, "dataset_sha256": ["0" * 64]}))
+    gone = shutil.copytree(leaky_run, tmp_path / "gone")
+    (gone / "settings.json").write_text(json.dumps({**values, "dataset": [str(tmp_path / "nowhere")]}))
+    orphan = shutil.copytree(leaky_run, tmp_path / "orphan")
+    (orphan / "settings.json").write_text(json.dumps({**values, "init_from": str(tmp_path / "stage1/best")}))
+    folders = [alone, bundle, copied, gone, orphan]
+    info = scores(
+        tmp_path / "out", f"embedders=[{','.join(map(str, folders))}]", f"dataset={other}", f"run={leaky_run}"
+    )
+    leaks = {name: Leakage.from_json(own) for name, own in info["leakage"]["embedders"].items()}
+    reasons = {name: " ".join(own.unknown) for name, own in leaks.items()}
+    assert "alone lies in no run" in reasons["alone"]
+    assert "does not name its training images" in reasons["bundle"]
+    assert f"{leaky} changed since training" in reasons["changed"]
+    assert "nowhere" in reasons["gone"]
+    assert "stage1/best holds no embedder" in reasons["orphan"]
+    assert {leaks[name].affected for name in ("alone", "bundle", "changed", "gone")} == {None}
+    assert leaks["orphan"].counts == (1, 1, 2, 3)
+    assert not any(own.held_out for own in leaks.values())
+    for name in reasons:
+        assert re.search(rf"^{name} .*not known", table(info), re.MULTILINE), name
+    assert "Leakage of orphan: 3 of 4 images" in (tmp_path / "out/report.html").read_text()
+
+
+def test_images_of_weight_zero_were_not_trained_on(tmp_path: Path) -> None:
+    rows = [Row(f"text {n}", source="kept" if n % 2 else "left", image=colour(n)) for n in range(16)]
+    data = listed_dataset.write(tmp_path / "data", [*rows, Row("Text 3.", "val"), Row("Text 4.", "val")])
+    run = train(data, tmp_path / "run", "+data.sources.left=0")
+    assert json.loads((run / "best/config.json").read_text())["score"]["leakage"]["prompts"] == 1
+    info = scores(tmp_path / "out", f"run={run}", "embedders=[mean,regressor]")
+    assert counts(info)[1] == 1
+    assert counts(info, "mean")[1] == 2, "baselines are fitted on all"
+
+
+def test_images_that_a_further_validation_set_left_out_were_not_trained_on(tmp_path: Path) -> None:
+    data = listed_dataset.write(tmp_path / "data", [Row(f"text {n}", image=colour(n)) for n in range(16)])
+    judged = listed_dataset.write(
+        tmp_path / "judged", [Row(f"other {n}", "val", image=colour(n + 14)) for n in range(4)]
+    )
+    run = train(data, tmp_path / "run", f"val=[{judged}]")
+    info = scores(tmp_path / "out", f"run={run}", f"dataset={judged}", "embedders=[mean,regressor]")
+    assert counts(info) == (0, 0, 0, 0)
+    assert counts(info, "mean") == (2, 0, 0, 2), "baselines are fitted on all"
+
+
+def test_runs_that_begin_from_each_other_end(leaky_run: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(leaky_run, tmp_path / "run")
+    values = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps({**values, "init_from": str(run / "best")}))
+    assert [origin.name for origin in origins(run, "texts")] == [str(run.resolve())]
+    weights = run / "best/model.safetensors"
+    (run / "settings.json").write_text(json.dumps({**values, "model": {**values["model"], "weights": str(weights)}}))
+    assert len(origins(run / "last", "texts")) == 1
+    other = shutil.copytree(leaky_run, tmp_path / "other")
+    (other / "settings.json").write_text(json.dumps({**values, "model": {**values["model"], "weights": str(weights)}}))
+    assert [origin.name for origin in origins(other, "texts")] == [str(other.resolve()), str(run.resolve())]
+
+
+@pytest.mark.gpu
+def test_a_gpu_counts_the_same(other: Path, leaky: Path) -> None:
+    evaluated, trained = image_set(other, "val"), image_set(leaky, "train")
+    found = find_leakage(evaluated, {"one": [Origin("first", lambda: trained)]}, torch.device("cuda"))["one"]
+    assert found.counts() == Leakage(4, 1, 1, 2, 3)

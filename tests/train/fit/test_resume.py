@@ -1,0 +1,235 @@
+"""Resume points: written with a checksum, read back, and refused by name when damaged; a kill or a full disk at any
+moment leaves a whole one.
+
+The slow ones start commands: `pytest tests/train/fit/test_resume.py -m slow`.
+"""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from core.checksum import damage
+from core.errors import UserError
+from core.paths import ROOT
+from tests.training import same_weights, train
+from train.fit import resume
+from train.fit.callbacks import ResumePoint
+
+pytest_plugins = ["tests.tiny_run"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+EACH_STEP = "save_every=1"
+
+
+@pytest.fixture
+def stopped_run(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was stopped after step 4 of 10: resume points of steps 4 and 3."""
+    run = tmp_path / "run"
+    stop_at(4, small_data, run, monkeypatch)
+    assert steps(run) == {"resume.ckpt": 4, "resume.previous.ckpt": 3}
+    return run
+
+
+def stop_at(step: int, data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    end = ResumePoint._end
+
+    def stop(self: ResumePoint, trainer: Any) -> None:
+        self.stopped = self.stopped or trainer.global_step == step
+        end(self, trainer)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ResumePoint, "_end", stop)
+        assert train(data, run, EACH_STEP) == 130
+
+
+def steps(run: Path) -> dict[str, int]:
+    return {p.name: torch.load(p, weights_only=True)["global_step"] for p in sorted(run.glob("resume*.ckpt"))}
+
+
+def flip(path: Path, place: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(place)
+        (byte,) = file.read(1)
+        file.seek(place)
+        file.write(bytes([byte ^ 0x10]))
+
+
+def twenty_places(path: Path) -> list[int]:
+    """The first and last bytes, the zip's directory, the checksum, and tensors all over the file."""
+    size = path.stat().st_size
+    ends = [0, 1, 70, size - 1, size - 2, size - 40, size - 73, size - 74, size - 90, size - 300]
+    return ends + np.linspace(100, size - 400, 10).astype(int).tolist()
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+
+def test_a_flipped_byte_at_twenty_places_is_refused_by_name(
+    stopped_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = stopped_run / "resume.ckpt"
+    for place in twenty_places(newest):
+        caplog.clear()
+        flip(newest, place)
+        assert resume.newest_whole(stopped_run) == (stopped_run / "resume.previous.ckpt", 3), place
+        (said,) = caplog.messages
+        assert said.startswith(f"{newest} is damaged: it"), place
+        flip(newest, place)
+    assert resume.newest_whole(stopped_run) == (newest, 4)
+
+
+@pytest.mark.slow
+def test_with_a_flipped_byte_at_twenty_places_the_run_goes_on_from_the_previous_point(
+    stopped_run: Path, small_data: Path, tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each time the run ends with the very bits of a run that was never stopped."""
+    places = twenty_places(stopped_run / "resume.ckpt")
+    assert len(set(places)) == 20
+    for place in places:
+        copy = Path(shutil.copytree(stopped_run, tmp_path / f"flipped_{place}"))
+        flip(copy / "resume.ckpt", place)
+        caplog.clear()
+        assert train(small_data, copy) == 0, place
+        (said,) = [m for m in caplog.messages if "damaged" in m]
+        assert said.startswith(f"{copy / 'resume.ckpt'} is damaged: ")
+        assert said.endswith("The run continues from step 3 in resume.previous.ckpt")
+        assert same_weights(copy / "last", tiny_run / "last"), place
+        assert same_weights(copy / "best", tiny_run / "best"), place
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: os.truncate(path, 0),
+    "cut off by a byte": lambda path: os.truncate(path, path.stat().st_size - 1),
+    "without its checksum": lambda path: os.truncate(path, path.stat().st_size - 73),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "zeroed": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "longer": lambda path: path.write_bytes(path.read_bytes() + b"more"),
+    "of torch alone": lambda path: torch.save({"global_step": 9}, path),
+    "a folder": lambda path: (path.unlink(), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_other_damage_is_refused_too(case: str, stopped_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    DAMAGES[case](stopped_run / "resume.ckpt")
+    assert resume.newest_whole(stopped_run) == (stopped_run / "resume.previous.ckpt", 3)
+    assert f"{stopped_run / 'resume.ckpt'} is damaged: it" in caplog.text
+
+
+def test_without_a_whole_point_both_are_named_with_what_to_do(stopped_run: Path, small_data: Path) -> None:
+    for name, place in (("resume.ckpt", 500), ("resume.previous.ckpt", 7000)):
+        flip(stopped_run / name, place)
+    with pytest.raises(UserError) as error:
+        train(small_data, stopped_run)
+    for words in (
+        f"{stopped_run / 'resume.ckpt'}: its bytes have changed since they were written: their sha256 is ",
+        f"{stopped_run / 'resume.previous.ckpt'}: its bytes have changed",
+        "remove resume.ckpt and resume.previous.ckpt: then the same command trains from step 0",
+    ):
+        assert words in str(error.value)
+
+
+def test_a_damaged_first_point_is_not_taken_for_a_new_run(
+    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    stop_at(1, small_data, run, monkeypatch)
+    flip(run / "resume.ckpt", 3000)
+    with pytest.raises(
+        UserError, match=r"resume\.previous\.ckpt: there is no such file\nRestore .* remove resume.ckpt:"
+    ):
+        train(small_data, run)
+
+
+def test_a_damaged_point_never_replaces_the_previous_one(
+    stopped_run: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip(stopped_run / "resume.ckpt", 3000)
+    stop_at(4, small_data, stopped_run, monkeypatch)
+    assert steps(stopped_run) == {"resume.ckpt": 4, "resume.previous.ckpt": 3}
+    assert [damage(p) for p in stopped_run.glob("resume*.ckpt")] == [None, None]
+
+
+def test_a_finished_run_keeps_no_previous_point(tiny_run: Path) -> None:
+    assert steps(tiny_run) == {"resume.ckpt": 10}
+
+
+# -------------------------------------------------------------------------------------------------- while it is written
+
+
+def test_bytes_that_are_read_back_otherwise_leave_both_points(
+    stopped_run: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that changes what it stores: here between the write and the read-back."""
+    commit = resume.commit
+
+    def on_a_bad_disk(part: Path, out: Path, *, rotate: bool) -> None:
+        flip(part, 4000)
+        commit(part, out, rotate=rotate)
+
+    monkeypatch.setattr(resume, "commit", on_a_bad_disk)
+    with pytest.raises(
+        UserError, match=r"at step 5: read back from the disk, its bytes have changed .* is there still"
+    ):
+        train(small_data, stopped_run, EACH_STEP)
+    assert steps(stopped_run) == {"resume.ckpt": 4, "resume.previous.ckpt": 3}
+    assert not list(stopped_run.glob(".resume*"))
+
+
+def test_ranks_that_see_different_points_are_refused() -> None:
+    resume.require_agreement(3, lambda step: [step, 3])
+    with pytest.raises(UserError, match=r"of different steps \(3, 0; 0 is none\): out= must be one folder"):
+        resume.require_agreement(3, lambda step: [step, 0])
+
+
+KILLED = """
+import os, signal, sys
+folder, number = sys.argv[1], int(sys.argv[2])
+count = 0
+
+def hook(event, arguments):
+    global count
+    if event in ("open", "os.rename", "os.remove") and "resume" in str(arguments[0]):
+        count += 1
+        if count == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(hook)
+from pathlib import Path
+from tests.training import train
+train(Path(sys.argv[3]), Path(folder), *sys.argv[4:])
+"""
+
+
+def killed_before_each_operation(data: Path, folder: Path) -> Iterator[Path]:
+    """Runs that were killed before their n-th opening, renaming or removal of a resume file; up to the third point."""
+    for number in range(1, 17):
+        run = folder / f"killed_{number}"
+        done = subprocess.run(
+            [sys.executable, "-c", KILLED, str(run), str(number), str(data), EACH_STEP], cwd=ROOT, check=False
+        )
+        assert done.returncode == -signal.SIGKILL
+        yield run
+
+
+@pytest.mark.slow
+def test_killed_between_any_two_file_operations_a_run_goes_on_to_the_same_bits(
+    small_data: Path, tiny_run: Path, tmp_path: Path
+) -> None:
+    resumed_at = []
+    for run in killed_before_each_operation(small_data, tmp_path):
+        resumed_at.append(resume.newest_whole(run)[1])
+        assert train(small_data, run) == 0
+        assert same_weights(run / "last", tiny_run / "last"), run.name
+        assert same_weights(run / "best", tiny_run / "best"), run.name
+    assert resumed_at == sorted(resumed_at)
+    assert set(resumed_at) >= {0, 1, 2}

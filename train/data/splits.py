@@ -1,0 +1,278 @@
+"""Which pictures train and which validate: folds over the prompts, and no prompt and no image bytes on both sides.
+
+    fold_rows(pictures, rows, (2, 5), threshold=0.7, seed=0)    the second of five folds
+
+Images that share a prompt or bytes are a group (datagen/dataset/splits.py) and in one fold. The images of a group of
+more than
+a fifth of all are dealt to all folds instead, and what shares a prompt or bytes with the fold's own is left out of its
+training.
+
+n pictures, c of their captions, d distinct prompts, V prompts of the fold, E width of their vectors.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.errors import UserError
+from core.progress import progress
+from datagen.dataset.splits import ImageLinks, divide, giant_groups
+from models.head_init import FIT, JUDGE, NEITHER
+from train.data.counter_rng import uniform
+
+if TYPE_CHECKING:
+    from train.data.images import Pictures
+
+log = logging.getLogger(__name__)
+
+Rows = NDArray[np.int64]
+
+_ASKED, _HELD = 4096, 16384  # prompts of both sides that are compared at once
+_ROUNDING = 1e-5  # of a cosine in single precision
+_MOST_JUDGED = 5000  # images that judge a penalty
+_BAR_FROM = 50_000  # prompts that take longer than seconds
+
+
+@dataclass(frozen=True)
+class Fold:
+    train: Rows
+    val: Rows
+    purged: Rows
+    """Near the fold's prompts, and so neither."""
+    left_out: Rows
+    """Images of a group of more than a fifth of all that share a prompt or bytes with the fold; they neither train nor
+    validate."""
+
+    @property
+    def share_purged(self) -> float:
+        """Of the pictures outside the fold."""
+        return len(self.purged) / max(len(self.purged) + len(self.train), 1)
+
+
+class Prompts:
+    """The captions of all pictures, each by a number that follows from its text alone."""
+
+    def __init__(self, pictures: "Pictures") -> None:
+        self._pictures = pictures
+        each = [dataset.caption_starts for dataset in pictures.datasets]
+        self._offsets = np.cumsum([0, *(starts[-1] for starts in each)])
+        begins = [starts[:-1] + offset for starts, offset in zip(each, self._offsets[:-1], strict=True)]
+        self._starts_N = np.concatenate([*begins, self._offsets[-1:]])
+        self._hash_c = np.concatenate([dataset.prompt_hashes() for dataset in pictures.datasets])
+        contents = [dataset.content_ids for dataset in pictures.datasets]
+        self._content_N = np.concatenate(contents)
+
+    def of(self, rows: Rows) -> tuple[NDArray[np.int64], Rows, NDArray[np.int64]]:
+        """The captions of pictures, side by side: the number of each text, whose it is (as a place in `rows`), and
+        where `vectors` finds it."""
+        firsts = self._starts_N[rows]
+        counts = self._starts_N[rows + 1] - firsts
+        owner_c = np.repeat(np.arange(len(rows)), counts)
+        caption_c = np.arange(counts.sum()) + np.repeat(firsts - (np.cumsum(counts) - counts), counts)
+        return self._hash_c[caption_c], owner_c, caption_c
+
+    def vectors(self, caption_c: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Unit vectors of captions, [c, E]."""
+        found = np.empty((len(caption_c), self._pictures.width), np.float32)
+        dataset_of = np.searchsorted(self._offsets, caption_c, side="right") - 1
+        for number in np.unique(dataset_of).tolist():
+            mine = dataset_of == number
+            found[mine] = self._pictures.datasets[number].caption_targets(caption_c[mine] - self._offsets[number])
+        return found
+
+    def links(self, rows: Rows) -> ImageLinks:
+        """Prompts and bytes of `rows`, each image by its place there."""
+        hash_c, owner_c, _ = self.of(rows)
+        return ImageLinks(owner_c, hash_c, self._content_N[rows])
+
+    def shared(self, rows: Rows, others: Rows) -> NDArray[np.bool_]:
+        """Which of the images `rows` share a caption or their bytes with one of `others`."""
+        every = np.concatenate([rows, others])
+        return self.links(every).linked_to(np.arange(len(every)) >= len(rows))[: len(rows)]
+
+    def equal_bytes(self, rows: Rows, others: Rows) -> NDArray[np.bool_]:
+        """Which of the images `rows` have the bytes of one of `others`."""
+        return np.isin(self._content_N[rows], self._content_N[others])
+
+
+def fold_rows(
+    pictures: "Pictures",
+    rows: Rows,
+    fold: tuple[int, int],
+    threshold: float,
+    seed: int,
+    *,
+    device: torch.device | str = "cpu",
+    prompts: Prompts | None = None,
+) -> Fold:
+    """Deals prompts to folds, one fold to validation, and purges from training what is near it.
+
+    A prompt's fold follows from the seed and its text, whatever the dataset and its order; prompts of a named group go
+    by the group's name. Images that share a caption or bytes share a fold, but for those of a group of more than a
+    fifth of all images: they are dealt out evenly, whatever their named group. Every image is validated in one fold.
+
+    Args:
+        rows: pictures to deal out.
+        fold: (i, n): the i-th of n, from 1.
+        threshold: a training picture with a caption of this cosine or more to one of the fold's is purged; above 1
+            purges none.
+        device: where the vectors are compared; it does not change the answer.
+        prompts: of `pictures`, where they were read before.
+
+    Raises:
+        UserError: the fold, or what is left beside it, is empty.
+    """
+    number, count = fold
+    prompts = prompts or Prompts(pictures)
+    links = prompts.links(rows)
+    group_n = links.groups()
+    in_giant_n = giant_groups(group_n)[group_n]
+    label_n = np.zeros(len(rows), np.int64)
+    label_n[~in_giant_n] = _labels(pictures, prompts, rows[~in_giant_n])
+    fold_n = (uniform(torch.from_numpy(label_n), 1, seed)[0] * count).long().numpy()
+    giants = links.shuffled(np.flatnonzero(in_giant_n), seed)
+    fold_n[giants] = np.arange(len(giants)) * count // max(len(giants), 1)
+    in_fold_n = fold_n == number - 1
+    left_out_n = links.linked_to(in_fold_n) & ~in_fold_n
+    train, val = rows[~in_fold_n & ~left_out_n], rows[in_fold_n]
+    near = np.zeros(len(train), bool)
+    if threshold <= 1 and len(train) and len(val):
+        near = _near(prompts, train, val, threshold, torch.device(device))
+    made = Fold(train[~near], val, train[near], rows[left_out_n])
+    if not len(made.train) or not len(val):
+        empty = "training" if len(val) else "the fold"
+        raise UserError(
+            f"fold: {number}/{count} leaves nothing to {empty}: {len(np.unique(group_n)):,} prompts or groups in all, "
+            f"{len(made.purged):,} pictures purged at a cosine of {threshold}, {len(made.left_out):,} left out that "
+            "share a prompt or bytes with the fold; take fewer folds, more pictures, or a higher fold_threshold"
+        )
+    return made
+
+
+def penalty_parts(pictures: "Pictures", rows: Rows) -> NDArray[np.int8]:
+    """Which of `rows` choose a ridge head's penalty, in the parts of `models.head_init`: about a tenth judges, and what
+    shares a prompt or bytes with them is not fitted meanwhile.
+
+    Where that leaves nothing to judge or to fit, as of images that all have one prompt, every tenth image judges: the
+    penalty is then a guess, and no score depends on the split.
+    """
+    division = divide(Prompts(pictures).links(rows), min(0.1, _MOST_JUDGED / max(len(rows), 1)), 0)
+    part_n = np.where(division.val_n, JUDGE, np.where(division.left_out_n, NEITHER, FIT)).astype(np.int8)
+    if not (part_n == JUDGE).any() or not (part_n == FIT).any():
+        part_n = np.where(np.arange(len(rows)) % 10 == 0, JUDGE, FIT).astype(np.int8)
+    return part_n
+
+
+def without_others_validation(pictures: "Pictures", prompts: Prompts, train: Rows, val: Rows) -> Rows:
+    """`train` without images that share a prompt or bytes with another dataset's validation; logs how many."""
+    seen = np.zeros(len(train), bool)
+    for number, mine, own in pictures.by_dataset(train):
+        others = [pictures.rows(n, theirs) for n, _, theirs in pictures.by_dataset(val) if n != number]
+        if not others:
+            continue
+        seen[mine] = prompts.shared(train[mine], np.concatenate(others))
+        if seen[mine].any():
+            log.warning(
+                "%s: %s of %s training pictures are left out: another dataset validates on their prompts or bytes",
+                pictures.datasets[number].root,
+                f"{seen[mine].sum():,}",
+                f"{len(own):,}",
+            )
+    return train[~seen]
+
+
+def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None:
+    """
+    Args:
+        sets: name → pictures that training must not have seen.
+
+    Raises:
+        UserError: naming each set that has prompts of training.
+    """
+    trained = prompts.of(train)[0]
+    found = []
+    for name, rows in sets.items():
+        hashes = np.unique(prompts.of(rows)[0])
+        shared = int(np.isin(hashes, trained).sum())
+        if shared:
+            found.append(
+                f"val: {name}: {shared:,} of its {len(hashes):,} prompts are trained on, so its score would say "
+                f"nothing; make the training pictures with curate.against=[{name}], or leave it out of val=[…]"
+            )
+    if found:
+        raise UserError("\n".join(found))
+
+
+def _labels(pictures: "Pictures", prompts: Prompts, rows: Rows) -> NDArray[np.int64]:
+    """A number for each picture, the same for those that a caption, bytes or a group tie together: [n]."""
+    group_n = np.zeros(len(rows), np.int64)
+    for number, mine, own in pictures.by_dataset(rows):
+        group_n[mine] = pictures.datasets[number].group_hashes()[own]
+    grouped = np.flatnonzero(group_n)
+    # groups are the negative numbers: the least of a picture's names is its group, where it has one
+    links, group_name = prompts.links(rows), group_n[grouped] | -(2**63)
+    tied_n = links.groups((grouped, group_name))
+    least = np.full(tied_n.max(initial=-1) + 1, 2**63 - 1)
+    np.minimum.at(least, tied_n[links.owner_l], links.prompt_l & (2**63 - 1))
+    np.minimum.at(least, tied_n[grouped], group_name)
+    return least[tied_n]
+
+
+def _near(prompts: Prompts, train: Rows, val: Rows, threshold: float, device: torch.device) -> NDArray[np.bool_]:
+    """Which training pictures have a caption at cosine ≥ threshold to one of the validation pictures': [n].
+
+    Exact: products in single precision decide all but those within its rounding, which double precision decides.
+    """
+    held_hash_c, _, held_caption_c = prompts.of(val)
+    held = held_caption_c[np.unique(held_hash_c, return_index=True)[1]]
+    held_VE = torch.from_numpy(prompts.vectors(np.sort(held))).to(device)
+    hash_c, owner_c, caption_c = prompts.of(train)
+    _, first_d, prompt_of_c = np.unique(hash_c, return_index=True, return_inverse=True)
+    near_d = np.zeros(len(first_d), bool)
+    order = np.argsort(first_d)  # as they lie on the disk
+    with progress(len(order), "prompt", "fold", show=len(order) > _BAR_FROM) as bar, single_precision():
+        for begin in range(0, len(order), _ASKED):
+            asked = order[begin : begin + _ASKED]
+            asked_E = torch.from_numpy(prompts.vectors(caption_c[first_d[asked]])).to(device)
+            near_d[asked] = nearest(asked_E, held_VE, threshold)[1].cpu().numpy()
+            bar.update(len(asked))
+    near = np.zeros(len(train), bool)
+    near[owner_c[near_d[prompt_of_c]]] = True
+    return near
+
+
+def nearest(asked_dE: torch.Tensor, held_VE: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine of each asked vector to the nearest held vector, [d], and whether it reaches the threshold, [d].
+
+    Single precision decides all but those within its rounding of the threshold, which double precision decides: use it
+    within `single_precision()`.
+
+    Args:
+        asked_dE, held_VE: unit vectors; V of at least 1.
+    """
+    best_d = torch.full((len(asked_dE),), -torch.inf, device=asked_dE.device)
+    near_d = torch.zeros(len(asked_dE), dtype=torch.bool, device=asked_dE.device)
+    for held_E in held_VE.split(_HELD):
+        part_d = (asked_dE @ held_E.T).amax(1)
+        near_d |= part_d >= threshold + _ROUNDING
+        unsure = (~near_d & (part_d >= threshold - _ROUNDING)).nonzero()[:, 0]
+        near_d[unsure] = (asked_dE[unsure].double() @ held_E.double().T).amax(1) >= threshold
+        best_d = torch.maximum(best_d, part_d)
+    return best_d, near_d
+
+
+@contextmanager
+def single_precision() -> Iterator[None]:
+    """Compute matrix products in full fp32 (no TF32)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

@@ -1,0 +1,193 @@
+"""A page to try a model on pictures of your own: the nearest prompts, and how much of it each baseline accounts for.
+
+    python -m train.demo
+    python -m train.demo checkpoint=bundle bank=prompts.txt baselines=[mean,retrieve]
+
+What is shown is train/demo/explain.py, the page around it train/demo/page.py.
+"""
+
+import importlib.util
+import io
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.cli import compose
+from core.errors import UserError
+from core.paths import Location
+from core.settings import settings
+from models.export.export import newest
+from train.config import BASELINES, CAPTIONERS, EvaluateSettings
+from train.tools.runs_table import read_settings
+
+if TYPE_CHECKING:
+    from models.baselines.mean import Mean
+    from train.demo.explain import Demo
+    from train.demo.page import Words
+
+log = logging.getLogger(__name__)
+
+OFFERED = (*BASELINES, "retrieve", *CAPTIONERS)
+_MOST_PIXELS = 100_000_000  # models.runtime.preprocess.MAX_PIXELS, which cannot be asked before torch is loaded
+
+
+@dataclass(frozen=True)
+class DemoSettings:
+    checkpoint: Path | None
+    """A checkpoint, a bundle or an ensemble; null takes the newest checkpoints/*/best."""
+    run: Path | None
+    """The run whose prompts are the bank and whose pictures knn knows; null takes that of the checkpoint."""
+    bank: Location | None
+    """A dataset folder or a file of prompts; null takes the run's training prompts."""
+    baselines: tuple[str, ...] | None
+    """Whose shares are shown; null takes mean, knn and retrieve, without a run mean and retrieve."""
+    neighbours: int
+    """Prompts shown."""
+    host: str
+    """Address to listen on."""
+    port: int
+    """0 takes any that is free."""
+    most_mb: float
+    """Of a picture's file, 10^6 bytes; all that is uploaded may take 50 times as much."""
+    most_pixels: int
+    """Of a picture; a larger one is refused before it is decoded."""
+    accelerator: Literal["auto", "cpu", "gpu"]
+    browser: bool
+    """Opens the page in one."""
+
+    def problems(self) -> list[str]:
+        found = [f"neighbours: {self.neighbours} is outside 1 to 100"] if not 1 <= self.neighbours <= 100 else []
+        if not 0 <= self.port <= 65535:
+            found.append(f"port: {self.port} is outside 0 to 65535")
+        if not 0 < self.most_mb <= 1000:
+            found.append(f"most_mb: {self.most_mb:g} is outside 0 to 1000")
+        if not 1 <= self.most_pixels <= _MOST_PIXELS:
+            found.append(f"most_pixels: {self.most_pixels:,} is outside 1 to {_MOST_PIXELS:,}")
+        names = self.baselines or ()
+        found += [f"baselines: {name!r} is none of {', '.join(OFFERED)}" for name in names if name not in OFFERED]
+        return found + [f"baselines: {name} is named twice" for name in OFFERED if names.count(name) > 1]
+
+    def unused(self) -> dict[str, str]:
+        fitted = self.baselines is None or {"knn", "ridge"} & set(self.baselines)
+        if fitted or self.checkpoint is None or self.bank is None:
+            return {}
+        return {"run": "with checkpoint, bank and no knn or ridge in baselines: nothing of a run is asked for"}
+
+
+def place_of(chosen: DemoSettings) -> tuple[Path, Path | None]:
+    """The folder of the model, and that of the run whose data are taken, if there is one.
+
+    Raises:
+        UserError: there is no model, or the bank or a baseline needs a run.
+    """
+    folder = chosen.checkpoint or chosen.run or newest()
+    if not (folder / "config.json").is_file() and (folder / "best/config.json").is_file():
+        folder = folder / "best"
+    beside = folder.absolute().parent
+    run = chosen.run or (beside if (beside / "settings.json").is_file() else None)
+    if not (folder / "config.json").is_file():
+        raise UserError(f"checkpoint: {folder} is no checkpoint, bundle or ensemble: it has no config.json")
+    if run is None:
+        found = [f"baselines: {n} is fitted on pictures" for n in ("knn", "ridge") if n in (chosen.baselines or ())]
+        found += [] if chosen.bank else ["bank: there are no prompts; name a file or a dataset, bank=prompts.txt"]
+        if found:
+            raise UserError("\n".join([*found, f"{folder} lies in no run; name one, run=checkpoints/NAME"]))
+    return folder, run
+
+
+def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, Words]":
+    """What the page shows pictures to, and what it says of it. Loads the model and has it look at a picture.
+
+    Args:
+        folder, run: as `place_of` gives them.
+
+    Raises:
+        UserError: the model, the run, the bank or a baseline cannot be used.
+    """
+    from models import checkpoint
+    from models.ensemble import ensemble
+    from models.runtime.preprocess import Preprocessing
+    from train.data.encoders import identity_of, require_same
+    from train.demo.explain import Demo
+    from train.demo.page import Words
+    from train.evaluate import prompt_index
+    from train.evaluate.registry import Contenders
+    from train.evaluate.trained_on import data_of
+    from train.scale.devices import device_of
+
+    device = device_of(chosen.accelerator)
+    embedder = ensemble.load_any(folder, device)
+    config = json.loads((folder / "config.json").read_text())
+    encoder = config["encoder"]
+    data = values = backbone = None
+    if run is not None:
+        values, trained = read_settings(run), checkpoint.read_config(run / "best")
+        backbone = trained["backbone"], Preprocessing.from_config(trained)
+        data = data_of(values, encoder, backbone[1])
+    targets = (data.pictures.datasets[0].encoder_identity if data else None) or identity_of(config)
+    require_same(config, folder, targets, "the run's dataset")
+    if chosen.bank is not None:
+        bank, told = (
+            prompt_index.from_places([chosen.bank], encoder, device=device.type, identity=targets),
+            str(chosen.bank),
+        )
+    else:
+        assert data is not None
+        assert run is not None
+        bank = prompt_index.from_pictures(data.pictures.parts(data.train_rows))
+        told = f"the training prompts of {run.absolute().name}"
+    evaluate = settings(EvaluateSettings, compose("evaluate", []))
+    names = chosen.baselines if chosen.baselines is not None else ("mean", *(["knn"] if run else []), "retrieve")
+    if data is not None and {"knn", "ridge"} & {*names}:
+        log.info(
+            "demo: knn and ridge need features of %s training pictures: at the first start they are computed now; "
+            "baselines=[mean,retrieve] starts at once",
+            f"{len(data.train_rows):,}",
+        )
+    contenders = Contenders(evaluate, folder, encoder, targets, data, values, backbone, device)
+    baselines = {n: _mean(folder) if n == "mean" else contenders.of(n).make() for n in names if n != "retrieve"}
+    retrieve = prompt_index.Retrieve(bank, evaluate.retrieve.neighbours, evaluate.retrieve.power)
+    shown = {"neighbours": chosen.neighbours, "most_pixels": chosen.most_pixels}
+    demo = Demo(embedder, bank, baselines, retrieve if "retrieve" in names else None, **shown)
+    demo.look(_grey())  # what does not fit together is told now; the first visitor does not wait
+    return demo, Words(str(folder), told, len(bank))
+
+
+def _mean(folder: Path) -> "Mean":
+    """The mean training vector that a checkpoint or bundle carries; of an ensemble, that of its members' means."""
+    import torch
+    from safetensors import safe_open
+
+    from models.baselines.mean import Mean
+
+    means = []
+    for file in sorted(folder.glob("members/*/model.safetensors")) or [folder / "model.safetensors"]:
+        with safe_open(file, "pt") as opened:
+            means.append(opened.get_tensor("mean_E"))
+    return Mean(torch.stack(means))
+
+
+def _grey() -> bytes:
+    from PIL import Image
+
+    file = io.BytesIO()
+    Image.new("RGB", (64, 64), "grey").save(file, "png")
+    return file.getvalue()
+
+
+def run(values: dict[str, Any]) -> int:
+    chosen = settings(DemoSettings, values)
+    if not importlib.util.find_spec("gradio"):
+        raise UserError("the page needs gradio: pip install -e '.[demo]'")
+    folder, place = place_of(chosen)
+    from train.demo.page import open_port, serve
+
+    with open_port(chosen.host, chosen.port) as port:
+        demo, words = prepare(chosen, folder, place)
+        try:
+            serve(demo, words, port, most_bytes=round(chosen.most_mb * 1e6), browser=chosen.browser)
+        except KeyboardInterrupt:  # the way to end it
+            log.info("demo: ended")
+    return 0

@@ -1,0 +1,183 @@
+"""What the demo page shows of a picture: the prompts nearest to a model's vector, and the share of each baseline.
+
+    look = Demo(embedder, bank, {"mean": mean, "knn": knn}).look(file_bytes)
+
+B vectors, K baselines, E target width.
+"""
+
+import io
+import time
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from core.errors import UserError
+from models.embedder import Embedder
+from models.runtime.preprocess import MAX_PIXELS, BadImage, decode
+
+EXPLAINED = {
+    "mean": "the mean of all training prompts",
+    "knn": "the prompts of the training pictures most like it",
+    "ridge": "a linear fit on frozen features",
+    "retrieve": "the mean of the nearest prompts",
+    **dict.fromkeys(("blip", "blip2", "coca", "clip_interrogator"), "a caption of it"),
+}
+_MOST_SIDE = 65_535  # px, as of a JPEG; decoding 1 × 60,000,000 took gigabytes
+_KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # those that browsers show; some of Pillow's others run programs
+
+
+class Bank(Protocol):
+    """Prompts with their vectors, such as `train.evaluate.prompt_index.Bank`."""
+
+    def nearest(self, vector_BE: NDArray[np.float32], k: int) -> list[list[tuple[float, str]]]:
+        """Of each unit vector the k nearest prompts with their cosines, the nearest first."""
+        ...
+
+
+class Retrieved(Protocol):
+    """Such as `train.evaluate.prompt_index.Retrieve`."""
+
+    def from_vectors(self, z_BE: NDArray[np.float32]) -> tuple[NDArray[np.float32], list[str]]:
+        """Unit vectors made of the prompts nearest to each, [B, E], and the nearest prompt."""
+        ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """A baseline, of a picture."""
+
+    name: str
+    what: str
+    share: float
+    """Of the model's vector; all shares and the rest sum to 1."""
+    cosine: float
+    """Of the baseline's vector to the model's."""
+    nearest: tuple[float, str] | None
+    """The prompt nearest to the baseline's vector and its cosine; None of one that says the same of any picture."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """What a model makes of a picture."""
+
+    nearest: list[tuple[float, str]]
+    """Cosine and prompt, the nearest first."""
+    parts: list[Part]
+    rest: float
+    """The share that no baseline accounts for."""
+    width: int
+    height: int
+    note: str
+    """What was left out of the picture, if anything."""
+    seconds: float
+
+
+class Demo:
+    """
+    Args:
+        embedder: the model that is tried.
+        bank: of prompts.
+        baselines: by name.
+        retrieve: a further baseline, made of the prompts nearest to the model's vector.
+        neighbours: prompts shown.
+        most_pixels: of a picture.
+    """
+
+    def __init__(
+        self,
+        embedder: Embedder,
+        bank: Bank,
+        baselines: Mapping[str, Embedder],
+        retrieve: Retrieved | None = None,
+        *,
+        neighbours: int = 8,
+        most_pixels: int = MAX_PIXELS,
+    ) -> None:
+        self._embedder, self._bank, self._baselines, self._retrieve = embedder, bank, baselines, retrieve
+        self._neighbours, self._most_pixels = neighbours, most_pixels
+
+    def look(self, data: bytes) -> Look:
+        """What the model makes of the picture that a file holds.
+
+        Raises:
+            BadImage: it is no picture that can be used; the message says why.
+            UserError: the model's vector is zero or not finite, or a baseline's is not finite.
+        """
+        began = time.perf_counter()
+        note = check(data, self._most_pixels)
+        image_CHW = decode(data)
+        z_1E = self._embedder.embed([image_CHW]).numpy()
+        nearest = self._bank.nearest(z_1E, self._neighbours)[0]
+        others = {name: other.embed([image_CHW]).numpy() for name, other in self._baselines.items()}
+        if self._retrieve is not None:
+            others["retrieve"] = self._retrieve.from_vectors(z_1E)[0]
+        broken = [name for name, other_1E in others.items() if not np.isfinite(other_1E).all()]
+        if broken:
+            left = ",".join(name for name in others if name not in broken)
+            raise UserError(
+                f"baselines: the vector of {' and of '.join(broken)} is not finite for this picture; without: "
+                f"baselines=[{left}]"
+            )
+        other_KE = np.concatenate([np.zeros((0, z_1E.shape[1]), np.float32), *others.values()])
+        share_K, rest = shares(z_1E[0], other_KE)
+        # the mean is the same of any picture
+        told = {name: self._bank.nearest(other_1E, 1)[0][0] for name, other_1E in others.items() if name != "mean"}
+        parts = [
+            Part(name, EXPLAINED.get(name, ""), float(share), float(other_E @ z_1E[0]), told.get(name))
+            for name, share, other_E in zip(others, share_K, other_KE, strict=True)
+        ]
+        height, width = image_CHW.shape[1:]
+        return Look(nearest, parts, rest, width, height, note, time.perf_counter() - began)
+
+
+def shares(z_E: NDArray[np.float32], other_KE: NDArray[np.float32]) -> tuple[NDArray[np.float64], float]:
+    """How a unit vector is made up of others: share [K] and what is left.
+
+    z = Σ w_k b_k + r with w ≥ 0 and |r| least (non-negative least squares). The share of b_k is w_k (b_k·z), the rest
+    r·z; since z·z = 1 they sum to 1. The rest is never negative. A share can be, where b_k points away from z and
+    corrects another.
+    """
+    from scipy.optimize import nnls
+
+    if not len(other_KE):
+        return np.zeros(0), 1.0
+    whole_E, part_KE = z_E.astype(np.float64), other_KE.astype(np.float64)
+    weight_K, _ = nnls(part_KE.T, whole_E)
+    return weight_K * (part_KE @ whole_E), float((whole_E - weight_K @ part_KE) @ whole_E)
+
+
+def check(data: bytes, most_pixels: int) -> str:
+    """Looks at the head of a picture's file, decoding nothing; returns what of it will be left out, or an empty text.
+
+    Raises:
+        BadImage: it is no picture of a kind that browsers know, has more pixels, or a side of over 65,535.
+    """
+    if not data:
+        raise BadImage("the file is empty")
+    Image.init()
+    kinds = [kind for kind in _KINDS if kind in Image.OPEN]
+    bound = f"the bound of {most_pixels:,} (most_pixels)"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of size, which is checked here, and of oddities in metadata
+            with Image.open(io.BytesIO(data), formats=kinds) as picture:
+                size = f"{picture.width:,} × {picture.height:,} pixels"
+                if max(picture.size) > _MOST_SIDE:
+                    raise BadImage(f"of {size} a side is over the bound of {_MOST_SIDE:,}")
+                if picture.width * picture.height > most_pixels:
+                    raise BadImage(f"{size} are over {bound}")
+                moves = bool(getattr(picture, "is_animated", False))
+    except BadImage:
+        raise
+    except Image.DecompressionBombError as error:
+        raise BadImage(f"its pixels are over {bound}") from error
+    except UnidentifiedImageError as error:
+        raise BadImage(f"the file is no picture of these kinds: {', '.join(kinds)}") from error
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        raise BadImage(f"the file is damaged: {type(error).__name__}: {error}") from error
+    return "It moves: the first frame was taken" if moves else ""

@@ -1,0 +1,303 @@
+"""The embedders of an evaluation by their names: checkpoints, baselines fitted on the run's pictures, captioners.
+
+    contenders = Contenders(chosen, place, data, device)
+    contenders.of("regressor"), contenders.of("checkpoints/vith14")
+
+What they are made of is found out when they are first needed. n training pictures, D feature width, E target width.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from functools import cache, cached_property
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.encoders import differences, has_settings
+from core.errors import UserError
+from core.paths import ROOT
+from datagen.dataset.format import cache_folder, sha256
+from datagen.dataset.targets import TargetEncoder, encoder_source
+from models.baselines.clip import Clip
+from models.baselines.knn import ClipKnn, Knn
+from models.baselines.mean import Mean
+from models.embedder import Captioned, Encode
+from models.ensemble import ensemble
+from models.head_init import init_ridge
+from models.regressor import Regressor, make
+from models.retrieval.vector_index import about as bank_about
+from models.runtime.preprocess import PREPROCESS, Preprocessing
+from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
+from train.data.encoders import require_same
+from train.data.feature_cache import Features, digest, features
+from train.data.images import Data, Pictures
+from train.data.splits import penalty_parts
+from train.evaluate.prediction_cache import Contender
+from train.evaluate.prompt_index import Bank, encoder_identity, from_places
+from train.evaluate.trained_on import run_of
+
+
+def newest_run() -> Path:
+    """The run whose best checkpoint was written last.
+
+    Raises:
+        UserError: there is none.
+    """
+    found = sorted((ROOT / "checkpoints").glob("*/best/config.json"), key=lambda path: path.stat().st_mtime)
+    found = [path for path in found if (path.parents[1] / "settings.json").exists()]
+    if not found:
+        raise UserError("no run in checkpoints/: train first (python -m train +experiment=quickstart), or name run=…")
+    return found[-1].parents[1]
+
+
+class Contenders:
+    """
+    Args:
+        chosen: the settings; `chosen.embedders` names those that are asked for.
+        folder: of the regressor; None where none is needed.
+        encoder: the target encoder whose vectors are compared, by its name in a dataset.
+        targets: what the dataset tells of it.
+        data: the run's pictures; None where nothing is fitted on them.
+        run: `settings.json` of the run; None, likewise.
+        backbone: of the run, and its preprocessing.
+    """
+
+    def __init__(
+        self,
+        chosen: EvaluateSettings,
+        folder: Path | None,
+        encoder: str,
+        targets: Mapping[str, Any],
+        data: Data | None,
+        run: Mapping[str, Any] | None,
+        backbone: tuple[str, Preprocessing] | None,
+        device: torch.device,
+    ) -> None:
+        self._chosen, self._folder, self._device = chosen, folder, device
+        self._encoder_name = encoder
+        self._encoder = encoder_source(encoder)
+        self._targets, self._data, self._run, self._backbone = targets, data, run, backbone
+        self.folders: dict[str, Path] = {}
+        """Of those that are checkpoints, bundles or ensembles: name → folder."""
+        self.bank: Bank | None = None
+        """Of knn, where it has prompts."""
+
+    def all(self, entries: Sequence[str]) -> dict[str, Contender]:
+        """The embedders that entries of `embedders` name.
+
+        Raises:
+            UserError: naming every folder and every file of weights that cannot be used.
+        """
+        found, problems = {}, []
+        for entry in entries:
+            try:
+                found[entry] = self.of(entry)
+            except UserError as error:
+                problems.append(str(error))
+        strangers = [name for name, v in self._chosen.tta.items() if v != ViewsSettings() and name not in self.folders]
+        known = ", ".join(self.folders) or "none here"
+        problems += [f"tta.{name}: views are for checkpoints and their like alone: {known}" for name in strangers]
+        if problems:
+            raise UserError("\n".join(problems))
+        return found
+
+    def of(self, entry: str) -> Contender:
+        """The embedder that an entry of `embedders` names.
+
+        Raises:
+            UserError: its folder or weights cannot be used, or it is of another target encoder.
+        """
+        if entry == "mean":
+            return Contender(entry, self._trained_on, self._mean)
+        if entry == "knn" and self._chosen.knn.bank is not None:
+            self.bank = from_places(
+                [self._chosen.knn.bank],
+                self._encoder,
+                column=self._chosen.column,
+                device=self._device.type,
+                identity=self._targets,
+            )
+            return Contender(entry, cache(lambda: self._clip_knn().identity()), self._clip_knn, alone=True)
+        if entry == "knn":
+            chosen = self._chosen.knn
+            how = {"neighbours": chosen.neighbours, "power": chosen.power}
+            index = bank_about(len(self.known.train_rows), chosen.exact)
+            return Contender(entry, lambda: {**self._frozen_on(), "knn": how, "index": index}, self._knn)
+        if entry == "ridge":
+            return Contender(entry, lambda: {**self._frozen_on(), "penalty": "judged by other prompts"}, self.ridge)
+        if entry in CAPTIONERS:
+            return Contender(
+                entry,
+                lambda: {
+                    "captioner": self._captioner(entry).identity(),
+                    "encoder": encoder_identity(self._encoder),
+                    "targets": dict(self._targets),
+                },
+                lambda: Captioned(self._captioner(entry), self._encode),
+                alone=True,
+            )
+        folder = self._folder if entry == "regressor" else Path(entry)
+        assert folder is not None
+        about = ensemble.about(folder)
+        recorded = has_settings(self._targets) and has_settings(about.get("encoder_identity"))
+        if about["encoder"] != self._encoder_name and not recorded:
+            raise UserError(
+                f"{folder} is of the target encoder {about['encoder']}, but the vectors compared here are of "
+                f"{self._encoder_name}; leave it out, or judge it by itself"
+            )
+        require_same(about, folder, self._targets, "the evaluated dataset")
+        name = entry if entry == "regressor" else self._named(folder)
+        self.folders[name] = folder
+        views = self._chosen.tta.get(name, ViewsSettings())
+        if views.sizes and about["kind"] != "checkpoint":
+            raise UserError(f"tta.{name}.sizes: {folder} is a {about['kind']}, whose input size cannot be changed")
+        ensemble.refuse_sizes(about, views.sizes)
+        return Contender(
+            name,
+            cache(lambda: {"folder": ensemble.identity(folder), "views": asdict(views), "device": self._device.type}),
+            lambda: ensemble.load_any(folder, self._device, flip=views.flip, sizes=views.sizes),
+        )
+
+    def ridge(self) -> Regressor:
+        """The frozen backbone with a head fitted in closed form."""
+        model = self._frozen
+        found = self._features
+        init_ridge(model.head, found.batches, part_n=penalty_parts(self.known.pictures, found.row_n))
+        return model
+
+    @property
+    def known(self) -> Data:
+        """The run's pictures.
+
+        Raises:
+            UserError: there is no run.
+        """
+        if self._data is None:
+            raise UserError("mean, knn and ridge are fitted on the training pictures of a run: name run=…")
+        fitted_on = self._data.pictures.datasets[0]
+        if lines := differences(fitted_on.encoder_identity, self._targets):
+            raise UserError(
+                f"mean, knn and ridge are fitted on the vectors of {fitted_on.root} (there), which are not of the "
+                "encoder that the evaluated vectors (here) are of:\n" + "\n".join(f"  {line}" for line in lines)
+            )
+        return self._data
+
+    @cached_property
+    def _frozen(self) -> Regressor:
+        began = self._began_from()
+        torch.manual_seed(began["seed"])  # random weights are then those that the run began from
+        keys = ("resize_mode", "interpolation", "crop_pct")
+        model = make(
+            *(began["backbone"], began["weights"], began["size"], self.known.pictures.width),
+            **{key: began[key] for key in keys if key in began},
+        )
+        return model.to(self._device).eval()
+
+    @cached_property
+    def _features(self) -> Features:
+        assert self._run is not None
+        frozen, data = self._frozen, self.known
+        pictures = data.pictures
+        if frozen.spec.preprocessing != pictures.preprocessing:  # another backbone than the run's
+            pictures = Pictures(pictures.datasets, frozen.spec.preprocessing)
+        return features(frozen, pictures, data.train_rows, self._run["batch_size"], self._chosen.workers)
+
+    def _clip_knn(self) -> ClipKnn:
+        chosen = self._chosen
+        assert self.bank is not None
+        clip = Clip(chosen.knn.backbone or "", self._device, key="knn.backbone")
+        how = {"power": chosen.knn.power, "exact": chosen.knn.exact}
+        return ClipKnn(clip, self.bank, cache_folder(), chosen.knn.neighbours, **how)
+
+    @cached_property
+    def _encode(self) -> Encode:
+        """The target encoder, for captions.
+
+        Raises:
+            UserError: it is not the one that the pictures' targets are of.
+        """
+        encoder = TargetEncoder(self._encoder, self._device.type)
+        mine, theirs = encoder.identity(), self._targets
+        if lines := differences(theirs, mine):
+            raise UserError(
+                f"the target encoder {self._encoder} (here) is not the one that wrote the dataset's vectors (there), "
+                "or its settings were changed:\n"
+                + "\n".join(f"  {line}" for line in lines)
+                + "\nRemove the dataset's folder in targets/ and write the vectors anew: "
+                f"python -m datagen.targets out=DATASET encoder={self._encoder}"
+            )
+        return encoder.encode
+
+    def _mean(self) -> Mean:
+        return Mean(self.known.pictures.mean_target(self.known.train_rows)[None])
+
+    def _knn(self) -> Knn:
+        x_nD = torch.from_numpy(self._features.all())
+        y_nE = torch.cat([torch.from_numpy(y) for _, y in self._features.batches()])
+        chosen = self._chosen.knn
+        return Knn(self._frozen, x_nD, y_nE, chosen.neighbours, power=chosen.power, exact=chosen.exact)
+
+    def _trained_on(self) -> dict[str, Any]:
+        """The pictures that baselines are fitted on, and their vectors, as plain JSON."""
+        data = self.known
+        return {
+            "datasets": data.pictures.origins(data.train_rows),
+            "rows": digest(data.train_rows),
+            "pictures": [digest(dataset.checksums) for dataset in data.pictures.datasets],
+            "targets": data.pictures.datasets[0].encoder_identity,
+        }
+
+    def _began_from(self) -> dict[str, Any]:
+        """The frozen backbone: that of the run, with the weights it began from, or another."""
+        assert self._run is not None
+        assert self._backbone is not None
+        name, preprocessing = self._backbone
+        other, weights = self._chosen.knn.backbone, self._chosen.knn.weights
+        if other:
+            return {"backbone": other, "weights": weights or "pretrained", "size": None, "seed": 0}
+        return {
+            "backbone": name,
+            "weights": weights or self._run["model"]["weights"],
+            "seed": self._run["seed"],
+            **preprocessing.to_config(),
+        }
+
+    def _frozen_on(self) -> dict[str, Any]:
+        began = self._began_from()
+        place = Path(began["weights"])
+        files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
+        # of weights on a hub their name is known, and what fetches them
+        libraries = {name: version(name) for name in ("timm", "transformers", "huggingface_hub")}
+        whose = {"weights_sha256": [sha256(file) for file in files]} if files else libraries
+        return {**self._trained_on(), **began, **whose, "preprocess": PREPROCESS, "device": self._device.type}
+
+    def _captioner(self, name: str) -> Any:
+        from models.baselines import captioners
+
+        chosen, device = self._chosen.captions, self._device
+        if name == "coca":
+            return captioners.Coca(chosen.coca, device)
+        if name == "blip2":
+            return captioners.Blip2(chosen.blip2, device)
+        if name == "blip":
+            return captioners.Blip(chosen.blip, device)
+        # what the package of that name has its prompts begin with
+        blip = captioners.Blip(chosen.blip, device, beams=1, most_tokens=32, least_tokens=0)
+        from models.baselines.interrogator import ClipInterrogator
+
+        return ClipInterrogator(
+            chosen.clip, blip, device, mode=chosen.mode, words=chosen.words, cache=cache_folder() / "words"
+        )
+
+    def _named(self, folder: Path) -> str:
+        """A name for a folder that can be a file's: its own, behind that of its run."""
+        folder = folder.resolve()
+        run = run_of(folder)
+        parts = [folder.name] if run in (None, folder) else [run.name, folder.name]
+        name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part != "best") or folder.name)
+        name = name.strip("._-")[:90] or "embedder"
+        taken = {*EMBEDDERS, *self.folders}
+        return next(n for n in [name, *(f"{name}-{k}" for k in range(2, 1000))] if n not in taken)

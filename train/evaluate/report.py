@@ -1,0 +1,480 @@
+"""What a page tells of an evaluation: who scores what and how surely, where it is right and where it fails.
+
+    path = write(Path("checkpoints/quickstart/evaluation"), Path("report.html"))     a page of its own
+    add(page, evaluation, pictures, known)                                           sections of a run's page
+
+`python -m train.evaluate` left the folder: scores, predictions, texts and what is known of each picture. No score is
+computed here. Only the means along a scale (of prompt length, of the distance to training) are taken anew, for their
+places. Without torch, so that a page is there at once.
+
+N evaluated pictures, S of them in the matrix.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from datagen.dataset.format import FAULTY, Dataset
+from models.leakage import TITLES, Leakage
+from models.metrics import similarity_matrix
+from report.inputs import require_packages
+from train.evaluate.oof import nearest_prompts
+from train.evaluate.results import Evaluation, Place, kinds_of, pictures_of, read_evaluation, readable, trend
+
+if TYPE_CHECKING:
+    from report import Page
+    from report.page import Card
+
+Rows = NDArray[np.int64]
+
+MATRIX = 24  # pictures of the matrix: as many lines of text as fit beside it
+POINTS = 500  # single pictures drawn behind a trend
+WORDS, NEAREST = "Prompt length, words", "Nearest training prompt, cosine"
+
+
+def write(
+    folder: Path,
+    out: Path,
+    known: Sequence[tuple[Dataset, Rows]] | None = None,
+    *,
+    count: int = 8,
+    nearest: int = 3,
+    seed: int = 0,
+) -> Path:
+    """Writes a page about the evaluation in `folder`, and returns its absolute path.
+
+    Args:
+        known: training pictures whose prompts are listed beside what was predicted, datasets being open with the
+            evaluation's encoder. Without any: those of the evaluated datasets that were not evaluated, or all where
+            none is left.
+        count, nearest, seed: as of `add`.
+
+    Raises:
+        UserError: a package or an input is missing or does not fit.
+    """
+    require_packages("wordcloud")
+    from report import Page
+
+    remedy = f"evaluate again: python -m train.evaluate out={folder}"
+    evaluation = read_evaluation(folder, remedy)
+    pictures = pictures_of(evaluation, {}, remedy)
+    info = evaluation.info
+    names = " and ".join(str(about["path"]).rstrip("/").rpartition("/")[2] for about in info["datasets"])
+    others = len(evaluation.scores) - 1
+    beside = f" and {others} other embedder{'s' if others > 1 else ''}" if others else ""
+    page = Page(
+        f"Evaluation on {names}",
+        f"{info['main']}{beside} on {len(pictures):,} pictures ({info['split']}), vectors of {info['encoder']}",
+    )
+    page.facts(headline(evaluation))
+    what = "training prompts"
+    if not known:
+        known, what = _others(pictures)
+    add(page, evaluation, pictures, known, what=what, count=count, nearest=nearest, seed=seed)
+    page.section("Settings", "What was evaluated.")
+    page.settings({key: info[key] for key in ("checkpoint", "encoder", "split") if key in info})
+    page.table(["Dataset", "SHA-256", "Pictures"], [[d["path"], d["sha256"], d["images"]] for d in info["datasets"]])
+    return page.write(out)
+
+
+def headline(evaluation: Evaluation) -> dict[str, str | tuple[str, str]]:
+    """The key figures, as `Page.facts` takes them."""
+    main, rival = evaluation.main, evaluation.rival
+    facts: dict[str, str | tuple[str, str]] = {
+        "Mean cosine": (f"{main['mean']:.3f}", f"{main['name']}, 95 % interval {main['low']:.3f}–{main['high']:.3f}")
+    }
+    if rival:
+        mean = next(score["mean"] for score in evaluation.ranked if score["name"] == rival)
+        facts["Next best" if mean <= main["mean"] else "Best"] = (f"{mean:.3f}", rival)
+        for name, difference, low, high in _differences(evaluation):
+            if name == rival:
+                apart = "apart from zero" if _apart(low, high) else "not apart from zero"
+                facts[f"Over {rival}"] = (_signed(difference), f"{_signed(low)} to {_signed(high)}, {apart}")
+    retrieval = evaluation.info["retrieval"] or {"scores": []}
+    for score in retrieval["scores"]:
+        if score["name"] == main["name"]:
+            prompts = retrieval["prompts"]
+            facts["R@1"] = (f"{100 * score['r1']:.1f} %", f"own prompt the first of {prompts:,}")
+    leakage = evaluation.leakage[main["name"]]
+    facts["Leakage"] = (leakage.short(), f"images of {main['name']}'s training, or with prompts of it or near it")
+    skipped = len(evaluation.info["skipped"])
+    facts["Pictures"] = (f"{len(evaluation.keys):,}", f"{skipped:,} skipped" if skipped else "")
+    return facts
+
+
+def add(
+    page: "Page",
+    evaluation: Evaluation,
+    pictures: Sequence[Place],
+    known: Sequence[tuple[Dataset, Rows]],
+    *,
+    what: str = "training prompts",
+    count: int = 8,
+    nearest: int = 3,
+    seed: int = 0,
+) -> None:
+    """Adds the sections about an evaluation to `page`.
+
+    Args:
+        pictures: as `pictures_of` gives them.
+        known: datasets, open with the evaluation's encoder, and the pictures whose prompts are compared with what was
+            predicted.
+        what: those prompts are called.
+        count: pictures shown of each kind: best, middle and worst; half as many of the others.
+        nearest: prompts of `known` listed beside each.
+        seed: draws the pictures of the matrix and the points behind the trends.
+    """
+    prompts = [dataset.prompts(row) for dataset, row in pictures]
+    _scores(page, evaluation)
+    page.section("Leakage", "Evaluated images that share bytes or prompts with the training images of an embedder.")
+    leakage_table(page, evaluation.leakage, "Embedder")
+    _pairs(page, evaluation)
+    _ensemble(page, evaluation)
+    _retrieval(page, evaluation)
+    _breakdown(page, evaluation)
+    _trends(page, evaluation, prompts, seed)
+    _prompts(page, evaluation, prompts)
+    _matrix(page, evaluation, pictures, prompts, seed)
+    _gallery(page, evaluation, pictures, prompts, known, what, count, nearest)
+    _spread(page, evaluation)
+
+
+def _scores(page: "Page", evaluation: Evaluation) -> None:
+    from report import plots
+
+    ranked, skipped = evaluation.ranked, evaluation.info["skipped"]
+    count = len(evaluation.keys)
+    page.section(
+        "Scores", f"Mean cosine to the true prompt's vector, for every embedder on the same {count:,} pictures."
+    )
+    names, means, lows, highs = ([s[key] for s in ranked] for key in ("name", "mean", "low", "high"))
+    page.figure(
+        plots.intervals(names, means, lows, highs, label="Mean cosine", highlight=evaluation.info["main"]),
+        "Dots are means, bars 95 % intervals.",
+        "Mean cosine by embedder: " + ", ".join(f"{n} {m:.3f}" for n, m in zip(names, means, strict=True)) + ".",
+    )
+    page.table(
+        ["Embedder", "Mean cosine", "95 % low", "95 % high", "Seconds"],
+        [[s["name"], s["mean"], s["low"], s["high"], s.get("seconds")] for s in ranked],
+        formats={"Seconds": ",.1f"},
+    )
+    if skipped:
+        page.note(f"Skipped: {len(skipped)}, such as {skipped[0]['key']} ({skipped[0]['reason']}).")
+
+
+def leakage_table(page: "Page", leakage: Mapping[str, Leakage], heading: str) -> None:
+    """Adds the overlap of training with evaluated images: a table with a row for each name, and what is not known.
+
+    Args:
+        leakage: embedder or validation set → its counts.
+        heading: of the column of names.
+    """
+    clean = any(own.clean for own in leakage.values())
+    page.table(
+        [heading, "Images", *TITLES, *(["Mean cosine of the others", "Others"] if clean else [])],
+        [
+            [
+                name,
+                own.images,
+                *own.counts,
+                *([_triple(own.clean), (own.clean or {}).get("images")] if clean else []),
+            ]
+            for name, own in leakage.items()
+        ],
+        "Leakage: images that share bytes or prompts with training. The pre-training of public weights is not counted.",
+    )
+    for name, own in leakage.items():
+        if not own.is_known or own.affected:
+            page.note(f"Leakage of {name}: {own.text()}.")
+
+
+def _differences(evaluation: Evaluation) -> list[tuple[str, float, float, float]]:
+    """Each other embedder, and by how much the main one is above it: mean, low, high."""
+    main = evaluation.info["main"]
+    found = []
+    for pair in evaluation.info["pairs"]:
+        if pair["a"] == main:
+            found.append((pair["b"], pair["difference"], pair["low"], pair["high"]))
+        elif pair["b"] == main:
+            found.append((pair["a"], -pair["difference"], -pair["high"], -pair["low"]))
+    return found
+
+
+def _apart(low: float, high: float) -> bool:
+    return low > 0 or high < 0
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.3f}".replace("-", "−")
+
+
+def _pairs(page: "Page", evaluation: Evaluation) -> None:
+    from report import plots
+
+    info = evaluation.info
+    if not info["pairs"]:
+        return
+    page.section(
+        "Paired differences",
+        "How far one embedder is above another on the same pictures. Where the interval holds zero, either could be "
+        "the better one.",
+    )
+    found = _differences(evaluation)
+    if found:
+        names, means, lows, highs = zip(*found, strict=True)
+        apart = [name for name, _, low, high in found if _apart(low, high)]
+        page.figure(
+            plots.intervals(
+                names, means, lows, highs, label=f"{info['main']} minus the other", highlight=apart, zero=True
+            ),
+            f"Mean cosine of {info['main']} less that of each other embedder, with the 95 % interval of the "
+            "difference; in grey where it holds zero.",
+            ", ".join(f"over {name}: {_signed(mean)}" for name, mean in zip(names, means, strict=True)) + ".",
+        )
+    page.table(
+        ["Higher", "Lower", "Difference", "95 % low", "95 % high", "Apart from zero"],
+        [
+            [p["a"], p["b"], p["difference"], p["low"], p["high"], "yes" if _apart(p["low"], p["high"]) else "no"]
+            for p in info["pairs"]
+        ],
+        "Every pair.",
+        dict.fromkeys(("Difference", "95 % low", "95 % high"), "+.3f"),
+    )
+
+
+def _ensemble(page: "Page", evaluation: Evaluation) -> None:
+    from report import plots
+
+    about = evaluation.info["ensemble"]
+    if not about:
+        return
+    page.section(
+        "Ensemble",
+        f"The weights of its members, fitted on all pictures. Its score is of predictions with weights fitted on the "
+        f"other folds, of {about['folds']}.",
+    )
+    ranked = sorted(about["weights"].items(), key=lambda item: (-item[1], item[0]))
+    page.figure(
+        plots.bars([name for name, _ in ranked], [w for _, w in ranked], label="Weight", form=".3f"),
+        "",
+        ", ".join(f"{name} {weight:.3f}" for name, weight in ranked) + ".",
+    )
+    single = about.get("single", {})
+    page.table(["Member", "Weight", "Mean cosine alone"], [[name, weight, single.get(name)] for name, weight in ranked])
+
+
+def _retrieval(page: "Page", evaluation: Evaluation) -> None:
+    found = evaluation.info["retrieval"]
+    if not found or not found["scores"]:
+        return
+    page.section(
+        "Retrieval",
+        f"The share of pictures whose own prompt is the nearest of {found['prompts']:,} to the predicted vector, or "
+        "among the nearest five or ten.",
+    )
+    columns = ["R@1, %", "R@5, %", "R@10, %"]
+    ranked = sorted(found["scores"], key=lambda score: (-score["r1"], -score["r5"], -score["r10"]))
+    page.table(
+        ["Embedder", *columns],
+        [[score["name"], *(100 * score[key] for key in ("r1", "r5", "r10"))] for score in ranked],
+        formats=dict.fromkeys(columns, ".1f"),
+    )
+
+
+def _breakdown(page: "Page", evaluation: Evaluation) -> None:
+    info = evaluation.info
+    shown = {kind: groups for kind, groups in info["breakdown"].items() if len(groups) > 1}
+    if not shown:
+        return
+    page.section("Breakdown", "Mean cosine with its 95 % interval, on the pictures of each kind.")
+    names = [score["name"] for score in evaluation.ranked]
+    for kind, groups in shown.items():
+        count = sum(group["images"] for group in groups)
+        part = "" if count == len(evaluation.keys) else f", of {count:,} of the {len(evaluation.keys):,} pictures"
+        page.table(
+            [kind.capitalize(), "Pictures", *names],
+            [
+                [group["name"] or "not named", group["images"], *(_triple(group["scores"].get(n)) for n in names)]
+                for group in groups
+            ],
+            f"By {kind}{part}.",
+        )
+
+
+def _triple(score: Mapping[str, float] | None) -> tuple[float, float, float] | None:
+    return (score["mean"], score["low"], score["high"]) if score else None
+
+
+def _trends(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str]], seed: int) -> None:
+    from report import plots
+
+    numbers: dict[tuple[str, ...], int] = {}
+    prompt_N = np.array([numbers.setdefault(tuple(texts), len(numbers)) for texts in prompts])
+
+    names = [name for name in (evaluation.info["main"], evaluation.rival) if name]
+    points = np.sort(np.random.default_rng(seed).permutation(len(evaluation.keys))[:POINTS])
+    behind = "each picture" if len(points) == len(evaluation.keys) else f"{len(points)} pictures drawn at random"
+    for heading, lead, label, x_N in (
+        ("Score by prompt length", "Do long prompts score lower?", WORDS, evaluation.words),
+        (
+            "Score by distance to training",
+            "Does it know, or does it remember? The further left, the less like any training prompt.",
+            NEAREST,
+            evaluation.nearest,
+        ),
+    ):
+        page.section(heading, lead)
+        at_N = np.flatnonzero(np.isfinite(x_N))
+        if not len(at_N):
+            page.note("Not known of these pictures.")
+            continue
+        drawn = points[np.isfinite(x_N[points])]
+        series = {name: trend(x_N[at_N], evaluation.scores[name][at_N], prompt_N[at_N]) for name in names}
+        unknown = len(x_N) - len(at_N)
+        page.figure(
+            plots.trend(series, (x_N[drawn], evaluation.scores[names[0]][drawn]), label, "Cosine"),
+            f"Means of groups of about as many pictures, with 95 % intervals; behind, {names[0]}'s cosine of {behind}."
+            + (f" Pictures of which it is not known: {unknown:,}." if unknown else ""),
+            f"{names[0]}: " + ", ".join(f"{m:.3f} at {x:.3g}" for x, m, *_ in zip(*series[names[0]], strict=True)),
+        )
+
+
+def _prompts(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str]]) -> None:
+    from wordcloud import WordCloud
+
+    from report import plots
+
+    page.section("Prompts", "How long the evaluated prompts are, and what they are about.")
+    low, middle, high = np.quantile(evaluation.words, [0.05, 0.5, 0.95])
+    page.figure(
+        plots.histogram(evaluation.words, "Words"),
+        f"Half of the prompts have up to {middle:.0f} words, nine in ten {low:.0f} to {high:.0f}.",
+    )
+    cloud = WordCloud(collocations=False, min_word_length=2)
+    counts = cloud.process_text("\n".join(text for texts in prompts for text in texts))
+    if counts:
+        page.words(counts)
+
+
+def _matrix(
+    page: "Page", evaluation: Evaluation, pictures: Sequence[Place], prompts: Sequence[Sequence[str]], seed: int
+) -> None:
+    sample: list[int] = np.sort(np.random.default_rng(seed).permutation(len(pictures))[:MATRIX]).tolist()
+    targets = [dataset.targets(row) for dataset, row in (pictures[n] for n in sample)]
+    cosine_SS = similarity_matrix(evaluation.vectors[sample], targets)
+    page.section(
+        "Similarity matrix",
+        f"Cosine of what {evaluation.info['main']} predicts for a picture (row) to every prompt (column), of "
+        f"{len(sample)} pictures drawn at random. The diagonal, framed, is each picture with its own prompt.",
+    )
+    own_S = cosine_SS.diagonal()
+    first = int((own_S >= cosine_SS.max(1)).sum())
+    caption = f"Mean of the diagonal {own_S.mean():.3f}"
+    if len(sample) > 1:
+        rest = (cosine_SS.sum() - own_S.sum()) / (cosine_SS.size - len(sample))
+        caption += f", elsewhere {rest:.3f}".replace("-", "−")
+    page.matrix(
+        cosine_SS,
+        [" / ".join(prompts[n]) for n in sample],
+        "predicted for {row}; prompt {column}",
+        f"{caption}. The own prompt is the nearest of these {len(sample)} for {first} of the pictures.",
+    )
+
+
+def _gallery(
+    page: "Page",
+    evaluation: Evaluation,
+    pictures: Sequence[Place],
+    prompts: Sequence[Sequence[str]],
+    known: Sequence[tuple[Dataset, Rows]],
+    what: str,
+    count: int,
+    nearest: int,
+) -> None:
+    kinds = kinds_of(evaluation, count)
+    order = sorted(kinds, key=lambda n: -float(evaluation.scores[evaluation.info["main"]][n]))
+    pairs = nearest_prompts(known, evaluation.vectors[order], nearest)
+    near = dict(zip(order, pairs, strict=True))
+    unreadable: list[str] = []
+    read = readable({n: pictures[n] for n in order}, len(order), unreadable)
+    cards = [_card(evaluation, n, data, prompts[n], kinds[n], near[n], what) for n, data in read.items()]
+    counted = {kind: sum(kind in card.kinds for card in cards) for kind in ("Best", "Middle", "Worst")}
+    amounts = ", ".join(f"{number} {kind.lower()}" for kind, number in counted.items() if number)
+    rival = evaluation.rival
+    page.section(
+        "Right and wrong",
+        f"{len(cards)} of {len(pictures):,} pictures by the score of {evaluation.info['main']}: {amounts}"
+        + (f", and those furthest above and below {rival}" if rival else "")
+        + f". With each: its prompt, every embedder's score and text, and the {nearest} {what} nearest to what "
+        f"{evaluation.info['main']} predicts. A click on a picture shows all of its text.",
+    )
+    page.gallery(cards, pixels=256, compare=list(evaluation.scores))
+    if unreadable:
+        page.note(f"Not shown, because they could not be read: {len(unreadable)}, such as {unreadable[0]}.")
+
+
+def _card(
+    evaluation: Evaluation,
+    n: int,
+    image: bytes,
+    prompts: Sequence[str],
+    kinds: Sequence[str],
+    near: Sequence[tuple[float, str]],
+    what: str,
+) -> "Card":
+    from report import Card
+
+    scores = {name: float(score_N[n]) for name, score_N in evaluation.scores.items()}
+    main = evaluation.info["main"]
+    ordered = {main: scores.pop(main), **scores}
+    nearest = float(evaluation.nearest[n])
+    return Card(
+        image,
+        " / ".join(prompts),
+        [(_plain(score), name, _said(evaluation, name, n)) for name, score in ordered.items()],
+        ordered[main],
+        (f"Nearest {what}", [(_plain(cosine), prompt) for cosine, prompt in near]),
+        # to six digits: what is sorted by need not tell more than was measured
+        {name: round(score, 6) for name, score in ordered.items()}
+        | {WORDS: float(evaluation.words[n]), NEAREST: None if math.isnan(nearest) else round(nearest, 6)},
+        kinds,
+    )
+
+
+def _said(evaluation: Evaluation, name: str, n: int) -> str:
+    return evaluation.texts[name][n] if name in evaluation.texts else ""
+
+
+def _plain(value: float) -> str:
+    return f"{value:.2f}".replace("-", "−")
+
+
+def _spread(page: "Page", evaluation: Evaluation) -> None:
+    from report import plots
+
+    main = evaluation.info["main"]
+    page.section("Scores of single pictures", f"How the cosines of {main} spread around their mean.")
+    low, middle, high = np.quantile(evaluation.scores[main], [0.05, 0.5, 0.95])
+    page.figure(
+        plots.histogram(evaluation.scores[main], "Cosine of one picture"),
+        f"Half of the pictures score above {middle:.3f}, nine in ten between {low:.3f} and {high:.3f}.",
+    )
+
+
+def _others(pictures: Sequence[Place]) -> tuple[list[tuple[Dataset, Rows]], str]:
+    """The pictures of the same datasets that were not evaluated, or all of them where none is left; and their name."""
+    evaluated: dict[Dataset, list[int]] = {}
+    for dataset, row in pictures:
+        evaluated.setdefault(dataset, []).append(row)
+    left = []
+    for dataset, rows in evaluated.items():
+        own = np.arange(len(dataset))
+        good = np.setdiff1d(own, dataset.rows(FAULTY)) if FAULTY in dataset.splits else own
+        left.append((dataset, np.setdiff1d(good, rows)))
+    if any(len(rows) for _, rows in left):
+        return left, "other prompts"
+    return [(dataset, np.array(rows, np.int64)) for dataset, rows in evaluated.items()], "evaluated prompts"

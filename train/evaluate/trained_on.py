@@ -1,0 +1,346 @@
+"""Which images and prompts an embedder was trained on: its run, and every run and ensemble that its weights come from.
+
+    for origin in origins(Path("checkpoints/stage2/best"), encoder="all-MiniLM-L6-v2"):
+        training = origin.open()         # of stage2, then of the run that it began from
+        training.content_ids, training.hash_c, training.vector_blocks()
+
+A checkpoint lies in its run; a member of an ensemble carries its run's settings; an interpolated checkpoint names its
+two ends. Pre-training data of public weights are not known to the project and not part of this.
+
+n images, c their captions, d their distinct texts, E target width.
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from core.cli import compose
+from core.errors import UserError
+from core.settings import settings
+from datagen.dataset.format import Dataset, hash_prompts
+from models import checkpoint
+from models.ensemble import ensemble
+from models.runtime.preprocess import Preprocessing
+from train.config import TrainSettings
+from train.data.images import Data, Pictures
+from train.data.splits import Prompts
+from train.evaluate.prompt_index import Bank
+from train.tools.runs_table import read_settings
+
+Rows = NDArray[np.int64]
+
+_NO_SQUARES = Preprocessing(1)  # prompts and checksums are compared here: no image is decoded
+_BLOCK = 16_384  # texts whose vectors are read at a time
+
+
+class TrainingSet(Protocol):
+    """Images, or prompts alone, that an embedder was trained on."""
+
+    content_ids: NDArray[np.int64]
+    """A number for each image's encoded bytes; empty where the embedder has the prompts alone."""
+    hash_c: NDArray[np.int64]
+    """A number for each prompt's normal form."""
+    encoder: dict[str, Any] | None
+    """Identity of the encoder that the vectors are of, as `encoder.json` has it; None where another check holds it."""
+
+    @property
+    def texts(self) -> int:
+        """Number of vectors that `vector_blocks` gives."""
+        ...
+
+    def vector_blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Unit vectors [b, E] of all distinct texts, block by block."""
+        ...
+
+
+class ImageSet:
+    """Images of datasets with their captions. No image is read.
+
+    Args:
+        pictures: the datasets.
+        rows: numbers of the images in `pictures`, [n].
+        prompts: prompts of `pictures`, where the caller has read them; None reads them.
+
+    Attributes:
+        owner_c: the image of each caption, as a place in `rows`.
+        text_c: the distinct text of each caption, as a place in what `vector_blocks` gives.
+    """
+
+    def __init__(self, pictures: Pictures, rows: Rows, prompts: Prompts | None = None) -> None:
+        self.rows = rows
+        self.encoder = pictures.datasets[0].encoder_identity
+        self._prompts = prompts or Prompts(pictures)
+        parts = [np.zeros(0, np.int64), *(dataset.content_ids for dataset in pictures.datasets)]
+        self.content_ids = np.concatenate(parts)[rows]
+        self.hash_c, self.owner_c, caption_c = self._prompts.of(rows)
+        # normal forms would merge texts that some encoders give different vectors
+        _, first_d, self.text_c = np.unique(_text_numbers(pictures)[caption_c], return_index=True, return_inverse=True)
+        self._caption_d = caption_c[first_d]
+
+    @property
+    def texts(self) -> int:
+        return len(self._caption_d)
+
+    def vector_blocks(self) -> Iterator[NDArray[np.float32]]:
+        for begin in range(0, self.texts, _BLOCK):
+            yield self._prompts.vectors(self._caption_d[begin : begin + _BLOCK])
+
+
+class PromptIndexSet:
+    """Prompts of a prompt index; they have no images."""
+
+    def __init__(self, index: Bank) -> None:
+        self._index = index
+        self.encoder: dict[str, Any] | None = None  # of the embedder that retrieves from it
+        self.content_ids = np.zeros(0, np.int64)
+        parts = [hash_prompts(index.texts(range(b, min(b + _BLOCK, len(index))))) for b in range(0, len(index), _BLOCK)]
+        self.hash_c = np.concatenate(parts)
+
+    @property
+    def texts(self) -> int:
+        return len(self._index)
+
+    def vector_blocks(self) -> Iterator[NDArray[np.float32]]:
+        for begin in range(0, self.texts, _BLOCK):
+            yield np.array(self._index.vectors[begin : begin + _BLOCK])  # a copy: torch takes no read-only map
+
+
+@dataclass(frozen=True)
+class Origin:
+    """One set of images or prompts that an embedder's weights or neighbours come from."""
+
+    name: str
+    """The run's folder or the like; origins of one name are the same set."""
+    open: Callable[[], TrainingSet]
+    """Read the set; a UserError says why it is not known."""
+
+
+def origins(folder: Path, encoder: str, device: torch.device | str = "cpu") -> list[Origin]:
+    """Training sets behind the weights of a checkpoint, run, ensemble or bundle; none is read yet.
+
+    Follows `init_from`, `model.weights` of our own checkpoints, both ends of an interpolation, and the members of an
+    ensemble with the images that its weights were fitted on.
+
+    Args:
+        encoder: whose vectors the prompts are compared by.
+        device: where the vectors of a fold are compared.
+    """
+    found = _Lineage(encoder, device).of_folder(folder)
+    return list({origin.name: origin for origin in found}.values())
+
+
+def origins_of_start(cfg: TrainSettings, device: torch.device | str = "cpu") -> list[Origin]:
+    """Training sets behind the weights that a run begins from; none for public and random weights."""
+    begun = {
+        "init_from": None if cfg.init_from is None else str(cfg.init_from),
+        "model": {"weights": cfg.model.weights},
+    }
+    found = _Lineage(cfg.encoder, device).of_start(begun)
+    return list({origin.name: origin for origin in found}.values())
+
+
+def run_of(folder: Path) -> Path | None:
+    """The run that a checkpoint lies in, or that `folder` is; None where there is none."""
+    folder = folder.resolve()
+    return next((place for place in (folder, folder.parent) if (place / "settings.json").exists()), None)
+
+
+def data_of(
+    run: Mapping[str, Any],
+    encoder: str,
+    preprocessing: Preprocessing,
+    device: torch.device | str = "cpu",
+    *,
+    weighted: bool = False,
+) -> Data:
+    """Open the images of a run, split as in its training.
+
+    Args:
+        run: its `settings.json`; keys that an older version did not write have their defaults.
+        preprocessing: from images to the model's squares.
+        device: where the vectors of a fold are compared.
+        weighted: keep `data.sources`, `data.weights` and `val`, so that images of weight 0 and those that share bytes
+            with further validation sets are left out as in training; False lets each training image count the same.
+
+    Raises:
+        UserError: a dataset cannot be used.
+    """
+    default = compose("train", [])
+    plain = {k: _overlaid(v, run[k]) if k in run else v for k, v in default.items()}
+    if not weighted:
+        plain["data"] = {**plain["data"], "sources": {}, "weights": None}
+    datasets = [Dataset(folder, encoder) for folder in run["dataset"]]
+    vals = [Dataset(folder, encoder) for folder in run.get("val") or []] if weighted else []
+    return Data(datasets, vals, settings(TrainSettings, plain), preprocessing, device=device)
+
+
+def _overlaid(default: Any, own: Any) -> Any:
+    """`own` with missing keys from `default`, at every depth; keys that `default` lacks are dropped."""
+    if not isinstance(default, Mapping) or not isinstance(own, Mapping) or not default:
+        return own
+    return {k: _overlaid(v, own[k]) if k in own else v for k, v in default.items()}
+
+
+def has_weights(run: Mapping[str, Any]) -> bool:
+    """Whether weights or further validation sets of a run's `settings.json` may leave images out of training."""
+    data = run.get("data") or {}
+    return bool(data.get("sources") or data.get("weights") or run.get("val"))
+
+
+def rows_of_split(data: Data, split: str) -> Rows:
+    """Numbers of the images of a split of a run's datasets; `train` and `val` are the run's own split.
+
+    Raises:
+        UserError: the split has no image.
+    """
+    known = {"train": data.train_rows, "val": data.val_rows}
+    datasets = list(enumerate(data.pictures.datasets))
+    if split in known:
+        rows = known[split]
+    else:
+        own = [data.pictures.rows(n, d.rows(split)) for n, d in datasets if d.splits.get(split)]
+        rows = np.concatenate(own) if own else np.zeros(0, np.int64)
+    if not len(rows):
+        there = "; ".join(f"{d.root} {d.splits}" for _, d in datasets)
+        raise UserError(f"the run has no picture in the split {split!r}; {there}")
+    return rows
+
+
+class _Lineage:
+    """Walk from a folder to the runs that its weights come from, visiting each folder once."""
+
+    def __init__(self, encoder: str, device: torch.device | str) -> None:
+        self._encoder, self._device = encoder, device
+        self._visited: set[Path] = set()
+
+    def of_folder(self, folder: Path) -> list[Origin]:
+        try:
+            kind, folder = ensemble.kind_of(folder)
+            folder = folder.resolve()
+            if folder in self._visited:
+                return []
+            self._visited.add(folder)
+            if kind == "bundle":
+                return [_unknown(f"the bundle {folder} does not name its training images")]
+            if kind == ensemble.KIND:
+                config = ensemble.read_config(folder)
+                members = [folder / "members" / member["name"] for member in config["members"]]
+                return [*(o for member in members for o in self._of_checkpoint(member)), *self._of_fit(folder, config)]
+            return self._of_checkpoint(folder)
+        except UserError as error:
+            return [_unknown(str(error))]
+
+    def of_start(self, run: Mapping[str, Any]) -> list[Origin]:
+        """Training sets behind the weights that a run begins from, by its `settings.json`."""
+        if run.get("init_from"):
+            return self.of_folder(Path(run["init_from"]))
+        weights = (run.get("model") or {}).get("weights")
+        if weights in (None, "pretrained", "random"):
+            return []
+        folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
+        # other files are pre-training
+        return self.of_folder(folder) if Path(weights).exists() and _is_checkpoint(folder) else []
+
+    def _of_checkpoint(self, folder: Path) -> list[Origin]:
+        config = checkpoint.read_config(folder)
+        if ends := config.get("interpolated"):
+            return [*self.of_folder(Path(ends["a"])), *self.of_folder(Path(ends["b"]))]
+        if config.get("ridge_of"):  # a frozen backbone: of the run, it has the head's training images alone
+            run = Path(config["ridge_of"])
+            return [self._of_run(run, read_settings(run), weighted=False)]
+        recipe = ensemble.recipe(folder)
+        if recipe is None:
+            return [_unknown(f"{folder} lies in no run")]
+        run = recipe.parent if recipe.name == "settings.json" else recipe
+        values = read_settings(run) if recipe.name == "settings.json" else _recipe(recipe)
+        return [self._of_run(run, values), *self.of_start(values)]
+
+    def _of_run(self, run: Path, values: Mapping[str, Any], *, weighted: bool = True) -> Origin:
+        return run_origin(run, values, self._encoder, self._device, weighted=weighted)
+
+    def _of_fit(self, folder: Path, config: Mapping[str, Any]) -> list[Origin]:
+        """The images that the weights of an ensemble were fitted on; none where they were set by hand."""
+        facts = config["facts"]
+        if "datasets" not in facts:
+            return []
+        if "run" not in facts:
+            return [_unknown(f"the ensemble {folder} is of an older version, without the images its weights fit")]
+        split, run, paths = facts["split"], facts["run"], [about["path"] for about in facts["datasets"]]
+
+        def read() -> TrainingSet:
+            if run is not None:
+                data = data_of(read_settings(Path(run)), self._encoder, _NO_SQUARES, self._device)
+                return ImageSet(data.pictures, rows_of_split(data, split), data.prompts)
+            pictures = Pictures([Dataset(path, self._encoder) for path in paths], _NO_SQUARES)
+            _refuse_changed(pictures.datasets, [about["sha256"] for about in facts["datasets"]])
+            rows = [pictures.rows(number, dataset.rows(split)) for number, dataset in enumerate(pictures.datasets)]
+            return ImageSet(pictures, np.concatenate(rows))
+
+        return [Origin(f"{split} of {run or ', '.join(paths)}, which the weights of {folder} were fitted on", read)]
+
+
+def run_origin(
+    run: Path, values: Mapping[str, Any], encoder: str, device: torch.device | str = "cpu", *, weighted: bool = True
+) -> Origin:
+    """Training images of a run, without those of the weights that it began from.
+
+    Args:
+        run: its folder, or the recipe.json of a member of an ensemble.
+        values: its `settings.json`.
+        encoder, device: as of `origins`.
+        weighted: as of `data_of`.
+    """
+    weighted = weighted and has_weights(values)
+
+    def read() -> TrainingSet:
+        data = data_of(values, encoder, _NO_SQUARES, device, weighted=weighted)
+        _refuse_changed(data.pictures.datasets, values.get("dataset_sha256") or [])
+        return ImageSet(data.pictures, data.train_rows, data.prompts)
+
+    return Origin(f"{run.resolve()}{' with its weights and val' if weighted else ''}", read)
+
+
+def _refuse_changed(datasets: Sequence[Dataset], sha256: Sequence[str]) -> None:
+    changed = [d.root for d, known in zip(datasets, sha256, strict=False) if d.fingerprint() != known]
+    if changed:
+        raise UserError(f"{', '.join(map(str, changed))} changed since training: dataset.json has another hash")
+
+
+def _recipe(path: Path) -> dict[str, Any]:
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        paths = values["dataset"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); copy the ensemble again") from error
+    return {**values, "dataset": [paths] if isinstance(paths, str) else list(paths)}
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    try:
+        checkpoint.read_config(folder)
+    except UserError:
+        return False
+    return True
+
+
+def _unknown(reason: str) -> Origin:
+    def read() -> TrainingSet:
+        raise UserError(reason)
+
+    return Origin(reason, read)
+
+
+def _text_numbers(pictures: Pictures) -> Rows:
+    """A number for each caption of all images, the same for equal texts of one dataset alone."""
+    parts, offset = [np.zeros(0, np.int64)], 0
+    for dataset in pictures.datasets:
+        known, number_c = np.unique(dataset.caption_prompt_ids, return_inverse=True)
+        parts.append(number_c + offset)
+        offset += len(known)
+    return np.concatenate(parts)

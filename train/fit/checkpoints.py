@@ -1,0 +1,77 @@
+"""Writes checkpoints of a run, with the training mean and eight validation pictures to prove parity by."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from datagen.dataset.format import CorruptImage, Dataset
+from datagen.dataset.targets import encoder_name
+from models import checkpoint
+from models.leakage import Leakage
+from models.metrics import Interval
+from models.regressor import Regressor
+from models.runtime.preprocess import BadImage
+from train.config import TrainSettings
+from train.data.images import Data
+from train.fit.module import Training
+from train.scale.devices import is_first
+
+
+class Saver:
+    """`Saver(…)(module, "best")` writes `<out>/best`. Every rank calls it, and the first one writes.
+
+    Args:
+        leakage: validation set → its overlap with training, which is stored beside the score.
+    """
+
+    def __init__(
+        self, chosen: TrainSettings, datasets: list[Dataset], data: Data, leakage: Mapping[str, Leakage]
+    ) -> None:
+        self._chosen, self._datasets, self._data, self._leakage = chosen, datasets, data, leakage
+        self._plain: Regressor | None = None
+        self._extras: tuple[torch.Tensor, list[torch.Tensor]] | None = None
+
+    def __call__(self, module: Training, name: str) -> None:
+        state = module.export_state()
+        if not is_first():
+            return
+        with torch.inference_mode(False):  # in which validation may be, and its tensors could not be written to again
+            plain = self._plain = self._plain or checkpoint.rebuild(module.model.description())
+            plain.load_state_dict(state)
+        self.write(plain.eval(), name, module.score, module.global_step, self._data.steps)
+
+    def write(self, plain: Regressor, name: str, score: Interval | None, step: int, steps: int) -> None:
+        """Writes `<out>/<name>` of a regressor on the CPU, trained for `step` of `steps`."""
+        if self._extras is None:
+            self._extras = self._data.pictures.mean_target(self._data.train_rows), self._probes()
+        facts = {
+            "encoder": encoder_name(self._chosen.encoder),
+            "encoder_identity": self._datasets[0].encoder_identity,
+            "dataset": [
+                {"path": str(dataset.root), "sha256": dataset.fingerprint(), "splits": dataset.splits}
+                for dataset in self._datasets
+            ],
+            "score": None if score is None else {**score._asdict(), **self._score_facts()},
+            "step": step,
+            "steps": steps,
+            "weights": str(self._chosen.init_from or self._chosen.model.weights),
+            "versions": {"torch": torch.__version__},
+        }
+        checkpoint.save(self._chosen.out / name, plain, *self._extras, facts)
+
+    def _score_facts(self) -> dict[str, Any]:
+        """Number of images of the first validation set, and their overlap with training."""
+        leakage = self._leakage.get(self._data.val_names[0])
+        return {"images": len(self._data.val_sets[0]), "leakage": None if leakage is None else leakage.to_json()}
+
+    def _probes(self) -> list[torch.Tensor]:
+        found = []
+        for row in (self._data.val_rows if len(self._data.val_rows) else self._data.train_rows).tolist():
+            try:
+                found.append(self._data.pictures.decoded(row))
+            except (BadImage, CorruptImage):
+                continue
+            if len(found) == checkpoint.PROBES:
+                break
+        return found

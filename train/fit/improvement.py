@@ -1,0 +1,180 @@
+"""How far training came: the validation scores of a run's start (step 0), best and last model, image by image.
+
+    improvement = Improvement.of(start, best, last, pictures)     write_json(out / FILE, improvement.facts())
+    read(run)                                                     of a finished run; without torch
+
+n images of the first validation set. A difference is taken image by image, and its interval resamples prompts.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from models.metrics import Interval, compare
+
+if TYPE_CHECKING:
+    from train.data.images import Pictures
+
+FILE = "improvement.json"
+
+
+@dataclass(frozen=True)
+class ImageScores:
+    """The cosine of every validation image that could be read, at one step."""
+
+    step: int
+    row_n: NDArray[np.int64]
+    """Numbers of the images in `train.data.images.Pictures`, ascending."""
+    score_n: NDArray[np.float64]
+
+    def state(self) -> dict[str, Any]:
+        """The scores as tensors, for a resume point, which cannot hold numpy arrays."""
+        import torch
+
+        return {"step": self.step, "row_n": torch.from_numpy(self.row_n), "score_n": torch.from_numpy(self.score_n)}
+
+    @staticmethod
+    def of_state(state: dict[str, Any]) -> "ImageScores":
+        return ImageScores(int(state["step"]), state["row_n"].numpy(), state["score_n"].numpy())
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """Validation scores of the start, the best and the last model, with their paired differences."""
+
+    start: Interval
+    best: Interval
+    best_step: int
+    gain: Interval
+    """Best minus start; 0 where the best is the start."""
+    last: Interval | None
+    """None where the last model's scores are not finite."""
+    last_step: int
+    last_gain: Interval | None
+    """Last minus start."""
+    images: int
+    """Images that could be read each time."""
+    prompts: int
+    """Groups of them that share their prompts."""
+
+    @staticmethod
+    def of(start: ImageScores, best: ImageScores, last: ImageScores, pictures: "Pictures") -> "Improvement | None":
+        """Compare the three; None where the scores of the start or of the best are not finite.
+
+        Args:
+            pictures: the images that `row_n` of each number.
+        """
+        row_n = start.row_n[np.isin(start.row_n, best.row_n) & np.isin(start.row_n, last.row_n)]
+        scores = {
+            name: one.score_n[np.searchsorted(one.row_n, row_n)]
+            for name, one in (("start", start), ("best", best), ("last", last))
+        }
+        if not len(row_n) or not all(np.isfinite(scores[name]).all() for name in ("start", "best")):
+            return None
+        if not np.isfinite(scores["last"]).all():
+            del scores["last"]
+        group_n = prompt_groups(pictures, row_n)
+        intervals, differences = compare(scores, group_n)
+        gains = {}
+        for a, b, difference, low, high in differences:
+            if b == "start":
+                gains[a] = Interval(difference, low, high)
+            elif a == "start":
+                gains[b] = Interval(0.0 - difference, 0.0 - high, 0.0 - low)
+        return Improvement(
+            start=intervals["start"],
+            best=intervals["best"],
+            best_step=best.step,
+            gain=gains["best"],
+            last=intervals.get("last"),
+            last_step=last.step,
+            last_gain=gains.get("last"),
+            images=len(row_n),
+            prompts=len(np.unique(group_n)),
+        )
+
+    @property
+    def verdict(self) -> str:
+        """One of: improved; not significant, where the interval of the gain includes 0; the start is best."""
+        if self.best_step == 0:
+            return "the start is best"
+        # of one prompt all resamples are the same: its interval has no width and says nothing
+        return "improved" if self.gain.low > 0 and self.prompts > 1 else "not significant"
+
+    def facts(self) -> dict[str, Any]:
+        """The comparison as plain JSON, for `improvement.json`."""
+
+        def at(step: int, interval: Interval | None) -> dict[str, Any] | None:
+            return None if interval is None else {"step": step, **interval._asdict()}
+
+        return {
+            "start": at(0, self.start),
+            "best": at(self.best_step, self.best),
+            "last": at(self.last_step, self.last),
+            "gain": self.gain._asdict(),
+            "last_gain": None if self.last_gain is None else self.last_gain._asdict(),
+            "images": self.images,
+            "prompts": self.prompts,
+            "verdict": self.verdict,
+        }
+
+    def line(self) -> str:
+        """Start → best with the paired difference, in one line; where the start is best, the last model's."""
+        groups = f"{self.prompts:,} prompts" if self.prompts != 1 else "1 prompt"
+        images = f"{self.images:,} images of {groups}"
+        begun = f"validation, start → best: {self.start.mean:.4f} (step 0)"
+        if self.verdict != "the start is best":
+            best = f"{self.best.mean:.4f} (step {self.best_step:,})"
+            return f"{begun} → {best}; paired difference {signed(self.gain)}, {images}"
+        if self.last is None or self.last_gain is None:
+            return f"{begun} is the best, {images}; the last model's scores are not finite"
+        last = f"the last is {self.last.mean:.4f} (step {self.last_step:,})"
+        return f"{begun} is the best, {last}; paired difference {signed(self.last_gain)}, {images}"
+
+    def advice(self, longer: str | None) -> str | None:
+        """What to change where the run did not improve; None where it did.
+
+        Args:
+            longer: settings that make the run long enough; None where it is long enough.
+        """
+        if self.verdict == "improved":
+            return None
+        more = f"The run was too short to learn much; to train longer: {longer}." if longer else None
+        if self.verdict == "not significant":
+            several = "the interval of the difference includes 0"
+            why = several if self.prompts > 1 else "an interval takes two validation prompts or more"
+            return (
+                f"not significantly better than the start: {why}. "
+                f"{more or 'Try more training images, more epochs or another optim.lr.'} More validation images "
+                f"(now {self.images:,}) would show smaller differences."
+            )
+        lower = "Try a lower optim.lr and optim.head_lr, more frozen blocks (model.freeze) or more training images."
+        return (
+            "best is the start: no validation after it scored higher, so `best` holds the model before its first "
+            f"step. {more or lower}"
+        )
+
+
+def prompt_groups(pictures: "Pictures", row_n: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A number for each image, equal where images have the same prompts in normal form, [n]."""
+    from train.data.splits import Prompts
+
+    hash_c, owner_c, _ = Prompts(pictures).of(row_n)
+    code_n = np.zeros(len(row_n), np.int64)
+    np.add.at(code_n, owner_c, hash_c)  # a sum does not depend on the order of the captions
+    return code_n
+
+
+def signed(gain: Interval) -> str:
+    """A difference with its 95 % interval: +0.0571 [+0.0470, +0.0672]."""
+    return f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
+
+
+def read(run: Path) -> dict[str, Any] | None:
+    """`improvement.json` of a run; None where there is none, as in runs that have not ended or have no validation."""
+    path = run / FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

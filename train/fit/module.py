@@ -1,0 +1,338 @@
+"""The thin LightningModule: loss, optimizer, averaged weights, validation.
+
+Deleting every callback changes no weight: what decides them is here and in `train.data.images`. B pictures, E target
+width, n scored pictures.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning.pytorch as lightning
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from core.errors import UserError
+from models import lora
+from models.backbones.layer_groups import blocks
+from models.losses import loss
+from models.metrics import Interval, bootstrap
+from models.regressor import Regressor
+from train.config import TrainSettings
+from train.data.augment import augment
+from train.data.images import Batch
+from train.fit.ema import Ema, averaged
+from train.fit.improvement import ImageScores
+from train.fit.optim import optimizer, scheduler
+from train.scale import activation_checkpointing as recompute
+from train.scale.activation_checkpointing import Mode
+from train.scale.devices import is_first
+
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a run is cut up, and how its machine carries it out."""
+
+    steps: int
+    per_epoch: int
+    """Steps an epoch."""
+    world: int = 1
+    """Processes, a device each."""
+    accumulate: int = 1
+    """Micro-batches a step on each device."""
+    recompute: Mode = "none"
+    compile: bool = False
+    fused: bool = False
+    """Whether the optimizer is one kernel."""
+    head_steps: int = 0
+    """At the start, in which the head alone trains."""
+
+
+class Training(lightning.LightningModule):
+    """Trains `model`, in which what stays is frozen, by `chosen`, as `plan` cuts the run up.
+
+    Args:
+        sets: names of the validation sets, the one that counts first.
+    """
+
+    def __init__(self, model: Regressor, chosen: TrainSettings, plan: Plan, sets: tuple[str, ...] = ("val",)) -> None:
+        super().__init__()
+        self.model = model
+        self._chosen, self._plan, self._sets = chosen, plan, sets
+        self._head_alone: bool | None = None  # not set yet, as after a resume
+        self._laid_out = False
+        self._step_losses: list[torch.Tensor] = []
+        self._ema: Ema | None = None
+        self._saved_ema: dict[str, Any] | None = None
+        self._scores: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
+        self.score: Interval | None = None
+        """Of the latest validation on the first set."""
+        self.image_scores: ImageScores | None = None
+        """Image by image, of the latest validation on the first set."""
+        self.skipped: dict[str, str] = {}
+        """Key → reason of every picture that could not be read."""
+
+    # ------------------------------------------------------------------------------------------------- before training
+
+    def configure_model(self) -> None:
+        """Blocks that compute activations anew, are compiled, and with FSDP2 are shared out; names stay as they are."""
+        if self._laid_out:
+            return
+        self._laid_out = True
+        mesh = self.device_mesh
+        if mesh is None and self._plan.recompute == "none" and not self._plan.compile:
+            return  # the one way for a backbone whose blocks are not known
+        parts = blocks(self.model.backbone)
+        recompute.apply(parts, self._plan.recompute)
+        if self._plan.compile:
+            # blocks share their code, and are of several widths, frozen and not, trained and judged: over the usual 8
+            torch._dynamo.config.recompile_limit = 64
+            for part in parts:
+                part.compile()
+        if mesh is not None:
+            from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+            # autocast casts the activations; the policy halves what travels, and sums gradients in fp32
+            half = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
+            policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
+            self.model.backbone.to(memory_format=torch.contiguous_format)  # it shares out no others
+            for part in (*parts, self.model.backbone, self.model.head):
+                # shares again after each pass: what validation gathered would be the averaged weights
+                fully_shard(part, mesh=mesh["data_parallel"], mp_policy=policy, reshard_after_forward=True)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        self.model.train()
+        made = optimizer(self.model, self._chosen.optim, fused=self._plan.fused)
+        schedule = scheduler(made, self._chosen.optim, self._plan.steps, self._plan.head_steps)
+        if self._chosen.optim.ema:
+            self._ema = Ema(averaged(self.model), self._chosen.optim.ema)
+            self._go_on_averaging()
+        return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # -------------------------------------------------------------------------------------------------------- training
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
+        # randomness (stochastic depth, dropout) and what trains are functions of the step: any step can be the first
+        micro = batch_idx % self._plan.accumulate
+        drawn = np.random.SeedSequence([self._chosen.seed, self.global_step, micro, self.global_rank])
+        torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]) >> 1)
+        head_alone = self.global_step < self._plan.head_steps
+        if head_alone is not self._head_alone:
+            self.model.train()
+            if head_alone:
+                self.model.backbone.eval()  # frozen statistics, too
+            self._head_alone = head_alone
+
+    def training_step(self, batch: Batch, _: int) -> torch.Tensor | None:
+        self.skipped.update(batch.bad)
+        if not len(batch.row_B) and self._plan.world == self._plan.accumulate == 1:
+            return None  # no picture of this batch could be read
+        z_BE, target_BE, weight_B = self._predictions(batch), batch.target_BE, batch.weight_B
+        planned = self._chosen.batch_size / self._plan.world / self._plan.accumulate
+        scale = 1
+        if self._chosen.loss.needs_whole_step and self._plan.world > 1:
+            # every rank takes the loss of the whole step, and its own share of the gradients; DDP averages over ranks
+            z_BE, target_BE, weight_B = self._whole_step(z_BE, target_BE, weight_B)
+            planned, scale = self._chosen.batch_size, self._plan.world
+        value = loss(z_BE, target_BE, weight_B, self._chosen.loss, planned)
+        self._step_losses.append(value.detach())
+        if len(self._step_losses) == self._plan.accumulate:
+            mean = torch.stack(self._step_losses).mean()
+            self._step_losses = []
+            # ranks wait for each other to log: only where it is written
+            if (self.global_step + 1) % min(self._chosen.log_every, self._plan.steps) == 0:
+                self.log("train/loss", mean, sync_dist=True, batch_size=1)
+        return scale * value
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        self._share_statistics()
+        if self._ema is not None:  # here, since callbacks, which save, come before this module's other hooks
+            self._ema.update()
+
+    def _share_statistics(self) -> None:
+        """Batch norms that learn have one mean and variance on all ranks: that of their own ones."""
+        if self._plan.world == 1:
+            return
+        learning = [
+            m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training and m.track_running_stats
+        ]
+        for statistic in (s for m in learning for s in (m.running_mean, m.running_var) if s is not None):
+            torch.distributed.all_reduce(statistic)
+            statistic /= self._plan.world
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        # Lightning's own way refuses sharded parameters, and a fused optimizer even where no loss is scaled
+        if gradient_clip_val and (self.device_mesh is not None or self._plan.fused):
+            torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
+    def _predictions(self, batch: Batch) -> torch.Tensor:
+        image_BCHW = augment(batch.image_BCHW, batch.row_B, self.global_step, self._chosen.seed, self._chosen.data)
+        return self._with_a_blank(image_BCHW, self._predict)
+
+    def _with_a_blank(self, image_BCHW: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """What `of` makes of the pictures. Where there is none, it has a blank one that does not count: other ranks
+        wait for this one's weights and gradients."""
+        if len(image_BCHW):
+            return of(image_BCHW)
+        return of(image_BCHW.new_zeros(1, *image_BCHW.shape[1:]))[:0]
+
+    def _predict(self, image_BCHW: torch.Tensor) -> torch.Tensor:
+        if not self._head_alone:
+            return self.model(image_BCHW, unit=False)
+        # not by requires_grad: FSDP2 would not notice that it changes
+        with torch.no_grad():
+            features_BD = self.model.features(image_BCHW)
+        return self.model.project(features_BD, unit=False)
+
+    def _whole_step(self, *mine: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The predictions, targets and weights of all ranks; those of others carry no gradient."""
+        shares = self._shares([tensor.detach() for tensor in mine])
+        for parts, tensor in zip(shares, mine, strict=True):
+            parts[self.global_rank] = tensor
+        return tuple(torch.cat(parts) for parts in shares)
+
+    def _shares(self, mine: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Each of these tensors as the ranks have it, in their order. Ranks hold different numbers of pictures, so what
+        travels is padded to the longest."""
+        count = len(mine[0])
+        counts = [int(n) for n in _listed(self.all_gather(torch.tensor(count, device=self.device)))]
+        found = []
+        for tensor in mine:
+            padded = tensor.new_zeros(max(1, *counts), *tensor.shape[1:])
+            padded[:count] = tensor
+            all_WB = self.all_gather(padded)
+            assert isinstance(all_WB, torch.Tensor)
+            found.append([all_WB[rank, :n] for rank, n in enumerate(counts)])
+        return found
+
+    # ------------------------------------------------------------------------------------------------------ validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._scores = {}
+        if self._ema is not None:
+            self._ema.follow(self.model)  # moved to another device and back, a module has other buffers
+        self._swap = self._ema.swapped() if self._ema is not None else None
+        if self._swap is not None:
+            self._swap.__enter__()
+
+    def validation_step(self, batch: Batch, _: int, dataloader_idx: int = 0) -> None:
+        self.skipped.update(batch.bad)
+        z_BE = self._with_a_blank(batch.image_BCHW, self.model)
+        score_B = (z_BE * batch.target_BE).sum(-1)
+        self._scores.setdefault(dataloader_idx, []).append((score_B, batch.row_B))
+
+    def on_validation_epoch_end(self) -> None:
+        if self._swap is not None:
+            self._swap.__exit__(None, None, None)
+        measured: dict[str, float] = {}
+        for number, name in enumerate(self._sets):
+            score_n, row_n = self._gather(self._scores.get(number, []))
+            if not len(score_n):
+                skipped = next(iter(self.skipped.items()), None)
+                raise UserError(f"no validation picture of {name} could be read; the first: {skipped}")
+            interval = bootstrap(score_n)
+            where = "val" if number == 0 else f"val/{name}"
+            keys = ("cosine", "low", "high")
+            measured |= {f"{where}/{k}": v for k, v in zip(keys, interval, strict=True)}
+            if number == 0:
+                self.score = interval
+                self.image_scores = ImageScores(self.global_step, row_n, score_n)
+                measured |= {f"val/source/{k}": v for k, v in self._by_source(score_n, row_n).items()}
+        self._scores = {}
+        if self.trainer.sanity_checking:  # the validation of step 0, whose figures Lightning does not log
+            for logger in self.loggers:
+                logger.log_metrics(measured, step=-1)
+        # its own step, for after the last one Lightning would count one more
+        self.log_dict({**measured, "step": float(self.global_step - 1)}, rank_zero_only=True)
+
+    def _by_source(self, score_n: np.ndarray, row_n: np.ndarray) -> dict[str, float]:
+        """Mean score of each prompt source, where there are several."""
+        pictures: Any = self.trainer.datamodule.pictures  # type: ignore[attr-defined]
+        sources = np.array([pictures.source(row) for row in row_n.tolist()])
+        names = sorted(set(sources.tolist()))
+        return {name: float(score_n[sources == name].mean()) for name in names} if len(names) > 1 else {}
+
+    def _gather(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of all ranks, by row."""
+        none = torch.zeros(0, device=self.device)
+        score_n = torch.cat([s for s, _ in parts]).double() if parts else none.double()
+        row_n = torch.cat([r for _, r in parts]) if parts else none.long()
+        if self._plan.world > 1:
+            score_n, row_n = map(torch.cat, self._shares([score_n, row_n]))
+        order = row_n.argsort().cpu().numpy()
+        return score_n.cpu().numpy()[order], row_n.cpu().numpy()[order]
+
+    # ------------------------------------------------------------------------------------------------------- what stays
+
+    def export_state(self) -> Tensors:
+        """The weights to judge and keep, on the CPU under the plain model's names: averaged, adapters merged.
+
+        Every rank calls it, for with FSDP2 the shares come together; the first one gets the whole, the others nothing.
+        """
+        state: dict[str, Any] = dict(self.model.state_dict())
+        if self._ema is not None:
+            state |= self._ema.shadow
+        whole = {}
+        for name, tensor in state.items():
+            gathered = getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)()
+            if is_first():
+                whole[name] = gathered.detach().cpu()
+        if not is_first():
+            return {}
+        about = self._chosen.model.lora
+        return lora.merge(whole, about.alpha / about.rank) if about.blocks else whole
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["skipped"] = self.all_skipped()
+        checkpoint["score"] = None if self.score is None else tuple(self.score)
+        if self._ema is not None:
+            checkpoint["ema"] = self._ema.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.skipped = dict(checkpoint["skipped"])
+        self.score = None if checkpoint["score"] is None else Interval(*checkpoint["score"])
+        self._saved_ema = checkpoint.get("ema")
+        self._go_on_averaging()
+        # another number of micro-batches a step may go on: Lightning counts them, not the steps
+        done = checkpoint["global_step"] * self._plan.accumulate
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        for counts in (progress["total"], progress["current"]):
+            counts.update({name: done + count - counts["ready"] for name, count in counts.items()})
+
+    def _go_on_averaging(self) -> None:
+        """With FSDP2 the checkpoint is read after the averages are made, else before."""
+        if self._ema is not None and self._saved_ema is not None:
+            self._ema.load_state_dict(self._saved_ema)
+            self._saved_ema = None
+
+    def all_skipped(self) -> dict[str, str]:
+        """`skipped` of all ranks; each of them asks."""
+        if self._plan.world == 1:
+            return self.skipped
+        parts: list[Any] = [None] * self._plan.world
+        torch.distributed.all_gather_object(parts, self.skipped)
+        return {key: reason for part in parts for key, reason in part.items()}
+
+    def on_fit_start(self) -> None:
+        found = _listed(self.all_gather(torch.tensor(self._plan.accumulate, device=self.device)))
+        if len(set(found)) > 1:
+            raise UserError(
+                f"scale.micro_batch: the devices have room for different parts of the batch ({found} micro-batches); "
+                f"name one that all can take: {self._chosen.batch_size // (self._plan.world * int(max(found)))}"
+            )
+
+
+def _listed(gathered: Any) -> list[float]:
+    return gathered.flatten().tolist()

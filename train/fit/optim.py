@@ -1,0 +1,178 @@
+"""The optimizer, its parameter groups by depth, and the learning rate as a function of the step.
+
+The k-th of n blocks from the bottom has the rate lr · layer_decay^(n - k), the stem that of k = 0, the head its own.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import nn
+
+from core.errors import UserError
+from models.backbones import layer_groups as depth
+from models.regressor import Regressor
+from train.config import OptimSettings
+
+# torch.optim.OneCycleLR's and fast.ai's: a third of the run up, first and last rate as shares of the peak
+_RISING, _FIRST, _LAST = 0.3, 1 / 25, 1 / 25e4
+_HEAD_ONLY_LAST = 0.01  # 5th's: 1e-2 → 1e-4
+
+
+def optimizer(model: Regressor, chosen: OptimSettings, *, fused: bool = False) -> torch.optim.Optimizer:
+    """The optimizer of all that requires a gradient now: freeze before, as it will be at the end of training.
+
+    Its groups carry `part`, "backbone" or "head", which the schedule needs.
+
+    Args:
+        model: its backbone's blocks must be known to `models.backbones.layer_groups` where layer_decay is below 1.
+        chosen: adamw8bit takes bitsandbytes' 8-bit state for tensors of 4,096 elements and more.
+        fused: of adamw alone: one kernel for all, with which Lightning's fp16 cannot clip.
+
+    Raises:
+        UserError: bitsandbytes is not installed, or the order of the blocks is not known.
+    """
+    groups = parameter_groups(model, chosen)
+    betas = (chosen.betas[0], chosen.betas[1])
+    if chosen.name == "adamw8bit":
+        return _adamw8bit()(groups, betas=betas)
+    if chosen.name == "lion":
+        from timm.optim.lion import Lion
+
+        return Lion(groups, betas=betas)
+    if chosen.name == "madgrad":
+        from timm.optim.madgrad import MADGRAD
+
+        # decoupled, so that weight_decay means what it means to the others
+        return MADGRAD(groups, decoupled_decay=True)  # pyright: ignore[reportArgumentType] — timm's type is a bare alias
+    return torch.optim.AdamW(groups, betas=betas, fused=fused or None)
+
+
+def check(chosen: OptimSettings, strategy: str) -> None:
+    """Before anything is read: whether the optimizer can be had, and serves scale.strategy.
+
+    Raises:
+        UserError: bitsandbytes is not installed, or its optimizer is wanted for weights that are shared out.
+    """
+    if chosen.name == "adamw8bit":
+        _adamw8bit()
+        if strategy == "fsdp":
+            raise UserError(
+                "optim.name: adamw8bit takes whole tensors, which scale.strategy=fsdp shares out; take adamw, whose "
+                "state it shares out too, or lion"
+            )
+
+
+def parameter_groups(model: Regressor, chosen: OptimSettings) -> list[dict[str, Any]]:
+    """Groups of equal rate and weight decay, top first, of the parameters that require a gradient.
+
+    Vectors, and what the backbone itself exempts (position embeddings and class tokens in ViTs), have no weight decay.
+    """
+    backbone = model.backbone
+    share = depth_shares(backbone, chosen.layer_decay)
+    exempt = _exempt(backbone)
+    groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
+
+    def add(part: str, parameter: nn.Parameter, rate: float, decays: bool) -> None:
+        if parameter.requires_grad:
+            weight_decay = chosen.weight_decay if decays and parameter.ndim >= 2 else 0.0
+            groups.setdefault((part, rate, weight_decay), []).append(parameter)
+
+    for name, parameter in backbone.named_parameters():
+        add("backbone", parameter, chosen.lr * share[name], name not in exempt)
+    for parameter in model.head.parameters():
+        add("head", parameter, chosen.head_lr, True)
+    # the rate of the first group is the one that is logged: the top block's
+    in_order = sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1], -item[0][2]))
+    return [
+        {"params": members, "lr": rate, "weight_decay": weight_decay, "part": part}
+        for (part, rate, weight_decay), members in in_order
+    ]
+
+
+def depth_shares(backbone: nn.Module, layer_decay: float) -> dict[str, float]:
+    """The rate of each of a backbone's parameters as a share of its top block's."""
+    if layer_decay == 1:  # of backbones with blocks in no known order, too
+        return dict.fromkeys((name for name, _ in backbone.named_parameters()), 1.0)
+    layers = depth.layers(backbone)
+    top = len(layers) - 1
+    return {name: layer_decay ** (top - depth) for depth, names in enumerate(layers) for name in names}
+
+
+def _exempt(backbone: nn.Module) -> set[str]:
+    """Names of what the backbone, or a timm model within it, lists as exempt from weight decay; some list patterns."""
+    patterns = []
+    for prefix, module in backbone.named_modules():
+        listed: Callable[[], Iterable[str]] | None = getattr(module, "no_weight_decay", None)
+        if callable(listed):
+            patterns += [f"{prefix}.{name}" if prefix else name for name in listed()]
+    return {name for name, _ in backbone.named_parameters() if any(fnmatchcase(name, p) for p in patterns)}
+
+
+def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:
+    try:
+        from bitsandbytes.optim.adamw import AdamW8bit
+    except ImportError as error:
+        raise UserError("optim.name=adamw8bit needs bitsandbytes: pip install 'im2emb[int8]'") from error
+    return AdamW8bit
+
+
+def scheduler(
+    groups: torch.optim.Optimizer, chosen: OptimSettings, steps: int, alone: int = 0
+) -> torch.optim.lr_scheduler.LambdaLR:
+    """Sets the rates of `optimizer`'s groups, step by step; in the first `alone` the head trains alone."""
+
+    def of(part: str) -> Callable[[int], float]:
+        return lambda step: part_share(part, step, steps, alone, chosen)
+
+    return torch.optim.lr_scheduler.LambdaLR(groups, [of(group["part"]) for group in groups.param_groups])
+
+
+def part_share(part: str, step: int, steps: int, alone: int, chosen: OptimSettings) -> float:
+    """The rate of the backbone's or head's groups at `step`, as a share of their peak.
+
+    In the first `alone` steps the backbone's is 0 and the head's falls from head_only_lr to a hundredth of it by half
+    a cosine, after which the schedule begins for all; without head_only_lr one schedule runs from the first step on.
+    The warm-up is at most a tenth of the steps that the schedule covers: those after `alone` in the first case.
+    """
+    if part == "backbone" and step < alone:
+        return 0.0
+    if chosen.head_only_lr is not None and alone:
+        if step < alone or steps <= alone:
+            falling = _half_cosine(1.0, _HEAD_ONLY_LAST, min(step / alone, 1.0))
+            return chosen.head_only_lr / chosen.head_lr * falling
+        step, steps = step - alone, steps - alone
+    return lr_share(step, steps, chosen.warmup, chosen.schedule)
+
+
+def lr_share(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
+    """The rate at `step` of `steps`, as a share of its peak.
+
+    cosine: half a cosine down to zero, times a line up over `warmup_steps`; constant: the line alone; onecycle:
+    torch.optim.OneCycleLR, whose own rise takes 3 tenths of the run, from 1/25 of the peak up and down to 1/250,000.
+    """
+    if schedule == "onecycle":
+        peak, last = _RISING * steps - 1, steps - 1  # as torch has it: the peak may be between two steps
+        step = min(step, last)
+        if step <= peak:
+            return _half_cosine(_FIRST, 1.0, step / peak)
+        return _half_cosine(1.0, _LAST, (step - peak) / (last - peak))
+    rising = min((step + 1) / (warmup_steps(steps, warmup, schedule) + 1), 1.0)
+    return rising if schedule == "constant" else rising * _half_cosine(1.0, 0.0, min(step / steps, 1.0))
+
+
+def warmup_steps(steps: int, warmup: int, schedule: str = "cosine") -> int:
+    """Steps below the peak at the start of a schedule of `steps`: `warmup`, and never more than a tenth of them.
+
+    AdamW's first steps are sign noise, whatever the length of the run, so the warm-up counts steps; without the bound
+    a run shorter than its warm-up would never come near the peak. onecycle has a rise of its own.
+    """
+    if schedule == "onecycle":
+        return max(math.ceil(_RISING * steps - 1), 0)
+    return min(warmup, steps // 10)
+
+
+def _half_cosine(begin: float, end: float, progress: float) -> float:
+    return end + (begin - end) * 0.5 * (1 + math.cos(math.pi * progress))

@@ -1,0 +1,105 @@
+"""What a run is: `settings.json`, which says whether a folder is this run's."""
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from core.cli import compose
+from core.errors import UserError
+from datagen.dataset.format import Dataset, sha256, write_json
+from train.config import TrainSettings
+
+# Settings that change how a run is carried out and not what it is: another value may resume it.
+OF_THE_MACHINE = ("dry_run", "log_every", "out", "save_every", "scale", "wandb")
+
+
+def plain(chosen: TrainSettings) -> dict[str, Any]:
+    """The settings as JSON has them."""
+    return json.loads(json.dumps(dataclasses.asdict(chosen), default=str))
+
+
+def of_this_run(chosen: TrainSettings, datasets: Sequence[Dataset], precision: str) -> dict[str, Any]:
+    """What `settings.json` holds, once it is checked that the one there, if any, is this run's.
+
+    Args:
+        datasets: in their order, those of val=[…] last.
+        precision: of its matrix products; of the group `scale`, it alone changes more than rounding.
+
+    Raises:
+        UserError: the folder holds another run, or this one, finished.
+    """
+    from models.runtime.preprocess import PREPROCESS  # torch: train.runs imports this file, and should start at once
+
+    path = chosen.out / "settings.json"
+    mine = {
+        **plain(chosen),
+        "dataset_sha256": [dataset.fingerprint() for dataset in datasets],
+        "encoder_sha256": [(dataset.encoder_identity or {}).get("sha256") for dataset in datasets],
+        "weights_sha256": _weights_sha256(chosen.data.weights),
+        "precision": precision,
+        "preprocess": PREPROCESS,
+    }
+    if path.exists():
+        there = flat(json.loads(path.read_text()))
+        here = flat(mine)
+        differ = [
+            f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here"
+            for key in sorted({*there, *here})
+            if there.get(key) != here.get(key)
+            and key.partition(".")[0] not in OF_THE_MACHINE
+            and not _unrecorded(key, there, here)
+        ]
+        if differ:
+            raise UserError(
+                f"{chosen.out} holds another run:\n"
+                + "\n".join(differ)
+                + "\nGive this one another name=…, or remove that folder."
+            )
+        if (chosen.out / "done").exists():
+            raise UserError(
+                f"{chosen.out} is finished; export it, give another name=…, or remove the folder to train anew."
+            )
+    return mine
+
+
+def _unrecorded(key: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether a run of an earlier version, or a dataset then, did not record the settings of its text encoder."""
+    return key == "encoder_sha256" and (None in (there.get(key) or [None]) or None in here[key])
+
+
+def write(out: Path, mine: dict[str, Any]) -> None:
+    """The folder is this run's from here on: call it once all that could be refused was not."""
+    path = out / "settings.json"
+    if not path.exists():
+        write_json(path, mine)
+
+
+def changed(chosen: TrainSettings) -> list[str]:
+    """`key=value` of every setting that is not conf/train.yaml's."""
+    default, mine = flat(compose("train", [])), flat(plain(chosen))
+    default["dataset"] = [default["dataset"]]
+    # its default is made of the name
+    quiet = {"out"} if mine["out"] == default["out"].replace(default["name"], mine["name"]) else set()
+    return [f"{k}={_short(v)}" for k, v in mine.items() if default.get(k) != v and k not in quiet]
+
+
+def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
+    """Groups of keys as dotted ones: {"optim": {"lr": 1}} → {"optim.lr": 1}."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
+    return found
+
+
+def _weights_sha256(path: Path | None) -> str | None:
+    if path is None:
+        return None
+    if not path.is_file():
+        raise UserError(f"data.weights: no file {path}; python -m train.hard writes one")
+    return sha256(path)
+
+
+def _short(value: Any) -> str:
+    return "[" + ",".join(map(str, value)) + "]" if isinstance(value, list) else "null" if value is None else str(value)

@@ -1,0 +1,233 @@
+"""What a run begins with: its model, its head, its cost, and how its steps are cut up."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn.modules.batchnorm import _NormBase
+
+from core import tensor_files
+from core.checksum import DamagedFile
+from core.encoders import has_settings
+from core.errors import UserError
+from datagen.dataset.format import Dataset, write_atomically
+from datagen.dataset.targets import encoder_name
+from models import checkpoint, lora
+from models.head_init import init_ridge
+from models.regressor import Regressor, make
+from models.text_head import init_text
+from train.config import TrainSettings
+from train.data.encoders import require_same
+from train.data.feature_cache import features
+from train.data.images import Data
+from train.data.samplers import check_shares
+from train.data.splits import Prompts, penalty_parts
+from train.fit.module import Plan
+from train.scale import flops, micro_batch
+from train.scale.devices import Machine, is_first
+
+log = logging.getLogger(__name__)
+
+# The penalty that scores best on held-out pictures fits the training ones so closely that little is left to learn
+# from: on 800 photographs fine-tuning from it lost .015, from one 30 times as high it gained .012 (benchmarks/LOG.md).
+_STIFFER = 30
+
+
+def model(chosen: TrainSettings, datasets: list[Dataset], *, resumed: bool) -> Regressor:
+    """The regressor, with a random head, on the CPU. A resumed one needs no weights: they are in the resume point."""
+    torch.manual_seed(chosen.seed)  # a random backbone and head are the run's own, whatever ran before
+    elsewhere = resumed or chosen.init_from is not None
+    made = _made(chosen, datasets, "random" if elsewhere else chosen.model.weights)
+    made.fixed_stats = chosen.model.fixed_stats and (chosen.model.weights != "random" or chosen.init_from is not None)
+    if chosen.init_from is not None and not resumed:
+        checkpoint.load_into(made, chosen.init_from)
+        config = checkpoint.read_config(chosen.init_from)
+        there, identity = config["encoder"], datasets[0].encoder_identity or {}
+        if there != encoder_name(chosen.encoder) and not (has_settings(identity) and "encoder_identity" in config):
+            raise UserError(
+                f"init_from: {chosen.init_from} was trained on vectors of {there}, not {chosen.encoder}; its head "
+                f"would point elsewhere. Take encoder={there}, or another checkpoint."
+            )
+        require_same(config, f"init_from: {chosen.init_from}", identity, str(datasets[0].root))
+    return made
+
+
+def outline(chosen: TrainSettings, datasets: list[Dataset]) -> Regressor:
+    """The regressor as it will train, on the meta device: nothing is read or computed for it."""
+    with torch.device("meta"):
+        made = _made(chosen, datasets, "random")
+        made.fixed_stats = chosen.model.fixed_stats
+        arm(made, chosen)
+    if not chosen.model.fixed_stats and not any(isinstance(m, _NormBase) for m in made.backbone.modules()):
+        log.warning("model.fixed_stats=false has no effect: %s has no batch norm", made.spec.name)
+    return made
+
+
+def arm(made: Regressor, chosen: TrainSettings) -> None:
+    """Freezes what stays, and puts adapters into the blocks above it."""
+    made.freeze(None if chosen.model.freeze == "all" else chosen.model.freeze)
+    about = chosen.model.lora
+    if about.blocks and isinstance(chosen.model.freeze, int):
+        torch.manual_seed(chosen.seed)
+        lora.insert(
+            made.backbone,
+            chosen.model.freeze,
+            about.blocks,
+            about.rank,
+            about.alpha,
+            about.dropout,
+            size=made.spec.size,
+        )
+
+
+def _made(chosen: TrainSettings, datasets: list[Dataset], weights: str) -> Regressor:
+    about = chosen.model
+    size = about.size
+    if size == "dataset":
+        # to enlarge small pictures costs time and adds nothing
+        rendered = [d.info["settings"].get("renderer", {}).get("size") for d in datasets]
+        with torch.device("meta"):
+            own = make(about.backbone, "random", None, datasets[0].width).spec.size
+        size = min(own, max(rendered)) if all(rendered) else None
+    return make(
+        *(about.backbone, weights, size, datasets[0].width),
+        head=about.head,
+        hidden=about.head_width,
+        resize_mode=about.resize_mode,
+        interpolation=about.interpolation,
+        crop_pct=about.crop_pct,
+    )
+
+
+def head(made: Regressor, chosen: TrainSettings, data: Data, device: torch.device) -> None:
+    """Sets the head as `model.head_init` says; one process works it out, the others wait for its file.
+
+    The file stays: a run that is started again before its first resume point does not work it out again.
+    """
+    about = chosen.model
+    if chosen.init_from is not None or about.head_init == "random":
+        return
+    path = chosen.out / "head_init.safetensors"
+    state = _whole_head(path)
+    if state is None:
+        if is_first():
+            if about.head_init == "ridge":
+                _ridge(made, chosen, data, device)
+            else:
+                _text(made, chosen, data, device)
+            state = {k: v.detach().cpu().contiguous() for k, v in made.head.state_dict().items()}
+            content = tensor_files.to_bytes(state)
+            write_atomically(path, lambda file: file.write(content))
+        else:
+            state = _wait_for(path)
+    made.head.load_state_dict(state)
+
+
+def _whole_head(path: Path) -> dict[str, torch.Tensor] | None:
+    """The head that an earlier start of the run wrote; None where there is none, or it is damaged."""
+    try:
+        return tensor_files.read(path, required=True)
+    except FileNotFoundError:
+        return None
+    except DamagedFile as error:
+        if is_first():
+            log.warning("%s is damaged: %s; the head is computed again", path, error)
+        return None
+
+
+def _ridge(made: Regressor, chosen: TrainSettings, data: Data, device: torch.device) -> None:
+    rows = data.train_rows
+    if chosen.model.head_pictures is not None and len(rows) > chosen.model.head_pictures:
+        drawn = np.random.default_rng([chosen.seed, len(rows)]).choice(
+            len(rows), chosen.model.head_pictures, replace=False
+        )
+        rows = rows[np.sort(drawn)]
+    found = features(made.to(device).eval(), data.pictures, rows, chosen.batch_size, chosen.scale.workers)
+    share = init_ridge(made.head, found.batches, _STIFFER, penalty_parts(data.pictures, found.row_n))
+    log.info("ridge head: penalty %.1e of the features' variance", share)
+    made.train()
+
+
+def _text(made: Regressor, chosen: TrainSettings, data: Data, device: torch.device) -> None:
+    pictures, rows = data.pictures, data.train_rows
+    prompts, targets = [], []
+    for dataset, own in (pictures.place(row) for row in rows.tolist()):
+        prompts += dataset.prompts(own)
+        targets.append(dataset.targets(own))
+    # spelled in several ways, a prompt would judge the penalty that was fitted on itself
+    first = np.sort(np.unique(Prompts(pictures).of(rows)[0], return_index=True)[1])
+    prompts, target_cE = [prompts[c] for c in first.tolist()], np.concatenate(targets)[first]
+    share = init_text(made, chosen.model.text_tower, chosen.model.weights, prompts, target_cE, device)
+    log.info("text head: penalty %.1e of the features' variance", share)
+
+
+def _wait_for(path: Path) -> dict[str, torch.Tensor]:
+    told = time.monotonic()
+    while (state := _whole_head(path)) is None:
+        time.sleep(1)
+        if time.monotonic() - told > 600:
+            told = time.monotonic()
+            log.info("waiting for %s, which the first process writes", path)
+    return state
+
+
+def plan(chosen: TrainSettings, made: Regressor, data: Data, needs: flops.Cost, machine: Machine) -> Plan:
+    """How the run's steps are cut up; on a GPU, with scale.micro_batch=auto, by trying."""
+    scale = chosen.scale
+    share = math.ceil(chosen.batch_size / machine.world)
+    micro, mode = share, "none" if scale.recompute == "auto" else scale.recompute
+    if scale.micro_batch != "auto":
+        micro = min(scale.micro_batch, share)
+    elif machine.device.type == "cuda":
+        micro, mode = micro_batch.choose(made, chosen, needs, machine)
+    accumulate = math.ceil(share / micro)
+    check_shares(chosen.batch_size, machine.world, accumulate)
+    if accumulate > 1:
+        _refuse_parts(chosen, machine.world, accumulate)
+        log.info("%d micro-batches of %d pictures a step on each device", accumulate, share // accumulate)
+    if mode != "none":
+        log.info("activations: %s recomputation", mode)
+    return Plan(
+        steps=data.steps,
+        per_epoch=data.per_epoch,
+        world=machine.world,
+        accumulate=accumulate,
+        recompute=mode,
+        compile=machine.device.type == "cuda" if scale.compile == "auto" else scale.compile,
+        # a fused optimizer undoes the loss scaling itself, after gradients were to be clipped
+        fused=machine.device.type == "cuda" and machine.precision != "16-mixed",
+        head_steps=data.length.head_steps,
+    )
+
+
+def trial(
+    made: Regressor, chosen: TrainSettings, needs: flops.Cost, machine: Machine, plan: Plan
+) -> Callable[[list[int]], int] | None:
+    """Tries how many pictures fit after all, for the advice to a run that ran out of memory; None where none can."""
+    if machine.device.type != "cuda" or machine.world > 1 or chosen.scale.strategy == "fsdp":  # others would wait
+        return None
+    return lambda among: micro_batch.fitting(made, chosen, needs, machine, plan.recompute, among)
+
+
+def _refuse_parts(chosen: TrainSettings, world: int, accumulate: int) -> None:
+    """What cannot be added up from micro-batches."""
+    found = []
+    for name, on in (("loss.contrastive", chosen.loss.contrastive > 0), ("loss.hardest", chosen.loss.hardest < 1)):
+        if on:
+            found.append(f"{name} compares the pictures of a whole step")
+    if not chosen.model.fixed_stats or chosen.model.head == "wide":
+        log.warning(
+            "batch norms that learn their statistics see %d pictures at a time, not the step's %d",
+            chosen.batch_size // (world * accumulate),
+            chosen.batch_size,
+        )
+    if found:
+        raise UserError(
+            f"scale.micro_batch: a step of {chosen.batch_size} pictures would be {accumulate} micro-batches on each of "
+            f"{world} devices, but {'; '.join(found)}. Take a batch_size that fits at once, scale.recompute=full, or "
+            "leave that out."
+        )

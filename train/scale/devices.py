@@ -1,0 +1,84 @@
+"""The devices of this process and its peers, before Lightning starts them."""
+
+import os
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from core.device import half
+from core.errors import UserError
+from train.config import OptimSettings, ScaleSettings
+
+_PATIENCE = timedelta(hours=1)  # with the first process, which alone writes checkpoints
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes: of rank 0, also before Lightning has started the others."""
+    return getattr(rank_zero_only, "rank", 0) == 0
+
+
+def device_of(accelerator: str) -> torch.device:
+    """The device for `accelerator`: auto, cpu or gpu.
+
+    Raises:
+        UserError: gpu is asked for, and there is none.
+    """
+    if accelerator == "gpu" and not torch.cuda.is_available():
+        raise UserError("accelerator: gpu, but torch finds none here; accelerator=auto takes the CPU then")
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Machine:
+    """
+    Attributes:
+        device: of this process.
+        world: processes of the run, a device each.
+        half: precision of the matrix products: fp32, bf16 or fp16.
+        precision: the same as Lightning calls it.
+
+    Raises:
+        UserError: more devices than there are, or a precision that they or the strategy cannot take.
+    """
+
+    def __init__(self, scale: ScaleSettings) -> None:
+        gpus = torch.cuda.device_count() if scale.accelerator != "cpu" else 0
+        if scale.accelerator == "gpu" and not gpus:
+            raise UserError("scale.accelerator: gpu, but torch sees none here; auto trains on the CPU")
+        if gpus and isinstance(scale.devices, int) and scale.devices > gpus:
+            raise UserError(f"scale.devices: {scale.devices} is over the {gpus} GPUs of this machine")
+        a_node = scale.devices if isinstance(scale.devices, int) else max(gpus, 1)
+        self.world = a_node * scale.nodes
+        local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
+        self.device = torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
+        if gpus:
+            torch.cuda.set_device(self.device)  # or each process would also hold memory of the first GPU
+        self._scale = scale
+        self.half = self._half()
+        self.precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.half]
+
+    def strategy(self, optim: OptimSettings) -> Strategy | str:
+        """Lightning's, with what it must know to wait for gradients or to share out a model."""
+        if self._scale.strategy == "fsdp":
+            return ModelParallelStrategy(
+                data_parallel_size=self.world,
+                tensor_parallel_size=1,
+                save_distributed_checkpoint=False,
+                timeout=_PATIENCE,
+            )
+        if self.world == 1:
+            return "auto"
+        # while the head trains alone, the backbone has no gradients for the ranks to wait for
+        return DDPStrategy(find_unused_parameters=optim.head_only > 0, gradient_as_bucket_view=True, timeout=_PATIENCE)
+
+    def _half(self) -> Any:
+        wanted = self._scale.precision
+        if wanted == "auto":
+            wanted = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[half(self.device)]
+        if wanted == "fp16" and self._scale.strategy == "fsdp":
+            raise UserError("scale.strategy: fsdp has no loss scaling for fp16; take scale.precision=bf16 or fp32")
+        if wanted == "fp16" and self.device.type == "cpu":
+            raise UserError("scale.precision: fp16 has no loss scaling on a CPU; take fp32 or bf16")
+        return wanted

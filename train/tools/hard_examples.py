@@ -1,0 +1,138 @@
+"""Hard examples: scores the training pictures of a run, and writes how much each should count in the next one.
+
+    python -m train.hard run=checkpoints/vith14
+    python -m train +experiment=vith14 name=again data.weights=checkpoints/vith14/weights.parquet
+
+<out> has a row a picture, the hardest first: key, dataset (its folder), score, weight. A picture that cannot be read
+has none. n pictures.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.errors import UserError
+from core.settings import settings
+from train.tools.runs_table import read_settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class HardSettings:
+    run: Path
+    """Run folder."""
+    checkpoint: Path | None
+    """Checkpoint folder that scores; null takes RUN/best."""
+    keep: float
+    """Share of the pictures that is hard: those of the lowest cosine."""
+    weight: float
+    """Of a hard picture; of another 1."""
+    drop: bool
+    """Whether others weigh 0, so that the hard ones alone are trained on."""
+    out: Path
+    """The file to write, .parquet or .csv."""
+    batch_size: int
+    workers: int | None
+    """Processes that decode; null decides by the machine."""
+    accelerator: Literal["auto", "cpu", "gpu"]
+
+    def problems(self) -> list[str]:
+        found = [] if 0 < self.keep < 1 else [f"keep: {self.keep} is not above 0 and below 1"]
+        found += [] if self.weight > 0 else [f"weight: {self.weight} is not above 0"]
+        if self.weight == 1 and not self.drop:
+            found.append("weight: 1 makes hard pictures count as the others; take more, or drop=true")
+        if self.batch_size < 1:
+            found.append(f"batch_size: {self.batch_size} is below 1")
+        if self.out.suffix not in (".parquet", ".csv"):
+            found.append(f"out: {self.out} is neither .parquet nor .csv")
+        return found
+
+
+def weights(score_n: NDArray[np.floating], keep: float, weight: float, *, drop: bool) -> NDArray[np.float32]:
+    """How much each picture counts: `weight` of the share `keep` of the lowest scores (one at least), 1 or 0 of others.
+
+    Equal scores are ranked by their place.
+    """
+    weight_n = np.full(len(score_n), 0 if drop else 1, np.float32)
+    weight_n[np.argsort(score_n, kind="stable")[: max(round(keep * len(score_n)), 1)]] = weight
+    return weight_n
+
+
+def mine(chosen: HardSettings) -> None:
+    """Scores the training pictures and writes `chosen.out`.
+
+    Raises:
+        UserError: the run, its checkpoint or its datasets cannot be used, or no picture can be read.
+    """
+    run = read_settings(chosen.run)
+    import pyarrow as pa
+    from pyarrow import csv, parquet
+
+    from core.device import half
+    from datagen.dataset.format import write_atomically
+    from models import checkpoint
+    from models.runtime.preprocess import Preprocessing
+    from train.data.encoders import require_same
+    from train.evaluate.inference import predictions
+    from train.evaluate.trained_on import data_of
+    from train.scale.devices import device_of
+
+    folder = chosen.checkpoint or chosen.run / "best"
+    config = checkpoint.read_config(folder)
+    device = device_of(chosen.accelerator)
+    data = data_of(run, config["encoder"], Preprocessing.from_config(config))
+    for dataset in data.pictures.datasets:
+        require_same(config, folder, dataset.encoder_identity or {}, str(dataset.root))
+    pictures, rows = data.pictures, data.train_rows
+    read, scores, bad = [], [], []
+    passes = predictions(
+        checkpoint.load(folder).to(device),
+        pictures,
+        rows,
+        batch_size=chosen.batch_size,
+        workers=chosen.workers,
+        dtype=half(device),
+        what="score",
+    )
+    for batch in passes:
+        read.append(batch.row_B)
+        scores.append(batch.score_B)
+        bad += batch.bad
+    row_n, score_n = np.concatenate(read), np.concatenate(scores)
+    if bad:
+        log.warning("%d of %d pictures could not be read; the first: %s: %s", len(bad), len(rows), *bad[0])
+    if not len(row_n):
+        raise UserError("no training picture could be read; python -m datagen.verify tells which are damaged")
+    weight_n = weights(score_n, chosen.keep, chosen.weight, drop=chosen.drop)
+    order = np.argsort(score_n, kind="stable")
+    numbers = [pictures.dataset_of(row) for row in row_n[order].tolist()]
+    table = pa.table(
+        {
+            "key": [pictures.key(row) for row in row_n[order].tolist()],
+            "dataset": pa.array([str(d.root) for d in pictures.datasets]).take(pa.array(numbers)),
+            "score": score_n[order].astype(np.float32),
+            "weight": weight_n[order],
+        }
+    )
+    kinds = {".parquet": parquet.write_table, ".csv": csv.write_csv}
+    write_atomically(chosen.out, lambda file: kinds[chosen.out.suffix](table, file))
+    hard = int((weight_n == np.float32(chosen.weight)).sum())
+    log.info(
+        "%s hard pictures of %s, cosine %.4f or less, count %g, others %d: %s",
+        f"{hard:,}",
+        f"{len(row_n):,}",
+        score_n[order[hard - 1]],
+        chosen.weight,
+        0 if chosen.drop else 1,
+        chosen.out,
+    )
+    log.info("train on them: python -m train … data.weights=%s", chosen.out)
+
+
+def run(values: dict[str, Any]) -> None:
+    mine(settings(HardSettings, values))

@@ -1,0 +1,171 @@
+"""Between two checkpoints of one architecture (WiSE-FT): what fine-tuning forgot may be worth more than it cost.
+
+    python -m train.interpolate a=checkpoints/x/first b=checkpoints/x/best out=checkpoints/x/wise dataset=data/comp
+
+<out>/alpha-0.3, …      checkpoints of the weights (1 − alpha) · a + alpha · b
+<out>/interpolate.json  their scores, where a dataset is given
+
+E target width.
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from core.encoders import differences
+from core.errors import UserError
+from core.paths import Location
+from core.settings import settings
+from models.leakage import Leakage
+from train.tools.runs_table import scored
+
+if TYPE_CHECKING:
+    import torch
+
+    from models.regressor import Regressor
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class InterpolateSettings:
+    a: Path
+    """Checkpoint folder at alpha 0."""
+    b: Path
+    """Checkpoint folder at alpha 1; the mean vector and the probe pictures are its."""
+    alpha: tuple[float, ...]
+    """Shares of b."""
+    out: Path
+    """Folder of the new checkpoints."""
+    dataset: Location | None
+    """Dataset folder to score each on; null: none."""
+    split: str
+    batch_size: int
+    workers: int | None
+    """Processes that decode; null decides by the machine."""
+    accelerator: Literal["auto", "cpu", "gpu"]
+
+    def problems(self) -> list[str]:
+        found = [f"alpha: {alpha} is outside 0 (a) to 1 (b)" for alpha in self.alpha if not 0 <= alpha <= 1]
+        found += [] if self.alpha else ["alpha: empty; name at least one share, such as 0.5"]
+        found += ["alpha: a share is named twice"] if len(set(self.alpha)) < len(self.alpha) else []
+        found += [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
+        return found + ([f"b: {self.b} is a, too"] if self.a == self.b else [])
+
+    def unused(self) -> dict[str, str]:
+        scoring = ("split", "batch_size", "workers", "accelerator")
+        return {} if self.dataset is not None else dict.fromkeys(scoring, "without dataset: nothing is scored")
+
+
+def interpolate(chosen: InterpolateSettings) -> dict[str, Any]:
+    """Writes the checkpoints, scores them where there is a dataset, and returns what `interpolate.json` holds.
+
+    Raises:
+        UserError: the checkpoints are not of one architecture and target encoder, or the dataset cannot be used.
+    """
+    from datagen.dataset.format import Dataset, write_json
+    from models import checkpoint
+    from models.runtime.preprocess import Preprocessing
+    from train.data.encoders import require_same
+    from train.data.images import Pictures
+
+    there, config = (checkpoint.read_config(folder) for folder in (chosen.a, chosen.b))
+    differ = checkpoint.differences(there, config, (*checkpoint.ARCHITECTURE, *checkpoint.PREPROCESSING, "encoder"))
+    of_encoders = differences(there.get("encoder_identity"), config.get("encoder_identity"))
+    differ += [f"  encoder: {line}" for line in of_encoders]
+    if differ:
+        raise UserError(f"{chosen.a} (there) and {chosen.b} (here) are of two kinds:\n" + "\n".join(differ))
+    pictures = rows = None
+    if chosen.dataset is not None:
+        pictures = Pictures([Dataset(chosen.dataset, config["encoder"])], Preprocessing.from_config(config))
+        require_same(config, chosen.b, pictures.datasets[0].encoder_identity or {}, str(chosen.dataset))
+        rows = pictures.datasets[0].rows(chosen.split)
+    a, b = (checkpoint.load(folder).state_dict() for folder in (chosen.a, chosen.b))
+    mean_E, probes, _ = checkpoint.load_extras(chosen.b)
+    model = checkpoint.rebuild(config).eval()
+    facts = {key: value for key, value in config.items() if key not in model.description()}
+    overlap = None if pictures is None else _overlap(pictures, rows, chosen, config["encoder"])
+    found = []
+    for alpha in chosen.alpha:
+        model.load_state_dict(between(a, b, alpha))
+        score, skipped = (None, []) if pictures is None else _score(model, pictures, rows, overlap, chosen)
+        mixed = {"a": str(chosen.a), "b": str(chosen.b), "alpha": alpha}
+        folder = chosen.out / f"alpha-{alpha:g}"
+        checkpoint.save(folder, model.cpu(), mean_E, probes, {**facts, "score": score, "interpolated": mixed})
+        found.append({"alpha": alpha, "checkpoint": str(folder), **(score or {}), "skipped": skipped})
+    info = {
+        "a": str(chosen.a),
+        "b": str(chosen.b),
+        "dataset": None if chosen.dataset is None else str(chosen.dataset),
+        "split": chosen.split,
+        "checkpoints": found,
+    }
+    write_json(chosen.out / "interpolate.json", info)
+    return info
+
+
+def between(a: dict[str, "torch.Tensor"], b: dict[str, "torch.Tensor"], alpha: float) -> dict[str, "torch.Tensor"]:
+    """(1 − alpha) · a + alpha · b of two state dicts; counters are b's."""
+    return {
+        name: (1 - alpha) * a[name] + alpha * tensor if tensor.is_floating_point() else tensor
+        for name, tensor in b.items()
+    }
+
+
+def _overlap(pictures: Any, rows: Any, cfg: InterpolateSettings, encoder: str) -> Any:
+    """Overlap of the evaluated images with the training images of both checkpoints."""
+    from train.evaluate.leakage import find_leakage
+    from train.evaluate.trained_on import ImageSet, origins
+    from train.scale.devices import device_of
+
+    device = device_of(cfg.accelerator)
+    both = [origin for folder in (cfg.a, cfg.b) for origin in origins(folder, encoder, device)]
+    return find_leakage(ImageSet(pictures, rows), {"both": both}, device)["both"]
+
+
+def _score(
+    model: "Regressor", pictures: Any, rows: Any, overlap: Any, chosen: InterpolateSettings
+) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    """Mean cosine with its interval and leakage, and the pictures that could not be read."""
+    import numpy as np
+
+    from models.metrics import bootstrap
+    from train.evaluate.inference import predictions
+    from train.evaluate.leakage import with_clean_score
+    from train.scale.devices import device_of
+
+    model.to(device_of(chosen.accelerator))
+    passed = list(predictions(model, pictures, rows, batch_size=chosen.batch_size, workers=chosen.workers))
+    score_n = np.concatenate([batch.score_B for batch in passed])
+    skipped = [{"key": key, "reason": reason} for batch in passed for key, reason in batch.bad]
+    if not len(score_n):
+        raise UserError(f"none of the {len(rows)} pictures of {chosen.dataset} could be read; the first: {skipped[0]}")
+    overlap = overlap.at(np.flatnonzero(np.isin(rows, np.concatenate([batch.row_B for batch in passed]))))
+    clean_n = score_n[~overlap.affected_n]
+    clean = bootstrap(clean_n) if 0 < len(clean_n) < len(score_n) else None
+    leakage = with_clean_score(overlap.counts(), clean, len(clean_n))
+    return {**bootstrap(score_n)._asdict(), "images": len(score_n), "leakage": leakage.to_json()}, skipped
+
+
+def table(info: dict[str, Any]) -> str:
+    """The checkpoints as text, in the order of their shares, with the scores where there are any."""
+    lines = [f"{'alpha':>5}   {'cosine':>8}   95 % interval      {info['split']} of {info['dataset']}"]
+    if info["dataset"] is None:
+        lines = ["alpha"]
+    for found in info["checkpoints"]:
+        score = f"   {scored(found)}" if "mean" in found else ""
+        lines.append(f"{found['alpha']:5g}{score}   {found['checkpoint']}")
+    if info["dataset"] is not None:  # all checkpoints come from the same two
+        lines.append(f"leakage: {Leakage.from_json(info['checkpoints'][0]['leakage']).text()}")
+    return "\n".join(lines)
+
+
+def run(values: dict[str, Any]) -> None:
+    chosen = settings(InterpolateSettings, values)
+    info = interpolate(chosen)
+    sys.stdout.write(table(info) + "\n")
+    bad = len(info["checkpoints"][0]["skipped"])
+    if bad:
+        log.warning("%d pictures could not be read; interpolate.json lists them", bad)

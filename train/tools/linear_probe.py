@@ -1,0 +1,228 @@
+"""The work of `python -m train.probe`: features once, then heads on them.
+
+B pictures of a step, n pictures, N pictures of all datasets, D feature width, E target width.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+from torch.nn.functional import normalize
+
+from core.errors import UserError
+from core.progress import progress
+from datagen.dataset.format import Dataset, write_json
+from datagen.dataset.targets import encoder_name
+from models.head_init import Ridge, init_ridge
+from models.losses import loss
+from models.metrics import Interval, bootstrap
+from models.regressor import Regressor
+from train.data.encoders import check_folder
+from train.data.feature_cache import Features, features
+from train.data.images import Data
+from train.data.samplers import Steps, per_epoch
+from train.data.splits import penalty_parts
+from train.evaluate.leakage import validation_leakage
+from train.fit import run_settings, setup
+from train.fit.checkpoints import Saver
+from train.fit.optim import optimizer, scheduler
+from train.scale.devices import Machine
+from train.tools.probe import ProbeSettings
+
+log = logging.getLogger(__name__)
+
+_AT_ONCE = 8192  # pictures that are judged at a time
+
+
+@dataclass(frozen=True)
+class Judged:
+    """Validation pictures: features, and the means of their captions' unit vectors."""
+
+    x_nD: torch.Tensor  # noqa: N815
+    target_nE: torch.Tensor  # noqa: N815
+
+
+def search(chosen: ProbeSettings) -> dict[str, Any]:
+    """Tries the heads, writes `chosen.out`, and returns what `probe.json` holds.
+
+    Raises:
+        UserError: the dataset, the weights or the folder cannot be used; no validation pictures; every head diverged.
+    """
+    _refuse_a_run(chosen)
+    device = Machine(chosen.scale).device
+    datasets = [Dataset(folder, chosen.encoder) for folder in chosen.dataset]
+    vals = [Dataset(folder, chosen.encoder) for folder in chosen.val]
+    check_folder(chosen.encoder, [*datasets, *vals])
+    chosen = dataclasses.replace(chosen, encoder=encoder_name(chosen.encoder))
+    model = setup.model(chosen, datasets, resumed=False)
+    data = Data(datasets, vals, chosen, model.spec.preprocessing, device=device)
+    if not data.val_names:
+        raise UserError("a search needs validation pictures to choose by: give val=[…] or fold=1/5")
+    model.to(device)
+    leakage = validation_leakage(chosen, data, device)
+
+    def known(rows: NDArray[np.int64]) -> Features:
+        return features(model, data.pictures, rows, chosen.batch_size, chosen.scale.workers)
+
+    def judged(found: Features) -> Judged:
+        targets = torch.from_numpy(data.pictures.targets(found.row_n))
+        return Judged(torch.from_numpy(found.all()).to(device), targets.to(device))
+
+    training = known(data.train_rows)
+    sets = {name: judged(known(rows)) for name, rows in zip(data.val_names, data.val_sets, strict=True)}
+    main = data.val_names[0]
+    best: tuple[float, Regressor | None, dict[str, Any]] = (-math.inf, None, {})
+    tried: list[dict[str, Any]] = []
+    for kind, setting, make in _candidates(chosen, data, training, model):
+        began = time.perf_counter()
+        made = make()
+        scores = {name: _score(made, each) for name, each in sets.items()}
+        found = {
+            "head": kind,
+            "setting": setting,
+            # JSON has no word for what is no number
+            "scores": {
+                name: {k: None if math.isnan(v) else v for k, v in score._asdict().items()}
+                for name, score in scores.items()
+            },
+            "seconds": round(time.perf_counter() - began, 2),
+        }
+        tried.append(found)
+        log.info("%s, %s: %.4f", kind, setting, scores[main].mean)
+        if scores[main].mean > best[0]:
+            best = scores[main].mean, made, found
+    _, made, found = best
+    if made is None:
+        raise UserError("every head diverged to no numbers: take lower probe.lrs or higher probe.penalties")
+    tried.sort(key=lambda each: math.inf if (m := each["scores"][main]["mean"]) is None else -m)
+    info = {"main": main, "sets": data.val_names, "images": len(sets[main].x_nD), "heads": tried}
+    info["leakage"] = {name: own.to_json() for name, own in leakage.items()}
+    save = Saver(chosen, datasets, data, leakage)
+    _write(chosen, [*datasets, *vals], save, made, found, info)
+    return info
+
+
+def _candidates(
+    chosen: ProbeSettings, data: Data, training: Features, model: Regressor
+) -> Iterator[tuple[str, str, Callable[[], Regressor]]]:
+    """Kind and setting of each head, and what makes it, on the model's device."""
+    search = chosen.probe
+    if "ridge" in search.heads:
+        sums = Ridge(model.spec.width, model.width)
+        for x_nD, y_nE in training.batches():
+            sums.add(x_nD, y_nE)
+        for penalty in search.penalties:
+            yield "ridge", f"penalty {penalty:g}", lambda penalty=penalty: _ridge(model, sums, penalty)
+    kinds = [kind for kind in search.heads if kind != "ridge"]
+    if not kinds:
+        return
+    lesson = _Lesson(chosen, data, training, model.device)
+    for kind in kinds:
+        begun = _with_head(model, kind, chosen)
+        if chosen.model.head_init == "ridge":
+            init_ridge(begun.head, training.batches, part_n=penalty_parts(data.pictures, training.row_n))
+        for lr in search.lrs:
+            yield kind, f"lr {lr:g}", lambda begun=begun, lr=lr: lesson.teach(begun, lr)
+
+
+def _with_head(model: Regressor, kind: str, chosen: ProbeSettings) -> Regressor:
+    """The model's backbone with a new head."""
+    torch.manual_seed(chosen.seed)
+    hidden = chosen.model.head_width if kind == "wide" else 0
+    made = Regressor(model.backbone, model.spec, model.width, kind, hidden).to(model.device)
+    made.fixed_stats = model.fixed_stats
+    made.freeze(None)
+    return made
+
+
+def _ridge(model: Regressor, sums: Ridge, penalty: float) -> Regressor:
+    made = Regressor(model.backbone, model.spec, model.width).to(model.device)
+    weight_ED, bias_E = sums.solve(penalty)
+    made.head.load_state_dict({"weight": torch.from_numpy(weight_ED), "bias": torch.from_numpy(bias_E)})
+    return made
+
+
+class _Lesson:
+    """The features as training needs them: in memory, and by the pictures' numbers."""
+
+    def __init__(self, chosen: ProbeSettings, data: Data, training: Features, device: torch.device) -> None:
+        self._chosen, self._data, self._device = chosen, data, device
+        self._x_nD = torch.from_numpy(training.all())
+        self._target_nE = torch.from_numpy(data.pictures.targets(training.row_n))
+        weight_N, rows = data.pictures.weight_N, training.row_n
+        self._weight_n = torch.ones(len(rows)) if weight_N is None else torch.from_numpy(weight_N[rows])
+        self._place = np.full(len(data.pictures), -1)  # of a picture that cannot be read
+        self._place[training.row_n] = np.arange(len(training.row_n))
+
+    def teach(self, begun: Regressor, lr: float) -> Regressor:
+        """A copy of `begun` with its head trained."""
+        search = self._chosen.probe
+        made = _with_head(begun, begun.head_kind, self._chosen)
+        made.head.load_state_dict(begun.head.state_dict())
+        chosen = dataclasses.replace(self._chosen.optim, head_lr=lr, head_only=0, head_only_lr=None, layer_decay=1)
+        steps = max(round(search.epochs * per_epoch(len(self._data.draws), search.batch_size)), 1)
+        made.head.train()
+        rates = optimizer(made, chosen)
+        schedule = scheduler(rates, chosen, steps)
+        with progress(steps, "step", f"{begun.head_kind}, lr {lr:g}") as bar:
+            for rows in Steps(self._data.draws, search.batch_size, steps):
+                place_B = self._place[rows]
+                place_B = torch.from_numpy(place_B[place_B >= 0])
+                x_BD, target_BE, weight_B = (
+                    part[place_B].to(self._device) for part in (self._x_nD, self._target_nE, self._weight_n)
+                )
+                if len(place_B) > 1:  # of fewer a batch norm has no statistics
+                    value = loss(made.project(x_BD, unit=False), target_BE, weight_B, self._chosen.loss, len(rows))
+                    rates.zero_grad()
+                    value.backward()
+                    if chosen.clip:
+                        nn.utils.clip_grad_norm_(made.head.parameters(), chosen.clip)
+                    rates.step()
+                schedule.step()
+                bar.update()
+        made.head.eval()
+        return made
+
+
+@torch.inference_mode()
+def _score(made: Regressor, judged: Judged) -> Interval:
+    made.head.eval()
+    z_nE = torch.cat([normalize(made.head(x).float(), dim=-1) for x in judged.x_nD.split(_AT_ONCE)])
+    score_n = (z_nE.double() * judged.target_nE.double()).sum(-1).cpu().numpy()
+    return bootstrap(score_n)
+
+
+def _refuse_a_run(chosen: ProbeSettings) -> None:
+    path = chosen.out / "settings.json"
+    if path.exists() and "probe" not in json.loads(path.read_text()):
+        raise UserError(f"{chosen.out} holds a training run; give the search another out=")
+
+
+def _write(
+    chosen: ProbeSettings,
+    datasets: list[Dataset],
+    save: Saver,
+    made: Regressor,
+    found: dict[str, Any],
+    info: dict[str, Any],
+) -> None:
+    fingerprints = [dataset.fingerprint() for dataset in datasets]
+    scores = {name: Interval(**score) for name, score in found["scores"].items()}
+    save.write(made.cpu().eval(), "best", scores[info["main"]], 1, 1)
+    write_json(chosen.out / "settings.json", {**run_settings.plain(chosen), "dataset_sha256": fingerprints})
+    write_json(chosen.out / "probe.json", info)
+    record: dict[str, Any] = {"step": 1, "epoch": chosen.probe.epochs}
+    for name, score in scores.items():
+        prefix = "val" if name == "val" else f"val/{name}"
+        record |= {f"{prefix}/cosine": score.mean, f"{prefix}/low": score.low, f"{prefix}/high": score.high}
+    (chosen.out / "log.jsonl").write_text(json.dumps(record) + "\n")
+    (chosen.out / "done").write_text("1 step\n")

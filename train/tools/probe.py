@@ -1,0 +1,124 @@
+"""A search over heads on frozen features: which backbone is good, with which head, at which rate.
+
+    python -m train.probe +experiment=quickstart
+    python -m train init_from=checkpoints/quickstart-probe/best …
+
+The features are computed once and kept (train/data/feature_cache.py); a second search begins at once. Prints a table,
+best
+first, and writes the best head with its backbone as a checkpoint. It is chosen by the validation pictures, so its score
+flatters it a little.
+
+<out>/best, probe.json, settings.json, log.jsonl, done: as a run has them
+"""
+
+import logging
+import sys
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from core.settings import settings
+from train.config import TrainSettings
+from train.tools.runs_table import scored
+
+log = logging.getLogger(__name__)
+
+_CLOSED_FORM = "with probe.heads=[ridge], which is solved in closed form"
+
+
+@dataclass(frozen=True)
+class SearchSettings:
+    heads: tuple[Literal["ridge", "linear", "wide"], ...]
+    """Kinds of heads to try."""
+    penalties: tuple[float, ...]
+    """Of ridge, as shares of the features' mean variance."""
+    lrs: tuple[float, ...]
+    """Peak learning rates of linear and wide heads."""
+    epochs: float
+    """Passes over the features."""
+    batch_size: int
+    """Pictures a step."""
+
+    def problems(self) -> list[str]:
+        found = [] if self.heads else ["heads: empty; name ridge, linear or wide"]
+        if "ridge" in self.heads and not self.penalties:
+            found.append("penalties: empty; give ridge at least one")
+        if {"linear", "wide"} & set(self.heads) and not self.lrs:
+            found.append("lrs: empty; give linear and wide at least one")
+        found += [f"penalties: {p} is below 0" for p in self.penalties if not p >= 0]
+        found += [f"lrs: {lr} is not above 0" for lr in self.lrs if not lr > 0]
+        found += [] if self.epochs > 0 else [f"epochs: {self.epochs} is not above 0"]
+        return found + ([] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"])
+
+    def unused(self) -> dict[str, str]:
+        found = {}
+        if "ridge" not in self.heads:
+            found["penalties"] = "without ridge in probe.heads"
+        if set(self.heads) == {"ridge"}:
+            found |= dict.fromkeys(("lrs", "epochs", "batch_size"), _CLOSED_FORM)
+        return found
+
+
+_NOT_OF_A_SEARCH = (
+    *("epochs", "max_steps", "validate_every", "save_every", "log_every", "keep_first", "dry_run"),
+    *("model.head", "model.head_width", "model.head_pictures", "model.text_tower", "model.freeze", "model.fixed_stats"),
+    *("model.lora", "optim.lr", "optim.head_lr", "optim.layer_decay", "optim.head_only", "optim.head_only_lr"),
+    *("optim.ema", "data.crop", "data.flip", "data.jitter", "data.erase", "scale.devices", "scale.nodes"),
+    *("scale.strategy", "scale.precision", "scale.micro_batch", "scale.recompute", "scale.compile"),
+)
+"""Settings of `python -m train` that a search over heads on frozen features does not use."""
+
+
+@dataclass(frozen=True)
+class ProbeSettings(TrainSettings):
+    probe: SearchSettings
+
+    def problems(self) -> list[str]:
+        found = super().problems()
+        if self.model.head_init == "text" and set(self.probe.heads) != {"ridge"}:
+            found.append("model.head_init: text is not for a search, which has pictures; take ridge or random")
+        return found
+
+    def unused(self) -> dict[str, str]:
+        shared = {key: why for key, why in super().unused().items() if key == "fold_threshold"}
+        found = shared | dict.fromkeys(_NOT_OF_A_SEARCH, "in a search over heads on frozen features")
+        if self.wandb != "off":
+            found["wandb"] = "in a search over heads, which writes no log of steps"
+        if "wide" in self.probe.heads:
+            found.pop("model.head_width", None)
+        if set(self.probe.heads) == {"ridge"}:
+            by_steps = ("loss", "optim", "model.head_init", "data.one_seed", "passes")
+            found |= dict.fromkeys(by_steps, _CLOSED_FORM)
+        return found
+
+
+def table(info: dict[str, Any]) -> str:
+    """The heads as text, best first."""
+    others = [name for name in info["sets"] if name != info["main"]]
+    lines = [
+        f"{'head':<8} {'setting':<14} {'cosine':>8}   95 % interval     {'seconds':>8}"
+        + "".join(f" {name[:18]:>18}" for name in others)
+        + f"   {info['images']:,} pictures, {info['main']}"
+    ]
+    for found in info["heads"]:
+        score = found["scores"][info["main"]]
+        shown = "diverged" + " " * 20 if score["mean"] is None else ""
+        shown = shown or scored(score)
+        lines.append(
+            f"{found['head']:<8} {found['setting']:<14} {shown} {found['seconds']:8.1f}"
+            + "".join(f" {_number(found['scores'][name]['mean']):>18}" for name in others)
+        )
+    return "\n".join(lines)
+
+
+def _number(score: float | None) -> str:
+    return "diverged" if score is None else f"{score:.4f}"
+
+
+def run(values: dict[str, Any]) -> None:
+    chosen = settings(ProbeSettings, values)
+    from train.tools.linear_probe import search
+
+    info = search(chosen)
+    sys.stdout.write(table(info) + "\n")
+    log.info("%s is the best of them", chosen.out / "best")
+    log.info("go on from it: python -m train init_from=%s name=…", chosen.out / "best")
