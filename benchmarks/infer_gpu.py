@@ -33,7 +33,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.harness import finish, options
 from models import checkpoint
-from models.export.export import export, load_bundle
+from models.export.export import export
+from models.loader import load_bundle
 from models.regressor import Regressor, make
 from train.scale.flops import DTYPES, peak_flop_per_s
 

@@ -30,7 +30,8 @@ from datagen.dataset.format import Dataset
 from models.regressor import Regressor
 from models.regressor import make as make_model
 from models.runtime.preprocess import Preprocessing, decode, fit
-from train.data.images import Pictures, loader
+from train.data.images import Pictures
+from train.data.loader import loader
 from train.data.samplers import Draws, Part, Steps
 
 TARGET, OWN_DECODER_TARGET = 2.3, 1.15

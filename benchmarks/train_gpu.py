@@ -45,13 +45,16 @@ from models.regressor import Regressor, make
 from models.runtime.preprocess import Preprocessing
 from tests import small_dataset
 from train.config import TrainSettings
-from train.data.images import Batch, Data, loader
+from train.data.datamodule import Data
+from train.data.images import Batch
+from train.data.loader import loader
 from train.data.samplers import Steps
 from train.fit import setup
 from train.fit.fit import _quiet
-from train.fit.module import Plan, Training
+from train.fit.module import Training
 from train.scale.devices import Machine
 from train.scale.flops import DTYPES, Cost, measure, peak_flop_per_s
+from train.scale.plan import Plan
 
 TARGET, MFU_TARGET, HALF_TARGET, SHARDS_TARGET = 1.15, 0.55, 1.4, 0.97
 WIDTH = 384

@@ -28,6 +28,7 @@ from models.runtime.preprocess import PREPROCESS, Preprocessing
 log = logging.getLogger(__name__)
 
 FORMAT = 1
+FILES = ("config.json", "model.safetensors")
 PROBES = 8
 ARCHITECTURE = ("backbone", "mean", "std", "target_width", "head", "head_width")
 """What of `config.json` must agree for weights to fit."""
@@ -205,3 +206,9 @@ def load_extras(folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], torch.T
         count = sum(key.startswith("probe_image_") for key in file.keys())  # noqa: SIM118 – not a mapping
         probes = [file.get_tensor(f"probe_image_{i}") for i in range(count)]
         return file.get_tensor("mean_E"), probes, file.get_tensor("probe_vectors")
+
+
+def best_of_run(folder: Path) -> Path:
+    """The best checkpoint of a run's folder; any other folder as it is."""
+    is_run = not (folder / "config.json").exists() and (folder / "best/config.json").exists()
+    return folder / "best" if is_run else folder

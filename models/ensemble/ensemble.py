@@ -28,14 +28,14 @@ from torch.nn.functional import normalize
 from core.encoders import differences
 from core.errors import UserError
 from models import checkpoint
-from models.backbones.pretrained_weights import sha256
+from models.checkpoint import best_of_run
 from models.embedder import Embedder
 from models.ensemble.tta import Views, size_problems
 from models.ensemble.weights import Nested, blend, fit, nested, weights
 
 __all__ = [
-    "Ensemble", "Member", "Nested", "Views", "about", "blend", "bundle_config", "fit", "identity", "kind_of", "load",
-    "load_any", "nested", "read_config", "recipe", "refuse_sizes", "save",
+    "Ensemble", "Member", "Nested", "Views", "blend", "fit", "load",
+    "nested", "read_config", "recipe", "refuse_sizes", "save",
 ]  # fmt: skip
 
 log = logging.getLogger(__name__)
@@ -44,8 +44,6 @@ FORMAT = 1
 KIND = "ensemble"
 LEAST = 1e-4  # weight of a member that is worth its time
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_CHECKPOINT = ("config.json", "model.safetensors")
-_BUNDLE = ("config.json", "predict.py")
 _RECIPE = "recipe.json"
 
 
@@ -95,7 +93,7 @@ def save(folder: Path, members: Sequence[Member], facts: Mapping[str, Any]) -> N
     """
     folder = folder.resolve()
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not empty and _json(folder / "config.json").get("kind") != KIND:
+    if not empty and read_object(folder / "config.json").get("kind") != KIND:
         raise UserError(f"{folder} holds something that is no ensemble; choose another folder")
     share_M, configs = _checked(members)
     total = sum(share for share in share_M if share >= LEAST)
@@ -110,9 +108,9 @@ def save(folder: Path, members: Sequence[Member], facts: Mapping[str, Any]) -> N
             )
             own = part / "members" / member.name
             own.mkdir(parents=True)
-            for name in reversed(_CHECKPOINT):  # the weights first: a config that is still the same is theirs
-                shutil.copyfile(_best(member.folder) / name, own / name)
-            if (settings := recipe(_best(member.folder))) is not None:
+            for name in reversed(checkpoint.FILES):  # the weights first: a config that is still the same is theirs
+                shutil.copyfile(best_of_run(member.folder) / name, own / name)
+            if (settings := recipe(best_of_run(member.folder))) is not None:
                 shutil.copyfile(settings, own / _RECIPE)
             if checkpoint.read_config(own) != its:
                 raise UserError(
@@ -153,7 +151,7 @@ def _checked(members: Sequence[Member]) -> tuple[list[float], list[dict[str, Any
         elif member.name in configs:
             found.append(f"{member.name}: named twice")
         try:
-            place = _best(member.folder)
+            place = best_of_run(member.folder)
             if (place / "predict.py").exists():
                 raise UserError(f"{place} is a bundle; name the checkpoint that it was exported from")
             configs[member.name] = checkpoint.read_config(place)
@@ -201,7 +199,7 @@ def read_config(folder: Path) -> dict[str, Any]:
         UserError: the folder is no ensemble of this version.
     """
     path = folder / "config.json"
-    config = _json(path)
+    config = read_object(path)
     if config.get("kind") != KIND:
         raise UserError(f"no ensemble at {folder}: {path} is of another kind, or there is none")
     if config.get("format") != FORMAT:
@@ -226,129 +224,19 @@ def load(folder: Path, device: torch.device | str = "cpu") -> Ensemble:
     """
     config = read_config(folder)
     listed = config["members"]
-    members = [_views(folder / "members" / m["name"], device, flip=m["flip"], sizes=tuple(m["sizes"])) for m in listed]
+    members = [
+        load_with_views(folder / "members" / m["name"], device, flip=m["flip"], sizes=tuple(m["sizes"])) for m in listed
+    ]
     return Ensemble(members, [m["weight"] for m in listed])
 
 
-def load_any(
-    folder: Path, device: torch.device | str = "cpu", *, flip: bool = False, sizes: tuple[int, ...] = ()
-) -> Embedder:
-    """The embedder that a folder holds: a checkpoint, an ensemble, a bundle (whose own program runs), or a run's best.
-
-    Args:
-        flip: the mean over each picture and its mirror image.
-        sizes: the mean over these input sizes, px; checkpoints alone can have other sizes than their own.
-
-    Raises:
-        UserError: it holds none of them, it is damaged, or cannot have these sizes.
-    """
-    kind, folder = kind_of(folder)
-    if kind == "checkpoint":
-        return _views(folder, device, flip=flip, sizes=sizes)
-    if sizes:
-        raise UserError(f"{folder} is a {kind}: its input size is fixed; leave sizes empty, or name a checkpoint")
-    if kind == KIND:
-        whole: Embedder = load(folder, device)
-    else:
-        whole = _bundle(folder, device)
-    return Views(lambda _: whole, flip=True) if flip else whole
-
-
-def about(folder: Path) -> dict[str, Any]:
-    """`config.json` of what `load_any` would load, and its kind: checkpoint, ensemble or bundle. Loads no model.
-
-    Raises:
-        UserError: as for `load_any`.
-    """
-    kind, folder = kind_of(folder)
-    read = {"bundle": bundle_config, KIND: read_config, "checkpoint": checkpoint.read_config}[kind]
-    return {**read(folder), "kind": kind}
-
-
-def bundle_config(folder: Path) -> dict[str, Any]:
-    """`config.json` of a bundle.
-
-    Raises:
-        UserError: the folder is no bundle of this version.
-    """
-    from models.runtime.backends import BundleError
-    from models.runtime.model import read_config as read
-
-    try:
-        return read(folder)
-    except BundleError as error:
-        raise UserError(str(error)) from error
-
-
-def identity(folder: Path) -> dict[str, Any]:
-    """All of a folder that the vectors of `load_any` depend on: its kind, and the sha256 of each file. Loads no model.
-
-    Raises:
-        UserError: as for `load_any`.
-    """
-    kind, folder = kind_of(folder)
-    names = list(_CHECKPOINT)
-    if kind == "bundle":
-        names = [*_BUNDLE, *(member["file"] for member in bundle_config(folder)["members"])]
-    if kind == KIND:
-        listed = [member["name"] for member in read_config(folder)["members"]]
-        names = ["config.json", *(f"members/{name}/{file}" for name in listed for file in _CHECKPOINT)]
-    found = {}
-    for name in names:
-        try:
-            found[name] = sha256(folder / name)
-        except OSError as error:
-            raise UserError(f"{folder / name} cannot be read: {error.strerror}; copy the {kind} again") from error
-    return {"kind": kind, "files": found}
-
-
-def _bundle(folder: Path, device: torch.device | str) -> Embedder:
-    from safetensors import SafetensorError
-
-    from models.export.export import load_bundle
-
-    try:
-        return load_bundle(folder, str(device))
-    except (KeyError, OSError, RuntimeError, SafetensorError, SyntaxError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the bundle {folder} cannot be loaded: {type(error).__name__}: {error}; export it again"
-        ) from error
-
-
-def _views(folder: Path, device: torch.device | str, *, flip: bool, sizes: tuple[int, ...]) -> Embedder:
+def load_with_views(folder: Path, device: torch.device | str, *, flip: bool, sizes: tuple[int, ...]) -> Embedder:
     if not flip and not sizes:
         return checkpoint.load(folder).to(device)
     return Views(lambda size: checkpoint.load(folder, size).to(device), flip=flip, sizes=sizes)
 
 
-def _best(folder: Path) -> Path:
-    """The best checkpoint of a run's folder; any other folder as it is."""
-    is_run = not (folder / "config.json").exists() and (folder / "best/config.json").exists()
-    return folder / "best" if is_run else folder
-
-
-def kind_of(folder: Path) -> tuple[str, Path]:
-    """checkpoint, ensemble or bundle, and its folder: of a run, its best checkpoint's.
-
-    Raises:
-        UserError: it is none of them.
-    """
-    folder = _best(folder)
-    if folder.is_file():
-        raise UserError(f"{folder} is a file; name the folder of a checkpoint, such as checkpoints/NAME/best")
-    if all((folder / name).is_file() for name in _BUNDLE):
-        return "bundle", folder
-    if (folder / "config.json").is_file() and _json(folder / "config.json").get("kind") == KIND:
-        return KIND, folder
-    if all((folder / name).is_file() for name in _CHECKPOINT):
-        return "checkpoint", folder
-    raise UserError(
-        f"{folder} holds no embedder: neither a checkpoint (config.json, model.safetensors), nor an ensemble, a bundle "
-        "(predict.py, too), or a run with its best checkpoint"
-    )
-
-
-def _json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text()) if path.is_file() else {}
     except ValueError as error:

@@ -28,6 +28,7 @@ from models.export.sentence_transformers import st_files
 from models.export.upload import address_problems, push
 from models.export.wheels import collect, problems, wanted
 from models.export.wheels import refuse as refuse_wheels
+from models.loader import load_bundle
 
 log = logging.getLogger(__name__)
 
@@ -247,11 +248,11 @@ def _checked(
     """The largest difference of the bundle's probe vectors from those of `source`; and what fp16 costs, or nothing."""
     import torch
 
-    from models.ensemble import ensemble
+    from models import loader
     from models.export.runtimes import cosine_distance, told
 
     probes = _probes(parts)
-    expected = ensemble.load_any(source, flip=flip, sizes=sizes).embed(probes)
+    expected = loader.load_any(source, flip=flip, sizes=sizes).embed(probes)
     predictor = load_bundle(folder)
     found = torch.cat([predictor.embed([probe]) for probe in probes])
     difference = _largest(found, expected)
@@ -292,10 +293,10 @@ def _write_graphs(
 
 def _parts(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[list[_Part], dict[str, Any]]:
     """What to export, and the facts of an ensemble."""
-    from models import checkpoint
+    from models import checkpoint, loader
     from models.ensemble import ensemble
 
-    kind, folder = ensemble.kind_of(source)
+    kind, folder = loader.kind_of(source)
     if kind == "bundle":
         raise UserError(f"{folder} is a bundle already; name the checkpoint or the ensemble that it was exported from")
     if kind == "checkpoint":
@@ -439,13 +440,6 @@ def predict_source() -> str:
     others = [line for line in lines if line not in standard]
     head = "\n\n".join("\n".join(group) for group in (standard, others))
     return docstring + "\n\n\n".join([head, *bodies]) + "\n"
-
-
-def load_bundle(folder: Path, device: str | None = "cpu") -> Any:
-    """The `Predictor` of a bundle, by its own predict.py: an Embedder."""
-    from models.runtime.im2emb import load
-
-    return load(folder, device)
 
 
 def run(values: dict[str, Any]) -> None:

@@ -37,8 +37,9 @@ from train.fit.callbacks import KeepBest, ResumePoint
 from train.fit.checkpoints import Saver
 from train.fit.improvement import ImageScores
 from train.fit.loggers import JsonLines
-from train.fit.module import Plan, Training
+from train.fit.module import Training
 from train.fit.optim import lr_share
+from train.scale.plan import Plan
 
 pytest_plugins = ["tests.tiny_run"]
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -108,7 +108,7 @@ EVALUATE = Command(
     ),
     spied=(
         "models.regressor:Regressor.embed",
-        "train.data.images:ResumableLoader.__init__",
+        "train.data.loader:ResumableLoader.__init__",
         "train.evaluate.prediction_cache:ThreadPoolExecutor",
         "models.retrieval.vector_index:Index.__init__",
     ),
@@ -287,7 +287,7 @@ HARD = Command(
     "train.hard",
     "hard",
     ("run={run}", "out={here}/weights.csv", "accelerator=cpu", "workers=0", "batch_size=7"),
-    spied=("models.regressor:Regressor.features", "train.data.images:ResumableLoader.__init__"),
+    spied=("models.regressor:Regressor.features", "train.data.loader:ResumableLoader.__init__"),
 )
 HARD_SETTINGS: Entries = {
     "run": shows(weights, "run={run2}"),
@@ -313,7 +313,7 @@ INTERPOLATE = Command(
         *("a={run}/first", "b={run}/best", "out={here}/out", "alpha=[0.5]", "dataset={data}", "accelerator=cpu"),
         *("workers=0", "batch_size=4"),
     ),
-    spied=("models.regressor:Regressor.features", "train.data.images:ResumableLoader.__init__"),
+    spied=("models.regressor:Regressor.features", "train.data.loader:ResumableLoader.__init__"),
 )
 UNSCORED = ("dataset=null",)
 INTERPOLATE_SETTINGS: Entries = {

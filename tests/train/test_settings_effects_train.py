@@ -34,7 +34,7 @@ from tests.effects import (
 )
 from tests.listed_dataset import Row
 from train.config import TrainSettings
-from train.tools.probe import ProbeSettings
+from train.tools.probe_settings import ProbeSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -107,7 +107,7 @@ TRAIN = Command(
     "train",
     "train",
     (*training.OVERRIDES, "dataset={data}", "out={here}/out"),
-    spied=("lightning.pytorch:Trainer.save_checkpoint", "train.data.images:ResumableLoader.__init__"),
+    spied=("lightning.pytorch:Trainer.save_checkpoint", "train.data.loader:ResumableLoader.__init__"),
 )
 LORA = ("model.lora.blocks=1", "model.lora.rank=4")
 WIDE = ("model.head=wide", "model.head_width=16")
@@ -264,7 +264,7 @@ PROBE = Command(
         *("scale.accelerator=cpu", "probe.heads=[ridge,linear,wide]", "probe.penalties=[0.1,1]", "probe.lrs=[1e-2]"),
         *("probe.epochs=3", "probe.batch_size=8"),
     ),
-    spied=("train.data.images:ResumableLoader.__init__", "models.regressor:Regressor.features"),
+    spied=("train.data.loader:ResumableLoader.__init__", "models.regressor:Regressor.features"),
     own_cache=True,
 )
 RIDGE = ("probe.heads=[ridge]",)

@@ -33,7 +33,8 @@ from core.tensor_files import checksum
 from datagen.dataset.format import cache_folder, free_bytes, sha256, write_array, write_json
 from models.regressor import Regressor
 from models.runtime.preprocess import PREPROCESS
-from train.data.images import Pictures, loader
+from train.data.images import Pictures
+from train.data.loader import loader
 from train.data.samplers import InOrder
 
 log = logging.getLogger(__name__)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch.utils.data import Sampler
 
 from core.errors import UserError
+from train.config import TrainSettings
 
 Rows = NDArray[np.int64]
 
@@ -179,3 +180,24 @@ class InOrder(Sampler[list[int]]):
             starts.insert(-1, (starts[-2] + starts[-1] + 1) // 2 if len(starts) > 1 else 0)
         for start, end in itertools.pairwise(starts):
             yield self._rows[start:end].tolist()
+
+
+@dataclass(frozen=True)
+class RunLength:
+    """Numbers of optimizer steps."""
+
+    per_epoch: int
+    """Steps of an epoch."""
+    steps: int
+    """Steps of the run."""
+    head_steps: int
+    """Steps at the start in which the head trains alone."""
+
+
+def run_length(draws: int, cfg: TrainSettings) -> RunLength:
+    """The steps of a run whose epochs draw `draws` images each."""
+    an_epoch = per_epoch(draws, cfg.batch_size)
+    steps = cfg.max_steps or max(round(cfg.epochs * an_epoch), 1)
+    # the tolerance: .55 of 100 steps is 55.00000000000001, which would be rounded up to 56
+    head_steps = min(math.ceil(cfg.optim.head_only * an_epoch - 1e-9), steps)
+    return RunLength(an_epoch, steps, head_steps)

@@ -20,7 +20,7 @@ from core.paths import Location
 from core.settings import settings
 from models.export.export import newest
 from train.config import BASELINES, CAPTIONERS, EvaluateSettings
-from train.tools.runs_table import read_settings
+from train.run_settings import read_settings
 
 if TYPE_CHECKING:
     from models.baselines.mean import Mean
@@ -106,8 +106,7 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
     Raises:
         UserError: the model, the run, the bank or a baseline cannot be used.
     """
-    from models import checkpoint
-    from models.ensemble import ensemble
+    from models import checkpoint, loader
     from models.runtime.preprocess import Preprocessing
     from train.data.encoders import identity_of, require_same
     from train.demo.explain import Demo
@@ -118,7 +117,7 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
     from train.scale.devices import device_of
 
     device = device_of(chosen.accelerator)
-    embedder = ensemble.load_any(folder, device)
+    embedder = loader.load_any(folder, device)
     config = json.loads((folder / "config.json").read_text())
     encoder = config["encoder"]
     data = values = backbone = None

@@ -23,8 +23,8 @@ from core.settings import settings
 from models.leakage import Leakage
 from report.inputs import require_packages
 from train.config import EvaluateSettings
-from train.evaluate.results import leakage_of
-from train.tools.runs_table import read_settings, scored
+from train.evaluate.results import leakage_of, scored
+from train.run_settings import read_settings
 
 log = logging.getLogger(__name__)
 

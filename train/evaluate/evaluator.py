@@ -19,13 +19,14 @@ from core.errors import UserError
 from core.paths import Location
 from core.progress import progress
 from datagen.dataset.format import Dataset, encoders, write_array, write_json
-from models import checkpoint
+from models import checkpoint, loader
 from models.ensemble import ensemble
 from models.leakage import NEAR, Leakage
 from models.metrics import bins, compare, cosines, mean_targets, recall
 from models.runtime.preprocess import Preprocessing
 from train.config import BASELINES, CAPTIONERS, EMBEDDERS, FROM_OTHERS, EvaluateSettings, ViewsSettings
-from train.data.images import Data, Pictures
+from train.data.datamodule import Data
+from train.data.images import Pictures
 from train.data.splits import Prompts
 from train.evaluate import prompt_index
 from train.evaluate.leakage import Overlap, find_leakage, log_leakage, with_clean_score
@@ -43,8 +44,8 @@ from train.evaluate.trained_on import (
     run_of,
     run_origin,
 )
+from train.run_settings import read_settings
 from train.scale.devices import device_of
-from train.tools.runs_table import read_settings
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ class Subject:
             log.info("run: %s, the newest", self.run)
         self.folder = (chosen.checkpoint or (self.run / "best" if self.run else None)) if regressed else None
         about = self.folder or (folders[0] if folders else None) or (self.run / "best" if self.run else None)
-        self.encoder = ensemble.about(about)["encoder"] if about is not None else _only_encoder(chosen.dataset)
+        self.encoder = loader.about(about)["encoder"] if about is not None else _only_encoder(chosen.dataset)
         settings_of_run = backbone = self.data = None
         if self.run is not None:
             settings_of_run = read_settings(self.run)
@@ -359,7 +360,7 @@ def _saved(chosen: EvaluateSettings, subject: Subject, told: Mapping[str, Any], 
     """Writes the ensemble as one embedder, where its members are checkpoints; its folder."""
     counted = {name: weight for name, weight in told["weights"].items() if weight >= ensemble.LEAST}
     every = subject.contenders.folders.items()
-    folders = {name: folder for name, folder in every if ensemble.about(folder)["kind"] == "checkpoint"}
+    folders = {name: folder for name, folder in every if loader.about(folder)["kind"] == "checkpoint"}
     if "ridge" in counted:
         folders["ridge"] = subject.out / "ridge"
     loose = [name for name in counted if name not in folders]

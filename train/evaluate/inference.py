@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from core.progress import progress
 from models.regressor import Regressor
 from train.data.feature_cache import MOST_AT_ONCE
-from train.data.images import Pictures, loader
+from train.data.images import Pictures
+from train.data.loader import loader
 from train.data.samplers import InOrder
 
 Rows = NDArray[np.int64]

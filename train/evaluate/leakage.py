@@ -27,7 +27,7 @@ from core.progress import progress
 from models.leakage import NEAR, Leakage
 from models.metrics import Interval
 from train.config import TrainSettings
-from train.data.images import Data
+from train.data.datamodule import Data
 from train.data.splits import nearest, single_precision
 from train.evaluate.results import validation_counts
 from train.evaluate.trained_on import ImageSet, Origin, TrainingSet, origins_of_start

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from models.regressor import Regressor
     from train.config import TrainSettings
-    from train.data.images import Data, Pictures
+    from train.data.datamodule import Data
+    from train.data.images import Pictures
 
 log = logging.getLogger(__name__)
 

@@ -21,6 +21,7 @@ from core.errors import UserError
 from core.paths import ROOT
 from datagen.dataset.format import cache_folder, sha256
 from datagen.dataset.targets import TargetEncoder, encoder_source
+from models import loader
 from models.baselines.clip import Clip
 from models.baselines.knn import ClipKnn, Knn
 from models.baselines.mean import Mean
@@ -31,9 +32,10 @@ from models.regressor import Regressor, make
 from models.retrieval.vector_index import about as bank_about
 from models.runtime.preprocess import PREPROCESS, Preprocessing
 from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
+from train.data.datamodule import Data
 from train.data.encoders import require_same
 from train.data.feature_cache import Features, digest, features
-from train.data.images import Data, Pictures
+from train.data.images import Pictures
 from train.data.splits import penalty_parts
 from train.evaluate.prediction_cache import Contender
 from train.evaluate.prompt_index import Bank, encoder_identity, from_places
@@ -141,7 +143,7 @@ class Contenders:
             )
         folder = self._folder if entry == "regressor" else Path(entry)
         assert folder is not None
-        about = ensemble.about(folder)
+        about = loader.about(folder)
         recorded = has_settings(self._targets) and has_settings(about.get("encoder_identity"))
         if about["encoder"] != self._encoder_name and not recorded:
             raise UserError(
@@ -157,8 +159,8 @@ class Contenders:
         ensemble.refuse_sizes(about, views.sizes)
         return Contender(
             name,
-            cache(lambda: {"folder": ensemble.identity(folder), "views": asdict(views), "device": self._device.type}),
-            lambda: ensemble.load_any(folder, self._device, flip=views.flip, sizes=views.sizes),
+            cache(lambda: {"folder": loader.identity(folder), "views": asdict(views), "device": self._device.type}),
+            lambda: loader.load_any(folder, self._device, flip=views.flip, sizes=views.sizes),
         )
 
     def ridge(self) -> Regressor:

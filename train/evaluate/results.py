@@ -244,3 +244,8 @@ def _present(path: Path, remedy: str) -> Path:
     if not path.exists():
         raise UserError(f"{path} is missing; {remedy}")
     return path
+
+
+def scored(score: Mapping[str, float]) -> str:
+    """A mean and its interval, {"mean", "low", "high"}, as the tables of scores show them: 30 characters."""
+    return f"{score['mean']:8.4f}   [{score['low']:.4f}, {score['high']:.4f}]"

@@ -24,14 +24,15 @@ from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
 from datagen.dataset.format import Dataset, hash_prompts
-from models import checkpoint
+from models import checkpoint, loader
 from models.ensemble import ensemble
 from models.runtime.preprocess import Preprocessing
 from train.config import TrainSettings
-from train.data.images import Data, Pictures
+from train.data.datamodule import Data
+from train.data.images import Pictures
 from train.data.splits import Prompts
 from train.evaluate.prompt_index import Bank
-from train.tools.runs_table import read_settings
+from train.run_settings import read_settings
 
 Rows = NDArray[np.int64]
 
@@ -221,7 +222,7 @@ class _Lineage:
 
     def of_folder(self, folder: Path) -> list[Origin]:
         try:
-            kind, folder = ensemble.kind_of(folder)
+            kind, folder = loader.kind_of(folder)
             folder = folder.resolve()
             if folder in self._visited:
                 return []

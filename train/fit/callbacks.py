@@ -27,7 +27,8 @@ from core.progress import progress
 from train.data.images import Batch
 from train.fit import resume
 from train.fit.improvement import ImageScores
-from train.fit.module import Plan, Training
+from train.fit.module import Training
+from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from models.metrics import Interval
 from models.regressor import Regressor
 from models.runtime.preprocess import BadImage
 from train.config import TrainSettings
-from train.data.images import Data
+from train.data.datamodule import Data
 from train.fit.module import Training
 from train.scale.devices import is_first
 

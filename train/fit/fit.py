@@ -30,20 +30,22 @@ from lightning.pytorch.utilities.memory import is_oom_error
 from datagen.dataset.format import Dataset, write_json
 from datagen.dataset.targets import encoder_name
 from models.regressor import Regressor
+from train import run_settings
 from train.config import TrainSettings
+from train.data.datamodule import Data
 from train.data.encoders import check_folder
-from train.data.images import Data
 from train.evaluate import oof
 from train.evaluate.leakage import validation_leakage
-from train.fit import optim, resume, run_settings, setup
+from train.fit import optim, resume, setup
 from train.fit.callbacks import KeepBest, Progress, ResumePoint, Straight
 from train.fit.checkpoints import Saver
 from train.fit.improvement import FILE, Improvement
 from train.fit.loggers import loggers, wandb_of
-from train.fit.module import Plan, Training
+from train.fit.module import Training
 from train.fit.schedule import Forecast
 from train.scale import flops, micro_batch
 from train.scale.devices import Machine, is_first
+from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 

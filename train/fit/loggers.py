@@ -21,7 +21,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from core.errors import UserError
 from train.config import TrainSettings
-from train.fit.run_settings import plain
+from train.run_settings import plain
 from train.scale.devices import is_first
 
 

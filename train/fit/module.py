@@ -5,7 +5,6 @@ width, n scored pictures.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -23,33 +22,15 @@ from models.regressor import Regressor
 from train.config import TrainSettings
 from train.data.augment import augment
 from train.data.images import Batch
-from train.fit.ema import Ema, averaged
+from train.fit.ema import Ema
 from train.fit.improvement import ImageScores
 from train.fit.optim import optimizer, scheduler
 from train.scale import activation_checkpointing as recompute
-from train.scale.activation_checkpointing import Mode
 from train.scale.devices import is_first
+from train.scale.plan import Plan
+from train.scale.trained_tensors import averaged
 
 Tensors = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a run is cut up, and how its machine carries it out."""
-
-    steps: int
-    per_epoch: int
-    """Steps an epoch."""
-    world: int = 1
-    """Processes, a device each."""
-    accumulate: int = 1
-    """Micro-batches a step on each device."""
-    recompute: Mode = "none"
-    compile: bool = False
-    fused: bool = False
-    """Whether the optimizer is one kernel."""
-    head_steps: int = 0
-    """At the start, in which the head alone trains."""
 
 
 class Training(lightning.LightningModule):

@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass
 
 from train.config import TrainSettings
-from train.data.samplers import per_epoch
+from train.data.samplers import RunLength
 from train.fit.ema import start_share
 from train.fit.optim import part_share, warmup_steps
 
@@ -20,27 +20,6 @@ steps gave no significant gain over the start, 20 a small one, 39 a clear one (b
 _HALF = 0.5 - 1e-9  # of the peak rate: half a cosine's middle is .5 but for rounding
 MOST_OF_START = 0.1
 """Share of the averaged weights that may still be the start before it is reported."""
-
-
-@dataclass(frozen=True)
-class RunLength:
-    """Numbers of optimizer steps."""
-
-    per_epoch: int
-    """Steps of an epoch."""
-    steps: int
-    """Steps of the run."""
-    head_steps: int
-    """Steps at the start in which the head trains alone."""
-
-
-def run_length(draws: int, cfg: TrainSettings) -> RunLength:
-    """The steps of a run whose epochs draw `draws` images each."""
-    an_epoch = per_epoch(draws, cfg.batch_size)
-    steps = cfg.max_steps or max(round(cfg.epochs * an_epoch), 1)
-    # the tolerance: .55 of 100 steps is 55.00000000000001, which would be rounded up to 56
-    head_steps = min(math.ceil(cfg.optim.head_only * an_epoch - 1e-9), steps)
-    return RunLength(an_epoch, steps, head_steps)
 
 
 @dataclass(frozen=True)

@@ -21,14 +21,14 @@ from models.head_init import init_ridge
 from models.regressor import Regressor, make
 from models.text_head import init_text
 from train.config import TrainSettings
+from train.data.datamodule import Data
 from train.data.encoders import require_same
 from train.data.feature_cache import features
-from train.data.images import Data
 from train.data.samplers import check_shares
 from train.data.splits import Prompts, penalty_parts
-from train.fit.module import Plan
 from train.scale import flops, micro_batch
 from train.scale.devices import Machine, is_first
+from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 

@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 from models.backbones import layer_groups
 from models.regressor import Regressor
 from train.config import OptimSettings
-from train.fit.ema import averaged
 from train.scale import activation_checkpointing
+from train.scale.trained_tensors import averaged
 
 Precision = Literal["fp32", "bf16", "fp16"]
 

@@ -22,11 +22,11 @@ from models.backbones import layer_groups
 from models.losses import loss
 from models.regressor import Regressor
 from train.config import TrainSettings
-from train.fit.module import Plan
 from train.scale import activation_checkpointing
 from train.scale.activation_checkpointing import Mode
 from train.scale.devices import Machine
 from train.scale.flops import DTYPES, Cost, measure
+from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 from core.settings import settings
-from train.tools.runs_table import read_settings
+from train.run_settings import read_settings
 
 log = logging.getLogger(__name__)
 

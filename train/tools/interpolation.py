@@ -19,7 +19,7 @@ from core.errors import UserError
 from core.paths import Location
 from core.settings import settings
 from models.leakage import Leakage
-from train.tools.runs_table import scored
+from train.evaluate.results import scored
 
 if TYPE_CHECKING:
     import torch

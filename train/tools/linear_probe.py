@@ -26,17 +26,19 @@ from models.head_init import Ridge, init_ridge
 from models.losses import loss
 from models.metrics import Interval, bootstrap
 from models.regressor import Regressor
+from train import run_settings
+from train.data.datamodule import Data
 from train.data.encoders import check_folder
 from train.data.feature_cache import Features, features
-from train.data.images import Data
 from train.data.samplers import Steps, per_epoch
 from train.data.splits import penalty_parts
 from train.evaluate.leakage import validation_leakage
-from train.fit import run_settings, setup
+from train.evaluate.results import scored
+from train.fit import setup
 from train.fit.checkpoints import Saver
 from train.fit.optim import optimizer, scheduler
 from train.scale.devices import Machine
-from train.tools.probe import ProbeSettings
+from train.tools.probe_settings import ProbeSettings
 
 log = logging.getLogger(__name__)
 
@@ -226,3 +228,26 @@ def _write(
         record |= {f"{prefix}/cosine": score.mean, f"{prefix}/low": score.low, f"{prefix}/high": score.high}
     (chosen.out / "log.jsonl").write_text(json.dumps(record) + "\n")
     (chosen.out / "done").write_text("1 step\n")
+
+
+def table(info: dict[str, Any]) -> str:
+    """The heads as text, best first."""
+    others = [name for name in info["sets"] if name != info["main"]]
+    lines = [
+        f"{'head':<8} {'setting':<14} {'cosine':>8}   95 % interval     {'seconds':>8}"
+        + "".join(f" {name[:18]:>18}" for name in others)
+        + f"   {info['images']:,} pictures, {info['main']}"
+    ]
+    for found in info["heads"]:
+        score = found["scores"][info["main"]]
+        shown = "diverged" + " " * 20 if score["mean"] is None else ""
+        shown = shown or scored(score)
+        lines.append(
+            f"{found['head']:<8} {found['setting']:<14} {shown} {found['seconds']:8.1f}"
+            + "".join(f" {_number(found['scores'][name]['mean']):>18}" for name in others)
+        )
+    return "\n".join(lines)
+
+
+def _number(score: float | None) -> str:
+    return "diverged" if score is None else f"{score:.4f}"

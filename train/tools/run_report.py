@@ -21,7 +21,7 @@ from report.inputs import duration, read_log, require_packages
 from train.evaluate import report
 from train.evaluate.results import Evaluation, pictures_of, read_evaluation, read_json, readable, validation_counts
 from train.fit.improvement import FILE
-from train.tools.runs_table import read_settings
+from train.run_settings import read_settings
 
 if TYPE_CHECKING:
     from report import Page

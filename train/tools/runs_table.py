@@ -31,7 +31,7 @@ from datagen.dataset.format import write_atomically
 from models.metrics import Interval
 from train.evaluate.results import validation_counts
 from train.fit.improvement import FILE
-from train.fit.run_settings import OF_THE_MACHINE, flat
+from train.run_settings import OF_THE_MACHINE, NotARun, flat, parse_settings, read_object
 
 log = logging.getLogger(__name__)
 
@@ -121,24 +121,6 @@ class Folds:
     images: int
 
 
-class _Unreadable(Exception):  # noqa: N818 – it names the state of a folder
-    """A folder that is no run, and why."""
-
-
-def read_settings(folder: Path) -> dict[str, Any]:
-    """`settings.json` of a run; its `dataset` is a list of paths and URLs, also where an older version wrote one alone.
-
-    Raises:
-        UserError: there is no run.
-    """
-    try:
-        return _settings(folder)
-    except _Unreadable as error:
-        raise UserError(
-            f"no run at {folder}: {error}; train first: python -m train +experiment=quickstart, or name another: run=…"
-        ) from error
-
-
 def find(folder: Path) -> tuple[list[Run], dict[str, str]]:
     """The runs below `folder`, by name, and the reason for each folder that is none.
 
@@ -156,7 +138,7 @@ def find(folder: Path) -> tuple[list[Run], dict[str, str]]:
             name = run.relative_to(folder).as_posix()
             try:
                 found.append(_read(run, name, defaults))
-            except _Unreadable as error:
+            except NotARun as error:
                 strangers[name] = str(error)
             except (ValueError, TypeError, OSError) as error:
                 strangers[name] = f"its files are not those of a run: {error}"
@@ -229,11 +211,6 @@ def ordered(entries: Sequence[Run | Folds], by: str) -> list[Run | Folds]:
     return sorted(entries, key=lambda entry: (ranks[id(entry)][0], ranks[id(entry)][1], ranks[id(entry)][2]))
 
 
-def scored(score: Mapping[str, float]) -> str:
-    """A mean and its interval, {"mean", "low", "high"}, as the tables of scores show them: 30 characters."""
-    return f"{score['mean']:8.4f}   [{score['low']:.4f}, {score['high']:.4f}]"
-
-
 def write_csv(path: Path, runs: Iterable[Run], strangers: Mapping[str, str]) -> None:
     """A row a run with all that is known of it, its settings as `settings.optim.lr` and so on."""
     rows = []
@@ -271,22 +248,13 @@ def write_json(path: Path, entries: Sequence[Run | Folds], strangers: Mapping[st
 # ---------------------------------------------------------------------------------------------------------- reading
 
 
-def _settings(folder: Path) -> dict[str, Any]:
-    found = _json(folder / "settings.json")
-    lacking = [key for key, kind in (("dataset", (str, list)), ("model", dict)) if not isinstance(found.get(key), kind)]
-    if lacking:
-        raise _Unreadable(f"settings.json is not of a run: it lacks {', '.join(lacking)}")
-    given = found["dataset"]
-    return {**found, "dataset": [given] if isinstance(given, str) else [str(d) for d in given]}
-
-
 def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
-    chosen = _settings(folder)
+    chosen = parse_settings(folder)
     known = flat(chosen)
     records, note = _records(folder / "log.jsonl")
-    best = _json(folder / "best/config.json") if (folder / "best/config.json").exists() else {}
-    about = _json(folder / "about.json") if (folder / "about.json").exists() else {}
-    improvement = _json(folder / FILE) if (folder / FILE).exists() else {}
+    best = read_object(folder / "best/config.json") if (folder / "best/config.json").exists() else {}
+    about = read_object(folder / "about.json") if (folder / "about.json").exists() else {}
+    improvement = read_object(folder / FILE) if (folder / FILE).exists() else {}
     gain = improvement["gain"] if isinstance(improvement.get("gain"), dict) else {}
     leakage = validation_counts(folder / "about.json") or {}
     last = records[-1] if records else {}
@@ -350,7 +318,7 @@ def _records(path: Path) -> tuple[list[dict[str, Any]], str]:
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     except OSError as error:
-        raise _Unreadable(f"log.jsonl cannot be read: {error.strerror}") from error
+        raise NotARun(f"log.jsonl cannot be read: {error.strerror}") from error
     found: dict[int, dict[str, Any]] = {}
     wrong = []
     for number, line in enumerate(lines, 1):
@@ -402,20 +370,6 @@ def _folds(runs: list[Run], folder: Path) -> Folds:
 def _runs(entries: Iterable[Run | Folds]) -> list[Run]:
     """The runs themselves, those of folds in their place."""
     return [run for entry in entries for run in (entry.runs if isinstance(entry, Folds) else [entry])]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise _Unreadable(f"{path.name} is missing") from error
-    except OSError as error:
-        raise _Unreadable(f"{path.name} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise _Unreadable(f"{path.name} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise _Unreadable(f"{path.name} holds no settings but a {type(found).__name__}")
-    return found
 
 
 def _median(records: Sequence[Mapping[str, Any]], key: str) -> float | None:

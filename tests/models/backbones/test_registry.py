@@ -373,7 +373,8 @@ def test_blip2_from_the_hub_reads_only_the_parts_of_its_image_tower(
 def test_a_bundle_rebuilds_a_blip2_tower_by_itself(tmp_path: Path) -> None:
     """Export itself compares the bundle's vectors with the checkpoint's."""
     from models import checkpoint
-    from models.export.export import export, load_bundle
+    from models.export.export import export
+    from models.loader import load_bundle
     from models.regressor import make
 
     model = make(BLIP2, "random", 84, 16)

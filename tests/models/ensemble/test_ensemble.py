@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from core.errors import UserError
-from models import checkpoint
+from models import checkpoint, loader
 from models.ensemble import ensemble
 from models.ensemble.ensemble import Ensemble, Member, Views, blend, fit, nested
 from models.export.export import export
@@ -249,7 +249,7 @@ def test_it_comes_back_from_one_folder_alone(
     shutil.rmtree(tmp_path / "from")
     folder = (tmp_path / "out/whole").rename(tmp_path / "moved")
     assert ensemble.load(folder).embed(images).equal(expected)
-    assert ensemble.load_any(folder).embed(images).equal(expected)
+    assert loader.load_any(folder).embed(images).equal(expected)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     each = ("config.json", "model.safetensors")
     assert files == ["config.json", *(f"members/{name}/{file}" for name in ("a", "b.2", "run") for file in each)]
@@ -268,7 +268,7 @@ def test_it_comes_back_from_one_folder_alone(
         ],
         "facts": {"score": 0.61},
     }
-    assert ensemble.about(folder)["encoder"] == "colours"
+    assert loader.about(folder)["encoder"] == "colours"
 
 
 def test_what_is_in_folders_below_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -342,59 +342,59 @@ def test_any_folder_that_embeds(three: list[Path], tmp_path: Path) -> None:
     export(three[0], tmp_path / "bundle")
     ensemble.save(tmp_path / "whole", [Member("a", three[0], 1)], {})
     for folder, kind in ((three[0], "checkpoint"), (tmp_path / "bundle", "bundle"), (tmp_path / "whole", "ensemble")):
-        torch.testing.assert_close(ensemble.load_any(folder).embed(images), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(loader.load_any(folder).embed(images), expected, atol=1e-5, rtol=0)
         other = mirrored(model, images) if kind == "checkpoint" else model.embed([image.flip(-1) for image in images])
         both = normalize(expected + other, dim=-1)
-        torch.testing.assert_close(ensemble.load_any(folder, flip=True).embed(images), both, atol=1e-5, rtol=0)
-        assert ensemble.about(folder)["kind"] == kind
-    run = ensemble.load_any(three[2].parent)
+        torch.testing.assert_close(loader.load_any(folder, flip=True).embed(images), both, atol=1e-5, rtol=0)
+        assert loader.about(folder)["kind"] == kind
+    run = loader.load_any(three[2].parent)
     assert run.embed(images).equal(checkpoint.load(three[2]).embed(images)), "a run's best"
-    sized = ensemble.load_any(three[0], sizes=(64,)).embed(images)
+    sized = loader.load_any(three[0], sizes=(64,)).embed(images)
     torch.testing.assert_close(sized, checkpoint.load(three[0], 64).embed(images), atol=1e-6, rtol=0)
     for folder in (tmp_path / "bundle", tmp_path / "whole"):
         with pytest.raises(UserError, match="its input size is fixed; leave sizes empty, or name a checkpoint"):
-            ensemble.load_any(folder, sizes=(64,))
+            loader.load_any(folder, sizes=(64,))
 
 
 def test_a_folder_is_known_by_what_its_vectors_depend_on(three: list[Path], tmp_path: Path) -> None:
     copy = shutil.copytree(three[0], tmp_path / "copy")
     (copy / "notes.txt").write_text("not a part of it")
-    known = ensemble.identity(copy)
-    assert known == ensemble.identity(three[0])
+    known = loader.identity(copy)
+    assert known == loader.identity(three[0])
     assert known["kind"] == "checkpoint"
     assert sorted(known["files"]) == ["config.json", "model.safetensors"]
     assert json.loads(json.dumps(known)) == known
-    assert ensemble.identity(three[1]) != known
+    assert loader.identity(three[1]) != known
     export(three[0], tmp_path / "bundle")
-    assert sorted(ensemble.identity(tmp_path / "bundle")["files"]) == ["config.json", "model.safetensors", "predict.py"]
+    assert sorted(loader.identity(tmp_path / "bundle")["files"]) == ["config.json", "model.safetensors", "predict.py"]
     ensemble.save(tmp_path / "whole", [Member("a", three[0], 1)], {})
-    whole = ensemble.identity(tmp_path / "whole")
+    whole = loader.identity(tmp_path / "whole")
     assert whole["files"]["members/a/model.safetensors"] == known["files"]["model.safetensors"]
     (tmp_path / "whole/members/a/model.safetensors").unlink()
     with pytest.raises(UserError, match=r"members/a/model\.safetensors cannot be read"):
-        ensemble.identity(tmp_path / "whole")
+        loader.identity(tmp_path / "whole")
 
 
 def test_what_holds_no_embedder_is_refused(three: list[Path], tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"a pickle that would run")
     with pytest.raises(UserError, match=r"model\.ckpt is a file; name the folder"):
-        ensemble.load_any(tmp_path / "model.ckpt")
+        loader.load_any(tmp_path / "model.ckpt")
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(UserError, match="holds no embedder: neither a checkpoint"):
-            ensemble.load_any(folder)
+            loader.load_any(folder)
     with pytest.raises(UserError, match="no ensemble at"):
         ensemble.load(three[0])
     torn = shutil.copytree(three[0], tmp_path / "torn")
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match=r"torn: its weights cannot be read: .*; copy the checkpoint again"):
-        ensemble.load_any(torn)
+        loader.load_any(torn)
     (torn / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is no JSON"):
-        ensemble.load_any(torn)
+        loader.load_any(torn)
     export(three[0], tmp_path / "bundle")
     (tmp_path / "bundle/model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"the bundle .* cannot be loaded: .*; export it again"):
-        ensemble.load_any(tmp_path / "bundle")
+        loader.load_any(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize(
@@ -411,7 +411,7 @@ def test_an_ensembles_config_is_checked(change: dict[str, Any], said: str, three
     ensemble.save(tmp_path / "whole", [Member("a", three[0], 1)], {})
     path = tmp_path / "whole/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    for use in (ensemble.load, ensemble.load_any, ensemble.identity):
+    for use in (ensemble.load, loader.load_any, loader.identity):
         with pytest.raises(UserError) as refused:
             use(tmp_path / "whole")
         assert said in str(refused.value)

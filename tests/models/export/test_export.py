@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
-from models import checkpoint
+from models import checkpoint, loader
 from models.ensemble import ensemble
 from models.export import export
 from models.regressor import Regressor, make
@@ -114,8 +114,8 @@ def test_views_are_those_of_evaluation(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 64)
     assert export.export(tmp_path / "best", tmp_path / "bundle", flip=True, sizes=(64, 96)) < 1e-5
     images = drawn(6, 1)
-    expected = ensemble.load_any(tmp_path / "best", flip=True, sizes=(64, 96)).embed(images)
-    predictor = export.load_bundle(tmp_path / "bundle")
+    expected = loader.load_any(tmp_path / "best", flip=True, sizes=(64, 96)).embed(images)
+    predictor = loader.load_bundle(tmp_path / "bundle")
     assert predictor.sizes == (64, 96)
     torch.testing.assert_close(predictor.embed(images), expected, atol=1e-5, rtol=0)
     names = load_file(tmp_path / "bundle/model.safetensors").keys()
@@ -156,7 +156,7 @@ def test_a_picture_that_cannot_be_read_gets_the_blended_mean(tmp_path: Path) -> 
     a_E, b_E = (checkpoint.load_extras(place)[0] for place in places)
     expected_E = torch.nn.functional.normalize(3 * a_E + b_E, dim=0)
     (tmp_path / "bad.png").write_bytes(b"no picture")
-    predictor = export.load_bundle(tmp_path / "bundle")
+    predictor = loader.load_bundle(tmp_path / "bundle")
     found = predictor.embed([tmp_path / "bad.png", *drawn(1)], unreadable="mean")
     torch.testing.assert_close(found[0], expected_E, atol=1e-6, rtol=0)
     torch.testing.assert_close(found[1:], predictor.embed(drawn(1)), atol=1e-6, rtol=0)
@@ -169,7 +169,7 @@ def test_half_the_bytes_cost_little(bundle: Path, tiny_run: Path, tmp_path: Path
     images = drawn(8, 5)
     cost = json.loads((tmp_path / "half/config.json").read_text())["half_distance"]
     assert 0 <= cost["mean_distance"] <= cost["max_distance"] < 1e-4
-    near_B = (export.load_bundle(tmp_path / "half").embed(images) * export.load_bundle(bundle).embed(images)).sum(1)
+    near_B = (loader.load_bundle(tmp_path / "half").embed(images) * loader.load_bundle(bundle).embed(images)).sum(1)
     assert near_B.min() > 1 - 1e-4
     tensors = load_file(tmp_path / "half/model.safetensors").values()
     assert {tensor.dtype for tensor in tensors if tensor.ndim < 2} == {torch.float32}, "a variance can be too small"
@@ -405,7 +405,7 @@ def test_a_bundle_gives_the_checkpoints_vectors(backbone: str, head: str, tmp_pa
     save(tmp_path / "best", backbone, 64, head=head)
     assert export.export(tmp_path / "best", tmp_path / "bundle") < 1e-5
     images = drawn(5, 3)
-    found = export.load_bundle(tmp_path / "bundle").embed(images)
+    found = loader.load_bundle(tmp_path / "bundle").embed(images)
     torch.testing.assert_close(found, checkpoint.load(tmp_path / "best").embed(images), atol=1e-5, rtol=0)
 
 
@@ -419,4 +419,4 @@ def test_a_checkpoint_from_before_there_were_other_heads(tiny_run: Path, tmp_pat
 
 def test_a_bundle_is_an_embedder(bundle: Path, tiny_run: Path) -> None:
     _, probes, vectors = checkpoint.load_extras(tiny_run / "best")
-    torch.testing.assert_close(export.load_bundle(bundle).embed(probes), vectors, atol=1e-5, rtol=0)
+    torch.testing.assert_close(loader.load_bundle(bundle).embed(probes), vectors, atol=1e-5, rtol=0)

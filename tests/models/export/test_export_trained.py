@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 
 from datagen.dataset.format import Dataset
 from models import checkpoint
-from models.export.export import export, load_bundle
+from models.export.export import export
+from models.loader import load_bundle
 from models.regressor import make
 from models.runtime.preprocess import decode
 from tests import commands, small_dataset

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
-from models.export.export import load_bundle
+from models.loader import load_bundle
 from models.regressor import Regressor, make
 from models.runtime import preprocess
 from models.runtime.preprocess import BadImage, Preprocessing, decode, fit
@@ -413,8 +413,8 @@ PREPARED = {
 def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], tmp_path: Path) -> None:
     """What enters the backbone, caught there: by the loader's way, by `embed`, and in the exported bundle."""
     from models import checkpoint
-    from models.ensemble.ensemble import load_any
     from models.export import export
+    from models.loader import load_any
     from tests import small_dataset
     from train.data.images import Pictures
 

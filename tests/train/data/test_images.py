@@ -22,7 +22,9 @@ from tests import listed_dataset, small_dataset
 from tests.listed_dataset import ENCODER, Row
 from tests.training import OVERRIDES
 from train.config import TrainSettings
-from train.data.images import Batch, Data, Pictures, loader
+from train.data.datamodule import Data
+from train.data.images import Batch, Pictures
+from train.data.loader import loader
 from train.data.sample_weights import picture_weights
 from train.data.samplers import InOrder
 

@@ -29,7 +29,7 @@ from models.regressor import make
 from models.runtime.preprocess import Preprocessing, decode, fit
 from tests import commands, small_dataset, tiny_captioners, training
 from train.config import EvaluateSettings
-from train.data.images import Data
+from train.data.datamodule import Data
 from train.evaluate.evaluate import evaluate, table
 
 pytest_plugins = ["tests.tiny_run"]

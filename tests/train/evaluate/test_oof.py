@@ -19,7 +19,8 @@ from models import checkpoint
 from models.metrics import bootstrap
 from models.regressor import Regressor
 from tests import small_dataset, training
-from train.data.images import Data, Pictures
+from train.data.datamodule import Data
+from train.data.images import Pictures
 from train.evaluate import oof
 
 pytest_plugins = ["tests.tiny_run"]

@@ -16,7 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 from models.regressor import make
-from train.fit.ema import Ema, averaged
+from train.fit.ema import Ema
+from train.scale.trained_tensors import averaged
 
 
 def walk(parameter: torch.Tensor, ema: Ema, steps: int, seed: int = 0) -> list[np.ndarray]:

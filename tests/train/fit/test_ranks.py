@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from models import checkpoint
-from models.export.export import export, load_bundle
+from models.export.export import export
+from models.loader import load_bundle
 from tests import commands
 from tests.training import OVERRIDES, records, same_weights, train
 

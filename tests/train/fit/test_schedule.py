@@ -13,10 +13,10 @@ from core.paths import ROOT
 from core.settings import settings
 from tests import small_dataset, training
 from train.config import TrainSettings
-from train.data.samplers import Draws, Part
+from train.data.samplers import Draws, Part, run_length
 from train.fit.ema import Ema
 from train.fit.optim import scheduler
-from train.fit.schedule import ENOUGH_STEPS, Forecast, run_length
+from train.fit.schedule import ENOUGH_STEPS, Forecast
 
 EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
 

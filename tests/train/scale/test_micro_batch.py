@@ -15,10 +15,10 @@ from core.errors import UserError
 from models.regressor import Regressor, make
 from tests import training
 from train.config import TrainSettings
-from train.fit.module import Plan
 from train.scale.devices import Machine
 from train.scale.flops import measure
 from train.scale.micro_batch import advice, choose, find, fitting, sizes
+from train.scale.plan import Plan
 
 
 def settings(*overrides: str) -> TrainSettings:

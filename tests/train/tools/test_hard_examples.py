@@ -17,7 +17,8 @@ from core.settings import settings
 from datagen.dataset.format import Dataset
 from models import checkpoint
 from tests import small_dataset, training
-from train.data.images import Data, Pictures
+from train.data.datamodule import Data
+from train.data.images import Pictures
 from train.tools.hard_examples import HardSettings, mine, weights
 
 pytest_plugins = ["tests.tiny_run"]

@@ -20,8 +20,8 @@ from models.runtime.preprocess import decode, fit
 from tests import small_dataset
 from tests.training import OVERRIDES, chosen
 from train.fit import setup
-from train.tools.linear_probe import search
-from train.tools.probe import ProbeSettings, table
+from train.tools.linear_probe import search, table
+from train.tools.probe_settings import ProbeSettings
 
 QUICK = (
     "probe.penalties=[0.01,1]",

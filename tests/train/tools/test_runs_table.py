@@ -18,7 +18,8 @@ from core.errors import UserError
 from core.paths import ROOT
 from core.settings import settings
 from models.metrics import bootstrap
-from train.tools.runs_table import Folds, Run, RunsSettings, find, grouped, ordered, read_settings, run, text
+from train.run_settings import read_settings
+from train.tools.runs_table import Folds, Run, RunsSettings, find, grouped, ordered, run, text
 
 STEPS = 40
 

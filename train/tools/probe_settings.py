@@ -12,13 +12,10 @@ flatters it a little.
 """
 
 import logging
-import sys
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from core.settings import settings
 from train.config import TrainSettings
-from train.tools.runs_table import scored
 
 log = logging.getLogger(__name__)
 
@@ -89,36 +86,3 @@ class ProbeSettings(TrainSettings):
             by_steps = ("loss", "optim", "model.head_init", "data.one_seed", "passes")
             found |= dict.fromkeys(by_steps, _CLOSED_FORM)
         return found
-
-
-def table(info: dict[str, Any]) -> str:
-    """The heads as text, best first."""
-    others = [name for name in info["sets"] if name != info["main"]]
-    lines = [
-        f"{'head':<8} {'setting':<14} {'cosine':>8}   95 % interval     {'seconds':>8}"
-        + "".join(f" {name[:18]:>18}" for name in others)
-        + f"   {info['images']:,} pictures, {info['main']}"
-    ]
-    for found in info["heads"]:
-        score = found["scores"][info["main"]]
-        shown = "diverged" + " " * 20 if score["mean"] is None else ""
-        shown = shown or scored(score)
-        lines.append(
-            f"{found['head']:<8} {found['setting']:<14} {shown} {found['seconds']:8.1f}"
-            + "".join(f" {_number(found['scores'][name]['mean']):>18}" for name in others)
-        )
-    return "\n".join(lines)
-
-
-def _number(score: float | None) -> str:
-    return "diverged" if score is None else f"{score:.4f}"
-
-
-def run(values: dict[str, Any]) -> None:
-    chosen = settings(ProbeSettings, values)
-    from train.tools.linear_probe import search
-
-    info = search(chosen)
-    sys.stdout.write(table(info) + "\n")
-    log.info("%s is the best of them", chosen.out / "best")
-    log.info("go on from it: python -m train init_from=%s name=…", chosen.out / "best")

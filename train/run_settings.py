@@ -103,3 +103,44 @@ def _weights_sha256(path: Path | None) -> str | None:
 
 def _short(value: Any) -> str:
     return "[" + ",".join(map(str, value)) + "]" if isinstance(value, list) else "null" if value is None else str(value)
+
+
+class NotARun(Exception):  # noqa: N818 – it names the state of a folder
+    """A folder that is no run, and why."""
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """`settings.json` of a run; its `dataset` is a list of paths and URLs, also where an older version wrote one alone.
+
+    Raises:
+        UserError: there is no run.
+    """
+    try:
+        return parse_settings(folder)
+    except NotARun as error:
+        raise UserError(
+            f"no run at {folder}: {error}; train first: python -m train +experiment=quickstart, or name another: run=…"
+        ) from error
+
+
+def parse_settings(folder: Path) -> dict[str, Any]:
+    found = read_object(folder / "settings.json")
+    lacking = [key for key, kind in (("dataset", (str, list)), ("model", dict)) if not isinstance(found.get(key), kind)]
+    if lacking:
+        raise NotARun(f"settings.json is not of a run: it lacks {', '.join(lacking)}")
+    given = found["dataset"]
+    return {**found, "dataset": [given] if isinstance(given, str) else [str(d) for d in given]}
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise NotARun(f"{path.name} is missing") from error
+    except OSError as error:
+        raise NotARun(f"{path.name} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise NotARun(f"{path.name} is no JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise NotARun(f"{path.name} holds no settings but a {type(found).__name__}")
+    return found

@@ -1,0 +1,16 @@
+"""Tensors that training changes: parameters with a gradient, and the statistics of batch norms."""
+
+import torch
+from torch import nn
+
+
+def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
+    """What to average, by name: the parameters that require a gradient, and the statistics of batch norms that train.
+
+    Ask once `model` is frozen and in training mode as it will be at the end of training.
+    """
+    found: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    for prefix, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
+            found |= {n: b for n, b in module.named_buffers(prefix, recurse=False) if b.is_floating_point()}
+    return found
