@@ -4,7 +4,7 @@ BIN := .venv/bin
 QUICK := data/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart datagen train export test test-slow lint clean
+.PHONY: help install quickstart datagen train export test test-slow lint docs clean
 
 help: ## this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -48,5 +48,14 @@ lint: install ## ruff and pyright
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+docs: .venv/installed-docs ## the documentation as a site, build/docs/site; offline once its tools are installed
+	$(BIN)/python docs/build_reference.py build/docs
+	cd build/docs && ../../$(BIN)/zensical build --strict > build.log 2>&1 || { cat build.log; exit 1; }
+	@! grep -iE 'warning|griffe' build/docs/build.log
+
+.venv/installed-docs: .venv/installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt -e '.[docs]'
+	@touch $@
+
 clean: ## remove .venv and caches; data, checkpoints and bundles stay
-	rm -rf .venv .pytest_cache .ruff_cache im2emb.egg-info
+	rm -rf .venv .pytest_cache .ruff_cache build im2emb.egg-info

@@ -1,7 +1,11 @@
-"""Every command in the README is run here, on tiny data and models, in the README's order."""
+"""Every command of the README and of docs/ is run here, on tiny data and models.
+
+python -m pytest tests/test_readme.py
+"""
 
 import importlib
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -30,23 +34,26 @@ COCO += ["prompts.sources.coco.prompts.path=prompts.csv", "prompts.sources.coco.
 COCO += [f"~prompts.sources.{name}" for name in ("diffusiondb", "gustavosta", "vizwiz", "flickr30k", "narratives")]
 PUBLISHED = ["split.kind=picture", "encoder=null", "curate.duplicates_at=null", "num=null"]
 
-# Command → the overrides that make it small and keep it off the network; {names} are the test's own folders.
-COMMANDS = {
+# Command → the overrides that make it small and keep it off the network; None where another test runs it. This is the
+# order in which they run: a command reads what those above it wrote. {names} are folders of the test.
+COMMANDS: dict[str, list[str] | None] = {
     "make quickstart": None,  # .ci/run runs it, smaller
     "make test": None,  # is running
     "make datagen": TINY_SD2,
     "python -m train +experiment=vith14": TINY_TRAIN,
     "python -m models.export": ["checkpoint=checkpoints/vith14/best"],
     "python bundle/predict.py --images test/images --out submission.csv": [],
-    "python -m datagen.index out=data/mine images=pictures csv=captions.csv": ["split.share=0.25"],
+    "python -m datagen.index out=data/mine images=photos csv=captions.csv": ["split.share=0.25"],
     "python -m datagen.index out=data/laion tars='laion/*.tar'": ["tars=data/sd2/shards/*.tar"],
     "python -m train +experiment=quickstart name=mine dataset=data/mine": TINY_TRAIN,
-    "python -m datagen.index out=data/near images=pictures csv=captions.csv split.kind=similarity": [
+    "python -m datagen.targets out=data/mine encoder=sentence-transformers/all-mpnet-base-v2": ["encoder={minilm}"],
+    "python -m train +experiment=quickstart name=mpnet dataset=data/mine "
+    "encoder=sentence-transformers/all-mpnet-base-v2": [*TINY_TRAIN, "encoder={minilm}"],
+    "python -m datagen.index out=data/near images=photos csv=captions.csv split.kind=similarity": [
         "split.threshold=0.999"  # all captions here are alike
     ],
-    "python -m datagen.index out=data/own images=pictures csv=captions.csv split_column=split": ["encoder=null"],
+    "python -m datagen.index out=data/own images=photos csv=captions.csv split_column=split": ["encoder=null"],
     "python -m datagen renderer=glyphs prompts=grammar out=data/glyphs": GLYPHS,
-    "python -m datagen.targets out=data/glyphs encoder=sentence-transformers/all-mpnet-base-v2": ["encoder={minilm}"],
     "python -m datagen.verify out=data/glyphs": [],
     "python -m datagen dry_run=true num=100000": TINY_SD2,
     "python -m datagen renderer=sd2_fast num=100000": [*TINY_SD2, "out=data/fast"],
@@ -74,28 +81,29 @@ COMMANDS = {
     "python -m train.interpolate a=checkpoints/kept/first b=checkpoints/kept/best out=checkpoints/kept/wise "
     "dataset=data/sd2": ["dataset=data/mine", "workers=0", "accelerator=cpu"],
     "python -m train.probe +experiment=quickstart": [*MINE, *PROBE],
-    "python -m train.evaluate run=checkpoints/quickstart embedders=[mean,knn,ridge,regressor,ensemble]": [
+    "python -m train.evaluate run=checkpoints/quickstart 'embedders=[mean,knn,ridge,regressor,ensemble]'": [
         *("run=checkpoints/mine", "ensemble.folds=2", "workers=0", "accelerator=cpu")
     ],
-    "python -m train.evaluate run=checkpoints/vith14 embedders=[blip,coca,clip_interrogator,retrieve,regressor]": [
+    "python -m train.evaluate run=checkpoints/vith14 'embedders=[blip,coca,clip_interrogator,retrieve,regressor]'": [
         *("captions.blip={blip}", "captions.coca={coca}", "captions.clip={clip}", "captions.words={words}"),
         *("workers=0", "accelerator=cpu"),
     ],
-    "python -m train.evaluate embedders=[checkpoints/vith14,checkpoints/vith14_336,ensemble] out=both": [
+    "python -m train.evaluate 'embedders=[checkpoints/vith14,checkpoints/vith14_336,ensemble]' out=both": [
         *("ensemble.folds=2", "workers=0", "accelerator=cpu")
     ],
     "python -m train.report run=checkpoints/quickstart": ["run=checkpoints/mine"],
+    "python -m train.demo checkpoint=checkpoints/vith14/best": None,
     "python -m train.demo checkpoint=checkpoints/quickstart/best": None,  # tests/train/demo/test_demo.py starts it
     "python -m models.export checkpoint=both/ensemble wheels.python=3.11 out=kaggle": ["wheels.python=null"],
     "python kaggle/predict.py --images test/images --sample-submission sample_submission.csv --time-limit 8h30m "
     "--out submission.csv": [],
-    "python -m models.export checkpoint=checkpoints/vith14 precision=fp16 flip=true sizes=[224,280] out=views": [
+    "python -m models.export checkpoint=checkpoints/vith14 precision=fp16 flip=true 'sizes=[224,280]' out=views": [
         "sizes=[160,192]"
     ],
-    "python -m models.export graphs=[onnx,openvino,openvino_int8,torch] pictures=data/sd2 out=served": [
-        *("checkpoint=checkpoints/vith14/best", "pictures=pictures")
+    "python -m models.export 'graphs=[onnx,openvino,openvino_int8,torch]' pictures=data/sd2 out=served": [
+        *("checkpoint=checkpoints/vith14/best", "pictures=photos")
     ],
-    "python served/predict.py --images pictures --backend openvino_int8 --format npy --out vectors.npy": [],
+    "python served/predict.py --images photos --backend openvino_int8 --format npy --out vectors.npy": [],
     "python -m models.export checkpoint=checkpoints/vith14 out=vith14 push=kaggle:user/im2emb-vith14": [],
     "python -m models.export checkpoint=checkpoints/vith14 out=vith14 push=hub:user/im2emb-vith14 licence=mit "
     "dry_run=false": None,  # tests/models/export/test_upload.py sends one
@@ -103,44 +111,63 @@ COMMANDS = {
 CONFIGS = {"datagen": "datagen", "train": "train", "datagen.report": "datagen_report"}
 
 
-def readme_commands() -> list[str]:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def commands(document: Path) -> list[str]:
+    """Lines of a document's `sh` blocks, without comments."""
+    blocks = re.findall(r"```sh\n(.*?)```", document.read_text(), re.DOTALL)
     lines = [line.split("#")[0].strip() for block in blocks for line in block.splitlines()]
     return [line for line in lines if line]
 
 
-def test_every_command_of_the_readme_is_in_the_table() -> None:
-    assert readme_commands() == list(COMMANDS)
+def test_command_table_matches_documents() -> None:
+    documented = {command for document in DOCUMENTS for command in commands(document)}
+    assert documented == set(COMMANDS)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_run_in_zsh(document: Path) -> None:
+    """zsh expands unquoted brackets, braces and wildcards, and stops where no file matches."""
+    for command in commands(document):
+        unquoted = re.sub(r"'[^']*'|\"[^\"]*\"", "", command)
+        assert not re.search(r"[][*?{}~^<>]", unquoted), command
+
+
+def test_readme_is_short() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 150
+    assert max(map(len, lines)) <= 160
 
 
 @pytest.mark.parametrize("target", ["install", "quickstart", "datagen", "train", "export", "test", "test-slow", "lint"])
-def test_the_makefile_has_its_targets(target: str) -> None:
+def test_makefile_targets(target: str) -> None:
     done = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert target in listed
     assert ".venv" in done.stdout
 
 
-def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_documented_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     places = {"sd2": tiny_sd2.build(tmp_path / "tiny").folder, "minilm": minilm_wheel()}
     places |= {name: getattr(tiny_captioners, name)(tmp_path / name) for name in ("blip", "coca", "clip", "words")}
-    _pictures(tmp_path)
+    _photos(tmp_path)
     tiny_published.sd2_4m(tmp_path / "sd2_4m")
     tiny_published.diffusiondb(tmp_path / "diffusiondb")
-    for command in readme_commands():
-        overrides = COMMANDS[command]
+    for command, overrides in COMMANDS.items():
         if overrides is None:
             continue
         small = [o.format(**places) for o in overrides]
         if "/predict.py" in command:
-            subprocess.run([sys.executable, *command.split()[1:]], check=True)
+            subprocess.run([sys.executable, *shlex.split(command)[1:]], check=True)
             continue
-        words = command.replace("make datagen", "python -m datagen").replace("'", "").split()
+        words = shlex.split(command.replace("make datagen", "python -m datagen"))
         module, given = words[2], words[3:]
         names = {o.split("=")[0] for o in small}
         given = [o for o in given if o.split("=")[0] not in names]
-        main = importlib.import_module(f"{module}.__main__" if "." not in module else module)
+        package = (ROOT / module.replace(".", "/")).is_dir()
+        main = importlib.import_module(f"{module}.__main__" if package else module)
         values = compose(CONFIGS.get(module, module.split(".")[1] if "." in module else module), [*given, *small])
         assert not main.run({k: v for k, v in values.items() if k != "hydra"}), command
     assert np.load("vectors.npy").shape == (16, 384)
@@ -150,18 +177,18 @@ def test_every_command_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Mo
     assert Path("data/sd2.report.html").stat().st_size > 10_000
 
 
-def _pictures(folder: Path) -> None:
-    """Pictures with captions, and a prompt file."""
+def _photos(folder: Path) -> None:
+    """Images with captions, images to predict with a sample file, and a prompt file."""
     rng = np.random.default_rng(0)
-    (folder / "pictures").mkdir()
+    (folder / "photos").mkdir()
     (folder / "test/images").mkdir(parents=True)
     rows = ["file,caption,split"]
     for i in range(16):
-        picture = Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8))
-        picture.save(folder / f"pictures/p{i}.png")
+        image = Image.fromarray(rng.integers(0, 256, (40, 48, 3), np.uint8))
+        image.save(folder / f"photos/p{i}.png")
         rows += [f"p{i}.png,a {colour} square number {i},{'val' if i < 4 else 'train'}" for colour in ("red", "noisy")]
         if i < 4:
-            picture.save(folder / f"test/images/t{i}.png")
+            image.save(folder / f"test/images/t{i}.png")
     ids = [f"t{i}_{e},0\n" for i in (2, 0, 3, 1) for e in range(384)]
     (folder / "sample_submission.csv").write_text("".join(["imgId_eId,val\n", *ids]))
     (folder / "captions.csv").write_text("\n".join(rows) + "\n")
