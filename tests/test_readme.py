@@ -39,6 +39,10 @@ PUBLISHED = ["split.kind=picture", "encoder=null", "curate.duplicates_at=null", 
 COMMANDS: dict[str, list[str] | None] = {
     "make quickstart": None,  # .ci/run runs it, smaller
     "make test": None,  # is running
+    "make install": None,  # has run
+    ". .venv/bin/activate": None,
+    "pre-commit install": None,
+    "make quickstart NUM=300": None,  # is in .ci/run
     "make datagen": TINY_SD2,
     "python -m train +experiment=vith14": TINY_TRAIN,
     "python -m models.export": ["checkpoint=checkpoints/vith14/best"],
@@ -111,7 +115,7 @@ COMMANDS: dict[str, list[str] | None] = {
 CONFIGS = {"datagen": "datagen", "train": "train", "datagen.report": "datagen_report"}
 
 
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 def commands(document: Path) -> list[str]:
