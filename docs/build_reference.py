@@ -186,6 +186,7 @@ def top_keys(values: Mapping[str, Any]) -> set[str]:
 
 def _field(key: str, cls: SettingsClass | None, classes: list[SettingsClass]) -> tuple[str, str]:
     """Type and docstring of a dotted key, followed through the classes of its groups."""
+    result = "", ""
     for part in key.split("."):
         if cls is None:
             return "", ""
