@@ -6,8 +6,10 @@ the blocks at the bottom frozen, adapters in the middle, the top trained whole.
 
 import logging
 import re
+import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -101,15 +103,33 @@ def _called(backbone: nn.Module, names: list[str], size: int) -> list[str]:
 
 
 def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, dropout: float) -> None:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of optional parts that it tries to import
-            from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise UserError("model.lora needs peft: pip install 'im2emb[lora]'") from error
-    whole = "|".join(map(re.escape, names))  # a list would also match the ends of other names
-    config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=whole, bias="none")  # type: ignore[arg-type]
-    inject_adapter_in_model(config, backbone)
+    with _without_bitsandbytes():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of optional parts that it tries to import
+                from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise UserError("model.lora needs peft: pip install 'im2emb[lora]'") from error
+        whole = "|".join(map(re.escape, names))  # a list would also match the ends of other names
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=whole, bias="none")  # type: ignore[arg-type]
+        inject_adapter_in_model(config, backbone)
     for name, module in backbone.named_modules():
         if ".lora_" in name:
             module.training = backbone.training
+
+
+@contextmanager
+def _without_bitsandbytes() -> Iterator[None]:
+    """Hide bitsandbytes from peft, which looks for it when it is imported and at each layer that it adapts.
+
+    It serves quantized layers, which are not adapted here, and its import loads torch's compiler: more CPU seconds than
+    the model of a small run takes.
+    """
+    if "bitsandbytes" in sys.modules:
+        yield
+        return
+    sys.modules["bitsandbytes"] = None  # type: ignore[assignment] – importlib's word for "not to be had"
+    try:
+        yield
+    finally:
+        del sys.modules["bitsandbytes"]

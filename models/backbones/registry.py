@@ -4,6 +4,7 @@ BLIP-2's as `transformers:blip2_vision`.
 Weights come from the hub, from a .safetensors file or a folder of the hub's, or are random.
 """
 
+import functools
 import importlib
 import importlib.util
 import itertools
@@ -114,6 +115,7 @@ def _refuse_misfit(name: str, own_size: int, size: int) -> None:
     )
 
 
+@functools.cache  # a run builds its backbone more than once
 def _misfit(name: str, size: int) -> str | None:
     """Why the backbone cannot take `size`, found out on shapes alone; None where it can."""
     with torch.device("meta"):
@@ -124,6 +126,7 @@ def _misfit(name: str, size: int) -> str | None:
     return None
 
 
+@functools.cache
 def _patch(name: str) -> int:
     """Side of the patches that a transformer cuts its input into; 1 where it cuts none."""
     with torch.device("meta"):

@@ -6,6 +6,7 @@ No weights are read, and nothing is downloaded.
 """
 
 import difflib
+import functools
 import logging
 from dataclasses import dataclass
 from typing import Any
@@ -113,6 +114,7 @@ def _quickgelu_of_open_clip(name: str) -> str:
     return f"{OPEN_CLIP}{model}-quickgelu/{tag}"
 
 
+@functools.cache  # a run asks several times, and each answer builds the backbone
 def _timm_config(name: str) -> tuple[dict[str, Any], int]:
     """timm's `pretrained_cfg`, and the width of the pooled features."""
     _refuse_unknown_of_timm(name)

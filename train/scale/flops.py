@@ -29,6 +29,9 @@ Precision = Literal["fp32", "bf16", "fp16"]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GIB = 2**30
 _PRODUCTS = 8  # between two waits for the device
+# Images of the step that is traced. It is without data, so any number costs the same; of a prime that no layer's width
+# is a multiple of, it tells a tensor that grows with the batch from one that does not.
+_BATCH = 10_007
 
 
 @dataclass(frozen=True)
@@ -84,22 +87,21 @@ def measure(
     # tensors without data that claim to be on the CPU: those on meta know no autocast and no fused attention
     with FakeTensorMode(allow_non_fake_inputs=True):
         twin = _without_data(model)
-        forward, step = _work(twin, 2)  # a batch norm takes no fewer
         if mode != "none":
             activation_checkpointing.apply(layer_groups.blocks(twin.backbone), mode)
-        few, many = (_activations(twin, n, precision) for n in (2, 4))
+        step = _trace(twin, precision)
         shadow = 4 * sum(t.numel() for t in averaged(twin).values()) if chosen.ema else 0
-    picture = (many - few) // 2
+    picture = (step.peak_of[4] - step.peak_of[2]) // 2
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     gradients = sum(p.nbytes for p in trained)
     return Cost(
         parameters=sum(p.numel() for p in model.parameters()),
         trained=sum(p.numel() for p in trained),
-        forward_flop=forward / 2,
-        step_flop=step / 2,
+        forward_flop=step.forward_flop / _BATCH,
+        step_flop=step.flop / _BATCH,
         state_bytes=weights + gradients + shadow + sum(_optimizer_bytes(p.numel(), chosen.name) for p in trained),
-        fixed_bytes=max(few - 2 * picture, 0),
+        fixed_bytes=max(step.peak_of[2] - 2 * picture, 0),
         picture_bytes=picture,
     )
 
@@ -144,38 +146,61 @@ class LiveBytes(TorchDispatchMode):
         if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
             size = tensor.untyped_storage().nbytes() if made_here else 0
             self._known.add(key)
-            self.live += size
-            self.peak = max(self.peak, self.live)
+            self._add(size)
             weakref.finalize(tensor.untyped_storage(), self._gone, key, size)
 
     def _gone(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self.live -= size
+        self._add(-size)
+
+    def _add(self, size: int) -> None:
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
 
-def _work(twin: Regressor, pictures: int) -> tuple[int, int]:
-    """FLOP forward, and forward and backward."""
-    from torch.utils.flop_counter import FlopCounterMode
+class _StepTrace(LiveBytes):
+    """FLOP of a training step of `_BATCH` images, and the peaks of live bytes of steps of 2 and of 4 images."""
 
-    backward = {
-        torch.ops.aten.convolution_backward: _convolution_backward,
-        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
-    }
-    with FlopCounterMode(display=False, custom_mapping=backward) as counted:
-        z_BE = twin(_pictures(twin, pictures))
-        forward = counted.get_total_flops()
-        z_BE.sum().backward()
-    return forward, counted.get_total_flops()
+    def __init__(self) -> None:
+        from torch.utils.flop_counter import flop_registry, shape_wrapper
 
+        super().__init__()
+        self._formulas = flop_registry | {
+            torch.ops.aten.convolution_backward: shape_wrapper(_convolution_backward),
+            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward),
+        }
+        self._live_of = {2: 0, 4: 0}
+        self.peak_of = {2: 0, 4: 0}
+        """Images of a step → most bytes held beside weights and gradients."""
+        self.flop = self.forward_flop = 0
+        self._backward = False
 
-def _activations(twin: Regressor, pictures: int, precision: Precision) -> int:
-    """The most bytes held beside weights and gradients."""
-    lower = nullcontext() if precision == "fp32" else torch.autocast("cpu", DTYPES[precision])
-    with LiveBytes() as held:
-        with lower:
-            loss = twin(_pictures(twin, pictures)).sum()
+    def backward(self, loss: torch.Tensor) -> None:
+        """Trace the backward pass: what came before was the forward pass."""
+        self.forward_flop, self._backward = self.flop, True
         loss.backward()
-    return held.peak
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        formula = self._formulas.get(func._overloadpacket)
+        # gradients are off in a backward pass but where checkpointing computes a block's forward pass again
+        if formula is not None and not (self._backward and torch.is_grad_enabled()):
+            self.flop += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def _add(self, size: int) -> None:
+        for images in self._live_of:
+            self._live_of[images] += size if size % _BATCH else size // _BATCH * images
+            self.peak_of[images] = max(self.peak_of[images], self._live_of[images])
+
+
+def _trace(twin: Regressor, precision: Precision) -> _StepTrace:
+    lower = nullcontext() if precision == "fp32" else torch.autocast("cpu", DTYPES[precision])
+    with _StepTrace() as trace:
+        with lower:
+            loss = twin(_pictures(twin, _BATCH)).sum()
+        trace.backward(loss)
+    return trace
 
 
 def _pictures(twin: Regressor, count: int) -> torch.Tensor:
