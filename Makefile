@@ -18,7 +18,7 @@ install: .venv/installed ## create .venv with everything
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --compile-bytecode -c constraints.txt -e '.[all,dev]'
 	@touch $@
 
-quickstart: install ## the whole pipeline on two CPU cores, about ten minutes: pictures, training, scores, bundle, report
+quickstart: install ## the whole pipeline on two CPU cores, about ten minutes: images, training, scores, bundle, report
 	$(BIN)/python -m datagen renderer=glyphs prompts=grammar renderer.size=112 prompts.flourish=0 prompts.detail=0.5 prompts.names=200 \
 	  'prompts.objects=[0.8,0.2]' split.kind=holdout curate.duplicates_at=null num=$(or $(NUM),8000) out=$(QUICK)
 	@test -f checkpoints/quickstart/done || $(BIN)/python -m train +experiment=quickstart
@@ -28,7 +28,7 @@ quickstart: install ## the whole pipeline on two CPU cores, about ten minutes: p
 	$(BIN)/python bundle/predict.py --images $(QUICK)_pictures --out submission.csv
 	$(BIN)/python -m train.report run=checkpoints/quickstart
 
-datagen: install ## NUM=1000 pictures by Stable Diffusion 2.0 into data/sd2 (a GPU)
+datagen: install ## NUM=1000 images by Stable Diffusion 2.0 into data/sd2 (a GPU)
 	$(BIN)/python -m datagen num=$(or $(NUM),1000)
 
 train: install ## the flagship on data/sd2 (a GPU)

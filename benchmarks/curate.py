@@ -226,17 +226,17 @@ def options() -> argparse.Namespace:
 
 
 def main() -> None:
-    chosen = options()
-    if chosen.measure:
-        name, path, rows, kept = chosen.measure
+    cfg = options()
+    if cfg.measure:
+        name, path, rows, kept = cfg.measure
         measure(name, Path(path), int(rows), Path(kept))
         return
     if not FOLDER.is_dir():
         print(f"skipped: {FOLDER} is not on this machine; it holds the prompts to measure with")
         return
     texts = prompts()
-    path = encoded(texts[: chosen.num])
-    rows = len(texts[: chosen.num])
+    path = encoded(texts[: cfg.num])
+    rows = len(texts[: cfg.num])
     quarter = rows // 4 // 3 * 3
     kept = {name: path.with_suffix(f".{name}.kept.npy") for name in WORK}
     small = path.with_suffix(".small.kept.npy")
@@ -274,9 +274,9 @@ def main() -> None:
         TARGET,
         "brute-force",
         figures,
-        chosen.json,
+        cfg.json,
     )
-    if chosen.num is None and (figures["recall"] < RECALL or figures["growth"] > GROWTH):
+    if cfg.num is None and (figures["recall"] < RECALL or figures["growth"] > GROWTH):
         sys.exit(1)
 
 

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Pictures a second of Stable Diffusion 2 on a GPU. `python -m benchmarks.datagen_gpu [--json FILE] [--tiny]`
+"""Images a second of Stable Diffusion 2 on a GPU. `python -m benchmarks.datagen_gpu [--json FILE] [--tiny]`
 
 Needs a CUDA device and no network: the networks have SD 2.0's full size and random weights, the same for all, written
 once to a temporary folder (2.6 GB). --tiny runs the same script on a CPU with tiny networks, to see that it works.
@@ -7,11 +7,11 @@ once to a temporary folder (2.6 GB). --tiny runs the same script on a CPU with t
 Ours is the preset sd2_competition as `python -m datagen` runs it: plan rows → renderer → encoder threads → shard.
 The peer is the loop that a user would write: a plain fp16 `StableDiffusionPipeline` with the same recipe (DDIM, 50
 steps, guidance 9), one prompt a call, then Pillow's Lanczos and `save` in ours' format and effort. Both draw the same
-prompts from the same noise; how far their pictures are apart is told. Rounds alternate, medians of wall-clock rates are
-compared; compilation and first calls are not counted. Redrawing is off: NaN and constant pictures are told.
+prompts from the same noise; how far their images are apart is told. Rounds alternate, medians of wall-clock rates are
+compared; compilation and first calls are not counted. Redrawing is off: NaN and constant images are told.
 
 Told beside that, with their own targets: the share of the device's matrix peak (a product of two 8192×8192, measured in
-each round) that ours reaches, by the counted FLOPs of a picture (≥ 0.50), and sd2_fast's rate over ours (≥ 1.8).
+each round) that ours reaches, by the counted FLOPs of an image (≥ 0.50), and sd2_fast's rate over ours (≥ 1.8).
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ from datagen.renderers.sd2.renderer import StableDiffusion2, make_scheduler
 from datagen.renderers.sd2.weights import CONFIG
 
 TARGET, PEAK_TARGET, FAST_TARGET = 2.0, 0.50, 1.8
-ROUNDS, BATCHES, PEERS = 5, 2, 4  # batches of ours and pictures of the peer a round
+ROUNDS, BATCHES, PEERS = 5, 2, 4  # batches of ours and images of the peer a round
 PROMPTS = [
     "a lighthouse on a rocky coast at dusk, oil painting",
     "portrait of an old fisherman, 35 mm photograph, soft light",
@@ -102,10 +102,8 @@ def preset(name: str, model: Path, out: Path, tiny: bool) -> DatagenSettings:
     return settings(DatagenSettings, compose("datagen", [*overrides, "prompts=grammar"]))
 
 
-def plan(pictures: int, first_seed: int) -> pa.Table:
-    rows = [
-        (f"{n:09d}", n, PROMPTS[n % len(PROMPTS)], "benchmark", "", "train", first_seed + n) for n in range(pictures)
-    ]
+def plan(images: int, first_seed: int) -> pa.Table:
+    rows = [(f"{n:09d}", n, PROMPTS[n % len(PROMPTS)], "benchmark", "", "train", first_seed + n) for n in range(images)]
     columns = dict(zip(shards.PLAN.names, zip(*rows, strict=True), strict=True))
     return pa.table({name: list(column) for name, column in columns.items()}, schema=shards.PLAN)
 
@@ -128,10 +126,10 @@ def peer_pipeline(model: Path, renderer: StableDiffusion2) -> Any:
     return pipeline
 
 
-def peer_pictures(pipeline: Any, chosen: DatagenSettings, seeds: list[int], out: Path) -> list[Image.Image]:
+def peer_images(pipeline: Any, cfg: DatagenSettings, seeds: list[int], out: Path) -> list[Image.Image]:
     """One by one: drawn, resized, saved."""
-    renderer: Any = chosen.renderer
-    pictures = []
+    renderer: Any = cfg.renderer
+    images = []
     for n, seed in enumerate(seeds):
         latents = noise(seed, renderer.render_size).to(pipeline.device, pipeline.unet.dtype)
         drawn = pipeline(
@@ -142,28 +140,28 @@ def peer_pictures(pipeline: Any, chosen: DatagenSettings, seeds: list[int], out:
             guidance_scale=renderer.guidance,
             latents=latents,
         ).images[0]
-        picture = drawn.resize((renderer.size, renderer.size), Image.Resampling.LANCZOS)
-        picture.save(out / f"{seed}.webp", "webp", **OPTIONS["webp"])
-        pictures.append(picture)
-    return pictures
+        image = drawn.resize((renderer.size, renderer.size), Image.Resampling.LANCZOS)
+        image.save(out / f"{seed}.webp", "webp", **OPTIONS["webp"])
+        images.append(image)
+    return images
 
 
-def rate(pictures: int, work: Callable[[], object]) -> float:
-    """Pictures a second on the clock."""
+def rate(images: int, work: Callable[[], object]) -> float:
+    """Images a second on the clock."""
     start = time.perf_counter()
     work()
-    return pictures / (time.perf_counter() - start)
+    return images / (time.perf_counter() - start)
 
 
 def main() -> int:
-    chosen = options(__doc__, tiny="tiny networks on the CPU: shows that the script works, measures nothing")
-    if not chosen.tiny and not torch.cuda.is_available():
+    cfg = options(__doc__, tiny="tiny networks on the CPU: shows that the script works, measures nothing")
+    if not cfg.tiny and not torch.cuda.is_available():
         print(
             "datagen_gpu: torch sees no CUDA device here, and networks of full size need one; --tiny tries the script"
         )
         return 2
     with tempfile.TemporaryDirectory() as folder, quiet():
-        return measure(Path(folder), chosen.tiny, chosen.json)
+        return measure(Path(folder), cfg.tiny, cfg.json)
 
 
 def measure(root: Path, tiny: bool, file: Path | None) -> int:
@@ -188,36 +186,36 @@ def measure(root: Path, tiny: bool, file: Path | None) -> int:
     rounds: dict[str, list[float]] = {"ours": [], "fast": [], "peer": [], "peak_tflops": []}
     notes: Counter[str] = Counter()
     apart = float("nan")
-    pictures = batch_size * (1 if tiny else BATCHES)
+    images = batch_size * (1 if tiny else BATCHES)
     peers, count = (2, 1) if tiny else (PEERS, ROUNDS)
 
     def shard(renderer: StableDiffusion2, settings: DatagenSettings, number: int) -> None:
         # the seeds go on where the round before ended; round 0 warms up
-        report = render_shard(settings, renderer, number, plan(pictures, 1000 * number), lambda _: None)
+        report = render_shard(settings, renderer, number, plan(images, 1000 * number), lambda _: None)
         notes.update(report["notes"])
 
     for k in range(count + 1):
         got = {
             "peak_tflops": matmul_tflops(ours.device, ours.precision, 256 if tiny else 8192),
-            "ours": rate(pictures, lambda k=k: shard(ours, ours_chosen, k)),
+            "ours": rate(images, lambda k=k: shard(ours, ours_chosen, k)),
             "peer": rate(
                 peers,
-                lambda k=k: peer_pictures(pipeline, ours_chosen, [1000 * k + n for n in range(peers)], root),
+                lambda k=k: peer_images(pipeline, ours_chosen, [1000 * k + n for n in range(peers)], root),
             ),
-            "fast": rate(pictures, lambda k=k: shard(fast, fast_chosen, k)),
+            "fast": rate(images, lambda k=k: shard(fast, fast_chosen, k)),
         }
         if k == 0:
-            theirs = np.stack([np.asarray(p) for p in peer_pictures(pipeline, ours_chosen, list(range(peers)), root)])
+            theirs = np.stack([np.asarray(p) for p in peer_images(pipeline, ours_chosen, list(range(peers)), root)])
             mine = ours.render([PROMPTS[n % len(PROMPTS)] for n in range(peers)], list(range(peers)))
             apart = float(np.abs(mine.astype(float) - theirs).mean())
-            print(f"warmed up; ours and the peer's pictures are {apart:.2f} grey levels apart on average")
+            print(f"warmed up; ours and the peer's images are {apart:.2f} grey levels apart on average")
             continue
         for name, value in got.items():
             rounds[name].append(value)
         print(f"round {k}: " + ", ".join(f"{name} {value:.4g}" for name, value in got.items()))
     medians = {name: statistics.median(values) for name, values in rounds.items()}
     told = ", ".join(f"{count} {note}" for note, count in sorted(notes.items())) or "none"
-    print(f"NaN, constant or shrunk batches among all pictures: {told}")
+    print(f"NaN, constant or shrunk batches among all images: {told}")
     peak_share = medians["ours"] * ours.tflop() / medians["peak_tflops"]
     fast_ratio = medians["fast"] / medians["ours"]
     print(f"share of the matrix peak {peak_share:.2f} (target {PEAK_TARGET}), sd2_fast {fast_ratio:.2f} times ours")

@@ -2,8 +2,8 @@
 """From a file's bytes to the model's square: `python -m benchmarks.decode [--json FILE] [--tiny]`, one core.
 
 Ours is `fit(decode(data), 224)`: uint8 [3, 224, 224]. The peer does the same with Pillow alone: decode, resize
-(bicubic), to a uint8 tensor. Pictures are 512 px JPEGs of 40 to 60 kB; told beside that: lossless WebP and PNG of the
-same pictures, and how far the two results are apart. Rounds alternate, and medians are compared.
+(bicubic), to a uint8 tensor. Images are 512 px JPEGs of 40 to 60 kB; told beside that: lossless WebP and PNG of the
+same images, and how far the two results are apart. Rounds alternate, and medians are compared.
 """
 
 import io
@@ -20,13 +20,13 @@ from benchmarks.harness import finish, noise, options, timed
 from models.runtime.preprocess import Preprocessing, decode, fit
 
 TARGET, LEAST_DB = 1.9, 60
-PICTURES, SIZE, SIDE, ROUNDS = 50, 512, 224, 9
+IMAGES, SIZE, SIDE, ROUNDS = 50, 512, 224, 9
 KINDS = {"jpeg": {"quality": 85}, "webp": {"lossless": True}, "png": {}}
 
 
-def encoded(picture: Image.Image, kind: str) -> bytes:
+def encoded(image: Image.Image, kind: str) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **KINDS[kind])
+    image.save(buffer, kind, **KINDS[kind])
     return buffer.getvalue()
 
 
@@ -35,12 +35,12 @@ def ours(data: bytes) -> torch.Tensor:
 
 
 def by_pillow(data: bytes) -> torch.Tensor:
-    picture = Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.array(picture)).permute(2, 0, 1).contiguous()
+    image = Image.open(io.BytesIO(data)).convert("RGB").resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
 
 
 def psnr(files: list[bytes]) -> float:
-    """Of ours to Pillow's, over all pictures, dB."""
+    """Of ours to Pillow's, over all images, dB."""
     errors = [(ours(data).double() - by_pillow(data).double()).square().mean().item() for data in files]
     mean = statistics.fmean(errors)
     return 10 * math.log10(255**2 / mean) if mean else math.inf
@@ -51,13 +51,13 @@ def per_s(work: Callable[[bytes], torch.Tensor], files: list[bytes]) -> float:
 
 
 def main() -> None:
-    chosen = options(__doc__, tiny="a few pictures: shows that the script works, measures nothing")
-    count, times = (2, 1) if chosen.tiny else (PICTURES, ROUNDS)
+    cfg = options(__doc__, tiny="a few images: shows that the script works, measures nothing")
+    count, times = (2, 1) if cfg.tiny else (IMAGES, ROUNDS)
     torch.set_num_threads(1)
     shown = noise(count, SIZE)
     figures: dict[str, float | dict[str, list[float]]] = {}
     for kind in KINDS:
-        files = [encoded(picture, kind) for picture in shown]
+        files = [encoded(image, kind) for image in shown]
         figures[f"{kind}_db"] = psnr(files)  # also warms both
         rounds: dict[str, list[float]] = {"ours": [], "pillow": []}
         for _ in range(times):
@@ -74,8 +74,8 @@ def main() -> None:
     assert isinstance(ratio, float)
     assert isinstance(db, float)
     if db < LEAST_DB:
-        raise SystemExit(f"error: {db:.1f} dB from Pillow's result, below {LEAST_DB}: not the same picture")
-    finish("decode", ratio, TARGET, f"pillow-{PIL.__version__}", figures, chosen.json)
+        raise SystemExit(f"error: {db:.1f} dB from Pillow's result, below {LEAST_DB}: not the same image")
+    finish("decode", ratio, TARGET, f"pillow-{PIL.__version__}", figures, cfg.json)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 # ruff: noqa: T201
 """How many scenes a second one core draws at 128 px. `python -m benchmarks.glyphs [--json FILE]`, about half a minute.
 
-The peer is Pillow writing the very same pictures as PNG files in memory: a dataset of scenes pays for both, so their
+The peer is Pillow writing the very same images as PNG files in memory: a dataset of scenes pays for both, so their
 ratio tells which of the two binds it. Rounds of the two alternate, and medians are compared.
 """
 
@@ -20,7 +20,7 @@ SIZE, ROUND, ROUNDS = 128, 250, 7
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    cfg = options(__doc__)
     renderer = Glyphs(SIZE)
     prompts = [line.prompt for line in itertools.islice(lines(0), ROUND * (ROUNDS + 4))]
     cold = timed(lambda: renderer.render(prompts[: 4 * ROUND], list(range(4 * ROUND))))  # fills the caches
@@ -29,8 +29,8 @@ def main() -> None:
         part = prompts[(4 + k) * ROUND : (5 + k) * ROUND]
         seeds = list(range(k, k + ROUND))
         ours.append(ROUND / timed(lambda part=part, seeds=seeds: renderer.render(part, seeds)))
-        pictures = [Image.fromarray(picture) for picture in renderer.render(part, seeds)]
-        peers.append(ROUND / timed(lambda pictures=pictures: [p.save(io.BytesIO(), "PNG") for p in pictures]))
+        images = [Image.fromarray(image) for image in renderer.render(part, seeds)]
+        peers.append(ROUND / timed(lambda images=images: [p.save(io.BytesIO(), "PNG") for p in images]))
         print(f"round {k}: {ours[-1]:.0f} scenes/s, {peers[-1]:.0f} PNG/s")
     rate, peer = statistics.median(ours), statistics.median(peers)
     figures = {
@@ -40,7 +40,7 @@ def main() -> None:
         "size": SIZE,
         "rounds": {"scenes_per_s": ours, "png_per_s": peers},
     }
-    finish("glyphs", rate / peer, TARGET, "pillow-png", figures, chosen.json)
+    finish("glyphs", rate / peer, TARGET, "pillow-png", figures, cfg.json)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
 # ruff: noqa: T201
-"""Pictures a second of a bundle's graphs on a CPU. `python -m benchmarks.infer_cpu [--json FILE] [--tiny]`, minutes.
+"""Images a second of a bundle's graphs on a CPU. `python -m benchmarks.infer_cpu [--json FILE] [--tiny]`, minutes.
 
 The model alone: ViT-B/32 at 224 px with random weights and a linear head, exported to a bundle with its graphs in a
 temporary folder (1.5 GB). Ours is `Predictor.embed_fitted` of the bundle: ONNX Runtime and OpenVINO in fp32, OpenVINO
 in bf16, and in int8 with what is not int8 in bf16. The peer is what a user of timm would write: the same model with the
-same weights, eager, fp32, under inference_mode, with torch's own number of threads. Its pictures are normalised
+same weights, eager, fp32, under inference_mode, with torch's own number of threads. Its images are normalised
 beforehand, ours are not. All run at several batch sizes, rounds alternate, and medians of wall-clock rates are
-compared, of each the one at its best batch size; beside them those for one picture at a time, and each one's largest
+compared, of each the one at its best batch size; beside them those for one image at a time, and each one's largest
 cosine distance from the peer's vectors. That of random weights says little of a trained model's: the card of a bundle
 has its own.
 
@@ -48,25 +48,25 @@ class Scale:
 
     model: str
     size: int
-    pictures: int
+    images: int
     batches: tuple[int, ...]
     rounds: int
 
 
-FULL = Scale("vit_base_patch32_clip_224", size=224, pictures=32, batches=(1, 8, 32), rounds=5)
-TINY = Scale("test_efficientnet", size=32, pictures=4, batches=(1, 4), rounds=1)
+FULL = Scale("vit_base_patch32_clip_224", size=224, images=32, batches=(1, 8, 32), rounds=5)
+TINY = Scale("test_efficientnet", size=32, images=4, batches=(1, 4), rounds=1)
 
 
-def exported(scale: Scale, pictures: list[torch.Tensor], root: Path) -> tuple[Regressor, Path]:
+def exported(scale: Scale, images: list[torch.Tensor], root: Path) -> tuple[Regressor, Path]:
     """A regressor with random weights, and the folder of its bundle with the graphs."""
     torch.manual_seed(0)
     model = make(scale.model, "random", scale.size, WIDTH).eval()
     mean_E = normalize(torch.ones(WIDTH), dim=0)
-    checkpoint.save(root / "best", model, mean_E, pictures[:2], {"encoder": "all-MiniLM-L6-v2"})
+    checkpoint.save(root / "best", model, mean_E, images[:2], {"encoder": "all-MiniLM-L6-v2"})
     bundle = root / "bundle"
     export(root / "best", bundle)
     config = read_config(bundle)
-    config["graphs"] = runtimes.write(bundle, network(bundle, config), KINDS, pictures)
+    config["graphs"] = runtimes.write(bundle, network(bundle, config), KINDS, images)
     (bundle / "config.json").write_text(json.dumps(config))
     return model, bundle
 
@@ -82,17 +82,17 @@ def peer(name: str, model: Regressor) -> torch.nn.Module:
 
 
 def main() -> None:
-    chosen = options(__doc__, tiny="a tiny model: shows that the script works, measures nothing")
-    scale = TINY if chosen.tiny else FULL
-    pictures = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in noise(scale.pictures, 256)]
-    image_NCHW = torch.stack([fit(picture, Preprocessing(scale.size)) for picture in pictures])
+    cfg = options(__doc__, tiny="a tiny model: shows that the script works, measures nothing")
+    scale = TINY if cfg.tiny else FULL
+    images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in noise(scale.images, 256)]
+    image_NCHW = torch.stack([fit(image, Preprocessing(scale.size)) for image in images])
     send_nothing()
     import openvino
 
     capable = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     print(f"{torch.get_num_threads()} threads; OpenVINO computes in {', '.join(capable)} here")
     with tempfile.TemporaryDirectory() as folder:
-        model, bundle = exported(scale, pictures, Path(folder))
+        model, bundle = exported(scale, images, Path(folder))
         theirs = peer(scale.model, model)
         normal_NCHW = (image_NCHW - model.mean) / model.std
         del model
@@ -117,7 +117,7 @@ def main() -> None:
     print(", ".join(f"{arm} {ratio:.2f}×" for arm, ratio in ratios.items()))
     figures |= {f"{arm}_ratio": ratio for arm, ratio in ratios.items()} | {"capabilities": capable}
     ratio = max(ratios["openvino_bf16"], ratios["openvino_int8"])
-    finish("infer_cpu", ratio, TARGET, f"timm-{version('timm')}", figures, chosen.json)
+    finish("infer_cpu", ratio, TARGET, f"timm-{version('timm')}", figures, cfg.json)
 
 
 def compared(arms: dict[str, Callable[[slice], torch.Tensor]], scale: Scale) -> dict[str, Any]:
@@ -125,15 +125,15 @@ def compared(arms: dict[str, Callable[[slice], torch.Tensor]], scale: Scale) -> 
     vectors, rounds = {}, {}
     for arm, work in arms.items():  # warms up at each batch size: memory and kernels depend on it
         for size in scale.batches:
-            vectors[arm] = torch.cat([work(rows) for rows in cut(scale.pictures, size)]).numpy()
+            vectors[arm] = torch.cat([work(rows) for rows in cut(scale.images, size)]).numpy()
             rounds[arm, size] = []
     for k in range(scale.rounds):
         for size in scale.batches:
             for arm, work in arms.items():
                 began = time.perf_counter()
-                for rows in cut(scale.pictures, size):
+                for rows in cut(scale.images, size):
                     work(rows)
-                rounds[arm, size].append(scale.pictures / (time.perf_counter() - began))
+                rounds[arm, size].append(scale.images / (time.perf_counter() - began))
         rates = {arm: max(rounds[arm, size][-1] for size in scale.batches) for arm in arms}
         print(f"round {k + 1}: " + ", ".join(f"{arm} {rate:.4g}" for arm, rate in rates.items()))
     medians = {key: statistics.median(values) for key, values in rounds.items()}
@@ -143,12 +143,12 @@ def compared(arms: dict[str, Callable[[slice], torch.Tensor]], scale: Scale) -> 
         figures |= {f"{arm}_per_s": medians[arm, best], f"{arm}_batch": best, f"{arm}_one_per_s": medians[arm, 1]}
         figures[f"{arm}_distance"] = float(runtimes.cosine_distance(vectors[arm], vectors["peer"]).max())
     del figures["peer_distance"]
-    figures |= {"pictures": scale.pictures, "threads": torch.get_num_threads()}
+    figures |= {"pictures": scale.images, "threads": torch.get_num_threads()}
     return figures | {"rounds": {f"{arm} {size}": values for (arm, size), values in rounds.items()}}
 
 
-def cut(pictures: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, pictures, size)]
+def cut(images: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, images, size)]
 
 
 if __name__ == "__main__":

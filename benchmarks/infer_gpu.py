@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Pictures a second of a bundle on a GPU. `python -m benchmarks.infer_gpu [--json FILE] [--large] [--huge] [--tiny]`
+"""Images a second of a bundle on a GPU. `python -m benchmarks.infer_gpu [--json FILE] [--large] [--huge] [--tiny]`
 
 Needs a CUDA device and no network: ViT-L/14 and ViT-H/14 at 224 px have random weights, and are exported to a bundle
 in a temporary folder (up to 5 GB). --large and --huge take one of the two. --tiny runs the same script on a CPU with a
@@ -8,7 +8,7 @@ tiny model, to see that it works.
 Ours is `Predictor.embed_fitted` of the bundle, in the precision that it finds for the device. Told, each with its
 target:
   against what a user would write (≥ 1.10): the same timm model with the same weights, eager, channels last, under
-    inference_mode and autocast to the same precision. Its pictures are normalised beforehand, ours are not;
+    inference_mode and autocast to the same precision. Its images are normalised beforehand, ours are not;
   share of the peak (≥ 0.60): of the device's matrix peak, a product measured in each round, that the FLOPs which the
     tower and its head need make up.
 Both take a batch that stays on the device and give unit vectors to the CPU; how far these are apart is told. Rounds
@@ -95,7 +95,7 @@ def peer(name: str, model: Regressor, device: torch.device) -> torch.nn.Module:
 
 
 def flop(model: Regressor) -> float:
-    """Of a picture: tower and head."""
+    """Of an image: tower and head."""
     with torch.device("meta"):
         twin = make(model.spec.name, "random", model.spec.size, WIDTH).eval()
         image_BCHW = torch.zeros(1, 3, model.spec.size, model.spec.size)
@@ -105,7 +105,7 @@ def flop(model: Regressor) -> float:
 
 
 def rate(work: Callable[[], object], batch: int, skipped: int, timed: int) -> float:
-    """Pictures a second on the clock; `work` waits for the device."""
+    """Images a second on the clock; `work` waits for the device."""
     for _ in range(skipped):
         work()
     began = time.perf_counter()
@@ -136,7 +136,7 @@ def measured(kind: str, name: str, scale: Scale, device: torch.device, root: Pat
         return normalize(z_BE.float(), dim=-1).cpu()
 
     apart = float((1 - (ours() * eager()).sum(1)).max())
-    print(f"{kind}: {name}, {predictor.precision}, {scale.batch} pictures at once, {needed / 1e9:.1f} GFLOP a picture")
+    print(f"{kind}: {name}, {predictor.precision}, {scale.batch} images at once, {needed / 1e9:.1f} GFLOP an image")
     arms: dict[str, Callable[[], float]] = {
         "peak_tflops": lambda: peak_flop_per_s(device, predictor.precision, scale.side) / 1e12,
         "ours": lambda: rate(ours, scale.batch, scale.skipped, scale.timed),
@@ -164,19 +164,19 @@ def measured(kind: str, name: str, scale: Scale, device: torch.device, root: Pat
 
 
 def main() -> int:
-    chosen = options(
+    cfg = options(
         __doc__,
         large="ViT-L/14 alone",
         huge="ViT-H/14 alone",
         tiny="a tiny model on the CPU: shows that the script works, measures nothing",
     )
-    if not chosen.tiny and not torch.cuda.is_available():
+    if not cfg.tiny and not torch.cuda.is_available():
         print("infer_gpu: torch sees no CUDA device here, and models of full size need one; --tiny tries the script")
         return 2
-    scale = TINY if chosen.tiny else FULL
-    wanted = [kind for kind in scale.models if getattr(chosen, kind, False)] or list(scale.models)
-    device = torch.device("cpu" if chosen.tiny else "cuda")
-    told = "the CPU, a tiny model" if chosen.tiny else torch.cuda.get_device_name()
+    scale = TINY if cfg.tiny else FULL
+    wanted = [kind for kind in scale.models if getattr(cfg, kind, False)] or list(scale.models)
+    device = torch.device("cpu" if cfg.tiny else "cuda")
+    told = "the CPU, a tiny model" if cfg.tiny else torch.cuda.get_device_name()
     print(f"{told}; torch {torch.__version__}")
     figures: dict[str, Any] = {}
     for kind in wanted:
@@ -197,7 +197,7 @@ def main() -> int:
         TARGET,
         f"timm-{version('timm')}-eager-autocast",
         {**flat, "peak_target": PEAK_TARGET, "device": told, "torch": torch.__version__},
-        chosen.json,
+        cfg.json,
     )
     return 0
 

@@ -160,21 +160,21 @@ def options() -> argparse.Namespace:
 
 
 def main() -> int:
-    chosen = options()
-    if chosen.measure:
-        measure(chosen.measure[0], Path(chosen.measure[1]))
+    cfg = options()
+    if cfg.measure:
+        measure(cfg.measure[0], Path(cfg.measure[1]))
         return 0
-    rows, questions = TINY if chosen.tiny else (ROWS, QUESTIONS)
-    triples = curate.encoded(texts(chosen.tiny))
+    rows, questions = TINY if cfg.tiny else (ROWS, QUESTIONS)
+    triples = curate.encoded(texts(cfg.tiny))
     with tempfile.TemporaryDirectory(dir=triples.parent) as name:
-        return run(Path(name), triples, rows, questions, chosen)
+        return run(Path(name), triples, rows, questions, cfg)
 
 
-def run(folder: Path, triples: Path, rows: int, questions: int, chosen: argparse.Namespace) -> int:
+def run(folder: Path, triples: Path, rows: int, questions: int, cfg: argparse.Namespace) -> int:
     write(folder, triples, rows, questions)
     build = in_a_process("build", folder)
     rounds: dict[str, list[dict[str, float]]] = {"ours": [], "brute": []}
-    for work in ("ours", "brute") * (1 if chosen.tiny else ROUNDS):
+    for work in ("ours", "brute") * (1 if cfg.tiny else ROUNDS):
         rounds[work].append(in_a_process(work, folder))
     exact = in_a_process("exact", folder)
     middle = {
@@ -201,8 +201,8 @@ def run(folder: Path, triples: Path, rows: int, questions: int, chosen: argparse
         f"{THREADS} threads (at most {SECONDS})"
     )
     ratio = middle["brute"]["predicted_s"] / middle["ours"]["predicted_s"]
-    finish("knn", ratio, TARGET, "torch-brute-force", figures, chosen.json)
-    return 0 if chosen.tiny or (worst >= RECALL and seconds <= SECONDS) else 1
+    finish("knn", ratio, TARGET, "torch-brute-force", figures, cfg.json)
+    return 0 if cfg.tiny or (worst >= RECALL and seconds <= SECONDS) else 1
 
 
 if __name__ == "__main__":

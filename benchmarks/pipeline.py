@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Pictures a second into the model, from one process. `python -m benchmarks.pipeline [--json FILE] [--tiny]`, minutes.
+"""Images a second into the model, from one process. `python -m benchmarks.pipeline [--json FILE] [--tiny]`, minutes.
 
 Ours is the loader of a training run: random order over all shards, uint8 batches of 224 px with their target vectors;
 the model normalises them on its own device. The first peer is the loop that a user of the same tars would write:
@@ -24,13 +24,13 @@ from torchvision import transforms
 from webdataset.compat import WebDataset
 
 from benchmarks.harness import finish, options, timed
-from benchmarks.reader import PICTURES, SHARD, make
+from benchmarks.reader import IMAGES, SHARD, make
 from datagen.dataset import format as shards
 from datagen.dataset.format import Dataset
 from models.regressor import Regressor
 from models.regressor import make as make_model
 from models.runtime.preprocess import Preprocessing, decode, fit
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.data.loader import loader
 from train.data.samplers import Draws, Part, Steps
 
@@ -51,9 +51,9 @@ def write_targets(root: Path) -> Dataset:
     return Dataset(root, "random")
 
 
-def our_batches(pictures: Pictures, seed: int) -> Iterator[torch.Tensor]:
-    draws = Draws([Part(np.arange(len(pictures)))], seed)
-    for batch in loader(pictures, Steps(draws, BATCH, len(pictures) // BATCH), 0):
+def our_batches(images: ImageDataset, seed: int) -> Iterator[torch.Tensor]:
+    draws = Draws([Part(np.arange(len(images)))], seed)
+    for batch in loader(images, Steps(draws, BATCH, len(images) // BATCH), 0):
         yield batch.image_BCHW
 
 
@@ -94,25 +94,25 @@ def drain(batches: Iterator[torch.Tensor], model: Regressor | None = None) -> in
 
 
 def main() -> None:
-    chosen = options(__doc__, tiny="a few pictures: shows that the script works, measures nothing")
-    count, tars_of, times = (2 * BATCH, BATCH, 1) if chosen.tiny else (PICTURES, SHARD, ROUNDS)
+    cfg = options(__doc__, tiny="a few images: shows that the script works, measures nothing")
+    count, tars_of, times = (2 * BATCH, BATCH, 1) if cfg.tiny else (IMAGES, SHARD, ROUNDS)
     torch.set_num_threads(1)
     model = make_model("vit_tiny_patch16_224", "random", SIDE, WIDTH)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         mean_bytes = make(root, count, tars_of)
         tars = sorted(map(str, root.glob("shards/*.tar")))
-        pictures = Pictures([write_targets(root)], Preprocessing(SIDE))
+        images = ImageDataset([write_targets(root)], Preprocessing(SIDE))
         expected = count // BATCH * BATCH
         rounds: dict[str, list[float]] = {}
         for k in range(times):
             work: dict[str, Callable[[], int]] = {
-                "images_per_s": lambda k=k: drain(our_batches(pictures, k)),
+                "images_per_s": lambda k=k: drain(our_batches(images, k)),
                 "usual_per_s": lambda k=k: drain(usual_batches(tars, k, model.spec)),
                 "own_decoder_per_s": lambda k=k: drain(own_decoder_batches(tars, k)),
-                "normalised_per_s": lambda k=k: drain(our_batches(pictures, k), model),
+                "normalised_per_s": lambda k=k: drain(our_batches(images, k), model),
             }
-            if not k:  # warms the page cache, and all give as many pictures
+            if not k:  # warms the page cache, and all give as many images
                 assert {what() for what in work.values()} == {expected}
             for name, what in work.items():
                 rounds.setdefault(name, []).append(expected / timed(what))
@@ -122,7 +122,7 @@ def main() -> None:
     figures = {**medians, "own_decoder_ratio": own, "own_decoder_target": OWN_DECODER_TARGET}
     figures |= {"mean_bytes": mean_bytes, "pictures": count, "batch": BATCH}
     ratio = medians["images_per_s"] / medians["usual_per_s"]
-    finish("pipeline", ratio, TARGET, f"webdataset-{version('webdataset')}", {**figures, "rounds": rounds}, chosen.json)
+    finish("pipeline", ratio, TARGET, f"webdataset-{version('webdataset')}", {**figures, "rounds": rounds}, cfg.json)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""A submission on two cores, from the pictures to the CSV. `python -m benchmarks.predict [--json FILE]`, half an hour.
+"""A submission on two cores, from the images to the CSV. `python -m benchmarks.predict [--json FILE]`, half an hour.
 
 Ours is the quickstart's bundle, or, where `checkpoints/quickstart` is not there, the same backbone with random weights:
 `python predict.py --images … --out …`. The peer is what one would write with timm: one process, Pillow,
@@ -7,12 +7,12 @@ timm.data.create_transform, batches of 32, the same weights eager in fp32 on tor
 pandas' to_csv. Both are whole commands, by the clock, from the start of Python to the end of the CSV; rounds alternate,
 medians are compared.
 
-The pictures are 512 px PNGs of about 400 KB, as the competition's are: noise of all sizes, falling as in photographs.
+The images are 512 px PNGs of about 400 KB, as the competition's are: noise of all sizes, falling as in photographs.
 500 are distinct, and hard links give them 16,000 names; all are in the page cache. Memory is that of all processes of
 a run at once, sampled: pss counts a shared page once, rss in each process. At last a run is killed when it is half
 done, and started again: the CSV must have the same bytes.
 
-With few pictures (`--images 300 --rounds 1`) the starting of Python counts: that shows that the script works.
+With few images (`--images 300 --rounds 1`) the starting of Python counts: that shows that the script works.
 """
 
 import argparse
@@ -41,7 +41,7 @@ BATCH, CORES, WIDTH = 32, 2, 384
 QUICKSTART = ROOT / "checkpoints/quickstart/best"
 
 
-def picture(seed: int) -> "NDArray[np.uint8]":
+def image(seed: int) -> "NDArray[np.uint8]":
     """[512, 512, 3]: octaves of noise, each of less weight than the coarser one."""
     import torch
 
@@ -54,14 +54,14 @@ def picture(seed: int) -> "NDArray[np.uint8]":
     return image_BCHW[0].clamp(0, 255).byte().permute(1, 2, 0).numpy()
 
 
-def make_pictures(folder: Path, count: int) -> float:
+def make_images(folder: Path, count: int) -> float:
     """Writes them, and returns their mean size in bytes."""
     from PIL import Image
 
     folder.mkdir()
     for i in range(count):
         if i < DISTINCT:
-            Image.fromarray(picture(i)).save(folder / f"{i:06d}.png")
+            Image.fromarray(image(i)).save(folder / f"{i:06d}.png")
         else:
             (folder / f"{i:06d}.png").hardlink_to(folder / f"{i % DISTINCT:06d}.png")
     return statistics.mean((folder / f"{i:06d}.png").stat().st_size for i in range(min(count, DISTINCT)))
@@ -179,7 +179,7 @@ def measured(command: Sequence[object]) -> tuple[float, Peak]:
 
 
 def kill_midway(command: Sequence[object], part: Path, count: int) -> int:
-    """Kills a run when half of the pictures are done; returns how many were."""
+    """Kills a run when half of the images are done; returns how many were."""
     process = start(command)
     done = 0
     while done < count / 2:
@@ -187,14 +187,14 @@ def kill_midway(command: Sequence[object], part: Path, count: int) -> int:
         states = part / "states"
         done = states.read_bytes().count(3) if states.exists() else 0
         if process.poll() is not None:
-            raise SystemExit("it had ended before it could be killed: take more pictures")
+            raise SystemExit("it had ended before it could be killed: take more images")
     process.send_signal(signal.SIGKILL)
     process.wait()
     return done
 
 
 def cosine(ours: Path, theirs: Path) -> float:
-    """The mean over the pictures of two submissions."""
+    """The mean over the images of two submissions."""
     import pandas as pd
 
     a, b = (pd.read_csv(path)["val"].to_numpy().reshape(-1, WIDTH) for path in (ours, theirs))
@@ -204,17 +204,17 @@ def cosine(ours: Path, theirs: Path) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write all figures here")
-    parser.add_argument("--images", type=int, default=COUNT, help="pictures [%(default)s]")
+    parser.add_argument("--images", type=int, default=COUNT, help="images [%(default)s]")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="[%(default)s]")
     parser.add_argument("--peer", type=Path, nargs=3, help=argparse.SUPPRESS)
-    chosen = parser.parse_args()
-    if chosen.peer:
-        peer(*chosen.peer)
+    cfg = parser.parse_args()
+    if cfg.peer:
+        peer(*cfg.peer)
         return
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:CORES])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        mean_bytes = make_pictures(folder / "images", chosen.images)
+        mean_bytes = make_images(folder / "images", cfg.images)
         make_bundle(folder)
         program = folder / "bundle/predict.py"
 
@@ -223,22 +223,22 @@ def main() -> None:
 
         theirs = ["-m", "benchmarks.predict", "--peer", folder / "bundle", folder / "images", folder / "peer.csv"]
         rounds: dict[str, list[float]] = {}
-        for k in range(chosen.rounds):
+        for k in range(cfg.rounds):
             for which, command in (("ours", ours("ours.csv")), ("peer", theirs)):
                 seconds, peak = measured(command)
-                for figure, value in (("per_s", chosen.images / seconds), ("pss", peak.pss), ("rss", peak.rss)):
+                for figure, value in (("per_s", cfg.images / seconds), ("pss", peak.pss), ("rss", peak.rss)):
                     rounds.setdefault(f"{which}_{figure}", []).append(value)
             print(f"round {k}: " + ", ".join(f"{key} {values[-1]:.3g}" for key, values in rounds.items()), flush=True)
-        killed_at = kill_midway(ours("again.csv"), folder / "again.csv.part", chosen.images)
+        killed_at = kill_midway(ours("again.csv"), folder / "again.csv.part", cfg.images)
         measured(ours("again.csv"))
         same = (folder / "again.csv").read_bytes() == (folder / "ours.csv").read_bytes()
         figures: dict[str, Any] = {key: statistics.median(values) for key, values in rounds.items() if "per_s" in key}
         figures |= {key: max(values) for key, values in rounds.items() if "per_s" not in key}
         figures["cosine_to_peer"] = cosine(folder / "ours.csv", folder / "peer.csv")
-    figures |= {"memory_target": GIGABYTES, "killed_at": killed_at, "same_bytes": int(same), "pictures": chosen.images}
+    figures |= {"memory_target": GIGABYTES, "killed_at": killed_at, "same_bytes": int(same), "pictures": cfg.images}
     figures |= {"mean_bytes": mean_bytes, "cores": CORES, "rounds": rounds}
     name = f"timm-{version('timm')}-pillow-{version('pillow')}"
-    finish("predict", figures["ours_per_s"] / figures["peer_per_s"], TARGET, name, figures, chosen.json)
+    finish("predict", figures["ours_per_s"] / figures["peer_per_s"], TARGET, name, figures, cfg.json)
     if not same:
         raise SystemExit("the run that was killed and started again gives another CSV")
 

@@ -2,9 +2,9 @@
 """Samples a second in random order from one process. `python -m benchmarks.reader [--json FILE] [--tiny]`, a minute.
 
 Ours is `Dataset.image_bytes` at random numbers: a global shuffle. The peer is the loop that a user of the same tars
-would write, `WebDataset(tars, shardshuffle=…).shuffle(1000)`: a local one. Both give every picture's key and encoded
+would write, `WebDataset(tars, shardshuffle=…).shuffle(1000)`: a local one. Both give every image's key and encoded
 bytes once a round. Told beside that: the peer when it is also told to skip the .txt and .json members, and both with
-the pictures decoded, which binds either. The tars are in the page cache; rounds alternate, and medians are compared.
+the images decoded, which binds either. The tars are in the page cache; rounds alternate, and medians are compared.
 """
 
 import io
@@ -26,28 +26,28 @@ from datagen.dataset.format import Dataset
 from models.runtime.preprocess import decode
 
 TARGET = 15
-PICTURES, SHARD, DISTINCT, SIZE, ROUNDS = 2000, 500, 50, 512, 7
+IMAGES, SHARD, DISTINCT, SIZE, ROUNDS = 2000, 500, 50, 512, 7
 DECODING_ROUNDS = 3  # the first ones: they take most of the time
 
 warnings.filterwarnings("ignore", category=ResourceWarning)  # webdataset leaves its tars open
 
 
-def make(root: Path, count: int = PICTURES, shard: int = SHARD) -> float:
+def make(root: Path, count: int = IMAGES, shard: int = SHARD) -> float:
     """Writes a dataset of `count` JPEGs of 40 to 60 kB, `shard` to a tar; returns their mean size in bytes."""
     distinct = []
-    for picture in noise(min(DISTINCT, count), SIZE):
+    for image in noise(min(DISTINCT, count), SIZE):
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=85)
+        image.save(buffer, "JPEG", quality=85)
         distinct.append(buffer.getvalue())
-    rows = [(f"{n:09d}", n, f"a picture of number {n}", "noise", "", "train", n) for n in range(count)]
+    rows = [(f"{n:09d}", n, f"an image of number {n}", "noise", "", "train", n) for n in range(count)]
     columns = dict(zip(shards.PLAN.names, zip(*rows, strict=True), strict=True))
     plan = pa.table({name: list(column) for name, column in columns.items()}, schema=shards.PLAN)
     shards.write_plan(root, plan, {"shards": count // shard})
-    pictures = [(distinct[n % len(distinct)], {}) for n in range(count)]
+    images = [(distinct[n % len(distinct)], {}) for n in range(count)]
     for number in range(count // shard):
         part = slice(number * shard, (number + 1) * shard)
-        shards.write_shard(root, number, plan.slice(part.start, shard), pictures[part], ".jpg")
-    return float(np.mean([len(p) for p, _ in pictures]))
+        shards.write_shard(root, number, plan.slice(part.start, shard), images[part], ".jpg")
+    return float(np.mean([len(p) for p, _ in images]))
 
 
 def our_samples(dataset: Dataset, seed: int) -> Iterator[tuple[str, bytes]]:
@@ -70,8 +70,8 @@ def drain_decoded(samples: Iterator[tuple[str, bytes]]) -> int:
 
 
 def main() -> None:
-    chosen = options(__doc__, tiny="a few pictures: shows that the script works, measures nothing")
-    count, tars_of, times = (8, 4, 1) if chosen.tiny else (PICTURES, SHARD, ROUNDS)
+    cfg = options(__doc__, tiny="a few images: shows that the script works, measures nothing")
+    count, tars_of, times = (8, 4, 1) if cfg.tiny else (IMAGES, SHARD, ROUNDS)
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
         mean_bytes = make(root, count, tars_of)
@@ -95,7 +95,7 @@ def main() -> None:
     medians = {name: statistics.median(rates) for name, rates in rounds.items()}
     figures = {**medians, "mean_bytes": mean_bytes, "pictures": count, "rounds": rounds}
     ratio = medians["samples_per_s"] / medians["peer_per_s"]
-    finish("reader", ratio, TARGET, f"webdataset-{version('webdataset')}", figures, chosen.json)
+    finish("reader", ratio, TARGET, f"webdataset-{version('webdataset')}", figures, cfg.json)
 
 
 if __name__ == "__main__":

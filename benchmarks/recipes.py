@@ -3,14 +3,14 @@
 
 A run is `train.fit.fit` with a recipe's settings, which is `python -m train` with them: RECIPES is all that differs
 between
-two rows. Common to them are the pictures (glyph scenes; training never shows validation's pairs of object and colour),
+two rows. Common to them are the images (glyph scenes; training never shows validation's pairs of object and colour),
 the backbone (EfficientNet-Lite0, ImageNet weights), the batch, and the budget: the CPU time of plain fine-tuning for
-PASSES passes over the training pictures. What a picture costs is measured first, for each recipe, from two short runs;
+PASSES passes over the training images. What an image costs is measured first, for each recipe, from two short runs;
 what has no backward pass (a frozen backbone, a frozen bottom, the pass that a ridge head is fitted on) costs less, and
-its recipe sees more pictures for the same minutes. The score is the mean cosine on validation after the last step.
+its recipe sees more images for the same minutes. The score is the mean cosine on validation after the last step.
 
 Search: each recipe trains at three rates on a seed that is used for nothing else; its best then trains once on each of
-three others. A seed decides the order of the pictures and the random head. Where a published recipe leaves something
+three others. A seed decides the order of the images and the random head. Where a published recipe leaves something
 open, it has what did better in trials (LOG.md): batch norms that learn, for all. Where a recipe's best rate is the
 first or last of the three, the table says so.
 
@@ -18,7 +18,7 @@ The interval of a mean over seeds is Student's t, 95 %. The ratio is the distanc
 the sum of the two intervals' halves: above 1, they lie apart. CPU minutes are those of training, validation and the
 ridge head's pass in a process of one thread; two such processes run at once. What is done is kept in the work folder
 and not repeated; a run that was stopped begins anew, so that its minutes are whole. `--quick`: all of it on a few
-pictures, to see that it works.
+images, to see that it works.
 """
 
 import argparse
@@ -43,7 +43,7 @@ TARGET = 1.0
 PASSES, SEARCH_SEED, SEEDS = 1.5, 100, (0, 1, 2)
 BATCH = 16
 HEAD_PICTURES = 1250  # that the ridge head is fitted on
-SHORT, LONG = 20, 120  # steps of the runs that tell what a picture costs
+SHORT, LONG = 20, 120  # steps of the runs that tell what an image costs
 DATA = (
     "renderer=glyphs",
     "prompts=grammar",
@@ -86,18 +86,18 @@ class Recipe:
         rates = [f"optim.lr={rate:g}", f"optim.head_lr={rate:g}"]
         return [*COMMON, f"epochs={epochs:.3f}", *self.settings, *rates, f"seed={seed}"]
 
-    def epochs(self, seconds: dict[str, float], pictures: int) -> float:
-        """Passes over the training pictures that the budget pays for.
+    def epochs(self, seconds: dict[str, float], images: int) -> float:
+        """Passes over the training images that the budget pays for.
 
         Args:
-            seconds: CPU time of a picture, by recipe.
+            seconds: CPU time of an image, by recipe.
         """
-        budget = PASSES * pictures * seconds["random"]
+        budget = PASSES * images * seconds["random"]
         if self.fitted:
-            budget -= min(HEAD_PICTURES, pictures) * seconds["probe"]
+            budget -= min(HEAD_PICTURES, images) * seconds["probe"]
         if self.head_alone:
-            return 1 + (budget / pictures - seconds["probe"]) / seconds[self.name]
-        return budget / pictures / seconds[self.name]
+            return 1 + (budget / images - seconds["probe"]) / seconds[self.name]
+        return budget / images / seconds[self.name]
 
 
 LEARNT = "model.fixed_stats=false"
@@ -152,8 +152,8 @@ class Runs:
             for (_, recipe, rate, _), found in zip(named, self._all([(n, o) for n, _, _, o in named]), strict=True)
         ]
 
-    def seconds_a_picture(self) -> dict[str, float]:
-        """CPU time of a training picture by recipe, without its first phase: of a long run less that of a short one."""
+    def seconds_an_image(self) -> dict[str, float]:
+        """CPU time of a training image by recipe, without its first phase: of a long run less that of a short one."""
         seen = {}
         for recipe in (r for r in RECIPES if r.costs_as is None):
             about = [o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_only" not in o]
@@ -184,7 +184,7 @@ class Runs:
                 return found
         folder = self._work / "runs" / name
         shutil.rmtree(folder, ignore_errors=True)
-        # a cache of its own: the pass over the pictures that a head takes is done and counted in each run
+        # a cache of its own: the pass over the images that a head takes is done and counted in each run
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "IM2EMB_CACHE": str(folder / "cache")}
         places = [f"dataset={self._work / 'data'}", f"out={folder / 'run'}"]
         command = [sys.executable, "-m", "benchmarks.recipes", "--one", *overrides, *places]
@@ -208,12 +208,12 @@ def one(overrides: list[str]) -> None:
     from train.fit.fit import fit
 
     torch.set_num_threads(1)
-    chosen = settings(TrainSettings, compose("train", overrides))
+    cfg = settings(TrainSettings, compose("train", overrides))
     began = time.process_time()
-    if code := fit(chosen):
+    if code := fit(cfg):
         sys.exit(code)
     seconds = time.process_time() - began
-    records = [json.loads(line) for line in (chosen.out / "log.jsonl").read_text().splitlines()]
+    records = [json.loads(line) for line in (cfg.out / "log.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "val/cosine" in record)
     told = {
         "cosine": last["val/cosine"],
@@ -221,7 +221,7 @@ def one(overrides: list[str]) -> None:
         "high": last["val/high"],
         "cpu_s": seconds,
         "steps": last["step"],
-        "pictures": last["step"] * chosen.batch_size,
+        "pictures": last["step"] * cfg.batch_size,
     }
     print(json.dumps(told))
 
@@ -234,16 +234,16 @@ def interval(values: list[float]) -> tuple[float, float, float]:
     return statistics.mean(values), deviation, float(t.ppf(0.975, len(values) - 1)) * deviation / len(values) ** 0.5
 
 
-def measured(runs: Runs, pictures: int, seeds: tuple[int, ...], rates: int) -> list[dict[str, Any]]:
+def measured(runs: Runs, images: int, seeds: tuple[int, ...], rates: int) -> list[dict[str, Any]]:
     """A row for each recipe: the search, then its best rate on every seed.
 
     Args:
-        pictures: for training.
+        images: for training.
     """
-    seconds = runs.seconds_a_picture()
-    epochs = {recipe.name: recipe.epochs(seconds, pictures) for recipe in RECIPES}
+    seconds = runs.seconds_an_image()
+    epochs = {recipe.name: recipe.epochs(seconds, images) for recipe in RECIPES}
     for name, cost in seconds.items():
-        print(f"{name}: {1000 * cost:.1f} ms of CPU a picture, {epochs[name]:.2f} passes", flush=True)
+        print(f"{name}: {1000 * cost:.1f} ms of CPU an image, {epochs[name]:.2f} passes", flush=True)
     tried = [(recipe, rate, SEARCH_SEED) for recipe in RECIPES for rate in recipe.rates[:rates]]
     search = runs.train(tried, epochs)
     best = {r.name: max((s for s in search if s["recipe"] == r.name), key=lambda s: s["cosine"]) for r in RECIPES}
@@ -259,7 +259,7 @@ def measured(runs: Runs, pictures: int, seeds: tuple[int, ...], rates: int) -> l
                 "mean": mean,
                 "std": deviation,
                 "half": half,
-                "pictures": mine[0]["pictures"] + (min(HEAD_PICTURES, pictures) if recipe.fitted else 0),
+                "pictures": mine[0]["pictures"] + (min(HEAD_PICTURES, images) if recipe.fitted else 0),
                 "ms_a_picture": 1000 * seconds[recipe.name],
                 "cpu_minutes": statistics.mean(f["cpu_s"] for f in mine) / 60,
                 "rate": best[recipe.name]["rate"],
@@ -277,7 +277,7 @@ def measured(runs: Runs, pictures: int, seeds: tuple[int, ...], rates: int) -> l
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown, best first."""
     lines = [
-        "| recipe | | mean cosine ± std | 95 % interval of the mean | pictures seen | CPU minutes | rate |",
+        "| recipe | | mean cosine ± std | 95 % interval of the mean | images seen | CPU minutes | rate |",
         "|---|---|---|---|---|---|---|",
     ]
     for row in sorted(rows, key=lambda row: -row["mean"]):
@@ -297,32 +297,32 @@ def options() -> argparse.Namespace:
     parser.add_argument("--json", type=Path, help="write all figures here")
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark-recipes", help="keeps what is done")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
-    parser.add_argument("--quick", action="store_true", help="one rate, two seeds, few pictures: does it work?")
+    parser.add_argument("--quick", action="store_true", help="one rate, two seeds, few images: does it work?")
     parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
-    chosen = options()
-    if chosen.one:
-        one(chosen.one)
+    cfg = options()
+    if cfg.one:
+        one(cfg.one)
         return
-    work = chosen.work.resolve() / ("quick" if chosen.quick else "full")
-    data = [*DATA, *(QUICK if chosen.quick else FULL), f"out={work / 'data'}"]
+    work = cfg.work.resolve() / ("quick" if cfg.quick else "full")
+    data = [*DATA, *(QUICK if cfg.quick else FULL), f"out={work / 'data'}"]
     subprocess.run([sys.executable, "-m", "datagen", *data], cwd=ROOT, check=True)  # goes on, or is done already
-    runs = Runs(work, chosen.processes)
+    runs = Runs(work, cfg.processes)
     from datagen.dataset.format import read_info
 
-    pictures = read_info(work / "data")["splits"]["train"]
-    rows = measured(runs, pictures, SEEDS[:2], 1) if chosen.quick else measured(runs, pictures, SEEDS, 3)
+    images = read_info(work / "data")["splits"]["train"]
+    rows = measured(runs, images, SEEDS[:2], 1) if cfg.quick else measured(runs, images, SEEDS, 3)
     print(table(rows))
     ours = next(row for row in rows if row["recipe"] == "ours")
     peer = max((row for row in rows if row is not ours), key=lambda row: row["mean"])
     gain = ours["mean"] - peer["mean"]
     ratio = gain / (ours["half"] + peer["half"])
     figures = {"gain": gain, "ours": ours["mean"], "next": peer["mean"], "seeds": len(ours["seeds"]), "rows": rows}
-    finish("recipes", ratio, TARGET, peer["recipe"], figures, chosen.json)
-    if ratio < TARGET and not chosen.quick:
+    finish("recipes", ratio, TARGET, peer["recipe"], figures, cfg.json)
+    if ratio < TARGET and not cfg.quick:
         sys.exit(1)
 
 

@@ -3,9 +3,9 @@
 
 Ours is `train.fit.fit`, which is `python -m train`, with all that a step of it does: seeds, draws, losses logged and
 checked, progress, resume points. The peer is what a user would write for the same run: a DataLoader over the same
-pictures in the same order, loss, backward pass, gradient clipping, AdamW, LambdaLR. That both do the same work is
+images in the same order, loss, backward pass, gradient clipping, AdamW, LambdaLR. That both do the same work is
 checked: their weights are the same at the end, to the bit. The model is the quickstart's, EfficientNet-Lite0 with
-random weights, at 96 px and 16 pictures a step; the first steps are left out. Both run on one thread; rounds alternate,
+random weights, at 96 px and 16 images a step; the first steps are left out. Both run on one thread; rounds alternate,
 and medians of processor time are compared.
 """
 
@@ -32,7 +32,7 @@ from models.regressor import Regressor, make
 from models.runtime.preprocess import Preprocessing
 from tests import small_dataset
 from train.config import TrainSettings
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.data.samplers import Draws, Part, Steps
 from train.fit import fit
 
@@ -99,7 +99,9 @@ def by_hand(data: Path, skipped: int, timed: int) -> tuple[float, Regressor]:
     rows = dataset.rows("train")
     steps = skipped + timed
     batches = Steps(Draws([Part(rows, 1, dataset.prompt_sets()[rows])], 0), BATCH, steps)
-    loader = DataLoader(Pictures([dataset], Preprocessing(SIZE)), batch_sampler=batches, collate_fn=lambda batch: batch)
+    loader = DataLoader(
+        ImageDataset([dataset], Preprocessing(SIZE)), batch_sampler=batches, collate_fn=lambda batch: batch
+    )
     groups = []
     for part in (model.backbone, model.head):
         groups.append({"params": [p for p in part.parameters() if p.ndim >= 2], "weight_decay": 0.01})
@@ -133,13 +135,13 @@ def same(a: Regressor, b: Regressor) -> bool:
 
 
 def main() -> None:
-    chosen = options(__doc__, tiny="a few steps: shows that the script works, measures nothing")
-    skipped, timed, times = (1, 2, 1) if chosen.tiny else (SKIPPED, TIMED, ROUNDS)
+    cfg = options(__doc__, tiny="a few steps: shows that the script works, measures nothing")
+    skipped, timed, times = (1, 2, 1) if cfg.tiny else (SKIPPED, TIMED, ROUNDS)
     torch.set_num_threads(1)
     rounds: dict[str, list[float]] = {"ours_s": [], "peer_s": []}
     with tempfile.TemporaryDirectory() as folder:
         data = small_dataset.write(
-            Path(folder) / "data", train=BATCH * (4 if chosen.tiny else 20), val=0, shard=80, size=SIZE
+            Path(folder) / "data", train=BATCH * (4 if cfg.tiny else 20), val=0, shard=80, size=SIZE
         )
         for k in range(times):
             seconds, trained = ours(data, Path(folder) / f"run-{k}", skipped, timed)
@@ -156,7 +158,7 @@ def main() -> None:
         "rounds": rounds,
     }
     peer = f"loop-by-hand-torch-{version('torch')}"
-    finish("step", medians["peer_s"] / medians["ours_s"], TARGET, peer, figures, chosen.json)
+    finish("step", medians["peer_s"] / medians["ours_s"], TARGET, peer, figures, cfg.json)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def ratio(ours: list[float], peers: list[float]) -> float:
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    cfg = options(__doc__)
     found, source = texts()
     fast, exact = TargetEncoder(MINILM, "cpu", fast=True), TargetEncoder(MINILM, "cpu")
     plain = TargetEncoder(MINILM, "cpu").transformer
@@ -77,7 +77,7 @@ def main() -> None:
         "rounds": rounds,
     }
     peer = f"sentence-transformers-{version('sentence-transformers')}"
-    finish("targets", ratio(rounds["fast_per_s"], rounds["plain_per_s"]), TARGET, peer, figures, chosen.json)
+    finish("targets", ratio(rounds["fast_per_s"], rounds["plain_per_s"]), TARGET, peer, figures, cfg.json)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ Ours is the step of `python -m train`: `Training` under Lightning, with the micr
 compilation and optimizer that its settings find for the device. Told, each with its target:
   against what a user would write (≥ 1.15): the same timm model, eager, under autocast, with torch's AdamW;
   MFU (≥ 0.55): the share of the device's matrix peak, a product measured in each round, that the FLOPs which a
-    picture's gradients need make up;
+    image's gradients need make up;
   with the lower half of the blocks frozen, against all trained (≥ 1.4);
   fed from the shards, decoding and all, against a batch that stays on the device (≥ 0.97). Since batches wait in the
     loader's queue when the clock starts, the loader's own rate is told beside it.
@@ -103,7 +103,7 @@ class Resident:
 class Ours:
     """A model as `python -m train` trains it."""
 
-    chosen: TrainSettings
+    cfg: TrainSettings
     machine: Machine
     data: Data
     model: Regressor
@@ -113,19 +113,19 @@ class Ours:
 
     @property
     def micro(self) -> int:
-        return self.chosen.batch_size // self.plan.accumulate
+        return self.cfg.batch_size // self.plan.accumulate
 
     def rate(self, feed: Resident | Data, skipped: int, timed: int) -> float:
-        """Pictures a second."""
+        """Images a second."""
         watch = Stopwatch(skipped, skipped + timed, lambda: clock(self.machine.device))
         trainer = lightning.Trainer(
-            accelerator=self.chosen.scale.accelerator,
+            accelerator=self.cfg.scale.accelerator,
             devices=1,
             precision=self.machine.precision,
             max_epochs=-1,
             max_steps=skipped + timed,
             accumulate_grad_batches=self.plan.accumulate,
-            gradient_clip_val=self.chosen.optim.clip,
+            gradient_clip_val=self.cfg.optim.clip,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             callbacks=[watch],
@@ -139,7 +139,7 @@ class Ours:
             trainer.fit(self.module, datamodule=feed)
         else:
             trainer.fit(self.module, train_dataloaders=feed)
-        return timed * self.chosen.batch_size / watch.seconds
+        return timed * self.cfg.batch_size / watch.seconds
 
 
 def prepare(data_root: Path, name: str, scale: Scale, tiny: bool, freeze: int = 0) -> Ours:
@@ -159,19 +159,19 @@ def prepare(data_root: Path, name: str, scale: Scale, tiny: bool, freeze: int = 
         f"scale.accelerator={'cpu' if tiny else 'gpu'}",
         "scale.devices=1",
     ]
-    chosen = settings(TrainSettings, compose("train", overrides))
-    machine = Machine(chosen.scale)
-    datasets = [Dataset(data_root, chosen.encoder)]
-    needs = measure(setup.outline(chosen, datasets), chosen.optim, machine.half)
-    data = Data(datasets, [], chosen, Preprocessing(scale.size))
+    cfg = settings(TrainSettings, compose("train", overrides))
+    machine = Machine(cfg.scale)
+    datasets = [Dataset(data_root, cfg.encoder)]
+    needs = measure(setup.outline(cfg, datasets), cfg.optim, machine.half)
+    data = Data(datasets, [], cfg, Preprocessing(scale.size))
     with machine.device:
         model = make(name, "random", scale.size, WIDTH)
-    setup.arm(model, chosen)
-    plan = setup.plan(chosen, model, data, needs, machine)
+    setup.arm(model, cfg)
+    plan = setup.plan(cfg, model, data, needs, machine)
     data.accumulate = plan.accumulate
     model.cpu()
     free()
-    return Ours(chosen, machine, data, model, needs, plan, Training(model, chosen, plan, ()))
+    return Ours(cfg, machine, data, model, needs, plan, Training(model, cfg, plan, ()))
 
 
 def resident(ours: Ours) -> Resident:
@@ -183,7 +183,7 @@ def resident(ours: Ours) -> Resident:
 
 
 def peer_rate(name: str, ours: Ours, skipped: int, timed: int) -> float:
-    """Pictures a second of a loop by hand: normalised pictures on the device, autocast, AdamW as torch makes it."""
+    """Images a second of a loop by hand: normalised images on the device, autocast, AdamW as torch makes it."""
     import timm
 
     device, half, size = ours.machine.device, DTYPES[ours.machine.half], ours.model.spec.size
@@ -209,14 +209,14 @@ def peer_rate(name: str, ours: Ours, skipped: int, timed: int) -> float:
     began = clock(device)
     for _ in range(timed):
         step()
-    return timed * ours.chosen.batch_size / (clock(device) - began)
+    return timed * ours.cfg.batch_size / (clock(device) - began)
 
 
 def loader_rate(ours: Ours, scale: Scale) -> float:
-    """Pictures a second that the loader gives with nobody training."""
+    """Images a second that the loader gives with nobody training."""
     batches = Steps(ours.data.draws, scale.batch, 2 * scale.queue + 1)
     began = 0.0
-    for number, _ in enumerate(loader(ours.data.pictures, batches, None, keep=False)):
+    for number, _ in enumerate(loader(ours.data.images, batches, None, keep=False)):
         if number == scale.queue:
             began = time.perf_counter()
     return scale.queue * scale.batch / (time.perf_counter() - began)
@@ -239,7 +239,7 @@ def measured(kind: str, name: str, scale: Scale, data_root: Path, tiny: bool) ->
     """Figures of one model."""
     ours = prepare(data_root, name, scale, tiny)
     half = prepare(data_root, name, scale, tiny, freeze=len(layer_groups.blocks(ours.model.backbone)) // 2)
-    how = f"{ours.micro} pictures at once, {ours.plan.recompute} recomputation, {ours.machine.half}"
+    how = f"{ours.micro} images at once, {ours.plan.recompute} recomputation, {ours.machine.half}"
     print(
         f"{kind}: {name}, {how}, {'compiled' if ours.plan.compile else 'not compiled'}; {ours.needs.line(ours.micro)}"
     )
@@ -296,25 +296,25 @@ def free() -> None:
 
 
 def main() -> int:
-    chosen = options(
+    cfg = options(
         __doc__,
         large="ViT-L/14 alone",
         huge="ViT-H/14 alone",
         tiny="a tiny model on the CPU: shows that the script works, measures nothing",
     )
-    if not chosen.tiny and not torch.cuda.is_available():
+    if not cfg.tiny and not torch.cuda.is_available():
         print("train_gpu: torch sees no CUDA device here, and models of full size need one; --tiny tries the script")
         return 2
     _quiet()
-    scale = TINY if chosen.tiny else FULL
-    wanted = [kind for kind in scale.models if getattr(chosen, kind, False)] or list(scale.models)
-    device = "the CPU, a tiny model" if chosen.tiny else torch.cuda.get_device_name()
+    scale = TINY if cfg.tiny else FULL
+    wanted = [kind for kind in scale.models if getattr(cfg, kind, False)] or list(scale.models)
+    device = "the CPU, a tiny model" if cfg.tiny else torch.cuda.get_device_name()
     print(f"{device}; torch {torch.__version__}")
     figures: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        data_root = write_shards(Path(folder) / "data", chosen.tiny)
+        data_root = write_shards(Path(folder) / "data", cfg.tiny)
         for kind in wanted:
-            figures[kind] = measured(kind, scale.models[kind], scale, data_root, chosen.tiny)
+            figures[kind] = measured(kind, scale.models[kind], scale, data_root, cfg.tiny)
             free()
     for kind, found in figures.items():
         print(
@@ -328,7 +328,7 @@ def main() -> int:
     least = min(found["ratio"] for found in figures.values())
     peer = f"timm-{version('timm')}-eager-autocast-adamw"
     finish(
-        "train_gpu", least, TARGET, peer, {**flat, **targets, "device": device, "torch": torch.__version__}, chosen.json
+        "train_gpu", least, TARGET, peer, {**flat, **targets, "device": device, "torch": torch.__version__}, cfg.json
     )
     return 0
 

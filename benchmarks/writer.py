@@ -1,12 +1,12 @@
 # ruff: noqa: T201
-"""Pictures a second from a renderer's memory to a shard. `python -m benchmarks.writer [--json FILE]`, some two minutes.
+"""Images a second from a renderer's memory to a shard. `python -m benchmarks.writer [--json FILE]`, some two minutes.
 
-A renderer gives batches of uint8 pictures of 768 px; a shard holds them at 512 px. Ours: `Resizer`, `encoded` and
+A renderer gives batches of uint8 images of 768 px; a shard holds them at 512 px. Ours: `Resizer`, `encoded` and
 `write_shard`, which syncs the file and writes its index too. The peer is the loop that a user would write: Pillow's
 Lanczos and `save`, then webdataset's `ShardWriter`. Wall-clock time, rounds of the two alternate, medians are compared;
 the first round of each is not counted. The ratio is that of lossless WebP, the default format, against Pillow's own
 effort, which ours undercuts: the bytes of both are told. Told beside it: WebP at the same effort, png, jpg. Every
-picture of ours must reach 40 dB against the peer's; it is told whether all are equal.
+image of ours must reach 40 dB against the peer's; it is told whether all are equal.
 """
 
 import io
@@ -39,16 +39,16 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "webp": ("webp", {"lossless": True}),
     "webp_our_effort": ("webp", OPTIONS["webp"]),
     "png": ("png", {}),
-    "jpg": ("jpg", OPTIONS["jpg"]),  # else the pictures would not compare
+    "jpg": ("jpg", OPTIONS["jpg"]),  # else the images would not compare
 }
 """Name → the format of both sides, and what the user tells Pillow."""
 
 
 def rendered() -> tuple[str, list[torch.Tensor]]:
-    """What the pictures are, and batches of them as a renderer gives them: uint8 [B, 3, 768, 768]."""
+    """What the images are, and batches of them as a renderer gives them: uint8 [B, 3, 768, 768]."""
     files = sorted((ROOT.parent / "shared/data/competition").glob("*.png"))
     if files:
-        what = f"the {len(files)} pictures of the competition, enlarged"
+        what = f"the {len(files)} images of the competition, enlarged"
         small = [Image.open(path).convert("RGB") for path in files]
     else:
         what = "smooth colours with a little grain"
@@ -68,8 +68,8 @@ def rendered() -> tuple[str, list[torch.Tensor]]:
     return what, batches
 
 
-def plan(pictures: int) -> pa.Table:
-    rows = [(f"{n:09d}", n, f"a picture of number {n}", "benchmark", "", "train", n) for n in range(pictures)]
+def plan(images: int) -> pa.Table:
+    rows = [(f"{n:09d}", n, f"an image of number {n}", "benchmark", "", "train", n) for n in range(images)]
     columns = dict(zip(shards.PLAN.names, zip(*rows, strict=True), strict=True))
     return pa.table({name: list(column) for name, column in columns.items()}, schema=shards.PLAN)
 
@@ -77,12 +77,12 @@ def plan(pictures: int) -> pa.Table:
 def ours(root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format: str) -> None:
     resize = Resizer(FROM, TO, "lanczos", "cpu")
 
-    def pictures() -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
+    def images() -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
         for image_BCPP in batches:
-            for picture_HWC in resize(image_BCPP).permute(0, 2, 3, 1).numpy():
-                yield picture_HWC, {}
+            for image_HWC in resize(image_BCPP).permute(0, 2, 3, 1).numpy():
+                yield image_HWC, {}
 
-    shards.write_shard(root, 0, rows, encoded(pictures(), image_format), f".{image_format}")
+    shards.write_shard(root, 0, rows, encoded(images(), image_format), f".{image_format}")
 
 
 def theirs(root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format: str, told: dict[str, Any]) -> None:
@@ -92,9 +92,9 @@ def theirs(root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format
         for image_BCPP in batches:
             for image_CPP in image_BCPP:
                 row = next(records)
-                picture = Image.fromarray(image_CPP.permute(1, 2, 0).contiguous().numpy())
+                image = Image.fromarray(image_CPP.permute(1, 2, 0).contiguous().numpy())
                 buffer = io.BytesIO()
-                picture.resize((TO, TO), Image.Resampling.LANCZOS).save(buffer, kind, **told)
+                image.resize((TO, TO), Image.Resampling.LANCZOS).save(buffer, kind, **told)
                 meta = {key: row[key] for key in ("prompt_id", "source", "group", "split", "seed")}
                 writer.write(
                     {"__key__": row["key"], image_format: buffer.getvalue(), "txt": row["prompt"], "json": meta}
@@ -124,12 +124,12 @@ def wall(work: Callable[[], object]) -> float:
 
 
 def main() -> None:
-    chosen = options(__doc__)
+    cfg = options(__doc__)
     what, batches = rendered()
     count = BATCH * BATCHES
     rows = plan(count)
     cores = len(os.sched_getaffinity(0))
-    print(f"{count} pictures a round: {what}; {FROM} → {TO} px; {cores} cores")
+    print(f"{count} images a round: {what}; {FROM} → {TO} px; {cores} cores")
     figures: dict[str, Any] = {"pictures": count, "cores": cores, "rounds": {}}
     with tempfile.TemporaryDirectory() as folder:
         for name, (image_format, told) in PEERS.items():
@@ -148,7 +148,7 @@ def main() -> None:
             assert len(our_bytes) == count
             assert our_bytes.keys() == their_bytes.keys()
             worst = min(decibels(our_bytes[key], their_bytes[key]) for key in our_bytes)
-            assert worst >= LEAST_DB, f"{name}: {worst:.1f} dB against the peer's picture, {LEAST_DB} are due"
+            assert worst >= LEAST_DB, f"{name}: {worst:.1f} dB against the peer's image, {LEAST_DB} are due"
             rate, peer = statistics.median(our_rates[1:]), statistics.median(their_rates[1:])
             size, peer_size = (sum(map(len, made.values())) / count for made in (our_bytes, their_bytes))
             print(
@@ -165,7 +165,7 @@ def main() -> None:
             }
             figures["rounds"][name] = {"ours": our_rates[1:], "peer": their_rates[1:]}
     peer_name = f"pillow-{version('pillow')}+webdataset-{version('webdataset')}"
-    finish("writer", figures["webp_per_s"] / figures["peer_webp_per_s"], TARGET, peer_name, figures, chosen.json)
+    finish("writer", figures["webp_per_s"] / figures["peer_webp_per_s"], TARGET, peer_name, figures, cfg.json)
 
 
 if __name__ == "__main__":

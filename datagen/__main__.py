@@ -1,4 +1,4 @@
-"""`python -m datagen`: prompts → pictures → shards → targets. Settings: conf/datagen.yaml."""
+"""`python -m datagen`: prompts → images → shards → targets. Settings: conf/datagen.yaml."""
 
 from typing import Any
 
@@ -8,10 +8,10 @@ from datagen.config import DatagenSettings
 
 
 def run(values: dict[str, Any]) -> int:
-    chosen = settings(DatagenSettings, values)
+    cfg = settings(DatagenSettings, values)
     from datagen.engine.runner import generate
 
-    return generate(chosen)
+    return generate(cfg)
 
 
 if __name__ == "__main__":

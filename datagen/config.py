@@ -15,7 +15,7 @@ ENCODER = "all-MiniLM-L6-v2"
 class GrammarPrompts:
     name: Literal["grammar"]
     flourish: float
-    """Chance of a clause that no picture shows, 0 to 1."""
+    """Chance of a clause that no image shows, 0 to 1."""
     objects: tuple[float, ...]
     """Chances of one, two, … different objects in a scene; they sum to 1."""
     detail: float
@@ -128,7 +128,7 @@ class MixturePrompts:
 class GlyphsRenderer:
     name: Literal["glyphs"]
     size: int
-    """Side of the square picture, pixels."""
+    """Side of the square image, pixels."""
     image_format: Literal["png", "webp", "jpg"]
     """png and webp are lossless, jpg is quality 95."""
 
@@ -153,7 +153,7 @@ class StableDiffusionRenderer:
     cache_every: int
     """Steps from one computation of the UNet's deep features to the next; 1 computes them always."""
     render_size: int
-    """Side at which the picture is diffused, pixels, a multiple of 64."""
+    """Side at which the image is diffused, pixels, a multiple of 64."""
     size: int
     """Side at which it is saved, pixels."""
     filter: Literal["lanczos", "bicubic", "bilinear", "box"]
@@ -165,11 +165,11 @@ class StableDiffusionRenderer:
     compile: bool | None
     """Compile the networks, once a process; null: on CUDA."""
     batch_size: int | None
-    """Pictures a batch; null finds it. Recorded in the dataset: another size changes float sums."""
+    """Images a batch; null finds it. Recorded in the dataset: another size changes float sums."""
     vae_batch: int
-    """Pictures decoded at once."""
+    """Images decoded at once."""
     redraw: bool
-    """Draw a NaN or constant picture again in fp32; else it is only told."""
+    """Draw a NaN or constant image again in fp32; else it is only told."""
     watermark: bool
     """Add the host script's invisible watermark."""
     image_format: Literal["png", "webp", "jpg"]
@@ -215,7 +215,7 @@ class DiffusersRenderer:
     guidance: float
     """Guidance scale; 0 is right for turbo models."""
     render_size: int | None
-    """Side at which the picture is diffused, pixels; null: the model's own."""
+    """Side at which the image is diffused, pixels; null: the model's own."""
     size: int
     """Side at which it is saved, pixels."""
     filter: Literal["lanczos", "bicubic", "bilinear", "box"]
@@ -225,9 +225,9 @@ class DiffusersRenderer:
     device: str
     """auto, cpu, cuda or cuda:N."""
     batch_size: int | None
-    """Pictures a batch; null finds it. Recorded in the dataset: another size changes float sums."""
+    """Images a batch; null finds it. Recorded in the dataset: another size changes float sums."""
     redraw: bool
-    """Draw a NaN or constant picture again in fp32; else it is only told."""
+    """Draw a NaN or constant image again in fp32; else it is only told."""
     image_format: Literal["png", "webp", "jpg"]
     """png and webp are lossless, jpg is quality 95."""
 
@@ -243,25 +243,25 @@ class DiffusersRenderer:
         return _diffusion_unused(self)
 
 
-def _diffusion_problems(chosen: StableDiffusionRenderer | DiffusersRenderer) -> list[str]:
+def _diffusion_problems(cfg: StableDiffusionRenderer | DiffusersRenderer) -> list[str]:
     found = []
-    if not 0 <= chosen.guidance < float("inf"):
-        found.append(f"guidance: {chosen.guidance} is below 0 or no number; the competition's is 9, a turbo model's 0")
-    most = chosen.render_size
-    if chosen.size < 1 or (most is not None and chosen.size > most):
-        found.append(f"size: {chosen.size} is outside 1 to render_size={most} pixels")
-    if chosen.batch_size is not None and chosen.batch_size < 1:
-        found.append(f"batch_size: {chosen.batch_size} is below 1; null finds the quickest")
+    if not 0 <= cfg.guidance < float("inf"):
+        found.append(f"guidance: {cfg.guidance} is below 0 or no number; the competition's is 9, a turbo model's 0")
+    most = cfg.render_size
+    if cfg.size < 1 or (most is not None and cfg.size > most):
+        found.append(f"size: {cfg.size} is outside 1 to render_size={most} pixels")
+    if cfg.batch_size is not None and cfg.batch_size < 1:
+        found.append(f"batch_size: {cfg.batch_size} is below 1; null finds the quickest")
     return found
 
 
-def _diffusion_unused(chosen: StableDiffusionRenderer | DiffusersRenderer) -> dict[str, str]:
+def _diffusion_unused(cfg: StableDiffusionRenderer | DiffusersRenderer) -> dict[str, str]:
     found = {}
-    if Path(chosen.model).expanduser().exists():
-        found["revision"] = f"with renderer.model={chosen.model}, a local path; only a repository of the hub has one"
-    if chosen.size == chosen.render_size:
-        found["filter"] = f"with renderer.size={chosen.size} equal to renderer.render_size: nothing is resized"
-    if chosen.precision == "fp32":
+    if Path(cfg.model).expanduser().exists():
+        found["revision"] = f"with renderer.model={cfg.model}, a local path; only a repository of the hub has one"
+    if cfg.size == cfg.render_size:
+        found["filter"] = f"with renderer.size={cfg.size} equal to renderer.render_size: nothing is resized"
+    if cfg.precision == "fp32":
         found["redraw"] = "with renderer.precision=fp32, the highest: there is none to draw again in"
     return found
 
@@ -302,7 +302,7 @@ class Curation:
 @dataclass(frozen=True)
 class Split:
     kind: Literal["similarity", "holdout", "picture"]
-    """How validation is kept apart: by cosine to training prompts, by group, or by picture."""
+    """How validation is kept apart: by cosine to training prompts, by group, or by image."""
     share: float
     """Share of validation, 0 to 1."""
     threshold: float
@@ -329,13 +329,13 @@ class DatagenSettings:
     out: Location
     """Dataset folder: a local path or an fsspec URL."""
     num: int
-    """Pictures."""
+    """Number of images to render."""
     seed: int
-    """Decides prompts, split and every picture's own seed."""
+    """Decides prompts, split and every image's own seed."""
     seeds_per_prompt: int
-    """Pictures of each prompt."""
+    """Images of each prompt."""
     shard_size: int
-    """Pictures a shard, the unit of work and of resume."""
+    """Images a shard, the unit of work and of resume."""
     encoder: str | None
     """Target encoder: a sentence-transformers hub name or folder; null writes no targets."""
     engine: Literal["local", "ray"]
@@ -351,7 +351,7 @@ class DatagenSettings:
     retries: int
     """How often a failing shard is tried again before it is set aside."""
     dry_run: bool
-    """Tell pictures, time and disk, and stop."""
+    """Tell images, time and disk, and stop."""
     force: bool
     """Render even where it would take days."""
     prompts: GrammarPrompts | FilePrompts | MixturePrompts
@@ -421,11 +421,11 @@ def _is_part(part: str) -> bool:
 @dataclass(frozen=True)
 class IndexSettings:
     out: Path
-    """Dataset folder to write, a local path; the pictures stay where they are."""
+    """Dataset folder to write, a local path; the images stay where they are."""
     images: Path | None
-    """Folder of pictures, with `csv`."""
+    """Folder of images, with `csv`."""
     csv: Path | None
-    """CSV of prompts; several rows of one picture are its several captions."""
+    """CSV of prompts; several rows of one image are its several captions."""
     file_column: str | None
     """Column of the file name or its stem; null finds the usual ones."""
     prompt_column: str | None
@@ -454,7 +454,7 @@ class IndexSettings:
         if (self.tars is None) == (self.images is None):
             found.append("images, tars: give one of the two, either a folder with csv=… or tars='…/*.tar'")
         if self.images is not None and self.csv is None:
-            found.append("csv: missing; it holds the prompts of the pictures in images=…")
+            found.append("csv: missing; it holds the prompts of the images in images=…")
         if self.tars is not None and self.csv is not None:
             found.append(f"csv: {self.csv} is for images=…; a sample of tars has its prompt in its .txt or .json")
         if self.tars is not None and self.file_column is not None:
@@ -472,7 +472,7 @@ class IndexSettings:
         if self.split.kind == "holdout" and self.group_column is None:
             found.append(
                 "group_column: missing; split.kind=holdout needs each image's group. Name its column (of tars, the "
-                "field of the .json), or take split.kind=similarity or picture, which need none"
+                "field of the .json), or take split.kind=similarity or image, which need none"
             )
         return found
 
@@ -493,7 +493,7 @@ class PublishedSettings:
     out: Location
     """Dataset folder: a local path or an fsspec URL."""
     num: int | None
-    """Pictures taken from the set before curation; null: all."""
+    """Images taken from the set before curation; null: all."""
     folder: Path | None
     """A local copy of the repository; null asks the hub."""
     revision: str | None
@@ -501,9 +501,9 @@ class PublishedSettings:
     work: Path | None
     """Folder of <out>.published, which is removed at the end; null: that of `out`, for a URL the current one."""
     hold_archives: bool
-    """sd2_4m: an archive read for its prompts stays until its pictures are taken; false fetches it twice."""
+    """sd2_4m: an archive read for its prompts stays until its images are taken; false fetches it twice."""
     nsfw_at_most: float
-    """diffusiondb: bound of `image_nsfw`, 0 to 1; 2 marks a picture that was blurred."""
+    """diffusiondb: bound of `image_nsfw`, 0 to 1; 2 marks an image that was blurred."""
     seed: int
     """Decides the order of the archives and the split."""
     encoder: str | None
@@ -516,13 +516,13 @@ class PublishedSettings:
         if not 0 <= self.seed < 2**31:
             found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
         if self.nsfw_at_most < 0:
-            found.append(f"nsfw_at_most: {self.nsfw_at_most} is below 0, and leaves no picture")
+            found.append(f"nsfw_at_most: {self.nsfw_at_most} is below 0, and leaves no image")
         if self.folder is not None and self.revision is not None:
             found.append(f"folder, revision: {self.folder} has no revision; give one of the two")
         if self.encoder is None and needs_vectors(self.curate, self.split):
             found.append("encoder: null, but curate.duplicates_at, curate.against or split.kind=similarity needs one")
         if self.name == "diffusiondb" and self.split.kind == "holdout":
-            found.append("split.kind: holdout needs groups, and diffusiondb has none; similarity or picture")
+            found.append("split.kind: holdout needs groups, and diffusiondb has none; similarity or image")
         return found
 
     def unused(self) -> dict[str, str]:
@@ -556,16 +556,16 @@ class ReportSettings:
     """Dataset folder: a local path or an fsspec URL."""
     page: Path | None
     """The page to write; null: `<out>.report.html`, beside the dataset or, of a URL, in the current folder."""
-    pictures: int
-    """Pictures on the contact sheet of training; half as many of every other split."""
+    images: int
+    """Images on the contact sheet of training; half as many of every other split."""
     faults: int
-    """Redrawn, constant and faulty pictures shown of each kind."""
+    """Redrawn, constant and faulty images shown of each kind."""
     counted: int
     """Prompts whose tokens and words are counted."""
     seed: int
-    """Draws pictures and prompts."""
+    """Draws images and prompts."""
 
     def problems(self) -> list[str]:
-        counts = {"pictures": self.pictures, "faults": self.faults, "counted": self.counted}
+        counts = {"images": self.images, "faults": self.faults, "counted": self.counted}
         found = [f"{name}: {value} is below 1" for name, value in counts.items() if value < 1]
         return found if self.seed >= 0 else [*found, f"seed: {self.seed} is below 0"]

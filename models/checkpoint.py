@@ -1,7 +1,7 @@
 """A checkpoint: a folder with `model.safetensors` and `config.json`, enough to predict and to export anywhere.
 
-Beside the weights the file carries the training mean vector (for pictures that cannot be read) and eight decoded
-validation pictures with their vectors (so that export can prove parity without the dataset).
+Beside the weights the file carries the training mean vector (for images that cannot be read) and eight decoded
+validation images with their vectors (so that export can prove parity without the dataset).
 """
 
 import contextlib
@@ -43,7 +43,7 @@ def save(
 
     Args:
         mean_E: the normalised mean of the training targets.
-        probes: up to eight decoded uint8 pictures [3, H, W]; their vectors are computed here, in fp32.
+        probes: up to eight decoded uint8 images [3, H, W]; their vectors are computed here, in fp32.
         facts: plain JSON for `config.json`: target encoder, dataset hash, score, step, …
 
     Raises:
@@ -201,7 +201,7 @@ def _same(key: str, value: Any) -> Any:
 
 
 def load_extras(folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """The training mean vector [E], the probe pictures, and their vectors [8, E]."""
+    """The training mean vector [E], the probe images, and their vectors [8, E]."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         count = sum(key.startswith("probe_image_") for key in file.keys())  # noqa: SIM118 – not a mapping
         probes = [file.get_tensor(f"probe_image_{i}") for i in range(count)]

@@ -1,6 +1,6 @@
-"""What an embedder is: pictures in, unit vectors out. Evaluation, ensembling and prediction take any.
+"""What an embedder is: images in, unit vectors out. Evaluation, ensembling and prediction take any.
 
-B pictures, E target width.
+B images, E target width.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ Encode = Callable[[list[str]], NDArray[np.float32]]
 
 class Embedder(Protocol):
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Decoded uint8 pictures [3, H, W] of any size, B of them → float32 unit vectors z_BE on the CPU."""
+        """Decoded uint8 images [3, H, W] of any size, B of them → float32 unit vectors z_BE on the CPU."""
         ...
 
 
 class Captioner(Protocol):
     def caption(self, images: list[torch.Tensor]) -> list[str]:
-        """Decoded uint8 pictures [3, H, W] of any size → a text for each."""
+        """Decoded uint8 images [3, H, W] of any size → a text for each."""
         ...
 
 

@@ -1,7 +1,7 @@
 """A head fitted in closed form: ridge regression from frozen features to target vectors.
 
-Exact normal equations in float64, streamed over batches: memory is D² and D·E, whatever the number of pictures.
-n pictures, D feature width, H units of a wide head, E target width.
+Exact normal equations in float64, streamed over batches: memory is D² and D·E, whatever the number of images.
+n images, D feature width, H units of a wide head, E target width.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -126,7 +126,7 @@ def init_ridge(
     """Sets a head of `models.runtime.heads` in closed form; returns the penalty's share.
 
     Linear: one pass. Wide: its first layer stays as it is, random features; one pass measures the mean and variance
-    of their BatchNorm over all pictures (as in evaluation: exactly, no running average), a second one fits the last
+    of their BatchNorm over all images (as in evaluation: exactly, no running average), a second one fits the last
     layer on what comes out of the ReLU.
 
     Args:

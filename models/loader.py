@@ -22,7 +22,7 @@ def load_any(
     """The embedder that a folder holds: a checkpoint, an ensemble, a bundle (whose own program runs), or a run's best.
 
     Args:
-        flip: the mean over each picture and its mirror image.
+        flip: the mean over each image and its mirror image.
         sizes: the mean over these input sizes, px; checkpoints alone can have other sizes than their own.
 
     Raises:

@@ -33,7 +33,7 @@ def insert(
     Args:
         first: blocks below, as `model.freeze` counts them.
         dropout: on what goes into an adapter.
-        size: side of the input, pixels: one empty picture shows which layers are called. A layer whose weight is read
+        size: side of the input, pixels: one empty image shows which layers are called. A layer whose weight is read
             past it (in torch's own multi-head attention, in fused attention with biases of its own) would leave its
             adapter unused.
 

@@ -1,6 +1,6 @@
-"""Losses: tensors → a loss for each picture, and their weighted sum.
+"""Losses: tensors → a loss for each image, and their weighted sum.
 
-B pictures of a step, h of them the hardest, E target width. Predictions may be of any length: but for `mse_loss`, only
+B images of a step, h of them the hardest, E target width. Predictions may be of any length: but for `mse_loss`, only
 their direction counts. Everything is computed in fp32, whatever autocast says.
 """
 
@@ -26,26 +26,26 @@ class Chosen(Protocol):
 
 
 def loss(
-    z_BE: torch.Tensor, target_BE: torch.Tensor, weight_B: torch.Tensor, chosen: Chosen, denominator: float
+    z_BE: torch.Tensor, target_BE: torch.Tensor, weight_B: torch.Tensor, cfg: Chosen, denominator: float
 ) -> torch.Tensor:
     """Σ weight · (cosine + mse · MSE + contrastive · InfoNCE) ÷ denominator.
 
     Args:
         z_BE: the head's output, before it is made of unit length: the MSE is what fixes its length.
         target_BE: of any length; its direction is the target.
-        weight_B: how much each picture counts.
-        denominator: pictures planned for the step. A part of them gives its part of the step's loss, so that
-            micro-batches and ranks add up to the big batch's, unless a picture's loss depends on the others of its
-            step: contrastive > 0 or hardest < 1 (whose share of the pictures is then what the sum is divided by).
+        weight_B: how much each image counts.
+        denominator: images planned for the step. A part of them gives its part of the step's loss, so that
+            micro-batches and ranks add up to the big batch's, unless an image's loss depends on the others of its
+            step: contrastive > 0 or hardest < 1 (whose share of the images is then what the sum is divided by).
     """
     with torch.autocast(z_BE.device.type, enabled=False):
         z_BE, target_BE, weight_B = z_BE.float(), target_BE.float(), weight_B.float()
         each_B = cosine_loss(z_BE, target_BE)
-        kept_h = hardest(each_B.detach(), chosen.hardest) if chosen.hardest < 1 and len(each_B) else None
-        if chosen.mse:
-            each_B = each_B + chosen.mse * mse_loss(z_BE, target_BE)
-        if chosen.contrastive:
-            each_B = each_B + chosen.contrastive * contrastive_loss(z_BE, target_BE, chosen.temperature)
+        kept_h = hardest(each_B.detach(), cfg.hardest) if cfg.hardest < 1 and len(each_B) else None
+        if cfg.mse:
+            each_B = each_B + cfg.mse * mse_loss(z_BE, target_BE)
+        if cfg.contrastive:
+            each_B = each_B + cfg.contrastive * contrastive_loss(z_BE, target_BE, cfg.temperature)
         if kept_h is not None:
             denominator *= len(kept_h) / len(each_B)
             each_B, weight_B = each_B[kept_h], weight_B[kept_h]
@@ -68,7 +68,7 @@ def mse_loss(z_BE: torch.Tensor, target_BE: torch.Tensor) -> torch.Tensor:
 
 def contrastive_loss(z_BE: torch.Tensor, target_BE: torch.Tensor, temperature: float) -> torch.Tensor:
     """Symmetric InfoNCE, as CLIP's: each prediction must tell its target from the others of the step, and each target
-    its prediction. Pictures of the same target are not told apart.
+    its prediction. Images of the same target are not told apart.
     """
     z_BE, target_BE = normalize(z_BE, dim=-1), normalize(target_BE, dim=-1)
     exact_BE = normalize(target_BE.double(), dim=-1)  # float64: TF32 could not tell the same from the similar

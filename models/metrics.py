@@ -3,7 +3,7 @@
     score = {name: cosines(vector_nE, targets) for name, vector_nE in vectors.items()}
     intervals, differences = compare(score, group_n=prompts)
 
-n pictures, M embedders, G groups of pictures, R resamples, E target width, m vectors of a bank.
+n images, M embedders, G groups of images, R resamples, E target width, m vectors of a bank.
 """
 
 import math
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 
-_DRAWN = 1 << 16  # pictures at once, of all resamples: what fits the cache of a core is drawn twice as fast
+_DRAWN = 1 << 16  # images at once, of all resamples: what fits the cache of a core is drawn twice as fast
 _BLOCK = 1 << 14  # vectors of a bank at once
 _ROUNDING = 1e-6  # of a cosine in single precision
 
@@ -39,11 +39,11 @@ class Difference(NamedTuple):
 class Bin(NamedTuple):
     name: str
     mask_n: NDArray[np.bool_]
-    """The pictures in it."""
+    """The images in it."""
 
 
 def cosines(vectors: NDArray[np.float32], targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Each picture's score: the average cosine of its vector to its captions' unit vectors.
+    """Each image's score: the average cosine of its vector to its captions' unit vectors.
 
     Args:
         vectors: predictions [n, E], unit length.
@@ -54,7 +54,7 @@ def cosines(vectors: NDArray[np.float32], targets: Sequence[NDArray[np.float32]]
 
 
 def mean_targets(targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """The mean of each picture's caption vectors [n, E], not of unit length: a unit vector's product with it is the
+    """The mean of each image's caption vectors [n, E], not of unit length: a unit vector's product with it is the
     score that `cosines` gives."""
     return np.stack([t.mean(0, dtype=np.float64) for t in targets])
 
@@ -81,13 +81,13 @@ def compare(
     """Means and their paired differences, each with a 95 % interval, from one set of bootstrap resamples.
 
     The interval is the expanded percentile one (Hesterberg, What Teachers Should Know About the Bootstrap, 2015, 5.3):
-    quantiles further out, as Student's t asks for. The plain ones cover too seldom on few pictures: on seven normal
-    scores 87 % of the time, these 94 %; from a hundred pictures on the two hardly differ.
+    quantiles further out, as Student's t asks for. The plain ones cover too seldom on few images: on seven normal
+    scores 87 % of the time, these 94 %; from a hundred images on the two hardly differ.
 
     Args:
-        scores: embedder → its score of each picture, [n].
-        group_n: pictures with equal values are drawn together, as they must be where they share a prompt: they are not
-            as many independent witnesses. None draws pictures.
+        scores: embedder → its score of each image, [n].
+        group_n: images with equal values are drawn together, as they must be where they share a prompt: they are not
+            as many independent witnesses. None draws images.
         rounds: resamples.
 
     Returns:
@@ -123,11 +123,11 @@ def _refuse_scores(scores: Mapping[str, NDArray[np.float64]], group_n: NDArray[A
     found = []
     if len(set(lengths.values())) > 1:
         each = ", ".join(f"{name} {count}" for name, count in lengths.items())
-        found.append(f"scores of different pictures cannot be compared: {each}; score all on the same ones")
+        found.append(f"scores of different images cannot be compared: {each}; score all on the same ones")
     for name, score_n in scores.items():
         wrong = int((~np.isfinite(score_n)).sum())
         found += [f"{name}: {wrong} of {len(score_n)} scores are not finite"] if wrong else []
-        found += [] if len(score_n) else [f"{name}: no score; at least one picture is needed"]
+        found += [] if len(score_n) else [f"{name}: no score; at least one image is needed"]
     if found:
         raise UserError("\n".join(found))
 
@@ -164,14 +164,14 @@ def _quantiles(groups: int) -> tuple[float, float]:
 def bins(
     value_n: NDArray[Any], edges: Sequence[float] | int, *, unit: str = "", whole: bool = False, least: int = 20
 ) -> list[Bin]:
-    """Pictures by a value of theirs, in groups with readable names: "below .5", ".5–.6"; "up to 5 words", "6–10 words".
+    """Images by a value of theirs, in groups with readable names: "below .5", ".5–.6"; "up to 5 words", "6–10 words".
 
     Args:
         value_n: NaN where it is not known; those make a last group, "unknown".
         edges: where the second group begins, the third, …; or into how many groups of about equal size to cut.
         unit: stands after each name.
         whole: the values count something: they are rounded, and names include both ends.
-        least: a group of fewer pictures is joined with the smaller of its neighbours.
+        least: a group of fewer images is joined with the smaller of its neighbours.
     """
     known_n = ~np.isnan(value_n)
     value_n = np.rint(value_n) if whole else np.asarray(value_n, np.float64)
@@ -227,19 +227,19 @@ def vector_problems(name: str, vector_nE: NDArray[np.float32], count: int | None
     if width is not None and columns != width:
         found.append(f"{name}: vectors {columns} wide, not {width}; it is of another target encoder")
     if count is not None and rows != count:
-        found.append(f"{name}: {rows} vectors, not {count}; predict all on the same pictures")
+        found.append(f"{name}: {rows} vectors, not {count}; predict all on the same images")
     finite_n = np.isfinite(vector_nE).all(1)
     for wrong_n, what in ((~finite_n, "NaN or infinite"), (finite_n & ~vector_nE.any(1), "zero")):
         if wrong_n.any():
             first = int(wrong_n.argmax())
-            found.append(f"{name}: {wrong_n.sum()} of {rows} vectors are {what}, the first that of picture {first}")
+            found.append(f"{name}: {wrong_n.sum()} of {rows} vectors are {what}, the first that of image {first}")
     return found
 
 
 def similarity_matrix(vector_nE: NDArray[np.float32], targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Generated × reference, [n, n]: row i, column j is the mean cosine of vector i to the captions of picture j.
+    """Generated × reference, [n, n]: row i, column j is the mean cosine of vector i to the captions of image j.
 
-    Its diagonal is what `cosines` gives. It takes 4 n² bytes: sample pictures where there are very many.
+    Its diagonal is what `cosines` gives. It takes 4 n² bytes: sample images where there are very many.
 
     Args:
         vector_nE: predictions, unit length.
@@ -259,26 +259,26 @@ def recall(
     true_n: Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[int, float]:
-    """k → share of pictures that have one of their own prompts among the k nearest of a bank.
+    """k → share of images that have one of their own prompts among the k nearest of a bank.
 
     Equal vectors of the bank count once, and the true one comes before others that are as near.
 
     Args:
         vector_nE: predictions.
         bank_mE: unit vectors of prompts.
-        true_n: the row of each picture's prompt in the bank, or the rows of its several captions.
+        true_n: the row of each image's prompt in the bank, or the rows of its several captions.
 
     Raises:
-        UserError: vectors are zero, not finite or of another width, or a picture's row is not in the bank.
+        UserError: vectors are zero, not finite or of another width, or an image's row is not in the bank.
     """
     own = [np.atleast_1d(np.asarray(rows, np.int64)) for rows in true_n]
     found = vector_problems("bank", bank_mE, None, None)
     found += vector_problems("vectors", vector_nE, len(own), bank_mE.shape[-1])
     outside = [i for i, rows in enumerate(own) if not len(rows) or rows.min() < 0 or rows.max() >= len(bank_mE)]
     if outside:
-        found.append(f"{len(outside)} pictures have no prompt in the bank of {len(bank_mE)}, the first {outside[0]}")
+        found.append(f"{len(outside)} images have no prompt in the bank of {len(bank_mE)}, the first {outside[0]}")
     if not len(own):
-        found.append("no picture to find the prompt of")
+        found.append("no image to find the prompt of")
     _refuse(found)
     bank_mE = np.ascontiguousarray(bank_mE, np.float32) + 0.0  # no negative zeros: equal vectors have equal bytes
     unit_nE = (vector_nE / np.linalg.norm(vector_nE, axis=1, keepdims=True)).astype(np.float32)

@@ -1,4 +1,4 @@
-"""The model: image → backbone → head → unit vector. B pictures, D backbone width, E target width."""
+"""The model: image → backbone → head → unit vector. B images, D backbone width, E target width."""
 
 from typing import Any, Self
 
@@ -12,7 +12,7 @@ from models.runtime.preprocess import fit
 
 
 class Regressor(nn.Module):
-    """Maps uint8 pictures to unit vectors.
+    """Maps uint8 images to unit vectors.
 
     Args:
         backbone: normalised image_BCHW → features_BD.
@@ -89,7 +89,7 @@ class Regressor(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor], *, flip: bool = False) -> torch.Tensor:
-        """Decoded uint8 pictures [3, H, W] of any size → unit z_BE, fp32, on the CPU.
+        """Decoded uint8 images [3, H, W] of any size → unit z_BE, fp32, on the CPU.
 
         Args:
             flip: mirror the squares, as bundles and training do: mirrored before it is cropped, an image would show up

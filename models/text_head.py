@@ -1,6 +1,6 @@
-"""A head from prompts alone, with no image: CLIP's text tower stands in for the picture.
+"""A head from prompts alone, with no image: CLIP's text tower stands in for the image.
 
-CLIP puts a prompt u and its picture P f + c at the same place of a joint space: f are the pooled features, P the
+CLIP puts a prompt u and its image P f + c at the same place of a joint space: f are the pooled features, P the
 projection of its vision tower. So the map W from unit text features to target vectors, a ridge regression without
 bias, makes a head for f: weight W P, bias W c. A backbone whose output is in the joint space already needs no P.
 n prompts, D feature width, J width of the joint space, E target width.

@@ -1,4 +1,4 @@
-"""What the reports of datagen and train both read: logs of JSON lines, and pictures of which some may be broken."""
+"""What the reports of datagen and train both read: logs of JSON lines, and images of which some may be broken."""
 
 import io
 import json
@@ -48,12 +48,12 @@ def decodable(
     unreadable: list[str],
     errors: tuple[type[Exception], ...],
 ) -> dict[int, bytes]:
-    """The first `count` of the numbered pictures that decode, as encoded.
+    """The first `count` of the numbered images that decode, as encoded.
 
     Args:
-        read: number → encoded picture.
+        read: number → encoded image.
         unreadable: what is wrong with each that does not decode is appended here.
-        errors: what `read` raises for such a picture, beside OSError.
+        errors: what `read` raises for such an image, beside OSError.
     """
     found: dict[int, bytes] = {}
     for i in numbers:
@@ -61,8 +61,8 @@ def decodable(
             break
         try:
             data = read(i)
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.load()
+            with Image.open(io.BytesIO(data)) as image:
+                image.load()
             found[i] = data
         except (*errors, OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
             unreadable.append(re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)))  # whose address is never the same

@@ -1,4 +1,4 @@
-"""One self-contained HTML page: figures, tables, plots and pictures in one file that opens anywhere, with no network.
+"""One self-contained HTML page: figures, tables, plots and images in one file that opens anywhere, with no network.
 
     page = Page("Quickstart", "10,000 scenes, 2 epochs")
     page.section("Scores", "Mean cosine to the true prompt's vector.")
@@ -39,12 +39,12 @@ Cell: TypeAlias = "str | SupportsFloat | tuple[float, float, float] | None"
 """A triple is a value with the ends of its interval."""
 Line: TypeAlias = "str | tuple[str, str] | tuple[str, str, str]"
 """A text; a figure and its text; or a figure, whose it is, and a text."""
-SMALL = 160  # px: a picture no larger than this is embedded without loss
+SMALL = 160  # px: an image no larger than this is embedded without loss
 
 
 @dataclass(frozen=True)
 class Card:
-    """One picture of a gallery."""
+    """One image of a gallery."""
 
     image: Pixels
     """uint8 [H, W, 3], or an encoded JPEG, PNG or WebP."""
@@ -176,7 +176,7 @@ class Page:
         self._add("matrix", drawing=drawing, names=names, cells=shown, ends=ends, reading=reading, caption=caption)
 
     def gallery(self, cards: Iterable[Card], caption: str = "", pixels: int = 512, compare: Sequence[str] = ()) -> None:
-        """Pictures with their texts in a grid; a click enlarges. Larger pictures shrink to `pixels` a side.
+        """Images with their texts in a grid; a click enlarges. Larger images shrink to `pixels` a side.
 
         Cards with `values` can be sorted and filtered by each of them, by the difference of any two that `compare`
         names, by kind and by the words of their texts.
@@ -198,7 +198,7 @@ class Page:
     def contact_sheet(
         self, images: Iterable[Pixels], captions: Iterable[str], caption: str = "", pixels: int = 256
     ) -> None:
-        """Many pictures at a glance: a denser gallery, one caption a picture."""
+        """Many images at a glance: a denser gallery, one caption an image."""
         cards = (Card(image, text) for image, text in zip(images, captions, strict=True))
         shown = [(card, *embed(card.image, pixels), "") for card in cards]
         self._add("gallery", cards=shown, caption=caption, dense=True, controls=None)
@@ -240,29 +240,29 @@ def embed(image: Pixels, pixels: int) -> tuple[str, int, int]:
 
     Raises:
         ValueError: the array is not uint8 [H, W, 3].
-        OSError: the bytes are not a picture.
+        OSError: the bytes are not an image.
     """
     candidates: list[tuple[str, bytes]] = []
     if isinstance(image, bytes):
         with Image.open(io.BytesIO(image)) as opened:
-            picture, kind = opened.convert("RGB"), (opened.format or "").lower()
-        if max(picture.size) <= pixels and kind in ("jpeg", "png", "webp"):
+            pil_image, kind = opened.convert("RGB"), (opened.format or "").lower()
+        if max(pil_image.size) <= pixels and kind in ("jpeg", "png", "webp"):
             candidates.append((kind, image))  # as it is in the dataset, unless another coding is smaller
     else:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise ValueError(f"a picture must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
-        picture = Image.fromarray(image)
-    picture.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
-    if max(picture.size) <= SMALL:
+            raise ValueError(f"an image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
+        pil_image = Image.fromarray(image)
+    pil_image.thumbnail((pixels, pixels), Image.Resampling.LANCZOS)
+    if max(pil_image.size) <= SMALL:
         codings: list[tuple[str, dict[str, Any]]] = [("png", {"optimize": True}), ("webp", {"lossless": True})]
     else:
         codings = [("jpeg", {"quality": 88}), ("webp", {"quality": 86})]
     for kind, options in codings:
         out = io.BytesIO()
-        picture.save(out, kind, **options)
+        pil_image.save(out, kind, **options)
         candidates.append((kind, out.getvalue()))
     kind, data = min(candidates, key=lambda c: len(c[1]))
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", *picture.size
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}", *pil_image.size
 
 
 def _value(cell: Any) -> Any:

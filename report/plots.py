@@ -208,9 +208,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, *, z
     return figure
 
 
-def histogram(
-    values: ArrayLike, label: str, *, what: str = "Pictures", limit: tuple[float, str] | None = None
-) -> Figure:
+def histogram(values: ArrayLike, label: str, *, what: str = "Images", limit: tuple[float, str] | None = None) -> Figure:
     """The distribution of `values` [n], with their mean marked.
 
     `label` names the values, `what` the things counted; `limit` marks a value and says what it is. Bars of whole

@@ -28,9 +28,9 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real prompts and pictures beside the project."""
+    """Real prompts and images beside the project."""
     if not SHARED.is_dir():
-        pytest.skip("../shared/data is not on this machine: it holds real prompts and the competition's pictures")
+        pytest.skip("../shared/data is not on this machine: it holds real prompts and the competition's images")
     return SHARED
 
 

@@ -2,7 +2,7 @@
 
     evaluated.write(tmp_path / "evaluation", [dataset], {"regressor": evaluated.at([dataset], 0.7), "blip": …})
 
-N validation pictures of all datasets together, E target width.
+N validation images of all datasets together, E target width.
 """
 
 import json
@@ -21,7 +21,7 @@ from train.evaluate.results import FORMAT
 
 
 def at(datasets: Sequence[Dataset], cosine_N: ArrayLike, seed: int = 0) -> NDArray[np.float32]:
-    """Unit vectors [N, E] at these cosines to the validation pictures' targets; the rest of them is drawn."""
+    """Unit vectors [N, E] at these cosines to the validation images' targets; the rest of them is drawn."""
     target_NE = np.stack([dataset.target(row) for dataset in datasets for row in dataset.rows("val")]).astype(float)
     along_NE = target_NE / np.linalg.norm(target_NE, axis=1, keepdims=True)
     drawn_NE = np.random.default_rng(seed).normal(size=target_NE.shape)
@@ -43,7 +43,7 @@ def write(
     main: str = "regressor",
     leakage: Mapping[str, Leakage] | None = None,
 ) -> Path:
-    """Writes the folder and returns it. Every third picture's prompt is said to be of coco, the others of lexica.
+    """Writes the folder and returns it. Every third image's prompt is said to be of coco, the others of lexica.
 
     An embedder has no leakage, unless `leakage` says otherwise.
     """

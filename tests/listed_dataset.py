@@ -1,4 +1,4 @@
-"""A dataset of just these prompts, one picture a row, with vectors that follow from the texts.
+"""A dataset of just these prompts, one image a row, with vectors that follow from the texts.
 
 root = listed_dataset.write(tmp_path / "data", [Row("a red square"), Row("a dog", split="val", source="real")])
 """
@@ -22,12 +22,12 @@ ENCODER, WIDTH = "texts", 64
 @dataclass(frozen=True)
 class Row:
     prompts: str | tuple[str, ...]
-    """Of one picture; equal texts are one prompt."""
+    """Of one image; equal texts are one prompt."""
     split: str = "train"
     source: str = "made"
     group: str = ""
     image: str | None = None
-    """As `small_dataset.picture` draws it, equal texts being equal bytes; None: colours of its own."""
+    """As `small_dataset.image` draws it, equal texts being equal bytes; None: colours of its own."""
 
 
 def encode(texts: list[str], near: Mapping[str, tuple[str, float]] | None = None) -> NDArray[np.float32]:
@@ -67,7 +67,7 @@ def write(
 ) -> Path:
     """Writes the dataset with its vectors and returns its folder."""
     ids: dict[str, int] = {}
-    plan = [  # a list a picture, of a row a caption
+    plan = [  # a list an image, of a row a caption
         [
             {
                 "key": f"{number:06d}",
@@ -88,15 +88,15 @@ def write(
     for number in numbers:
         part = plan[number * shard : (number + 1) * shard]
         images = [
-            small_dataset.picture(row.image or _colours(root, line[0]), size)
+            small_dataset.image(row.image or _colours(root, line[0]), size)
             for row, line in zip(rows[number * shard : (number + 1) * shard], part, strict=True)
         ]
         firsts = pa.Table.from_pylist([lines[0] for lines in part], schema=shards.PLAN)
         shards.write_shard(root, number, firsts, [(image, {}) for image in images], ".png")
         index = pq.read_table(root / f"shards/{number:06d}.parquet").to_pylist()
         captions = [
-            {**picture, "prompt_id": line["prompt_id"]}
-            for picture, lines in zip(index, part, strict=True)
+            {**entry, "prompt_id": line["prompt_id"]}
+            for entry, lines in zip(index, part, strict=True)
             for line in lines
         ]
         shards.index_foreign(root, number, pa.Table.from_pylist(captions, schema=shards.INDEX).to_pydict())

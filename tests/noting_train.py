@@ -1,4 +1,4 @@
-"""`python -m train`, noting of each rank at each step: the pictures it takes, and how many tensors Lightning has
+"""`python -m train`, noting of each rank at each step: the images it takes, and how many tensors Lightning has
 broadcast so far. <out>/rows_<rank>.jsonl
 
     python -m tests.noting_train dataset=… out=…     # for tests/train/fit/test_ranks.py
@@ -22,7 +22,7 @@ _broadcasts: list[Any] = []
 
 
 def _noted(self: Training, batch: Batch, number: int) -> Any:
-    with (self._chosen.out / f"rows_{self.global_rank}.jsonl").open("a") as file:
+    with (self._cfg.out / f"rows_{self.global_rank}.jsonl").open("a") as file:
         file.write(json.dumps([self.global_step, batch.row_B.tolist(), len(_broadcasts)]) + "\n")
     return _step(self, batch, number)
 

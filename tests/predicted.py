@@ -1,8 +1,8 @@
-"""A bundle's predict.py as its users start it, and pictures that hang or kill the process that decodes them.
+"""A bundle's predict.py as its users start it, and images that hang or kill the process that decodes them.
 
     process = predicted.start(bundle, "--images", images, "--out", out)
 
-Hostile pictures are read by a Pillow plugin, which processes get by `PYTHONPATH`: no part of the bundle knows of it.
+Hostile images are read by a Pillow plugin, which processes get by `PYTHONPATH`: no part of the bundle knows of it.
 """
 
 import csv
@@ -61,17 +61,17 @@ def make_bundle(folder: Path) -> tuple[Path, Regressor]:
 
 
 def hostile(word: str, seed: int = 0) -> bytes:
-    """A picture that does as told, to crash, hang or be slow, and else is of 8 px."""
+    """An image that does as told, to crash, hang or be slow, and else is of 8 px."""
     return f"HOSTILE {word}".encode().ljust(16) + pixels(seed).permute(1, 2, 0).numpy().tobytes()
 
 
 def pixels(seed: int) -> torch.Tensor:
-    """Of a hostile picture: uint8 [3, 8, 8]."""
+    """Of a hostile image: uint8 [3, 8, 8]."""
     return torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """In which hostile pictures are pictures; a file `cease` in `folder` ends hanging."""
+    """In which hostile images are images; a file `cease` in `folder` ends hanging."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(_PLUGIN)
     return {"PYTHONPATH": str(folder), "HOSTILE_CEASE": str(folder / "cease")}

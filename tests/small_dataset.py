@@ -30,7 +30,7 @@ def encode(texts: list[str]) -> NDArray[np.float32]:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def picture(text: str, size: int) -> bytes:
+def image(text: str, size: int) -> bytes:
     """The PNG that `text` describes."""
     numbers = [int(w) for w in text.split() if w.isdigit()]
     image_HWC = np.empty((size, size, 3), np.uint8)
@@ -44,7 +44,7 @@ def picture(text: str, size: int) -> bytes:
 def write(
     root: T, *, train: int = 40, val: int = 12, size: int = 40, captions: int = 1, shard: int = 20, seed: int = 0
 ) -> T:
-    """Writes the dataset with its vectors, validation pictures spread among the others, and returns its folder."""
+    """Writes the dataset with its vectors, validation images spread among the others, and returns its folder."""
     rng = np.random.default_rng(seed)
     count = train + val
     splits = rng.permutation(["train"] * train + ["val"] * val).tolist()
@@ -70,9 +70,7 @@ def write(
     firsts = plan.take(np.arange(0, len(rows), captions))
     for number in numbers:
         part = firsts.slice(number * shard, shard)
-        shards.write_shard(
-            root, number, part, [(picture(text, size), {}) for text in part["prompt"].to_pylist()], ".png"
-        )
+        shards.write_shard(root, number, part, [(image(text, size), {}) for text in part["prompt"].to_pylist()], ".png")
         if captions > 1:
             _repeat(root, number, captions)
     shards.write_targets(root, {"name": ENCODER, "width": WIDTH}, encode, lambda _: None)
@@ -80,13 +78,13 @@ def write(
 
 
 def corrupt(root: Path, row: int) -> str:
-    """Overwrites picture `row` with zeros; returns its key. The dataset has one caption a picture."""
+    """Overwrites image `row` with zeros; returns its key. The dataset has one caption an image."""
     indices = [pq.read_table(path) for path in sorted((root / "shards").glob("*.parquet"))]
-    picture = pa.concat_tables(indices).slice(row, 1).to_pylist()[0]
-    with (root / picture["path"]).open("r+b") as tar:
-        tar.seek(picture["offset"])
-        tar.write(bytes(picture["size"]))
-    return picture["key"]
+    image = pa.concat_tables(indices).slice(row, 1).to_pylist()[0]
+    with (root / image["path"]).open("r+b") as tar:
+        tar.seek(image["offset"])
+        tar.write(bytes(image["size"]))
+    return image["key"]
 
 
 def _repeat(root: Path | Location, number: int, captions: int) -> None:

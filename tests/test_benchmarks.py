@@ -34,7 +34,7 @@ def test_a_benchmark_runs_at_a_tiny_size(name: str, arms: set[str], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_predictions_runs_on_a_few_pictures(tmp_path: Path) -> None:
+def test_the_benchmark_of_predictions_runs_on_a_few_images(tmp_path: Path) -> None:
     done = run("benchmarks.predict", "--images", "60", "--rounds", "1", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -44,7 +44,7 @@ def test_the_benchmark_of_predictions_runs_on_a_few_pictures(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_the_recipes_run_on_a_few_pictures_and_not_twice(tmp_path: Path) -> None:
+def test_the_recipes_run_on_a_few_images_and_not_twice(tmp_path: Path) -> None:
     words = ("--quick", "--work", tmp_path, "--json", tmp_path / "figures.json")
     done = ended(start("benchmarks.recipes", *words), seconds=3600)
     assert done.returncode == 0, done.stderr

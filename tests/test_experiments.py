@@ -183,7 +183,7 @@ TABLE = {
 
 @pytest.fixture(scope="module")
 def rendered(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """Pictures as large as the quickstart's."""
+    """Images as large as the quickstart's."""
     root = small_dataset.write(tmp_path_factory.mktemp("rendered") / "data", train=1, val=0, size=RENDERED)
     return Dataset(root, small_dataset.ENCODER)
 
@@ -195,8 +195,8 @@ def count(parameters: Any) -> int:
 @pytest.mark.parametrize("name", TABLE)
 def test_an_experiment_is_what_its_table_says(name: str, rendered: Dataset) -> None:
     expected = TABLE[name]
-    chosen = settings(TrainSettings, compose("train", [f"+experiment={name}"]))
-    model = setup.outline(chosen, [rendered])
+    cfg = settings(TrainSettings, compose("train", [f"+experiment={name}"]))
+    model = setup.outline(cfg, [rendered])
     parts = blocks(model.backbone)
     own = {n: p for n, p in model.backbone.named_parameters() if ".lora_" not in n}
     assert (model.spec.size, count(own.values()), len(parts)) == (expected.size, expected.tower, expected.count)
@@ -216,7 +216,7 @@ def test_an_experiment_is_what_its_table_says(name: str, rendered: Dataset) -> N
     assert [state(part) for part in parts] == ["frozen"] * expected.frozen + ["adapted"] * expected.adapted + [
         "all"
     ] * top
-    assert chosen.model.lora.blocks == expected.adapted
+    assert cfg.model.lora.blocks == expected.adapted
     image_BCHW = torch.zeros(2, 3, expected.size, expected.size, dtype=torch.uint8, device="meta")
     assert model(image_BCHW).shape == (2, TARGETS)
 
@@ -241,15 +241,15 @@ def test_a_tower_is_as_large_as_open_clips(name: str, twin: str, projection: int
 @pytest.mark.parametrize("name", sorted(TABLE.keys() - {"quickstart", "debug", "blip2_vision"}))
 def test_weights_are_those_of_a_clip_and_its_images_are_prepared_as_in_open_clip(name: str) -> None:
     """ImageNet's classifiers have no twin in open_clip. BLIP-2's tower is of EVA-CLIP; debug's weights are random."""
-    chosen = settings(TrainSettings, compose("train", [f"+experiment={name}"])).model
+    cfg = settings(TrainSettings, compose("train", [f"+experiment={name}"])).model
     with torch.device("meta"):
         _, spec = build(
-            *(chosen.backbone, "random", TABLE[name].size),
-            resize_mode=chosen.resize_mode,
-            interpolation=chosen.interpolation,
-            crop_pct=chosen.crop_pct,
+            *(cfg.backbone, "random", TABLE[name].size),
+            resize_mode=cfg.resize_mode,
+            interpolation=cfg.interpolation,
+            crop_pct=cfg.crop_pct,
         )
-    twin = own_spec(tower_of(chosen.backbone))
+    twin = own_spec(tower_of(cfg.backbone))
     assert spec.preprocessing == twin.preprocessing.at(spec.size)
     assert (spec.mean, spec.std) == (twin.mean, twin.std)
 
@@ -267,9 +267,9 @@ def test_a_header_gives_the_command_the_hardware_and_the_cost(file: Path) -> Non
         assert "# Hardware" in header
         assert "# To beat:" in header
         assert re.search(r"# Hours, an estimate: [\d.]+ for|# Hardware and hours: as \+experiment=", header)
-    chosen = settings(TrainSettings, compose("train", [f"+experiment={file.stem}"]))
-    assert chosen.name == file.stem
+    cfg = settings(TrainSettings, compose("train", [f"+experiment={file.stem}"]))
+    assert cfg.name == file.stem
     for frozen, of in re.findall(r"freeze: (\d+) +# of (\d+)", text):
         with torch.device("meta"):
-            module, _ = build(chosen.model.backbone, "random")
-        assert (chosen.model.freeze, len(blocks(module))) == (int(frozen), int(of))
+            module, _ = build(cfg.model.backbone, "random")
+        assert (cfg.model.freeze, len(blocks(module))) == (int(frozen), int(of))

@@ -1,6 +1,6 @@
 """BLIP, BLIP-2, CoCa and CLIP with tiny random weights, in the folders that their libraries write: quick on a CPU.
 
-The real classes and real tokenizers, built from configs. Weights are drawn wide, so that captions differ by picture,
+The real classes and real tokenizers, built from configs. Weights are drawn wide, so that captions differ by image,
 and those of the end token wider, so that captions end.
 """
 
@@ -18,7 +18,7 @@ WORDS = (
     "a the of on in with and painting photo drawing robot toy man woman cat dog snake castle mountain river forest "
     "moon red blue green golden old small huge bright dark portrait city ship horse flower , . ##s ##ing"
 )
-SIDE = 32  # of the pictures that they see
+SIDE = 32  # of the images that they see
 
 
 def blip(out: Path, seed: int = 0) -> Path:
@@ -158,7 +158,7 @@ def _layers(width: int) -> dict[str, Any]:
 
 
 def _drawn(make: Callable[[], nn.Module], seed: int) -> Any:
-    """The libraries' own way of drawing gives weights that hardly see the picture."""
+    """The libraries' own way of drawing gives weights that hardly see the image."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = make().eval()

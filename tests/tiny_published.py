@@ -1,6 +1,6 @@
 """Tiny copies of the published sets, in the layout of the real ones: `diffusiondb(folder)`, `sd2_4m(folder)`.
 
-Each returns what its archives hold: picture's name → its bytes and its prompt.
+Each returns what its archives hold: image's name → its bytes and its prompt.
 """
 
 import io
@@ -23,7 +23,7 @@ PROMPTS = [
 ]
 
 
-def picture(seed: int, size: int, kind: str) -> bytes:
+def image(seed: int, size: int, kind: str) -> bytes:
     """Noise, which no encoder makes smaller: size² × 3 bytes."""
     buffer = io.BytesIO()
     image_HWC = np.random.default_rng(seed).integers(0, 256, (size, size, 3), np.uint8)
@@ -31,18 +31,18 @@ def picture(seed: int, size: int, kind: str) -> bytes:
     return buffer.getvalue()
 
 
-def diffusiondb(folder: Path, archives: int = 3, pictures: int = 6, size: int = 16) -> dict[str, tuple[bytes, str]]:
-    """Prompts repeat after 36 pictures; one picture was blurred, one is broken and one is missing in its archive."""
+def diffusiondb(folder: Path, archives: int = 3, images: int = 6, size: int = 16) -> dict[str, tuple[bytes, str]]:
+    """Prompts repeat after 36 images; one image was blurred, one is broken and one is missing in its archive."""
     (folder / "images").mkdir(parents=True)
     made: dict[str, tuple[bytes, str]] = {}
     rows = []
     for part in range(1, archives + 1):
         told = {}
         with zipfile.ZipFile(folder / f"images/part-{part:06d}.zip", "w") as archive:
-            for n in range(pictures):
-                number = (part - 1) * pictures + n
+            for n in range(images):
+                number = (part - 1) * images + n
                 name = f"{uuid.UUID(int=number + (1 << 100))}.png"
-                data, prompt = picture(number, size, "png"), PROMPTS[number % len(PROMPTS)]
+                data, prompt = image(number, size, "png"), PROMPTS[number % len(PROMPTS)]
                 if number == 1:
                     data = data[: len(data) // 2]
                 if number != 2:
@@ -75,16 +75,16 @@ def diffusiondb(folder: Path, archives: int = 3, pictures: int = 6, size: int = 
     return made
 
 
-def sd2_4m(folder: Path, archives: int = 3, pictures: int = 6, size: int = 16) -> dict[str, tuple[bytes, str]]:
-    """Six clusters; the last sample of the first archive lacks its picture."""
+def sd2_4m(folder: Path, archives: int = 3, images: int = 6, size: int = 16) -> dict[str, tuple[bytes, str]]:
+    """Six clusters; the last sample of the first archive lacks its image."""
     made: dict[str, tuple[bytes, str]] = {}
     for number in range(archives):
         source = ("cc", "co", "op")[number % 3]
         path = folder / source / f"sd-4.4M-{source}-{number // 3:03d}.tar"
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(path, "w") as tar:
-            for n in range(pictures):
-                serial = number * pictures + n
+            for n in range(images):
+                serial = number * images + n
                 key, prompt = f"{source}{serial:09d}", PROMPTS[serial % len(PROMPTS)]
                 vector = io.BytesIO()
                 np.save(vector, np.zeros(384, np.float16))
@@ -92,9 +92,9 @@ def sd2_4m(folder: Path, archives: int = 3, pictures: int = 6, size: int = 16) -
                     "embs.npy": vector.getvalue(),
                     "json": json.dumps({"ntokens": 9, "cluster": serial % 6}).encode(),
                     "txt": prompt.encode(),
-                    "webp": picture(serial, size, "webp"),
+                    "webp": image(serial, size, "webp"),
                 }
-                if serial == pictures - 1:
+                if serial == images - 1:
                     del members["webp"]
                 else:
                     made[f"{key}.webp"] = members["webp"], prompt

@@ -12,7 +12,7 @@ from tests import small_dataset, training
 
 @pytest.fixture(scope="session")
 def small_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 training and 12 validation pictures of 40 px: five steps an epoch."""
+    """40 training and 12 validation images of 40 px: five steps an epoch."""
     return small_dataset.write(tmp_path_factory.mktemp("small") / "data")
 
 

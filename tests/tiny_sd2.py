@@ -95,7 +95,7 @@ def build(out: Path, seed: int = 0) -> TinySD2:
             for name, p in text_encoder.named_parameters():
                 if p.ndim > 1 and "embedding" not in name:
                     p.normal_(std=0.2)  # its own .02 would leave prompts nearly alike
-            vae.decoder.conv_out.weight.mul_(4)  # pictures that use the range of a uint8 and overrun it at both ends
+            vae.decoder.conv_out.weight.mul_(4)  # images that use the range of a uint8 and overrun it at both ends
 
     folder = out / "tiny-sd2"
     unet.save_pretrained(folder / "unet")
@@ -133,11 +133,11 @@ def build(out: Path, seed: int = 0) -> TinySD2:
 
 
 def renderer_settings(weights: TinySD2, preset: str = "sd2_competition", **changes: Any) -> StableDiffusionRenderer:
-    """The preset's settings for these weights on a CPU: 64 px, 4 steps, two pictures a batch."""
+    """The preset's settings for these weights on a CPU: 64 px, 4 steps, two images a batch."""
     composed = compose("datagen", [f"renderer={preset}"])["renderer"]
-    chosen = settings(StableDiffusionRenderer, composed)
+    cfg = settings(StableDiffusionRenderer, composed)
     small = {"model": str(weights.folder), "device": "cpu", "render_size": 64, "size": 64, "steps": 4, "batch_size": 2}
-    return replace(chosen, **{**small, **changes})
+    return replace(cfg, **{**small, **changes})
 
 
 def _save(tensors: Tensors, path: Path) -> None:

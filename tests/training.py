@@ -32,7 +32,7 @@ PREPROCESSING = Preprocessing(32, crop_pct=0.95)
 """Of these settings: test_vit's own."""
 
 
-def chosen(dataset: Path, out: Path, *overrides: str) -> TrainSettings:
+def cfg(dataset: Path, out: Path, *overrides: str) -> TrainSettings:
     """Settings of a tiny run; `overrides` as on the command line."""
     return settings(TrainSettings, compose("train", [f"dataset={dataset}", f"out={out}", *OVERRIDES, *overrides]))
 
@@ -41,7 +41,7 @@ def train(dataset: Path, out: Path, *overrides: str) -> int:
     """Trains in this process; returns the exit code."""
     from train.fit.fit import fit
 
-    return fit(chosen(dataset, out, *overrides))
+    return fit(cfg(dataset, out, *overrides))
 
 
 def records(run: Path) -> list[dict[str, Any]]:

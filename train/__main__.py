@@ -8,10 +8,10 @@ from train.config import TrainSettings
 
 
 def run(values: dict[str, Any]) -> int:
-    chosen = settings(TrainSettings, values)
+    cfg = settings(TrainSettings, values)
     from train.fit.fit import fit
 
-    return fit(chosen)
+    return fit(cfg)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class ModelSettings:
     weights: str
     """pretrained, random, a .safetensors file, or a folder that holds model.safetensors."""
     size: int | Literal["dataset"] | None
-    """Side of the input, pixels; null takes the backbone's own, dataset the rendered pictures' where it is smaller."""
+    """Side of the input, pixels; null takes the backbone's own, dataset the rendered images' where it is smaller."""
     resize_mode: Literal["shortest", "longest", "squash"] | None
     """Which sides are resized before the centre is cropped, or padded; null takes the backbone's own."""
     interpolation: Literal["bicubic", "bilinear"] | None
@@ -49,7 +49,7 @@ class ModelSettings:
     head_init: Literal["ridge", "text", "random"]
     """ridge: the head in closed form over frozen features (one pass), before any step."""
     head_pictures: int | None
-    """Training pictures, drawn at random, that the ridge head is fitted on; null: all."""
+    """Training images, drawn at random, that the ridge head is fitted on; null: all."""
     text_tower: str | None
     """open_clip:MODEL/PRETRAINED for head_init=text; null takes the backbone's own."""
     freeze: int | Literal["all"]
@@ -95,11 +95,11 @@ class LossSettings:
     """Weight of the contrastive part."""
     temperature: float
     hardest: float
-    """Share of a step's pictures that counts, those of the lowest cosine."""
+    """Share of a step's images that counts, those of the lowest cosine."""
 
     @property
     def needs_whole_step(self) -> bool:
-        """Whether a picture's loss depends on the others of its step, so that gradients cannot be added up."""
+        """Whether an image's loss depends on the others of its step, so that gradients cannot be added up."""
         return self.contrastive > 0 or self.hardest < 1
 
     def problems(self) -> list[str]:
@@ -173,15 +173,15 @@ class OptimSettings:
 @dataclass(frozen=True)
 class DataSettings:
     one_seed: bool
-    """Whether one of a prompt's several pictures is drawn each epoch."""
+    """Whether one of a prompt's several images is drawn each epoch."""
     sources: dict[str, float]
-    """How much the pictures of a prompt source count in the loss."""
+    """How much the images of a prompt source count in the loss."""
     weights: Path | None
     """.parquet or .csv of key and weight."""
     crop: float
-    """Smallest share of a picture's area that a random crop keeps."""
+    """Smallest share of an image's area that a random crop keeps."""
     flip: bool
-    """Mirror every other picture."""
+    """Mirror every other image."""
     jitter: float
     """Largest change of brightness and of contrast, as a share."""
     erase: float
@@ -204,7 +204,7 @@ class ScaleSettings:
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     """auto: bf16 on a GPU that has it, fp16 with loss scaling on another, fp32 on a CPU."""
     micro_batch: int | Literal["auto"]
-    """Pictures a device takes at once; gradients add up to the batch."""
+    """Images a device takes at once; gradients add up to the batch."""
     recompute: Literal["auto", "none", "selective", "full"]
     """Activations that the backward pass computes again."""
     compile: Literal["auto"] | bool
@@ -245,11 +245,11 @@ class TrainSettings:
     """Checkpoint folder to begin from."""
     seed: int
     epochs: float
-    """Passes over the training pictures."""
+    """Passes over the training images."""
     max_steps: int | None
     """Stop the schedule after so many steps; null: epochs decide."""
     batch_size: int
-    """Pictures a step, over all devices."""
+    """Images a step, over all devices."""
     validate_every: float
     """Epochs between validations; the model before its first step is validated, too."""
     save_every: int
@@ -341,7 +341,7 @@ def _outside(settings: object, **bounds: tuple[float, float]) -> list[str]:
 
 _WITH_COLUMNS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # suffixes of prompt files that have columns
 BASELINES = ("mean", "knn", "ridge")
-"""Fitted on the training pictures of the run."""
+"""Fitted on the training images of the run."""
 CAPTIONERS = ("blip", "blip2", "coca", "clip_interrogator")
 FROM_OTHERS = ("retrieve", "blend", "ensemble")
 """Made of what others predict."""
@@ -351,9 +351,9 @@ EMBEDDERS = (*BASELINES, "regressor", *FROM_OTHERS[:2], *CAPTIONERS, FROM_OTHERS
 @dataclass(frozen=True)
 class ViewsSettings:
     flip: bool = False
-    """The mirrored picture, too."""
+    """The mirrored image, too."""
     sizes: tuple[int, ...] = ()
-    """Sizes to see each picture at, px; none: that of training."""
+    """Sizes to see each image at, px; none: that of training."""
 
     def problems(self) -> list[str]:
         return [f"sizes: {size} px is below 1" for size in self.sizes if size < 1]
@@ -369,7 +369,7 @@ class KnnSettings:
     weights: str | None
     """Of that backbone, and of ridge's; null takes those that the run began from."""
     bank: Location | None
-    """A dataset or file of prompts to be found by CLIP's text tower; null compares with the training pictures."""
+    """A dataset or file of prompts to be found by CLIP's text tower; null compares with the training images."""
     exact: bool | None
     """Every vector is compared; null decides by their number."""
 
@@ -433,7 +433,7 @@ class EvaluateSettings:
     embedders: tuple[str, ...]
     """What stands in the table: names of EMBEDDERS, and folders of checkpoints, bundles, ensembles and runs."""
     tta: dict[str, ViewsSettings]
-    """How often an embedder sees each picture, by its name."""
+    """How often an embedder sees each image, by its name."""
     knn: KnnSettings
     retrieve: RetrieveSettings
     captions: CaptionsSettings

@@ -15,12 +15,12 @@ from train.config import TrainSettings
 OF_THE_MACHINE = ("dry_run", "log_every", "out", "save_every", "scale", "wandb")
 
 
-def plain(chosen: TrainSettings) -> dict[str, Any]:
+def plain(cfg: TrainSettings) -> dict[str, Any]:
     """The settings as JSON has them."""
-    return json.loads(json.dumps(dataclasses.asdict(chosen), default=str))
+    return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
 
 
-def of_this_run(chosen: TrainSettings, datasets: Sequence[Dataset], precision: str) -> dict[str, Any]:
+def of_this_run(cfg: TrainSettings, datasets: Sequence[Dataset], precision: str) -> dict[str, Any]:
     """What `settings.json` holds, once it is checked that the one there, if any, is this run's.
 
     Args:
@@ -32,12 +32,12 @@ def of_this_run(chosen: TrainSettings, datasets: Sequence[Dataset], precision: s
     """
     from models.runtime.preprocess import PREPROCESS  # torch: train.runs imports this file, and should start at once
 
-    path = chosen.out / "settings.json"
+    path = cfg.out / "settings.json"
     mine = {
-        **plain(chosen),
+        **plain(cfg),
         "dataset_sha256": [dataset.fingerprint() for dataset in datasets],
         "encoder_sha256": [(dataset.encoder_identity or {}).get("sha256") for dataset in datasets],
-        "weights_sha256": _weights_sha256(chosen.data.weights),
+        "weights_sha256": _weights_sha256(cfg.data.weights),
         "precision": precision,
         "preprocess": PREPROCESS,
     }
@@ -53,13 +53,13 @@ def of_this_run(chosen: TrainSettings, datasets: Sequence[Dataset], precision: s
         ]
         if differ:
             raise UserError(
-                f"{chosen.out} holds another run:\n"
+                f"{cfg.out} holds another run:\n"
                 + "\n".join(differ)
                 + "\nGive this one another name=…, or remove that folder."
             )
-        if (chosen.out / "done").exists():
+        if (cfg.out / "done").exists():
             raise UserError(
-                f"{chosen.out} is finished; export it, give another name=…, or remove the folder to train anew."
+                f"{cfg.out} is finished; export it, give another name=…, or remove the folder to train anew."
             )
     return mine
 
@@ -76,9 +76,9 @@ def write(out: Path, mine: dict[str, Any]) -> None:
         write_json(path, mine)
 
 
-def changed(chosen: TrainSettings) -> list[str]:
+def changed(cfg: TrainSettings) -> list[str]:
     """`key=value` of every setting that is not conf/train.yaml's."""
-    default, mine = flat(compose("train", [])), flat(plain(chosen))
+    default, mine = flat(compose("train", [])), flat(plain(cfg))
     default["dataset"] = [default["dataset"]]
     # its default is made of the name
     quiet = {"out"} if mine["out"] == default["out"].replace(default["name"], mine["name"]) else set()

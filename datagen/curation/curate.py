@@ -92,7 +92,7 @@ class Curated:
 def curate(
     source: Iterable[Prompt],
     num: int,
-    chosen: Curation,
+    cfg: Curation,
     split: Split,
     seed: int,
     *,
@@ -113,12 +113,12 @@ def curate(
         UserError: nothing is left; a filter's package is missing; `work` cannot be written; the source no longer gives
             what `work` was begun with.
     """
-    against = {str(place): _texts_at(place) for place in chosen.against}
+    against = {str(place): _texts_at(place) for place in cfg.against}
     decides = {
         "chunks": 3,  # of this file's making
         "num": num,
         "seed": seed,
-        "curate": dataclasses.asdict(chosen),
+        "curate": dataclasses.asdict(cfg),
         "split": dataclasses.asdict(split),
         "against": {place: _digest(texts) for place, texts in against.items()},
         "origin": origin,
@@ -126,7 +126,7 @@ def curate(
     with tempfile.TemporaryDirectory() if work is None else contextlib.nullcontext(work) as folder:
         chunks = Chunks(Path(folder), json.loads(json.dumps(decides, default=str)))
         try:
-            run = _Run(chunks, num, chosen, split, seed, encode, count_tokens, can_draw, against)
+            run = _Run(chunks, num, cfg, split, seed, encode, count_tokens, can_draw, against)
             return run.curate(iter(source))
         finally:
             chunks.close()
@@ -163,7 +163,7 @@ class _Run:
 
     chunks: Chunks
     num: int
-    chosen: Curation
+    cfg: Curation
     split: Split
     seed: int
     encode: Encode
@@ -175,14 +175,12 @@ class _Run:
     _other_forms: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.needs_vectors = (
-            self.chosen.duplicates_at is not None or self.split.kind == "similarity" or bool(self.against)
-        )
+        self.needs_vectors = self.cfg.duplicates_at is not None or self.split.kind == "similarity" or bool(self.against)
         self.seen = self.chunks.hashes()
         self.filters: list[tuple[str, filters.Keep]] = []
-        if self.chosen.language is not None:
-            self.filters.append((f"not in the language {self.chosen.language}", filters.language(self.chosen.language)))
-        if self.chosen.profanity == "drop":
+        if self.cfg.language is not None:
+            self.filters.append((f"not in the language {self.cfg.language}", filters.language(self.cfg.language)))
+        if self.cfg.profanity == "drop":
             self.filters.append(("profanity", filters.profanity()))
         # slow for some renderers, so it comes last
         self.filters.append(("nothing the renderer can draw", lambda texts: [self.can_draw(t) for t in texts]))
@@ -265,7 +263,7 @@ class _Run:
         known[at < len(self.seen)] = self.seen[at[at < len(self.seen)]] == hashes[at < len(self.seen)]
         kept: list[int] = []
         new: set[int] = set()
-        least, most = self.chosen.min_tokens, self.chosen.max_tokens
+        least, most = self.cfg.min_tokens, self.cfg.max_tokens
         for i, (text, length, key) in enumerate(zip(texts, lengths.tolist(), hashes.tolist(), strict=True)):
             reason = None
             if prompts[i].out:
@@ -302,17 +300,17 @@ class _Run:
                 cosine[i] = vectors[i] @ others.rows[number[i : i + 1]][0] if number[i] >= 0 else 0
             out = np.flatnonzero(number >= 0)
             drops.add(
-                f"equal or cosine ≥ {self.chosen.against_at} to a prompt of curate.against",
+                f"equal or cosine ≥ {self.cfg.against_at} to a prompt of curate.against",
                 len(out),
                 lambda n: [_pair(texts[i], names[number[i]], float(cosine[i])) for i in out[:n]],
             )
             rows = np.flatnonzero(number < 0)
         store = self.chunks.rows(vectors.shape[1])
-        if self.chosen.duplicates_at is None:
+        if self.cfg.duplicates_at is None:
             store.append(vectors[rows])
             return rows
         if self._bank is None:
-            self._bank = Bank(store, self.chosen.duplicates_at)
+            self._bank = Bank(store, self.cfg.duplicates_at)
         base = len(self._bank)
         kept, number, cosine = distinct(vectors[rows], self._bank)
         out = np.flatnonzero(number >= 0)
@@ -324,7 +322,7 @@ class _Run:
                 told.append(_pair(texts[rows[i]], partner, float(cosine[i])))
             return told
 
-        drops.add(f"cosine ≥ {self.chosen.duplicates_at} to a prompt kept", len(out), examples)
+        drops.add(f"cosine ≥ {self.cfg.duplicates_at} to a prompt kept", len(out), examples)
         return rows[kept]
 
     def _other_bank(self, width: int) -> tuple[Bank, list[str]]:
@@ -343,7 +341,7 @@ class _Run:
                 vectors = np.concatenate(parts)
                 save(path, vectors)
             self._other_forms = {form_hash(name): k for k, name in enumerate(names)}
-            self._others = Bank(Rows(width, self.chunks.folder), self.chosen.against_at)
+            self._others = Bank(Rows(width, self.chunks.folder), self.cfg.against_at)
             self._others.add(vectors)
         return self._others, names
 
@@ -373,7 +371,7 @@ class _Run:
             decided = decided[: self.num]
             is_val = np.array([sides[i] for i in decided.tolist()], bool)
             return _Sides(decided[~is_val], decided[is_val], drops)
-        # each prompt is one picture's here, or all its seeds', so `picture` has nothing more to keep together
+        # each prompt is one image's here, or all its seeds', so `image` has nothing more to keep together
         n_val = round(min(self.num, count) * self.split.share)
         val = np.sort(np.array(random.Random(f"split:{self.seed}").sample(range(count), n_val), np.int64))
         train = np.setdiff1d(np.arange(count), val, assume_unique=True)

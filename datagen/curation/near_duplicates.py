@@ -117,9 +117,9 @@ class Rows:
         """Returns once the rows are on the disk."""
         os.fsync(self._descriptor)
 
-    def __getitem__(self, chosen: slice | Ints) -> Floats:
-        """The rows `chosen`, in single precision."""
-        return self.all()[chosen].astype(np.float32)
+    def __getitem__(self, cfg: slice | Ints) -> Floats:
+        """The rows `cfg`, in single precision."""
+        return self.all()[cfg].astype(np.float32)
 
     def all(self) -> NDArray[Any]:
         """All rows as the file has them, not to be written to, mapped and not copied."""

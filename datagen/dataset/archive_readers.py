@@ -75,7 +75,7 @@ class Tar:
             raise tarfile.ReadError(f"{member.name} ends early")
         return data
 
-    def picture(self, name: str) -> bytes | None:
+    def image(self, name: str) -> bytes | None:
         """The member key.suffix; None where there is none."""
         key, dot, suffix = name.rpartition(".")
         member = self.samples.get(key, {}).get(f"{dot}{suffix}".lower())
@@ -129,7 +129,7 @@ def _first(members: Members, suffixes: tuple[str, ...]) -> str | None:
 
 
 class Zip:
-    """A zip of pictures, in folders or not.
+    """A zip of images, in folders or not.
 
     Raises:
         zipfile.BadZipFile: it is none, or cut off.
@@ -147,7 +147,7 @@ class Zip:
     def __exit__(self, *_: object) -> None:
         self._zip.close()
 
-    def picture(self, name: str) -> bytes | None:
+    def image(self, name: str) -> bytes | None:
         """The file of that name, in whatever folder; None where there is none, several differ, or it does not match its
         checksum."""
         members = self._members.get(name, [])

@@ -3,16 +3,16 @@
     dataset.json            schema, counts, renderer and settings, prompt sources, versions
     prompts.parquet         the plan: a row a caption, in the order of the shards
     shards/000000.tar       WebDataset: {key}.{jpg|png|webp} {key}.txt {key}.json
-    shards/000000.parquet   index: a row a caption, where its picture lies, its crc; written last, so it is the commit
+    shards/000000.parquet   index: a row a caption, where its image lies, its crc; written last, so it is the commit
     targets/<encoder>/000000.npy   [n, E] fp32 unit vectors, a row an index row
     targets/<encoder>/encoder.json the encoder's identity (datagen/dataset/encoder_identity.py): name, width,
     weights_sha256, settings (modules, pooling, tokenizer, longest text, default prompt, cut) and the
                                    sha256 of all but the name; older ones lack the last two
 
-A picture is a run of index rows with one key. Reading is random access: map the tar, slice at the offset. The folder
+An image is a run of index rows with one key. Reading is random access: map the tar, slice at the offset. The folder
 lies on this machine or at any fsspec URL (core/store.py says how it is read and written there).
 
-The split of an index row, and of the member .json, is the plan's, or "faulty" of a picture that could not be drawn.
+The split of an index row, and of the member .json, is the plan's, or "faulty" of an image that could not be drawn.
 """
 
 import functools
@@ -106,7 +106,7 @@ INDEX = pa.schema(
         ("crc32", pa.uint32()),
     ]
 )
-FAULTY = "faulty"  # the split of pictures that no training and no validation takes
+FAULTY = "faulty"  # the split of images that no training and no validation takes
 LEFT_OUT = "left_out"  # the split of images that share too much with validation to be trained on; folds use them
 _MOST_MAPPED = 512  # tars; each holds a file descriptor, and a process has 1,024 by default
 _MOST_TARGETS = 256  # files of vectors, likewise
@@ -116,8 +116,8 @@ ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError)
 """Errors that numpy.load raises for a damaged file, whose header it parses as Python."""
 
 
-class CorruptImage(Exception):  # noqa: N818 – it names the state of a picture
-    """A picture that cannot be read or decoded; a run skips, counts and lists it. Never a fault of the network."""
+class CorruptImage(Exception):  # noqa: N818 – it names the state of an image
+    """An image that cannot be read or decoded; a run skips, counts and lists it. Never a fault of the network."""
 
 
 # ---------------------------------------------------------------------------------------------------------- writing
@@ -162,30 +162,30 @@ def write_plan(root: Place, plan: pa.Table, info: Mapping[str, Any]) -> None:
 
 
 def write_shard(
-    root: Place, number: int, plan: pa.Table, pictures: Iterable[tuple[bytes, Mapping[str, Any]]], suffix: str
+    root: Place, number: int, plan: pa.Table, images: Iterable[tuple[bytes, Mapping[str, Any]]], suffix: str
 ) -> None:
     """Writes shard `number`: the tar, then its index, which commits it.
 
     Args:
-        plan: the shard's rows of `prompts.parquet`, one picture a row.
-        pictures: in the plan's order, each encoded and with a note, plain JSON, that joins its .json. A "fault" in it
-            puts the picture into the split "faulty".
-        suffix: of the pictures, with its dot.
+        plan: the shard's rows of `prompts.parquet`, one image a row.
+        images: in the plan's order, each encoded and with a note, plain JSON, that joins its .json. A "fault" in it
+            puts the image into the split "faulty".
+        suffix: of the images, with its dot.
 
     Raises:
         UserError: no room, no right or no way to write; the shard is not committed.
-        ValueError: a note would replace what the plan says, or there are not as many pictures as rows.
+        ValueError: a note would replace what the plan says, or there are not as many images as rows.
     """
     name = f"shards/{number:06d}"
     offsets, sizes, crcs, splits = [], [], [], []
 
     def write(file: io.BufferedWriter) -> None:
         with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-            for row, (picture, note) in zip(plan.to_pylist(), pictures, strict=True):
+            for row, (image, note) in zip(plan.to_pylist(), images, strict=True):
                 key = row["key"]
                 offsets.append(tar.offset + tarfile.BLOCKSIZE)
-                sizes.append(len(picture))
-                crcs.append(zlib.crc32(picture))
+                sizes.append(len(image))
+                crcs.append(zlib.crc32(image))
                 meta = {k: row[k] for k in ("prompt_id", "source", "group", "split", "seed")}
                 if meta.keys() & note.keys():
                     raise ValueError(f"{key}: the note {dict(note)} would replace {sorted(meta.keys() & note.keys())}")
@@ -194,7 +194,7 @@ def write_shard(
                     meta["split"] = FAULTY
                 splits.append(meta["split"])
                 for member, data in (
-                    (f"{key}{suffix}", picture),
+                    (f"{key}{suffix}", image),
                     (f"{key}.txt", row["prompt"].encode()),
                     (f"{key}.json", json_bytes(meta)),
                 ):
@@ -330,7 +330,7 @@ def write_targets(
 
 
 def index_foreign(root: Place, number: int, rows: Mapping[str, Sequence[Any]]) -> None:
-    """Writes the index of pictures that lie elsewhere; `rows` holds the columns of `INDEX`."""
+    """Writes the index of images that lie elsewhere; `rows` holds the columns of `INDEX`."""
     write_table(root / f"shards/{number:06d}.parquet", pa.table(dict(rows), schema=INDEX))
 
 
@@ -340,17 +340,17 @@ def index_foreign(root: Place, number: int, rows: Mapping[str, Sequence[Any]]) -
 class Dataset:
     """A dataset folder, read at random, from any number of processes.
 
-    Pictures are numbered 0 … len-1 in the order of the shards; a picture has one caption or more. Of a remote folder,
-    a tar is fetched into the cache whole at its first picture, and is as fast as a local one from then on; where the
-    disk of the cache cannot hold the tars, the pictures are read from the store one by one.
+    Images are numbered 0 … len-1 in the order of the shards; an image has one caption or more. Of a remote folder,
+    a tar is fetched into the cache whole at its first image, and is as fast as a local one from then on; where the
+    disk of the cache cannot hold the tars, the images are read from the store one by one.
 
     Args:
         root: the dataset folder, a local path or an fsspec URL.
         encoder: whose target vectors to read: a hub name or folder, as of `TargetEncoder`, or the name under
             `targets/`; None reads none.
-        whole: False also reads the pictures one by one, for one who wants few of a remote folder.
+        whole: False also reads the images one by one, for one who wants few of a remote folder.
         files: what is in the folder, where another process has listed it.
-        partial: True also opens a dataset that is still being made; it then has the pictures of the shards there are.
+        partial: True also opens a dataset that is still being made; it then has the images of the shards there are.
 
     Raises:
         UserError: naming everything that is missing, cut off or does not match, and what mends it.
@@ -391,7 +391,7 @@ class Dataset:
         self._targets: dict[int, NDArray[np.float32]] = {}
         self._width = 0
         self._identity: dict[str, Any] | None = None
-        problems = self._check_pictures(table)
+        problems = self._check_images(table)
         if encoder is not None:
             problems += self._open_targets(encoder_name(encoder), encoder)
         if problems:
@@ -425,7 +425,7 @@ class Dataset:
         return self._keys[int(self._row_starts[i])].as_py()
 
     def find(self, keys: pa.Array) -> NDArray[np.int64]:
-        """Numbers of the pictures of these keys, -1 of one that is not there."""
+        """Numbers of the images of these keys, -1 of one that is not there."""
         own = self._keys.take(pa.array(self._row_starts[:-1])).combine_chunks()
         found = pc.call_function("index_in", [keys], pc.SetLookupOptions(value_set=own))
         return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
@@ -434,21 +434,21 @@ class Dataset:
         return self._sources[self._source_of[i]]
 
     def sources(self) -> tuple[list[str], NDArray[np.int32]]:
-        """The distinct sources, and the number among them of each picture's."""
+        """The distinct sources, and the number among them of each image's."""
         return self._sources, self._source_of
 
     def group(self, i: int) -> str:
         return self._groups[int(self._row_starts[i])].as_py()
 
     def group_hashes(self) -> NDArray[np.int64]:
-        """A number for each picture's group that follows from its name alone; 0 where it has none."""
+        """A number for each image's group that follows from its name alone; 0 where it has none."""
         names, codes = _codes(self._groups, self._row_starts[:-1])
         known = np.array([_text_hash(name) if name else 0 for name in names], np.int64)
         return known[codes]
 
     @property
     def splits(self) -> dict[str, int]:
-        """Pictures of each split. Where some are faulty, `info` still tells what was planned."""
+        """Images of each split. Where some are faulty, `info` still tells what was planned."""
         codes, counts = np.unique(self._split_of, return_counts=True)
         return dict(sorted(zip((self._splits[c] for c in codes.tolist()), counts.tolist(), strict=True)))
 
@@ -457,20 +457,20 @@ class Dataset:
         return self._splits, self._split_of
 
     def rows(self, split: str) -> NDArray[np.int64]:
-        """Numbers of the pictures of a split, ascending.
+        """Numbers of the images of a split, ascending.
 
         Raises:
-            UserError: the dataset has no such picture.
+            UserError: the dataset has no such image.
         """
         wanted = [i for i, name in enumerate(self._splits) if name == split]
         found = np.flatnonzero(np.isin(self._split_of, wanted))
         if not len(found):
-            raise UserError(f"{self.root} has no picture in the split {split!r}, only {self.splits}")
+            raise UserError(f"{self.root} has no image in the split {split!r}, only {self.splits}")
         return found
 
     @property
     def checksums(self) -> NDArray[np.uint32]:
-        """The crc32 of each picture's bytes, as its index has it, [len]."""
+        """The crc32 of each image's bytes, as its index has it, [len]."""
         return self._crcs
 
     @property
@@ -479,11 +479,11 @@ class Dataset:
         return content_hash(self._crcs, self._sizes)
 
     def captions(self, i: int) -> range:
-        """Index rows of picture `i`."""
+        """Index rows of image `i`."""
         return range(int(self._row_starts[i]), int(self._row_starts[i + 1]))
 
     def prompts(self, i: int) -> list[str]:
-        """The captions of picture `i`."""
+        """The captions of image `i`."""
         if self._prompts is None:
             plan = _plan(self._files)
             texts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
@@ -500,7 +500,7 @@ class Dataset:
 
     @property
     def caption_starts(self) -> NDArray[np.int64]:
-        """The first index row of each picture, and the number of rows at the end: [len + 1]."""
+        """The first index row of each image, and the number of rows at the end: [len + 1]."""
         return self._row_starts
 
     def prompt_hashes(self) -> NDArray[np.int64]:
@@ -509,7 +509,7 @@ class Dataset:
         _present(self._files, "prompts.parquet")
         with pq.ParquetFile(self._files.path("prompts.parquet")) as plan:
             for batch in plan.iter_batches(columns=["prompt_id", "prompt"]):
-                texts = batch["prompt"].dictionary_encode()  # a prompt's several pictures lie side by side
+                texts = batch["prompt"].dictionary_encode()  # a prompt's several images lie side by side
                 known = hash_prompts(texts.dictionary.to_pylist())
                 ids.append(batch["prompt_id"].to_numpy())
                 hashes.append(known[texts.indices.to_numpy()])
@@ -517,7 +517,7 @@ class Dataset:
         return np.concatenate(hashes)[firsts][np.searchsorted(all_ids, self._prompt_ids)]
 
     def prompt_sets(self) -> NDArray[np.int64]:
-        """A number for each picture, the same where pictures have the same prompts."""
+        """A number for each image, the same where images have the same prompts."""
         if len(self._prompt_ids) == len(self):
             return self._prompt_ids
         # a sum of numbers drawn for each prompt does not ask for the captions' order
@@ -526,7 +526,7 @@ class Dataset:
         return np.add.reduceat(drawn[prompt_of], self._row_starts[:-1])
 
     def targets(self, i: int) -> NDArray[np.float32]:
-        """Unit vectors of picture `i`'s captions, [captions, E]."""
+        """Unit vectors of image `i`'s captions, [captions, E]."""
         rows = self.captions(i)
         shard = int(np.searchsorted(self._shard_rows, rows.start, side="right")) - 1
         first = rows.start - int(self._shard_rows[shard])
@@ -541,10 +541,10 @@ class Dataset:
             found[wanted] = self._vectors(shard)[rows[wanted] - self._shard_rows[shard]]
         return found
 
-    def mean_targets(self, pictures: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What `target` gives of each of these pictures, [n, E], in one go."""
-        firsts = self._row_starts[pictures]
-        counts = self._row_starts[pictures + 1] - firsts
+    def mean_targets(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What `target` gives of each of these images, [n, E], in one go."""
+        firsts = self._row_starts[images]
+        counts = self._row_starts[images + 1] - firsts
         total = self.caption_targets(firsts)
         for n in range(1, int(counts.max(initial=1))):  # caption after caption: the very sums that a mean takes
             more = counts > n
@@ -562,14 +562,14 @@ class Dataset:
         return vectors
 
     def target(self, i: int) -> NDArray[np.float32]:
-        """The mean of picture `i`'s captions' unit vectors, [E], itself not of unit length.
+        """The mean of image `i`'s captions' unit vectors, [E], itself not of unit length.
 
-        Its dot product with a prediction is the picture's score, the average cosine; its direction is what trains.
+        Its dot product with a prediction is the image's score, the average cosine; its direction is what trains.
         """
         return self.targets(i).mean(0)
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded picture `i`.
+        """The encoded image `i`.
 
         Raises:
             CorruptImage: its file is gone or shorter than the index says.
@@ -616,7 +616,7 @@ class Dataset:
             raise UserError(problem)
 
     def _mismatch(self, path: str, i: int, header: bytes) -> list[str]:
-        """Says so where 512 bytes are not the header of picture `i`."""
+        """Says so where 512 bytes are not the header of image `i`."""
         try:
             if tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == self._sizes[i]:
                 return []
@@ -634,7 +634,7 @@ class Dataset:
         sizes = f"{need / 1e9:.2f} GB in {len(missing):,} tars"
         if need > free:
             log.warning(
-                "%s: %s do not fit into the cache %s, which has %.2f GB free: pictures are read from the store one by "
+                "%s: %s do not fit into the cache %s, which has %.2f GB free: images are read from the store one by "
                 "one, which is slower. Name a larger folder by IM2EMB_CACHE",
                 *(self.root, sizes, cache_folder(), free / 1e9),
             )
@@ -646,7 +646,7 @@ class Dataset:
         """A hash of what the dataset is: its settings, plan and counts."""
         return sha256(self._files.path("dataset.json"))
 
-    def _check_pictures(self, table: pa.Table) -> list[str]:
+    def _check_images(self, table: pa.Table) -> list[str]:
         found = []
         missing = [] if self.partial else _missing(self._files, self.info)
         if missing:
@@ -663,13 +663,13 @@ class Dataset:
         for code, path in enumerate(self._paths):
             if not path.endswith(".tar"):
                 continue  # a folder's files are found missing one by one, as they are read
-            pictures = np.flatnonzero(self._path_of == code)
-            found += self._check_tar(path, pictures[np.argsort(self._offsets[pictures])])
+            images = np.flatnonzero(self._path_of == code)
+            found += self._check_tar(path, images[np.argsort(self._offsets[images])])
         return found
 
-    def _check_tar(self, path: str, pictures: NDArray[np.int64]) -> list[str]:
-        """Length of the tar, and of a local one the headers of its first and last picture; `verify` reads all."""
-        where, last = self.root / path, pictures[-1]
+    def _check_tar(self, path: str, images: NDArray[np.int64]) -> list[str]:
+        """Length of the tar, and of a local one the headers of its first and last image; `verify` reads all."""
+        where, last = self.root / path, images[-1]
         need, have = int(self._offsets[last] + self._sizes[last]), self._files.size(path)
         if have is None:
             return [f"{where} is missing; {self._remedy(path)}"]
@@ -678,7 +678,7 @@ class Dataset:
         if self._files.remote:
             return []
         with self._files.path(path).open("rb") as file:
-            for i in (int(pictures[0]), int(last)):
+            for i in (int(images[0]), int(last)):
                 file.seek(max(int(self._offsets[i]) - tarfile.BLOCKSIZE, 0))
                 found = self._mismatch(path, i, file.read(tarfile.BLOCKSIZE))
                 if found:
@@ -738,7 +738,7 @@ def _reopened(root: Place, encoder: str | None, whole: bool, partial: bool, file
 
 
 def read_notes(root: Place, number: int) -> dict[str, dict[str, Any]]:
-    """What the renderer noted of the pictures of shard `number`, such as {"redrawn": "fp32"}: key → note, if any.
+    """What the renderer noted of the images of shard `number`, such as {"redrawn": "fp32"}: key → note, if any.
 
     A remote tar is not fetched for this: of one that is not in the cache, nothing is told.
 

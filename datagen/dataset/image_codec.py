@@ -1,9 +1,9 @@
-"""Pictures on their way to disk: resized on the device, encoded in threads; the same bytes wherever that is done.
+"""Images on their way to disk: resized on the device, encoded in threads; the same bytes wherever that is done.
 
     resize = Resizer(768, 512, "lanczos", "cuda")
-    for data, note in encoded(pictures, "webp"): …
+    for data, note in encoded(images, "webp"): …
 
-Letters of shapes: N pictures, C channels, M of both, P side before, S side after, H height, W width; K pixels that B
+Letters of shapes: N images, C channels, M of both, P side before, S side after, H height, W width; K pixels that B
 others are made of.
 """
 
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 _BLOCK = 32  # pixels of a product: of a wider one more weights are zero, of narrower ones there are more
 _BITS = 22  # Pillow rounds its coefficients to this many binary places
-_AHEAD = 64  # pictures encoded or waiting for it: 50 MB at 512 px, and more than any batch
-_MOST_THREADS = 8  # one writes some 100 pictures of 512 px a second, which no GPU renders
+_AHEAD = 64  # images encoded or waiting for it: 50 MB at 512 px, and more than any batch
+_MOST_THREADS = 8  # one writes some 100 images of 512 px a second, which no GPU renders
 
 
 def _sinc(x: float) -> float:
@@ -59,7 +59,7 @@ _FILTERS: dict[str, tuple[Callable[[float], float], float]] = {
     "bilinear": (_bilinear, 1.0),
     "box": (_box, 0.5),
 }
-"""Name → Pillow's kernel and how far it reaches, in pixels of the smaller picture."""
+"""Name → Pillow's kernel and how far it reaches, in pixels of the smaller image."""
 
 
 class _Band(NamedTuple):
@@ -72,7 +72,7 @@ class _Band(NamedTuple):
 
 
 class Resizer:
-    """Square pictures from one side to another, to the bit as `PIL.Image.resize` does, on any device.
+    """Square images from one side to another, to the bit as `PIL.Image.resize` does, on any device.
 
     On a CPU it is Pillow, in as many threads as torch has. Elsewhere two matrix products, along rows and then along
     columns, cut into blocks since a pixel depends on few others. Pillow weighs with whole multiples of 2⁻²² and rounds
@@ -80,10 +80,10 @@ class Resizer:
     shows in the result. (The products do run on a CPU, but other work on its cores stalls torch's threads.)
 
     Args:
-        from_side: of the pictures given, pixels.
-        to_side: of the pictures returned, pixels.
-        filter: lanczos, bicubic, bilinear or box, widened when the picture shrinks.
-        device: where the pictures are.
+        from_side: of the images given, pixels.
+        to_side: of the images returned, pixels.
+        filter: lanczos, bicubic, bilinear or box, widened when the image shrinks.
+        device: where the images are.
 
     Raises:
         UserError: a side is below 1, or the filter is unknown.
@@ -97,7 +97,7 @@ class Resizer:
         if filter not in _FILTERS:
             problems.append(f"filter: {filter!r} is not one of {', '.join(_FILTERS)}")
         if problems:
-            raise UserError("pictures cannot be resized so:\n" + "\n".join(f"  {p}" for p in problems))
+            raise UserError("images cannot be resized so:\n" + "\n".join(f"  {p}" for p in problems))
         self.from_side, self.to_side, self.filter = from_side, to_side, filter
         self.device = torch.device(device)
 
@@ -112,9 +112,9 @@ class Resizer:
         side = self.from_side
         if image_NCPP.dtype != torch.uint8 or image_NCPP.ndim != 4 or image_NCPP.shape[2:] != (side, side):
             got = f"{image_NCPP.dtype} {list(image_NCPP.shape)}"
-            raise ValueError(f"pictures must be torch.uint8 [N, C, {side}, {side}], got {got}")
+            raise ValueError(f"images must be torch.uint8 [N, C, {side}, {side}], got {got}")
         if image_NCPP.device.type != self.device.type:
-            raise ValueError(f"pictures are on {image_NCPP.device}, but this resizer works on {self.device}")
+            raise ValueError(f"images are on {image_NCPP.device}, but this resizer works on {self.device}")
         if side == self.to_side:
             return image_NCPP
         return self._by_pillow(image_NCPP) if self.device.type == "cpu" else self._by_products(image_NCPP)
@@ -193,55 +193,55 @@ def _taps(from_side: int, to_side: int, name: str) -> list[tuple[int, list[float
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "png": {"compress_level": 3},  # a third of the default's time for a few percent of its size
-    # An eighth of a picture more than the default, in a fifteenth of its time; a fifth less than png.
+    # An eighth of an image more than the default, in a fifteenth of its time; a fifth less than png.
     "webp": {"lossless": True, "method": 0, "quality": 20},
     "jpg": {"quality": 95, "subsampling": 0},
 }
 """Format → Pillow's options."""
 
 
-def encode(picture_HWC: NDArray[np.uint8], image_format: str) -> bytes:
-    """An RGB picture as file bytes: png and webp lossless, jpg at quality 95 without chroma subsampling.
+def encode(image_HWC: NDArray[np.uint8], image_format: str) -> bytes:
+    """An RGB image as file bytes: png and webp lossless, jpg at quality 95 without chroma subsampling.
 
     Args:
         picture_HWC: uint8 [H, W, 3].
         image_format: png, webp or jpg.
 
     Raises:
-        ValueError: the picture has another type or shape.
+        ValueError: the image has another type or shape.
         UserError: the format is unknown.
     """
     from PIL import Image
 
     if image_format not in OPTIONS:
         raise UserError(f"image_format: {image_format!r} is not one of {', '.join(OPTIONS)}")
-    if picture_HWC.dtype != np.uint8 or picture_HWC.ndim != 3 or picture_HWC.shape[2] != 3:
-        raise ValueError(f"a picture must be uint8 [H, W, 3], got {picture_HWC.dtype} {list(picture_HWC.shape)}")
+    if image_HWC.dtype != np.uint8 or image_HWC.ndim != 3 or image_HWC.shape[2] != 3:
+        raise ValueError(f"an image must be uint8 [H, W, 3], got {image_HWC.dtype} {list(image_HWC.shape)}")
     buffer = io.BytesIO()
     kind = "jpeg" if image_format == "jpg" else image_format
-    Image.fromarray(np.ascontiguousarray(picture_HWC)).save(buffer, kind, **OPTIONS[image_format])
+    Image.fromarray(np.ascontiguousarray(image_HWC)).save(buffer, kind, **OPTIONS[image_format])
     return buffer.getvalue()
 
 
 def encoded(
-    pictures: Iterable[tuple[NDArray[np.uint8], dict[str, Any]]], image_format: str, threads: int | None = None
+    images: Iterable[tuple[NDArray[np.uint8], dict[str, Any]]], image_format: str, threads: int | None = None
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Pictures with their notes → file bytes with the same notes, in order, encoded in threads behind the renderer.
+    """Images with their notes → file bytes with the same notes, in order, encoded in threads behind the renderer.
 
-    What is done is handed on at once, and the next picture is asked for as long as no more than 64 are under way: a
+    What is done is handed on at once, and the next image is asked for as long as no more than 64 are under way: a
     renderer waits only for an encoder that is that far behind. Closing the iterator, an error of either side or Ctrl-C
     ends the threads.
 
     Args:
-        pictures: uint8 [H, W, 3] each; read in the caller's thread.
+        images: uint8 [H, W, 3] each; read in the caller's thread.
         threads: null takes the cores of this process, at most 8.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     pool = ThreadPoolExecutor(threads or min(cores, _MOST_THREADS), "encode")
     waiting: deque[tuple[Future[bytes], dict[str, Any]]] = deque()
     try:
-        for picture_HWC, note in pictures:
-            waiting.append((pool.submit(encode, picture_HWC, image_format), note))
+        for image_HWC, note in images:
+            waiting.append((pool.submit(encode, image_HWC, image_format), note))
             while waiting and (waiting[0][0].done() or len(waiting) >= _AHEAD):
                 yield _next(waiting)
         while waiting:

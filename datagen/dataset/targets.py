@@ -1,7 +1,7 @@
 """Prompts → unit vectors, by any sentence-transformers model.
 
 python -m datagen.targets out=data/sd2                                  all-MiniLM-L6-v2
-python -m datagen.targets out=data/sd2 encoder=some/hub-model           another target, no picture rendered again
+python -m datagen.targets out=data/sd2 encoder=some/hub-model           another target, no image rendered again
 """
 
 import importlib.util
@@ -153,9 +153,9 @@ def _check_minilm(folder: Path) -> None:
 
 
 def run(values: dict[str, Any]) -> None:
-    chosen = settings(TargetsSettings, values)
-    wrote = fill(chosen.out, TargetEncoder(chosen.encoder))
-    name = encoder_name(chosen.encoder)
-    width = shards.read_encoder(chosen.out, name)["width"]
-    folder = chosen.out / "targets" / name
+    cfg = settings(TargetsSettings, values)
+    wrote = fill(cfg.out, TargetEncoder(cfg.encoder))
+    name = encoder_name(cfg.encoder)
+    width = shards.read_encoder(cfg.out, name)["width"]
+    folder = cfg.out / "targets" / name
     log.info("%s: %d vectors written, %d wide", folder, wrote, width)

@@ -36,19 +36,19 @@ class _Worker:
 class Local:
     """The engine of one machine: a process a GPU, or a process a core for a renderer of one core."""
 
-    def __init__(self, chosen: DatagenSettings, renderer: Renderer) -> None:
-        self._chosen, self._renderer = chosen, renderer
+    def __init__(self, cfg: DatagenSettings, renderer: Renderer) -> None:
+        self._cfg, self._renderer = cfg, renderer
         self.on_gpu = renderer.on_gpu()
-        if not self.on_gpu and chosen.devices != "all":
+        if not self.on_gpu and cfg.devices != "all":
             raise UserError(
-                f"devices: {chosen.devices} GPUs are asked for, and renderer={chosen.renderer.name} runs on the CPU "
+                f"devices: {cfg.devices} GPUs are asked for, and renderer={cfg.renderer.name} runs on the CPU "
                 "here; leave devices out"
             )
         self._environments: list[dict[str, str]] = [{}]
-        if self.on_gpu and ":" not in getattr(chosen.renderer, "device", ""):  # cuda:1 names one by itself
-            self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus(chosen)]
+        if self.on_gpu and ":" not in getattr(cfg.renderer, "device", ""):  # cuda:1 names one by itself
+            self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus(cfg)]
         elif renderer.one_core:
-            self._environments *= chosen.workers or os.cpu_count() or 1
+            self._environments *= cfg.workers or os.cpu_count() or 1
         self.places = len(self._environments)
 
     def render(
@@ -60,10 +60,10 @@ class Local:
 
     def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
         if not self.on_gpu:
-            return question(self._chosen, self._renderer)
+            return question(self._cfg, self._renderer)
         ours, theirs = _SPAWN.Pipe()
         worker = _Worker(
-            _SPAWN.Process(target=_answer, args=(question, self._chosen, self._environments[0], theirs), daemon=True),
+            _SPAWN.Process(target=_answer, args=(question, self._cfg, self._environments[0], theirs), daemon=True),
             ours,
             self._environments[0],
         )
@@ -85,7 +85,7 @@ class Local:
 
     def _here(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
         """In this process: a renderer that has all cores, or a single core, needs no other."""
-        queue, tried = Queue(todo, self._chosen.retries), Tries(self._chosen, self._renderer)
+        queue, tried = Queue(todo, self._cfg.retries), Tries(self._cfg, self._renderer)
         while queue:
             number = queue.next()
             event = tried(number, rows_of(number), partial(ticks.add, number))
@@ -97,8 +97,8 @@ class Local:
             yield event
 
     def _in_processes(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
-        queue = Queue(todo, self._chosen.retries)
-        workers = [_start(self._chosen, environment) for environment in self._environments[: len(todo)]]
+        queue = Queue(todo, self._cfg.retries)
+        workers = [_start(self._cfg, environment) for environment in self._environments[: len(todo)]]
         try:
             while queue or any(w.shard is not None for w in workers):
                 for worker in workers:
@@ -118,7 +118,7 @@ class Local:
                         ticks.take_back(event.shard)
                         # a process whose CUDA context is broken fails at everything
                         _stop([worker])
-                        workers[workers.index(worker)] = _start(self._chosen, worker.environment)
+                        workers[workers.index(worker)] = _start(self._cfg, worker.environment)
                         event = queue.failed(event)
                     elif event.kind == "done":
                         worker.shard = None
@@ -127,9 +127,9 @@ class Local:
             _stop(workers)
 
 
-def _start(chosen: DatagenSettings, environment: Mapping[str, str]) -> _Worker:
+def _start(cfg: DatagenSettings, environment: Mapping[str, str]) -> _Worker:
     ours, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=_run, args=(chosen, dict(environment), theirs), daemon=True)
+    process = _SPAWN.Process(target=_run, args=(cfg, dict(environment), theirs), daemon=True)
     process.start()
     theirs.close()  # so that its end is the only one: the pipe closes with the process
     return _Worker(process, ours, environment)
@@ -142,7 +142,7 @@ def _send(worker: _Worker, number: int, rows: pa.Table) -> None:
 
 
 def _receive(worker: _Worker) -> Event | tuple[int, int] | None:
-    """An event, or a shard and the pictures rendered of it."""
+    """An event, or a shard and the images rendered of it."""
     try:
         message = worker.pipe.recv()
     except (EOFError, OSError):
@@ -188,20 +188,20 @@ def _start_process(environment: Mapping[str, str]) -> None:
 
 def _answer(
     question: Callable[[DatagenSettings, Renderer], object],
-    chosen: DatagenSettings,
+    cfg: DatagenSettings,
     environment: dict[str, str],
     pipe: Connection,
 ) -> None:
     _start_process(environment)
     try:
-        pipe.send(answer(question, chosen))
+        pipe.send(answer(question, cfg))
     except Exception as error:
         pipe.send(error)
 
 
-def _run(chosen: DatagenSettings, environment: dict[str, str], pipe: Connection) -> None:
+def _run(cfg: DatagenSettings, environment: dict[str, str], pipe: Connection) -> None:
     _start_process(environment)
-    tried = Tries(chosen)
+    tried = Tries(cfg)
     while True:
         try:
             number, rows = pipe.recv()
@@ -213,7 +213,7 @@ def _run(chosen: DatagenSettings, environment: dict[str, str], pipe: Connection)
             return
 
 
-def _gpus(chosen: DatagenSettings) -> list[str]:
+def _gpus(cfg: DatagenSettings) -> list[str]:
     """The GPUs to use, by the names that CUDA_VISIBLE_DEVICES takes.
 
     Raises:
@@ -224,8 +224,8 @@ def _gpus(chosen: DatagenSettings) -> list[str]:
     there = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     names = visible.split(",")[:there] if visible else [str(n) for n in range(there)]
-    if chosen.devices == "all":
+    if cfg.devices == "all":
         return names
-    if chosen.devices > there:
-        raise UserError(f"devices: {chosen.devices} GPUs are asked for, and {there} are here; devices=all takes them")
-    return names[: chosen.devices]
+    if cfg.devices > there:
+        raise UserError(f"devices: {cfg.devices} GPUs are asked for, and {there} are here; devices=all takes them")
+    return names[: cfg.devices]

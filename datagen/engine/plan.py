@@ -1,6 +1,6 @@
 """Prompts → the plan: what `python -m datagen` decides before any pixel is drawn.
 
-The plan holds a row a picture: its key, prompt, split and seed. Everything after it is a function of the plan.
+The plan holds a row an image: its key, prompt, split and seed. Everything after it is a function of the plan.
 """
 
 import dataclasses
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 _ROWS = 1 << 20  # rows of the plan made at a time: a column of strings holds no more than 2 GB
 
 
-def identity(chosen: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
+def identity(cfg: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
     """All that decides the dataset's bytes, as plain JSON."""
     keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
-    values = {k: v for k, v in dataclasses.asdict(chosen).items() if k in keys}
-    values["encoder"] = chosen.encoder and encoder_name(chosen.encoder)
-    values["renderer"] = {**renderer.settings(), "image_format": chosen.renderer.image_format}
+    values = {k: v for k, v in dataclasses.asdict(cfg).items() if k in keys}
+    values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
+    values["renderer"] = {**renderer.settings(), "image_format": cfg.renderer.image_format}
     packages = ["numpy", "pillow", "pyarrow"]
-    if not isinstance(chosen.renderer, GlyphsRenderer):
+    if not isinstance(cfg.renderer, GlyphsRenderer):
         packages += ["diffusers", "torch", "transformers"]
     values["versions"] = {p: importlib.metadata.version(p) for p in packages}
     return json.loads(json.dumps(values, default=str))
@@ -57,7 +57,7 @@ def differences(there: dict[str, Any], here: dict[str, Any], where: str = "") ->
     return found
 
 
-def curated_prompts(chosen: DatagenSettings, renderer: Renderer, work: Path | None = None) -> Curated:
+def curated_prompts(cfg: DatagenSettings, renderer: Renderer, work: Path | None = None) -> Curated:
     """The prompts of the dataset and their sides.
 
     Args:
@@ -65,24 +65,24 @@ def curated_prompts(chosen: DatagenSettings, renderer: Renderer, work: Path | No
     """
     from datagen.prompts.clip_tokenizer import token_counts
 
-    by_group = chosen.split.kind == "holdout"
-    side = (lambda part: held_out(part, chosen.split.share, chosen.seed)) if by_group else None
-    encoder = TargetEncoder(chosen.encoder, fast=True) if chosen.encoder else None
+    by_group = cfg.split.kind == "holdout"
+    side = (lambda part: held_out(part, cfg.split.share, cfg.seed)) if by_group else None
+    encoder = TargetEncoder(cfg.encoder, fast=True) if cfg.encoder else None
     curated = curate(
-        stream(chosen.prompts, chosen.seed, side),
-        -(-chosen.num // chosen.seeds_per_prompt),
-        chosen.curate,
-        chosen.split,
-        chosen.seed,
+        stream(cfg.prompts, cfg.seed, side),
+        -(-cfg.num // cfg.seeds_per_prompt),
+        cfg.curate,
+        cfg.split,
+        cfg.seed,
         encode=encoder.encode if encoder else _no_vectors,
         count_tokens=token_counts,
         can_draw=renderer.can_draw,
         work=work,
         origin={
-            "prompts": dataclasses.asdict(chosen.prompts),
-            "provenance": provenance(chosen.prompts),
-            "encoder": encoder.identity() if encoder and needs_vectors(chosen.curate, chosen.split) else None,
-            "renderer": chosen.renderer.name,
+            "prompts": dataclasses.asdict(cfg.prompts),
+            "provenance": provenance(cfg.prompts),
+            "encoder": encoder.identity() if encoder and needs_vectors(cfg.curate, cfg.split) else None,
+            "renderer": cfg.renderer.name,
         },
     )
     if encoder:
@@ -94,20 +94,20 @@ def _no_vectors(texts: Sequence[str]) -> NDArray[np.float32]:
     return np.zeros((len(texts), 0), np.float32)
 
 
-def count(chosen: DatagenSettings, curated: Curated) -> int:
-    return min(chosen.num, (len(curated.train) + len(curated.val)) * chosen.seeds_per_prompt)
+def count(cfg: DatagenSettings, curated: Curated) -> int:
+    return min(cfg.num, (len(curated.train) + len(curated.val)) * cfg.seeds_per_prompt)
 
 
-def plan_table(chosen: DatagenSettings, curated: Curated) -> pa.Table:
-    """A row a picture, validation spread evenly among training so that every shard has its part of both."""
+def plan_table(cfg: DatagenSettings, curated: Curated) -> pa.Table:
+    """A row an image, validation spread evenly among training so that every shard has its part of both."""
     prompts = pa.concat_tables([curated.train, curated.val]).combine_chunks()
-    order = np.random.default_rng([chosen.seed, 1]).permutation(len(prompts))
+    order = np.random.default_rng([cfg.seed, 1]).permutation(len(prompts))
     is_val = order >= len(curated.train)
-    per_prompt = chosen.seeds_per_prompt
-    seeds = picture_seeds(chosen.seed, len(prompts), per_prompt)
+    per_prompt = cfg.seeds_per_prompt
+    seeds = image_seeds(cfg.seed, len(prompts), per_prompt)
     parts = []
-    for first in range(0, count(chosen, curated), _ROWS):
-        row = np.arange(first, min(first + _ROWS, count(chosen, curated)))
+    for first in range(0, count(cfg, curated), _ROWS):
+        row = np.arange(first, min(first + _ROWS, count(cfg, curated)))
         prompt_id, nth = np.divmod(row, per_prompt)
         texts = prompts.take(order[prompt_id])
         columns = {
@@ -123,8 +123,8 @@ def plan_table(chosen: DatagenSettings, curated: Curated) -> pa.Table:
     return pa.concat_tables(parts)
 
 
-def picture_seeds(seed: int, prompts: int, per_prompt: int) -> NDArray[np.int64]:
-    """Every picture's own seed, 0 to 2³¹ − 1: [prompts, per_prompt].
+def image_seeds(seed: int, prompts: int, per_prompt: int) -> NDArray[np.int64]:
+    """Every image's own seed, 0 to 2³¹ − 1: [prompts, per_prompt].
 
     Philox counts: the n-th prompt's k-th seed depends on `seed`, n and k alone, not on how many there are of either.
     """
@@ -132,7 +132,7 @@ def picture_seeds(seed: int, prompts: int, per_prompt: int) -> NDArray[np.int64]
     return np.stack(drawn, axis=1).astype(np.int64)
 
 
-def tell(chosen: DatagenSettings, curated: Curated) -> None:
+def tell(cfg: DatagenSettings, curated: Curated) -> None:
     log.info(
         "prompts: %s drawn, %s train, %s val",
         *map("{:,}".format, (curated.drawn, len(curated.train), len(curated.val))),
@@ -146,9 +146,9 @@ def tell(chosen: DatagenSettings, curated: Curated) -> None:
             CONTEXT,
             CONTEXT,
         )
-    have = count(chosen, curated)
-    if have < chosen.num:
+    have = count(cfg, curated)
+    if have < cfg.num:
         log.warning(
-            "only %s pictures of the num=%s wanted: the %s prompts drawn hold no more that can be used",
-            *map("{:,}".format, (have, chosen.num, curated.drawn)),
+            "only %s images of the num=%s wanted: the %s prompts drawn hold no more that can be used",
+            *map("{:,}".format, (have, cfg.num, curated.drawn)),
         )

@@ -40,21 +40,21 @@ _NOT_SENT = [".git", ".venv", "data", "checkpoints", "bundle", "tests", "wandb",
 class _Actor:
     """Renders shards in a process of the cluster; asked for its progress while it does."""
 
-    def __init__(self, chosen: DatagenSettings) -> None:
-        self._tried = Tries(chosen)
+    def __init__(self, cfg: DatagenSettings) -> None:
+        self._tried = Tries(cfg)
         self._rendered = 0
-        shards.remove_parts(chosen.out)  # of an actor that was killed on this machine
+        shards.remove_parts(cfg.out)  # of an actor that was killed on this machine
 
     def render(self, number: int, rows: pa.Table) -> Event | UserError:
         self._rendered = 0
         return self._tried(number, rows, self._tick)
 
-    def _tick(self, pictures: int) -> None:
-        self._rendered += pictures
+    def _tick(self, images: int) -> None:
+        self._rendered += images
 
     @ray.method(concurrency_group="looks")
     def rendered(self) -> int:
-        """Pictures of the shard in hand."""
+        """Images of the shard in hand."""
         return self._rendered
 
 
@@ -65,7 +65,7 @@ class _Worker:
     """The answer that comes once it has found a place in the cluster; then None."""
     shard: int | None = None
     seen: int = 0
-    """Pictures of the shard that were ticked."""
+    """Images of the shard that were ticked."""
     look: Any = None
     """The question after its progress that is under way."""
 
@@ -77,25 +77,23 @@ class Cluster:
         UserError: the cluster cannot be reached, or has no place for a worker.
     """
 
-    def __init__(self, chosen: DatagenSettings, renderer: Renderer) -> None:
-        self._chosen = _absolute(chosen)
-        _connect(chosen)
+    def __init__(self, cfg: DatagenSettings, renderer: Renderer) -> None:
+        self._cfg = _absolute(cfg)
+        _connect(cfg)
         there = ray.cluster_resources()
         gpus = int(there.get("GPU", 0))
         # the machine that started the run may have no GPU itself, but a renderer of one core never wants one
-        self.on_gpu = gpus > 0 and not renderer.one_core and getattr(chosen.renderer, "device", "cpu") != "cpu"
-        if self.on_gpu and chosen.workers is not None:
-            raise UserError(
-                f"workers: {chosen.workers} is for CPUs, and each of the cluster's {gpus} GPUs has a worker"
-            )
+        self.on_gpu = gpus > 0 and not renderer.one_core and getattr(cfg.renderer, "device", "cpu") != "cpu"
+        if self.on_gpu and cfg.workers is not None:
+            raise UserError(f"workers: {cfg.workers} is for CPUs, and each of the cluster's {gpus} GPUs has a worker")
         cores = int(there.get("CPU", 1))
         nodes = sum(node["Alive"] for node in ray.nodes())
-        self.places = gpus if self.on_gpu else chosen.workers or (cores if renderer.one_core else nodes)
+        self.places = gpus if self.on_gpu else cfg.workers or (cores if renderer.one_core else nodes)
         self._cores = 1 if renderer.one_core or self.on_gpu else max(1, cores // self.places)
 
     def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
         task: Any = ray.remote(answer)
-        return _get(task.options(**self._needs()).remote(question, self._chosen))
+        return _get(task.options(**self._needs()).remote(question, self._cfg))
 
     def _needs(self) -> dict[str, float]:
         return {"num_cpus": self._cores, "num_gpus": 1 if self.on_gpu else 0}
@@ -103,14 +101,14 @@ class Cluster:
     def _start(self) -> _Worker:
         remote: Any = ray.remote  # its annotations know no option of these
         actor = remote(concurrency_groups={"looks": 1})(_Actor)
-        started = actor.options(**self._needs()).remote(self._chosen)
+        started = actor.options(**self._needs()).remote(self._cfg)
         return _Worker(started, started.rendered.remote())
 
     def render(
         self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
     ) -> Iterator[Event]:
         ticks = Ticks(tick)
-        queue = Queue(todo, self._chosen.retries)
+        queue = Queue(todo, self._cfg.retries)
         workers = [self._start() for _ in range(min(self.places, len(todo)))]
         running: dict[Any, _Worker] = {}
         began, told = time.monotonic(), False
@@ -153,9 +151,9 @@ class Cluster:
             event = Event("failed", number, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
         if isinstance(event, UserError):
             raise event
-        if event.kind == "done" and not shards.committed(self._chosen.out, number):
+        if event.kind == "done" and not shards.committed(self._cfg.out, number):
             raise UserError(
-                f"shard {number:06d} was written on another machine, and {self._chosen.out} does not show it here: "
+                f"shard {number:06d} was written on another machine, and {self._cfg.out} does not show it here: "
                 f"give out= a URL, or a folder that all nodes share"
             )
         if event.kind == "done":
@@ -181,42 +179,42 @@ def _look(worker: _Worker, ticks: Ticks) -> None:
     worker.look = worker.actor.rendered.remote()
 
 
-def _connect(chosen: DatagenSettings) -> None:
+def _connect(cfg: DatagenSettings) -> None:
     if ray.is_initialized():
         return
     environment: dict[str, Any] = {"env_vars": {"PYTHONPATH": str(ROOT)}}
     cores = None
-    if chosen.ray_address is not None:
+    if cfg.ray_address is not None:
         environment = {"working_dir": str(ROOT), "excludes": _NOT_SENT}
     else:
-        cores = chosen.workers or os.cpu_count()
+        cores = cfg.workers or os.cpu_count()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        _reach(chosen.ray_address)
+        _reach(cfg.ray_address)
         ray.init(
-            chosen.ray_address or "local",  # None would obey RAY_ADDRESS
+            cfg.ray_address or "local",  # None would obey RAY_ADDRESS
             num_cpus=cores,
-            include_dashboard=False if chosen.ray_address is None else None,
+            include_dashboard=False if cfg.ray_address is None else None,
             log_to_driver=False,
             logging_level=logging.ERROR,
             runtime_env=environment,
         )
     except (ConnectionError, RuntimeError, ValueError) as error:  # ValueError: a port that is no number
         raise UserError(
-            f"ray_address={chosen.ray_address}: {str(error).splitlines()[0]}\n"
+            f"ray_address={cfg.ray_address}: {str(error).splitlines()[0]}\n"
             f"Start a cluster (ray start --head), or leave ray_address out for a Ray of this machine's own."
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
 
 
-def _absolute(chosen: DatagenSettings) -> DatagenSettings:
+def _absolute(cfg: DatagenSettings) -> DatagenSettings:
     """The settings with the paths that a process in another folder would not find made absolute."""
-    renderer = chosen.renderer
+    renderer = cfg.renderer
     model = getattr(renderer, "model", None)
     if model is not None and Path(model).expanduser().exists():
         renderer = dataclasses.replace(renderer, model=str(Path(model).expanduser().absolute()))
-    return dataclasses.replace(chosen, out=chosen.out.absolute(), renderer=renderer)
+    return dataclasses.replace(cfg, out=cfg.out.absolute(), renderer=renderer)
 
 
 def _reach(address: str | None) -> None:

@@ -55,7 +55,7 @@ class Engine(Protocol):
         Args:
             todo: numbers of the shards.
             rows_of: a shard's rows of the plan.
-            tick: told how many pictures more are rendered; less than none when a shard has failed.
+            tick: told how many images more are rendered; less than none when a shard has failed.
 
         Raises:
             UserError: what no second try mends, such as a full disk.
@@ -67,22 +67,22 @@ class Engine(Protocol):
         ...
 
 
-def answer(question: Callable[[DatagenSettings, Renderer], T], chosen: DatagenSettings) -> T:
-    return question(chosen, make_renderer(chosen))
+def answer(question: Callable[[DatagenSettings, Renderer], T], cfg: DatagenSettings) -> T:
+    return question(cfg, make_renderer(cfg))
 
 
-def make_renderer(chosen: DatagenSettings) -> Renderer:
-    if isinstance(chosen.renderer, GlyphsRenderer):
+def make_renderer(cfg: DatagenSettings) -> Renderer:
+    if isinstance(cfg.renderer, GlyphsRenderer):
         from datagen.renderers.glyphs.renderer import Glyphs
 
-        return Glyphs(chosen.renderer.size)
-    if isinstance(chosen.renderer, DiffusersRenderer):
+        return Glyphs(cfg.renderer.size)
+    if isinstance(cfg.renderer, DiffusersRenderer):
         from datagen.renderers.diffusers.renderer import DiffusersModel
 
-        return DiffusersModel(chosen.renderer)
+        return DiffusersModel(cfg.renderer)
     from datagen.renderers.sd2.renderer import StableDiffusion2
 
-    return StableDiffusion2(chosen.renderer)
+    return StableDiffusion2(cfg.renderer)
 
 
 class Queue:
@@ -110,14 +110,14 @@ class Queue:
 class Tries:
     """Renders shards one after the other, with a renderer that is made at the first."""
 
-    def __init__(self, chosen: DatagenSettings, renderer: Renderer | None = None) -> None:
-        self._chosen, self._renderer = chosen, renderer
+    def __init__(self, cfg: DatagenSettings, renderer: Renderer | None = None) -> None:
+        self._cfg, self._renderer = cfg, renderer
 
     def __call__(self, number: int, rows: pa.Table, tick: Callable[[int], object]) -> Event | UserError:
         """What became of `render_shard`; a `UserError` is what no second try mends."""
         try:
-            self._renderer = self._renderer or make_renderer(self._chosen)
-            return Event("done", number, report=render_shard(self._chosen, self._renderer, number, rows, tick))
+            self._renderer = self._renderer or make_renderer(self._cfg)
+            return Event("done", number, report=render_shard(self._cfg, self._renderer, number, rows, tick))
         except Unreachable as error:
             return Event("failed", number, error=str(error))
         except UserError as error:
@@ -127,30 +127,30 @@ class Tries:
 
 
 class Ticks:
-    """Pictures rendered of each shard, so that those of one that fails can be taken back."""
+    """Images rendered of each shard, so that those of one that fails can be taken back."""
 
     def __init__(self, tick: Callable[[int], object]) -> None:
         self._tick = tick
         self._rendered: Counter[int] = Counter()
 
-    def add(self, shard: int, pictures: int) -> None:
-        self._rendered[shard] += pictures
-        self._tick(pictures)
+    def add(self, shard: int, images: int) -> None:
+        self._rendered[shard] += images
+        self._tick(images)
 
     def take_back(self, shard: int) -> None:
         self._tick(-self._rendered.pop(shard, 0))
 
 
 def render_shard(
-    chosen: DatagenSettings, renderer: Renderer, number: int, rows: pa.Table, tick: Callable[[int], object]
+    cfg: DatagenSettings, renderer: Renderer, number: int, rows: pa.Table, tick: Callable[[int], object]
 ) -> dict[str, Any]:
     """Renders the plan's `rows` and commits them as shard `number`.
 
     Args:
-        tick: told the pictures of each batch.
+        tick: told the images of each batch.
 
     Returns:
-        Plain JSON for the log: shard, pictures, seconds, and under notes how often each was made of a picture.
+        Plain JSON for the log: shard, images, seconds, and under notes how often each was made of an image.
     """
     began = time.time()
     prompts, seeds = rows["prompt"].to_pylist(), rows["seed"].to_pylist()
@@ -159,19 +159,19 @@ def render_shard(
         raise ValueError("find_batch_size() comes first")
     told: Counter[str] = Counter()
 
-    def pictures() -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
+    def images() -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
         for start in range(0, len(prompts), batch):
-            picture_NHWC = renderer.render(prompts[start : start + batch], seeds[start : start + batch])
+            image_NHWC = renderer.render(prompts[start : start + batch], seeds[start : start + batch])
             notes = renderer.notes
             for note in notes:
                 told.update(note.keys())
-            yield from zip(picture_NHWC, notes, strict=True)
-            tick(len(picture_NHWC))
+            yield from zip(image_NHWC, notes, strict=True)
+            tick(len(image_NHWC))
 
     # A renderer of one core has its neighbours on the others: it encodes by itself.
     threads = 1 if renderer.one_core else None
-    image_format = chosen.renderer.image_format
-    shards.write_shard(chosen.out, number, rows, encoded(pictures(), image_format, threads), f".{image_format}")
+    image_format = cfg.renderer.image_format
+    shards.write_shard(cfg.out, number, rows, encoded(images(), image_format, threads), f".{image_format}")
     return {
         "shard": number,
         "pictures": len(prompts),

@@ -1,9 +1,9 @@
-"""Foreign pictures as a dataset, where they lie: a folder with a CSV of prompts, or WebDataset tars.
+"""Foreign images as a dataset, where they lie: a folder with a CSV of prompts, or WebDataset tars.
 
     python -m datagen.index out=data/comp images=competition csv=competition/prompts.csv split.share=1
     python -m datagen.index out=data/laion tars='laion/*.tar'
 
-Nothing is copied. Pictures without a prompt and prompts without a picture are counted and listed in `<out>.log.jsonl`,
+Nothing is copied. Images without a prompt and prompts without an image are counted and listed in `<out>.log.jsonl`,
 as are images that no split takes because they share a prompt or their bytes with a validation image. What two splits
 have in common is counted in dataset.json ("leakage"); only a split of the user's own (split_column=) has anything.
 """
@@ -35,37 +35,35 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def index(chosen: IndexSettings) -> None:
+def index(cfg: IndexSettings) -> None:
     """Writes the dataset folder `chosen.out`; it appears whole or not at all."""
-    if chosen.out.exists():
+    if cfg.out.exists():
         raise UserError(
-            f"{chosen.out} is there already; choose another out=, or remove it. If only its vectors are missing: "
-            f"python -m datagen.targets out={chosen.out}"
+            f"{cfg.out} is there already; choose another out=, or remove it. If only its vectors are missing: "
+            f"python -m datagen.targets out={cfg.out}"
         )
     skipped: list[dict[str, str]] = []
-    batches = list(read_tars(chosen, skipped) if chosen.tars is not None else read_folder(chosen, skipped))
-    pictures = [found for batch in batches for found in batch]
-    if not pictures:
-        raise UserError(
-            f"no picture with a prompt in {chosen.tars or chosen.images}; {_summary(skipped) or 'it is empty'}"
-        )
-    clash = [key for key, count in Counter(p.key for p in pictures).items() if count > 1]
+    batches = list(read_tars(cfg, skipped) if cfg.tars is not None else read_folder(cfg, skipped))
+    images = [found for batch in batches for found in batch]
+    if not images:
+        raise UserError(f"no image with a prompt in {cfg.tars or cfg.images}; {_summary(skipped) or 'it is empty'}")
+    clash = [key for key, count in Counter(p.key for p in images).items() if count > 1]
     if clash:
-        raise UserError(f"{len(clash)} keys name several pictures ({', '.join(clash[:3])}, …); rename the files")
-    encoder = _Encoder(chosen.encoder)
-    split = split_foreign(pictures, chosen, encoder.encode)
+        raise UserError(f"{len(clash)} keys name several images ({', '.join(clash[:3])}, …); rename the files")
+    encoder = _Encoder(cfg.encoder)
+    split = split_foreign(images, cfg, encoder.encode)
     encoder.close()
-    listing = chosen.out.with_name(f"{chosen.out.name}.log.jsonl")
+    listing = cfg.out.with_name(f"{cfg.out.name}.log.jsonl")
     lines = [*skipped, *split.left_out]
-    part = chosen.out.with_name(f".{chosen.out.name}.part-{os.getpid()}")
+    part = cfg.out.with_name(f".{cfg.out.name}.part-{os.getpid()}")
     try:
-        _write(part, batches, split, chosen)
+        _write(part, batches, split, cfg)
         if lines:
             data = "".join(json.dumps(line) + "\n" for line in lines).encode()
             shards.write_atomically(listing, lambda file: file.write(data))
         else:
             listing.unlink(missing_ok=True)  # of a dataset that was there before
-        part.replace(chosen.out)
+        part.replace(cfg.out)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     if skipped:
@@ -73,7 +71,7 @@ def index(chosen: IndexSettings) -> None:
     if split.left_out:
         log.warning(
             "left out of training: %s (%.1f %% of the images outside validation); listed in %s",
-            *(_summary(split.left_out), 100 * len(split.left_out) / (len(pictures) - split.split_n.count("val"))),
+            *(_summary(split.left_out), 100 * len(split.left_out) / (len(images) - split.split_n.count("val"))),
             listing,
         )
 
@@ -98,8 +96,8 @@ class _Encoder:
             self._encoder.close()
 
 
-def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, chosen: IndexSettings) -> None:
-    source = chosen.source or (chosen.images or Path(str(chosen.tars)).parent).absolute().name
+def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, cfg: IndexSettings) -> None:
+    source = cfg.source or (cfg.images or Path(str(cfg.tars)).parent).absolute().name
     columns: dict[str, list[Any]] = {name: [] for name in shards.PLAN.names}
     split_of = iter(split.split_n)
     prompt_ids: dict[str, int] = {}
@@ -115,13 +113,13 @@ def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, c
                 for name, value in {**shared, "prompt": caption, "seed": 0}.items():
                     columns[name].append(value)
         shards.index_foreign(root, number, rows)
-    origin = {"images": chosen.images, "csv": chosen.csv, "tars": chosen.tars}
-    kind: dict[str, Any] = dataclasses.asdict(chosen.split)
+    origin = {"images": cfg.images, "csv": cfg.csv, "tars": cfg.tars}
+    kind: dict[str, Any] = dataclasses.asdict(cfg.split)
     info = {
         "settings": {
             "index": {k: str(v) for k, v in origin.items() if v is not None},
-            "split": kind if chosen.split_column is None else {"column": chosen.split_column},
-            "seed": chosen.seed,
+            "split": kind if cfg.split_column is None else {"column": cfg.split_column},
+            "seed": cfg.seed,
         },
         "shards": len(batches),
         "leakage": split.leakage,
@@ -135,11 +133,11 @@ def _summary(skipped: Sequence[Mapping[str, Any]]) -> str:
 
 
 def run(values: dict[str, Any]) -> None:
-    chosen = settings(IndexSettings, values)
-    index(chosen)
-    if chosen.encoder is not None:
+    cfg = settings(IndexSettings, values)
+    index(cfg)
+    if cfg.encoder is not None:
         from datagen.dataset.targets import TargetEncoder, fill
 
-        fill(chosen.out, TargetEncoder(chosen.encoder))
-    info = shards.read_info(chosen.out)
-    log.info("%s: %d pictures, %d captions, %s", chosen.out, info["pictures"], info["captions"], info["splits"])
+        fill(cfg.out, TargetEncoder(cfg.encoder))
+    info = shards.read_info(cfg.out)
+    log.info("%s: %d images, %d captions, %s", cfg.out, info["pictures"], info["captions"], info["splits"])

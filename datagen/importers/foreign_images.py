@@ -94,7 +94,7 @@ def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[l
         names = dict.fromkeys((file.name, file.stem, file.relative_to(folder).as_posix()))
         rows = [row for name in names for row in rows_of.get(name, ())]
         if not rows:
-            skipped.append({"key": file.name, "reason": "picture without a prompt"})
+            skipped.append({"key": file.name, "reason": "image without a prompt"})
             continue
         used.update(names)
         data = file.read_bytes()
@@ -120,7 +120,7 @@ def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[l
         )
     if batch:
         yield batch
-    skipped += [{"key": name, "reason": "prompt without a picture"} for name in rows_of if name not in used]
+    skipped += [{"key": name, "reason": "prompt without an image"} for name in rows_of if name not in used]
 
 
 def _image_files(folder: Path, table: Path, skipped: list[dict[str, str]]) -> Iterator[Path]:
@@ -253,27 +253,27 @@ def _samples(
         skipped += [{"key": name, "reason": reason} for name, reason in tar.left_out]
         for key, members in tar.samples.items():
             where = f"{path}, sample {key}"
-            picture = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
+            image = next((members[s] for s in IMAGE_SUFFIXES if s in members), None)
             texts = {s: tar.read(m) for s, m in members.items() if s in (".txt", ".json")}
             sample = read_sample(texts, where, cfg.prompt_column, cfg.text_encoding)
             if sample.problem == UNDECODED:
                 undecoded.append((where, texts[".txt"]))
             fields.update(sample.fields)
             skipped += _left_out(key, sample.captions)
-            if picture is None or not sample.captions.texts:
-                if picture is None:
-                    skipped.append({"key": key, "reason": "sample without a picture"})
+            if image is None or not sample.captions.texts:
+                if image is None:
+                    skipped.append({"key": key, "reason": "sample without an image"})
                 elif not sample.captions.left_out:
                     skipped.append({"key": key, "reason": sample.problem or NO_PROMPT})
                 continue
-            if picture.size == 0 or not _is_utf8(key):
-                skipped.append({"key": key, "reason": NOT_UTF8 if picture.size else EMPTY_FILE})
+            if image.size == 0 or not _is_utf8(key):
+                skipped.append({"key": key, "reason": NOT_UTF8 if image.size else EMPTY_FILE})
                 continue
-            crc = zlib.crc32(tar.read(picture))
+            crc = zlib.crc32(tar.read(image))
             place = str(path.absolute())  # not resolved: a link's target may lack the suffix that says how to read
             values = {label: read_label(sample.fields.get(column), column, where) for label, column in labels.items()}
             captions = distinct(sample.captions.texts)
-            yield ForeignImage(key, captions, place, picture.offset_data, picture.size, crc, **values)
+            yield ForeignImage(key, captions, place, image.offset_data, image.size, crc, **values)
 
 
 @dataclass(frozen=True)

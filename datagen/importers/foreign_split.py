@@ -1,7 +1,7 @@
 """Split the images that `datagen.index` reads, by the user's own column or by `split.kind`.
 
-    picture      whole groups of images that share a prompt or bytes (datagen/dataset/splits.py)
-    similarity   as picture; then training images at cosine ≥ split.threshold to a validation prompt are left out
+    image      whole groups of images that share a prompt or bytes (datagen/dataset/splits.py)
+    similarity   as image; then training images at cosine ≥ split.threshold to a validation prompt are left out
     holdout      by group: the same groups as datagen holds out
     split_column as the user says; leakage between the splits is counted and stays
 

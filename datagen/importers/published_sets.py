@@ -1,11 +1,11 @@
-"""Published sets of pictures as datasets: curated, split and resumed as datagen's own, each picture kept byte for byte.
+"""Published sets of images as datasets: curated, split and resumed as datagen's own, each image kept byte for byte.
 
     python -m datagen.published name=sd2_4m out=data/sd2_4m num=100000
     python -m datagen.published name=diffusiondb out=data/diffusiondb num=100000 folder=/copies/diffusiondb
 
 First the plan: prompts from the set's table (diffusiondb) or from its archives (sd2_4m), curated. Then an archive a
-shard: fetched, its pictures decoded once to see that they are whole, written, and removed. A run killed at any moment
-and started again gives the same bytes. Pictures that are missing or broken are in the split "faulty" and listed in
+shard: fetched, its images decoded once to see that they are whole, written, and removed. A run killed at any moment
+and started again gives the same bytes. Images that are missing or broken are in the split "faulty" and listed in
 `<out>.log.jsonl`.
 """
 
@@ -57,12 +57,12 @@ TEXTS = pa.schema(
         ("seed", pa.int64()),
     ]
 )
-"""A row a picture: its archive, its name there, and what the set says of it."""
+"""A row an image: its archive, its name there, and what the set says of it."""
 
 _TEXTS_FORMAT = 2  # of the tables of texts in the work folder
-_CHECKED_AT_ONCE = 64  # pictures held, decoded in threads
+_CHECKED_AT_ONCE = 64  # images held, decoded in threads
 _MARGIN = 1 << 30  # bytes that a disk keeps free beside an archive
-_ABSENT = b"\0"  # stands for the bytes of a picture that its archive lacks
+_ABSENT = b"\0"  # stands for the bytes of an image that its archive lacks
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Set:
     archives: str
     """Pattern of its archives' names."""
     suffix: str
-    """Of its pictures."""
+    """Of its images."""
     table: str | None
     """Parquet of all prompts; None where only the archives hold them."""
 
@@ -83,45 +83,45 @@ SETS = {
 }
 
 
-def publish(chosen: PublishedSettings) -> None:
+def publish(cfg: PublishedSettings) -> None:
     """Makes, or goes on making, the dataset `chosen.out`."""
-    out, work = chosen.out, store.beside(chosen.out, ".published")
-    work = work if chosen.work is None else chosen.work / work.name
+    out, work = cfg.out, store.beside(cfg.out, ".published")
+    work = work if cfg.work is None else cfg.work / work.name
     if not store.exists(out / "dataset.json"):
-        _plan(chosen, work)
+        _plan(cfg, work)
     info = shards.read_info(out)
-    _refuse_another(chosen, info)
+    _refuse_another(cfg, info)
     shards.remove_parts(out)
     told = info["provenance"]
     names = [archive["name"] for archive in told["archives"]]
-    if chosen.folder is None and told["commit"] is None:
+    if cfg.folder is None and told["commit"] is None:
         raise UserError(
             f"folder: missing; {out} was begun from a local copy of {told['repo']}, whose commit is unknown"
         )
-    source = download.Repository(told["repo"], None if chosen.folder else told["commit"], chosen.folder, tuple(names))
+    source = download.Repository(told["repo"], None if cfg.folder else told["commit"], cfg.folder, tuple(names))
     missing = shards.missing_shards(out, info)
     if missing:
         ends = np.cumsum([archive["pictures"] for archive in told["archives"]])
         plan = shards.read_plan(out)
-        with progress(plan.num_rows, "picture", chosen.name) as bar:
+        with progress(plan.num_rows, "image", cfg.name) as bar:
             for number, name in enumerate(names):
                 rows = plan.slice(int(ends[number - 1]) if number else 0, told["archives"][number]["pictures"])
                 if number in missing:
-                    _write(chosen, source, work, number, name, rows)
+                    _write(cfg, source, work, number, name, rows)
                 bar.update(rows.num_rows)
-    if chosen.encoder is not None:
+    if cfg.encoder is not None:
         from datagen.dataset.targets import TargetEncoder, fill
 
-        fill(out, TargetEncoder(chosen.encoder))
+        fill(out, TargetEncoder(cfg.encoder))
     shutil.rmtree(work, ignore_errors=True)
     dataset = shards.Dataset(out)
     splits = dataset.splits
     log.info("%s: %s", out, ", ".join(f"{count:,} {split}" for split, count in splits.items()))
     if shards.FAULTY in splits:
         log.warning(
-            "%s faulty pictures are listed in %s",
+            "%s faulty images are listed in %s",
             f"{splits[shards.FAULTY]:,}",
-            store.beside(chosen.out, ".log.jsonl"),
+            store.beside(cfg.out, ".log.jsonl"),
         )
     _log_equal_images(dataset)
 
@@ -139,22 +139,22 @@ def _log_equal_images(dataset: shards.Dataset) -> None:
             )
 
 
-def _identity(chosen: PublishedSettings) -> dict[str, Any]:
+def _identity(cfg: PublishedSettings) -> dict[str, Any]:
     """What decides the dataset's bytes, beside the hub's commit."""
     keys = ("num", "seed", "encoder", "curate", "split", "nsfw_at_most")
-    values = {key: value for key, value in dataclasses.asdict(chosen).items() if key in keys}
-    values["encoder"] = chosen.encoder and encoder_name(chosen.encoder)
-    return json.loads(json.dumps({"published": chosen.name, **values}, default=str))
+    values = {key: value for key, value in dataclasses.asdict(cfg).items() if key in keys}
+    values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
+    return json.loads(json.dumps({"published": cfg.name, **values}, default=str))
 
 
-def _refuse_another(chosen: PublishedSettings, info: dict[str, Any]) -> None:
-    differ = differences(recorded_settings(info), _identity(chosen))
+def _refuse_another(cfg: PublishedSettings, info: dict[str, Any]) -> None:
+    differ = differences(recorded_settings(info), _identity(cfg))
     commit = info.get("provenance", {}).get("commit")
-    if chosen.revision is not None and commit not in (None, chosen.revision) and len(chosen.revision) == 40:
-        differ.append(f"revision: {commit!r} there, {chosen.revision!r} here")
+    if cfg.revision is not None and commit not in (None, cfg.revision) and len(cfg.revision) == 40:
+        differ.append(f"revision: {commit!r} there, {cfg.revision!r} here")
     if differ:
         raise UserError(
-            f"{chosen.out} holds another dataset:\n"
+            f"{cfg.out} holds another dataset:\n"
             + "\n".join(f"  {line}" for line in differ)
             + "\nChoose another out=, or remove that folder."
         )
@@ -163,64 +163,64 @@ def _refuse_another(chosen: PublishedSettings, info: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------------ the plan
 
 
-def _plan(chosen: PublishedSettings, work: Path) -> None:
-    """Decides which pictures there are and their sides, and commits it."""
-    out = store.located(chosen.out)
+def _plan(cfg: PublishedSettings, work: Path) -> None:
+    """Decides which images there are and their sides, and commits it."""
+    out = store.located(cfg.out)
     if isinstance(out, Path) and out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         strangers = [p for p in sorted(out.iterdir()) if not shards.is_plan(p)]
         if strangers:
             raise UserError(f"{out} is not empty and holds no dataset ({strangers[0].name}, …); choose another out=")
-    published = SETS[chosen.name]
-    source = _source(chosen, published, work)
+    published = SETS[cfg.name]
+    source = _source(cfg, published, work)
     archives = [name for name in source.names if fnmatch.fnmatch(name, published.archives)]
     if not archives:
-        where = chosen.folder or f"the hub's dataset {published.repo}"
+        where = cfg.folder or f"the hub's dataset {published.repo}"
         raise UserError(f"{where} holds no {published.archives}, but {download.some(list(source.names))}")
-    order = [archives[i] for i in np.random.default_rng([chosen.seed, 4]).permutation(len(archives)).tolist()]
+    order = [archives[i] for i in np.random.default_rng([cfg.seed, 4]).permutation(len(archives)).tolist()]
     lost: Counter[str] = Counter()
     if published.table is not None:
-        texts = _texts_of_table(chosen, source, published.table, order, work, lost)
+        texts = _texts_of_table(cfg, source, published.table, order, work, lost)
     else:
-        texts = _texts_of_archives(chosen, source, order, published.suffix, work, lost)
-    curated = _curated(chosen, source, texts, work)
-    plan, kept = _plan_table(chosen, texts, curated, lost)
-    for counts, what in ((+lost, "pictures"), (curated.dropped, "prompts")):
+        texts = _texts_of_archives(cfg, source, order, published.suffix, work, lost)
+    curated = _curated(cfg, source, texts, work)
+    plan, kept = _plan_table(cfg, texts, curated, lost)
+    for counts, what in ((+lost, "images"), (curated.dropped, "prompts")):
         for reason, number in counts.most_common():
             log.info("  left out %s %s: %s", f"{number:,}", what, reason)
     prompts = len(plan["prompt_id"].unique())
-    log.info("%s of %s pictures, of %s prompts", *map("{:,}".format, (plan.num_rows, texts.num_rows, prompts)))
+    log.info("%s of %s images, of %s prompts", *map("{:,}".format, (plan.num_rows, texts.num_rows, prompts)))
     info = {
-        "settings": _identity(chosen),
+        "settings": _identity(cfg),
         "shards": len(kept),
         "curation": {**curated.report(), "pictures_left_out": dict(sorted((+lost).items()))},
         "provenance": {"repo": published.repo, "commit": source.commit, "archives": kept},
         "leakage": plan_leakage(plan),
     }
-    shards.write_plan(chosen.out, plan, info)
+    shards.write_plan(cfg.out, plan, info)
 
 
-def _source(chosen: PublishedSettings, published: Set, work: Path) -> download.Repository:
+def _source(cfg: PublishedSettings, published: Set, work: Path) -> download.Repository:
     """The repository; its commit and names as they were when the work began, if it was interrupted."""
     path = work / "source.json"
     wanted = {
-        "identity": _identity(chosen),
+        "identity": _identity(cfg),
         "texts": _TEXTS_FORMAT,
-        "revision": chosen.revision,
-        "folder": str(chosen.folder),
+        "revision": cfg.revision,
+        "folder": str(cfg.folder),
     }
     if path.exists():
         there = json.loads(path.read_text())
         if there["wanted"] == wanted:
-            return download.Repository(published.repo, there["commit"], chosen.folder, tuple(there["names"]))
+            return download.Repository(published.repo, there["commit"], cfg.folder, tuple(there["names"]))
         log.info("%s was begun with other settings; it begins anew", work)
         shutil.rmtree(work)
-    source = download.repository(published.repo, chosen.revision, chosen.folder)
+    source = download.repository(published.repo, cfg.revision, cfg.folder)
     shards.write_json(path, {"wanted": wanted, "commit": source.commit, "names": source.names})
     return source
 
 
 def _texts_of_table(
-    chosen: PublishedSettings, source: download.Repository, table: str, order: list[str], work: Path, lost: Counter[str]
+    cfg: PublishedSettings, source: download.Repository, table: str, order: list[str], work: Path, lost: Counter[str]
 ) -> pa.Table:
     """The first `num` rows of diffusiondb's table, archive after archive in that order."""
     columns = ["image_name", "prompt", "part_id", "seed", "image_nsfw"]
@@ -236,11 +236,11 @@ def _texts_of_table(
     place_of = {int(Path(name).stem.rpartition("-")[2]): place for place, name in enumerate(order)}
     part = found["part_id"].to_numpy()
     place = np.array([place_of.get(n, -1) for n in range(int(part.max(initial=0)) + 1)])[part]
-    shown = np.nan_to_num(found["image_nsfw"].to_numpy()) <= chosen.nsfw_at_most
+    shown = np.nan_to_num(found["image_nsfw"].to_numpy()) <= cfg.nsfw_at_most
     lost["in an archive that is not there"] += int((place < 0).sum())
     rows = np.flatnonzero((place >= 0) & shown)
-    lost[f"image_nsfw above {chosen.nsfw_at_most:g}"] += int((~shown & (place >= 0)).sum())
-    rows = rows[np.argsort(place[rows], kind="stable")][: chosen.num]
+    lost[f"image_nsfw above {cfg.nsfw_at_most:g}"] += int((~shown & (place >= 0)).sum())
+    rows = rows[np.argsort(place[rows], kind="stable")][: cfg.num]
     taken = found.take(rows)
     return pa.table(
         {
@@ -255,7 +255,7 @@ def _texts_of_table(
 
 
 def _texts_of_archives(
-    chosen: PublishedSettings,
+    cfg: PublishedSettings,
     source: download.Repository,
     order: list[str],
     suffix: str,
@@ -273,15 +273,15 @@ def _texts_of_archives(
                     assert isinstance(archive, Tar)
                     table = _texts_of_tar(archive, name, suffix)
                 shards.write_table(path, table)
-                if not chosen.hold_archives:
+                if not cfg.hold_archives:
                     source.release(name, work / "archives")
             table = pq.read_table(path)
             lost.update(json.loads(table.schema.metadata[b"lost"]))
-            table = table.replace_schema_metadata(None).slice(0, None if chosen.num is None else chosen.num - have)
+            table = table.replace_schema_metadata(None).slice(0, None if cfg.num is None else cfg.num - have)
             tables.append(table)
             have += table.num_rows
             bar.update()
-            if have == chosen.num:
+            if have == cfg.num:
                 break
     return pa.concat_tables(tables)
 
@@ -300,7 +300,7 @@ def _texts_of_tar(archive: Tar, name: str, suffix: str) -> pa.Table:
         lost.update(f"prompt that is {reason}" for reason in sample.captions.left_out)
         if not sample.captions.texts or suffix not in members:
             if not sample.captions.left_out:
-                lost["sample without a picture" if sample.captions.texts else sample.problem or NO_PROMPT] += 1
+                lost["sample without an image" if sample.captions.texts else sample.problem or NO_PROMPT] += 1
             continue
         cluster = read_label(sample.fields.get("cluster"), "cluster", f"{name}, sample {key}")
         group = f"cluster {cluster}" if cluster else ""
@@ -309,43 +309,43 @@ def _texts_of_tar(archive: Tar, name: str, suffix: str) -> pa.Table:
     return pa.Table.from_pylist(rows, schema=TEXTS.with_metadata({"lost": json.dumps(lost)}))
 
 
-def _curated(chosen: PublishedSettings, source: download.Repository, texts: pa.Table, work: Path) -> Curated:
+def _curated(cfg: PublishedSettings, source: download.Repository, texts: pa.Table, work: Path) -> Curated:
     from datagen.dataset.targets import TargetEncoder
     from datagen.prompts.clip_tokenizer import token_counts
 
-    encoder = TargetEncoder(chosen.encoder, fast=True) if chosen.encoder else None
+    encoder = TargetEncoder(cfg.encoder, fast=True) if cfg.encoder else None
     pairs = dict.fromkeys(zip(texts["prompt"].to_pylist(), texts["group"].to_pylist(), strict=True))
     return curate(
-        (Prompt(text, chosen.name, group) for text, group in pairs),
+        (Prompt(text, cfg.name, group) for text, group in pairs),
         len(pairs),
-        chosen.curate,
-        chosen.split,
-        chosen.seed,
+        cfg.curate,
+        cfg.split,
+        cfg.seed,
         encode=encoder.encode if encoder else lambda part: np.zeros((len(part), 0), np.float32),
         count_tokens=token_counts,
         can_draw=lambda _: True,
         work=work / "curation",
         origin={
-            **_identity(chosen),
-            "encoder": encoder.identity() if encoder and needs_vectors(chosen.curate, chosen.split) else None,
+            **_identity(cfg),
+            "encoder": encoder.identity() if encoder and needs_vectors(cfg.curate, cfg.split) else None,
             "commit": source.commit,
-            "folder": str(chosen.folder),
+            "folder": str(cfg.folder),
         },
     )
 
 
 def _plan_table(
-    chosen: PublishedSettings, texts: pa.Table, curated: Curated, lost: Counter[str]
+    cfg: PublishedSettings, texts: pa.Table, curated: Curated, lost: Counter[str]
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """The plan, and the archives with the number of their pictures in it, a shard each.
+    """The plan, and the archives with the number of their images in it, a shard each.
 
-    A key is the archive's name and the picture's, so that it tells where the picture came from. Prompts that differ in
-    case, punctuation or spaces alone are one to curation and on one side; each picture keeps its own. With holdout, an
+    A key is the archive's name and the image's, so that it tells where the image came from. Prompts that differ in
+    case, punctuation or spaces alone are one to curation and on one side; each image keeps its own. With holdout, an
     image whose group is on another side than its prompt is left out and counted in `lost`.
     """
     side_of = {normal_form(text): s for s in ("train", "val") for text in getattr(curated, s)["prompt"].to_pylist()}
-    by_group = chosen.split.kind == "holdout"
-    side_of_groups = cache(lambda group: side_of_group(group, chosen.split.share, chosen.seed))
+    by_group = cfg.split.kind == "holdout"
+    side_of_groups = cache(lambda group: side_of_group(group, cfg.split.share, cfg.seed))
     ids: dict[str, int] = {}
     columns: dict[str, list[Any]] = {name: [] for name in shards.PLAN.names}
     archives: list[dict[str, Any]] = []
@@ -364,7 +364,7 @@ def _plan_table(
                 "key": f"{Path(row['archive']).stem}/{row['file'].rpartition('.')[0]}",
                 "prompt_id": ids.setdefault(prompt, len(ids)),
                 "prompt": prompt,
-                "source": chosen.name,
+                "source": cfg.name,
                 "group": row["group"],
                 "split": split,
                 "seed": row["seed"],
@@ -397,46 +397,46 @@ def _fetched(source: download.Repository, name: str, work: Path) -> Path:
 
 
 def _write(
-    chosen: PublishedSettings, source: download.Repository, work: Path, number: int, name: str, rows: pa.Table
+    cfg: PublishedSettings, source: download.Repository, work: Path, number: int, name: str, rows: pa.Table
 ) -> None:
     """Writes the shard of one archive, and removes the archive if it was fetched."""
-    suffix = SETS[chosen.name].suffix
+    suffix = SETS[cfg.name].suffix
     with opened(_fetched(source, name, work)) as archive:
         names = [f"{key.partition('/')[2]}{suffix}" for key in rows["key"].to_pylist()]
-        shards.write_shard(chosen.out, number, rows, _pictures(chosen, archive, name, names), suffix)
+        shards.write_shard(cfg.out, number, rows, _images(cfg, archive, name, names), suffix)
     source.release(name, work / "archives")
 
 
-def _pictures(
-    chosen: PublishedSettings, archive: Tar | Zip, where: str, names: Sequence[str]
+def _images(
+    cfg: PublishedSettings, archive: Tar | Zip, where: str, names: Sequence[str]
 ) -> Iterator[tuple[bytes, dict[str, str]]]:
-    """The bytes of each picture, with a note of its fault if it has one."""
+    """The bytes of each image, with a note of its fault if it has one."""
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(names), _CHECKED_AT_ONCE):
             part = names[first : first + _CHECKED_AT_ONCE]
-            found = [archive.picture(name) for name in part]
+            found = [archive.image(name) for name in part]
             for name, data, fault in zip(part, found, pool.map(_fault, found), strict=True):
                 if fault is not None:
-                    _log(chosen, archive=where, file=name, fault=fault)
+                    _log(cfg, archive=where, file=name, fault=fault)
                 yield data or _ABSENT, {} if fault is None else {"fault": fault}
 
 
 def _fault(data: bytes | None) -> str | None:
-    """Why a picture cannot be used; None where it can. Pillow decodes without the interpreter's lock."""
+    """Why an image cannot be used; None where it can. Pillow decodes without the interpreter's lock."""
     from PIL import Image
 
     if not data:
         return "not in its archive, or damaged there"
     try:
-        with Image.open(io.BytesIO(data)) as picture:
-            picture.load()
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
     except Exception as error:  # Pillow's decoders raise whatever they meet
         return f"cannot be decoded: {type(error).__name__}"
     return None
 
 
-def _log(chosen: PublishedSettings, **values: str) -> None:
-    with store.beside(chosen.out, ".log.jsonl").open("a", encoding="utf-8") as file:
+def _log(cfg: PublishedSettings, **values: str) -> None:
+    with store.beside(cfg.out, ".log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"event": "fault", **values}) + "\n")
 
 

@@ -36,7 +36,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a prompt says and a picture shows."""
+    """All that a prompt says and an image shows."""
 
     things: tuple[Thing, ...]
     relation: str | None = None
@@ -168,7 +168,7 @@ MEDIA = {
     "pencil sketch": "a pencil sketch, a pencil drawing, a coloured pencil drawing, a sketch, graphite on paper *",
     "charcoal": "a charcoal drawing, a charcoal sketch, charcoal on paper *",
     "ink": "an ink drawing, a pen and ink drawing, inks on parchment *, an ink wash drawing",
-    "pixel art": "pixel art, 8 bit pixel art, a pixel art picture, 16 bit game graphics *, a retro video game sprite",
+    "pixel art": "pixel art, 8 bit pixel art, a pixel art image, 16 bit game graphics *, a retro video game sprite",
     "neon sign": "a neon sign, a glowing neon sign, neon tubes on a brick wall *",
     "blueprint": "a blueprint, a technical drawing, an architect's blueprint, blueprint style *",
     "photograph": "a photo, a photograph, a hyper realistic photo, a grainy photograph, 35mm film *, a dslr photo",
@@ -195,7 +195,7 @@ MEDIA = {
 COLOURLESS = frozenset({"charcoal", "blueprint"})
 PLACELESS = frozenset({"neon sign"})
 
-# Clauses that no picture of ours can show: noise that a regressor has to live with, as it has in real prompts.
+# Clauses that no image of ours can show: noise that a regressor has to live with, as it has in real prompts.
 _ARTISTS = [
     "van gogh",
     "claude monet",
@@ -312,7 +312,7 @@ def lines(
     """Endless lines; the same arguments give the same lines on any machine.
 
     Args:
-        flourish: the chance of artist, mood or quality clauses, which the picture cannot show.
+        flourish: the chance of artist, mood or quality clauses, which the image cannot show.
         objects: the weights of scenes with 1, 2 and 3 kinds of objects.
         detail: scales the chances of a medium, place, light, look, size and count; 0 says objects and colours alone.
         names: how many different objects there are; None takes all of them.
@@ -646,6 +646,6 @@ def _say_thing(thing: Thing, rng: _Rng) -> str:
 
 
 def _with_article(text: str) -> str:
-    """ "owl" → "an owl". By sound: a unicorn, a ukiyo-e print, an hourglass, an 8 bit picture."""
+    """ "owl" → "an owl". By sound: a unicorn, a ukiyo-e print, an hourglass, an 8 bit image."""
     vowel = text[0] in "aeiou8" and not text.startswith(("uni", "uk", "ufo", "eu", "one", "use"))
     return f"{'an' if vowel or text.startswith('hour') else 'a'} {text}"

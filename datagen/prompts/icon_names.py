@@ -2,7 +2,7 @@
 
 A line reads `icon: name` and may go on with `/ plural` where the rule of `plural` fails, and `= other, names` for what
 prompts say now and then or, behind a `~`, only `grammar.parse` takes. Chosen by eye: concrete things that differ as
-pictures; of icons that look alike, one stays.
+images; of icons that look alike, one stays.
 """
 
 from functools import cache

@@ -39,7 +39,7 @@ class Prompt:
 
 
 def stream(
-    chosen: GrammarPrompts | FilePrompts | MixturePrompts, seed: int, held_out: HeldOut | None, key: str = "prompts"
+    cfg: GrammarPrompts | FilePrompts | MixturePrompts, seed: int, held_out: HeldOut | None, key: str = "prompts"
 ) -> Iterator[Prompt]:
     """The prompts of a source, in an order that `seed` fixes; the grammar's never end.
 
@@ -52,19 +52,19 @@ def stream(
     Raises:
         UserError: a file cannot be had or read, or lacks a column.
     """
-    if isinstance(chosen, GrammarPrompts):
+    if isinstance(cfg, GrammarPrompts):
         from datagen.prompts import grammar
 
-        options = {key: value for key, value in vars(chosen).items() if key != "name"}
+        options = {key: value for key, value in vars(cfg).items() if key != "name"}
         for line in grammar.lines(seed, side=held_out, **options):
             yield Prompt(line.prompt, "grammar", line.group)
-    elif isinstance(chosen, MixturePrompts):
-        yield from _mixed(chosen, seed, held_out, key)
+    elif isinstance(cfg, MixturePrompts):
+        yield from _mixed(cfg, seed, held_out, key)
     else:
-        yield from _from_files(chosen, seed, key, f"{key}.path")
+        yield from _from_files(cfg, seed, key, f"{key}.path")
 
 
-def provenance(chosen: GrammarPrompts | FilePrompts | MixturePrompts, key: str = "prompts") -> dict[str, Any]:
+def provenance(cfg: GrammarPrompts | FilePrompts | MixturePrompts, key: str = "prompts") -> dict[str, Any]:
     """Where the prompts come from, as plain JSON: each source's repository or URL, commit, files, sizes and sha256.
 
     The hub's commit is asked for once a process: `stream` reads what this tells.
@@ -72,12 +72,12 @@ def provenance(chosen: GrammarPrompts | FilePrompts | MixturePrompts, key: str =
     Raises:
         UserError: a file cannot be had.
     """
-    if isinstance(chosen, MixturePrompts):
-        sources = {n: s.prompts for n, s in chosen.sources.items() if s.weight}
+    if isinstance(cfg, MixturePrompts):
+        sources = {n: s.prompts for n, s in cfg.sources.items() if s.weight}
         return {name: provenance(prompts, f"{key}.sources.{name}.prompts") for name, prompts in sources.items()}
-    if isinstance(chosen, FilePrompts):
-        return download.files(chosen.path, chosen.revision, f"{key}.path").facts()
-    return {"name": chosen.name}
+    if isinstance(cfg, FilePrompts):
+        return download.files(cfg.path, cfg.revision, f"{key}.path").facts()
+    return {"name": cfg.name}
 
 
 def read_file(path: str, setting: str) -> Iterator[Prompt]:
@@ -89,46 +89,46 @@ def read_file(path: str, setting: str) -> Iterator[Prompt]:
 # ------------------------------------------------------------------------------------------------------------ a source
 
 
-def _from_files(chosen: FilePrompts, seed: int, key: str | None, setting: str) -> Iterator[Prompt]:
-    origin = download.files(chosen.path, chosen.revision, setting)
+def _from_files(cfg: FilePrompts, seed: int, key: str | None, setting: str) -> Iterator[Prompt]:
+    origin = download.files(cfg.path, cfg.revision, setting)
     files = list(origin.files)
-    source = chosen.source or files[0].stem
-    extra = [chosen.group_column] if chosen.group_column else []
-    rng = np.random.default_rng([seed, 3, zlib.crc32(source.encode())]) if chosen.shuffle else None
-    columns = list(dict.fromkeys([chosen.column, *extra, *chosen.at_most]))
+    source = cfg.source or files[0].stem
+    extra = [cfg.group_column] if cfg.group_column else []
+    rng = np.random.default_rng([seed, 3, zlib.crc32(source.encode())]) if cfg.shuffle else None
+    columns = list(dict.fromkeys([cfg.column, *extra, *cfg.at_most]))
     settings = {name: f"{key}.{name}" for name in ("column", "records", "json_lists", "text_encoding") if key}
-    wanted = Wanted(columns, chosen.records, setting, settings, rng, chosen.text_encoding)
+    wanted = Wanted(columns, cfg.records, setting, settings, rng, cfg.text_encoding)
     for file in files:
         require_text_column(file, wanted)
     if rng is not None:
         files = [files[i] for i in rng.permutation(len(files))]
-    prompts = (prompt for file in files for prompt in _prompts(chosen, file, wanted, source))
-    yield from prompts if rng is None else shuffled(prompts, chosen.shuffle, rng)
+    prompts = (prompt for file in files for prompt in _prompts(cfg, file, wanted, source))
+    yield from prompts if rng is None else shuffled(prompts, cfg.shuffle, rng)
 
 
-def _prompts(chosen: FilePrompts, file: download.File, wanted: Wanted, source: str) -> Iterator[Prompt]:
+def _prompts(cfg: FilePrompts, file: download.File, wanted: Wanted, source: str) -> Iterator[Prompt]:
     """Prompts of a file; those that are left out come along, each with its reason."""
     for number, row in enumerate(rows(file, wanted), 1):
         where = f"{file.name}, row {number}"
-        value = row[chosen.column]
-        above = (f"{c} above {most:g}" for c, most in chosen.at_most.items() if _above(row, c, most, file.name, number))
+        value = row[cfg.column]
+        above = (f"{c} above {most:g}" for c, most in cfg.at_most.items() if _above(row, c, most, file.name, number))
         out = next(above, "")
         if out:  # such a row may hold anything
             for item in value if isinstance(value, list) else [value]:
                 yield Prompt(as_text(item) or "", source, "", out, where)
             continue
-        group = read_label(row[chosen.group_column], chosen.group_column, where) if chosen.group_column else ""
-        captions = _captions(value, chosen, where, wanted)
+        group = read_label(row[cfg.group_column], cfg.group_column, where) if cfg.group_column else ""
+        captions = _captions(value, cfg, where, wanted)
         for text in captions.texts:
             yield Prompt(text, source, group)
         for reason in captions.left_out:
             yield Prompt("", source, group, reason, where)
 
 
-def _captions(value: Any, chosen: FilePrompts, where: str, wanted: Wanted) -> Captions:
+def _captions(value: Any, cfg: FilePrompts, where: str, wanted: Wanted) -> Captions:
     hint = wanted.settings.get("column")
-    if not chosen.json_lists:
-        return read_captions(value, chosen.column, where, f"name another column: {hint}=…" if hint else "")
+    if not cfg.json_lists:
+        return read_captions(value, cfg.column, where, f"name another column: {hint}=…" if hint else "")
     text = as_text(value)
     reason = reason_to_leave_out(value) or (EMPTY if text is not None and not clean(text) else "")
     if reason:
@@ -141,7 +141,7 @@ def _captions(value: Any, chosen: FilePrompts, where: str, wanted: Wanted) -> Ca
         raise UserError(
             f"{where}: not a JSON list of texts; if it is a plain text: {wanted.settings['json_lists']}=false"
         )
-    return read_captions(items, chosen.column, where)
+    return read_captions(items, cfg.column, where)
 
 
 def _above(row: Mapping[str, Any], column: str, most: float, file: str, number: int) -> bool:
@@ -177,7 +177,7 @@ def shuffled(items: Iterator[T], size: int, rng: np.random.Generator) -> Iterato
 # ----------------------------------------------------------------------------------------------------------- a mixture
 
 
-def _mixed(chosen: MixturePrompts, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
+def _mixed(cfg: MixturePrompts, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
     """Prompts of each source in the proportion of its weight, at every length of the stream.
 
     The next prompt comes from the source that lags most behind its share of what was drawn since a source last ended.
@@ -185,15 +185,15 @@ def _mixed(chosen: MixturePrompts, seed: int, held_out: HeldOut | None, key: str
     """
     open_sources = {
         name: _one(name, source, seed, held_out, f"{key}.sources.{name}.prompts")
-        for name, source in chosen.sources.items()
+        for name, source in cfg.sources.items()
         if source.weight
     }
     drawn = dict.fromkeys(open_sources, 0)
     behind = dict.fromkeys(open_sources, 0.0)
     while open_sources:
-        total = sum(chosen.sources[name].weight for name in open_sources)
+        total = sum(cfg.sources[name].weight for name in open_sources)
         for name in open_sources:
-            behind[name] += chosen.sources[name].weight / total
+            behind[name] += cfg.sources[name].weight / total
         name = max(open_sources, key=lambda n: behind[n])
         for prompt in open_sources[name]:
             yield prompt
@@ -204,7 +204,7 @@ def _mixed(chosen: MixturePrompts, seed: int, held_out: HeldOut | None, key: str
         else:
             del open_sources[name]
             behind = dict.fromkeys(open_sources, 0.0)
-            _tell_end(name, drawn[name], chosen.sources[name].most, list(open_sources), key)
+            _tell_end(name, drawn[name], cfg.sources[name].most, list(open_sources), key)
 
 
 def _one(name: str, source: MixtureSource, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:

@@ -1,4 +1,4 @@
-"""What a renderer is: prompts and seeds in, pictures out."""
+"""What a renderer is: prompts and seeds in, images out."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -8,17 +8,17 @@ from numpy.typing import NDArray
 
 
 class Renderer(Protocol):
-    """Turns prompts into pictures. A picture depends on its prompt, its seed and `settings()` alone."""
+    """Turns prompts into images. An image depends on its prompt, its seed and `settings()` alone."""
 
     one_core: ClassVar[bool]
     """It runs on one CPU core, so that a machine holds a process a core; else one process has it all."""
 
     batch_size: int | None
-    """Pictures that one call of `render` gets, the last of a shard being fewer; None until it is found."""
+    """Images that one call of `render` gets, the last of a shard being fewer; None until it is found."""
 
     notes: list[dict[str, Any]]
-    """For each picture of the last `render`, what its .json shall keep beside the plan: mostly {}, else such as
-    {"redrawn": "fp32"} or {"fault": "nan"}; a picture with a "fault" is kept out of every split."""
+    """For each image of the last `render`, what its .json shall keep beside the plan: mostly {}, else such as
+    {"redrawn": "fp32"} or {"fault": "nan"}; an image with a "fault" is kept out of every split."""
 
     def load(self) -> None:
         """Loads what `render` needs, which calls it; nothing the second time.
@@ -44,15 +44,15 @@ class Renderer(Protocol):
         ...
 
     def tflop(self) -> float | None:
-        """Forward TFLOP of a picture; it loads no weights. None of a renderer that wants no GPU."""
+        """Forward TFLOP of an image; it loads no weights. None of a renderer that wants no GPU."""
         ...
 
     def seconds(self, num: int) -> float:
-        """An estimate of the time that `num` pictures take one process on this machine; it loads no weights."""
+        """An estimate of the time that `num` images take one process on this machine; it loads no weights."""
         ...
 
     def measured_seconds(self, num: int) -> float:
-        """As `seconds`, from the time that ten pictures take now: weights are loaded."""
+        """As `seconds`, from the time that ten images take now: weights are loaded."""
         ...
 
     def on_gpu(self) -> bool:
@@ -60,5 +60,5 @@ class Renderer(Protocol):
         ...
 
     def render(self, prompts: list[str], seeds: list[int]) -> NDArray[np.uint8]:
-        """`prompts` and `seeds`, N of each → uint8 RGB pictures [N, H, W, 3]."""
+        """`prompts` and `seeds`, N of each → uint8 RGB images [N, H, W, 3]."""
         ...

@@ -41,7 +41,7 @@ def resolve(device: str, precision: str, half: Precision) -> tuple[str, Precisio
     except RuntimeError as error:
         raise UserError(f"renderer.device={device}: not a device of torch; auto, cpu, cuda or cuda:0") from error
     if kind not in ("cpu", "cuda"):
-        raise UserError(f"renderer.device={device}: neither cpu nor cuda, and pictures were never tried on others")
+        raise UserError(f"renderer.device={device}: neither cpu nor cuda, and images were never tried on others")
     there = torch.cuda.device_count() if kind == "cuda" else 1
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"renderer.device={device}: torch {torch.__version__} sees no CUDA device here; auto or cpu")

@@ -1,6 +1,6 @@
 """What every diffusion renderer does around its model: batches, memory, faults, resizing, and what it will cost.
 
-Shapes: B pictures of a batch, C colours, P rendered side, S saved side.
+Shapes: B images of a batch, C colours, P rendered side, S saved side.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CPU_BATCH = 4
-GREY = 128  # of a picture that is NaN even in fp32
-_WORTHWHILE = 1.05  # gain in pictures a second for which a batch is doubled
+GREY = 128  # of an image that is NaN even in fp32
+_WORTHWHILE = 1.05  # gain in images a second for which a batch is doubled
 _PROBE_STEPS = (2, 4)
-_PROBED = 10  # pictures from whose time a run's is told
+_PROBED = 10  # images from whose time a run's is told
 _PROMPT = "a photograph of a lighthouse on a rocky coast at dusk"
 
 
@@ -38,10 +38,10 @@ class DiffusionRenderer(ABC):
     Args:
         device: a device of torch.
         precision: of the networks.
-        batch_size: pictures a batch; None until it is found.
-        size: side of the saved pictures, pixels.
+        batch_size: images a batch; None until it is found.
+        size: side of the saved images, pixels.
         filter: Pillow's name of the filter for resizing.
-        redraw: whether a NaN or constant picture is drawn again in fp32.
+        redraw: whether a NaN or constant image is drawn again in fp32.
     """
 
     one_core: ClassVar[bool] = False
@@ -62,7 +62,7 @@ class DiffusionRenderer(ABC):
         self.size, self.filter, self.redraw = size, filter, redraw
         self.notes: list[dict[str, Any]] = []
         self._resizers: dict[int, Resizer] = {}
-        self._room: int | None = None  # pictures that fit, once a batch did not
+        self._room: int | None = None  # images that fit, once a batch did not
 
     # What a model gives
 
@@ -84,7 +84,7 @@ class DiffusionRenderer(ABC):
 
     @abstractmethod
     def tflop(self) -> float:
-        """Forward TFLOP of a picture; it loads no weights."""
+        """Forward TFLOP of an image; it loads no weights."""
 
     @abstractmethod
     def draw(
@@ -97,11 +97,11 @@ class DiffusionRenderer(ABC):
             compiled: whether compiled networks may be used.
 
         Returns:
-            uint8 [B, 3, P, P], and bool [B]: whether all of a picture's numbers were finite.
+            uint8 [B, 3, P, P], and bool [B]: whether all of an image's numbers were finite.
         """
 
     def finished(self, levels_BCPP: "torch.Tensor") -> "torch.Tensor":
-        """What is done to good pictures before they are resized: uint8 [B, 3, P, P] → the same."""
+        """What is done to good images before they are resized: uint8 [B, 3, P, P] → the same."""
         return levels_BCPP
 
     def can_draw(self, prompt: str) -> bool:  # noqa: ARG002 — the protocol's
@@ -112,23 +112,23 @@ class DiffusionRenderer(ABC):
         """Whether `render` will use an accelerator."""
         return self.device != "cpu"
 
-    # Pictures
+    # Images
 
     def render(self, prompts: list[str], seeds: list[int]) -> NDArray[np.uint8]:
-        """`prompts` and `seeds`, N of each → uint8 RGB pictures [N, size, size, 3]; `notes` then tells of each.
+        """`prompts` and `seeds`, N of each → uint8 RGB images [N, size, size, 3]; `notes` then tells of each.
 
         They are drawn `batch_size` at a time in the order given: on one machine's CPU the same lists give the same
-        bytes; on a GPU kernels are chosen by timing. A picture's noise depends on its seed alone, its batch changes
+        bytes; on a GPU kernels are chosen by timing. An image's noise depends on its seed alone, its batch changes
         sums. Once drawing has begun, the only wait for the device is at the end of a batch, seconds of its work.
 
-        `notes` hold nothing of most pictures; else
+        `notes` hold nothing of most images; else
             redrawn: "fp32", since at first it was NaN or constant;
             constant: true, in fp32 too, and kept since it may be meant;
-            fault: "nan", in fp32 too: the picture is grey;
+            fault: "nan", in fp32 too: the image is grey;
             batch_size: of its smaller batch, for want of memory.
 
         Raises:
-            UserError: the weights cannot be had, or not one picture fits in the device's memory.
+            UserError: the weights cannot be had, or not one image fits in the device's memory.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -151,7 +151,7 @@ class DiffusionRenderer(ABC):
                 return told
         if room == 1:
             raise UserError(
-                f"not one picture fits in the memory of {self.device} at {self.precision}: free it of other programs, "
+                f"not one image fits in the memory of {self.device} at {self.precision}: free it of other programs, "
                 "lower renderer.render_size, or take renderer.precision=fp16 or a larger GPU"
             )
         half = (room + 1) // 2
@@ -196,14 +196,14 @@ class DiffusionRenderer(ABC):
     def _mended(
         self, prompt: str, seed: int, levels_CPP: "torch.Tensor", is_nan: bool
     ) -> "tuple[torch.Tensor, dict[str, Any]]":
-        """A NaN or constant picture, drawn alone in fp32 if that may help, and the note on it.
+        """A NaN or constant image, drawn alone in fp32 if that may help, and the note on it.
 
         In one go from fp16 as from bf16: bf16 reaches as far as fp32, but has an eighth of fp16's precision.
         """
         note: dict[str, Any] = {}
         if self.redraw and self.precision != "fp32":
             free(self.device)
-            log.info("a picture is %s in %s: drawn again in fp32", "NaN" if is_nan else "constant", self.precision)
+            log.info("an image is %s in %s: drawn again in fp32", "NaN" if is_nan else "constant", self.precision)
             drawn = self._fits(lambda: self.draw([prompt], [seed], self.steps, "fp32", False))
             if drawn is not None:
                 levels_1CPP, finite_1 = drawn
@@ -211,7 +211,7 @@ class DiffusionRenderer(ABC):
                 if not is_nan and not bool(_constant(levels_1CPP)[0]):
                     return levels_CPP, {"redrawn": "fp32"}
             else:
-                log.warning("no memory on %s for drawing a picture again in fp32", self.device)
+                log.warning("no memory on %s for drawing an image again in fp32", self.device)
                 note = {"redraw": "out of memory"}
         if is_nan:
             return levels_CPP.new_full((), GREY).expand_as(levels_CPP), {"fault": "nan", **note}
@@ -220,7 +220,7 @@ class DiffusionRenderer(ABC):
     def _resized(self, levels_BCPP: "torch.Tensor") -> "torch.Tensor":
         height, width = levels_BCPP.shape[2:]
         if height != width:
-            raise UserError(f"the model draws {width}×{height} pictures: only square ones can be saved")
+            raise UserError(f"the model draws {width}×{height} images: only square ones can be saved")
         if self.size > width:
             raise UserError(f"renderer.size={self.size}: above the {width} px that are rendered; {width} or less")
         if width not in self._resizers:
@@ -230,7 +230,7 @@ class DiffusionRenderer(ABC):
     # Batch size and cost
 
     def find_batch_size(self) -> int:
-        """`batch_size`, found if it is None: 4 on a CPU; on CUDA doubled while it fits and gains 5 % pictures a second.
+        """`batch_size`, found if it is None: 4 on a CPU; on CUDA doubled while it fits and gains 5 % images a second.
 
         It is timed without compilation, from a few steps and the decoding at each size.
         """
@@ -245,7 +245,7 @@ class DiffusionRenderer(ABC):
         return self.batch_size
 
     def _rate(self, count: int) -> float:
-        """Pictures a second in batches of `count`, uncompiled, from runs of a few steps.
+        """Images a second in batches of `count`, uncompiled, from runs of a few steps.
 
         Raises:
             torch.OutOfMemoryError: they do not fit.
@@ -266,7 +266,7 @@ class DiffusionRenderer(ABC):
         return time.perf_counter() - start
 
     def seconds(self, num: int) -> float:
-        """Estimated seconds for `num` pictures on this machine, from their FLOPs and the rate of a matrix product.
+        """Estimated seconds for `num` images on this machine, from their FLOPs and the rate of a matrix product.
 
         The rate is measured in under a second, once; CPU_EFFICIENCY or CUDA_EFFICIENCY of it is assumed.
         """
@@ -274,7 +274,7 @@ class DiffusionRenderer(ABC):
         return num * self.tflop() / (self._matmul_tflops * efficiency)
 
     def measured_seconds(self, num: int) -> float:
-        """As `seconds`, from the time of ten pictures, a batch at least, after one more that warms up and compiles."""
+        """As `seconds`, from the time of ten images, a batch at least, after one more that warms up and compiles."""
         batch_size = self.find_batch_size()
         batches = -(-_PROBED // batch_size)
         prompts, seeds = [_PROMPT] * batch_size, list(range(batch_size))
@@ -293,10 +293,10 @@ def quickest(rate: Callable[[int], float]) -> int:
     """The batch size from which doubling gains less than 5 %, or does not fit.
 
     Args:
-        rate: batch size → pictures a second; raises torch.OutOfMemoryError where it does not fit.
+        rate: batch size → images a second; raises torch.OutOfMemoryError where it does not fit.
 
     Raises:
-        UserError: not one picture fits.
+        UserError: not one image fits.
     """
     import torch
 
@@ -308,17 +308,17 @@ def quickest(rate: Callable[[int], float]) -> int:
         except torch.OutOfMemoryError as error:
             if size == 0:
                 raise UserError(
-                    "not one picture fits in the device's memory: free it of other programs, lower "
+                    "not one image fits in the device's memory: free it of other programs, lower "
                     "renderer.render_size, or take a larger GPU"
                 ) from error
             return size
-        log.info("batches of %d: %.3g pictures a second, uncompiled", doubled, now)
+        log.info("batches of %d: %.3g images a second, uncompiled", doubled, now)
         if now < _WORTHWHILE * best:
             return size
         size, best = doubled, now
 
 
 def _constant(levels_BCPP: "torch.Tensor") -> "torch.Tensor":
-    """Whether each picture has one colour all over, black among them: bool [B]."""
+    """Whether each image has one colour all over, black among them: bool [B]."""
     flat_BCX = levels_BCPP.flatten(2)
     return (flat_BCX.amax(2) == flat_BCX.amin(2)).all(1)

@@ -31,7 +31,7 @@ class Source:
     revision: str | None
     """The hub's commit."""
     files: dict[str, str]
-    """sha256 of each file that decides a picture; of a repository the weights alone: its commit pins the rest."""
+    """sha256 of each file that decides an image; of a repository the weights alone: its commit pins the rest."""
     path: Path | None
     """Local file or folder; None where `download` gets it."""
     names: tuple[str, ...] = ()

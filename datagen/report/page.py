@@ -2,7 +2,7 @@
 
     python -m datagen.report out=data/sd2
 
-Reads `dataset.json`, the plan, the index and the log that rendering left beside the dataset; of the pictures only those
+Reads `dataset.json`, the plan, the index and the log that rendering left beside the dataset; of the images only those
 that it shows. What a dataset does not tell, since it was indexed or made by an older version, is left out.
 """
 
@@ -34,18 +34,18 @@ _NOTES = {
     "redrawn": ("Drawn again", "black, constant or NaN at first, good when drawn again at higher precision"),
     "constant": ("Constant", "one colour at the highest precision too, and kept"),
     "redraw": ("Not drawn again", "for want of memory, though NaN or constant"),
-    "batch_size": ("Smaller batches", "for want of memory: float sums differ from the other pictures'"),
+    "batch_size": ("Smaller batches", "for want of memory: float sums differ from the other images'"),
     "fault": ("Faulty", "NaN at the highest precision too, or broken where it came from: in no split"),
 }
-"""What a renderer notes of a picture → its heading and what it means."""
+"""What a renderer notes of an image → its heading and what it means."""
 
 
 class _Prompts:
-    """The texts of the plan: of pictures as they are wanted, and a sample of all."""
+    """The texts of the plan: of images as they are wanted, and a sample of all."""
 
     def __init__(self, root: Place) -> None:
         plan = shards.read_plan(root)
-        # A caption's rows, one for each of its pictures, are one prompt.
+        # A caption's rows, one for each of its images, are one prompt.
         self._ids, firsts = np.unique(plan["prompt_id"].to_numpy(), return_index=True)
         self._texts = plan["prompt"].take(firsts)
         self._sources = plan["source"].take(firsts)
@@ -57,8 +57,8 @@ class _Prompts:
         return self._texts.take(np.searchsorted(self._ids, prompt_ids)).to_pylist()
 
     def sample(self, count: int, seed: int) -> list[str]:
-        chosen = np.random.default_rng(seed).permutation(len(self._ids))[:count]
-        return self._texts.take(np.sort(chosen)).to_pylist()
+        cfg = np.random.default_rng(seed).permutation(len(self._ids))[:count]
+        return self._texts.take(np.sort(cfg)).to_pylist()
 
     def by_source(self) -> dict[str, int]:
         return {row["values"]: row["counts"] for row in self._sources.value_counts().to_pylist()}
@@ -72,12 +72,12 @@ class Work:
     """Seconds of work at which each shard was begun, [S]."""
     ends: NDArray[np.float64]
     """… and done, [S]."""
-    pictures: NDArray[np.int64]
-    """Pictures of each shard, [S]."""
+    images: NDArray[np.int64]
+    """Images of each shard, [S]."""
     resumed: list[float]
     """Seconds of work at which a run went on after a pause."""
     notes: dict[str, dict[int, int]]
-    """What was noted of pictures → shard → of how many of them."""
+    """What was noted of images → shard → of how many of them."""
     failed: dict[int, str]
     """Shard → its last error, where no later try made it."""
 
@@ -87,8 +87,8 @@ class Work:
 
     @property
     def rate(self) -> float:
-        """Pictures a second."""
-        return float(self.pictures.sum()) / self.seconds if self.seconds else 0.0
+        """Images a second."""
+        return float(self.images.sum()) / self.seconds if self.seconds else 0.0
 
 
 def read_work(records: Sequence[Mapping[str, Any]], shard_count: int) -> Work:
@@ -123,11 +123,11 @@ def read_work(records: Sequence[Mapping[str, Any]], shard_count: int) -> Work:
     for number, record in sorted(done.items()):
         for note, count in record.get("notes", {}).items():
             notes[note][number] = count
-    pictures_S = np.array([record["pictures"] for record in made], np.int64)
-    return Work(start_S - idle_S, end_S - idle_S, pictures_S, resumed, dict(notes), failed)
+    images_S = np.array([record["pictures"] for record in made], np.int64)
+    return Work(start_S - idle_S, end_S - idle_S, images_S, resumed, dict(notes), failed)
 
 
-def write_report(chosen: ReportSettings) -> Path:
+def write_report(cfg: ReportSettings) -> Path:
     """Writes the page and returns its absolute path.
 
     Raises:
@@ -136,7 +136,7 @@ def write_report(chosen: ReportSettings) -> Path:
     require_packages("wordcloud")
     from report import Page
 
-    root = located(chosen.out)
+    root = located(cfg.out)
     dataset = Dataset(root, whole=False, partial=True)
     prompts = _Prompts(root)
     info = dataset.info
@@ -152,18 +152,18 @@ def write_report(chosen: ReportSettings) -> Path:
             f"{there:,} of {info['shards']:,} shards are there: the page shows what is rendered so far, and the "
             f"prompts of the whole plan."
         )
-    _pictures(page, chosen, dataset, prompts)
-    _lengths_and_words(page, chosen, prompts, info.get("curation", {}))
+    _images(page, cfg, dataset, prompts)
+    _lengths_and_words(page, cfg, prompts, info.get("curation", {}))
     _sources(page, prompts, info.get("curation", {}))
     _dropped(page, info.get("curation", {}))
     if left_out := info.get("curation", {}).get("pictures_left_out"):
-        page.section("Pictures left out", "What of the published set is not here, and why.")
+        page.section("Images left out", "What of the published set is not here, and why.")
         counted: list[tuple[str, int]] = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-        page.table(["Reason", "Pictures"], counted)
+        page.table(["Reason", "Images"], counted)
     _splits(page, info)
     if work and len(work.starts):
         _rate(page, work)
-    _faults(page, chosen, dataset, prompts, work)
+    _faults(page, cfg, dataset, prompts, work)
     if work and work.failed:
         page.section("Failed shards", "Their last errors; the command that rendered the others tries them again.")
         page.table(["Shard", "Error"], [[f"{n:06d}", error] for n, error in sorted(work.failed.items())])
@@ -171,7 +171,7 @@ def write_report(chosen: ReportSettings) -> Path:
     origin = {"prompt sources": info["provenance"]} if info.get("provenance") else {}
     batch = {"batch_size": info["batch_size"]} if "batch_size" in info else {}
     page.settings({**info.get("settings", {}), **batch, **origin})
-    return page.write(chosen.page or beside(root, ".report.html"))
+    return page.write(cfg.page or beside(root, ".report.html"))
 
 
 def _name(root: Place) -> str:
@@ -195,7 +195,7 @@ def _headline(dataset: Dataset, prompts: _Prompts, work: Work | None, there: int
     planned = info["pictures"]
     all_there = there == info["shards"]
     shown = (f"{planned:,}", "") if all_there else (f"{len(dataset):,}", f"of {planned:,} planned")
-    facts = {"Pictures": shown, "Prompts": (f"{len(prompts):,}", _seeds(planned, len(prompts)))}
+    facts = {"Images": shown, "Prompts": (f"{len(prompts):,}", _seeds(planned, len(prompts)))}
     sides = [(_SPLITS.get(name, name), f"{splits[name]:,}") for name in _in_order(splits) if name != LEFT_OUT]
     if sides:
         (first, count), *others = sides
@@ -226,33 +226,33 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _in_order(splits: Iterable[str]) -> list[str]:
-    """Training first, then the others by name; the faulty pictures are in no split."""
+    """Training first, then the others by name; the faulty images are in no split."""
     return sorted((name for name in splits if name != FAULTY), key=lambda name: (name != "train", name))
 
 
-def _seeds(pictures: int, prompts: int) -> str:
-    if not prompts or pictures == prompts:
+def _seeds(images: int, prompts: int) -> str:
+    if not prompts or images == prompts:
         return ""
-    if pictures > prompts:
-        return f"{pictures / prompts:.3g} pictures of each"
-    return f"{prompts / pictures:.3g} a picture"
+    if images > prompts:
+        return f"{images / prompts:.3g} images of each"
+    return f"{prompts / images:.3g} an image"
 
 
-def _pictures(page: "Page", chosen: ReportSettings, dataset: Dataset, prompts: _Prompts) -> None:
-    rng = np.random.default_rng(chosen.seed)
+def _images(page: "Page", cfg: ReportSettings, dataset: Dataset, prompts: _Prompts) -> None:
+    rng = np.random.default_rng(cfg.seed)
     unreadable: list[str] = []
-    page.section("Pictures", "Drawn at random, with their prompts.")
+    page.section("Images", "Drawn at random, with their prompts.")
     if not len(dataset):
         page.note("None is rendered yet.")
     order = _in_order(dataset.splits)
     for name in order:
         rows = dataset.rows(name)
-        wanted = chosen.pictures if name == order[0] else -(-chosen.pictures // 2)
+        wanted = cfg.images if name == order[0] else -(-cfg.images // 2)
         drawn = rng.permutation(rows).tolist()
         found = decodable(drawn, min(wanted, len(rows)), dataset.image_bytes, unreadable, (CorruptImage,))
         captions = [_captions(dataset, prompts, i) for i in found]
         page.contact_sheet(found.values(), captions, f"{_SPLITS.get(name, name)}: {len(found):,} of {len(rows):,}")
-        if len(unreadable) > chosen.pictures:
+        if len(unreadable) > cfg.images:
             break  # a disk that is gone: not a million lines
     if unreadable:
         page.note(
@@ -265,12 +265,12 @@ def _captions(dataset: Dataset, prompts: _Prompts, i: int) -> str:
     return " / ".join(prompts.texts(dataset.prompt_ids(i)))
 
 
-def _lengths_and_words(page: "Page", chosen: ReportSettings, prompts: _Prompts, curation: Mapping[str, Any]) -> None:
+def _lengths_and_words(page: "Page", cfg: ReportSettings, prompts: _Prompts, curation: Mapping[str, Any]) -> None:
     from wordcloud import WordCloud
 
     from report import plots
 
-    texts = prompts.sample(chosen.counted, chosen.seed)
+    texts = prompts.sample(cfg.counted, cfg.seed)
     sampled = f"{len(texts):,} prompts" + (f" drawn at random of {len(prompts):,}" if len(texts) < len(prompts) else "")
     length_N = token_counts(texts)
     over = int((length_N > CONTEXT).sum())
@@ -363,54 +363,52 @@ def _splits(page: "Page", info: Mapping[str, Any]) -> None:
 def _rate(page: "Page", work: Work) -> None:
     from report import plots
 
-    page.section("Rate", "Pictures a second over the time of work; pauses between runs are left out.")
+    page.section("Rate", "Images a second over the time of work; pauses between runs are left out.")
     pauses = " Dotted: where a run went on after a pause." if work.resumed else ""
     shards_done = len(work.starts)
     page.figure(
-        plots.rate(work.starts, work.ends, work.pictures, label="Pictures a second", resumed=work.resumed),
-        f"{work.pictures.sum():,} pictures in {shards_done:,} shards, {duration(work.seconds)} of work.{pauses}",
+        plots.rate(work.starts, work.ends, work.images, label="Images a second", resumed=work.resumed),
+        f"{work.images.sum():,} images in {shards_done:,} shards, {duration(work.seconds)} of work.{pauses}",
     )
 
 
-def _faults(page: "Page", chosen: ReportSettings, dataset: Dataset, prompts: _Prompts, work: Work | None) -> None:
-    """Counts of what the renderer noted, and some of the pictures."""
+def _faults(page: "Page", cfg: ReportSettings, dataset: Dataset, prompts: _Prompts, work: Work | None) -> None:
+    """Counts of what the renderer noted, and some of the images."""
     splits = dataset.splits
     counts = Counter({note: sum(told.values()) for note, told in work.notes.items() if note in _NOTES} if work else {})
     if FAULTY in splits:
         counts["fault"] = splits[FAULTY]  # the index knows, with a log or without
     if not counts:
         if work:
-            page.section("Black and broken pictures", "None: no picture was black, constant or NaN.")
+            page.section("Black and broken images", "None: no image was black, constant or NaN.")
         return
-    page.section("Black and broken pictures", "What came out black, constant, NaN or damaged, and what became of it.")
+    page.section("Black and broken images", "What came out black, constant, NaN or damaged, and what became of it.")
     page.table(
-        ["What", "Pictures", "Share", "Meaning"],
+        ["What", "Images", "Share", "Meaning"],
         [[_NOTES[n][0], counts[n], _percent(counts[n], len(dataset)), _NOTES[n][1]] for n in _NOTES if counts[n]],
     )
     unreadable: list[str] = []
-    for note, numbers in _noted(chosen, dataset, work).items():
-        pictures = decodable(
-            numbers[: 4 * chosen.faults], chosen.faults, dataset.image_bytes, unreadable, (CorruptImage,)
-        )
-        if pictures:
-            captions = [_captions(dataset, prompts, i) for i in pictures]
-            page.contact_sheet(pictures.values(), captions, f"{_NOTES[note][0]}: {len(pictures):,} of {counts[note]:,}")
+    for note, numbers in _noted(cfg, dataset, work).items():
+        images = decodable(numbers[: 4 * cfg.faults], cfg.faults, dataset.image_bytes, unreadable, (CorruptImage,))
+        if images:
+            captions = [_captions(dataset, prompts, i) for i in images]
+            page.contact_sheet(images.values(), captions, f"{_NOTES[note][0]}: {len(images):,} of {counts[note]:,}")
     if unreadable:
         page.note(f"Not shown, because they could not be read: {len(unreadable)}, such as {unreadable[0]}.")
 
 
-def _noted(chosen: ReportSettings, dataset: Dataset, work: Work | None) -> dict[str, list[int]]:
-    """Note → some of the pictures that have it: of the shards that the log names, until there are enough."""
+def _noted(cfg: ReportSettings, dataset: Dataset, work: Work | None) -> dict[str, list[int]]:
+    """Note → some of the images that have it: of the shards that the log names, until there are enough."""
     found: dict[str, list[int]] = {note: [] for note in _NOTES}
     wanted = {note: list(told) for note, told in work.notes.items() if note in _NOTES} if work else {}
     if FAULTY in dataset.splits:  # the index names them all
-        found["fault"] = np.random.default_rng(chosen.seed).permutation(dataset.rows(FAULTY)).tolist()
+        found["fault"] = np.random.default_rng(cfg.seed).permutation(dataset.rows(FAULTY)).tolist()
         wanted.pop("fault", None)
     number_of: dict[str, int] = {}
     read: dict[int, dict[str, dict[str, Any]]] = {}
     for note, numbers in wanted.items():
         for number in numbers:
-            if len(found[note]) >= chosen.faults:
+            if len(found[note]) >= cfg.faults:
                 break
             if number not in read:
                 read[number] = shards.read_notes(dataset.root, number)

@@ -35,8 +35,8 @@ def _verify(root: Place) -> tuple[int, list[str]]:
     """Number of problems, and their lines."""
     from datagen.verify.checks import check
 
-    pictures = shards.read_info(root).get("pictures")
-    with progress(pictures if isinstance(pictures, int) else 0, "image", "verify") as bar:
+    images = shards.read_info(root).get("pictures")
+    with progress(images if isinstance(images, int) else 0, "image", "verify") as bar:
         problems = check(root, bar.update)
     if not shards.encoders(root):
         log.warning("%s has no target vectors yet: python -m datagen.targets out=%s", root, root)

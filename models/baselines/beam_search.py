@@ -1,9 +1,9 @@
-"""Beam search over any `next_logits(tokens) -> logits`: a batch of pictures at once, no cache.
+"""Beam search over any `next_logits(tokens) -> logits`: a batch of images at once, no cache.
 
 The rules are those of transformers' `generate(num_beams=…, early_stopping=False)`, which open_clip's `CoCa.generate`
 was built on and which it cannot call any more: transformers 5 dropped the class that it imports.
 
-B pictures, K beams, V vocabulary, T tokens so far, M most tokens.
+B images, K beams, V vocabulary, T tokens so far, M most tokens.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 NextLogits = Callable[[torch.Tensor], torch.Tensor]
-"""Tokens [B * K, T], the beams of a picture side by side → logits of the token that follows [B * K, V]."""
+"""Tokens [B * K, T], the beams of an image side by side → logits of the token that follows [B * K, V]."""
 
 
 def beam_search(
@@ -28,12 +28,12 @@ def beam_search(
     length_penalty: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> list[list[int]]:
-    """The best sequence of each picture, without `start` and `end`.
+    """The best sequence of each image, without `start` and `end`.
 
     A finished sequence scores the sum of its log probabilities / (its tokens, the end counted) ** length_penalty. Of
-    the 2 K best continuations, those among the K best that end are finished, and the K best others go on. A picture is
+    the 2 K best continuations, those among the K best that end are finished, and the K best others go on. An image is
     done once K sequences are finished and its best open one, scored at its present length, is below them all; what it
-    gets does not depend on the pictures beside it.
+    gets does not depend on the images beside it.
 
     Args:
         most_tokens: a sequence is cut after so many, the end counted.
@@ -80,7 +80,7 @@ def beam_search(
 
 
 def _rows(of_BKN: torch.Tensor, index_Bk: torch.Tensor) -> torch.Tensor:
-    """Of each picture, the rows that `index_Bk` names."""
+    """Of each image, the rows that `index_Bk` names."""
     return of_BKN.gather(1, index_Bk[..., None].expand(-1, -1, of_BKN.shape[-1]))
 
 

@@ -1,12 +1,12 @@
-"""Pictures → captions by BLIP, BLIP-2 and CoCa, as `models.embedder.Captioned` wants them.
+"""Images → captions by BLIP, BLIP-2 and CoCa, as `models.embedder.Captioned` wants them.
 
     Captioned(Blip(), TargetEncoder("all-MiniLM-L6-v2").encode).embed(images)
 
 Nothing is loaded before the first caption. Weights come from the hub, or from a folder in the layout that
-`save_pretrained` (BLIP, BLIP-2) or open_clip's `local-dir:` (CoCa) has. A caption depends on its own picture; its
+`save_pretrained` (BLIP, BLIP-2) or open_clip's `local-dir:` (CoCa) has. A caption depends on its own image; its
 companions in a batch change rounding alone.
 
-B pictures (with each of its beams: B × beams), T tokens, N image tokens, D width, V vocabulary.
+B images (with each of its beams: B × beams), T tokens, N image tokens, D width, V vocabulary.
 """
 
 import functools
@@ -24,7 +24,7 @@ from models.baselines.beam_search import beam_search
 from models.baselines.source import Source
 from models.runtime.preprocess import middle
 
-BATCH = 16  # pictures at once
+BATCH = 16  # images at once
 _TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json")
 _TRANSFORMERS = (
     "config.json",
@@ -112,7 +112,7 @@ class _Captioner(ABC):
 
     @torch.inference_mode()
     def caption(self, images: list[torch.Tensor]) -> list[str]:
-        """Decoded uint8 pictures [3, H, W] of any size → a text for each; it may be empty.
+        """Decoded uint8 images [3, H, W] of any size → a text for each; it may be empty.
 
         Raises:
             UserError: see the class.
@@ -334,8 +334,8 @@ class Coca(_Captioner):
         try:
             model: Any = CoCa(**{key: value for key, value in config.items() if key != "custom_text"})
             load_checkpoint(model, str(weights), strict=True, weights_only=True)
-            chosen = merge_preprocess_dict(PreprocessCfg(), {**preprocess, "size": model.visual.image_size})
-            self._preprocess: Any = image_transform_v2(PreprocessCfg(**chosen), is_train=False)
+            cfg = merge_preprocess_dict(PreprocessCfg(), {**preprocess, "size": model.visual.image_size})
+            self._preprocess: Any = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, UnpicklingError, SafetensorError) as error:
             raise self._broken(error) from error
         self._room(min(config["text_cfg"]["context_length"], config["multimodal_cfg"]["context_length"]))
@@ -373,8 +373,8 @@ class Coca(_Captioner):
     def _caption(self, images: list[torch.Tensor]) -> list[str]:
         from PIL import Image
 
-        pictures = (Image.fromarray(middle(image).permute(1, 2, 0).contiguous().numpy()) for image in images)
-        pixels_BCHW = torch.stack([self._preprocess(picture) for picture in pictures])
+        pil_images = (Image.fromarray(middle(image).permute(1, 2, 0).contiguous().numpy()) for image in images)
+        pixels_BCHW = torch.stack([self._preprocess(pil_image) for pil_image in pil_images])
         start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
             seen = self._model(pixels_BCHW.to(self._device))

@@ -1,7 +1,7 @@
-"""A whole CLIP of open_clip, pictures and texts: which texts fit a picture.
+"""A whole CLIP of open_clip, images and texts: which texts fit an image.
 
     clip = Clip("ViT-L-14/openai", "cuda")
-    clip.texts(["a cat", "a dog"]) @ clip.picture(image_CHW)
+    clip.texts(["a cat", "a dog"]) @ clip.embed_image(image_CHW)
 
 Weights come from the hub or from a folder of open_clip's, as safetensors alone. n texts, b of them at a time, T tokens
 of a text, D width of the space that both share.
@@ -39,7 +39,7 @@ class _Tag:
 
 
 class Clip:
-    """Nothing is loaded before a picture or a text asks for it.
+    """Nothing is loaded before an image or a text asks for it.
 
     Args:
         name: open_clip's MODEL/TAG, whose weights the hub has as safetensors, or a folder that holds
@@ -75,13 +75,13 @@ class Clip:
         return {**model, **self._source.identity, **how}
 
     @torch.inference_mode()
-    def picture(self, image: torch.Tensor) -> torch.Tensor:
-        """A decoded uint8 picture [3, H, W] of any size → its unit vector z_D, fp32, on the device."""
+    def embed_image(self, image: torch.Tensor) -> torch.Tensor:
+        """A decoded uint8 image [3, H, W] of any size → its unit vector z_D, fp32, on the device."""
         from PIL import Image
 
         model: Any = self._model
-        picture = Image.fromarray(middle(image).permute(1, 2, 0).contiguous().numpy())
-        image_BCHW = self._preprocess(picture)[None].to(self.device, torch.float16 if self._half else torch.float32)
+        pil_image = Image.fromarray(middle(image).permute(1, 2, 0).contiguous().numpy())
+        image_BCHW = self._preprocess(pil_image)[None].to(self.device, torch.float16 if self._half else torch.float32)
         return torch.nn.functional.normalize(model.encode_image(image_BCHW).float(), dim=-1)[0]
 
     @torch.inference_mode()
@@ -164,7 +164,7 @@ class Clip:
 
     @cached_property
     def _preprocess(self) -> Any:
-        """The model's own: a picture of Pillow's → normalised [3, H, W]."""
+        """The model's own: an image of Pillow's → normalised [3, H, W]."""
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
         model: Any = self._model

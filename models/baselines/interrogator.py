@@ -1,4 +1,4 @@
-"""CLIP Interrogator: a caption, and the words of long lists that CLIP finds nearest to the picture.
+"""CLIP Interrogator: a caption, and the words of long lists that CLIP finds nearest to the image.
 
     ClipInterrogator("ViT-L-14/openai", Blip(), "cuda", cache=folder).caption(images)
 
@@ -7,7 +7,7 @@ so are the rules, in all that is not said to differ. The package's own code is n
 OpenAI's weights into a model of another activation, and only warns; it fetches features of its words from a place of
 its own; and what it tells may depend on Python's random order of sets.
 
-z_D is a picture's vector, z_WD those of the words: W words, D width of CLIP's space, n of some of them.
+z_D is an image's vector, z_WD those of the words: W words, D width of CLIP's space, n of some of them.
 """
 
 import hashlib
@@ -39,7 +39,7 @@ SITES = (
 TERMS = {"fast": 32, "classic": 3, "best": 32}
 """Terms after the caption at most: all of fast, the flavors of classic, the steps of best's chain."""
 LEAST = 8
-"""Steps of the chain that are taken even where they make the prompt less like the picture."""
+"""Steps of the chain that are taken even where they make the prompt less like the image."""
 SHORTLIST = 2048
 """Terms that the chain chooses from, and terms of a part of the lists when they are ranked."""
 
@@ -53,14 +53,14 @@ class Identified(Captioner, Protocol):
 
 
 class ClipInterrogator:
-    """Prompts as people wrote them for Stable Diffusion. Nothing is loaded before the first picture.
+    """Prompts as people wrote them for Stable Diffusion. Nothing is loaded before the first image.
 
     The modes, as the package has them:
 
-    * fast: caption, then the 32 terms of all lists that are nearest to the picture.
+    * fast: caption, then the 32 terms of all lists that are nearest to the image.
     * classic: caption, nearest medium (unless the caption begins with it) and artist, site, movement, three flavors.
     * best: a chain that begins with the caption and adds, of the nearest 2,048 terms, the one whose prompt is nearest
-      to the picture, and goes on while that is an improvement, for 8 steps at least and 32 at most, or until the
+      to the image, and goes on while that is an improvement, for 8 steps at least and 32 at most, or until the
       prompt fills CLIP's tokens; then the nearest of: the caption, classic with 32 flavors, fast, the chain's best.
 
     Classic and fast leave off at the first term that would fill CLIP's tokens. Vectors of words are rounded to half
@@ -69,7 +69,7 @@ class ClipInterrogator:
 
     What differs: captions come from `captioner`; equally near terms stand in the order of the lists, and the chain
     tries them in the order of their nearness; blank lines of the lists are left out; an empty caption leaves no comma
-    behind; on a GPU similarities are added up in fp32; one picture goes through CLIP at a time, so that its prompt
+    behind; on a GPU similarities are added up in fp32; one image goes through CLIP at a time, so that its prompt
     does not depend on its companions; the chain ends where it has used all terms.
 
     Args:
@@ -126,7 +126,7 @@ class ClipInterrogator:
         }
 
     def caption(self, images: list[torch.Tensor]) -> list[str]:
-        """Decoded uint8 pictures [3, H, W] of any size → a prompt for each.
+        """Decoded uint8 images [3, H, W] of any size → a prompt for each.
 
         Raises:
             UserError: weights are not there or not of such a model; the disk refuses the vectors of the words.
@@ -135,7 +135,7 @@ class ClipInterrogator:
         return [self._prompt(image, text.strip()) for image, text in zip(images, captions, strict=True)]
 
     def _prompt(self, image: torch.Tensor, caption: str) -> str:
-        z_D = self._clip.picture(image)
+        z_D = self._clip.embed_image(image)
         near_W = (self._vectors @ z_D).cpu()
         if self._mode == "fast":
             return self._fast(near_W, caption)
@@ -185,7 +185,7 @@ class ClipInterrogator:
         return best
 
     def _near(self, z_D: torch.Tensor, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Cosine of the picture to each text."""
+        """Cosine of the image to each text."""
         return (self._clip.texts(texts) @ z_D).cpu().numpy()
 
     def _fitting(self, parts: Sequence[str]) -> str:

@@ -1,9 +1,9 @@
 """Nearest neighbours: the mean of the targets of the k nearest of a bank, weighted by similarity.
 
-Knn      the bank's pictures are like the picture: features of one frozen backbone
-ClipKnn  the bank's prompts fit the picture: CLIP's text tower for them, its image tower for the picture
+Knn      the bank's images are like the image: features of one frozen backbone
+ClipKnn  the bank's prompts fit the image: CLIP's text tower for them, its image tower for the image
 
-B pictures, n pictures or prompts of the bank, D feature width, J width of CLIP's joint space, E target width.
+B images, n images or prompts of the bank, D feature width, J width of CLIP's joint space, E target width.
 """
 
 import functools
@@ -29,8 +29,8 @@ class Knn:
     """
     Args:
         model: whose backbone gives the features; its head is not used.
-        features_nD: of the bank's pictures; they are copied once.
-        target_nE: of the bank's pictures; fp32 is not copied.
+        features_nD: of the bank's images; they are copied once.
+        target_nE: of the bank's images; fp32 is not copied.
         k: neighbours.
         power: of the similarities, which are cosines around the mean feature; the higher, the more the nearest counts.
         exact: how the bank is searched, as in `models.retrieval.vector_index.Index`.
@@ -65,7 +65,7 @@ class Knn:
         return self.from_features(features_BD)
 
     def from_features(self, features_BD: torch.Tensor) -> torch.Tensor:
-        """Unit vectors z_BE of pictures with these features.
+        """Unit vectors z_BE of images with these features.
 
         Raises:
             UserError: a feature is not finite, of another width, or is the mean of the bank's.
@@ -77,14 +77,14 @@ class Knn:
 
 
 class ClipKnn:
-    """Nothing is loaded before the first picture; the prompts' CLIP features are computed once and kept.
+    """Nothing is loaded before the first image; the prompts' CLIP features are computed once and kept.
 
     Args:
         clip: both towers of a model.
         bank: prompts with their target vectors.
         cache: a folder, such as the one of all that is cached.
         k: neighbours.
-        power: of the cosines between picture and prompts, of which CLIP's differ by little: a high one tells near from
+        power: of the cosines between image and prompts, of which CLIP's differ by little: a high one tells near from
             far.
         exact: how the bank is searched, as in `models.retrieval.vector_index.Index`.
     """
@@ -110,7 +110,7 @@ class ClipKnn:
         }
 
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Decoded uint8 pictures [3, H, W] of any size → unit z_BE, fp32, on the CPU.
+        """Decoded uint8 images [3, H, W] of any size → unit z_BE, fp32, on the CPU.
 
         Raises:
             UserError: the model cannot be loaded, or the disk is full.
@@ -118,14 +118,14 @@ class ClipKnn:
         return self.describe(images)[0]
 
     def describe(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
-        """The vectors z_BE, and for each picture the prompt that fits it best."""
+        """The vectors z_BE, and for each image the prompt that fits it best."""
         cosine_Bk, row_Bk = self._near(images)
         z_BE = weighted_mean(self._bank.vectors, cosine_Bk, row_Bk, self._power)
         return torch.from_numpy(z_BE), self._bank.texts(row_Bk[:, 0])
 
     def _near(self, images: list[torch.Tensor]) -> tuple[Floats, Rows]:
-        picture_BJ = torch.stack([self._clip.picture(image) for image in images])
-        return self._index.search(picture_BJ.cpu().numpy(), self._k)
+        image_BJ = torch.stack([self._clip.embed_image(image) for image in images])
+        return self._index.search(image_BJ.cpu().numpy(), self._k)
 
     @functools.cached_property
     def _index(self) -> Index:

@@ -8,7 +8,7 @@
                            "members": [{"name", "weight", "flip", "sizes"}]}
          members/NAME/    each member's checkpoint, whole, and recipe.json, the settings of its run
 
-B pictures, M members, E target width.
+B images, M members, E target width.
 """
 
 import json
@@ -55,9 +55,9 @@ class Member:
     """Of its checkpoint, or of a run, whose best is meant."""
     weight: float
     flip: bool = False
-    """It sees each picture mirrored, too."""
+    """It sees each image mirrored, too."""
     sizes: tuple[int, ...] = ()
-    """It sees each picture at; none: that of its training, px."""
+    """It sees each image at; none: that of its training, px."""
 
 
 class Ensemble:

@@ -1,8 +1,8 @@
-"""Test-time augmentation: the mean vector of several views of each picture.
+"""Test-time augmentation: the mean vector of several views of each image.
 
     Views(lambda size: checkpoint.load(folder, size), flip=True, sizes=(224, 280))
 
-B pictures, V views of each, E target width.
+B images, V views of each, E target width.
 """
 
 from collections.abc import Callable
@@ -20,8 +20,8 @@ class Views:
     Args:
         embedder_at: an input size in pixels, or None for the embedder's own → the embedder at that size. Each is asked
             for once, here, and kept.
-        flip: the mirrored picture, too.
-        sizes: to see each picture at; none: the embedder's own.
+        flip: the mirrored image, too.
+        sizes: to see each image at; none: the embedder's own.
 
     Raises:
         UserError: a size is named twice or below 1.

@@ -1,9 +1,9 @@
 """Blends of embedders' vectors: the normalised weighted sum, and the weights that score best.
 
     weight_M = fit([a_nE, b_nE], target_nE)
-    honest = nested([a_nE, b_nE], target_nE, group_n)      weights and scores on different pictures
+    honest = nested([a_nE, b_nE], target_nE, group_n)      weights and scores on different images
 
-n pictures, M members, E target width, F folds.
+n images, M members, E target width, F folds.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from numpy.typing import NDArray
 from core.errors import UserError
 from models.metrics import vector_problems
 
-_AT_ONCE = 4096  # pictures
-_SAMPLE = 2048  # pictures that tell where the hills are
+_AT_ONCE = 4096  # images
+_SAMPLE = 2048  # images that tell where the hills are
 _BETTER = 1e-9  # of a score: less is no reason to prefer a start that comes later
 _NONE = 1e-9  # of a length: members that cancel out
 
 
 class Nested(NamedTuple):
     vector_nE: NDArray[np.float32]  # noqa: N815
-    """Each picture's blend, by weights that were fitted without it."""
+    """Each image's blend, by weights that were fitted without it."""
     weight_FM: NDArray[np.float64]  # noqa: N815
     fold_n: NDArray[np.int64]
-    """Which of the folds a picture is in."""
+    """Which of the folds an image is in."""
 
 
 def blend(
@@ -49,7 +49,7 @@ def blend(
         z_nE = sum(w * _unit(v[start : start + _AT_ONCE]) for w, v in zip(weight_M, vectors, strict=True))
         length_n = np.linalg.norm(z_nE, axis=1, keepdims=True)
         if (length_n < _NONE).any():
-            raise UserError(f"members cancel out on picture {start + int(length_n.argmin())}; leave one of them out")
+            raise UserError(f"members cancel out on image {start + int(length_n.argmin())}; leave one of them out")
         found[start : start + _AT_ONCE] = z_nE / length_n
     return found
 
@@ -82,7 +82,7 @@ def fit(
 
     Args:
         vectors: of each member, [n, E].
-        target_nE: the mean of each picture's caption vectors, not normalised, as `models.metrics.mean_targets` gives
+        target_nE: the mean of each image's caption vectors, not normalised, as `models.metrics.mean_targets` gives
             it: the score is then the average cosine to the captions.
         starts: random ones.
         names: of the members, for messages.
@@ -108,14 +108,14 @@ def nested(
     Args:
         vectors: of each member, [n, E].
         target_nE: as for `fit`.
-        group_n: pictures with equal values are in one fold, as those of one prompt must be.
+        group_n: images with equal values are in one fold, as those of one prompt must be.
 
     Raises:
         UserError: as for `fit`; or there are fewer groups than folds.
     """
     _refuse(vectors, target_nE, names)
     if len(group_n) != len(target_nE):
-        raise UserError(f"{len(group_n)} groups of {len(target_nE)} pictures: one each is needed")
+        raise UserError(f"{len(group_n)} groups of {len(target_nE)} images: one each is needed")
     fold_n = _deal(group_n, folds, seed)
     gram_nMM, dot_nM = _moments(vectors, target_nE)
     weight_FM = np.stack([_fit(gram_nMM[fold_n != f], dot_nM[fold_n != f], 8, seed) for f in range(folds)])
@@ -136,7 +136,7 @@ def _refuse(
     found = [] if target_nE is None else vector_problems("targets", target_nE, None, None)
     for name, vector_nE in zip(names, vectors, strict=True):
         found += vector_problems(name, vector_nE, count, width)
-    found += [] if count else ["there is no picture to blend on"]
+    found += [] if count else ["there is no image to blend on"]
     if found:
         raise UserError("\n".join(found))
 
@@ -162,7 +162,7 @@ def _moments(
 
 
 def _fit(gram_nMM: NDArray[np.float64], dot_nM: NDArray[np.float64], starts: int, seed: int) -> NDArray[np.float64]:
-    """Every start ends on a sample of the pictures; from there those that differ go on, on all of them."""
+    """Every start ends on a sample of the images; from there those that differ go on, on all of them."""
     n, members = dot_nM.shape
     rng = np.random.default_rng(seed)
     begin = [np.full(members, 1 / members), *np.eye(members), *rng.dirichlet(np.ones(members), starts)]
@@ -209,12 +209,12 @@ def _climb(
 
 
 def _deal(group_n: NDArray[Any], folds: int, seed: int) -> NDArray[np.int64]:
-    """The fold of each picture: groups in random order, the largest first, each to the fold that has fewest."""
+    """The fold of each image: groups in random order, the largest first, each to the fold that has fewest."""
     _, group_n, size_G = np.unique(group_n, return_inverse=True, return_counts=True)
     if not 2 <= folds <= len(size_G):
         raise UserError(
-            f"folds: {folds} is outside 2 to {len(size_G)}, the prompts or groups of these pictures; take fewer folds, "
-            "or more pictures"
+            f"folds: {folds} is outside 2 to {len(size_G)}, the prompts or groups of these images; take fewer folds, "
+            "or more images"
         )
     order = np.random.default_rng(seed).permutation(len(size_G))
     order = order[np.argsort(-size_G[order], kind="stable")]

@@ -1,4 +1,4 @@
-"""Some pictures of a folder, to check a bundle on: of files below it, and of those in tars, such as a dataset's shards.
+"""Some images of a folder, to check a bundle on: of files below it, and of those in tars, such as a dataset's shards.
 
     for image_CHW in samples(Path("data/sd2"), 500): …
 
@@ -21,16 +21,16 @@ log = logging.getLogger(__name__)
 
 
 def samples(folder: Path, most: int) -> Iterator[torch.Tensor]:
-    """Up to `most` pictures from all over a folder, decoded one at a time, uint8 [3, H, W]; always the same ones.
+    """Up to `most` images from all over a folder, decoded one at a time, uint8 [3, H, W]; always the same ones.
 
-    Pictures that cannot be read are left out, and counted in the log at the end.
+    Images that cannot be read are left out, and counted in the log at the end.
 
     Raises:
-        UserError: at the call, that there is no such folder, or no picture below it; at the end, that none of them
+        UserError: at the call, that there is no such folder, or no image below it; at the end, that none of them
             can be read.
     """
     if not folder.is_dir():
-        raise UserError(f"pictures: {folder} is no folder; name one that holds pictures or a dataset's shards")
+        raise UserError(f"images: {folder} is no folder; name one that holds images or a dataset's shards")
     listed = sorted(path for path in folder.rglob("*") if path.is_file())
     reasons = {path: why_not_image(path.relative_to(folder).as_posix()) for path in listed}
     readers: list[Callable[[], bytes]] = [path.read_bytes for path in listed if not reasons[path]]
@@ -40,7 +40,7 @@ def samples(folder: Path, most: int) -> Iterator[torch.Tensor]:
     if others:
         log.info("%s: other files: %s", folder, ", ".join(f"{n:,} × {reason}" for reason, n in others.most_common()))
     if not readers:
-        raise UserError(f"pictures: no picture ({', '.join(IMAGE_SUFFIXES)}) below {folder}, nor in tars there")
+        raise UserError(f"images: no image ({', '.join(IMAGE_SUFFIXES)}) below {folder}, nor in tars there")
     return _decoded(
         [readers[i * len(readers) // most] for i in range(most)] if len(readers) > most else readers, folder
     )
@@ -54,19 +54,19 @@ def _decoded(readers: Sequence[Callable[[], bytes]], folder: Path) -> Iterator[t
         except (BadImage, OSError):
             bad += 1
     if bad == len(readers):
-        raise UserError(f"pictures: none of the {bad:,} pictures chosen below {folder} can be read; name others")
+        raise UserError(f"images: none of the {bad:,} images chosen below {folder} can be read; name others")
     if bad:
-        log.warning("%d of %d pictures in %s cannot be read", bad, len(readers), folder)
+        log.warning("%d of %d images in %s cannot be read", bad, len(readers), folder)
 
 
 def _in_tar(path: Path) -> list[Callable[[], bytes]]:
-    """Readers of a tar's pictures; of a damaged tar, those before the damage."""
+    """Readers of a tar's images; of a damaged tar, those before the damage."""
     members: list[tarfile.TarInfo] = []
     try:
         with tarfile.open(path, "r:") as tar:
             members.extend(m for m in tar if m.isfile() and not why_not_image(m.name))
     except (OSError, tarfile.TarError) as error:
-        log.warning("%s is damaged, and %d pictures before that are taken: %s", path, len(members), error)
+        log.warning("%s is damaged, and %d images before that are taken: %s", path, len(members), error)
 
     def reader(begin: int, size: int) -> Callable[[], bytes]:
         def read() -> bytes:

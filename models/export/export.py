@@ -2,7 +2,7 @@
 
     python -m models.export                                   the newest best checkpoint → bundle/
     python -m models.export checkpoint=checkpoints/vith14/best sizes=[224,280] flip=true precision=fp16
-    python -m models.export checkpoint=both/ensemble graphs=[onnx,openvino] pictures=data/sd2
+    python -m models.export checkpoint=both/ensemble graphs=[onnx,openvino] check_images=data/sd2
     python -m models.export push=hub:user/name
 
 The bundle is loaded and must give the vectors of what it was made of, or nothing is written.
@@ -37,8 +37,8 @@ _IN_A_BUNDLE = re.compile(
     r"[^/]+\.(safetensors|json)|predict\.py|im2emb\.py|notebook\.ipynb|README\.md|graphs|wheels|__pycache__"
 )
 _WEIGHTS = re.compile(r"\.safetensors$|/graphs/[^/]+$")  # files whose sha256 is in config.json
-_EVERYWHERE = {"timm", "numpy", "pillow", "safetensors"}  # where pictures are predicted
-_SHOWN = 500  # pictures that graphs are checked on
+_EVERYWHERE = {"timm", "numpy", "pillow", "safetensors"}  # where images are predicted
+_SHOWN = 500  # images that graphs are checked on
 _TOLERANCE = 1e-5  # largest difference of a component
 _HALF_BOUND = 1e-3  # largest cosine distance that weights in fp16 may cost
 _MODULES = (
@@ -74,15 +74,15 @@ class ExportSettings:
     out: Path
     """Bundle folder to write."""
     flip: bool
-    """Each picture mirrored, too."""
+    """Each image mirrored, too."""
     sizes: tuple[int, ...]
-    """Input sizes that each picture is seen at, px; none: that of training."""
+    """Input sizes that each image is seen at, px; none: that of training."""
     precision: Literal["fp32", "fp16"]
     """Of the stored weights."""
     graphs: tuple[Literal["onnx", "openvino", "openvino_int8", "torch"], ...]
     """The whole network for other runtimes, each checked against it."""
-    pictures: Path | None
-    """Folder of pictures, or of a dataset, to check the graphs on; null: the checkpoint's eight."""
+    check_images: Path | None
+    """Folder of images, or of a dataset, to check the graphs on; null: the checkpoint's eight."""
     wheels: WheelsSettings
     title: str | None
     """Of the model card and of Kaggle's page; null: the encoder and the backbone."""
@@ -99,12 +99,14 @@ class ExportSettings:
 
     def problems(self) -> list[str]:
         found = address_problems(self.push) if self.push is not None else []
-        if "openvino_int8" in self.graphs and self.pictures is None:
+        if "openvino_int8" in self.graphs and self.check_images is None:
             found.append(
-                "graphs: openvino_int8 is fitted to pictures and measured on them; name some hundreds, pictures=FOLDER"
+                "graphs: openvino_int8 is calibrated and measured on images; name some hundreds, check_images=FOLDER"
             )
-        if self.pictures is not None and not self.graphs:
-            found.append(f"pictures: {self.pictures} are for graphs, and none is asked for; name some, graphs=[onnx]")
+        if self.check_images is not None and not self.graphs:
+            found.append(
+                f"check_images: {self.check_images} are for graphs, and none is asked for; name some, graphs=[onnx]"
+            )
         if self.push is None and (self.public or not self.dry_run):
             found.append(
                 "public, dry_run: they are for push=, which is not there; name hub:USER/NAME or kaggle:USER/SLUG"
@@ -153,7 +155,7 @@ def export(
     sizes: Sequence[int] = (),
     precision: str = "fp32",
     graphs: Sequence[str] = (),
-    pictures: Path | None = None,
+    images: Path | None = None,
     wheels: WheelsSettings | None = None,
     told: Told | None = None,
 ) -> float:
@@ -161,11 +163,11 @@ def export(
 
     Args:
         source: a checkpoint, a run or an ensemble.
-        flip: each picture mirrored, too; an ensemble has its own.
-        sizes: input sizes that each picture is seen at; none: that of training. An ensemble has its own.
+        flip: each image mirrored, too; an ensemble has its own.
+        sizes: input sizes that each image is seen at; none: that of training. An ensemble has its own.
         precision: of the stored weights, fp32 or fp16.
         graphs: of `models.export.runtimes.KINDS`.
-        pictures: folder of those that graphs are checked on; None: the checkpoints' probe pictures.
+        images: folder of those that graphs are checked on; None: the checkpoints' probe images.
         wheels: the Python and the platform to collect wheels for; None: none.
         told: what else the model card says.
 
@@ -183,7 +185,7 @@ def export(
         from models.export.runtimes import refuse
 
         refuse(graphs)
-        shown = None if pictures is None else samples(pictures, _SHOWN)
+        shown = None if images is None else samples(images, _SHOWN)
     parts, facts = _parts(source, flip, tuple(sizes))
     if wheels is not None:
         backbones = [{"backbone": checkpoint.read_config(part.folder)["backbone"]} for part in parts]
@@ -267,27 +269,27 @@ def _checked(
     largest = distance_N.max()
     if not largest <= _HALF_BOUND:
         raise UserError(
-            f"weights in fp16 cost up to {largest:.1e} of cosine on {len(probes)} pictures, more than "
+            f"weights in fp16 cost up to {largest:.1e} of cosine on {len(probes)} images, more than "
             f"{_HALF_BOUND:.0e}; nothing is written. Leave precision=fp32"
         )
     return difference, {"half_distance": told(distance_N)}
 
 
 def _probes(parts: Sequence[_Part]) -> list[Any]:
-    """The pictures that the checkpoints carry, decoded."""
+    """The images that the checkpoints carry, decoded."""
     from models import checkpoint
 
     return [probe for part in parts for probe in checkpoint.load_extras(part.folder)[1]]
 
 
 def _write_graphs(
-    folder: Path, config: Mapping[str, Any], kinds: Sequence[str], pictures: Iterable[Any]
+    folder: Path, config: Mapping[str, Any], kinds: Sequence[str], images: Iterable[Any]
 ) -> dict[str, Any]:
     """The parts of config.json that describe the graphs."""
     from models.export.runtimes import inputs, write
     from models.runtime.model import network, squares_of
 
-    graphs = write(folder, network(folder, config), kinds, pictures, half=config["precision"] == "fp16")
+    graphs = write(folder, network(folder, config), kinds, images, half=config["precision"] == "fp16")
     return {"graphs": graphs, "inputs": inputs(squares_of(config))}
 
 
@@ -443,38 +445,38 @@ def predict_source() -> str:
 
 
 def run(values: dict[str, Any]) -> None:
-    chosen = settings(ExportSettings, values)
-    source = chosen.checkpoint or newest()
+    cfg = settings(ExportSettings, values)
+    source = cfg.checkpoint or newest()
     difference = export(
         source,
-        chosen.out,
-        flip=chosen.flip,
-        sizes=chosen.sizes,
-        precision=chosen.precision,
-        graphs=chosen.graphs,
-        pictures=chosen.pictures,
-        wheels=chosen.wheels if chosen.wheels.python is not None else None,
-        told=chosen.told(),
+        cfg.out,
+        flip=cfg.flip,
+        sizes=cfg.sizes,
+        precision=cfg.precision,
+        graphs=cfg.graphs,
+        images=cfg.check_images,
+        wheels=cfg.wheels if cfg.wheels.python is not None else None,
+        told=cfg.told(),
     )
-    log.info("%s → %s: probe vectors equal within %.1e", source, chosen.out, difference)
-    about = json.loads((chosen.out / "config.json").read_text())
+    log.info("%s → %s: probe vectors equal within %.1e", source, cfg.out, difference)
+    about = json.loads((cfg.out / "config.json").read_text())
     for told in about["graphs"].values():
         log.info(
-            "%s: cosine distance %s on average, %s at most, on %d pictures",
+            "%s: cosine distance %s on average, %s at most, on %d images",
             told["file"],
             *(distance(told[key]) for key in ("mean_distance", "max_distance")),
             told["pictures"],
         )
-    if chosen.wheels.python is None and (more := set(wanted(about)) - _EVERYWHERE):
+    if cfg.wheels.python is None and (more := set(wanted(about)) - _EVERYWHERE):
         log.info(
             "predict.py needs %s beside torch and timm; for a machine without network: wheels.python=3.11",
             ", ".join(sorted(more)),
         )
-    if chosen.push is None:
-        log.info("predict: python %s/predict.py --images FOLDER --out submission.csv", chosen.out)
+    if cfg.push is None:
+        log.info("predict: python %s/predict.py --images FOLDER --out submission.csv", cfg.out)
         return
     again = [word for word in sys.argv[1:] if not word.lstrip("+").startswith(("dry_run=", "checkpoint="))]
     again += [f"checkpoint={source}", "dry_run=false"]
     command_line = shlex.join(["python", "-m", "models.export", *again])
-    place = push(chosen.out, chosen.push, dry_run=chosen.dry_run, public=chosen.public, command=command_line)
-    log.info("%s%s", "would be " if chosen.dry_run else "", place)
+    place = push(cfg.out, cfg.push, dry_run=cfg.dry_run, public=cfg.public, command=command_line)
+    log.info("%s%s", "would be " if cfg.dry_run else "", place)

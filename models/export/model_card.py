@@ -31,10 +31,10 @@ _KAGGLE_LICENCES = (
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _WHAT = {
     "README.md": "this card",
-    "predict.py": "the program: pictures → submission.csv, .npy or .parquet",
+    "predict.py": "the program: images → submission.csv, .npy or .parquet",
     "im2emb.py": "the library, and the module of sentence-transformers",
     "config.json": "models, sizes, weights of the blend",
-    "notebook.ipynb": "for Kaggle: finds the pictures and the bundle, predicts, checks the result",
+    "notebook.ipynb": "for Kaggle: finds the images and the bundle, predicts, checks the result",
     "modules.json": "for sentence-transformers",
     "config_sentence_transformers.json": "for sentence-transformers",
     "dataset-metadata.json": "for Kaggle's uploader",
@@ -71,12 +71,12 @@ texts = SentenceTransformer("{encoder}").encode(["a red fox in the snow"], norma
 z @ texts.T  # cosines [2, 1]
 ```"""
 _GRAPHS = """\
-The whole network from uint8 squares on, for any number of pictures at a time. Distances are from the eager model in
+The whole network from uint8 squares on, for any number of images at a time. Distances are from the eager model in
 fp32, measured when this was written:"""
 _LIMITS = """\
 ## Limits
 
-- It gives the vector of a prompt, not of a caption. Words that leave no trace in the picture cannot come out.
+- It gives the vector of a prompt, not of a caption. Words that leave no trace in the image cannot come out.
 - {judged}
 {preprocessing}
 - One of more than 100 million pixels, or that cannot be decoded, gets the mean vector of the training targets.
@@ -88,15 +88,15 @@ _LOST = {
     "squash": "An image is resized to a square, whatever its shape: of a strip little detail is left.",
 }
 _HELD_OUT = """\
-The score is of held-out pictures from the same source as the training pictures. Photographs, and pictures of other
+The score is of held-out images from the same source as the training images. Photographs, and images of other
   generators and prompts, are another matter: measure on some of your own."""
 _NOT_HELD_OUT = """\
-No score on held-out pictures is known: measure on some of your own."""
+No score on held-out images is known: measure on some of your own."""
 _PARTLY_HELD_OUT = """\
-Not every score above is of held-out pictures: measure on some of your own."""
+Not every score above is of held-out images: measure on some of your own."""
 _NO_LICENCE = """\
 **The weights: nobody has said yet.** It depends on the weights that the backbone began from and on the training
-pictures and prompts, which the program that wrote this cannot judge. Whoever publishes them says so:
+images and prompts, which the program that wrote this cannot judge. Whoever publishes them says so:
 `python -m models.export licence=apache-2.0`, by the hub's short names."""
 
 
@@ -156,7 +156,7 @@ def dataset_metadata(config: Mapping[str, Any], told: Told) -> dict[str, Any]:
     made = {
         "title": title,
         "id": f"{NOBODY}/{slug[: SLUG[1]].strip('-')}",
-        "subtitle": f"Pictures to {config['target_width']}-d {_encoder(config)} vectors"[: SUBTITLE[1]],
+        "subtitle": f"Images to {config['target_width']}-d {_encoder(config)} vectors"[: SUBTITLE[1]],
         "description": _body(config, told),
         "licenses": [{"name": known.get(told.licence or _UNSET, "other")}],
         "keywords": ["computer vision", "deep learning"],
@@ -307,20 +307,20 @@ def _opening(config: Mapping[str, Any], told: Told) -> list[str]:
     members = config["members"]
     kind = "one model" if len(members) == 1 else f"{len(members)} models, blended"
     opening = (
-        f"A picture goes in; the {config['target_width']}-d embedding that {_encoder(config)} gives of the prompt that "
+        f"An image goes in; the {config['target_width']}-d embedding that {_encoder(config)} gives of the prompt that "
         f"made it comes out, as a unit vector, with no text in between: {kind}, weights in {config['precision']}."
     )
     found = [opening]
     facts = members[0]["facts"] if len(members) == 1 else config["facts"]
     score = _score(facts)
     if score is not None:
-        pictures = "held-out pictures" if _held_out(score) else "pictures"
-        pictures = f"{score['images']:,} {pictures}" if score["images"] else pictures
+        images = "held-out images" if _held_out(score) else "pictures"
+        images = f"{score['images']:,} {images}" if score["images"] else images
         how = f", weights of the blend by {facts['folds']}-fold cross-validation" if facts.get("folds") else ""
         if len(members) == 1 and (members[0]["flip"] or members[0]["sizes"] != [members[0]["size"]]):
             how = f", of one view at {members[0]['size']} px each"
         interval = f"{score['low']:.3f} – {score['high']:.3f}"
-        found.append(f"Mean cosine on {pictures}: **{score['mean']:.3f}**, 95 % interval {interval}{how}.")
+        found.append(f"Mean cosine on {images}: **{score['mean']:.3f}**, 95 % interval {interval}{how}.")
         found.append(_overlap(score["leakage"]))
     if identity := config.get("encoder_identity"):
         found.append(_text_encoder(identity))
@@ -430,7 +430,7 @@ def _models(config: Mapping[str, Any]) -> list[str]:
     if half:
         found.append(
             f"Weights in fp16 cost {distance(half['mean_distance'])} of cosine on the average, and "
-            f"{distance(half['max_distance'])} at worst, against fp32, on {half['pictures']:,} pictures."
+            f"{distance(half['max_distance'])} at worst, against fp32, on {half['pictures']:,} images."
         )
     return found
 
@@ -444,7 +444,7 @@ def _data(config: Mapping[str, Any]) -> list[str]:
             rows[(_name(dataset["path"]), *counts, f"`{dataset['sha256']}`")] = None
     if not rows:
         return []
-    return ["## Data", _table(("dataset", "training pictures", "validation pictures", "SHA-256"), list(rows))]
+    return ["## Data", _table(("dataset", "training images", "validation images", "SHA-256"), list(rows))]
 
 
 def _name(path: str) -> str:
@@ -477,7 +477,7 @@ def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
         if at and not facts["step"]:
             at = f"; none of {facts['steps']:,} steps scored above the start, which this model is"
         lines.append(
-            f"{value('epochs'):g} epochs, {value('batch_size')} pictures a step, seed {value('seed', 0)}, "
+            f"{value('epochs'):g} epochs, {value('batch_size')} images a step, seed {value('seed', 0)}, "
             f"{value('precision', 'fp32')}{at}"
         )
     if value("fold"):
@@ -500,7 +500,7 @@ def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
         done += ["mirrored"] if value("data.flip") else []
         done += [f"brightness and contrast ± {value('data.jitter'):.0%}"] if value("data.jitter") else []
         done += [f"a rectangle erased in {value('data.erase'):.0%}"] if value("data.erase") else []
-        lines.append(f"pictures: {', '.join(done) or 'as they are, no augmentation'}")
+        lines.append(f"images: {', '.join(done) or 'as they are, no augmentation'}")
     return lines
 
 
@@ -553,7 +553,7 @@ def _graphs(config: Mapping[str, Any]) -> list[str]:
         fitted = graphs["openvino_int8"].get("calibrated")
         found.append(
             f"int8 costs {distance(mean)} of cosine on the average, and {distance(most)} at worst"
-            + (f"; it was fitted to {fitted:,} other pictures." if fitted else ".")
+            + (f"; it was fitted to {fitted:,} other images." if fitted else ".")
         )
     runs = [name for name in sorted(graphs) if name != "torch"]
     if runs:

@@ -10,14 +10,14 @@ from collections.abc import Mapping
 from typing import Any
 
 _ABOUT = """\
-# im2emb: pictures → {encoder} embeddings of their prompts
+# im2emb: images → {encoder} embeddings of their prompts
 
 {members}
 
 README.md of the bundle says what that was trained on and how it scores.
 
 **On Kaggle:** *Add Input*: the dataset with this bundle, and the competition *Stable Diffusion – Image to Prompts*.
-Accelerator *GPU T4 ×2*, Internet *off*. *Save Version*, then *Submit*: the run on the hidden pictures may take nine
+Accelerator *GPU T4 ×2*, Internet *off*. *Save Version*, then *Submit*: the run on the hidden images may take nine
 hours, and predict.py ends after eight and a half with a whole submission in any case.
 
 **Elsewhere:** it looks below the folder that the environment variable `IM2EMB_INPUT` names, else below the notebook's
@@ -107,11 +107,11 @@ with SAMPLE.open(encoding="utf-8-sig", **AS_IS) as sample, OUT.open(encoding="ut
         elif rows:
             differ = differ or row[1] != first[(rows - 1) % WIDTH]
         rows += 1
-pictures, rest = divmod(rows - 1, WIDTH)
-if rest or not pictures:
+images, rest = divmod(rows - 1, WIDTH)
+if rest or not images:
     raise ValueError(f"{OUT} has {rows - 1} rows, which is no multiple of {WIDTH}")
 
-print(f"{OUT}: {pictures} pictures × {WIDTH} rows, in the order of {SAMPLE.name}")
+print(f"{OUT}: {images} images × {WIDTH} rows, in the order of {SAMPLE.name}")
 with OUT.open(encoding="utf-8", errors="replace") as made:
     print("", *islice(made, 5), sep="  ")
 
@@ -119,12 +119,12 @@ listed, unreadable = [], OUT.with_suffix(".unreadable.csv")
 if unreadable.exists():
     with unreadable.open(encoding="utf-8", errors="replace", newline="") as file:
         listed = list(csv.reader(file))[1:]
-    print(f"{len(listed)} of {pictures} pictures have the mean vector, as {unreadable} lists:")
+    print(f"{len(listed)} of {images} images have the mean vector, as {unreadable} lists:")
     print("", *map(", ".join, listed[:20]), sep="\\n  ")
-if pictures > 1 and (len(listed) == pictures or not differ):
-    raise ValueError(f"all {pictures} vectors of {OUT} are the same, made of no picture: the reason is above")
+if images > 1 and (len(listed) == images or not differ):
+    raise ValueError(f"all {images} vectors of {OUT} are the same, made of no image: the reason is above")
 if not listed:
-    print("Every picture was read.")"""
+    print("Every image was read.")"""
 
 
 def notebook(config: Mapping[str, Any]) -> str:

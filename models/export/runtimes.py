@@ -1,18 +1,18 @@
 """The bundle's network as one graph, for runtimes without Python or without torch.
 
-    config["graphs"] = write(folder, network, ["onnx", "openvino"], pictures)
+    config["graphs"] = write(folder, network, ["onnx", "openvino"], images)
 
 onnx           graphs/model.onnx          ONNX Runtime, and most others
 openvino       graphs/openvino.xml        OpenVINO: fp32, or bf16 where the CPU has it
-openvino_int8  graphs/openvino-int8.xml   OpenVINO: 8 bits, calibrated on pictures
+openvino_int8  graphs/openvino-int8.xml   OpenVINO: 8 bits, calibrated on images
 torch          graphs/model.pt2           torch.export, for AOTInductor (C++) and ExecuTorch
 
 A graph holds all members, views and the blend. Its inputs, `image_SIZE` by ascending SIZE, are squares that are resized
 and cropped already, uint8 RGB [B, 3, SIZE, SIZE] with any B: `inputs` of config.json says how each is made. The graph
-normalises them. Its output is `z`, unit [B, E] in fp32. Each is run on pictures as it is written, and
+normalises them. Its output is `z`, unit [B, E] in fp32. Each is run on images as it is written, and
 refused where it differs from the network.
 
-N pictures, B of a batch, S squares of each, E target width.
+N images, B of a batch, S squares of each, E target width.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ from models.runtime.preprocess import Preprocessing, fit
 
 KINDS = ("onnx", "openvino", "openvino_int8", "torch")
 BOUND = 1e-3
-"""Largest cosine distance of a picture's vector from the network's, of all but int8."""
+"""Largest cosine distance of an image's vector from the network's, of all but int8."""
 INT8_BOUND = 0.05
 """Largest mean cosine distance of int8: more is no model."""
 
@@ -55,11 +55,11 @@ _PACKAGES = {
 }
 _OPSET = 20
 _ONE_FILE = 2_000_000_000  # bytes of weights, beyond which ONNX, a protobuf, needs a second file
-_AT_ONCE = 16  # pictures of a batch
-_CALIBRATION = 300  # pictures; more change nothing
+_AT_ONCE = 16  # images of a batch
+_CALIBRATION = 300  # images; more change nothing
 
 _Squares = Sequence[Sequence[torch.Tensor]]
-"""Of each picture, for each of the network's squares: uint8 [3, size, size]."""
+"""Of each image, for each of the network's squares: uint8 [3, size, size]."""
 
 
 def refuse(kinds: Iterable[str]) -> None:
@@ -88,32 +88,32 @@ def inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
 
 
 def write(
-    folder: Path, network: Network, kinds: Sequence[str], pictures: Iterable[torch.Tensor], *, half: bool = False
+    folder: Path, network: Network, kinds: Sequence[str], images: Iterable[torch.Tensor], *, half: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Writes the graphs below `folder`, and runs each on the pictures, one alone and then in batches.
+    """Writes the graphs below `folder`, and runs each on the images, one alone and then in batches.
 
     Args:
         network: in fp32, on the CPU, in evaluation mode.
         kinds: of `KINDS`.
-        pictures: decoded uint8 [3, H, W]. int8 is calibrated on every other one, and measured on those between.
+        images: decoded uint8 [3, H, W]. int8 is calibrated on every other one, and measured on those between.
         half: OpenVINO's weights in fp16, as precise as those of a bundle that is in fp16 itself.
 
     Returns:
-        For `config["graphs"]`, by kind: file, pictures, mean_distance and max_distance, which are cosine distances from
-        the network; of int8 also calibrated, pictures.
+        For `config["graphs"]`, by kind: file, images, mean_distance and max_distance, which are cosine distances from
+        the network; of int8 also calibrated, images.
 
     Raises:
-        UserError: a package is missing, there are no pictures, a graph cannot be made of this network, or differs from
+        UserError: a package is missing, there are no images, a graph cannot be made of this network, or differs from
             it by more than `BOUND`, or `INT8_BOUND`.
     """
     refuse(kinds)
-    squares = [[fit(picture, square) for square in network.squares] for picture in pictures]
+    squares = [[fit(image, square) for square in network.squares] for image in images]
     if not squares:
-        raise UserError("graphs: no pictures to verify them on; give pictures=")
+        raise UserError("graphs: no images to verify them on; give check_images=")
     send_nothing()
     with (
         torch.inference_mode(),
-        progress(len(squares) * (1 + len(set(kinds))), "picture", "graphs", show=len(squares) > _AT_ONCE) as bar,
+        progress(len(squares) * (1 + len(set(kinds))), "image", "graphs", show=len(squares) > _AT_ONCE) as bar,
         tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch,
     ):
         own_NE = _vectors(lambda image_SBCHW: network(*map(torch.from_numpy, image_SBCHW)).numpy(), squares, bar.update)
@@ -167,9 +167,9 @@ def _verified(
     if not value <= bound:  # nan, too
         remedy = f"try another version of {' and '.join(_PACKAGES[kind]) or 'torch'}"
         if kind == "openvino_int8":
-            remedy = f"calibrate it on more pictures than {about['calibrated']}: pictures="
+            remedy = f"calibrate it on more images than {about['calibrated']}: check_images="
         raise UserError(
-            f"the {kind} graph differs from the network: its {which} cosine distance on {len(squares)} pictures is "
+            f"the {kind} graph differs from the network: its {which} cosine distance on {len(squares)} images is "
             f"{value:.1e}, more than {bound:g}; nothing is written. Leave {kind} out of graphs, or {remedy}"
         )
     return about | told(distance_N)
@@ -189,14 +189,14 @@ def cosine_distance(a_NE: np.ndarray, b_NE: np.ndarray) -> np.ndarray:
 
 
 def _vectors(graph: Graph, squares: _Squares, tell: Callable[[int], object]) -> np.ndarray:
-    """z_NE: of the first picture alone, of the others in batches, the last of which may be smaller."""
+    """z_NE: of the first image alone, of the others in batches, the last of which may be smaller."""
     rows = [[0], *([*range(i, min(i + _AT_ONCE, len(squares)))] for i in range(1, len(squares), _AT_ONCE))]
     found = []
     for batch in rows:
         each = zip(*(squares[i] for i in batch), strict=True)
         found.append(graph([torch.stack(of_a_size).numpy() for of_a_size in each]))
         tell(len(batch))
-    if len(squares) == 1:  # any number of pictures, all the same
+    if len(squares) == 1:  # any number of images, all the same
         found = [graph([torch.stack([square] * 2).numpy() for square in squares[0]])[1:]]
     return np.concatenate(found)
 
@@ -233,7 +233,7 @@ def _making(kind: str) -> Iterator[None]:
 
 
 def _exported(network: Network) -> torch.export.ExportedProgram:
-    """The network's graph, for any number of pictures."""
+    """The network's graph, for any number of images."""
     example = tuple(torch.zeros(2, 3, *2 * (square.size,), dtype=torch.uint8) for square in network.squares)
     batch = torch.export.Dim("batch", min=1)
     with _making("torch"), torch.inference_mode(False), torch.no_grad():
@@ -303,7 +303,7 @@ def _save_openvino(model: Any, path: Path, *, half: bool) -> None:
 
 
 def _quantized(model: Any, squares: _Squares) -> Any:
-    """The model in int8; what it loses least by is found on these pictures."""
+    """The model in int8; what it loses least by is found on these images."""
     with _making("openvino_int8"):
         import nncf
 

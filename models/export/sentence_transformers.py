@@ -14,7 +14,7 @@ def st_files() -> dict[str, str]:
         "model_type": "SentenceTransformer",
         "prompts": {},
         "requirements": {
-            "sentence-transformers": {"reason": "pictures came with version 6", "specifier": ">=6"},
+            "sentence-transformers": {"reason": "images came with version 6", "specifier": ">=6"},
         },
         "similarity_fn_name": "cosine",
     }

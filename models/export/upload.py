@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 _SITES = {"hub": "the hub", "kaggle": "Kaggle"}
 _NEEDED = ("config.json", "predict.py", "README.md", "dataset-metadata.json")
 _OWNER, _SLUG = re.compile(r"[a-z0-9]+(?:[_-][a-z0-9]+)*"), re.compile(r"[a-z0-9]+(?:-[a-z0-9]+)*")  # Kaggle's client's
-# What an earlier bundle may have left at the hub: its own kinds of files, and not a user's pictures or notes
+# What an earlier bundle may have left at the hub: its own kinds of files, and not a user's images or notes
 _OF_A_BUNDLE = re.compile(r"[^/]+\.(safetensors|py|json|ipynb)|(graphs|wheels)/.+")
 _NOTE = "im2emb bundle"
 _NO_TOKEN = {

@@ -111,9 +111,9 @@ def collect(folder: Path, config: Mapping[str, Any], python: str, platform: str)
     versions = {name: importlib.metadata.version(name) for name in wanted(config)}
     roots = [f"{name}=={version}" for name, version in versions.items()]
     with tempfile.TemporaryDirectory(prefix="im2emb-wheels-") as scratch:
-        chosen = _resolved(Path(scratch), roots, python, platform)
+        cfg = _resolved(Path(scratch), roots, python, platform)
         folder.mkdir(parents=True, exist_ok=True)
-        for wheel in chosen:
+        for wheel in cfg:
             shutil.copyfile(wheel, folder / wheel.name)
     pinned = [name if name in _LOOSE else root for name, root in zip(versions, roots, strict=True)]
     (folder / REQUIREMENTS).write_text(
@@ -121,8 +121,8 @@ def collect(folder: Path, config: Mapping[str, Any], python: str, platform: str)
         + "".join(f"{line}\n" for line in pinned)
     )
     size = sum(wheel.stat().st_size for wheel in folder.glob("*.whl"))
-    log.info("%d wheels for Python %s on %s: %.1f MB", len(chosen), python, platform, size / 1e6)
-    return [wheel.name for wheel in chosen]
+    log.info("%d wheels for Python %s on %s: %.1f MB", len(cfg), python, platform, size / 1e6)
+    return [wheel.name for wheel in cfg]
 
 
 def _resolved(scratch: Path, roots: list[str], python: str, platform: str) -> list[Path]:

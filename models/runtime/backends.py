@@ -2,7 +2,7 @@
 
     z_BE = open_graph(Path("bundle"), config, "openvino", threads=4, precision="bf16")([image_BCHW])
 
-B pictures, E target width.
+B images, E target width.
 """
 
 import functools
@@ -22,7 +22,7 @@ _COMPUTES_IN = {"onnx": ("fp32",), "openvino": ("fp32", "bf16"), "openvino_int8"
 
 
 class BundleError(ValueError):
-    """A bundle that cannot be read or run, or pictures that it cannot take."""
+    """A bundle that cannot be read or run, or images that it cannot take."""
 
 
 def open_graph(
@@ -100,7 +100,7 @@ def _openvino(path: Path, threads: int | None, precision: str) -> Graph:
     def run(image_SBCHW: Sequence[np.ndarray]) -> np.ndarray:
         count = len(image_SBCHW[0])
         with one_at_a_time:
-            # one picture: by all threads; several: a part to each, which then need not wait for each other
+            # one image: by all threads; several: a part to each, which then need not wait for each other
             queue = compiled("LATENCY" if count == 1 else "THROUGHPUT")
             parts = np.array_split(np.arange(count), min(count, len(queue)))
             found: list[np.ndarray] = [np.empty(0)] * len(parts)

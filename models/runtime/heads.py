@@ -1,4 +1,4 @@
-"""Heads: pooled features_BD → z_BE, not yet of unit length. B pictures, D feature width, E target width.
+"""Heads: pooled features_BD → z_BE, not yet of unit length. B images, D feature width, E target width.
 
 The bundle carries a copy of this file (models/export/export.py), so it imports nothing of ours.
 """

@@ -1,4 +1,4 @@
-"""A bundle as a library: pictures → unit vectors in the space of a text encoder; and for sentence-transformers.
+"""A bundle as a library: images → unit vectors in the space of a text encoder; and for sentence-transformers.
 
     sys.path.append("bundle")
     from im2emb import load
@@ -9,7 +9,7 @@
     model.similarity(model.encode(["a red heart"]), z_BE)                    texts are the text encoder's own
 
 predict.py beside it does the work. It is loaded by its path under a name of its own: what a program calls `predict`,
-`models` or `train` itself is never met. B pictures, E width of a vector.
+`models` or `train` itself is never met. B images, E width of a vector.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ _loading = threading.Lock()
 
 
 def load(folder: Path | str = _HOME, device: str | None = None, precision: str = "auto", backend: str = "torch") -> Any:
-    """The `Predictor` of a bundle; its `embed` takes paths, Pillow pictures, arrays [H, W, 3] and tensors [3, H, W].
+    """The `Predictor` of a bundle; its `embed` takes paths, Pillow images, arrays [H, W, 3] and tensors [3, H, W].
 
     Args:
         device: a torch device; None takes a GPU that works, else the CPU.
@@ -90,7 +90,7 @@ class ImageEncoder(nn.Module):
         self._folder, self._precision, self._backend = Path(folder).resolve(), precision, backend
         self._config = _read_config(self._folder / "config.json")
         self._text = text or {"model_name_or_path": _encoder(self._config.get("encoder"))}
-        self._pictures: Any = None
+        self._images: Any = None
         self._texts: Any = None
         self._loaded_on: torch.device | None = None
         self.register_buffer("_here", torch.empty(0), persistent=False)  # goes where the module goes
@@ -153,15 +153,15 @@ class ImageEncoder(nn.Module):
         return self._config["target_width"]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
-        """Sorts out what is pictures and what is texts; a `prompt` goes before texts alone.
+        """Sorts out what is images and what is texts; a `prompt` goes before texts alone.
 
         Raises:
             ValueError: both are there.
         """
         images = [item["image"] if isinstance(item, dict) and "image" in item else item for item in inputs]
-        texts = [(prompt or "") + item for item in images if isinstance(item, str) and not self._names_picture(item)]
+        texts = [(prompt or "") + item for item in images if isinstance(item, str) and not self._names_image(item)]
         if texts and len(texts) < len(images):
-            raise ValueError(f"texts, such as {texts[0]!r}, and pictures in one batch: encode them apart")
+            raise ValueError(f"texts, such as {texts[0]!r}, and images in one batch: encode them apart")
         return {"texts": texts} if texts else {"images": images}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
@@ -184,17 +184,17 @@ class ImageEncoder(nn.Module):
         if Path(output_path).resolve() != self._folder:
             shutil.copytree(self._folder, output_path, dirs_exist_ok=True)
 
-    def _names_picture(self, item: str) -> bool:
+    def _names_image(self, item: str) -> bool:
         suffixes = _program(self._folder).IMAGE_SUFFIXES
         return item.lower().endswith(suffixes) or os.path.isfile(item)  # noqa: PTH113 – a long text is no error to it
 
     def _predictor(self) -> Any:
         """The bundle, loaded where the module is."""
-        if self._pictures is None or self._loaded_on != self._here.device:
+        if self._images is None or self._loaded_on != self._here.device:
             self._loaded_on = self._here.device
             device = str(self._here.device) if self._backend == "torch" else None
-            self._pictures = load(self._folder, device, self._precision, self._backend)
-        return self._pictures
+            self._images = load(self._folder, device, self._precision, self._backend)
+        return self._images
 
     def _text_encoder(self) -> Any:
         from sentence_transformers import SentenceTransformer

@@ -1,4 +1,4 @@
-"""What is to be predicted: the pictures below a folder, their ids, and the order that a sample submission asks for."""
+"""What is to be predicted: the images below a folder, their ids, and the order that a sample submission asks for."""
 
 import csv
 import hashlib
@@ -22,7 +22,7 @@ _SHOWN = 5  # of a list, in a message
 
 @dataclass(frozen=True)
 class Task:
-    """Pictures as rows 0 … N-1, and the ids to write."""
+    """Images as rows 0 … N-1, and the ids to write."""
 
     folder: Path
     paths: list[str]
@@ -30,30 +30,30 @@ class Task:
     ids: list[str]
     """In the order to write them."""
     rows: list[int]
-    """Of each id, its picture; -1 where there is none."""
+    """Of each id, its image; -1 where there is none."""
     left_out: int
-    """Pictures whose id the sample does not ask for."""
+    """Images whose id the sample does not ask for."""
     sha256: str
-    """Of paths, ids, sizes and times of the pictures."""
+    """Of paths, ids, sizes and times of the images."""
     other_files: list[tuple[str, str]]
     """Path below `folder`, and why it is not read, of each other file there."""
 
 
 def task(folder: Path, by_path: bool, sample: Path | None, width: int) -> Task:
-    """The pictures below `folder`, sorted by id, and the ids of `sample`, or of all pictures.
+    """The images below `folder`, sorted by id, and the ids of `sample`, or of all images.
 
     Args:
-        by_path: a picture's id is its path below `folder`; else its name without the suffix.
+        by_path: an image's id is its path below `folder`; else its name without the suffix.
         width: E, rows that `sample` has for each id.
 
     Raises:
-        BundleError: there is no picture, two have one id, or `sample` is not of that form.
+        BundleError: there is no image, two have one id, or `sample` is not of that form.
     """
     others: list[tuple[str, str]] = []
-    pictures = _pictures(folder, others)
-    found = sorted((path if by_path else PurePosixPath(path).stem, path, *about) for path, *about in pictures)
+    images = _images(folder, others)
+    found = sorted((path if by_path else PurePosixPath(path).stem, path, *about) for path, *about in images)
     if not found:
-        raise BundleError(f"no picture ({', '.join(IMAGE_SUFFIXES)}) in {folder}; {by_reason(others) or 'it is empty'}")
+        raise BundleError(f"no image ({', '.join(IMAGE_SUFFIXES)}) in {folder}; {by_reason(others) or 'it is empty'}")
     count, first = len(found), found[0][0]
     ids: list[str] = []
     if sample:
@@ -62,13 +62,13 @@ def task(folder: Path, by_path: bool, sample: Path | None, width: int) -> Task:
         found = [entry for entry in found if entry[0] in wanted]
         if not found:
             raise BundleError(
-                f"no picture in {folder} has an id of {sample}: the first ids are {ids[0]!r} there, {first!r} here"
+                f"no image in {folder} has an id of {sample}: the first ids are {ids[0]!r} there, {first!r} here"
             )
     twice = [f"{a[1]} and {b[1]}" for a, b in itertools.pairwise(found) if a[0] == b[0]]
     if twice:
-        raise BundleError(f"pictures that share an id: {shown(twice)}; rename them, or take --ids path")
+        raise BundleError(f"images that share an id: {shown(twice)}; rename them, or take --ids path")
     sha256 = hashlib.sha256()
-    for entry in found:  # all at once, a million pictures would take another half GB
+    for entry in found:  # all at once, a million images would take another half GB
         sha256.update(json.dumps(entry).encode())
     if sample:
         row = {entry[0]: number for number, entry in enumerate(found)}
@@ -91,7 +91,7 @@ def by_reason(others: list[tuple[str, str]]) -> str:
     return ", ".join(f"{count:,} × {reason}" for reason, count in counts)
 
 
-def _pictures(folder: Path, others: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
+def _images(folder: Path, others: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
     """Path below `folder`, bytes and time of each, -1 where a link leads nowhere; adds all other files to `others`."""
     if not folder.is_dir():
         raise BundleError(f"no folder {folder}")

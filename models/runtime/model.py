@@ -1,8 +1,8 @@
-"""The exported network: pictures → unit vectors, from the bundle's config.json and weights.
+"""The exported network: images → unit vectors, from the bundle's config.json and weights.
 
     load("bundle").embed(["a.jpg", "b.png"])
 
-B pictures, S squares that are made of each, E target width.
+B images, S squares that are made of each, E target width.
 """
 
 import contextlib
@@ -33,7 +33,7 @@ _FORMATS = (2, FORMAT)  # without preprocessing, members of 2 have that of their
 PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 BACKENDS = ("torch", "onnx", "openvino", "openvino_int8")
 
-Picture = Path | str | Image.Image | np.ndarray | torch.Tensor
+ImageLike = Path | str | Image.Image | np.ndarray | torch.Tensor
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -58,7 +58,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def mean_vector(folder: Path, config: Mapping[str, Any]) -> np.ndarray:
-    """[E], fp32: the mean direction of the training targets, for pictures that cannot be read.
+    """[E], fp32: the mean direction of the training targets, for images that cannot be read.
 
     Raises:
         BundleError: a file of weights is missing or damaged.
@@ -294,7 +294,7 @@ class Predictor:
         squares: preprocessing of each square that the network takes.
         sizes: their sides, px.
         width: E.
-        mean_E: fp32, for pictures that cannot be read.
+        mean_E: fp32, for images that cannot be read.
         redone: batches that were not finite in half precision, and were computed again in fp32.
 
     Raises:
@@ -341,7 +341,7 @@ class Predictor:
 
     @torch.inference_mode()
     def finish(self, z_BE: torch.Tensor, image_SBCHW: Sequence[torch.Tensor]) -> torch.Tensor:
-        """What `start` made of these pictures → unit z_BE, fp32, on the CPU."""
+        """What `start` made of these images → unit z_BE, fp32, on the CPU."""
         z_BE = z_BE.float().cpu()
         if self.precision != "fp32" and self._graph is None and not z_BE.isfinite().all():
             self.redone += 1
@@ -353,19 +353,19 @@ class Predictor:
         """For each of `squares` uint8 [B, 3, size, size] → unit z_BE, fp32, on the CPU."""
         return self.finish(self.start(image_SBCHW), image_SBCHW)
 
-    def embed(self, images: Iterable[Picture], batch_size: int = 32, unreadable: str = "raise") -> torch.Tensor:
-        """Pictures → unit z_BE, fp32, on the CPU.
+    def embed(self, images: Iterable[ImageLike], batch_size: int = 32, unreadable: str = "raise") -> torch.Tensor:
+        """Images → unit z_BE, fp32, on the CPU.
 
         Args:
-            images: paths, PIL pictures, uint8 RGB arrays [H, W, 3] or tensors [3, H, W], any number of any size.
-            batch_size: pictures at a time.
-            unreadable: mean gives pictures that cannot be read the mean vector; raise raises.
+            images: paths, PIL images, uint8 RGB arrays [H, W, 3] or tensors [3, H, W], any number of any size.
+            batch_size: images at a time.
+            unreadable: mean gives images that cannot be read the mean vector; raise raises.
 
         Raises:
-            BundleError: pictures that cannot be read, each named, with the reason.
+            BundleError: images that cannot be read, each named, with the reason.
         """
         if isinstance(images, str | Path | Image.Image):
-            raise BundleError(f"{images!r} is one picture; give a list of them")
+            raise BundleError(f"{images!r} is one image; give a list of them")
         if unreadable not in ("raise", "mean") or batch_size < 1:
             raise BundleError(f"unreadable {unreadable!r}, batch_size {batch_size}: raise or mean; 1 or more")
         images = list(images)
@@ -380,21 +380,21 @@ class Predictor:
                     each = zip(*(square for square in squares if not isinstance(square, str)), strict=True)
                     z_BE[good] = self.embed_fitted([torch.stack(size) for size in each])
         if bad and unreadable == "raise":
-            named = [f"  {images[n] if isinstance(images[n], Path | str) else f'picture {n}'}: {bad[n]}" for n in bad]
+            named = [f"  {images[n] if isinstance(images[n], Path | str) else f'image {n}'}: {bad[n]}" for n in bad]
             more = [f"  and {len(named) - 10:,} more"] if len(named) > 10 else []
             raise BundleError(
-                "\n".join([f"{len(bad):,} of {len(images):,} pictures cannot be read:", *named[:10], *more])
+                "\n".join([f"{len(bad):,} of {len(images):,} images cannot be read:", *named[:10], *more])
             )
         return z_BE
 
-    def _squares(self, image: Picture) -> list[torch.Tensor] | str:
+    def _squares(self, image: ImageLike) -> list[torch.Tensor] | str:
         try:
             return self.fit(_decoded(image))
         except (OSError, ValueError) as error:  # BadImage, and paths that no file can have
             return str(error)
 
 
-def _decoded(image: Picture) -> torch.Tensor:
+def _decoded(image: ImageLike) -> torch.Tensor:
     """uint8 [3, H, W]."""
     if isinstance(image, Path | str):
         return decode(Path(image).read_bytes())
@@ -404,7 +404,7 @@ def _decoded(image: Picture) -> torch.Tensor:
         image = torch.tensor(image).permute(2, 0, 1) if image.ndim == 3 else torch.empty(0)
     fitting = isinstance(image, torch.Tensor) and image.dtype == torch.uint8 and image.ndim == 3
     if not fitting or image.shape[0] != 3 or not image.numel():
-        raise BadImage("neither a path, a PIL picture, nor uint8 RGB as an array [H, W, 3] or a tensor [3, H, W]")
+        raise BadImage("neither a path, a PIL image, nor uint8 RGB as an array [H, W, 3] or a tensor [3, H, W]")
     return image
 
 

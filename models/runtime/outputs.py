@@ -1,4 +1,4 @@
-"""Vectors → submission.csv, .npy or .parquet, a picture at a time. E width of a vector."""
+"""Vectors → submission.csv, .npy or .parquet, an image at a time. E width of a vector."""
 
 import csv
 import importlib.util
@@ -19,17 +19,17 @@ from .model import BundleError
 
 FORMATS = ("csv", "npy", "parquet")
 
-_GROUP = 4096  # pictures of a row group
+_GROUP = 4096  # images of a row group
 _SLOW_DISK = 30e6  # bytes a second, assumed where time is short
 
 
 @dataclass(frozen=True)
 class Line:
-    """One picture of the output."""
+    """One image of the output."""
 
     name: str
     path: str
-    """Below the folder of pictures; empty where the id has none."""
+    """Below the folder of images; empty where the id has none."""
     state: str
     """predicted, unreadable, missing or not reached: all but the first have the mean vector."""
     vector_E: np.ndarray  # noqa: N815
@@ -96,13 +96,13 @@ def skipped_list(out: Path) -> Path:
 
 
 def seconds_to_write(kind: str, count: int, width: int) -> float:
-    """Of `count` pictures, generously, by a trial."""
+    """Of `count` images, generously, by a trial."""
     if kind != "csv":
         return count * width * 4 / _SLOW_DISK
     trial, templates = 50, _templates(width)
     vector_E = np.random.default_rng(0).normal(size=width).astype(np.float32)
     began = time.perf_counter()
-    size = sum(len(_csv_rows(templates, f"picture{i:09d}", vector_E)) for i in range(trial))
+    size = sum(len(_csv_rows(templates, f"image{i:09d}", vector_E)) for i in range(trial))
     return count / trial * (2 * (time.perf_counter() - began) + size / _SLOW_DISK)
 
 
@@ -148,7 +148,7 @@ def _write_csv(file: BinaryIO, lines: Iterable[Line], width: int) -> None:
 
 
 def _templates(width: int) -> tuple[str, str]:
-    """The rows of a picture, its name as \\0: one for plain names, one for those that need quotes."""
+    """The rows of an image, its name as \\0: one for plain names, one for those that need quotes."""
     return (
         "".join(f"\0_{e},%.9g\n" for e in range(width)),
         "".join(f'"\0_{e}",%.9g\n' for e in range(width)),
@@ -157,7 +157,7 @@ def _templates(width: int) -> tuple[str, str]:
 
 def _csv_rows(templates: tuple[str, str], name: str, vector_E: np.ndarray) -> str:
     template = templates[any(mark in name for mark in ',"\r\n')]
-    # one % for all rows of a picture: a tenth of the time of a formatted string for each
+    # one % for all rows of an image: a tenth of the time of a formatted string for each
     return template.replace("\0", name.replace('"', '""').replace("%", "%%")) % tuple(vector_E.tolist())
 
 

@@ -1,10 +1,10 @@
-"""Pictures → submission.csv, with no network and nothing but torch, timm, safetensors, Pillow and numpy.
+"""Images → submission.csv, with no network and nothing but torch, timm, safetensors, Pillow and numpy.
 
     python predict.py --images test/images --out submission.csv
     python predict.py --images test/images --sample-submission sample_submission.csv --time-limit 8h30m
     python predict.py --images photos --ids path --format npy --out vectors.npy
 
-The file belongs beside config.json and the weights, as python -m models.export writes them. Each picture gives E rows
+The file belongs beside config.json and the weights, as python -m models.export writes them. Each image gives E rows
 `<imgId>_<0…E-1>,val`. One that cannot be read gets the mean vector of the training targets, and is listed in
 OUT.unreadable.csv; files of other suffixes are listed in OUT.skipped.csv. What is done is kept in OUT.part/ until all
 is: after Ctrl-C, a crash or a full disk the same command goes on, to the same bytes. Exit codes: 0, OUT is written; 1,
@@ -80,7 +80,7 @@ def duration(text: str) -> float:
 
 def _parsed() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Pictures → vectors, as a submission or an array. The same command goes on where it was ended."
+        description="Images → vectors, as a submission or an array. The same command goes on where it was ended."
     )
 
     def number(text: str) -> int:
@@ -91,7 +91,7 @@ def _parsed() -> argparse.Namespace:
     def device(text: str) -> str:
         return re.sub(r"^cpu:\d+$", "cpu", text.lower())
 
-    parser.add_argument("--images", type=Path, required=True, help="folder of pictures, searched to the bottom")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images, searched to the bottom")
     parser.add_argument("--out", type=Path, help="file to write [submission.csv, vectors.npy or vectors.parquet]")
     parser.add_argument("--sample-submission", type=Path, metavar="FILE", help="the ids to write, in its order")
     parser.add_argument("--format", choices=FORMATS, default="csv", help="[%(default)s]")
@@ -99,9 +99,9 @@ def _parsed() -> argparse.Namespace:
         "--time-limit", type=duration, metavar="TIME", help="8h30m, 90m, 45s: OUT is written by then, whatever happens"
     )
     parser.add_argument(
-        "--ids", choices=("name", "path"), default="name", help="a picture's id: name without suffix, or path [name]"
+        "--ids", choices=("name", "path"), default="name", help="an image's id: name without suffix, or path [name]"
     )
-    parser.add_argument("--batch-size", type=number, metavar="N", help="pictures a batch [as the memory allows]")
+    parser.add_argument("--batch-size", type=number, metavar="N", help="images a batch [as the memory allows]")
     parser.add_argument(
         "--workers", type=number, metavar="N", help="batches at once on the CPU, or decoders for each GPU"
     )
@@ -232,7 +232,7 @@ def _crew(
 
 
 def _worked(crew: Crew, options: argparse.Namespace, began: float, count: int, width: int) -> bool:
-    """Whether every picture is done; without, the time is up, or nothing works and there is a limit."""
+    """Whether every image is done; without, the time is up, or nothing works and there is a limit."""
     limit, show = options.time_limit, _Shown()
     deadline = None
     if limit is not None:
@@ -274,7 +274,7 @@ class _Shown:
         if not progress.facts:
             return "the model is being loaded"
         made = progress.done - progress.begun_at
-        text = f"{progress.done:,} of {progress.count:,} pictures, {100 * progress.done // progress.count} %"
+        text = f"{progress.done:,} of {progress.count:,} images, {100 * progress.done // progress.count} %"
         if made:
             rate = made / (now - progress.ready_at)
             text += f", {rate:.3g}/s, {_span((progress.count - progress.done) / rate)} left"
@@ -300,7 +300,7 @@ class _Outcome:
     unread: list[tuple[str, str, str]]
     """Id, path and reason."""
     missing: list[str]
-    """Ids without a picture."""
+    """Ids without an image."""
     not_reached: int
 
 
@@ -322,7 +322,7 @@ def _written(options: argparse.Namespace, asked: Task, part: Part, mean_E: np.nd
                 yield Line(name, asked.paths[row], state, mean_E)
 
     not_reached = [pair for pair in pairs if pair[1] >= 0 and states[pair[1]] not in (DONE, UNREADABLE)]
-    listed = unread + [(name, "", "no picture has this id") for name in missing]
+    listed = unread + [(name, "", "no image has this id") for name in missing]
     listed += [(name, asked.paths[row], "not reached") for name, row in not_reached]
     try:
         skipped = asked.other_files
@@ -333,7 +333,7 @@ def _written(options: argparse.Namespace, asked: Task, part: Part, mean_E: np.nd
 
 
 def _sum_up(options: argparse.Namespace, asked: Task, progress: Progress, outcome: _Outcome, seconds: float) -> None:
-    text = f"{options.out}: {len(asked.paths):,} pictures, {len(outcome.unread):,} of them unreadable; {_span(seconds)}"
+    text = f"{options.out}: {len(asked.paths):,} images, {len(outcome.unread):,} of them unreadable; {_span(seconds)}"
     facts, made = progress.facts, progress.done - progress.begun_at
     if facts and made:
         text += f", {made / (progress.ended_at - progress.ready_at):.3g}/s in {facts['precision']} on {facts['name']}"
@@ -344,16 +344,16 @@ def _sum_up(options: argparse.Namespace, asked: Task, progress: Progress, outcom
         reasons = [f"{path!r} ({reason})" for _, path, reason in outcome.unread]
         _tell(f"unreadable, with the mean vector, as {unreadable_list(options.out)} lists: {shown(reasons)}")
     if outcome.missing:
-        _tell(f"{len(outcome.missing):,} ids have no picture and get the mean vector: {shown(outcome.missing)}")
+        _tell(f"{len(outcome.missing):,} ids have no image and get the mean vector: {shown(outcome.missing)}")
     if asked.left_out:
-        _tell(f"{asked.left_out:,} pictures are left out: {options.sample_submission} does not ask for them")
+        _tell(f"{asked.left_out:,} images are left out: {options.sample_submission} does not ask for them")
     if asked.other_files:
         _tell(f"files that are not read, as {skipped_list(options.out)} lists: {by_reason(asked.other_files)}")
     if progress.again_in_fp32:
         _tell(f"{progress.again_in_fp32:,} batches were computed again in fp32: {facts['precision']} was not finite")
     if outcome.not_reached:
         _tell(
-            f"WARNING: {outcome.not_reached:,} of {len(asked.paths):,} pictures were not reached and have the mean "
+            f"WARNING: {outcome.not_reached:,} of {len(asked.paths):,} images were not reached and have the mean "
             "vector. The same command goes on."
         )
 

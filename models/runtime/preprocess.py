@@ -1,4 +1,4 @@
-"""The one way from a picture to the model's input, in training, evaluation and the bundle (export copies this file).
+"""The one way from an image to the model's input, in training, evaluation and the bundle (export copies this file).
 
 decode: file bytes → uint8 RGB of any size; fit: → the backbone's square, still uint8, as its `Preprocessing` says; the
 model itself normalises, on its own device.
@@ -24,8 +24,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-PREPROCESS = 3  # raised when the same picture gives another tensor
-MAX_PIXELS = 100_000_000  # a larger picture is refused, not decoded: it would take gigabytes
+PREPROCESS = 3  # raised when the same image gives another tensor
+MAX_PIXELS = 100_000_000  # a larger image is refused, not decoded: it would take gigabytes
 
 _EXIF = re.compile(rb"\xff\xe1")  # three times as fast as `in`
 _LONGEST = 16  # of the longer side to the shorter, beyond which both ends are cut before resizing
@@ -36,17 +36,17 @@ INTERPOLATIONS = ("bicubic", "bilinear")
 _SHORTEST_EVEN = "shortest_even"  # of checkpoints and bundles written before PREPROCESS 3
 
 
-class BadImage(ValueError):  # noqa: N818 – it names the picture
-    """A picture that cannot be decoded."""
+class BadImage(ValueError):  # noqa: N818 – it names the image
+    """An image that cannot be decoded."""
 
 
 def decode(data: bytes) -> torch.Tensor:
-    """The picture in `data` as uint8 RGB [3, H, W]: upright, first frame, transparency on white, 16 bits as 8.
+    """The image in `data` as uint8 RGB [3, H, W]: upright, first frame, transparency on white, 16 bits as 8.
 
     In memory the three values of a pixel lie together: `fit` is faster so.
 
     Raises:
-        BadImage: it is no picture, cut off, or of more than `MAX_PIXELS`.
+        BadImage: it is no image, cut off, or of more than `MAX_PIXELS`.
     """
     kind, width, height = _plain(data)
     decoder = _decoders().get(kind) if width * height <= MAX_PIXELS else None
@@ -64,10 +64,10 @@ def _by_pillow(data: bytes) -> torch.Tensor:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of harmless oddities in metadata, and of size, which is checked here
-            with Image.open(io.BytesIO(data)) as picture:
-                if picture.width * picture.height > MAX_PIXELS:
-                    raise BadImage(f"{picture.width} × {picture.height} pixels are over the bound of {MAX_PIXELS:,}")
-                return from_pillow(picture)
+            with Image.open(io.BytesIO(data)) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadImage(f"{image.width} × {image.height} pixels are over the bound of {MAX_PIXELS:,}")
+                return from_pillow(image)
     except BadImage:
         raise
     except UnidentifiedImageError as error:  # whose message is an address in memory
@@ -76,9 +76,9 @@ def _by_pillow(data: bytes) -> torch.Tensor:
         raise BadImage(f"{type(error).__name__}: {error}") from error
 
 
-def from_pillow(picture: Image.Image) -> torch.Tensor:
-    """What `decode` gives, of a picture that Pillow has opened or made."""
-    return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(picture)))).permute(2, 0, 1)
+def from_pillow(image: Image.Image) -> torch.Tensor:
+    """What `decode` gives, of an image that Pillow has opened or made."""
+    return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
 
 
 def _plain(data: bytes) -> tuple[str, int, int]:
@@ -113,7 +113,7 @@ def _plain_jpeg(data: bytes) -> tuple[str, int, int]:
             if bits != 8 or colours not in (1, 3):
                 break
         elif marker == 0xE2 and not data.startswith(b"ICC_PROFILE\0", at + 4):
-            break  # several pictures in one
+            break  # several images in one
         elif marker not in (0xC4, 0xDB, 0xDD, 0xE0, 0xE2, 0xEE, 0xFE):
             break
         at += 2 + length
@@ -197,19 +197,19 @@ def _torchvision() -> dict[str, _Decoder]:
 
 
 def _agrees(kind: str, decoder: _Decoder) -> bool:
-    """Whether a decoder gives what Pillow gives, on a few pictures of every sort of that kind.
+    """Whether a decoder gives what Pillow gives, on a few images of every sort of that kind.
 
     Its library may be another release than Pillow's: those of JPEG have changed how they enlarge colours.
     """
     y, x = np.mgrid[:37, :51]
-    picture = Image.fromarray(np.stack([x * 5, y * 6, (x * y) % 256], -1).astype(np.uint8))
+    image = Image.fromarray(np.stack([x * 5, y * 6, (x * y) % 256], -1).astype(np.uint8))
     options: list[dict[str, Any]] = [{}]
     if kind == "jpeg":
         options = [{"subsampling": s, "progressive": p} for s in ("4:4:4", "4:2:2", "4:2:0") for p in (False, True)]
     if kind == "webp":
         options = [{"lossless": True}, {"quality": 60}]
     try:
-        for shown, option in itertools.product((picture, picture.convert("L")), options):
+        for shown, option in itertools.product((image, image.convert("L")), options):
             buffer = io.BytesIO()
             shown.save(buffer, kind, **option)
             if not decoder(_bytes(buffer.getvalue())).equal(_by_pillow(buffer.getvalue())):
@@ -223,13 +223,13 @@ def _bytes(data: bytes) -> torch.Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)  # bytes themselves are not writable, and torch warns
 
 
-def _rgb(picture: Image.Image) -> Image.Image:
-    if picture.mode.startswith("I;16"):
-        return Image.fromarray((np.array(picture) >> 8).astype(np.uint8)).convert("RGB")
-    if picture.has_transparency_data:
-        rgba = picture.convert("RGBA")
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):
+        return Image.fromarray((np.array(image) >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return picture.convert("RGB")
+    return image.convert("RGB")
 
 
 @dataclass(frozen=True, order=True)
@@ -342,7 +342,7 @@ def fit(image_CHW: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
 
 
 def middle(image_CHW: torch.Tensor, longest: int = _LONGEST) -> torch.Tensor:
-    """The picture, or of a strip its middle: resized whole, it would grow to gigabytes beside the square kept.
+    """The image, or of a strip its middle: resized whole, it would grow to gigabytes beside the square kept.
 
     Args:
         longest: ratio of the longer side to the shorter, beyond which both ends are cut.

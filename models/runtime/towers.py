@@ -1,7 +1,7 @@
 """Image towers by name, with random weights: any of timm, open_clip's, and BLIP-2's of transformers.
 
 The bundle carries a copy of this file (models/export/export.py), so it imports nothing of ours. image_BCHW →
-features_BD: B pictures, D feature width.
+features_BD: B images, D feature width.
 """
 
 from typing import Any

@@ -1,9 +1,9 @@
-"""How pictures are embedded: a coordinator, child processes that may die at any moment, and what is done so far.
+"""How images are embedded: a coordinator, child processes that may die at any moment, and what is done so far.
 
 The coordinator hands out batches, which the plan cuts: which child computes one, and after which restart, changes no
-byte. It never touches a GPU. A child that ends unasked is replaced; the pictures that were being decoded then are
+byte. It never touches a GPU. A child that ends unasked is replaced; the images that were being decoded then are
 decoded once more in a process each, and one that ends that too is unreadable. Children are killed rather than asked to
-stop: what is in the folder is right at any moment. B pictures of a batch, E width of a vector.
+stop: what is in the folder is right at any moment. B images of a batch, E width of a vector.
 """
 
 import contextlib
@@ -55,7 +55,7 @@ _CHILD_BYTES = 700e6  # of a child on the CPU, beside its weights
 _AHEAD = 2  # batches that each decoding worker makes ready
 _LANES = 4  # batches at once in a process
 _ATTEMPTS = 3  # in which a child may end without having finished a batch
-_ALONE_SECONDS = 120  # in which one picture must be decoded
+_ALONE_SECONDS = 120  # in which one image must be decoded
 _STALLED_SECONDS = 300  # without a sign of life, after which a child is replaced
 _TICK = 0.5  # seconds
 
@@ -108,7 +108,7 @@ class Part:
         self.mark(row, DONE)
 
     def refuse(self, row: int, reason: str) -> None:
-        """The picture cannot be read."""
+        """The image cannot be read."""
         with _disk_errors(self.folder / "unreadable.jsonl"):
             descriptor = os.open(self.folder / "unreadable.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
             try:
@@ -218,7 +218,7 @@ def is_begun(folder: Path) -> bool:
 def open_part(
     folder: Path, identity: Mapping[str, str], count: int, width: int, fresh: bool, tell: Callable[[str], None]
 ) -> tuple[Part, dict[str, Any]]:
-    """What is there of an earlier run of the same pictures and bundle, else a new one; and the settings of that run.
+    """What is there of an earlier run of the same images and bundle, else a new one; and the settings of that run.
 
     Args:
         identity: what must be equal, by a word for it.
@@ -482,7 +482,7 @@ class _Embedding:
 
     def __init__(self, line: Any, turn: threading.Lock, part: Part, predictor: Predictor) -> None:
         self._line, self._turn, self._part, self._predictor = line, turn, part, predictor
-        self._most: float = math.inf  # pictures that have been found to fit
+        self._most: float = math.inf  # images that have been found to fit
 
     def run(self, batches: Iterable[Any]) -> None:
         """On a GPU a batch is launched before the result of the one before is fetched."""
@@ -498,7 +498,7 @@ class _Embedding:
             self._finish(*one)
 
     def _launch(self, squares: list[torch.Tensor]) -> torch.Tensor | None:
-        """None: there is no picture, or no memory for so many before others are finished."""
+        """None: there is no image, or no memory for so many before others are finished."""
         if not squares or len(squares[0]) > self._most:
             return None
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
@@ -622,7 +622,7 @@ def cpu_slots(
     A few share a process, and so its memory; more would wait for each other's Python.
 
     Args:
-        count: pictures.
+        count: images.
         weights: bytes of a model in fp32.
         workers: batches at once; None: as cores and memory allow.
         threads: of each, in the run that is gone on with: another number would change float sums.
@@ -689,10 +689,10 @@ class Progress:
 
     count: int
     done: int = 0
-    """Pictures of finished batches, unreadable ones among them."""
+    """Images of finished batches, unreadable ones among them."""
     unreadable: int = 0
     begun_at: int = 0
-    """Pictures that were done before."""
+    """Images that were done before."""
     again_in_fp32: int = 0
     """Batches."""
     facts: dict[str, Any] = field(default_factory=dict)
@@ -708,7 +708,7 @@ class Crew:
     Args:
         program: predict.py.
         part: where the children write.
-        paths: of all pictures.
+        paths: of all images.
         order: what each child is told.
         slots: for the children.
         cpu: slots instead of `slots`, should no GPU work.
@@ -826,7 +826,7 @@ class Crew:
     def _stalled(self, one: _Child) -> bool:
         """Whether it neither claims, decodes nor finishes anything though it holds batches.
 
-        On the CPU a batch may take long to compute; a picture takes nowhere long to decode.
+        On the CPU a batch may take long to compute; an image takes nowhere long to decode.
         """
         now = time.monotonic()
         if one.slot is None or now < one.look_at:
@@ -916,7 +916,7 @@ class Crew:
             self._count(number)
 
     def _suspect(self, number: int) -> bool:
-        """Whether pictures of a batch wait to be decoded alone, and it for them."""
+        """Whether images of a batch wait to be decoded alone, and it for them."""
         rows = self._rows(number)
         states = self._part.states(rows.start, len(rows))
         suspects = [row for row, state in zip(rows, states, strict=True) if state == READING]

@@ -115,7 +115,7 @@ def root(line: Line, client: Client) -> Location:
 
 @pytest.fixture(scope="module")
 def here(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 training and 12 validation pictures in three shards, on this machine; some 30 kB a tar."""
+    """40 training and 12 validation images in three shards, on this machine; some 30 kB a tar."""
     return small_dataset.write(tmp_path_factory.mktemp("here") / "data")
 
 
@@ -188,7 +188,7 @@ def test_workers_read_what_their_parent_reads(here: Path, uploaded: Location, li
     assert not [r for r in line.requests if "list-type" in r]  # they have their parent's listing
 
 
-def test_few_pictures_are_read_one_by_one(here: Path, uploaded: Location, tmp_path: Path) -> None:
+def test_few_images_are_read_one_by_one(here: Path, uploaded: Location, tmp_path: Path) -> None:
     assert read_all(Dataset(uploaded, small_dataset.ENCODER, whole=False)) == read_all(
         Dataset(here, small_dataset.ENCODER)
     )
@@ -293,7 +293,7 @@ def test_a_large_file_comes_in_blocks_and_only_the_broken_ones_again(
 
 
 def test_a_store_that_is_gone_for_good(uploaded: Location, line: Line, caplog: pytest.LogCaptureFixture) -> None:
-    """An outage is no corrupt picture: it would be left out in silence."""
+    """An outage is no corrupt image: it would be left out in silence."""
     dataset = Dataset(uploaded)
     one_by_one = Dataset(uploaded, whole=False)
     line.close()

@@ -23,7 +23,7 @@ from datagen.engine.runner import generate
 from datagen.verify.verify import verify
 from tests.commands import BARE, GLYPHS, contents, make, run, start
 
-SMALL = (*BARE, "renderer.size=48", "shard_size=5")  # 60 pictures in 12 shards
+SMALL = (*BARE, "renderer.size=48", "shard_size=5")  # 60 images in 12 shards
 LARGE = (*SMALL, "renderer.size=256")  # seconds of work, to be stopped in the midst of
 LINUX = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="looks for processes in /proc")
 
@@ -42,7 +42,7 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_any_number_of_workers_gives_the_same_bytes(unkilled: Path, tmp_path: Path) -> None:
     done = run("datagen", *SMALL, "workers=2", f"out={tmp_path / 'data'}")
     assert done.returncode == 0, done.stderr
-    assert "data: 60 pictures, " in done.stderr.splitlines()[-1]
+    assert "data: 60 images, " in done.stderr.splitlines()[-1]
     assert contents(tmp_path / "data") == contents(unkilled)
     assert verify(tmp_path / "data") == []
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "data.log.jsonl"]
@@ -80,7 +80,7 @@ def test_validation_lies_in_every_part_of_a_large_dataset(unkilled: Path) -> Non
     assert not train & {part for i in val.tolist() for part in dataset.group(i).split(";")}
 
 
-def test_several_pictures_of_a_prompt(tmp_path: Path) -> None:
+def test_several_images_of_a_prompt(tmp_path: Path) -> None:
     make(tmp_path / "data", *BARE, "num=9", "seeds_per_prompt=2", "renderer.image_format=webp")
     dataset = Dataset(tmp_path / "data")
     assert [dataset.prompt_ids(i).tolist() for i in range(9)] == [[n // 2] for n in range(9)]
@@ -285,7 +285,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     caplog.set_level("INFO")
     make(tmp_path / "data", *SMALL, "dry_run=true")
     assert list(tmp_path.iterdir()) == []
-    for said in ("prompts: 63 drawn", "pictures: 60 of 48 px", "time: about", "disk: about", "nothing is written"):
+    for said in ("prompts: 63 drawn", "images: 60 of 48 px", "time: about", "disk: about", "nothing is written"):
         assert said in caplog.text
 
 
@@ -325,7 +325,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 ) -> None:
     need = 48 * 48 * 13 // 8 + 4096
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=59 * need))
-    refused(tmp_path / "data", r"no space: 60 pictures need about 0\.0 GB, and .* free; make room")
+    refused(tmp_path / "data", r"no space: 60 images need about 0\.0 GB, and .* free; make room")
     # a shard that is not full counts what it holds
     make(tmp_path / "data", *SMALL, "num=50", "shard_size=1000")
 
@@ -338,7 +338,7 @@ def test_days_on_a_cpu_are_refused_with_the_estimate(tmp_path: Path) -> None:
     done = run("datagen", "renderer.device=cpu", "num=100000", f"out={tmp_path / 'data'}")
     assert done.returncode == 2
     first, second = done.stderr.splitlines()
-    assert first.startswith("error: 100,000 pictures by sd2_competition would take about ")
+    assert first.startswith("error: 100,000 images by sd2_competition would take about ")
     assert first.endswith(" days on this machine: it has no CUDA device.")
     assert second == "Run it on a GPU, lower num=, try renderer=glyphs prompts=grammar, or insist with force=true."
     assert list(tmp_path.iterdir()) == []

@@ -29,11 +29,11 @@ SHARD, SHARDS = 10, 5
 
 @pytest.fixture(scope="module")
 def rendering(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Four shards of five, one failed, pictures of every kind of fault; two runs with a night between them."""
+    """Four shards of five, one failed, images of every kind of fault; two runs with a night between them."""
     root = tmp_path_factory.mktemp("report") / "sd2"
     count = SHARD * SHARDS
     rows = [
-        {"key": f"{i:09d}", "prompt_id": i, "prompt": f"{HOSTILE} picture {i} of a cat", "source": "user"}
+        {"key": f"{i:09d}", "prompt_id": i, "prompt": f"{HOSTILE} image {i} of a cat", "source": "user"}
         | {"group": "", "split": "val" if i % 5 == 0 else "train", "seed": i}
         for i in range(count)
     ]
@@ -51,11 +51,11 @@ def rendering(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shards.write_plan(root, plan, {**info, "provenance": {"user": {"commit": "abc123"}}})
     notes: dict[int, dict[str, Any]] = {3: {"redrawn": "fp32"}, 11: {"constant": True}, 12: {"fault": "nan"}}
     for number in (0, 1, 2, 4):
-        pictures = [
+        images = [
             (encode(np.full((16, 16, 3), 5 * i, np.uint8), "png"), notes.get(i, {}))
             for i in range(number * SHARD, (number + 1) * SHARD)
         ]
-        shards.write_shard(root, number, plan.slice(number * SHARD, SHARD), pictures, ".png")
+        shards.write_shard(root, number, plan.slice(number * SHARD, SHARD), images, ".png")
     began = {"event": "began", "part": None, "pictures": count, "places": 1}
     records: list[dict[str, Any]] = [
         {"time": 0.0, "event": "shard", "shard": 3, "pictures": SHARD, "seconds": 9.0, "notes": {"redrawn": 9}},
@@ -74,7 +74,7 @@ def rendering(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def page_of(root: Path, **more: Any) -> str:
-    values = {"pictures": 30, "faults": 12, "counted": 1000, "seed": 0, "page": None, **more}
+    values = {"images": 30, "faults": 12, "counted": 1000, "seed": 0, "page": None, **more}
     return page.write_report(settings(ReportSettings, {"out": str(root), **values})).read_text()
 
 
@@ -89,24 +89,24 @@ def test_a_dataset_being_rendered(rendering: Path) -> None:
     assert html == page_of(rendering)
     parts = sections(html)
     assert list(parts) == [
-        *("Pictures", "Prompt lengths", "Words", "Prompt sources", "Dropped prompts", "Rate"),
-        *("Black and broken pictures", "Failed shards", "Settings"),
+        *("Images", "Prompt lengths", "Words", "Prompt sources", "Dropped prompts", "Rate"),
+        *("Black and broken images", "Failed shards", "Settings"),
     ]
     for shown in ("4 of 5 shards are there", "of 50 planned", "75.0 %", "150 of 200 drawn", "sd2_competition, 16 px"):
         assert shown in html
     assert re.search(r"31</dd>\s*<dd class=\"detail\">8 for validation", html.replace("\n", ""))
-    assert "Training: 30 of 31" in parts["Pictures"]
-    assert "Validation: 8 of 8" in parts["Pictures"]
-    assert parts["Pictures"].count("<img") == 38
+    assert "Training: 30 of 31" in parts["Images"]
+    assert "Validation: 8 of 8" in parts["Images"]
+    assert parts["Images"].count("<img") == 38
     assert "12,345 of the whole plan are longer than the 77" in parts["Prompt lengths"]
     assert ">cat</li>" in parts["Words"]
     assert "user: 40 kept of 150, other: 10 kept of 50" in parts["Prompt sources"]
     assert "2 of 100" in parts["Dropped prompts"]
     assert "a dog" in parts["Dropped prompts"]
-    assert "40 pictures in 4 shards, 4 min 50 s of work. Dotted" in parts["Rate"]
+    assert "40 images in 4 shards, 4 min 50 s of work. Dotted" in parts["Rate"]
     assert "0.138 /s" in html
     assert "1 mended, 1 constant, 1 faulty" in html
-    titles = re.findall(r"<h3>(.*?)</h3>.*?picture (\d+) of a cat", parts["Black and broken pictures"], re.S)
+    titles = re.findall(r"<h3>(.*?)</h3>.*?image (\d+) of a cat", parts["Black and broken images"], re.S)
     assert titles == [("Drawn again: 1 of 1", "3"), ("Constant: 1 of 1", "11"), ("Faulty: 1 of 1", "12")]
     assert "000003" in parts["Failed shards"]
     assert "once" not in parts["Failed shards"]
@@ -131,7 +131,7 @@ def test_jobs_side_by_side_add_up() -> None:
     assert (work.starts.tolist(), work.ends.tolist(), work.resumed) == ([0, 1], [100, 101], [])
 
 
-def test_a_page_of_a_dataset_without_a_picture(rendering: Path, tmp_path: Path) -> None:
+def test_a_page_of_a_dataset_without_an_image(rendering: Path, tmp_path: Path) -> None:
     root = tmp_path / "begun"
     shutil.copytree(rendering, root, ignore=shutil.ignore_patterns("shards"))
     html = page_of(root)
@@ -140,7 +140,7 @@ def test_a_page_of_a_dataset_without_a_picture(rendering: Path, tmp_path: Path) 
     assert "Rate" not in sections(html)
 
 
-def test_foreign_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_foreign_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No renderer, curation, log or seeds: their sections are left out. A page of a folder called "."."""
     root = small_dataset.write(tmp_path / "data", train=20, val=5, captions=3)
     info = json.loads((root / "dataset.json").read_text())
@@ -149,15 +149,15 @@ def test_foreign_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(root)
     html = page_of(Path())
     assert (tmp_path / "data.report.html").exists()
-    assert list(sections(html)) == ["Pictures", "Prompt lengths", "Words", "Prompt sources", "Settings"]
+    assert list(sections(html)) == ["Images", "Prompt lengths", "Words", "Prompt sources", "Settings"]
     assert "indexed from somewhere" in html
     assert "Training: 20 of 20" in html
-    assert "3 a picture" in html
+    assert "3 an image" in html
     assert re.search(r"square [\d ]+ on [\d ]+ / square [\d ]+ again / ", html)
 
 
 def test_a_remote_dataset(rendering: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The page and the log are in the current folder; no tar is fetched for a few pictures."""
+    """The page and the log are in the current folder; no tar is fetched for a few images."""
     root = Location("memory://bucket/sd2")
     for name, data in contents(rendering).items():
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -169,13 +169,13 @@ def test_a_remote_dataset(rendering: Path, tmp_path: Path, monkeypatch: pytest.M
     assert (tmp_path / "bucket-sd2.report.html").exists()
     assert not list((tmp_path / "cache").rglob("*.tar"))
     parts = sections(html)
-    assert "Training: 31 of 31" in parts["Pictures"]
-    assert "Faulty: 1 of 1" in parts["Black and broken pictures"]
-    assert "Drawn again: " not in parts["Black and broken pictures"]  # the tars would tell which
-    assert sections(page_of(rendering, pictures=40))["Pictures"] == parts["Pictures"]
+    assert "Training: 31 of 31" in parts["Images"]
+    assert "Faulty: 1 of 1" in parts["Black and broken images"]
+    assert "Drawn again: " not in parts["Black and broken images"]  # the tars would tell which
+    assert sections(page_of(rendering, images=40))["Images"] == parts["Images"]
 
 
-def test_broken_pictures_are_passed_over_and_told(tmp_path: Path) -> None:
+def test_broken_images_are_passed_over_and_told(tmp_path: Path) -> None:
     root = small_dataset.write(tmp_path / "data", train=20, val=5)
     key = small_dataset.corrupt(root, 3)
     html = page_of(root)
@@ -186,7 +186,7 @@ def test_broken_pictures_are_passed_over_and_told(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path) -> None:
     out = tmp_path / "g"
     make(out, *BARE)
-    done = run("datagen.report", f"out={out}", "pictures=5", f"page={tmp_path}/page.html")
+    done = run("datagen.report", f"out={out}", "images=5", f"page={tmp_path}/page.html")
     assert done.returncode == 0, done.stderr
     assert f"report: {tmp_path}/page.html" in done.stderr
     html = (tmp_path / "page.html").read_text()
@@ -200,8 +200,8 @@ def test_the_command(tmp_path: Path) -> None:
 
 def test_settings_match_their_file() -> None:
     assert str(settings(ReportSettings, compose("datagen_report", [])).out) == "data/sd2"
-    with pytest.raises(UserError, match=r"(?s)pictures: 0 is below 1.*counted: -1 is below 1.*seed: -3 is below 0"):
-        settings(ReportSettings, compose("datagen_report", ["pictures=0", "counted=-1", "seed=-3"]))
+    with pytest.raises(UserError, match=r"(?s)images: 0 is below 1.*counted: -1 is below 1.*seed: -3 is below 0"):
+        settings(ReportSettings, compose("datagen_report", ["images=0", "counted=-1", "seed=-3"]))
 
 
 def test_images_left_out_and_leakage_are_shown(tmp_path: Path) -> None:

@@ -522,11 +522,11 @@ def page(result: Result) -> dict[str, str]:
     return result.digest("*.html")
 
 
-REPORT = Command("datagen.report", "datagen_report", ("out={data}", "page={here}/page.html", "pictures=4", "faults=2"))
+REPORT = Command("datagen.report", "datagen_report", ("out={data}", "page={here}/page.html", "images=4", "faults=2"))
 REPORT_SETTINGS: Entries = {
     "out": shows(page, "out={data2}"),
     "page": shows(lambda r: r.names(), "page={here}/other.html"),
-    "pictures": shows(page, "pictures=2"),
+    "images": shows(page, "images=2"),
     "faults": shows(page, "faults=1", given=("out={faulty}",)),
     "counted": shows(page, "counted=5"),
     "seed": shows(page, "seed=1"),
@@ -553,7 +553,7 @@ def _prompts(folder: Path) -> Path:
     rows = [
         {
             "prompt": f"a {colour} {thing} standing in {where}",
-            "other": f"the picture of a {thing} that is {colour} by {where}",
+            "other": f"the image of a {thing} that is {colour} by {where}",
             "group": thing,
             "nsfw": n / 2 - 0.3,
             "lists": json.dumps([f"one {colour} {thing} seen from above", f"one {colour} {thing} at {where} again"]),
@@ -626,7 +626,7 @@ def _images(root: Path) -> dict[str, Path]:
     rows = []
     for n in range(10):
         for folder, name in ((found["images"], f"p{n}"), (found["images2"], f"p{n + 2}")):
-            (folder / f"{name}.png").write_bytes(small_dataset.picture(f"square {9 * n} 20 30 on 200 {n} 50", 8))
+            (folder / f"{name}.png").write_bytes(small_dataset.image(f"square {9 * n} 20 30 on 200 {n} 50", 8))
         rows.append(
             {
                 "file": f"p{n}.png",
@@ -642,7 +642,7 @@ def _images(root: Path) -> dict[str, Path]:
         with tarfile.open(found["tars"] / f"{name}.tar", "w") as tar:
             for n in range(4):
                 for suffix, data in (
-                    ("png", small_dataset.picture(f"square {9 * n} 20 30 on 200 {n} 50", 8)),
+                    ("png", small_dataset.image(f"square {9 * n} 20 30 on 200 {n} 50", 8)),
                     ("txt", f"a boat {name} of kind {n}".encode()),
                 ):
                     (root / "member").write_bytes(data)

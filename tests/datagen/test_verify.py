@@ -161,7 +161,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         table("prompts.parquet", set_to(3, seed=99)),
         "is not the plan that dataset.json was written with",
     ),
-    "count of pictures": (info(pictures=51), "says pictures 51, but the plan has 52"),
+    "count of images": (info(pictures=51), "says pictures 51, but the plan has 52"),
     "count of captions": (info(captions=1), "says captions 1, but the plan has 52"),
     "count of splits": (info(splits={"train": 52}), "says splits {'train': 52}, but the plan has"),
     "no count": (info(shards="three"), "says shards 'three', not a number"),
@@ -340,8 +340,8 @@ def test_a_flipped_byte_anywhere_in_a_member_is_reported(copy: Path) -> None:
     path = copy / "shards/000001.tar"
     data = path.read_bytes()
     with tarfile.open(path) as tar:
-        picture, text, meta = (tar.getmember(f"{K}.{suffix}") for suffix in ("png", "txt", "json"))
-    for member in (picture, text, meta):
+        image, text, meta = (tar.getmember(f"{K}.{suffix}") for suffix in ("png", "txt", "json"))
+    for member in (image, text, meta):
         for place in (member.offset_data, member.offset_data + member.size - 1, member.offset + 130):
             flip("shards/000001.tar", place)(copy)
             assert verify(copy), (member.name, place)
@@ -381,7 +381,7 @@ def foreign(tmp_path: Path) -> Path:
     images = tmp_path / "images"
     images.mkdir()
     for n in range(6):
-        (images / f"{n}.png").write_bytes(small_dataset.picture(f"square {n} 0 0 on 9 9 9", 16))
+        (images / f"{n}.png").write_bytes(small_dataset.image(f"square {n} 0 0 on 9 9 9", 16))
     rows = [f"{n},square {90 * (n % 3)} 0 0 on 9 9 9" for n in range(6)]
     (images / "p.csv").write_text("\n".join(["file,prompt", *rows]))
     root = tmp_path / "data"
@@ -426,7 +426,7 @@ def test_foreign_tars(tmp_path: Path) -> None:
     path = tmp_path / "000.tar"
     with tarfile.open(path, "w") as tar:
         for n in range(3):
-            for suffix, data in (("png", small_dataset.picture(f"square {n} 0 0 on 9 9 9", 16)), ("txt", b"a fox")):
+            for suffix, data in (("png", small_dataset.image(f"square {n} 0 0 on 9 9 9", 16)), ("txt", b"a fox")):
                 member = tarfile.TarInfo(f"{n}.{suffix}")
                 member.size = len(data)
                 tar.addfile(member, io.BytesIO(data))

@@ -73,9 +73,9 @@ def test_it_carries_the_mean_vector_and_probes_with_their_vectors(
     model: Regressor, probes: list[torch.Tensor], tmp_path: Path
 ) -> None:
     checkpoint.save(tmp_path / "best", model, mean_vector(), probes, FACTS)
-    mean_E, pictures, vectors = checkpoint.load_extras(tmp_path / "best")
+    mean_E, images, vectors = checkpoint.load_extras(tmp_path / "best")
     assert mean_E.equal(mean_vector())
-    assert [a.equal(b) for a, b in zip(pictures, probes, strict=True)] == [True] * 8
+    assert [a.equal(b) for a, b in zip(images, probes, strict=True)] == [True] * 8
     torch.testing.assert_close(vectors, model.embed(probes), atol=1e-6, rtol=0)
 
 

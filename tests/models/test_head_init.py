@@ -51,17 +51,17 @@ def score(weight_ED: np.ndarray, bias_E: np.ndarray, x_nD: np.ndarray, y_nE: np.
 
 
 def test_the_chosen_penalty_beats_the_extremes_on_new_data() -> None:
-    """150 features and 400 noisy pictures: too little penalty fits the noise, too much gives the mean vector."""
+    """150 features and 400 noisy images: too little penalty fits the noise, too much gives the mean vector."""
     features = 150
     rng = np.random.default_rng(0)
     x_nD = rng.normal(size=(2400, features)).astype(np.float32)
     y_nE = x_nD @ rng.normal(size=(features, E)) + 15 * rng.normal(size=(2400, E)) + 5
     y_nE = (y_nE / np.linalg.norm(y_nE, axis=1, keepdims=True)).astype(np.float32)
-    chosen, plain = RidgeHead(features, E), Ridge(features, E)
+    cfg, plain = RidgeHead(features, E), Ridge(features, E)
     for rows in np.array_split(np.arange(400), 7):
-        chosen.add(x_nD[rows], y_nE[rows])
+        cfg.add(x_nD[rows], y_nE[rows])
         plain.add(x_nD[rows], y_nE[rows])
-    weight_ED, bias_E, share = chosen.solve()
+    weight_ED, bias_E, share = cfg.solve()
     assert LAMBDAS[0] < share < LAMBDAS[-1]
     new = x_nD[400:], y_nE[400:]
     extremes = [score(*plain.solve(extreme), *new) for extreme in (LAMBDAS[0], LAMBDAS[-1])]

@@ -22,7 +22,7 @@ def adapted(name: str = "test_vit", first: int = 1, count: int = 2, *, dropout: 
     return model.eval()
 
 
-def pictures() -> torch.Tensor:
+def images() -> torch.Tensor:
     return torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
@@ -39,7 +39,7 @@ def test_adapters_begin_as_nothing() -> None:
     torch.manual_seed(0)
     plain = make("test_vit", "random", 32, E).eval()
     with torch.inference_mode():
-        assert adapted()(pictures()).equal(plain(pictures()))
+        assert adapted()(images()).equal(plain(images()))
 
 
 @pytest.mark.parametrize(
@@ -51,15 +51,15 @@ def test_merged_is_unmerged(name: str, size: int) -> None:
     module, spec = build(name, "random", size)
     model = Regressor(module, spec, E).eval()
     lora.insert(model.backbone, 1, 2, RANK, ALPHA, 0.1, size=size)
-    before = model(pictures()[:, :, :size, :size])
+    before = model(images()[:, :, :size, :size])
     stir(model)
-    expected = model(pictures()[:, :, :size, :size])
+    expected = model(images()[:, :, :size, :size])
     assert (before - expected).abs().max() > 1e-3
     state = model.state_dict()
     kept = {k: v.clone() for k, v in state.items()}
     plain = make(name, "random", size, E).eval()
     plain.load_state_dict(lora.merge(state, ALPHA / RANK))
-    torch.testing.assert_close(plain(pictures()[:, :, :size, :size]), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(plain(images()[:, :, :size, :size]), expected, atol=1e-5, rtol=0)
     assert all(state[k].equal(kept[k]) for k in kept), "the state that went in is as it was"
 
 
@@ -77,7 +77,7 @@ def test_only_adapters_the_blocks_above_and_the_head_train() -> None:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     for _ in range(2):  # A has no gradient while B is zero
         optimizer.zero_grad()
-        model.train()(pictures()).pow(3).sum().backward()
+        model.train()(images()).pow(3).sum().backward()
         optimizer.step()
     changed = {k for k, v in model.state_dict().items() if not v.equal(before[k])}
     assert {k for k in by_hand if ".lora_" in k} <= changed <= by_hand
@@ -94,15 +94,15 @@ def test_names_of_what_is_adapted() -> None:
 def test_dropout_acts_in_training_alone() -> None:
     model = adapted(dropout=0.5)
     stir(model)
-    still = [model(pictures()) for _ in range(2)]
+    still = [model(images()) for _ in range(2)]
     assert still[0].equal(still[1])
     model.train()
-    moving = [model(pictures()) for _ in range(2)]
+    moving = [model(images()) for _ in range(2)]
     assert not moving[0].equal(moving[1])
     torch.manual_seed(3)
-    one = model(pictures())
+    one = model(images())
     torch.manual_seed(3)
-    assert model(pictures()).equal(one)
+    assert model(images()).equal(one)
 
 
 def test_a_layer_whose_weight_is_read_past_it_gets_none(caplog: pytest.LogCaptureFixture) -> None:

@@ -60,8 +60,8 @@ def test_contrastive_is_open_clips() -> None:
     torch.testing.assert_close(contrastive_loss(z_BE, target_BE, 0.07).mean(), theirs, atol=1e-6, rtol=1e-6)
 
 
-def test_pictures_of_one_prompt_are_not_told_apart() -> None:
-    """By hand in float64: a picture's negatives are the pictures of other prompts, in both directions."""
+def test_images_of_one_prompt_are_not_told_apart() -> None:
+    """By hand in float64: an image's negatives are the images of other prompts, in both directions."""
     z_BE, target_BE, _ = drawn()
     target_BE[5] = target_BE[9] = target_BE[2]
     target_BE[7] = torch.nn.functional.normalize(target_BE[3] + 1e-3, dim=-1)  # alike, but another
@@ -91,41 +91,41 @@ def test_the_hardest_are_those_of_the_largest_loss() -> None:
 
 def test_the_sum_of_all_parts_by_hand() -> None:
     z_BE, target_BE, weight_B = drawn()
-    chosen = Settings(mse=0.3, contrastive=0.2)
+    cfg = Settings(mse=0.3, contrastive=0.2)
     each_B = (
         cosine_loss(z_BE, target_BE) + 0.3 * mse_loss(z_BE, target_BE) + 0.2 * contrastive_loss(z_BE, target_BE, 0.07)
     )
     expected = sum(float(w) * float(e) for w, e in zip(weight_B, each_B, strict=True)) / B
-    assert loss(z_BE, target_BE, weight_B, chosen, B).item() == pytest.approx(expected, rel=1e-6)
+    assert loss(z_BE, target_BE, weight_B, cfg, B).item() == pytest.approx(expected, rel=1e-6)
 
 
 def test_hard_example_mining_is_the_mean_over_the_hardest_by_cosine() -> None:
     z_BE, target_BE, weight_B = drawn()
-    chosen = Settings(mse=0.3, hardest=0.25)
+    cfg = Settings(mse=0.3, hardest=0.25)
     rows = np.argsort(cosine_similarity(z_BE.numpy(), target_BE.numpy()).diagonal())[:3]
     each_B = cosine_loss(z_BE, target_BE) + 0.3 * mse_loss(z_BE, target_BE)
     expected = float((weight_B * each_B)[rows.tolist()].mean())
-    assert loss(z_BE, target_BE, weight_B, chosen, B).item() == pytest.approx(expected, rel=1e-6)
+    assert loss(z_BE, target_BE, weight_B, cfg, B).item() == pytest.approx(expected, rel=1e-6)
 
 
 @pytest.mark.parametrize("cuts", [(3, 6, 9), (1,), (2, 7)])
 def test_parts_of_a_step_add_up_to_the_whole(cuts: tuple[int, ...]) -> None:
-    """Of any sizes, as when pictures cannot be read: values and gradients."""
+    """Of any sizes, as when images cannot be read: values and gradients."""
     z_BE, target_BE, weight_B = drawn()
-    chosen = Settings(mse=0.3)
+    cfg = Settings(mse=0.3)
     z_BE.requires_grad_()
-    whole = loss(z_BE, target_BE, weight_B, chosen, 16)
+    whole = loss(z_BE, target_BE, weight_B, cfg, 16)
     (expected,) = torch.autograd.grad(whole, z_BE)
     edges = (0, *cuts, B)
-    parts = [loss(z_BE[a:b], target_BE[a:b], weight_B[a:b], chosen, 16) for a, b in itertools.pairwise(edges)]
+    parts = [loss(z_BE[a:b], target_BE[a:b], weight_B[a:b], cfg, 16) for a, b in itertools.pairwise(edges)]
     torch.testing.assert_close(sum(parts), whole, atol=1e-6, rtol=0)
     torch.testing.assert_close(torch.autograd.grad(sum(parts), z_BE)[0], expected, atol=1e-7, rtol=0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("chosen", [Settings(), Settings(mse=1, contrastive=1, hardest=0.5)])
-def test_no_picture_gives_no_loss(chosen: Settings) -> None:
+def test_no_image_gives_no_loss(cfg: Settings) -> None:
     z_BE = torch.zeros(0, E, requires_grad=True)
-    found = loss(z_BE, torch.zeros(0, E), torch.zeros(0), chosen, 8)
+    found = loss(z_BE, torch.zeros(0, E), torch.zeros(0), cfg, 8)
     found.backward()
     assert found.item() == 0
 
@@ -133,9 +133,9 @@ def test_no_picture_gives_no_loss(chosen: Settings) -> None:
 def test_half_precision_is_summed_in_full_under_autocast_too() -> None:
     z_BE = torch.nn.functional.normalize(torch.randn(256, 384, generator=torch.Generator().manual_seed(1)), dim=-1)
     ones_B = torch.ones(256)
-    chosen = Settings(contrastive=1, temperature=0.01)
-    exact = loss(z_BE.half().float(), z_BE, ones_B, chosen, 256)
+    cfg = Settings(contrastive=1, temperature=0.01)
+    exact = loss(z_BE.half().float(), z_BE, ones_B, cfg, 256)
     with torch.autocast("cpu", torch.bfloat16):
-        found = loss(z_BE.half(), z_BE, ones_B, chosen, 256)
+        found = loss(z_BE.half(), z_BE, ones_B, cfg, 256)
     assert found.dtype == torch.float32
     assert found.equal(exact)

@@ -16,7 +16,7 @@ def unit(rows: int, seed: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_a_pictures_score_is_its_average_cosine_to_its_captions() -> None:
+def test_an_images_score_is_its_average_cosine_to_its_captions() -> None:
     vectors = unit(3, 0)
     captions = [unit(1, 1), unit(4, 2), unit(2, 3)]
     expected = [cosine_similarity(v[None], c).mean() for v, c in zip(vectors, captions, strict=True)]
@@ -46,7 +46,7 @@ def scipys(*samples: np.ndarray, statistic: Any = np.mean) -> Any:
     return stats.bootstrap(samples, statistic, n_resamples=4000, method="percentile", paired=True, rng=rng)
 
 
-def test_on_many_pictures_the_interval_is_the_percentile_bootstrap() -> None:
+def test_on_many_images_the_interval_is_the_percentile_bootstrap() -> None:
     scores = np.random.default_rng(0).beta(8, 3, 400)
     found = bootstrap(scores, rounds=4000)
     assert found.mean == pytest.approx(scores.mean())
@@ -75,7 +75,7 @@ def test_every_pair_once_with_the_interval_of_its_differences() -> None:
         close_to((found.low, found.high), theirs)
 
 
-def test_pictures_of_one_prompt_are_drawn_together() -> None:
+def test_images_of_one_prompt_are_drawn_together() -> None:
     """The ratio of sums over prompts, as scipy draws prompts."""
     rng = np.random.default_rng(0)
     prompt_n = rng.permutation(np.repeat(np.arange(150), rng.integers(1, 9, 150)))
@@ -86,7 +86,7 @@ def test_pictures_of_one_prompt_are_drawn_together() -> None:
     assert found.mean == pytest.approx(score_n.mean())
     close_to(found[1:], scipys(sums, sizes, statistic=lambda s, c, axis: s.sum(axis) / c.sum(axis)))
     alone = bootstrap(score_n)
-    assert found.high - found.low > 1.8 * (alone.high - alone.low), "five pictures of a prompt are not five witnesses"
+    assert found.high - found.low > 1.8 * (alone.high - alone.low), "five images of a prompt are not five witnesses"
     assert bootstrap(score_n, 4000, group_n=names) == found
 
 
@@ -103,7 +103,7 @@ def test_the_paired_interval_covers_a_known_difference() -> None:
     assert 930 <= covered <= 970
 
 
-def test_the_interval_of_seven_pictures_covers_too() -> None:
+def test_the_interval_of_seven_images_covers_too() -> None:
     """As many as the competition published. The plain percentile interval holds the mean in some 870 of 1,000."""
     rng = np.random.default_rng(0)
     found = [bootstrap(rng.normal(size=7), rounds=1000) for _ in range(1000)]
@@ -115,10 +115,10 @@ def test_scores_that_cannot_be_compared() -> None:
     with pytest.raises(UserError) as refused:
         compare(scores, group_n=np.zeros(2))
     assert str(refused.value).splitlines() == [
-        "scores of different pictures cannot be compared: a 3, b 2, group_n 2; score all on the same ones",
+        "scores of different images cannot be compared: a 3, b 2, group_n 2; score all on the same ones",
         "a: 2 of 3 scores are not finite",
     ]
-    with pytest.raises(UserError, match="no score; at least one picture is needed"):
+    with pytest.raises(UserError, match="no score; at least one image is needed"):
         bootstrap(np.zeros(0))
     assert compare({}) == ({}, [])
 
@@ -141,7 +141,7 @@ def test_cosines_go_into_bins_from_one_edge_to_below_the_next() -> None:
     assert sizes(found) == [("below .5", 2), (".5–.6", 2), (".6–.95", 1), (".95 or more", 2), ("unknown", 1)]
 
 
-def test_small_bins_join_the_smaller_neighbour_and_no_picture_is_lost() -> None:
+def test_small_bins_join_the_smaller_neighbour_and_no_image_is_lost() -> None:
     value = np.repeat([0.5, 1.5, 2.5, 3.5], [30, 3, 12, 20])
     assert sizes(bins(value, [1, 2, 3], least=10)) == [("below 1", 30), ("1–3", 15), ("3 or more", 20)]
     assert sizes(bins(value, [1, 2, 3], least=40)) == [("all", 65)]
@@ -182,8 +182,8 @@ def test_the_matrix_refuses_what_is_no_vector() -> None:
         similarity_matrix(vectors, [unit(1, 1)[:, :5]] * 4)
     assert str(refused.value).splitlines() == [
         "vectors: vectors 6 wide, not 5; it is of another target encoder",
-        "vectors: 2 of 4 vectors are NaN or infinite, the first that of picture 2",
-        "vectors: 1 of 4 vectors are zero, the first that of picture 1",
+        "vectors: 2 of 4 vectors are NaN or infinite, the first that of image 2",
+        "vectors: 1 of 4 vectors are zero, the first that of image 1",
     ]
 
 
@@ -228,9 +228,9 @@ def test_what_recall_refuses() -> None:
     with pytest.raises(UserError) as refused:
         recall(unit(4, 1)[:, :5], bank, [[0], [3], [], [-1, 2]])
     assert str(refused.value).splitlines() == [
-        "bank: 1 of 3 vectors are NaN or infinite, the first that of picture 1",
+        "bank: 1 of 3 vectors are NaN or infinite, the first that of image 1",
         "vectors: vectors 5 wide, not 6; it is of another target encoder",
-        "3 pictures have no prompt in the bank of 3, the first 1",
+        "3 images have no prompt in the bank of 3, the first 1",
     ]
-    with pytest.raises(UserError, match="no picture to find the prompt of"):
+    with pytest.raises(UserError, match="no image to find the prompt of"):
         recall(unit(0, 1), unit(3, 0), [])

@@ -1,4 +1,4 @@
-"""The model: unit vectors from pictures of any size, whatever the memory layout; what is frozen stays."""
+"""The model: unit vectors from images of any size, whatever the memory layout; what is frozen stays."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ from models.runtime.preprocess import Preprocessing
 E = 12
 
 
-def pictures(*sizes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
+def make_images(*sizes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
 def test_it_is_backbone_head_and_unit_length() -> None:
     model = make("test_convnext", "random", 32, E).eval()
-    (image,) = pictures((32, 32))
+    (image,) = make_images((32, 32))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.spec.mean, model.spec.std))
     with torch.inference_mode():
         features_BD = model.backbone(((image / 255 - mean) / std)[None])
@@ -31,9 +31,9 @@ def test_it_is_backbone_head_and_unit_length() -> None:
     torch.testing.assert_close(found, z_BE / z_BE.norm(dim=-1, keepdim=True), atol=1e-6, rtol=0)
 
 
-def test_pictures_of_mixed_sizes_embed_as_each_alone() -> None:
+def test_images_of_mixed_sizes_embed_as_each_alone() -> None:
     model = make("test_vit", "random", 32, E)
-    images = pictures((32, 32), (50, 41), (17, 90), (200, 33))
+    images = make_images((32, 32), (50, 41), (17, 90), (200, 33))
     together = model.embed(images)
     assert together.dtype == torch.float32
     torch.testing.assert_close(together.norm(dim=-1), torch.ones(4))
@@ -42,9 +42,9 @@ def test_pictures_of_mixed_sizes_embed_as_each_alone() -> None:
 
 
 def test_embedding_is_evaluation() -> None:
-    """Batch statistics and the mode of the model that trains are not the picture's business."""
+    """Batch statistics and the mode of the model that trains are not the image's business."""
     model = make("test_efficientnet", "random", 32, E).train()
-    images = pictures((32, 32), (40, 40))
+    images = make_images((32, 32), (40, 40))
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     assert model.embed(images)[:1].allclose(model.embed(images[:1]), atol=1e-6)
     assert all(before[name].equal(buffer) for name, buffer in model.named_buffers())
@@ -54,7 +54,7 @@ def test_embedding_is_evaluation() -> None:
 def test_channels_last_computes_what_contiguous_does(name: str) -> None:
     module, spec = build(name, "random", 32)
     model = Regressor(module, spec, E).eval()
-    image_BCHW = torch.stack(pictures((32, 32), (32, 32)))
+    image_BCHW = torch.stack(make_images((32, 32), (32, 32)))
     with torch.inference_mode():
         last = model(image_BCHW)
         model.backbone.to(memory_format=torch.contiguous_format)
@@ -68,7 +68,7 @@ def test_a_backbone_that_also_returns_tokens_gives_its_first() -> None:
             return image_BCHW.mean((2, 3)), image_BCHW.flatten(2)
 
     model = Regressor(Both(), Spec("both", 3, Preprocessing(8), (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)), E)
-    (image,) = pictures((8, 8))
+    (image,) = make_images((8, 8))
     torch.testing.assert_close(model.features(image[None])[0], image.float().mean((1, 2)) / 255)
 
 
@@ -78,7 +78,7 @@ def step(model: Regressor) -> set[str]:
     model.train()
     model.zero_grad()
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.1)
-    model(torch.stack(pictures((32, 32), (32, 32)))).pow(3).sum().backward()
+    model(torch.stack(make_images((32, 32), (32, 32)))).pow(3).sum().backward()
     optimizer.step()
     return {k for k, v in model.state_dict().items() if not v.equal(before[k])}
 
@@ -127,13 +127,13 @@ def test_width_and_device_do_not_depend_on_the_head() -> None:
     for head, hidden in (("linear", 0), ("wide", 5)):
         model = make("test_vit", "random", 32, E, head=head, hidden=hidden)
         assert (model.width, model.device) == (E, torch.device("cpu"))
-        assert model.embed(pictures((40, 33))).shape == (1, E)
+        assert model.embed(make_images((40, 33))).shape == (1, E)
         assert model.to("meta").device == torch.device("meta")
 
 
-def test_features_are_the_backbones_of_the_normalised_picture() -> None:
+def test_features_are_the_backbones_of_the_normalised_image() -> None:
     model = make("test_vit", "random", 32, E).eval()
-    image_BCHW = torch.stack(pictures((32, 32), (32, 32)))
+    image_BCHW = torch.stack(make_images((32, 32), (32, 32)))
     with torch.inference_mode():
         assert model.features(image_BCHW).equal(model.backbone(model.normalise(image_BCHW)))
         assert model.project(model.features(image_BCHW)).equal(model(image_BCHW))
@@ -153,7 +153,7 @@ def test_a_frozen_prefix_gives_the_gradients_of_the_full_backward_bit_by_bit(nam
     """And keeps no activation for it, nor of the embeddings: nothing is saved before the first block that trains."""
     size = 28 if name.startswith(("eva", "transformers:")) else 32
     model = make(name, "random", size, E).eval()  # dropout and batch statistics apart
-    image_BCHW = torch.stack(pictures((size, size), (size, size)))
+    image_BCHW = torch.stack(make_images((size, size), (size, size)))
 
     def backward() -> dict[str, torch.Tensor]:
         model.zero_grad()

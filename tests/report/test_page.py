@@ -265,31 +265,31 @@ def decoded(uri: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(uri.split(",")[1])))
 
 
-def test_small_pictures_keep_their_pixels() -> None:
-    picture = scene(112)
-    uri, width, height = embed(picture, 256)
+def test_small_images_keep_their_pixels() -> None:
+    image = scene(112)
+    uri, width, height = embed(image, 256)
     assert (width, height) == (112, 112)
-    assert np.array_equal(np.asarray(decoded(uri).convert("RGB")), picture)
+    assert np.array_equal(np.asarray(decoded(uri).convert("RGB")), image)
 
 
-def test_large_pictures_shrink() -> None:
+def test_large_images_shrink() -> None:
     wide = np.repeat(np.arange(200, dtype=np.uint8)[:, None, None], 800, 1).repeat(3, 2)
     uri, width, height = embed(wide, 256)
     assert (width, height) == decoded(uri).size == (256, 64)
     assert abs(int(np.asarray(decoded(uri).convert("L"))[32, 128]) - 100) <= 4
 
 
-def test_encoded_pictures_pass_as_they_are_when_that_is_smallest() -> None:
+def test_encoded_images_pass_as_they_are_when_that_is_smallest() -> None:
     out = io.BytesIO()
     Image.fromarray(scene(112)).save(out, "jpeg", quality=40)
     assert base64.b64decode(embed(out.getvalue(), 256)[0].split(",")[1]) == out.getvalue()
 
 
-def test_unusable_pictures_are_refused() -> None:
+def test_unusable_images_are_refused() -> None:
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\], got float64 \[3, 8, 8\]"):
         embed(np.zeros((3, 8, 8)), 256)
     with pytest.raises(OSError, match="cannot identify"):
-        embed(b"no picture", 256)
+        embed(b"no image", 256)
 
 
 def test_write_is_whole_or_not_at_all(tmp_path: Path, html: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -324,7 +324,7 @@ ODD = 'a "b" <c>'
 
 @pytest.fixture
 def sorted_page(tmp_path: Path) -> Path:
-    """Four cards: scores of two systems, of which one did not see the third picture, and a count."""
+    """Four cards: scores of two systems, of which one did not see the third image, and a count."""
     page = Page("t")
     scores = {"w": (0.5, 0.9, 3), "x": (0.7, 0.1, 20), "y": (0.25, None, 100), "z": (-0.1, 0.2, 7)}
     cards = [
@@ -369,7 +369,7 @@ def test_the_gallery_sorts_and_filters(sorted_page: Path, opened: "Opened") -> N
     assert scores() == [f"{gap} knn − {ODD}" for gap in ("+0.400", "+0.300", "−0.600", "–")]
     page.locator(".from").fill("-0.7")
     page.locator(".to").fill("0.3")
-    assert (shown(), page.locator(".count").inner_text()) == ("zx", "2 of 4 pictures")
+    assert (shown(), page.locator(".count").inner_text()) == ("zx", "2 of 4 images")
     page.locator(".all").click()
     page.locator(".kind").select_option("odd")
     assert shown() == "zx"

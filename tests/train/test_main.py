@@ -30,7 +30,7 @@ from models.regressor import make
 from tests import commands, small_dataset, training
 from tests.training import OVERRIDES, records, same_weights, train
 from train import __main__ as train_main
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.data.samplers import Draws, Part, Steps
 from train.fit import callbacks, fit
 from train.fit.callbacks import KeepBest, ResumePoint
@@ -63,10 +63,10 @@ def test_a_run_leaves_its_settings_log_and_checkpoints(tiny_run: Path, small_dat
         *("about.json", "best", "done", "head_init.safetensors", "improvement.json", "last", "log.jsonl"),
         *("resume.ckpt", "settings.json"),
     }
-    chosen = json.loads((tiny_run / "settings.json").read_text())
-    assert chosen["dataset"] == [str(small_data)]
-    assert chosen["model"]["backbone"] == "test_vit"
-    assert chosen["dataset_sha256"] == [Dataset(small_data).fingerprint()]
+    cfg = json.loads((tiny_run / "settings.json").read_text())
+    assert cfg["dataset"] == [str(small_data)]
+    assert cfg["model"]["backbone"] == "test_vit"
+    assert cfg["dataset_sha256"] == [Dataset(small_data).fingerprint()]
     log = records(tiny_run)
     steps = [r for r in log if "train/loss" in r]
     assert [r["step"] for r in steps] == list(range(1, 11))
@@ -92,7 +92,7 @@ def test_best_is_the_checkpoint_that_validated_best_and_says_so(tiny_run: Path, 
     assert checkpoint.read_config(tiny_run / "last")["step"] == 10
     dataset = Dataset(small_data, small_dataset.ENCODER)
     rows = dataset.rows("val")
-    batch = Pictures([dataset], training.PREPROCESSING).__getitems__(rows.tolist())
+    batch = ImageDataset([dataset], training.PREPROCESSING).__getitems__(rows.tolist())
     with torch.inference_mode():
         score = (checkpoint.load(tiny_run / "best")(batch.image_BCHW) * batch.target_BE).sum(-1).mean().item()
     assert score == pytest.approx(judged["val/cosine"], abs=1e-5)
@@ -115,7 +115,7 @@ def test_it_learns(small_data: Path, tmp_path: Path) -> None:
     assert validations(tmp_path / "run")[-1]["val/cosine"] > constant + 0.1
 
 
-def test_without_validation_pictures_the_last_is_the_best(tmp_path: Path) -> None:
+def test_without_validation_images_the_last_is_the_best(tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "data", train=16, val=0)
     assert train(data, tmp_path / "run", "epochs=1") == 0
     assert same_weights(tmp_path / "run/best", tmp_path / "run/last")
@@ -123,10 +123,10 @@ def test_without_validation_pictures_the_last_is_the_best(tmp_path: Path) -> Non
     assert not validations(tmp_path / "run")
 
 
-def test_a_picture_with_several_captions_trains_on_their_mean(tmp_path: Path) -> None:
+def test_an_image_with_several_captions_trains_on_their_mean(tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "data", train=6, val=2, captions=3)
     dataset = Dataset(data, small_dataset.ENCODER)
-    batch = Pictures([dataset], training.PREPROCESSING).__getitems__([4])
+    batch = ImageDataset([dataset], training.PREPROCESSING).__getitems__([4])
     texts = dataset.prompts(4)
     assert len(texts) == 3
     np.testing.assert_allclose(batch.target_BE[0], small_dataset.encode(texts).mean(0), atol=1e-6)
@@ -439,18 +439,18 @@ def test_a_mistake_exits_with_two_and_no_trace(
     assert not list(tmp_path.iterdir())
 
 
-# -------------------------------------------------------------------------------------------------- damaged pictures
+# -------------------------------------------------------------------------------------------------- damaged images
 
 
 def damaged(tmp_path: Path) -> tuple[Path, list[str]]:
-    """A dataset with an unreadable picture in training and two in validation, among them its first; and their keys."""
+    """A dataset with an unreadable image in training and two in validation, among them its first; and their keys."""
     data = small_dataset.write(tmp_path / "data", train=24, val=8, shard=40)
     dataset = Dataset(data)
     rows = [*dataset.rows("train")[3:4], *dataset.rows("val")[[0, 5]]]
     return data, [small_dataset.corrupt(data, int(row)) for row in rows]
 
 
-def test_an_unreadable_picture_is_skipped_counted_and_listed(tmp_path: Path) -> None:
+def test_an_unreadable_image_is_skipped_counted_and_listed(tmp_path: Path) -> None:
     data, keys = damaged(tmp_path)
     assert train(data, tmp_path / "run") == 0
     lines = [json.loads(line) for line in (tmp_path / "run/skipped.jsonl").read_text().splitlines()]
@@ -459,7 +459,7 @@ def test_an_unreadable_picture_is_skipped_counted_and_listed(tmp_path: Path) -> 
     assert len(checkpoint.load_extras(tmp_path / "run/best")[1]) == 6
 
 
-def test_pictures_whose_file_is_gone_are_skipped_too(tmp_path: Path) -> None:
+def test_images_whose_file_is_gone_are_skipped_too(tmp_path: Path) -> None:
     """An index over loose files, one of which was deleted since."""
     data = small_dataset.write(tmp_path / "data", train=16, val=8, shard=40)
     dataset = Dataset(data)
@@ -477,7 +477,7 @@ def test_pictures_whose_file_is_gone_are_skipped_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*returned `None`.*")
-def test_a_batch_with_no_readable_picture_changes_no_weight(
+def test_a_batch_with_no_readable_image_changes_no_weight(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of two steps the second finds nothing to read: the weights are those of the first alone."""
@@ -517,8 +517,8 @@ def test_while_the_head_trains_alone_the_backbone_stays_bit_equal(small_data: Pa
 def test_the_flagships_settings_start(small_data: Path, tmp_path: Path) -> None:
     overrides = ("+experiment=vith14", "model.size=null", "model.freeze=2", "max_steps=2", "epochs=3")
     assert train(small_data, tmp_path / "run", *overrides) == 0
-    chosen = json.loads((tmp_path / "run/settings.json").read_text())
-    assert chosen["name"] == "vith14"
+    cfg = json.loads((tmp_path / "run/settings.json").read_text())
+    assert cfg["name"] == "vith14"
     assert checkpoint.read_config(tmp_path / "run/last")["size"] == 160
 
 
@@ -528,8 +528,8 @@ def test_the_datasets_own_size_is_taken_where_it_is_smaller(small_data: Path, tm
 
 
 def test_a_score_that_is_not_a_number_is_never_best(small_data: Path) -> None:
-    chosen = training.chosen(small_data, Path("unused"))
-    module = Training(make("test_vit", "random", 32, 12), chosen, Plan(steps=1, per_epoch=1))
+    cfg = training.cfg(small_data, Path("unused"))
+    module = Training(make("test_vit", "random", 32, 12), cfg, Plan(steps=1, per_epoch=1))
     saved: list[float] = []
     best = KeepBest(lambda trained: saved.append(trained.score.mean if trained.score else 0))
     trainer = lightning.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")

@@ -240,14 +240,14 @@ def page(result: Result) -> dict[str, str]:
 
 
 REPORT = Command(
-    "train.report", "report", ("run={run}", "evaluation={evaluated}", "out={here}/page.html", "scenes=4", "pictures=2")
+    "train.report", "report", ("run={run}", "evaluation={evaluated}", "out={here}/page.html", "scenes=4", "images=2")
 )
 REPORT_SETTINGS: Entries = {
     "run": shows(page, "run={run2}"),
     "evaluation": shows(page, "evaluation={evaluated2}"),
     "out": shows(names, "out={here}/other.html"),
     "scenes": shows(page, "scenes=3"),
-    "pictures": shows(page, "pictures=1"),
+    "images": shows(page, "images=1"),
     "nearest": shows(page, "nearest=1"),
     "seed": shows(page, "seed=1"),
 }
@@ -433,9 +433,9 @@ EXPORT_SETTINGS: Entries = {
     "sizes": shows(config, "sizes=[32,48]"),
     "precision": shows(lambda r: (r.folder / "bundle/model.safetensors").stat().st_size, "precision=fp16"),
     "graphs": shows(lambda r: r.names("bundle/graphs/*"), *ONNX),
-    "pictures": [
-        shows(lambda r: config(r)["graphs"], "pictures={images}", given=ONNX),
-        refused("pictures: .* are for graphs", "pictures={images}"),
+    "check_images": [
+        shows(lambda r: config(r)["graphs"], "check_images={images}", given=ONNX),
+        refused("check_images: .* are for graphs", "check_images={images}"),
     ],
     "wheels.python": refused("python: '3.9' is older than 3.11", "wheels.python=3.9"),
     "wheels.platform": [
@@ -498,5 +498,5 @@ def _fewer(words: Path, folder: Path) -> Path:
 def _images(folder: Path) -> Path:
     folder.mkdir()
     for n in range(5):
-        (folder / f"{n}.png").write_bytes(small_dataset.picture(f"square {9 * n} 20 30 on 200 {n} 50", 40))
+        (folder / f"{n}.png").write_bytes(small_dataset.image(f"square {9 * n} 20 30 on 200 {n} 50", 40))
     return folder

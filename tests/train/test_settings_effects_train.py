@@ -100,7 +100,7 @@ def of_loader(result: Result) -> list[int]:
 
 def introduction(result: Result) -> list[str]:
     """What the run, dry or not, reports of its model, steps and devices."""
-    return result.lines(" → ") + result.lines("training pictures") + result.lines("micro-batches")
+    return result.lines(" → ") + result.lines("training images") + result.lines("micro-batches")
 
 
 TRAIN = Command(
@@ -405,7 +405,7 @@ def _wide(root: Path) -> Path:
         return file.getvalue()
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(small_dataset, "picture", image)
+        patch.setattr(small_dataset, "image", image)
         return small_dataset.write(root, train=16, val=6)
 
 

@@ -1,9 +1,9 @@
 """Light augmentation of a batch, on the device that the model is on: crop, mirror, brightness and contrast, a blank.
 
-What happens to a picture follows from the run's seed, the step and the picture's number alone, computed where the
+What happens to an image follows from the run's seed, the step and the image's number alone, computed where the
 batch lies: workers, ranks, micro-batches and resuming change nothing, and nothing waits for the device.
 
-B pictures, C colours, H = W pixels a side, K numbers drawn a picture.
+B images, C colours, H = W pixels a side, K numbers drawn an image.
 """
 
 import math
@@ -18,37 +18,37 @@ _ERASE_SHARE, _ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)  # as in its RandomErasing
 _GREY = (0.299, 0.587, 0.114)
 _CUBIC = -0.5  # Pillow's bicubic, and torch's when antialiased
 
-_CROP, _MIRROR, _BRIGHTNESS, _CONTRAST, _ERASE = 0, 4, 5, 6, 7  # where each begins among the numbers of a picture
+_CROP, _MIRROR, _BRIGHTNESS, _CONTRAST, _ERASE = 0, 4, 5, 6, 7  # where each begins among the numbers of an image
 _DRAWN = 12
 
 
 @torch.no_grad()
-def augment(image_BCHW: torch.Tensor, row_B: torch.Tensor, step: int, seed: int, chosen: DataSettings) -> torch.Tensor:
-    """The pictures, changed at random as `chosen` says; the very tensor where it asks for nothing.
+def augment(image_BCHW: torch.Tensor, row_B: torch.Tensor, step: int, seed: int, cfg: DataSettings) -> torch.Tensor:
+    """The images, changed at random as `cfg` says; the very tensor where it asks for nothing.
 
     Args:
         image_BCHW: uint8, square.
-        row_B: number of each picture, int64 on the same device.
+        row_B: number of each image, int64 on the same device.
 
     Returns:
         uint8 [B, C, H, W].
     """
-    off = chosen.crop >= 1 and not chosen.flip and not chosen.jitter and not chosen.erase
+    off = cfg.crop >= 1 and not cfg.flip and not cfg.jitter and not cfg.erase
     if off or not len(image_BCHW):
         return image_BCHW
     draw_KB = uniform(row_B, _DRAWN, seed, step)
-    if chosen.crop < 1:
-        box_4B = boxes(draw_KB[_CROP:], (chosen.crop, 1), _CROP_RATIO, image_BCHW.shape[-1])
+    if cfg.crop < 1:
+        box_4B = boxes(draw_KB[_CROP:], (cfg.crop, 1), _CROP_RATIO, image_BCHW.shape[-1])
         image_BCHW = crop_and_resize(image_BCHW, box_4B)
-    if chosen.flip:
+    if cfg.flip:
         image_BCHW = torch.where(_over_pixels(draw_KB[_MIRROR] < 0.5), image_BCHW.flip(-1), image_BCHW)
-    if chosen.jitter:
-        brightness_B = 1 + chosen.jitter * (2 * draw_KB[_BRIGHTNESS] - 1)
-        contrast_B = 1 + chosen.jitter * (2 * draw_KB[_CONTRAST] - 1)
+    if cfg.jitter:
+        brightness_B = 1 + cfg.jitter * (2 * draw_KB[_BRIGHTNESS] - 1)
+        contrast_B = 1 + cfg.jitter * (2 * draw_KB[_CONTRAST] - 1)
         image_BCHW = jitter(image_BCHW, brightness_B.float(), contrast_B.float())
-    if chosen.erase:
+    if cfg.erase:
         box_4B = boxes(draw_KB[_ERASE:], _ERASE_SHARE, _ERASE_RATIO, image_BCHW.shape[-1])
-        image_BCHW = erase(image_BCHW, box_4B, draw_KB[_ERASE + 4] < chosen.erase)
+        image_BCHW = erase(image_BCHW, box_4B, draw_KB[_ERASE + 4] < cfg.erase)
     return image_BCHW
 
 
@@ -72,10 +72,10 @@ def boxes(draw_KB: torch.Tensor, share: tuple[float, float], ratio: tuple[float,
 
 
 def crop_and_resize(image_BCHW: torch.Tensor, box_4B: torch.Tensor) -> torch.Tensor:
-    """Each picture's box, bicubically enlarged to the picture's size; what lies outside has no influence."""
+    """Each image's box, bicubically enlarged to the image's size; what lies outside has no influence."""
     side = image_BCHW.shape[-1]
     top_B, left_B, height_B, width_B = box_4B
-    # as a product of matrices, for which every picture may have its own box; mixed precision would cost grey levels
+    # as a product of matrices, for which every image may have its own box; mixed precision would cost grey levels
     with torch.autocast(image_BCHW.device.type, enabled=False):
         rows_B1HH = _enlarging(top_B, height_B, side)[:, None]
         columns_B1WW = _enlarging(left_B, width_B, side)[:, None]
@@ -98,7 +98,7 @@ def _enlarging(first_B: torch.Tensor, length_B: torch.Tensor, side: int) -> torc
 
 
 def jitter(image_BCHW: torch.Tensor, brightness_B: torch.Tensor, contrast_B: torch.Tensor) -> torch.Tensor:
-    """Pictures times `brightness_B`, then `contrast_B` times their distance from their mean grey."""
+    """Images times `brightness_B`, then `contrast_B` times their distance from their mean grey."""
     brighter_BCHW = (image_BCHW * _over_pixels(brightness_B)).clamp(0, 255)
     weight_C = torch.tensor(_GREY, device=image_BCHW.device)
     grey_B = (brighter_BCHW.mean((-1, -2)) * weight_C).sum(-1)
@@ -107,7 +107,7 @@ def jitter(image_BCHW: torch.Tensor, brightness_B: torch.Tensor, contrast_B: tor
 
 
 def erase(image_BCHW: torch.Tensor, box_4B: torch.Tensor, chosen_B: torch.Tensor) -> torch.Tensor:
-    """The boxes of the chosen pictures filled with the picture's mean colour."""
+    """The boxes of the chosen images filled with the image's mean colour."""
     pixel = torch.arange(image_BCHW.shape[-1], device=image_BCHW.device)
     top_B1, left_B1, height_B1, width_B1 = box_4B[..., None]
     in_rows_BH = (pixel >= top_B1) & (pixel < top_B1 + height_B1)

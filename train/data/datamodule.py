@@ -16,9 +16,9 @@ from core.errors import UserError
 from datagen.dataset.format import FAULTY, Dataset, write_atomically
 from models.runtime.preprocess import Preprocessing
 from train.config import TrainSettings
-from train.data.images import Batch, Pictures, Rows
+from train.data.images import Batch, ImageDataset, Rows
 from train.data.loader import loader
-from train.data.sample_weights import picture_weights
+from train.data.sample_weights import image_weights
 from train.data.samplers import Draws, InOrder, Part, Steps, run_length
 from train.data.splits import Prompts, fold_rows, refuse_seen, without_others_validation
 
@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 _ELSEWHERE = "its prompt or bytes are validated on in another dataset"
 
 
-_METRICS = ("cosine", "high", "low", "source", "val")  # names that a set of validation pictures cannot have
+_METRICS = ("cosine", "high", "low", "source", "val")  # names that a set of validation images cannot have
 
 
 class Data(lightning.LightningDataModule):
-    """The pictures of a run: those it trains on and those it is judged by.
+    """The images of a run: those it trains on and those it is judged by.
 
     Attributes:
-        pictures: of `datasets`, then of `val`, numbered through.
+        images: of `datasets`, then of `val`, numbered through.
         train_rows: those that are trained on.
         val_rows: those that the datasets, or the fold, keep for validation; may be none.
         purged_rows: those that are neither, being too near the fold's or sharing a prompt or bytes with them.
@@ -42,7 +42,7 @@ class Data(lightning.LightningDataModule):
         val_names: of the validation loaders, in order: "val" for `val_rows` if there are any, then one for each of
             `val`, by its folder.
         val_sets: rows of each, in the same order.
-        prompts: prompts of `pictures`, where they were read; None where the split did not ask for them.
+        prompts: prompts of `images`, where they were read; None where the split did not ask for them.
         draws: what an epoch draws.
         length: steps of an epoch, of the run, and of the head alone.
         per_epoch, steps: of `length`.
@@ -63,7 +63,7 @@ class Data(lightning.LightningDataModule):
         self,
         datasets: Sequence[Dataset],
         val: Sequence[Dataset],
-        chosen: TrainSettings,
+        cfg: TrainSettings,
         preprocessing: Preprocessing,
         *,
         accumulate: int = 1,
@@ -71,52 +71,48 @@ class Data(lightning.LightningDataModule):
     ) -> None:
         super().__init__()
         self.accumulate = accumulate
-        self._chosen = chosen
-        self.pictures = pictures = Pictures([*datasets, *val], preprocessing)
+        self._cfg = cfg
+        self.images = images = ImageDataset([*datasets, *val], preprocessing)
         trained, others = range(len(datasets)), range(len(datasets), len(datasets) + len(val))
         # reading every prompt takes a while, and one dataset by its own split has no need of it
-        self.prompts = prompts = Prompts(pictures) if chosen.fold or len(pictures.datasets) > 1 else None
+        self.prompts = prompts = Prompts(images) if cfg.fold or len(images.datasets) > 1 else None
         self.purged_rows = np.zeros(0, np.int64)
         self.left_out: dict[str, Rows] = {}
-        if chosen.fold_of is not None:
-            every = _joined([pictures.rows(n, _sound(pictures.datasets[n])) for n in trained])
-            made = fold_rows(
-                pictures, every, chosen.fold_of, chosen.fold_threshold, chosen.seed, device=device, prompts=prompts
-            )
+        if cfg.fold_of is not None:
+            every = _joined([images.rows(n, _sound(images.datasets[n])) for n in trained])
+            made = fold_rows(images, every, cfg.fold_of, cfg.fold_threshold, cfg.seed, device=device, prompts=prompts)
             self.train_rows, self.val_rows = made.train, made.val
             self.purged_rows = _joined([made.purged, made.left_out])
-            near = f"cosine {chosen.fold_threshold:g} or more to a prompt of the fold"
+            near = f"cosine {cfg.fold_threshold:g} or more to a prompt of the fold"
             self.left_out = {near: made.purged, "shares a prompt or its bytes with the fold": made.left_out}
             log.info(
-                "fold %s: %s pictures; %s (%.1f %%) of the others left out, at cosine %g or more to one of its prompts",
-                *(chosen.fold, f"{len(made.val):,}", f"{len(made.purged):,}", 100 * made.share_purged),
-                chosen.fold_threshold,
+                "fold %s: %s images; %s (%.1f %%) of the others left out, at cosine %g or more to one of its prompts",
+                *(cfg.fold, f"{len(made.val):,}", f"{len(made.purged):,}", 100 * made.share_purged),
+                cfg.fold_threshold,
             )
             if len(made.left_out):
                 log.warning(
                     "fold %s: %s images are left out of training: they are of a group of more than a fifth of all "
                     "images, and share a prompt or their bytes with the fold",
-                    *(chosen.fold, f"{len(made.left_out):,}"),
+                    *(cfg.fold, f"{len(made.left_out):,}"),
                 )
         else:
-            own_train, self.val_rows = _own_splits(pictures, trained)
+            own_train, self.val_rows = _own_splits(images, trained)
             self.train_rows = own_train
             if prompts is not None:
-                self.train_rows = without_others_validation(pictures, prompts, own_train, self.val_rows)
+                self.train_rows = without_others_validation(images, prompts, own_train, self.val_rows)
                 self.left_out[_ELSEWHERE] = np.setdiff1d(own_train, self.train_rows)
-        sets = [pictures.rows(n, _judged(pictures.datasets[n])) for n in others]
+        sets = [images.rows(n, _judged(images.datasets[n])) for n in others]
         if prompts is not None:
-            names = [str(pictures.datasets[n].root) for n in others]
+            names = [str(images.datasets[n].root) for n in others]
             refuse_seen(prompts, self.train_rows, dict(zip(names, sets, strict=True)))
             self._leave_out_equal_images(prompts, _joined(sets))
-        self.train_rows, pictures.weight_N = picture_weights(
-            pictures, self.train_rows, chosen.data.sources, chosen.data.weights
-        )
+        self.train_rows, images.weight_N = image_weights(images, self.train_rows, cfg.data.sources, cfg.data.weights)
         own = ["val"] if len(self.val_rows) else []
-        self.val_names = [*own, *_beside(pictures.names[len(datasets) :])]
+        self.val_names = [*own, *_beside(images.names[len(datasets) :])]
         self.val_sets = [*[self.val_rows for _ in own], *sets]
-        self.draws = Draws(self._parts(trained), chosen.seed)
-        self.length = run_length(len(self.draws), chosen)
+        self.draws = Draws(self._parts(trained), cfg.seed)
+        self.length = run_length(len(self.draws), cfg)
         self.per_epoch, self.steps = self.length.per_epoch, self.length.steps
 
     def _leave_out_equal_images(self, prompts: Prompts, val: Rows) -> None:
@@ -130,25 +126,25 @@ class Data(lightning.LightningDataModule):
     def list_left_out(self, path: Path) -> None:
         """Write a line for each image of `left_out`: its key and the reason. No image, no file."""
         rows = [(row, reason) for reason, rows in self.left_out.items() for row in rows.tolist()]
-        lines = [json.dumps({"key": self.pictures.label(row), "reason": reason}) + "\n" for row, reason in rows]
+        lines = [json.dumps({"key": self.images.label(row), "reason": reason}) + "\n" for row, reason in rows]
         if lines:
             data = "".join(lines).encode()
             write_atomically(path, lambda file: file.write(data))
 
     def _parts(self, trained: range) -> list[Part]:
-        rows_of = {number: own for number, _, own in self.pictures.by_dataset(self.train_rows)}
-        left_out = [self.pictures.datasets[n].root for n in trained if n not in rows_of]
+        rows_of = {number: own for number, _, own in self.images.by_dataset(self.train_rows)}
+        left_out = [self.images.datasets[n].root for n in trained if n not in rows_of]
         if left_out:
             raise UserError(
                 f"nothing of {', '.join(map(str, left_out))} is left to train on; take it out of dataset=[…], or give "
-                f"its pictures weights above 0"
+                f"its images weights above 0"
             )
         parts = []
         for number in trained:
-            dataset, own = self.pictures.datasets[number], rows_of[number]
-            units = dataset.prompt_sets()[own] if self._chosen.data.one_seed else None
-            passes = self._chosen.passes[number] if self._chosen.passes else 1
-            parts.append(Part(self.pictures.rows(number, own), passes, units))
+            dataset, own = self.images.datasets[number], rows_of[number]
+            units = dataset.prompt_sets()[own] if self._cfg.data.one_seed else None
+            passes = self._cfg.passes[number] if self._cfg.passes else 1
+            parts.append(Part(self.images.rows(number, own), passes, units))
         return parts
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
@@ -158,7 +154,7 @@ class Data(lightning.LightningDataModule):
         trainer = self._attached()
         batches = Steps(
             self.draws,
-            self._chosen.batch_size,
+            self._cfg.batch_size,
             self.steps,
             first=trainer.global_step,
             rank=trainer.global_rank,
@@ -169,7 +165,7 @@ class Data(lightning.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         trainer = self._attached()
-        size, rank, world = self._chosen.batch_size, trainer.global_rank, trainer.world_size
+        size, rank, world = self._cfg.batch_size, trainer.global_rank, trainer.world_size
         # a step may be more than a device can hold at once
         size = max(size // (world * self.accumulate), 1)
         batches = [InOrder(rows, size, rank=rank, world=world) for rows in self.val_sets]
@@ -179,26 +175,26 @@ class Data(lightning.LightningDataModule):
     def _loader(self, batches: Sampler[list[int]], *, keep: bool = True) -> DataLoader:
         trainer = self._attached()
         pin = trainer.strategy.root_device.type == "cuda"
-        workers = self._chosen.scale.workers
-        return loader(self.pictures, batches, workers, pin=pin, keep=keep, ranks=trainer.num_devices)
+        workers = self._cfg.scale.workers
+        return loader(self.images, batches, workers, pin=pin, keep=keep, ranks=trainer.num_devices)
 
     def _attached(self) -> lightning.Trainer:
         if self.trainer is None:
-            raise RuntimeError("loaders need a trainer: its step is where the run begins, its ranks share the pictures")
+            raise RuntimeError("loaders need a trainer: its step is where the run begins, its ranks share the images")
         return self.trainer
 
 
-def _own_splits(pictures: Pictures, trained: range) -> tuple[Rows, Rows]:
+def _own_splits(images: ImageDataset, trained: range) -> tuple[Rows, Rows]:
     """The rows of "train", and of "val" where there is one, over all datasets that are trained on."""
     train, val, problems = [], [], []
     for number in trained:
-        dataset = pictures.datasets[number]
+        dataset = images.datasets[number]
         try:
-            train.append(pictures.rows(number, dataset.rows("train")))
+            train.append(images.rows(number, dataset.rows("train")))
         except UserError as error:
             problems.append(str(error))
         if dataset.splits.get("val"):
-            val.append(pictures.rows(number, dataset.rows("val")))
+            val.append(images.rows(number, dataset.rows("val")))
     if problems:
         raise UserError("\n".join(problems))
     return _joined(train), _joined(val)
@@ -209,14 +205,14 @@ def _judged(dataset: Dataset) -> Rows:
 
 
 def _sound(dataset: Dataset) -> Rows:
-    """All pictures but the faulty: also those that the dataset's own split left out, since a fold draws another one.
+    """All images but the faulty: also those that the dataset's own split left out, since a fold draws another one.
 
     Raises:
         UserError: there is none.
     """
     found = [dataset.rows(split) for split in dataset.splits if split != FAULTY]
     if not found:
-        raise UserError(f"{dataset.root} has no picture that could be drawn, only {dataset.splits}")
+        raise UserError(f"{dataset.root} has no image that could be drawn, only {dataset.splits}")
     return np.sort(_joined(found))
 
 

@@ -1,15 +1,15 @@
-"""Frozen features of pictures, computed once and kept on disk: for the ridge head, for baselines and for searches.
+"""Frozen features of images, computed once and kept on disk: for the ridge head, for baselines and for searches.
 
 <cache>/features/<hash>/about.json      what they are of
-                        000000.npy      [n, D] fp32, those of a part of the pictures that could be read
+                        000000.npy      [n, D] fp32, those of a part of the images that could be read
                         000000.json     where the others stand in that part, and the checksum of both; written last: it
                                         commits the part
 
 A part that is damaged is computed again.
 
 <cache> is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; remove what you please. The hash covers the weights,
-the preprocessing with its normalisation, the pictures, their order, the batches and the precision: of anything else
-than what is asked for, nothing is read. A pass that was killed goes on where it was. n pictures, D feature width, E
+the preprocessing with its normalisation, the images, their order, the batches and the precision: of anything else
+than what is asked for, nothing is read. A pass that was killed goes on where it was. n images, D feature width, E
 target width.
 """
 
@@ -33,7 +33,7 @@ from core.tensor_files import checksum
 from datagen.dataset.format import cache_folder, free_bytes, sha256, write_array, write_json
 from models.regressor import Regressor
 from models.runtime.preprocess import PREPROCESS
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.data.loader import loader
 from train.data.samplers import InOrder
 
@@ -42,15 +42,15 @@ log = logging.getLogger(__name__)
 Rows = NDArray[np.int64]
 
 _FORMAT = 3  # of what is kept and how it comes about
-_PART = 2048  # pictures, at most: what a kill costs
+_PART = 2048  # images, at most: what a kill costs
 _SHARE = 0.9  # of the free disk that features may take
-_NAMED = 3  # unreadable pictures that the log names
+_NAMED = 3  # unreadable images that the log names
 
-MOST_AT_ONCE = 256  # pictures through a model without a backward pass: a step's may be those of many devices
+MOST_AT_ONCE = 256  # images through a model without a backward pass: a step's may be those of many devices
 
 
 class Features:
-    """What `features` gives: of the readable pictures among some rows, in their order.
+    """What `features` gives: of the readable images among some rows, in their order.
 
     Attributes:
         width: D.
@@ -64,19 +64,19 @@ class Features:
 
     @property
     def row_n(self) -> Rows:
-        """Numbers of the pictures that could be read."""
+        """Numbers of the images that could be read."""
         return np.delete(self._source.rows, np.array([place for place, _ in self._known()], np.int64))
 
     @property
     def bad(self) -> list[tuple[str, str]]:
         """Label and reason of each that could not."""
-        rows, label = self._source.rows, self._source.pictures.label
+        rows, label = self._source.rows, self._source.images.label
         return [(label(int(rows[place])), why) for place, why in self._known()]
 
     def batches(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
         """Features [n, D] and unit targets [n, E], part after part; each call is a pass over all."""
         for row_n, x_nD in self._pass():
-            yield x_nD, normalize(torch.from_numpy(self._source.pictures.targets(row_n)), dim=-1).numpy()
+            yield x_nD, normalize(torch.from_numpy(self._source.images.targets(row_n)), dim=-1).numpy()
 
     def all(self) -> NDArray[np.float32]:
         """All of them at once, [n, D], in memory."""
@@ -87,7 +87,7 @@ class Features:
         return found[:n]
 
     def _known(self) -> list[tuple[int, str]]:
-        """Where in the rows the unreadable pictures stand, and why they are."""
+        """Where in the rows the unreadable images stand, and why they are."""
         if self._unread is None:
             for _ in self._pass():
                 pass
@@ -108,10 +108,10 @@ class Features:
     def _tell(self) -> None:
         bad, of = self.bad, len(self._source.rows)
         if of and len(bad) == of:
-            raise UserError(f"none of the {of} pictures could be read; the first: {': '.join(bad[0])}")
+            raise UserError(f"none of the {of} images could be read; the first: {': '.join(bad[0])}")
         if bad:
             log.warning(
-                "%d of %d pictures could not be read, and have no features: %s%s",
+                "%d of %d images could not be read, and have no features: %s%s",
                 *(len(bad), of, "; ".join(f"{key}: {why}" for key, why in bad[:_NAMED])),
                 ", …" if len(bad) > _NAMED else "",
             )
@@ -119,28 +119,28 @@ class Features:
 
 def features(
     model: Regressor,
-    pictures: Pictures,
+    images: ImageDataset,
     rows: Rows,
     batch_size: int,
     workers: int | None = None,
     *,
     precision: torch.dtype | None = None,
 ) -> Features:
-    """Features of the backbone of `model`, in evaluation mode, for pictures that are not augmented.
+    """Features of the backbone of `model`, in evaluation mode, for images that are not augmented.
 
     Args:
         model: on the device that computes them; its head does not matter.
-        rows: numbers of the pictures.
-        batch_size: pictures at a time; at most MOST_AT_ONCE.
+        rows: numbers of the images.
+        batch_size: images at a time; at most MOST_AT_ONCE.
         workers: processes that decode, as in `train.data.loader`.
         precision: of the products of matrices; None takes bf16 on a GPU that has it, fp16 on another, fp32 on a CPU.
 
     Raises:
-        UserError: none of the pictures can be read (where the cache has no room: at the end of the first pass), or the
+        UserError: none of the images can be read (where the cache has no room: at the end of the first pass), or the
             cache cannot be written.
     """
     batch_size = min(batch_size, MOST_AT_ONCE)
-    source = _Source(model, pictures, np.asarray(rows, np.int64), batch_size, workers, precision)
+    source = _Source(model, images, np.asarray(rows, np.int64), batch_size, workers, precision)
     about = source.about()
     folder = cache_folder() / "features" / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     source.folder = folder
@@ -148,7 +148,7 @@ def features(
     need, free = sum(map(len, missing)) * model.spec.width * 4, free_bytes(folder)
     if need > _SHARE * free:
         log.warning(
-            "features of %s pictures take %.2f GB, and the cache %s has %.2f GB free: each pass computes them anew. "
+            "features of %s images take %.2f GB, and the cache %s has %.2f GB free: each pass computes them anew. "
             "Name a larger folder by IM2EMB_CACHE",
             *(f"{len(rows):,}", need / 1e9, cache_folder(), free / 1e9),
         )
@@ -158,31 +158,31 @@ def features(
         source.keep(missing)
     except UserError as error:
         raise UserError(f"{error}\nFeatures are kept in a cache; IM2EMB_CACHE names another folder for it.") from error
-    log.info("features of %s pictures: %s", f"{len(rows):,}", folder)
+    log.info("features of %s images: %s", f"{len(rows):,}", folder)
     found = Features(source, folder)
     found.bad  # noqa: B018 – says at once what could not be read
     return found
 
 
 Mark = tuple[int, str]
-"""Where in its part a picture stands that could not be read, and why."""
+"""Where in its part an image stands that could not be read, and why."""
 
 
 class _Source:
-    """The pass over the pictures, in parts of whole batches."""
+    """The pass over the images, in parts of whole batches."""
 
     folder: Path
 
     def __init__(
         self,
         model: Regressor,
-        pictures: Pictures,
+        images: ImageDataset,
         rows: Rows,
         batch_size: int,
         workers: int | None,
         precision: torch.dtype | None,
     ) -> None:
-        self.model, self.pictures, self.rows = model, pictures, rows
+        self.model, self.images, self.rows = model, images, rows
         self._batch_size, self._workers = batch_size, workers
         self._precision = precision or half(model.device)
         length = max(_PART // batch_size, 1) * batch_size
@@ -190,14 +190,14 @@ class _Source:
 
     def about(self) -> dict[str, Any]:
         """What the features depend on, as plain JSON."""
-        datasets = self.pictures.by_dataset(self.rows)
+        datasets = self.images.by_dataset(self.rows)
         return {
             "format": _FORMAT,
             "preprocess": PREPROCESS,
             "backbone": asdict(self.model.spec),
             "weights": checksum(self.model.backbone.state_dict()),
-            "datasets": [self.pictures.datasets[number].fingerprint() for number, _, _ in datasets],
-            "pictures": [digest(self.pictures.datasets[number].checksums[own]) for number, _, own in datasets],
+            "datasets": [self.images.datasets[number].fingerprint() for number, _, _ in datasets],
+            "pictures": [digest(self.images.datasets[number].checksums[own]) for number, _, own in datasets],
             "order": digest(self._distinct_rows()),
             "batch_size": self._batch_size,
             "precision": str(self._precision),
@@ -208,12 +208,12 @@ class _Source:
     def _distinct_rows(self) -> Rows:
         """The rows as if the datasets that have none of them were not there."""
         found = np.empty((len(self.rows), 2), np.int64)
-        for n, (_, mine, own) in enumerate(self.pictures.by_dataset(self.rows)):
+        for n, (_, mine, own) in enumerate(self.images.by_dataset(self.rows)):
             found[mine] = np.stack([np.full(len(own), n), own], -1)
         return found
 
     def missing(self) -> list[range]:
-        """The parts that are not kept, or of which a picture was unreadable that is no more."""
+        """The parts that are not kept, or of which an image was unreadable that is no more."""
         return [part for number, part in enumerate(self.parts) if not self._is_kept(number, part)]
 
     def _is_kept(self, number: int, part: range) -> bool:
@@ -221,7 +221,7 @@ class _Source:
         if marks is None:
             return False
         rows = [int(self.rows[part.start + at]) for at, _ in marks]
-        return not any(len(self.pictures.__getitems__([row]).row_B) for row in rows)
+        return not any(len(self.images.__getitems__([row]).row_B) for row in rows)
 
     def _whole_marks(self, number: int) -> list[Mark] | None:
         """The marks of a part that is there and as it was written."""
@@ -261,15 +261,15 @@ class _Source:
 
     @torch.inference_mode()
     def compute(self, parts: list[range]) -> Iterator[tuple[NDArray[np.float32], list[Mark]]]:
-        """Features [n, D] of the readable pictures of each part, and the others; with a bar."""
+        """Features [n, D] of the readable images of each part, and the others; with a bar."""
         if not parts:
             return
         model, device = self.model, self.model.device
         rows = np.concatenate([self.rows[part.start : part.stop] for part in parts])
         order = InOrder(rows, self._batch_size)
-        batches = iter(loader(self.pictures, order, self._workers, pin=device.type == "cuda", keep=False))
+        batches = iter(loader(self.images, order, self._workers, pin=device.type == "cuda", keep=False))
         total = len(self.rows)
-        with progress(total, "picture", "features", initial=total - len(rows)) as bar:
+        with progress(total, "image", "features", initial=total - len(rows)) as bar:
             for part in parts:
                 was_training = model.training
                 model.eval()

@@ -1,8 +1,8 @@
-"""Batches from `datagen.dataset.format`: uint8 pictures of the model's size, the mean of their captions' vectors,
+"""Batches from `datagen.dataset.format`: uint8 images of the model's size, the mean of their captions' vectors,
 weights.
 
-Pictures of several datasets have one numbering. One that cannot be read is left out of its batch, counted and listed.
-B pictures, E target width, S side, N pictures of all datasets.
+Images of several datasets have one numbering. One that cannot be read is left out of its batch, counted and listed.
+B images, E target width, S side, N images of all datasets.
 """
 
 import logging
@@ -35,11 +35,11 @@ class Batch:
     target_BE: torch.Tensor  # noqa: N815
     """Means of the captions' unit vectors: their dot product with z_BE is the score."""
     row_B: torch.Tensor  # noqa: N815
-    """Numbers of the pictures in `Pictures`."""
+    """Numbers of the images in `ImageDataset`."""
     weight_B: torch.Tensor  # noqa: N815
     """How much each counts in the loss, float32; 1 on average over all that is trained on."""
     bad: list[tuple[str, str]]
-    """Label and reason of each picture left out."""
+    """Label and reason of each image left out."""
 
     def pin_memory(self) -> "Batch":
         return self._each(torch.Tensor.pin_memory)
@@ -51,13 +51,13 @@ class Batch:
         return Batch(move(self.image_BCHW), move(self.target_BE), move(self.row_B), move(self.weight_B), self.bad)
 
 
-class Pictures(TorchDataset):
-    """Decoded pictures of datasets at the model's size, numbered through.
+class ImageDataset(TorchDataset):
+    """Decoded images of datasets at the model's size, numbered through.
 
     Args:
         datasets: with the same target vectors.
         preprocessing: of the model.
-        weight_N: how much each picture counts, float32; None: all the same.
+        weight_N: how much each image counts, float32; None: all the same.
 
     Raises:
         UserError: vectors of different encoders.
@@ -70,7 +70,7 @@ class Pictures(TorchDataset):
         self.preprocessing = preprocessing
         self.weight_N = weight_N
         self.offsets = np.cumsum([0, *map(len, self.datasets)])
-        """Number of each dataset's first picture, and of all pictures at the end."""
+        """Number of each dataset's first image, and of all images at the end."""
         self.names = distinct_names(self.datasets)
         _refuse_other_vectors(self.datasets)
 
@@ -83,16 +83,16 @@ class Pictures(TorchDataset):
         return self.datasets[0].width
 
     def place(self, row: int) -> tuple[Dataset, int]:
-        """The dataset of a picture, and its number there."""
+        """The dataset of an image, and its number there."""
         number = self.dataset_of(row)
         return self.datasets[number], int(row - self.offsets[number])
 
     def dataset_of(self, row: int) -> int:
-        """Which of `datasets` a picture is from."""
+        """Which of `datasets` an image is from."""
         return int(np.searchsorted(self.offsets, row, side="right")) - 1
 
     def rows(self, number: int, own: Rows) -> Rows:
-        """Numbers here of the pictures `own` of dataset `number`."""
+        """Numbers here of the images `own` of dataset `number`."""
         return own + self.offsets[number]
 
     def by_dataset(self, rows: Rows) -> list[tuple[int, NDArray[np.bool_], Rows]]:
@@ -110,7 +110,7 @@ class Pictures(TorchDataset):
         return dataset.key(own)
 
     def label(self, row: int) -> str:
-        """What to call a picture in a list: its key, after its dataset's name where there are several."""
+        """What to call an image in a list: its key, after its dataset's name where there are several."""
         name = f"{self.names[self.dataset_of(row)]}/" if len(self.datasets) > 1 else ""
         return f"{name}{self.key(row)}"
 
@@ -123,7 +123,7 @@ class Pictures(TorchDataset):
         return dataset.prompts(own)
 
     def image_bytes(self, row: int) -> bytes:
-        """The encoded picture, as `Dataset.image_bytes` has it."""
+        """The encoded image, as `Dataset.image_bytes` has it."""
         dataset, own = self.place(row)
         return dataset.image_bytes(own)
 
@@ -141,14 +141,14 @@ class Pictures(TorchDataset):
         return dataset.target(own)
 
     def targets(self, rows: Rows) -> NDArray[np.float32]:
-        """`target` of each of these pictures, [n, E]."""
+        """`target` of each of these images, [n, E]."""
         found = np.empty((len(rows), self.width), np.float32)
         for number, mine, own in self.by_dataset(rows):
             found[mine] = self.datasets[number].mean_targets(own)
         return found
 
     def mean_target(self, rows: Rows) -> torch.Tensor:
-        """The direction of the mean of their targets, [E]: what best stands for a picture that nothing is known of."""
+        """The direction of the mean of their targets, [E]: what best stands for an image that nothing is known of."""
         total_E = np.zeros(self.width)
         for first in range(0, len(rows), _AT_ONCE):
             total_E += self.targets(rows[first : first + _AT_ONCE]).sum(0, dtype=np.float64)

@@ -12,7 +12,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from core.errors import UserError
-from train.data.images import Batch, Pictures
+from train.data.images import Batch, ImageDataset
 
 
 class ResumableLoader(DataLoader):
@@ -32,7 +32,7 @@ class ResumableLoader(DataLoader):
 
 
 def loader(
-    pictures: Pictures,
+    images: ImageDataset,
     batches: Sampler[list[int]],
     workers: int | None,
     *,
@@ -44,7 +44,7 @@ def loader(
 
     Args:
         workers: processes that decode. None takes up to 16 beside a GPU; without one the model itself needs the cores,
-            and pictures are decoded between its steps.
+            and images are decoded between its steps.
         keep: whether they stay from one pass to the next.
         ranks: processes like this one that share the machine's cores.
     """
@@ -58,7 +58,7 @@ def loader(
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])
     return ResumableLoader(
-        pictures,
+        images,
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_is,

@@ -1,8 +1,8 @@
-"""How much each picture counts in the loss: by the source of its prompt, and by a file of keys and weights.
+"""How much each image counts in the loss: by the source of its prompt, and by a file of keys and weights.
 
     data.sources={diffusiondb: 2} data.weights=weights.parquet      columns key, weight; and dataset, where keys repeat
 
-N pictures of all datasets.
+N images of all datasets.
 """
 
 import logging
@@ -19,83 +19,83 @@ from pyarrow import csv
 from core.errors import UserError
 
 if TYPE_CHECKING:
-    from train.data.images import Pictures
+    from train.data.images import ImageDataset
 
 log = logging.getLogger(__name__)
 
 _COLUMNS = {"key": pa.string(), "weight": pa.float64(), "dataset": pa.string()}
 
 
-def picture_weights(
-    pictures: "Pictures", rows: NDArray[np.int64], sources: Mapping[str, float], path: Path | None
+def image_weights(
+    images: "ImageDataset", rows: NDArray[np.int64], sources: Mapping[str, float], path: Path | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
     """The rows that count at all, and the weights [N]: 1 on average over those rows, 1 elsewhere; None where all are 1.
 
-    A picture's weight is its source's times its own in the file; what neither names counts 1.
+    An image's weight is its source's times its own in the file; what neither names counts 1.
 
     Args:
-        rows: pictures to train on.
+        rows: images to train on.
         sources: of prompts, and their weights.
         path: .parquet or .csv with the columns key and weight, and dataset (the folder, as it was given) where a key
             is in several datasets.
 
     Raises:
-        UserError: a source that no picture to train on has; a file that cannot be read, or names none of them, or one
+        UserError: a source that no image to train on has; a file that cannot be read, or names none of them, or one
             twice, or has a weight below 0; nothing left.
     """
     if not sources and path is None:
         return rows, None
-    weight_N = np.ones(len(pictures), np.float64)
-    problems = _by_source(pictures, rows, sources, weight_N)
+    weight_N = np.ones(len(images), np.float64)
+    problems = _by_source(images, rows, sources, weight_N)
     if path is not None:
-        problems += _by_key(pictures, rows, path, weight_N)
+        problems += _by_key(images, rows, path, weight_N)
     if problems:
         raise UserError("weights that cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
     kept = rows[weight_N[rows] > 0]
     if not len(kept):
-        raise UserError(f"data.sources, data.weights: all {len(rows):,} pictures count 0; give some a weight above 0")
+        raise UserError(f"data.sources, data.weights: all {len(rows):,} images count 0; give some a weight above 0")
     if len(kept) < len(rows):
-        log.info("%s of %s training pictures count 0 and are left out", f"{len(rows) - len(kept):,}", f"{len(rows):,}")
-    shared_N = np.ones(len(pictures), np.float32)
+        log.info("%s of %s training images count 0 and are left out", f"{len(rows) - len(kept):,}", f"{len(rows):,}")
+    shared_N = np.ones(len(images), np.float32)
     shared_N[kept] = weight_N[kept] / weight_N[kept].mean()
     return kept, shared_N
 
 
 def _by_source(
-    pictures: "Pictures", rows: NDArray[np.int64], sources: Mapping[str, float], weight_N: NDArray[np.float64]
+    images: "ImageDataset", rows: NDArray[np.int64], sources: Mapping[str, float], weight_N: NDArray[np.float64]
 ) -> list[str]:
     if not sources:
         return []
     there: set[str] = set()
-    for number, mine, own in pictures.by_dataset(rows):
-        names, source_of = pictures.datasets[number].sources()
+    for number, mine, own in images.by_dataset(rows):
+        names, source_of = images.datasets[number].sources()
         codes = source_of[own]
         there |= {names[code] for code in np.unique(codes).tolist()}
         weight_N[rows[mine]] *= np.array([sources.get(name, 1) for name in names], np.float64)[codes]
     unknown = sorted(set(sources) - there)
-    return [f"data.sources: {name}: no picture is of it, only of {', '.join(sorted(there))}" for name in unknown]
+    return [f"data.sources: {name}: no image is of it, only of {', '.join(sorted(there))}" for name in unknown]
 
 
-def _by_key(pictures: "Pictures", rows: NDArray[np.int64], path: Path, weight_N: NDArray[np.float64]) -> list[str]:
+def _by_key(images: "ImageDataset", rows: NDArray[np.int64], path: Path, weight_N: NDArray[np.float64]) -> list[str]:
     table = _read(path)
     weights = table["weight"].to_numpy()
     wrong = np.flatnonzero(~(weights >= 0) | np.isinf(weights))
     if len(wrong):
         first = f"{table['key'][int(wrong[0])]}: {weights[wrong[0]]}"
         return [f"{path}: {len(wrong):,} weights are no number from 0 up, the first {first}"]
-    # the picture that each line names, in each dataset
+    # the image that each line names, in each dataset
     keys = table["key"].combine_chunks()
     folders = table["dataset"].to_numpy(zero_copy_only=False) if "dataset" in table.column_names else None
-    trained = [number for number, _, _ in pictures.by_dataset(rows)]
+    trained = [number for number, _, _ in images.by_dataset(rows)]
     row_of = []
     for number in trained:
-        dataset = pictures.datasets[number]
+        dataset = images.datasets[number]
         own = dataset.find(keys)
         there = own >= 0 if folders is None else (own >= 0) & (folders == str(dataset.root))
-        row_of.append(np.where(there, pictures.rows(number, own), -1))
+        row_of.append(np.where(there, images.rows(number, own), -1))
     found = np.stack(row_of)
     several = np.flatnonzero((found >= 0).sum(0) > 1)
-    roots = ", ".join(str(pictures.datasets[n].root) for n in trained)
+    roots = ", ".join(str(images.datasets[n].root) for n in trained)
     if len(several):
         first = keys[int(several[0])]
         return [
@@ -104,12 +104,12 @@ def _by_key(pictures: "Pictures", rows: NDArray[np.int64], path: Path, weight_N:
     row = found.max(0)
     named, counts = np.unique(row[row >= 0], return_counts=True)
     if (counts > 1).any():
-        twice = pictures.label(int(named[counts > 1][0]))
-        return [f"{path}: {(counts > 1).sum():,} pictures are named twice, the first {twice}; keep one line of each"]
+        twice = images.label(int(named[counts > 1][0]))
+        return [f"{path}: {(counts > 1).sum():,} images are named twice, the first {twice}; keep one line of each"]
     if not np.isin(named, rows).any():
         of = "" if folders is None else f" in {', '.join(map(str, table['dataset'].unique().to_pylist()[:3]))}"
         return [
-            f"{path}: none of its {len(keys):,} keys{of} is a picture to train on in {roots}; write it for this dataset"
+            f"{path}: none of its {len(keys):,} keys{of} is an image to train on in {roots}; write it for this dataset"
         ]
     if len(named) < len(keys):
         log.warning("%s: %s of %s keys are of no dataset here", path, f"{len(keys) - len(named):,}", f"{len(keys):,}")

@@ -1,9 +1,9 @@
-"""Which pictures at which step: pure functions of the seed and the step, so that any step can be the first of a run.
+"""Which images at which step: pure functions of the seed and the step, so that any step can be the first of a run.
 
     draws = Draws([Part(rows), Part(noisy_rows, passes=0.5)], seed=0)
     Steps(draws, batch_size=128, steps=1000, first=400, rank=1, world=2, accumulate=4)
 
-A part is a dataset's training pictures. Its units (pictures, or prompts of which one picture is drawn at a time) are
+A part is a dataset's training images. Its units (images, or prompts of which one image is drawn at a time) are
 drawn from one permutation after the other, so that none is drawn once more before all were; an epoch is a stretch of
 that row, mixed with the other parts' stretches.
 """
@@ -22,26 +22,26 @@ from train.config import TrainSettings
 
 Rows = NDArray[np.int64]
 
-_CYCLES, _MIXES, _PICTURES = range(3)  # what a stream of random numbers serves
+_CYCLES, _MIXES, _IMAGES = range(3)  # what a stream of random numbers serves
 
 
 @dataclass(frozen=True)
 class Part:
-    """Pictures of which an epoch draws its share."""
+    """Images of which an epoch draws its share."""
 
     rows: Rows
     """Their numbers."""
     passes: float = 1
     """Draws an epoch as a multiple of the units; above 0."""
     units: NDArray[np.int64] | None = None
-    """[len(rows)]: pictures of one number are a unit, of which a pass draws one; None: each is its own."""
+    """[len(rows)]: images of one number are a unit, of which a pass draws one; None: each is its own."""
 
 
 class Draws:
     """The rows of every epoch.
 
     Args:
-        parts: each of one picture or more.
+        parts: each of one image or more.
         seed: at least 0.
     """
 
@@ -64,17 +64,17 @@ class Draws:
 class _Stream:
     """The endless row of a part's draws: permutation after permutation of its units.
 
-    The n-th permutation draws every unit for the n-th time, and so the picture of each follows from n: pictures of a
+    The n-th permutation draws every unit for the n-th time, and so the image of each follows from n: images of a
     unit take turns, in an order drawn once.
     """
 
     def __init__(self, part: Part, seed: int, number: int) -> None:
         self._key = [seed, _CYCLES, number]
         self._rows = part.rows
-        self._starts: NDArray[np.int64] | None = None  # of each unit's pictures in `_rows`; None: a unit is a picture
+        self._starts: NDArray[np.int64] | None = None  # of each unit's images in `_rows`; None: a unit is an image
         self._units = len(part.rows)
         if part.units is not None:
-            order = np.random.default_rng([seed, _PICTURES, number]).permutation(len(part.rows))
+            order = np.random.default_rng([seed, _IMAGES, number]).permutation(len(part.rows))
             order = order[np.argsort(part.units[order], kind="stable")]
             new = np.diff(part.units[order], prepend=part.units[order[:1]] - 1) != 0
             starts = np.append(np.flatnonzero(new), len(order))
@@ -105,11 +105,11 @@ def per_epoch(draws: int, batch_size: int) -> int:
 class Steps(Sampler[list[int]]):
     """The rows of every micro-batch of a rank: `accumulate` lists a step, from step `first` on.
 
-    Over ranks and micro-batches, a step's lists are its batch, each picture once. Sizes of the ranks' shares differ
+    Over ranks and micro-batches, a step's lists are its batch, each image once. Sizes of the ranks' shares differ
     by one at most, and those of micro-batches not at all.
 
     Raises:
-        UserError: the batch does not divide by ranks × micro-batches, or a rank would have no picture.
+        UserError: the batch does not divide by ranks × micro-batches, or a rank would have no image.
     """
 
     def __init__(
@@ -144,19 +144,19 @@ class Steps(Sampler[list[int]]):
 
 
 def check_shares(batch: int, world: int, accumulate: int) -> None:
-    """Whether a step of `batch` pictures can be dealt out.
+    """Whether a step of `batch` images can be dealt out.
 
     Raises:
-        UserError: it does not divide by ranks × micro-batches, or a rank would have no picture.
+        UserError: it does not divide by ranks × micro-batches, or a rank would have no image.
     """
     if batch < world:
         raise UserError(
-            f"batch_size: a step of {batch} pictures leaves some of the {world} devices none; "
+            f"batch_size: a step of {batch} images leaves some of the {world} devices none; "
             f"take a batch of {world} or more, or fewer devices"
         )
     if accumulate > 1 and batch % (world * accumulate):
         raise UserError(
-            f"batch_size: a step of {batch} pictures does not divide by {world * accumulate}, its micro-batches: "
+            f"batch_size: a step of {batch} images does not divide by {world * accumulate}, its micro-batches: "
             f"{accumulate} on each of {world} devices; take a batch_size that does, or a larger scale.micro_batch"
         )
 
@@ -176,7 +176,7 @@ class InOrder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         starts = [*range(0, len(self._rows), self._batch_size), len(self._rows)]
-        if len(starts) <= self._batches:  # one picture fewer than other ranks, and so a batch: the last one is halved
+        if len(starts) <= self._batches:  # one image fewer than other ranks, and so a batch: the last one is halved
             starts.insert(-1, (starts[-2] + starts[-1] + 1) // 2 if len(starts) > 1 else 0)
         for start, end in itertools.pairwise(starts):
             yield self._rows[start:end].tolist()

@@ -1,13 +1,13 @@
-"""Which pictures train and which validate: folds over the prompts, and no prompt and no image bytes on both sides.
+"""Which images train and which validate: folds over the prompts, and no prompt and no image bytes on both sides.
 
-    fold_rows(pictures, rows, (2, 5), threshold=0.7, seed=0)    the second of five folds
+    fold_rows(images, rows, (2, 5), threshold=0.7, seed=0)    the second of five folds
 
 Images that share a prompt or bytes are a group (datagen/dataset/splits.py) and in one fold. The images of a group of
 more than
 a fifth of all are dealt to all folds instead, and what shares a prompt or bytes with the fold's own is left out of its
 training.
 
-n pictures, c of their captions, d distinct prompts, V prompts of the fold, E width of their vectors.
+n images, c of their captions, d distinct prompts, V prompts of the fold, E width of their vectors.
 """
 
 import logging
@@ -27,7 +27,7 @@ from models.head_init import FIT, JUDGE, NEITHER
 from train.data.counter_rng import uniform
 
 if TYPE_CHECKING:
-    from train.data.images import Pictures
+    from train.data.images import ImageDataset
 
 log = logging.getLogger(__name__)
 
@@ -51,25 +51,25 @@ class Fold:
 
     @property
     def share_purged(self) -> float:
-        """Of the pictures outside the fold."""
+        """Of the images outside the fold."""
         return len(self.purged) / max(len(self.purged) + len(self.train), 1)
 
 
 class Prompts:
-    """The captions of all pictures, each by a number that follows from its text alone."""
+    """The captions of all images, each by a number that follows from its text alone."""
 
-    def __init__(self, pictures: "Pictures") -> None:
-        self._pictures = pictures
-        each = [dataset.caption_starts for dataset in pictures.datasets]
+    def __init__(self, images: "ImageDataset") -> None:
+        self._images = images
+        each = [dataset.caption_starts for dataset in images.datasets]
         self._offsets = np.cumsum([0, *(starts[-1] for starts in each)])
         begins = [starts[:-1] + offset for starts, offset in zip(each, self._offsets[:-1], strict=True)]
         self._starts_N = np.concatenate([*begins, self._offsets[-1:]])
-        self._hash_c = np.concatenate([dataset.prompt_hashes() for dataset in pictures.datasets])
-        contents = [dataset.content_ids for dataset in pictures.datasets]
+        self._hash_c = np.concatenate([dataset.prompt_hashes() for dataset in images.datasets])
+        contents = [dataset.content_ids for dataset in images.datasets]
         self._content_N = np.concatenate(contents)
 
     def of(self, rows: Rows) -> tuple[NDArray[np.int64], Rows, NDArray[np.int64]]:
-        """The captions of pictures, side by side: the number of each text, whose it is (as a place in `rows`), and
+        """The captions of images, side by side: the number of each text, whose it is (as a place in `rows`), and
         where `vectors` finds it."""
         firsts = self._starts_N[rows]
         counts = self._starts_N[rows + 1] - firsts
@@ -79,11 +79,11 @@ class Prompts:
 
     def vectors(self, caption_c: NDArray[np.int64]) -> NDArray[np.float32]:
         """Unit vectors of captions, [c, E]."""
-        found = np.empty((len(caption_c), self._pictures.width), np.float32)
+        found = np.empty((len(caption_c), self._images.width), np.float32)
         dataset_of = np.searchsorted(self._offsets, caption_c, side="right") - 1
         for number in np.unique(dataset_of).tolist():
             mine = dataset_of == number
-            found[mine] = self._pictures.datasets[number].caption_targets(caption_c[mine] - self._offsets[number])
+            found[mine] = self._images.datasets[number].caption_targets(caption_c[mine] - self._offsets[number])
         return found
 
     def links(self, rows: Rows) -> ImageLinks:
@@ -102,7 +102,7 @@ class Prompts:
 
 
 def fold_rows(
-    pictures: "Pictures",
+    images: "ImageDataset",
     rows: Rows,
     fold: tuple[int, int],
     threshold: float,
@@ -118,23 +118,23 @@ def fold_rows(
     fifth of all images: they are dealt out evenly, whatever their named group. Every image is validated in one fold.
 
     Args:
-        rows: pictures to deal out.
+        rows: images to deal out.
         fold: (i, n): the i-th of n, from 1.
-        threshold: a training picture with a caption of this cosine or more to one of the fold's is purged; above 1
+        threshold: a training image with a caption of this cosine or more to one of the fold's is purged; above 1
             purges none.
         device: where the vectors are compared; it does not change the answer.
-        prompts: of `pictures`, where they were read before.
+        prompts: of `images`, where they were read before.
 
     Raises:
         UserError: the fold, or what is left beside it, is empty.
     """
     number, count = fold
-    prompts = prompts or Prompts(pictures)
+    prompts = prompts or Prompts(images)
     links = prompts.links(rows)
     group_n = links.groups()
     in_giant_n = giant_groups(group_n)[group_n]
     label_n = np.zeros(len(rows), np.int64)
-    label_n[~in_giant_n] = _labels(pictures, prompts, rows[~in_giant_n])
+    label_n[~in_giant_n] = _labels(images, prompts, rows[~in_giant_n])
     fold_n = (uniform(torch.from_numpy(label_n), 1, seed)[0] * count).long().numpy()
     giants = links.shuffled(np.flatnonzero(in_giant_n), seed)
     fold_n[giants] = np.arange(len(giants)) * count // max(len(giants), 1)
@@ -149,38 +149,38 @@ def fold_rows(
         empty = "training" if len(val) else "the fold"
         raise UserError(
             f"fold: {number}/{count} leaves nothing to {empty}: {len(np.unique(group_n)):,} prompts or groups in all, "
-            f"{len(made.purged):,} pictures purged at a cosine of {threshold}, {len(made.left_out):,} left out that "
-            "share a prompt or bytes with the fold; take fewer folds, more pictures, or a higher fold_threshold"
+            f"{len(made.purged):,} images purged at a cosine of {threshold}, {len(made.left_out):,} left out that "
+            "share a prompt or bytes with the fold; take fewer folds, more images, or a higher fold_threshold"
         )
     return made
 
 
-def penalty_parts(pictures: "Pictures", rows: Rows) -> NDArray[np.int8]:
+def penalty_parts(images: "ImageDataset", rows: Rows) -> NDArray[np.int8]:
     """Which of `rows` choose a ridge head's penalty, in the parts of `models.head_init`: about a tenth judges, and what
     shares a prompt or bytes with them is not fitted meanwhile.
 
     Where that leaves nothing to judge or to fit, as of images that all have one prompt, every tenth image judges: the
     penalty is then a guess, and no score depends on the split.
     """
-    division = divide(Prompts(pictures).links(rows), min(0.1, _MOST_JUDGED / max(len(rows), 1)), 0)
+    division = divide(Prompts(images).links(rows), min(0.1, _MOST_JUDGED / max(len(rows), 1)), 0)
     part_n = np.where(division.val_n, JUDGE, np.where(division.left_out_n, NEITHER, FIT)).astype(np.int8)
     if not (part_n == JUDGE).any() or not (part_n == FIT).any():
         part_n = np.where(np.arange(len(rows)) % 10 == 0, JUDGE, FIT).astype(np.int8)
     return part_n
 
 
-def without_others_validation(pictures: "Pictures", prompts: Prompts, train: Rows, val: Rows) -> Rows:
+def without_others_validation(images: "ImageDataset", prompts: Prompts, train: Rows, val: Rows) -> Rows:
     """`train` without images that share a prompt or bytes with another dataset's validation; logs how many."""
     seen = np.zeros(len(train), bool)
-    for number, mine, own in pictures.by_dataset(train):
-        others = [pictures.rows(n, theirs) for n, _, theirs in pictures.by_dataset(val) if n != number]
+    for number, mine, own in images.by_dataset(train):
+        others = [images.rows(n, theirs) for n, _, theirs in images.by_dataset(val) if n != number]
         if not others:
             continue
         seen[mine] = prompts.shared(train[mine], np.concatenate(others))
         if seen[mine].any():
             log.warning(
-                "%s: %s of %s training pictures are left out: another dataset validates on their prompts or bytes",
-                pictures.datasets[number].root,
+                "%s: %s of %s training images are left out: another dataset validates on their prompts or bytes",
+                images.datasets[number].root,
                 f"{seen[mine].sum():,}",
                 f"{len(own):,}",
             )
@@ -190,7 +190,7 @@ def without_others_validation(pictures: "Pictures", prompts: Prompts, train: Row
 def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None:
     """
     Args:
-        sets: name → pictures that training must not have seen.
+        sets: name → images that training must not have seen.
 
     Raises:
         UserError: naming each set that has prompts of training.
@@ -203,19 +203,19 @@ def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None
         if shared:
             found.append(
                 f"val: {name}: {shared:,} of its {len(hashes):,} prompts are trained on, so its score would say "
-                f"nothing; make the training pictures with curate.against=[{name}], or leave it out of val=[…]"
+                f"nothing; make the training images with curate.against=[{name}], or leave it out of val=[…]"
             )
     if found:
         raise UserError("\n".join(found))
 
 
-def _labels(pictures: "Pictures", prompts: Prompts, rows: Rows) -> NDArray[np.int64]:
-    """A number for each picture, the same for those that a caption, bytes or a group tie together: [n]."""
+def _labels(images: "ImageDataset", prompts: Prompts, rows: Rows) -> NDArray[np.int64]:
+    """A number for each image, the same for those that a caption, bytes or a group tie together: [n]."""
     group_n = np.zeros(len(rows), np.int64)
-    for number, mine, own in pictures.by_dataset(rows):
-        group_n[mine] = pictures.datasets[number].group_hashes()[own]
+    for number, mine, own in images.by_dataset(rows):
+        group_n[mine] = images.datasets[number].group_hashes()[own]
     grouped = np.flatnonzero(group_n)
-    # groups are the negative numbers: the least of a picture's names is its group, where it has one
+    # groups are the negative numbers: the least of an image's names is its group, where it has one
     links, group_name = prompts.links(rows), group_n[grouped] | -(2**63)
     tied_n = links.groups((grouped, group_name))
     least = np.full(tied_n.max(initial=-1) + 1, 2**63 - 1)
@@ -225,7 +225,7 @@ def _labels(pictures: "Pictures", prompts: Prompts, rows: Rows) -> NDArray[np.in
 
 
 def _near(prompts: Prompts, train: Rows, val: Rows, threshold: float, device: torch.device) -> NDArray[np.bool_]:
-    """Which training pictures have a caption at cosine ≥ threshold to one of the validation pictures': [n].
+    """Which training images have a caption at cosine ≥ threshold to one of the validation images': [n].
 
     Exact: products in single precision decide all but those within its rounding, which double precision decides.
     """

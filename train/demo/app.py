@@ -1,4 +1,4 @@
-"""A page to try a model on pictures of your own: the nearest prompts, and how much of it each baseline accounts for.
+"""A page to try a model on images of your own: the nearest prompts, and how much of it each baseline accounts for.
 
     python -m train.demo
     python -m train.demo checkpoint=bundle bank=prompts.txt baselines=[mean,retrieve]
@@ -38,7 +38,7 @@ class DemoSettings:
     checkpoint: Path | None
     """A checkpoint, a bundle or an ensemble; null takes the newest checkpoints/*/best."""
     run: Path | None
-    """The run whose prompts are the bank and whose pictures knn knows; null takes that of the checkpoint."""
+    """The run whose prompts are the bank and whose images knn knows; null takes that of the checkpoint."""
     bank: Location | None
     """A dataset folder or a file of prompts; null takes the run's training prompts."""
     baselines: tuple[str, ...] | None
@@ -50,9 +50,9 @@ class DemoSettings:
     port: int
     """0 takes any that is free."""
     most_mb: float
-    """Of a picture's file, 10^6 bytes; all that is uploaded may take 50 times as much."""
+    """Of an image's file, 10^6 bytes; all that is uploaded may take 50 times as much."""
     most_pixels: int
-    """Of a picture; a larger one is refused before it is decoded."""
+    """Of an image; a larger one is refused before it is decoded."""
     accelerator: Literal["auto", "cpu", "gpu"]
     browser: bool
     """Opens the page in one."""
@@ -76,29 +76,29 @@ class DemoSettings:
         return {"run": "with checkpoint, bank and no knn or ridge in baselines: nothing of a run is asked for"}
 
 
-def place_of(chosen: DemoSettings) -> tuple[Path, Path | None]:
+def place_of(cfg: DemoSettings) -> tuple[Path, Path | None]:
     """The folder of the model, and that of the run whose data are taken, if there is one.
 
     Raises:
         UserError: there is no model, or the bank or a baseline needs a run.
     """
-    folder = chosen.checkpoint or chosen.run or newest()
+    folder = cfg.checkpoint or cfg.run or newest()
     if not (folder / "config.json").is_file() and (folder / "best/config.json").is_file():
         folder = folder / "best"
     beside = folder.absolute().parent
-    run = chosen.run or (beside if (beside / "settings.json").is_file() else None)
+    run = cfg.run or (beside if (beside / "settings.json").is_file() else None)
     if not (folder / "config.json").is_file():
         raise UserError(f"checkpoint: {folder} is no checkpoint, bundle or ensemble: it has no config.json")
     if run is None:
-        found = [f"baselines: {n} is fitted on pictures" for n in ("knn", "ridge") if n in (chosen.baselines or ())]
-        found += [] if chosen.bank else ["bank: there are no prompts; name a file or a dataset, bank=prompts.txt"]
+        found = [f"baselines: {n} is fitted on images" for n in ("knn", "ridge") if n in (cfg.baselines or ())]
+        found += [] if cfg.bank else ["bank: there are no prompts; name a file or a dataset, bank=prompts.txt"]
         if found:
             raise UserError("\n".join([*found, f"{folder} lies in no run; name one, run=checkpoints/NAME"]))
     return folder, run
 
 
-def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, Words]":
-    """What the page shows pictures to, and what it says of it. Loads the model and has it look at a picture.
+def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, Words]":
+    """What the page shows images to, and what it says of it. Loads the model and has it look at an image.
 
     Args:
         folder, run: as `place_of` gives them.
@@ -116,7 +116,7 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
     from train.evaluate.trained_on import data_of
     from train.scale.devices import device_of
 
-    device = device_of(chosen.accelerator)
+    device = device_of(cfg.accelerator)
     embedder = loader.load_any(folder, device)
     config = json.loads((folder / "config.json").read_text())
     encoder = config["encoder"]
@@ -125,30 +125,30 @@ def prepare(chosen: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo
         values, trained = read_settings(run), checkpoint.read_config(run / "best")
         backbone = trained["backbone"], Preprocessing.from_config(trained)
         data = data_of(values, encoder, backbone[1])
-    targets = (data.pictures.datasets[0].encoder_identity if data else None) or identity_of(config)
+    targets = (data.images.datasets[0].encoder_identity if data else None) or identity_of(config)
     require_same(config, folder, targets, "the run's dataset")
-    if chosen.bank is not None:
+    if cfg.bank is not None:
         bank, told = (
-            prompt_index.from_places([chosen.bank], encoder, device=device.type, identity=targets),
-            str(chosen.bank),
+            prompt_index.from_places([cfg.bank], encoder, device=device.type, identity=targets),
+            str(cfg.bank),
         )
     else:
         assert data is not None
         assert run is not None
-        bank = prompt_index.from_pictures(data.pictures.parts(data.train_rows))
+        bank = prompt_index.from_images(data.images.parts(data.train_rows))
         told = f"the training prompts of {run.absolute().name}"
     evaluate = settings(EvaluateSettings, compose("evaluate", []))
-    names = chosen.baselines if chosen.baselines is not None else ("mean", *(["knn"] if run else []), "retrieve")
+    names = cfg.baselines if cfg.baselines is not None else ("mean", *(["knn"] if run else []), "retrieve")
     if data is not None and {"knn", "ridge"} & {*names}:
         log.info(
-            "demo: knn and ridge need features of %s training pictures: at the first start they are computed now; "
+            "demo: knn and ridge need features of %s training images: at the first start they are computed now; "
             "baselines=[mean,retrieve] starts at once",
             f"{len(data.train_rows):,}",
         )
     contenders = Contenders(evaluate, folder, encoder, targets, data, values, backbone, device)
     baselines = {n: _mean(folder) if n == "mean" else contenders.of(n).make() for n in names if n != "retrieve"}
     retrieve = prompt_index.Retrieve(bank, evaluate.retrieve.neighbours, evaluate.retrieve.power)
-    shown = {"neighbours": chosen.neighbours, "most_pixels": chosen.most_pixels}
+    shown = {"neighbours": cfg.neighbours, "most_pixels": cfg.most_pixels}
     demo = Demo(embedder, bank, baselines, retrieve if "retrieve" in names else None, **shown)
     demo.look(_grey())  # what does not fit together is told now; the first visitor does not wait
     return demo, Words(str(folder), told, len(bank))
@@ -177,16 +177,16 @@ def _grey() -> bytes:
 
 
 def run(values: dict[str, Any]) -> int:
-    chosen = settings(DemoSettings, values)
+    cfg = settings(DemoSettings, values)
     if not importlib.util.find_spec("gradio"):
         raise UserError("the page needs gradio: pip install -e '.[demo]'")
-    folder, place = place_of(chosen)
+    folder, place = place_of(cfg)
     from train.demo.page import open_port, serve
 
-    with open_port(chosen.host, chosen.port) as port:
-        demo, words = prepare(chosen, folder, place)
+    with open_port(cfg.host, cfg.port) as port:
+        demo, words = prepare(cfg, folder, place)
         try:
-            serve(demo, words, port, most_bytes=round(chosen.most_mb * 1e6), browser=chosen.browser)
+            serve(demo, words, port, most_bytes=round(cfg.most_mb * 1e6), browser=cfg.browser)
         except KeyboardInterrupt:  # the way to end it
             log.info("demo: ended")
     return 0

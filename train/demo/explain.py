@@ -1,4 +1,4 @@
-"""What the demo page shows of a picture: the prompts nearest to a model's vector, and the share of each baseline.
+"""What the demo page shows of an image: the prompts nearest to a model's vector, and the share of each baseline.
 
     look = Demo(embedder, bank, {"mean": mean, "knn": knn}).look(file_bytes)
 
@@ -22,7 +22,7 @@ from models.runtime.preprocess import MAX_PIXELS, BadImage, decode
 
 EXPLAINED = {
     "mean": "the mean of all training prompts",
-    "knn": "the prompts of the training pictures most like it",
+    "knn": "the prompts of the training images most like it",
     "ridge": "a linear fit on frozen features",
     "retrieve": "the mean of the nearest prompts",
     **dict.fromkeys(("blip", "blip2", "coca", "clip_interrogator"), "a caption of it"),
@@ -49,7 +49,7 @@ class Retrieved(Protocol):
 
 @dataclass(frozen=True)
 class Part:
-    """A baseline, of a picture."""
+    """A baseline, of an image."""
 
     name: str
     what: str
@@ -58,12 +58,12 @@ class Part:
     cosine: float
     """Of the baseline's vector to the model's."""
     nearest: tuple[float, str] | None
-    """The prompt nearest to the baseline's vector and its cosine; None of one that says the same of any picture."""
+    """The prompt nearest to the baseline's vector and its cosine; None of one that says the same of any image."""
 
 
 @dataclass(frozen=True)
 class Look:
-    """What a model makes of a picture."""
+    """What a model makes of an image."""
 
     nearest: list[tuple[float, str]]
     """Cosine and prompt, the nearest first."""
@@ -73,7 +73,7 @@ class Look:
     width: int
     height: int
     note: str
-    """What was left out of the picture, if anything."""
+    """What was left out of the image, if anything."""
     seconds: float
 
 
@@ -85,7 +85,7 @@ class Demo:
         baselines: by name.
         retrieve: a further baseline, made of the prompts nearest to the model's vector.
         neighbours: prompts shown.
-        most_pixels: of a picture.
+        most_pixels: of an image.
     """
 
     def __init__(
@@ -102,10 +102,10 @@ class Demo:
         self._neighbours, self._most_pixels = neighbours, most_pixels
 
     def look(self, data: bytes) -> Look:
-        """What the model makes of the picture that a file holds.
+        """What the model makes of the image that a file holds.
 
         Raises:
-            BadImage: it is no picture that can be used; the message says why.
+            BadImage: it is no image that can be used; the message says why.
             UserError: the model's vector is zero or not finite, or a baseline's is not finite.
         """
         began = time.perf_counter()
@@ -120,12 +120,12 @@ class Demo:
         if broken:
             left = ",".join(name for name in others if name not in broken)
             raise UserError(
-                f"baselines: the vector of {' and of '.join(broken)} is not finite for this picture; without: "
+                f"baselines: the vector of {' and of '.join(broken)} is not finite for this image; without: "
                 f"baselines=[{left}]"
             )
         other_KE = np.concatenate([np.zeros((0, z_1E.shape[1]), np.float32), *others.values()])
         share_K, rest = shares(z_1E[0], other_KE)
-        # the mean is the same of any picture
+        # the mean is the same of any image
         told = {name: self._bank.nearest(other_1E, 1)[0][0] for name, other_1E in others.items() if name != "mean"}
         parts = [
             Part(name, EXPLAINED.get(name, ""), float(share), float(other_E @ z_1E[0]), told.get(name))
@@ -152,10 +152,10 @@ def shares(z_E: NDArray[np.float32], other_KE: NDArray[np.float32]) -> tuple[NDA
 
 
 def check(data: bytes, most_pixels: int) -> str:
-    """Looks at the head of a picture's file, decoding nothing; returns what of it will be left out, or an empty text.
+    """Looks at the head of an image's file, decoding nothing; returns what of it will be left out, or an empty text.
 
     Raises:
-        BadImage: it is no picture of a kind that browsers know, has more pixels, or a side of over 65,535.
+        BadImage: it is no image of a kind that browsers know, has more pixels, or a side of over 65,535.
     """
     if not data:
         raise BadImage("the file is empty")
@@ -165,19 +165,19 @@ def check(data: bytes, most_pixels: int) -> str:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of size, which is checked here, and of oddities in metadata
-            with Image.open(io.BytesIO(data), formats=kinds) as picture:
-                size = f"{picture.width:,} × {picture.height:,} pixels"
-                if max(picture.size) > _MOST_SIDE:
+            with Image.open(io.BytesIO(data), formats=kinds) as image:
+                size = f"{image.width:,} × {image.height:,} pixels"
+                if max(image.size) > _MOST_SIDE:
                     raise BadImage(f"of {size} a side is over the bound of {_MOST_SIDE:,}")
-                if picture.width * picture.height > most_pixels:
+                if image.width * image.height > most_pixels:
                     raise BadImage(f"{size} are over {bound}")
-                moves = bool(getattr(picture, "is_animated", False))
+                moves = bool(getattr(image, "is_animated", False))
     except BadImage:
         raise
     except Image.DecompressionBombError as error:
         raise BadImage(f"its pixels are over {bound}") from error
     except UnidentifiedImageError as error:
-        raise BadImage(f"the file is no picture of these kinds: {', '.join(kinds)}") from error
+        raise BadImage(f"the file is no image of these kinds: {', '.join(kinds)}") from error
     except Exception as error:  # Pillow raises nearly anything on damaged files
         raise BadImage(f"the file is damaged: {type(error).__name__}: {error}") from error
     return "It moves: the first frame was taken" if moves else ""

@@ -1,4 +1,4 @@
-// The page of train.demo: a picture pasted or dropped anywhere is looked at, also in place of the one that is shown.
+// The page of train.demo: an image pasted or dropped anywhere is looked at, also in place of the one that is shown.
 () => {
   const shown = (selector) => document.querySelector(`#picture ${selector}`);
   const put = async (file) => {

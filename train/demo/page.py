@@ -42,7 +42,7 @@ _STALLED_S = 60  # an upload that broke off, after its last byte
 _SWEEP_S = 30  # between two looks for files to delete
 _UPLOADS = 50  # of the largest size, that may lie on the disk
 _BLOCK = 4096  # bytes of disk that the smallest file takes
-_WAITING = 16  # pictures in the queue; a further one is turned away
+_WAITING = 16  # images in the queue; a further one is turned away
 _PATIENCE_S = 5  # with who goes on sending what was refused
 _FORM = 64_000  # bytes that a form adds to the file in it
 _NO_HOST = "host: {!r} is no address of this machine ({}); 127.0.0.1 is the usual one"
@@ -190,7 +190,7 @@ def _template() -> "jinja2.Template":
 
 
 def said(demo: Demo, words: Words, path: object, uploads: Path) -> tuple[bool, str]:
-    """Whether a file's picture could be looked at, and what the page says of it, as HTML.
+    """Whether a file's image could be looked at, and what the page says of it, as HTML.
 
     Args:
         path: as it was sent: anything.
@@ -207,7 +207,7 @@ def said(demo: Demo, words: Words, path: object, uploads: Path) -> tuple[bool, s
         return True, _template().render(words=words, look=demo.look(data))
     except (BadImage, UserError) as error:
         problem = str(error)
-    except Exception as error:  # else what was said of the picture before would stay beside this one
+    except Exception as error:  # else what was said of the image before would stay beside this one
         log.exception("demo: the model failed")
         problem = f"the model failed: {type(error).__name__}: {error}; see the terminal"
     return False, _template().render(words=words, problem=problem)
@@ -225,43 +225,43 @@ def _app(demo: Demo, words: Words, most_bytes: int, uploads: Path) -> App:
         return None if url_or_file_path is None else str(url_or_file_path)
 
     def show(file: dict[str, Any] | None) -> tuple[Any, str]:
-        """The picture as it is, or none in place of one that cannot be used; and what is said of it."""
+        """The image as it is, or none in place of one that cannot be used; and what is said of it."""
         usable, html = said(demo, words, (file or {}).get("path"), uploads)
         return gr.skip() if usable else None, html
 
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "Arial", "sans-serif"]
     mono = ["ui-monospace", "SF Mono", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace"]
-    with gr.Blocks(title="Picture to prompt", analytics_enabled=False) as blocks:
+    with gr.Blocks(title="Image to prompt", analytics_enabled=False) as blocks:
         gr.HTML(template.render(words=words, masthead=True), elem_id="masthead")
         with gr.Row(elem_id="columns"):
-            picture = gr.Image(
+            image = gr.Image(
                 sources=["upload", "clipboard"],
                 type="filepath",
                 show_label=False,
                 buttons=[],
-                placeholder="# Drop a picture here\nor choose one, or paste one",
+                placeholder="# Drop an image here\nor choose one, or paste one",
                 elem_id="picture",
-                alt_text="The picture that was looked at",
+                alt_text="The image that was looked at",
                 min_width=280,
             )
             # Else gradio would copy any file of this machine (its check is for apps that it launches), or fetch an
             # address. A class of our own would be the clean way, but for each gradio writes a file beside ours.
-            picture.async_move_resource_to_block_cache = taken
+            image.async_move_resource_to_block_cache = taken
             results = gr.HTML(
                 template.render(words=words), elem_id="results", js_on_load=None, min_width=280, apply_default_css=False
             )
-        picture.upload(
+        image.upload(
             show,
-            picture,
-            [picture, results],
+            image,
+            [image, results],
             api_name="look",
-            preprocess=False,  # gradio would decode the picture, whatever its size
+            preprocess=False,  # gradio would decode the image, whatever its size
             concurrency_limit=1,
             show_progress="minimal",
             show_progress_on=results,
             trigger_mode="always_last",
         )
-        picture.clear(None, None, results, js=f"() => {json.dumps(template.render(words=words))}")
+        image.clear(None, None, results, js=f"() => {json.dumps(template.render(words=words))}")
     blocks.queue(max_size=_WAITING, api_open=False)
     return gr.mount_gradio_app(
         FastAPI(),
@@ -356,7 +356,7 @@ class Guard:
         if full:
             bound = f"{_UPLOADS * self._most / 1e6:g} MB ({_UPLOADS} × most_mb)"
             kept = f"{_KEPT_S // 60} minutes"
-            text = f"The pictures of the last {kept} take all of {bound}: try again in {kept}."
+            text = f"The images of the last {kept} take all of {bound}: try again in {kept}."
             await _answer(receive, send, 503, text)
 
     async def _cut(self, scope: Scope, receive: Receive, send: Send) -> None:

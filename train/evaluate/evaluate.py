@@ -5,11 +5,11 @@ python -m train.evaluate embedders=[mean,knn,ridge,regressor,ensemble]
 python -m train.evaluate embedders=[blip,coca,clip_interrogator,retrieve,regressor] run=checkpoints/vith14
 python -m train.evaluate embedders=[checkpoints/a,checkpoints/b,ensemble] dataset=data/comp out=comp_scores
 
-<out>/evaluation.json, report.html, keys.json, pictures.json       all that is told; the page; of each picture
+<out>/evaluation.json, report.html, keys.json, pictures.json       all that is told; the page; of each image
       predictions/NAME.npy [n, E], scores/NAME.npy [n], texts/NAME.json [n]
       ensemble/                                                    as one embedder, where its members are checkpoints
 
-Without `dataset`, a run is judged on its own validation pictures: those of all its datasets together, or its fold.
+Without `dataset`, a run is judged on its own validation images: those of all its datasets together, or its fold.
 Predictions are kept (train/evaluate/prediction_cache.py): what was computed once is read.
 """
 
@@ -29,31 +29,31 @@ from train.run_settings import read_settings
 log = logging.getLogger(__name__)
 
 
-def evaluate(chosen: EvaluateSettings) -> dict[str, Any]:
+def evaluate(cfg: EvaluateSettings) -> dict[str, Any]:
     """Scores the embedders, writes the folder and its page, and returns what `evaluation.json` holds.
 
     Raises:
         UserError: the run, a checkpoint, dataset, bank or embedder cannot be used.
     """
-    if chosen.run is not None:
-        read_settings(chosen.run)
-    page = _page_can_be_drawn(chosen)
+    if cfg.run is not None:
+        read_settings(cfg.run)
+    page = _page_can_be_drawn(cfg)
     from train.evaluate.evaluator import judge  # torch takes seconds: what is wrong above is told before
 
-    judged = judge(chosen)
+    judged = judge(cfg)
     if page:
         from train.evaluate import report
 
-        place = chosen.report or judged.out / "report.html"
+        place = cfg.report or judged.out / "report.html"
         log.info("report: %s", report.write(judged.out, place, judged.trained_on))
     return judged.info
 
 
-def _page_can_be_drawn(chosen: EvaluateSettings) -> bool:
+def _page_can_be_drawn(cfg: EvaluateSettings) -> bool:
     try:
         require_packages("wordcloud")
     except UserError as error:
-        if chosen.report is not None:
+        if cfg.report is not None:
             raise
         log.warning("no page: %s", error)
         return False
@@ -63,7 +63,7 @@ def _page_can_be_drawn(chosen: EvaluateSettings) -> bool:
 def table(info: Mapping[str, Any]) -> str:
     """The scores as text, best first, each with its distance from the best; below them the main embedder's scores by
     source, and the leakage of each embedder."""
-    head = f"{info['images']:,} pictures, {info['split']}"
+    head = f"{info['images']:,} images, {info['split']}"
     ranked = sorted(info["scores"], key=lambda s: -s["mean"])
     wide = max(12, *(len(name) for name in [s["name"] for s in ranked] + list(info["sources"])))
     best = ranked[0]["name"]
@@ -76,7 +76,7 @@ def table(info: Mapping[str, Any]) -> str:
     if len(info["sources"]) > 1:
         lines += ["", f"{'source':<{wide}} {'cosine':>8}   95 % interval      of {info['main']}"]
         by_score = sorted(info["sources"].items(), key=lambda item: -item[1]["mean"])
-        lines += [f"{name:<{wide}} {scored(score)}   {score['images']:,} pictures" for name, score in by_score]
+        lines += [f"{name:<{wide}} {scored(score)}   {score['images']:,} images" for name, score in by_score]
     lines += ["", *_leakage_lines(leakage_of(info), wide)]
     if info["ensemble"]:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in info["ensemble"]["weights"].items())
@@ -94,6 +94,6 @@ def _leakage_lines(leakage: Mapping[str, Leakage], wide: int) -> list[str]:
 
 
 def run(values: dict[str, Any]) -> None:
-    chosen = settings(EvaluateSettings, values)
-    info = evaluate(chosen)
+    cfg = settings(EvaluateSettings, values)
+    info = evaluate(cfg)
     sys.stdout.write(table(info) + "\n")

@@ -1,6 +1,6 @@
-"""Scores of embedders on the same pictures, and all that is told of them: what `python -m train.evaluate` does.
+"""Scores of embedders on the same images, and all that is told of them: what `python -m train.evaluate` does.
 
-n pictures, E target width, m prompts of a bank.
+n images, E target width, m prompts of a bank.
 """
 
 import json
@@ -26,7 +26,7 @@ from models.metrics import bins, compare, cosines, mean_targets, recall
 from models.runtime.preprocess import Preprocessing
 from train.config import BASELINES, CAPTIONERS, EMBEDDERS, FROM_OTHERS, EvaluateSettings, ViewsSettings
 from train.data.datamodule import Data
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.data.splits import Prompts
 from train.evaluate import prompt_index
 from train.evaluate.leakage import Overlap, find_leakage, log_leakage, with_clean_score
@@ -63,19 +63,19 @@ class Judged(NamedTuple):
     out: Path
     """The evaluation's folder."""
     trained_on: list[tuple[Dataset, Rows]] | None
-    """Datasets and their pictures that the run was trained on; None without a run."""
+    """Datasets and their images that the run was trained on; None without a run."""
 
 
 class Subject:
-    """What is judged, and on which pictures.
+    """What is judged, and on which images.
 
     Attributes:
         run: folder of the run; None where none is needed.
         folder: of the regressor; None where none is needed.
         encoder: name of the target encoder.
-        data: the run's pictures, shared out as in its training; None without a run.
-        pictures, rows: to judge on.
-        trained_on: the datasets and pictures that the run was trained on; None without a run.
+        data: the run's images, shared out as in its training; None without a run.
+        images, rows: to judge on.
+        trained_on: the datasets and images that the run was trained on; None without a run.
         out: folder of the evaluation.
         contenders: the embedders by name.
 
@@ -83,24 +83,24 @@ class Subject:
         UserError: the run, a checkpoint or a dataset cannot be used.
     """
 
-    def __init__(self, chosen: EvaluateSettings) -> None:
-        asked, folders = set(chosen.embedders), [Path(name) for name in chosen.embedders if name not in EMBEDDERS]
+    def __init__(self, cfg: EvaluateSettings) -> None:
+        asked, folders = set(cfg.embedders), [Path(name) for name in cfg.embedders if name not in EMBEDDERS]
         regressed = bool(asked & {"regressor", "retrieve", "blend"})
-        fitted = bool(asked & ({*BASELINES} - ({"knn"} if chosen.knn.bank is not None else set())))
-        named = [folder for folder in (chosen.checkpoint, *folders) if folder is not None]
-        self.device = device = device_of(chosen.accelerator)
-        self.run = chosen.run or next((run for folder in named if (run := run_of(folder))), None)
-        if self.run is None and (chosen.dataset is None or fitted or (regressed and chosen.checkpoint is None)):
+        fitted = bool(asked & ({*BASELINES} - ({"knn"} if cfg.knn.bank is not None else set())))
+        named = [folder for folder in (cfg.checkpoint, *folders) if folder is not None]
+        self.device = device = device_of(cfg.accelerator)
+        self.run = cfg.run or next((run for folder in named if (run := run_of(folder))), None)
+        if self.run is None and (cfg.dataset is None or fitted or (regressed and cfg.checkpoint is None)):
             if named:
                 raise UserError(
-                    f"{named[0]} lies in no run, so nothing tells which pictures it has not seen and what baselines "
+                    f"{named[0]} lies in no run, so nothing tells which images it has not seen and what baselines "
                     "are fitted on: name dataset=… to judge it on, or run=…"
                 )
             self.run = newest_run()
             log.info("run: %s, the newest", self.run)
-        self.folder = (chosen.checkpoint or (self.run / "best" if self.run else None)) if regressed else None
+        self.folder = (cfg.checkpoint or (self.run / "best" if self.run else None)) if regressed else None
         about = self.folder or (folders[0] if folders else None) or (self.run / "best" if self.run else None)
-        self.encoder = loader.about(about)["encoder"] if about is not None else _only_encoder(chosen.dataset)
+        self.encoder = loader.about(about)["encoder"] if about is not None else _only_encoder(cfg.dataset)
         settings_of_run = backbone = self.data = None
         if self.run is not None:
             settings_of_run = read_settings(self.run)
@@ -109,27 +109,27 @@ class Subject:
             try:
                 self.data = data_of(settings_of_run, self.encoder, backbone[1], device)
             except UserError as error:
-                if fitted or chosen.dataset is None:
+                if fitted or cfg.dataset is None:
                     raise
-                log.warning("the pictures that %s was trained on cannot be read: %s", self.run, error)
-        if chosen.dataset is not None:
+                log.warning("the images that %s was trained on cannot be read: %s", self.run, error)
+        if cfg.dataset is not None:
             preprocessing = backbone[1] if backbone else Preprocessing(1)  # without a run, nothing takes its squares
-            self.pictures = Pictures([Dataset(chosen.dataset, self.encoder)], preprocessing)
-            self.rows = self.pictures.datasets[0].rows(chosen.split)
+            self.images = ImageDataset([Dataset(cfg.dataset, self.encoder)], preprocessing)
+            self.rows = self.images.datasets[0].rows(cfg.split)
         else:
             assert self.data is not None
-            self.pictures, self.rows = self.data.pictures, rows_of_split(self.data, chosen.split)
-        self.trained_on = None if self.data is None else self.data.pictures.parts(self.data.train_rows)
-        self.out = chosen.out or (self.run or Path()) / "evaluation"
+            self.images, self.rows = self.data.images, rows_of_split(self.data, cfg.split)
+        self.trained_on = None if self.data is None else self.data.images.parts(self.data.train_rows)
+        self.out = cfg.out or (self.run or Path()) / "evaluation"
         kept = (self.out / "ensemble").resolve()
         inside = [place for place in named if kept in (place.resolve(), *place.resolve().parents)]
         if inside:
             raise UserError(f"out: {self.out} would write over {inside[0]}, which is judged; name another out=")
         self.contenders = Contenders(
-            chosen,
+            cfg,
             self.folder,
             self.encoder,
-            self.pictures.datasets[0].encoder_identity or {},
+            self.images.datasets[0].encoder_identity or {},
             self.data,
             settings_of_run,
             backbone,
@@ -138,45 +138,45 @@ class Subject:
 
     @cached_property
     def prompts(self) -> Prompts:
-        """Of `pictures`; a pass over their plans."""
-        read = self.data.prompts if self.data is not None and self.data.pictures is self.pictures else None
-        return read or Prompts(self.pictures)
+        """Of `images`; a pass over their plans."""
+        read = self.data.prompts if self.data is not None and self.data.images is self.images else None
+        return read or Prompts(self.images)
 
 
-def judge(chosen: EvaluateSettings) -> Judged:
+def judge(cfg: EvaluateSettings) -> Judged:
     """Scores the embedders and writes the evaluation's folder.
 
     Raises:
         UserError: a run, checkpoint, dataset, bank or embedder cannot be used; before anything is computed.
     """
-    subject = Subject(chosen)
-    entries = [entry for entry in chosen.embedders if entry not in FROM_OTHERS]
-    if {"retrieve", "blend"} & set(chosen.embedders) and "regressor" not in entries:
+    subject = Subject(cfg)
+    entries = [entry for entry in cfg.embedders if entry not in FROM_OTHERS]
+    if {"retrieve", "blend"} & set(cfg.embedders) and "regressor" not in entries:
         entries.append("regressor")
     known = subject.contenders.all(entries)
-    names = [known[entry].name if entry in known else entry for entry in chosen.embedders]
-    members = _members(chosen, {entry: contender.name for entry, contender in known.items()})
-    bank = _bank(chosen, subject)
+    names = [known[entry].name if entry in known else entry for entry in cfg.embedders]
+    members = _members(cfg, {entry: contender.name for entry, contender in known.items()})
+    bank = _bank(cfg, subject)
     if members:
-        _apart(subject, subject.rows, chosen.ensemble.folds)
-    evaluated = ImageSet(subject.pictures, subject.rows, subject.prompts)
-    overlaps = find_leakage(evaluated, _origins(chosen, subject, members, bank), subject.device)
+        _apart(subject, subject.rows, cfg.ensemble.folds)
+    evaluated = ImageSet(subject.images, subject.rows, subject.prompts)
+    overlaps = find_leakage(evaluated, _origins(cfg, subject, members, bank), subject.device)
     for name in names:
         log_leakage(name, overlaps[name].counts())
-    found = predict(list(known.values()), subject.pictures, subject.rows, chosen.batch_size, chosen.workers)
-    places = [subject.pictures.place(row) for row in found.rows]
+    found = predict(list(known.values()), subject.images, subject.rows, cfg.batch_size, cfg.workers)
+    places = [subject.images.place(row) for row in found.rows]
     targets = [dataset.targets(own) for dataset, own in places]
-    if {"retrieve", "blend"} & set(chosen.embedders):
+    if {"retrieve", "blend"} & set(cfg.embedders):
         assert bank is not None
-        _retrieve(chosen, found, bank)
+        _retrieve(cfg, found, bank)
     row_n = np.array(found.rows)
     readable = np.flatnonzero(np.isin(subject.rows, row_n))
     overlaps = {name: overlap.at(readable) for name, overlap in overlaps.items()}
     prompt_n = _same(subject, row_n)
     told = None
     if members:
-        apart_n = _apart(subject, row_n, chosen.ensemble.folds)
-        told = _combine(chosen, found, members, mean_targets(targets), apart_n)
+        apart_n = _apart(subject, row_n, cfg.ensemble.folds)
+        told = _combine(cfg, found, members, mean_targets(targets), apart_n)
     scores = {name: cosines(found.vectors[name], targets) for name in names}
     intervals, differences = compare(scores, prompt_n)
     if told is not None:
@@ -188,8 +188,8 @@ def judge(chosen: EvaluateSettings) -> Judged:
     breakdown = _breakdown(places, scores, prompt_n, word_n, nearest_n)
     info = {
         "format": FORMAT,
-        "datasets": subject.pictures.origins(row_n),
-        "split": chosen.split,
+        "datasets": subject.images.origins(row_n),
+        "split": cfg.split,
         "encoder": subject.encoder,
         "checkpoint": None if subject.folder is None else str(subject.folder),
         "folders": {name: str(folder) for name, folder in folders.items()},
@@ -209,7 +209,7 @@ def judge(chosen: EvaluateSettings) -> Judged:
     _write(subject, names, found, scores, word_n, nearest_n, info)
     if told is not None:
         try:
-            told["saved"] = _saved(chosen, subject, told, info)
+            told["saved"] = _saved(cfg, subject, told, info)
         except UserError as error:
             log.warning("the ensemble is not saved as one embedder: %s", error)
             told["saved"] = None
@@ -231,23 +231,23 @@ def _only_encoder(dataset: Location | None) -> str:
 
 
 def _origins(
-    chosen: EvaluateSettings, subject: Subject, members: Sequence[str], bank: Bank | None
+    cfg: EvaluateSettings, subject: Subject, members: Sequence[str], bank: Bank | None
 ) -> dict[str, list[Origin]]:
     """Embedder → its training sets; under "", the training images of the run where they are known."""
-    contenders, asked = subject.contenders, chosen.embedders
+    contenders, asked = subject.contenders, cfg.embedders
     by_run = [] if subject.data is None else [_origin_of_run(subject, subject.data)]
     found: dict[str, list[Origin]] = {name: [] for name in asked if name in CAPTIONERS}
     found |= dict.fromkeys(("", *(name for name in BASELINES if name in asked)), by_run)
     if contenders.bank is not None:
-        found["knn"] = [_origin_of_bank(str(chosen.knn.bank), contenders.bank)]
+        found["knn"] = [_origin_of_bank(str(cfg.knn.bank), contenders.bank)]
     for name, folder in contenders.folders.items():
         each = origins(folder, subject.encoder, subject.device)
         found[name] = [next((own for own in by_run if own.name == origin.name), origin) for origin in each]
     for name in (name for name in ("retrieve", "blend") if name in asked):
         assert bank is not None
         regressor = found["regressor"]
-        is_held = chosen.bank is None and by_run and by_run[0] in regressor
-        found[name] = [*regressor, *([] if is_held else [_origin_of_bank(str(chosen.bank or subject.run), bank)])]
+        is_held = cfg.bank is None and by_run and by_run[0] in regressor
+        found[name] = [*regressor, *([] if is_held else [_origin_of_bank(str(cfg.bank or subject.run), bank)])]
     if members:
         found["ensemble"] = [origin for name in members for origin in found[name]]
     return found
@@ -259,10 +259,10 @@ def _origin_of_run(subject: Subject, data: Data) -> Origin:
     values = read_settings(subject.run)
     then = run_origin(subject.run, values, subject.encoder, subject.device, weighted=False)
     sha256 = values.get("dataset_sha256") or []
-    same = all(d.fingerprint() == known for d, known in zip(data.pictures.datasets, sha256, strict=False))
+    same = all(d.fingerprint() == known for d, known in zip(data.images.datasets, sha256, strict=False))
     name = then.name if same else f"{then.name}, datasets as they are now"
-    prompts = subject.prompts if data.pictures is subject.pictures else data.prompts
-    return Origin(name, lambda: ImageSet(data.pictures, data.train_rows, prompts))
+    prompts = subject.prompts if data.images is subject.images else data.prompts
+    return Origin(name, lambda: ImageSet(data.images, data.train_rows, prompts))
 
 
 def _origin_of_bank(place: str, bank: Bank) -> Origin:
@@ -286,16 +286,16 @@ def _leakage(
     return found
 
 
-def _members(chosen: EvaluateSettings, names: Mapping[str, str]) -> list[str]:
+def _members(cfg: EvaluateSettings, names: Mapping[str, str]) -> list[str]:
     """Names of the ensemble's members; none where no ensemble is asked for.
 
     Raises:
         UserError: a member is not among the embedders, or there is only one.
     """
-    if "ensemble" not in chosen.embedders:
+    if "ensemble" not in cfg.embedders:
         return []
-    others = [names.get(entry, entry) for entry in chosen.embedders if entry != "ensemble"]
-    members = [names.get(entry, entry) for entry in chosen.ensemble.members or others]
+    others = [names.get(entry, entry) for entry in cfg.embedders if entry != "ensemble"]
+    members = [names.get(entry, entry) for entry in cfg.ensemble.members or others]
     strangers = [name for name in members if name not in others]
     problems = [f"ensemble.members: {name!r} is not among the embedders, {', '.join(others)}" for name in strangers]
     if len(set(members)) < 2:
@@ -305,30 +305,30 @@ def _members(chosen: EvaluateSettings, names: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(members))
 
 
-def _bank(chosen: EvaluateSettings, subject: Subject) -> Bank | None:
+def _bank(cfg: EvaluateSettings, subject: Subject) -> Bank | None:
     """The prompts to retrieve from: those named, or those that the run was trained on; None without either."""
-    if chosen.bank is not None:
-        device = device_of(chosen.accelerator).type
+    if cfg.bank is not None:
+        device = device_of(cfg.accelerator).type
         return prompt_index.from_places(
-            [chosen.bank],
+            [cfg.bank],
             subject.encoder,
-            column=chosen.column,
+            column=cfg.column,
             device=device,
-            identity=subject.pictures.datasets[0].encoder_identity,
+            identity=subject.images.datasets[0].encoder_identity,
         )
     if subject.trained_on:
-        return prompt_index.from_pictures(subject.trained_on)
-    if {"retrieve", "blend"} & set(chosen.embedders):
+        return prompt_index.from_images(subject.trained_on)
+    if {"retrieve", "blend"} & set(cfg.embedders):
         raise UserError("retrieve and blend need prompts: name bank=DATASET or bank=FILE, or the run=… whose they are")
     return None
 
 
-def _retrieve(chosen: EvaluateSettings, found: Predictions, bank: Bank) -> None:
+def _retrieve(cfg: EvaluateSettings, found: Predictions, bank: Bank) -> None:
     """Adds what the regressor's vectors retrieve."""
     began = time.perf_counter()
     z_nE = found.vectors["regressor"]
-    vector_nE, texts = Retrieve(bank, chosen.retrieve.neighbours, chosen.retrieve.power).from_vectors(z_nE)
-    made = {"retrieve": vector_nE, "blend": prompt_index.blend(z_nE, vector_nE, chosen.retrieve.share)}
+    vector_nE, texts = Retrieve(bank, cfg.retrieve.neighbours, cfg.retrieve.power).from_vectors(z_nE)
+    made = {"retrieve": vector_nE, "blend": prompt_index.blend(z_nE, vector_nE, cfg.retrieve.share)}
     found.texts["retrieve"] = texts
     for name, own in made.items():
         found.vectors[name] = own
@@ -336,27 +336,27 @@ def _retrieve(chosen: EvaluateSettings, found: Predictions, bank: Bank) -> None:
 
 
 def _combine(
-    chosen: EvaluateSettings,
+    cfg: EvaluateSettings,
     found: Predictions,
     members: Sequence[str],
     target_nE: NDArray[np.float64],
     group_n: NDArray[np.int64],
 ) -> dict[str, Any]:
-    """Adds the ensemble, each picture by weights that were fitted on the folds that it is not in."""
+    """Adds the ensemble, each image by weights that were fitted on the folds that it is not in."""
     vectors = [found.vectors[name] for name in members]
     began = time.perf_counter()
-    held_out = ensemble.nested(vectors, target_nE, group_n, folds=chosen.ensemble.folds, names=members)
+    held_out = ensemble.nested(vectors, target_nE, group_n, folds=cfg.ensemble.folds, names=members)
     weight_M = ensemble.fit(vectors, target_nE, names=members)
     found.vectors["ensemble"] = held_out.vector_nE
     found.seconds["ensemble"] = sum(found.seconds[name] for name in members) + time.perf_counter() - began
     return {
         "members": list(members),
         "weights": dict(zip(members, weight_M.tolist(), strict=True)),
-        "folds": chosen.ensemble.folds,
+        "folds": cfg.ensemble.folds,
     }
 
 
-def _saved(chosen: EvaluateSettings, subject: Subject, told: Mapping[str, Any], info: Mapping[str, Any]) -> str | None:
+def _saved(cfg: EvaluateSettings, subject: Subject, told: Mapping[str, Any], info: Mapping[str, Any]) -> str | None:
     """Writes the ensemble as one embedder, where its members are checkpoints; its folder."""
     counted = {name: weight for name, weight in told["weights"].items() if weight >= ensemble.LEAST}
     every = subject.contenders.folders.items()
@@ -373,14 +373,14 @@ def _saved(chosen: EvaluateSettings, subject: Subject, told: Mapping[str, Any], 
         return None
     members = []
     for name, weight in counted.items():
-        views = chosen.tta.get(name, ViewsSettings())
+        views = cfg.tta.get(name, ViewsSettings())
         members.append(ensemble.Member(name, folders[name], weight, views.flip, views.sizes))
     score = next(score for score in info["scores"] if score["name"] == "ensemble")
     score = {**score, "leakage": info["leakage"]["embedders"]["ensemble"]}
     if "ridge" in counted:
         _save_ridge(subject)
     facts = {key: info[key] for key in ("datasets", "split", "images")} | {"score": score, "folds": told["folds"]}
-    facts["run"] = str(subject.run.resolve()) if chosen.dataset is None and subject.run is not None else None
+    facts["run"] = str(subject.run.resolve()) if cfg.dataset is None and subject.run is not None else None
     ensemble.save(subject.out / "ensemble", members, facts)
     return str(subject.out / "ensemble")
 
@@ -391,7 +391,7 @@ def _save_ridge(subject: Subject) -> None:
     assert subject.data is not None
     config = checkpoint.read_config(subject.run / "best")
     _, probes, _ = checkpoint.load_extras(subject.run / "best")
-    mean_E = subject.data.pictures.mean_target(subject.data.train_rows)
+    mean_E = subject.data.images.mean_target(subject.data.train_rows)
     inherited = ("encoder", "encoder_identity", "dataset", "versions")
     facts = {key: config.get(key) for key in inherited} | {"score": None, "step": 0, "steps": 0}
     facts["ridge_of"] = str(subject.run.resolve())
@@ -399,19 +399,19 @@ def _save_ridge(subject: Subject) -> None:
 
 
 def _same(subject: Subject, rows: Rows, *, group: bool = False) -> NDArray[np.int64]:
-    """A number for each picture, the same where they share their prompts; or their group, where they have one."""
+    """A number for each image, the same where they share their prompts; or their group, where they have one."""
     hash_c, owner_c, _ = subject.prompts.of(rows)
     code_2n = np.zeros((2, len(rows)), np.int64)
     np.add.at(code_2n[0], owner_c, hash_c)  # a sum does not ask for the captions' order
-    for number, mine, own in subject.pictures.by_dataset(rows) if group else []:
-        group_o = subject.pictures.datasets[number].group_hashes()[own]
+    for number, mine, own in subject.images.by_dataset(rows) if group else []:
+        group_o = subject.images.datasets[number].group_hashes()[own]
         code_2n[:, mine] = np.where(group_o != 0, np.stack([group_o, np.ones_like(group_o)]), code_2n[:, mine])
     _, first, number_n = np.unique(code_2n, axis=1, return_index=True, return_inverse=True)
-    return np.argsort(np.argsort(first))[number_n.reshape(-1)]  # in the order of the pictures, whatever the hashes are
+    return np.argsort(np.argsort(first))[number_n.reshape(-1)]  # in the order of the images, whatever the hashes are
 
 
 def _apart(subject: Subject, rows: Rows, folds: int) -> NDArray[np.int64]:
-    """A number for each picture, the same where no fold may part them: groups, or prompts where groups are too few.
+    """A number for each image, the same where no fold may part them: groups, or prompts where groups are too few.
 
     Raises:
         UserError: there are fewer prompts than folds.
@@ -420,7 +420,7 @@ def _apart(subject: Subject, rows: Rows, folds: int) -> NDArray[np.int64]:
     found_n = group_n if len(np.unique(group_n)) >= folds else prompt_n
     if len(np.unique(found_n)) < folds:
         raise UserError(
-            f"ensemble.folds: {folds}, but the {len(rows)} pictures have {len(np.unique(found_n))} different prompts"
+            f"ensemble.folds: {folds}, but the {len(rows)} images have {len(np.unique(found_n))} different prompts"
         )
     return found_n
 
@@ -438,7 +438,7 @@ def _breakdown(
     word_n: NDArray[np.float64],
     nearest_n: NDArray[np.float64],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Kind → its parts, each with its pictures and the scores on them."""
+    """Kind → its parts, each with its images and the scores on them."""
     source_n = np.array([dataset.source(own) for dataset, own in places])
     name_n = np.array([dataset.group(own) for dataset, own in places])
     names, counts = np.unique(name_n[name_n != ""], return_counts=True)
@@ -472,7 +472,7 @@ def _breakdown(
 def _retrieval(
     names: Sequence[str], found: Predictions, places: Sequence[tuple[Dataset, int]], bank: Bank | None
 ) -> dict[str, Any]:
-    """How often a picture's own prompt is among the nearest to its vector, of all that were judged and the bank's."""
+    """How often an image's own prompt is among the nearest to its vector, of all that were judged and the bank's."""
     number: dict[str, int] = {}
     own_n: list[list[int]] = []
     vectors: list[NDArray[np.float32]] = []
@@ -488,7 +488,7 @@ def _retrieval(
     with progress(len(names), "embedder", "retrieval") as bar:
         for name in names:
             near_mE = judged_mE
-            if bank is not None:  # nothing else of it is among the first ten of any picture
+            if bank is not None:  # nothing else of it is among the first ten of any image
                 near_mE = np.concatenate([judged_mE, bank.vectors[bank.rivals(found.vectors[name], max(_RANKS))]])
             shares = recall(found.vectors[name], near_mE, own_n, _RANKS)
             scores.append({"name": name, **{f"r{k}": share for k, share in shares.items()}})
@@ -515,7 +515,7 @@ def _write(
             write_json(out / "texts" / f"{name}.json", found.texts[name])
     nearest = [None if np.isnan(value) else round(value, 6) for value in nearest_n.tolist()]
     write_json(out / "pictures.json", {"words": word_n.tolist(), "nearest": nearest})
-    write_json(out / "keys.json", [subject.pictures.key(row) for row in found.rows])
+    write_json(out / "keys.json", [subject.images.key(row) for row in found.rows])
     write_json(out / "evaluation.json", info)
 
 

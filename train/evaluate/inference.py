@@ -1,9 +1,9 @@
-"""What a regressor makes of many pictures, batch by batch: for commands that go through a whole dataset once.
+"""What a regressor makes of many images, batch by batch: for commands that go through a whole dataset once.
 
-    for batch in predictions(model, pictures, rows, batch_size=128, workers=None):
+    for batch in predictions(model, images, rows, batch_size=128, workers=None):
         batch.row_B, batch.z_BE, batch.score_B, batch.bad
 
-B pictures of a batch, E target width.
+B images of a batch, E target width.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from core.progress import progress
 from models.regressor import Regressor
 from train.data.feature_cache import MOST_AT_ONCE
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.data.loader import loader
 from train.data.samplers import InOrder
 
@@ -25,7 +25,7 @@ Rows = NDArray[np.int64]
 
 @dataclasses.dataclass(frozen=True)
 class Predicted:
-    """A batch of a pass over pictures."""
+    """A batch of a pass over images."""
 
     row_B: Rows  # noqa: N815
     """Numbers of those that could be read."""
@@ -40,7 +40,7 @@ class Predicted:
 @torch.inference_mode()
 def predictions(
     model: Regressor,
-    pictures: Pictures,
+    images: ImageDataset,
     rows: Rows,
     *,
     batch_size: int,
@@ -51,7 +51,7 @@ def predictions(
     """What `model` makes of `rows`, in order, batch by batch, with a bar.
 
     Args:
-        model: on its device; `pictures` are of its size.
+        model: on its device; `images` are of its size.
         workers: processes that decode; None decides by the machine.
         dtype: of the products of matrices, as `core.device.half` gives it; None: fp32.
         what: the bar is called.
@@ -59,9 +59,9 @@ def predictions(
     was_training = model.training
     model.eval()
     on_gpu = model.device.type == "cuda"
-    batches = loader(pictures, InOrder(rows, min(batch_size, MOST_AT_ONCE)), workers, pin=on_gpu, keep=False)
+    batches = loader(images, InOrder(rows, min(batch_size, MOST_AT_ONCE)), workers, pin=on_gpu, keep=False)
     try:
-        with progress(len(rows), "picture", what) as bar:
+        with progress(len(rows), "image", what) as bar:
             for batch in batches:
                 z_BE = np.zeros((0, model.width), np.float32)
                 if len(batch.row_B):

@@ -145,8 +145,8 @@ def validation_leakage(
         return {}
     counts = validation_counts(known) if known is not None else None
     if counts is None or set(counts) != set(data.val_names):
-        evaluated = ImageSet(data.pictures, np.concatenate(data.val_sets), data.prompts)
-        trained = Origin("this run", lambda: ImageSet(data.pictures, data.train_rows, data.prompts))
+        evaluated = ImageSet(data.images, np.concatenate(data.val_sets), data.prompts)
+        trained = Origin("this run", lambda: ImageSet(data.images, data.train_rows, data.prompts))
         overlap = find_leakage(evaluated, {"run": [trained, *origins_of_start(cfg, device)]}, device)["run"]
         if device.type == "cuda":
             torch.cuda.empty_cache()  # what fits on the device is measured next

@@ -1,13 +1,13 @@
-"""What a run tells of single pictures: the best and the worst with the prompts they were taken for, and the predictions
+"""What a run tells of single images: the best and the worst with the prompts they were taken for, and the predictions
 of a fold for an ensemble.
 
     tell_of_best(chosen, data, device, logger)      both, at the end of a run
-    shown = worst_and_best(model, pictures, val_rows, score_N, train_rows)
-    write_oof(out / "oof", model, pictures, fold_rows, {"fold": "1/5"}, batch_size=128, workers=None)
+    shown = worst_and_best(model, images, val_rows, score_N, train_rows)
+    write_oof(out / "oof", model, images, fold_rows, {"fold": "1/5"}, batch_size=128, workers=None)
 
 <folder>/predictions.npy [n, E], scores.npy [n], keys.json, fold.json        (write_oof)
 
-N pictures that were scored, B training pictures of a chunk and C captions of theirs, E target width. Without torch
+N images that were scored, B training images of a chunk and C captions of theirs, E target width. Without torch
 until it is needed, so that train.report starts at once.
 """
 
@@ -31,18 +31,18 @@ if TYPE_CHECKING:
     from models.regressor import Regressor
     from train.config import TrainSettings
     from train.data.datamodule import Data
-    from train.data.images import Pictures
+    from train.data.images import ImageDataset
 
 log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-CHUNK = 16_384  # training pictures compared at a time: 25 MB of vectors
+CHUNK = 16_384  # training images compared at a time: 25 MB of vectors
 
 
 @dataclass(frozen=True)
 class Shown:
-    """One validation picture of a table."""
+    """One validation image of a table."""
 
     kind: str
     """best, middle or worst."""
@@ -56,36 +56,36 @@ class Shown:
 
 
 def tell_of_best(
-    chosen: "TrainSettings", data: "Data", device: "torch.device", logger: "WandbLogger | None" = None
+    cfg: "TrainSettings", data: "Data", device: "torch.device", logger: "WandbLogger | None" = None
 ) -> None:
     """What a run that ends tells of its best checkpoint: `<out>/oof` with fold=i/n, and its table for wandb.
 
     Raises:
-        UserError: the disk is full, or no validation picture can be read.
+        UserError: the disk is full, or no validation image can be read.
     """
-    if not len(data.val_rows) or (chosen.fold is None and logger is None):
+    if not len(data.val_rows) or (cfg.fold is None and logger is None):
         return
     from core.device import half
     from models import checkpoint
     from train.evaluate.inference import predictions
 
-    folder = chosen.out / "best"
+    folder = cfg.out / "best"
     config = checkpoint.read_config(folder)
     step, leakage = config.get("step"), (config.get("score") or {}).get("leakage")
     model = checkpoint.load(folder).to(device)
-    how = {"batch_size": chosen.batch_size, "workers": chosen.scale.workers, "dtype": half(device)}
-    if chosen.fold is not None:
-        facts = {"run": chosen.name, "fold": chosen.fold, "encoder": chosen.encoder, "checkpoint": str(folder)}
+    how = {"batch_size": cfg.batch_size, "workers": cfg.scale.workers, "dtype": half(device)}
+    if cfg.fold is not None:
+        facts = {"run": cfg.name, "fold": cfg.fold, "encoder": cfg.encoder, "checkpoint": str(folder)}
         facts |= {"step": step, "leakage": leakage}
         found = write_oof(
-            chosen.out / "oof", model, data.pictures, data.val_rows, {**facts, "step": step, "leakage": leakage}, **how
+            cfg.out / "oof", model, data.images, data.val_rows, {**facts, "step": step, "leakage": leakage}, **how
         )
-        log.info("out of fold %s: cosine %.4f [%.4f, %.4f]: %s", chosen.fold, *found, chosen.out / "oof")
+        log.info("out of fold %s: cosine %.4f [%.4f, %.4f]: %s", cfg.fold, *found, cfg.out / "oof")
     if logger is not None:
-        batches = list(predictions(model, data.pictures, data.val_rows, what="pictures for wandb", **how))
+        batches = list(predictions(model, data.images, data.val_rows, what="images for wandb", **how))
         row_N, score_N = (np.concatenate([getattr(b, name) for b in batches]) for name in ("row_B", "score_B"))
-        shown = worst_and_best(model, data.pictures, row_N, score_N, data.train_rows)
-        log_to_wandb(logger, data.pictures, shown, step)
+        shown = worst_and_best(model, data.images, row_N, score_N, data.train_rows)
+        log_to_wandb(logger, data.images, shown, step)
         logger.experiment.summary["val/leakage"] = leakage
 
 
@@ -104,7 +104,7 @@ def nearest_prompts(
     """For each vector, the `count` distinct prompts that lie closest to it, with their cosines, the closest first.
 
     Args:
-        parts: datasets, opened with the encoder that the vectors belong to, with the pictures whose prompts to take.
+        parts: datasets, opened with the encoder that the vectors belong to, with the images whose prompts to take.
     """
     found: list[dict[str, float]] = [{} for _ in vector_NE]
     for dataset, rows in parts:
@@ -112,13 +112,13 @@ def nearest_prompts(
         for start in range(0, len(rows), CHUNK):
             chunk = rows[start : start + CHUNK]
             counts_B = starts[chunk + 1] - starts[chunk]
-            picture_C = np.repeat(chunk, counts_B)
-            caption_C = np.arange(len(picture_C)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
-            cosine_NC = vector_NE @ dataset.caption_targets(starts[picture_C] + caption_C).T
+            image_C = np.repeat(chunk, counts_B)
+            caption_C = np.arange(len(image_C)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
+            cosine_NC = vector_NE @ dataset.caption_targets(starts[image_C] + caption_C).T
             for kept, cosine_C in zip(found, cosine_NC, strict=True):
                 seen: set[str] = set()
                 for c in np.argsort(-cosine_C, kind="stable"):
-                    prompt = dataset.prompts(int(picture_C[c]))[caption_C[c]]
+                    prompt = dataset.prompts(int(image_C[c]))[caption_C[c]]
                     kept[prompt] = max(float(cosine_C[c]), kept.get(prompt, -1.0))
                     seen.add(prompt)
                     if len(seen) == count:
@@ -129,7 +129,7 @@ def nearest_prompts(
 
 def worst_and_best(
     model: "Regressor",
-    pictures: "Pictures",
+    images: "ImageDataset",
     row_N: Rows,
     score_N: NDArray[np.floating],
     train_rows: Rows,
@@ -137,11 +137,11 @@ def worst_and_best(
     count: int = 8,
     nearest: int = 3,
 ) -> list[Shown]:
-    """The best and the worst `count` of validated pictures, each with the training prompts it was taken for.
+    """The best and the worst `count` of validated images, each with the training prompts it was taken for.
 
     Args:
         model: that scored them; it predicts the shown ones again.
-        row_N: the pictures that were scored.
+        row_N: the images that were scored.
         score_N: the cosine of each.
         train_rows: whose prompts to compare with; each target is read once.
     """
@@ -150,31 +150,31 @@ def worst_and_best(
     if not shown:
         return []
     was_training = model.training
-    vector_NE = model.embed([pictures.decoded(int(row_N[n])) for _, n in shown]).numpy()
+    vector_NE = model.embed([images.decoded(int(row_N[n])) for _, n in shown]).numpy()
     model.train(was_training)
-    near = nearest_prompts(pictures.parts(train_rows), vector_NE, nearest)
+    near = nearest_prompts(images.parts(train_rows), vector_NE, nearest)
     rows = [int(row_N[n]) for _, n in shown]
     return [
-        Shown(kind, row, pictures.key(row), " / ".join(pictures.prompts(row)), float(score_N[n]), prompts)
+        Shown(kind, row, images.key(row), " / ".join(images.prompts(row)), float(score_N[n]), prompts)
         for (kind, n), row, prompts in zip(shown, rows, near, strict=True)
     ]
 
 
 def log_to_wandb(
-    logger: "WandbLogger", pictures: "Pictures", shown: Sequence[Shown], step: int | None = None, side: int = 256
+    logger: "WandbLogger", images: "ImageDataset", shown: Sequence[Shown], step: int | None = None, side: int = 256
 ) -> None:
     """Logs the table `val/pictures`; works offline, too.
 
     Args:
         step: that they were scored at.
-        side: pictures larger than this are shown at this size, px.
+        side: images larger than this are shown at this size, px.
     """
     import wandb
     from PIL import Image
 
     data = []
     for one in shown:
-        image = Image.fromarray(pictures.decoded(one.row).permute(1, 2, 0).numpy())
+        image = Image.fromarray(images.decoded(one.row).permute(1, 2, 0).numpy())
         image.thumbnail((side, side))
         near = "\n".join(f"{cosine:.2f} {prompt}" for cosine, prompt in one.near)
         data.append([wandb.Image(image), one.kind, one.score, one.prompt, near, one.key])
@@ -185,7 +185,7 @@ def log_to_wandb(
 def write_oof(
     folder: Path,
     model: "Regressor",
-    pictures: "Pictures",
+    images: "ImageDataset",
     rows: Rows,
     facts: Mapping[str, Any],
     *,
@@ -202,7 +202,7 @@ def write_oof(
         dtype: of the products of matrices, as `core.device.half` gives it; None: fp32.
 
     Raises:
-        UserError: no picture could be read, or the disk is full; what was there still is.
+        UserError: no image could be read, or the disk is full; what was there still is.
     """
     from models import checkpoint
     from train.evaluate.inference import predictions
@@ -211,9 +211,7 @@ def write_oof(
     scores: list[NDArray[np.float32]] = []
     skipped: list[dict[str, str]] = []
     read: list[Rows] = []
-    batches = predictions(
-        model, pictures, rows, batch_size=batch_size, workers=workers, dtype=dtype, what="out of fold"
-    )
+    batches = predictions(model, images, rows, batch_size=batch_size, workers=workers, dtype=dtype, what="out of fold")
     with checkpoint.replacing(folder) as part:
         with (part / "predictions.npy").open("wb") as file:
             _head(file, len(rows), model.width)
@@ -222,15 +220,15 @@ def write_oof(
                 scores.append(batch.score_B.astype(np.float32))
                 skipped += [{"key": key, "reason": reason} for key, reason in batch.bad]
                 read.append(batch.row_B)
-                keys += [pictures.key(row) for row in batch.row_B.tolist()]
+                keys += [images.key(row) for row in batch.row_B.tolist()]
             if not keys:
-                raise UserError(f"none of the {len(rows)} pictures of the fold could be read; the first: {skipped[:1]}")
+                raise UserError(f"none of the {len(rows)} images of the fold could be read; the first: {skipped[:1]}")
             file.seek(0)
             _head(file, len(keys), model.width)  # as many as could be read
         score_N = np.concatenate(scores)
         interval = bootstrap(score_N.astype(np.float64))
         np.save(part / "scores.npy", score_N)
-        datasets = pictures.origins(np.concatenate(read))
+        datasets = images.origins(np.concatenate(read))
         info = {**facts, **interval._asdict(), "images": len(keys), "datasets": datasets, "skipped": skipped}
         for name, value in (("keys.json", keys), ("fold.json", info)):
             (part / name).write_bytes(json_bytes(value))

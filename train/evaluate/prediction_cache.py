@@ -1,12 +1,12 @@
-"""Predictions of embedders on pictures, computed once and kept on disk.
+"""Predictions of embedders on images, computed once and kept on disk.
 
-<cache>/predictions/<hash>/about.json       what the vectors depend on: the embedder, the pictures, their order
-                           000000.npz       those of a part of the pictures: z [n, E], unread, texts, seconds; a
+<cache>/predictions/<hash>/about.json       what the vectors depend on: the embedder, the images, their order
+                           000000.npz       those of a part of the images: z [n, E], unread, texts, seconds; a
                                             checksum at its end: a damaged part is computed again
 
 <cache> is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; remove what you please. An embedder is loaded when a
 part of its predictions is missing, and not before; a pass that was killed goes on where it was.
-B pictures of a batch, n pictures that could be read, E target width.
+B images of a batch, n images that could be read, E target width.
 """
 
 import gc
@@ -33,14 +33,14 @@ from datagen.dataset.format import CorruptImage, cache_folder, write_atomically,
 from models.embedder import Embedder
 from models.runtime.preprocess import PREPROCESS, BadImage
 from train.data.feature_cache import digest
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 
 log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
 _FORMAT = 3  # of what is kept
-_PART = 512  # pictures: what a kill costs
+_PART = 512  # images: what a kill costs
 _THREADS = 8  # that decode; decoders let go of the interpreter's lock
 
 
@@ -50,39 +50,39 @@ class Contender:
 
     name: str
     identity: Callable[[], dict[str, Any]]
-    """All that its vectors depend on beside the pictures, as plain JSON; cheap, and loads no model."""
+    """All that its vectors depend on beside the images, as plain JSON; cheap, and loads no model."""
     make: Callable[[], Embedder]
     alone: bool = False
-    """Too large to be loaded beside others; what it makes of a picture is the same in every batch, but for rounding."""
+    """Too large to be loaded beside others; what it makes of an image is the same in every batch, but for rounding."""
 
 
 @dataclass
 class Predictions:
     rows: list[int] = field(default_factory=list)
-    """The pictures that could be read."""
+    """The images that could be read."""
     skipped: list[dict[str, str]] = field(default_factory=list)
     """Key and reason of each that could not."""
     vectors: dict[str, NDArray[np.float32]] = field(default_factory=dict)
     """Name → [n, E]."""
     texts: dict[str, list[str]] = field(default_factory=dict)
-    """Name → what it says of each picture, where it does."""
+    """Name → what it says of each image, where it does."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Name → what its vectors took when they were computed."""
 
 
 @dataclass
 class _Part:
-    """What an embedder makes of a part of the pictures."""
+    """What an embedder makes of a part of the images."""
 
     z_nE: NDArray[np.float32]  # noqa: N815
     unread: list[tuple[int, str]]
-    """Where in the part a picture stands that could not be read, and why."""
+    """Where in the part an image stands that could not be read, and why."""
     texts: list[str] | None
     seconds: float
 
 
 def predict(
-    contenders: Sequence[Contender], pictures: Pictures, rows: Rows, batch_size: int, workers: int | None = None
+    contenders: Sequence[Contender], images: ImageDataset, rows: Rows, batch_size: int, workers: int | None = None
 ) -> Predictions:
     """What each embedder makes of `rows`, in order.
 
@@ -90,67 +90,67 @@ def predict(
         workers: threads that decode images, at least one; None takes 8.
 
     Raises:
-        UserError: no picture can be read, a vector is not finite or not of the targets' width, or the cache is full.
+        UserError: no image can be read, a vector is not finite or not of the targets' width, or the cache is full.
     """
-    folders = _folders(contenders, pictures, rows, batch_size)
+    folders = _folders(contenders, images, rows, batch_size)
     together = [c for c in contenders if not c.alone]
     passes = [[c] for c in contenders if c.alone] + ([together] if together else [])
     threads = _THREADS if workers is None else max(workers, 1)
-    found = [_pass(group, folders, pictures, rows, batch_size, threads) for group in passes]
+    found = [_pass(group, folders, images, rows, batch_size, threads) for group in passes]
     first = found[0]
     if any(other.rows != first.rows for other in found):
-        raise UserError("some pictures could be read at one time and not at another: run it again")
+        raise UserError("some images could be read at one time and not at another: run it again")
     for other in found[1:]:
         first.vectors |= other.vectors
         first.texts |= other.texts
         first.seconds |= other.seconds
     if not first.rows:
-        where = " and ".join(str(d.root) for d in pictures.datasets)
-        raise UserError(f"none of the {len(rows)} pictures of {where} could be read; the first: {first.skipped[0]}")
+        where = " and ".join(str(d.root) for d in images.datasets)
+        raise UserError(f"none of the {len(rows)} images of {where} could be read; the first: {first.skipped[0]}")
     if first.skipped:
-        log.warning("%d of %d pictures could not be read; evaluation.json lists them", len(first.skipped), len(rows))
+        log.warning("%d of %d images could not be read; evaluation.json lists them", len(first.skipped), len(rows))
     return first
 
 
 def _pass(
     contenders: Sequence[Contender],
     kept_in: Mapping[str, Path],
-    pictures: Pictures,
+    images: ImageDataset,
     rows: Rows,
     batch_size: int,
     threads: int,
 ) -> Predictions:
-    """One pass over the pictures, for embedders that are in memory together."""
+    """One pass over the images, for embedders that are in memory together."""
     folders = {c.name: kept_in[c.name] for c in contenders}
     makers = {c.name: c.make for c in contenders}
     loaded: dict[str, Embedder] = {}
     found = Predictions(seconds=dict.fromkeys(folders, 0.0))
     vectors: dict[str, list[NDArray[np.float32]]] = {name: [] for name in folders}
     with (
-        progress(len(rows), "picture", "evaluate " + ", ".join(folders)) as bar,
+        progress(len(rows), "image", "evaluate " + ", ".join(folders)) as bar,
         ThreadPoolExecutor(threads) as pool,
     ):
         for number, start in enumerate(range(0, len(rows), _PART)):
             part = rows[start : start + _PART].tolist()
             files = {name: folder / f"{number:06d}.npz" for name, folder in folders.items()}
-            known = {name: kept for name, file in files.items() if (kept := _read(file, pictures, part)) is not None}
+            known = {name: kept for name, file in files.items() if (kept := _read(file, images, part)) is not None}
             missing = [name for name in files if name not in known]
             for name in missing:
                 if name not in loaded:
                     loaded[name] = makers[name]()
-            known |= _compute({name: loaded[name] for name in missing}, pictures, part, batch_size, pool)
+            known |= _compute({name: loaded[name] for name in missing}, images, part, batch_size, pool)
             for name in missing:
                 _write(files[name], known[name])
             unread = next(iter(known.values())).unread
             places = [at for at, _ in unread]
             if any([at for at, _ in other.unread] != places for other in known.values()):
                 raise UserError(
-                    f"some pictures of {' and '.join(pictures.names)} can be read at one time and not at another; "
+                    f"some images of {' and '.join(images.names)} can be read at one time and not at another; "
                     f"run it again, and if this stays, remove {', '.join(str(folder) for folder in folders.values())}"
                 )
             bad = dict(unread)
             found.rows += [row for at, row in enumerate(part) if at not in bad]
-            found.skipped += [{"key": pictures.label(part[at]), "reason": why} for at, why in unread]
+            found.skipped += [{"key": images.label(part[at]), "reason": why} for at, why in unread]
             for name, own in known.items():
                 vectors[name].append(own.z_nE)
                 found.seconds[name] += own.seconds
@@ -165,20 +165,20 @@ def _pass(
     return found
 
 
-def _folders(contenders: Sequence[Contender], pictures: Pictures, rows: Rows, batch_size: int) -> dict[str, Path]:
+def _folders(contenders: Sequence[Contender], images: ImageDataset, rows: Rows, batch_size: int) -> dict[str, Path]:
     """Where the predictions of each are kept.
 
     Raises:
         UserError: naming all that cannot be used.
     """
-    order = np.stack([np.searchsorted(pictures.offsets, rows, side="right") - 1, rows])
+    order = np.stack([np.searchsorted(images.offsets, rows, side="right") - 1, rows])
     whose = {
         "format": _FORMAT,
         "preprocess": PREPROCESS,
-        "datasets": [dataset.fingerprint() for dataset in pictures.datasets],
-        "checksums": [digest(dataset.checksums) for dataset in pictures.datasets],
+        "datasets": [dataset.fingerprint() for dataset in images.datasets],
+        "checksums": [digest(dataset.checksums) for dataset in images.datasets],
         "order": digest(order),
-        "width": pictures.width,
+        "width": images.width,
         "torch": torch.__version__,
     }
     found, problems = {}, []
@@ -198,8 +198,8 @@ def _folders(contenders: Sequence[Contender], pictures: Pictures, rows: Rows, ba
     return found
 
 
-def _read(file: Path, pictures: Pictures, part: Sequence[int]) -> _Part | None:
-    """What is kept of a part; None where it is not, is damaged, or lacks a picture that can be read by now."""
+def _read(file: Path, images: ImageDataset, part: Sequence[int]) -> _Part | None:
+    """What is kept of a part; None where it is not, is damaged, or lacks an image that can be read by now."""
     try:
         with np.load(io.BytesIO(read_checked(file)), allow_pickle=False) as kept:
             facts = json.loads(kept["facts"].tobytes())
@@ -210,7 +210,7 @@ def _read(file: Path, pictures: Pictures, part: Sequence[int]) -> _Part | None:
         log.warning("%s is damaged: %s. Its predictions are computed again", file, error)
         return None
     unread = [(at, why) for at, why in facts["unread"]]
-    readable = any(not isinstance(_decoded(pictures, part[at]), str) for at, _ in unread)
+    readable = any(not isinstance(_decoded(images, part[at]), str) for at, _ in unread)
     if readable or len(z_nE) != len(part) - len(unread):
         return None
     return _Part(z_nE, unread, facts["texts"], facts["seconds"])
@@ -231,7 +231,7 @@ def _write(file: Path, part: _Part) -> None:
 
 def _compute(
     embedders: Mapping[str, Embedder],
-    pictures: Pictures,
+    dataset: ImageDataset,
     part: Sequence[int],
     batch_size: int,
     pool: ThreadPoolExecutor,
@@ -239,9 +239,9 @@ def _compute(
     """The part's vectors by each embedder."""
     if not embedders:
         return {}
-    made = {name: _Part(np.zeros((0, pictures.width), np.float32), [], None, 0.0) for name in embedders}
+    made = {name: _Part(np.zeros((0, dataset.width), np.float32), [], None, 0.0) for name in embedders}
     vectors: dict[str, list[NDArray[np.float32]]] = {name: [] for name in embedders}
-    for start, batch in _batches(pictures, part, batch_size, pool):
+    for start, batch in _batches(dataset, part, batch_size, pool):
         images = [image for image in batch if not isinstance(image, str)]
         unread = [(start + at, why) for at, why in enumerate(batch) if isinstance(why, str)]
         for name, embedder in embedders.items():
@@ -256,7 +256,7 @@ def _compute(
                 z_BE, texts = describe(images)
                 own.texts = (own.texts or []) + texts
             own.seconds += time.perf_counter() - began
-            vectors[name].append(_sound(name, z_BE.float().numpy(), pictures.width))
+            vectors[name].append(_sound(name, z_BE.float().numpy(), dataset.width))
     for name, own in made.items():
         own.z_nE = np.concatenate([own.z_nE, *vectors[name]])
         own.seconds = round(own.seconds, 3)
@@ -264,12 +264,12 @@ def _compute(
 
 
 def _batches(
-    pictures: Pictures, part: Sequence[int], batch_size: int, pool: ThreadPoolExecutor
+    images: ImageDataset, part: Sequence[int], batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, list[torch.Tensor | str]]]:
-    """Decoded pictures, or what is wrong with them, with the place of the first; the next ones decode meanwhile."""
+    """Decoded images, or what is wrong with them, with the place of the first; the next ones decode meanwhile."""
     waiting: deque[tuple[int, list[Future[torch.Tensor | str]]]] = deque()
     for start in range(0, len(part), batch_size):
-        waiting.append((start, [pool.submit(_decoded, pictures, row) for row in part[start : start + batch_size]]))
+        waiting.append((start, [pool.submit(_decoded, images, row) for row in part[start : start + batch_size]]))
         if len(waiting) > 1:
             at, batch = waiting.popleft()
             yield at, [one.result() for one in batch]
@@ -277,9 +277,9 @@ def _batches(
         yield at, [one.result() for one in batch]
 
 
-def _decoded(pictures: Pictures, row: int) -> torch.Tensor | str:
+def _decoded(images: ImageDataset, row: int) -> torch.Tensor | str:
     try:
-        return pictures.decoded(row)
+        return images.decoded(row)
     except (CorruptImage, BadImage) as error:
         return str(error)
 

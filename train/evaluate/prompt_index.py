@@ -256,11 +256,11 @@ def _kinds(vector_uE: Floats) -> Rows:
 # -------------------------------------------------------------------------------------------------------- where from
 
 
-def from_pictures(parts: Iterable[tuple[Dataset, Rows]], *, exact: bool | None = None) -> Bank:
-    """The captions of these pictures, as a run has shared them out.
+def from_images(parts: Iterable[tuple[Dataset, Rows]], *, exact: bool | None = None) -> Bank:
+    """The captions of these images, as a run has shared them out.
 
     Args:
-        parts: datasets, opened with one encoder, with the numbers of the pictures.
+        parts: datasets, opened with one encoder, with the numbers of the images.
         exact: as in `Bank`.
 
     Raises:
@@ -282,7 +282,7 @@ def from_places(
     """The prompts of dataset folders, and of files: .txt with one a line, or a column of .csv, .tsv, .jsonl, .json or
     .parquet.
 
-    A dataset gives the prompts of one split, unless told otherwise of `train`: those of its validation pictures are
+    A dataset gives the prompts of one split, unless told otherwise of `train`: those of its validation images are
     not in the bank. A file gives all that `datagen.prompts.captions` takes for text.
 
     Args:
@@ -405,15 +405,15 @@ class _File:
 
 
 class _Captions:
-    """The captions of some pictures of a dataset."""
+    """The captions of some images of a dataset."""
 
-    def __init__(self, dataset: Dataset, pictures: Rows) -> None:
+    def __init__(self, dataset: Dataset, images: Rows) -> None:
         self.name, self._dataset = str(dataset.root), dataset
         starts = dataset.caption_starts
-        count_p = starts[pictures + 1] - starts[pictures]
+        count_p = starts[images + 1] - starts[images]
         within = np.arange(count_p.sum()) - np.repeat(np.cumsum(count_p) - count_p, count_p)
-        self._row_n: Rows = np.repeat(starts[pictures], count_p) + within
-        ids = [dataset.prompt_ids(i) for i in pictures.tolist()]
+        self._row_n: Rows = np.repeat(starts[images], count_p) + within
+        ids = [dataset.prompt_ids(i) for i in images.tolist()]
         plan = shards.read_plan(dataset.root).select(["prompt_id", "prompt"])
         known, first = np.unique(plan["prompt_id"].to_numpy(), return_index=True)
         at = first[np.searchsorted(known, np.concatenate(ids))] if ids else np.zeros(0, np.int64)

@@ -1,9 +1,9 @@
-"""The embedders of an evaluation by their names: checkpoints, baselines fitted on the run's pictures, captioners.
+"""The embedders of an evaluation by their names: checkpoints, baselines fitted on the run's images, captioners.
 
     contenders = Contenders(chosen, place, data, device)
     contenders.of("regressor"), contenders.of("checkpoints/vith14")
 
-What they are made of is found out when they are first needed. n training pictures, D feature width, E target width.
+What they are made of is found out when they are first needed. n training images, D feature width, E target width.
 """
 
 import re
@@ -35,7 +35,7 @@ from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
 from train.data.datamodule import Data
 from train.data.encoders import require_same
 from train.data.feature_cache import Features, digest, features
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.data.splits import penalty_parts
 from train.evaluate.prediction_cache import Contender
 from train.evaluate.prompt_index import Bank, encoder_identity, from_places
@@ -62,14 +62,14 @@ class Contenders:
         folder: of the regressor; None where none is needed.
         encoder: the target encoder whose vectors are compared, by its name in a dataset.
         targets: what the dataset tells of it.
-        data: the run's pictures; None where nothing is fitted on them.
+        data: the run's images; None where nothing is fitted on them.
         run: `settings.json` of the run; None, likewise.
         backbone: of the run, and its preprocessing.
     """
 
     def __init__(
         self,
-        chosen: EvaluateSettings,
+        cfg: EvaluateSettings,
         folder: Path | None,
         encoder: str,
         targets: Mapping[str, Any],
@@ -78,7 +78,7 @@ class Contenders:
         backbone: tuple[str, Preprocessing] | None,
         device: torch.device,
     ) -> None:
-        self._chosen, self._folder, self._device = chosen, folder, device
+        self._cfg, self._folder, self._device = cfg, folder, device
         self._encoder_name = encoder
         self._encoder = encoder_source(encoder)
         self._targets, self._data, self._run, self._backbone = targets, data, run, backbone
@@ -99,7 +99,7 @@ class Contenders:
                 found[entry] = self.of(entry)
             except UserError as error:
                 problems.append(str(error))
-        strangers = [name for name, v in self._chosen.tta.items() if v != ViewsSettings() and name not in self.folders]
+        strangers = [name for name, v in self._cfg.tta.items() if v != ViewsSettings() and name not in self.folders]
         known = ", ".join(self.folders) or "none here"
         problems += [f"tta.{name}: views are for checkpoints and their like alone: {known}" for name in strangers]
         if problems:
@@ -114,19 +114,19 @@ class Contenders:
         """
         if entry == "mean":
             return Contender(entry, self._trained_on, self._mean)
-        if entry == "knn" and self._chosen.knn.bank is not None:
+        if entry == "knn" and self._cfg.knn.bank is not None:
             self.bank = from_places(
-                [self._chosen.knn.bank],
+                [self._cfg.knn.bank],
                 self._encoder,
-                column=self._chosen.column,
+                column=self._cfg.column,
                 device=self._device.type,
                 identity=self._targets,
             )
             return Contender(entry, cache(lambda: self._clip_knn().identity()), self._clip_knn, alone=True)
         if entry == "knn":
-            chosen = self._chosen.knn
-            how = {"neighbours": chosen.neighbours, "power": chosen.power}
-            index = bank_about(len(self.known.train_rows), chosen.exact)
+            cfg = self._cfg.knn
+            how = {"neighbours": cfg.neighbours, "power": cfg.power}
+            index = bank_about(len(self.known.train_rows), cfg.exact)
             return Contender(entry, lambda: {**self._frozen_on(), "knn": how, "index": index}, self._knn)
         if entry == "ridge":
             return Contender(entry, lambda: {**self._frozen_on(), "penalty": "judged by other prompts"}, self.ridge)
@@ -153,7 +153,7 @@ class Contenders:
         require_same(about, folder, self._targets, "the evaluated dataset")
         name = entry if entry == "regressor" else self._named(folder)
         self.folders[name] = folder
-        views = self._chosen.tta.get(name, ViewsSettings())
+        views = self._cfg.tta.get(name, ViewsSettings())
         if views.sizes and about["kind"] != "checkpoint":
             raise UserError(f"tta.{name}.sizes: {folder} is a {about['kind']}, whose input size cannot be changed")
         ensemble.refuse_sizes(about, views.sizes)
@@ -167,19 +167,19 @@ class Contenders:
         """The frozen backbone with a head fitted in closed form."""
         model = self._frozen
         found = self._features
-        init_ridge(model.head, found.batches, part_n=penalty_parts(self.known.pictures, found.row_n))
+        init_ridge(model.head, found.batches, part_n=penalty_parts(self.known.images, found.row_n))
         return model
 
     @property
     def known(self) -> Data:
-        """The run's pictures.
+        """The run's images.
 
         Raises:
             UserError: there is no run.
         """
         if self._data is None:
-            raise UserError("mean, knn and ridge are fitted on the training pictures of a run: name run=…")
-        fitted_on = self._data.pictures.datasets[0]
+            raise UserError("mean, knn and ridge are fitted on the training images of a run: name run=…")
+        fitted_on = self._data.images.datasets[0]
         if lines := differences(fitted_on.encoder_identity, self._targets):
             raise UserError(
                 f"mean, knn and ridge are fitted on the vectors of {fitted_on.root} (there), which are not of the "
@@ -193,7 +193,7 @@ class Contenders:
         torch.manual_seed(began["seed"])  # random weights are then those that the run began from
         keys = ("resize_mode", "interpolation", "crop_pct")
         model = make(
-            *(began["backbone"], began["weights"], began["size"], self.known.pictures.width),
+            *(began["backbone"], began["weights"], began["size"], self.known.images.width),
             **{key: began[key] for key in keys if key in began},
         )
         return model.to(self._device).eval()
@@ -202,24 +202,24 @@ class Contenders:
     def _features(self) -> Features:
         assert self._run is not None
         frozen, data = self._frozen, self.known
-        pictures = data.pictures
-        if frozen.spec.preprocessing != pictures.preprocessing:  # another backbone than the run's
-            pictures = Pictures(pictures.datasets, frozen.spec.preprocessing)
-        return features(frozen, pictures, data.train_rows, self._run["batch_size"], self._chosen.workers)
+        images = data.images
+        if frozen.spec.preprocessing != images.preprocessing:  # another backbone than the run's
+            images = ImageDataset(images.datasets, frozen.spec.preprocessing)
+        return features(frozen, images, data.train_rows, self._run["batch_size"], self._cfg.workers)
 
     def _clip_knn(self) -> ClipKnn:
-        chosen = self._chosen
+        cfg = self._cfg
         assert self.bank is not None
-        clip = Clip(chosen.knn.backbone or "", self._device, key="knn.backbone")
-        how = {"power": chosen.knn.power, "exact": chosen.knn.exact}
-        return ClipKnn(clip, self.bank, cache_folder(), chosen.knn.neighbours, **how)
+        clip = Clip(cfg.knn.backbone or "", self._device, key="knn.backbone")
+        how = {"power": cfg.knn.power, "exact": cfg.knn.exact}
+        return ClipKnn(clip, self.bank, cache_folder(), cfg.knn.neighbours, **how)
 
     @cached_property
     def _encode(self) -> Encode:
         """The target encoder, for captions.
 
         Raises:
-            UserError: it is not the one that the pictures' targets are of.
+            UserError: it is not the one that the images' targets are of.
         """
         encoder = TargetEncoder(self._encoder, self._device.type)
         mine, theirs = encoder.identity(), self._targets
@@ -234,22 +234,22 @@ class Contenders:
         return encoder.encode
 
     def _mean(self) -> Mean:
-        return Mean(self.known.pictures.mean_target(self.known.train_rows)[None])
+        return Mean(self.known.images.mean_target(self.known.train_rows)[None])
 
     def _knn(self) -> Knn:
         x_nD = torch.from_numpy(self._features.all())
         y_nE = torch.cat([torch.from_numpy(y) for _, y in self._features.batches()])
-        chosen = self._chosen.knn
-        return Knn(self._frozen, x_nD, y_nE, chosen.neighbours, power=chosen.power, exact=chosen.exact)
+        cfg = self._cfg.knn
+        return Knn(self._frozen, x_nD, y_nE, cfg.neighbours, power=cfg.power, exact=cfg.exact)
 
     def _trained_on(self) -> dict[str, Any]:
-        """The pictures that baselines are fitted on, and their vectors, as plain JSON."""
+        """The images that baselines are fitted on, and their vectors, as plain JSON."""
         data = self.known
         return {
-            "datasets": data.pictures.origins(data.train_rows),
+            "datasets": data.images.origins(data.train_rows),
             "rows": digest(data.train_rows),
-            "pictures": [digest(dataset.checksums) for dataset in data.pictures.datasets],
-            "targets": data.pictures.datasets[0].encoder_identity,
+            "pictures": [digest(dataset.checksums) for dataset in data.images.datasets],
+            "targets": data.images.datasets[0].encoder_identity,
         }
 
     def _began_from(self) -> dict[str, Any]:
@@ -257,7 +257,7 @@ class Contenders:
         assert self._run is not None
         assert self._backbone is not None
         name, preprocessing = self._backbone
-        other, weights = self._chosen.knn.backbone, self._chosen.knn.weights
+        other, weights = self._cfg.knn.backbone, self._cfg.knn.weights
         if other:
             return {"backbone": other, "weights": weights or "pretrained", "size": None, "seed": 0}
         return {
@@ -279,20 +279,18 @@ class Contenders:
     def _captioner(self, name: str) -> Any:
         from models.baselines import captioners
 
-        chosen, device = self._chosen.captions, self._device
+        cfg, device = self._cfg.captions, self._device
         if name == "coca":
-            return captioners.Coca(chosen.coca, device)
+            return captioners.Coca(cfg.coca, device)
         if name == "blip2":
-            return captioners.Blip2(chosen.blip2, device)
+            return captioners.Blip2(cfg.blip2, device)
         if name == "blip":
-            return captioners.Blip(chosen.blip, device)
+            return captioners.Blip(cfg.blip, device)
         # what the package of that name has its prompts begin with
-        blip = captioners.Blip(chosen.blip, device, beams=1, most_tokens=32, least_tokens=0)
+        blip = captioners.Blip(cfg.blip, device, beams=1, most_tokens=32, least_tokens=0)
         from models.baselines.interrogator import ClipInterrogator
 
-        return ClipInterrogator(
-            chosen.clip, blip, device, mode=chosen.mode, words=chosen.words, cache=cache_folder() / "words"
-        )
+        return ClipInterrogator(cfg.clip, blip, device, mode=cfg.mode, words=cfg.words, cache=cache_folder() / "words")
 
     def _named(self, folder: Path) -> str:
         """A name for a folder that can be a file's: its own, behind that of its run."""

@@ -1,13 +1,13 @@
 """What a page tells of an evaluation: who scores what and how surely, where it is right and where it fails.
 
     path = write(Path("checkpoints/quickstart/evaluation"), Path("report.html"))     a page of its own
-    add(page, evaluation, pictures, known)                                           sections of a run's page
+    add(page, evaluation, images, known)                                           sections of a run's page
 
-`python -m train.evaluate` left the folder: scores, predictions, texts and what is known of each picture. No score is
+`python -m train.evaluate` left the folder: scores, predictions, texts and what is known of each image. No score is
 computed here. Only the means along a scale (of prompt length, of the distance to training) are taken anew, for their
 places. Without torch, so that a page is there at once.
 
-N evaluated pictures, S of them in the matrix.
+N evaluated images, S of them in the matrix.
 """
 
 import math
@@ -23,7 +23,7 @@ from models.leakage import TITLES, Leakage
 from models.metrics import similarity_matrix
 from report.inputs import require_packages
 from train.evaluate.oof import nearest_prompts
-from train.evaluate.results import Evaluation, Place, kinds_of, pictures_of, read_evaluation, readable, trend
+from train.evaluate.results import Evaluation, Place, images_of, kinds_of, read_evaluation, readable, trend
 
 if TYPE_CHECKING:
     from report import Page
@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.int64]
 
-MATRIX = 24  # pictures of the matrix: as many lines of text as fit beside it
-POINTS = 500  # single pictures drawn behind a trend
+MATRIX = 24  # images of the matrix: as many lines of text as fit beside it
+POINTS = 500  # single images drawn behind a trend
 WORDS, NEAREST = "Prompt length, words", "Nearest training prompt, cosine"
 
 
@@ -48,7 +48,7 @@ def write(
     """Writes a page about the evaluation in `folder`, and returns its absolute path.
 
     Args:
-        known: training pictures whose prompts are listed beside what was predicted, datasets being open with the
+        known: training images whose prompts are listed beside what was predicted, datasets being open with the
             evaluation's encoder. Without any: those of the evaluated datasets that were not evaluated, or all where
             none is left.
         count, nearest, seed: as of `add`.
@@ -61,23 +61,23 @@ def write(
 
     remedy = f"evaluate again: python -m train.evaluate out={folder}"
     evaluation = read_evaluation(folder, remedy)
-    pictures = pictures_of(evaluation, {}, remedy)
+    images = images_of(evaluation, {}, remedy)
     info = evaluation.info
     names = " and ".join(str(about["path"]).rstrip("/").rpartition("/")[2] for about in info["datasets"])
     others = len(evaluation.scores) - 1
     beside = f" and {others} other embedder{'s' if others > 1 else ''}" if others else ""
     page = Page(
         f"Evaluation on {names}",
-        f"{info['main']}{beside} on {len(pictures):,} pictures ({info['split']}), vectors of {info['encoder']}",
+        f"{info['main']}{beside} on {len(images):,} images ({info['split']}), vectors of {info['encoder']}",
     )
     page.facts(headline(evaluation))
     what = "training prompts"
     if not known:
-        known, what = _others(pictures)
-    add(page, evaluation, pictures, known, what=what, count=count, nearest=nearest, seed=seed)
+        known, what = _others(images)
+    add(page, evaluation, images, known, what=what, count=count, nearest=nearest, seed=seed)
     page.section("Settings", "What was evaluated.")
     page.settings({key: info[key] for key in ("checkpoint", "encoder", "split") if key in info})
-    page.table(["Dataset", "SHA-256", "Pictures"], [[d["path"], d["sha256"], d["images"]] for d in info["datasets"]])
+    page.table(["Dataset", "SHA-256", "Images"], [[d["path"], d["sha256"], d["images"]] for d in info["datasets"]])
     return page.write(out)
 
 
@@ -102,14 +102,14 @@ def headline(evaluation: Evaluation) -> dict[str, str | tuple[str, str]]:
     leakage = evaluation.leakage[main["name"]]
     facts["Leakage"] = (leakage.short(), f"images of {main['name']}'s training, or with prompts of it or near it")
     skipped = len(evaluation.info["skipped"])
-    facts["Pictures"] = (f"{len(evaluation.keys):,}", f"{skipped:,} skipped" if skipped else "")
+    facts["Images"] = (f"{len(evaluation.keys):,}", f"{skipped:,} skipped" if skipped else "")
     return facts
 
 
 def add(
     page: "Page",
     evaluation: Evaluation,
-    pictures: Sequence[Place],
+    images: Sequence[Place],
     known: Sequence[tuple[Dataset, Rows]],
     *,
     what: str = "training prompts",
@@ -120,15 +120,15 @@ def add(
     """Adds the sections about an evaluation to `page`.
 
     Args:
-        pictures: as `pictures_of` gives them.
-        known: datasets, open with the evaluation's encoder, and the pictures whose prompts are compared with what was
+        images: as `pictures_of` gives them.
+        known: datasets, open with the evaluation's encoder, and the images whose prompts are compared with what was
             predicted.
         what: those prompts are called.
-        count: pictures shown of each kind: best, middle and worst; half as many of the others.
+        count: images shown of each kind: best, middle and worst; half as many of the others.
         nearest: prompts of `known` listed beside each.
-        seed: draws the pictures of the matrix and the points behind the trends.
+        seed: draws the images of the matrix and the points behind the trends.
     """
-    prompts = [dataset.prompts(row) for dataset, row in pictures]
+    prompts = [dataset.prompts(row) for dataset, row in images]
     _scores(page, evaluation)
     page.section("Leakage", "Evaluated images that share bytes or prompts with the training images of an embedder.")
     leakage_table(page, evaluation.leakage, "Embedder")
@@ -138,8 +138,8 @@ def add(
     _breakdown(page, evaluation)
     _trends(page, evaluation, prompts, seed)
     _prompts(page, evaluation, prompts)
-    _matrix(page, evaluation, pictures, prompts, seed)
-    _gallery(page, evaluation, pictures, prompts, known, what, count, nearest)
+    _matrix(page, evaluation, images, prompts, seed)
+    _gallery(page, evaluation, images, prompts, known, what, count, nearest)
     _spread(page, evaluation)
 
 
@@ -148,9 +148,7 @@ def _scores(page: "Page", evaluation: Evaluation) -> None:
 
     ranked, skipped = evaluation.ranked, evaluation.info["skipped"]
     count = len(evaluation.keys)
-    page.section(
-        "Scores", f"Mean cosine to the true prompt's vector, for every embedder on the same {count:,} pictures."
-    )
+    page.section("Scores", f"Mean cosine to the true prompt's vector, for every embedder on the same {count:,} images.")
     names, means, lows, highs = ([s[key] for s in ranked] for key in ("name", "mean", "low", "high"))
     page.figure(
         plots.intervals(names, means, lows, highs, label="Mean cosine", highlight=evaluation.info["main"]),
@@ -220,7 +218,7 @@ def _pairs(page: "Page", evaluation: Evaluation) -> None:
         return
     page.section(
         "Paired differences",
-        "How far one embedder is above another on the same pictures. Where the interval holds zero, either could be "
+        "How far one embedder is above another on the same images. Where the interval holds zero, either could be "
         "the better one.",
     )
     found = _differences(evaluation)
@@ -254,7 +252,7 @@ def _ensemble(page: "Page", evaluation: Evaluation) -> None:
         return
     page.section(
         "Ensemble",
-        f"The weights of its members, fitted on all pictures. Its score is of predictions with weights fitted on the "
+        f"The weights of its members, fitted on all images. Its score is of predictions with weights fitted on the "
         f"other folds, of {about['folds']}.",
     )
     ranked = sorted(about["weights"].items(), key=lambda item: (-item[1], item[0]))
@@ -273,7 +271,7 @@ def _retrieval(page: "Page", evaluation: Evaluation) -> None:
         return
     page.section(
         "Retrieval",
-        f"The share of pictures whose own prompt is the nearest of {found['prompts']:,} to the predicted vector, or "
+        f"The share of images whose own prompt is the nearest of {found['prompts']:,} to the predicted vector, or "
         "among the nearest five or ten.",
     )
     columns = ["R@1, %", "R@5, %", "R@10, %"]
@@ -290,13 +288,13 @@ def _breakdown(page: "Page", evaluation: Evaluation) -> None:
     shown = {kind: groups for kind, groups in info["breakdown"].items() if len(groups) > 1}
     if not shown:
         return
-    page.section("Breakdown", "Mean cosine with its 95 % interval, on the pictures of each kind.")
+    page.section("Breakdown", "Mean cosine with its 95 % interval, on the images of each kind.")
     names = [score["name"] for score in evaluation.ranked]
     for kind, groups in shown.items():
         count = sum(group["images"] for group in groups)
-        part = "" if count == len(evaluation.keys) else f", of {count:,} of the {len(evaluation.keys):,} pictures"
+        part = "" if count == len(evaluation.keys) else f", of {count:,} of the {len(evaluation.keys):,} images"
         page.table(
-            [kind.capitalize(), "Pictures", *names],
+            [kind.capitalize(), "Images", *names],
             [
                 [group["name"] or "not named", group["images"], *(_triple(group["scores"].get(n)) for n in names)]
                 for group in groups
@@ -317,7 +315,7 @@ def _trends(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str
 
     names = [name for name in (evaluation.info["main"], evaluation.rival) if name]
     points = np.sort(np.random.default_rng(seed).permutation(len(evaluation.keys))[:POINTS])
-    behind = "each picture" if len(points) == len(evaluation.keys) else f"{len(points)} pictures drawn at random"
+    behind = "each image" if len(points) == len(evaluation.keys) else f"{len(points)} images drawn at random"
     for heading, lead, label, x_N in (
         ("Score by prompt length", "Do long prompts score lower?", WORDS, evaluation.words),
         (
@@ -330,15 +328,15 @@ def _trends(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str
         page.section(heading, lead)
         at_N = np.flatnonzero(np.isfinite(x_N))
         if not len(at_N):
-            page.note("Not known of these pictures.")
+            page.note("Not known of these images.")
             continue
         drawn = points[np.isfinite(x_N[points])]
         series = {name: trend(x_N[at_N], evaluation.scores[name][at_N], prompt_N[at_N]) for name in names}
         unknown = len(x_N) - len(at_N)
         page.figure(
             plots.trend(series, (x_N[drawn], evaluation.scores[names[0]][drawn]), label, "Cosine"),
-            f"Means of groups of about as many pictures, with 95 % intervals; behind, {names[0]}'s cosine of {behind}."
-            + (f" Pictures of which it is not known: {unknown:,}." if unknown else ""),
+            f"Means of groups of about as many images, with 95 % intervals; behind, {names[0]}'s cosine of {behind}."
+            + (f" Images of which it is not known: {unknown:,}." if unknown else ""),
             f"{names[0]}: " + ", ".join(f"{m:.3f} at {x:.3g}" for x, m, *_ in zip(*series[names[0]], strict=True)),
         )
 
@@ -361,15 +359,15 @@ def _prompts(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[st
 
 
 def _matrix(
-    page: "Page", evaluation: Evaluation, pictures: Sequence[Place], prompts: Sequence[Sequence[str]], seed: int
+    page: "Page", evaluation: Evaluation, images: Sequence[Place], prompts: Sequence[Sequence[str]], seed: int
 ) -> None:
-    sample: list[int] = np.sort(np.random.default_rng(seed).permutation(len(pictures))[:MATRIX]).tolist()
-    targets = [dataset.targets(row) for dataset, row in (pictures[n] for n in sample)]
+    sample: list[int] = np.sort(np.random.default_rng(seed).permutation(len(images))[:MATRIX]).tolist()
+    targets = [dataset.targets(row) for dataset, row in (images[n] for n in sample)]
     cosine_SS = similarity_matrix(evaluation.vectors[sample], targets)
     page.section(
         "Similarity matrix",
-        f"Cosine of what {evaluation.info['main']} predicts for a picture (row) to every prompt (column), of "
-        f"{len(sample)} pictures drawn at random. The diagonal, framed, is each picture with its own prompt.",
+        f"Cosine of what {evaluation.info['main']} predicts for an image (row) to every prompt (column), of "
+        f"{len(sample)} images drawn at random. The diagonal, framed, is each image with its own prompt.",
     )
     own_S = cosine_SS.diagonal()
     first = int((own_S >= cosine_SS.max(1)).sum())
@@ -381,14 +379,14 @@ def _matrix(
         cosine_SS,
         [" / ".join(prompts[n]) for n in sample],
         "predicted for {row}; prompt {column}",
-        f"{caption}. The own prompt is the nearest of these {len(sample)} for {first} of the pictures.",
+        f"{caption}. The own prompt is the nearest of these {len(sample)} for {first} of the images.",
     )
 
 
 def _gallery(
     page: "Page",
     evaluation: Evaluation,
-    pictures: Sequence[Place],
+    images: Sequence[Place],
     prompts: Sequence[Sequence[str]],
     known: Sequence[tuple[Dataset, Rows]],
     what: str,
@@ -400,17 +398,17 @@ def _gallery(
     pairs = nearest_prompts(known, evaluation.vectors[order], nearest)
     near = dict(zip(order, pairs, strict=True))
     unreadable: list[str] = []
-    read = readable({n: pictures[n] for n in order}, len(order), unreadable)
+    read = readable({n: images[n] for n in order}, len(order), unreadable)
     cards = [_card(evaluation, n, data, prompts[n], kinds[n], near[n], what) for n, data in read.items()]
     counted = {kind: sum(kind in card.kinds for card in cards) for kind in ("Best", "Middle", "Worst")}
     amounts = ", ".join(f"{number} {kind.lower()}" for kind, number in counted.items() if number)
     rival = evaluation.rival
     page.section(
         "Right and wrong",
-        f"{len(cards)} of {len(pictures):,} pictures by the score of {evaluation.info['main']}: {amounts}"
+        f"{len(cards)} of {len(images):,} images by the score of {evaluation.info['main']}: {amounts}"
         + (f", and those furthest above and below {rival}" if rival else "")
         + f". With each: its prompt, every embedder's score and text, and the {nearest} {what} nearest to what "
-        f"{evaluation.info['main']} predicts. A click on a picture shows all of its text.",
+        f"{evaluation.info['main']} predicts. A click on an image shows all of its text.",
     )
     page.gallery(cards, pixels=256, compare=list(evaluation.scores))
     if unreadable:
@@ -457,18 +455,18 @@ def _spread(page: "Page", evaluation: Evaluation) -> None:
     from report import plots
 
     main = evaluation.info["main"]
-    page.section("Scores of single pictures", f"How the cosines of {main} spread around their mean.")
+    page.section("Scores of single images", f"How the cosines of {main} spread around their mean.")
     low, middle, high = np.quantile(evaluation.scores[main], [0.05, 0.5, 0.95])
     page.figure(
-        plots.histogram(evaluation.scores[main], "Cosine of one picture"),
-        f"Half of the pictures score above {middle:.3f}, nine in ten between {low:.3f} and {high:.3f}.",
+        plots.histogram(evaluation.scores[main], "Cosine of one image"),
+        f"Half of the images score above {middle:.3f}, nine in ten between {low:.3f} and {high:.3f}.",
     )
 
 
-def _others(pictures: Sequence[Place]) -> tuple[list[tuple[Dataset, Rows]], str]:
-    """The pictures of the same datasets that were not evaluated, or all of them where none is left; and their name."""
+def _others(images: Sequence[Place]) -> tuple[list[tuple[Dataset, Rows]], str]:
+    """The images of the same datasets that were not evaluated, or all of them where none is left; and their name."""
     evaluated: dict[Dataset, list[int]] = {}
-    for dataset, row in pictures:
+    for dataset, row in images:
         evaluated.setdefault(dataset, []).append(row)
     left = []
     for dataset, rows in evaluated.items():

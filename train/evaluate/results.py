@@ -1,9 +1,9 @@
-"""What `python -m train.evaluate` left in its folder, read back whole, and the pictures that it was of.
+"""What `python -m train.evaluate` left in its folder, read back whole, and the images that it was of.
 
     evaluation = read_evaluation(Path("checkpoints/quickstart/evaluation"), "evaluate first: …")
-    pictures = pictures_of(evaluation, {}, "evaluate again: …")
+    images = pictures_of(evaluation, {}, "evaluate again: …")
 
-Without torch. N evaluated pictures, G groups along a scale, E target width.
+Without torch. N evaluated images, G groups along a scale, E target width.
 """
 
 import json
@@ -25,29 +25,29 @@ from train.evaluate.oof import extremes
 FORMAT = 2
 """Version of evaluation.json: 2 has `leakage`, {"cosine", "embedders": {name: Leakage as JSON}}."""
 Place = tuple[Dataset, int]
-"""A picture: its dataset, and its number there."""
+"""An image: its dataset, and its number there."""
 Trend = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
 """Places, means, lows and highs of groups, [G] each."""
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `train.evaluate` left on disk: N pictures, vectors of width E."""
+    """What `train.evaluate` left on disk: N images, vectors of width E."""
 
     info: dict[str, Any]
     """`evaluation.json`."""
     keys: list[str]
-    """The pictures, in the order of every array below: those of the first dataset first, and so on."""
+    """The images, in the order of every array below: those of the first dataset first, and so on."""
     vectors: NDArray[np.float32]
     """Unit vectors that the main embedder predicted, [N, E]."""
     scores: dict[str, NDArray[np.float32]]
-    """Each embedder's cosine on each picture, [N]; the best embedder first."""
+    """Each embedder's cosine on each image, [N]; the best embedder first."""
     texts: dict[str, list[str]]
-    """What an embedder says of each picture, N texts, of those that say something."""
+    """What an embedder says of each image, N texts, of those that say something."""
     words: NDArray[np.float64]
-    """Words of each picture's prompt, [N]."""
+    """Words of each image's prompt, [N]."""
     nearest: NDArray[np.float64]
-    """Cosine of each picture's prompt to the nearest training prompt, [N]; NaN where it is not known."""
+    """Cosine of each image's prompt to the nearest training prompt, [N]; NaN where it is not known."""
     leakage: dict[str, Leakage]
     """Each embedder's overlap of training with these images."""
 
@@ -99,13 +99,13 @@ def read_evaluation(folder: Path, remedy: str) -> Evaluation:
     scores = {name: _array(folder / f"scores/{name}.npy", remedy) for name in names}
     told = {name: folder / f"texts/{name}.json" for name in names}
     texts = {name: read_json(path, remedy) for name, path in told.items() if path.exists()}
-    pictures = read_json(folder / "pictures.json", remedy, ("words", "nearest"))
-    word_N, nearest_N = (np.array(pictures[key], dtype=float) for key in ("words", "nearest"))  # null becomes NaN
+    images = read_json(folder / "pictures.json", remedy, ("words", "nearest"))
+    word_N, nearest_N = (np.array(images[key], dtype=float) for key in ("words", "nearest"))  # null becomes NaN
     counts = {
         f"predictions of {main}": len(vector_NE),
         **{f"scores of {name}": len(score_N) for name, score_N in scores.items()},
         **{f"texts of {name}": len(texts_N) for name, texts_N in texts.items()},
-        **{key: len(pictures[key]) for key in ("words", "nearest")},
+        **{key: len(images[key]) for key in ("words", "nearest")},
     }
     wrong = [f"{count:,} {what}" for what, count in counts.items() if count != len(keys)]
     if wrong or not keys:
@@ -137,15 +137,15 @@ def validation_counts(about: Path) -> dict[str, Leakage] | None:
         return None
 
 
-def pictures_of(evaluation: Evaluation, opened: Mapping[str, Dataset], remedy: str) -> list[Place]:
-    """The dataset of each evaluated picture, and its number there.
+def images_of(evaluation: Evaluation, opened: Mapping[str, Dataset], remedy: str) -> list[Place]:
+    """The dataset of each evaluated image, and its number there.
 
     Args:
         opened: datasets that are open already, with the evaluation's encoder, by their path.
         remedy: ends every message.
 
     Raises:
-        UserError: a dataset cannot be read, or does not have a picture any more.
+        UserError: a dataset cannot be read, or does not have an image any more.
     """
     import pyarrow as pa
 
@@ -157,7 +157,7 @@ def pictures_of(evaluation: Evaluation, opened: Mapping[str, Dataset], remedy: s
         strangers = [key for key, row in zip(keys, rows, strict=True) if row < 0]
         if strangers:
             raise UserError(
-                f"{len(strangers)} evaluated pictures, such as {strangers[0]}, are not in {dataset.root}: "
+                f"{len(strangers)} evaluated images, such as {strangers[0]}, are not in {dataset.root}: "
                 f"it changed; {remedy}"
             )
         if evaluation.vectors.shape[1:] != (dataset.width,):
@@ -165,12 +165,12 @@ def pictures_of(evaluation: Evaluation, opened: Mapping[str, Dataset], remedy: s
             raise UserError(f"the predictions are {wide} wide, the targets of {dataset.root} {dataset.width}; {remedy}")
         found += [(dataset, int(row)) for row in rows]
     if len(found) != len(evaluation.keys):
-        raise UserError(f"{len(evaluation.keys):,} pictures were evaluated, of datasets with {len(found):,}; {remedy}")
+        raise UserError(f"{len(evaluation.keys):,} images were evaluated, of datasets with {len(found):,}; {remedy}")
     return found
 
 
 def kinds_of(evaluation: Evaluation, count: int) -> dict[int, list[str]]:
-    """The pictures of the gallery, each with what it is an example of.
+    """The images of the gallery, each with what it is an example of.
 
     `count` of the best, middle and worst, and half as many of those furthest above and below the rival.
     """
@@ -193,10 +193,10 @@ def kinds_of(evaluation: Evaluation, count: int) -> dict[int, list[str]]:
 
 
 def trend(x_N: NDArray[np.floating], score_N: NDArray[np.floating], prompt_N: NDArray[np.int64]) -> Trend:
-    """Groups along `x_N`, of about as many pictures each: up to 8, of some 20 or more.
+    """Groups along `x_N`, of about as many images each: up to 8, of some 20 or more.
 
     Args:
-        prompt_N: numbers the pictures' prompts: pictures that share theirs are no independent witnesses.
+        prompt_N: numbers the images' prompts: images that share theirs are no independent witnesses.
     """
     whole = bool((x_N == np.rint(x_N)).all())
     found = [
@@ -208,7 +208,7 @@ def trend(x_N: NDArray[np.floating], score_N: NDArray[np.floating], prompt_N: ND
 
 
 def readable(places: Mapping[int, Place], count: int, unreadable: list[str]) -> dict[int, bytes]:
-    """The first `count` of the numbered pictures that decode, as encoded; what is wrong with others is appended."""
+    """The first `count` of the numbered images that decode, as encoded; what is wrong with others is appended."""
 
     def read(n: int) -> bytes:
         dataset, row = places[n]

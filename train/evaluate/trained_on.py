@@ -29,7 +29,7 @@ from models.ensemble import ensemble
 from models.runtime.preprocess import Preprocessing
 from train.config import TrainSettings
 from train.data.datamodule import Data
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.data.splits import Prompts
 from train.evaluate.prompt_index import Bank
 from train.run_settings import read_settings
@@ -64,24 +64,24 @@ class ImageSet:
     """Images of datasets with their captions. No image is read.
 
     Args:
-        pictures: the datasets.
-        rows: numbers of the images in `pictures`, [n].
-        prompts: prompts of `pictures`, where the caller has read them; None reads them.
+        images: the datasets.
+        rows: numbers of the images in `images`, [n].
+        prompts: prompts of `images`, where the caller has read them; None reads them.
 
     Attributes:
         owner_c: the image of each caption, as a place in `rows`.
         text_c: the distinct text of each caption, as a place in what `vector_blocks` gives.
     """
 
-    def __init__(self, pictures: Pictures, rows: Rows, prompts: Prompts | None = None) -> None:
+    def __init__(self, images: ImageDataset, rows: Rows, prompts: Prompts | None = None) -> None:
         self.rows = rows
-        self.encoder = pictures.datasets[0].encoder_identity
-        self._prompts = prompts or Prompts(pictures)
-        parts = [np.zeros(0, np.int64), *(dataset.content_ids for dataset in pictures.datasets)]
+        self.encoder = images.datasets[0].encoder_identity
+        self._prompts = prompts or Prompts(images)
+        parts = [np.zeros(0, np.int64), *(dataset.content_ids for dataset in images.datasets)]
         self.content_ids = np.concatenate(parts)[rows]
         self.hash_c, self.owner_c, caption_c = self._prompts.of(rows)
         # normal forms would merge texts that some encoders give different vectors
-        _, first_d, self.text_c = np.unique(_text_numbers(pictures)[caption_c], return_index=True, return_inverse=True)
+        _, first_d, self.text_c = np.unique(_text_numbers(images)[caption_c], return_index=True, return_inverse=True)
         self._caption_d = caption_c[first_d]
 
     @property
@@ -201,15 +201,15 @@ def rows_of_split(data: Data, split: str) -> Rows:
         UserError: the split has no image.
     """
     known = {"train": data.train_rows, "val": data.val_rows}
-    datasets = list(enumerate(data.pictures.datasets))
+    datasets = list(enumerate(data.images.datasets))
     if split in known:
         rows = known[split]
     else:
-        own = [data.pictures.rows(n, d.rows(split)) for n, d in datasets if d.splits.get(split)]
+        own = [data.images.rows(n, d.rows(split)) for n, d in datasets if d.splits.get(split)]
         rows = np.concatenate(own) if own else np.zeros(0, np.int64)
     if not len(rows):
         there = "; ".join(f"{d.root} {d.splits}" for _, d in datasets)
-        raise UserError(f"the run has no picture in the split {split!r}; {there}")
+        raise UserError(f"the run has no image in the split {split!r}; {there}")
     return rows
 
 
@@ -277,11 +277,11 @@ class _Lineage:
         def read() -> TrainingSet:
             if run is not None:
                 data = data_of(read_settings(Path(run)), self._encoder, _NO_SQUARES, self._device)
-                return ImageSet(data.pictures, rows_of_split(data, split), data.prompts)
-            pictures = Pictures([Dataset(path, self._encoder) for path in paths], _NO_SQUARES)
-            _refuse_changed(pictures.datasets, [about["sha256"] for about in facts["datasets"]])
-            rows = [pictures.rows(number, dataset.rows(split)) for number, dataset in enumerate(pictures.datasets)]
-            return ImageSet(pictures, np.concatenate(rows))
+                return ImageSet(data.images, rows_of_split(data, split), data.prompts)
+            images = ImageDataset([Dataset(path, self._encoder) for path in paths], _NO_SQUARES)
+            _refuse_changed(images.datasets, [about["sha256"] for about in facts["datasets"]])
+            rows = [images.rows(number, dataset.rows(split)) for number, dataset in enumerate(images.datasets)]
+            return ImageSet(images, np.concatenate(rows))
 
         return [Origin(f"{split} of {run or ', '.join(paths)}, which the weights of {folder} were fitted on", read)]
 
@@ -301,8 +301,8 @@ def run_origin(
 
     def read() -> TrainingSet:
         data = data_of(values, encoder, _NO_SQUARES, device, weighted=weighted)
-        _refuse_changed(data.pictures.datasets, values.get("dataset_sha256") or [])
-        return ImageSet(data.pictures, data.train_rows, data.prompts)
+        _refuse_changed(data.images.datasets, values.get("dataset_sha256") or [])
+        return ImageSet(data.images, data.train_rows, data.prompts)
 
     return Origin(f"{run.resolve()}{' with its weights and val' if weighted else ''}", read)
 
@@ -337,10 +337,10 @@ def _unknown(reason: str) -> Origin:
     return Origin(reason, read)
 
 
-def _text_numbers(pictures: Pictures) -> Rows:
+def _text_numbers(images: ImageDataset) -> Rows:
     """A number for each caption of all images, the same for equal texts of one dataset alone."""
     parts, offset = [np.zeros(0, np.int64)], 0
-    for dataset in pictures.datasets:
+    for dataset in images.datasets:
         known, number_c = np.unique(dataset.caption_prompt_ids, return_inverse=True)
         parts.append(number_c + offset)
         offset += len(known)

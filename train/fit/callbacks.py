@@ -37,11 +37,11 @@ _LATE = 2  # steps after which a loss is looked at: the GPU has it by then, and 
 
 
 class Progress(Callback):
-    """A bar with pictures a second and time left; the same rate goes to the log.
+    """A bar with images a second and time left; the same rate goes to the log.
 
     Args:
         peak_step: the step of the highest rate, which goes to the log even between two of its lines.
-        mfu: pictures a second → model FLOPs utilisation of all devices; None where their peak is not known.
+        mfu: images a second → model FLOPs utilisation of all devices; None where their peak is not known.
     """
 
     def __init__(self, plan: Plan, log_every: int, peak_step: int, mfu: Callable[[float], float] | None) -> None:
@@ -49,7 +49,7 @@ class Progress(Callback):
         self._bar = None
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._began, self._pictures = time.perf_counter(), 0
+        self._began, self._images = time.perf_counter(), 0
         if trainer.is_global_zero:
             self._bar = progress(self._plan.steps, "step", "train", initial=trainer.global_step)
 
@@ -66,12 +66,12 @@ class Progress(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        self._pictures += len(batch.row_B) * trainer.world_size
+        self._images += len(batch.row_B) * trainer.world_size
         if not _step_ends(trainer, batch_idx):
             return
         if trainer.global_step % self._log_every == 0:
-            rate = self._pictures / (time.perf_counter() - self._began)
-            self._began, self._pictures = time.perf_counter(), 0
+            rate = self._images / (time.perf_counter() - self._began)
+            self._began, self._images = time.perf_counter(), 0
             measured = {"train/images_per_s": rate, "train/lr": self._lr}
             if self._mfu is not None and trainer.global_step > self._plan.head_steps:
                 # before, the backbone has no backward pass
@@ -90,7 +90,7 @@ class Progress(Callback):
             self._bar.update()
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._began, self._pictures = time.perf_counter(), 0
+        self._began, self._images = time.perf_counter(), 0
         score = pl_module.score if isinstance(pl_module, Training) else None
         if trainer.is_global_zero and score is not None:
             step = f"step {trainer.global_step}" + (" (the start)" if trainer.sanity_checking else "")

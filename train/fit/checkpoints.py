@@ -1,4 +1,4 @@
-"""Writes checkpoints of a run, with the training mean and eight validation pictures to prove parity by."""
+"""Writes checkpoints of a run, with the training mean and eight validation images to prove parity by."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -25,10 +25,8 @@ class Saver:
         leakage: validation set → its overlap with training, which is stored beside the score.
     """
 
-    def __init__(
-        self, chosen: TrainSettings, datasets: list[Dataset], data: Data, leakage: Mapping[str, Leakage]
-    ) -> None:
-        self._chosen, self._datasets, self._data, self._leakage = chosen, datasets, data, leakage
+    def __init__(self, cfg: TrainSettings, datasets: list[Dataset], data: Data, leakage: Mapping[str, Leakage]) -> None:
+        self._cfg, self._datasets, self._data, self._leakage = cfg, datasets, data, leakage
         self._plain: Regressor | None = None
         self._extras: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
@@ -44,9 +42,9 @@ class Saver:
     def write(self, plain: Regressor, name: str, score: Interval | None, step: int, steps: int) -> None:
         """Writes `<out>/<name>` of a regressor on the CPU, trained for `step` of `steps`."""
         if self._extras is None:
-            self._extras = self._data.pictures.mean_target(self._data.train_rows), self._probes()
+            self._extras = self._data.images.mean_target(self._data.train_rows), self._probes()
         facts = {
-            "encoder": encoder_name(self._chosen.encoder),
+            "encoder": encoder_name(self._cfg.encoder),
             "encoder_identity": self._datasets[0].encoder_identity,
             "dataset": [
                 {"path": str(dataset.root), "sha256": dataset.fingerprint(), "splits": dataset.splits}
@@ -55,10 +53,10 @@ class Saver:
             "score": None if score is None else {**score._asdict(), **self._score_facts()},
             "step": step,
             "steps": steps,
-            "weights": str(self._chosen.init_from or self._chosen.model.weights),
+            "weights": str(self._cfg.init_from or self._cfg.model.weights),
             "versions": {"torch": torch.__version__},
         }
-        checkpoint.save(self._chosen.out / name, plain, *self._extras, facts)
+        checkpoint.save(self._cfg.out / name, plain, *self._extras, facts)
 
     def _score_facts(self) -> dict[str, Any]:
         """Number of images of the first validation set, and their overlap with training."""
@@ -69,7 +67,7 @@ class Saver:
         found = []
         for row in (self._data.val_rows if len(self._data.val_rows) else self._data.train_rows).tolist():
             try:
-                found.append(self._data.pictures.decoded(row))
+                found.append(self._data.images.decoded(row))
             except (BadImage, CorruptImage):
                 continue
             if len(found) == checkpoint.PROBES:

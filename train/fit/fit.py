@@ -7,7 +7,7 @@
 <out>/best, <out>/last checkpoints (models/checkpoint.py); `last` is written at the end, `first` on demand
 <out>/improvement.json start → best and last, with the paired differences; at the end of a validated run
 <out>/oof              predictions on the run's fold, with fold=i/n
-<out>/skipped.jsonl    pictures that could not be read
+<out>/skipped.jsonl    images that could not be read
 <out>/left_out.jsonl   images that neither train nor validate, each with the reason
 """
 
@@ -50,50 +50,50 @@ from train.scale.plan import Plan
 log = logging.getLogger(__name__)
 
 
-def fit(chosen: TrainSettings) -> int:
+def fit(cfg: TrainSettings) -> int:
     """Trains, or goes on training, the run `chosen.out`; returns the exit code.
 
     Raises:
         UserError: the dataset, the weights, the run folder or the device cannot be used.
     """
     _quiet()
-    machine = Machine(chosen.scale)
-    optim.check(chosen.optim, chosen.scale.strategy)
-    datasets = [Dataset(folder, chosen.encoder) for folder in chosen.dataset]
-    vals = [Dataset(folder, chosen.encoder) for folder in chosen.val]
-    check_folder(chosen.encoder, [*datasets, *vals])
-    chosen = dataclasses.replace(chosen, encoder=encoder_name(chosen.encoder))
-    mine = {} if chosen.dry_run else run_settings.of_this_run(chosen, [*datasets, *vals], machine.half)
-    resumed_from, resumed_at = resume.newest_whole(chosen.out)
-    outline = setup.outline(chosen, datasets)
-    data = Data(datasets, vals, chosen, outline.spec.preprocessing, device=machine.device)
-    mode = "none" if chosen.scale.recompute == "auto" else chosen.scale.recompute
-    needs = flops.measure(outline, chosen.optim, machine.half, mode)
-    forecast = Forecast.of(data.length, chosen)
-    _introduce(chosen, outline, data, resumed_at, needs, machine, forecast)
-    leakage = validation_leakage(chosen, data, machine.device, chosen.out / "about.json" if resumed_at else None)
-    if chosen.dry_run:
+    machine = Machine(cfg.scale)
+    optim.check(cfg.optim, cfg.scale.strategy)
+    datasets = [Dataset(folder, cfg.encoder) for folder in cfg.dataset]
+    vals = [Dataset(folder, cfg.encoder) for folder in cfg.val]
+    check_folder(cfg.encoder, [*datasets, *vals])
+    cfg = dataclasses.replace(cfg, encoder=encoder_name(cfg.encoder))
+    mine = {} if cfg.dry_run else run_settings.of_this_run(cfg, [*datasets, *vals], machine.half)
+    resumed_from, resumed_at = resume.newest_whole(cfg.out)
+    outline = setup.outline(cfg, datasets)
+    data = Data(datasets, vals, cfg, outline.spec.preprocessing, device=machine.device)
+    mode = "none" if cfg.scale.recompute == "auto" else cfg.scale.recompute
+    needs = flops.measure(outline, cfg.optim, machine.half, mode)
+    forecast = Forecast.of(data.length, cfg)
+    _introduce(cfg, outline, data, resumed_at, needs, machine, forecast)
+    leakage = validation_leakage(cfg, data, machine.device, cfg.out / "about.json" if resumed_at else None)
+    if cfg.dry_run:
         return 0
-    model = setup.model(chosen, datasets, resumed=bool(resumed_at))
+    model = setup.model(cfg, datasets, resumed=bool(resumed_at))
     if is_first():
-        run_settings.write(chosen.out, mine)
+        run_settings.write(cfg.out, mine)
         about = {"parameters": needs.parameters, "trained": needs.trained, "steps": data.steps, **forecast.facts()}
         about |= {"leakage": {name: own.to_json() for name, own in leakage.items()}}
-        write_json(chosen.out / "about.json", about)
-        data.list_left_out(chosen.out / "left_out.jsonl")
+        write_json(cfg.out / "about.json", about)
+        data.list_left_out(cfg.out / "left_out.jsonl")
     if not resumed_at:
-        setup.head(model, chosen, data, machine.device)
-    setup.arm(model, chosen)
-    plan = setup.plan(chosen, model, data, needs, machine)
+        setup.head(model, cfg, data, machine.device)
+    setup.arm(model, cfg)
+    plan = setup.plan(cfg, model, data, needs, machine)
     data.accumulate = plan.accumulate
-    module = Training(model, chosen, plan, tuple(data.val_names))
-    save = Saver(chosen, datasets, data, leakage)
-    point = ResumePoint(chosen.out, chosen.save_every, resumed_from, resumed_at)
+    module = Training(model, cfg, plan, tuple(data.val_names))
+    save = Saver(cfg, datasets, data, leakage)
+    point = ResumePoint(cfg.out, cfg.save_every, resumed_from, resumed_at)
     best = KeepBest(lambda trained: save(trained, "best"))
-    every = min(max(round(chosen.validate_every * plan.per_epoch), 1), plan.steps)
+    every = min(max(round(cfg.validate_every * plan.per_epoch), 1), plan.steps)
     judged = bool(data.val_names)
-    trainer = _trainer(chosen, plan, machine, needs, judged, every, forecast.peak_step, resumed_at, [best, point])
-    if chosen.keep_first and not resumed_at:
+    trainer = _trainer(cfg, plan, machine, needs, judged, every, forecast.peak_step, resumed_at, [best, point])
+    if cfg.keep_first and not resumed_at:
         save(module, "first")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed_from, weights_only=True)
@@ -109,19 +109,17 @@ def fit(chosen: TrainSettings) -> int:
     except BaseException as error:
         _let_go(trainer)
         if isinstance(error, RuntimeError) and is_oom_error(error):
-            raise micro_batch.advice(error, chosen, plan, setup.trial(model, chosen, needs, machine, plan)) from error
+            raise micro_batch.advice(error, cfg, plan, setup.trial(model, cfg, needs, machine, plan)) from error
         raise
     if trainer.is_global_zero:
-        _list_skipped(chosen.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
+        _list_skipped(cfg.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
         if judged:
-            oof.tell_of_best(chosen, data, machine.device, wandb_of(trainer.loggers))
-            _report_improvement(chosen, best, data, forecast)
-        (chosen.out / "done").write_text(f"{plan.steps} steps\n")
-        (chosen.out / resume.PREVIOUS).unlink(missing_ok=True)
+            oof.tell_of_best(cfg, data, machine.device, wandb_of(trainer.loggers))
+            _report_improvement(cfg, best, data, forecast)
+        (cfg.out / "done").write_text(f"{plan.steps} steps\n")
+        (cfg.out / resume.PREVIOUS).unlink(missing_ok=True)
         at = f"step {best.scores['best'].step}" if "best" in best.scores else "no score is finite"
-        log.info(
-            "%s: %s", f"best val/cosine {best.best:.4f} ({at})" if judged else "not validated", chosen.out / "best"
-        )
+        log.info("%s: %s", f"best val/cosine {best.best:.4f} ({at})" if judged else "not validated", cfg.out / "best")
     return 0
 
 
@@ -133,7 +131,7 @@ def _let_go(trainer: lightning.Trainer) -> None:
 
 
 def _trainer(
-    chosen: TrainSettings,
+    cfg: TrainSettings,
     plan: Plan,
     machine: Machine,
     needs: flops.Cost,
@@ -144,7 +142,7 @@ def _trainer(
     callbacks: list[Callback],
 ) -> lightning.Trainer:
     """Lightning's, for a run of `plan` that is validated `every` so many steps."""
-    log_every = min(chosen.log_every, plan.steps)
+    log_every = min(cfg.log_every, plan.steps)
     mfu = None
     if machine.device.type == "cuda" and is_first():
         peak = flops.peak_flop_per_s(machine.device, machine.half) * machine.world
@@ -152,8 +150,8 @@ def _trainer(
         mfu = partial(needs.mfu, peak_flop_per_s=peak)
     trainer = lightning.Trainer(
         accelerator="gpu" if machine.device.type == "cuda" else "cpu",  # auto would take others that Machine does not
-        devices=chosen.scale.devices,
-        num_nodes=chosen.scale.nodes,
+        devices=cfg.scale.devices,
+        num_nodes=cfg.scale.nodes,
         precision=machine.precision,
         max_epochs=-1,
         max_steps=plan.steps,
@@ -165,19 +163,19 @@ def _trainer(
         # step 0: Lightning's sanity check, over all images; a resumed run has it behind it
         num_sanity_val_steps=-1 if judged and not resumed_at else 0,
         # what FSDP2 gathers in inference mode, before the first step, could not be trained on
-        inference_mode=chosen.scale.strategy != "fsdp",
-        gradient_clip_val=chosen.optim.clip or None,
+        inference_mode=cfg.scale.strategy != "fsdp",
+        gradient_clip_val=cfg.optim.clip or None,
         log_every_n_steps=log_every,
         callbacks=[Progress(plan, log_every, peak_step, mfu), *callbacks],
-        logger=loggers(chosen, plan.per_epoch, resumed_at),
+        logger=loggers(cfg, plan.per_epoch, resumed_at),
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
-        strategy=machine.strategy(chosen.optim),
+        strategy=machine.strategy(cfg.optim),
         # SLURM's would requeue with a checkpoint of its own; here the same command goes on from ours
         plugins=[Straight(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
-        default_root_dir=chosen.out,
+        default_root_dir=cfg.out,
     )
     # before every micro-batch it would tell the ranks of a SIGTERM, and wait: ResumePoint tells them without waiting
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
@@ -186,7 +184,7 @@ def _trainer(
 
 @rank_zero_only
 def _introduce(
-    chosen: TrainSettings,
+    cfg: TrainSettings,
     model: Regressor,
     data: Data,
     resumed_at: int,
@@ -194,17 +192,17 @@ def _introduce(
     machine: Machine,
     forecast: Forecast,
 ) -> None:
-    log.info("settings changed: %s", " ".join(run_settings.changed(chosen)) or "none")
+    log.info("settings changed: %s", " ".join(run_settings.changed(cfg)) or "none")
     spec = model.spec
-    log.info("%s at %d px → %d: %s", spec.name, spec.size, model.width, needs.line(*_a_device(chosen, machine)))
+    log.info("%s at %d px → %d: %s", spec.name, spec.size, model.width, needs.line(*_a_device(cfg, machine)))
     log.info("preprocessing: %s", spec.preprocessing)
     log.info(
-        "%s training pictures, %s; %d steps of %d, %d an epoch; %d × %s, %s",
+        "%s training images, %s; %d steps of %d, %d an epoch; %d × %s, %s",
         f"{len(data.train_rows):,}",
         ", ".join(f"{len(rows):,} of {name}" for name, rows in zip(data.val_names, data.val_sets, strict=True))
         or "none to validate on: the last checkpoint is also the best",
         data.steps,
-        chosen.batch_size,
+        cfg.batch_size,
         data.per_epoch,
         machine.world,
         machine.device.type,
@@ -218,34 +216,34 @@ def _introduce(
         log.info("going on from step %d", resumed_at)
 
 
-def _report_improvement(chosen: TrainSettings, best: KeepBest, data: Data, forecast: Forecast) -> None:
+def _report_improvement(cfg: TrainSettings, best: KeepBest, data: Data, forecast: Forecast) -> None:
     """Writes `improvement.json` and logs it, with what to change where the run did not improve."""
     improvement = None
     if best.scores.keys() >= {"start", "best", "last"}:
-        improvement = Improvement.of(best.scores["start"], best.scores["best"], best.scores["last"], data.pictures)
+        improvement = Improvement.of(best.scores["start"], best.scores["best"], best.scores["last"], data.images)
     if improvement is None:
         log.warning("warning: the scores of the start are not finite: the run cannot be compared with its start")
         return
-    write_json(chosen.out / FILE, improvement.facts())
+    write_json(cfg.out / FILE, improvement.facts())
     log.info("%s", improvement.line())
     advice = improvement.advice(forecast.longer(len(data.train_rows)) if forecast.too_short else None)
     if advice:
         log.warning("warning: %s", advice)
 
 
-def _a_device(chosen: TrainSettings, machine: Machine) -> tuple[int, int]:
-    """Pictures that a device takes at once, as far as the settings say, and devices that share the weights."""
-    share = math.ceil(chosen.batch_size / machine.world)
-    micro = chosen.scale.micro_batch
-    return (share if micro == "auto" else min(share, micro)), machine.world if chosen.scale.strategy == "fsdp" else 1
+def _a_device(cfg: TrainSettings, machine: Machine) -> tuple[int, int]:
+    """Images that a device takes at once, as far as the settings say, and devices that share the weights."""
+    share = math.ceil(cfg.batch_size / machine.world)
+    micro = cfg.scale.micro_batch
+    return (share if micro == "auto" else min(share, micro)), machine.world if cfg.scale.strategy == "fsdp" else 1
 
 
-def _list_skipped(out: Path, skipped: dict[str, str], pictures: int) -> None:
+def _list_skipped(out: Path, skipped: dict[str, str], images: int) -> None:
     if not skipped:
         return
     path = out / "skipped.jsonl"
     path.write_text("".join(json.dumps({"key": k, "reason": r}) + "\n" for k, r in sorted(skipped.items())))
-    log.warning("%d of %d pictures could not be read; listed in %s", len(skipped), pictures, path)
+    log.warning("%d of %d images could not be read; listed in %s", len(skipped), images, path)
 
 
 def _quiet() -> None:

@@ -1,6 +1,6 @@
 """How far training came: the validation scores of a run's start (step 0), best and last model, image by image.
 
-    improvement = Improvement.of(start, best, last, pictures)     write_json(out / FILE, improvement.facts())
+    improvement = Improvement.of(start, best, last, images)     write_json(out / FILE, improvement.facts())
     read(run)                                                     of a finished run; without torch
 
 n images of the first validation set. A difference is taken image by image, and its interval resamples prompts.
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from models.metrics import Interval, compare
 
 if TYPE_CHECKING:
-    from train.data.images import Pictures
+    from train.data.images import ImageDataset
 
 FILE = "improvement.json"
 
@@ -28,7 +28,7 @@ class ImageScores:
 
     step: int
     row_n: NDArray[np.int64]
-    """Numbers of the images in `train.data.images.Pictures`, ascending."""
+    """Numbers of the images in `train.data.images.ImageDataset`, ascending."""
     score_n: NDArray[np.float64]
 
     def state(self) -> dict[str, Any]:
@@ -62,11 +62,11 @@ class Improvement:
     """Groups of them that share their prompts."""
 
     @staticmethod
-    def of(start: ImageScores, best: ImageScores, last: ImageScores, pictures: "Pictures") -> "Improvement | None":
+    def of(start: ImageScores, best: ImageScores, last: ImageScores, images: "ImageDataset") -> "Improvement | None":
         """Compare the three; None where the scores of the start or of the best are not finite.
 
         Args:
-            pictures: the images that `row_n` of each number.
+            images: the images that `row_n` of each number.
         """
         row_n = start.row_n[np.isin(start.row_n, best.row_n) & np.isin(start.row_n, last.row_n)]
         scores = {
@@ -77,7 +77,7 @@ class Improvement:
             return None
         if not np.isfinite(scores["last"]).all():
             del scores["last"]
-        group_n = prompt_groups(pictures, row_n)
+        group_n = prompt_groups(images, row_n)
         intervals, differences = compare(scores, group_n)
         gains = {}
         for a, b, difference, low, high in differences:
@@ -159,11 +159,11 @@ class Improvement:
         )
 
 
-def prompt_groups(pictures: "Pictures", row_n: NDArray[np.int64]) -> NDArray[np.int64]:
+def prompt_groups(images: "ImageDataset", row_n: NDArray[np.int64]) -> NDArray[np.int64]:
     """A number for each image, equal where images have the same prompts in normal form, [n]."""
     from train.data.splits import Prompts
 
-    hash_c, owner_c, _ = Prompts(pictures).of(row_n)
+    hash_c, owner_c, _ = Prompts(images).of(row_n)
     code_n = np.zeros(len(row_n), np.int64)
     np.add.at(code_n, owner_c, hash_c)  # a sum does not depend on the order of the captions
     return code_n

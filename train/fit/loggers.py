@@ -25,10 +25,10 @@ from train.run_settings import plain
 from train.scale.devices import is_first
 
 
-def loggers(chosen: TrainSettings, a_epoch: int, resumed_at: int) -> list[Logger]:
+def loggers(cfg: TrainSettings, a_epoch: int, resumed_at: int) -> list[Logger]:
     """Those of a run of `a_epoch` steps an epoch that goes on from step `resumed_at`."""
-    found: list[Logger] = [JsonLines(chosen.out / "log.jsonl", a_epoch, resumed_at)]
-    return found if chosen.wandb == "off" else [*found, _wandb(chosen)]
+    found: list[Logger] = [JsonLines(cfg.out / "log.jsonl", a_epoch, resumed_at)]
+    return found if cfg.wandb == "off" else [*found, _wandb(cfg)]
 
 
 class JsonLines(Logger):
@@ -84,7 +84,7 @@ def wandb_of(all_of_them: list[Logger]) -> WandbLogger | None:
     return next((logger for logger in all_of_them if isinstance(logger, WandbLogger)), None)
 
 
-def _wandb(chosen: TrainSettings) -> Logger:
+def _wandb(cfg: TrainSettings) -> Logger:
     """Without an account it writes to the run folder, for `wandb sync` later. A resumed run goes on in the same one."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install 'im2emb[wandb]', or wandb=off")
@@ -92,9 +92,9 @@ def _wandb(chosen: TrainSettings) -> Logger:
 
     # wandb reads the environment once, at its first call
     os.environ.setdefault("WANDB_SILENT", "true")
-    os.environ.setdefault("WANDB_DATA_DIR", str((chosen.out / "wandb").resolve()))  # or an offline run lacks pictures
-    offline = chosen.wandb == "offline" or (chosen.wandb == "auto" and not wandb.login(prompt=False))
-    known = chosen.out / "wandb" / "id"
+    os.environ.setdefault("WANDB_DATA_DIR", str((cfg.out / "wandb").resolve()))  # or an offline run lacks images
+    offline = cfg.wandb == "offline" or (cfg.wandb == "auto" and not wandb.login(prompt=False))
+    known = cfg.out / "wandb" / "id"
     if is_first() and not known.exists():
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(secrets.token_hex(4))
@@ -102,11 +102,11 @@ def _wandb(chosen: TrainSettings) -> Logger:
     more: dict[str, Any] = {"mode": "offline"} if offline else {}
     return WandbLogger(
         project="im2emb",
-        name=chosen.name,
+        name=cfg.name,
         id=known.read_text() if known.exists() else None,
-        save_dir=chosen.out,
+        save_dir=cfg.out,
         offline=offline,
-        config=plain(chosen),
+        config=plain(cfg),
         log_model=False,
         **more,
     )

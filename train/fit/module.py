@@ -1,7 +1,7 @@
 """The thin LightningModule: loss, optimizer, averaged weights, validation.
 
-Deleting every callback changes no weight: what decides them is here and in `train.data.images`. B pictures, E target
-width, n scored pictures.
+Deleting every callback changes no weight: what decides them is here and in `train.data.images`. B images, E target
+width, n scored images.
 """
 
 from collections.abc import Callable, Sequence
@@ -34,16 +34,16 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Training(lightning.LightningModule):
-    """Trains `model`, in which what stays is frozen, by `chosen`, as `plan` cuts the run up.
+    """Trains `model`, in which what stays is frozen, by `cfg`, as `plan` cuts the run up.
 
     Args:
         sets: names of the validation sets, the one that counts first.
     """
 
-    def __init__(self, model: Regressor, chosen: TrainSettings, plan: Plan, sets: tuple[str, ...] = ("val",)) -> None:
+    def __init__(self, model: Regressor, cfg: TrainSettings, plan: Plan, sets: tuple[str, ...] = ("val",)) -> None:
         super().__init__()
         self.model = model
-        self._chosen, self._plan, self._sets = chosen, plan, sets
+        self._cfg, self._plan, self._sets = cfg, plan, sets
         self._head_alone: bool | None = None  # not set yet, as after a resume
         self._laid_out = False
         self._step_losses: list[torch.Tensor] = []
@@ -55,7 +55,7 @@ class Training(lightning.LightningModule):
         self.image_scores: ImageScores | None = None
         """Image by image, of the latest validation on the first set."""
         self.skipped: dict[str, str] = {}
-        """Key → reason of every picture that could not be read."""
+        """Key → reason of every image that could not be read."""
 
     # ------------------------------------------------------------------------------------------------- before training
 
@@ -87,10 +87,10 @@ class Training(lightning.LightningModule):
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self.model.train()
-        made = optimizer(self.model, self._chosen.optim, fused=self._plan.fused)
-        schedule = scheduler(made, self._chosen.optim, self._plan.steps, self._plan.head_steps)
-        if self._chosen.optim.ema:
-            self._ema = Ema(averaged(self.model), self._chosen.optim.ema)
+        made = optimizer(self.model, self._cfg.optim, fused=self._plan.fused)
+        schedule = scheduler(made, self._cfg.optim, self._plan.steps, self._plan.head_steps)
+        if self._cfg.optim.ema:
+            self._ema = Ema(averaged(self.model), self._cfg.optim.ema)
             self._go_on_averaging()
         return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -99,7 +99,7 @@ class Training(lightning.LightningModule):
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
         # randomness (stochastic depth, dropout) and what trains are functions of the step: any step can be the first
         micro = batch_idx % self._plan.accumulate
-        drawn = np.random.SeedSequence([self._chosen.seed, self.global_step, micro, self.global_rank])
+        drawn = np.random.SeedSequence([self._cfg.seed, self.global_step, micro, self.global_rank])
         torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]) >> 1)
         head_alone = self.global_step < self._plan.head_steps
         if head_alone is not self._head_alone:
@@ -111,21 +111,21 @@ class Training(lightning.LightningModule):
     def training_step(self, batch: Batch, _: int) -> torch.Tensor | None:
         self.skipped.update(batch.bad)
         if not len(batch.row_B) and self._plan.world == self._plan.accumulate == 1:
-            return None  # no picture of this batch could be read
+            return None  # no image of this batch could be read
         z_BE, target_BE, weight_B = self._predictions(batch), batch.target_BE, batch.weight_B
-        planned = self._chosen.batch_size / self._plan.world / self._plan.accumulate
+        planned = self._cfg.batch_size / self._plan.world / self._plan.accumulate
         scale = 1
-        if self._chosen.loss.needs_whole_step and self._plan.world > 1:
+        if self._cfg.loss.needs_whole_step and self._plan.world > 1:
             # every rank takes the loss of the whole step, and its own share of the gradients; DDP averages over ranks
             z_BE, target_BE, weight_B = self._whole_step(z_BE, target_BE, weight_B)
-            planned, scale = self._chosen.batch_size, self._plan.world
-        value = loss(z_BE, target_BE, weight_B, self._chosen.loss, planned)
+            planned, scale = self._cfg.batch_size, self._plan.world
+        value = loss(z_BE, target_BE, weight_B, self._cfg.loss, planned)
         self._step_losses.append(value.detach())
         if len(self._step_losses) == self._plan.accumulate:
             mean = torch.stack(self._step_losses).mean()
             self._step_losses = []
             # ranks wait for each other to log: only where it is written
-            if (self.global_step + 1) % min(self._chosen.log_every, self._plan.steps) == 0:
+            if (self.global_step + 1) % min(self._cfg.log_every, self._plan.steps) == 0:
                 self.log("train/loss", mean, sync_dist=True, batch_size=1)
         return scale * value
 
@@ -159,11 +159,11 @@ class Training(lightning.LightningModule):
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def _predictions(self, batch: Batch) -> torch.Tensor:
-        image_BCHW = augment(batch.image_BCHW, batch.row_B, self.global_step, self._chosen.seed, self._chosen.data)
+        image_BCHW = augment(batch.image_BCHW, batch.row_B, self.global_step, self._cfg.seed, self._cfg.data)
         return self._with_a_blank(image_BCHW, self._predict)
 
     def _with_a_blank(self, image_BCHW: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """What `of` makes of the pictures. Where there is none, it has a blank one that does not count: other ranks
+        """What `of` makes of the images. Where there is none, it has a blank one that does not count: other ranks
         wait for this one's weights and gradients."""
         if len(image_BCHW):
             return of(image_BCHW)
@@ -185,7 +185,7 @@ class Training(lightning.LightningModule):
         return tuple(torch.cat(parts) for parts in shares)
 
     def _shares(self, mine: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """Each of these tensors as the ranks have it, in their order. Ranks hold different numbers of pictures, so what
+        """Each of these tensors as the ranks have it, in their order. Ranks hold different numbers of images, so what
         travels is padded to the longest."""
         count = len(mine[0])
         counts = [int(n) for n in _listed(self.all_gather(torch.tensor(count, device=self.device)))]
@@ -222,7 +222,7 @@ class Training(lightning.LightningModule):
             score_n, row_n = self._gather(self._scores.get(number, []))
             if not len(score_n):
                 skipped = next(iter(self.skipped.items()), None)
-                raise UserError(f"no validation picture of {name} could be read; the first: {skipped}")
+                raise UserError(f"no validation image of {name} could be read; the first: {skipped}")
             interval = bootstrap(score_n)
             where = "val" if number == 0 else f"val/{name}"
             keys = ("cosine", "low", "high")
@@ -240,8 +240,8 @@ class Training(lightning.LightningModule):
 
     def _by_source(self, score_n: np.ndarray, row_n: np.ndarray) -> dict[str, float]:
         """Mean score of each prompt source, where there are several."""
-        pictures: Any = self.trainer.datamodule.pictures  # type: ignore[attr-defined]
-        sources = np.array([pictures.source(row) for row in row_n.tolist()])
+        images: Any = self.trainer.datamodule.images  # type: ignore[attr-defined]
+        sources = np.array([images.source(row) for row in row_n.tolist()])
         names = sorted(set(sources.tolist()))
         return {name: float(score_n[sources == name].mean()) for name in names} if len(names) > 1 else {}
 
@@ -272,7 +272,7 @@ class Training(lightning.LightningModule):
                 whole[name] = gathered.detach().cpu()
         if not is_first():
             return {}
-        about = self._chosen.model.lora
+        about = self._cfg.model.lora
         return lora.merge(whole, about.alpha / about.rank) if about.blocks else whole
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -311,7 +311,7 @@ class Training(lightning.LightningModule):
         if len(set(found)) > 1:
             raise UserError(
                 f"scale.micro_batch: the devices have room for different parts of the batch ({found} micro-batches); "
-                f"name one that all can take: {self._chosen.batch_size // (self._plan.world * int(max(found)))}"
+                f"name one that all can take: {self._cfg.batch_size // (self._plan.world * int(max(found)))}"
             )
 
 

@@ -21,7 +21,7 @@ _RISING, _FIRST, _LAST = 0.3, 1 / 25, 1 / 25e4
 _HEAD_ONLY_LAST = 0.01  # 5th's: 1e-2 → 1e-4
 
 
-def optimizer(model: Regressor, chosen: OptimSettings, *, fused: bool = False) -> torch.optim.Optimizer:
+def optimizer(model: Regressor, cfg: OptimSettings, *, fused: bool = False) -> torch.optim.Optimizer:
     """The optimizer of all that requires a gradient now: freeze before, as it will be at the end of training.
 
     Its groups carry `part`, "backbone" or "head", which the schedule needs.
@@ -34,15 +34,15 @@ def optimizer(model: Regressor, chosen: OptimSettings, *, fused: bool = False) -
     Raises:
         UserError: bitsandbytes is not installed, or the order of the blocks is not known.
     """
-    groups = parameter_groups(model, chosen)
-    betas = (chosen.betas[0], chosen.betas[1])
-    if chosen.name == "adamw8bit":
+    groups = parameter_groups(model, cfg)
+    betas = (cfg.betas[0], cfg.betas[1])
+    if cfg.name == "adamw8bit":
         return _adamw8bit()(groups, betas=betas)
-    if chosen.name == "lion":
+    if cfg.name == "lion":
         from timm.optim.lion import Lion
 
         return Lion(groups, betas=betas)
-    if chosen.name == "madgrad":
+    if cfg.name == "madgrad":
         from timm.optim.madgrad import MADGRAD
 
         # decoupled, so that weight_decay means what it means to the others
@@ -50,13 +50,13 @@ def optimizer(model: Regressor, chosen: OptimSettings, *, fused: bool = False) -
     return torch.optim.AdamW(groups, betas=betas, fused=fused or None)
 
 
-def check(chosen: OptimSettings, strategy: str) -> None:
+def check(cfg: OptimSettings, strategy: str) -> None:
     """Before anything is read: whether the optimizer can be had, and serves scale.strategy.
 
     Raises:
         UserError: bitsandbytes is not installed, or its optimizer is wanted for weights that are shared out.
     """
-    if chosen.name == "adamw8bit":
+    if cfg.name == "adamw8bit":
         _adamw8bit()
         if strategy == "fsdp":
             raise UserError(
@@ -65,25 +65,25 @@ def check(chosen: OptimSettings, strategy: str) -> None:
             )
 
 
-def parameter_groups(model: Regressor, chosen: OptimSettings) -> list[dict[str, Any]]:
+def parameter_groups(model: Regressor, cfg: OptimSettings) -> list[dict[str, Any]]:
     """Groups of equal rate and weight decay, top first, of the parameters that require a gradient.
 
     Vectors, and what the backbone itself exempts (position embeddings and class tokens in ViTs), have no weight decay.
     """
     backbone = model.backbone
-    share = depth_shares(backbone, chosen.layer_decay)
+    share = depth_shares(backbone, cfg.layer_decay)
     exempt = _exempt(backbone)
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
 
     def add(part: str, parameter: nn.Parameter, rate: float, decays: bool) -> None:
         if parameter.requires_grad:
-            weight_decay = chosen.weight_decay if decays and parameter.ndim >= 2 else 0.0
+            weight_decay = cfg.weight_decay if decays and parameter.ndim >= 2 else 0.0
             groups.setdefault((part, rate, weight_decay), []).append(parameter)
 
     for name, parameter in backbone.named_parameters():
-        add("backbone", parameter, chosen.lr * share[name], name not in exempt)
+        add("backbone", parameter, cfg.lr * share[name], name not in exempt)
     for parameter in model.head.parameters():
-        add("head", parameter, chosen.head_lr, True)
+        add("head", parameter, cfg.head_lr, True)
     # the rate of the first group is the one that is logged: the top block's
     in_order = sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1], -item[0][2]))
     return [
@@ -120,17 +120,17 @@ def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:
 
 
 def scheduler(
-    groups: torch.optim.Optimizer, chosen: OptimSettings, steps: int, alone: int = 0
+    groups: torch.optim.Optimizer, cfg: OptimSettings, steps: int, alone: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
     """Sets the rates of `optimizer`'s groups, step by step; in the first `alone` the head trains alone."""
 
     def of(part: str) -> Callable[[int], float]:
-        return lambda step: part_share(part, step, steps, alone, chosen)
+        return lambda step: part_share(part, step, steps, alone, cfg)
 
     return torch.optim.lr_scheduler.LambdaLR(groups, [of(group["part"]) for group in groups.param_groups])
 
 
-def part_share(part: str, step: int, steps: int, alone: int, chosen: OptimSettings) -> float:
+def part_share(part: str, step: int, steps: int, alone: int, cfg: OptimSettings) -> float:
     """The rate of the backbone's or head's groups at `step`, as a share of their peak.
 
     In the first `alone` steps the backbone's is 0 and the head's falls from head_only_lr to a hundredth of it by half
@@ -139,12 +139,12 @@ def part_share(part: str, step: int, steps: int, alone: int, chosen: OptimSettin
     """
     if part == "backbone" and step < alone:
         return 0.0
-    if chosen.head_only_lr is not None and alone:
+    if cfg.head_only_lr is not None and alone:
         if step < alone or steps <= alone:
             falling = _half_cosine(1.0, _HEAD_ONLY_LAST, min(step / alone, 1.0))
-            return chosen.head_only_lr / chosen.head_lr * falling
+            return cfg.head_only_lr / cfg.head_lr * falling
         step, steps = step - alone, steps - alone
-    return lr_share(step, steps, chosen.warmup, chosen.schedule)
+    return lr_share(step, steps, cfg.warmup, cfg.schedule)
 
 
 def lr_share(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:

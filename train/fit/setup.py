@@ -32,50 +32,50 @@ from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 
-# The penalty that scores best on held-out pictures fits the training ones so closely that little is left to learn
+# The penalty that scores best on held-out images fits the training ones so closely that little is left to learn
 # from: on 800 photographs fine-tuning from it lost .015, from one 30 times as high it gained .012 (benchmarks/LOG.md).
 _STIFFER = 30
 
 
-def model(chosen: TrainSettings, datasets: list[Dataset], *, resumed: bool) -> Regressor:
+def model(cfg: TrainSettings, datasets: list[Dataset], *, resumed: bool) -> Regressor:
     """The regressor, with a random head, on the CPU. A resumed one needs no weights: they are in the resume point."""
-    torch.manual_seed(chosen.seed)  # a random backbone and head are the run's own, whatever ran before
-    elsewhere = resumed or chosen.init_from is not None
-    made = _made(chosen, datasets, "random" if elsewhere else chosen.model.weights)
-    made.fixed_stats = chosen.model.fixed_stats and (chosen.model.weights != "random" or chosen.init_from is not None)
-    if chosen.init_from is not None and not resumed:
-        checkpoint.load_into(made, chosen.init_from)
-        config = checkpoint.read_config(chosen.init_from)
+    torch.manual_seed(cfg.seed)  # a random backbone and head are the run's own, whatever ran before
+    elsewhere = resumed or cfg.init_from is not None
+    made = _made(cfg, datasets, "random" if elsewhere else cfg.model.weights)
+    made.fixed_stats = cfg.model.fixed_stats and (cfg.model.weights != "random" or cfg.init_from is not None)
+    if cfg.init_from is not None and not resumed:
+        checkpoint.load_into(made, cfg.init_from)
+        config = checkpoint.read_config(cfg.init_from)
         there, identity = config["encoder"], datasets[0].encoder_identity or {}
-        if there != encoder_name(chosen.encoder) and not (has_settings(identity) and "encoder_identity" in config):
+        if there != encoder_name(cfg.encoder) and not (has_settings(identity) and "encoder_identity" in config):
             raise UserError(
-                f"init_from: {chosen.init_from} was trained on vectors of {there}, not {chosen.encoder}; its head "
+                f"init_from: {cfg.init_from} was trained on vectors of {there}, not {cfg.encoder}; its head "
                 f"would point elsewhere. Take encoder={there}, or another checkpoint."
             )
-        require_same(config, f"init_from: {chosen.init_from}", identity, str(datasets[0].root))
+        require_same(config, f"init_from: {cfg.init_from}", identity, str(datasets[0].root))
     return made
 
 
-def outline(chosen: TrainSettings, datasets: list[Dataset]) -> Regressor:
+def outline(cfg: TrainSettings, datasets: list[Dataset]) -> Regressor:
     """The regressor as it will train, on the meta device: nothing is read or computed for it."""
     with torch.device("meta"):
-        made = _made(chosen, datasets, "random")
-        made.fixed_stats = chosen.model.fixed_stats
-        arm(made, chosen)
-    if not chosen.model.fixed_stats and not any(isinstance(m, _NormBase) for m in made.backbone.modules()):
+        made = _made(cfg, datasets, "random")
+        made.fixed_stats = cfg.model.fixed_stats
+        arm(made, cfg)
+    if not cfg.model.fixed_stats and not any(isinstance(m, _NormBase) for m in made.backbone.modules()):
         log.warning("model.fixed_stats=false has no effect: %s has no batch norm", made.spec.name)
     return made
 
 
-def arm(made: Regressor, chosen: TrainSettings) -> None:
+def arm(made: Regressor, cfg: TrainSettings) -> None:
     """Freezes what stays, and puts adapters into the blocks above it."""
-    made.freeze(None if chosen.model.freeze == "all" else chosen.model.freeze)
-    about = chosen.model.lora
-    if about.blocks and isinstance(chosen.model.freeze, int):
-        torch.manual_seed(chosen.seed)
+    made.freeze(None if cfg.model.freeze == "all" else cfg.model.freeze)
+    about = cfg.model.lora
+    if about.blocks and isinstance(cfg.model.freeze, int):
+        torch.manual_seed(cfg.seed)
         lora.insert(
             made.backbone,
-            chosen.model.freeze,
+            cfg.model.freeze,
             about.blocks,
             about.rank,
             about.alpha,
@@ -84,11 +84,11 @@ def arm(made: Regressor, chosen: TrainSettings) -> None:
         )
 
 
-def _made(chosen: TrainSettings, datasets: list[Dataset], weights: str) -> Regressor:
-    about = chosen.model
+def _made(cfg: TrainSettings, datasets: list[Dataset], weights: str) -> Regressor:
+    about = cfg.model
     size = about.size
     if size == "dataset":
-        # to enlarge small pictures costs time and adds nothing
+        # to enlarge small images costs time and adds nothing
         rendered = [d.info["settings"].get("renderer", {}).get("size") for d in datasets]
         with torch.device("meta"):
             own = make(about.backbone, "random", None, datasets[0].width).spec.size
@@ -103,22 +103,22 @@ def _made(chosen: TrainSettings, datasets: list[Dataset], weights: str) -> Regre
     )
 
 
-def head(made: Regressor, chosen: TrainSettings, data: Data, device: torch.device) -> None:
+def head(made: Regressor, cfg: TrainSettings, data: Data, device: torch.device) -> None:
     """Sets the head as `model.head_init` says; one process works it out, the others wait for its file.
 
     The file stays: a run that is started again before its first resume point does not work it out again.
     """
-    about = chosen.model
-    if chosen.init_from is not None or about.head_init == "random":
+    about = cfg.model
+    if cfg.init_from is not None or about.head_init == "random":
         return
-    path = chosen.out / "head_init.safetensors"
+    path = cfg.out / "head_init.safetensors"
     state = _whole_head(path)
     if state is None:
         if is_first():
             if about.head_init == "ridge":
-                _ridge(made, chosen, data, device)
+                _ridge(made, cfg, data, device)
             else:
-                _text(made, chosen, data, device)
+                _text(made, cfg, data, device)
             state = {k: v.detach().cpu().contiguous() for k, v in made.head.state_dict().items()}
             content = tensor_files.to_bytes(state)
             write_atomically(path, lambda file: file.write(content))
@@ -139,29 +139,27 @@ def _whole_head(path: Path) -> dict[str, torch.Tensor] | None:
         return None
 
 
-def _ridge(made: Regressor, chosen: TrainSettings, data: Data, device: torch.device) -> None:
+def _ridge(made: Regressor, cfg: TrainSettings, data: Data, device: torch.device) -> None:
     rows = data.train_rows
-    if chosen.model.head_pictures is not None and len(rows) > chosen.model.head_pictures:
-        drawn = np.random.default_rng([chosen.seed, len(rows)]).choice(
-            len(rows), chosen.model.head_pictures, replace=False
-        )
+    if cfg.model.head_pictures is not None and len(rows) > cfg.model.head_pictures:
+        drawn = np.random.default_rng([cfg.seed, len(rows)]).choice(len(rows), cfg.model.head_pictures, replace=False)
         rows = rows[np.sort(drawn)]
-    found = features(made.to(device).eval(), data.pictures, rows, chosen.batch_size, chosen.scale.workers)
-    share = init_ridge(made.head, found.batches, _STIFFER, penalty_parts(data.pictures, found.row_n))
+    found = features(made.to(device).eval(), data.images, rows, cfg.batch_size, cfg.scale.workers)
+    share = init_ridge(made.head, found.batches, _STIFFER, penalty_parts(data.images, found.row_n))
     log.info("ridge head: penalty %.1e of the features' variance", share)
     made.train()
 
 
-def _text(made: Regressor, chosen: TrainSettings, data: Data, device: torch.device) -> None:
-    pictures, rows = data.pictures, data.train_rows
+def _text(made: Regressor, cfg: TrainSettings, data: Data, device: torch.device) -> None:
+    images, rows = data.images, data.train_rows
     prompts, targets = [], []
-    for dataset, own in (pictures.place(row) for row in rows.tolist()):
+    for dataset, own in (images.place(row) for row in rows.tolist()):
         prompts += dataset.prompts(own)
         targets.append(dataset.targets(own))
     # spelled in several ways, a prompt would judge the penalty that was fitted on itself
-    first = np.sort(np.unique(Prompts(pictures).of(rows)[0], return_index=True)[1])
+    first = np.sort(np.unique(Prompts(images).of(rows)[0], return_index=True)[1])
     prompts, target_cE = [prompts[c] for c in first.tolist()], np.concatenate(targets)[first]
-    share = init_text(made, chosen.model.text_tower, chosen.model.weights, prompts, target_cE, device)
+    share = init_text(made, cfg.model.text_tower, cfg.model.weights, prompts, target_cE, device)
     log.info("text head: penalty %.1e of the features' variance", share)
 
 
@@ -175,20 +173,20 @@ def _wait_for(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def plan(chosen: TrainSettings, made: Regressor, data: Data, needs: flops.Cost, machine: Machine) -> Plan:
+def plan(cfg: TrainSettings, made: Regressor, data: Data, needs: flops.Cost, machine: Machine) -> Plan:
     """How the run's steps are cut up; on a GPU, with scale.micro_batch=auto, by trying."""
-    scale = chosen.scale
-    share = math.ceil(chosen.batch_size / machine.world)
+    scale = cfg.scale
+    share = math.ceil(cfg.batch_size / machine.world)
     micro, mode = share, "none" if scale.recompute == "auto" else scale.recompute
     if scale.micro_batch != "auto":
         micro = min(scale.micro_batch, share)
     elif machine.device.type == "cuda":
-        micro, mode = micro_batch.choose(made, chosen, needs, machine)
+        micro, mode = micro_batch.choose(made, cfg, needs, machine)
     accumulate = math.ceil(share / micro)
-    check_shares(chosen.batch_size, machine.world, accumulate)
+    check_shares(cfg.batch_size, machine.world, accumulate)
     if accumulate > 1:
-        _refuse_parts(chosen, machine.world, accumulate)
-        log.info("%d micro-batches of %d pictures a step on each device", accumulate, share // accumulate)
+        _refuse_parts(cfg, machine.world, accumulate)
+        log.info("%d micro-batches of %d images a step on each device", accumulate, share // accumulate)
     if mode != "none":
         log.info("activations: %s recomputation", mode)
     return Plan(
@@ -205,29 +203,29 @@ def plan(chosen: TrainSettings, made: Regressor, data: Data, needs: flops.Cost, 
 
 
 def trial(
-    made: Regressor, chosen: TrainSettings, needs: flops.Cost, machine: Machine, plan: Plan
+    made: Regressor, cfg: TrainSettings, needs: flops.Cost, machine: Machine, plan: Plan
 ) -> Callable[[list[int]], int] | None:
-    """Tries how many pictures fit after all, for the advice to a run that ran out of memory; None where none can."""
-    if machine.device.type != "cuda" or machine.world > 1 or chosen.scale.strategy == "fsdp":  # others would wait
+    """Tries how many images fit after all, for the advice to a run that ran out of memory; None where none can."""
+    if machine.device.type != "cuda" or machine.world > 1 or cfg.scale.strategy == "fsdp":  # others would wait
         return None
-    return lambda among: micro_batch.fitting(made, chosen, needs, machine, plan.recompute, among)
+    return lambda among: micro_batch.fitting(made, cfg, needs, machine, plan.recompute, among)
 
 
-def _refuse_parts(chosen: TrainSettings, world: int, accumulate: int) -> None:
+def _refuse_parts(cfg: TrainSettings, world: int, accumulate: int) -> None:
     """What cannot be added up from micro-batches."""
     found = []
-    for name, on in (("loss.contrastive", chosen.loss.contrastive > 0), ("loss.hardest", chosen.loss.hardest < 1)):
+    for name, on in (("loss.contrastive", cfg.loss.contrastive > 0), ("loss.hardest", cfg.loss.hardest < 1)):
         if on:
-            found.append(f"{name} compares the pictures of a whole step")
-    if not chosen.model.fixed_stats or chosen.model.head == "wide":
+            found.append(f"{name} compares the images of a whole step")
+    if not cfg.model.fixed_stats or cfg.model.head == "wide":
         log.warning(
-            "batch norms that learn their statistics see %d pictures at a time, not the step's %d",
-            chosen.batch_size // (world * accumulate),
-            chosen.batch_size,
+            "batch norms that learn their statistics see %d images at a time, not the step's %d",
+            cfg.batch_size // (world * accumulate),
+            cfg.batch_size,
         )
     if found:
         raise UserError(
-            f"scale.micro_batch: a step of {chosen.batch_size} pictures would be {accumulate} micro-batches on each of "
+            f"scale.micro_batch: a step of {cfg.batch_size} images would be {accumulate} micro-batches on each of "
             f"{world} devices, but {'; '.join(found)}. Take a batch_size that fits at once, scale.recompute=full, or "
             "leave that out."
         )

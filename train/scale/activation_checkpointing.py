@@ -73,8 +73,8 @@ def _again(block: nn.Module, mode: Mode) -> Callable[..., Any]:
     def computed(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*args, **kwargs)
-        chosen = compiled if torch.compiler.is_compiling() else eager
-        return checkpoint(forward, *args, use_reentrant=False, **chosen, **kwargs)
+        cfg = compiled if torch.compiler.is_compiling() else eager
+        return checkpoint(forward, *args, use_reentrant=False, **cfg, **kwargs)
 
     return computed
 

@@ -1,4 +1,4 @@
-"""How many pictures a GPU takes at once: found by trying, so that gradients of equal parts add up to the batch's.
+"""How many images a GPU takes at once: found by trying, so that gradients of equal parts add up to the batch's.
 
 A trial holds what a step holds: weights, gradients, room for the optimizer and the averaged weights, activations. Its
 blocks are not compiled, which takes more memory than compiled ones, not less.
@@ -30,37 +30,37 @@ from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 
-_ENOUGH = 8  # pictures, with fewer of which a GPU idles: rather compute activations again
+_ENOUGH = 8  # images, with fewer of which a GPU idles: rather compute activations again
 _MARGIN = 0.05  # of the device's memory: for fragments, NCCL and cuBLAS
 _LAST_REMEDIES = ["a higher model.freeze", "model.lora", "optim.name=adamw8bit", "scale.strategy=fsdp on several GPUs"]
 
 
-def choose(made: Regressor, chosen: TrainSettings, needs: Cost, machine: Machine) -> tuple[int, Mode]:
-    """Pictures at once on this process's device, and the recomputation that they need; on a CPU its share of the batch.
+def choose(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine) -> tuple[int, Mode]:
+    """Images at once on this process's device, and the recomputation that they need; on a CPU its share of the batch.
 
-    With scale.recompute=auto the least that lets 8 pictures fit, or a whole share of the batch where the loss compares
-    its pictures. Where FSDP shares out the weights, by the estimate of `needs` and not by trying.
+    With scale.recompute=auto the least that lets 8 images fit, or a whole share of the batch where the loss compares
+    its images. Where FSDP shares out the weights, by the estimate of `needs` and not by trying.
 
     Raises:
-        UserError: not one picture fits.
+        UserError: not one image fits.
     """
-    share = math.ceil(chosen.batch_size / machine.world)
+    share = math.ceil(cfg.batch_size / machine.world)
     if machine.device.type != "cuda":
-        return share, "none" if chosen.scale.recompute == "auto" else chosen.scale.recompute
-    enough = share if chosen.loss.needs_whole_step else min(_ENOUGH, share)
-    modes: tuple[Mode, ...] = get_args(Mode) if chosen.scale.recompute == "auto" else (chosen.scale.recompute,)
-    among = _parts(made, chosen, machine.world)
+        return share, "none" if cfg.scale.recompute == "auto" else cfg.scale.recompute
+    enough = share if cfg.loss.needs_whole_step else min(_ENOUGH, share)
+    modes: tuple[Mode, ...] = get_args(Mode) if cfg.scale.recompute == "auto" else (cfg.scale.recompute,)
+    among = _parts(made, cfg, machine.world)
     found = 0
     for mode in modes:
-        found = fitting(made, chosen, needs, machine, mode, among)
-        log.info("with %s recomputation %d of %d pictures fit at once", mode, found, share)
+        found = fitting(made, cfg, needs, machine, mode, among)
+        log.info("with %s recomputation %d of %d images fit at once", mode, found, share)
         if found >= enough:
             return found, mode
     if not found:
-        shards = machine.world if chosen.scale.strategy == "fsdp" else 1
+        shards = machine.world if cfg.scale.strategy == "fsdp" else 1
         parted = len(among) > 1
         raise UserError(
-            f"out of memory: {among[-1]} pictures of {made.spec.size} px at once are more than {machine.device} takes, "
+            f"out of memory: {among[-1]} images of {made.spec.size} px at once are more than {machine.device} takes, "
             f"even with scale.recompute={modes[-1]}; {needs.line(among[-1], shards)}.\n"
             f"Take {'' if parted else f'a batch_size that {machine.world} devices share evenly, or '}"
             f"{', or '.join(_LAST_REMEDIES)}."
@@ -74,13 +74,13 @@ def find(step: Callable[[int], None], among: list[int], module: nn.Module, reser
     Buffers, gradients and random draws are as before.
 
     Args:
-        step: a forward and a backward pass on so many pictures. It runs twice, the second time beside its gradients.
+        step: a forward and a backward pass on so many images. It runs twice, the second time beside its gradients.
         reserve: bytes that training will need besides.
     """
     device = next(module.parameters()).device
-    for pictures in among:
-        if _survives(step, pictures, module, device, reserve):
-            return pictures
+    for images in among:
+        if _survives(step, images, module, device, reserve):
+            return images
     return 0
 
 
@@ -94,7 +94,7 @@ def sizes(batch: int) -> list[int]:
 
 
 def advice(
-    error: BaseException, chosen: TrainSettings, plan: Plan, fits: Callable[[list[int]], int] | None = None
+    error: BaseException, cfg: TrainSettings, plan: Plan, fits: Callable[[list[int]], int] | None = None
 ) -> UserError:
     """What to change after a run of `plan` ran out of memory.
 
@@ -103,42 +103,42 @@ def advice(
         fits: the first of some sizes, largest first, that fits, as `fitting` finds it; 0 for none. Without it the next
             smaller size is named.
     """
-    share = math.ceil(chosen.batch_size / plan.world)
-    pictures = math.ceil(share / plan.accumulate)
+    share = math.ceil(cfg.batch_size / plan.world)
+    images = math.ceil(share / plan.accumulate)
     said = str(error).partition("\n")[0]
     traceback.clear_frames(error.__traceback__)
-    smaller = [size for size in sizes(share) if size < pictures] if chosen.batch_size % plan.world == 0 else []
+    smaller = [size for size in sizes(share) if size < images] if cfg.batch_size % plan.world == 0 else []
     size = smaller[0] if smaller else 0
     if smaller and fits is not None:
         size = fits(smaller)
     why = "which fits here" if fits is not None else "not tried"
     modes = get_args(Mode)
     remedies = []
-    if size and chosen.loss.needs_whole_step:
-        remedies.append(f"batch_size={size * plan.world} ({why}; this loss compares all pictures of a step)")
+    if size and cfg.loss.needs_whole_step:
+        remedies.append(f"batch_size={size * plan.world} ({why}; this loss compares all images of a step)")
     elif size:
         remedies.append(f"scale.micro_batch={size} ({why}; {share // size} of them make up the same step)")
     remedies += [f"scale.recompute={mode}" for mode in modes[modes.index(plan.recompute) + 1 :]]
     if not size:
         remedies += _LAST_REMEDIES
     return UserError(
-        f"out of memory with {pictures} pictures at once on a device and scale.recompute={plan.recompute}: {said}\n"
+        f"out of memory with {images} images at once on a device and scale.recompute={plan.recompute}: {said}\n"
         f"Take {', or '.join(remedies)}. The same run goes on where it wrote its last resume point."
     )
 
 
-def fitting(made: Regressor, chosen: TrainSettings, needs: Cost, machine: Machine, mode: Mode, among: list[int]) -> int:
+def fitting(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine, mode: Mode, among: list[int]) -> int:
     """The first of `among`, largest first, that fits with `mode` on this process's GPU; 0 where none does."""
-    if chosen.scale.strategy == "fsdp":
+    if cfg.scale.strategy == "fsdp":
         capacity = torch.cuda.get_device_properties(machine.device).total_memory
-        needs = measure(made, chosen.optim, machine.half, mode)
+        needs = measure(made, cfg.optim, machine.half, mode)
         most = needs.fitting(int(capacity * (1 - _MARGIN)), machine.world)
         return next((size for size in among if size <= most), 0)
     blocks = layer_groups.blocks(made.backbone) if mode != "none" else []
     try:
         made.to(machine.device)
         activation_checkpointing.apply(blocks, mode)
-        return find(_step(made, chosen, machine), among, made, _to_come(made, needs, machine.device))
+        return find(_step(made, cfg, machine), among, made, _to_come(made, needs, machine.device))
     except RuntimeError as error:
         if not is_oom_error(error):
             raise
@@ -147,24 +147,24 @@ def fitting(made: Regressor, chosen: TrainSettings, needs: Cost, machine: Machin
         activation_checkpointing.apply(blocks, "none")
 
 
-def _parts(made: Regressor, chosen: TrainSettings, world: int) -> list[int]:
+def _parts(made: Regressor, cfg: TrainSettings, world: int) -> list[int]:
     """Sizes to try: on several devices equal parts alone add up, and a batch norm that learns takes two at least."""
-    share = math.ceil(chosen.batch_size / world)
+    share = math.ceil(cfg.batch_size / world)
     learns = any(isinstance(m, nn.modules.batchnorm._NormBase) and m.training for m in made.train().modules())
-    parts = sizes(share) if chosen.batch_size % world == 0 else [share]
+    parts = sizes(share) if cfg.batch_size % world == 0 else [share]
     return [size for size in parts if size > 1] or [share] if learns else parts
 
 
-def _step(made: Regressor, chosen: TrainSettings, machine: Machine) -> Callable[[int], None]:
-    def step(pictures: int) -> None:
+def _step(made: Regressor, cfg: TrainSettings, machine: Machine) -> Callable[[int], None]:
+    def step(images: int) -> None:
         made.train()
-        shape = (pictures, 3, made.spec.size, made.spec.size)
+        shape = (images, 3, made.spec.size, made.spec.size)
         image_BCHW = torch.randint(0, 256, shape, dtype=torch.uint8, device=machine.device)
-        target_BE = normalize(torch.randn(pictures, made.width, device=machine.device), dim=-1)
+        target_BE = normalize(torch.randn(images, made.width, device=machine.device), dim=-1)
         half = DTYPES[machine.half]
         with torch.autocast(machine.device.type, half, enabled=half != torch.float32):
             z_BE = made(image_BCHW, unit=False)
-        loss(z_BE, target_BE, torch.ones(pictures, device=machine.device), chosen.loss, pictures).backward()
+        loss(z_BE, target_BE, torch.ones(images, device=machine.device), cfg.loss, images).backward()
 
     return step
 
@@ -177,15 +177,13 @@ def _to_come(made: Regressor, needs: Cost, device: torch.device) -> int:
     return max(needs.state_bytes - there, 0) + int(_MARGIN * capacity)
 
 
-def _survives(
-    step: Callable[[int], None], pictures: int, module: nn.Module, device: torch.device, reserve: int
-) -> bool:
+def _survives(step: Callable[[int], None], images: int, module: nn.Module, device: torch.device, reserve: int) -> bool:
     survived, held = False, None
     with _without_trace(module, device):
         try:
             held = torch.empty(reserve, dtype=torch.uint8, device=device)
-            step(pictures)
-            step(pictures)
+            step(images)
+            step(images)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
             survived = True

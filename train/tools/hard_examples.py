@@ -1,10 +1,10 @@
-"""Hard examples: scores the training pictures of a run, and writes how much each should count in the next one.
+"""Hard examples: scores the training images of a run, and writes how much each should count in the next one.
 
     python -m train.hard run=checkpoints/vith14
     python -m train +experiment=vith14 name=again data.weights=checkpoints/vith14/weights.parquet
 
-<out> has a row a picture, the hardest first: key, dataset (its folder), score, weight. A picture that cannot be read
-has none. n pictures.
+<out> has a row an image, the hardest first: key, dataset (its folder), score, weight. An image that cannot be read
+has none. n images.
 """
 
 import logging
@@ -29,9 +29,9 @@ class HardSettings:
     checkpoint: Path | None
     """Checkpoint folder that scores; null takes RUN/best."""
     keep: float
-    """Share of the pictures that is hard: those of the lowest cosine."""
+    """Share of the images that is hard: those of the lowest cosine."""
     weight: float
-    """Of a hard picture; of another 1."""
+    """Of a hard image; of another 1."""
     drop: bool
     """Whether others weigh 0, so that the hard ones alone are trained on."""
     out: Path
@@ -45,7 +45,7 @@ class HardSettings:
         found = [] if 0 < self.keep < 1 else [f"keep: {self.keep} is not above 0 and below 1"]
         found += [] if self.weight > 0 else [f"weight: {self.weight} is not above 0"]
         if self.weight == 1 and not self.drop:
-            found.append("weight: 1 makes hard pictures count as the others; take more, or drop=true")
+            found.append("weight: 1 makes hard images count as the others; take more, or drop=true")
         if self.batch_size < 1:
             found.append(f"batch_size: {self.batch_size} is below 1")
         if self.out.suffix not in (".parquet", ".csv"):
@@ -54,7 +54,7 @@ class HardSettings:
 
 
 def weights(score_n: NDArray[np.floating], keep: float, weight: float, *, drop: bool) -> NDArray[np.float32]:
-    """How much each picture counts: `weight` of the share `keep` of the lowest scores (one at least), 1 or 0 of others.
+    """How much each image counts: `weight` of the share `keep` of the lowest scores (one at least), 1 or 0 of others.
 
     Equal scores are ranked by their place.
     """
@@ -63,13 +63,13 @@ def weights(score_n: NDArray[np.floating], keep: float, weight: float, *, drop: 
     return weight_n
 
 
-def mine(chosen: HardSettings) -> None:
-    """Scores the training pictures and writes `chosen.out`.
+def mine(cfg: HardSettings) -> None:
+    """Scores the training images and writes `chosen.out`.
 
     Raises:
-        UserError: the run, its checkpoint or its datasets cannot be used, or no picture can be read.
+        UserError: the run, its checkpoint or its datasets cannot be used, or no image can be read.
     """
-    run = read_settings(chosen.run)
+    run = read_settings(cfg.run)
     import pyarrow as pa
     from pyarrow import csv, parquet
 
@@ -82,20 +82,20 @@ def mine(chosen: HardSettings) -> None:
     from train.evaluate.trained_on import data_of
     from train.scale.devices import device_of
 
-    folder = chosen.checkpoint or chosen.run / "best"
+    folder = cfg.checkpoint or cfg.run / "best"
     config = checkpoint.read_config(folder)
-    device = device_of(chosen.accelerator)
+    device = device_of(cfg.accelerator)
     data = data_of(run, config["encoder"], Preprocessing.from_config(config))
-    for dataset in data.pictures.datasets:
+    for dataset in data.images.datasets:
         require_same(config, folder, dataset.encoder_identity or {}, str(dataset.root))
-    pictures, rows = data.pictures, data.train_rows
+    images, rows = data.images, data.train_rows
     read, scores, bad = [], [], []
     passes = predictions(
         checkpoint.load(folder).to(device),
-        pictures,
+        images,
         rows,
-        batch_size=chosen.batch_size,
-        workers=chosen.workers,
+        batch_size=cfg.batch_size,
+        workers=cfg.workers,
         dtype=half(device),
         what="score",
     )
@@ -105,33 +105,33 @@ def mine(chosen: HardSettings) -> None:
         bad += batch.bad
     row_n, score_n = np.concatenate(read), np.concatenate(scores)
     if bad:
-        log.warning("%d of %d pictures could not be read; the first: %s: %s", len(bad), len(rows), *bad[0])
+        log.warning("%d of %d images could not be read; the first: %s: %s", len(bad), len(rows), *bad[0])
     if not len(row_n):
-        raise UserError("no training picture could be read; python -m datagen.verify tells which are damaged")
-    weight_n = weights(score_n, chosen.keep, chosen.weight, drop=chosen.drop)
+        raise UserError("no training image could be read; python -m datagen.verify tells which are damaged")
+    weight_n = weights(score_n, cfg.keep, cfg.weight, drop=cfg.drop)
     order = np.argsort(score_n, kind="stable")
-    numbers = [pictures.dataset_of(row) for row in row_n[order].tolist()]
+    numbers = [images.dataset_of(row) for row in row_n[order].tolist()]
     table = pa.table(
         {
-            "key": [pictures.key(row) for row in row_n[order].tolist()],
-            "dataset": pa.array([str(d.root) for d in pictures.datasets]).take(pa.array(numbers)),
+            "key": [images.key(row) for row in row_n[order].tolist()],
+            "dataset": pa.array([str(d.root) for d in images.datasets]).take(pa.array(numbers)),
             "score": score_n[order].astype(np.float32),
             "weight": weight_n[order],
         }
     )
     kinds = {".parquet": parquet.write_table, ".csv": csv.write_csv}
-    write_atomically(chosen.out, lambda file: kinds[chosen.out.suffix](table, file))
-    hard = int((weight_n == np.float32(chosen.weight)).sum())
+    write_atomically(cfg.out, lambda file: kinds[cfg.out.suffix](table, file))
+    hard = int((weight_n == np.float32(cfg.weight)).sum())
     log.info(
-        "%s hard pictures of %s, cosine %.4f or less, count %g, others %d: %s",
+        "%s hard images of %s, cosine %.4f or less, count %g, others %d: %s",
         f"{hard:,}",
         f"{len(row_n):,}",
         score_n[order[hard - 1]],
-        chosen.weight,
-        0 if chosen.drop else 1,
-        chosen.out,
+        cfg.weight,
+        0 if cfg.drop else 1,
+        cfg.out,
     )
-    log.info("train on them: python -m train … data.weights=%s", chosen.out)
+    log.info("train on them: python -m train … data.weights=%s", cfg.out)
 
 
 def run(values: dict[str, Any]) -> None:

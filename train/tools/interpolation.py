@@ -34,7 +34,7 @@ class InterpolateSettings:
     a: Path
     """Checkpoint folder at alpha 0."""
     b: Path
-    """Checkpoint folder at alpha 1; the mean vector and the probe pictures are its."""
+    """Checkpoint folder at alpha 1; the mean vector and the probe images are its."""
     alpha: tuple[float, ...]
     """Shares of b."""
     out: Path
@@ -59,7 +59,7 @@ class InterpolateSettings:
         return {} if self.dataset is not None else dict.fromkeys(scoring, "without dataset: nothing is scored")
 
 
-def interpolate(chosen: InterpolateSettings) -> dict[str, Any]:
+def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
     """Writes the checkpoints, scores them where there is a dataset, and returns what `interpolate.json` holds.
 
     Raises:
@@ -69,40 +69,40 @@ def interpolate(chosen: InterpolateSettings) -> dict[str, Any]:
     from models import checkpoint
     from models.runtime.preprocess import Preprocessing
     from train.data.encoders import require_same
-    from train.data.images import Pictures
+    from train.data.images import ImageDataset
 
-    there, config = (checkpoint.read_config(folder) for folder in (chosen.a, chosen.b))
+    there, config = (checkpoint.read_config(folder) for folder in (cfg.a, cfg.b))
     differ = checkpoint.differences(there, config, (*checkpoint.ARCHITECTURE, *checkpoint.PREPROCESSING, "encoder"))
     of_encoders = differences(there.get("encoder_identity"), config.get("encoder_identity"))
     differ += [f"  encoder: {line}" for line in of_encoders]
     if differ:
-        raise UserError(f"{chosen.a} (there) and {chosen.b} (here) are of two kinds:\n" + "\n".join(differ))
-    pictures = rows = None
-    if chosen.dataset is not None:
-        pictures = Pictures([Dataset(chosen.dataset, config["encoder"])], Preprocessing.from_config(config))
-        require_same(config, chosen.b, pictures.datasets[0].encoder_identity or {}, str(chosen.dataset))
-        rows = pictures.datasets[0].rows(chosen.split)
-    a, b = (checkpoint.load(folder).state_dict() for folder in (chosen.a, chosen.b))
-    mean_E, probes, _ = checkpoint.load_extras(chosen.b)
+        raise UserError(f"{cfg.a} (there) and {cfg.b} (here) are of two kinds:\n" + "\n".join(differ))
+    images = rows = None
+    if cfg.dataset is not None:
+        images = ImageDataset([Dataset(cfg.dataset, config["encoder"])], Preprocessing.from_config(config))
+        require_same(config, cfg.b, images.datasets[0].encoder_identity or {}, str(cfg.dataset))
+        rows = images.datasets[0].rows(cfg.split)
+    a, b = (checkpoint.load(folder).state_dict() for folder in (cfg.a, cfg.b))
+    mean_E, probes, _ = checkpoint.load_extras(cfg.b)
     model = checkpoint.rebuild(config).eval()
     facts = {key: value for key, value in config.items() if key not in model.description()}
-    overlap = None if pictures is None else _overlap(pictures, rows, chosen, config["encoder"])
+    overlap = None if images is None else _overlap(images, rows, cfg, config["encoder"])
     found = []
-    for alpha in chosen.alpha:
+    for alpha in cfg.alpha:
         model.load_state_dict(between(a, b, alpha))
-        score, skipped = (None, []) if pictures is None else _score(model, pictures, rows, overlap, chosen)
-        mixed = {"a": str(chosen.a), "b": str(chosen.b), "alpha": alpha}
-        folder = chosen.out / f"alpha-{alpha:g}"
+        score, skipped = (None, []) if images is None else _score(model, images, rows, overlap, cfg)
+        mixed = {"a": str(cfg.a), "b": str(cfg.b), "alpha": alpha}
+        folder = cfg.out / f"alpha-{alpha:g}"
         checkpoint.save(folder, model.cpu(), mean_E, probes, {**facts, "score": score, "interpolated": mixed})
         found.append({"alpha": alpha, "checkpoint": str(folder), **(score or {}), "skipped": skipped})
     info = {
-        "a": str(chosen.a),
-        "b": str(chosen.b),
-        "dataset": None if chosen.dataset is None else str(chosen.dataset),
-        "split": chosen.split,
+        "a": str(cfg.a),
+        "b": str(cfg.b),
+        "dataset": None if cfg.dataset is None else str(cfg.dataset),
+        "split": cfg.split,
         "checkpoints": found,
     }
-    write_json(chosen.out / "interpolate.json", info)
+    write_json(cfg.out / "interpolate.json", info)
     return info
 
 
@@ -114,7 +114,7 @@ def between(a: dict[str, "torch.Tensor"], b: dict[str, "torch.Tensor"], alpha: f
     }
 
 
-def _overlap(pictures: Any, rows: Any, cfg: InterpolateSettings, encoder: str) -> Any:
+def _overlap(images: Any, rows: Any, cfg: InterpolateSettings, encoder: str) -> Any:
     """Overlap of the evaluated images with the training images of both checkpoints."""
     from train.evaluate.leakage import find_leakage
     from train.evaluate.trained_on import ImageSet, origins
@@ -122,13 +122,13 @@ def _overlap(pictures: Any, rows: Any, cfg: InterpolateSettings, encoder: str) -
 
     device = device_of(cfg.accelerator)
     both = [origin for folder in (cfg.a, cfg.b) for origin in origins(folder, encoder, device)]
-    return find_leakage(ImageSet(pictures, rows), {"both": both}, device)["both"]
+    return find_leakage(ImageSet(images, rows), {"both": both}, device)["both"]
 
 
 def _score(
-    model: "Regressor", pictures: Any, rows: Any, overlap: Any, chosen: InterpolateSettings
+    model: "Regressor", images: Any, rows: Any, overlap: Any, cfg: InterpolateSettings
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Mean cosine with its interval and leakage, and the pictures that could not be read."""
+    """Mean cosine with its interval and leakage, and the images that could not be read."""
     import numpy as np
 
     from models.metrics import bootstrap
@@ -136,12 +136,12 @@ def _score(
     from train.evaluate.leakage import with_clean_score
     from train.scale.devices import device_of
 
-    model.to(device_of(chosen.accelerator))
-    passed = list(predictions(model, pictures, rows, batch_size=chosen.batch_size, workers=chosen.workers))
+    model.to(device_of(cfg.accelerator))
+    passed = list(predictions(model, images, rows, batch_size=cfg.batch_size, workers=cfg.workers))
     score_n = np.concatenate([batch.score_B for batch in passed])
     skipped = [{"key": key, "reason": reason} for batch in passed for key, reason in batch.bad]
     if not len(score_n):
-        raise UserError(f"none of the {len(rows)} pictures of {chosen.dataset} could be read; the first: {skipped[0]}")
+        raise UserError(f"none of the {len(rows)} images of {cfg.dataset} could be read; the first: {skipped[0]}")
     overlap = overlap.at(np.flatnonzero(np.isin(rows, np.concatenate([batch.row_B for batch in passed]))))
     clean_n = score_n[~overlap.affected_n]
     clean = bootstrap(clean_n) if 0 < len(clean_n) < len(score_n) else None
@@ -163,9 +163,9 @@ def table(info: dict[str, Any]) -> str:
 
 
 def run(values: dict[str, Any]) -> None:
-    chosen = settings(InterpolateSettings, values)
-    info = interpolate(chosen)
+    cfg = settings(InterpolateSettings, values)
+    info = interpolate(cfg)
     sys.stdout.write(table(info) + "\n")
     bad = len(info["checkpoints"][0]["skipped"])
     if bad:
-        log.warning("%d pictures could not be read; interpolate.json lists them", bad)
+        log.warning("%d images could not be read; interpolate.json lists them", bad)

@@ -1,6 +1,6 @@
 """The work of `python -m train.probe`: features once, then heads on them.
 
-B pictures of a step, n pictures, N pictures of all datasets, D feature width, E target width.
+B images of a step, n images, N images of all datasets, D feature width, E target width.
 """
 
 import dataclasses
@@ -42,41 +42,41 @@ from train.tools.probe_settings import ProbeSettings
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8192  # pictures that are judged at a time
+_AT_ONCE = 8192  # images that are judged at a time
 
 
 @dataclass(frozen=True)
 class Judged:
-    """Validation pictures: features, and the means of their captions' unit vectors."""
+    """Validation images: features, and the means of their captions' unit vectors."""
 
     x_nD: torch.Tensor  # noqa: N815
     target_nE: torch.Tensor  # noqa: N815
 
 
-def search(chosen: ProbeSettings) -> dict[str, Any]:
+def search(cfg: ProbeSettings) -> dict[str, Any]:
     """Tries the heads, writes `chosen.out`, and returns what `probe.json` holds.
 
     Raises:
-        UserError: the dataset, the weights or the folder cannot be used; no validation pictures; every head diverged.
+        UserError: the dataset, the weights or the folder cannot be used; no validation images; every head diverged.
     """
-    _refuse_a_run(chosen)
-    device = Machine(chosen.scale).device
-    datasets = [Dataset(folder, chosen.encoder) for folder in chosen.dataset]
-    vals = [Dataset(folder, chosen.encoder) for folder in chosen.val]
-    check_folder(chosen.encoder, [*datasets, *vals])
-    chosen = dataclasses.replace(chosen, encoder=encoder_name(chosen.encoder))
-    model = setup.model(chosen, datasets, resumed=False)
-    data = Data(datasets, vals, chosen, model.spec.preprocessing, device=device)
+    _refuse_a_run(cfg)
+    device = Machine(cfg.scale).device
+    datasets = [Dataset(folder, cfg.encoder) for folder in cfg.dataset]
+    vals = [Dataset(folder, cfg.encoder) for folder in cfg.val]
+    check_folder(cfg.encoder, [*datasets, *vals])
+    cfg = dataclasses.replace(cfg, encoder=encoder_name(cfg.encoder))
+    model = setup.model(cfg, datasets, resumed=False)
+    data = Data(datasets, vals, cfg, model.spec.preprocessing, device=device)
     if not data.val_names:
-        raise UserError("a search needs validation pictures to choose by: give val=[…] or fold=1/5")
+        raise UserError("a search needs validation images to choose by: give val=[…] or fold=1/5")
     model.to(device)
-    leakage = validation_leakage(chosen, data, device)
+    leakage = validation_leakage(cfg, data, device)
 
     def known(rows: NDArray[np.int64]) -> Features:
-        return features(model, data.pictures, rows, chosen.batch_size, chosen.scale.workers)
+        return features(model, data.images, rows, cfg.batch_size, cfg.scale.workers)
 
     def judged(found: Features) -> Judged:
-        targets = torch.from_numpy(data.pictures.targets(found.row_n))
+        targets = torch.from_numpy(data.images.targets(found.row_n))
         return Judged(torch.from_numpy(found.all()).to(device), targets.to(device))
 
     training = known(data.train_rows)
@@ -84,7 +84,7 @@ def search(chosen: ProbeSettings) -> dict[str, Any]:
     main = data.val_names[0]
     best: tuple[float, Regressor | None, dict[str, Any]] = (-math.inf, None, {})
     tried: list[dict[str, Any]] = []
-    for kind, setting, make in _candidates(chosen, data, training, model):
+    for kind, setting, make in _candidates(cfg, data, training, model):
         began = time.perf_counter()
         made = make()
         scores = {name: _score(made, each) for name, each in sets.items()}
@@ -108,16 +108,16 @@ def search(chosen: ProbeSettings) -> dict[str, Any]:
     tried.sort(key=lambda each: math.inf if (m := each["scores"][main]["mean"]) is None else -m)
     info = {"main": main, "sets": data.val_names, "images": len(sets[main].x_nD), "heads": tried}
     info["leakage"] = {name: own.to_json() for name, own in leakage.items()}
-    save = Saver(chosen, datasets, data, leakage)
-    _write(chosen, [*datasets, *vals], save, made, found, info)
+    save = Saver(cfg, datasets, data, leakage)
+    _write(cfg, [*datasets, *vals], save, made, found, info)
     return info
 
 
 def _candidates(
-    chosen: ProbeSettings, data: Data, training: Features, model: Regressor
+    cfg: ProbeSettings, data: Data, training: Features, model: Regressor
 ) -> Iterator[tuple[str, str, Callable[[], Regressor]]]:
     """Kind and setting of each head, and what makes it, on the model's device."""
-    search = chosen.probe
+    search = cfg.probe
     if "ridge" in search.heads:
         sums = Ridge(model.spec.width, model.width)
         for x_nD, y_nE in training.batches():
@@ -127,19 +127,19 @@ def _candidates(
     kinds = [kind for kind in search.heads if kind != "ridge"]
     if not kinds:
         return
-    lesson = _Lesson(chosen, data, training, model.device)
+    lesson = _Lesson(cfg, data, training, model.device)
     for kind in kinds:
-        begun = _with_head(model, kind, chosen)
-        if chosen.model.head_init == "ridge":
-            init_ridge(begun.head, training.batches, part_n=penalty_parts(data.pictures, training.row_n))
+        begun = _with_head(model, kind, cfg)
+        if cfg.model.head_init == "ridge":
+            init_ridge(begun.head, training.batches, part_n=penalty_parts(data.images, training.row_n))
         for lr in search.lrs:
             yield kind, f"lr {lr:g}", lambda begun=begun, lr=lr: lesson.teach(begun, lr)
 
 
-def _with_head(model: Regressor, kind: str, chosen: ProbeSettings) -> Regressor:
+def _with_head(model: Regressor, kind: str, cfg: ProbeSettings) -> Regressor:
     """The model's backbone with a new head."""
-    torch.manual_seed(chosen.seed)
-    hidden = chosen.model.head_width if kind == "wide" else 0
+    torch.manual_seed(cfg.seed)
+    hidden = cfg.model.head_width if kind == "wide" else 0
     made = Regressor(model.backbone, model.spec, model.width, kind, hidden).to(model.device)
     made.fixed_stats = model.fixed_stats
     made.freeze(None)
@@ -154,27 +154,27 @@ def _ridge(model: Regressor, sums: Ridge, penalty: float) -> Regressor:
 
 
 class _Lesson:
-    """The features as training needs them: in memory, and by the pictures' numbers."""
+    """The features as training needs them: in memory, and by the images' numbers."""
 
-    def __init__(self, chosen: ProbeSettings, data: Data, training: Features, device: torch.device) -> None:
-        self._chosen, self._data, self._device = chosen, data, device
+    def __init__(self, cfg: ProbeSettings, data: Data, training: Features, device: torch.device) -> None:
+        self._cfg, self._data, self._device = cfg, data, device
         self._x_nD = torch.from_numpy(training.all())
-        self._target_nE = torch.from_numpy(data.pictures.targets(training.row_n))
-        weight_N, rows = data.pictures.weight_N, training.row_n
+        self._target_nE = torch.from_numpy(data.images.targets(training.row_n))
+        weight_N, rows = data.images.weight_N, training.row_n
         self._weight_n = torch.ones(len(rows)) if weight_N is None else torch.from_numpy(weight_N[rows])
-        self._place = np.full(len(data.pictures), -1)  # of a picture that cannot be read
+        self._place = np.full(len(data.images), -1)  # of an image that cannot be read
         self._place[training.row_n] = np.arange(len(training.row_n))
 
     def teach(self, begun: Regressor, lr: float) -> Regressor:
         """A copy of `begun` with its head trained."""
-        search = self._chosen.probe
-        made = _with_head(begun, begun.head_kind, self._chosen)
+        search = self._cfg.probe
+        made = _with_head(begun, begun.head_kind, self._cfg)
         made.head.load_state_dict(begun.head.state_dict())
-        chosen = dataclasses.replace(self._chosen.optim, head_lr=lr, head_only=0, head_only_lr=None, layer_decay=1)
+        cfg = dataclasses.replace(self._cfg.optim, head_lr=lr, head_only=0, head_only_lr=None, layer_decay=1)
         steps = max(round(search.epochs * per_epoch(len(self._data.draws), search.batch_size)), 1)
         made.head.train()
-        rates = optimizer(made, chosen)
-        schedule = scheduler(rates, chosen, steps)
+        rates = optimizer(made, cfg)
+        schedule = scheduler(rates, cfg, steps)
         with progress(steps, "step", f"{begun.head_kind}, lr {lr:g}") as bar:
             for rows in Steps(self._data.draws, search.batch_size, steps):
                 place_B = self._place[rows]
@@ -183,11 +183,11 @@ class _Lesson:
                     part[place_B].to(self._device) for part in (self._x_nD, self._target_nE, self._weight_n)
                 )
                 if len(place_B) > 1:  # of fewer a batch norm has no statistics
-                    value = loss(made.project(x_BD, unit=False), target_BE, weight_B, self._chosen.loss, len(rows))
+                    value = loss(made.project(x_BD, unit=False), target_BE, weight_B, self._cfg.loss, len(rows))
                     rates.zero_grad()
                     value.backward()
-                    if chosen.clip:
-                        nn.utils.clip_grad_norm_(made.head.parameters(), chosen.clip)
+                    if cfg.clip:
+                        nn.utils.clip_grad_norm_(made.head.parameters(), cfg.clip)
                     rates.step()
                 schedule.step()
                 bar.update()
@@ -203,14 +203,14 @@ def _score(made: Regressor, judged: Judged) -> Interval:
     return bootstrap(score_n)
 
 
-def _refuse_a_run(chosen: ProbeSettings) -> None:
-    path = chosen.out / "settings.json"
+def _refuse_a_run(cfg: ProbeSettings) -> None:
+    path = cfg.out / "settings.json"
     if path.exists() and "probe" not in json.loads(path.read_text()):
-        raise UserError(f"{chosen.out} holds a training run; give the search another out=")
+        raise UserError(f"{cfg.out} holds a training run; give the search another out=")
 
 
 def _write(
-    chosen: ProbeSettings,
+    cfg: ProbeSettings,
     datasets: list[Dataset],
     save: Saver,
     made: Regressor,
@@ -220,14 +220,14 @@ def _write(
     fingerprints = [dataset.fingerprint() for dataset in datasets]
     scores = {name: Interval(**score) for name, score in found["scores"].items()}
     save.write(made.cpu().eval(), "best", scores[info["main"]], 1, 1)
-    write_json(chosen.out / "settings.json", {**run_settings.plain(chosen), "dataset_sha256": fingerprints})
-    write_json(chosen.out / "probe.json", info)
-    record: dict[str, Any] = {"step": 1, "epoch": chosen.probe.epochs}
+    write_json(cfg.out / "settings.json", {**run_settings.plain(cfg), "dataset_sha256": fingerprints})
+    write_json(cfg.out / "probe.json", info)
+    record: dict[str, Any] = {"step": 1, "epoch": cfg.probe.epochs}
     for name, score in scores.items():
         prefix = "val" if name == "val" else f"val/{name}"
         record |= {f"{prefix}/cosine": score.mean, f"{prefix}/low": score.low, f"{prefix}/high": score.high}
-    (chosen.out / "log.jsonl").write_text(json.dumps(record) + "\n")
-    (chosen.out / "done").write_text("1 step\n")
+    (cfg.out / "log.jsonl").write_text(json.dumps(record) + "\n")
+    (cfg.out / "done").write_text("1 step\n")
 
 
 def table(info: dict[str, Any]) -> str:
@@ -236,7 +236,7 @@ def table(info: dict[str, Any]) -> str:
     lines = [
         f"{'head':<8} {'setting':<14} {'cosine':>8}   95 % interval     {'seconds':>8}"
         + "".join(f" {name[:18]:>18}" for name in others)
-        + f"   {info['images']:,} pictures, {info['main']}"
+        + f"   {info['images']:,} images, {info['main']}"
     ]
     for found in info["heads"]:
         score = found["scores"][info["main"]]

@@ -5,7 +5,7 @@
 
 The features are computed once and kept (train/data/feature_cache.py); a second search begins at once. Prints a table,
 best
-first, and writes the best head with its backbone as a checkpoint. It is chosen by the validation pictures, so its score
+first, and writes the best head with its backbone as a checkpoint. It is chosen by the validation images, so its score
 flatters it a little.
 
 <out>/best, probe.json, settings.json, log.jsonl, done: as a run has them
@@ -33,7 +33,7 @@ class SearchSettings:
     epochs: float
     """Passes over the features."""
     batch_size: int
-    """Pictures a step."""
+    """Images a step."""
 
     def problems(self) -> list[str]:
         found = [] if self.heads else ["heads: empty; name ridge, linear or wide"]
@@ -72,7 +72,7 @@ class ProbeSettings(TrainSettings):
     def problems(self) -> list[str]:
         found = super().problems()
         if self.model.head_init == "text" and set(self.probe.heads) != {"ridge"}:
-            found.append("model.head_init: text is not for a search, which has pictures; take ridge or random")
+            found.append("model.head_init: text is not for a search, which has images; take ridge or random")
         return found
 
     def unused(self) -> dict[str, str]:

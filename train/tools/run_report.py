@@ -19,7 +19,7 @@ from core.settings import settings
 from datagen.dataset.format import Dataset
 from report.inputs import duration, read_log, require_packages
 from train.evaluate import report
-from train.evaluate.results import Evaluation, pictures_of, read_evaluation, read_json, readable, validation_counts
+from train.evaluate.results import Evaluation, images_of, read_evaluation, read_json, readable, validation_counts
 from train.fit.improvement import FILE
 from train.run_settings import read_settings
 
@@ -40,16 +40,16 @@ class ReportSettings:
     out: Path | None = None
     """The page to write; None: `<run>/report.html`."""
     scenes: int = 40
-    """Training pictures on the contact sheet."""
-    pictures: int = 8
-    """Validation pictures shown of each kind: best, middle and worst; half as many of the others."""
+    """Training images on the contact sheet."""
+    images: int = 8
+    """Validation images shown of each kind: best, middle and worst; half as many of the others."""
     nearest: int = 3
-    """Training prompts listed beside each validation picture."""
+    """Training prompts listed beside each validation image."""
     seed: int = 0
-    """Draws the contact sheet, the pictures of the matrix and the points of the plots."""
+    """Draws the contact sheet, the images of the matrix and the points of the plots."""
 
     def problems(self) -> list[str]:
-        counts = {"scenes": self.scenes, "pictures": self.pictures, "nearest": self.nearest}
+        counts = {"scenes": self.scenes, "pictures": self.images, "nearest": self.nearest}
         return [f"{name}: {value}, but at least 1 is needed" for name, value in counts.items() if value < 1]
 
 
@@ -95,11 +95,11 @@ def write_report(config: ReportSettings) -> Path:
     remedy = f"evaluate first: python -m train.evaluate run={config.run}"
     evaluation = read_evaluation(config.evaluation or config.run / "evaluation", remedy)
     encoder = evaluation.info["encoder"]
-    # a page shows few of the pictures: of a remote dataset, those alone are fetched
+    # a page shows few of the images: of a remote dataset, those alone are fetched
     trained = [Dataset(folder, encoder=encoder, whole=False) for folder in run.settings["dataset"]]
     training = _training(run, trained)
-    pictures = sum(len(rows) for _, rows in training)
-    judged = pictures_of(evaluation, {str(d.root): d for d in trained}, remedy)
+    images = sum(len(rows) for _, rows in training)
+    judged = images_of(evaluation, {str(d.root): d for d in trained}, remedy)
     last = run.log[-1]
     backbone, size = run.checkpoint["backbone"], run.checkpoint["size"]
     unreadable: list[str] = []
@@ -107,19 +107,19 @@ def write_report(config: ReportSettings) -> Path:
     name = config.run.absolute().name
     names = " and ".join(dataset.root.name for dataset in trained)
     page = Page(f"Run {name}", f"{backbone} at {size} px → {encoder}, trained on {names}")
-    page.facts(_headline(run, evaluation, pictures))
+    page.facts(_headline(run, evaluation, images))
 
     # all of them would not fit into memory as pairs
     ends = np.cumsum([len(rows) for _, rows in training])
-    drawn = np.random.default_rng(config.seed).permutation(pictures)
+    drawn = np.random.default_rng(config.seed).permutation(images)
     places = {n: _place(training, ends, n) for n in drawn[: config.scenes * 10].tolist()}
     scenes = readable(places, config.scenes, unreadable)
-    page.section("Training pictures", f"{len(scenes)} of the {pictures:,}, drawn at random, with their prompts.")
+    page.section("Training images", f"{len(scenes)} of the {images:,}, drawn at random, with their prompts.")
     page.contact_sheet(scenes.values(), [places[n][0].prompts(places[n][1])[0] for n in scenes])
     if unreadable:
         page.note(f"Not shown, because they could not be read: {len(unreadable)}, such as {unreadable[0]}.")
 
-    page.section("Learning curve", "Cosine on validation pictures and loss on training batches, by optimiser step.")
+    page.section("Learning curve", "Cosine on validation images and loss on training batches, by optimiser step.")
     page.figure(
         _learning_curve(run.log),
         "Step 0 is the model before training. Along the top: wall time since the start. Shaded: the 95 % interval.",
@@ -135,7 +135,7 @@ def write_report(config: ReportSettings) -> Path:
         evaluation,
         judged,
         training,
-        count=config.pictures,
+        count=config.images,
         nearest=config.nearest,
         seed=config.seed,
     )
@@ -153,12 +153,12 @@ def _leakage(page: "Page", run: Path) -> None:
         report.leakage_table(page, counts, "Validation set")
 
 
-def _headline(run: Run, evaluation: Evaluation, pictures: int) -> dict[str, str | tuple[str, str]]:
+def _headline(run: Run, evaluation: Evaluation, images: int) -> dict[str, str | tuple[str, str]]:
     last = run.log[-1]
     return {
         **report.headline(evaluation),
         **_over_start(run),
-        "Training pictures": f"{pictures:,}",
+        "Training images": f"{images:,}",
         "Training time": (duration(last["seconds"]), f"{last['epoch']:.3g} epochs, {last['step']:,} steps"),
     }
 
@@ -210,10 +210,10 @@ def _more_curves(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, An
     if len(sets) > 1:
         yield "Cosine on each validation set.", plots.curves(sets, "Validation cosine by set")
     if sources:
-        caption = "Cosine on validation pictures by the source of their prompt."
+        caption = "Cosine on validation images by the source of their prompt."
         yield caption, plots.curves(sources, "Validation cosine by source")
     for key, title, caption in (
-        ("train/images_per_s", "Pictures a second", "Pictures trained on a second, over all devices"),
+        ("train/images_per_s", "Images a second", "Images trained on a second, over all devices"),
         ("train/mfu", "MFU", "Share of the devices' peak in products of matrices that training uses"),
     ):
         if key in series:
@@ -221,7 +221,7 @@ def _more_curves(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, An
 
 
 def _training(run: Run, trained: Sequence[Dataset]) -> list[tuple[Dataset, Rows]]:
-    """The datasets with the pictures that were trained on."""
+    """The datasets with the images that were trained on."""
     if len(trained) == 1 and not run.settings.get("fold"):
         return [(trained[0], trained[0].rows("train"))]
     from models.runtime.preprocess import Preprocessing
@@ -230,11 +230,11 @@ def _training(run: Run, trained: Sequence[Dataset]) -> list[tuple[Dataset, Rows]
     )
 
     data = data_of(run.settings, run.checkpoint["encoder"], Preprocessing.from_config(run.checkpoint))
-    return data.pictures.parts(data.train_rows)
+    return data.images.parts(data.train_rows)
 
 
 def _place(parts: Sequence[tuple[Dataset, Rows]], ends: Rows, n: int) -> tuple[Dataset, int]:
-    """The `n`-th picture of `parts`, whose numbers end at `ends`."""
+    """The `n`-th image of `parts`, whose numbers end at `ends`."""
     part = int(np.searchsorted(ends, n, side="right"))
     dataset, rows = parts[part]
     return dataset, int(rows[n - (ends[part - 1] if part else 0)])

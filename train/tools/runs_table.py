@@ -4,7 +4,7 @@
     python -m train.runs sort=when csv=runs.csv json=runs.json
 
 Reads what the runs left on disk, and writes nothing there. A folder that cannot be read is listed with the reason. The
-folds of one run stand together, with the mean over all pictures once each fold has its out-of-fold predictions.
+folds of one run stand together, with the mean over all images once each fold has its out-of-fold predictions.
 """
 
 import csv
@@ -116,7 +116,7 @@ class Folds:
     """Folds there should be."""
     runs: list[Run]
     out_of_fold: Interval | None
-    """Mean cosine over the pictures of all folds, each predicted by the run that never saw its prompt; None until each
+    """Mean cosine over the images of all folds, each predicted by the run that never saw its prompt; None until each
     fold has its predictions. The 95 % interval is a normal mean's, since a table must not wait for a bootstrap."""
     images: int
 
@@ -249,8 +249,8 @@ def write_json(path: Path, entries: Sequence[Run | Folds], strangers: Mapping[st
 
 
 def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
-    chosen = parse_settings(folder)
-    known = flat(chosen)
+    cfg = parse_settings(folder)
+    known = flat(cfg)
     records, note = _records(folder / "log.jsonl")
     best = read_object(folder / "best/config.json") if (folder / "best/config.json").exists() else {}
     about = read_object(folder / "about.json") if (folder / "about.json").exists() else {}
@@ -298,7 +298,7 @@ def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
         size=next((int(found) for found in sizes if found), None),
         parameters=None if parameters is None else int(parameters),
         trained=trained / parameters if trained is not None and parameters else None,
-        dataset=chosen["dataset"],
+        dataset=cfg["dataset"],
         fold=fold if re.fullmatch(r"\d+/\d+", fold) else None,
         batch_size=None if (batch := _number(known.get("batch_size"))) is None else int(batch),
         lr=_number(known.get("optim.lr")),
@@ -533,14 +533,14 @@ def _write(path: Path, content: str) -> None:
 
 
 def run(values: dict[str, Any]) -> None:
-    chosen = settings(RunsSettings, values)
-    runs, strangers = find(chosen.folder)
-    entries = ordered(grouped(runs, chosen.folder), chosen.sort)
+    cfg = settings(RunsSettings, values)
+    runs, strangers = find(cfg.folder)
+    entries = ordered(grouped(runs, cfg.folder), cfg.sort)
     width = max(shutil.get_terminal_size((120, 24)).columns, 80) if sys.stdout.isatty() else 120
     sys.stdout.write(text(entries, strangers, width) + "\n")
-    if chosen.csv:
-        write_csv(chosen.csv, runs, strangers)
-        log.info("%s", chosen.csv)
-    if chosen.json:
-        write_json(chosen.json, entries, strangers)
-        log.info("%s", chosen.json)
+    if cfg.csv:
+        write_csv(cfg.csv, runs, strangers)
+        log.info("%s", cfg.csv)
+    if cfg.json:
+        write_json(cfg.json, entries, strangers)
+        log.info("%s", cfg.json)

@@ -1,4 +1,4 @@
-"""What a picture of any diffusers model costs, from the configs of its parts: no weights are read.
+"""What an image of any diffusers model costs, from the configs of its parts: no weights are read.
 
 Shapes: C latent channels, H and W latent sides, T tokens, D text width.
 """
@@ -15,12 +15,12 @@ _TOKENS = 77
 
 
 def tflop(config: Callable[[str], dict[str, Any] | None], steps: int, guidance: float, side: int | None) -> float:
-    """Forward TFLOP of a picture: its steps and the decoding; a multiply-add is 2.
+    """Forward TFLOP of an image: its steps and the decoding; a multiply-add is 2.
 
     Args:
         config: a part's name → its config.json, None where there is no such part.
         guidance: above 1, each step takes two evaluations, unless the model reads the guidance as a number.
-        side: of the rendered picture, pixels; None is the model's own.
+        side: of the rendered image, pixels; None is the model's own.
 
     Returns:
         NaN, and a line in the log, where the denoiser is neither `unet` nor `transformer`.

@@ -3,11 +3,11 @@
     python -m datagen renderer=diffusers renderer.model=stabilityai/stable-diffusion-xl-base-1.0
     python -m datagen renderer=diffusers renderer.model=stabilityai/sdxl-turbo renderer.steps=1 renderer.guidance=0
 
-The model's own diffusers pipeline draws, with its own scheduler and in plain eager mode, each picture from a CPU
+The model's own diffusers pipeline draws, with its own scheduler and in plain eager mode, each image from a CPU
 generator seeded for it alone. Faults, memory, batches and resizing are as for Stable Diffusion 2. Weights are
 safetensors only, and code that lies beside them is not run.
 
-Shapes: B pictures of a batch, P pixel sides.
+Shapes: B images of a batch, P pixel sides.
 """
 
 import importlib.util
@@ -47,24 +47,24 @@ class DiffusersModel(DiffusionRenderer):
         UserError: diffusers is missing, or the device.
     """
 
-    def __init__(self, chosen: DiffusersRenderer) -> None:
+    def __init__(self, cfg: DiffusersRenderer) -> None:
         if importlib.util.find_spec("diffusers") is None:
             raise UserError("renderer.name=diffusers: needs the package diffusers; pip install -e '.[sd]'")
-        device, precision = resolve(chosen.device, chosen.precision, "bf16")
+        device, precision = resolve(cfg.device, cfg.precision, "bf16")
         super().__init__(
             device=device,
             precision=precision,
-            batch_size=chosen.batch_size,
-            size=chosen.size,
-            filter=chosen.filter,
-            redraw=chosen.redraw,
+            batch_size=cfg.batch_size,
+            size=cfg.size,
+            filter=cfg.filter,
+            redraw=cfg.redraw,
         )
-        self.chosen = chosen
+        self.cfg = cfg
         self._pipelines: dict[Precision, Any] = {}
 
     @property
     def steps(self) -> int:
-        return self.chosen.steps
+        return self.cfg.steps
 
     @property
     def pads(self) -> bool:
@@ -76,7 +76,7 @@ class DiffusersModel(DiffusionRenderer):
         A UNet is counted exactly. A transformer is taken at two operations a weight a patch, which leaves out its
         attention products.
         """
-        return flops.tflop(self._config, self.chosen.steps, self.chosen.guidance, self.chosen.render_size)
+        return flops.tflop(self._config, self.cfg.steps, self.cfg.guidance, self.cfg.render_size)
 
     def settings(self) -> Mapping[str, Any]:
         """Plain JSON values that decide the pixels, the weights' hashes and the hub's commit among them.
@@ -86,7 +86,7 @@ class DiffusersModel(DiffusionRenderer):
         Raises:
             UserError: where the model cannot be found.
         """
-        source, c = self._source, self.chosen
+        source, c = self._source, self.cfg
         return {
             "name": c.name,
             "model": source.name,
@@ -109,7 +109,7 @@ class DiffusersModel(DiffusionRenderer):
 
     @cached_property
     def _source(self) -> hub.Source:
-        return hub.find(self.chosen.model, self.chosen.revision, self._select, OPTIONS)
+        return hub.find(self.cfg.model, self.cfg.revision, self._select, OPTIONS)
 
     def _select(self, names: Sequence[str]) -> list[str]:
         """Configs and vocabularies of each part, and its safetensors: of the variant where the part has one."""
@@ -122,11 +122,11 @@ class DiffusersModel(DiffusionRenderer):
         wanted = [INDEX]
         for files in parts.values():
             weights = [f for f in files if f.endswith(".safetensors")]
-            mine = [f for f in weights if _variant(f) == self.chosen.variant]
+            mine = [f for f in weights if _variant(f) == self.cfg.variant]
             plain = [f for f in weights if _variant(f) is None]
             wanted += [f for f in files if f not in weights] + (mine or plain)
         if not any(name.endswith(".safetensors") for name in wanted):
-            raise LookupError("weights as .safetensors" + (" without a variant" if self.chosen.variant is None else ""))
+            raise LookupError("weights as .safetensors" + (" without a variant" if self.cfg.variant is None else ""))
         return wanted
 
     def _config(self, part: str) -> dict[str, Any] | None:
@@ -148,7 +148,7 @@ class DiffusersModel(DiffusionRenderer):
         """Loads the pipeline.
 
         Raises:
-            UserError: its weights are missing, or it is not one that draws pictures from prompts.
+            UserError: its weights are missing, or it is not one that draws images from prompts.
         """
         if self.precision not in self._pipelines:
             self._pipelines[self.precision] = self._load(self.precision).to(self.device)
@@ -162,7 +162,7 @@ class DiffusersModel(DiffusionRenderer):
         options: dict[str, Any] = {
             **left_out,
             "dtype": dtype(precision),
-            "variant": self.chosen.variant,
+            "variant": self.cfg.variant,
             "use_safetensors": True,
             "local_files_only": True,
         }
@@ -174,16 +174,16 @@ class DiffusersModel(DiffusionRenderer):
                     pipeline = DiffusionPipeline.from_pretrained(self._folder, **options)
             except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
                 raise UserError(
-                    f"renderer.model={self.chosen.model}: {index.get('_class_name')} cannot be loaded: "
+                    f"renderer.model={self.cfg.model}: {index.get('_class_name')} cannot be loaded: "
                     f"{hub.first_line(error)}\n{OPTIONS}"
                 ) from error
         self._refuse(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(pipeline, "watermark"):
-            pipeline.watermark = None  # SDXL's comes with a package: pictures must not depend on what is installed
+            pipeline.watermark = None  # SDXL's comes with a package: images must not depend on what is installed
         vae: Any = getattr(pipeline, "vae", None)
         if hasattr(vae, "enable_slicing"):
-            vae.enable_slicing()  # pictures decoded one at a time: a batch of them would take its memory
+            vae.enable_slicing()  # images decoded one at a time: a batch of them would take its memory
         return pipeline
 
     def _refuse(self, pipeline: Any) -> None:
@@ -193,14 +193,14 @@ class DiffusersModel(DiffusionRenderer):
         if missing or needed:
             what = f"takes no {', '.join(sorted(missing))}" if missing else f"needs {', '.join(needed)} as well"
             raise UserError(
-                f"renderer.model={self.chosen.model}: {name} {what}: it does not draw pictures from prompts alone"
+                f"renderer.model={self.cfg.model}: {name} {what}: it does not draw images from prompts alone"
             )
-        if "guidance_scale" not in takes and self.chosen.guidance != 0:
+        if "guidance_scale" not in takes and self.cfg.guidance != 0:
             raise UserError(
-                f"renderer.guidance={self.chosen.guidance}: {name} of {self.chosen.model} has none; renderer.guidance=0"
+                f"renderer.guidance={self.cfg.guidance}: {name} of {self.cfg.model} has none; renderer.guidance=0"
             )
 
-    # Pictures
+    # Images
 
     def draw(
         self,
@@ -216,7 +216,7 @@ class DiffusersModel(DiffusionRenderer):
         if precision not in self._pipelines:
             self._pipelines[precision] = self._load(precision)
         pipeline = self._pipelines[precision]
-        c = self.chosen
+        c = self.cfg
         arguments: dict[str, Any] = {
             "prompt": prompts,
             "generator": [torch.Generator().manual_seed(seed) for seed in seeds],
@@ -239,7 +239,7 @@ class DiffusersModel(DiffusionRenderer):
                 if precision != self.precision:  # seldom wanted: its memory is the batches'
                     pipeline.to("cpu")
         finite_B = unit_B3PP.isfinite().flatten(1).all(1)
-        # rounded, as diffusers does before it saves a picture
+        # rounded, as diffusers does before it saves an image
         levels_B3PP = (255 * unit_B3PP.float().nan_to_num(0).clamp(0, 1)).round().to(torch.uint8)
         return levels_B3PP, finite_B
 

@@ -1,6 +1,6 @@
-"""How the media of `grammar.MEDIA` and the lights of `grammar.LIGHTS` change a composed picture.
+"""How the media of `grammar.MEDIA` and the lights of `grammar.LIGHTS` change a composed image.
 
-Shapes: H, W pixels; C = RGB. All lengths are shares of the side, so that every size shows the same picture.
+Shapes: H, W pixels; C = RGB. All lengths are shares of the side, so that every size shows the same image.
 """
 
 import math
@@ -19,7 +19,7 @@ LUMA = np.array([0.3, 0.59, 0.11], np.float32)
 
 
 @dataclass
-class Picture:
+class Canvas:
     """A composed scene; every array is float32 in 0 … 1."""
 
     rgb: Array
@@ -42,7 +42,7 @@ class Picture:
 
 
 class Maps:
-    """Textures and pixel partitions of one picture size, made on first use."""
+    """Textures and pixel partitions of one image size, made on first use."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -205,7 +205,7 @@ def edges(rgb_HWC: Array) -> Array:
     return found
 
 
-def means(p: Picture, labels_HW: NDArray[np.int64], shade: float = 0.0) -> Array:
+def means(p: Canvas, labels_HW: NDArray[np.int64], shade: float = 0.0) -> Array:
     """Each label's mean colour, apart for background, holes and ink; `shade` varies each label's brightness."""
     split = (labels_HW * 3 + p.classes).ravel()
     n = int(split.max()) + 1
@@ -224,7 +224,7 @@ def vivid(rgb_HWC: Array, amount: float) -> Array:
 
 
 def mix(a: Array, b: Array, t: Array | float) -> Array:
-    """From `a` (t = 0) to `b` (t = 1): pictures [H, W, C] or colours [C], by a weight for each pixel or for all."""
+    """From `a` (t = 0) to `b` (t = 1): images [H, W, C] or colours [C], by a weight for each pixel or for all."""
     if not isinstance(t, np.ndarray):
         return a + (b - a) * np.float32(t)
     out = np.empty((*np.broadcast_shapes(t.shape, a.shape[:-1], b.shape[:-1]), 3), np.float32)
@@ -236,7 +236,7 @@ def mix(a: Array, b: Array, t: Array | float) -> Array:
 
 
 def times(a: Array, factor: Array) -> Array:
-    """A picture [H, W, C] or colour [C] times a factor for each pixel."""
+    """An image [H, W, C] or colour [C] times a factor for each pixel."""
     out = np.empty((*np.broadcast_shapes(factor.shape, a.shape[:-1]), 3), np.float32)
     for c in range(3):
         np.multiply(a[..., c], factor, out=out[..., c])
@@ -258,7 +258,7 @@ def ramp(value_HW: Array, *stops: Array) -> Array:
 # --- media -----------------------------------------------------------------------------------------------------------
 
 
-def _oil(p: Picture) -> Array:
+def _oil(p: Canvas) -> Array:
     m = p.maps
     coarse, fine = m.strokes(1500, 0.13, 0.034, 0.9), m.strokes(3600, 0.07, 0.02, 0.9)
     labels = np.where(p.classes > 0, fine + 4000, coarse)
@@ -270,7 +270,7 @@ def _oil(p: Picture) -> Array:
     return out + (relief - np.roll(relief, (d, d), (0, 1)))[..., None] * 0.35
 
 
-def _watercolour(p: Picture) -> Array:
+def _watercolour(p: Canvas) -> Array:
     m = p.maps
     soft = means(p, m.cells(40)[0]) * 0.5 + blur(p.rgb, 0.01) * 0.5
     blotch = m.noise(9)[..., None] * 0.5 + m.noise(24)[..., None] * 0.3
@@ -283,7 +283,7 @@ def _watercolour(p: Picture) -> Array:
     return mix(colour(255, 252, 244), wash, inside) * paper[..., None]
 
 
-def _pencil(p: Picture) -> Array:
+def _pencil(p: Canvas) -> Array:
     m = p.maps
     flat = mix(p.back, p.paint, p.cover)
     tone = (flat @ LUMA) * (0.94 - 0.14 * p.cover) + 0.05
@@ -298,7 +298,7 @@ def _pencil(p: Picture) -> Array:
     return mix(sheet, colour(56, 54, 60), line * (0.6 + 0.7 * m.grain(p.rng)).clip(0, 1))
 
 
-def _charcoal(p: Picture) -> Array:
+def _charcoal(p: Canvas) -> Array:
     m = p.maps
     tone = blur(p.rgb, 0.008) @ LUMA
     tone = tone * 0.75 + 0.32 - p.ink * 0.42 + (p.cover - p.ink) * 0.25
@@ -308,7 +308,7 @@ def _charcoal(p: Picture) -> Array:
     return ramp(dust, colour(26, 25, 27), colour(128, 126, 124), colour(238, 234, 226))
 
 
-def _ink(p: Picture) -> Array:
+def _ink(p: Canvas) -> Array:
     m = p.maps
     paper = mix(colour(240, 224, 188), colour(206, 178, 128), m.noise(6) * 0.8)
     paper *= 1 - m.vignette()[..., None] * 0.35
@@ -320,7 +320,7 @@ def _ink(p: Picture) -> Array:
     return mix(out, colour(30, 24, 34), line.clip(0, 1))
 
 
-def _pixel(p: Picture) -> Array:
+def _pixel(p: Canvas) -> Array:
     n = 42
     image = Image.fromarray((p.rgb.clip(0, 1) * 255).astype(np.uint8)).resize((n, n), Image.Resampling.BOX)
     cells = np.asarray(image).astype(np.float32) / 255
@@ -330,7 +330,7 @@ def _pixel(p: Picture) -> Array:
     return cells[k[:, None], k[None]]
 
 
-def _neon(p: Picture) -> Array:
+def _neon(p: Canvas) -> Array:
     tone, mortar = p.maps.bricks()
     wall = mix(colour(34, 26, 44), colour(58, 36, 54), tone)
     wall = mix(wall, colour(20, 16, 28), mortar)
@@ -344,7 +344,7 @@ def _neon(p: Picture) -> Array:
     return mix(out, 0.55 + 0.45 * light, core)
 
 
-def _blueprint(p: Picture) -> Array:
+def _blueprint(p: Canvas) -> Array:
     m = p.maps
     paper = mix(colour(22, 66, 140), colour(34, 88, 166), m.noise(5))
     fine = ((m.x_W[None] * 20 % 1) < 0.07) | ((m.y_H1 * 20 % 1) < 0.07)
@@ -357,7 +357,7 @@ def _blueprint(p: Picture) -> Array:
     return mix(paper, colour(236, 244, 255), line.clip(0, 1))
 
 
-def _photograph(p: Picture) -> Array:
+def _photograph(p: Canvas) -> Array:
     m = p.maps
     out = mix(blur(p.back, 0.022), p.rgb, (blur(p.cover, 0.012) * 2.2).clip(0, 1))
     out = out * out * (3 - 2 * out) * 0.75 + out * 0.25  # film's S curve
@@ -366,7 +366,7 @@ def _photograph(p: Picture) -> Array:
     return out + (m.grain(p.rng) - 0.5)[..., None] * 0.17
 
 
-def _vintage(p: Picture) -> Array:
+def _vintage(p: Canvas) -> Array:
     m = p.maps
     soft = blur(p.rgb, 0.006)
     out = mix(soft, ramp(soft @ LUMA, colour(52, 34, 26), colour(176, 132, 88), colour(250, 232, 196)), 0.62)
@@ -379,7 +379,7 @@ def _vintage(p: Picture) -> Array:
     return mix(colour(244, 236, 218), out, ((edge - 0.035) * 200).clip(0, 1))
 
 
-def _stained(p: Picture) -> Array:
+def _stained(p: Canvas) -> Array:
     m = p.maps
     labels, border = m.cells(13, 0.95)
     glass = vivid(means(p, labels, 0.5), 1.55) * 1.12
@@ -391,7 +391,7 @@ def _stained(p: Picture) -> Array:
     return mix(glass, colour(16, 14, 18), lead)
 
 
-def _stitch(p: Picture) -> Array:
+def _stitch(p: Canvas) -> Array:
     m, n = p.maps, 40
     image = Image.fromarray((p.rgb.clip(0, 1) * 255).astype(np.uint8)).resize((n, n), Image.Resampling.BOX)
     cells = np.floor(vivid(_float(image), 1.2).clip(0, 1) * 7 + 0.5) / 7
@@ -404,7 +404,7 @@ def _stitch(p: Picture) -> Array:
     return mix(linen, stitches, (thread * 2.6).clip(0, 1))
 
 
-def _woodcut(p: Picture) -> Array:
+def _woodcut(p: Canvas) -> Array:
     m = p.maps
     tone = blur(p.back, 0.008) @ LUMA
     bend = m.keep(
@@ -422,7 +422,7 @@ def _woodcut(p: Picture) -> Array:
     return mix(sheet, paper, gouges * 0.9)
 
 
-def _halftone(p: Picture, pitch: float) -> Array:
+def _halftone(p: Canvas, pitch: float) -> Array:
     m = p.maps
 
     def make() -> NDArray:
@@ -432,7 +432,7 @@ def _halftone(p: Picture, pitch: float) -> Array:
     return m.keep(("dots", pitch), make)
 
 
-def _comic(p: Picture) -> Array:
+def _comic(p: Canvas) -> Array:
     m = p.maps
     flat = np.floor(vivid(blur(p.rgb, 0.004), 1.5).clip(0, 1) * 3.99 + 0.3) / 4 + 0.08
     dark = 1 - (p.rgb @ LUMA)
@@ -446,11 +446,11 @@ def _comic(p: Picture) -> Array:
     return np.where((frame < 0.032)[..., None], colour(255, 253, 244), out)
 
 
-def _low_poly(p: Picture) -> Array:
+def _low_poly(p: Canvas) -> Array:
     return vivid(means(p, p.maps.triangles(13), 0.42), 1.15) * 1.04
 
 
-def _pop(p: Picture) -> Array:
+def _pop(p: Canvas) -> Array:
     m = p.maps
     duos = (
         (255, 220, 0, 255, 60, 140),
@@ -472,7 +472,7 @@ def _pop(p: Picture) -> Array:
     return mix(sheet, body, p.cover)
 
 
-def _mosaic(p: Picture) -> Array:
+def _mosaic(p: Canvas) -> Array:
     labels, border = p.maps.cells(30, 0.45)
     tiles = vivid(means(p, labels, 0.36), 1.15)
     grout = (1.2 - border * 4.2).clip(0, 1)
@@ -480,7 +480,7 @@ def _mosaic(p: Picture) -> Array:
     return mix(tiles, colour(206, 198, 184) * (0.6 if p.rng.random() < 0.5 else 1.0), grout)
 
 
-def _chalk(p: Picture) -> Array:
+def _chalk(p: Canvas) -> Array:
     m = p.maps
     board = mix(colour(30, 52, 44), colour(54, 76, 66), m.noise(4) * m.noise(11))
     rough = (m.grain(p.rng) * 1.5 - 0.25).clip(0.1, 1)
@@ -492,7 +492,7 @@ def _chalk(p: Picture) -> Array:
     return mix(board, mix(stick, np.ones_like(board), 0.55), rim(p.ink, 0.013) * rough)
 
 
-def _paper(p: Picture) -> Array:
+def _paper(p: Canvas) -> Array:
     m = p.maps
     levels = 5
     tone = blur(p.back, 0.014)
@@ -512,7 +512,7 @@ def _paper(p: Picture) -> Array:
     return out * (0.95 + 0.1 * m.grain(p.rng))[..., None]
 
 
-def _points(p: Picture) -> Array:
+def _points(p: Canvas) -> Array:
     m = p.maps
     labels, border = m.cells(44, 0.8)
     dots = vivid(means(p, labels, 0.5), 1.4)
@@ -522,7 +522,7 @@ def _points(p: Picture) -> Array:
     return mix(colour(246, 238, 218), dots + tint, 0.3 + 0.7 * round_)
 
 
-def _cubist(p: Picture) -> Array:
+def _cubist(p: Canvas) -> Array:
     m = p.maps
     labels, border = m.cells(6, 0.95)
     n = int(labels.max()) + 1
@@ -541,7 +541,7 @@ def _cubist(p: Picture) -> Array:
     return mix(muted, colour(26, 22, 24), (1.1 - border * 14).clip(0, 0.9))
 
 
-def _glitch(p: Picture) -> Array:
+def _glitch(p: Canvas) -> Array:
     m = p.maps
     split = max(1, round(0.028 * m.size))
     out = np.stack([np.roll(p.rgb[..., 0], split, 1), p.rgb[..., 1], np.roll(p.rgb[..., 2], -split, 1)], -1)
@@ -555,7 +555,7 @@ def _glitch(p: Picture) -> Array:
     return out * lines[..., None] + (m.grain(p.rng, 70) - 0.5)[..., None] * 0.14
 
 
-def _vapor(p: Picture) -> Array:
+def _vapor(p: Canvas) -> Array:
     m = p.maps
     tone = blur(p.back, 0.004) @ LUMA
     sky = ramp(
@@ -585,7 +585,7 @@ def _vapor(p: Picture) -> Array:
     return mix(sky, vivid(p.rgb, 1.2), p.cover) * (0.94 + 0.08 * ((m.y_H1 * 80 % 1) > 0.5))[..., None]
 
 
-def _clay(p: Picture) -> Array:
+def _clay(p: Canvas) -> Array:
     m = p.maps
     d = max(1, round(0.016 * m.size))
     smooth = mix(blur(p.back, 0.014), mix(blur(p.paint, 0.004), p.rgb, 0.3), p.cover)
@@ -596,7 +596,7 @@ def _clay(p: Picture) -> Array:
     return out + (slope - 0.42).clip(0, 1)[..., None] * 0.9
 
 
-def _crayon(p: Picture) -> Array:
+def _crayon(p: Canvas) -> Array:
     m = p.maps
     strokes = m.strokes(2400, 0.16, 0.02, 0.16, 0.8)
     flat = means(p, np.where(p.classes > 0, strokes + 5000, strokes), 0.25)
@@ -607,7 +607,7 @@ def _crayon(p: Picture) -> Array:
     return mix(out, vivid(p.paint, 1.2) * 0.4, rim(p.ink, 0.016) * (tooth * 1.6).clip(0, 1))
 
 
-def _ukiyo(p: Picture) -> Array:
+def _ukiyo(p: Canvas) -> Array:
     m = p.maps
     tone = blur(p.back, 0.01)
     flat = np.floor(tone * 4.99) / 4.4
@@ -625,7 +625,7 @@ def _ukiyo(p: Picture) -> Array:
     return np.where(stamp[..., None], mix(sheet, colour(196, 40, 36), 0.85), sheet)
 
 
-def _graffiti(p: Picture) -> Array:
+def _graffiti(p: Canvas) -> Array:
     m = p.maps
     tone, mortar = m.bricks()
     brick = mix(colour(178, 110, 88), colour(132, 74, 62), tone)
@@ -649,7 +649,7 @@ def _graffiti(p: Picture) -> Array:
     return out * (1 - 0.2 * mortar[..., None]) * (0.9 + 0.14 * tone[..., None])
 
 
-MEDIA: dict[str, Callable[[Picture], Array]] = {
+MEDIA: dict[str, Callable[[Canvas], Array]] = {
     "oil painting": _oil,
     "watercolour": _watercolour,
     "pencil sketch": _pencil,
@@ -681,7 +681,7 @@ MEDIA: dict[str, Callable[[Picture], Array]] = {
 
 
 # --- lights ----------------------------------------------------------------------------------------------------------
-# `light_back` changes the place before the objects stand in it; `light_all` then grades the whole picture.
+# `light_back` changes the place before the objects stand in it; `light_all` then grades the whole image.
 
 
 def light_back(light: str, back_HWC: Array, m: Maps, rng: random.Random) -> Array:
@@ -739,7 +739,7 @@ def light_back(light: str, back_HWC: Array, m: Maps, rng: random.Random) -> Arra
 
 
 def light_all(light: str, rgb_HWC: Array, cover_HW: Array, m: Maps, rng: random.Random) -> Array:
-    """The whole picture under the light. Objects keep more of their colour than the place does."""
+    """The whole image under the light. Objects keep more of their colour than the place does."""
     x, y = m.x_W[None], m.y_H1
     keep = 0.45 * cover_HW[..., None]
     if light == "sunset":

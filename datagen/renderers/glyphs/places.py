@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 WIDTH = 1.5
-"""Panorama width over its height: a picture shows a window of it, so that one place has many views."""
+"""Panorama width over its height: an image shows a window of it, so that one place has many views."""
 FLOATING = frozenset({"space", "underwater", "sky"})
 """Where nothing stands on the ground and nothing casts a shadow on it."""
 
@@ -27,7 +27,7 @@ class Brush:
         self._image = Image.new("RGB", (round(self._scale * WIDTH), self._scale))
         self._draw = ImageDraw.Draw(self._image)
 
-    def picture(self) -> NDArray[np.uint8]:
+    def image(self) -> NDArray[np.uint8]:
         """The panorama, uint8 [size, WIDTH · size, 3]."""
         return np.asarray(self._image.resize((round(self._size * WIDTH), self._size), Image.Resampling.BOX))
 
@@ -652,4 +652,4 @@ def panorama(place: str, view: int, size: int) -> NDArray[np.uint8]:
     """The place as uint8 [size, WIDTH · size, 3]; `view` varies its details."""
     brush = Brush(size, f"{place} {view}")
     PAINTERS[place](brush)
-    return brush.picture()
+    return brush.image()

@@ -23,7 +23,7 @@ from datagen.prompts import grammar
 from datagen.prompts.grammar import Scene, Thing
 from datagen.prompts.icon_names import objects
 from datagen.renderers.glyphs import media
-from datagen.renderers.glyphs.media import Array, Maps, Picture, colour, mix
+from datagen.renderers.glyphs.media import Array, Canvas, Maps, colour, mix
 from datagen.renderers.glyphs.places import FLOATING, panorama
 
 PACKAGE = "fonticon-materialdesignicons7"
@@ -94,12 +94,12 @@ class Glyphs:
     """Draws what `grammar.parse` finds in a prompt. Implements `datagen.renderers.base.Renderer`."""
 
     one_core: ClassVar[bool] = True
-    batch_size: int | None = 50  # pictures between two ticks
+    batch_size: int | None = 50  # images between two ticks
 
     def __init__(self, size: int = 128) -> None:
         """
         Args:
-            size: the pictures' side in pixels.
+            size: the images' side in pixels.
 
         Raises:
             UserError: when the size is out of bounds.
@@ -119,7 +119,7 @@ class Glyphs:
         _font_folder()
 
     def find_batch_size(self) -> int:
-        """Fixed: pictures are drawn one by one."""
+        """Fixed: images are drawn one by one."""
         self.batch_size = 50
         return 50
 
@@ -136,7 +136,7 @@ class Glyphs:
         return self.seconds(num)
 
     def seconds(self, num: int) -> float:
-        """What `num` pictures take: some 4 ms at 128 px, the most of it in proportion to the pixels."""
+        """What `num` images take: some 4 ms at 128 px, the most of it in proportion to the pixels."""
         return num * (0.001 + 0.003 * (self._size / 128) ** 2)
 
     def on_gpu(self) -> bool:
@@ -188,8 +188,8 @@ class Glyphs:
         if scene.medium:
             np.clip(rgb, 0, 1, out=rgb)
             np.clip(back, 0, 1, out=back)
-            picture = Picture(rgb, back, paint, ink, cover, rng, self._maps)
-            rgb = media.MEDIA[scene.medium](picture)
+            image = Canvas(rgb, back, paint, ink, cover, rng, self._maps)
+            rgb = media.MEDIA[scene.medium](image)
         return (rgb * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
     def _place(self, scene: Scene, rng: random.Random) -> Array:
@@ -223,7 +223,7 @@ class Glyphs:
         ink: Array,
         cover: Array,
     ) -> None:
-        """Draws one copy of a thing into the picture's layers, in place."""
+        """Draws one copy of a thing into the image's layers, in place."""
         thing, size = spot.thing, self._size
         stamp = self._stamp(thing, spot.side, rng)
         h, w = stamp.ink.shape
@@ -344,7 +344,7 @@ class Glyphs:
         return noise[rows, columns]
 
     def _stamp(self, thing: Thing, side: float, rng: random.Random) -> _Stamp:
-        """The thing's icon, its longer side `side` of the picture's."""
+        """The thing's icon, its longer side `side` of the image's."""
         master = self._keep(("icon", thing.name), lambda: self._master(objects()[thing.name].icon))
         scale = side * self._size / max(master.size) * (1 + 2 * _PAD)
         image = master.resize(
@@ -519,7 +519,7 @@ def _copies(thing: Thing, x: float, y: float, side: float, rng: random.Random) -
     }
     each = span * (0.47 if thing.count > 2 else 0.5)
     jitter = 0.03 * span
-    low = min(0.46 * each, 0.5)  # copies stay within the picture
+    low = min(0.46 * each, 0.5)  # copies stay within the image
 
     def near(centre: float) -> float:
         return min(max(centre + (rng.random() - 0.5) * jitter, low), 1 - low)

@@ -1,4 +1,4 @@
-"""What a picture of Stable Diffusion 2 costs, counted in floating-point operations before any is spent."""
+"""What an image of Stable Diffusion 2 costs, counted in floating-point operations before any is spent."""
 
 # Forward TFLOP (a multiply-add is 2) at 96×96 latents, counted with torch's FlopCounterMode; a test counts them again.
 # The first number grows with the pixels (convolutions, linear layers), the second with their square (self-attention).
@@ -8,7 +8,7 @@ DECODER_TFLOP = (5.5804, 0.1740)
 
 
 def evaluations(steps: int, guidance: float, guided_share: float) -> tuple[int, int]:
-    """Guided and unguided steps of a picture; a guidance of 1 is none."""
+    """Guided and unguided steps of an image; a guidance of 1 is none."""
     guided = 0 if guidance == 1 else round(guided_share * steps)
     return guided, steps - guided
 
@@ -20,7 +20,7 @@ def tflop_per_image(
     guided_share: float = 1.0,
     cache_every: int = 1,
 ) -> float:
-    """Forward TFLOP of one picture at `render_size` pixels a side: its steps and the decoding.
+    """Forward TFLOP of one image at `render_size` pixels a side: its steps and the decoding.
 
     221 for 50 guided steps at 768; the text tower's 0.1 is left out.
     """

@@ -1,6 +1,6 @@
 """Stable Diffusion 2.0's networks at one precision on one device: text states, the UNet's predictions, the decoding.
 
-Shapes: B pictures, N UNet inputs (twice B in a guided step), C latent channels, F features, H and W latent sides, P
+Shapes: B images, N UNet inputs (twice B in a guided step), C latent channels, F features, H and W latent sides, P
 pixel sides, T tokens, D text width.
 """
 
@@ -113,7 +113,7 @@ class Networks:
     # Decoder
 
     def decode(self, latents_BCHW: "torch.Tensor", compiled: bool) -> "torch.Tensor":
-        """Clean latents → pictures [B, 3, P, P] in about −1 … 1, in the precision of the decoding."""
+        """Clean latents → images [B, 3, P, P] in about −1 … 1, in the precision of the decoding."""
         run = self._compiled_decode if compiled else self._decode
         return run(self._ready(latents_BCHW / self.vae.config["scaling_factor"]))
 

@@ -1,4 +1,4 @@
-"""The competition's own pictures: Stable Diffusion 2.0 (768-v), sampled as the host's script sampled it, and faster.
+"""The competition's own images: Stable Diffusion 2.0 (768-v), sampled as the host's script sampled it, and faster.
 
     python -m datagen                                    1,000 images with the weights from the hub
     python -m datagen renderer.model=768-v-ema.ckpt      … with the single file
@@ -9,7 +9,7 @@
 timesteps 981, 961 … 1 with eta 0, guidance 9.0 against the empty prompt, v-prediction, fp16 on CUDA; decoded at
 768×768, truncated (not rounded) to uint8, downsized to 512×512 with Pillow's filter. Source: `txt2img.py` of Stability
 AI's stablediffusion repository.
-What differs from the host: each picture's noise comes from a CPU generator seeded for that picture alone, so that it is
+What differs from the host: each image's noise comes from a CPU generator seeded for that image alone, so that it is
 the same in every batch and on every device; the watermark is off unless asked for; and in half precision the networks
 are half precision throughout. The host's autocast gives the same matrix products and convolutions of the same rounded
 weights, but leaves the results of norms and softmaxes in fp32 up to the next product, where here they are rounded at
@@ -17,10 +17,10 @@ once. Latents, guidance and the sampler's update are fp32 here; the host's guida
 
 `sd2_fast`: DPM-Solver++ (2M) in 25 steps as that script's `--dpm` takes them: equal steps of time from 999, and down to
 the lowest noise that was trained, not to none, as the host's DDIM too ends there (`final_sigmas_type="sigma_min"`).
-Savings that change pictures more are asked for and recorded: `guided_share` lets the last steps follow the prompt
+Savings that change images more are asked for and recorded: `guided_share` lets the last steps follow the prompt
 alone, for half their work; `cache_every` computes the UNet's deep features at every n-th step (see `deep_cache`).
 
-Shapes: B pictures of a batch, C latent channels, H and W latent sides, P and Q pixel sides, T tokens, D text width.
+Shapes: B images of a batch, C latent channels, H and W latent sides, P and Q pixel sides, T tokens, D text width.
 """
 
 import importlib.util
@@ -62,30 +62,30 @@ class StableDiffusion2(DiffusionRenderer):
 
     CONFIG: ClassVar[Path] = weights.CONFIG
 
-    def __init__(self, chosen: StableDiffusionRenderer) -> None:
-        device, precision = _present(chosen)
+    def __init__(self, cfg: StableDiffusionRenderer) -> None:
+        device, precision = _present(cfg)
         super().__init__(
             device=device,
             precision=precision,
-            batch_size=chosen.batch_size,
-            size=chosen.size,
-            filter=chosen.filter,
-            redraw=chosen.redraw,
+            batch_size=cfg.batch_size,
+            size=cfg.size,
+            filter=cfg.filter,
+            redraw=cfg.redraw,
         )
-        self.chosen = chosen
-        self.compiles = device.startswith("cuda") if chosen.compile is None else chosen.compile
+        self.cfg = cfg
+        self.compiles = device.startswith("cuda") if cfg.compile is None else cfg.compile
         self._networks: dict[Precision, Networks] = {}
 
     @property
     def steps(self) -> int:
-        return self.chosen.steps
+        return self.cfg.steps
 
     @property
     def pads(self) -> bool:
         return self.compiles
 
     def tflop(self) -> float:
-        c = self.chosen
+        c = self.cfg
         return tflop_per_image(c.steps, c.render_size, c.guidance, c.guided_share, c.cache_every)
 
     def settings(self) -> Mapping[str, Any]:
@@ -96,7 +96,7 @@ class StableDiffusion2(DiffusionRenderer):
         Raises:
             UserError: where the weights cannot be found, or are a `.ckpt` that is not the published one.
         """
-        source, c = self._source, self.chosen
+        source, c = self._source, self.cfg
         return {
             "name": c.name,
             "model": source.name,
@@ -125,7 +125,7 @@ class StableDiffusion2(DiffusionRenderer):
 
     @cached_property
     def _source(self) -> hub.Source:
-        return weights.find(self.chosen.model, self.chosen.revision, self.chosen.allow_unknown_weights)
+        return weights.find(self.cfg.model, self.cfg.revision, self.cfg.allow_unknown_weights)
 
     def load(self) -> None:
         """Loads the weights, downloading them where they are the hub's, and checks that they predict v.
@@ -138,7 +138,7 @@ class StableDiffusion2(DiffusionRenderer):
         networks = self._load(self.precision)
         with kernels(self.device):
             weights.refuse_epsilon(
-                lambda *inputs: networks.predict(*inputs, compiled=False), networks.empty_1TD, self.chosen.model
+                lambda *inputs: networks.predict(*inputs, compiled=False), networks.empty_1TD, self.cfg.model
             )
         self._networks[self.precision] = networks
 
@@ -155,7 +155,7 @@ class StableDiffusion2(DiffusionRenderer):
             self._networks[precision] = self._load(precision)
         return self._networks[precision]
 
-    # Pictures
+    # Images
 
     def draw(
         self, prompts: list[str], seeds: list[int], steps: int, precision: Precision, compiled: bool
@@ -181,7 +181,7 @@ class StableDiffusion2(DiffusionRenderer):
         """Standard normal latents [B, 4, render_size/8, render_size/8], each from its own seed on the CPU."""
         import torch
 
-        side = self.chosen.render_size // LATENT_SCALE
+        side = self.cfg.render_size // LATENT_SCALE
         shape_CHW = (LATENT_CHANNELS, side, side)
         return torch.stack([torch.randn(shape_CHW, generator=torch.Generator().manual_seed(s)) for s in seeds])
 
@@ -200,7 +200,7 @@ class StableDiffusion2(DiffusionRenderer):
         """
         import torch
 
-        c, count = self.chosen, len(latents_BCHW)
+        c, count = self.cfg, len(latents_BCHW)
         scheduler = make_scheduler(c.scheduler, steps)
         on_device = [torch.full((), int(t), device=self.device) for t in scheduler.timesteps]
         guided_steps, _ = evaluations(steps, c.guidance, c.guided_share)
@@ -226,8 +226,8 @@ class StableDiffusion2(DiffusionRenderer):
         return latents_BCHW
 
     def _decode(self, networks: "Networks", latents_BCHW: "torch.Tensor", compiled: bool) -> "list[torch.Tensor]":
-        """Clean latents → pictures in about −1 … 1, in slices of `vae_batch`: a batch at once would take its memory."""
-        size = min(self.chosen.vae_batch, len(latents_BCHW))
+        """Clean latents → images in about −1 … 1, in slices of `vae_batch`: a batch at once would take its memory."""
+        size = min(self.cfg.vae_batch, len(latents_BCHW))
         slices = []
         for part_BCHW in latents_BCHW.split(size):
             short = size - len(part_BCHW) if compiled else 0
@@ -239,9 +239,9 @@ class StableDiffusion2(DiffusionRenderer):
         """Watermarked if asked."""
         import torch
 
-        if not self.chosen.watermark:
+        if not self.cfg.watermark:
             return levels_BCPP
-        marked = [_watermarked(picture_PQC) for picture_PQC in levels_BCPP.permute(0, 2, 3, 1).cpu().numpy()]
+        marked = [_watermarked(image_PQC) for image_PQC in levels_BCPP.permute(0, 2, 3, 1).cpu().numpy()]
         return torch.from_numpy(np.stack(marked)).permute(0, 3, 1, 2).contiguous().to(self.device)
 
 
@@ -278,7 +278,7 @@ def make_scheduler(name: str, steps: int) -> Any:
 
 
 def to_uint8(image_BCPQ: "torch.Tensor") -> "torch.Tensor":
-    """Pictures [B, 3, P, Q] in −1 … 1 → uint8 [B, 3, P, Q], truncated as in the host's script: 254.9 becomes 254.
+    """Images [B, 3, P, Q] in −1 … 1 → uint8 [B, 3, P, Q], truncated as in the host's script: 254.9 becomes 254.
 
     fp16 stays fp16 throughout, as it did there, which rounds up a value within 1/16 below a level; bf16 is too coarse.
     """
@@ -291,7 +291,7 @@ def to_uint8(image_BCPQ: "torch.Tensor") -> "torch.Tensor":
 
 
 def _watermarked(image_PQC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The picture with the bytes `SDV2` hidden in it (DWT and DCT), as the host's script does before saving."""
+    """The image with the bytes `SDV2` hidden in it (DWT and DCT), as the host's script does before saving."""
     from imwatermark import WatermarkEncoder  # pyright: ignore[reportMissingImports]
 
     encoder = WatermarkEncoder()
@@ -300,19 +300,19 @@ def _watermarked(image_PQC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.ascontiguousarray(marked_bgr[..., ::-1]).astype(np.uint8)
 
 
-def _present(chosen: StableDiffusionRenderer) -> tuple[str, Precision]:
+def _present(cfg: StableDiffusionRenderer) -> tuple[str, Precision]:
     """The device and precision, once all that the settings need is there."""
     problems: list[str] = []
     found: tuple[str, Precision] = ("cpu", "fp32")
     if importlib.util.find_spec("diffusers") is None:
-        problems.append(f"renderer.name={chosen.name}: needs the package diffusers; pip install -e '.[sd]'")
-    if chosen.watermark and importlib.util.find_spec("imwatermark") is None:
+        problems.append(f"renderer.name={cfg.name}: needs the package diffusers; pip install -e '.[sd]'")
+    if cfg.watermark and importlib.util.find_spec("imwatermark") is None:
         problems.append(
             "renderer.watermark=true: needs the package invisible-watermark, which is not installed; "
             "pip install invisible-watermark, or leave the watermark off"
         )
     try:
-        found = resolve(chosen.device, chosen.precision, "fp16")
+        found = resolve(cfg.device, cfg.precision, "fp16")
     except UserError as error:
         problems.append(str(error))
     if problems:

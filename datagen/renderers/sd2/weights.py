@@ -107,7 +107,7 @@ def load(source: Source, config: Path = CONFIG) -> Parts:
                 f"renderer.model={source.name}: its weights cannot be loaded: {hub.first_line(error)}\n{OPTIONS}"
             ) from error
     for part in (parts.unet, parts.vae, parts.text_encoder):
-        # A tensor that the weights lack stays on the meta device: better said now than as an odd picture.
+        # A tensor that the weights lack stays on the meta device: better said now than as an odd image.
         lacking = [n for n, p in part.named_parameters() if p.is_meta]
         if lacking:
             raise UserError(

@@ -46,7 +46,7 @@ def encode(texts: Sequence[str]) -> NDArray[np.float32]:
 
 def numbered(texts: Iterable[str] = (), *, group: str = "") -> Iterator[Prompt]:
     yield from (Prompt(t, "s", group) for t in texts)
-    yield from (Prompt(f"a picture of thing {n}", "s", group) for n in range(4000))
+    yield from (Prompt(f"an image of thing {n}", "s", group) for n in range(4000))
 
 
 PLAIN = Curation(5, None, None, "keep", None, (), 0.7)
@@ -111,9 +111,9 @@ def test_every_drop_has_its_reason() -> None:
         " \u200b ",
         "fox",
         "many " * 100,
-        "a picture of no thing",
-        "A picture of THING 3",
-        "a  picture of thing 9",
+        "an image of no thing",
+        "An image of THING 3",
+        "a  image of thing 9",
     ]
     made = run(numbered(lines), 100, can_draw=lambda text: "no thing" not in text, max_tokens=77)
     assert {reason: n for reason, n in made.dropped.items() if reason != "more than num asks for"} == {
@@ -157,7 +157,7 @@ def test_similarity_split_leaves_nothing_near_validation() -> None:
     vectors = np.concatenate([train, val])
     assert (vectors @ vectors.T - 2 * np.eye(500)).max() < 0.9
     # of the prompts drawn, those that are near a validation prompt and no duplicates are the ones purged
-    all_drawn = encode([f"a picture of thing {n}" for n in range(made.drawn)])
+    all_drawn = encode([f"an image of thing {n}" for n in range(made.drawn)])
     distinct = greedy(all_drawn, 0.9)
     near = (all_drawn[distinct] @ val.T).max(1) >= 0.7
     assert made.dropped["cosine ≥ 0.7 to a validation prompt"] == near.sum() - len(val) > 0
@@ -180,7 +180,7 @@ PARTS = [f"{colour} {thing}" for colour in ("red", "blue", "green", "grey") for 
 
 def test_holdout_keeps_each_part_on_one_side() -> None:
     source = [
-        Prompt(f"a picture of thing {n}", "s", ";".join(parts))
+        Prompt(f"an image of thing {n}", "s", ";".join(parts))
         for n, parts in enumerate([*((p,) for p in PARTS), *itertools.permutations(PARTS, 2)])
     ]
     made = run(source, 1000, "holdout", share=0.25)
@@ -195,7 +195,7 @@ def test_holdout_keeps_each_part_on_one_side() -> None:
 
 def test_holdout_drops_what_has_no_group() -> None:
     groups = ["", " ", ";", "red fox", "red fox;", "a\ud800 cat"]
-    source = [Prompt(f"a picture of thing {n}", "s", groups[n % 6]) for n in range(60)]
+    source = [Prompt(f"an image of thing {n}", "s", groups[n % 6]) for n in range(60)]
     for share in (0.0, 1.0):
         made = run(source, 100, "holdout", share=share)
         assert made.dropped == {"no group": 30}
@@ -231,7 +231,7 @@ def test_one_side_may_be_empty(kind: str, share: float) -> None:
 
 
 def test_an_endless_source_that_runs_dry_ends() -> None:
-    ten = (Prompt(f"a picture of thing {n % 10}", "s", "") for n in itertools.count())
+    ten = (Prompt(f"an image of thing {n % 10}", "s", "") for n in itertools.count())
     made = run(ten, 20)
     assert len(made.train) + len(made.val) == 10
     assert 20 * 50 < made.drawn < 20 * 60
@@ -252,7 +252,7 @@ def test_nothing_left_is_an_error_that_counts() -> None:
 
 
 def test_prompts_over_77_tokens_stay_and_are_counted() -> None:
-    long = "a picture of thing 1 " + "and more of it " * 30 + "5"
+    long = "an image of thing 1 " + "and more of it " * 30 + "5"
     made = run([Prompt(long, "s", ""), *itertools.islice(numbered(), 20)], 100)
     assert made.over_context == made.report()["over_77_tokens"] == 1
     assert long in texts(made.train) + texts(made.val)
@@ -260,7 +260,7 @@ def test_prompts_over_77_tokens_stay_and_are_counted() -> None:
 
 
 def test_the_report_tells_what_was_dropped_with_examples() -> None:
-    source = [*numbered(["fox", " \u200b\ud800", "a picture of thing 3", "A PICTURE of thing 3", "many " * 100])]
+    source = [*numbered(["fox", " \u200b\ud800", "an image of thing 3", "A PICTURE of thing 3", "many " * 100])]
     source = [Prompt(p.text, "ab"[n % 2], "") for n, p in enumerate(source)]
     made = run(source, 200, "similarity", duplicates_at=0.9, max_tokens=77)
     told = made.report()
@@ -286,14 +286,14 @@ def test_what_the_source_leaves_out_is_dropped_under_its_reason() -> None:
     made = run(source, 300)
     assert len(made.train) + len(made.val) == 300
     assert made.dropped["nsfw above 0.5"] == -(-made.drawn // 4)
-    assert made.examples["nsfw above 0.5"][:2] == ["a picture of thing 0", "a picture of thing 4"]
+    assert made.examples["nsfw above 0.5"][:2] == ["an image of thing 0", "an image of thing 4"]
     # one left out makes no other one an equal text
-    twice = [Prompt("a picture of thing 1", "s", "", out) for out in ("nsfw above 0.5", "")]
-    assert texts(run(twice, 9).train) == ["a picture of thing 1"]
+    twice = [Prompt("an image of thing 1", "s", "", out) for out in ("nsfw above 0.5", "")]
+    assert texts(run(twice, 9).train) == ["an image of thing 1"]
 
 
 def test_examples_of_long_pairs_tell_both_and_their_cosine() -> None:
-    long = "a picture of " + "very " * 100 + "many things "
+    long = "an image of " + "very " * 100 + "many things "
     made = run([Prompt(f"{long}{end}", "s", "") for end in ("7", "and 7")], 10, duplicates_at=0.9)
     (told,) = made.examples["cosine ≥ 0.9 to a prompt kept"]
     dropped, rest = told.split(" ≈ ")
@@ -346,10 +346,10 @@ def test_a_filter_without_its_package(
 
 def other_set(folder: Path) -> tuple[Location, Location]:
     """A dataset with the prompts of things 0 to 9, and a file with those of 10 to 19."""
-    rows = [(f"{n}", n, f"a picture of thing {n}", "s", "", "val", n) for n in range(10)]
+    rows = [(f"{n}", n, f"an image of thing {n}", "s", "", "val", n) for n in range(10)]
     columns = dict(zip(shards.PLAN.names, map(list, zip(*rows, strict=True)), strict=True))
     shards.write_plan(folder / "set", pa.table(columns, schema=shards.PLAN), {"shards": 1})
-    (folder / "more.txt").write_text("".join(f"a picture of thing {n}\n" for n in range(10, 20)))
+    (folder / "more.txt").write_text("".join(f"an image of thing {n}\n" for n in range(10, 20)))
     return Location(folder / "set"), Location(folder / "more.txt")
 
 
@@ -378,7 +378,7 @@ def test_a_file_of_another_set_is_not_asked_for_a_dataset(tmp_path: Path, monkey
     exists = storage.exists
     monkeypatch.setattr(storage, "exists", lambda place: bool(asked.append(str(place))) or exists(place))
     store = fsspec.filesystem("memory")
-    store.pipe({"/sets/val.jsonl.gz": gzip.compress(b'{"prompt": "a picture of thing 3"}\n')})
+    store.pipe({"/sets/val.jsonl.gz": gzip.compress(b'{"prompt": "an image of thing 3"}\n')})
     try:
         made = run(
             itertools.islice(numbered(), 50), 90, against=(Location("memory://sets/val.jsonl.gz"),), against_at=1.0
@@ -587,7 +587,7 @@ def test_a_source_that_has_run_dry_is_left(monkeypatch: pytest.MonkeyPatch) -> N
     """Long before fifty times `num`: one new prompt in 100 of a million that are asked for."""
     monkeypatch.setattr(curation, "_CHUNK", 500)
     monkeypatch.setattr(curation, "_DRY_AFTER", 2000)
-    made = run((Prompt(f"a picture of thing {n % 400}", "s", "") for n in itertools.count()), 3000)
+    made = run((Prompt(f"an image of thing {n % 400}", "s", "") for n in itertools.count()), 3000)
     assert len(made.train) + len(made.val) == 400
     assert made.drawn < 12000
 

@@ -88,7 +88,7 @@ def test_random_access_is_the_sequential_read(whole: Path) -> None:
         assert (dataset.key(i), dataset.image_bytes(i)) == wanted[i]
 
 
-def test_what_a_picture_has(whole: Path) -> None:
+def test_what_an_image_has(whole: Path) -> None:
     dataset = Dataset(whole, "stand-in")
     plan = shards.read_plan(whole).to_pylist()
     assert dataset.width == 8
@@ -101,12 +101,12 @@ def test_what_a_picture_has(whole: Path) -> None:
         np.testing.assert_array_equal(dataset.targets(i), encode([row["prompt"]]))
     for split in ("train", "val"):
         assert dataset.rows(split).tolist() == [i for i, row in enumerate(plan) if row["split"] == split]
-    with pytest.raises(UserError, match=r"no picture in the split 'test', only .*'train'"):
+    with pytest.raises(UserError, match=r"no image in the split 'test', only .*'train'"):
         dataset.rows("test")
 
 
 def test_many_at_once_is_one_by_one(tmp_path: Path) -> None:
-    """Several shards, up to four captions a picture: bit for bit."""
+    """Several shards, up to four captions an image: bit for bit."""
     rng = np.random.default_rng(0)
     rows = [
         Row(tuple(f"prompt {n}" for n in rng.choice(40, rng.integers(1, 5), replace=False)), source="abc"[i % 3])
@@ -128,7 +128,7 @@ def test_many_at_once_is_one_by_one(tmp_path: Path) -> None:
     assert dataset.encoder_identity == {"name": listed_dataset.ENCODER, "width": listed_dataset.WIDTH}
 
 
-def test_pictures_of_the_same_prompts_have_one_number(tmp_path: Path) -> None:
+def test_images_of_the_same_prompts_have_one_number(tmp_path: Path) -> None:
     single = [Row(text) for text in ("a", "b", "a", "c")]
     several = [Row(t) for t in (("a", "b"), "a", ("b", "a"), ("a", "c"), "a", ("a", "b", "c"))]
     for rows, same in ((single, {(0, 2)}), (several, {(0, 2), (1, 4)})):
@@ -179,7 +179,7 @@ def test_more_vectors_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPa
 
 
 def foreign(root: Path, captions: list[list[str]], paths: list[Path]) -> Dataset:
-    """A dataset of pictures that lie elsewhere, in two index files."""
+    """A dataset of images that lie elsewhere, in two index files."""
     ids = {text: n for n, text in enumerate(dict.fromkeys(t for texts in captions for t in texts))}
     rows = [
         {"key": f"k{i}", "prompt_id": ids[text], "prompt": text, "source": "s", "group": "", "split": "val", "seed": 0}
@@ -215,7 +215,7 @@ def test_several_captions(tmp_path: Path) -> None:
     assert dataset.target(2) @ z == pytest.approx(np.mean([encode([t])[0] @ z for t in captions[2]]), abs=1e-6)
 
 
-def test_a_picture_that_is_gone_or_cut_off(tmp_path: Path) -> None:
+def test_an_image_that_is_gone_or_cut_off(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for path in paths:
         path.write_bytes(b"12345")
@@ -338,7 +338,7 @@ def test_verify_finds_a_flipped_byte(copy: Path) -> None:
 
 
 def noted(root: Path, notes: list[dict[str, Any]]) -> None:
-    """A shard of as many pictures."""
+    """A shard of as many images."""
     columns = {"key": str, "prompt_id": int, "prompt": str, "source": str, "group": str, "seed": int}
     rows = [{name: kind(n) for name, kind in columns.items()} | {"split": "train"} for n in range(len(notes))]
     plan = pa.Table.from_pylist(rows, schema=shards.PLAN)
@@ -346,13 +346,13 @@ def noted(root: Path, notes: list[dict[str, Any]]) -> None:
     shards.write_shard(root, 0, plan, [(b"picture", note) for note in notes], ".png")
 
 
-def test_a_picture_with_a_fault_is_in_no_split_that_trains_or_validates(tmp_path: Path) -> None:
+def test_an_image_with_a_fault_is_in_no_split_that_trains_or_validates(tmp_path: Path) -> None:
     noted(tmp_path, [{}, {"fault": "NaN", "batch_size": 2}, {"redrawn": "black"}])
     dataset = Dataset(tmp_path)
     assert dataset.rows("train").tolist() == [0, 2]
     assert dataset.splits == {"faulty": 1, "train": 2}
     assert dataset.info["splits"] == {"train": 3}  # as it was planned
-    with pytest.raises(UserError, match=r"no picture in the split 'val', only \{'faulty': 1, 'train': 2\}"):
+    with pytest.raises(UserError, match=r"no image in the split 'val', only \{'faulty': 1, 'train': 2\}"):
         dataset.rows("val")
     with tarfile.open(tmp_path / "shards/000000.tar") as file:
         metas = [json.load(file.extractfile(f"{n}.json") or io.BytesIO()) for n in range(3)]

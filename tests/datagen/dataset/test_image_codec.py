@@ -1,4 +1,4 @@
-"""Pictures on their way to disk: Pillow's resize to the bit, lossless bytes, encoding in order behind a renderer."""
+"""Images on their way to disk: Pillow's resize to the bit, lossless bytes, encoding in order behind a renderer."""
 
 import io
 import threading
@@ -20,7 +20,7 @@ SIDES = [(768, 512), (96, 64), (64, 96), (100, 33), (33, 100), (251, 250), (40, 
 Source = Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]
 
 
-def pictures(side: int) -> NDArray[np.uint8]:
+def images(side: int) -> NDArray[np.uint8]:
     """Noise, smooth colours, and black and white that the filters overshoot: uint8 [3, H, W, 3]."""
     rng = np.random.default_rng(side)
     noise = rng.integers(0, 256, (side, side, 3), dtype=np.uint8)
@@ -29,38 +29,38 @@ def pictures(side: int) -> NDArray[np.uint8]:
     return np.stack([noise, smooth, (noise > 127) * np.uint8(255)])
 
 
-def pillow(picture_NHWC: NDArray[np.uint8], side: int, name: str) -> NDArray[np.uint8]:
+def pillow(image_NHWC: NDArray[np.uint8], side: int, name: str) -> NDArray[np.uint8]:
     kind = Image.Resampling[name.upper()]
-    return np.stack([np.asarray(Image.fromarray(p).resize((side, side), kind)) for p in picture_NHWC])
+    return np.stack([np.asarray(Image.fromarray(p).resize((side, side), kind)) for p in image_NHWC])
 
 
-def resized(picture_NHWC: NDArray[np.uint8], side: int, name: str, device: str = "cpu") -> NDArray[np.uint8]:
-    resize = Resizer(picture_NHWC.shape[1], side, name, device)
-    image_NCHW = torch.from_numpy(picture_NHWC).permute(0, 3, 1, 2).to(device)
+def resized(image_NHWC: NDArray[np.uint8], side: int, name: str, device: str = "cpu") -> NDArray[np.uint8]:
+    resize = Resizer(image_NHWC.shape[1], side, name, device)
+    image_NCHW = torch.from_numpy(image_NHWC).permute(0, 3, 1, 2).to(device)
     return resize(image_NCHW).permute(0, 2, 3, 1).cpu().numpy()
 
 
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize(("from_side", "to_side"), SIDES)
 def test_resize_is_pillows_to_the_bit(from_side: int, to_side: int, name: str) -> None:
-    picture_NHWC = pictures(from_side)
-    ours, theirs = resized(picture_NHWC, to_side, name), pillow(picture_NHWC, to_side, name)
+    image_NHWC = images(from_side)
+    ours, theirs = resized(image_NHWC, to_side, name), pillow(image_NHWC, to_side, name)
     assert ours.dtype == np.uint8
     assert np.array_equal(ours, theirs)
-    assert from_side != to_side or np.array_equal(ours, picture_NHWC)
-    image_NCPP = torch.from_numpy(picture_NHWC).permute(0, 3, 1, 2)
+    assert from_side != to_side or np.array_equal(ours, image_NHWC)
+    image_NCPP = torch.from_numpy(image_NHWC).permute(0, 3, 1, 2)
     products = Resizer(from_side, to_side, name, "cpu")._by_products(image_NCPP)  # what runs on a GPU
     assert np.array_equal(products.permute(0, 2, 3, 1), theirs)
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_resize_of_real_pictures(shared: Path, name: str) -> None:
+def test_resize_of_real_images(shared: Path, name: str) -> None:
     files = sorted((shared / "competition").glob("*.png"))[:3]
-    picture_NHWC = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files])
-    image_NCPP = torch.from_numpy(picture_NHWC).permute(0, 3, 1, 2)
+    image_NHWC = np.stack([np.asarray(Image.open(path).convert("RGB")) for path in files])
+    image_NCPP = torch.from_numpy(image_NHWC).permute(0, 3, 1, 2)
     for side in (384, 224, 700):
-        theirs = pillow(picture_NHWC, side, name)
-        assert np.array_equal(resized(picture_NHWC, side, name), theirs)
+        theirs = pillow(image_NHWC, side, name)
+        assert np.array_equal(resized(image_NHWC, side, name), theirs)
         products = Resizer(512, side, name, "cpu")._by_products(image_NCPP)
         assert np.array_equal(products.permute(0, 2, 3, 1), theirs)
 
@@ -69,13 +69,13 @@ def test_resize_of_real_pictures(shared: Path, name: str) -> None:
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize(("from_side", "to_side"), SIDES)
 def test_resize_is_pillows_to_the_bit_on_cuda(from_side: int, to_side: int, name: str) -> None:
-    picture_NHWC = pictures(from_side)
-    assert np.array_equal(resized(picture_NHWC, to_side, name, "cuda"), pillow(picture_NHWC, to_side, name))
+    image_NHWC = images(from_side)
+    assert np.array_equal(resized(image_NHWC, to_side, name, "cuda"), pillow(image_NHWC, to_side, name))
 
 
-def test_a_batch_changes_no_picture() -> None:
+def test_a_batch_changes_no_image() -> None:
     resize = Resizer(48, 32, "lanczos", "cpu")
-    image_NCPP = torch.from_numpy(pictures(48)).permute(0, 3, 1, 2)
+    image_NCPP = torch.from_numpy(images(48)).permute(0, 3, 1, 2)
     together = resize(image_NCPP)
     assert torch.equal(together, torch.cat([resize(image_CPP[None]) for image_CPP in image_NCPP]))
     assert torch.equal(together, resize(image_NCPP.contiguous()))
@@ -94,36 +94,36 @@ def test_what_cannot_be_resized() -> None:
 
 
 def decoded(data: bytes) -> NDArray[np.uint8]:
-    with Image.open(io.BytesIO(data)) as picture:
-        return np.asarray(picture.convert("RGB"))
+    with Image.open(io.BytesIO(data)) as image:
+        return np.asarray(image.convert("RGB"))
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp"])
 def test_png_and_webp_lose_nothing(image_format: str) -> None:
-    for picture_HWC in pictures(96):
-        data = encode(picture_HWC, image_format)
-        assert np.array_equal(decoded(data), picture_HWC)
-        assert encode(picture_HWC, image_format) == data
-    turned = pictures(24)[0].transpose(1, 0, 2)[::2]  # a view: neither square nor in order
+    for image_HWC in images(96):
+        data = encode(image_HWC, image_format)
+        assert np.array_equal(decoded(data), image_HWC)
+        assert encode(image_HWC, image_format) == data
+    turned = images(24)[0].transpose(1, 0, 2)[::2]  # a view: neither square nor in order
     assert np.array_equal(decoded(encode(turned, image_format)), turned)
 
 
-def test_webp_of_real_pictures_loses_nothing_and_beats_png(shared: Path) -> None:
-    picture_HWC = np.asarray(Image.open(sorted((shared / "competition").glob("*.png"))[0]).convert("RGB"))
-    data = encode(picture_HWC, "webp")
-    assert np.array_equal(decoded(data), picture_HWC)
-    assert len(data) < len(encode(picture_HWC, "png"))
+def test_webp_of_real_images_loses_nothing_and_beats_png(shared: Path) -> None:
+    image_HWC = np.asarray(Image.open(sorted((shared / "competition").glob("*.png"))[0]).convert("RGB"))
+    data = encode(image_HWC, "webp")
+    assert np.array_equal(decoded(data), image_HWC)
+    assert len(data) < len(encode(image_HWC, "png"))
 
 
 def test_jpg_is_near() -> None:
-    smooth = pictures(96)[1]
+    smooth = images(96)[1]
     error = decoded(encode(smooth, "jpg")).astype(float) - smooth
     assert 10 * np.log10(255**2 / np.mean(error**2)) > 40
 
 
 def test_what_cannot_be_encoded() -> None:
     with pytest.raises(UserError, match="image_format: 'gif' is not one of png, webp, jpg"):
-        encode(pictures(8)[0], "gif")
+        encode(images(8)[0], "gif")
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\], got float64 \[8, 8, 3\]"):
         encode(np.zeros((8, 8, 3)), "png")  # pyright: ignore[reportArgumentType]
 
@@ -139,7 +139,7 @@ def encoders() -> list[str]:
 
 @pytest.mark.parametrize("threads", [1, 3, None])
 def test_threads_keep_order_notes_and_bytes(threads: int | None) -> None:
-    expected = [(encode(picture_HWC, "webp"), note) for picture_HWC, note in numbered(150)]
+    expected = [(encode(image_HWC, "webp"), note) for image_HWC, note in numbered(150)]
     assert list(encoded(numbered(150), "webp", threads)) == expected
     assert not encoders()
 
@@ -150,9 +150,9 @@ def test_reading_ahead_is_bounded() -> None:
     def source() -> Source:
         nonlocal read
         yield np.random.default_rng(0).integers(0, 256, (1500, 1500, 3), dtype=np.uint8), {}  # slow to encode
-        for picture_HWC, note in numbered(200):
+        for image_HWC, note in numbered(200):
             read += 1
-            yield picture_HWC, note
+            yield image_HWC, note
 
     made = encoded(source(), "png", 2)
     next(made)

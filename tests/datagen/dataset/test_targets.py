@@ -96,7 +96,7 @@ def test_equal_prompts_are_encoded_once(copy: Path) -> None:
 
     import pyarrow as pa
 
-    plan |= {"prompt_id": ids, "prompt": [f"a picture of {n}" for n in ids]}
+    plan |= {"prompt_id": ids, "prompt": [f"an image of {n}" for n in ids]}
     shards.write_plan(copy, pa.table(plan, schema=shards.PLAN), {"shards": 2})
     for number in (0, 1):
         path = copy / f"shards/{number:06d}.parquet"

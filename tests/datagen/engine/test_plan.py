@@ -1,4 +1,4 @@
-"""The plan's table: a row a picture, seeds that count."""
+"""The plan's table: a row an image, seeds that count."""
 
 from typing import Any
 
@@ -12,10 +12,10 @@ from datagen.config import DatagenSettings
 from datagen.curation.curate import Curated
 from datagen.curation.journal import KEPT
 from datagen.dataset import format as shards
-from datagen.engine.plan import count, picture_seeds, plan_table, tell
+from datagen.engine.plan import count, image_seeds, plan_table, tell
 
 
-def chosen(num: int, per_prompt: int, **more: Any) -> DatagenSettings:
+def cfg(num: int, per_prompt: int, **more: Any) -> DatagenSettings:
     overrides = ["prompts=grammar", "renderer=glyphs", f"num={num}", f"seeds_per_prompt={per_prompt}"]
     return settings(DatagenSettings, compose("datagen", [*overrides, *(f"{k}={v}" for k, v in more.items())]))
 
@@ -28,11 +28,11 @@ def curated(train: int, val: int) -> Curated:
     return Curated(side("train", train), side("val", val), drawn=train + val)
 
 
-def test_a_row_a_picture() -> None:
-    table = plan_table(chosen(100, 3), curated(30, 6))
+def test_a_row_an_image() -> None:
+    table = plan_table(cfg(100, 3), curated(30, 6))
     assert table.schema == shards.PLAN
     rows = table.to_pylist()
-    assert len(rows) == 100 == count(chosen(100, 3), curated(30, 6))  # of 108
+    assert len(rows) == 100 == count(cfg(100, 3), curated(30, 6))  # of 108
     assert [row["key"] for row in rows] == [f"{n:09d}" for n in range(100)]
     assert [row["prompt_id"] for row in rows] == [n // 3 for n in range(100)]
     for n in range(0, 99, 3):
@@ -45,24 +45,24 @@ def test_a_row_a_picture() -> None:
     assert len({row["prompt"] for row in rows}) == 34
     where = [n for n, row in enumerate(rows) if row["split"] == "val"]
     assert where[0] < 50 < where[-1]
-    assert plan_table(chosen(100, 3), curated(30, 6)) == table
-    assert plan_table(chosen(100, 3, seed=1), curated(30, 6))["prompt"] != table["prompt"]
+    assert plan_table(cfg(100, 3), curated(30, 6)) == table
+    assert plan_table(cfg(100, 3, seed=1), curated(30, 6))["prompt"] != table["prompt"]
 
 
 def test_a_plan_made_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = plan_table(chosen(50, 2), curated(30, 6))
+    whole = plan_table(cfg(50, 2), curated(30, 6))
     monkeypatch.setattr("datagen.engine.plan._ROWS", 7)
-    assert plan_table(chosen(50, 2), curated(30, 6)).combine_chunks() == whole.combine_chunks()
+    assert plan_table(cfg(50, 2), curated(30, 6)).combine_chunks() == whole.combine_chunks()
 
 
 def test_seeds_count() -> None:
-    seeds = picture_seeds(5, 2000, 3)
+    seeds = image_seeds(5, 2000, 3)
     assert seeds.shape == (2000, 3)
     assert 0 <= seeds.min() < 2**31 * 0.01
     assert 2**31 * 0.99 < seeds.max() < 2**31
     assert len(np.unique(seeds)) > 5990
-    np.testing.assert_array_equal(picture_seeds(5, 700, 2), seeds[:700, :2])
-    assert not (picture_seeds(6, 2000, 3) == seeds).any()
+    np.testing.assert_array_equal(image_seeds(5, 700, 2), seeds[:700, :2])
+    assert not (image_seeds(6, 2000, 3) == seeds).any()
 
 
 def test_prompts_over_77_tokens_are_told(caplog: pytest.LogCaptureFixture) -> None:
@@ -70,7 +70,7 @@ def test_prompts_over_77_tokens_are_told(caplog: pytest.LogCaptureFixture) -> No
     made = curated(3, 1)
     made.over_context = 1234
     made.dropped["empty"] = 1
-    tell(chosen(10, 1), made)
+    tell(cfg(10, 1), made)
     assert "1,234 prompts over 77 tokens: Stable Diffusion reads the first 77" in caplog.text
     assert "dropped 1 (25.0 %): empty" in caplog.text
-    assert "only 4 pictures of the num=10 wanted" in caplog.text
+    assert "only 4 images of the num=10 wanted" in caplog.text

@@ -23,7 +23,7 @@ RAY = ("engine=ray", "workers=2")
 def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
     done = run("datagen", *SMALL, *RAY, f"out={tmp_path / 'ray'}")
     assert done.returncode == 0, done.stderr
-    assert "ray: 60 pictures, " in done.stderr.splitlines()[-1]
+    assert "ray: 60 images, " in done.stderr.splitlines()[-1]
     make(tmp_path / "local", *SMALL)
     assert contents(tmp_path / "ray") == contents(tmp_path / "local")
     assert verify(tmp_path / "ray") == []

@@ -1,4 +1,4 @@
-"""Foreign pictures: folders with a CSV, and tars that webdataset wrote, indexed where they lie."""
+"""Foreign images: folders with a CSV, and tars that webdataset wrote, indexed where they lie."""
 
 import csv
 import io
@@ -23,7 +23,7 @@ from datagen.verify.verify import verify
 from tests.commands import run
 
 
-def picture(n: int) -> bytes:
+def image(n: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((8, 8, 3), n, np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -32,7 +32,7 @@ def picture(n: int) -> bytes:
 def folder(root: Path, names: list[str]) -> Path:
     for n, name in enumerate(names):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(picture(n))
+        (root / name).write_bytes(image(n))
     return root
 
 
@@ -59,7 +59,7 @@ def test_the_competitions_layout(tmp_path: Path) -> None:
     dataset = make(tmp_path / "data", images=images, csv=rows, split__share=1.0)
     assert dataset.keys == ["a", "b", "c"]
     assert [dataset.prompts(i) for i in range(3)] == [["a cat, on a mat"], ["a boat"], ["a fox"]]
-    assert [dataset.image_bytes(i) for i in range(3)] == [picture(1), picture(0), picture(2)]
+    assert [dataset.image_bytes(i) for i in range(3)] == [image(1), image(0), image(2)]
     assert {dataset.source(i) for i in range(3)} == {"images"}
     assert dataset.info["splits"] == {"val": 3}
     assert verify(tmp_path / "data") == []
@@ -89,18 +89,18 @@ def test_what_has_no_partner_is_counted_and_listed(tmp_path: Path, caplog: pytes
     rows = table(tmp_path / "p.csv", ("id", "prompt"), ("a", "x"), ("empty", "x"), ("gone", "y"), ("far", "z"))
     assert make(tmp_path / "data", images=images, csv=rows).keys == ["a"]
     assert log(tmp_path / "data") == [
-        ("b.png", "picture without a prompt"),
+        ("b.png", "image without a prompt"),
         ("empty.png", "empty file"),
-        ("gone", "prompt without a picture"),
-        ("far", "prompt without a picture"),
+        ("gone", "prompt without an image"),
+        ("far", "prompt without an image"),
     ]
-    assert "skipped: 2 prompt without a picture, 1 picture without a prompt, 1 empty file" in caplog.text
+    assert "skipped: 2 prompt without an image, 1 image without a prompt, 1 empty file" in caplog.text
 
 
-def test_equal_pictures_are_on_one_side(tmp_path: Path) -> None:
+def test_equal_images_are_on_one_side(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", [f"{n:02d}.png" for n in range(40)])
     for n in range(40):
-        (images / f"{n:02d}.png").write_bytes(picture(n // 4))
+        (images / f"{n:02d}.png").write_bytes(image(n // 4))
     rows = table(tmp_path / "p.csv", ("id", "prompt"), *((f"{n:02d}", f"prompt {n}") for n in range(40)))
     dataset = make(tmp_path / "data", images=images, csv=rows, split__share=0.3)
     val = set(dataset.rows("val").tolist())
@@ -110,11 +110,11 @@ def test_equal_pictures_are_on_one_side(tmp_path: Path) -> None:
 
 def test_an_index_names_links_not_what_they_point_to(tmp_path: Path) -> None:
     """The hub's cache: names with a suffix that point to files named by their hash."""
-    webdataset_tar(tmp_path / "blob", {"k": {"png": picture(1), "txt": b"a fox"}})
+    webdataset_tar(tmp_path / "blob", {"k": {"png": image(1), "txt": b"a fox"}})
     (tmp_path / "tars").mkdir()
     (tmp_path / "tars" / "0.tar").symlink_to(tmp_path / "blob")
     dataset = make(tmp_path / "data", tars=tmp_path / "tars" / "*.tar")
-    assert dataset.image_bytes(0) == picture(1)
+    assert dataset.image_bytes(0) == image(1)
     assert dataset.source(0) == "tars"
 
 
@@ -133,7 +133,7 @@ FOLDERS: dict[str, tuple[list[str], list[tuple[str, ...]], dict[str, str], str]]
         ["a.png"],
         [("id", "prompt"), ("b", "x")],
         {},
-        "no picture with a prompt .* 1 picture without",
+        "no image with a prompt .* 1 image without",
     ),
     "more fields": (["a.png"], [("id", "prompt"), ("a", "x", "y")], {}, "p.csv:2: more fields than columns"),
 }
@@ -190,7 +190,7 @@ def test_source_group_and_split_are_read(tmp_path: Path, suffix: str) -> None:
             {"from": " my\u00a0own ", "kind": None, "side": "train"},
             {"kind": 8.0},
         ]
-        members = [{"png": picture(n), "txt": b"x", "json": json.dumps(f).encode()} for n, f in enumerate(fields)]
+        members = [{"png": image(n), "txt": b"x", "json": json.dumps(f).encode()} for n, f in enumerate(fields)]
         values: dict[str, Any] = {"tars": webdataset_tar(tmp_path / "0.tar", dict(zip("abc", members, strict=True)))}
     else:
         values = {"images": folder(tmp_path / "images", ["a.png", "b.png", "c.png"]), "csv": tmp_path / f"p{suffix}"}
@@ -215,7 +215,7 @@ def test_rows_of_one_image_agree_on_its_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", [True, 3.5, [1], {"id": 1}])
 def test_a_group_is_text_or_a_whole_number(tmp_path: Path, value: object) -> None:
-    sample = {"png": picture(0), "txt": b"a fox", "json": json.dumps({"kind": value}).encode()}
+    sample = {"png": image(0), "txt": b"a fox", "json": json.dumps({"kind": value}).encode()}
     path = webdataset_tar(tmp_path / "0.tar", {"k": sample})
     with pytest.raises(UserError, match=r"0\.tar, sample k: 'kind' holds .*, but a name is text or a whole number"):
         read(tars=path, group_column="kind")
@@ -227,7 +227,7 @@ def test_prompt_column_names_the_field_of_a_tars_json(tmp_path: Path) -> None:
         "two": {"long": ["a cat", None, "one cat"]},
         "three": {},
     }
-    samples = {k: {"png": picture(0), "txt": b"short", "json": json.dumps(v).encode()} for k, v in fields.items()}
+    samples = {k: {"png": image(0), "txt": b"short", "json": json.dumps(v).encode()} for k, v in fields.items()}
     path = webdataset_tar(tmp_path / "0.tar", samples)
     dataset = make(tmp_path / "data", tars=path, prompt_column="long")
     assert {dataset.key(i): dataset.prompts(i) for i in range(len(dataset))} == {
@@ -257,31 +257,31 @@ def test_webdatasets_own_tars(tmp_path: Path) -> None:
     webdataset_tar(
         tmp_path / "0.tar",
         {
-            "deep/one": {"jpg": picture(1), "txt": b"a fox", "json": b'{"prompt": "not this"}', "cls": b"3"},
-            "two": {"png": picture(2), "json": b'{"caption": ["a cat", "the cat", "a cat"]}'},
-            "no-prompt": {"png": picture(3), "json": b'{"size": 8}'},
+            "deep/one": {"jpg": image(1), "txt": b"a fox", "json": b'{"prompt": "not this"}', "cls": b"3"},
+            "two": {"png": image(2), "json": b'{"caption": ["a cat", "the cat", "a cat"]}'},
+            "no-prompt": {"png": image(3), "json": b'{"size": 8}'},
             "no-picture": {"txt": b"a boat"},
         },
     )
-    webdataset_tar(tmp_path / "1.tar", {"two": {"seg.png": b"x", "webp": picture(4), "txt": "çà".encode()}})
+    webdataset_tar(tmp_path / "1.tar", {"two": {"seg.png": b"x", "webp": image(4), "txt": "çà".encode()}})
     dataset = make(tmp_path / "data", tars=tmp_path / "*.tar", source="w")
     assert dataset.keys == ["0/deep/one", "0/two", "1/two"]
     assert [dataset.prompts(i) for i in range(3)] == [["a fox"], ["a cat", "the cat"], ["çà"]]
-    assert [dataset.image_bytes(i) for i in range(3)] == [picture(1), picture(2), picture(4)]
+    assert [dataset.image_bytes(i) for i in range(3)] == [image(1), image(2), image(4)]
     assert sorted(log(tmp_path / "data")) == [
-        ("no-picture", "sample without a picture"),
+        ("no-picture", "sample without an image"),
         ("no-prompt", "sample without a prompt"),
         ("two.seg.png", "further image of a sample"),
     ]
     assert verify(tmp_path / "data") == []
 
 
-@pytest.mark.parametrize("where", ["in a picture", "in a header", "between members"])
+@pytest.mark.parametrize("where", ["in an image", "in a header", "between members"])
 def test_a_tar_that_is_cut_off_is_refused(tmp_path: Path, where: str) -> None:
-    path = webdataset_tar(tmp_path / "0.tar", {f"k{n}": {"png": picture(n), "txt": b"a fox"} for n in range(5)})
+    path = webdataset_tar(tmp_path / "0.tar", {f"k{n}": {"png": image(n), "txt": b"a fox"} for n in range(5)})
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-2]
-    at = {"in a picture": last.offset_data + 20, "in a header": last.offset + 100, "between members": last.offset}
+    at = {"in an image": last.offset_data + 20, "in a header": last.offset + 100, "between members": last.offset}
     os.truncate(path, at[where])
     with pytest.raises(UserError, match=r"0\.tar is cut off or no tar: .*; copy it again"):
         make(tmp_path / "data", tars=path)
@@ -289,7 +289,7 @@ def test_a_tar_that_is_cut_off_is_refused(tmp_path: Path, where: str) -> None:
 
 
 def test_a_tar_with_a_hole_is_refused(tmp_path: Path) -> None:
-    path = webdataset_tar(tmp_path / "0.tar", {f"k{n}": {"png": picture(n), "txt": b"a fox"} for n in range(5)})
+    path = webdataset_tar(tmp_path / "0.tar", {f"k{n}": {"png": image(n), "txt": b"a fox"} for n in range(5)})
     with tarfile.open(path) as tar:
         middle = tar.getmembers()[4]
     with path.open("r+b") as file:
@@ -299,7 +299,7 @@ def test_a_tar_with_a_hole_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "data", tars=path)
 
 
-def test_the_seven_public_pictures(shared: Path, tmp_path: Path) -> None:
+def test_the_seven_public_images(shared: Path, tmp_path: Path) -> None:
     """The target encoder gives the official sample_submission.csv."""
     from datagen.dataset.targets import TargetEncoder, fill
 
@@ -320,7 +320,7 @@ def test_the_command(tmp_path: Path) -> None:
     rows = table(tmp_path / "p.csv", ("id", "prompt"), ("a", "a fox"))
     done = run("datagen.index", f"out={tmp_path / 'data'}", f"images={images}", f"csv={rows}", "encoder=null")
     assert done.returncode == 0, done.stderr
-    assert "1 pictures, 1 captions, {'train': 1}" in done.stderr
+    assert "1 images, 1 captions, {'train': 1}" in done.stderr
     assert run("datagen.verify", f"out={tmp_path / 'data'}").returncode == 0
     (images / "a.png").unlink()
     done = run("datagen.verify", f"out={tmp_path / 'data'}")

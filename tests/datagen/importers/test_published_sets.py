@@ -40,7 +40,7 @@ def make(name: str, out: Path, folder: Path, *overrides: str) -> Dataset:
     return Dataset(out)
 
 
-def pictures(dataset: Dataset) -> dict[str, tuple[bytes, str]]:
+def images(dataset: Dataset) -> dict[str, tuple[bytes, str]]:
     """Name in the archive → bytes and prompt, of all that can be used."""
     splits = [i for split in dataset.splits if split != "faulty" for i in dataset.rows(split).tolist()]
     return {dataset.key(i).partition("/")[2]: (dataset.image_bytes(i), dataset.prompts(i)[0]) for i in splits}
@@ -51,12 +51,12 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def test_diffusiondb_from_a_folder(tmp_path: Path) -> None:
-    told = tiny_published.diffusiondb(tmp_path / "copy", archives=4, pictures=12)
+    told = tiny_published.diffusiondb(tmp_path / "copy", archives=4, images=12)
     before = contents(tmp_path / "copy")
     dataset = make("diffusiondb", tmp_path / "out", tmp_path / "copy")
     names = list(told)
     good = {name.removesuffix(".png"): told[name] for i, name in enumerate(names) if i not in (1, 2, 3)}
-    assert pictures(dataset) == good
+    assert images(dataset) == good
     assert verify(tmp_path / "out") == []
     assert contents(tmp_path / "copy") == before
     assert sorted(p.name for p in tmp_path.iterdir()) == ["copy", "out", "out.log.jsonl"]
@@ -79,7 +79,7 @@ def test_diffusiondb_from_a_folder(tmp_path: Path) -> None:
         for i in dataset.rows(split).tolist():
             sides.setdefault(dataset.prompts(i)[0], set()).add(split)
             assert dataset.source(i) == "diffusiondb"
-    assert {len(found) for found in sides.values()} == {1}  # all pictures of a prompt on one side
+    assert {len(found) for found in sides.values()} == {1}  # all images of a prompt on one side
     assert len(sides) == 36
     seeds = dict(zip(*(shards_plan(tmp_path / "out")[c].to_pylist() for c in ("key", "seed")), strict=True))
     assert {key.partition("/")[2]: seed for key, seed in seeds.items()}[names[5].removesuffix(".png")] == 2**32 - 6
@@ -92,7 +92,7 @@ def shards_plan(root: Path) -> Any:
 
 
 def test_num_takes_archives_in_an_order_that_the_seed_decides(tmp_path: Path) -> None:
-    tiny_published.diffusiondb(tmp_path / "copy", archives=5, pictures=4)
+    tiny_published.diffusiondb(tmp_path / "copy", archives=5, images=4)
     archives = {}
     for seed in range(4):
         make("diffusiondb", tmp_path / f"{seed}", tmp_path / "copy", "num=7", f"seed={seed}", "nsfw_at_most=2")
@@ -104,20 +104,20 @@ def test_num_takes_archives_in_an_order_that_the_seed_decides(tmp_path: Path) ->
 
 
 def test_sd2_4m_from_a_folder_by_its_clusters(tmp_path: Path) -> None:
-    told = tiny_published.sd2_4m(tmp_path / "copy", archives=4, pictures=9)
+    told = tiny_published.sd2_4m(tmp_path / "copy", archives=4, images=9)
     dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.share=0.5")
-    assert pictures(dataset) == {name.removesuffix(".webp"): value for name, value in told.items()}
+    assert images(dataset) == {name.removesuffix(".webp"): value for name, value in told.items()}
     assert verify(tmp_path / "out") == []
     clusters = {split: {dataset.group(i) for i in dataset.rows(split).tolist()} for split in ("train", "val")}
     assert not clusters["train"] & clusters["val"]
     assert clusters["train"] | clusters["val"] == {f"cluster {n}" for n in range(6)}
-    assert read_info(tmp_path / "out")["curation"]["pictures_left_out"] == {"sample without a picture": 1}
+    assert read_info(tmp_path / "out")["curation"]["pictures_left_out"] == {"sample without an image": 1}
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["copy", "out"]
 
 
 def test_prompts_are_curated_as_datagen_does(tmp_path: Path) -> None:
     """By similarity, with the real encoder: no training prompt is near a validation prompt, and targets are written."""
-    tiny_published.sd2_4m(tmp_path / "copy", archives=4, pictures=9)
+    tiny_published.sd2_4m(tmp_path / "copy", archives=4, images=9)
     overrides = (
         "encoder=all-MiniLM-L6-v2",
         "curate.duplicates_at=0.98",
@@ -139,11 +139,11 @@ def rewritten(path: Path, change: Callable[[int, str], str | None]) -> None:
     pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", prompts), path)
 
 
-def test_a_picture_keeps_the_spelling_of_its_prompt(tmp_path: Path) -> None:
-    told = tiny_published.diffusiondb(tmp_path / "copy", archives=4, pictures=12)
+def test_an_image_keeps_the_spelling_of_its_prompt(tmp_path: Path) -> None:
+    told = tiny_published.diffusiondb(tmp_path / "copy", archives=4, images=12)
     rewritten(tmp_path / "copy" / "metadata.parquet", lambda n, p: p.title() if n >= 36 else p)
     dataset = make("diffusiondb", tmp_path / "out", tmp_path / "copy")
-    found = {name: prompt for name, (_, prompt) in pictures(dataset).items()}
+    found = {name: prompt for name, (_, prompt) in images(dataset).items()}
     wanted = {n.removesuffix(".png"): p.title() if i >= 36 else p for i, (n, (_, p)) in enumerate(told.items())}
     assert found.items() <= wanted.items()
     assert len(found) == 45
@@ -158,9 +158,9 @@ def test_a_picture_keeps_the_spelling_of_its_prompt(tmp_path: Path) -> None:
     assert read_info(tmp_path / "out")["curation"]["dropped"] == {"equal text": 11}
 
 
-def test_pictures_of_near_identical_prompts_are_on_one_side(tmp_path: Path) -> None:
+def test_images_of_near_identical_prompts_are_on_one_side(tmp_path: Path) -> None:
     """The repetitions of a prompt have other case, punctuation and spaces."""
-    tiny_published.diffusiondb(tmp_path / "copy", archives=6, pictures=12)
+    tiny_published.diffusiondb(tmp_path / "copy", archives=6, images=12)
     rewritten(
         tmp_path / "copy" / "metadata.parquet", lambda n, p: p if n < 36 else f" {p.title()}, ".replace(" ", "  ")
     )
@@ -176,7 +176,7 @@ def test_pictures_of_near_identical_prompts_are_on_one_side(tmp_path: Path) -> N
 
 def test_holdout_leaves_out_images_whose_prompt_is_on_the_other_side(tmp_path: Path) -> None:
     """The fifth archive repeats nine prompts of the first, each in the next cluster."""
-    tiny_published.sd2_4m(tmp_path / "copy", archives=5, pictures=9)
+    tiny_published.sd2_4m(tmp_path / "copy", archives=5, images=9)
     tar = tmp_path / "copy" / "co" / "sd-4.4M-co-001.tar"
     tar.write_bytes(re.sub(rb'"cluster": (\d)', lambda m: b'"cluster": %d' % ((int(m[1]) + 1) % 6), tar.read_bytes()))
     dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.share=0.5")
@@ -186,22 +186,22 @@ def test_holdout_leaves_out_images_whose_prompt_is_on_the_other_side(tmp_path: P
     moved = sum((n % 6 in side) != ((n + 1) % 6 in side) for n in range(36, 44))  # the ninth's first image is missing
     assert moved > 0
     assert read_info(tmp_path / "out")["curation"]["pictures_left_out"] == {
-        "sample without a picture": 1,
+        "sample without an image": 1,
         "group on another side than its prompt": moved,
     }
 
 
-def test_a_picture_without_a_prompt_is_left_out_and_counted(tmp_path: Path) -> None:
-    told = tiny_published.diffusiondb(tmp_path / "copy", archives=1, pictures=12)
+def test_an_image_without_a_prompt_is_left_out_and_counted(tmp_path: Path) -> None:
+    told = tiny_published.diffusiondb(tmp_path / "copy", archives=1, images=12)
     rewritten(tmp_path / "copy" / "metadata.parquet", lambda n, p: None if n == 5 else p)
     dataset = make("diffusiondb", tmp_path / "out", tmp_path / "copy")
-    assert list(told)[5].removesuffix(".png") not in pictures(dataset)
-    assert len(pictures(dataset)) == 8
+    assert list(told)[5].removesuffix(".png") not in images(dataset)
+    assert len(images(dataset)) == 8
     assert read_info(tmp_path / "out")["curation"]["dropped"] == {"empty": 1}
 
 
 def test_holdout_leaves_out_what_has_no_cluster(tmp_path: Path) -> None:
-    tiny_published.sd2_4m(tmp_path / "copy", archives=1, pictures=9)
+    tiny_published.sd2_4m(tmp_path / "copy", archives=1, images=9)
     tar = next((tmp_path / "copy").rglob("*.tar"))
     tar.write_bytes(tar.read_bytes().replace(b'"cluster": 0', b'"another": 0'))
     dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.share=0.5")
@@ -230,7 +230,7 @@ def end_at(values: dict[str, Any], module: str, function: str, call: int) -> Non
 
 @pytest.mark.parametrize("name", ["diffusiondb", "sd2_4m"])
 def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(tmp_path: Path, name: str) -> None:
-    getattr(tiny_published, name)(tmp_path / "copy", archives=12, pictures=10)
+    getattr(tiny_published, name)(tmp_path / "copy", archives=12, images=10)
     make(name, tmp_path / "whole", tmp_path / "copy")
     out = tmp_path / "out"
     values = compose("published", [f"name={name}", f"out={out}", f"folder={tmp_path / 'copy'}", *BARE])
@@ -266,7 +266,7 @@ def killed(overrides: list[str], env: dict[str, str], when: Callable[[], bool]) 
 
 @pytest.mark.enable_socket
 def test_sd2_4m_from_the_hub_holding_archives_or_not(tmp_path: Path) -> None:
-    told = tiny_published.sd2_4m(tmp_path / "copy", archives=6, pictures=6)
+    told = tiny_published.sd2_4m(tmp_path / "copy", archives=6, images=6)
     with TinyHub({"jamarju/sd-4.4M": tmp_path / "copy"}) as hub:
         env = hub.environment(tmp_path)
         for hold, downloads in (("true", 4), ("false", 8)):
@@ -281,13 +281,13 @@ def test_sd2_4m_from_the_hub_holding_archives_or_not(tmp_path: Path) -> None:
     assert contents(tmp_path / "hold-true") == contents(tmp_path / "hold-false")
     dataset = Dataset(tmp_path / "hold-true")
     assert len(dataset) == 20
-    assert pictures(dataset).items() <= {name.removesuffix(".webp"): value for name, value in told.items()}.items()
+    assert images(dataset).items() <= {name.removesuffix(".webp"): value for name, value in told.items()}.items()
     assert read_info(tmp_path / "hold-true")["provenance"]["commit"] == COMMIT
 
 
 @pytest.mark.enable_socket
 def test_diffusiondb_from_the_hub_killed_and_cut_off(tmp_path: Path) -> None:
-    tiny_published.diffusiondb(tmp_path / "copy", archives=6, pictures=6, size=128)
+    tiny_published.diffusiondb(tmp_path / "copy", archives=6, images=6, size=128)
     out = tmp_path / "out"
     with TinyHub({"poloclub/diffusiondb": tmp_path / "copy"}) as hub:
         env = hub.environment(tmp_path)
@@ -313,7 +313,7 @@ def test_diffusiondb_from_the_hub_killed_and_cut_off(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
-    tiny_published.sd2_4m(tmp_path / "copy", archives=2, pictures=3)
+    tiny_published.sd2_4m(tmp_path / "copy", archives=2, images=3)
     make("sd2_4m", tmp_path / "out", tmp_path / "copy")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
@@ -328,12 +328,12 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_archives_and_tables_that_cannot_be_used(tmp_path: Path) -> None:
-    tiny_published.sd2_4m(tmp_path / "sd", archives=1, pictures=3)
+    tiny_published.sd2_4m(tmp_path / "sd", archives=1, images=3)
     tar = tmp_path / "sd" / "cc" / "sd-4.4M-cc-000.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
     with pytest.raises(UserError, match=r"sd-4\.4M-cc-000\.tar is cut off or no tar"):
         make("sd2_4m", tmp_path / "out", tmp_path / "sd")
-    tiny_published.diffusiondb(tmp_path / "db", archives=1, pictures=5)
+    tiny_published.diffusiondb(tmp_path / "db", archives=1, images=5)
     zipped = tmp_path / "db" / "images" / "part-000001.zip"
     data = zipped.read_bytes()
     zipped.write_bytes(data[:-30])
@@ -353,7 +353,7 @@ def test_a_disk_without_room_is_told_before_the_download(tmp_path: Path, monkeyp
     from datagen.importers import published_sets
     from datagen.prompts import download
 
-    tiny_published.sd2_4m(tmp_path / "copy", archives=1, pictures=3)
+    tiny_published.sd2_4m(tmp_path / "copy", archives=1, images=3)
     name = "cc/sd-4.4M-cc-000.tar"
 
     class FromAfar(download.Repository):

@@ -323,7 +323,7 @@ def test_rows_that_are_left_out_of_a_table_are_listed(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("id,prompt\na,a fox\nb,\nc, \nd\n")
     captions, reasons = read_index(index_settings(images=tmp_path / "images", csv=tmp_path / "p.csv"))
     assert captions == {"a": [FOX]}
-    assert reasons == {"prompt that is empty": 3, "picture without a prompt": 3}
+    assert reasons == {"prompt that is empty": 3, "image without a prompt": 3}
     assert read_prompts(tmp_path / "p.csv") == ([FOX], {"empty": 3})
 
 
@@ -426,7 +426,7 @@ TARS: dict[str, tuple[list[str], list[str], dict[str, int]]] = {
     "other suffixes": (
         ["a.jfif", "a.txt", "b.avif", "b.txt", "c.heic", "c.txt", "README"],
         ["a", "b"],
-        {"sample without a picture": 2},
+        {"sample without an image": 2},
     ),
 }
 
@@ -542,4 +542,4 @@ def test_a_name_in_several_folders_of_a_zip(tmp_path: Path) -> None:
         for name, data in (("x/a.png", b"1"), ("y/a.png", b"2"), ("x/b.png", b"3"), ("y/b.png", b"3"), ("c.png", b"4")):
             archive.writestr(name, data)
     with opened(tmp_path / "p.zip") as archive:
-        assert [archive.picture(name) for name in ("a.png", "b.png", "c.png", "d.png")] == [None, b"3", b"4", None]
+        assert [archive.image(name) for name in ("a.png", "b.png", "c.png", "d.png")] == [None, b"3", b"4", None]

@@ -131,7 +131,7 @@ def test_without_clean_plain_texts_agree_and_others_may_not(simple: Any) -> None
     assert all(map(differs, [ENTITIES[0], UNICODE[2], "cafÃ© “curly”"]))
 
 
-def test_the_pictures_test_uses_open_clips_ids(simple: Any) -> None:
+def test_the_images_test_uses_open_clips_ids(simple: Any) -> None:
     from tests.datagen.renderers.test_sd2 import IDS, PROMPTS
 
     assert [[49406, *simple.encode(p), 49407] for p in PROMPTS] == IDS

@@ -32,7 +32,7 @@ ROWS = [
 ]
 
 
-def chosen(path: object, **values: Any) -> FilePrompts:
+def cfg(path: object, **values: Any) -> FilePrompts:
     prompts = settings(DatagenSettings, compose("datagen", ["prompts=file", "prompts.path=x.txt"])).prompts
     assert isinstance(prompts, FilePrompts)
     return replace(prompts, path=str(path), **values)
@@ -40,7 +40,7 @@ def chosen(path: object, **values: Any) -> FilePrompts:
 
 def read(path: object, seed: int = 0, **values: Any) -> list[Prompt]:
     download.files.cache_clear()
-    return list(stream(chosen(path, **values), seed, None))
+    return list(stream(cfg(path, **values), seed, None))
 
 
 def texts(path: object, **values: Any) -> list[str]:
@@ -174,24 +174,24 @@ def mixture(tmp_path: Path, **sources: tuple[float, int, int | None]) -> Mixture
     made = {}
     for name, (weight, count, most) in sources.items():
         (tmp_path / f"{name}.txt").write_text("".join(f"{name} {n}\n" for n in range(count)))
-        made[name] = MixtureSource(weight, chosen(tmp_path / f"{name}.txt"), most)
+        made[name] = MixtureSource(weight, cfg(tmp_path / f"{name}.txt"), most)
     return MixturePrompts("mixture", made)
 
 
 def test_a_mixture_keeps_its_shares_at_every_length(tmp_path: Path) -> None:
-    chosen = mixture(tmp_path, a=(0.5, 900, None), b=(0.3, 900, None), c=(0.2, 900, None), off=(0, 0, None))
-    found = [p.source for p in islice(stream(chosen, 0, None), 1000)]
+    cfg = mixture(tmp_path, a=(0.5, 900, None), b=(0.3, 900, None), c=(0.2, 900, None), off=(0, 0, None))
+    found = [p.source for p in islice(stream(cfg, 0, None), 1000)]
     for length in (10, 100, 1000):
         assert Counter(found[:length]) == {"a": length // 2, "b": length * 3 // 10, "c": length // 5}
     for name in "abc":  # each source in its own order
-        own = [p.text.strip() for p in islice(stream(chosen, 0, None), 100) if p.source == name]
+        own = [p.text.strip() for p in islice(stream(cfg, 0, None), 100) if p.source == name]
         assert own == [f"{name} {n}" for n in range(len(own))]
 
 
 def test_a_mixture_goes_on_when_a_source_ends_and_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    chosen = mixture(tmp_path, a=(0.5, 30, None), b=(0.3, 300, 20), c=(0.2, 100, None))
+    cfg = mixture(tmp_path, a=(0.5, 30, None), b=(0.3, 300, 20), c=(0.2, 100, None))
     with caplog.at_level("INFO"):
-        found = [p.source for p in stream(chosen, 0, None)]
+        found = [p.source for p in stream(cfg, 0, None)]
     assert Counter(found) == {"a": 30, "b": 20, "c": 100}
     told = [(r.levelname, r.getMessage()) for r in caplog.records]
     assert told == [
@@ -204,7 +204,7 @@ def test_a_mixture_goes_on_when_a_source_ends_and_tells(tmp_path: Path, caplog: 
 def test_what_is_left_out_takes_no_part_of_a_share(tmp_path: Path) -> None:
     files = mixture(tmp_path, a=(0.5, 400, None)).sources
     (tmp_path / "b.csv").write_text("prompt,spam\n" + "".join(f"b {n},{int(n % 3 > 0)}\n" for n in range(300)))
-    b = chosen(tmp_path / "b.csv", at_most={"spam": 0})
+    b = cfg(tmp_path / "b.csv", at_most={"spam": 0})
     found = list(stream(MixturePrompts("mixture", {**files, "b": MixtureSource(0.5, b, 50)}), 0, None))
     good = [p.source for p in found if not p.out]
     assert Counter(good[:100]) == {"a": 50, "b": 50}
@@ -217,18 +217,18 @@ def test_the_grammar_may_be_part_of_a_mixture(tmp_path: Path) -> None:
     grammar = settings(DatagenSettings, compose("datagen", overrides)).prompts
     assert isinstance(grammar, GrammarPrompts)
     files = mixture(tmp_path, a=(0.5, 5, None)).sources
-    chosen = MixturePrompts("mixture", {**files, "scenes": MixtureSource(0.5, grammar)})
-    found = list(islice(stream(chosen, 0, lambda _: False), 20))
+    cfg = MixturePrompts("mixture", {**files, "scenes": MixtureSource(0.5, grammar)})
+    found = list(islice(stream(cfg, 0, lambda _: False), 20))
     assert [p.source for p in found[:4]] in (["a", "scenes"] * 2, ["scenes", "a"] * 2)
     assert all(p.group for p in found if p.source == "scenes")
     assert sum(p.source == "scenes" for p in found) == 15
 
 
 def test_where_prompts_come_from_is_told(tmp_path: Path) -> None:
-    chosen = mixture(tmp_path, a=(1, 2, None))
+    cfg = mixture(tmp_path, a=(1, 2, None))
     data = (tmp_path / "a.txt").read_bytes()
     facts = {"a.txt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
-    assert provenance(chosen) == {"a": {"url": str(tmp_path / "a.txt"), "files": facts}}
+    assert provenance(cfg) == {"a": {"url": str(tmp_path / "a.txt"), "files": facts}}
 
 
 def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
@@ -242,7 +242,7 @@ def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
         (f"zip://in/p.txt::{tmp_path}/?.zip", ["a.zip/in/p.txt", "b.zip/in/p.txt"]),
     ):
         assert texts(url) == ["from a", "from b"]
-        assert list(provenance(chosen(url))["files"]) == names
+        assert list(provenance(cfg(url))["files"]) == names
 
 
 def test_the_default_is_the_mixture_and_its_parts_can_be_overridden() -> None:

@@ -143,20 +143,20 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def renderer_settings(model: Path | str, **changes: Any) -> DiffusersRenderer:
     values = compose("datagen", ["renderer=diffusers", "renderer.model=x"])["renderer"]
-    chosen = settings(DiffusersRenderer, values)
+    cfg = settings(DiffusersRenderer, values)
     small = {"model": str(model), "device": "cpu", "render_size": 64, "size": 64, "steps": 3, "batch_size": 2}
-    return dataclasses.replace(chosen, **{**small, **changes})
+    return dataclasses.replace(cfg, **{**small, **changes})
 
 
 def make(model: Path | str, **changes: Any) -> DiffusersModel:
     return DiffusersModel(renderer_settings(model, **changes))
 
 
-# Pictures
+# Images
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_pictures_match_the_models_own_pipeline(models: dict[str, Path], name: str) -> None:
+def test_images_match_the_models_own_pipeline(models: dict[str, Path], name: str) -> None:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     renderer = make(models[name])
@@ -176,7 +176,7 @@ def test_pictures_match_the_models_own_pipeline(models: dict[str, Path], name: s
 
 
 @pytest.mark.parametrize("name", BUILDERS)
-def test_a_picture_depends_on_its_prompt_and_seed_alone(models: dict[str, Path], name: str) -> None:
+def test_an_image_depends_on_its_prompt_and_seed_alone(models: dict[str, Path], name: str) -> None:
     prompts, seeds = [f"{PROMPTS[0]} number {n}" for n in range(8)], list(range(8))
     eight = make(models[name], batch_size=8, size=48)
     together = eight.render(prompts, seeds)
@@ -187,7 +187,7 @@ def test_a_picture_depends_on_its_prompt_and_seed_alone(models: dict[str, Path],
     assert np.abs(other_seed[0].astype(int) - together[5]).max() > 10
 
 
-def test_an_ancestral_sampler_takes_its_noise_from_each_pictures_seed(models: dict[str, Path], tmp_path: Path) -> None:
+def test_an_ancestral_sampler_takes_its_noise_from_each_images_seed(models: dict[str, Path], tmp_path: Path) -> None:
     """As SDXL turbo's, without guidance."""
     from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
@@ -216,7 +216,7 @@ def test_long_prompts_are_cut(models: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
-def test_a_picture_that_overflows_in_half_precision_is_drawn_again(
+def test_an_image_that_overflows_in_half_precision_is_drawn_again(
     models: dict[str, Path], name: str, tmp_path: Path
 ) -> None:
     shutil.copytree(models[name], tmp_path / "model")

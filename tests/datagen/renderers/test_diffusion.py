@@ -54,7 +54,7 @@ def altered(weights: TinySD2, tmp_path: Path) -> Callable[..., str]:
 # Faults
 
 
-def test_a_picture_that_overflows_in_half_precision_is_drawn_again(
+def test_an_image_that_overflows_in_half_precision_is_drawn_again(
     weights: TinySD2, altered: Callable[..., str]
 ) -> None:
     """One word's embedding is too large for fp16: the prompts with it overflow, as SD 2's attention does, to NaN."""
@@ -80,7 +80,7 @@ def test_faults_are_only_told_where_redrawing_is_off(weights: TinySD2, altered: 
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_a_picture_that_is_nan_in_fp32_too_is_grey_and_faulty(
+def test_an_image_that_is_nan_in_fp32_too_is_grey_and_faulty(
     weights: TinySD2, altered: Callable[..., str], precision: str
 ) -> None:
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].fill_(torch.nan)})
@@ -91,7 +91,7 @@ def test_a_picture_that_is_nan_in_fp32_too_is_grey_and_faulty(
     assert images[1:].std() > 5
 
 
-def test_a_picture_that_is_nan_only_once_decoded_is_found(weights: TinySD2, altered: Callable[..., str]) -> None:
+def test_an_image_that_is_nan_only_once_decoded_is_found(weights: TinySD2, altered: Callable[..., str]) -> None:
     """Infinite, not NaN: an overflow in the decoder's last layer."""
     model = altered(VAE, **{"decoder.conv_out.weight": lambda t: t.mul_(1e38).mul_(10)})
     renderer = make(weights, model=model)
@@ -100,7 +100,7 @@ def test_a_picture_that_is_nan_only_once_decoded_is_found(weights: TinySD2, alte
 
 
 @pytest.mark.parametrize("colour", [(-1.0, -1.0, -1.0), (0.5, -0.25, 0.9)])
-def test_a_constant_picture_is_drawn_again_and_kept(
+def test_a_constant_image_is_drawn_again_and_kept(
     weights: TinySD2, altered: Callable[..., str], colour: tuple[float, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -137,7 +137,7 @@ def full_above(module: torch.nn.Module, most: int) -> None:
 def test_out_of_memory_halves_the_batch_for_that_call_and_is_noted(weights: TinySD2) -> None:
     renderer = make(weights, batch_size=5)
     renderer.load()
-    full_above(renderer._networks["fp32"].unet.conv_in, 6)  # three guided pictures
+    full_above(renderer._networks["fp32"].unet.conv_in, 6)  # three guided images
     prompts, seeds = [*PROMPTS, *PROMPTS], list(range(6))
     images = renderer.render(prompts, seeds)
     assert renderer.notes == [{"batch_size": 3}] * 5 + [{}]
@@ -155,11 +155,11 @@ def test_the_smallest_batch_is_noted_where_halves_are_halved(weights: TinySD2) -
     assert renderer.notes == [{"batch_size": 1}] * 4
 
 
-def test_not_one_picture_fits(weights: TinySD2) -> None:
+def test_not_one_image_fits(weights: TinySD2) -> None:
     renderer = make(weights)
     renderer.load()
     full_above(renderer._networks["fp32"].vae.decoder.conv_in, 0)
-    with pytest.raises(UserError, match=r"not one picture fits in the memory of cpu at fp32: .*lower renderer"):
+    with pytest.raises(UserError, match=r"not one image fits in the memory of cpu at fp32: .*lower renderer"):
         renderer.render(PROMPTS, SEEDS)
 
 
@@ -191,7 +191,7 @@ def test_the_quickest_batch_size() -> None:
         return float(size)
 
     assert quickest(full_at_eight) == 4
-    with pytest.raises(UserError, match="not one picture fits"):
+    with pytest.raises(UserError, match="not one image fits"):
         quickest(lambda size: full_at_eight(size + 7))
 
 
@@ -213,7 +213,7 @@ def test_the_rate_is_told_for_all_steps_from_a_few(weights: TinySD2) -> None:
     assert calls == [6] * (2 + 2 * 2 + 2 * 4)
 
 
-def test_ten_pictures_are_timed_after_a_warm_up(weights: TinySD2) -> None:
+def test_ten_images_are_timed_after_a_warm_up(weights: TinySD2) -> None:
     renderer = make(weights, batch_size=4, steps=1)
     renderer.load()
     calls: list[int] = []

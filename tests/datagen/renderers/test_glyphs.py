@@ -70,9 +70,9 @@ def test_it_is_a_renderer(small: Glyphs):
     assert renderer.seconds(1000) > renderer.seconds(1) > 0
     assert renderer.can_draw("a cat")
     assert not renderer.can_draw("a feeling of dread")
-    pictures = renderer.render(PROMPTS, [1, 2, 3])
-    assert pictures.shape == (3, 64, 64, 3)
-    assert pictures.dtype == np.uint8
+    images = renderer.render(PROMPTS, [1, 2, 3])
+    assert images.shape == (3, 64, 64, 3)
+    assert images.dtype == np.uint8
     assert renderer.render([], []).shape == (0, 64, 64, 3)
 
 
@@ -118,7 +118,7 @@ def test_the_scene_is_the_same_at_every_size(medium: str | None):
 
 
 @pytest.mark.parametrize("table", ["MEDIA", "PLACES", "LIGHTS"])
-def test_every_word_changes_the_picture_in_its_own_way(table: str):
+def test_every_word_changes_the_image_in_its_own_way(table: str):
     """The same scene, seed and layout: `_draw` is given the scene itself, so that the wording does not matter."""
     import random
 
@@ -128,19 +128,19 @@ def test_every_word_changes_the_picture_in_its_own_way(table: str):
     thing = grammar.Thing("cat", "red")
     fixed = {"place": "meadow", kind: None}
     scenes = [grammar.Scene((thing,), **{**fixed, kind: word}) for word in (None, *words)]
-    pictures = [renderer._draw(scene, random.Random(4)) for scene in scenes]
-    for i, a in enumerate(pictures):
-        for j, b in enumerate(pictures[:i]):
+    images = [renderer._draw(scene, random.Random(4)) for scene in scenes]
+    for i, a in enumerate(images):
+        for j, b in enumerate(images[:i]):
             assert differ(a, b) > 3, (scenes[i], scenes[j])
 
 
 @pytest.mark.parametrize("name", [name for name in RGB if name not in ("white", "grey", "black", "beige", "brown")])
-def test_the_said_colour_is_in_the_picture(small: Glyphs, name: str):
+def test_the_said_colour_is_in_the_image(small: Glyphs, name: str):
     """In flat media most saturated pixels of a large object have its hue."""
     wanted = colorsys.rgb_to_hsv(*(c / 255 for c in RGB[name]))[0]
     for ending in ("", ", pixel art", ", a low poly render", ", oil painting"):
-        picture = one(small, f"a huge {grammar.COLOURS[name][0]} heart{ending}", 2)
-        centre = picture[24:40, 24:40].reshape(-1, 3) / 255
+        image = one(small, f"a huge {grammar.COLOURS[name][0]} heart{ending}", 2)
+        centre = image[24:40, 24:40].reshape(-1, 3) / 255
         hue = colorsys.rgb_to_hsv(*np.median(centre, axis=0))[0]
         off = abs(hue - wanted)
         assert min(off, 1 - off) < 0.06, ending
@@ -148,8 +148,8 @@ def test_the_said_colour_is_in_the_picture(small: Glyphs, name: str):
 
 def test_light_and_dark_colours_stand_off_the_ground(small: Glyphs):
     for name in ("white", "black"):
-        picture = one(small, f"a huge {name} heart", 1).astype(float)
-        assert abs(picture[28:36, 28:36].mean() - picture[:6, :6].mean()) > 40
+        image = one(small, f"a huge {name} heart", 1).astype(float)
+        assert abs(image[28:36, 28:36].mean() - image[:6, :6].mean()) > 40
 
 
 def test_size_words_order_the_object():
@@ -157,19 +157,19 @@ def test_size_words_order_the_object():
     renderer = Glyphs(96)
     areas = []
     for word in ("tiny ", "small ", "", "large ", "huge "):
-        pictures = renderer.render([f"a {word}blue heart"] * 4, [0, 1, 2, 3]).astype(int)
-        areas.append((pictures[..., 2] - pictures[..., 0] > 90).mean())
+        images = renderer.render([f"a {word}blue heart"] * 4, [0, 1, 2, 3]).astype(int)
+        areas.append((images[..., 2] - images[..., 0] > 90).mean())
     assert areas == sorted(areas)
     assert areas[2] > 0.15
 
 
 def test_all_objects_draw(small: Glyphs):
-    pictures = small.render([f"a huge red {name}" for name in objects()], [0] * len(objects()))
-    assert min(picture.std() for picture in pictures) > 10
+    images = small.render([f"a huge red {name}" for name in objects()], [0] * len(objects()))
+    assert min(image.std() for image in images) > 10
 
 
 def test_icons_of_different_objects_differ():
-    """No two names for nearly the same picture: a pig and a piggy bank would be 8.4 apart."""
+    """No two names for nearly the same image: a pig and a piggy bank would be 8.4 apart."""
     renderer = Glyphs(48)
     fitted = []
     for item in objects().values():

@@ -72,9 +72,9 @@ def assert_close(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> None:
 
 def test_timesteps_are_the_hosts() -> None:
     """`txt2img.py` without arguments: DDIM, 50 steps, --scale 9.0."""
-    chosen = settings(StableDiffusionRenderer, compose("datagen", [])["renderer"])
-    assert (chosen.name, chosen.scheduler, chosen.steps, chosen.guidance) == ("sd2_competition", "ddim", 50, 9.0)
-    timesteps = sd.make_scheduler(chosen.scheduler, chosen.steps).timesteps.tolist()
+    cfg = settings(StableDiffusionRenderer, compose("datagen", [])["renderer"])
+    assert (cfg.name, cfg.scheduler, cfg.steps, cfg.guidance) == ("sd2_competition", "ddim", 50, 9.0)
+    timesteps = sd.make_scheduler(cfg.scheduler, cfg.steps).timesteps.tolist()
     assert timesteps == list(range(981, 0, -20))
     assert timesteps[-1] == 1
     # and with --dpm, equal steps from the last noise level that was trained to the first
@@ -84,7 +84,7 @@ def test_timesteps_are_the_hosts() -> None:
 
 
 @pytest.mark.parametrize(("preset", "share"), [("sd2_competition", 1.0), ("sd2_fast", 1.0), ("sd2_fast", 0.4)])
-def test_pictures_match_a_loop_written_by_hand(weights: TinySD2, preset: str, share: float) -> None:
+def test_images_match_a_loop_written_by_hand(weights: TinySD2, preset: str, share: float) -> None:
     steps = 50 if preset == "sd2_competition" else 25
     got = make(weights, preset, steps=steps, guided_share=share).render(PROMPTS, SEEDS)
     by_hand = _ddim_by_hand if preset == "sd2_competition" else _dpm_by_hand
@@ -94,7 +94,7 @@ def test_pictures_match_a_loop_written_by_hand(weights: TinySD2, preset: str, sh
         noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(seed)).double().numpy()
         wanted.append(decode(by_hand(v_of, noise, steps, int(share * steps))))
     assert_close(got, np.stack(wanted))
-    assert 20 < got.mean() < 235  # a picture, not a black or white square
+    assert 20 < got.mean() < 235  # an image, not a black or white square
     assert got.std() > 20
 
 
@@ -162,7 +162,7 @@ def _dpm_by_hand(v_of: Any, x: NDArray[np.float64], steps: int, guided: int) -> 
     return x
 
 
-def test_pictures_match_diffusers_own_pipeline(weights: TinySD2) -> None:
+def test_images_match_diffusers_own_pipeline(weights: TinySD2) -> None:
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
 
     pipeline: Any = StableDiffusionPipeline.from_pretrained(weights.folder, use_safetensors=True)
@@ -225,7 +225,7 @@ def test_half_precision(weights: TinySD2, precision: str, apart: float) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_a_picture_is_the_same_alone_and_among_eight(weights: TinySD2, preset: str) -> None:
+def test_an_image_is_the_same_alone_and_among_eight(weights: TinySD2, preset: str) -> None:
     prompts = [f"{PROMPTS[0]} number {n}" for n in range(8)]
     together = make(weights, preset, steps=10, batch_size=8, size=48).render(prompts, list(range(8)))
     for i in (0, 5):
@@ -275,9 +275,9 @@ def test_settings_are_json_and_complete(weights: TinySD2, preset: str) -> None:
 
 
 def test_the_yaml_is_the_competitions_recipe() -> None:
-    chosen = settings(StableDiffusionRenderer, compose("datagen", [])["renderer"])
-    assert (chosen.render_size, chosen.size, chosen.filter) == (768, 512, "lanczos")
-    assert (chosen.guided_share, chosen.cache_every, chosen.watermark) == (1.0, 1, False)
+    cfg = settings(StableDiffusionRenderer, compose("datagen", [])["renderer"])
+    assert (cfg.render_size, cfg.size, cfg.filter) == (768, 512, "lanczos")
+    assert (cfg.guided_share, cfg.cache_every, cfg.watermark) == (1.0, 1, False)
 
 
 def test_every_bad_value_is_named_at_once() -> None:

@@ -26,7 +26,7 @@ TINY = (*PLAIN, "renderer.device=cpu", "renderer.render_size=64", "renderer.size
 EIGHT = (*TINY, "renderer.batch_size=2", "num=8", "shard_size=2")
 
 
-def chosen(folder: Path, out: Path, *overrides: str) -> DatagenSettings:
+def cfg(folder: Path, out: Path, *overrides: str) -> DatagenSettings:
     return settings(DatagenSettings, compose("datagen", [*overrides, f"renderer.model={folder}", f"out={out}"]))
 
 
@@ -34,16 +34,16 @@ def chosen(folder: Path, out: Path, *overrides: str) -> DatagenSettings:
 def eight(weights: tiny_sd2.TinySD2, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """EIGHT in one process, never killed."""
     out = tmp_path_factory.mktemp("eight") / "data"
-    assert generate(chosen(weights.folder, out, *EIGHT)) == 0
+    assert generate(cfg(weights.folder, out, *EIGHT)) == 0
     return out
 
 
 def test_days_are_refused_and_a_forced_run_makes_a_dataset(
     weights: tiny_sd2.TinySD2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = chosen(weights.folder, tmp_path / "data", *TINY, "num=5", "force=false")
+    asked = cfg(weights.folder, tmp_path / "data", *TINY, "num=5", "force=false")
     monkeypatch.setattr(runner, "_LONGEST_UNASKED_S", 0)
-    with pytest.raises(UserError, match=r"(?s)5 pictures by sd2_competition would take about .*force=true"):
+    with pytest.raises(UserError, match=r"(?s)5 images by sd2_competition would take about .*force=true"):
         generate(asked)
     assert not (tmp_path / "data").exists()
     assert generate(replace(asked, force=True)) == 0
@@ -63,7 +63,7 @@ def test_days_are_refused_and_a_forced_run_makes_a_dataset(
 
 
 def test_sd2_fast_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Path) -> None:
-    asked = chosen(weights.folder, tmp_path / "data", "renderer=sd2_fast", *TINY, "num=2", "renderer.guided_share=0.5")
+    asked = cfg(weights.folder, tmp_path / "data", "renderer=sd2_fast", *TINY, "num=2", "renderer.guided_share=0.5")
     assert generate(asked) == 0
     told = Dataset(tmp_path / "data").info["settings"]["renderer"]
     assert (told["name"], told["scheduler"], told["guided_share"]) == ("sd2_fast", "dpmsolver++", 0.5)
@@ -71,7 +71,7 @@ def test_sd2_fast_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Path) -> 
 
 def test_any_model_of_diffusers_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Path) -> None:
     few = (*PLAIN, "renderer.device=cpu", "renderer.size=48", "renderer.steps=2", "num=2", "force=true")
-    asked = chosen(weights.folder, tmp_path / "data", "renderer=diffusers", *few)
+    asked = cfg(weights.folder, tmp_path / "data", "renderer=diffusers", *few)
     assert generate(asked) == 0
     assert verify(tmp_path / "data") == []
 
@@ -96,7 +96,7 @@ def test_ray_gives_the_same_bytes(weights: tiny_sd2.TinySD2, eight: Path, tmp_pa
     assert contents(out) == contents(eight)
 
 
-def test_a_nan_picture_is_counted_and_in_no_split(
+def test_a_nan_image_is_counted_and_in_no_split(
     weights: tiny_sd2.TinySD2, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Weights that overflow whatever the precision: not redrawn, since fp32 is the highest."""
@@ -112,10 +112,10 @@ def test_a_nan_picture_is_counted_and_in_no_split(
     save_file(tensors, decoder, metadata={"format": "pt"})
     caplog.set_level("INFO")
     out = tmp_path / "data"
-    assert generate(chosen(folder, out, *TINY, "num=3", "shard_size=3")) == 0
-    assert "3 pictures: NaN at the highest precision too: in no split" in caplog.text
+    assert generate(cfg(folder, out, *TINY, "num=3", "shard_size=3")) == 0
+    assert "3 images: NaN at the highest precision too: in no split" in caplog.text
     dataset = Dataset(out)
-    with pytest.raises(UserError, match="has no picture in the split 'train'"):
+    with pytest.raises(UserError, match="has no image in the split 'train'"):
         dataset.rows("train")
     with tarfile.open(out / "shards" / "000000.tar") as tar:
         member = tar.extractfile("000000000.json")

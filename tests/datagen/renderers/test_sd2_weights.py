@@ -43,7 +43,7 @@ def make(weights: TinySD2, preset: str = "sd2_competition", **changes: Any) -> S
 
 
 @pytest.mark.parametrize("preset", ["sd2_competition", "sd2_fast"])
-def test_folder_and_single_files_give_the_same_pictures(
+def test_folder_and_single_files_give_the_same_images(
     weights: TinySD2, preset: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(StableDiffusion2, "CONFIG", weights.folder)

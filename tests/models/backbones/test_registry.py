@@ -1,6 +1,6 @@
 """Backbones by name: their spec, where their weights come from, the sizes they take, what a mistake is answered with.
 
-B pictures, N tokens, C channels.
+B images, N tokens, C channels.
 """
 
 import json
@@ -29,13 +29,13 @@ BLIP2 = "transformers:test_blip2_vision"
 SMALL_CLIP = "vit_xsmall_patch16_clip_224"
 
 
-def picture(size: int, seed: int = 0) -> torch.Tensor:
+def image(size: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(seed))
 
 
 @torch.inference_mode()
 def features(module: torch.nn.Module, size: int) -> torch.Tensor:
-    found = module.eval()(picture(size))
+    found = module.eval()(image(size))
     return found[0] if isinstance(found, tuple) else found
 
 
@@ -73,7 +73,7 @@ def test_a_wheel_gives_the_lite_backbone_its_imagenet_weights() -> None:
     whole.load_state_dict(dict(zip(whole.state_dict(), tensors.values(), strict=True)))
     module, spec = build(LITE, "pretrained", 64)
     with torch.inference_mode():
-        expected: Any = whole.eval().forward_head(whole.forward_features(picture(64)), pre_logits=True)  # type: ignore[operator]
+        expected: Any = whole.eval().forward_head(whole.forward_features(image(64)), pre_logits=True)  # type: ignore[operator]
     assert features(module, 64).equal(expected)
     assert (spec.width, spec.size) == (1280, 64)
 
@@ -269,7 +269,7 @@ def test_an_open_clip_tower_is_what_open_clip_makes_of_the_same_file(
         assert as_loaded.size == (wanted or size)
         assert not (wanted is None and features(module, size).equal(features(loaded, size)))
         with torch.inference_mode():
-            expected = whole.eval().encode_image(picture(as_loaded.size))
+            expected = whole.eval().encode_image(image(as_loaded.size))
         torch.testing.assert_close(features(loaded, as_loaded.size), expected, rtol=0, atol=1e-6)
 
 
@@ -303,7 +303,7 @@ def test_timm_takes_a_file_of_open_clips(tmp_path: Path) -> None:
 
 def pooled(whole: Any, size: int) -> torch.Tensor:
     with torch.inference_mode():
-        return whole.eval()(picture(size)).pooler_output
+        return whole.eval()(image(size)).pooler_output
 
 
 def independent_blip2(**changes: Any) -> Any:

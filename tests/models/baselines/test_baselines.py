@@ -69,7 +69,7 @@ def test_knn_weighs_the_nearest_by_their_similarity(model: Regressor) -> None:
 
 
 def test_knn_copies_its_bank_once(model: Regressor) -> None:
-    """Of 400,000 pictures each copy is gigabytes."""
+    """Of 400,000 images each copy is gigabytes."""
     bank_nD, targets_nE = unit(4000, 64, 0), unit(4000, E, 1)
     before_nD, made = bank_nD.clone(), set()
 
@@ -87,13 +87,13 @@ def test_knn_copies_its_bank_once(model: Regressor) -> None:
     assert np.shares_memory(knn._target_nE, targets_nE.numpy())
 
 
-def test_knn_embeds_pictures_by_the_models_features(model: Regressor) -> None:
+def test_knn_embeds_images_by_the_models_features(model: Regressor) -> None:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, 32 + i, 40), dtype=torch.uint8, generator=generator) for i in range(8)]
     with torch.inference_mode():
         features_nD = model.features(torch.stack([fit(image, model.spec.preprocessing) for image in images]))
     knn = Knn(model, features_nD, unit(8, E, 1), k=1)
-    torch.testing.assert_close(knn.embed(images), unit(8, E, 1), msg="each picture's nearest is itself")
+    torch.testing.assert_close(knn.embed(images), unit(8, E, 1), msg="each image's nearest is itself")
     assert Knn(model, features_nD, unit(8, E, 1), k=99).embed(images[:2]).shape == (2, E), "a bank smaller than k"
 
 
@@ -135,18 +135,18 @@ def by_hand(folder: Path, images: list[torch.Tensor], bank: Prompts, power: floa
     """With open_clip's own preprocess and tokenizer, and scikit-learn's neighbours."""
     made: Any = open_clip.create_model_and_transforms(f"local-dir:{folder}")
     clip, _, preprocess = made
-    pictures = [preprocess(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
+    pil_images = [preprocess(Image.fromarray(image.permute(1, 2, 0).numpy())) for image in images]
     with torch.inference_mode():
-        picture_BJ = clip.eval().encode_image(torch.stack(pictures))
+        image_BJ = clip.eval().encode_image(torch.stack(pil_images))
         text_nJ = clip.encode_text(open_clip.get_tokenizer(f"local-dir:{folder}")(bank.texts(range(len(bank)))))
     near = NearestNeighbors(n_neighbors=K, metric="cosine").fit(text_nJ.double().numpy())
-    distance_Bk, row_Bk = near.kneighbors(picture_BJ.double().numpy())
+    distance_Bk, row_Bk = near.kneighbors(image_BJ.double().numpy())
     z_BE = (np.maximum(1 - distance_Bk, 0)[..., None] ** power * bank.vectors[row_Bk]).sum(1)
     return z_BE / np.linalg.norm(z_BE, axis=1, keepdims=True), bank.texts(row_Bk[:, 0])
 
 
 @pytest.mark.parametrize("power", [1, 4])
-def test_clip_finds_the_prompts_that_fit_a_picture(
+def test_clip_finds_the_prompts_that_fit_an_image(
     clip_folder: Path, images: list[torch.Tensor], tmp_path: Path, power: float
 ) -> None:
     knn = ClipKnn(Clip(str(clip_folder)), Prompts(), tmp_path, K, power=power)

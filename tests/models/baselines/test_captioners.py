@@ -1,6 +1,6 @@
 """Captioners: the real classes with tiny weights, against captions decoded by hand; the beam search against two others.
 
-image_CHW; B pictures, T tokens, V vocabulary, D width.
+image_CHW; B images, T tokens, V vocabulary, D width.
 """
 
 import csv
@@ -41,7 +41,7 @@ def make(folders: dict[str, Path], name: str, **settings: Any) -> Any:
     return KINDS[name](str(folders[name]), **({"most_tokens": 10} | settings))
 
 
-def pictures(count: int) -> list[torch.Tensor]:
+def make_images(count: int) -> list[torch.Tensor]:
     """Of different sizes and colours."""
     generator = torch.Generator().manual_seed(3)
     sizes = torch.randint(20, 60, (count, 2), generator=generator).tolist()
@@ -53,11 +53,11 @@ def pictures(count: int) -> list[torch.Tensor]:
 # --------------------------------------------------------------------------------------------------------- beam search
 
 
-def language(seed: int, vocabulary: int, pictures: int, beams: int) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Logits that depend on the picture and on all tokens so far, with no network."""
+def language(seed: int, vocabulary: int, images: int, beams: int) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Logits that depend on the image and on all tokens so far, with no network."""
     generator = torch.Generator().manual_seed(seed)
-    table = torch.randn(pictures, 2000, vocabulary, generator=generator) * 1.5
-    of_row = torch.arange(pictures).repeat_interleave(beams)
+    table = torch.randn(images, 2000, vocabulary, generator=generator) * 1.5
+    of_row = torch.arange(images).repeat_interleave(beams)
 
     def next_logits(token_BT: torch.Tensor) -> torch.Tensor:
         place = torch.zeros(len(token_BT), dtype=torch.long)
@@ -69,7 +69,7 @@ def language(seed: int, vocabulary: int, pictures: int, beams: int) -> Callable[
 
 
 def best_of_all(next_logits: Any, start: int, end: int, vocabulary: int, most: int, least: int, penalty: float) -> Any:
-    """Every sequence of one picture is scored: the best's tokens, and its score."""
+    """Every sequence of one image is scored: the best's tokens, and its score."""
     found = {}
     others = [token for token in range(vocabulary) if token != end]
     for length in range(least, most + 1):
@@ -99,22 +99,22 @@ def test_a_wide_beam_finds_what_trying_every_sequence_finds(seed: int, least: in
         least_tokens=least,
         length_penalty=penalty,
     )
-    for picture in range(count):
+    for image in range(count):
         every = language(seed, vocabulary, count, 1)
 
-        def alone(token_1T: torch.Tensor, picture: int = picture, every: Any = every) -> torch.Tensor:
-            return every(token_1T.expand(count, -1))[picture : picture + 1]
+        def alone(token_1T: torch.Tensor, image: int = image, every: Any = every) -> torch.Tensor:
+            return every(token_1T.expand(count, -1))[image : image + 1]
 
-        assert found[picture] == best_of_all(alone, start, end, vocabulary, most, least, penalty)
+        assert found[image] == best_of_all(alone, start, end, vocabulary, most, least, penalty)
 
 
 @pytest.mark.parametrize(
     ("beams", "least", "penalty"), [(1, 0, 1.0), (1, 5, 1.0), (2, 0, 1.0), (3, 5, 1.0), (6, 0, 0.0), (6, 0, 2.0)]
 )
 def test_it_decodes_as_transformers_does(folders: dict[str, Path], beams: int, least: int, penalty: float) -> None:
-    """Over BLIP's own scores, where transformers runs its beam search, for pictures side by side."""
+    """Over BLIP's own scores, where transformers runs its beam search, for images side by side."""
     captioner = make(folders, "blip")
-    images = pictures(12)
+    images = make_images(12)
     captioner.caption(images[:1])
     model, processor = captioner._model, captioner._processor
     pixels_BCHW = processor.image_processor(images, return_tensors="pt")["pixel_values"]
@@ -147,7 +147,7 @@ def test_beam_search_refuses_bounds_that_make_no_sense() -> None:
             beam_search(lambda token_BT: token_BT, 1, 0, 1, **bounds)
 
 
-def test_no_pictures_have_no_captions() -> None:
+def test_no_images_have_no_captions() -> None:
     assert beam_search(lambda token_BT: torch.zeros(len(token_BT), 5), 0, 0, 1, beams=2, most_tokens=3) == []
     assert Blip("nowhere/at-all").caption([]) == []
 
@@ -156,7 +156,7 @@ def test_no_pictures_have_no_captions() -> None:
 
 
 Reference = tuple[Callable[[torch.Tensor, list[int]], torch.Tensor], int, int, Callable[[list[int]], str]]
-"""Picture and tokens so far → logits of the next; start and end tokens; tokens → text."""
+"""Image and tokens so far → logits of the next; start and end tokens; tokens → text."""
 
 
 def reference_blip(folder: Path) -> Reference:
@@ -211,7 +211,7 @@ def test_a_caption_is_what_decoding_by_hand_gives(folders: dict[str, Path], name
     """The likeliest token each time, over the whole sequence anew, with no `generate`."""
     captioner = make(folders, name, beams=1)
     logits, start, end, decode = REFERENCES[name](folders[name])
-    images = pictures(6)
+    images = make_images(6)
     expected = []
     for image in images:
         tokens: list[int] = []
@@ -226,9 +226,9 @@ def test_a_caption_is_what_decoding_by_hand_gives(folders: dict[str, Path], name
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_caption_depends_on_its_own_picture(folders: dict[str, Path], name: str) -> None:
+def test_a_caption_depends_on_its_own_image(folders: dict[str, Path], name: str) -> None:
     captioner = make(folders, name, most_tokens=7)
-    images = pictures(BATCH + 3)
+    images = make_images(BATCH + 3)
     together = captioner.caption(images)
     assert captioner.caption(images[::-1]) == together[::-1]
     alone = (0, 7, BATCH - 1, BATCH, BATCH + 2)
@@ -240,7 +240,7 @@ def test_a_caption_depends_on_its_own_picture(folders: dict[str, Path], name: st
 @pytest.mark.parametrize("name", KINDS)
 def test_half_precision_says_much_the_same(folders: dict[str, Path], name: str) -> None:
     """As on a GPU, on a CPU: rounding alone may change a word."""
-    images = pictures(10)
+    images = make_images(10)
     half = make(folders, name)
     half._dtype = torch.bfloat16
     same = sum(a == b for a, b in zip(half.caption(images), make(folders, name).caption(images), strict=True))
@@ -251,7 +251,7 @@ def test_half_precision_says_much_the_same(folders: dict[str, Path], name: str) 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KINDS)
 def test_on_a_gpu(folders: dict[str, Path], name: str) -> None:
-    images = pictures(10)
+    images = make_images(10)
     gpu = make(folders, name, device="cuda")
     same = sum(a == b for a, b in zip(gpu.caption(images), make(folders, name).caption(images), strict=True))
     assert same >= 5
@@ -265,29 +265,29 @@ def test_a_strip_is_not_resized_whole(folders: dict[str, Path], tmp_path: Path) 
     settings["preprocess_cfg"] = {"resize_mode": "shortest"}
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     captioner = Coca(str(folder), most_tokens=10)
-    captioner.caption(pictures(1))
+    captioner.caption(make_images(1))
     seen: list[Any] = []
     preprocess = captioner._preprocess
-    captioner._preprocess = lambda picture: seen.append(picture.size) or preprocess(picture)
+    captioner._preprocess = lambda image: seen.append(image.size) or preprocess(image)
     strip = torch.randint(0, 256, (3, 2, 16_000), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     (told,) = captioner.caption([strip])
     assert seen == [(32, 2)]
     assert [told] == captioner.caption([strip[:, :, 7984:8016]]), "what is kept is the middle"
 
 
-def test_coca_sees_a_picture_once(folders: dict[str, Path]) -> None:
+def test_coca_sees_an_image_once(folders: dict[str, Path]) -> None:
     captioner = make(folders, "coca")
-    captioner.caption(pictures(1))
+    captioner.caption(make_images(1))
     seen: list[int] = []
     captioner._model.visual.register_forward_hook(lambda _m, inputs, _o: seen.append(len(inputs[0])))
-    captioner.caption(pictures(4))
+    captioner.caption(make_images(4))
     assert seen == [4]
 
 
 def test_the_vector_is_minilms_of_the_caption(folders: dict[str, Path]) -> None:
     from transformers import AutoModel, AutoTokenizer
 
-    images = pictures(3)
+    images = make_images(3)
     captioner = make(folders, "blip")
     z_BE, texts = Captioned(captioner, TargetEncoder("all-MiniLM-L6-v2", "cpu").encode).describe(images)
     assert texts == captioner.caption(images)
@@ -331,7 +331,7 @@ def test_without_a_network_a_message_says_what_to_do(
     name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    for ask in (KINDS[name]().identity, lambda: KINDS[name]().caption(pictures(1))):
+    for ask in (KINDS[name]().identity, lambda: KINDS[name]().caption(make_images(1))):
         with pytest.raises(
             UserError, match=rf"(?s)captions.{name}=.*tried the hub at its newest commit.*give its folder"
         ):
@@ -352,7 +352,7 @@ def test_identity_is_of_the_files_and_the_decoding(folders: dict[str, Path], nam
     broken = make(elsewhere, name)
     assert broken.identity() != here, "the weights count, and are not loaded"
     with pytest.raises(UserError, match=rf"captions.{name}=.*cannot be loaded"):
-        broken.caption(pictures(1))
+        broken.caption(make_images(1))
 
 
 def in_hub_cache(folder: Path, cache: Path, repository: str) -> None:
@@ -375,7 +375,7 @@ def test_a_repository_is_known_by_its_commit(
     assert (identity["repository"], identity["commit"]) == ("owner/tiny", COMMIT)
     assert "files" not in identity
     assert pinned.identity() == identity
-    assert newest.caption(pictures(2)) == make(folders, name).caption(pictures(2))
+    assert newest.caption(make_images(2)) == make(folders, name).caption(make_images(2))
     with pytest.raises(UserError, match="tried the hub at revision v2"):
         KINDS[name](model, revision="v2").identity()
 
@@ -402,10 +402,10 @@ def test_a_tag_of_open_clip(folders: dict[str, Path], monkeypatch: pytest.Monkey
     monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "coca_tiny", {"tag": tag})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
     in_hub_cache(folders["coca"], tmp_path / "cache", "owner/coca")
-    expected = make(folders, "coca").caption(pictures(2))
+    expected = make(folders, "coca").caption(make_images(2))
 
     def captions() -> list[str]:
-        return Coca("coca_tiny/tag", most_tokens=10).caption(pictures(2))
+        return Coca("coca_tiny/tag", most_tokens=10).caption(make_images(2))
 
     assert captions() == expected
     weights = tmp_path / "cache" / "models--owner--coca" / "snapshots" / COMMIT / "open_clip_model.safetensors"
@@ -432,9 +432,9 @@ def test_settings_out_of_bounds_are_told_at_once(name: str) -> None:
 @pytest.mark.parametrize(("name", "room"), [("blip", 32), ("blip2", 36), ("coca", 32)])
 def test_a_caption_as_long_as_there_is_room(folders: dict[str, Path], name: str, room: int) -> None:
     full = make(folders, name, most_tokens=room, least_tokens=room - 1, beams=2)
-    assert full.caption(pictures(1))[0]
+    assert full.caption(make_images(1))[0]
     with pytest.raises(UserError, match=rf"{name}.most_tokens={room + 1}: .* has room for {room}"):
-        make(folders, name, most_tokens=room + 1).caption(pictures(1))
+        make(folders, name, most_tokens=room + 1).caption(make_images(1))
 
 
 @pytest.mark.parametrize("name", KINDS)
@@ -443,7 +443,7 @@ def test_a_folder_without_its_files(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"(?s)lacks .*config.json; .*\.safetensors.*It holds pytorch_model.bin.*conv"):
         KINDS[name](str(tmp_path)).identity()
     with pytest.raises(UserError, match="lacks"):
-        KINDS[name](str(tmp_path)).caption(pictures(1))
+        KINDS[name](str(tmp_path)).caption(make_images(1))
     assert not (tmp_path / "sprung").exists()
 
 
@@ -466,7 +466,7 @@ def test_weights_of_another_model(folders: dict[str, Path], tmp_path: Path) -> N
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(UserError, match="model_type 'blip-2'; blip is 'blip'"):
-        Blip(str(folders["blip2"])).caption(pictures(1))
+        Blip(str(folders["blip2"])).caption(make_images(1))
     for name in KINDS:
         folder = Path(shutil.copytree(folders[name], tmp_path / name))
         weights = next(folder.glob("*.safetensors"))
@@ -474,7 +474,7 @@ def test_weights_of_another_model(folders: dict[str, Path], tmp_path: Path) -> N
         del tensors[next(key for key in tensors if "visual" in key or "vision" in key)]
         save_file(tensors, weights, metadata={"format": "pt"})
         with pytest.raises(UserError, match=rf"captions.{name}=.*(tensors are missing|cannot be loaded)"):
-            KINDS[name](str(folder)).caption(pictures(1))
+            KINDS[name](str(folder)).caption(make_images(1))
 
 
 @pytest.mark.parametrize(
@@ -492,7 +492,7 @@ def test_open_clip_models_that_cannot_caption(
     settings["model_cfg"] |= change
     (folder / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(UserError, match=told):
-        Coca(str(folder)).caption(pictures(1))
+        Coca(str(folder)).caption(make_images(1))
     (folder / "open_clip_config.json").write_text("{")
     with pytest.raises(UserError, match=r"open_clip_config.json is no JSON"):
-        Coca(str(folder)).caption(pictures(1))
+        Coca(str(folder)).caption(make_images(1))

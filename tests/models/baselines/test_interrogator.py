@@ -34,7 +34,7 @@ MODES: tuple[Mode, ...] = ("fast", "classic", "best")
 
 
 class Told:
-    """A captioner that knows the pictures: their first value says which they are."""
+    """A captioner that knows the images: their first value says which they are."""
 
     def caption(self, images: list[torch.Tensor]) -> list[str]:
         return [CAPTIONS[int(image[0, 0, 0])] for image in images]
@@ -118,8 +118,8 @@ class Slow:
 
     def prompt(self, image: torch.Tensor, caption: str, mode: str) -> str:
         with torch.no_grad():
-            picture = self.preprocess(Image.fromarray(image.permute(1, 2, 0).numpy()))
-            z = self.model.encode_image(picture[None])[0].numpy()
+            pil_image = self.preprocess(Image.fromarray(image.permute(1, 2, 0).numpy()))
+            z = self.model.encode_image(pil_image[None])[0].numpy()
         z /= np.linalg.norm(z)
         every = [term for terms in self.tables.values() for term in terms]
         comma = ", " if caption else ""
@@ -205,8 +205,8 @@ def test_each_mode_equals_the_package(
         warnings.simplefilter("ignore")  # it calls torch's functions of old
         theirs = package.Interrogator(config)
         ask = {"fast": theirs.interrogate_fast, "classic": theirs.interrogate_classic, "best": theirs.interrogate}[mode]
-        pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image, _ in shown]
-        expected = [ask(picture, caption=caption) for picture, (_, caption) in zip(pictures, shown, strict=True)]
+        pil_images = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image, _ in shown]
+        expected = [ask(pil_image, caption=caption) for pil_image, (_, caption) in zip(pil_images, shown, strict=True)]
     ours = ClipInterrogator(str(tiny), Told(), mode=mode, words=words, cache=tmp_path)
     assert ours.caption([image for image, _ in shown]) == expected
 
@@ -236,10 +236,10 @@ def test_the_whole_of_the_packages_lists_is_taken(tiny: Path, tmp_path: Path) ->
     assert sum(len(terms) for terms in read.values()) > 100_000
     blank = sum(not term for terms in read.values() for term in terms)
     assert len(found._words) == sum(map(len, read.values())) + len(read["artists"]) + 4 * 18 - blank
-    assert not any(tmp_path.iterdir()), "nothing is computed before a picture asks for it"
+    assert not any(tmp_path.iterdir()), "nothing is computed before an image asks for it"
 
 
-def test_a_picture_alone_and_in_a_batch(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
+def test_an_image_alone_and_in_a_batch(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
     found = ClipInterrogator(str(tiny), Told(), mode="best", words=words)
     assert [found.caption([image])[0] for image in images[2:4]] == found.caption(images[2:4])
     assert found.caption([]) == []
@@ -263,17 +263,17 @@ def test_texts_have_open_clips_own_vectors(tiny: Path, words: Path) -> None:
     assert [clip.fills(text) for text in texts] == [bool(row[-1] != 0) for row in tokenizer(texts)]
 
 
-def test_pictures_of_any_shape_have_open_clips_own_vectors(tiny: Path, images: list[torch.Tensor]) -> None:
+def test_images_of_any_shape_have_open_clips_own_vectors(tiny: Path, images: list[torch.Tensor]) -> None:
     made: Any = open_clip.create_model_and_transforms(f"local-dir:{tiny}")
     clip, model, preprocess = Clip(str(tiny)), made[0].eval(), made[2]
     for image in images:
         pixels = preprocess(Image.fromarray(image.permute(1, 2, 0).numpy()))
         with torch.no_grad():
             expected = model.encode_image(pixels[None], normalize=True)[0]
-        torch.testing.assert_close(clip.picture(image), expected)
+        torch.testing.assert_close(clip.embed_image(image), expected)
     strip = torch.zeros(3, 1, 100_000, dtype=torch.uint8)
     strip[:, :, 49_990:50_010] = 255
-    assert torch.isfinite(clip.picture(strip)).all()
+    assert torch.isfinite(clip.embed_image(strip)).all()
 
 
 def test_words_are_encoded_once(
@@ -382,7 +382,7 @@ def test_weights_of_the_hub_are_taken_from_its_cache_with_their_own_activation(
     assert Clip("open_clip:tiny-clip/hub").identity() == clip.identity()
     expected = Clip(str(tiny_captioners.clip(tmp_path / "quick", quick_gelu=True)))
     torch.testing.assert_close(clip.texts(CAPTIONS), expected.texts(CAPTIONS), rtol=0, atol=0)
-    torch.testing.assert_close(clip.picture(images[0]), expected.picture(images[0]), rtol=0, atol=0)
+    torch.testing.assert_close(clip.embed_image(images[0]), expected.embed_image(images[0]), rtol=0, atol=0)
     assert not torch.allclose(clip.texts(CAPTIONS), Clip(str(snapshot)).texts(CAPTIONS), atol=1e-4)
 
 
@@ -450,6 +450,6 @@ def test_a_gpu_in_half_precision_gives_nearly_the_same_vectors(
     half, whole = Clip(str(tiny), "cuda"), Clip(str(tiny))
     assert (half.identity()["precision"], whole.identity()["precision"]) == ("fp16", "fp32")
     torch.testing.assert_close(half.texts(CAPTIONS).cpu(), whole.texts(CAPTIONS), rtol=0, atol=5e-3)
-    torch.testing.assert_close(half.picture(images[0]).cpu(), whole.picture(images[0]), rtol=0, atol=5e-3)
+    torch.testing.assert_close(half.embed_image(images[0]).cpu(), whole.embed_image(images[0]), rtol=0, atol=5e-3)
     found = ClipInterrogator(str(tiny), Told(), "cuda", words=words)
     assert found.caption(images) == found.caption(images)

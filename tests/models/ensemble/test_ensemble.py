@@ -83,7 +83,7 @@ def test_of_two_hills_the_higher_is_found() -> None:
     assert several >= 5, "the test must hold such cases"
 
 
-def test_on_many_pictures_a_sample_shows_the_way_and_all_decide() -> None:
+def test_on_many_images_a_sample_shows_the_way_and_all_decide() -> None:
     target_nE = unit(9000, 0, 4)
     vectors = [noisy(target_nE, much, 1 + i) for i, much in enumerate((1.0, 1.2, 1.4))]
     np.testing.assert_allclose(fit(vectors, target_nE), brute_force(vectors, target_nE), atol=1e-3)
@@ -106,7 +106,7 @@ def test_the_nested_score_of_three_noisy_copies_is_above_each() -> None:
 
 
 def test_each_fold_is_blended_by_weights_fitted_without_it() -> None:
-    """By the group's name: pictures of a prompt are in one fold, and folds are of about one size."""
+    """By the group's name: images of a prompt are in one fold, and folds are of about one size."""
     group_n = np.array([f"prompt {i}" for i in np.random.default_rng(0).integers(0, 40, 200)])
     target_nE = unit(200, 0)
     vectors = [noisy(target_nE, much, 1 + i) for i, much in enumerate((1.0, 1.3))]
@@ -125,7 +125,7 @@ def test_each_fold_is_blended_by_weights_fitted_without_it() -> None:
 
 
 def test_the_nested_score_of_noise_is_no_better_than_chance() -> None:
-    """Weights fitted on the very pictures that they are scored on would find something in nothing."""
+    """Weights fitted on the very images that they are scored on would find something in nothing."""
     fooled, honest = [], []
     for seed in range(5):
         target_nE, *vectors = (unit(20, 100 * seed + i, 200) for i in range(13))
@@ -144,19 +144,19 @@ def test_vectors_that_cannot_be_blended_are_named() -> None:
         fit([unit(6, 3, 4), bad, zero, unit(5, 4)], target_nE, names=["knn", "a", "b", "c"])
     assert str(refused.value).splitlines() == [
         "knn: vectors 4 wide, not 10; it is of another target encoder",
-        "a: 2 of 6 vectors are NaN or infinite, the first that of picture 2",
-        "b: 1 of 6 vectors are zero, the first that of picture 5",
-        "c: 5 vectors, not 6; predict all on the same pictures",
+        "a: 2 of 6 vectors are NaN or infinite, the first that of image 2",
+        "b: 1 of 6 vectors are zero, the first that of image 5",
+        "c: 5 vectors, not 6; predict all on the same images",
     ]
     with pytest.raises(UserError, match="member 0: 1 of 6 vectors are zero"):
         nested([zero], target_nE, np.arange(6))
     with pytest.raises(UserError, match="a blend of no members"):
         fit([], target_nE)
-    with pytest.raises(UserError, match="members cancel out on picture 0"):
+    with pytest.raises(UserError, match="members cancel out on image 0"):
         blend([target_nE, -target_nE], np.array([0.5, 0.5]))
     with pytest.raises(UserError, match=r"folds: 5 is outside 2 to 3, the prompts or groups"):
         nested([target_nE], target_nE, np.array([0, 0, 1, 1, 2, 2]))
-    with pytest.raises(UserError, match="4 groups of 6 pictures"):
+    with pytest.raises(UserError, match="4 groups of 6 images"):
         nested([target_nE], target_nE, np.arange(4))
     for weights in ([0.5], [1, -0.1], [0, 0], [1, np.nan]):
         with pytest.raises(UserError, match="of 2 members: one each, at least 0, not all 0"):
@@ -173,14 +173,14 @@ class Constant:
         return self._vector_BE[: len(images)]
 
 
-def pictures(count: int = 4) -> list[torch.Tensor]:
+def make_images(count: int = 4) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.randint(0, 256, (3, 40 + i, 50), dtype=torch.uint8, generator=generator) for i in range(count)]
 
 
 def test_an_ensemble_embeds_as_its_members_vectors_blend() -> None:
     vectors = [3 * unit(4, 0), unit(4, 1), unit(4, 2)]
-    found = Ensemble([Constant(v) for v in vectors], [2, 1, 1]).embed(pictures())
+    found = Ensemble([Constant(v) for v in vectors], [2, 1, 1]).embed(make_images())
     expected = sum(w * normalize(torch.from_numpy(v), dim=-1) for w, v in zip((2, 1, 1), vectors, strict=True))
     torch.testing.assert_close(found, normalize(torch.as_tensor(expected), dim=-1))
     np.testing.assert_allclose(found, blend(vectors, np.array([0.5, 0.25, 0.25])), atol=1e-6)
@@ -190,7 +190,7 @@ def save(folder: Path, seed: int, backbone: str = "test_vit", size: int = 32, wi
     torch.manual_seed(seed)
     model = make(backbone, "random", size, width).eval()
     mean_E = normalize(torch.ones(width), dim=-1)
-    checkpoint.save(folder, model, mean_E, pictures(2), {**FACTS, **facts})
+    checkpoint.save(folder, model, mean_E, make_images(2), {**FACTS, **facts})
     return folder
 
 
@@ -211,14 +211,14 @@ def mirrored(model: Regressor, images: list[torch.Tensor]) -> torch.Tensor:
 
 
 def test_views_are_the_normalised_mean_over_mirror_images_and_sizes(three: list[Path]) -> None:
-    images = pictures()
+    images = make_images()
     views = Views(lambda size: checkpoint.load(three[0], size), flip=True, sizes=(32, 64))
     small, large = checkpoint.load(three[0]), checkpoint.load(three[0], 64)
     assert (small.spec.size, large.spec.size) == (32, 64)
     each = [view for model in (small, large) for view in (model.embed(images), mirrored(model, images))]
     expected = torch.stack(each).mean(0)
     torch.testing.assert_close(views.embed(images), normalize(expected, dim=-1), atol=1e-6, rtol=0)
-    assert not torch.allclose(each[0], each[2], atol=1e-3), "another size sees another picture"
+    assert not torch.allclose(each[0], each[2], atol=1e-3), "another size sees another image"
     plain = Views(lambda size: checkpoint.load(three[0], size)).embed(images)
     torch.testing.assert_close(plain, each[0], atol=1e-6, rtol=0)
     with pytest.raises(UserError, match=r"sizes: 0 px is below 1\nsizes: 32 px is named twice"):
@@ -236,7 +236,7 @@ def test_it_comes_back_from_one_folder_alone(
         Member("c", copies[2], 0.00005),
         Member("run", tmp_path / "from/run", 0.2),
     ]
-    images = pictures()
+    images = make_images()
     with caplog.at_level(logging.INFO):
         ensemble.save(tmp_path / "out/whole", members, {"score": 0.61})
     assert "c: left out of the ensemble, its weight is 5.0e-05" in caplog.text
@@ -336,7 +336,7 @@ def test_nothing_but_an_ensemble_is_overwritten(three: list[Path], tmp_path: Pat
 
 
 def test_any_folder_that_embeds(three: list[Path], tmp_path: Path) -> None:
-    images = pictures()
+    images = make_images()
     model = checkpoint.load(three[0])
     expected = model.embed(images)
     export(three[0], tmp_path / "bundle")
@@ -424,7 +424,7 @@ def test_a_checkpoint_at_another_size_is_as_training_would_begin_there(backbone:
     size = 84 if "14" in backbone else 96
     expected = make(backbone, "random", size, E)
     checkpoint.load_into(expected, tmp_path / "best")
-    assert checkpoint.load(tmp_path / "best", size).embed(pictures()).equal(expected.eval().embed(pictures()))
+    assert checkpoint.load(tmp_path / "best", size).embed(make_images()).equal(expected.eval().embed(make_images()))
     (tmp_path / "best/model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="copy the checkpoint again"):
         checkpoint.load(tmp_path / "best", size)

@@ -1,4 +1,4 @@
-"""Pictures to check a bundle on: from files and tars, the same ones each time, without those that cannot be read."""
+"""Images to check a bundle on: from files and tars, the same ones each time, without those that cannot be read."""
 
 import gzip
 import io
@@ -14,7 +14,7 @@ from core.errors import UserError
 from models.export.check_images import samples
 
 
-def picture(value: int) -> bytes:
+def make_image(value: int) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.full((5, 7, 3), value, np.uint8)).save(buffer, "png")
     return buffer.getvalue()
@@ -23,30 +23,30 @@ def picture(value: int) -> bytes:
 def test_they_come_from_files_and_tars(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(4):
         (tmp_path / f"deeper/{i}.PNG").parent.mkdir(exist_ok=True)
-        (tmp_path / f"deeper/{i}.PNG").write_bytes(picture(i))
-    (tmp_path / "bad.jpg").write_bytes(b"no picture")
+        (tmp_path / f"deeper/{i}.PNG").write_bytes(make_image(i))
+    (tmp_path / "bad.jpg").write_bytes(b"no image")
     (tmp_path / "notes.txt").touch()
     with tarfile.open(tmp_path / "000000.tar", "w") as tar:
         for i in (10, 11):
-            for suffix, data in (("png", picture(i)), ("txt", b"a prompt")):
+            for suffix, data in (("png", make_image(i)), ("txt", b"a prompt")):
                 about = tarfile.TarInfo(f"{i}.{suffix}")
                 about.size = len(data)
                 tar.addfile(about, io.BytesIO(data))
     found = list(samples(tmp_path, 100))
     assert [int(image.float().mean()) for image in found] == [0, 1, 2, 3, 10, 11]
     assert {tuple(image.shape) for image in found} == {(3, 5, 7)}
-    assert "1 of 7 pictures" in caplog.text
+    assert "1 of 7 images" in caplog.text
     assert [int(image.float().mean()) for image in samples(tmp_path, 3)] == [1, 3]  # the first of three is bad.jpg
 
 
 def test_one_is_held_at_a_time(tmp_path: Path) -> None:
     """Of large photographs some hundreds would fill the memory."""
     for i in range(3):
-        (tmp_path / f"{i}.png").write_bytes(picture(i))
+        (tmp_path / f"{i}.png").write_bytes(make_image(i))
     found = samples(tmp_path, 3)
     held = [weakref.ref(next(found))]
     for name in ("1.png", "2.png"):
-        (tmp_path / name).write_bytes(picture(100))  # it has not been read yet
+        (tmp_path / name).write_bytes(make_image(100))  # it has not been read yet
         image = next(found)
         assert int(image.float().mean()) == 100
         held.append(weakref.ref(image))
@@ -59,23 +59,23 @@ def test_a_damaged_tar_is_warned_of_and_the_others_are_read(tmp_path: Path, capl
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             for i in range(3):
                 about = tarfile.TarInfo(f"{i}.png")
-                about.size = len(picture(i))
-                tar.addfile(about, io.BytesIO(picture(i)))
+                about.size = len(make_image(i))
+                tar.addfile(about, io.BytesIO(make_image(i)))
     data = (tmp_path / "cut.tar").read_bytes()
-    (tmp_path / "cut.tar").write_bytes(data[: 1024 + 512 + 40])  # a picture of one block, and the half of another
+    (tmp_path / "cut.tar").write_bytes(data[: 1024 + 512 + 40])  # an image of one block, and the half of another
     (tmp_path / "garbage.tar").write_bytes(b"x" * 1000)
     (tmp_path / "packed.tar").write_bytes(gzip.compress(data))
     assert [int(image.float().mean()) for image in samples(tmp_path, 100)] == [0, 0, 1, 2]
     for name in ("garbage", "packed"):
-        assert f"{name}.tar is damaged, and 0 pictures before that are taken" in caplog.text
-    assert "1 of 5 pictures" in caplog.text
+        assert f"{name}.tar is damaged, and 0 images before that are taken" in caplog.text
+    assert "1 of 5 images" in caplog.text
 
 
 def test_a_folder_without_any_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no picture \(\.jpg, \.jpeg, .*, \.avif\) below"):
+    with pytest.raises(UserError, match=r"no image \(\.jpg, \.jpeg, .*, \.avif\) below"):
         samples(tmp_path, 5)
     with pytest.raises(UserError, match="is no folder"):
         samples(tmp_path / "missing", 5)
-    (tmp_path / "bad.png").write_bytes(b"no picture")
-    with pytest.raises(UserError, match=r"none of the 1 pictures chosen below .* can be read; name others"):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"none of the 1 images chosen below .* can be read; name others"):
         list(samples(tmp_path, 5))

@@ -41,7 +41,7 @@ def bundle(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def drawn(count: int, seed: int = 0) -> list[torch.Tensor]:
-    """Pictures of several shapes."""
+    """Images of several shapes."""
     rng = np.random.default_rng(seed)
     shapes = [(40, 40), (33, 60), (71, 50), (64, 64)]
     return [torch.from_numpy(rng.integers(0, 256, (3, *shapes[i % 4]), np.uint8)) for i in range(count)]
@@ -125,7 +125,7 @@ def test_views_are_those_of_evaluation(tmp_path: Path) -> None:
 
 
 def test_an_ensemble_of_three_backbones_and_sizes_is_what_evaluation_blends(tiny_run: Path, tmp_path: Path) -> None:
-    """By `train.evaluate`, on its pictures, with views."""
+    """By `train.evaluate`, on its images, with views."""
     members = [ensemble.Member("regressor", tiny_run, 0.5, sizes=(32, 48))]
     for name, backbone, size, weight in (("conv", "test_efficientnet", 48, 0.3), ("large", "test_convnext", 64, 0.2)):
         members.append(ensemble.Member(name, save(tmp_path / name, backbone, size), weight, flip=name == "conv"))
@@ -148,14 +148,14 @@ def test_an_ensemble_of_three_backbones_and_sizes_is_what_evaluation_blends(tiny
         export.export(saved, tmp_path / "other", flip=True)
 
 
-def test_a_picture_that_cannot_be_read_gets_the_blended_mean(tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_gets_the_blended_mean(tmp_path: Path) -> None:
     places = [save(tmp_path / name, "test_vit", 32, seed) for seed, name in enumerate("ab")]
     members = [ensemble.Member(place.name, place, weight) for place, weight in zip(places, (3, 1), strict=True)]
     ensemble.save(tmp_path / "both", members, {})
     export.export(tmp_path / "both", tmp_path / "bundle")
     a_E, b_E = (checkpoint.load_extras(place)[0] for place in places)
     expected_E = torch.nn.functional.normalize(3 * a_E + b_E, dim=0)
-    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "bad.png").write_bytes(b"no image")
     predictor = loader.load_bundle(tmp_path / "bundle")
     found = predictor.embed([tmp_path / "bad.png", *drawn(1)], unreadable="mean")
     torch.testing.assert_close(found[0], expected_E, atol=1e-6, rtol=0)
@@ -215,7 +215,7 @@ def test_sizes_share_their_weights(tmp_path: Path) -> None:
         assert one.pos_embed.data_ptr() != other.pos_embed.data_ptr()
 
 
-def test_a_checkpoint_from_before_pictures_were_cut_so(tmp_path: Path) -> None:
+def test_a_checkpoint_from_before_images_were_cut_so(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 32)
     tensors = load_file(tmp_path / "best/model.safetensors")
     tensors["probe_vectors"] += 0.1  # as if of other crops
@@ -228,13 +228,13 @@ def test_a_checkpoint_from_before_pictures_were_cut_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "reason"),
     [
-        ("a.jpg", "'a.jpg' is one picture; give a list of them"),
-        (["a\0b.png"], "1 of 1 pictures cannot be read:\n  a\0b.png: embedded null byte"),
-        ([np.zeros((0, 5, 3), np.uint8)], "picture 0: neither a path, a PIL picture"),
-        ([np.zeros((5, 5, 3))], "picture 0: neither a path, a PIL picture"),
+        ("a.jpg", "'a.jpg' is one image; give a list of them"),
+        (["a\0b.png"], "1 of 1 images cannot be read:\n  a\0b.png: embedded null byte"),
+        ([np.zeros((0, 5, 3), np.uint8)], "image 0: neither a path, a PIL image"),
+        ([np.zeros((5, 5, 3))], "image 0: neither a path, a PIL image"),
     ],
 )
-def test_what_is_no_list_of_pictures_is_refused(images: Any, reason: str, bundle: Path) -> None:
+def test_what_is_no_list_of_images_is_refused(images: Any, reason: str, bundle: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(reason)):
         load(bundle, "cpu").embed(images)
 
@@ -293,7 +293,7 @@ def test_fp16_that_costs_too_much_is_refused(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "best/model.safetensors")
     model = checkpoint.load(tmp_path / "best")
     checkpoint.save(tmp_path / "best", model, tensors["mean_E"], drawn(8), {"encoder": small_dataset.ENCODER})
-    with pytest.raises(UserError, match=r"weights in fp16 cost up to .* of cosine on 8 pictures, more than 1e-03"):
+    with pytest.raises(UserError, match=r"weights in fp16 cost up to .* of cosine on 8 images, more than 1e-03"):
         export.export(tmp_path / "best", tmp_path / "bundle", precision="fp16")
 
 
@@ -303,8 +303,8 @@ def test_a_version_that_was_read_as_a_number(written: str | float, meant: str) -
 
 
 def test_settings_that_do_nothing_are_refused() -> None:
-    values = compose("export", ["pictures=x", "public=true", "graphs=[]", "push=null"])
-    with pytest.raises(UserError, match=r"pictures: x are for graphs(.|\n)*public, dry_run: they are for push="):
+    values = compose("export", ["check_images=x", "public=true", "graphs=[]", "push=null"])
+    with pytest.raises(UserError, match=r"images: x are for graphs(.|\n)*public, dry_run: they are for push="):
         settings(export.ExportSettings, {k: v for k, v in values.items() if k != "hydra"})
 
 

@@ -145,9 +145,9 @@ def agrees(made: Path, model_folder: Path, shared: Path) -> None:
     ids, values = submission(made)
     assert ids == official
     assert len(ids) == 7 * E
-    pictures = [name.rpartition("_")[0] for name in ids[::E]]
+    images = [name.rpartition("_")[0] for name in ids[::E]]
     model = checkpoint.load(model_folder)
-    expected = model.embed([decode((shared / f"competition/{name}.png").read_bytes()) for name in pictures])
+    expected = model.embed([decode((shared / f"competition/{name}.png").read_bytes()) for name in images])
     np.testing.assert_allclose(values.reshape(7, E), expected, atol=1e-5)
 
 
@@ -163,9 +163,9 @@ def test_the_notebook_runs_end_to_end(
     assert sorted(p.name for p in (tmp_path / "working").iterdir()) == ["executed.ipynb", "submission.csv"]
     executed = nbformat.read(tmp_path / "working/executed.ipynb", 4)
     said = {cell.id: "".join(out.text for out in cell.outputs) for cell in executed.cells if cell.cell_type == "code"}
-    assert "7 pictures" in said["predict"]
-    assert said["check"].startswith(f"submission.csv: 7 pictures × {E} rows, in the order of sample_submission.csv\n")
-    assert said["check"].endswith("Every picture was read.\n")
+    assert "7 images" in said["predict"]
+    assert said["check"].startswith(f"submission.csv: 7 images × {E} rows, in the order of sample_submission.csv\n")
+    assert said["check"].endswith("Every image was read.\n")
 
 
 def test_its_wheels_install_without_network(
@@ -174,7 +174,7 @@ def test_its_wheels_install_without_network(
     """A bundle that asks for open_clip, in a Python that has torch and torchvision alone: the notebook's own cells."""
     torch.manual_seed(0)
     model = make("open_clip:ViT-S-32-alt", "random", 64, E).eval()
-    probes = [decode(small_dataset.picture(f"{20 * i} 90 40 0 {10 * i} 7", 80)) for i in range(8)]
+    probes = [decode(small_dataset.image(f"{20 * i} 90 40 0 {10 * i} 7", 80)) for i in range(8)]
     mean_E = torch.nn.functional.normalize(torch.ones(E), dim=0)
     checkpoint.save(tmp_path / "checkpoint", model, mean_E, probes, {"encoder": small_dataset.ENCODER})
     python = fresh_python("torch", "torchvision")  # the registry answers: this skips where it does not

@@ -130,7 +130,7 @@ def test_kaggles_names_of_licences(licence: str, kaggle: str) -> None:
 
 def test_members_and_score() -> None:
     text = model_card.card(TWO, Told())
-    assert "Mean cosine on 1,234 held-out pictures: **0.700**, 95 % interval 0.690 – 0.710" in text
+    assert "Mean cosine on 1,234 held-out images: **0.700**, 95 % interval 0.690 – 0.710" in text
     assert "weights of the blend by 5-fold cross-validation" in text
     backbone = "`vit_huge_patch14_clip_224.laion2b`"
     assert row(text, "a") == ["a", backbone, "linear", "224", "no", "0.750", "0.681", "0.673 – 0.689", "810", "none"]
@@ -141,9 +141,9 @@ def test_members_and_score() -> None:
 def test_a_model_that_was_not_judged_has_no_score() -> None:
     text = model_card.card(config(member("ridge", "tf_efficientnet_lite0", score=None)), Told())
     assert "Mean cosine on" not in text
-    assert "No score on held-out pictures is known" in text
+    assert "No score on held-out images is known" in text
     assert "The score is" not in text
-    assert "The score is of held-out pictures" in model_card.card(ONE, Told())
+    assert "The score is of held-out images" in model_card.card(ONE, Told())
     assert row(text, "ridge")[-4:] == ["–", "–", "–", "–"]
 
 
@@ -164,9 +164,9 @@ def test_held_out_is_said_of_scores_without_leakage_alone() -> None:
         text = model_card.card(config(member("one", "tf_efficientnet_lite0", score=score)), Told())
         assert words in text
         held_out = leakage in (NONE, near)
-        assert ("Mean cosine on 810 held-out pictures" in text) is held_out, leakage
-        assert ("The score is of held-out pictures" in text) is held_out, leakage
-        assert ("No score on held-out pictures is known" in text) is not held_out, leakage
+        assert ("Mean cosine on 810 held-out images" in text) is held_out, leakage
+        assert ("The score is of held-out images" in text) is held_out, leakage
+        assert ("No score on held-out images is known" in text) is not held_out, leakage
         assert row(text, "one")[-1] == ("not known" if leakage is None else leakage.short())
     both = config(
         member("a", "tf_efficientnet_lite0"),
@@ -174,8 +174,8 @@ def test_held_out_is_said_of_scores_without_leakage_alone() -> None:
         facts={"score": {**SCORE, "name": "ensemble", "leakage": None}, "images": 810, "folds": 5},
     )
     text = model_card.card(both, Told())
-    assert "Mean cosine on 810 pictures: " in text
-    assert "Not every score above is of held-out pictures" in text
+    assert "Mean cosine on 810 images: " in text
+    assert "Not every score above is of held-out images" in text
 
 
 def test_the_score_of_one_view_is_said_to_be_that() -> None:
@@ -188,13 +188,13 @@ def test_the_score_of_one_view_is_said_to_be_that() -> None:
 def test_the_recipe() -> None:
     text = model_card.card(ONE, Told(recipes={"model": SETTINGS}))
     for words in (
-        "3 epochs, 32 pictures a step, seed 7, bf16; the best of 672 steps is 600",
+        "3 epochs, 32 images a step, seed 7, bf16; the best of 672 steps is 600",
         "backbone from another checkpoint of the same architecture, its lowest 14 blocks frozen",
         "LoRA of rank 16 in 4 blocks, merged here; wide (2048) head of that checkpoint",
         "loss: 1 − cosine + 0.01 × mean squared error, of the 50% of lowest cosine",
         "adamw, peak rates 4e-05 (backbone) and 0.0004 (head), cosine schedule, warm-up of at most 500 steps",
         "layer decay 0.9, gradients clipped at 1, averaged weights (decay 0.9998)",
-        "pictures: crops of at least 90%, mirrored, brightness and contrast ± 10%",
+        "images: crops of at least 90%, mirrored, brightness and contrast ± 10%",
     ):
         assert words in text
     text = model_card.card(ONE, Told(recipes={"model": SETTINGS | {"init_from": None}}))
@@ -259,7 +259,7 @@ def test_distances_in_words(value: float, words: str) -> None:
 def test_what_half_precision_costs() -> None:
     half = {"mean_distance": 2.4e-6, "max_distance": 8.1e-6, "pictures": 1200}
     assert (
-        "Weights in fp16 cost 2.4e-06 of cosine on the average, and 8.1e-06 at worst, against fp32, on 1,200 pictures."
+        "Weights in fp16 cost 2.4e-06 of cosine on the average, and 8.1e-06 at worst, against fp32, on 1,200 images."
         in model_card.card(ONE | {"half_distance": half}, Told())
     )
     assert "Weights in fp16 cost" not in model_card.card(ONE, Told())

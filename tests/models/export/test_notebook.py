@@ -19,7 +19,7 @@ MEMBER = {"backbone": "vit_large_patch14_clip_224", "weight": 1.0, "flip": False
 CONFIG: dict[str, Any] = {"kind": "bundle", "encoder": "all-MiniLM-L6-v2", "target_width": 2, "members": [MEMBER]}
 SAMPLE = "imgId_eId,val\nb_0,0\nb_1,0\na_0,0\na_1,0\n"
 MADE = "imgId_eId,val\nb_0,0\nb_1,1\na_0,1\na_1,0\n"
-UNREADABLE = "id,path,reason\na,,no picture has this id\n"
+UNREADABLE = "id,path,reason\na,,no image has this id\n"
 PROGRAM = """\
 import pathlib, sys
 print("called with", *sys.argv[1:])
@@ -33,9 +33,9 @@ sys.exit({code})
 @pytest.fixture
 def kaggle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder as Kaggle mounts it, the bundle and the competition at some depth; the working folder is another."""
-    pictures = tmp_path / "input/competitions/image-to-prompts"
-    (pictures / "images").mkdir(parents=True)
-    (pictures / "sample_submission.csv").write_text(SAMPLE)
+    images = tmp_path / "input/competitions/image-to-prompts"
+    (images / "images").mkdir(parents=True)
+    (images / "sample_submission.csv").write_text(SAMPLE)
     bundle(tmp_path / "input/datasets/someone/im2emb", MADE)
     (tmp_path / "working").mkdir()
     monkeypatch.chdir(tmp_path / "working")
@@ -103,19 +103,19 @@ def test_it_predicts_and_checks(kaggle: Path, capfd: pytest.CaptureFixture[str])
     competition = kaggle / "competitions/image-to-prompts"
     options = f"--images {competition / 'images'} --sample-submission {competition / 'sample_submission.csv'}"
     assert f"called with {options} --time-limit 8h30m --out submission.csv\n" in out
-    assert "submission.csv: 2 pictures × 2 rows, in the order of sample_submission.csv\n" in out
+    assert "submission.csv: 2 images × 2 rows, in the order of sample_submission.csv\n" in out
     assert "imgId_eId,val\n  b_0,0\n" in out
     assert (
-        "1 of 2 pictures have the mean vector, as submission.unreadable.csv lists:\n\n  a, , no picture has this id\n"
+        "1 of 2 images have the mean vector, as submission.unreadable.csv lists:\n\n  a, , no image has this id\n"
         in out
     )
-    assert "Every picture was read." not in out
+    assert "Every image was read." not in out
 
 
-def test_every_picture_was_read(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_every_image_was_read(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle(kaggle / "datasets/someone/im2emb", MADE, unreadable="")
     execute()
-    assert capfd.readouterr().out.endswith("\nEvery picture was read.\n")
+    assert capfd.readouterr().out.endswith("\nEvery image was read.\n")
 
 
 @pytest.mark.parametrize(
@@ -123,20 +123,20 @@ def test_every_picture_was_read(kaggle: Path, capfd: pytest.CaptureFixture[str])
     [(SAMPLE, ""), (MADE, "id,path,reason\nb,b.png,not reached\na,a.png,cut off\n")],
     ids=["all the same", "all listed"],
 )
-def test_a_submission_that_was_made_of_no_picture_stops_it(
+def test_a_submission_that_was_made_of_no_image_stops_it(
     made: str, unreadable: str, kaggle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bundle(kaggle / "datasets/someone/im2emb", made, unreadable)
-    with pytest.raises(ValueError, match=r"all 2 vectors of submission\.csv are the same, made of no picture"):
+    with pytest.raises(ValueError, match=r"all 2 vectors of submission\.csv are the same, made of no image"):
         execute()
-    assert "Every picture was read." not in capfd.readouterr().out
+    assert "Every image was read." not in capfd.readouterr().out
 
 
-def test_one_picture_may_be_unreadable(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_one_image_may_be_unreadable(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (kaggle / "competitions/image-to-prompts/sample_submission.csv").write_text("imgId_eId,val\na_0,0\na_1,0\n")
     bundle(kaggle / "datasets/someone/im2emb", "imgId_eId,val\na_0,1\na_1,0\n")
     execute()
-    assert "submission.csv: 1 pictures × 2 rows" in capfd.readouterr().out
+    assert "submission.csv: 1 images × 2 rows" in capfd.readouterr().out
 
 
 def test_names_of_any_bytes_and_many_of_them(kaggle: Path) -> None:
@@ -159,7 +159,7 @@ def test_names_of_any_bytes_and_many_of_them(kaggle: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()
     out = done.stdout.decode("utf-8")
-    assert "32 of 33 pictures have the mean vector, as submission.unreadable.csv lists:\n" in out
+    assert "32 of 33 images have the mean vector, as submission.unreadable.csv lists:\n" in out
     assert "\n  \ufffd, \ufffd.png, cut off\n  ü, ü.png, cut off\n" in out
     assert out.endswith("\n  016, 016.png, cut off\n")
 
@@ -170,7 +170,7 @@ def test_elsewhere_it_looks_beside_itself(
     monkeypatch.delenv("IM2EMB_INPUT")
     monkeypatch.chdir(kaggle)
     execute()
-    assert "submission.csv: 2 pictures" in capfd.readouterr().out
+    assert "submission.csv: 2 images" in capfd.readouterr().out
 
 
 @pytest.mark.parametrize("config", [b"[]", b'"bundle"', b"kind = bundle", b"", b"\xff\xfe", None])
@@ -183,7 +183,7 @@ def test_another_data_set_that_has_a_predict_py_does_not_stop_it(
     if config is not None:
         (other / "config.json").write_bytes(config)
     execute()
-    assert "submission.csv: 2 pictures" in capfd.readouterr().out
+    assert "submission.csv: 2 images" in capfd.readouterr().out
 
 
 def test_a_failure_of_predict_stops_it(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:

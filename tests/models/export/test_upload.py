@@ -274,7 +274,7 @@ def test_the_export_command_publishes(tiny_run: Path, tmp_path: Path, hub: HubSe
     env = {**os.environ, **hub.environment(tmp_path), "OMP_NUM_THREADS": "1"}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     words = [f"checkpoint={tiny_run / 'best'}", f"out={tmp_path / 'a bundle'}", "push=hub:user/name"]
-    words += ["licence=apache-2.0", "title='Pictures, to sentences (tiny)'", "author=Somebody Else"]
+    words += ["licence=apache-2.0", "title='Images, to sentences (tiny)'", "author=Somebody Else"]
     command = ["python", "-m", "models.export", *words]
     dry = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert dry.returncode == 0, dry.stderr
@@ -292,7 +292,7 @@ def test_the_export_command_publishes(tiny_run: Path, tmp_path: Path, hub: HubSe
     )
     readme = repo.files["README.md"].decode()
     assert ModelCard(readme).data.to_dict()["license"] == "apache-2.0"
-    for words_there in ("# Pictures, to sentences (tiny)\n", "By Somebody Else.", "The weights: apache-2.0."):
+    for words_there in ("# Images, to sentences (tiny)\n", "By Somebody Else.", "The weights: apache-2.0."):
         assert words_there in readme
     assert hub_server.TOKEN not in dry.stdout + dry.stderr + done.stdout + done.stderr
 

@@ -22,7 +22,7 @@ def test_wide_is_linear_batch_norm_relu_linear() -> None:
     expected = hidden_BH @ parts["3.weight"].T + parts["3.bias"]
     torch.testing.assert_close(head.train()(features_BD), expected, atol=1e-5, rtol=0)
     alone = torch.cat([head.eval()(row[None]) for row in features_BD])
-    torch.testing.assert_close(head(features_BD), alone, msg="in evaluation a picture's vector is its own business")
+    torch.testing.assert_close(head(features_BD), alone, msg="in evaluation an image's vector is its own business")
 
 
 @pytest.mark.parametrize(("kind", "hidden"), [("wide", 0), ("deep", 8)])

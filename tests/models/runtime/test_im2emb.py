@@ -62,21 +62,21 @@ def own_modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One of each colour, of several sizes; a square in it keeps them apart from plain ground."""
     folder = tmp_path_factory.mktemp("shown") / "pictures"
     folder.mkdir()
     for i, (name, colour) in enumerate(COLOURS.items()):
         text = f"square {' '.join(map(str, colour))} on {' '.join(str(c // 2) for c in colour)}"
-        (folder / f"{name}.png").write_bytes(small_dataset.picture(text, 40 + 3 * i))
+        (folder / f"{name}.png").write_bytes(small_dataset.image(text, 40 + 3 * i))
     return folder
 
 
 @pytest.fixture(scope="module")
-def learned(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint that knows these pictures by heart: least squares from random features to their names' vectors."""
+def learned(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint that knows these images by heart: least squares from random features to their names' vectors."""
     model = make("test_vit", "random", 32, E).eval()
-    decoded = [decode((pictures / f"{name}.png").read_bytes()) for name in COLOURS]
+    decoded = [decode((images / f"{name}.png").read_bytes()) for name in COLOURS]
     encoder = SentenceTransformer(str(minilm_wheel()), device="cpu")
     target_BE = torch.from_numpy(encoder.encode(list(COLOURS), normalize_embeddings=True))
     with torch.no_grad():
@@ -115,8 +115,8 @@ def library(bundle: Path) -> ModuleType:
 
 
 @pytest.fixture(scope="module")
-def paths(pictures: Path) -> list[str]:
-    return sorted(map(str, pictures.iterdir()))
+def paths(images: Path) -> list[str]:
+    return sorted(map(str, images.iterdir()))
 
 
 @pytest.fixture(scope="module")
@@ -173,14 +173,14 @@ def test_among_packages_of_the_same_names(
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, atol=1e-5, rtol=0)
 
 
-def test_it_takes_pictures_of_every_kind(library: ModuleType, bundle: Path, paths: list[str]) -> None:
+def test_it_takes_images_of_every_kind(library: ModuleType, bundle: Path, paths: list[str]) -> None:
     found = library.load(bundle, "cpu")
     first = found.embed(paths)
     opened = [Image.open(path) for path in paths]
     kinds: list[list[Any]] = [
         [Path(path) for path in paths],
         opened,
-        [np.array(picture) for picture in opened],
+        [np.array(image) for image in opened],
         [decode(Path(path).read_bytes()) for path in paths],
     ]
     for images in kinds:
@@ -244,28 +244,28 @@ def test_batches_and_progress(
 
 
 def test_texts_are_the_text_encoders_own(transformer: SentenceTransformer, paths: list[str]) -> None:
-    """Those of the index that pictures are to land in; and each text is nearest to its own picture."""
+    """Those of the index that images are to land in; and each text is nearest to its own image."""
     texts = ["a red rose", "the blue sky", "a starless night", "word " * 400]
     plain = SentenceTransformer(str(minilm_wheel()), device="cpu")
     text_TE = plain.encode(texts)
     np.testing.assert_allclose(transformer.encode(texts), text_TE, atol=1e-6)
-    picture_BE = transformer.encode(paths)
-    cosine_TB = plain.similarity(text_TE, picture_BE)
-    assert cosine_TB.equal(transformer.similarity(text_TE, picture_BE))
+    image_BE = transformer.encode(paths)
+    cosine_TB = plain.similarity(text_TE, image_BE)
+    assert cosine_TB.equal(transformer.similarity(text_TE, image_BE))
     assert [Path(paths[i]).stem for i in cosine_TB[:3].argmax(1).tolist()] == texts[:3]
 
 
 @pytest.mark.parametrize(
     ("inputs", "words"),
     [
-        (["{folder}/gone.png"], r"(?s)1 pictures cannot be read.*gone\.png: .*No such file"),
+        (["{folder}/gone.png"], r"(?s)1 images cannot be read.*gone\.png: .*No such file"),
         (["a text", "{folder}/a red rose.png"], "mixes multiple modalities"),
-        (["a text", Path("a red rose.png")], "texts, such as 'a text', and pictures in one batch: encode them apart"),
+        (["a text", Path("a red rose.png")], "texts, such as 'a text', and images in one batch: encode them apart"),
         ([np.zeros(9, np.float32)], "'audio' is not supported .* Supported modalities: image, text"),
     ],
 )
-def test_what_it_cannot_take(inputs: list[Any], words: str, transformer: SentenceTransformer, pictures: Path) -> None:
-    given = [item.format(folder=pictures) if isinstance(item, str) else item for item in inputs]
+def test_what_it_cannot_take(inputs: list[Any], words: str, transformer: SentenceTransformer, images: Path) -> None:
+    given = [item.format(folder=images) if isinstance(item, str) else item for item in inputs]
     with pytest.raises(ValueError, match=words):
         transformer.encode(given)
 
@@ -366,8 +366,8 @@ def test_its_two_files_are_those_that_sentence_transformers_writes(
 # --------------------------------------------------------------------------------------------------------------- README
 
 
-def test_the_readmes_search_finds_pictures_by_text(
-    bundle: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_the_readmes_search_finds_images_by_text(
+    bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Its own code, where the hub's name of MiniLM is a folder of these very weights."""
     section = re.search(r"^## Search$.*?(?=^## )", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
@@ -375,7 +375,7 @@ def test_the_readmes_search_finds_pictures_by_text(
     blocks = re.findall(r"```python\n(.*?)```", section[0], re.DOTALL)
     assert len(blocks) == 2
     shutil.copytree(bundle, tmp_path / "bundle")
-    shutil.copytree(pictures, tmp_path / "pictures")
+    shutil.copytree(images, tmp_path / "pictures")
     (tmp_path / MINILM).symlink_to(minilm_wheel() or "")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])

@@ -57,7 +57,7 @@ def hostility(tmp_path: Path) -> dict[str, str]:
 MEAN = np.arange(1, E + 1) / np.linalg.norm(np.arange(1, E + 1))
 
 
-def picture(seed: int, height: int = 40, width: int = 50) -> Image.Image:
+def image(seed: int, height: int = 40, width: int = 50) -> Image.Image:
     pixels_HWC = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels_HWC)
 
@@ -68,10 +68,10 @@ def sample(path: Path, ids: list[str], width: int = E) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------- pictures and ids
+# ------------------------------------------------------------------------------------------------- images and ids
 
 
-def test_pictures_are_found_to_the_bottom_in_the_order_of_their_ids(images: Path) -> None:
+def test_images_are_found_to_the_bottom_in_the_order_of_their_ids(images: Path) -> None:
     (images / "a/deeper").mkdir(parents=True)
     for name in ("z.png", "a/deeper/b.WebP", "a/c.JPEG", "A.jpg", "a/notes.txt", "a/x.png.txt", ".png"):
         (images / name).touch()
@@ -92,7 +92,7 @@ def test_pictures_are_found_to_the_bottom_in_the_order_of_their_ids(images: Path
     assert task(images, True, None, E).ids == ["A.jpg", "a/c.JPEG", "a/deeper/b.WebP", "gone.png", "z.png"]
 
 
-def test_a_picture_that_changes_changes_what_the_task_is(images: Path) -> None:
+def test_an_image_that_changes_changes_what_the_task_is(images: Path) -> None:
     (images / "a.png").write_bytes(b"one")
     first = task(images, False, None, E).sha256
     assert task(images, False, None, E).sha256 == first
@@ -100,7 +100,7 @@ def test_a_picture_that_changes_changes_what_the_task_is(images: Path) -> None:
     assert task(images, False, None, E).sha256 != first
 
 
-def test_two_pictures_of_one_id_are_named_with_the_remedy(images: Path, tmp_path: Path) -> None:
+def test_two_images_of_one_id_are_named_with_the_remedy(images: Path, tmp_path: Path) -> None:
     (images / "deeper").mkdir()
     for name in ("a.png", "deeper/a.jpg", "b.png"):
         (images / name).touch()
@@ -120,7 +120,7 @@ def test_a_sample_gives_ids_and_order(images: Path, tmp_path: Path) -> None:
     assert found.rows == [1, -1, 0]
     assert found.paths == ["a.png", "b.png"]
     assert found.left_out == 1
-    with pytest.raises(BundleError, match=r"no picture in .* has an id of .*: the first ids are 'x' there, 'a' here"):
+    with pytest.raises(BundleError, match=r"no image in .* has an id of .*: the first ids are 'x' there, 'a' here"):
         task(images, False, sample(tmp_path / "s.csv", ["x", "y"]), E)
 
 
@@ -259,7 +259,7 @@ def test_a_full_disk_leaves_all_former_files(kind: str, tmp_path: Path) -> None:
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_the_list_of_unreadable_pictures_goes_when_there_are_none(tmp_path: Path) -> None:
+def test_the_list_of_unreadable_images_goes_when_there_are_none(tmp_path: Path) -> None:
     written(tmp_path / "s.csv", "csv", lines(), [("a,b", "a,b.png", "cut off")])
     assert (tmp_path / "s.unreadable.csv").read_text() == 'id,path,reason\n"a,b","a,b.png",cut off\n'
     written(tmp_path / "s.csv", "csv", lines(), [])
@@ -297,13 +297,13 @@ def test_what_is_done_is_taken_over_and_what_a_crash_left_is_not(tmp_path: Path)
         assert opened(folder, fresh=True).states().tolist() == [work.TODO] * 5
 
 
-def test_what_is_of_other_pictures_is_begun_anew_and_said(tmp_path: Path) -> None:
+def test_what_is_of_other_images_is_begun_anew_and_said(tmp_path: Path) -> None:
     folder, said = tmp_path / "o.part", []
     with work.locked(folder):
-        opened(folder, pictures="1", bundle="a").put(0, unit(0))
-        part = opened(folder, said=said, pictures="2", bundle="b")
+        opened(folder, images="1", bundle="a").put(0, unit(0))
+        part = opened(folder, said=said, images="2", bundle="b")
         assert part.states().tolist() == [work.TODO] * 5
-    assert "begun with another pictures and bundle; it begins anew" in said[0]
+    assert "begun with another images and bundle; it begins anew" in said[0]
 
 
 def test_one_process_at_a_time_and_no_strangers_folder(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_a_slot_for_each_gpu_that_may_be_used(monkeypatch: pytest.MonkeyPatch) -
 
 
 class _Small:
-    """A predictor with memory for three pictures, which it counts."""
+    """A predictor with memory for three images, which it counts."""
 
     def __init__(self) -> None:
         self.sizes, self.device, self.redone = (4,), torch.device("meta"), 0
@@ -425,11 +425,11 @@ def test_a_vector_that_is_not_finite_is_no_vector(tmp_path: Path) -> None:
         assert part.reasons() == {4: "the model's vector of it is not finite"}
 
 
-def test_what_may_pass_is_not_held_against_a_picture(
+def test_what_may_pass_is_not_held_against_an_image(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of errors while a picture is read: only those of the picture make it unreadable before it is tried alone."""
-    picture(0).save(images / "a.png")
+    """Of errors while an image is read: only those of the image make it unreadable before it is tried alone."""
+    image(0).save(images / "a.png")
     no_memory = BadImage("MemoryError: ")
     no_memory.__cause__ = MemoryError()
     with work.locked(tmp_path / "o.part"):
@@ -496,7 +496,7 @@ def test_progress_is_one_line_on_a_terminal_and_a_few_elsewhere(monkeypatch: pyt
             show(state)
         show.close()
         text = stream.getvalue()
-        assert "4,000 of 16,000 pictures, 25 %, " in text
+        assert "4,000 of 16,000 images, 25 %, " in text
         assert "left, 3 unreadable" in text
         assert text.count("pictures") == (4 if on_terminal else 2)
         assert ("\r" in text) == on_terminal
@@ -509,9 +509,9 @@ def test_progress_is_one_line_on_a_terminal_and_a_few_elsewhere(monkeypatch: pyt
 
 
 def bad_inputs(images: Path) -> dict[str, bytes | None]:
-    """Pictures of every sort below `images`; name → what Pillow should make of it as PNG, None for the unreadable."""
+    """Images of every sort below `images`; name → what Pillow should make of it as PNG, None for the unreadable."""
     (images / "deeper").mkdir()
-    plain = picture(0)
+    plain = image(0)
 
     def saved(name: str, shown: Image.Image, **options: Any) -> None:
         shown.save(images / name, **options)
@@ -519,16 +519,16 @@ def bad_inputs(images: Path) -> dict[str, bytes | None]:
     saved("cmyk.jpg", plain.convert("CMYK"))
     saved("sixteen.png", Image.fromarray(np.arange(1600, dtype=np.uint16).reshape(40, 40) * 40))
     saved("palette.png", plain.quantize(7))
-    saved("deeper/rgba.PNG", Image.merge("RGBA", (*plain.split(), picture(1).getchannel(0))))
-    saved("animated.webp", plain, save_all=True, append_images=[picture(1), picture(2)], lossless=True)
+    saved("deeper/rgba.PNG", Image.merge("RGBA", (*plain.split(), image(1).getchannel(0))))
+    saved("animated.webp", plain, save_all=True, append_images=[image(1), image(2)], lossless=True)
     turned = Image.Exif()
     turned[0x0112] = 6
     saved("turned.jpg", plain, exif=turned)
-    saved("a b, 'c' \"d\" 50%.png", picture(3))
-    saved("two\nlines.png", picture(4))
+    saved("a b, 'c' \"d\" 50%.png", image(3))
+    saved("two\nlines.png", image(4))
     (images / "empty.png").touch()
     (images / "cut.png").write_bytes((images / "two\nlines.png").read_bytes()[:300])
-    (images / "text.JPG").write_text("no picture")
+    (images / "text.JPG").write_text("no image")
     Image.new("1", (30_000, 30_000)).save(images / "giant.png")
     unread = {"empty": None, "cut": None, "text": None, "giant": None}
     good = [p for p in images.rglob("*") if p.is_file() and p.stem not in unread]
@@ -539,8 +539,8 @@ def test_rows_are_right_whatever_lies_in_the_folder(made: tuple[Path, Regressor]
     """Of several batches, as csv and as npy, against the checkpoint's own vectors."""
     bundle, model = made
     data = bad_inputs(images)
-    picture(9).save(images / "left out.png")
-    ids = [*sorted(data, key=lambda name: name[::-1]), "no picture"]
+    image(9).save(images / "left out.png")
+    ids = [*sorted(data, key=lambda name: name[::-1]), "no image"]
     asked = ["--images", images, "--sample-submission", sample(tmp_path / "sample.csv", ids), "--batch-size", 5]
     done = predicted.run(bundle, *asked, "--out", tmp_path / "s.csv")
     assert done.returncode == 0, done.stderr
@@ -548,7 +548,7 @@ def test_rows_are_right_whatever_lies_in_the_folder(made: tuple[Path, Regressor]
     found = submission(tmp_path / "s.csv")
     assert list(found) == ids
     expected = {n: model.embed([decode(d)])[0].numpy() if d is not None else MEAN for n, d in data.items()}
-    for name, vector_E in (expected | {"no picture": MEAN}).items():
+    for name, vector_E in (expected | {"no image": MEAN}).items():
         np.testing.assert_allclose(found[name], vector_E, atol=1e-5, err_msg=name)
     with (tmp_path / "s.unreadable.csv").open(newline="") as file:
         listed = {row["id"]: row for row in csv.DictReader(file)}
@@ -557,13 +557,13 @@ def test_rows_are_right_whatever_lies_in_the_folder(made: tuple[Path, Regressor]
         "cut": "cut.png",
         "text": "text.JPG",
         "giant": "giant.png",
-        "no picture": "",
+        "no image": "",
     }
     assert "(900000000 pixels)" in listed["giant"]["reason"]
-    assert listed["no picture"]["reason"] == "no picture has this id"
-    assert f"s.csv: {len(data)} pictures, 4 of them unreadable; " in done.stderr
-    assert "1 ids have no picture and get the mean vector: no picture" in done.stderr
-    assert "1 pictures are left out" in done.stderr
+    assert listed["no image"]["reason"] == "no image has this id"
+    assert f"s.csv: {len(data)} images, 4 of them unreadable; " in done.stderr
+    assert "1 ids have no image and get the mean vector: no image" in done.stderr
+    assert "1 images are left out" in done.stderr
     assert "in fp32 on CPU" in done.stderr
 
     done = predicted.run(bundle, *asked, "--format", "npy", "--out", tmp_path / "v.npy")
@@ -572,7 +572,7 @@ def test_rows_are_right_whatever_lies_in_the_folder(made: tuple[Path, Regressor]
     with (tmp_path / "v.ids.csv").open(newline="") as file:
         assert {row["id"]: row["state"] for row in csv.DictReader(file)} == {
             **{name: "unreadable" if d is None else "predicted" for name, d in data.items()},
-            "no picture": "missing",
+            "no image": "missing",
         }
     names = {"images", "sample.csv", "s.csv", "s.unreadable.csv", "v.npy", "v.ids.csv", "v.unreadable.csv"}
     assert {p.name for p in tmp_path.iterdir()} == names
@@ -608,7 +608,7 @@ def test_a_mistake_is_told_and_nothing_is_written(
 ) -> None:
     """In this process: none of them gets so far as to start another."""
     (tmp_path / "empty").mkdir()
-    picture(0).save(images / "a.png")
+    image(0).save(images / "a.png")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["predict.py", *arguments])
     monkeypatch.setattr(signal, "signal", lambda *_: None)  # SIGTERM is pytest's
@@ -623,7 +623,7 @@ def test_a_mistake_is_told_and_nothing_is_written(
 
 @pytest.fixture
 def slow(images: Path) -> list[str]:
-    """24 pictures that take 0.15 s each, and their ids."""
+    """24 images that take 0.15 s each, and their ids."""
     for i in range(24):
         (images / f"{i:02d}.png").write_bytes(hostile("slow", i))
     return [f"{i:02d}" for i in range(24)]
@@ -688,7 +688,7 @@ def test_ended_in_any_way_it_goes_on_to_the_same_bytes(
     assert {p.name for p in tmp_path.iterdir()} == {"hostility", "images", "s.csv", "whole.csv"}
 
 
-def test_a_picture_that_ends_its_process_is_unreadable_and_no_other(
+def test_an_image_that_ends_its_process_is_unreadable_and_no_other(
     made: tuple[Path, Regressor], images: Path, tmp_path: Path, hostility: dict[str, str]
 ) -> None:
     """Two of one batch, by segmentation faults in a decoder."""
@@ -720,7 +720,7 @@ def test_a_time_limit_holds_though_a_decoder_hangs(
     assert list(found) == [f"{i}" for i in range(8)]
     reached = [name for name, vector_E in found.items() if np.abs(vector_E - MEAN).max() > 1e-3]
     assert reached in ([], ["0", "1"], ["0", "1", "2", "3"]), "two a batch, as far as this machine came"
-    assert f"WARNING: {8 - len(reached)} of 8 pictures were not reached and have the mean vector." in done.stderr
+    assert f"WARNING: {8 - len(reached)} of 8 images were not reached and have the mean vector." in done.stderr
     assert not predicted.at_work(bundle)
     (tmp_path / "hostility/cease").touch()
     done = predicted.run(bundle, *command, "--time-limit", "10m", env=hostility)
@@ -736,7 +736,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_or_by_a_limit_mean_vectors(
     bundle: Path, images: Path, tmp_path: Path
 ) -> None:
     for i in range(3):
-        picture(i).save(images / f"{i}.png")
+        image(i).save(images / f"{i}.png")
     shutil.copytree(bundle, tmp_path / "broken")
     config = json.loads((bundle / "config.json").read_text())
     config["members"][0]["backbone"] = "no_such_tower"
@@ -751,7 +751,7 @@ def test_a_model_that_cannot_be_loaded_is_an_error_or_by_a_limit_mean_vectors(
     done = predicted.run(tmp_path / "broken", *command, "--time-limit", "1h")
     assert done.returncode == 0, done.stderr
     assert "ERROR: " in done.stderr
-    assert "WARNING: 3 of 3 pictures were not reached" in done.stderr
+    assert "WARNING: 3 of 3 images were not reached" in done.stderr
     done = predicted.run(bundle, "--images", images, "--out", tmp_path / "t.csv", "--time-limit", "0.1")
     assert done.returncode == 0, done.stderr
     assert "the time limit is too short to begin" in done.stderr
@@ -786,7 +786,7 @@ def test_a_disk_that_is_full_loses_nothing(bundle: Path, images: Path, tmp_path:
 
 def _png(seed: int) -> bytes:
     buffer = io.BytesIO()
-    picture(seed, 8, 8).save(buffer, "png")
+    image(seed, 8, 8).save(buffer, "png")
     return buffer.getvalue()
 
 
@@ -817,7 +817,7 @@ def test_decoding_in_workers_as_for_a_gpu_gives_the_same(
         slot = work.Slot("cpu", 1, 1, 2, {"OMP_NUM_THREADS": "1"})
         found = crew(bundle, images, tmp_path / "o.part", [slot], said)
         for name, value in hostility.items():
-            monkeypatch.setenv(name, value)  # of the process that decodes one picture
+            monkeypatch.setenv(name, value)  # of the process that decodes one image
         assert found.run(None, lambda _: None)
         part = work.Part(tmp_path / "o.part", E)
         assert part.states().tolist() == [work.UNREADABLE if i == 6 else work.DONE for i in range(14)]

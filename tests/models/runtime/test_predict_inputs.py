@@ -1,4 +1,4 @@
-"""Folders, samples and lists of the bundle's program: links, blank lines, a million pictures, what was not reached."""
+"""Folders, samples and lists of the bundle's program: links, blank lines, a million images, what was not reached."""
 
 import csv
 import os

@@ -1,4 +1,4 @@
-"""Picture → tensor: every kind of file decodes to what Pillow says, damage is refused, and three places agree."""
+"""Image → tensor: every kind of file decodes to what Pillow says, damage is refused, and three places agree."""
 
 import io
 import json
@@ -29,7 +29,7 @@ def scene(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
     """Smooth and sharp parts in three unlike channels.
 
     They keep off 0 and 255: bicubic overshoots at edges, and where it is clipped between the passes over rows and over
-    columns depends on their order, which Pillow chooses by the picture's shape.
+    columns depends on their order, which Pillow chooses by the image's shape.
     """
     y, x = np.mgrid[:height, :width]
     red, green = 40 + 170 * x / width, 40 + 170 * y / height
@@ -37,9 +37,9 @@ def scene(height: int = HEIGHT, width: int = WIDTH) -> Image.Image:
     return Image.fromarray(np.stack([red, green, blue], -1).astype(np.uint8))
 
 
-def encoded(picture: Image.Image, kind: str, **options: Any) -> bytes:
+def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    picture.save(buffer, kind, **options)
+    image.save(buffer, kind, **options)
     return buffer.getvalue()
 
 
@@ -84,7 +84,7 @@ def by_pillow(data: bytes) -> NDArray[np.uint8]:
     return np.array(Image.open(io.BytesIO(data)).convert("RGB"))
 
 
-def some_picture(rng: np.random.Generator) -> Image.Image:
+def some_image(rng: np.random.Generator) -> Image.Image:
     """Noise, edges or smooth, of any shape, some grey."""
     height, width = rng.integers(1, 150, 2).tolist()
     y, x = np.mgrid[:height, :width]
@@ -93,13 +93,13 @@ def some_picture(rng: np.random.Generator) -> Image.Image:
         np.stack([x * 255 / width, y * 255 / height, 255 * ((x // 5 + y // 5) % 2)], -1),
         np.stack([128 + 127 * np.sin(x / 9 + c) * np.cos(y / 7 - c) for c in range(3)], -1),
     ]
-    picture = Image.fromarray(kinds[rng.integers(3)].astype(np.uint8))
-    return picture.convert("L") if rng.random() < 0.2 else picture
+    image = Image.fromarray(kinds[rng.integers(3)].astype(np.uint8))
+    return image.convert("L") if rng.random() < 0.2 else image
 
 
 def some_file(rng: np.random.Generator) -> bytes:
     """A plain JPEG, PNG or WebP with settings drawn at random."""
-    picture = some_picture(rng)
+    image = some_image(rng)
     kind = ("jpeg", "jpeg", "png", "webp")[rng.integers(4)]
     options: dict[str, Any] = {"compress_level": int(rng.integers(10))}
     if kind == "webp":
@@ -111,7 +111,7 @@ def some_file(rng: np.random.Generator) -> bytes:
             "subsampling": ("4:4:4", "4:2:2", "4:2:0")[rng.integers(3)],
             "restart_marker_blocks": int(rng.integers(8)),
         }
-    return encoded(picture, kind, **options)
+    return encoded(image, kind, **options)
 
 
 def damaged(data: bytes, rng: np.random.Generator) -> bytes:
@@ -133,9 +133,9 @@ def test_plain_files_are_pillows_bit_by_bit_without_it(decoder: str) -> None:
     kinds = {"torchcodec": {"jpeg", "png", "webp"}, "torchvision": {"jpeg", "webp"}}[decoder]
     for n, data in enumerate(files):
         if preprocess._plain(data)[0] not in kinds:
-            assert preprocess._plain(data)[0] == "png", f"picture {n}"
+            assert preprocess._plain(data)[0] == "png", f"image {n}"
             continue
-        assert np.array_equal(hwc(decode(data)), by_pillow(data)), f"picture {n} by {decoder}"
+        assert np.array_equal(hwc(decode(data)), by_pillow(data)), f"image {n} by {decoder}"
 
 
 @pytest.mark.usefixtures("no_pillow")
@@ -146,7 +146,7 @@ def test_a_colour_profile_keeps_a_jpeg_plain(decoder: str) -> None:
 
 
 def test_damage_is_judged_by_pillow_alone(decoder: str) -> None:
-    """Whatever is done to a file: the picture that Pillow makes of it, or refused where Pillow refuses it."""
+    """Whatever is done to a file: the image that Pillow makes of it, or refused where Pillow refuses it."""
     rng = np.random.default_rng(2)
     refused = quick = 0
     for n in range(400):
@@ -159,7 +159,7 @@ def test_damage_is_judged_by_pillow_alone(decoder: str) -> None:
             with pytest.raises(BadImage):
                 decode(data)
             continue
-        assert decode(data).equal(expected), f"damaged picture {n} by {decoder}"
+        assert decode(data).equal(expected), f"damaged image {n} by {decoder}"
     assert refused > 50
     assert quick > 50, "damage that leaves the headers alone must be among it"
 
@@ -194,7 +194,7 @@ def test_files_that_decoders_read_differently_are_not_plain() -> None:
     deep = Image.fromarray(np.full((9, 9), 40_000, np.uint16))
     files = {
         "CMYK": encoded(scene().convert("CMYK"), "jpeg"),
-        "two pictures": encoded(frames[0], "mpo", **several),
+        "two images": encoded(frames[0], "mpo", **several),
         "frames": encoded(frames[0], "png", **several),
         "moving": encoded(frames[0], "webp", lossless=True, **several),
         "16 bits": encoded(deep, "png"),
@@ -221,7 +221,7 @@ def test_a_decoder_that_differs_from_pillow_is_not_used() -> None:
         assert all(preprocess._agrees(kind, decoder) for kind, decoder in find().items())
 
 
-def test_real_pictures(shared: Path, decoder: str) -> None:
+def test_real_images(shared: Path, decoder: str) -> None:
     files = [*sorted((shared / "flickr8k_1000").rglob("*.jpg"))[:60], *sorted((shared / "competition").rglob("*.png"))]
     assert len(files) == 67
     for file in files:
@@ -258,7 +258,7 @@ def test_sixteen_bits_keep_the_upper_eight() -> None:
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_cameras_pictures_stand_upright(orientation: int) -> None:
+def test_cameras_images_stand_upright(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     turn = {3: 180, 6: 270, 8: 90}[orientation]
@@ -275,7 +275,7 @@ def test_an_animation_is_its_first_frame(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_a_cut_off_picture_is_refused(kind: str) -> None:
+def test_a_cut_off_image_is_refused(kind: str) -> None:
     data = encoded(scene(200, 200), kind)
     for share in (0.02, 0.5, 0.9):
         with pytest.raises(BadImage):
@@ -283,7 +283,7 @@ def test_a_cut_off_picture_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 1000, b"GIF89a", b"<svg/>", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_what_is_no_picture_is_refused(data: bytes) -> None:
+def test_what_is_no_image_is_refused(data: bytes) -> None:
     with pytest.raises(BadImage):
         decode(data)
 
@@ -372,7 +372,7 @@ def test_longest_pads_both_ends_and_squash_keeps_all_of_a_strip() -> None:
     assert abs(int(squashed[0, 10, -1]) - 180) <= 20
 
 
-def test_fit_does_not_depend_on_how_the_picture_lies_in_memory() -> None:
+def test_fit_does_not_depend_on_how_the_image_lies_in_memory() -> None:
     rng = np.random.default_rng(3)
     for _ in range(100):
         height, width, size = rng.integers(8, 200, 3).tolist()
@@ -384,7 +384,7 @@ def test_fit_does_not_depend_on_how_the_picture_lies_in_memory() -> None:
             assert found.is_contiguous()
 
 
-def test_a_picture_of_the_right_size_is_untouched() -> None:
+def test_an_image_of_the_right_size_is_untouched() -> None:
     image_CHW = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
     for mode in preprocess.RESIZE_MODES:
         assert fit(image_CHW, Preprocessing(40, mode)).equal(image_CHW)
@@ -416,7 +416,7 @@ def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], 
     from models.export import export
     from models.loader import load_any
     from tests import small_dataset
-    from train.data.images import Pictures
+    from train.data.images import ImageDataset
 
     data = small_dataset.write(tmp_path / "data", train=3, val=1, size=56)
     dataset = small_dataset.shards.Dataset(data, small_dataset.ENCODER)
@@ -442,11 +442,11 @@ def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], 
 
     model.backbone.register_forward_pre_hook(keep)
     predictor.network.members[0].towers[0].register_forward_pre_hook(keep)
-    pictures = Pictures([dataset], model.spec.preprocessing)
+    dataset_images = ImageDataset([dataset], model.spec.preprocessing)
     files = [encoded(Image.fromarray(image.permute(1, 2, 0).numpy()), "png") for image in images]
-    pictures.image_bytes = files.__getitem__  # type: ignore[method-assign]
+    dataset_images.image_bytes = files.__getitem__  # type: ignore[method-assign]
     with torch.inference_mode():
-        model.features(pictures.__getitems__([0, 1, 2, 3]).image_BCHW)
+        model.features(dataset_images.__getitems__([0, 1, 2, 3]).image_BCHW)
     model.embed(images)
     predictor.embed(images)
     training, evaluation, bundle, mirrored = seen

@@ -1,4 +1,4 @@
-"""Augmentation against Pillow and torchvision, and as a function of seed, step and picture alone."""
+"""Augmentation against Pillow and torchvision, and as a function of seed, step and image alone."""
 
 from collections.abc import Iterator
 from dataclasses import replace
@@ -31,9 +31,9 @@ def pillow(image_CHW: torch.Tensor) -> Image.Image:
     return Image.fromarray(image_CHW.permute(1, 2, 0).numpy())
 
 
-def apart(image_CHW: torch.Tensor, picture: Image.Image) -> int:
+def apart(image_CHW: torch.Tensor, image: Image.Image) -> int:
     """Largest difference, grey levels."""
-    return int(np.abs(image_CHW.permute(1, 2, 0).int().numpy() - np.array(picture).astype(int)).max())
+    return int(np.abs(image_CHW.permute(1, 2, 0).int().numpy() - np.array(image).astype(int)).max())
 
 
 def splitmix64(state: int) -> Iterator[int]:
@@ -69,7 +69,7 @@ def test_nothing_asked_changes_nothing(images: torch.Tensor) -> None:
     assert augment(images, torch.arange(6), 3, 0, OFF) is images
 
 
-def test_no_picture_is_no_error() -> None:
+def test_no_image_is_no_error() -> None:
     none = torch.zeros(0, 3, SIDE, SIDE, dtype=torch.uint8)
     assert augment(none, torch.zeros(0, dtype=torch.int64), 0, 0, ALL).shape == none.shape
 
@@ -105,7 +105,7 @@ def test_crops_keep_the_area_and_the_ratio_asked_for() -> None:
         assert abs((first_B / (side - length_B).clamp(min=1)).mean() - 0.5) < 0.02
 
 
-def test_a_flip_mirrors_every_other_picture(images: torch.Tensor) -> None:
+def test_a_flip_mirrors_every_other_image(images: torch.Tensor) -> None:
     row_B = torch.arange(2000)
     flipped = augment(images[:1].expand(2000, -1, -1, -1), row_B, 0, 0, replace(OFF, flip=True))
     mirrored = [bool(image.equal(images[0].flip(-1))) for image in flipped]
@@ -124,7 +124,7 @@ def test_jitter_is_pillows_and_torchvisions(images: torch.Tensor, brightness: fl
 
 
 def test_jitter_stays_within_its_bound_and_reaches_it() -> None:
-    """A mid-grey picture shows the brightness alone."""
+    """A mid-grey image shows the brightness alone."""
     grey = torch.full((3000, 3, 2, 2), 100, dtype=torch.uint8)
     found = augment(grey, torch.arange(3000), 0, 0, replace(OFF, jitter=0.2))[:, 0, 0, 0]
     assert (found.min(), found.max()) == (80, 120)
@@ -149,7 +149,7 @@ def test_blanks_come_as_often_as_asked_for(images: torch.Tensor) -> None:
     assert 0.3 < erased.max() < 0.36
 
 
-def test_it_follows_from_seed_step_and_picture_alone(images: torch.Tensor) -> None:
+def test_it_follows_from_seed_step_and_image_alone(images: torch.Tensor) -> None:
     """Not from the batch: any part of it, in any order, gives the same."""
     row_B = torch.tensor([7, 3, 900, 4, 1, 2])
     whole = augment(images, row_B, 5, 1, ALL)

@@ -19,14 +19,14 @@ from models.runtime.preprocess import Preprocessing
 from tests import small_dataset
 from train.data import feature_cache
 from train.data.feature_cache import features
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 
 pytestmark = pytest.mark.usefixtures("cache")
 
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty cache, and parts of 16 pictures."""
+    """An empty cache, and parts of 16 images."""
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(feature_cache, "_PART", 16)
     return tmp_path / "cache"
@@ -37,8 +37,8 @@ def data(tmp_path: Path) -> Path:
     return small_dataset.write(tmp_path / "data", train=38, val=12)
 
 
-def pictures(*roots: Path, size: int = 32) -> Pictures:
-    return Pictures([Dataset(root, small_dataset.ENCODER) for root in roots], Preprocessing(size))
+def images(*roots: Path, size: int = 32) -> ImageDataset:
+    return ImageDataset([Dataset(root, small_dataset.ENCODER) for root in roots], Preprocessing(size))
 
 
 def model(seed: int = 0) -> Regressor:
@@ -51,7 +51,7 @@ def kept(cache: Path) -> dict[str, bytes]:
 
 
 def test_they_are_the_backbones_bit_by_bit(data: Path) -> None:
-    known, frozen = pictures(data), model()
+    known, frozen = images(data), model()
     rows = known.datasets[0].rows("train")
     found = features(frozen, known, rows, 8)
     with torch.inference_mode():
@@ -69,38 +69,38 @@ def test_they_are_the_backbones_bit_by_bit(data: Path) -> None:
 
 
 def test_a_second_call_computes_nothing(data: Path) -> None:
-    known, frozen = pictures(data), model()
+    known, frozen = images(data), model()
     passes: list[int] = []
     frozen.backbone.register_forward_hook(lambda *_: passes.append(1))
     for _ in range(2):
         features(frozen, known, known.datasets[0].rows("train"), 8)
-    assert len(passes) == 5, "batches of 38 pictures"
+    assert len(passes) == 5, "batches of 38 images"
 
 
 def test_anything_else_is_computed_anew(data: Path, tmp_path: Path, cache: Path) -> None:
-    known = pictures(data)
+    known = images(data)
     rows = known.datasets[0].rows("train")
     other = small_dataset.write(tmp_path / "other", train=38, val=12, seed=1)
     features(model(), known, rows, 8)
     features(model(seed=1), known, rows, 8)
-    features(model(), pictures(other), rows, 8)
+    features(model(), images(other), rows, 8)
     features(model(), known, rows[::-1], 8)
     features(model(), known, rows, 4)
     features(model(), known, rows, 8, precision=torch.bfloat16)
     resized = make("test_vit", "random", 48, small_dataset.WIDTH)
-    features(resized, pictures(data, size=48), rows, 8)
+    features(resized, images(data, size=48), rows, 8)
     assert len(list((cache / "features").iterdir())) == 7
 
 
 def test_neither_head_nor_place_nor_neighbours_matter(data: Path, tmp_path: Path, cache: Path) -> None:
-    known, frozen = pictures(data), model()
+    known, frozen = images(data), model()
     rows = known.datasets[0].rows("train")
     first = features(frozen, known, rows, 8)
     torch.nn.init.zeros_(next(frozen.head.parameters()))
     moved = tmp_path / "moved"
     data.rename(moved)
     other = small_dataset.write(tmp_path / "other", seed=1)
-    behind = pictures(other, moved)
+    behind = images(other, moved)
     second = features(frozen.train(), behind, behind.rows(1, rows), 8)
     assert first.folder == second.folder
     assert np.array_equal(first.all(), second.all())
@@ -108,8 +108,8 @@ def test_neither_head_nor_place_nor_neighbours_matter(data: Path, tmp_path: Path
     assert len(list((cache / "features").iterdir())) == 1
 
 
-def test_pictures_of_several_datasets_in_any_order(data: Path, tmp_path: Path) -> None:
-    known = pictures(data, small_dataset.write(tmp_path / "other", seed=1))
+def test_images_of_several_datasets_in_any_order(data: Path, tmp_path: Path) -> None:
+    known = images(data, small_dataset.write(tmp_path / "other", seed=1))
     rows = np.random.default_rng(0).permutation(len(known))
     found = features(model(), known, rows, 8)
     with torch.inference_mode():
@@ -119,42 +119,42 @@ def test_pictures_of_several_datasets_in_any_order(data: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_workers_change_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    known = pictures(data)
+    known = images(data)
     rows = known.datasets[0].rows("train")
     plain = features(model(), known, rows, 8).all()
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "second"))
     assert np.array_equal(features(model(), known, rows, 8, workers=2).all(), plain)
 
 
-def test_unreadable_pictures_are_listed_until_they_are_mended(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreadable_images_are_listed_until_they_are_mended(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     tars = {path: path.read_bytes() for path in data.glob("shards/*.tar")}
-    rows = pictures(data).datasets[0].rows("train")
+    rows = images(data).datasets[0].rows("train")
     bad = [int(rows[3]), int(rows[30])]
     keys = [small_dataset.corrupt(data, row) for row in bad]
     for _ in range(2):
         caplog.clear()
-        found = features(model(), pictures(data), rows, 8)
+        found = features(model(), images(data), rows, 8)
         assert [key for key, _ in found.bad] == keys
         assert np.array_equal(found.row_n, np.setdiff1d(rows, bad))
         assert len(found.all()) == len(rows) - 2
-        assert f"2 of 38 pictures could not be read, and have no features: {keys[0]}: " in caplog.text
+        assert f"2 of 38 images could not be read, and have no features: {keys[0]}: " in caplog.text
     for path, content in tars.items():
         path.write_bytes(content)
-    mended = features(model(), pictures(data), rows, 8)
+    mended = features(model(), images(data), rows, 8)
     assert mended.bad == []
     assert len(mended.all()) == 38
 
 
 def test_nothing_readable_is_refused(data: Path) -> None:
-    rows = pictures(data).datasets[0].rows("train")[:3]
+    rows = images(data).datasets[0].rows("train")[:3]
     for row in rows.tolist():
         small_dataset.corrupt(data, row)
-    with pytest.raises(UserError, match=r"none of the 3 pictures could be read; the first: 0000\d\d: Unidentified"):
-        features(model(), pictures(data), rows, 8)
+    with pytest.raises(UserError, match=r"none of the 3 images could be read; the first: 0000\d\d: Unidentified"):
+        features(model(), images(data), rows, 8)
 
 
 def test_a_damaged_part_is_computed_anew(data: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    known = pictures(data)
+    known = images(data)
     rows = known.datasets[0].rows("train")
     found = features(model(), known, rows, 8)
     before = kept(cache)
@@ -177,7 +177,7 @@ def test_a_full_disk_costs_the_cache_and_not_the_result(
     data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The free space is what the operating system says; here it says little."""
-    known = pictures(data)
+    known = images(data)
     rows = known.datasets[0].rows("train")
     bad = small_dataset.corrupt(data, int(rows[5]))
     expected = features(model(), known, rows, 8)
@@ -202,7 +202,7 @@ def test_a_cache_that_cannot_be_written_names_its_setting(
 ) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "file" / "cache"))
-    known = pictures(data)
+    known = images(data)
     with pytest.raises(UserError, match=r"cannot write .*file/cache.*\n.*IM2EMB_CACHE names another folder"):
         features(model(), known, known.datasets[0].rows("train"), 8)
 
@@ -210,10 +210,10 @@ def test_a_cache_that_cannot_be_written_names_its_setting(
 KILLED = """
 import sys, torch
 from pathlib import Path
-from tests.train.data.test_feature_cache import model, module, pictures
+from tests.train.data.test_feature_cache import model, module, images
 from train.data.feature_cache import features
 module._PART = 16
-known = pictures(Path(sys.argv[1]))
+known = images(Path(sys.argv[1]))
 frozen = model()
 def slow(*_):
     sys.stdout.write("batch\\n"); sys.stdout.flush()
@@ -224,7 +224,7 @@ features(frozen, known, known.datasets[0].rows("train"), 8)
 
 
 def test_a_killed_pass_goes_on(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    known = pictures(data)
+    known = images(data)
     rows = known.datasets[0].rows("train")
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "whole"))
     expected = features(model(), known, rows, 8).all()

@@ -1,4 +1,4 @@
-"""Batches, weights and the pictures of a run, over one dataset and several."""
+"""Batches, weights and the images of a run, over one dataset and several."""
 
 import json
 import logging
@@ -23,13 +23,13 @@ from tests.listed_dataset import ENCODER, Row
 from tests.training import OVERRIDES
 from train.config import TrainSettings
 from train.data.datamodule import Data
-from train.data.images import Batch, Pictures
+from train.data.images import Batch, ImageDataset
 from train.data.loader import loader
-from train.data.sample_weights import picture_weights
+from train.data.sample_weights import image_weights
 from train.data.samplers import InOrder
 
 
-def chosen(*overrides: str, encoder: str = ENCODER) -> TrainSettings:
+def cfg(*overrides: str, encoder: str = ENCODER) -> TrainSettings:
     """Settings of a run, but for its datasets, which the tests open themselves."""
     words = [word for word in OVERRIDES if not word.startswith("encoder=")]
     return settings(TrainSettings, compose("train", ["out=unused", f"encoder={encoder}", *words, *overrides]))
@@ -38,7 +38,7 @@ def chosen(*overrides: str, encoder: str = ENCODER) -> TrainSettings:
 def data_of(folders: Sequence[Path], *overrides: str, val: Sequence[Path] = (), accumulate: int = 1) -> Data:
     named = [f"dataset=[{','.join(map(str, folders))}]", f"val=[{','.join(map(str, val))}]"]
     datasets, sets = ([Dataset(folder, ENCODER) for folder in each] for each in (folders, val))
-    return Data(datasets, sets, chosen(*named, *overrides), Preprocessing(8), accumulate=accumulate)
+    return Data(datasets, sets, cfg(*named, *overrides), Preprocessing(8), accumulate=accumulate)
 
 
 def attached(data: Data) -> Data:
@@ -50,7 +50,7 @@ def attached(data: Data) -> Data:
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Pictures with their own colours and vectors: 12 + 4, and with three captions each 6 + 2."""
+    """Images with their own colours and vectors: 12 + 4, and with three captions each 6 + 2."""
     folder = tmp_path_factory.mktemp("two")
     return [
         small_dataset.write(folder / "one", train=12, val=4),
@@ -58,87 +58,87 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     ]
 
 
-def pictures_of(folders: Sequence[Path], size: int = 16) -> Pictures:
-    return Pictures([Dataset(folder, small_dataset.ENCODER) for folder in folders], Preprocessing(size))
+def images_of(folders: Sequence[Path], size: int = 16) -> ImageDataset:
+    return ImageDataset([Dataset(folder, small_dataset.ENCODER) for folder in folders], Preprocessing(size))
 
 
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
 def test_several_datasets_have_one_numbering(two: list[Path]) -> None:
-    pictures = pictures_of(two)
-    one, other = pictures.datasets
-    assert len(pictures) == 24
+    images = images_of(two)
+    one, other = images.datasets
+    assert len(images) == 24
     for row in range(24):
         dataset, own = (one, row) if row < 16 else (other, row - 16)
-        assert pictures.dataset_of(row) == (row >= 16)
-        assert pictures.place(row) == (dataset, own)
-        assert (pictures.key(row), pictures.source(row)) == (dataset.key(own), "test")
-        assert pictures.label(row) == f"{'two' if row >= 16 else 'one'}/{dataset.key(own)}"
-        assert pictures.prompts(row) == dataset.prompts(own)
-        assert pictures.image_bytes(row) == dataset.image_bytes(own)
-        assert np.array_equal(pictures.target(row), dataset.target(own))
+        assert images.dataset_of(row) == (row >= 16)
+        assert images.place(row) == (dataset, own)
+        assert (images.key(row), images.source(row)) == (dataset.key(own), "test")
+        assert images.label(row) == f"{'two' if row >= 16 else 'one'}/{dataset.key(own)}"
+        assert images.prompts(row) == dataset.prompts(own)
+        assert images.image_bytes(row) == dataset.image_bytes(own)
+        assert np.array_equal(images.target(row), dataset.target(own))
 
 
-def test_a_batch_holds_each_pictures_own_pixels_vector_number_and_weight(two: list[Path]) -> None:
-    pictures = pictures_of(two)
-    pictures.weight_N = np.linspace(0.5, 1.5, 24, dtype=np.float32)
+def test_a_batch_holds_each_images_own_pixels_vector_number_and_weight(two: list[Path]) -> None:
+    images = images_of(two)
+    images.weight_N = np.linspace(0.5, 1.5, 24, dtype=np.float32)
     rows = [17, 3, 23, 3, 0, 16]
-    batch = pictures.__getitems__(rows)
+    batch = images.__getitems__(rows)
     assert batch.row_B.tolist() == rows
-    assert batch.weight_B.tolist() == pictures.weight_N[rows].tolist()
+    assert batch.weight_B.tolist() == images.weight_N[rows].tolist()
     assert (batch.image_BCHW.dtype, batch.row_B.dtype, batch.weight_B.dtype) == (
         torch.uint8,
         torch.int64,
         torch.float32,
     )
     for image, target, row in zip(batch.image_BCHW, batch.target_BE, rows, strict=True):
-        assert image.equal(fit(decode(pictures.image_bytes(row)), Preprocessing(16)))
-        assert np.array_equal(target.numpy(), pictures.target(row))
-    assert pictures_of(two).__getitems__(rows).weight_B.tolist() == [1.0] * 6
+        assert image.equal(fit(decode(images.image_bytes(row)), Preprocessing(16)))
+        assert np.array_equal(target.numpy(), images.target(row))
+    assert images_of(two).__getitems__(rows).weight_B.tolist() == [1.0] * 6
 
 
-def test_a_picture_with_several_captions_trains_on_their_mean(two: list[Path]) -> None:
-    pictures = pictures_of(two)
-    texts = pictures.prompts(20)
+def test_an_image_with_several_captions_trains_on_their_mean(two: list[Path]) -> None:
+    images = images_of(two)
+    texts = images.prompts(20)
     assert len(texts) == 3
-    np.testing.assert_allclose(pictures.__getitems__([20]).target_BE[0], small_dataset.encode(texts).mean(0), atol=1e-6)
+    np.testing.assert_allclose(images.__getitems__([20]).target_BE[0], small_dataset.encode(texts).mean(0), atol=1e-6)
 
 
 def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
     roots = [small_dataset.write(tmp_path / name / "data", train=6, val=2) for name in ("a", "b")]
     keys = [small_dataset.corrupt(roots[0], 2), small_dataset.corrupt(roots[1], 2)]
     assert keys[0] == keys[1]
-    batch = pictures_of(roots).__getitems__([1, 2, 10, 3])
+    batch = images_of(roots).__getitems__([1, 2, 10, 3])
     assert batch.row_B.tolist() == [1, 3]
     assert len(batch.image_BCHW) == len(batch.target_BE) == len(batch.weight_B) == 2
     assert [label for label, _ in batch.bad] == [f"data/{keys[0]}", f"data-2/{keys[0]}"]
     assert all(reason for _, reason in batch.bad)
-    (bad,) = pictures_of(roots[:1]).__getitems__([2]).bad
+    (bad,) = images_of(roots[:1]).__getitems__([2]).bad
     assert bad[0] == keys[0], "of one dataset, the key alone"
-    empty = pictures_of(roots).__getitems__([2])
+    empty = images_of(roots).__getitems__([2])
     assert (empty.image_BCHW.shape, empty.target_BE.shape) == ((0, 3, 16, 16), (0, small_dataset.WIDTH))
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_loader_gives_what_the_pictures_give(two: list[Path], workers: int) -> None:
-    pictures = pictures_of(two)
-    pictures.weight_N = np.linspace(0.5, 1.5, 24, dtype=np.float32)
+def test_a_loader_gives_what_the_images_give(two: list[Path], workers: int) -> None:
+    images = images_of(two)
+    images.weight_N = np.linspace(0.5, 1.5, 24, dtype=np.float32)
     batches = InOrder(np.arange(24)[::-1], 7)
-    for found, rows in zip(loader(pictures, batches, workers), batches, strict=True):
+    for found, rows in zip(loader(images, batches, workers), batches, strict=True):
         assert isinstance(found, Batch)
-        wanted = pictures.__getitems__(rows)
+        wanted = images.__getitems__(rows)
         for name in ("image_BCHW", "target_BE", "row_B", "weight_B"):
             assert getattr(found, name).equal(getattr(wanted, name)), name
 
 
-def test_a_worker_is_sent_no_picture_and_no_prompt(two: list[Path]) -> None:
+def test_a_worker_is_sent_no_image_and_no_prompt(two: list[Path]) -> None:
     """What travels to each of 16 workers must not grow with what is mapped here."""
-    pictures = pictures_of(two)
-    fresh = len(pickle.dumps(pictures))
-    pictures.__getitems__(list(range(24)))
-    pictures.prompts(3)
-    assert len(pickle.dumps(pictures)) == fresh
+    images = images_of(two)
+    fresh = len(pickle.dumps(images))
+    images.__getitems__(list(range(24)))
+    images.prompts(3)
+    assert len(pickle.dumps(images)) == fresh
 
 
 def test_vectors_of_two_encoders_are_refused(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_vectors_of_two_encoders_are_refused(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"different encoders, .*\n.*one .*two .*\n.*: not recorded there, 'other' here"
     ):
-        Pictures([Dataset(one, ENCODER), Dataset(two, ENCODER)], Preprocessing(8))
+        ImageDataset([Dataset(one, ENCODER), Dataset(two, ENCODER)], Preprocessing(8))
 
 
 # ------------------------------------------------------------------------------------------------------------- weights
@@ -155,7 +155,7 @@ def test_vectors_of_two_encoders_are_refused(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Ten pictures of two sources each, with the same keys."""
+    """Ten images of two sources each, with the same keys."""
     folder = tmp_path_factory.mktemp("sources")
     return [
         listed_dataset.write(
@@ -168,11 +168,11 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 def weights_of(
     folders: Sequence[Path], table: dict[str, list[object]] | None, path: Path, **by_source: float
 ) -> tuple[list[int], list[float] | None]:
-    pictures = Pictures([Dataset(folder, ENCODER) for folder in folders], Preprocessing(8))
-    rows = np.flatnonzero(np.arange(len(pictures)) % 10 != 9)
+    images = ImageDataset([Dataset(folder, ENCODER) for folder in folders], Preprocessing(8))
+    rows = np.flatnonzero(np.arange(len(images)) % 10 != 9)
     if table is not None:
         pq.write_table(pa.table(table), path)
-    kept, weight_N = picture_weights(pictures, rows, by_source, path if table is not None else None)
+    kept, weight_N = image_weights(images, rows, by_source, path if table is not None else None)
     return kept.tolist(), None if weight_N is None else weight_N.tolist()
 
 
@@ -204,13 +204,13 @@ def test_sources_and_keys_multiply_and_are_one_on_average(sources: list[Path], t
 def test_a_csv_keeps_the_zeros_of_its_keys(sources: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "w.csv"
     path.write_text("key,weight\n000001,9\n000003,1\n")
-    pictures = Pictures([Dataset(sources[0], ENCODER)], Preprocessing(8))
-    _, weight_N = picture_weights(pictures, np.arange(9), {}, path)
+    images = ImageDataset([Dataset(sources[0], ENCODER)], Preprocessing(8))
+    _, weight_N = image_weights(images, np.arange(9), {}, path)
     assert weight_N is not None
     assert weight_N[1] / weight_N[3] == pytest.approx(9)
 
 
-def test_pictures_that_count_nothing_are_not_drawn(
+def test_images_that_count_nothing_are_not_drawn(
     sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -218,10 +218,10 @@ def test_pictures_that_count_nothing_are_not_drawn(
     assert kept == [0, 1, 3, 4, 5, 6, 7, 8]
     assert weight_N is not None
     assert np.mean(np.array(weight_N)[kept]) == pytest.approx(1)
-    assert "1 of 9 training pictures count 0 and are left out" in caplog.text
+    assert "1 of 9 training images count 0 and are left out" in caplog.text
 
 
-def test_keys_of_no_picture_are_counted(sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_keys_of_no_image_are_counted(sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     weights_of(sources[:1], {"key": ["000002", "no", "none"], "weight": [2.0, 3.0, 1.0]}, tmp_path / "w")
     assert "2 of 3 keys are of no dataset here" in caplog.text
 
@@ -229,16 +229,16 @@ def test_keys_of_no_picture_are_counted(sources: list[Path], tmp_path: Path, cap
 @pytest.mark.parametrize(
     ("table", "by_source", "said"),
     [
-        (None, {"x": 2.0, "c": 2.0}, r"data.sources: c: no picture is of it, only of a, b\n.*data.sources: x: no"),
+        (None, {"x": 2.0, "c": 2.0}, r"data.sources: c: no image is of it, only of a, b\n.*data.sources: x: no"),
         ({"key": ["000001"], "weight": [-1.0]}, {}, "1 weights are no number from 0 up, the first 000001: -1.0"),
         ({"key": ["000001"], "weight": [float("nan")]}, {}, "the first 000001: nan"),
         ({"key": ["000001"], "weight": [None]}, {}, "the first 000001: nan"),
-        ({"key": ["1"], "weight": [1.0]}, {}, "none of its 1 keys is a picture to train on in .*one; write it"),
-        ({"key": ["000001"], "weight": [1.0], "dataset": ["data/x"]}, {}, "none of its 1 keys in data/x is a picture"),
-        ({"key": ["000001", "000001"], "weight": [1.0, 2.0]}, {}, "1 pictures are named twice, the first 000001"),
+        ({"key": ["1"], "weight": [1.0]}, {}, "none of its 1 keys is an image to train on in .*one; write it"),
+        ({"key": ["000001"], "weight": [1.0], "dataset": ["data/x"]}, {}, "none of its 1 keys in data/x is an image"),
+        ({"key": ["000001", "000001"], "weight": [1.0, 2.0]}, {}, "1 images are named twice, the first 000001"),
         ({"key": ["000001"], "share": [1.0]}, {}, "has the columns key, share; weight must be among them"),
         ({"key": ["000001"], "weight": ["much"]}, {}, "w.parquet cannot be read: .*much"),
-        ({"key": [f"{n:06d}" for n in range(9)], "weight": [0.0] * 9}, {}, "all 9 pictures count 0"),
+        ({"key": [f"{n:06d}" for n in range(9)], "weight": [0.0] * 9}, {}, "all 9 images count 0"),
         ({"key": [], "weight": []}, {}, "w.parquet is empty"),
     ],
 )
@@ -257,19 +257,19 @@ def test_a_key_of_two_datasets_needs_the_datasets_name(sources: list[Path], tmp_
 
 
 def test_a_file_of_weights_that_is_none(sources: list[Path], tmp_path: Path) -> None:
-    pictures = Pictures([Dataset(sources[0], ENCODER)], Preprocessing(8))
+    images = ImageDataset([Dataset(sources[0], ENCODER)], Preprocessing(8))
     (tmp_path / "w.parquet").write_bytes(b"PAR1 no more")
     for path in (tmp_path / "w.parquet", tmp_path / "nowhere.csv"):
         with pytest.raises(UserError, match=f"data.weights: {path} cannot be read"):
-            picture_weights(pictures, np.arange(9), {}, path)
+            image_weights(images, np.arange(9), {}, path)
 
 
-# --------------------------------------------------------------------------------------------------- pictures of a run
+# --------------------------------------------------------------------------------------------------- images of a run
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Training sets of 24 pictures (three a prompt) and of 10, one without training pictures, and sets to judge by."""
+    """Training sets of 24 images (three a prompt) and of 10, one without training images, and sets to judge by."""
     folder = tmp_path_factory.mktemp("run")
     made = {
         "seeds": [Row(f"seeds {n // 3}", "val" if n < 6 else "train") for n in range(30)],
@@ -282,7 +282,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: listed_dataset.write(folder / name, rows) for name, rows in made.items()}
 
 
-def test_one_of_a_prompts_pictures_is_drawn_an_epoch(run: dict[str, Path]) -> None:
+def test_one_of_a_prompts_images_is_drawn_an_epoch(run: dict[str, Path]) -> None:
     data = data_of([run["seeds"]])
     assert data.train_rows.tolist() == list(range(6, 30))
     assert data.val_rows.tolist() == list(range(6))
@@ -303,12 +303,12 @@ def test_passes_say_how_often_a_dataset_is_seen(run: dict[str, Path]) -> None:
     assert data.val_rows.tolist() == [*range(6), 30, 31]
 
 
-def test_a_dataset_without_training_pictures_is_refused(run: dict[str, Path]) -> None:
+def test_a_dataset_without_training_images_is_refused(run: dict[str, Path]) -> None:
     with pytest.raises(UserError) as refused:
         data_of([run["source"], run["seeds"], run["whole"]])
     first, second = str(refused.value).splitlines()
-    assert first == f"{run['source']} has no picture in the split 'train', only {{'val': 2}}"
-    assert "whole has no picture in the split 'train', only {'faulty': 1, 'test': 4}" in second
+    assert first == f"{run['source']} has no image in the split 'train', only {{'val': 2}}"
+    assert "whole has no image in the split 'train', only {'faulty': 1, 'test': 4}" in second
 
 
 def test_validation_sets_follow_the_runs_own(run: dict[str, Path]) -> None:
@@ -319,10 +319,10 @@ def test_validation_sets_follow_the_runs_own(run: dict[str, Path]) -> None:
     assert [each.tolist() for each in data.val_sets] == rows
     loaders = data.val_dataloader()
     assert [[row for batch in each for row in batch.row_B.tolist()] for each in loaders] == rows
-    assert data.pictures.prompts(44) == ["source 0"]
+    assert data.images.prompts(44) == ["source 0"]
 
 
-def test_without_validation_pictures_there_is_no_loader_for_them(tmp_path: Path, run: dict[str, Path]) -> None:
+def test_without_validation_images_there_is_no_loader_for_them(tmp_path: Path, run: dict[str, Path]) -> None:
     only = listed_dataset.write(tmp_path / "only", [Row("a"), Row("b")])
     assert attached(data_of([only])).val_dataloader() == []
     data = data_of([only], val=[run["judge"]])
@@ -344,7 +344,7 @@ def test_what_another_dataset_validates_on_is_not_trained_on(
     gone = [12 + row for row in (12, 13, 14)]
     assert not set(gone) & set(data.train_rows.tolist())
     assert len(data.train_rows) == 10 + 21 + 1
-    assert "seeds: 3 of 24 training pictures are left out" in caplog.text
+    assert "seeds: 3 of 24 training images are left out" in caplog.text
 
 
 def test_a_fold_replaces_the_splits(run: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
@@ -386,7 +386,7 @@ def test_images_of_a_validation_set_are_not_trained_on_under_other_prompts(
     assert "3 training images are left out: val=[…] has their bytes" in caplog.text
 
 
-def test_a_dataset_whose_pictures_all_count_nothing_is_refused(run: dict[str, Path], tmp_path: Path) -> None:
+def test_a_dataset_whose_images_all_count_nothing_is_refused(run: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "w.csv"
     path.write_text("key,weight,dataset\n" + "".join(f"{n:06d},0,{run['noisy']}\n" for n in range(2, 12)))
     with pytest.raises(UserError, match=r"nothing of .*noisy is left to train on; take it out of dataset=\[…\]"):

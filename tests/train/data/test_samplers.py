@@ -1,4 +1,4 @@
-"""Which picture at which step, against a reference that walks from the start and remembers all it drew."""
+"""Which image at which step, against a reference that walks from the start and remembers all it drew."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def cases() -> list[int]:
 
 
 def random_parts(rng: np.random.Generator) -> list[Part]:
-    """One to three datasets of up to 40 pictures, of up to four to a prompt, with whole and fractional passes."""
+    """One to three datasets of up to 40 images, of up to four to a prompt, with whole and fractional passes."""
     parts, first = [], 0
     for _ in range(rng.integers(1, 4)):
         count = int(rng.integers(1, 41))
@@ -40,8 +40,8 @@ def unit_of(part: Part) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("case", cases())
-def test_every_unit_is_drawn_in_turn_and_so_is_every_picture_of_it(case: int) -> None:
-    """After each of the first epochs: units of a part differ by one draw at most, and pictures of a unit, too."""
+def test_every_unit_is_drawn_in_turn_and_so_is_every_image_of_it(case: int) -> None:
+    """After each of the first epochs: units of a part differ by one draw at most, and images of a unit, too."""
     parts = random_parts(np.random.default_rng(case))
     draws = Draws(parts, seed=case)
     lengths = [max(round(part.passes * len(set(unit_of(part).values()))), 1) for part in parts]
@@ -64,7 +64,7 @@ def test_every_unit_is_drawn_in_turn_and_so_is_every_picture_of_it(case: int) ->
     assert set(seen) <= {row for part in parts for row in part.rows.tolist()}
 
 
-def test_one_pass_over_one_dataset_is_every_picture_once_in_a_fresh_order() -> None:
+def test_one_pass_over_one_dataset_is_every_image_once_in_a_fresh_order() -> None:
     rows = np.arange(100, 123)
     draws = Draws([Part(rows)], seed=3)
     epochs = [draws.epoch(number).tolist() for number in range(5)]
@@ -78,7 +78,7 @@ def test_one_pass_over_one_dataset_is_every_picture_once_in_a_fresh_order() -> N
     assert [sorted(step) for step in Steps(Draws([Part(np.arange(3))], seed=0), 5, 2)] == [[0, 1, 2]] * 2
 
 
-def test_prompts_with_one_picture_each_are_drawn_as_pictures() -> None:
+def test_prompts_with_one_image_each_are_drawn_as_images() -> None:
     rows = np.arange(9)
     plain, by_prompt = (Draws([Part(rows, units=units)], seed=1) for units in (None, rows[::-1] * 7))
     assert all(np.array_equal(plain.epoch(n), by_prompt.epoch(n)) for n in range(4))
@@ -91,8 +91,8 @@ def test_datasets_are_mixed_within_an_epoch() -> None:
         assert 190 < (quarter >= 3000).sum() < 310
 
 
-def test_the_order_of_a_prompts_pictures_is_drawn_by_lot() -> None:
-    """Of 6,000 prompts with three pictures, each of the six orders is taken by a sixth."""
+def test_the_order_of_a_prompts_images_is_drawn_by_lot() -> None:
+    """Of 6,000 prompts with three images, each of the six orders is taken by a sixth."""
     rows = np.arange(18_000)
     draws = Draws([Part(rows, units=rows // 3)], seed=5)
     place = np.stack([(lambda e: e[np.argsort(e // 3)] % 3)(draws.epoch(number)) for number in range(3)])
@@ -103,7 +103,7 @@ def test_the_order_of_a_prompts_pictures_is_drawn_by_lot() -> None:
 
 @pytest.mark.parametrize("case", cases())
 def test_ranks_and_micro_batches_share_out_the_batches_of_one_process(case: int) -> None:
-    """Whatever the first step, the ranks and the micro-batches: each step's pictures are those of a plain walk."""
+    """Whatever the first step, the ranks and the micro-batches: each step's images are those of a plain walk."""
     rng = np.random.default_rng([case, 1])
     draws = Draws(random_parts(rng), seed=case)
     world, accumulate = int(rng.integers(1, 5)), int(rng.integers(1, 4))
@@ -154,8 +154,8 @@ def test_any_step_can_be_the_first() -> None:
 @pytest.mark.parametrize(
     ("batch", "world", "accumulate", "said"),
     [
-        (3, 4, 1, "a step of 3 pictures leaves some of the 4 devices none"),
-        (30, 2, 4, "a step of 30 pictures does not divide by 8, its micro-batches: 4 on each of 2 devices"),
+        (3, 4, 1, "a step of 3 images leaves some of the 4 devices none"),
+        (30, 2, 4, "a step of 30 images does not divide by 8, its micro-batches: 4 on each of 2 devices"),
     ],
 )
 def test_a_batch_that_cannot_be_dealt_out_is_refused(batch: int, world: int, accumulate: int, said: str) -> None:
@@ -168,7 +168,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused(batch: int, world: int, acc
             refuse()
 
 
-def test_ranks_judge_every_picture_once_in_as_many_batches_each() -> None:
+def test_ranks_judge_every_image_once_in_as_many_batches_each() -> None:
     for count, batch_size, world in itertools.product(range(26), range(1, 6), range(1, 5)):
         rows: NDArray[np.int64] = np.arange(50, 50 + count)
         ranks = [InOrder(rows, batch_size, rank=rank, world=world) for rank in range(world)]
@@ -182,7 +182,7 @@ def test_ranks_judge_every_picture_once_in_as_many_batches_each() -> None:
 
 
 @pytest.mark.slow
-def test_ten_million_pictures_take_a_few_arrays() -> None:
+def test_ten_million_images_take_a_few_arrays() -> None:
     rows = np.arange(10_000_000)
     tracemalloc.start()
     draws = Draws([Part(rows, units=rows // 3), Part(rows + len(rows), passes=0.1)], seed=0)

@@ -55,7 +55,7 @@ HOSTILE = "<script>alert(1)</script> ${1+1} {{value}} square"
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 training pictures, their prompts with markup before them."""
+    """40 training images, their prompts with markup before them."""
     root = small_dataset.write(tmp_path_factory.mktemp("small") / "data")
     plan = pq.read_table(root / "prompts.parquet")
     prompts = [text.replace("square", HOSTILE) for text in plan["prompt"].to_pylist()]
@@ -72,12 +72,12 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def chosen(*overrides: object) -> DemoSettings:
+def cfg(*overrides: object) -> DemoSettings:
     return settings(DemoSettings, compose("demo", ["accelerator=cpu", *map(str, overrides)]))
 
 
-def looked(chosen: DemoSettings, image: bytes) -> Look:
-    return prepare(chosen, *place_of(chosen))[0].look(image)
+def looked(cfg: DemoSettings, image: bytes) -> Look:
+    return prepare(cfg, *place_of(cfg))[0].look(image)
 
 
 def png(width: int = 40, height: int = 40, colour: str = "teal", kind: str = "png", **options: Any) -> bytes:
@@ -131,7 +131,7 @@ def test_shares_are_those_of_another_solver_and_sum_to_one() -> None:
 
 def test_look_is_what_model_bank_and_baselines_give(run: Path, data: Path) -> None:
     image = png(100, 60, "orange")
-    look = looked(chosen(f"checkpoint={run / 'best'}", "neighbours=5"), image)
+    look = looked(cfg(f"checkpoint={run / 'best'}", "neighbours=5"), image)
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("train")
     target_nE = np.stack([dataset.target(int(row)) for row in rows])
@@ -154,9 +154,9 @@ def test_a_bundle_and_an_ensemble_need_only_a_bank(run: Path, data: Path, tmp_pa
     export(run / "best", tmp_path / "bundle")
     members = [ensemble.Member(name, run / "best", 0.5) for name in ("a", "b")]
     ensemble.save(tmp_path / "both", members, {})
-    own = looked(chosen(f"checkpoint={run}", "baselines=[mean,retrieve]"), image)
+    own = looked(cfg(f"checkpoint={run}", "baselines=[mean,retrieve]"), image)
     for name in ("bundle", "both"):
-        look = looked(chosen(f"checkpoint={tmp_path / name}", f"bank={data}"), image)
+        look = looked(cfg(f"checkpoint={tmp_path / name}", f"bank={data}"), image)
         assert [(part.name, pytest.approx(part.share, abs=1e-4)) for part in own.parts] == [
             (part.name, part.share) for part in look.parts
         ]
@@ -165,19 +165,19 @@ def test_a_bundle_and_an_ensemble_need_only_a_bank(run: Path, data: Path, tmp_pa
 
 def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Path) -> None:
     export(run / "best", tmp_path / "bundle")
-    with pytest.raises(UserError, match=r"knn is fitted on pictures\nbank: there are no prompts.*\n.*lies in no run"):
-        place_of(chosen(f"checkpoint={tmp_path / 'bundle'}", "baselines=[mean,knn]"))
-    found = place_of(chosen(f"checkpoint={tmp_path / 'bundle'}", f"run={run}"))
+    with pytest.raises(UserError, match=r"knn is fitted on images\nbank: there are no prompts.*\n.*lies in no run"):
+        place_of(cfg(f"checkpoint={tmp_path / 'bundle'}", "baselines=[mean,knn]"))
+    found = place_of(cfg(f"checkpoint={tmp_path / 'bundle'}", f"run={run}"))
     assert found == (tmp_path / "bundle", run)
     with pytest.raises(UserError, match=r"nothing is no checkpoint, bundle or ensemble"):
-        place_of(chosen(f"checkpoint={tmp_path / 'nothing'}"))
+        place_of(cfg(f"checkpoint={tmp_path / 'nothing'}"))
 
 
 @pytest.mark.parametrize(
     ("image", "problem"),
     [
         (b"", "the file is empty"),
-        (b"just some words", "no picture of these kinds: JPEG, PNG"),
+        (b"just some words", "no image of these kinds: JPEG, PNG"),
         (bomb(12_000, 12_000), r"12,000 × 12,000 pixels are over the bound of 1,000,000 \(most_pixels\)"),
         (bomb(30_000, 30_000), r"its pixels are over the bound of 1,000,000 \(most_pixels\)"),
         (bomb(1, 60_000_000), "1 × 60,000,000 pixels a side is over the bound of 65,535"),
@@ -185,18 +185,18 @@ def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Pat
         (bomb(65_536, 1), "a side is over"),
         (bomb(65_535, 16), "65,535 × 16 pixels are over"),
         (png(1001, 1000), "1,001 × 1,000 pixels are over"),
-        (png()[:20], "damaged|no picture"),
-        (png(kind="tiff"), "no picture of these kinds"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "no picture of these kinds"),
+        (png()[:20], "damaged|no image"),
+        (png(kind="tiff"), "no image of these kinds"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "no image of these kinds"),
     ],
 )
-def test_what_is_no_usable_picture_is_refused_by_its_head(image: bytes, problem: str) -> None:
+def test_what_is_no_usable_image_is_refused_by_its_head(image: bytes, problem: str) -> None:
     with pytest.raises(BadImage, match=problem):
         check(image, 1_000_000)
 
 
-def test_pictures_of_every_kind_are_looked_at_upright(run: Path) -> None:
-    shown = prepare(*((c := chosen(f"checkpoint={run / 'best'}", "baselines=[mean]")), *place_of(c)))[0]
+def test_images_of_every_kind_are_looked_at_upright(run: Path) -> None:
+    shown = prepare(*((c := cfg(f"checkpoint={run / 'best'}", "baselines=[mean]")), *place_of(c)))[0]
     turned = Image.Exif()
     turned[0x0112] = 6
     assert (shown.look(png(80, 40, kind="jpeg", exif=turned)).width) == 40
@@ -254,7 +254,7 @@ def test_a_model_that_fails_is_told_and_logged(tmp_path: Path, caplog: pytest.Lo
 
 def test_settings_are_bounded_all_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        chosen("neighbours=0", "port=70000", "most_mb=0", f"most_pixels={MAX_PIXELS + 1}", "baselines=[mean,mean,men]")
+        cfg("neighbours=0", "port=70000", "most_mb=0", f"most_pixels={MAX_PIXELS + 1}", "baselines=[mean,mean,men]")
     for word in (
         "neighbours: 0",
         "port: 70000",
@@ -264,7 +264,7 @@ def test_settings_are_bounded_all_at_once() -> None:
         "mean is named",
     ):
         assert word in str(caught.value)
-    assert chosen(f"most_pixels={MAX_PIXELS}").host == "127.0.0.1"
+    assert cfg(f"most_pixels={MAX_PIXELS}").host == "127.0.0.1"
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -394,10 +394,10 @@ def say(server: Server, data: bytes) -> str:
     return html
 
 
-def test_a_picture_gives_prompts_and_shares(server: Server, run: Path, data: Path) -> None:
+def test_an_image_gives_prompts_and_shares(server: Server, run: Path, data: Path) -> None:
     dataset = Dataset(data, small_dataset.ENCODER)
     image = dataset.image_bytes(int(dataset.rows("val")[0]))
-    look = looked(chosen(f"checkpoint={run / 'best'}"), image)
+    look = looked(cfg(f"checkpoint={run / 'best'}"), image)
     html = say(server, image)
     assert "<script" not in html
     assert re.findall(r'class="figure">([\d.]+)<', html) == [f"{cosine:.3f}" for cosine, _ in look.nearest]
@@ -411,13 +411,13 @@ def test_a_picture_gives_prompts_and_shares(server: Server, run: Path, data: Pat
         (bomb(30_000, 30_000), "its pixels are over the bound of 1,000,000"),
         (bomb(1, 60_000_000), "a side is over the bound of 65,535"),
         (bomb(60_000_000, 1), "a side is over the bound of 65,535"),
-        (b"just some words", "the file is no picture of these kinds"),
+        (b"just some words", "the file is no image of these kinds"),
         (b"", "the file is empty"),
-        (png()[:-20], "This picture cannot be used"),
+        (png()[:-20], "This image cannot be used"),
     ],
     ids=["bomb", "tall", "wide", "words", "nothing", "cut"],
 )
-def test_what_is_no_picture_gives_a_message(server: Server, image: bytes, problem: str) -> None:
+def test_what_is_no_image_gives_a_message(server: Server, image: bytes, problem: str) -> None:
     before = server.memory()
     assert problem in say(server, image)
     assert "Nearest prompts" in say(server, png())
@@ -425,9 +425,9 @@ def test_what_is_no_picture_gives_a_message(server: Server, image: bytes, proble
 
 
 def test_what_was_not_uploaded_is_neither_read_nor_served(server: Server, data: Path) -> None:
-    picture = data / "a.png"
-    picture.write_bytes(png())
-    for path in (str(picture), f"{server.uploads}/../{picture}", "http://127.0.0.1:9/a.png", None):
+    image = data / "a.png"
+    image.write_bytes(png())
+    for path in (str(image), f"{server.uploads}/../{image}", "http://127.0.0.1:9/a.png", None):
         for more in ({}, {"meta": None}):  # without it, gradio does not see that it is a file
             assert "it was not uploaded" in call(server, path, **more)[1]
         assert server.send("GET", f"/gradio_api/file={path}")[0] == 403
@@ -649,11 +649,11 @@ def test_it_ends_cleanly_and_leaves_no_upload(
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_picture_dropped_onto_the_page_gives_its_nearest_prompts(
+def test_an_image_dropped_onto_the_page_gives_its_nearest_prompts(
     server: Server, width: int, run: Path, browser: "Browser"
 ) -> None:
     image = png(64, 48, "orange")
-    look = looked(chosen(f"checkpoint={run / 'best'}"), image)
+    look = looked(cfg(f"checkpoint={run / 'best'}"), image)
     give = """([how, selector, bytes]) => {
       const sent = new DataTransfer(), away = {bubbles: true, cancelable: true};
       sent.items.add(new File([new Uint8Array(bytes)], "a.png", {type: "image/png"}));
@@ -666,8 +666,8 @@ def test_a_picture_dropped_onto_the_page_gives_its_nearest_prompts(
     page.on("request", lambda request: asked.append(request.url))
     page.on("dialog", lambda _: pytest.fail("a prompt ran as a script"))
     page.goto(f"http://127.0.0.1:{server.port}/")
-    page.locator("#picture button").first.wait_for()
-    page.evaluate(give, ["drop", "#picture button", list(image)])
+    page.locator("#image button").first.wait_for()
+    page.evaluate(give, ["drop", "#image button", list(image)])
     page.get_by_text("64 × 48 px").wait_for()
     shown = page.locator("#results .near .prompt").all_inner_texts()
     assert [" ".join(text.split()) for text in shown] == [text for _, text in look.nearest]
@@ -676,9 +676,9 @@ def test_a_picture_dropped_onto_the_page_gives_its_nearest_prompts(
     assert page.locator("footer:visible").count() == 0
     page.evaluate(give, ["paste", "body", list(png(50, 40))])  # in place of the first
     page.get_by_text("50 × 40 px").wait_for()
-    page.evaluate(give, ["drop", "#picture img", list(b"just some words")])
-    page.get_by_text("This picture cannot be used").wait_for()
-    page.get_by_text("Drop a picture here").wait_for()
+    page.evaluate(give, ["drop", "#image img", list(b"just some words")])
+    page.get_by_text("This image cannot be used").wait_for()
+    page.get_by_text("Drop an image here").wait_for()
     page.close()
     strangers = [url for url in asked if not url.startswith((f"http://127.0.0.1:{server.port}/", "data:", "blob:"))]
     assert asked

@@ -121,7 +121,7 @@ def test_the_table_is_sorted_and_names_what_was_judged(judged: tuple[Path, dict[
     _, info = judged
     head, *lines = table(info).split("\n\n")[0].splitlines()
     names = [line.split()[0] for line in lines]
-    assert "12 pictures, val" in head
+    assert "12 images, val" in head
     assert f"behind {names[0]}" in head
     assert set(names) == set(NAMES)
     by_name = {score["name"]: score for score in info["scores"]}
@@ -174,7 +174,7 @@ def test_a_set_that_training_never_saw_with_several_captions(tiny_run: Path, tmp
     np.testing.assert_allclose(np.load(tmp_path / "out/predictions/mean.npy")[0], constant, atol=1e-6)
 
 
-def test_unreadable_pictures_are_left_out_counted_and_listed(
+def test_unreadable_images_are_left_out_counted_and_listed(
     tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = small_dataset.write(tmp_path / "data", train=2, val=10, seed=3)
@@ -185,18 +185,18 @@ def test_unreadable_pictures_are_left_out_counted_and_listed(
     assert info["images"] == 7
     assert [line["key"] for line in info["skipped"]] == keys
     assert all("cannot identify" in line["reason"] for line in info["skipped"])
-    assert "3 of 10 pictures could not be read" in caplog.text
+    assert "3 of 10 images could not be read" in caplog.text
     assert not set(keys) & set(json.loads((tmp_path / "out/keys.json").read_text()))
     assert np.load(tmp_path / "out/predictions/regressor.npy").shape == (7, small_dataset.WIDTH)
 
 
-def test_unreadable_training_pictures_do_not_stop_the_baselines(tiny_run: Path, tmp_path: Path) -> None:
+def test_unreadable_training_images_do_not_stop_the_baselines(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
     data = small_dataset.write(tmp_path / "data", seed=2)
     small_dataset.corrupt(data, int(Dataset(data).rows("train")[0]))
-    chosen = json.loads((run / "settings.json").read_text())
-    (run / "settings.json").write_text(json.dumps({**chosen, "dataset": [str(data)]}))
+    cfg = json.loads((run / "settings.json").read_text())
+    (run / "settings.json").write_text(json.dumps({**cfg, "dataset": [str(data)]}))
     info = judge(run, tmp_path / "out")
     assert [score["name"] for score in info["scores"]] == NAMES
 
@@ -204,8 +204,8 @@ def test_unreadable_training_pictures_do_not_stop_the_baselines(tiny_run: Path, 
 def run_on(run: Path, folder: Path, **changed: Any) -> Path:
     """A copy of `run` with other settings."""
     shutil.copytree(run, folder)
-    chosen = json.loads((run / "settings.json").read_text())
-    (folder / "settings.json").write_text(json.dumps({**chosen, **changed}))
+    cfg = json.loads((run / "settings.json").read_text())
+    (folder / "settings.json").write_text(json.dumps({**cfg, **changed}))
     return folder
 
 
@@ -229,14 +229,14 @@ def test_a_run_on_several_datasets_is_judged_on_all_and_its_baselines_fit_on_all
     )
 
 
-def test_a_fold_is_judged_on_its_own_pictures(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_a_fold_is_judged_on_its_own_images(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     run = run_on(tiny_run, tmp_path / "run", fold="2/4", fold_threshold=1.01)
     info = judge(run, tmp_path / "out", "embedders=[mean,regressor]")
-    chosen = training.chosen(small_data, run, "fold=2/4", "fold_threshold=1.01")
-    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, Preprocessing(32))
+    cfg = training.cfg(small_data, run, "fold=2/4", "fold_threshold=1.01")
+    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], cfg, Preprocessing(32))
     assert 0 < info["images"] == len(data.val_rows) < 52
-    assert json.loads((tmp_path / "out/keys.json").read_text()) == [data.pictures.key(row) for row in data.val_rows]
-    mean = data.pictures.targets(data.train_rows).mean(0)
+    assert json.loads((tmp_path / "out/keys.json").read_text()) == [data.images.key(row) for row in data.val_rows]
+    mean = data.images.targets(data.train_rows).mean(0)
     np.testing.assert_allclose(
         np.load(tmp_path / "out/predictions/mean.npy")[0], mean / np.linalg.norm(mean), atol=1e-6
     )
@@ -262,14 +262,14 @@ def test_each_prompt_source_has_its_score_and_interval(tiny_run: Path, tmp_path:
     assert [line.split()[0] for line in lines[4:6]] == sorted(
         info["sources"], key=lambda n: -info["sources"][n]["mean"]
     )
-    assert f"{info['sources']['coco']['images']} pictures" in table(info)
+    assert f"{info['sources']['coco']['images']} images" in table(info)
 
 
 def test_runs_of_older_versions_can_be_judged(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     """Their settings name one dataset, lack what came later, and hold what is called otherwise now."""
     run = run_on(tiny_run, tmp_path / "run")
-    chosen = json.loads((run / "settings.json").read_text())
-    old = {k: chosen[k] for k in ("seed", "encoder", "epochs", "batch_size")}
+    cfg = json.loads((run / "settings.json").read_text())
+    old = {k: cfg[k] for k in ("seed", "encoder", "epochs", "batch_size")}
     old |= {"dataset": str(small_data), "model": {"weights": "random", "freeze": 0}, "accelerator": "cpu"}
     (run / "settings.json").write_text(json.dumps(old))
     assert judge(run, tmp_path / "out")["images"] == 12
@@ -295,12 +295,12 @@ def test_mistakes_name_the_remedy(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"no run at .*nowhere: settings\.json is missing; train first"):
         judge(tmp_path / "nowhere", out)
-    with pytest.raises(UserError, match=r"has no picture in the split 'test'; .*data \{'train': 40, 'val': 12\}"):
+    with pytest.raises(UserError, match=r"has no image in the split 'test'; .*data \{'train': 40, 'val': 12\}"):
         judge(tiny_run, out, "split=test")
     data = small_dataset.write(tmp_path / "data", train=1, val=2)
     for row in range(3):
         small_dataset.corrupt(data, row)
-    with pytest.raises(UserError, match=r"none of the 2 pictures of .* could be read; the first: "):
+    with pytest.raises(UserError, match=r"none of the 2 images of .* could be read; the first: "):
         judge(tiny_run, out, f"dataset={data}", "embedders=[regressor]")
     assert not out.exists()
 
@@ -380,7 +380,7 @@ def test_an_ensemble_is_scored_out_of_its_folds_and_saved_as_one_embedder(tiny_r
     again = judge(tiny_run, tmp_path / "again", f"checkpoint={told['saved']}", "embedders=[regressor]", "batch_size=5")
     np.testing.assert_allclose(np.load(tmp_path / "again/predictions/regressor.npy"), whole_nE, atol=1e-5)
     held_out = next(score for score in info["scores"] if score["name"] == "ensemble")
-    assert held_out["mean"] <= again["scores"][0]["mean"] + 1e-6, "weights of its own pictures are at least as good"
+    assert held_out["mean"] <= again["scores"][0]["mean"] + 1e-6, "weights of its own images are at least as good"
 
 
 def test_an_ensemble_with_a_member_that_is_no_checkpoint_says_so(
@@ -420,7 +420,7 @@ def test_only_what_an_evaluation_wrote_is_removed_by_the_next(tiny_run: Path, tm
     assert there == expected | {"texts/retrieve.json"}
 
 
-def test_a_model_is_judged_elsewhere_without_its_training_pictures(
+def test_a_model_is_judged_elsewhere_without_its_training_images(
     tiny_run: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(tmp_path / "gone")])
@@ -471,12 +471,12 @@ def test_what_cannot_be_judged_is_told_before_anything_is_computed(
         (None, [f"checkpoint={alone}"], r"alone lies in no run.*name dataset=… to judge it on, or run=…"),
         (tiny_run, [f"embedders=[regressor,{other}]"], "of the target encoder all-MiniLM-L12-v2, but the vectors comp"),
         (tiny_run, ["+tta.ridge.flip=true"], r"tta\.ridge: views are for checkpoints and their like alone: regressor"),
-        (tiny_run, ["embedders=[mean,ridge,ensemble]", "ensemble.folds=13"], "folds: 13, but the 12 pictures have 12"),
+        (tiny_run, ["embedders=[mean,ridge,ensemble]", "ensemble.folds=13"], "folds: 13, but the 12 images have 12"),
         (tiny_run, ["embedders=[regressor,retrieve]", f"bank={tmp_path / 'none.txt'}"], "none.txt"),
         (None, ["embedders=[mean]", f"dataset={small_data}", f"checkpoint={alone}"], "alone lies in no run"),
     ):
-        chosen = [f"run={run}"] if run else []
-        values = compose("evaluate", [*chosen, f"out={tmp_path / 'out'}", "accelerator=cpu", *overrides])
+        cfg = [f"run={run}"] if run else []
+        values = compose("evaluate", [*cfg, f"out={tmp_path / 'out'}", "accelerator=cpu", *overrides])
         with pytest.raises(UserError, match=f"(?s){words}"):
             evaluate(settings(EvaluateSettings, values))
     assert not (tmp_path / "out").exists()
@@ -499,7 +499,7 @@ def test_folders_of_checkpoints_stand_in_the_table_by_their_names(
     np.testing.assert_array_equal(np.load(ours), np.load(theirs))
 
 
-def test_a_picture_may_be_seen_several_times(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_an_image_may_be_seen_several_times(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     judge(tiny_run, tmp_path / "out", "embedders=[regressor]", "tta.regressor.flip=true", "tta.regressor.sizes=[32,48]")
     dataset = Dataset(small_data)
     images = [decode(dataset.image_bytes(row)) for row in dataset.rows("val")]

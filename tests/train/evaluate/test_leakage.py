@@ -21,7 +21,7 @@ from models.leakage import Leakage
 from tests import listed_dataset, small_dataset, training
 from tests.listed_dataset import Row
 from train.config import EvaluateSettings
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.evaluate import leakage
 from train.evaluate.evaluate import evaluate, table
 from train.evaluate.leakage import find_leakage
@@ -39,8 +39,8 @@ def colour(n: int) -> str:
 
 
 def image_set(root: Path, split: str) -> ImageSet:
-    pictures = Pictures([Dataset(root, listed_dataset.ENCODER)], training.PREPROCESSING)
-    return ImageSet(pictures, pictures.datasets[0].rows(split))
+    images = ImageDataset([Dataset(root, listed_dataset.ENCODER)], training.PREPROCESSING)
+    return ImageSet(images, images.datasets[0].rows(split))
 
 
 def train(data: Path, out: Path, *overrides: str) -> Path:
@@ -239,7 +239,7 @@ def test_leaks_stand_in_table_json_page_and_card(leaky_run: Path, tmp_path: Path
     assert "Leakage of regressor: 16 of 16 images" in page
     export(leaky_run, tmp_path / "bundle")
     card = (tmp_path / "bundle/README.md").read_text()
-    assert "Mean cosine on 16 pictures: **" in card
+    assert "Mean cosine on 16 images: **" in card
     assert "shared with training: 16 of 16 images (16 with a training prompt" in card
     assert "16 held-out" not in card
     assert "The score is of held-out" not in card
@@ -267,7 +267,7 @@ def test_a_run_without_leaks_says_so_everywhere(tiny_run: Path, tmp_path: Path) 
     assert all((own.bytes, own.prompts, own.is_known) == (0, 0, True) for own in leaks.values())
     export(tiny_run, tmp_path / "bundle")
     card = (tmp_path / "bundle/README.md").read_text()
-    assert "Mean cosine on 12 held-out pictures" in card
+    assert "Mean cosine on 12 held-out images" in card
     assert f"shared with training: {leaks['regressor'].counts_text()}." in card
 
 
@@ -301,7 +301,7 @@ def test_images_that_cannot_be_read_are_not_counted(leaky_run: Path, tmp_path: P
 
 
 def test_a_fold_is_judged_on_the_datasets_own_split(leaky: Path, tmp_path: Path) -> None:
-    """The fold's own pictures are clean; those of the own split have trained in part."""
+    """The fold's own images are clean; those of the own split have trained in part."""
     run = train(leaky, tmp_path / "fold", "fold=1/4", "fold_threshold=1.01")
     own = scores(tmp_path / "own", f"run={run}", "embedders=[regressor]")
     assert counts(own) == (0, 0, 0, 0)

@@ -1,4 +1,4 @@
-"""Tables of single pictures: who stands in them, what was near, what wandb keeps, and what a fold leaves behind."""
+"""Tables of single images: who stands in them, what was near, what wandb keeps, and what a fold leaves behind."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from models.metrics import bootstrap
 from models.regressor import Regressor
 from tests import small_dataset, training
 from train.data.datamodule import Data
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.evaluate import oof
 
 pytest_plugins = ["tests.tiny_run"]
@@ -32,18 +32,18 @@ def model(tiny_run: Path) -> Regressor:
 
 
 @pytest.fixture(scope="module")
-def pictures(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pictures:
-    """Of two datasets with the same keys; the second's pictures have two captions."""
+def images(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
+    """Of two datasets with the same keys; the second's images have two captions."""
     other = small_dataset.write(tmp_path_factory.mktemp("two") / "other", train=9, val=6, captions=2, seed=8)
-    return Pictures([Dataset(root, small_dataset.ENCODER) for root in (small_data, other)], training.PREPROCESSING)
+    return ImageDataset([Dataset(root, small_dataset.ENCODER) for root in (small_data, other)], training.PREPROCESSING)
 
 
-def rows_of(pictures: Pictures, split: str) -> NDArray[np.int64]:
-    return np.concatenate([pictures.rows(n, d.rows(split)) for n, d in enumerate(pictures.datasets)])
+def rows_of(images: ImageDataset, split: str) -> NDArray[np.int64]:
+    return np.concatenate([images.rows(n, d.rows(split)) for n, d in enumerate(images.datasets)])
 
 
 @pytest.mark.parametrize("count", range(1, 12))
-def test_no_picture_is_shown_twice(count: int) -> None:
+def test_no_image_is_shown_twice(count: int) -> None:
     groups = oof.extremes(np.linspace(0, 1, count, dtype=np.float32), 4)
     shown = np.concatenate(list(groups.values())).tolist()
     assert len(shown) == len(set(shown))
@@ -51,10 +51,10 @@ def test_no_picture_is_shown_twice(count: int) -> None:
 
 
 @pytest.mark.parametrize("chunk", [3, 1000])
-def test_nearest_prompts_match_brute_force(pictures: Pictures, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+def test_nearest_prompts_match_brute_force(images: ImageDataset, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
     monkeypatch.setattr(oof, "CHUNK", chunk)
     query_NE = np.random.default_rng(0).normal(size=(5, small_dataset.WIDTH)).astype(np.float32)
-    parts = [(d, d.rows("train")) for d in pictures.datasets]
+    parts = [(d, d.rows("train")) for d in images.datasets]
     best = [
         {
             p: float(z_E @ t_E)
@@ -70,50 +70,50 @@ def test_nearest_prompts_match_brute_force(pictures: Pictures, monkeypatch: pyte
     assert np.allclose([[c for c, _ in pairs] for pairs in found], [[c for c, _ in pairs] for pairs in expected])
 
 
-def test_a_prompt_of_many_pictures_is_named_once(small_data: Path) -> None:
+def test_a_prompt_of_many_images_is_named_once(small_data: Path) -> None:
     dataset = Dataset(small_data, small_dataset.ENCODER)
     rows = np.repeat(dataset.rows("train"), 5)
     (pairs,) = oof.nearest_prompts([(dataset, rows)], dataset.target(0)[None], 3)
     assert len({prompt for _, prompt in pairs}) == 3
 
 
-def test_the_best_and_the_worst_with_what_they_were_taken_for(model: Regressor, pictures: Pictures) -> None:
-    rows, train = rows_of(pictures, "val"), rows_of(pictures, "train")
+def test_the_best_and_the_worst_with_what_they_were_taken_for(model: Regressor, images: ImageDataset) -> None:
+    rows, train = rows_of(images, "val"), rows_of(images, "train")
     scores = np.random.default_rng(1).permutation(len(rows)) / 100
-    shown = oof.worst_and_best(model, pictures, rows, scores, train, count=3, nearest=2)
+    shown = oof.worst_and_best(model, images, rows, scores, train, count=3, nearest=2)
     order = np.argsort(-scores)
     assert [(s.kind, s.row) for s in shown] == [("best", int(rows[n])) for n in order[:3]] + [
         ("worst", int(rows[n])) for n in order[-3:]
     ]
     for one in shown:
         assert one.score == scores[rows.tolist().index(one.row)]
-        assert (one.key, one.prompt) == (pictures.key(one.row), " / ".join(pictures.prompts(one.row)))
-        z_E = model(pictures.__getitems__([one.row]).image_BCHW)[0].detach().numpy()
+        assert (one.key, one.prompt) == (images.key(one.row), " / ".join(images.prompts(one.row)))
+        z_E = model(images.__getitems__([one.row]).image_BCHW)[0].detach().numpy()
         every = {
             prompt: float(z_E @ t_E)
             for row in train.tolist()
-            for d, own in [pictures.place(row)]
+            for d, own in [images.place(row)]
             for prompt, t_E in zip(d.prompts(own), d.targets(own), strict=True)
         }
         nearest = sorted(every, key=every.__getitem__, reverse=True)[:2]
         assert [prompt for _, prompt in one.near] == nearest
         assert [cosine for cosine, _ in one.near] == pytest.approx([every[p] for p in nearest], abs=1e-5)
-    assert oof.worst_and_best(model, pictures, rows[:0], scores[:0], train) == []
+    assert oof.worst_and_best(model, images, rows[:0], scores[:0], train) == []
 
 
-def test_a_model_in_training_stays_in_training(model: Regressor, pictures: Pictures) -> None:
+def test_a_model_in_training_stays_in_training(model: Regressor, images: ImageDataset) -> None:
     model.train()
-    oof.worst_and_best(model, pictures, rows_of(pictures, "val"), np.arange(18.0), rows_of(pictures, "train"))
+    oof.worst_and_best(model, images, rows_of(images, "val"), np.arange(18.0), rows_of(images, "train"))
     assert model.training
     model.eval()
 
 
 def test_wandb_keeps_the_table_offline(
-    model: Regressor, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Regressor, images: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows, train = rows_of(pictures, "val"), rows_of(pictures, "train")
-    shown = oof.worst_and_best(model, pictures, rows, np.arange(len(rows)) / 20, train, count=2)
-    found = logged(tmp_path, monkeypatch, lambda logger: oof.log_to_wandb(logger, pictures, shown, side=24))
+    rows, train = rows_of(images, "val"), rows_of(images, "train")
+    shown = oof.worst_and_best(model, images, rows, np.arange(len(rows)) / 20, train, count=2)
+    found = logged(tmp_path, monkeypatch, lambda logger: oof.log_to_wandb(logger, images, shown, side=24))
     assert found["columns"] == ["picture", "kind", "cosine", "prompt", "nearest training prompts", "key"]
     assert [row[1:4] for row in found["data"]] == [[s.kind, s.score, s.prompt] for s in shown]
     assert found["data"][0][4].splitlines() == [f"{cosine:.2f} {prompt}" for cosine, prompt in shown[0].near]
@@ -141,11 +141,11 @@ def test_a_run_that_ends_tells_of_its_best_checkpoint(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run / "best", run / "best")
-    chosen = training.chosen(small_data, run, "fold=1/4", "fold_threshold=1.01")
-    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], chosen, training.PREPROCESSING)
+    cfg = training.cfg(small_data, run, "fold=1/4", "fold_threshold=1.01")
+    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], cfg, training.PREPROCESSING)
     cpu = torch.device("cpu")
     with caplog.at_level(logging.INFO):
-        found = logged(tmp_path, monkeypatch, lambda logger: oof.tell_of_best(chosen, data, cpu, logger))
+        found = logged(tmp_path, monkeypatch, lambda logger: oof.tell_of_best(cfg, data, cpu, logger))
     info = json.loads((run / "oof/fold.json").read_text())
     step = checkpoint.read_config(run / "best")["step"]
     assert (info["fold"], info["images"], info["step"]) == ("1/4", len(data.val_rows), step)
@@ -155,30 +155,30 @@ def test_a_run_that_ends_tells_of_its_best_checkpoint(
     assert kinds == ["best"] * (len(kinds) // 2) + ["worst"] * (len(kinds) // 2)
     assert found["data"][0][2] == pytest.approx(scores.max(), abs=1e-6)
     assert found["data"][-1][2] == pytest.approx(scores.min(), abs=1e-6)
-    whole = training.chosen(small_data, tmp_path / "none")
-    oof.tell_of_best(whole, Data(data.pictures.datasets, [], whole, training.PREPROCESSING), cpu)
+    whole = training.cfg(small_data, tmp_path / "none")
+    oof.tell_of_best(whole, Data(data.images.datasets, [], whole, training.PREPROCESSING), cpu)
     assert not (tmp_path / "none").exists(), "there is no fold and no wandb"
 
 
 def test_out_of_fold_predictions_are_those_of_the_model(
-    model: Regressor, pictures: Pictures, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: Regressor, images: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    rows = rows_of(pictures, "val")
-    interval = oof.write_oof(tmp_path / "oof", model, pictures, rows, {"fold": "2/3"}, batch_size=5, workers=0)
+    rows = rows_of(images, "val")
+    interval = oof.write_oof(tmp_path / "oof", model, images, rows, {"fold": "2/3"}, batch_size=5, workers=0)
     vectors = np.load(tmp_path / "oof/predictions.npy")
     scores = np.load(tmp_path / "oof/scores.npy")
     assert (vectors.dtype, vectors.shape, scores.dtype) == (np.float32, (18, small_dataset.WIDTH), np.float32)
-    expected = model(pictures.__getitems__(rows.tolist()).image_BCHW).detach().numpy()
+    expected = model(images.__getitems__(rows.tolist()).image_BCHW).detach().numpy()
     np.testing.assert_allclose(vectors, expected, atol=1e-5)
-    np.testing.assert_allclose(scores, (expected * pictures.targets(rows)).sum(-1), atol=1e-5)
-    assert json.loads((tmp_path / "oof/keys.json").read_text()) == [pictures.key(row) for row in rows]
+    np.testing.assert_allclose(scores, (expected * images.targets(rows)).sum(-1), atol=1e-5)
+    assert json.loads((tmp_path / "oof/keys.json").read_text()) == [images.key(row) for row in rows]
     info = json.loads((tmp_path / "oof/fold.json").read_text())
     assert (info["fold"], info["images"], info["skipped"]) == ("2/3", 18, [])
     assert [d["images"] for d in info["datasets"]] == [12, 6]
     assert interval == pytest.approx(bootstrap(scores.astype(np.float64)))
     assert (info["mean"], info["low"], info["high"]) == interval
     before = (tmp_path / "oof/predictions.npy").read_bytes()
-    again = oof.write_oof(tmp_path / "oof", model, pictures, rows, {"fold": "2/3"}, batch_size=5, workers=0)
+    again = oof.write_oof(tmp_path / "oof", model, images, rows, {"fold": "2/3"}, batch_size=5, workers=0)
     assert again == interval
     assert (tmp_path / "oof/predictions.npy").read_bytes() == before
 
@@ -187,18 +187,18 @@ def test_out_of_fold_predictions_are_those_of_the_model(
 
     monkeypatch.setattr(oof, "_head", full_disk)
     with pytest.raises(UserError, match=r"cannot write .*oof: .*No space left"):
-        oof.write_oof(tmp_path / "oof", model, pictures, rows, {"fold": "9/9"}, batch_size=5, workers=0)
+        oof.write_oof(tmp_path / "oof", model, images, rows, {"fold": "9/9"}, batch_size=5, workers=0)
     assert (tmp_path / "oof/predictions.npy").read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == ["oof"]
 
 
-def test_unreadable_pictures_of_a_fold_are_left_out_and_listed(model: Regressor, tmp_path: Path) -> None:
+def test_unreadable_images_of_a_fold_are_left_out_and_listed(model: Regressor, tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "data", train=2, val=10, seed=3)
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("val")
     keys = [small_dataset.corrupt(data, int(rows[n])) for n in (0, 4, 9)]
-    pictures = Pictures([dataset], training.PREPROCESSING)
-    oof.write_oof(tmp_path / "oof", model, pictures, rows, {}, batch_size=4, workers=0)
+    images = ImageDataset([dataset], training.PREPROCESSING)
+    oof.write_oof(tmp_path / "oof", model, images, rows, {}, batch_size=4, workers=0)
     vectors = np.load(tmp_path / "oof/predictions.npy")
     kept = json.loads((tmp_path / "oof/keys.json").read_text())
     assert vectors.shape == (7, small_dataset.WIDTH)
@@ -206,8 +206,8 @@ def test_unreadable_pictures_of_a_fold_are_left_out_and_listed(model: Regressor,
     info = json.loads((tmp_path / "oof/fold.json").read_text())
     assert ([line["key"] for line in info["skipped"]], info["images"]) == (keys, 7)
     with torch.no_grad():
-        last = model(pictures.__getitems__([int(rows[8])]).image_BCHW)[0].numpy()
+        last = model(images.__getitems__([int(rows[8])]).image_BCHW)[0].numpy()
     np.testing.assert_allclose(vectors[-1], last, atol=1e-5)
-    with pytest.raises(UserError, match=r"none of the 2 pictures of the fold could be read; the first: "):
-        oof.write_oof(tmp_path / "none", model, pictures, rows[[0, 4]], {}, batch_size=4, workers=0)
+    with pytest.raises(UserError, match=r"none of the 2 images of the fold could be read; the first: "):
+        oof.write_oof(tmp_path / "none", model, images, rows[[0, 4]], {}, batch_size=4, workers=0)
     assert not (tmp_path / "none").exists()

@@ -11,7 +11,7 @@ from core.errors import UserError
 from datagen.dataset.format import Dataset
 from models.runtime.preprocess import Preprocessing, fit
 from tests import small_dataset
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.evaluate import prediction_cache
 from train.evaluate.prediction_cache import Contender, Predictions, predict
 
@@ -19,7 +19,7 @@ WIDTH = small_dataset.WIDTH
 
 
 class Colours:
-    """An embedder that needs no training: a fixed random map of a picture's pixels, and what it says of it."""
+    """An embedder that needs no training: a fixed random map of an image's pixels, and what it says of it."""
 
     calls = 0
 
@@ -43,43 +43,43 @@ def contender(name: str, seed: int = 0, *, telling: bool = False, alone: bool = 
 
 
 @pytest.fixture
-def pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pictures:
-    """17 pictures, in parts of four."""
+def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageDataset:
+    """17 images, in parts of four."""
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(prediction_cache, "_PART", 4)
     monkeypatch.setattr(Colours, "calls", 0)
-    return Pictures(
+    return ImageDataset(
         [Dataset(small_dataset.write(tmp_path / "data", train=17, val=2), small_dataset.ENCODER)], Preprocessing(32)
     )
 
 
-def run(pictures: Pictures, *contenders: Contender) -> Predictions:
-    return predict(contenders, pictures, pictures.datasets[0].rows("train"), 3)
+def run(images: ImageDataset, *contenders: Contender) -> Predictions:
+    return predict(contenders, images, images.datasets[0].rows("train"), 3)
 
 
 def files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache/predictions").glob("*/*.npz"))
 
 
-def test_they_are_computed_once_and_are_those_of_the_embedder(pictures: Pictures) -> None:
-    first = run(pictures, contender("a"), contender("b", 1, telling=True, alone=True))
+def test_they_are_computed_once_and_are_those_of_the_embedder(images: ImageDataset) -> None:
+    first = run(images, contender("a"), contender("b", 1, telling=True, alone=True))
     assert Colours.calls == 34
-    again = run(pictures, contender("other name"), contender("b", 1, telling=True, alone=True))
+    again = run(images, contender("other name"), contender("b", 1, telling=True, alone=True))
     assert Colours.calls == 34, "the name is no part of what they depend on, nor is what else was asked for"
-    rows = pictures.datasets[0].rows("train").tolist()
-    images = [pictures.decoded(row) for row in rows]
+    rows = images.datasets[0].rows("train").tolist()
+    decoded = [images.decoded(row) for row in rows]
     for found in (first, again):
         assert found.rows == rows
-        np.testing.assert_allclose(found.vectors["b"], Colours(1).embed(images), atol=1e-6)
-        assert found.texts == {"b": [f"{image.float().mean():.1f}" for image in images]}
+        np.testing.assert_allclose(found.vectors["b"], Colours(1).embed(decoded), atol=1e-6)
+        assert found.texts == {"b": [f"{image.float().mean():.1f}" for image in decoded]}
     np.testing.assert_array_equal(first.vectors["a"], again.vectors["other name"])
     assert again.seconds["b"] == first.seconds["b"], "what it took when it was computed"
 
 
-def test_what_they_depend_on_is_told_apart(pictures: Pictures, tmp_path: Path) -> None:
-    a, b = (run(pictures, contender("a", seed)).vectors["a"] for seed in (0, 1))
+def test_what_they_depend_on_is_told_apart(images: ImageDataset, tmp_path: Path) -> None:
+    a, b = (run(images, contender("a", seed)).vectors["a"] for seed in (0, 1))
     assert np.abs(a - b).max() > 0.01
-    other = Pictures(
+    other = ImageDataset(
         [Dataset(small_dataset.write(tmp_path / "b", train=17, val=2, seed=9), small_dataset.ENCODER)],
         Preprocessing(32),
     )
@@ -89,41 +89,41 @@ def test_what_they_depend_on_is_told_apart(pictures: Pictures, tmp_path: Path) -
 
 
 def test_a_lost_or_damaged_part_alone_is_computed_again(
-    pictures: Pictures, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    images: ImageDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    first = run(pictures, contender("a")).vectors["a"]
+    first = run(images, contender("a")).vectors["a"]
     parts = files(tmp_path)
     assert len(parts) == 5
     parts[1].unlink()
     parts[3].write_bytes(parts[3].read_bytes()[:100])
     calls = Colours.calls
-    np.testing.assert_array_equal(run(pictures, contender("a")).vectors["a"], first)
+    np.testing.assert_array_equal(run(images, contender("a")).vectors["a"], first)
     assert Colours.calls == calls + 8
     for place in (0, 40, 200, -90, -3):  # zip header, vectors, directory, checksum
         data = bytearray(parts[2].read_bytes())
         data[place] ^= 1
         parts[2].write_bytes(data)
-        np.testing.assert_array_equal(run(pictures, contender("a")).vectors["a"], first)
+        np.testing.assert_array_equal(run(images, contender("a")).vectors["a"], first)
         assert f"{parts[2]} is damaged" in caplog.text
         caplog.clear()
 
 
-def test_a_picture_that_can_be_read_by_now_is_not_left_out(pictures: Pictures) -> None:
-    dataset = pictures.datasets[0]
+def test_an_image_that_can_be_read_by_now_is_not_left_out(images: ImageDataset) -> None:
+    dataset = images.datasets[0]
     row = int(dataset.rows("train")[5])
     tar = Path(str(dataset.root)) / "shards/000000.tar"
     sound = tar.read_bytes()
     key = small_dataset.corrupt(Path(str(dataset.root)), row)
-    found = run(pictures, contender("a"))
+    found = run(images, contender("a"))
     assert [line["key"] for line in found.skipped] == [key]
     assert len(found.vectors["a"]) == 16
     tar.write_bytes(sound)
-    found = run(Pictures([Dataset(dataset.root, small_dataset.ENCODER)], Preprocessing(32)), contender("a"))
+    found = run(ImageDataset([Dataset(dataset.root, small_dataset.ENCODER)], Preprocessing(32)), contender("a"))
     assert not found.skipped
     assert len(found.vectors["a"]) == 17
 
 
-def test_vectors_that_cannot_be_scored_are_refused_by_name(pictures: Pictures) -> None:
+def test_vectors_that_cannot_be_scored_are_refused_by_name(images: ImageDataset) -> None:
     class Broken(Colours):
         def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
             return super().embed(images) * torch.nan
@@ -133,11 +133,11 @@ def test_vectors_that_cannot_be_scored_are_refused_by_name(pictures: Pictures) -
         (lambda: Broken(0), "wrong: 3 of 3 vectors are zero or not finite"),
     ):
         with pytest.raises(UserError, match=said):
-            run(pictures, Contender("wrong", lambda said=said: {"said": said}, made))
+            run(images, Contender("wrong", lambda said=said: {"said": said}, made))
 
 
-def test_the_cache_says_what_it_holds(pictures: Pictures, tmp_path: Path) -> None:
-    run(pictures, contender("a", 3))
+def test_the_cache_says_what_it_holds(images: ImageDataset, tmp_path: Path) -> None:
+    run(images, contender("a", 3))
     about = json.loads((files(tmp_path)[0].parent / "about.json").read_text())
     assert about["embedder"] == {"seed": 3, "telling": False}
-    assert about["datasets"] == [pictures.datasets[0].fingerprint()]
+    assert about["datasets"] == [images.datasets[0].fingerprint()]

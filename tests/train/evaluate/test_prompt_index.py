@@ -21,7 +21,7 @@ from datagen.dataset.targets import TargetEncoder, minilm_wheel
 from models.retrieval import vector_index
 from tests import small_dataset
 from train.evaluate import prompt_index
-from train.evaluate.prompt_index import Bank, Retrieve, blend, encoder_identity, from_pictures, from_places
+from train.evaluate.prompt_index import Bank, Retrieve, blend, encoder_identity, from_images, from_places
 
 MINILM = "all-MiniLM-L6-v2"
 PROMPTS = ["a red fox in the snow", "a painting of a lighthouse", "an old robot, 4k", "two cats — été", "a map of Rome"]
@@ -46,7 +46,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Two captions a picture, of which many are the same text."""
+    """Two captions an image, of which many are the same text."""
     return small_dataset.write(tmp_path / "data", train=30, val=10, captions=2)
 
 
@@ -111,7 +111,7 @@ def test_a_dataset_gives_the_captions_and_vectors_it_has(data: Path, monkeypatch
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("train")
     wanted = {t: v for i in rows for t, v in zip(dataset.prompts(i), dataset.targets(i), strict=True)}
-    for bank in (from_places([data], small_dataset.ENCODER), from_pictures([(dataset, rows)])):
+    for bank in (from_places([data], small_dataset.ENCODER), from_images([(dataset, rows)])):
         assert bank.texts(range(len(bank))) == list(wanted)
         np.testing.assert_array_equal(bank.vectors, np.stack(list(wanted.values())))
     val = from_places([data], small_dataset.ENCODER, split="val")
@@ -121,10 +121,10 @@ def test_a_dataset_gives_the_captions_and_vectors_it_has(data: Path, monkeypatch
     assert bank.holds([next(iter(wanted)), "nobody's"]).tolist() == [True, False]
 
 
-def test_pictures_of_several_datasets_share_one_bank(data: Path, tmp_path: Path) -> None:
+def test_images_of_several_datasets_share_one_bank(data: Path, tmp_path: Path) -> None:
     other = small_dataset.write(tmp_path / "other", train=9, val=2, seed=5)
     parts = [(d, d.rows("train")[::-1][:8]) for d in (Dataset(p, small_dataset.ENCODER) for p in (data, other))]
-    bank = from_pictures(parts)
+    bank = from_images(parts)
     texts = [t for d, rows in parts for i in rows for t in d.prompts(i)]
     assert bank.texts(range(len(bank))) == list(dict.fromkeys(texts))
     np.testing.assert_allclose(bank.vectors, small_dataset.encode(bank.texts(range(len(bank)))), atol=1e-6)
@@ -225,7 +225,7 @@ def test_a_blend_lies_between() -> None:
         with pytest.raises(UserError, match=rf"share: {share} of what is retrieved"):
             blend(a, b, share)
 
-    with pytest.raises(UserError, match="members cancel out on picture 0"):
+    with pytest.raises(UserError, match="members cancel out on image 0"):
         blend(a, -a, 0.5)
     with pytest.raises(UserError, match="retrieved: 1 of 6 vectors are zero"):
         blend(a, np.concatenate([b[:5], 0 * b[5:]]), 0.5)
@@ -312,11 +312,11 @@ def _parts(text: str, paths: dict[Path | str, str]) -> list[str]:
 def test_a_bank_of_nothing_and_vectors_of_another_width(data: Path) -> None:
     dataset = Dataset(data, small_dataset.ENCODER)
     with pytest.raises(UserError, match=rf"no prompt for a bank in {data}"):
-        from_pictures([(dataset, dataset.rows("train")[:0])])
+        from_images([(dataset, dataset.rows("train")[:0])])
     with pytest.raises(UserError, match="no prompt for a bank in no place"):
         Bank([])
     with pytest.raises(UserError, match=r"shape \[2, 5\] are compared with a bank of width 384"):
-        from_pictures([(dataset, dataset.rows("train"))]).nearest(unit(2, 5), 3)
+        from_images([(dataset, dataset.rows("train"))]).nearest(unit(2, 5), 3)
 
 
 def test_an_encoders_identity_follows_its_files(tmp_path: Path) -> None:

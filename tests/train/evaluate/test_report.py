@@ -38,11 +38,11 @@ SHARES = {"regressor": 0.7, "blip": 0.5}
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
-    """60 validation pictures, of prompts of one to twelve words; those of training are hostile."""
+    """60 validation images, of prompts of one to twelve words; those of training are hostile."""
     root = small_dataset.write(tmp_path_factory.mktemp("data") / "squares", train=20, val=JUDGED, size=32)
     plan = pq.read_table(root / "prompts.parquet")
     prompts = [
-        f"{HOSTILE} {text}" if split == "train" else " ".join([f"picture{i}", *["word"] * (i % 12)])
+        f"{HOSTILE} {text}" if split == "train" else " ".join([f"image{i}", *["word"] * (i % 12)])
         for i, (text, split) in enumerate(zip(plan["prompt"].to_pylist(), plan["split"].to_pylist(), strict=True))
     ]
     pq.write_table(plan.set_column(2, "prompt", pa.array(prompts)), root / "prompts.parquet")
@@ -50,7 +50,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def write(folder: Path, dataset: Dataset, **more: Any) -> Path:
-    """Of a regressor, BLIP with hostile captions, and the mean; the nearest of the first picture is not known."""
+    """Of a regressor, BLIP with hostile captions, and the mean; the nearest of the first image is not known."""
     rng = np.random.default_rng(3)
     vectors = {
         name: evaluated.at([dataset], np.clip(rng.normal(share, 0.15, JUDGED), -1, 1), seed)
@@ -102,8 +102,8 @@ def test_every_part_of_an_evaluation_is_on_the_page(page: Path, folder: Path) ->
     assert ["blip", "0.25", "0.5"] in rows["ensemble"]
     for name in ("score-by-prompt-length", "score-by-distance-to-training", "prompts", "scores-of-single-pictures"):
         assert parts[name].count("<svg") == 2, name
-    assert "Pictures of which it is not known: 1." in parts["score-by-distance-to-training"]
-    assert "Pictures of which it is not known" not in parts["score-by-prompt-length"]
+    assert "Images of which it is not known: 1." in parts["score-by-distance-to-training"]
+    assert "Images of which it is not known" not in parts["score-by-prompt-length"]
     assert re.search(r'title="\d+">word<', parts["prompts"])
     assert info["datasets"][0]["sha256"] in parts["settings"]
 
@@ -191,7 +191,7 @@ def test_one_embedder_alone_has_a_page(dataset: Dataset, tmp_path: Path) -> None
     evaluated.write(tmp_path / "alone", [dataset], {"regressor": evaluated.at([dataset], 0.6)})
     parts = sections(report.write(tmp_path / "alone", tmp_path / "report.html"))
     assert not {"paired-differences", "ensemble"} & set(parts)
-    assert "Not known of these pictures." in parts["score-by-distance-to-training"]
+    assert "Not known of these images." in parts["score-by-distance-to-training"]
     assert "minus" in parts["right-and-wrong"]
 
 

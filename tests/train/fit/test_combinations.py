@@ -71,20 +71,18 @@ def test_four_micro_batches_of_eight_are_a_batch_of_32(
 
 
 @pytest.mark.parametrize("part", ["loss.contrastive=0.1", "loss.hardest=0.5"])
-def test_what_compares_pictures_is_not_added_up(part: str, small_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(
-        UserError, match=r"scale\.micro_batch: a step of 8 pictures would be 4 micro-batches .* compares"
-    ):
+def test_what_compares_images_is_not_added_up(part: str, small_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"scale\.micro_batch: a step of 8 images would be 4 micro-batches .* compares"):
         train(small_data, tmp_path / "run", part, "scale.micro_batch=2")
 
 
 def test_a_batch_that_micro_batches_do_not_divide_is_refused(small_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"batch_size: a step of 8 pictures does not divide by 3"):
+    with pytest.raises(UserError, match=r"batch_size: a step of 8 images does not divide by 3"):
         train(small_data, tmp_path / "run", "scale.micro_batch=3")
 
 
 def test_another_micro_batch_goes_on(small_data: Path, tmp_path: Path) -> None:
-    """As on another machine: the steps are the same ones, of the same pictures."""
+    """As on another machine: the steps are the same ones, of the same images."""
     train(small_data, tmp_path / "whole", "optim.ema=0.9")
     parts = ("optim.ema=0.9", "save_every=1")
     with pytest.MonkeyPatch.context() as patch:
@@ -127,8 +125,8 @@ def test_another_precision_does_not_go_on(small_data: Path, tmp_path: Path) -> N
 
 def test_the_debug_experiment_takes_two_steps_of_everything(small_data: Path, tmp_path: Path) -> None:
     overrides = ["+experiment=debug", f"dataset={small_data}", f"out={tmp_path}", f"encoder={small_dataset.ENCODER}"]
-    chosen = settings(TrainSettings, compose("train", [*overrides, "scale.workers=0"]))
-    assert fit.fit(chosen) == 0
+    cfg = settings(TrainSettings, compose("train", [*overrides, "scale.workers=0"]))
+    assert fit.fit(cfg) == 0
     assert len(losses(tmp_path)) == 2
     assert all(map(torch.isfinite, map(torch.tensor, losses(tmp_path))))
     state = load_file(tmp_path / "last/model.safetensors")
@@ -185,7 +183,7 @@ def test_a_start_on_other_vectors_is_refused(tiny_run: Path, small_data: Path, t
 
 
 def test_a_head_worked_out_before_is_taken(small_data: Path, tmp_path: Path) -> None:
-    """A run killed before its first resume point does not go over its pictures again."""
+    """A run killed before its first resume point does not go over its images again."""
     head = make("test_vit", "random", 32, small_dataset.WIDTH).head
     (tmp_path / "run").mkdir()
     tensor_files.save(dict(head.state_dict()), tmp_path / "run/head_init.safetensors")
@@ -211,8 +209,8 @@ def test_several_datasets_and_validation_sets(small_data: Path, tmp_path: Path) 
     second = small_dataset.write(tmp_path / "second", train=20, val=4, seed=5)
     judged = small_dataset.write(tmp_path / "judged", train=0, val=8, seed=6)
     data = [f"dataset=[{small_data},{second}]", "passes=[1,0.5]", f"val=[{judged}]"]
-    chosen = settings(TrainSettings, compose("train", [*training.OVERRIDES, *data, f"out={tmp_path / 'run'}"]))
-    assert fit.fit(chosen) == 0
+    cfg = settings(TrainSettings, compose("train", [*training.OVERRIDES, *data, f"out={tmp_path / 'run'}"]))
+    assert fit.fit(cfg) == 0
     log = records(tmp_path / "run")
     assert max(r["step"] for r in log) == 2 * 50 // 8
     last = [r for r in log if "val/cosine" in r][-1]
@@ -235,7 +233,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(
     with caplog.at_level("INFO"):
         assert train(small_data, tmp_path / "run", "dry_run=true", "model.backbone=test_convnext") == 0
     assert not (tmp_path / "run").exists()
-    for words in ("settings changed: ", "M parameters", "GFLOP a picture", "40 training pictures", "10 steps of 8"):
+    for words in ("settings changed: ", "M parameters", "GFLOP an image", "40 training images", "10 steps of 8"):
         assert words in caplog.text
 
 

@@ -15,7 +15,7 @@ from models import checkpoint
 from models.metrics import compare
 from tests import commands, small_dataset
 from tests.training import OVERRIDES, PREPROCESSING, records, same_weights, train
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.fit.callbacks import KeepBest
 from train.fit.improvement import ImageScores, Improvement
 from train.fit.loggers import JsonLines
@@ -49,7 +49,7 @@ def test_step_0_is_the_model_before_training(small_data: Path, tmp_path: Path) -
     assert (first["step"], first["epoch"]) == (0, 0)
     assert [r["step"] for r in later] == [5, 10]
     dataset = Dataset(small_data, small_dataset.ENCODER)
-    batch = Pictures([dataset], PREPROCESSING).__getitems__(dataset.rows("val").tolist())
+    batch = ImageDataset([dataset], PREPROCESSING).__getitems__(dataset.rows("val").tolist())
     with torch.inference_mode():
         score_n = (checkpoint.load(tmp_path / "run/first")(batch.image_BCHW) * batch.target_BE).sum(-1)
     assert first["val/cosine"] == pytest.approx(score_n.mean().item(), abs=1e-6)
@@ -214,21 +214,21 @@ def scores(step: int, row_n: Any, score_n: Any) -> ImageScores:
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Pictures:
+def images(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     root = small_dataset.write(tmp_path_factory.mktemp("pictures") / "data", train=30, val=12)
-    return Pictures([Dataset(root, small_dataset.ENCODER)], PREPROCESSING)
+    return ImageDataset([Dataset(root, small_dataset.ENCODER)], PREPROCESSING)
 
 
 def test_images_are_paired_and_those_of_one_prompt_resampled_together(
-    pictures: Pictures, monkeypatch: pytest.MonkeyPatch
+    images: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows have six prompts, three images each; one image could not be read at the end."""
     rng = np.random.default_rng(0)
     rows = np.arange(18)
-    hash_c = np.repeat(np.arange(21), 3)[: len(pictures)]
+    hash_c = np.repeat(np.arange(21), 3)[: len(images)]
     monkeypatch.setattr(Dataset, "prompt_hashes", lambda _: hash_c)
     before, after = rng.uniform(0.3, 0.5, 18), rng.uniform(0.35, 0.55, 18)
-    found = Improvement.of(scores(0, rows, before), scores(7, rows, after), scores(9, rows[1:], after[1:]), pictures)
+    found = Improvement.of(scores(0, rows, before), scores(7, rows, after), scores(9, rows[1:], after[1:]), images)
     assert found is not None
     assert (found.images, found.prompts, found.best_step, found.last_step) == (17, 6, 7, 9)
     named = {"start": before[1:], "best": after[1:], "last": after[1:]}
@@ -248,12 +248,12 @@ def test_images_are_paired_and_those_of_one_prompt_resampled_together(
     ],
 )
 def test_what_to_change_where_a_run_did_not_improve(
-    gains: np.ndarray, verdict: str, words: str | None, pictures: Pictures
+    gains: np.ndarray, verdict: str, words: str | None, images: ImageDataset
 ) -> None:
     rows, start_n = np.arange(12), np.linspace(0.2, 0.6, 12)
     step = 0 if verdict == "the start is best" else 5
     last = scores(10, rows, start_n - 0.05)
-    found = Improvement.of(scores(0, rows, start_n), scores(step, rows, start_n + gains), last, pictures)
+    found = Improvement.of(scores(0, rows, start_n), scores(step, rows, start_n + gains), last, images)
     assert found is not None
     assert found.verdict == verdict
     assert found.last_gain == pytest.approx((-0.05, -0.05, -0.05))
@@ -263,10 +263,10 @@ def test_what_to_change_where_a_run_did_not_improve(
         assert "epochs=9" in (found.advice("epochs=9 (now 3)") or "")
 
 
-def test_scores_that_are_no_numbers_are_not_compared(pictures: Pictures) -> None:
+def test_scores_that_are_no_numbers_are_not_compared(images: ImageDataset) -> None:
     rows, fine, nan = np.arange(3), np.array([0.1, 0.2, 0.3]), np.array([0.1, np.nan, 0.3])
     start, best = scores(0, rows, fine), scores(4, rows, fine + 0.1)
-    found = Improvement.of(start, best, scores(8, rows, nan), pictures)
+    found = Improvement.of(start, best, scores(8, rows, nan), images)
     assert found is not None
     assert (found.last, found.last_gain, found.facts()["last"]) == (None, None, None)
-    assert Improvement.of(scores(0, rows, nan), best, best, pictures) is None
+    assert Improvement.of(scores(0, rows, nan), best, best, images) is None

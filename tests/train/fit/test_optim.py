@@ -52,10 +52,10 @@ def regressor(name: str = "test_vit") -> Regressor:
     return make(name, "random", 32, 12)
 
 
-def settings_of(model: Regressor, chosen: OptimSettings) -> dict[str, tuple[float, float, str]]:
+def settings_of(model: Regressor, cfg: OptimSettings) -> dict[str, tuple[float, float, str]]:
     """(rate, weight decay, part) by name of parameter."""
     names = {id(p): name for name, p in model.named_parameters()}
-    groups = parameter_groups(model, chosen)
+    groups = parameter_groups(model, cfg)
     found = [(names[id(p)], (g["lr"], g["weight_decay"], g["part"])) for g in groups for p in g["params"]]
     assert len(dict(found)) == len(found), "none is in two groups"
     return dict(found)
@@ -143,11 +143,11 @@ def gradients(model: Regressor) -> None:
         parameter.grad = torch.empty_like(parameter).copy_(torch.randn(parameter.shape, generator=generator))
 
 
-def steps(chosen: OptimSettings, count: int = 3) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Regressor]:
+def steps(cfg: OptimSettings, count: int = 3) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray], Regressor]:
     """Values before and after `count` steps with the same gradient."""
     model = regressor("test_convnext")
     before = {n: p.detach().double().numpy() for n, p in model.named_parameters()}
-    made = optimizer(model, chosen)
+    made = optimizer(model, cfg)
     gradients(model)
     for _ in range(count):
         made.step()
@@ -252,39 +252,39 @@ def test_onecycle_equals_torchs(total: int) -> None:
 
 
 def test_the_head_alone_has_a_cosine_of_its_own_and_then_the_schedule_begins() -> None:
-    chosen = with_(head_only_lr=1e-2, warmup=3)
+    cfg = with_(head_only_lr=1e-2, warmup=3)
     sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
     peer = CosineAnnealingLR(sgd, T_max=20, eta_min=1e-4)
     for step in range(20):
-        assert part_share("backbone", step, 60, 20, chosen) == 0
-        assert 1e-3 * part_share("head", step, 60, 20, chosen) == pytest.approx(sgd.param_groups[0]["lr"])
+        assert part_share("backbone", step, 60, 20, cfg) == 0
+        assert 1e-3 * part_share("head", step, 60, 20, cfg) == pytest.approx(sgd.param_groups[0]["lr"])
         sgd.step()
         peer.step()
     for part, step in itertools.product(("head", "backbone"), range(20, 61)):
-        assert part_share(part, step, 60, 20, chosen) == lr_share(step - 20, 40, 3)
-    assert part_share("head", 20, 20, 20, chosen) == pytest.approx(0.1), "a run of the head alone ends so"
+        assert part_share(part, step, 60, 20, cfg) == lr_share(step - 20, 40, 3)
+    assert part_share("head", 20, 20, 20, cfg) == pytest.approx(0.1), "a run of the head alone ends so"
 
 
 def test_without_a_rate_of_its_own_the_head_alone_is_on_the_runs_schedule() -> None:
-    chosen = with_(warmup=3)
-    assert [part_share("backbone", step, 60, 5, chosen) for step in range(5)] == [0.0] * 5
+    cfg = with_(warmup=3)
+    assert [part_share("backbone", step, 60, 5, cfg) for step in range(5)] == [0.0] * 5
     for part, step in (("head", 0), ("head", 4), ("head", 30), ("backbone", 5), ("backbone", 59)):
-        assert part_share(part, step, 60, 5, chosen) == lr_share(step, 60, 3)
+        assert part_share(part, step, 60, 5, cfg) == lr_share(step, 60, 3)
 
 
 def test_the_scheduler_sets_each_groups_rate_and_goes_on_from_its_state() -> None:
-    chosen = with_(layer_decay=0.5, head_only_lr=1e-2, warmup=2)
+    cfg = with_(layer_decay=0.5, head_only_lr=1e-2, warmup=2)
 
     def made(model: Regressor) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
-        adamw = optimizer(model, chosen)
-        return adamw, scheduler(adamw, chosen, 12, 3)
+        adamw = optimizer(model, cfg)
+        return adamw, scheduler(adamw, cfg, 12, 3)
 
     model = regressor()
     adamw, schedule = made(model)
     peaks = [(g["part"], g["initial_lr"]) for g in adamw.param_groups]
     for step in range(13):
         for group, (part, peak) in zip(adamw.param_groups, peaks, strict=True):
-            assert group["lr"] == peak * part_share(part, step, 12, 3, chosen)
+            assert group["lr"] == peak * part_share(part, step, 12, 3, cfg)
         if step == 6:
             state = adamw.state_dict(), schedule.state_dict()
             adamw, schedule = made(model)

@@ -1,4 +1,4 @@
-"""Two processes train as one does: DDP, FSDP2, what compares the pictures of a whole step, resuming, exporting.
+"""Two processes train as one does: DDP, FSDP2, what compares the images of a whole step, resuming, exporting.
 
 Processes of their own, over gloo on the CPU: `pytest tests/train/fit/test_ranks.py -m slow`. One of DDP and one of
 FSDP2 run by default.
@@ -35,7 +35,7 @@ def ranked(data: Path, out: Path, *overrides: str, module: str = "tests.noting_t
 
 
 def taken(run: Path) -> dict[int, list[int]]:
-    """The pictures of each step, over all ranks and micro-batches."""
+    """The images of each step, over all ranks and micro-batches."""
     rows: dict[int, list[int]] = defaultdict(list)
     for path in run.glob("rows_*.jsonl"):
         for line in path.read_text().splitlines():
@@ -62,7 +62,7 @@ def weights_agree(one: Path, two: Path, atol: float = 1e-5) -> None:
 
 
 def test_two_ranks_train_as_one_process_does(small_data: Path, tmp_path: Path) -> None:
-    """An epoch is every picture once, dealt out; losses, scores and log are those of one process."""
+    """An epoch is every image once, dealt out; losses, scores and log are those of one process."""
     overrides = ("epochs=2", "optim.ema=0.9", "optim.layer_decay=0.8", "data.crop=0.8", "data.flip=true")
     train(small_data, tmp_path / "one", *overrides)
     ranked(small_data, tmp_path / "two", *overrides, TWO)
@@ -147,7 +147,7 @@ def test_the_head_trains_first_on_every_rank(strategy: str, small_data: Path, tm
 
 
 @pytest.mark.slow
-def test_what_compares_the_pictures_of_a_step_sees_those_of_all_ranks(small_data: Path, tmp_path: Path) -> None:
+def test_what_compares_the_images_of_a_step_sees_those_of_all_ranks(small_data: Path, tmp_path: Path) -> None:
     overrides = ("epochs=2", "loss.contrastive=0.1", "loss.hardest=0.5", "batch_size=9")
     train(small_data, tmp_path / "one", *overrides)
     ranked(small_data, tmp_path / "two", *overrides, TWO)

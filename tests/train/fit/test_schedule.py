@@ -146,7 +146,7 @@ def test_dry_run_and_run_report_the_schedule(tmp_path: Path, caplog: pytest.LogC
     from train.fit.fit import fit
 
     data = small_dataset.write(tmp_path / "data", train=40, val=12)
-    cfg = training.chosen(data, tmp_path / "run", "optim.warmup=500")
+    cfg = training.cfg(data, tmp_path / "run", "optim.warmup=500")
     with caplog.at_level("INFO"):
         assert fit(dataclasses.replace(cfg, dry_run=True)) == 0
     told = [m for m in caplog.messages if m.startswith(("schedule: ", "warning: "))]

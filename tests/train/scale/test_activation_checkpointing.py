@@ -26,7 +26,7 @@ def model(name: str = "test_vit", freeze: int = 0) -> Regressor:
     return made.train()
 
 
-def pictures(count: int = 8) -> torch.Tensor:
+def images(count: int = 8) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
@@ -34,7 +34,7 @@ def step(made: Regressor) -> dict[str, torch.Tensor]:
     """Gradients and buffers by name after a forward and backward pass."""
     made.zero_grad()
     torch.manual_seed(7)
-    made(pictures()).pow(3).sum().backward()
+    made(images()).pow(3).sum().backward()
     gradients = {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
     return gradients | {name: b.clone() for name, b in made.named_buffers()}
 
@@ -57,7 +57,7 @@ def test_gradients_and_statistics_are_the_same_to_the_bit(name: str, mode: Mode)
     assert [n for n, _ in twin.named_parameters()] == [n for n, _ in made.named_parameters()]
     assert equal(step(twin), step(made))
     with torch.no_grad():
-        torch.testing.assert_close(twin.eval()(pictures()), made.eval()(pictures()), atol=0, rtol=0)
+        torch.testing.assert_close(twin.eval()(images()), made.eval()(images()), atol=0, rtol=0)
 
 
 def test_less_is_kept_for_the_backward_pass() -> None:
@@ -66,7 +66,7 @@ def test_less_is_kept_for_the_backward_pass() -> None:
         made = model()
         activation_checkpointing.apply(layer_groups.blocks(made.backbone), mode)
         with LiveBytes() as counted:
-            loss = made(pictures(64)).sum()
+            loss = made(images(64)).sum()
             kept[mode] = counted.live
         del loss
         assert counted.live < 0.01 * kept[mode], "nothing outlives its graph"
@@ -82,7 +82,7 @@ def test_matrix_products_are_computed_once_in_selective() -> None:
         made = model()
         activation_checkpointing.apply(layer_groups.blocks(made.backbone), mode)
         with FlopCounterMode(display=False) as counted:
-            made(pictures()).sum().backward()
+            made(images()).sum().backward()
         work[mode] = counted.get_total_flops()
     assert work["selective"] == work["none"] < work["full"]
 

@@ -19,7 +19,7 @@ from train.fit.optim import optimizer
 from train.scale import activation_checkpointing
 from train.scale.flops import Cost, LiveBytes, measure, peak_flop_per_s
 
-# Forward pass of one picture, GFLOP, as their authors and RECIPES.md give it: (name, size, GFLOP)
+# Forward pass of one image, GFLOP, as their authors and RECIPES.md give it: (name, size, GFLOP)
 ANCHORS = [
     ("vit_large_patch14_clip_224.laion2b", None, 162),
     ("vit_large_patch14_clip_336.openai", None, 382),
@@ -42,7 +42,7 @@ def real(name: str = "test_vit") -> Regressor:
     return make(name, "random", 32, 12).train()
 
 
-def pictures(count: int) -> torch.Tensor:
+def images(count: int) -> torch.Tensor:
     return torch.randint(0, 256, (count, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
 
 
@@ -51,7 +51,7 @@ def pictures(count: int) -> torch.Tensor:
 def test_work_of_the_recipes_backbones(name: str, size: int | None, gflop: float) -> None:
     found = measure(outline(name, size), CHOSEN, "bf16")
     assert found.forward_flop / 1e9 == pytest.approx(gflop, rel=0.005)
-    # the backward pass computes two gradients of each product, but none of the pictures
+    # the backward pass computes two gradients of each product, but none of the images
     assert 2.99 < found.step_flop / found.forward_flop < 3
 
 
@@ -77,7 +77,7 @@ def products(made: Regressor, count: int = 2) -> tuple[int, list[int]]:
     tokens: list[int] = []
     hooks.append(blocks[0].register_forward_hook(lambda _m, _a, out: tokens.append(out.shape[1])))
     with torch.no_grad():
-        made(pictures(count))
+        made(images(count))
     for hook in hooks:
         hook.remove()
     width = made.spec.width
@@ -90,7 +90,7 @@ def test_work_of_a_vit_from_its_shapes() -> None:
     stem, blocks = products(made)
     found = measure(made, CHOSEN)
     assert found.forward_flop == stem + sum(blocks)
-    assert found.step_flop == 3 * found.forward_flop - stem, "pictures need no gradient"
+    assert found.step_flop == 3 * found.forward_flop - stem, "images need no gradient"
 
 
 @pytest.mark.parametrize("frozen", [3, 6, None])
@@ -132,7 +132,7 @@ def test_grouped_convolutions_count_their_groups(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
 def test_activations_are_those_that_autograd_saves(name: str) -> None:
-    """A picture's share, by torch's own hooks on real tensors, against the outline's without data."""
+    """An image's share, by torch's own hooks on real tensors, against the outline's without data."""
 
     def saved(count: int) -> int:
         made = real(name)
@@ -145,43 +145,43 @@ def test_activations_are_those_that_autograd_saves(name: str) -> None:
             return tensor
 
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            loss = made(pictures(count)).sum()
+            loss = made(images(count)).sum()
         del loss
         return sum(t.untyped_storage().nbytes() for t in kept.values())
 
     by_hooks = (saved(8) - saved(4)) / 4
     # a gradient is there beside them, and what the last product saved is gone by then
-    assert 0.98 * by_hooks < measure(outline(name), CHOSEN).picture_bytes < 1.35 * by_hooks
+    assert 0.98 * by_hooks < measure(outline(name), CHOSEN).image_bytes < 1.35 * by_hooks
 
 
 def test_memory_is_what_a_real_step_holds() -> None:
     made = real()
     with LiveBytes() as counted:
-        made(pictures(64)).sum().backward()
+        made(images(64)).sum().backward()
     found = measure(outline("test_vit"), CHOSEN)
     gradients = sum(p.nbytes for p in made.parameters())
-    assert found.fixed_bytes + 64 * found.picture_bytes == pytest.approx(counted.peak, abs=gradients)
+    assert found.fixed_bytes + 64 * found.image_bytes == pytest.approx(counted.peak, abs=gradients)
 
 
 def test_lower_precision_halves_activations_and_copies_weights() -> None:
     full, half = (measure(outline("test_vit"), CHOSEN, p) for p in ("fp32", "bf16"))
-    assert 0.5 * full.picture_bytes < half.picture_bytes < 0.75 * full.picture_bytes
+    assert 0.5 * full.image_bytes < half.image_bytes < 0.75 * full.image_bytes
     assert half.fixed_bytes > full.fixed_bytes
     assert half.step_flop == full.step_flop
-    assert measure(outline("test_vit"), CHOSEN, "fp16").picture_bytes == half.picture_bytes
+    assert measure(outline("test_vit"), CHOSEN, "fp16").image_bytes == half.image_bytes
 
 
 def test_recomputation_and_freezing_save_activations() -> None:
     modes: tuple[activation_checkpointing.Mode, ...] = ("none", "selective", "full")
     found = [measure(outline("test_vit"), CHOSEN, "bf16", mode) for mode in modes]
-    kept = [f.picture_bytes for f in found]
+    kept = [f.image_bytes for f in found]
     assert kept[1] < 0.9 * kept[0]
     assert kept[2] < 0.7 * kept[1]
     assert {f.step_flop for f in found} == {found[0].step_flop}, "what is computed again does not count"
     made = outline("test_vit")
     made.freeze(3)
     half = measure(made, CHOSEN, "bf16")
-    assert half.picture_bytes < 0.6 * kept[0]
+    assert half.image_bytes < 0.6 * kept[0]
     assert half.state_bytes < found[0].state_bytes
 
 
@@ -189,9 +189,9 @@ def test_recomputation_and_freezing_save_activations() -> None:
 def test_the_optimizers_state_is_what_it_allocates(name: str) -> None:
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
-    chosen = dataclasses.replace(CHOSEN, name=name)  # pyright: ignore[reportArgumentType]
+    cfg = dataclasses.replace(CHOSEN, name=name)  # pyright: ignore[reportArgumentType]
     made = real("test_convnext")
-    adam = optimizer(made, chosen)
+    adam = optimizer(made, cfg)
     for parameter in made.parameters():
         parameter.grad = torch.ones_like(parameter)
     adam.step()
@@ -199,9 +199,9 @@ def test_the_optimizers_state_is_what_it_allocates(name: str) -> None:
     state = {id(t): t.nbytes for k, t in held if "qmap" not in k}
     weights = sum(t.nbytes for t in (*made.parameters(), *made.buffers()))
     gradients = sum(p.nbytes for p in made.parameters())
-    found = measure(made, chosen)
+    found = measure(made, cfg)
     assert found.state_bytes == pytest.approx(weights + gradients + sum(state.values()), rel=0.002)
-    shadowed = measure(made, dataclasses.replace(chosen, ema=0.99))
+    shadowed = measure(made, dataclasses.replace(cfg, ema=0.99))
     assert shadowed.state_bytes - found.state_bytes == gradients, "one more copy in fp32"
 
 
@@ -231,8 +231,8 @@ def test_one_line_and_its_sums() -> None:
     assert found.fitting(5 * gib) == 0
     assert found.mfu(100, 500e12) == pytest.approx(0.5)
     assert found.line(64) == (
-        "600.0 M parameters, 300.0 M trained; 2,500.0 GFLOP a picture; about 27.0 GiB a device, "
-        "11.0 of weights and their state and 16.0 of 64 pictures' activations"
+        "600.0 M parameters, 300.0 M trained; 2,500.0 GFLOP an image; about 27.0 GiB a device, "
+        "11.0 of weights and their state and 16.0 of 64 images' activations"
     )
 
 

@@ -1,4 +1,4 @@
-"""How many pictures fit: found by trying, and said when a run is out of memory.
+"""How many images fit: found by trying, and said when a run is out of memory.
 
 pytest tests/train/scale/test_micro_batch.py; on a GPU: pytest tests/train/scale/test_micro_batch.py -m gpu
 """
@@ -22,7 +22,7 @@ from train.scale.plan import Plan
 
 
 def settings(*overrides: str) -> TrainSettings:
-    return training.chosen(Path("unused"), Path("unused"), *overrides)
+    return training.cfg(Path("unused"), Path("unused"), *overrides)
 
 
 def model(name: str = "test_efficientnet") -> Regressor:
@@ -31,19 +31,19 @@ def model(name: str = "test_efficientnet") -> Regressor:
 
 
 class Limited:
-    """A real step of a real model that has room for `room` pictures."""
+    """A real step of a real model that has room for `room` images."""
 
     def __init__(self, made: Regressor, room: int) -> None:
         self.made, self.room = made, room
         self.tried: list[int] = []
         self.held: list[weakref.ref[torch.Tensor]] = []
 
-    def __call__(self, pictures: int) -> None:
-        self.tried.append(pictures)
+    def __call__(self, images: int) -> None:
+        self.tried.append(images)
         self.made.train()
-        z_BE = self.made(torch.randint(0, 256, (pictures, 3, 32, 32), dtype=torch.uint8))
+        z_BE = self.made(torch.randint(0, 256, (images, 3, 32, 32), dtype=torch.uint8))
         self.held.append(weakref.ref(z_BE))
-        if pictures > self.room:
+        if images > self.room:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
         z_BE.sum().backward()
 
@@ -95,10 +95,10 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
 
 def test_a_cpu_takes_its_whole_share() -> None:
-    chosen = settings("batch_size=24", "scale.recompute=auto")
+    cfg = settings("batch_size=24", "scale.recompute=auto")
     made = model("test_vit")
-    needs = measure(made, chosen.optim)
-    assert choose(made, chosen, needs, Machine(chosen.scale)) == (24, "none")
+    needs = measure(made, cfg.optim)
+    assert choose(made, cfg, needs, Machine(cfg.scale)) == (24, "none")
 
 
 def error_of(made: Regressor) -> torch.OutOfMemoryError:
@@ -112,12 +112,12 @@ def error_of(made: Regressor) -> torch.OutOfMemoryError:
 def test_advice_names_the_setting_and_the_size() -> None:
     made = model()
     error = error_of(made)
-    chosen = settings("batch_size=64")
+    cfg = settings("batch_size=64")
     step = Limited(made, 5)
-    found = advice(error, chosen, Plan(steps=1, per_epoch=1, accumulate=2), lambda among: find(step, among, made))
+    found = advice(error, cfg, Plan(steps=1, per_epoch=1, accumulate=2), lambda among: find(step, among, made))
     assert isinstance(found, UserError)
     said = str(found)
-    assert "out of memory with 32 pictures at once" in said
+    assert "out of memory with 32 images at once" in said
     assert "Tried to allocate 2.00 GiB" in said
     assert "scale.micro_batch=4 (which fits here; 16 of them make up the same step)" in said
     assert "scale.recompute=selective, or scale.recompute=full" in said
@@ -128,7 +128,7 @@ def test_advice_where_micro_batches_do_not_add_up() -> None:
     error = error_of(model())
     whole = settings("batch_size=64", "loss.contrastive=0.1")
     said = str(advice(error, whole, Plan(steps=1, per_epoch=1, world=2, recompute="full")))
-    assert "batch_size=32 (not tried; this loss compares all pictures of a step)" in said
+    assert "batch_size=32 (not tried; this loss compares all images of a step)" in said
     assert "micro_batch=" not in said
     assert "scale.recompute=selective" not in said
     uneven = settings("batch_size=63")
@@ -152,12 +152,12 @@ def small_gpu() -> Iterator[torch.device]:
 
 @pytest.mark.gpu
 def test_what_was_found_fits_a_gpu_and_twice_as_much_does_not(small_gpu: torch.device) -> None:
-    chosen = settings("batch_size=4096", "scale.accelerator=gpu", "scale.devices=1", "scale.recompute=none")
-    machine = Machine(chosen.scale)
+    cfg = settings("batch_size=4096", "scale.accelerator=gpu", "scale.devices=1", "scale.recompute=none")
+    machine = Machine(cfg.scale)
     made = make("vit_small_patch16_224", "random", 224, 12)
-    needs = dataclasses.replace(measure(made, chosen.optim, machine.half), state_bytes=0)  # of a card this small
-    found = fitting(made, chosen, needs, machine, "none", sizes(4096))
+    needs = dataclasses.replace(measure(made, cfg.optim, machine.half), state_bytes=0)  # of a card this small
+    found = fitting(made, cfg, needs, machine, "none", sizes(4096))
     assert 1 <= found < 4096
-    with_less = fitting(made, chosen, needs, machine, "full", sizes(4096))
+    with_less = fitting(made, cfg, needs, machine, "full", sizes(4096))
     assert with_less > found
     assert next(made.parameters()).device == small_gpu

@@ -18,13 +18,13 @@ from datagen.dataset.format import Dataset
 from models import checkpoint
 from tests import small_dataset, training
 from train.data.datamodule import Data
-from train.data.images import Pictures
+from train.data.images import ImageDataset
 from train.tools.hard_examples import HardSettings, mine, weights
 
 pytest_plugins = ["tests.tiny_run"]
 
 
-def chosen(run: Path, *overrides: str) -> HardSettings:
+def cfg(run: Path, *overrides: str) -> HardSettings:
     values = compose("hard", [f"run={run}", "accelerator=cpu", "workers=0", "batch_size=7", *overrides])
     return settings(HardSettings, values)
 
@@ -41,11 +41,11 @@ def test_the_file_holds_every_score_and_training_takes_it(
 ) -> None:
     out = tmp_path / "weights.parquet"
     with caplog.at_level(logging.INFO):
-        mine(chosen(tiny_run, "keep=0.25", "weight=3", f"out={out}"))
+        mine(cfg(tiny_run, "keep=0.25", "weight=3", f"out={out}"))
     dataset = Dataset(small_data, small_dataset.ENCODER)
     rows = dataset.rows("train")
     z_BE = checkpoint.load(tiny_run / "best")(
-        Pictures([dataset], training.PREPROCESSING).__getitems__(rows.tolist()).image_BCHW
+        ImageDataset([dataset], training.PREPROCESSING).__getitems__(rows.tolist()).image_BCHW
     )
     expected = dict(
         zip(
@@ -59,14 +59,10 @@ def test_the_file_holds_every_score_and_training_takes_it(
     assert [row["score"] for row in table] == pytest.approx(sorted(expected.values()), abs=1e-5)
     assert [row["weight"] for row in table] == [3] * 10 + [1] * 30
     assert {row["dataset"] for row in table} == {str(small_data)}
-    assert (
-        f"10 hard pictures of 40, cosine {sorted(expected.values())[9]:.4f} or less, count 3, others 1" in caplog.text
-    )
+    assert f"10 hard images of 40, cosine {sorted(expected.values())[9]:.4f} or less, count 3, others 1" in caplog.text
 
-    data = Data(
-        [dataset], [], training.chosen(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING
-    )
-    weight_N = data.pictures.weight_N
+    data = Data([dataset], [], training.cfg(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING)
+    weight_N = data.images.weight_N
     assert weight_N is not None
     heavy = {row["key"] for row in table[:10]}
     for row in rows:
@@ -75,59 +71,59 @@ def test_the_file_holds_every_score_and_training_takes_it(
 
 def test_the_hard_ones_alone_as_csv(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "weights.csv"
-    mine(chosen(tiny_run, "keep=0.1", "drop=true", f"out={out}"))
+    mine(cfg(tiny_run, "keep=0.1", "drop=true", f"out={out}"))
     table = pyarrow.csv.read_csv(out)
     assert table.column_names == ["key", "dataset", "score", "weight"]
     assert table["weight"].to_pylist() == [2] * 4 + [0] * 36
     hard = Dataset(small_data, small_dataset.ENCODER)
-    data = Data([hard], [], training.chosen(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING)
+    data = Data([hard], [], training.cfg(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING)
     assert len(data.train_rows) == 4
 
 
 def test_several_datasets_with_the_same_keys(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     other = small_dataset.write(tmp_path / "other", train=20, val=5, seed=4)
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(small_data), str(other)])
-    mine(chosen(run, f"out={tmp_path / 'w.parquet'}"))
+    mine(cfg(run, f"out={tmp_path / 'w.parquet'}"))
     table = pq.read_table(tmp_path / "w.parquet").to_pylist()
     assert len({(row["key"], row["dataset"]) for row in table}) == len(table) == 60
-    both = training.chosen(small_data, run, f"dataset=[{small_data},{other}]", f"data.weights={tmp_path / 'w.parquet'}")
+    both = training.cfg(small_data, run, f"dataset=[{small_data},{other}]", f"data.weights={tmp_path / 'w.parquet'}")
     data = Data([Dataset(d, small_dataset.ENCODER) for d in (small_data, other)], [], both, training.PREPROCESSING)
-    assert data.pictures.weight_N is not None
-    assert (data.pictures.weight_N[data.train_rows] > 1).sum() == 12
+    assert data.images.weight_N is not None
+    assert (data.images.weight_N[data.train_rows] > 1).sum() == 12
 
 
 def test_a_fold_is_not_mined(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
-    """The pictures that a fold's run was judged by are no training pictures."""
+    """The images that a fold's run was judged by are no training images."""
     run = run_on(tiny_run, tmp_path / "run", fold="1/4", fold_threshold=1.01)
-    mine(chosen(run, f"out={tmp_path / 'w.parquet'}"))
-    fold = training.chosen(small_data, run, "fold=1/4", "fold_threshold=1.01")
+    mine(cfg(run, f"out={tmp_path / 'w.parquet'}"))
+    fold = training.cfg(small_data, run, "fold=1/4", "fold_threshold=1.01")
     data = Data([Dataset(small_data, small_dataset.ENCODER)], [], fold, training.PREPROCESSING)
     found = set(pq.read_table(tmp_path / "w.parquet")["key"].to_pylist())
-    assert found == {data.pictures.key(row) for row in data.train_rows}
-    assert not found & {data.pictures.key(row) for row in data.val_rows}
+    assert found == {data.images.key(row) for row in data.train_rows}
+    assert not found & {data.images.key(row) for row in data.val_rows}
 
 
-def test_pictures_that_cannot_be_read_have_no_row(
+def test_images_that_cannot_be_read_have_no_row(
     tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = small_dataset.write(tmp_path / "data", train=9, val=2, seed=2)
     key = small_dataset.corrupt(data, int(Dataset(data).rows("train")[3]))
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(data)])
-    mine(chosen(run, f"out={tmp_path / 'w.parquet'}"))
+    mine(cfg(run, f"out={tmp_path / 'w.parquet'}"))
     keys = pq.read_table(tmp_path / "w.parquet")["key"].to_pylist()
     assert len(keys) == 8
     assert key not in keys
-    assert f"1 of 9 pictures could not be read; the first: {key}: " in caplog.text
+    assert f"1 of 9 images could not be read; the first: {key}: " in caplog.text
     for row in Dataset(data).rows("train").tolist():
         small_dataset.corrupt(data, row)
-    with pytest.raises(UserError, match=r"no training picture could be read; python -m datagen\.verify"):
-        mine(chosen(run, f"out={tmp_path / 'none.parquet'}"))
+    with pytest.raises(UserError, match=r"no training image could be read; python -m datagen\.verify"):
+        mine(cfg(run, f"out={tmp_path / 'none.parquet'}"))
     assert not (tmp_path / "none.parquet").exists()
 
 
 def test_mistakes_are_all_named(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
-        chosen(tiny_run, "keep=1", "weight=0", "batch_size=0", "out=weights.txt")
+        cfg(tiny_run, "keep=1", "weight=0", "batch_size=0", "out=weights.txt")
     for said in (
         "keep: 1.0 is not above 0 and below 1",
         "weight: 0.0 is not above 0",
@@ -135,10 +131,10 @@ def test_mistakes_are_all_named(tiny_run: Path, tmp_path: Path) -> None:
         "out: weights.txt is neither .parquet nor .csv",
     ):
         assert said in str(error.value)
-    with pytest.raises(UserError, match="weight: 1 makes hard pictures count as the others"):
-        chosen(tiny_run, "weight=1")
+    with pytest.raises(UserError, match="weight: 1 makes hard images count as the others"):
+        cfg(tiny_run, "weight=1")
     with pytest.raises(UserError, match=r"no run at .*: settings\.json is missing; train first"):
-        mine(chosen(tmp_path))
+        mine(cfg(tmp_path))
 
 
 def run_on(run: Path, folder: Path, **changed: Any) -> Path:

@@ -18,7 +18,7 @@ from models import checkpoint
 from models.export import export
 from models.runtime.preprocess import decode, fit
 from tests import small_dataset
-from tests.training import OVERRIDES, chosen
+from tests.training import OVERRIDES, cfg
 from train.fit import setup
 from train.tools.linear_probe import search, table
 from train.tools.probe_settings import ProbeSettings
@@ -80,7 +80,7 @@ def test_a_run_can_begin_from_it(found: tuple[Path, dict[str, Any]], data: Path,
     out, info = found
     head = "wide" if info["heads"][0]["head"] == "wide" else "linear"
     begun = setup.model(
-        chosen(data, tmp_path / "run", f"init_from={out / 'best'}", f"model.head={head}", "model.head_width=16"),
+        cfg(data, tmp_path / "run", f"init_from={out / 'best'}", f"model.head={head}", "model.head_width=16"),
         [Dataset(data, small_dataset.ENCODER)],
         resumed=False,
     )
@@ -129,7 +129,7 @@ def test_training_a_head_teaches_it(data: Path, tmp_path: Path) -> None:
     assert scores[1] > scores[0] + 0.2
 
 
-def test_more_sets_weights_and_bad_pictures(tmp_path: Path) -> None:
+def test_more_sets_weights_and_bad_images(tmp_path: Path) -> None:
     broken = small_dataset.write(tmp_path / "broken", train=20, val=6, seed=3)
     dataset = Dataset(broken, small_dataset.ENCODER)
     small_dataset.corrupt(broken, int(dataset.rows("train")[2]))
@@ -149,7 +149,7 @@ def test_mistakes_are_named_at_once(data: Path, tmp_path: Path) -> None:
     for part in ("probe.heads: empty", "probe.epochs: 0", "probe.lrs: 0", "model.head_init: text is not for a search"):
         assert part in str(error.value)
     bare = small_dataset.write(tmp_path / "bare", train=20, val=0)
-    with pytest.raises(UserError, match=r"needs validation pictures to choose by"):
+    with pytest.raises(UserError, match=r"needs validation images to choose by"):
         probe(bare, tmp_path / "out")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.json").write_text("{}")

@@ -29,12 +29,12 @@ HOSTILE = '<script>alert("x")</script>'
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of its 50 training pictures, with hostile prompts, one does not decode."""
+    """Of its 50 training images, with hostile prompts, one does not decode."""
     root = small_dataset.write(tmp_path_factory.mktemp("data") / "glyphs", train=TRAINED, val=JUDGED, size=32)
     small_dataset.corrupt(root, int(Dataset(root).rows("train")[7]))
     plan = pq.read_table(root / "prompts.parquet")
     prompts = [
-        f"{HOSTILE} {text}" if split == "train" else f"picture {i}"
+        f"{HOSTILE} {text}" if split == "train" else f"image {i}"
         for i, (text, split) in enumerate(zip(plan["prompt"].to_pylist(), plan["split"].to_pylist(), strict=True))
     ]
     pq.write_table(plan.set_column(2, "prompt", pa.array(prompts)), root / "prompts.parquet")
@@ -42,7 +42,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def write_evaluation(folder: Path, data: list[Path], scores: np.ndarray) -> None:
-    """The n-th validation picture of all datasets has the n-th score."""
+    """The n-th validation image of all datasets has the n-th score."""
     datasets = [Dataset(root, small_dataset.ENCODER) for root in data]
     vectors = {"mean": evaluated.at(datasets, 0.4), "regressor": evaluated.at(datasets, scores, seed=1)}
     evaluated.write(folder, datasets, vectors, skipped=[{"key": "000099", "reason": "cut off"}])
@@ -50,7 +50,7 @@ def write_evaluation(folder: Path, data: list[Path], scores: np.ndarray) -> None
 
 @pytest.fixture
 def run(tmp_path: Path, data: Path) -> Path:
-    """A run with its evaluation: picture n scores n / 30."""
+    """A run with its evaluation: image n scores n / 30."""
     folder = tmp_path / "quickstart"
     (folder / "best").mkdir(parents=True)
     records: list[dict[str, Any]] = []
@@ -89,7 +89,7 @@ def test_page_holds_what_was_measured(run: Path, data: Path, caplog: pytest.LogC
     assert "Skipped: 1, such as 000099 (cut off)." in html
     assert "49 of the 50, drawn at random" in html
     assert "could not be read: 1, such as cannot identify image file." in html
-    ranked = [f"picture {row}" for row in Dataset(data).rows("val")[::-1]]
+    ranked = [f"image {row}" for row in Dataset(data).rows("val")[::-1]]
     assert titles_of(html) == [*ranked[:8], *ranked[11:19], *ranked[-8:]]
     assert html.count("Nearest training prompts</summary>") == 24
     run_report.run({"run": str(run), "scenes": 50})
@@ -126,17 +126,17 @@ def test_what_was_measured_over_time_and_by_source_is_drawn(run: Path) -> None:
     for shown in (
         *("Validation cosine by set", "real 0.61", "val 0.75"),
         *("Validation cosine by source", "coco 0.62", "lexica 0.63"),
-        *("Pictures a second", "MFU", "By source."),
+        *("Images a second", "MFU", "By source."),
     ):
         assert shown in html, shown
     only = '{"step": 1, "epoch": 1, "seconds": 1, "train/loss": 1}\n'
     (run / "log.jsonl").write_text(only + '{"step": 1, "epoch": 1, "seconds": 1, "val/cosine": 0.5}\n')
     bare = run_report.write_report(ReportSettings(run)).read_text()
-    assert not [s for s in ("by set", "Validation cosine by source", "Pictures a second", "MFU") if s in bare]
+    assert not [s for s in ("by set", "Validation cosine by source", "Images a second", "MFU") if s in bare]
 
 
-def test_a_run_on_several_datasets_shows_pictures_of_all(run: Path, data: Path, tmp_path: Path) -> None:
-    """Their pictures have the same keys; those of the second score best."""
+def test_a_run_on_several_datasets_shows_images_of_all(run: Path, data: Path, tmp_path: Path) -> None:
+    """Their images have the same keys; those of the second score best."""
     other = small_dataset.write(tmp_path / "other", train=4, val=JUDGED, size=32, seed=9)
     values = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps({**values, "dataset": [str(data), str(other)]}))
@@ -148,7 +148,7 @@ def test_a_run_on_several_datasets_shows_pictures_of_all(run: Path, data: Path, 
     expected = [dataset.prompts(int(row))[0] for row in dataset.rows("val")[::-1][:8]]
     titles = titles_of(html)
     assert titles[:8] == expected
-    assert all(title.startswith("picture ") for title in titles[-8:])
+    assert all(title.startswith("image ") for title in titles[-8:])
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_missing_input_names_file_and_command(run: Path, missing: str, remedy: s
 def test_inputs_that_do_not_fit_are_refused(run: Path) -> None:
     keys = run / "evaluation/keys.json"
     keys.write_text(json.dumps(["elsewhere", *json.loads(keys.read_text())[1:]]))
-    with pytest.raises(UserError, match=r"1 evaluated pictures, such as elsewhere, are not in .*glyphs: it changed"):
+    with pytest.raises(UserError, match=r"1 evaluated images, such as elsewhere, are not in .*glyphs: it changed"):
         run_report.write_report(ReportSettings(run))
     keys.write_text("[]")
     with pytest.raises(UserError, match="0 keys, but 30 predictions of regressor, 30 scores of"):

@@ -256,7 +256,7 @@ def folds(folder: Path, count: int, predicted: int) -> list[np.ndarray]:
     return scores
 
 
-def test_folds_stand_together_with_the_mean_over_all_pictures(tmp_path: Path) -> None:
+def test_folds_stand_together_with_the_mean_over_all_images(tmp_path: Path) -> None:
     scores = np.concatenate(folds(tmp_path, 3, 3)).astype(np.float64)
     write(tmp_path / "y", 0.52, "fold=1/3")
     runs, _ = find(tmp_path)
