@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import hashlib
 import importlib
+import importlib.util
 import io
 import json
 import logging
@@ -305,7 +306,14 @@ def complete(cls: type, entries: Entries) -> None:
 
 
 def _main(module: str) -> Callable[[dict[str, Any]], object]:
-    return importlib.import_module(f"{module}.__main__" if "." not in module else module).run
+    return command_module(module).run
+
+
+def command_module(name: str) -> Any:
+    """The module that `python -m NAME` runs: of a package, its `__main__`."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    return importlib.import_module(f"{name}.__main__" if spec.submodule_search_locations else name)
 
 
 def _key(override: str) -> str:

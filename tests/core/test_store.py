@@ -503,15 +503,14 @@ def test_a_large_copy_is_hashed_where_its_time_changed_or_all_are(
 
 WRITER = """
 import sys, time
-from conf import Location
-from datagen import shards
+from core.paths import Location
 from tests import small_dataset
 
-real = small_dataset.picture
+real = small_dataset.image
 def slow(text, size):
     time.sleep(0.01)
     return real(text, size)
-small_dataset.picture = slow
+small_dataset.image = slow
 small_dataset.write(Location(sys.argv[1]))
 """
 
@@ -551,21 +550,22 @@ def test_parts_that_are_being_written_stay(tmp_path: Path) -> None:
 
 FULL = """
 import resource, sys
-from conf import Location, UserError
-from datagen import shards, storage
+from core import store
+from core.errors import UserError
+from core.paths import Location
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 root = Location("memory://data")
 try:
-    shards.write_atomically(root / "a", lambda file: file.write(bytes(100_000)))
+    store.write_atomically(root / "a", lambda file: file.write(bytes(100_000)))
 except UserError as error:
     print(error)
 root.joinpath("b").write_bytes(bytes(100_000))
 try:
-    storage.Files(root).path("b")
+    store.Files(root).path("b")
 except UserError as error:
     print(error)
-print(storage.Files(root).names())
+print(store.Files(root).names())
 """
 
 

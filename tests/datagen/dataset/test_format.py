@@ -388,8 +388,8 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 import pyarrow as pa
-from conf import UserError
-from datagen import shards
+from core.errors import UserError
+from datagen.dataset import format as shards
 
 root, limit = Path(sys.argv[1]), int(sys.argv[2])
 rows = 2000

@@ -77,7 +77,8 @@ def test_a_cluster_in_use_renders_with_what_is_left(tmp_path: Path) -> None:
 
 HELD = """
 import sys, time, ray
-from conf import compose, settings
+from core.cli import compose
+from core.settings import settings
 from datagen.config import DatagenSettings
 from datagen.engine.runner import generate
 ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.enable_socket
 READ = """
 import json, logging, sys
 logging.basicConfig(level=logging.WARNING, format="%(message)s")
-from conf import UserError, compose, settings
+from core.cli import compose
+from core.errors import UserError
+from core.settings import settings
 from datagen.config import DatagenSettings
 from datagen.prompts.sources import provenance, stream
 prompts = settings(DatagenSettings, compose("datagen", ["prompts=file", *sys.argv[1:]])).prompts
@@ -224,8 +226,8 @@ def test_a_copy_without_a_record_of_its_checksum_is_not_trusted(tmp_path: Path, 
 def test_a_damaged_file_of_a_repository_is_fetched_again(tmp_path: Path, repo: Path) -> None:
     with TinyHub({"owner/name": repo}) as hub:
         script = (
-            "import sys; from pathlib import Path; from datagen import fetch; work = Path(sys.argv[1])\n"
-            "print(fetch.repository('owner/name', None, None).fetch('all.txt', work).read_text())"
+            "import sys; from pathlib import Path; from datagen.prompts import download; work = Path(sys.argv[1])\n"
+            "print(download.repository('owner/name', None, None).fetch('all.txt', work).read_text())"
         )
         command = [sys.executable, "-c", script, str(tmp_path / "work")]
         for case in (None, *DAMAGES):

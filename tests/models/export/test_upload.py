@@ -28,7 +28,7 @@ PUSH = """
 import logging, sys
 logging.basicConfig(level=logging.INFO, format="%(message)s")
 from pathlib import Path
-from conf import UserError
+from core.errors import UserError
 from models.export.upload import push
 folder, address, *words = sys.argv[1:]
 try:

@@ -304,7 +304,7 @@ def test_a_killed_process_loses_a_part_at_most(tmp_path: Path) -> None:
         import time
         from pathlib import Path
         import numpy as np
-        from models import vectors
+        from core import cache
 
         def make(start, stop):
             time.sleep(0.2)
@@ -312,7 +312,7 @@ def test_a_killed_process_loses_a_part_at_most(tmp_path: Path) -> None:
             return rows_of(start, stop)
 
         PROGRAM
-        vectors.stored(Path({str(tmp_path / "own")!r}), 6 * vectors.PART, make, "row", "rows")
+        cache.stored(Path({str(tmp_path / "own")!r}), 6 * cache.PART, make, "row", "rows")
     """).replace("PROGRAM", inspect.getsource(rows_of))
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -333,14 +333,14 @@ def test_two_processes_make_the_rows_once(tmp_path: Path) -> None:
         import time
         from pathlib import Path
         import numpy as np
-        from models import vectors
+        from core import cache
 
         def make(start, stop):
             time.sleep(0.5)
             print("made", flush=True)
             return np.ones((10, 3))
 
-        vectors.stored(Path({str(tmp_path / "own")!r}), 10, make, "row", "rows")
+        cache.stored(Path({str(tmp_path / "own")!r}), 10, make, "row", "rows")
     """)
     command = [sys.executable, "-c", program]
     quiet = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}

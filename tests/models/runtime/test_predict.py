@@ -928,8 +928,8 @@ def test_a_gpu_that_fails_again_and_again_is_replaced_by_the_cpu(bundle: Path, i
 _IN_A_SMALL_CONTAINER = """
 import sys
 from pathlib import Path
-from models.runtime import work
-from tests import test_predict
+from models.runtime import workers as work
+from tests.models.runtime import test_predict
 
 assert work.shared_memory() < 70_000
 work._STALLED_SECONDS = 3
