@@ -104,8 +104,8 @@ COMMANDS: dict[str, list[str] | None] = {
     "python -m models.export checkpoint=checkpoints/vith14 precision=fp16 flip=true 'sizes=[224,280]' out=views": [
         "sizes=[160,192]"
     ],
-    "python -m models.export 'graphs=[onnx,openvino,openvino_int8,torch]' pictures=data/sd2 out=served": [
-        *("checkpoint=checkpoints/vith14/best", "pictures=photos")
+    "python -m models.export 'graphs=[onnx,openvino,openvino_int8,torch]' check_images=data/sd2 out=served": [
+        *("checkpoint=checkpoints/vith14/best", "check_images=photos")
     ],
     "python served/predict.py --images photos --backend openvino_int8 --format npy --out vectors.npy": [],
     "python -m models.export checkpoint=checkpoints/vith14 out=vith14 push=kaggle:user/im2emb-vith14": [],

@@ -41,40 +41,40 @@ class Cost:
     parameters: int
     trained: int
     forward_flop: float
-    """A picture's forward pass."""
+    """An image's forward pass."""
     step_flop: float
-    """A picture's forward and backward pass."""
+    """An image's forward and backward pass."""
     state_bytes: int
     """Weights, gradients, optimizer and averaged weights."""
     fixed_bytes: int
-    """What a step holds whatever its pictures: weights in the lower precision."""
-    picture_bytes: int
-    """What a picture of a step adds: its activations. torch.compile and kernels' workspace are not considered."""
+    """What a step holds whatever its images: weights in the lower precision."""
+    image_bytes: int
+    """What an image of a step adds: its activations. torch.compile and kernels' workspace are not considered."""
 
-    def memory(self, pictures: int, shards: int = 1) -> int:
-        """Expected bytes on each of `shards` devices that share the state, with `pictures` at once on each."""
-        return self.state_bytes // shards + self.fixed_bytes + pictures * self.picture_bytes
+    def memory(self, images: int, shards: int = 1) -> int:
+        """Expected bytes on each of `shards` devices that share the state, with `images` at once on each."""
+        return self.state_bytes // shards + self.fixed_bytes + images * self.image_bytes
 
     def fitting(self, capacity: int, shards: int = 1) -> int:
-        """The number of pictures that should fit in `capacity` bytes; 0 where none does."""
-        return max((capacity - self.memory(0, shards)) // max(self.picture_bytes, 1), 0)
+        """The number of images that should fit in `capacity` bytes; 0 where none does."""
+        return max((capacity - self.memory(0, shards)) // max(self.image_bytes, 1), 0)
 
-    def mfu(self, pictures_per_s: float, peak_flop_per_s: float) -> float:
-        """The share of `peak_flop_per_s` that `pictures_per_s` trained pictures reach, both over the same devices."""
-        return pictures_per_s * self.step_flop / peak_flop_per_s
+    def mfu(self, images_per_s: float, peak_flop_per_s: float) -> float:
+        """The share of `peak_flop_per_s` that `pictures_per_s` trained images reach, both over the same devices."""
+        return images_per_s * self.step_flop / peak_flop_per_s
 
-    def line(self, pictures: int, shards: int = 1) -> str:
-        """All of it in one line, with `pictures` at once on a device."""
-        state, all_ = self.memory(0, shards) / _GIB, self.memory(pictures, shards) / _GIB
+    def line(self, images: int, shards: int = 1) -> str:
+        """All of it in one line, with `images` at once on a device."""
+        state, all_ = self.memory(0, shards) / _GIB, self.memory(images, shards) / _GIB
         return (
             f"{self.parameters / 1e6:,.1f} M parameters, {self.trained / 1e6:,.1f} M trained; "
-            f"{self.step_flop / 1e9:,.1f} GFLOP a picture; about {all_:.1f} GiB a device, "
-            f"{state:.1f} of weights and their state and {all_ - state:.1f} of {pictures} pictures' activations"
+            f"{self.step_flop / 1e9:,.1f} GFLOP an image; about {all_:.1f} GiB a device, "
+            f"{state:.1f} of weights and their state and {all_ - state:.1f} of {images} images' activations"
         )
 
 
 def measure(
-    model: Regressor, chosen: OptimSettings, precision: Precision = "fp32", mode: activation_checkpointing.Mode = "none"
+    model: Regressor, cfg: OptimSettings, precision: Precision = "fp32", mode: activation_checkpointing.Mode = "none"
 ) -> Cost:
     """The cost of training `model`, frozen as it is; the model itself stays as it is, on any device, meta too.
 
@@ -90,8 +90,8 @@ def measure(
         if mode != "none":
             activation_checkpointing.apply(layer_groups.blocks(twin.backbone), mode)
         step = _trace(twin, precision)
-        shadow = 4 * sum(t.numel() for t in averaged(twin).values()) if chosen.ema else 0
-    picture = (step.peak_of[4] - step.peak_of[2]) // 2
+        shadow = 4 * sum(t.numel() for t in averaged(twin).values()) if cfg.ema else 0
+    image = (step.peak_of[4] - step.peak_of[2]) // 2
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
     gradients = sum(p.nbytes for p in trained)
@@ -100,9 +100,9 @@ def measure(
         trained=sum(p.numel() for p in trained),
         forward_flop=step.forward_flop / _BATCH,
         step_flop=step.flop / _BATCH,
-        state_bytes=weights + gradients + shadow + sum(_optimizer_bytes(p.numel(), chosen.name) for p in trained),
-        fixed_bytes=max(step.peak_of[2] - 2 * picture, 0),
-        picture_bytes=picture,
+        state_bytes=weights + gradients + shadow + sum(_optimizer_bytes(p.numel(), cfg.name) for p in trained),
+        fixed_bytes=max(step.peak_of[2] - 2 * image, 0),
+        image_bytes=image,
     )
 
 
@@ -198,12 +198,12 @@ def _trace(twin: Regressor, precision: Precision) -> _StepTrace:
     lower = nullcontext() if precision == "fp32" else torch.autocast("cpu", DTYPES[precision])
     with _StepTrace() as trace:
         with lower:
-            loss = twin(_pictures(twin, _BATCH)).sum()
+            loss = twin(_images(twin, _BATCH)).sum()
         trace.backward(loss)
     return trace
 
 
-def _pictures(twin: Regressor, count: int) -> torch.Tensor:
+def _images(twin: Regressor, count: int) -> torch.Tensor:
     return torch.empty(count, 3, twin.spec.size, twin.spec.size, dtype=torch.uint8)
 
 
