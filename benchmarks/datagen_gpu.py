@@ -35,7 +35,7 @@ from benchmarks.harness import finish, options
 from core.cli import compose
 from core.settings import settings
 from datagen.config import DatagenSettings
-from datagen.dataset import format as shards
+from datagen.dataset.format import PLAN
 from datagen.dataset.image_codec import OPTIONS
 from datagen.engine.worker import render_shard
 from datagen.prompts.clip_tokenizer import clip_tokenizer
@@ -104,8 +104,8 @@ def preset(name: str, model: Path, out: Path, tiny: bool) -> DatagenSettings:
 
 def plan(images: int, first_seed: int) -> pa.Table:
     rows = [(f"{n:09d}", n, PROMPTS[n % len(PROMPTS)], "benchmark", "", "train", first_seed + n) for n in range(images)]
-    columns = dict(zip(shards.PLAN.names, zip(*rows, strict=True), strict=True))
-    return pa.table({name: list(column) for name, column in columns.items()}, schema=shards.PLAN)
+    columns = dict(zip(PLAN.names, zip(*rows, strict=True), strict=True))
+    return pa.table({name: list(column) for name, column in columns.items()}, schema=PLAN)
 
 
 def noise(seed: int, side: int) -> torch.Tensor:

@@ -25,8 +25,8 @@ from webdataset.compat import WebDataset
 
 from benchmarks.harness import finish, options, timed
 from benchmarks.reader import IMAGES, SHARD, make
-from datagen.dataset import format as shards
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
+from datagen.dataset.writer import write_targets
 from models.regressor import Regressor
 from models.regressor import make as make_model
 from models.runtime.preprocess import Preprocessing, decode, fit
@@ -40,14 +40,14 @@ SIDE, BATCH, ROUNDS, WIDTH = 224, 64, 7, 384
 warnings.filterwarnings("ignore", category=ResourceWarning)  # webdataset leaves its tars open
 
 
-def write_targets(root: Path) -> Dataset:
+def write_random_targets(root: Path) -> Dataset:
     """Random unit vectors to the dataset."""
 
     def encode(texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
         rows_nE = torch.randn(len(texts), WIDTH, generator=torch.Generator().manual_seed(len(texts)))
         return normalize(rows_nE, dim=-1).numpy()
 
-    shards.write_targets(root, {"name": "random", "width": WIDTH}, encode, lambda _: None)
+    write_targets(root, {"name": "random", "width": WIDTH}, encode, lambda _: None)
     return Dataset(root, "random")
 
 
@@ -102,7 +102,7 @@ def main() -> None:
         root = Path(folder)
         mean_bytes = make(root, count, tars_of)
         tars = sorted(map(str, root.glob("shards/*.tar")))
-        images = ImageDataset([write_targets(root)], Preprocessing(SIDE))
+        images = ImageDataset([write_random_targets(root)], Preprocessing(SIDE))
         expected = count // BATCH * BATCH
         rounds: dict[str, list[float]] = {}
         for k in range(times):

@@ -21,8 +21,9 @@ import pyarrow as pa
 from webdataset.compat import WebDataset
 
 from benchmarks.harness import finish, noise, options, timed
-from datagen.dataset import format as shards
-from datagen.dataset.format import Dataset
+from datagen.dataset.format import PLAN
+from datagen.dataset.reader import Dataset
+from datagen.dataset.writer import write_plan, write_shard
 from models.runtime.preprocess import decode
 
 TARGET = 15
@@ -40,13 +41,13 @@ def make(root: Path, count: int = IMAGES, shard: int = SHARD) -> float:
         image.save(buffer, "JPEG", quality=85)
         distinct.append(buffer.getvalue())
     rows = [(f"{n:09d}", n, f"an image of number {n}", "noise", "", "train", n) for n in range(count)]
-    columns = dict(zip(shards.PLAN.names, zip(*rows, strict=True), strict=True))
-    plan = pa.table({name: list(column) for name, column in columns.items()}, schema=shards.PLAN)
-    shards.write_plan(root, plan, {"shards": count // shard})
+    columns = dict(zip(PLAN.names, zip(*rows, strict=True), strict=True))
+    plan = pa.table({name: list(column) for name, column in columns.items()}, schema=PLAN)
+    write_plan(root, plan, {"shards": count // shard})
     images = [(distinct[n % len(distinct)], {}) for n in range(count)]
     for number in range(count // shard):
         part = slice(number * shard, (number + 1) * shard)
-        shards.write_shard(root, number, plan.slice(part.start, shard), images[part], ".jpg")
+        write_shard(root, number, plan.slice(part.start, shard), images[part], ".jpg")
     return float(np.mean([len(p) for p, _ in images]))
 
 

@@ -311,7 +311,7 @@ def main() -> None:
     data = [*DATA, *(QUICK if cfg.quick else FULL), f"out={work / 'data'}"]
     subprocess.run([sys.executable, "-m", "datagen", *data], cwd=ROOT, check=True)  # goes on, or is done already
     runs = Runs(work, cfg.processes)
-    from datagen.dataset.format import read_info
+    from datagen.dataset.reader import read_info
 
     images = read_info(work / "data")["splits"]["train"]
     rows = measured(runs, images, SEEDS[:2], 1) if cfg.quick else measured(runs, images, SEEDS, 3)

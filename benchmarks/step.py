@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader
 from benchmarks.harness import finish, options
 from core.cli import compose
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models.checkpoint import load
 from models.regressor import Regressor, make
 from models.runtime.preprocess import Preprocessing

@@ -38,8 +38,8 @@ from benchmarks.harness import finish, options
 from benchmarks.step import Stopwatch
 from core.cli import compose
 from core.settings import settings
-from datagen.dataset import format as shards
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
+from datagen.dataset.writer import write_targets
 from models.backbones import layer_groups
 from models.regressor import Regressor, make
 from models.runtime.preprocess import Preprocessing
@@ -231,7 +231,7 @@ def write_shards(root: Path, tiny: bool) -> Path:
         vector_nE = np.random.default_rng(len(texts)).normal(size=(len(texts), WIDTH)).astype(np.float32)
         return vector_nE / np.linalg.norm(vector_nE, axis=1, keepdims=True)
 
-    shards.write_targets(root, {"name": small_dataset.ENCODER, "width": WIDTH}, encode, lambda _: None)
+    write_targets(root, {"name": small_dataset.ENCODER, "width": WIDTH}, encode, lambda _: None)
     return root
 
 

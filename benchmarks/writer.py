@@ -30,8 +30,9 @@ from webdataset.writer import ShardWriter
 
 from benchmarks.harness import finish, options
 from core.paths import ROOT
-from datagen.dataset import format as shards
+from datagen.dataset.format import PLAN
 from datagen.dataset.image_codec import OPTIONS, Resizer, encoded
+from datagen.dataset.writer import write_shard
 
 TARGET, LEAST_DB = 2.5, 40
 FROM, TO, BATCH, BATCHES, ROUNDS = 768, 512, 7, 4, 5
@@ -70,8 +71,8 @@ def rendered() -> tuple[str, list[torch.Tensor]]:
 
 def plan(images: int) -> pa.Table:
     rows = [(f"{n:09d}", n, f"an image of number {n}", "benchmark", "", "train", n) for n in range(images)]
-    columns = dict(zip(shards.PLAN.names, zip(*rows, strict=True), strict=True))
-    return pa.table({name: list(column) for name, column in columns.items()}, schema=shards.PLAN)
+    columns = dict(zip(PLAN.names, zip(*rows, strict=True), strict=True))
+    return pa.table({name: list(column) for name, column in columns.items()}, schema=PLAN)
 
 
 def ours(root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format: str) -> None:
@@ -82,7 +83,7 @@ def ours(root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format: 
             for image_HWC in resize(image_BCPP).permute(0, 2, 3, 1).numpy():
                 yield image_HWC, {}
 
-    shards.write_shard(root, 0, rows, encoded(images(), image_format), f".{image_format}")
+    write_shard(root, 0, rows, encoded(images(), image_format), f".{image_format}")
 
 
 def theirs(root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format: str, told: dict[str, Any]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models.leakage import NEAR, Leakage
 from models.metrics import bins, compare, cosines, recall
 from tests import small_dataset

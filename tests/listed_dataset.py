@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from datagen.dataset import format as shards
+from datagen.dataset.format import INDEX, PLAN
+from datagen.dataset.writer import write_foreign_index, write_plan, write_shard, write_targets
 from tests import small_dataset
 
 ENCODER, WIDTH = "texts", 64
@@ -84,22 +85,22 @@ def write(
     ]
     every = [line for lines in plan for line in lines]
     numbers = range(-(-len(rows) // shard))
-    shards.write_plan(root, pa.Table.from_pylist(every, schema=shards.PLAN), {"shards": len(numbers), "settings": {}})
+    write_plan(root, pa.Table.from_pylist(every, schema=PLAN), {"shards": len(numbers), "settings": {}})
     for number in numbers:
         part = plan[number * shard : (number + 1) * shard]
         images = [
             small_dataset.image(row.image or _colours(root, line[0]), size)
             for row, line in zip(rows[number * shard : (number + 1) * shard], part, strict=True)
         ]
-        firsts = pa.Table.from_pylist([lines[0] for lines in part], schema=shards.PLAN)
-        shards.write_shard(root, number, firsts, [(image, {}) for image in images], ".png")
+        firsts = pa.Table.from_pylist([lines[0] for lines in part], schema=PLAN)
+        write_shard(root, number, firsts, [(image, {}) for image in images], ".png")
         index = pq.read_table(root / f"shards/{number:06d}.parquet").to_pylist()
         captions = [
             {**entry, "prompt_id": line["prompt_id"]}
             for entry, lines in zip(index, part, strict=True)
             for line in lines
         ]
-        shards.index_foreign(root, number, pa.Table.from_pylist(captions, schema=shards.INDEX).to_pydict())
+        write_foreign_index(root, number, pa.Table.from_pylist(captions, schema=INDEX).to_pydict())
     about = {"name": ENCODER, "width": WIDTH, **(identity or {})}
-    shards.write_targets(root, about, lambda texts: encode(texts, near), lambda _: None)
+    write_targets(root, about, lambda texts: encode(texts, near), lambda _: None)
     return root

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from core.paths import Location
-from datagen.dataset import format as shards
+from datagen.dataset.format import INDEX, PLAN
+from datagen.dataset.writer import write_foreign_index, write_plan, write_shard, write_targets
 
 T = TypeVar("T", Path, Location)
 ENCODER, WIDTH = "colours", 384
@@ -64,16 +65,16 @@ def write(
         for i, text in enumerate(first)
         for n in range(captions)
     ]
-    plan = pa.Table.from_pylist(rows, schema=shards.PLAN)
+    plan = pa.Table.from_pylist(rows, schema=PLAN)
     numbers = range(-(-count // shard))
-    shards.write_plan(root, plan, {"shards": len(numbers), "settings": {"renderer": {"name": "test", "size": size}}})
+    write_plan(root, plan, {"shards": len(numbers), "settings": {"renderer": {"name": "test", "size": size}}})
     firsts = plan.take(np.arange(0, len(rows), captions))
     for number in numbers:
         part = firsts.slice(number * shard, shard)
-        shards.write_shard(root, number, part, [(image(text, size), {}) for text in part["prompt"].to_pylist()], ".png")
+        write_shard(root, number, part, [(image(text, size), {}) for text in part["prompt"].to_pylist()], ".png")
         if captions > 1:
             _repeat(root, number, captions)
-    shards.write_targets(root, {"name": ENCODER, "width": WIDTH}, encode, lambda _: None)
+    write_targets(root, {"name": ENCODER, "width": WIDTH}, encode, lambda _: None)
     return root
 
 
@@ -90,4 +91,4 @@ def corrupt(root: Path, row: int) -> str:
 def _repeat(root: Path | Location, number: int, captions: int) -> None:
     index = pq.read_table(root / f"shards/{number:06d}.parquet").to_pylist()
     rows = [{**row, "prompt_id": row["prompt_id"] + n} for row in index for n in range(captions)]
-    shards.index_foreign(root, number, pa.Table.from_pylist(rows, schema=shards.INDEX).to_pydict())
+    write_foreign_index(root, number, pa.Table.from_pylist(rows, schema=INDEX).to_pydict())

@@ -16,7 +16,7 @@ import torch
 from core.cli import compose
 from core.paths import ROOT
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models.backbones.layer_groups import blocks, layers
 from models.backbones.registry import build
 from models.backbones.specs import own_spec

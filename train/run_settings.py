@@ -8,7 +8,9 @@ from typing import Any
 
 from core.cli import compose
 from core.errors import UserError
-from datagen.dataset.format import Dataset, sha256, write_json
+from core.store import sha256
+from datagen.dataset.format import write_json
+from datagen.dataset.reader import Dataset
 from train.config import TrainSettings
 
 # Settings that change how a run is carried out and not what it is: another value may resume it.

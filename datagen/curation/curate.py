@@ -35,8 +35,8 @@ from datagen.config import Curation, Split
 from datagen.curation import filters, near_duplicates
 from datagen.curation.journal import KEPT, Chunk, Chunks, digest, save
 from datagen.curation.near_duplicates import Bank, Rows, distinct
-from datagen.dataset import format as shards
 from datagen.dataset.normal_form import form_hash
+from datagen.dataset.reader import read_plan
 from datagen.prompts.captions import clean
 from datagen.prompts.readers import KINDS
 from datagen.prompts.sources import Prompt, read_file
@@ -460,7 +460,7 @@ def _texts_at(place: storage.Place) -> list[str]:
     texts = None
     try:
         if not is_file and storage.exists(place / "dataset.json"):
-            texts = shards.read_plan(place)["prompt"].to_pylist()
+            texts = read_plan(place)["prompt"].to_pylist()
     except UserError as error:
         raise UserError(f"curate.against: {error}") from error
     if texts is None:

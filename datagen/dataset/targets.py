@@ -18,9 +18,10 @@ from core.progress import progress
 from core.settings import settings
 from core.store import Place, sha256
 from datagen.config import TargetsSettings
-from datagen.dataset import format as shards
 from datagen.dataset import text_encoder
 from datagen.dataset.encoder_identity import describe, encoder_folder, encoder_name, encoder_source
+from datagen.dataset.reader import read_encoder, read_info
+from datagen.dataset.writer import write_targets
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -129,9 +130,9 @@ def fill(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = 
     """
     if encoder.fast:
         raise ValueError("stored targets are fp32; give fill an encoder that is not fast")
-    info = shards.read_info(root)
+    info = read_info(root)
     with progress(info["captions"], "caption", f"targets {encoder.name}") as bar:
-        return shards.write_targets(root, encoder.identity(), encoder.encode, bar.update, numbers)
+        return write_targets(root, encoder.identity(), encoder.encode, bar.update, numbers)
 
 
 def minilm_wheel() -> Path | None:
@@ -156,6 +157,6 @@ def run(values: dict[str, Any]) -> None:
     cfg = settings(TargetsSettings, values)
     wrote = fill(cfg.out, TargetEncoder(cfg.encoder))
     name = encoder_name(cfg.encoder)
-    width = shards.read_encoder(cfg.out, name)["width"]
+    width = read_encoder(cfg.out, name)["width"]
     folder = cfg.out / "targets" / name
     log.info("%s: %d vectors written, %d wide", folder, wrote, width)

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from datagen.config import DatagenSettings, GlyphsRenderer, needs_vectors
 from datagen.curation.curate import CONTEXT, Curated, curate, held_out
-from datagen.dataset import format as shards
+from datagen.dataset.format import PLAN
 from datagen.dataset.targets import TargetEncoder, encoder_name
 from datagen.prompts.sources import provenance, stream
 from datagen.renderers.base import Renderer
@@ -119,7 +119,7 @@ def plan_table(cfg: DatagenSettings, curated: Curated) -> pa.Table:
             "split": np.where(is_val[prompt_id], "val", "train"),
             "seed": seeds[prompt_id, nth],
         }
-        parts.append(pa.table(columns).cast(shards.PLAN))
+        parts.append(pa.table(columns).cast(PLAN))
     return pa.concat_tables(parts)
 
 

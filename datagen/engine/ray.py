@@ -24,8 +24,9 @@ from ray.exceptions import RayError, RayTaskError
 
 from core.errors import UserError
 from core.paths import ROOT
+from core.store import remove_parts
 from datagen.config import DatagenSettings
-from datagen.dataset import format as shards
+from datagen.dataset.reader import is_committed
 from datagen.engine.worker import Event, Queue, Ticks, Tries, answer
 from datagen.renderers.base import Renderer
 
@@ -43,7 +44,7 @@ class _Actor:
     def __init__(self, cfg: DatagenSettings) -> None:
         self._tried = Tries(cfg)
         self._rendered = 0
-        shards.remove_parts(cfg.out)  # of an actor that was killed on this machine
+        remove_parts(cfg.out)  # of an actor that was killed on this machine
 
     def render(self, number: int, rows: pa.Table) -> Event | UserError:
         self._rendered = 0
@@ -151,7 +152,7 @@ class Cluster:
             event = Event("failed", number, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
         if isinstance(event, UserError):
             raise event
-        if event.kind == "done" and not shards.committed(self._cfg.out, number):
+        if event.kind == "done" and not is_committed(self._cfg.out, number):
             raise UserError(
                 f"shard {number:06d} was written on another machine, and {self._cfg.out} does not show it here: "
                 f"give out= a URL, or a folder that all nodes share"

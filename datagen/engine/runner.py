@@ -26,11 +26,12 @@ import pyarrow as pa
 from core.errors import UserError
 from core.paths import Location
 from core.progress import progress
-from core.store import beside, free_bytes, located
+from core.store import beside, free_bytes, located, remove_parts
 from datagen.config import DatagenSettings, FilePrompts
-from datagen.dataset import format as shards
+from datagen.dataset.reader import is_dataset, is_plan_file, list_folder, missing_shards, read_info, read_plan
 from datagen.dataset.splits import plan_leakage
 from datagen.dataset.targets import TargetEncoder, fill
+from datagen.dataset.writer import write_plan
 from datagen.engine import plan as plans
 from datagen.engine.local import Local
 from datagen.engine.worker import Engine, make_renderer
@@ -68,13 +69,13 @@ def generate(cfg: DatagenSettings) -> int:
 
 def _generate(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> int:
     plenty = not isinstance(cfg.prompts, FilePrompts) or "://" in cfg.prompts.path
-    if plenty and not shards.is_dataset(cfg.out):
+    if plenty and not is_dataset(cfg.out):
         # The cost is known before prompts are fetched and curated, and before the hub is asked for weights.
         _refuse_days(cfg, engine, cfg.num)
     info = _open_or_plan(cfg, renderer, engine)
     part, parts = _part(cfg)
     mine = list(range(part - 1, info["shards"], parts))
-    missing = set(shards.missing_shards(cfg.out, info))
+    missing = set(missing_shards(cfg.out, info))
     todo = [n for n in mine if n in missing]
     failed: dict[int, str] = {}
     if todo:
@@ -126,8 +127,8 @@ def _open_or_plan(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> d
     if _part(cfg)[0] != 1:
         _wait_for_plan(cfg)
     identity = engine.ask(plans.identity)
-    if shards.is_dataset(out):
-        info = shards.read_info(out)
+    if is_dataset(out):
+        info = read_info(out)
         wanted = getattr(cfg.renderer, "batch_size", None) or info.get("batch_size")
         differ = plans.differences(
             {**plans.recorded_settings(info), "batch_size": info.get("batch_size")}, {**identity, "batch_size": wanted}
@@ -138,13 +139,13 @@ def _open_or_plan(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> d
                 + "\n".join(f"  {line}" for line in differ)
                 + "\nChoose another out=, or remove that folder."
             )
-        shards.remove_parts(out)
+        remove_parts(out)
         return info
     left = (".prompts.parquet.", ".dataset.json.")  # temporary names of a run killed in its first seconds
-    strangers = [n for n in shards.listing(out) if not n.startswith(left) and not shards.is_plan(out / n)]
+    strangers = [n for n in list_folder(out) if not n.startswith(left) and not is_plan_file(out / n)]
     if strangers:
         raise UserError(f"{out} is not empty and holds no dataset ({strangers[0]}, …); choose another out=")
-    shards.remove_parts(out)
+    remove_parts(out)
     work = beside(out, ".curation")
     curated = plans.curated_prompts(cfg, renderer, work)
     plans.tell(cfg, curated)
@@ -159,9 +160,9 @@ def _open_or_plan(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> d
         "curation": curated.report(),
         "leakage": plan_leakage(plan),
     }
-    shards.write_plan(out, plan, info)
+    write_plan(out, plan, info)
     shutil.rmtree(work, ignore_errors=True)
-    return shards.read_info(out)
+    return read_info(out)
 
 
 def _batch_size(_: DatagenSettings, renderer: Renderer) -> int:
@@ -184,7 +185,7 @@ def _wait_for_plan(cfg: DatagenSettings) -> None:
     """Part 1 plans for all: the plan of millions is not made n times, nor written by two at once."""
     path = cfg.out / "dataset.json"
     told = -math.inf
-    while not shards.is_dataset(cfg.out):
+    while not is_dataset(cfg.out):
         if time.monotonic() - told > _TELL_S:
             log.info("part=%s: waiting for part 1 to write %s", cfg.part, path)
             told = time.monotonic()
@@ -274,7 +275,7 @@ def _render(
     cfg: DatagenSettings, engine: Engine, info: dict[str, Any], mine: list[int], todo: list[int]
 ) -> dict[int, str]:
     """Renders the shards `todo`; returns those that failed and why."""
-    plan = shards.read_plan(cfg.out)
+    plan = read_plan(cfg.out)
 
     def rows_of(number: int) -> pa.Table:
         rows = plan.slice(number * cfg.shard_size, cfg.shard_size)
@@ -304,7 +305,7 @@ def _render(
                         f"{in_a_row} shards in a row failed, the last with: {error}\n"
                         f"The whole trace is in {beside(cfg.out, '.log.jsonl')}. Mend it; the same command resumes."
                     )
-    shards.remove_parts(cfg.out)  # of workers that were killed; those that live lock theirs
+    remove_parts(cfg.out)  # of workers that were killed; those that live lock theirs
     for note, count in sorted(noted.items()):
         log.info("%s images: %s", f"{count:,}", _NOTES.get(note, note))
     _log(cfg, "ended", failed=sorted(failed))
@@ -316,7 +317,7 @@ def _shard_length(info: dict[str, Any], cfg: DatagenSettings, number: int) -> in
 
 
 def _tell_end(cfg: DatagenSettings, info: dict[str, Any], failed: dict[int, str]) -> None:
-    missing = len(shards.missing_shards(cfg.out, info))
+    missing = len(missing_shards(cfg.out, info))
     for number, error in sorted(failed.items()):
         log.error("shard %06d is missing after %d tries: %s", number, cfg.retries + 1, error)
     if failed:

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from core.errors import UserError
 from core.store import Unreachable
 from datagen.config import DatagenSettings, DiffusersRenderer, GlyphsRenderer
-from datagen.dataset import format as shards
 from datagen.dataset.image_codec import encoded
+from datagen.dataset.writer import write_shard
 from datagen.renderers.base import Renderer
 
 T = TypeVar("T")
@@ -171,7 +171,7 @@ def render_shard(
     # A renderer of one core has its neighbours on the others: it encodes by itself.
     threads = 1 if renderer.one_core else None
     image_format = cfg.renderer.image_format
-    shards.write_shard(cfg.out, number, rows, encoded(images(), image_format, threads), f".{image_format}")
+    write_shard(cfg.out, number, rows, encoded(images(), image_format, threads), f".{image_format}")
     return {
         "shard": number,
         "pictures": len(prompts),

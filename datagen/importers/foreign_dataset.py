@@ -24,8 +24,11 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 from core.settings import settings
+from core.store import write_atomically
 from datagen.config import IndexSettings
-from datagen.dataset import format as shards
+from datagen.dataset.format import INDEX, PLAN
+from datagen.dataset.reader import read_info
+from datagen.dataset.writer import write_foreign_index, write_plan
 from datagen.importers.foreign_images import ForeignImage, read_folder, read_tars
 from datagen.importers.foreign_split import ForeignSplit, split_foreign
 
@@ -60,7 +63,7 @@ def index(cfg: IndexSettings) -> None:
         _write(part, batches, split, cfg)
         if lines:
             data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-            shards.write_atomically(listing, lambda file: file.write(data))
+            write_atomically(listing, lambda file: file.write(data))
         else:
             listing.unlink(missing_ok=True)  # of a dataset that was there before
         part.replace(cfg.out)
@@ -98,11 +101,11 @@ class _Encoder:
 
 def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, cfg: IndexSettings) -> None:
     source = cfg.source or (cfg.images or Path(str(cfg.tars)).parent).absolute().name
-    columns: dict[str, list[Any]] = {name: [] for name in shards.PLAN.names}
+    columns: dict[str, list[Any]] = {name: [] for name in PLAN.names}
     split_of = iter(split.split_n)
     prompt_ids: dict[str, int] = {}
     for number, batch in enumerate(batches):
-        rows: dict[str, list[Any]] = {name: [] for name in shards.INDEX.names}
+        rows: dict[str, list[Any]] = {name: [] for name in INDEX.names}
         for image in batch:
             of_image = {"group": image.group, "source": image.source or source, "split": next(split_of)}
             where = {"path": image.path, "offset": image.offset, "size": image.size, "crc32": image.crc32}
@@ -112,7 +115,7 @@ def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, c
                     rows[name].append(value)
                 for name, value in {**shared, "prompt": caption, "seed": 0}.items():
                     columns[name].append(value)
-        shards.index_foreign(root, number, rows)
+        write_foreign_index(root, number, rows)
     origin = {"images": cfg.images, "csv": cfg.csv, "tars": cfg.tars}
     kind: dict[str, Any] = dataclasses.asdict(cfg.split)
     info = {
@@ -125,7 +128,7 @@ def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, c
         "leakage": split.leakage,
         **split.about,
     }
-    shards.write_plan(root, pa.table(columns, schema=shards.PLAN), info)
+    write_plan(root, pa.table(columns, schema=PLAN), info)
 
 
 def _summary(skipped: Sequence[Mapping[str, Any]]) -> str:
@@ -139,5 +142,5 @@ def run(values: dict[str, Any]) -> None:
         from datagen.dataset.targets import TargetEncoder, fill
 
         fill(cfg.out, TargetEncoder(cfg.encoder))
-    info = shards.read_info(cfg.out)
+    info = read_info(cfg.out)
     log.info("%s: %d images, %d captions, %s", cfg.out, info["pictures"], info["captions"], info["splits"])

@@ -33,13 +33,16 @@ from core import store
 from core.errors import UserError
 from core.progress import progress
 from core.settings import settings
+from core.store import remove_parts
 from datagen.config import PublishedSettings, needs_vectors
 from datagen.curation.curate import Curated, curate, side_of_group
-from datagen.dataset import format as shards
 from datagen.dataset.archive_readers import Tar, Zip, opened
 from datagen.dataset.encoder_identity import encoder_name
+from datagen.dataset.format import FAULTY, PLAN, write_json
 from datagen.dataset.normal_form import normal_form
+from datagen.dataset.reader import Dataset, is_plan_file, missing_shards, read_info, read_plan
 from datagen.dataset.splits import leakage, plan_leakage
+from datagen.dataset.writer import write_plan, write_shard, write_table
 from datagen.engine.plan import differences, recorded_settings
 from datagen.importers.foreign_images import NO_PROMPT, read_sample
 from datagen.prompts import download
@@ -89,9 +92,9 @@ def publish(cfg: PublishedSettings) -> None:
     work = work if cfg.work is None else cfg.work / work.name
     if not store.exists(out / "dataset.json"):
         _plan(cfg, work)
-    info = shards.read_info(out)
+    info = read_info(out)
     _refuse_another(cfg, info)
-    shards.remove_parts(out)
+    remove_parts(out)
     told = info["provenance"]
     names = [archive["name"] for archive in told["archives"]]
     if cfg.folder is None and told["commit"] is None:
@@ -99,10 +102,10 @@ def publish(cfg: PublishedSettings) -> None:
             f"folder: missing; {out} was begun from a local copy of {told['repo']}, whose commit is unknown"
         )
     source = download.Repository(told["repo"], None if cfg.folder else told["commit"], cfg.folder, tuple(names))
-    missing = shards.missing_shards(out, info)
+    missing = missing_shards(out, info)
     if missing:
         ends = np.cumsum([archive["pictures"] for archive in told["archives"]])
-        plan = shards.read_plan(out)
+        plan = read_plan(out)
         with progress(plan.num_rows, "image", cfg.name) as bar:
             for number, name in enumerate(names):
                 rows = plan.slice(int(ends[number - 1]) if number else 0, told["archives"][number]["pictures"])
@@ -114,19 +117,19 @@ def publish(cfg: PublishedSettings) -> None:
 
         fill(out, TargetEncoder(cfg.encoder))
     shutil.rmtree(work, ignore_errors=True)
-    dataset = shards.Dataset(out)
+    dataset = Dataset(out)
     splits = dataset.splits
     log.info("%s: %s", out, ", ".join(f"{count:,} {split}" for split, count in splits.items()))
-    if shards.FAULTY in splits:
+    if FAULTY in splits:
         log.warning(
             "%s faulty images are listed in %s",
-            f"{splits[shards.FAULTY]:,}",
+            f"{splits[FAULTY]:,}",
             store.beside(cfg.out, ".log.jsonl"),
         )
     _log_equal_images(dataset)
 
 
-def _log_equal_images(dataset: shards.Dataset) -> None:
+def _log_equal_images(dataset: Dataset) -> None:
     """Warn of image bytes in both splits: the plan divides prompts, before any image is read."""
     names, split_of = dataset.split_codes()
     contents = dataset.content_ids
@@ -167,7 +170,7 @@ def _plan(cfg: PublishedSettings, work: Path) -> None:
     """Decides which images there are and their sides, and commits it."""
     out = store.located(cfg.out)
     if isinstance(out, Path) and out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
-        strangers = [p for p in sorted(out.iterdir()) if not shards.is_plan(p)]
+        strangers = [p for p in sorted(out.iterdir()) if not is_plan_file(p)]
         if strangers:
             raise UserError(f"{out} is not empty and holds no dataset ({strangers[0].name}, …); choose another out=")
     published = SETS[cfg.name]
@@ -196,7 +199,7 @@ def _plan(cfg: PublishedSettings, work: Path) -> None:
         "provenance": {"repo": published.repo, "commit": source.commit, "archives": kept},
         "leakage": plan_leakage(plan),
     }
-    shards.write_plan(cfg.out, plan, info)
+    write_plan(cfg.out, plan, info)
 
 
 def _source(cfg: PublishedSettings, published: Set, work: Path) -> download.Repository:
@@ -215,7 +218,7 @@ def _source(cfg: PublishedSettings, published: Set, work: Path) -> download.Repo
         log.info("%s was begun with other settings; it begins anew", work)
         shutil.rmtree(work)
     source = download.repository(published.repo, cfg.revision, cfg.folder)
-    shards.write_json(path, {"wanted": wanted, "commit": source.commit, "names": source.names})
+    write_json(path, {"wanted": wanted, "commit": source.commit, "names": source.names})
     return source
 
 
@@ -272,7 +275,7 @@ def _texts_of_archives(
                 with opened(_fetched(source, name, work)) as archive:
                     assert isinstance(archive, Tar)
                     table = _texts_of_tar(archive, name, suffix)
-                shards.write_table(path, table)
+                write_table(path, table)
                 if not cfg.hold_archives:
                     source.release(name, work / "archives")
             table = pq.read_table(path)
@@ -347,7 +350,7 @@ def _plan_table(
     by_group = cfg.split.kind == "holdout"
     side_of_groups = cache(lambda group: side_of_group(group, cfg.split.share, cfg.seed))
     ids: dict[str, int] = {}
-    columns: dict[str, list[Any]] = {name: [] for name in shards.PLAN.names}
+    columns: dict[str, list[Any]] = {name: [] for name in PLAN.names}
     archives: list[dict[str, Any]] = []
     for batch in texts.to_batches(8192):
         for row in batch.to_pylist():
@@ -372,7 +375,7 @@ def _plan_table(
             archives[-1]["pictures"] += 1
             for name, value in values.items():
                 columns[name].append(value)
-    return pa.table(columns, schema=shards.PLAN), archives
+    return pa.table(columns, schema=PLAN), archives
 
 
 # ---------------------------------------------------------------------------------------------------------- the shards
@@ -403,7 +406,7 @@ def _write(
     suffix = SETS[cfg.name].suffix
     with opened(_fetched(source, name, work)) as archive:
         names = [f"{key.partition('/')[2]}{suffix}" for key in rows["key"].to_pylist()]
-        shards.write_shard(cfg.out, number, rows, _images(cfg, archive, name, names), suffix)
+        write_shard(cfg.out, number, rows, _images(cfg, archive, name, names), suffix)
     source.release(name, work / "archives")
 
 

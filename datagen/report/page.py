@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from core.settings import settings
 from core.store import Place, beside, located
 from datagen.config import ReportSettings
-from datagen.dataset import format as shards
-from datagen.dataset.format import FAULTY, LEFT_OUT, CorruptImage, Dataset
+from datagen.dataset.format import FAULTY, LEFT_OUT, CorruptImage
+from datagen.dataset.reader import Dataset, missing_shards, read_notes, read_plan
 from datagen.prompts.clip_tokenizer import CONTEXT, token_counts
 from report.inputs import decodable, duration, read_log, require_packages
 
@@ -44,7 +44,7 @@ class _Prompts:
     """The texts of the plan: of images as they are wanted, and a sample of all."""
 
     def __init__(self, root: Place) -> None:
-        plan = shards.read_plan(root)
+        plan = read_plan(root)
         # A caption's rows, one for each of its images, are one prompt.
         self._ids, firsts = np.unique(plan["prompt_id"].to_numpy(), return_index=True)
         self._texts = plan["prompt"].take(firsts)
@@ -143,7 +143,7 @@ def write_report(cfg: ReportSettings) -> Path:
     log_path = beside(root, ".log.jsonl")
     records = read_log(log_path, "remove it, or mend the line") if log_path.exists() else []
     work = read_work(records, info["shards"]) if records else None
-    there = info["shards"] - len(shards.missing_shards(root, info))
+    there = info["shards"] - len(missing_shards(root, info))
 
     page = Page(f"Dataset {_name(root)}", _subtitle(info))
     page.facts(_headline(dataset, prompts, work, there))
@@ -411,7 +411,7 @@ def _noted(cfg: ReportSettings, dataset: Dataset, work: Work | None) -> dict[str
             if len(found[note]) >= cfg.faults:
                 break
             if number not in read:
-                read[number] = shards.read_notes(dataset.root, number)
+                read[number] = read_notes(dataset.root, number)
             if read[number] and not number_of:
                 number_of = {key: i for i, key in enumerate(dataset.keys)}
             found[note] += [number_of[key] for key, told in read[number].items() if note in told and key in number_of]

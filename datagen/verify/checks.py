@@ -20,7 +20,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from core.store import Files, Place, sha256
-from datagen.dataset.format import FAULTY, INDEX, PLAN, read_info
+from datagen.dataset.format import FAULTY, INDEX, PLAN
+from datagen.dataset.reader import read_info
 from datagen.prompts.download import first_line
 from datagen.verify.images import ImageCheck, Rows, rows_of
 from datagen.verify.problems import HIDDEN_PART, Problems

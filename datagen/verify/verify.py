@@ -17,7 +17,7 @@ from core.progress import progress
 from core.settings import settings
 from core.store import Place
 from datagen.config import VerifySettings
-from datagen.dataset import format as shards
+from datagen.dataset.reader import list_encoders, read_info
 
 log = logging.getLogger(__name__)
 
@@ -35,10 +35,10 @@ def _verify(root: Place) -> tuple[int, list[str]]:
     """Number of problems, and their lines."""
     from datagen.verify.checks import check
 
-    images = shards.read_info(root).get("pictures")
+    images = read_info(root).get("pictures")
     with progress(images if isinstance(images, int) else 0, "image", "verify") as bar:
         problems = check(root, bar.update)
-    if not shards.encoders(root):
+    if not list_encoders(root):
         log.warning("%s has no target vectors yet: python -m datagen.targets out=%s", root, root)
     return problems.count, problems.lines()
 

@@ -27,9 +27,20 @@ from core.cli import compose
 from core.errors import UserError
 from core.paths import ROOT, Location
 from core.settings import settings
-from core.store import Files
-from datagen.dataset import format as shards
-from datagen.dataset.format import Dataset
+from core.store import Files, remove_parts, write_atomically
+from datagen.dataset import reader
+from datagen.dataset.format import write_json
+from datagen.dataset.reader import (
+    Dataset,
+    is_committed,
+    is_dataset,
+    list_encoders,
+    list_folder,
+    missing_shards,
+    plan_matches,
+    read_encoder,
+    read_info,
+)
 from datagen.verify.verify import verify
 from tests import small_dataset, training
 from tests.broken_line import Line
@@ -155,11 +166,11 @@ def test_the_command_writes_the_same_bytes_as_to_a_folder(
 def test_our_writers_write_the_same_bytes_as_to_a_folder(here: Path, root: Location, client: Client) -> None:
     small_dataset.write(root)
     assert client.contents() == contents(here)
-    assert shards.missing_shards(root, shards.read_info(root)) == []
-    assert shards.encoders(root) == [small_dataset.ENCODER]
-    assert shards.read_encoder(root, small_dataset.ENCODER)["width"] == small_dataset.WIDTH
+    assert missing_shards(root, read_info(root)) == []
+    assert list_encoders(root) == [small_dataset.ENCODER]
+    assert read_encoder(root, small_dataset.ENCODER)["width"] == small_dataset.WIDTH
     with pytest.raises(UserError, match=r"no vectors of other; write them: python -m datagen\.targets out=s3://"):
-        shards.read_encoder(root, "other")
+        read_encoder(root, "other")
     assert verify(root) == []
 
 
@@ -169,7 +180,7 @@ def test_a_dataset_there_reads_as_it_does_here(here: Path, uploaded: Location) -
     assert [theirs.prompts(i) for i in range(len(theirs))] == [ours.prompts(i) for i in range(len(ours))]
     assert theirs.fingerprint() == ours.fingerprint()
     assert theirs.splits == {"train": 40, "val": 12}
-    assert shards.plan_matches(uploaded)
+    assert plan_matches(uploaded)
 
 
 def test_a_second_reader_fetches_nothing(uploaded: Location, line: Line) -> None:
@@ -199,31 +210,31 @@ def test_a_cache_without_room_reads_one_by_one_and_says_so(
     here: Path, uploaded: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     need = sum((here / f"shards/{n:06d}.tar").stat().st_size for n in range(3))
-    monkeypatch.setattr(shards, "free_bytes", lambda _: need - 1)
+    monkeypatch.setattr(reader, "free_bytes", lambda _: need - 1)
     dataset = Dataset(uploaded, small_dataset.ENCODER)
     assert read_all(dataset) == read_all(Dataset(here, small_dataset.ENCODER))
     assert cached(tmp_path) == []
     (said,) = [m for m in caplog.messages if "do not fit into the cache" in m]
     assert said.startswith(f"{uploaded}: 0.00 GB in 3 tars do not fit into the cache {tmp_path / 'cache'}, which has ")
     assert said.endswith("read from the store one by one, which is slower. Name a larger folder by IM2EMB_CACHE")
-    monkeypatch.setattr(shards, "free_bytes", lambda _: need)
+    monkeypatch.setattr(reader, "free_bytes", lambda _: need)
     Dataset(uploaded).image_bytes(0)
     assert len(cached(tmp_path)) == 1
 
 
 def test_a_listing_shows_what_another_process_wrote(uploaded: Location, client: Client, line: Line) -> None:
-    info = shards.read_info(uploaded)
+    info = read_info(uploaded)
     index = client.get("data/shards/000001.parquet")
     client.remove("data/shards/000001.parquet")
     line.requests.clear()
-    assert shards.missing_shards(uploaded, info) == [1]
+    assert missing_shards(uploaded, info) == [1]
     assert len(line.requests) == 1
-    assert not shards.committed(uploaded, 1)
+    assert not is_committed(uploaded, 1)
     client.put("data/shards/000001.parquet", index)
-    assert shards.committed(uploaded, 1)
-    assert shards.missing_shards(uploaded, info) == []
-    assert "targets" in shards.listing(uploaded)
-    assert shards.listing(uploaded / "nowhere") == []
+    assert is_committed(uploaded, 1)
+    assert missing_shards(uploaded, info) == []
+    assert "targets" in list_folder(uploaded)
+    assert list_folder(uploaded / "nowhere") == []
 
 
 def test_what_was_written_anew_is_not_read_from_an_old_copy(uploaded: Location, client: Client, tmp_path: Path) -> None:
@@ -297,14 +308,14 @@ def test_a_store_that_is_gone_for_good(uploaded: Location, line: Line, caplog: p
     dataset = Dataset(uploaded)
     one_by_one = Dataset(uploaded, whole=False)
     line.close()
-    for reader in (dataset, one_by_one):
+    for opened in (dataset, one_by_one):
         with pytest.raises(UserError, match=r"(?s)cannot read s3://.*000001.tar, tried 5 times: .*Check the network"):
-            reader.image_bytes(20)
+            opened.image_bytes(20)
     assert sum("trying again in 0.01 s" in message for message in caplog.messages) == 8
     for work in (
-        lambda: shards.committed(uploaded, 0),
-        lambda: shards.missing_shards(uploaded, {"shards": 3}),
-        lambda: shards.write_json(uploaded / "a.json", {}),
+        lambda: is_committed(uploaded, 0),
+        lambda: missing_shards(uploaded, {"shards": 3}),
+        lambda: write_json(uploaded / "a.json", {}),
         lambda: Dataset(uploaded),
     ):
         with pytest.raises(UserError, match=r"cannot (look for|list|write) s3://.*, tried 5 times: "):
@@ -377,7 +388,7 @@ def test_no_right_to_write_or_read(uploaded: Location, client: Client, line: Lin
     client.deny("s3:PutObject", "s3:GetObject")
     line.requests.clear()
     with pytest.raises(UserError, match=r"(?s)cannot write s3://.*/a\.json: Forbidden\n.*credentials and rights"):
-        shards.write_json(uploaded / "a.json", {})
+        write_json(uploaded / "a.json", {})
     assert len(line.requests) == 1  # no second try
     with pytest.raises(UserError, match=r"(?s)cannot read s3://.*000000\.tar: Forbidden\n.*credentials"):
         dataset.image_bytes(0)
@@ -389,13 +400,13 @@ def test_no_bucket() -> None:
     with pytest.raises(UserError, match=r"s3://nobody-made-this.*: The specified bucket does not exist; check the URL"):
         Dataset(root)
     with pytest.raises(UserError, match=r"cannot write s3://nobody.*The specified bucket does not exist; make the bu"):
-        shards.write_json(root / "a.json", {})
+        write_json(root / "a.json", {})
     with pytest.raises(UserError, match="bucket does not exist"):
-        shards.is_dataset(root)
+        is_dataset(root)
 
 
 def test_no_dataset(root: Location) -> None:
-    assert not shards.is_dataset(root)
+    assert not is_dataset(root)
     with pytest.raises(UserError, match=r"no dataset at s3://.*/data: dataset\.json is missing\. Make one"):
         Dataset(root)
 
@@ -531,7 +542,7 @@ def test_a_killed_writer_commits_no_half_of_a_shard(
     ours, theirs = contents(here), client.contents()
     assert {"dataset.json", "shards/000000.parquet"} <= theirs.keys() < ours.keys()
     assert all(ours[name] == data for name, data in theirs.items())
-    shards.remove_parts(root)
+    remove_parts(root)
     assert not any(part.exists() for part in parts)
     small_dataset.write(root)
     assert client.contents() == ours
@@ -542,9 +553,9 @@ def test_parts_that_are_being_written_stay(tmp_path: Path) -> None:
 
     def write(file: Any) -> None:
         file.write(b"whole")
-        shards.remove_parts(tmp_path)
+        remove_parts(tmp_path)
 
-    shards.write_atomically(tmp_path / "a", write)
+    write_atomically(tmp_path / "a", write)
     assert contents(tmp_path) == {"a": b"whole"}
 
 

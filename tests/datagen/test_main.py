@@ -18,7 +18,7 @@ from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
 from datagen.config import DatagenSettings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from datagen.engine.runner import generate
 from datagen.verify.verify import verify
 from tests.commands import BARE, GLYPHS, contents, make, run, start

@@ -15,8 +15,9 @@ from core.errors import UserError
 from core.paths import Location
 from core.settings import settings
 from datagen.config import ReportSettings
-from datagen.dataset import format as shards
+from datagen.dataset.format import PLAN
 from datagen.dataset.image_codec import encode
+from datagen.dataset.writer import write_plan, write_shard
 from datagen.report import page
 from tests import small_dataset
 from tests.commands import BARE, contents, make, run
@@ -38,7 +39,7 @@ def rendering(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(count)
     ]
     rows[7]["prompt"] = "cat " * 90
-    plan = pa.Table.from_pylist(rows, schema=shards.PLAN)
+    plan = pa.Table.from_pylist(rows, schema=PLAN)
     curation = {
         "drawn": 200,
         "dropped": {"equal text": 100, "under 5 tokens": 50},
@@ -48,14 +49,14 @@ def rendering(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     renderer = {"name": "sd2_competition", "size": 16, "steps": 50}
     info = {"shards": SHARDS, "settings": {"renderer": renderer}, "curation": curation, "batch_size": 7}
-    shards.write_plan(root, plan, {**info, "provenance": {"user": {"commit": "abc123"}}})
+    write_plan(root, plan, {**info, "provenance": {"user": {"commit": "abc123"}}})
     notes: dict[int, dict[str, Any]] = {3: {"redrawn": "fp32"}, 11: {"constant": True}, 12: {"fault": "nan"}}
     for number in (0, 1, 2, 4):
         images = [
             (encode(np.full((16, 16, 3), 5 * i, np.uint8), "png"), notes.get(i, {}))
             for i in range(number * SHARD, (number + 1) * SHARD)
         ]
-        shards.write_shard(root, number, plan.slice(number * SHARD, SHARD), images, ".png")
+        write_shard(root, number, plan.slice(number * SHARD, SHARD), images, ".png")
     began = {"event": "began", "part": None, "pictures": count, "places": 1}
     records: list[dict[str, Any]] = [
         {"time": 0.0, "event": "shard", "shard": 3, "pictures": SHARD, "seconds": 9.0, "notes": {"redrawn": 9}},

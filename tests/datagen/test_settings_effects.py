@@ -22,7 +22,7 @@ from sentence_transformers.sentence_transformer.modules import Normalize, Static
 from transformers import AutoTokenizer
 
 from datagen import config
-from datagen.dataset.format import read_info, read_plan
+from datagen.dataset.reader import read_info, read_plan
 from datagen.dataset.targets import minilm_wheel
 from tests import small_dataset, tiny_published, tiny_sd2
 from tests.effects import Command, Entries, Entry, Result, cases, complete, only_on_gpu, refused, shows, without_gpu

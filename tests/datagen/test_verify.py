@@ -23,7 +23,9 @@ from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
 from datagen.config import IndexSettings
-from datagen.dataset import format as shards
+from datagen.dataset.format import PLAN, json_bytes
+from datagen.dataset.reader import read_plan
+from datagen.dataset.writer import write_plan, write_shard, write_targets
 from datagen.importers.foreign_dataset import index
 from datagen.verify.problems import Problems
 from datagen.verify.verify import run, verify
@@ -50,10 +52,10 @@ def plan(change: Callable[[list[dict[str, Any]]], object]) -> Damage:
     """Another plan, which dataset.json goes with: its hash and counts are right."""
 
     def damage(root: Path) -> None:
-        rows = shards.read_plan(root).to_pylist()
+        rows = read_plan(root).to_pylist()
         change(rows)
         info = json.loads((root / "dataset.json").read_text())
-        shards.write_plan(root, pa.Table.from_pylist(rows, schema=shards.PLAN), info)
+        write_plan(root, pa.Table.from_pylist(rows, schema=PLAN), info)
 
     return damage
 
@@ -104,7 +106,7 @@ def member_json(change: Callable[[dict[str, Any]], object]) -> Damage:
         name, data = found[17]
         meta = json.loads(data)
         change(meta)
-        found[17] = (name, shards.json_bytes(meta))
+        found[17] = (name, json_bytes(meta))
 
     return members(changed)
 
@@ -360,9 +362,9 @@ def test_a_faulty_image_is_no_problem(tmp_path: Path) -> None:
         {"key": f"{n}", "prompt_id": n, "prompt": f"a {n}", "source": "s", "group": "", "split": "train", "seed": n}
         for n in range(3)
     ]
-    table = pa.Table.from_pylist(rows, schema=shards.PLAN)
-    shards.write_plan(root, table, {"shards": 1, "settings": {}})
-    shards.write_shard(root, 0, table, [(b"0", {}), (b"1", {"fault": "black"}), (b"2", {"redrawn": "fp32"})], ".png")
+    table = pa.Table.from_pylist(rows, schema=PLAN)
+    write_plan(root, table, {"shards": 1, "settings": {}})
+    write_shard(root, 0, table, [(b"0", {}), (b"1", {"fault": "black"}), (b"2", {"redrawn": "fp32"})], ".png")
     assert verify(root) == []
 
 
@@ -387,7 +389,7 @@ def foreign(tmp_path: Path) -> Path:
     root = tmp_path / "data"
     index(settings(IndexSettings, compose("index", [f"out={root}", f"images={images}", f"csv={images / 'p.csv'}"])))
     identity = {"name": small_dataset.ENCODER, "width": small_dataset.WIDTH}
-    shards.write_targets(root, identity, small_dataset.encode, lambda _: None)
+    write_targets(root, identity, small_dataset.encode, lambda _: None)
     assert verify(root) == []
     return root
 

@@ -22,8 +22,8 @@ from safetensors.torch import load_file
 
 from core.cli import command
 from core.errors import UserError
-from datagen.dataset import format as shards
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
+from datagen.dataset.writer import write_foreign_index
 from models import checkpoint
 from models.metrics import Interval
 from models.regressor import make
@@ -467,7 +467,7 @@ def test_images_whose_file_is_gone_are_skipped_too(tmp_path: Path) -> None:
     for row, key in enumerate(rows["key"]):
         (data / f"{key}.png").write_bytes(dataset.image_bytes(row))
     rows |= {"path": [f"{key}.png" for key in rows["key"]], "offset": [0] * len(rows["key"])}
-    shards.index_foreign(data, 0, rows)
+    write_foreign_index(data, 0, rows)
     gone = [dataset.key(int(dataset.rows(split)[0])) for split in ("train", "val")]
     for key in gone:
         (data / f"{key}.png").unlink()

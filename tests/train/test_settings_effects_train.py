@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from datagen.dataset import format as shards
+from datagen.dataset.writer import write_targets
 from models import checkpoint
 from models.regressor import make
 from tests import listed_dataset, small_dataset, training
@@ -55,7 +55,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "efficientnet": _checkpoint(root / "efficientnet", "test_efficientnet"),
         "weights": root / "weights.csv",
     }
-    shards.write_targets(found["data"], {"name": "other", "width": 384}, _other_vectors, lambda _: None)
+    write_targets(found["data"], {"name": "other", "width": 384}, _other_vectors, lambda _: None)
     torch.manual_seed(5)
     state = make("test_vit", "random", 32, 384).backbone.state_dict()
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, found["vit_weights"])

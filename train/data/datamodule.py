@@ -13,7 +13,9 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from core.errors import UserError
-from datagen.dataset.format import FAULTY, Dataset, write_atomically
+from core.store import write_atomically
+from datagen.dataset.format import FAULTY
+from datagen.dataset.reader import Dataset
 from models.runtime.preprocess import Preprocessing
 from train.config import TrainSettings
 from train.data.images import Batch, ImageDataset, Rows

@@ -12,7 +12,7 @@ from typing import Any
 
 from core.encoders import differences, has_settings
 from core.errors import UserError
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from datagen.dataset.targets import TargetEncoder, encoder_folder, encoder_name
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,8 @@ from torch.utils.data import Dataset as TorchDataset
 
 from core.encoders import differences
 from core.errors import UserError
-from datagen.dataset.format import CorruptImage, Dataset
+from datagen.dataset.format import CorruptImage
+from datagen.dataset.reader import Dataset
 from models.runtime.preprocess import BadImage, Preprocessing, decode, fit
 
 log = logging.getLogger(__name__)

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from core.errors import UserError
 from core.paths import Location
 from core.progress import progress
-from datagen.dataset.format import Dataset, encoders, write_array, write_json
+from datagen.dataset.format import write_json
+from datagen.dataset.reader import Dataset, list_encoders
+from datagen.dataset.writer import write_array
 from models import checkpoint, loader
 from models.ensemble import ensemble
 from models.leakage import NEAR, Leakage
@@ -221,7 +223,7 @@ def judge(cfg: EvaluateSettings) -> Judged:
 def _only_encoder(dataset: Location | None) -> str:
     """The target encoder that a dataset has vectors of, where no checkpoint says which."""
     assert dataset is not None
-    found = encoders(dataset)
+    found = list_encoders(dataset)
     if len(found) != 1:
         raise UserError(
             f"{dataset} has vectors of {', '.join(found) or 'no encoder'}, and no checkpoint says which are meant: "

@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from datagen.dataset.format import Dataset, json_bytes
+from datagen.dataset.format import json_bytes
+from datagen.dataset.reader import Dataset
 from models.metrics import Interval, bootstrap
 
 if TYPE_CHECKING:

@@ -31,8 +31,9 @@ from core.cache import stored
 from core.encoders import differences
 from core.errors import UserError
 from core.paths import Location
-from datagen.dataset import format as shards
-from datagen.dataset.format import Dataset, cache_folder, sha256, write_json
+from core.store import cache_folder, sha256
+from datagen.dataset.format import write_json
+from datagen.dataset.reader import Dataset, read_plan
 from datagen.dataset.targets import MINILM, TargetEncoder, encoder_folder, encoder_name, encoder_source, minilm_wheel
 from datagen.prompts.captions import read_captions
 from datagen.prompts.download import File
@@ -414,7 +415,7 @@ class _Captions:
         within = np.arange(count_p.sum()) - np.repeat(np.cumsum(count_p) - count_p, count_p)
         self._row_n: Rows = np.repeat(starts[images], count_p) + within
         ids = [dataset.prompt_ids(i) for i in images.tolist()]
-        plan = shards.read_plan(dataset.root).select(["prompt_id", "prompt"])
+        plan = read_plan(dataset.root).select(["prompt_id", "prompt"])
         known, first = np.unique(plan["prompt_id"].to_numpy(), return_index=True)
         at = first[np.searchsorted(known, np.concatenate(ids))] if ids else np.zeros(0, np.int64)
         texts = plan["prompt"].cast(pa.large_string()).take(pa.array(at))

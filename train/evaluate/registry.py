@@ -19,7 +19,7 @@ import torch
 from core.encoders import differences, has_settings
 from core.errors import UserError
 from core.paths import ROOT
-from datagen.dataset.format import cache_folder, sha256
+from core.store import cache_folder, sha256
 from datagen.dataset.targets import TargetEncoder, encoder_source
 from models import loader
 from models.baselines.clip import Clip

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from datagen.dataset.format import FAULTY, Dataset
+from datagen.dataset.format import FAULTY
+from datagen.dataset.reader import Dataset
 from models.leakage import TITLES, Leakage
 from models.metrics import similarity_matrix
 from report.inputs import require_packages

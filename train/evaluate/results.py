@@ -16,7 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from datagen.dataset.format import CorruptImage, Dataset
+from datagen.dataset.format import CorruptImage
+from datagen.dataset.reader import Dataset
 from models.leakage import Leakage
 from models.metrics import bins, bootstrap
 from report.inputs import decodable

@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
-from datagen.dataset.format import Dataset, hash_prompts
+from datagen.dataset.format import hash_prompts
+from datagen.dataset.reader import Dataset
 from models import checkpoint, loader
 from models.ensemble import ensemble
 from models.runtime.preprocess import Preprocessing

@@ -5,7 +5,8 @@ from typing import Any
 
 import torch
 
-from datagen.dataset.format import CorruptImage, Dataset
+from datagen.dataset.format import CorruptImage
+from datagen.dataset.reader import Dataset
 from datagen.dataset.targets import encoder_name
 from models import checkpoint
 from models.leakage import Leakage

@@ -14,7 +14,8 @@ from core import tensor_files
 from core.checksum import DamagedFile
 from core.encoders import has_settings
 from core.errors import UserError
-from datagen.dataset.format import Dataset, write_atomically
+from core.store import write_atomically
+from datagen.dataset.reader import Dataset
 from datagen.dataset.targets import encoder_name
 from models import checkpoint, lora
 from models.head_init import init_ridge

@@ -74,7 +74,7 @@ def mine(cfg: HardSettings) -> None:
     from pyarrow import csv, parquet
 
     from core.device import half
-    from datagen.dataset.format import write_atomically
+    from core.store import write_atomically
     from models import checkpoint
     from models.runtime.preprocess import Preprocessing
     from train.data.encoders import require_same

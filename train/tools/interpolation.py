@@ -65,7 +65,8 @@ def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
     Raises:
         UserError: the checkpoints are not of one architecture and target encoder, or the dataset cannot be used.
     """
-    from datagen.dataset.format import Dataset, write_json
+    from datagen.dataset.format import write_json
+    from datagen.dataset.reader import Dataset
     from models import checkpoint
     from models.runtime.preprocess import Preprocessing
     from train.data.encoders import require_same

@@ -20,7 +20,8 @@ from torch.nn.functional import normalize
 
 from core.errors import UserError
 from core.progress import progress
-from datagen.dataset.format import Dataset, write_json
+from datagen.dataset.format import write_json
+from datagen.dataset.reader import Dataset
 from datagen.dataset.targets import encoder_name
 from models.head_init import Ridge, init_ridge
 from models.losses import loss

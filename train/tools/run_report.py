@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from report.inputs import duration, read_log, require_packages
 from train.evaluate import report
 from train.evaluate.results import Evaluation, images_of, read_evaluation, read_json, readable, validation_counts

@@ -27,7 +27,7 @@ import numpy as np
 from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
-from datagen.dataset.format import write_atomically
+from core.store import write_atomically
 from models.metrics import Interval
 from train.evaluate.results import validation_counts
 from train.fit.improvement import FILE

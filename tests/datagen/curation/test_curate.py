@@ -24,7 +24,8 @@ from core.paths import Location
 from datagen.config import Curation, Split
 from datagen.curation import curate as curation
 from datagen.curation.curate import Curated, clean, curate, held_out
-from datagen.dataset import format as shards
+from datagen.dataset.format import PLAN
+from datagen.dataset.writer import write_plan
 from datagen.prompts.clip_tokenizer import token_counts
 from datagen.prompts.sources import Prompt
 
@@ -347,8 +348,8 @@ def test_a_filter_without_its_package(
 def other_set(folder: Path) -> tuple[Location, Location]:
     """A dataset with the prompts of things 0 to 9, and a file with those of 10 to 19."""
     rows = [(f"{n}", n, f"an image of thing {n}", "s", "", "val", n) for n in range(10)]
-    columns = dict(zip(shards.PLAN.names, map(list, zip(*rows, strict=True)), strict=True))
-    shards.write_plan(folder / "set", pa.table(columns, schema=shards.PLAN), {"shards": 1})
+    columns = dict(zip(PLAN.names, map(list, zip(*rows, strict=True)), strict=True))
+    write_plan(folder / "set", pa.table(columns, schema=PLAN), {"shards": 1})
     (folder / "more.txt").write_text("".join(f"an image of thing {n}\n" for n in range(10, 20)))
     return Location(folder / "set"), Location(folder / "more.txt")
 

@@ -11,8 +11,7 @@ import pytest
 
 from core.encoders import differences
 from core.errors import UserError
-from datagen.dataset import format as shards
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset, read_encoder
 from datagen.dataset.targets import MINILM, TargetEncoder, encoder_name, fill, minilm_wheel
 from tests import tiny_encoders
 from tests.commands import contents
@@ -186,14 +185,14 @@ def test_targets_command_refuses_a_changed_folder(plain: Path, dataset: Path, tm
 
     folder = Path(shutil.copytree(plain, tmp_path / "mine"))
     run("datagen.targets", f"out={dataset}", f"encoder={folder}")
-    before = shards.read_encoder(dataset, "mine")
+    before = read_encoder(dataset, "mine")
     config = json.loads((folder / "config_sentence_transformers.json").read_text())
     config |= {"prompts": {"query": "find: "}, "default_prompt_name": "query"}
     (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
     done = run("datagen.targets", f"out={dataset}", f"encoder={folder}")
     assert done.returncode == 2
     assert "default_prompt: '' there, 'find: ' here" in done.stderr
-    assert shards.read_encoder(dataset, "mine") == before
+    assert read_encoder(dataset, "mine") == before
 
 
 def test_interrupted_curation_starts_again_with_a_changed_encoder(

@@ -22,8 +22,11 @@ from PIL import Image
 
 from core.errors import UserError
 from core.paths import ROOT
-from datagen.dataset import format as shards
-from datagen.dataset.format import CorruptImage, Dataset
+from core.store import write_atomically
+from datagen.dataset import reader
+from datagen.dataset.format import INDEX, PLAN, CorruptImage, write_json
+from datagen.dataset.reader import Dataset, is_committed, read_plan
+from datagen.dataset.writer import write_foreign_index, write_plan, write_shard, write_targets
 from datagen.verify.verify import verify
 from tests import listed_dataset
 from tests.commands import BARE, contents, make
@@ -44,7 +47,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """60 scenes in two shards, with the stand-in's vectors."""
     root = tmp_path_factory.mktemp("whole") / "data"
     make(root, *BARE)
-    assert shards.write_targets(root, IDENTITY, encode, lambda _: None) == 60
+    assert write_targets(root, IDENTITY, encode, lambda _: None) == 60
     return root
 
 
@@ -62,7 +65,7 @@ def test_webdataset_reads_our_tars(whole: Path) -> None:
     from webdataset.compat import WebDataset
 
     dataset = Dataset(whole)
-    plan = shards.read_plan(whole).to_pylist()
+    plan = read_plan(whole).to_pylist()
     samples: list[Any] = list(WebDataset(sorted(map(str, whole.glob("shards/*.tar"))), shardshuffle=False))
     assert [s["__key__"] for s in samples] == dataset.keys == [row["key"] for row in plan]
     for i, (sample, row) in enumerate(zip(samples, plan, strict=True)):
@@ -90,7 +93,7 @@ def test_random_access_is_the_sequential_read(whole: Path) -> None:
 
 def test_what_an_image_has(whole: Path) -> None:
     dataset = Dataset(whole, "stand-in")
-    plan = shards.read_plan(whole).to_pylist()
+    plan = read_plan(whole).to_pylist()
     assert dataset.width == 8
     for i, row in enumerate(plan):
         assert (dataset.source(i), dataset.group(i), dataset.prompt_ids(i).tolist()) == (
@@ -163,7 +166,7 @@ def test_a_worker_reads_what_its_parent_reads(whole: Path, method: str) -> None:
 
 
 def test_more_tars_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_MOST_MAPPED", 1)
+    monkeypatch.setattr(reader, "_MOST_MAPPED", 1)
     dataset, other = Dataset(whole), Dataset(whole)
     for i in (0, 40, 1, 41, 0):
         assert dataset.image_bytes(i) == other.image_bytes(i)
@@ -171,7 +174,7 @@ def test_more_tars_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_more_vectors_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "_MOST_TARGETS", 1)
+    monkeypatch.setattr(reader, "_MOST_TARGETS", 1)
     dataset = Dataset(whole, "stand-in")
     for i in (0, 40, 1, 41, 0):
         np.testing.assert_array_equal(dataset.targets(i), encode(dataset.prompts(i)))
@@ -188,10 +191,10 @@ def foreign(root: Path, captions: list[list[str]], paths: list[Path]) -> Dataset
         for text in texts
     ]
     for number, part in enumerate((rows[: len(captions[0])], rows[len(captions[0]) :])):
-        shards.index_foreign(root, number, {k: [row[k] for row in part] for k in shards.INDEX.names})
-    plan = pa.table({k: [row[k] for row in rows] for k in shards.PLAN.names}, schema=shards.PLAN)
-    shards.write_plan(root, plan, {"shards": 2, "settings": {}})
-    shards.write_targets(root, IDENTITY, encode, lambda _: None)
+        write_foreign_index(root, number, {k: [row[k] for row in part] for k in INDEX.names})
+    plan = pa.table({k: [row[k] for row in rows] for k in PLAN.names}, schema=PLAN)
+    write_plan(root, plan, {"shards": 2, "settings": {}})
+    write_targets(root, IDENTITY, encode, lambda _: None)
     return Dataset(root, "stand-in")
 
 
@@ -255,7 +258,7 @@ def vectors(shape: tuple[int, int]) -> Callable[[Path], None]:
 
 def schema(root: Path) -> None:
     info = json.loads((root / "dataset.json").read_text())
-    shards.write_json(root / "dataset.json", {**info, "schema": 99})
+    write_json(root / "dataset.json", {**info, "schema": 99})
 
 
 def another_index(root: Path) -> None:
@@ -341,9 +344,9 @@ def noted(root: Path, notes: list[dict[str, Any]]) -> None:
     """A shard of as many images."""
     columns = {"key": str, "prompt_id": int, "prompt": str, "source": str, "group": str, "seed": int}
     rows = [{name: kind(n) for name, kind in columns.items()} | {"split": "train"} for n in range(len(notes))]
-    plan = pa.Table.from_pylist(rows, schema=shards.PLAN)
-    shards.write_plan(root, plan, {"shards": 1, "settings": {}})
-    shards.write_shard(root, 0, plan, [(b"picture", note) for note in notes], ".png")
+    plan = pa.Table.from_pylist(rows, schema=PLAN)
+    write_plan(root, plan, {"shards": 1, "settings": {}})
+    write_shard(root, 0, plan, [(b"picture", note) for note in notes], ".png")
 
 
 def test_an_image_with_a_fault_is_in_no_split_that_trains_or_validates(tmp_path: Path) -> None:
@@ -365,7 +368,7 @@ def test_an_image_with_a_fault_is_in_no_split_that_trains_or_validates(tmp_path:
 def test_a_note_replaces_nothing(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0: the note .* would replace \['seed'\]"):
         noted(tmp_path, [{"seed": 3}])
-    assert not shards.committed(tmp_path, 0)
+    assert not is_committed(tmp_path, 0)
 
 
 def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -377,9 +380,9 @@ def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError, match="in the middle"):
-        shards.write_atomically(path, fail)
+        write_atomically(path, fail)
     assert contents(tmp_path) == {"file": b"before"}
-    shards.write_atomically(path, lambda file: file.write(b"after"))
+    write_atomically(path, lambda file: file.write(b"after"))
     assert contents(tmp_path) == {"file": b"after"}
 
 
@@ -389,15 +392,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from core.errors import UserError
-from datagen.dataset import format as shards
+from core.store import write_atomically
+from datagen.dataset.format import PLAN
+from datagen.dataset.writer import write_plan, write_shard, write_table, write_targets
 
 root, limit = Path(sys.argv[1]), int(sys.argv[2])
 rows = 2000
 text = [str(n) * 40 for n in range(rows)]
 plan = pa.table({"key": [f"{n:09d}" for n in range(rows)], "prompt_id": list(range(rows)), "prompt": text,
-    "source": text, "group": text, "split": ["train"] * rows, "seed": [0] * rows}, schema=shards.PLAN)
-shards.write_plan(root, plan, {"shards": 1})
-shards.write_shard(root, 0, plan, [(b"x", {})] * rows, ".png")
+    "source": text, "group": text, "split": ["train"] * rows, "seed": [0] * rows}, schema=PLAN)
+write_plan(root, plan, {"shards": 1})
+write_shard(root, 0, plan, [(b"x", {})] * rows, ".png")
 before = sorted(p for p in root.rglob("*"))
 if limit:
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
@@ -407,10 +412,10 @@ else:  # a disk that is full
             while file.write(bytes(4096)): pass
         except OSError: pass
 writers = {
-    "bytes": lambda: shards.write_atomically(root / "a", lambda file: file.write(bytes(100_000))),
-    "table": lambda: shards.write_table(root / "b.parquet", plan.append_column("x", [np.random.rand(rows)])),
-    "shard": lambda: shards.write_shard(root, 1, plan, [(b"x" * 99, {})] * rows, ".png"),
-    "targets": lambda: shards.write_targets(
+    "bytes": lambda: write_atomically(root / "a", lambda file: file.write(bytes(100_000))),
+    "table": lambda: write_table(root / "b.parquet", plan.append_column("x", [np.random.rand(rows)])),
+    "shard": lambda: write_shard(root, 1, plan, [(b"x" * 99, {})] * rows, ".png"),
+    "targets": lambda: write_targets(
         root, {"name": "e", "width": 64}, lambda t: np.ones((len(t), 64), np.float32), lambda _: None),
 }
 for name, write in writers.items():

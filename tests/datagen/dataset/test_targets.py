@@ -5,12 +5,14 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from core.errors import UserError
-from datagen.dataset import format as shards
-from datagen.dataset.format import Dataset
+from datagen.dataset.format import PLAN
+from datagen.dataset.reader import Dataset, read_plan
 from datagen.dataset.targets import MINILM_SHA256, TargetEncoder, encoder_name, fill, minilm_wheel
+from datagen.dataset.writer import write_foreign_index, write_plan, write_targets
 from tests.commands import contents
 
 MINILM = "all-MiniLM-L6-v2"
@@ -86,7 +88,7 @@ def test_only_what_is_missing_is_written_again(copy: Path, encoder: TargetEncode
 
 
 def test_equal_prompts_are_encoded_once(copy: Path) -> None:
-    plan = shards.read_plan(copy).to_pydict()
+    plan = read_plan(copy).to_pydict()
     ids = [n // 2 for n in range(60)]
     texts: list[str] = []
 
@@ -97,13 +99,13 @@ def test_equal_prompts_are_encoded_once(copy: Path) -> None:
     import pyarrow as pa
 
     plan |= {"prompt_id": ids, "prompt": [f"an image of {n}" for n in ids]}
-    shards.write_plan(copy, pa.table(plan, schema=shards.PLAN), {"shards": 2})
+    write_plan(copy, pa.table(plan, schema=PLAN), {"shards": 2})
     for number in (0, 1):
         path = copy / f"shards/{number:06d}.parquet"
-        index = shards.pq.read_table(path).to_pydict()
+        index = pq.read_table(path).to_pydict()
         part = ids[30 * number : 30 * number + 30]
-        shards.index_foreign(copy, number, {**index, "prompt_id": part})
-    shards.write_targets(copy, {"name": "other", "width": 60}, encode, lambda _: None)
+        write_foreign_index(copy, number, {**index, "prompt_id": part})
+    write_targets(copy, {"name": "other", "width": 60}, encode, lambda _: None)
     assert len(texts) == 30
     dataset = Dataset(copy, "other")
     assert [int(dataset.target(i).argmax()) for i in range(60)] == ids
@@ -113,7 +115,7 @@ def test_another_encoder_of_the_same_name_is_refused(copy: Path, encoder: Target
     before = contents(copy)
     identity = {**encoder.identity(), "weights_sha256": "0" * 64}
     with pytest.raises(UserError, match=r"holds vectors of another encoder.*\n  weights_sha256: .*\nRemove .*"):
-        shards.write_targets(copy, identity, encoder.encode, lambda _: None)
+        write_targets(copy, identity, encoder.encode, lambda _: None)
     assert contents(copy) == before
 
 

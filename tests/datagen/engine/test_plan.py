@@ -11,7 +11,7 @@ from core.settings import settings
 from datagen.config import DatagenSettings
 from datagen.curation.curate import Curated
 from datagen.curation.journal import KEPT
-from datagen.dataset import format as shards
+from datagen.dataset.format import PLAN
 from datagen.engine.plan import count, image_seeds, plan_table, tell
 
 
@@ -30,7 +30,7 @@ def curated(train: int, val: int) -> Curated:
 
 def test_a_row_an_image() -> None:
     table = plan_table(cfg(100, 3), curated(30, 6))
-    assert table.schema == shards.PLAN
+    assert table.schema == PLAN
     rows = table.to_pylist()
     assert len(rows) == 100 == count(cfg(100, 3), curated(30, 6))  # of 108
     assert [row["key"] for row in rows] == [f"{n:09d}" for n in range(100)]

@@ -16,7 +16,7 @@ from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
 from datagen.config import IndexSettings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from datagen.importers.foreign_dataset import index
 from datagen.importers.foreign_images import read_folder, read_tars
 from datagen.verify.verify import verify

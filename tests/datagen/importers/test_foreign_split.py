@@ -13,8 +13,8 @@ from core.errors import UserError
 from core.settings import settings
 from datagen.config import IndexSettings
 from datagen.curation.curate import held_out
-from datagen.dataset.format import Dataset
 from datagen.dataset.normal_form import normal_form
+from datagen.dataset.reader import Dataset
 from datagen.importers.foreign_images import ForeignImage
 from datagen.importers.foreign_split import split_foreign
 from tests.datagen.importers.test_foreign_dataset import folder, log, make, table, webdataset_tar

@@ -23,8 +23,8 @@ from core.errors import UserError
 from core.settings import settings
 from datagen.config import PublishedSettings
 from datagen.curation import curate
-from datagen.dataset.format import Dataset, read_info
 from datagen.dataset.normal_form import normal_form
+from datagen.dataset.reader import Dataset, read_info
 from datagen.importers.published_sets import publish
 from datagen.verify.verify import verify
 from tests import tiny_published
@@ -86,7 +86,7 @@ def test_diffusiondb_from_a_folder(tmp_path: Path) -> None:
 
 
 def shards_plan(root: Path) -> Any:
-    from datagen.dataset.format import read_plan
+    from datagen.dataset.reader import read_plan
 
     return read_plan(root)
 
@@ -236,9 +236,9 @@ def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(tmp_path: Pat
     values = compose("published", [f"name={name}", f"out={out}", f"folder={tmp_path / 'copy'}", *BARE])
     for module, function, call, shards in (
         ("datagen.prompts.clip_tokenizer", "token_counts", 3, 0),  # in the third chunk of its curation
-        ("datagen.dataset.format", "write_plan", 1, 0),
-        ("datagen.published", "_fault", 5, 0),  # in the first shard
-        ("datagen.published", "_fault", 65, 6),
+        ("datagen.importers.published_sets", "write_plan", 1, 0),
+        ("datagen.importers.published_sets", "_fault", 5, 0),  # in the first shard
+        ("datagen.importers.published_sets", "_fault", 65, 6),
     ):
         process = multiprocessing.get_context("spawn").Process(target=end_at, args=(values, module, function, call))
         process.start()

@@ -28,7 +28,7 @@ from core.errors import UserError
 from core.settings import settings
 from datagen.config import DatagenSettings, FilePrompts, IndexSettings
 from datagen.dataset.archive_readers import opened
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from datagen.importers.foreign_dataset import index
 from datagen.importers.foreign_images import read_folder, read_tars
 from datagen.prompts import download

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.export.export import export
 from models.loader import load_bundle

@@ -412,6 +412,7 @@ PREPARED = {
 @pytest.mark.parametrize("how", PREPARED.values(), ids=PREPARED.keys())
 def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], tmp_path: Path) -> None:
     """What enters the backbone, caught there: by the loader's way, by `embed`, and in the exported bundle."""
+    from datagen.dataset.reader import Dataset
     from models import checkpoint
     from models.export import export
     from models.loader import load_any
@@ -419,7 +420,7 @@ def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], 
     from train.data.images import ImageDataset
 
     data = small_dataset.write(tmp_path / "data", train=3, val=1, size=56)
-    dataset = small_dataset.shards.Dataset(data, small_dataset.ENCODER)
+    dataset = Dataset(data, small_dataset.ENCODER)
     images = [decode(dataset.image_bytes(row)) for row in range(4)]
     images = [image[:, : 56 - 9 * n, : 23 + 11 * n] for n, image in enumerate(images)]  # of odd shapes
     made = make("test_vit", "random", 32, 8, **how)

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 
 from core.errors import UserError
 from core.paths import ROOT
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models.regressor import Regressor, make
 from models.runtime.preprocess import Preprocessing
 from tests import small_dataset

@@ -16,7 +16,7 @@ import torch
 from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models.runtime.preprocess import Preprocessing, decode, fit
 from tests import listed_dataset, small_dataset
 from tests.listed_dataset import ENCODER, Row

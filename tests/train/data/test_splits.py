@@ -9,8 +9,8 @@ import torch
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from datagen.dataset.format import Dataset
 from datagen.dataset.normal_form import normal_form
+from datagen.dataset.reader import Dataset
 from models.head_init import FIT, JUDGE, NEITHER
 from models.runtime.preprocess import Preprocessing
 from tests import listed_dataset

@@ -30,7 +30,7 @@ from core.cli import compose
 from core.errors import UserError
 from core.paths import ROOT
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.ensemble import ensemble
 from models.export.export import export

@@ -18,7 +18,7 @@ from sklearn.neighbors import NearestNeighbors
 from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from datagen.dataset.targets import TargetEncoder
 from models import checkpoint
 from models.baselines.captioners import Blip

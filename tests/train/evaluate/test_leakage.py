@@ -13,7 +13,7 @@ import torch
 from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models.ensemble import ensemble
 from models.ensemble.ensemble import Member
 from models.export.export import export

@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import WandbLogger
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.metrics import bootstrap
 from models.regressor import Regressor

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from core.errors import UserError
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models.runtime.preprocess import Preprocessing, fit
 from tests import small_dataset
 from train.data.images import ImageDataset

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer
 
 from core import cache as vectors
 from core.errors import UserError
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from datagen.dataset.targets import TargetEncoder, minilm_wheel
 from models.retrieval import vector_index
 from tests import small_dataset

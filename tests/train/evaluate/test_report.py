@@ -18,7 +18,7 @@ from core.cli import compose
 from core.errors import UserError
 from core.paths import ROOT
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models.metrics import bootstrap
 from tests import evaluated, small_dataset
 from train.config import EvaluateSettings

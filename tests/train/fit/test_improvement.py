@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.metrics import compare
 from tests import commands, small_dataset

@@ -14,7 +14,7 @@ import pytest
 from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models import checkpoint
 from tests import small_dataset, training
 from train.data.datamodule import Data

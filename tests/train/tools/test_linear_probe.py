@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.export import export
 from models.runtime.preprocess import decode, fit

@@ -17,7 +17,7 @@ from core.cli import compose
 from core.errors import UserError
 from core.paths import ROOT
 from core.settings import settings
-from datagen.dataset.format import Dataset
+from datagen.dataset.reader import Dataset
 from report.inputs import duration
 from tests import evaluated, small_dataset
 from train.tools import run_report

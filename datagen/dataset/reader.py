@@ -1,0 +1,610 @@
+"""Read a dataset folder: `Dataset` gives random access to images and target vectors, functions read single files.
+
+An image is a run of index rows with one key. Its bytes are a slice of the memory-mapped tar, at the offset
+that the index holds.
+"""
+
+import functools
+import hashlib
+import json
+import logging
+import mmap
+import tarfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from core.encoders import has_settings
+from core.errors import UserError
+from core.json_text import parse_json
+from core.store import Files, Place, cache_folder, exists, free_bytes, sha256
+from datagen.dataset.encoder_identity import encoder_name
+from datagen.dataset.format import (
+    ARRAY_ERRORS,
+    INDEX,
+    PLAN,
+    SCHEMA,
+    CorruptImage,
+    content_hash,
+    hash_prompts,
+    run_starts,
+)
+
+log = logging.getLogger(__name__)
+
+_MOST_MAPPED = 512  # tars; each holds a file descriptor, and a process has 1,024 by default
+_MOST_TARGETS = 256  # files of vectors, likewise
+
+
+def is_committed(root: Place, number: int) -> bool:
+    """Whether shard `number` is there, whole, as of now."""
+    return exists(root / f"shards/{number:06d}.parquet")
+
+
+def is_dataset(root: Place) -> bool:
+    """Whether a plan is committed there, as of now."""
+    return exists(root / "dataset.json")
+
+
+def list_folder(root: Place) -> list[str]:
+    """Names in the dataset folder, sorted; none where there is no folder."""
+    return Files(root).names()
+
+
+def list_encoders(root: Place) -> list[str]:
+    """Names of the encoders whose vectors are there, sorted."""
+    files = Files(root)
+    return [name for name in files.names("targets") if files.size(f"targets/{name}/encoder.json") is not None]
+
+
+def read_encoder(root: Place, name: str) -> dict[str, Any]:
+    """Whose vectors `targets/<name>` holds.
+
+    Raises:
+        UserError: there are none.
+    """
+    found = find_encoder(Files(root), name)
+    if found is None:
+        raise UserError(f"{root} has no vectors of {name}; write them: python -m datagen.targets out={root}")
+    return found
+
+
+def read_plan(root: Place) -> pa.Table:
+    return load_plan(Files(root))
+
+
+def plan_matches(root: Place) -> bool:
+    """Whether `prompts.parquet` is the plan that `dataset.json` was written with."""
+    files = Files(root)
+    return sha256(_present(files, "prompts.parquet")) == _info(files)["plan_sha256"]
+
+
+def is_plan_file(path: Place) -> bool:
+    """Whether a file is a plan of ours: all that a run killed in its first seconds leaves."""
+    files = Files(path.parent)
+    if path.name != "prompts.parquet" or files.size(path.name) is None:
+        return False
+    try:
+        return pq.read_schema(files.path(path.name)).equals(PLAN)
+    except (pa.ArrowInvalid, OSError):
+        return False
+
+
+def read_info(root: Place) -> dict[str, Any]:
+    """`dataset.json`.
+
+    Raises:
+        UserError: there is none, or it is of a schema this version does not know.
+    """
+    return _info(Files(root))
+
+
+class Dataset:
+    """A dataset folder, read at random, from any number of processes.
+
+    Images are numbered 0 … len-1 in the order of the shards; an image has one caption or more. Of a remote folder,
+    a tar is fetched into the cache whole at its first image, and is as fast as a local one from then on; where the
+    disk of the cache cannot hold the tars, the images are read from the store one by one.
+
+    Args:
+        root: the dataset folder, a local path or an fsspec URL.
+        encoder: whose target vectors to read: a hub name or folder, as of `TargetEncoder`, or the name under
+            `targets/`; None reads none.
+        whole: False also reads the images one by one, for one who wants few of a remote folder.
+        files: what is in the folder, where another process has listed it.
+        partial: True also opens a dataset that is still being made; it then has the images of the shards there are.
+
+    Raises:
+        UserError: naming everything that is missing, cut off or does not match, and what mends it.
+    """
+
+    def __init__(
+        self,
+        root: Place | str,
+        encoder: str | None = None,
+        *,
+        whole: bool = True,
+        partial: bool = False,
+        files: Files | None = None,
+    ) -> None:
+        self._files = files or Files(root)
+        self.root = self._files.root
+        self.encoder = None if encoder is None else encoder_name(encoder)
+        self.partial = partial
+        self.info = _info(self._files)
+        self._maps: dict[str, mmap.mmap] = {}
+        tables = _read_tables(self._files, [f"shards/{name}" for name in index_names(self._files)], INDEX)
+        table = pa.concat_tables(tables) if tables else INDEX.empty_table()
+        starts = run_starts(table["key"])
+        self._keys = table["key"]
+        self._prompt_ids = table["prompt_id"].to_numpy()
+        self._row_starts = starts
+        firsts = starts[:-1]
+        self._offsets = table["offset"].to_numpy()[firsts]
+        self._sizes = table["size"].to_numpy()[firsts]
+        self._paths, self._path_of = _codes(table["path"], firsts)
+        self._crcs = table["crc32"].to_numpy()[firsts]
+        self._splits, self._split_of = _codes(table["split"], firsts)
+        self._sources, self._source_of = _codes(table["source"], firsts)
+        self._groups = table["group"]
+        self._prompts: list[str] | None = None
+        self._shard_rows = np.cumsum([0] + [t.num_rows for t in tables])
+        self._target_names: list[str] = []
+        self._targets: dict[int, NDArray[np.float32]] = {}
+        self._width = 0
+        self._identity: dict[str, Any] | None = None
+        problems = self._check_images(table)
+        if encoder is not None:
+            problems += self._open_targets(encoder_name(encoder), encoder)
+        if problems:
+            raise UserError(f"the dataset {self.root} cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
+        if self._identity is not None and not has_settings(self._identity) and files is None:
+            _report_unknown_settings(str(self.root), encoder_name(encoder or ""))
+        self._whole = whole and (files is not None or self._cache_has_room())
+
+    def __len__(self) -> int:
+        return len(self._sizes)
+
+    def __reduce__(self) -> tuple[Callable[..., "Dataset"], tuple[Place, str | None, bool, bool, Files]]:
+        # a worker opens it anew: a mapped array would be pickled whole
+        return _reopened, (self.root, self.encoder, self._whole, self.partial, self._files)
+
+    @property
+    def width(self) -> int:
+        """E, the width of the target vectors."""
+        return self._width
+
+    @property
+    def encoder_identity(self) -> dict[str, Any] | None:
+        """Whose vectors `targets` gives, as `encoder.json` has it; None where none are read."""
+        return self._identity
+
+    @property
+    def keys(self) -> list[str]:
+        return self._keys.take(pa.array(self._row_starts[:-1])).to_pylist()
+
+    def key(self, i: int) -> str:
+        return self._keys[int(self._row_starts[i])].as_py()
+
+    def find(self, keys: pa.Array) -> NDArray[np.int64]:
+        """Numbers of the images of these keys, -1 of one that is not there."""
+        own = self._keys.take(pa.array(self._row_starts[:-1])).combine_chunks()
+        found = pc.call_function("index_in", [keys], pc.SetLookupOptions(value_set=own))
+        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+    def source(self, i: int) -> str:
+        return self._sources[self._source_of[i]]
+
+    def sources(self) -> tuple[list[str], NDArray[np.int32]]:
+        """The distinct sources, and the number among them of each image's."""
+        return self._sources, self._source_of
+
+    def group(self, i: int) -> str:
+        return self._groups[int(self._row_starts[i])].as_py()
+
+    def group_hashes(self) -> NDArray[np.int64]:
+        """A number for each image's group that follows from its name alone; 0 where it has none."""
+        names, codes = _codes(self._groups, self._row_starts[:-1])
+        known = np.array([_text_hash(name) if name else 0 for name in names], np.int64)
+        return known[codes]
+
+    @property
+    def splits(self) -> dict[str, int]:
+        """Images of each split. Where some are faulty, `info` still tells what was planned."""
+        codes, counts = np.unique(self._split_of, return_counts=True)
+        return dict(sorted(zip((self._splits[c] for c in codes.tolist()), counts.tolist(), strict=True)))
+
+    def split_codes(self) -> tuple[list[str], NDArray[np.int32]]:
+        """The distinct splits, and the number among them of each image's."""
+        return self._splits, self._split_of
+
+    def rows(self, split: str) -> NDArray[np.int64]:
+        """Numbers of the images of a split, ascending.
+
+        Raises:
+            UserError: the dataset has no such image.
+        """
+        wanted = [i for i, name in enumerate(self._splits) if name == split]
+        found = np.flatnonzero(np.isin(self._split_of, wanted))
+        if not len(found):
+            raise UserError(f"{self.root} has no image in the split {split!r}, only {self.splits}")
+        return found
+
+    @property
+    def checksums(self) -> NDArray[np.uint32]:
+        """The crc32 of each image's bytes, as its index has it, [len]."""
+        return self._crcs
+
+    @property
+    def content_ids(self) -> NDArray[np.int64]:
+        """A number for each image's bytes, [len], as `content_hash` gives it. No image is read."""
+        return content_hash(self._crcs, self._sizes)
+
+    def captions(self, i: int) -> range:
+        """Index rows of image `i`."""
+        return range(int(self._row_starts[i]), int(self._row_starts[i + 1]))
+
+    def prompts(self, i: int) -> list[str]:
+        """The captions of image `i`."""
+        if self._prompts is None:
+            plan = load_plan(self._files)
+            texts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
+            self._prompts = [texts[p] for p in self._prompt_ids.tolist()]
+        return [self._prompts[row] for row in self.captions(i)]
+
+    def prompt_ids(self, i: int) -> NDArray[np.int64]:
+        return self._prompt_ids[self._row_starts[i] : self._row_starts[i + 1]]
+
+    @property
+    def caption_prompt_ids(self) -> NDArray[np.int64]:
+        """The prompt_id of each index row; index rows of one id have the same text."""
+        return self._prompt_ids
+
+    @property
+    def caption_starts(self) -> NDArray[np.int64]:
+        """The first index row of each image, and the number of rows at the end: [len + 1]."""
+        return self._row_starts
+
+    def prompt_hashes(self) -> NDArray[np.int64]:
+        """A number for each index row's prompt that follows from its normal form alone; one pass over the plan."""
+        ids, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        _present(self._files, "prompts.parquet")
+        with pq.ParquetFile(self._files.path("prompts.parquet")) as plan:
+            for batch in plan.iter_batches(columns=["prompt_id", "prompt"]):
+                texts = batch["prompt"].dictionary_encode()  # a prompt's several images lie side by side
+                known = hash_prompts(texts.dictionary.to_pylist())
+                ids.append(batch["prompt_id"].to_numpy())
+                hashes.append(known[texts.indices.to_numpy()])
+        all_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
+        return np.concatenate(hashes)[firsts][np.searchsorted(all_ids, self._prompt_ids)]
+
+    def prompt_sets(self) -> NDArray[np.int64]:
+        """A number for each image, the same where images have the same prompts."""
+        if len(self._prompt_ids) == len(self):
+            return self._prompt_ids
+        # a sum of numbers drawn for each prompt does not ask for the captions' order
+        ids, prompt_of = np.unique(self._prompt_ids, return_inverse=True)
+        drawn = np.random.default_rng(0).integers(-(2**63), 2**63, len(ids))
+        return np.add.reduceat(drawn[prompt_of], self._row_starts[:-1])
+
+    def targets(self, i: int) -> NDArray[np.float32]:
+        """Unit vectors of image `i`'s captions, [captions, E]."""
+        rows = self.captions(i)
+        shard = int(np.searchsorted(self._shard_rows, rows.start, side="right")) - 1
+        first = rows.start - int(self._shard_rows[shard])
+        return np.array(self._vectors(shard)[first : first + len(rows)])
+
+    def caption_targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        """The unit vectors of these index rows, [n, E]."""
+        found = np.empty((len(rows), self._width), np.float32)
+        shard_of = np.searchsorted(self._shard_rows, rows, side="right") - 1
+        for shard in np.unique(shard_of).tolist():
+            wanted = shard_of == shard
+            found[wanted] = self._vectors(shard)[rows[wanted] - self._shard_rows[shard]]
+        return found
+
+    def mean_targets(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
+        """What `target` gives of each of these images, [n, E], in one go."""
+        firsts = self._row_starts[images]
+        counts = self._row_starts[images + 1] - firsts
+        total = self.caption_targets(firsts)
+        for n in range(1, int(counts.max(initial=1))):  # caption after caption: the very sums that a mean takes
+            more = counts > n
+            total[more] += self.caption_targets(firsts[more] + n)
+        return total / counts[:, None].astype(np.float32)
+
+    def _vectors(self, shard: int) -> NDArray[np.float32]:
+        """The vectors of a shard, mapped and not read."""
+        vectors = self._targets.get(shard)
+        if vectors is None:
+            if len(self._targets) >= _MOST_TARGETS:
+                self._targets.pop(next(iter(self._targets)))
+            path = self._files.path(self._target_names[shard])
+            vectors = self._targets[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
+        return vectors
+
+    def target(self, i: int) -> NDArray[np.float32]:
+        """The mean of image `i`'s captions' unit vectors, [E], itself not of unit length.
+
+        Its dot product with a prediction is the image's score, the average cosine; its direction is what trains.
+        """
+        return self.targets(i).mean(0)
+
+    def image_bytes(self, i: int) -> bytes:
+        """The encoded image `i`.
+
+        Raises:
+            CorruptImage: its file is gone or shorter than the index says.
+            UserError: a remote file cannot be fetched, was changed since it was listed, or is another dataset's.
+        """
+        path, offset, size = self._paths[self._path_of[i]], int(self._offsets[i]), int(self._sizes[i])
+        tar = self._maps.get(path)
+        try:
+            if tar is not None:
+                data = tar[offset : offset + size]
+            elif not path.endswith(".tar"):
+                data = self._files.path(path).read_bytes()
+            elif self._whole or self._files.is_here(path):
+                data = self._map(path, i)[offset : offset + size]
+            else:
+                data = self._from_store(path, i)
+        except OSError as error:  # of this machine's files: what fails on the way to a store is a UserError
+            raise CorruptImage(f"{self.key(i)}: {self.root / path}: {error.strerror}") from error
+        if len(data) != size or not size:
+            raise CorruptImage(f"{self.key(i)}: {self.root / path} holds {len(data)} bytes of {size}")
+        return data
+
+    def _map(self, path: str, i: int) -> mmap.mmap:
+        if len(self._maps) >= _MOST_MAPPED:
+            self._maps.pop(next(iter(self._maps))).close()
+        with self._files.path(path).open("rb") as file:
+            found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        if self._files.remote:
+            offset = int(self._offsets[i])
+            self._refuse_another_tar(path, i, found[max(offset - tarfile.BLOCKSIZE, 0) : offset])
+        self._maps[path] = found
+        return found
+
+    def _from_store(self, path: str, i: int) -> bytes:
+        offset, size = int(self._offsets[i]), int(self._sizes[i])
+        first = max(offset - tarfile.BLOCKSIZE, 0)
+        data = self._files.read(path, first, offset + size)
+        self._refuse_another_tar(path, i, data[: offset - first])
+        return data[offset - first :]
+
+    def _refuse_another_tar(self, path: str, i: int, header: bytes) -> None:
+        """What opening does for a local tar: a remote one's headers are looked at as it is read."""
+        for problem in self._mismatch(path, i, header):
+            raise UserError(problem)
+
+    def _mismatch(self, path: str, i: int, header: bytes) -> list[str]:
+        """Says so where 512 bytes are not the header of image `i`."""
+        try:
+            if tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == self._sizes[i]:
+                return []
+        except tarfile.HeaderError:
+            pass
+        where = f"no {self.key(i)} at {self._offsets[i]}"
+        return [f"{self.root / path} does not match its index: {where}; {self._remedy(path)}"]
+
+    def _cache_has_room(self) -> bool:
+        """Whether the cache can hold the tars that it lacks; True of a local folder, which needs none."""
+        missing = [path for path in self._paths if path.endswith(".tar") and not self._files.is_here(path)]
+        if not missing:
+            return True
+        need, free = sum(self._files.size(path) or 0 for path in missing), free_bytes(cache_folder())
+        sizes = f"{need / 1e9:.2f} GB in {len(missing):,} tars"
+        if need > free:
+            log.warning(
+                "%s: %s do not fit into the cache %s, which has %.2f GB free: images are read from the store one by "
+                "one, which is slower. Name a larger folder by IM2EMB_CACHE",
+                *(self.root, sizes, cache_folder(), free / 1e9),
+            )
+            return False
+        log.info("%s: %s are fetched into %s as they are first read", self.root, sizes, cache_folder())
+        return True
+
+    def fingerprint(self) -> str:
+        """A hash of what the dataset is: its settings, plan and counts."""
+        return sha256(self._files.path("dataset.json"))
+
+    def _check_images(self, table: pa.Table) -> list[str]:
+        found = []
+        missing = [] if self.partial else _missing(self._files, self.info)
+        if missing:
+            names = ", ".join(f"{n:06d}" for n in missing[:5]) + (", …" if len(missing) > 5 else "")
+            found.append(
+                f"{len(missing)} of {self.info['shards']} shards are missing ({names}): "
+                f"finish it by the python -m datagen command that began it"
+            )
+        elif table.num_rows > self.info["captions"] or (table.num_rows < self.info["captions"] and not self.partial):
+            found.append(
+                f"its index has {table.num_rows} rows, but dataset.json says {self.info['captions']}: "
+                f"shards of another dataset lie in it; copy it again"
+            )
+        for code, path in enumerate(self._paths):
+            if not path.endswith(".tar"):
+                continue  # a folder's files are found missing one by one, as they are read
+            images = np.flatnonzero(self._path_of == code)
+            found += self._check_tar(path, images[np.argsort(self._offsets[images])])
+        return found
+
+    def _check_tar(self, path: str, images: NDArray[np.int64]) -> list[str]:
+        """Length of the tar, and of a local one the headers of its first and last image; `verify` reads all."""
+        where, last = self.root / path, images[-1]
+        need, have = int(self._offsets[last] + self._sizes[last]), self._files.size(path)
+        if have is None:
+            return [f"{where} is missing; {self._remedy(path)}"]
+        if have < need:
+            return [f"{where} is cut off: {have} bytes, the index needs {need}; {self._remedy(path)}"]
+        if self._files.remote:
+            return []
+        with self._files.path(path).open("rb") as file:
+            for i in (int(images[0]), int(last)):
+                file.seek(max(int(self._offsets[i]) - tarfile.BLOCKSIZE, 0))
+                found = self._mismatch(path, i, file.read(tarfile.BLOCKSIZE))
+                if found:
+                    return found
+        return []
+
+    def _remedy(self, tar: str) -> str:
+        """For a tar that is missing, cut off or another one."""
+        if tar.startswith("shards/"):
+            index = self.root / f"{tar.removesuffix('.tar')}.parquet"
+            return f"copy it again, or remove {index} and repeat the python -m datagen command"
+        return "copy it again, or index it anew: python -m datagen.index"
+
+    def _open_targets(self, encoder: str, as_given: str) -> list[str]:
+        folder = f"targets/{encoder}"
+        remedy = f"python -m datagen.targets out={self.root} encoder={as_given}"
+        identity = find_encoder(self._files, encoder)
+        if identity is None:
+            others = ", ".join(self._files.names("targets"))
+            return [f"no vectors of {encoder}; write them: {remedy}" + (f" (there are: {others})" if others else "")]
+        self._identity, self._width = identity, identity["width"]
+        targets = [f"{folder}/{target_name(name)}" for name in index_names(self._files)]
+        there = {f"{folder}/{name}" for name in self._files.names(folder)}
+        found = [f"{self.root / name} is missing; write it: {remedy}" for name in targets if name not in there]
+        rows_of = dict(zip(targets, np.diff(self._shard_rows).tolist(), strict=True))
+        present = [name for name in targets if name in there]
+        for name, path in zip(present, self._files.paths(present), strict=True):
+            where, expected = self.root / name, [rows_of[name], self._width]
+            try:
+                vectors = np.load(path, mmap_mode="r", allow_pickle=False)
+            except ARRAY_ERRORS as error:
+                found.append(f"{where} cannot be read ({error}); remove it and write it anew: {remedy}")
+                continue
+            if list(vectors.shape) != expected or vectors.dtype != np.float32:
+                found.append(
+                    f"{where} is {vectors.dtype} {list(vectors.shape)}, expected float32 {expected}; "
+                    f"remove it and write it anew: {remedy}"
+                )
+                continue
+            self._target_names.append(name)
+        return found
+
+
+@functools.cache
+def _report_unknown_settings(root: str, encoder: str) -> None:
+    """Once per dataset and process."""
+    log.warning(
+        "%s/targets/%s: encoder.json does not record the encoder's settings (an earlier version wrote it), so nothing "
+        "shows whether these vectors are what the encoder gives now. Check and record it: python -m datagen.targets "
+        "out=%s encoder=%s",
+        *(root, encoder, root, encoder),
+    )
+
+
+def _reopened(root: Place, encoder: str | None, whole: bool, partial: bool, files: Files) -> Dataset:
+    return Dataset(root, encoder, whole=whole, partial=partial, files=files)
+
+
+def read_notes(root: Place, number: int) -> dict[str, dict[str, Any]]:
+    """What the renderer noted of the images of shard `number`, such as {"redrawn": "fp32"}: key → note, if any.
+
+    A remote tar is not fetched for this: of one that is not in the cache, nothing is told.
+
+    Raises:
+        UserError: the tar is damaged.
+    """
+    files, name = Files(root), f"shards/{number:06d}.tar"
+    if files.size(name) is None or not files.is_here(name):
+        return {}
+    notes = {}
+    try:
+        with tarfile.open(files.path(name)) as tar:
+            for member in tar:
+                if member.name.endswith(".json") and (file := tar.extractfile(member)):
+                    meta = json.load(file)
+                    note = {key: value for key, value in meta.items() if key not in PLAN.names}
+                    if note:
+                        notes[member.name.removesuffix(".json")] = note
+    except (tarfile.TarError, ValueError, OSError) as error:
+        raise UserError(f"{files.root / name} is damaged ({error}): python -m datagen.verify out={root}") from error
+    return notes
+
+
+def missing_shards(root: Place, info: Mapping[str, Any]) -> list[int]:
+    """Numbers of the shards that are planned and not committed, as of now."""
+    return _missing(Files(root), info)
+
+
+def _missing(files: Files, info: Mapping[str, Any]) -> list[int]:
+    there = set(files.names("shards"))
+    return [n for n in range(info["shards"]) if f"{n:06d}.parquet" not in there]
+
+
+def index_names(files: Files) -> list[str]:
+    return [name for name in files.names("shards") if name[0].isdigit() and name.endswith(".parquet")]
+
+
+def target_name(index_name: str) -> str:
+    return f"{index_name.removesuffix('.parquet')}.npy"
+
+
+def _info(files: Files) -> dict[str, Any]:
+    info = _json(files, "dataset.json", "make the dataset anew")
+    if not isinstance(info, dict):
+        raise UserError(f"{files.root / 'dataset.json'} is damaged: it is not an object; make the dataset anew")
+    if info.get("schema") != SCHEMA:
+        raise UserError(
+            f"{files.root / 'dataset.json'}: schema {info.get('schema')!r}, but this version reads {SCHEMA}; "
+            f"make the dataset anew"
+        )
+    return info
+
+
+def load_plan(files: Files) -> pa.Table:
+    _present(files, "prompts.parquet")
+    return _read_tables(files, ["prompts.parquet"], PLAN)[0]
+
+
+def find_encoder(files: Files, name: str) -> dict[str, Any] | None:
+    path = f"targets/{name}/encoder.json"
+    return None if files.size(path) is None else _json(files, path, "remove its folder and write the vectors anew")
+
+
+def _json(files: Files, name: str, remedy: str) -> dict[str, Any]:
+    try:
+        return parse_json(_present(files, name).read_text())
+    except ValueError as error:
+        raise UserError(f"{files.root / name} is damaged ({error}); copy it again, or {remedy}") from error
+
+
+def _present(files: Files, name: str) -> Path:
+    if files.size(name) is None:
+        raise UserError(
+            f"no dataset at {files.root}: {name} is missing. Make one (python -m datagen out={files.root}) "
+            f"or index what you have (python -m datagen.index out={files.root} …)."
+        )
+    return files.path(name)
+
+
+def _read_tables(files: Files, names: list[str], schema: pa.Schema) -> list[pa.Table]:
+    tables = []
+    for name, path in zip(names, files.paths(names), strict=True):
+        try:
+            tables.append(pq.read_table(path, schema=schema))
+        except (pa.ArrowInvalid, OSError) as error:
+            raise UserError(
+                f"{files.root / name} is damaged ({str(error).splitlines()[0]}); copy it again, or remove it and "
+                f"repeat the command that wrote it"
+            ) from error
+    return tables
+
+
+def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int32]]:
+    """The distinct values of a column, and each row's number among them."""
+    encoded = column.combine_chunks().dictionary_encode()
+    return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()[rows]
+
+
+def _text_hash(text: str) -> int:
+    """64 bits of a text, signed."""
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -1,0 +1,160 @@
+"""Write a dataset folder: the plan, the shards with their indexes, and the target vectors.
+
+Every file is written atomically. The index of a shard is written last and commits it.
+"""
+
+import hashlib
+import io
+import tarfile
+import zlib
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from core.store import Files, Place, remove_parts, write_atomically
+from datagen.dataset.format import FAULTY, INDEX, SCHEMA, json_bytes, run_starts, write_json
+from datagen.dataset.reader import find_encoder, index_names, load_plan, target_name
+from datagen.dataset.stale_vectors import refuse_stale_vectors
+
+
+def write_array(path: Place, array: NDArray[Any]) -> None:
+    buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
+    np.save(buffer, array)
+    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def write_table(path: Place, table: pa.Table) -> None:
+    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))
+
+
+def write_plan(root: Place, plan: pa.Table, info: Mapping[str, Any]) -> None:
+    """Commits the plan: `prompts.parquet`, then `dataset.json` with its hash, its counts and `info`."""
+    buffer = io.BytesIO()
+    pq.write_table(plan, buffer, compression="zstd")
+    write_atomically(root / "prompts.parquet", lambda file: file.write(buffer.getbuffer()))
+    splits = plan["split"].to_numpy(zero_copy_only=False)
+    firsts = run_starts(plan["key"])[:-1]
+    names, counts = np.unique(splits[firsts], return_counts=True)
+    info = {
+        **info,
+        "schema": SCHEMA,
+        "pictures": len(firsts),
+        "captions": plan.num_rows,
+        "splits": dict(zip(names.tolist(), counts.tolist(), strict=True)),
+        "plan_sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
+    }
+    write_json(root / "dataset.json", info)
+
+
+def write_shard(
+    root: Place, number: int, plan: pa.Table, images: Iterable[tuple[bytes, Mapping[str, Any]]], suffix: str
+) -> None:
+    """Writes shard `number`: the tar, then its index, which commits it.
+
+    Args:
+        plan: the shard's rows of `prompts.parquet`, one image a row.
+        images: in the plan's order, each encoded and with a note, plain JSON, that joins its .json. A "fault" in it
+            puts the image into the split "faulty".
+        suffix: of the images, with its dot.
+
+    Raises:
+        UserError: no room, no right or no way to write; the shard is not committed.
+        ValueError: a note would replace what the plan says, or there are not as many images as rows.
+    """
+    name = f"shards/{number:06d}"
+    offsets, sizes, crcs, splits = [], [], [], []
+
+    def write(file: io.BufferedWriter) -> None:
+        with tarfile.open(fileobj=file, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+            for row, (image, note) in zip(plan.to_pylist(), images, strict=True):
+                key = row["key"]
+                offsets.append(tar.offset + tarfile.BLOCKSIZE)
+                sizes.append(len(image))
+                crcs.append(zlib.crc32(image))
+                meta = {k: row[k] for k in ("prompt_id", "source", "group", "split", "seed")}
+                if meta.keys() & note.keys():
+                    raise ValueError(f"{key}: the note {dict(note)} would replace {sorted(meta.keys() & note.keys())}")
+                meta |= note
+                if "fault" in note:
+                    meta["split"] = FAULTY
+                splits.append(meta["split"])
+                for member, data in (
+                    (f"{key}{suffix}", image),
+                    (f"{key}.txt", row["prompt"].encode()),
+                    (f"{key}.json", json_bytes(meta)),
+                ):
+                    header = tarfile.TarInfo(member)  # its time, owner and mode are constants: the bytes must not vary
+                    header.size = len(data)
+                    tar.addfile(header, io.BytesIO(data))
+
+    write_atomically(root / f"{name}.tar", write)
+    columns = {
+        **{k: plan[k] for k in ("key", "prompt_id", "group", "source")},
+        "split": splits,
+        "path": [f"{name}.tar"] * plan.num_rows,
+        "offset": offsets,
+        "size": sizes,
+        "crc32": crcs,
+    }
+    write_table(root / f"{name}.parquet", pa.table(columns, schema=INDEX))
+
+
+def write_targets(
+    root: Place,
+    identity: Mapping[str, Any],
+    encode: Callable[[list[str]], NDArray[np.float32]],
+    tick: Callable[[int], object],
+    numbers: Collection[int] | None = None,
+) -> int:
+    """Writes the vectors of every shard that lacks them, a file a shard, and returns how many rows it wrote.
+
+    Args:
+        numbers: of the shards to see to; None takes all.
+        identity: of the encoder, as `datagen.dataset.encoder_identity.describe` gives it; recorded in encoder.json.
+        encode: n texts → unit vectors [n, E].
+        tick: told the rows of each shard, written or found.
+
+    Raises:
+        UserError: the vectors that are there are not those that this encoder gives. Where their encoder.json lacks the
+            settings, or is missing, some prompts of every file are encoded again and compared.
+    """
+    files = Files(root)
+    folder = f"targets/{identity['name']}"
+    there = find_encoder(files, identity["name"])
+    plan = load_plan(files)
+    prompts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
+    if there != dict(identity):
+        present = set(files.names(folder))
+        names = [name for name in index_names(files) if target_name(name) in present]
+        stored = zip(
+            (f"{folder}/{target_name(name)}" for name in names),
+            files.paths(f"{folder}/{target_name(name)}" for name in names),
+            files.paths(f"shards/{name}" for name in names),
+            strict=True,
+        )
+        refuse_stale_vectors(root, there, identity, stored, prompts, encode)
+        write_json(root / folder / "encoder.json", dict(identity))
+    remove_parts(root / folder)
+    written = set(files.names(folder))
+    indices = [n for n in index_names(files) if numbers is None or int(n.partition(".")[0]) in numbers]
+    wrote = 0
+    for name, path in zip(indices, files.paths(f"shards/{name}" for name in indices), strict=True):
+        ids = pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_numpy()
+        target = target_name(name)
+        if target not in written:
+            distinct, back = np.unique(ids, return_inverse=True)
+            buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
+            np.save(buffer, encode([prompts[i] for i in distinct.tolist()])[back])
+            write_atomically(root / folder / target, lambda file, b=buffer: file.write(b.getbuffer()))
+            wrote += len(ids)
+        tick(len(ids))
+    return wrote
+
+
+def write_foreign_index(root: Place, number: int, rows: Mapping[str, Sequence[Any]]) -> None:
+    """Writes the index of images that lie elsewhere; `rows` holds the columns of `INDEX`."""
+    write_table(root / f"shards/{number:06d}.parquet", pa.table(dict(rows), schema=INDEX))
