@@ -5,12 +5,14 @@ written when it parses to the very scene it was made from. An attribute that is 
 draws nothing for it (a place, a light, a medium) or chooses from the seed (a size).
 """
 
+import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple, TypeVar
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
 
 from core.errors import UserError
 from datagen.prompts.icon_names import Object, objects, plural
@@ -54,250 +56,35 @@ class Line:
     group: str
 
 
-# Canonical word: how else it is said. The first way is the commonest.
-COLOURS = {
-    "red": ("red", "scarlet", "crimson", "bright red"),
-    "orange": ("orange", "tangerine", "bright orange"),
-    "yellow": ("yellow", "lemon yellow", "bright yellow"),
-    "lime": ("lime green", "chartreuse", "bright green"),
-    "green": ("green", "emerald", "dark green"),
-    "mint": ("mint green", "pale green"),
-    "teal": ("teal", "turquoise", "cyan"),
-    "sky blue": ("sky blue", "light blue", "azure"),
-    "blue": ("blue", "royal blue", "cobalt", "bright blue"),
-    "navy": ("navy blue", "dark blue", "midnight blue"),
-    "purple": ("purple", "violet", "deep purple"),
-    "lavender": ("lavender", "lilac", "pale purple"),
-    "magenta": ("magenta", "fuchsia", "hot pink"),
-    "pink": ("pink", "pale pink", "rose pink"),
-    "maroon": ("maroon", "burgundy", "dark red"),
-    "brown": ("brown", "chocolate brown", "chestnut"),
-    "beige": ("beige", "tan", "sand coloured"),
-    "white": ("white", "snow white", "ivory"),
-    "grey": ("grey", "gray", "ash grey"),
-    "black": ("black", "jet black", "pitch black"),
-}
-SIZES = {
-    "tiny": ("tiny", "miniature", "minuscule"),
-    "small": ("small", "little"),
-    "large": ("large", "big"),
-    "huge": ("huge", "giant", "gigantic", "enormous", "colossal"),
-}
-# Before the noun, and after it.
-LOOKS = {
-    "striped": (("striped", "stripy"), ("with stripes",)),
-    "spotted": (("spotted", "polka dot", "dotted"), ("covered in polka dots",)),
-    "chequered": (("chequered", "checkered"), ("with a chequered pattern",)),
-    "glowing": (("glowing", "luminous", "radiant"), ("glowing from within",)),
-    "transparent": (("transparent", "translucent", "see-through"), ("made of glass",)),
-    "upside-down": (("upside-down",), ("turned upside down", "standing on its head")),
-    "cracked": (("cracked", "broken", "shattered"), ("covered in cracks", "broken into pieces")),
-    "wooden": (("wooden", "timber"), ("carved out of wood", "made of oak wood", "carved out of ebony")),
-    "marble": (("marble",), ("carved out of marble", "made of veined marble")),
-    "golden": (("golden", "gilded"), ("made of gold", "cast in solid gold")),
-    "chrome": (("chrome", "metallic", "steel"), ("made of chrome", "made of polished steel")),
-    "knitted": (("knitted", "woollen"), ("knitted from wool", "made of yarn")),
-    "rusty": (("rusty", "rusted", "corroded"), ("covered in rust",)),
-    "icy": (("icy", "frozen"), ("carved from ice", "made of ice")),
-}
-RELATIONS = {
-    "beside": ("next to", "beside", "alongside", "near", "standing by"),
-    "above": ("above", "hovering over", "floating above"),
-    "below": ("below", "underneath", "beneath"),
-    "on": ("on top of", "sitting on", "balanced on", "riding on", "standing on"),
-    "before": ("in front of", "partly hiding"),
-    "behind": ("behind", "hiding behind", "half hidden by"),
-    "inside": ("inside", "trapped inside", "contained within"),
-    "around": ("surrounded by", "encircled by"),
-}
-# The words in brackets carry the meaning; those around them are the clause.
-PLACES = {
-    "forest": "in a [forest], deep in the [woods], in a [pine forest], among the [trees of a woodland]",
-    "beach": "on a [beach], on a [sandy shore], at the [seaside], on a [tropical beach]",
-    "city": "in a [city street], in the [city], before a [skyline of skyscrapers], in the streets of a [metropolis]",
-    "desert": "in the [desert], among [sand dunes], in the [sahara]",
-    "space": "in [outer space], floating in [space], in a [galaxy] far away, in the [cosmos], among the [nebulae]",
-    "underwater": "[underwater], on the [ocean floor], [under the sea], on a [coral reef], at the [bottom of the sea]",
-    "snowy mountains": "in the [snowy mountains], on a [snowy mountain], in the [alps], below [snow capped peaks]",
-    "kitchen": "in a [kitchen], on the [kitchen counter], in a [tiled kitchen]",
-    "library": "in a [library], in an [old library], before shelves in a [reading room]",
-    "meadow": "in a [meadow], in a [field of wildflowers], in a [grassy field], on a [green hillside]",
-    "volcano land": "in a [field of lava], before a [volcanic landscape], on the [slopes of mordor]",
-    "graveyard": "in a [graveyard], in a [haunted cemetery], among [tombstones at night]",
-    "theatre": "on a [stage], in an [old theatre], before [red velvet curtains]",
-    "farm": "on a [farm], in a [wheat field], in a [field of golden corn]",
-    "sea": "on the [open sea], at [sea], on the [waves of the ocean], in the middle of the [ocean]",
-    "sky": "high in the [sky], [above the clouds], in the [blue sky], among [fluffy clouds]",
-    "cave": "in a [cave], in a [crystal cave], in a dark [cavern]",
-    "disco": "on a [dance floor], in a [disco], in a [nightclub]",
-    "art gallery": "in an [art gallery], in a [museum], in an [exhibition hall]",
-    "canyon": "in a [canyon], in a [red rock canyon], in the [badlands]",
-    "living room": "in a [living room], in a [cosy parlour], on [patterned wallpaper]",
-    "moon": "on the [surface of the moon], on a [lunar landscape], on a [cratered moon]",
-    "circus": "in a [circus tent], in a [circus], under a [big top]",
-    "blossom garden": "in a garden of [cherry blossoms], in a [japanese garden], in an [orchard in bloom]",
-    "pyramids": "before the [pyramids of giza], in [ancient egypt], near the [great pyramids]",
-    "lake": "by a [lake], at a [mountain lake], on the shore of a [loch]",
-    "arctic": "in the [arctic], among [icebergs], in [antarctica], at the [north pole]",
-    "jungle": "in the [jungle], in a [rainforest], in a [tropical jungle]",
-    "chessboard": "on a [chessboard], on a [chequered floor]",
-    "swamp": "in a [swamp], in a murky [bog], in the [mangroves]",
-}
-LIGHTS = {
-    "sunset": "at [sunset], at [dusk], in the light of the [setting sun], in [golden hour] light",
-    "dawn": "at [dawn], at [sunrise], in [pink morning light]",
-    "moonlight": "in the [moonlight], at [night], under a [full moon], at [midnight]",
-    "fog": "in thick [fog], in the [mist], on a [foggy day], [shrouded in haze]",
-    "studio": "in [studio light], under [studio lighting], in a [spotlight]",
-    "neon": "in [neon light], with a [neon glow], lit by [cyan and magenta lights], with [cyberpunk lighting]",
-    "shadows": "with [dramatic shadows], in [chiaroscuro], with [hard shadows], in [film noir] light",
-    "rain": "in the [rain], on a [rainy day], in [pouring rain]",
-    "snowfall": "in [falling snow], on a [snowy day], in a [blizzard]",
-    "storm": "in a [thunderstorm], with [lightning in the sky], in a [lightning storm]",
-    "sunbeams": "in [sunbeams], with [god rays], with [volumetric light], in [shafts of sunlight]",
-    "candlelight": "by [candlelight], in [warm dim light], lit by [firelight]",
-    "bokeh": "with [bokeh], before [blurred lights], with [bokeh lights]",
-    "fireflies": "with [fireflies], among [glowing fireflies], amid [floating sparks]",
-    "confetti": "with [confetti], in a shower of [colourful confetti], amid [paper streamers]",
-    "aurora": "under the [northern lights], beneath an [aurora borealis], below a [green aurora]",
-}
-# "a …" goes with an article, "… *" only after a comma, the others without an article.
-MEDIA = {
-    "oil painting": "an oil painting, a painting, oil on canvas *, a thick impasto painting, an impressionist painting",
-    "watercolour": "a watercolour, a watercolor painting, a watercolour painting, an aquarelle, loose watercolour *",
-    "pencil sketch": "a pencil sketch, a pencil drawing, a coloured pencil drawing, a sketch, graphite on paper *",
-    "charcoal": "a charcoal drawing, a charcoal sketch, charcoal on paper *",
-    "ink": "an ink drawing, a pen and ink drawing, inks on parchment *, an ink wash drawing",
-    "pixel art": "pixel art, 8 bit pixel art, a pixel art image, 16 bit game graphics *, a retro video game sprite",
-    "neon sign": "a neon sign, a glowing neon sign, neon tubes on a brick wall *",
-    "blueprint": "a blueprint, a technical drawing, an architect's blueprint, blueprint style *",
-    "photograph": "a photo, a photograph, a hyper realistic photo, a grainy photograph, 35mm film *, a dslr photo",
-    "vintage photograph": "a vintage photo, an old polaroid, a faded photograph, a sepia photograph, daguerreotype *",
-    "stained glass": "a stained glass window, stained glass, a church window in stained glass, leaded glass *",
-    "cross-stitch": "a cross-stitch, an embroidery, a needlepoint sampler, cross stitch on linen *",
-    "woodcut": "a woodcut, a linocut, a linocut print, a wood engraving, a block print",
-    "comic": "a comic book panel, a comic, a cartoon, a comic strip drawing, marvel comic style *",
-    "low poly": "low poly, a low poly render, a low-poly 3d model, low polygon style *",
-    "pop art": "pop art, a pop art print, a pop art poster, screenprint in bold colours *",
-    "mosaic": "a mosaic, a roman mosaic, a byzantine mosaic, mosaic tiles *",
-    "chalk": "a chalk drawing, a chalk drawing on a blackboard, chalk on a blackboard *",
-    "paper cut-out": "a paper cut-out, a papercut, layered paper art, a paper collage, origami paper *",
-    "pointillism": "a pointillist painting, pointillism, a painting made of dots, pointillist style *",
-    "cubism": "a cubist painting, cubism, a cubist portrait, cubist style *",
-    "glitch": "glitch art, a glitched video still, a corrupted vhs recording, datamoshing *",
-    "vaporwave": "vaporwave, a vaporwave poster, a synthwave album cover, retro 80s style *",
-    "clay": "a clay model, claymation, a plasticine model, a claymation scene",
-    "crayon": "a crayon drawing, a child's crayon drawing, wax crayon *, a pastel drawing",
-    "ukiyo-e": "a ukiyo-e print, a japanese woodblock print, ukiyo-e, ukiyo-e style *",
-    "graffiti": "graffiti, a graffiti mural, street art on a wall, a spray painted mural, stencil graffiti *",
-}
-# What a medium cannot show is not said with it.
-COLOURLESS = frozenset({"charcoal", "blueprint"})
-PLACELESS = frozenset({"neon sign"})
+def _phrases() -> dict[str, Any]:
+    return json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 
-# Clauses that no image of ours can show: noise that a regressor has to live with, as it has in real prompts.
-_ARTISTS = [
-    "van gogh",
-    "claude monet",
-    "hokusai",
-    "greg rutkowski",
-    "alphonse mucha",
-    "studio ghibli",
-    "moebius",
-    "salvador dali",
-    "rembrandt",
-    "caravaggio",
-    "gustav klimt",
-    "edward hopper",
-    "hieronymus bosch",
-    "beeple",
-    "frida kahlo",
-    "hayao miyazaki",
-    "william turner",
-    "ansel adams",
-    "wes anderson",
-    "tim burton",
-    "zdzislaw beksinski",
-    "hr giger",
-    "james jean",
-    "norman rockwell",
-    "ivan aivazovsky",
-    "john singer sargent",
-    "yayoi kusama",
-    "keith haring",
-    "banksy",
-]
-_MOVEMENTS = [
-    "hudson river school",
-    "art nouveau",
-    "art deco",
-    "the bauhaus",
-    "surrealism",
-    "baroque",
-    "romanticism",
-    "expressionism",
-    "fauvism",
-    "dadaism",
-    "soviet propaganda",
-    "steampunk",
-    "solarpunk",
-    "gothic fantasy",
-    "dark fantasy",
-    "magical realism",
-]
-_FLOURISHES = [
-    "trending on artstation",
-    "highly detailed",
-    "intricate",
-    "8k",
-    "4k resolution",
-    "unreal engine",
-    "octane render",
-    "award winning",
-    "masterpiece",
-    "sharp focus",
-    "elegant",
-    "concept art",
-    "matte finish",
-    "smooth",
-    "hd wallpaper",
-    "beautiful composition",
-    "rule of thirds",
-    "wide angle",
-    "close up",
-    "symmetrical",
-    "whimsical",
-    "eerie",
-    "dystopian",
-    "very friendly",
-    "melancholic",
-    "dreamlike",
-    "serene",
-    "ominous",
-    "epic",
-    "nostalgic",
-    "mysterious",
-    "joyful",
-    "surreal",
-    "deviantart",
-    "behance",
-    "cinematic",
-    "ultra realistic",
-    "hyperdetailed",
-    "minimalist",
-    "ornate",
-    "majestic",
-    "fine details",
-    "isometric",
-    "tilt shift",
-    "macro",
-    "centered",
-    "vivid colors",
-    "muted colors",
-    "psychedelic",
-    "futuristic",
-    "apocalyptic",
-]
+
+def _tuples(table: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
+    return {value: tuple(phrases) for value, phrases in table.items()}
+
+
+# grammar.json: canonical value → phrases for it, the most common one first.
+_PHRASES = _phrases()
+COLOURS = _tuples(_PHRASES["colours"])
+SIZES = _tuples(_PHRASES["sizes"])
+LOOKS = {value: (tuple(forms["before"]), tuple(forms["after"])) for value, forms in _PHRASES["looks"].items()}
+"""Phrases before the noun, and after it."""
+RELATIONS = _tuples(_PHRASES["relations"])
+PLACES = _tuples(_PHRASES["places"])
+"""Whole clauses; `parse` recognises the words in brackets."""
+LIGHTS = _tuples(_PHRASES["lights"])
+MEDIA = _tuples(_PHRASES["media"])
+""""a …" takes an article, "… *" follows a comma only, the others take no article."""
+COLOURLESS = frozenset({"charcoal", "blueprint"})
+"""Media that cannot show a colour: their prompts name none."""
+PLACELESS = frozenset({"neon sign"})
+"""Media that cannot show a place or a light: their prompts name none."""
+
+# Clauses that our images cannot show: noise that a regressor also meets in real prompts.
+_ARTISTS: list[str] = _PHRASES["artists"]
+_MOVEMENTS: list[str] = _PHRASES["movements"]
+_FLOURISHES: list[str] = _PHRASES["flourishes"]
 
 
 def lines(
@@ -443,9 +230,9 @@ def _tables() -> _Words:
         list(SIZES),
         list(LOOKS),
         list(RELATIONS),
-        {key: [re.sub(r"[\[\]]", "", clause) for clause in text.split(", ")] for key, text in PLACES.items()},
-        {key: [re.sub(r"[\[\]]", "", clause) for clause in text.split(", ")] for key, text in LIGHTS.items()},
-        {key: [_medium_form(phrase) for phrase in text.split(", ")] for key, text in MEDIA.items()},
+        {key: [re.sub(r"[\[\]]", "", clause) for clause in clauses] for key, clauses in PLACES.items()},
+        {key: [re.sub(r"[\[\]]", "", clause) for clause in clauses] for key, clauses in LIGHTS.items()},
+        {key: [_medium_form(phrase) for phrase in phrases] for key, phrases in MEDIA.items()},
     )
 
 
@@ -481,8 +268,8 @@ def _lexicon() -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
     for value, phrases in RELATIONS.items():
         add("relation", value, phrases)
     for kind, table in (("place", PLACES), ("light", LIGHTS)):
-        for value, text in table.items():
-            add(kind, value, re.findall(r"\[(.+?)\]", text))
+        for value, clauses in table.items():
+            add(kind, value, (phrase for clause in clauses for phrase in re.findall(r"\[(.+?)\]", clause)))
     for value, forms in _tables().media.items():
         add("medium", value, (phrase for phrase, _ in forms))
     add("flourish", "", _FLOURISHES)

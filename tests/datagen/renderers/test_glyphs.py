@@ -40,8 +40,8 @@ def differ(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
     return float(np.abs(a.astype(int) - b.astype(int)).mean())
 
 
-def clause(table: dict[str, str], key: str) -> str:
-    return table[key].split(", ")[0].replace("[", "").replace("]", "").removesuffix(" *")
+def clause(table: dict[str, tuple[str, ...]], key: str) -> str:
+    return table[key][0].replace("[", "").replace("]", "").removesuffix(" *")
 
 
 def test_every_icon_is_in_the_font():
