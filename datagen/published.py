@@ -1,7 +1,16 @@
 """`python -m datagen.published`: make a dataset of a published set of images (DiffusionDB, SD 2 4.4M)."""
 
+from typing import Any
+
 from core.cli import command
-from datagen.importers.published_sets import run
+from core.settings import settings
+from datagen.config import PublishedSettings
+from datagen.importers.published_sets import publish
+
+
+def run(values: dict[str, Any]) -> None:
+    publish(settings(PublishedSettings, values))
+
 
 if __name__ == "__main__":
     command("published", run)

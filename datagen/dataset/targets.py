@@ -15,21 +15,14 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 from core.progress import progress
-from core.settings import settings
 from core.store import Place, sha256
-from datagen.config import TargetsSettings
 from datagen.dataset import text_encoder
-from datagen.dataset.encoder_identity import describe, encoder_folder, encoder_name, encoder_source
+from datagen.dataset.encoder_identity import describe, encoder_name, encoder_source
 from datagen.dataset.reader import read_encoder, read_info
 from datagen.dataset.writer import write_targets
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-__all__ = [
-    "MINILM", "MINILM_SHA256", "TargetEncoder", "encoder_folder", "encoder_name", "encoder_source", "fill",
-    "minilm_wheel",
-]  # fmt: skip
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +111,7 @@ class TargetEncoder:
         return model
 
 
-def fill(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = None) -> int:
+def write_missing_targets(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = None) -> int:
     """Writes the vectors of every shard of the dataset `root` that lacks them; returns how many rows it wrote.
 
     Args:
@@ -129,7 +122,7 @@ def fill(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = 
         ValueError: the encoder is fast: stored targets are fp32.
     """
     if encoder.fast:
-        raise ValueError("stored targets are fp32; give fill an encoder that is not fast")
+        raise ValueError("stored targets are fp32; give write_missing_targets an encoder that is not fast")
     info = read_info(root)
     with progress(info["captions"], "caption", f"targets {encoder.name}") as bar:
         return write_targets(root, encoder.identity(), encoder.encode, bar.update, numbers)
@@ -153,10 +146,9 @@ def _check_minilm(folder: Path) -> None:
         )
 
 
-def run(values: dict[str, Any]) -> None:
-    cfg = settings(TargetsSettings, values)
-    wrote = fill(cfg.out, TargetEncoder(cfg.encoder))
-    name = encoder_name(cfg.encoder)
-    width = read_encoder(cfg.out, name)["width"]
-    folder = cfg.out / "targets" / name
-    log.info("%s: %d vectors written, %d wide", folder, wrote, width)
+def embed_prompts(root: Place, encoder: str) -> None:
+    """Write the missing vectors of all prompts of the dataset `root` by `encoder`, and log their number and width."""
+    written = write_missing_targets(root, TargetEncoder(encoder))
+    name = encoder_name(encoder)
+    width = read_encoder(root, name)["width"]
+    log.info("%s: %d vectors written, %d wide", root / "targets" / name, written, width)

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 
 from datagen.config import DatagenSettings, GlyphsRenderer, needs_vectors
 from datagen.curation.curate import CONTEXT, Curated, curate, held_out
+from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import PLAN
-from datagen.dataset.targets import TargetEncoder, encoder_name
+from datagen.dataset.targets import TargetEncoder
 from datagen.prompts.sources import provenance, stream
 from datagen.renderers.base import Renderer
 

@@ -30,7 +30,7 @@ from core.store import beside, free_bytes, located, remove_parts
 from datagen.config import DatagenSettings, FilePrompts
 from datagen.dataset.reader import is_dataset, is_plan_file, list_folder, missing_shards, read_info, read_plan
 from datagen.dataset.splits import plan_leakage
-from datagen.dataset.targets import TargetEncoder, fill
+from datagen.dataset.targets import TargetEncoder, write_missing_targets
 from datagen.dataset.writer import write_plan
 from datagen.engine import plan as plans
 from datagen.engine.local import Local
@@ -84,7 +84,7 @@ def _generate(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> int:
         cfg = _as_begun(cfg, info)
         failed = _render(cfg, _engine(cfg, renderer), info, mine, todo)
     if cfg.encoder is not None:
-        fill(cfg.out, TargetEncoder(cfg.encoder), set(mine))
+        write_missing_targets(cfg.out, TargetEncoder(cfg.encoder), set(mine))
     _tell_end(cfg, info, failed)
     return 1 if failed else 0
 

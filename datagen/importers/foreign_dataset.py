@@ -23,7 +23,6 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from core.settings import settings
 from core.store import write_atomically
 from datagen.config import IndexSettings
 from datagen.dataset.format import INDEX, PLAN
@@ -135,12 +134,12 @@ def _summary(skipped: Sequence[Mapping[str, Any]]) -> str:
     return ", ".join(f"{n} {reason}" for reason, n in Counter(line["reason"] for line in skipped).most_common())
 
 
-def run(values: dict[str, Any]) -> None:
-    cfg = settings(IndexSettings, values)
+def index_with_targets(cfg: IndexSettings) -> None:
+    """Index the images, write the target vectors of `cfg.encoder` if one is set, and log the counts."""
     index(cfg)
     if cfg.encoder is not None:
-        from datagen.dataset.targets import TargetEncoder, fill
+        from datagen.dataset.targets import TargetEncoder, write_missing_targets
 
-        fill(cfg.out, TargetEncoder(cfg.encoder))
+        write_missing_targets(cfg.out, TargetEncoder(cfg.encoder))
     info = read_info(cfg.out)
     log.info("%s: %d images, %d captions, %s", cfg.out, info["pictures"], info["captions"], info["splits"])

@@ -32,7 +32,6 @@ import pyarrow.parquet as pq
 from core import store
 from core.errors import UserError
 from core.progress import progress
-from core.settings import settings
 from core.store import remove_parts
 from datagen.config import PublishedSettings, needs_vectors
 from datagen.curation.curate import Curated, curate, side_of_group
@@ -113,9 +112,9 @@ def publish(cfg: PublishedSettings) -> None:
                     _write(cfg, source, work, number, name, rows)
                 bar.update(rows.num_rows)
     if cfg.encoder is not None:
-        from datagen.dataset.targets import TargetEncoder, fill
+        from datagen.dataset.targets import TargetEncoder, write_missing_targets
 
-        fill(out, TargetEncoder(cfg.encoder))
+        write_missing_targets(out, TargetEncoder(cfg.encoder))
     shutil.rmtree(work, ignore_errors=True)
     dataset = Dataset(out)
     splits = dataset.splits
@@ -441,7 +440,3 @@ def _fault(data: bytes | None) -> str | None:
 def _log(cfg: PublishedSettings, **values: str) -> None:
     with store.beside(cfg.out, ".log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"event": "fault", **values}) + "\n")
-
-
-def run(values: dict[str, Any]) -> None:
-    publish(settings(PublishedSettings, values))

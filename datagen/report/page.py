@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.settings import settings
 from core.store import Place, beside, located
 from datagen.config import ReportSettings
 from datagen.dataset.format import FAULTY, LEFT_OUT, CorruptImage
@@ -128,7 +127,7 @@ def read_work(records: Sequence[Mapping[str, Any]], shard_count: int) -> Work:
 
 
 def write_report(cfg: ReportSettings) -> Path:
-    """Writes the page and returns its absolute path.
+    """Write the page, log its absolute path and return it.
 
     Raises:
         UserError: there is no dataset, it is damaged, or a package is missing.
@@ -171,7 +170,9 @@ def write_report(cfg: ReportSettings) -> Path:
     origin = {"prompt sources": info["provenance"]} if info.get("provenance") else {}
     batch = {"batch_size": info["batch_size"]} if "batch_size" in info else {}
     page.settings({**info.get("settings", {}), **batch, **origin})
-    return page.write(cfg.page or beside(root, ".report.html"))
+    path = page.write(cfg.page or beside(root, ".report.html"))
+    log.info("report: %s", path)
+    return path
 
 
 def _name(root: Place) -> str:
@@ -416,8 +417,3 @@ def _noted(cfg: ReportSettings, dataset: Dataset, work: Work | None) -> dict[str
                 number_of = {key: i for i, key in enumerate(dataset.keys)}
             found[note] += [number_of[key] for key, told in read[number].items() if note in told and key in number_of]
     return found
-
-
-def run(values: dict[str, Any]) -> None:
-    path = write_report(settings(ReportSettings, values))
-    log.info("report: %s", path)

@@ -1,4 +1,4 @@
-"""Compare all files of a dataset: `python -m datagen.verify out=data/sd2`. Exits 1 where anything does not match.
+"""Compare all files of a dataset with each other: `python -m datagen.verify out=data/sd2`.
 
 Compared with each other: dataset.json, the plan, the index, every member of the tars (image, .txt and .json; of foreign
 images their bytes alone), and the target vectors (number, width, length; equal prompts have equal vectors).
@@ -11,12 +11,9 @@ damaged or not the store's version. Where the cache has no room for a tar, it is
 """
 
 import logging
-from typing import Any
 
 from core.progress import progress
-from core.settings import settings
 from core.store import Place
-from datagen.config import VerifySettings
 from datagen.dataset.reader import list_encoders, read_info
 
 log = logging.getLogger(__name__)
@@ -43,10 +40,14 @@ def _verify(root: Place) -> tuple[int, list[str]]:
     return problems.count, problems.lines()
 
 
-def run(values: dict[str, Any]) -> int:
-    root = settings(VerifySettings, values).out
+def log_problems(root: Place) -> int:
+    """Log the problems of a dataset, at most twenty of a kind; return their number.
+
+    Raises:
+        UserError: the folder is not a dataset, or a store cannot be reached.
+    """
     count, lines = _verify(root)
     for line in lines:
         log.error("%s", line)
     log.info("%s: %d problems", root, count)
-    return 1 if count else 0
+    return count

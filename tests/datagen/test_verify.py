@@ -27,8 +27,9 @@ from datagen.dataset.format import PLAN, json_bytes
 from datagen.dataset.reader import read_plan
 from datagen.dataset.writer import write_plan, write_shard, write_targets
 from datagen.importers.foreign_dataset import index
+from datagen.verify.__main__ import run
 from datagen.verify.problems import Problems
-from datagen.verify.verify import run, verify
+from datagen.verify.verify import verify
 from tests import small_dataset
 
 Damage = Callable[[Path], object]

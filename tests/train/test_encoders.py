@@ -12,7 +12,7 @@ from core.cli import compose
 from core.encoders import differences
 from core.errors import UserError
 from core.settings import settings
-from datagen.dataset.targets import TargetEncoder, fill
+from datagen.dataset.targets import TargetEncoder, write_missing_targets
 from models import checkpoint
 from models.ensemble import ensemble
 from models.export.export import export
@@ -37,7 +37,7 @@ def changed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def write(root: Path, encoder: Path) -> Path:
     small_dataset.write(root, train=16, val=6)
-    fill(root, TargetEncoder(str(encoder), "cpu"))
+    write_missing_targets(root, TargetEncoder(str(encoder), "cpu"))
     return root
 
 

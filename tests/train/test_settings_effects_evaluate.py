@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from datagen.dataset.targets import TargetEncoder, fill
+from datagen.dataset.targets import TargetEncoder, write_missing_targets
 from models.export.export import ExportSettings
 from models.regressor import make
 from models.runtime.preprocess import BadImage
@@ -41,7 +41,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     found: dict[str, Path] = {"runs": root / "runs"}
     for seed, name in enumerate(("data", "data2")):
         found[name] = small_dataset.write(root / name, train=16, val=6, seed=seed)
-        fill(found[name], TargetEncoder(MINILM))
+        write_missing_targets(found[name], TargetEncoder(MINILM))
     for name, overrides in (("run", ("keep_first=true",)), ("run2", ("seed=1", "epochs=1"))):
         found[name] = found["runs"] / name
         assert training.train(found["data"], found[name], f"encoder={MINILM}", *overrides) == 0

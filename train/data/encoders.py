@@ -12,8 +12,9 @@ from typing import Any
 
 from core.encoders import differences, has_settings
 from core.errors import UserError
+from datagen.dataset.encoder_identity import encoder_folder, encoder_name
 from datagen.dataset.reader import Dataset
-from datagen.dataset.targets import TargetEncoder, encoder_folder, encoder_name
+from datagen.dataset.targets import TargetEncoder
 
 log = logging.getLogger(__name__)
 

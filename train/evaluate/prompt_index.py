@@ -32,9 +32,10 @@ from core.encoders import differences
 from core.errors import UserError
 from core.paths import Location
 from core.store import cache_folder, sha256
+from datagen.dataset.encoder_identity import encoder_folder, encoder_name, encoder_source
 from datagen.dataset.format import write_json
 from datagen.dataset.reader import Dataset, read_plan
-from datagen.dataset.targets import MINILM, TargetEncoder, encoder_folder, encoder_name, encoder_source, minilm_wheel
+from datagen.dataset.targets import MINILM, TargetEncoder, minilm_wheel
 from datagen.prompts.captions import read_captions
 from datagen.prompts.download import File
 from datagen.prompts.readers import KINDS, Wanted, rows

@@ -20,7 +20,8 @@ from core.encoders import differences, has_settings
 from core.errors import UserError
 from core.paths import ROOT
 from core.store import cache_folder, sha256
-from datagen.dataset.targets import TargetEncoder, encoder_source
+from datagen.dataset.encoder_identity import encoder_source
+from datagen.dataset.targets import TargetEncoder
 from models import loader
 from models.baselines.clip import Clip
 from models.baselines.knn import ClipKnn, Knn

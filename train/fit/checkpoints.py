@@ -5,9 +5,9 @@ from typing import Any
 
 import torch
 
+from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import CorruptImage
 from datagen.dataset.reader import Dataset
-from datagen.dataset.targets import encoder_name
 from models import checkpoint
 from models.leakage import Leakage
 from models.metrics import Interval

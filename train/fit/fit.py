@@ -27,9 +27,9 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.memory import is_oom_error
 
+from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import write_json
 from datagen.dataset.reader import Dataset
-from datagen.dataset.targets import encoder_name
 from models.regressor import Regressor
 from train import run_settings
 from train.config import TrainSettings

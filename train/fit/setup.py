@@ -15,8 +15,8 @@ from core.checksum import DamagedFile
 from core.encoders import has_settings
 from core.errors import UserError
 from core.store import write_atomically
+from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.reader import Dataset
-from datagen.dataset.targets import encoder_name
 from models import checkpoint, lora
 from models.head_init import init_ridge
 from models.regressor import Regressor, make

@@ -20,9 +20,9 @@ from torch.nn.functional import normalize
 
 from core.errors import UserError
 from core.progress import progress
+from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import write_json
 from datagen.dataset.reader import Dataset
-from datagen.dataset.targets import encoder_name
 from models.head_init import Ridge, init_ridge
 from models.losses import loss
 from models.metrics import Interval, bootstrap

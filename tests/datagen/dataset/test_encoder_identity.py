@@ -11,8 +11,9 @@ import pytest
 
 from core.encoders import differences
 from core.errors import UserError
+from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.reader import Dataset, read_encoder
-from datagen.dataset.targets import MINILM, TargetEncoder, encoder_name, fill, minilm_wheel
+from datagen.dataset.targets import MINILM, TargetEncoder, minilm_wheel, write_missing_targets
 from tests import tiny_encoders
 from tests.commands import contents
 
@@ -55,16 +56,16 @@ def dataset(glyph_dataset: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_setting_refuses_stored_vectors(change: str, plain: Path, dataset: Path, tmp_path: Path) -> None:
-    assert fill(dataset, TargetEncoder(str(plain), "cpu")) == 60
+    assert write_missing_targets(dataset, TargetEncoder(str(plain), "cpu")) == 60
     before = contents(dataset)
     arguments, message = CHANGES[change]
     changed = tiny_encoders.write(tmp_path / "changed" / "mine", **arguments)
     with pytest.raises(UserError, match=rf"(?s)targets/mine holds vectors of .*\n  .*{message}.*Remove .*targets/mine"):
-        fill(dataset, TargetEncoder(str(changed), "cpu"))
+        write_missing_targets(dataset, TargetEncoder(str(changed), "cpu"))
     assert contents(dataset) == before
     shutil.rmtree(dataset / "targets/mine")
     encoder = TargetEncoder(str(changed), "cpu")
-    assert fill(dataset, encoder) == 60
+    assert write_missing_targets(dataset, encoder) == 60
     rows = Dataset(dataset, str(changed))
     np.testing.assert_allclose(rows.target(7), encoder.encode(rows.prompts(7))[0], atol=1e-6)
 
@@ -75,7 +76,7 @@ def test_vectors_of_earlier_versions_are_proven_by_encoding_again(
 ) -> None:
     """Without recorded settings, vectors that the encoder still gives are taken over, and others are refused."""
     encoder = TargetEncoder(str(plain), "cpu")
-    fill(dataset, encoder)
+    write_missing_targets(dataset, encoder)
     identity = encoder.identity()
     old = {key: identity[key] for key in ("name", "width", "weights_sha256")}
     file = dataset / "targets/mine/encoder.json"
@@ -88,25 +89,25 @@ def test_vectors_of_earlier_versions_are_proven_by_encoding_again(
     now, then = changed.encode(prompts), encoder.encode(prompts)
     same = now.shape == then.shape and np.abs(now - then).max() < 1e-5
     if same:  # such as a limit of tokens that no prompt reaches
-        assert fill(dataset, changed) == 0
+        assert write_missing_targets(dataset, changed) == 0
         assert json.loads(file.read_text()) == changed.identity()
     else:
         with pytest.raises(UserError, match=r"targets/mine"):
-            fill(dataset, changed)
+            write_missing_targets(dataset, changed)
         assert json.loads(file.read_text()) == old
-        assert fill(dataset, encoder) == 0
+        assert write_missing_targets(dataset, encoder) == 0
         assert json.loads(file.read_text()) == identity
     assert change not in ("pooling", "default prompt") or not same
 
 
 def test_files_without_encoder_json_are_not_taken_for_current(plain: Path, dataset: Path, tmp_path: Path) -> None:
-    fill(dataset, TargetEncoder(str(plain), "cpu"))
+    write_missing_targets(dataset, TargetEncoder(str(plain), "cpu"))
     (dataset / "targets/mine/encoder.json").unlink()
     (dataset / "targets/mine/000001.npy").unlink()
     changed = tiny_encoders.write(tmp_path / "mine", prompt="query: ")
     with pytest.raises(UserError, match=r"000000\.npy holds vectors that mine does not give now: .* differs by"):
-        fill(dataset, TargetEncoder(str(changed), "cpu"))
-    assert fill(dataset, TargetEncoder(str(plain), "cpu")) == 30
+        write_missing_targets(dataset, TargetEncoder(str(changed), "cpu"))
+    assert write_missing_targets(dataset, TargetEncoder(str(plain), "cpu")) == 30
 
 
 def test_what_changes_no_vector_changes_no_identity(plain: Path, tmp_path: Path) -> None:
@@ -145,7 +146,7 @@ def test_dense_weights_and_routes_count(tmp_path: Path) -> None:
 
 
 def test_encoder_takes_the_same_value_everywhere(plain: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(dataset, TargetEncoder(f"{plain}/", "cpu"))
+    write_missing_targets(dataset, TargetEncoder(f"{plain}/", "cpu"))
     monkeypatch.chdir(plain.parent)
     for value in ("mine", "./mine", "mine/", str(plain), f"{plain}/", "/another/machine/mine"):
         assert encoder_name(value) == "mine", value

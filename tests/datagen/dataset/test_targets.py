@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from core.errors import UserError
+from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import PLAN
 from datagen.dataset.reader import Dataset, read_plan
-from datagen.dataset.targets import MINILM_SHA256, TargetEncoder, encoder_name, fill, minilm_wheel
+from datagen.dataset.targets import MINILM_SHA256, TargetEncoder, minilm_wheel, write_missing_targets
 from datagen.dataset.writer import write_foreign_index, write_plan, write_targets
 from tests.commands import contents
 
@@ -73,7 +74,7 @@ def test_fast_vectors_are_for_curation_and_never_stored(copy: Path, encoder: Tar
     assert (fast.encode(texts) * encoder.encode(texts)).sum(1).min() >= 0.999
     before = contents(copy)
     with pytest.raises(ValueError, match="stored targets are fp32"):
-        fill(copy, fast)
+        write_missing_targets(copy, fast)
     assert contents(copy) == before
 
 
@@ -82,9 +83,9 @@ def test_only_what_is_missing_is_written_again(copy: Path, encoder: TargetEncode
     folder = copy / "targets" / MINILM
     (folder / "000001.npy").unlink()
     (folder / ".000001.npy.part-1").write_bytes(b"left by a killed run")
-    assert fill(copy, encoder) == 30
+    assert write_missing_targets(copy, encoder) == 30
     assert contents(copy) == before
-    assert fill(copy, encoder) == 0
+    assert write_missing_targets(copy, encoder) == 0
 
 
 def test_equal_prompts_are_encoded_once(copy: Path) -> None:

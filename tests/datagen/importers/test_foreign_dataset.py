@@ -301,11 +301,11 @@ def test_a_tar_with_a_hole_is_refused(tmp_path: Path) -> None:
 
 def test_the_seven_public_images(shared: Path, tmp_path: Path) -> None:
     """The target encoder gives the official sample_submission.csv."""
-    from datagen.dataset.targets import TargetEncoder, fill
+    from datagen.dataset.targets import TargetEncoder, write_missing_targets
 
     folder, out = shared / "competition", tmp_path / "comp"
     make(out, images=folder, csv=folder / "prompts.csv", split__share=1.0)
-    fill(out, TargetEncoder("all-MiniLM-L6-v2"))
+    write_missing_targets(out, TargetEncoder("all-MiniLM-L6-v2"))
     dataset = Dataset(out, "all-MiniLM-L6-v2")
     assert len(dataset) == len(dataset.rows("val")) == 7
     with (folder / "sample_submission.csv").open() as file:
