@@ -12,13 +12,12 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from core.cli import compose
 from core.errors import UserError
 from core.paths import Location
 from core.settings import settings
-from models.export.export import newest
 from train.config import BASELINES, CAPTIONERS, EvaluateSettings
 from train.run_settings import read_settings
 
@@ -82,7 +81,11 @@ def place_of(cfg: DemoSettings) -> tuple[Path, Path | None]:
     Raises:
         UserError: there is no model, or the bank or a baseline needs a run.
     """
-    folder = cfg.checkpoint or cfg.run or newest()
+    folder = cfg.checkpoint or cfg.run
+    if folder is None:
+        from models.export.export import newest  # torch: wrong settings are reported before it is loaded
+
+        folder = newest()
     if not (folder / "config.json").is_file() and (folder / "best/config.json").is_file():
         folder = folder / "best"
     beside = folder.absolute().parent
@@ -176,8 +179,12 @@ def _grey() -> bytes:
     return file.getvalue()
 
 
-def run(values: dict[str, Any]) -> int:
-    cfg = settings(DemoSettings, values)
+def serve_demo(cfg: DemoSettings) -> None:
+    """Load the model, then serve the page until Ctrl-C.
+
+    Raises:
+        UserError: gradio is missing, the port is taken, or `prepare` refuses the settings.
+    """
     if not importlib.util.find_spec("gradio"):
         raise UserError("the page needs gradio: pip install -e '.[demo]'")
     folder, place = place_of(cfg)
@@ -189,4 +196,3 @@ def run(values: dict[str, Any]) -> int:
             serve(demo, words, port, most_bytes=round(cfg.most_mb * 1e6), browser=cfg.browser)
         except KeyboardInterrupt:  # the way to end it
             log.info("demo: ended")
-    return 0

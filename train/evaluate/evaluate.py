@@ -14,12 +14,10 @@ Predictions are kept (train/evaluate/prediction_cache.py): what was computed onc
 """
 
 import logging
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from core.errors import UserError
-from core.settings import settings
 from models.leakage import Leakage
 from report.inputs import require_packages
 from train.config import EvaluateSettings
@@ -91,9 +89,3 @@ def _leakage_lines(leakage: Mapping[str, Leakage], wide: int) -> list[str]:
         clean = f"; cosine of the other {own.clean['images']:,}:{scored(own.clean)}" if own.clean else ""
         lines.append(f"{name:<{wide}} {own.text()}{clean}")
     return lines
-
-
-def run(values: dict[str, Any]) -> None:
-    cfg = settings(EvaluateSettings, values)
-    info = evaluate(cfg)
-    sys.stdout.write(table(info) + "\n")

@@ -10,13 +10,12 @@ has none. n images.
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from core.settings import settings
 from train.run_settings import read_settings
 
 log = logging.getLogger(__name__)
@@ -53,7 +52,7 @@ class HardSettings:
         return found
 
 
-def weights(score_n: NDArray[np.floating], keep: float, weight: float, *, drop: bool) -> NDArray[np.float32]:
+def hard_weights(score_n: NDArray[np.floating], keep: float, weight: float, *, drop: bool) -> NDArray[np.float32]:
     """How much each image counts: `weight` of the share `keep` of the lowest scores (one at least), 1 or 0 of others.
 
     Equal scores are ranked by their place.
@@ -63,8 +62,8 @@ def weights(score_n: NDArray[np.floating], keep: float, weight: float, *, drop: 
     return weight_n
 
 
-def mine(cfg: HardSettings) -> None:
-    """Scores the training images and writes `chosen.out`.
+def write_hard_examples(cfg: HardSettings) -> None:
+    """Score the training images of a run and write their sample weights to `cfg.out`.
 
     Raises:
         UserError: the run, its checkpoint or its datasets cannot be used, or no image can be read.
@@ -108,7 +107,7 @@ def mine(cfg: HardSettings) -> None:
         log.warning("%d of %d images could not be read; the first: %s: %s", len(bad), len(rows), *bad[0])
     if not len(row_n):
         raise UserError("no training image could be read; python -m datagen.verify tells which are damaged")
-    weight_n = weights(score_n, cfg.keep, cfg.weight, drop=cfg.drop)
+    weight_n = hard_weights(score_n, cfg.keep, cfg.weight, drop=cfg.drop)
     order = np.argsort(score_n, kind="stable")
     numbers = [images.dataset_of(row) for row in row_n[order].tolist()]
     table = pa.table(
@@ -132,7 +131,3 @@ def mine(cfg: HardSettings) -> None:
         cfg.out,
     )
     log.info("train on them: python -m train … data.weights=%s", cfg.out)
-
-
-def run(values: dict[str, Any]) -> None:
-    mine(settings(HardSettings, values))

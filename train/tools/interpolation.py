@@ -9,7 +9,6 @@ E target width.
 """
 
 import logging
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +16,6 @@ from typing import TYPE_CHECKING, Any, Literal
 from core.encoders import differences
 from core.errors import UserError
 from core.paths import Location
-from core.settings import settings
 from models.leakage import Leakage
 from train.evaluate.results import scored
 
@@ -104,6 +102,8 @@ def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
         "checkpoints": found,
     }
     write_json(cfg.out / "interpolate.json", info)
+    if bad := len(found[0]["skipped"]):
+        log.warning("%d images could not be read; interpolate.json lists them", bad)
     return info
 
 
@@ -161,12 +161,3 @@ def table(info: dict[str, Any]) -> str:
     if info["dataset"] is not None:  # all checkpoints come from the same two
         lines.append(f"leakage: {Leakage.from_json(info['checkpoints'][0]['leakage']).text()}")
     return "\n".join(lines)
-
-
-def run(values: dict[str, Any]) -> None:
-    cfg = settings(InterpolateSettings, values)
-    info = interpolate(cfg)
-    sys.stdout.write(table(info) + "\n")
-    bad = len(info["checkpoints"][0]["skipped"])
-    if bad:
-        log.warning("%d images could not be read; interpolate.json lists them", bad)

@@ -6,7 +6,6 @@ Reads what training and evaluation left on disk and the datasets; without torch 
 part of a score is computed here: the page shows what `train.evaluate` measured.
 """
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.settings import settings
 from datagen.dataset.reader import Dataset
 from report.inputs import duration, read_log, require_packages
 from train.evaluate import report
@@ -25,8 +23,6 @@ from train.run_settings import read_settings
 
 if TYPE_CHECKING:
     from report import Page
-
-log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
@@ -238,8 +234,3 @@ def _place(parts: Sequence[tuple[Dataset, Rows]], ends: Rows, n: int) -> tuple[D
     part = int(np.searchsorted(ends, n, side="right"))
     dataset, rows = parts[part]
     return dataset, int(rows[n - (ends[part - 1] if part else 0)])
-
-
-def run(values: dict[str, Any]) -> None:
-    path = write_report(settings(ReportSettings, values))
-    log.info("report: %s", path)

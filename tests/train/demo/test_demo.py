@@ -37,7 +37,7 @@ from models.export.export import export
 from models.runtime.preprocess import MAX_PIXELS, BadImage, decode
 from tests import small_dataset, training
 from tests.commands import start
-from train.demo import app
+from tests.effects import command_module
 from train.demo import page as demo_page
 from train.demo.app import DemoSettings, place_of, prepare
 from train.demo.explain import Demo, Look, check, shares
@@ -270,11 +270,11 @@ def test_settings_are_bounded_all_at_once() -> None:
 def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)
     with pytest.raises(UserError, match=r"needs gradio: pip install -e '\.\[demo\]'"):
-        app.run(compose("demo", []))
+        command_module("train.demo").run(compose("demo", []))
 
 
 def test_it_starts_without_torch() -> None:
-    code = "import sys, train.demo; assert not {'torch', 'gradio', 'hydra'} & set(sys.modules)"
+    code = "import sys, train.demo.__main__; assert not {'torch', 'gradio', 'hydra'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 

@@ -27,8 +27,9 @@ from train.evaluate.evaluate import evaluate, table
 from train.evaluate.leakage import find_leakage
 from train.evaluate.trained_on import ImageSet, Origin, origins
 from train.tools.interpolation import InterpolateSettings, interpolate
+from train.tools.run_records import find_runs
 from train.tools.run_report import ReportSettings, write_report
-from train.tools.runs_table import find, text
+from train.tools.runs_table import format_table
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -230,10 +231,9 @@ def test_leaks_stand_in_table_json_page_and_card(leaky_run: Path, tmp_path: Path
         assert counts(info, name) == (0, 16, 16, 16)
         assert re.search(rf"^{name} +16 of 16 images \(16 with a training prompt, 16 with", table(info), re.MULTILINE)
     assert (out / "report.html").read_text().count("Leakage of regressor: 16 of 16 images (16 with a training") == 1
-    runs, _ = find(leaky_run.parent)
-    assert f"{leaky_run.name}: leakage of validation on val: 16 of 16 images (16 with a training prompt" in text(
-        runs, {}
-    )
+    runs, _ = find_runs(leaky_run.parent)
+    line = f"{leaky_run.name}: leakage of validation on val: 16 of 16 images (16 with a training prompt"
+    assert line in format_table(runs, {})
     page = write_report(ReportSettings(leaky_run, out, tmp_path / "run.html")).read_text()
     assert "Leakage of val: 16 of 16 images (16 with a training prompt" in page
     assert "Leakage of regressor: 16 of 16 images" in page

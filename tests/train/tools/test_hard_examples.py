@@ -19,7 +19,7 @@ from models import checkpoint
 from tests import small_dataset, training
 from train.data.datamodule import Data
 from train.data.images import ImageDataset
-from train.tools.hard_examples import HardSettings, mine, weights
+from train.tools.hard_examples import HardSettings, hard_weights, write_hard_examples
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -31,9 +31,9 @@ def cfg(run: Path, *overrides: str) -> HardSettings:
 
 def test_the_lowest_share_weighs_more() -> None:
     scores = np.array([0.5, 0.1, 0.9, 0.1, 0.3])
-    assert weights(scores, 0.4, 3, drop=False).tolist() == [1, 3, 1, 3, 1]
-    assert weights(scores, 0.2, 3, drop=True).tolist() == [0, 3, 0, 0, 0]
-    assert weights(scores, 0.01, 2, drop=False).tolist() == [1, 2, 1, 1, 1]
+    assert hard_weights(scores, 0.4, 3, drop=False).tolist() == [1, 3, 1, 3, 1]
+    assert hard_weights(scores, 0.2, 3, drop=True).tolist() == [0, 3, 0, 0, 0]
+    assert hard_weights(scores, 0.01, 2, drop=False).tolist() == [1, 2, 1, 1, 1]
 
 
 def test_the_file_holds_every_score_and_training_takes_it(
@@ -41,7 +41,7 @@ def test_the_file_holds_every_score_and_training_takes_it(
 ) -> None:
     out = tmp_path / "weights.parquet"
     with caplog.at_level(logging.INFO):
-        mine(cfg(tiny_run, "keep=0.25", "weight=3", f"out={out}"))
+        write_hard_examples(cfg(tiny_run, "keep=0.25", "weight=3", f"out={out}"))
     dataset = Dataset(small_data, small_dataset.ENCODER)
     rows = dataset.rows("train")
     z_BE = checkpoint.load(tiny_run / "best")(
@@ -71,7 +71,7 @@ def test_the_file_holds_every_score_and_training_takes_it(
 
 def test_the_hard_ones_alone_as_csv(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "weights.csv"
-    mine(cfg(tiny_run, "keep=0.1", "drop=true", f"out={out}"))
+    write_hard_examples(cfg(tiny_run, "keep=0.1", "drop=true", f"out={out}"))
     table = pyarrow.csv.read_csv(out)
     assert table.column_names == ["key", "dataset", "score", "weight"]
     assert table["weight"].to_pylist() == [2] * 4 + [0] * 36
@@ -83,7 +83,7 @@ def test_the_hard_ones_alone_as_csv(tiny_run: Path, small_data: Path, tmp_path: 
 def test_several_datasets_with_the_same_keys(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     other = small_dataset.write(tmp_path / "other", train=20, val=5, seed=4)
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(small_data), str(other)])
-    mine(cfg(run, f"out={tmp_path / 'w.parquet'}"))
+    write_hard_examples(cfg(run, f"out={tmp_path / 'w.parquet'}"))
     table = pq.read_table(tmp_path / "w.parquet").to_pylist()
     assert len({(row["key"], row["dataset"]) for row in table}) == len(table) == 60
     both = training.cfg(small_data, run, f"dataset=[{small_data},{other}]", f"data.weights={tmp_path / 'w.parquet'}")
@@ -95,7 +95,7 @@ def test_several_datasets_with_the_same_keys(tiny_run: Path, small_data: Path, t
 def test_a_fold_is_not_mined(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     """The images that a fold's run was judged by are no training images."""
     run = run_on(tiny_run, tmp_path / "run", fold="1/4", fold_threshold=1.01)
-    mine(cfg(run, f"out={tmp_path / 'w.parquet'}"))
+    write_hard_examples(cfg(run, f"out={tmp_path / 'w.parquet'}"))
     fold = training.cfg(small_data, run, "fold=1/4", "fold_threshold=1.01")
     data = Data([Dataset(small_data, small_dataset.ENCODER)], [], fold, training.PREPROCESSING)
     found = set(pq.read_table(tmp_path / "w.parquet")["key"].to_pylist())
@@ -109,7 +109,7 @@ def test_images_that_cannot_be_read_have_no_row(
     data = small_dataset.write(tmp_path / "data", train=9, val=2, seed=2)
     key = small_dataset.corrupt(data, int(Dataset(data).rows("train")[3]))
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(data)])
-    mine(cfg(run, f"out={tmp_path / 'w.parquet'}"))
+    write_hard_examples(cfg(run, f"out={tmp_path / 'w.parquet'}"))
     keys = pq.read_table(tmp_path / "w.parquet")["key"].to_pylist()
     assert len(keys) == 8
     assert key not in keys
@@ -117,7 +117,7 @@ def test_images_that_cannot_be_read_have_no_row(
     for row in Dataset(data).rows("train").tolist():
         small_dataset.corrupt(data, row)
     with pytest.raises(UserError, match=r"no training image could be read; python -m datagen\.verify"):
-        mine(cfg(run, f"out={tmp_path / 'none.parquet'}"))
+        write_hard_examples(cfg(run, f"out={tmp_path / 'none.parquet'}"))
     assert not (tmp_path / "none.parquet").exists()
 
 
@@ -134,7 +134,7 @@ def test_mistakes_are_all_named(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="weight: 1 makes hard images count as the others"):
         cfg(tiny_run, "weight=1")
     with pytest.raises(UserError, match=r"no run at .*: settings\.json is missing; train first"):
-        mine(cfg(tmp_path))
+        write_hard_examples(cfg(tmp_path))
 
 
 def run_on(run: Path, folder: Path, **changed: Any) -> Path:

@@ -20,6 +20,7 @@ from core.settings import settings
 from datagen.dataset.reader import Dataset
 from report.inputs import duration
 from tests import evaluated, small_dataset
+from tests.effects import command_module
 from train.tools import run_report
 from train.tools.run_report import ReportSettings
 
@@ -77,7 +78,7 @@ def titles_of(html: str) -> list[str]:
 
 def test_page_holds_what_was_measured(run: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        run_report.run({"run": str(run), "scenes": 50})
+        command_module("train.report").run({"run": str(run), "scenes": 50})
     path = run / "report.html"
     assert caplog.messages == [f"report: {path}"]
     html = path.read_text()
@@ -92,7 +93,7 @@ def test_page_holds_what_was_measured(run: Path, data: Path, caplog: pytest.LogC
     ranked = [f"image {row}" for row in Dataset(data).rows("val")[::-1]]
     assert titles_of(html) == [*ranked[:8], *ranked[11:19], *ranked[-8:]]
     assert html.count("Nearest training prompts</summary>") == 24
-    run_report.run({"run": str(run), "scenes": 50})
+    command_module("train.report").run({"run": str(run), "scenes": 50})
     assert path.read_text() == html
 
 

@@ -19,7 +19,8 @@ from core.paths import ROOT
 from core.settings import settings
 from models.metrics import bootstrap
 from train.run_settings import read_settings
-from train.tools.runs_table import Folds, Run, RunsSettings, find, grouped, ordered, run, text
+from train.tools.run_records import Folds, Run, find_runs, group_folds, sort_entries
+from train.tools.runs_table import RunsSettings, format_table, list_runs
 
 STEPS = 40
 
@@ -58,7 +59,7 @@ def aged(path: Path, seconds: float) -> None:
 
 
 def only(folder: Path) -> Run:
-    runs, strangers = find(folder)
+    runs, strangers = find_runs(folder)
     assert not strangers
     return runs[0]
 
@@ -91,12 +92,12 @@ def test_how_far_a_run_came_from_its_start(tmp_path: Path) -> None:
         if gain[1] is not None:
             found = {"start": {}, "best": {}, "gain": {"mean": 0.1, "low": gain[1], "high": 0.2}, "verdict": ""}
             (folder / "improvement.json").write_text(json.dumps(found))
-    runs = {run.name: run for run in find(tmp_path)[0]}
+    runs = {run.name: run for run in find_runs(tmp_path)[0]}
     assert (runs["sure"].start, runs["sure"].gain) == (0.4, pytest.approx(0.1))
     assert (runs["sure"].gain_low, runs["sure"].gain_high) == (0.08, 0.2)
     assert (runs["older"].start, runs["older"].gain) == (None, None)
     assert (runs["start"].score, runs["start"].best_step) == (0.7, 0)
-    head, *rows = text(list(runs.values()), {}).split("\n\n")[0].splitlines()
+    head, *rows = format_table(list(runs.values()), {}).split("\n\n")[0].splitlines()
     place = head.index("over start")
     cells = {row.split()[0]: row[place : place + 14].strip() for row in rows}
     assert cells == {
@@ -114,7 +115,7 @@ def test_states_by_the_files(tmp_path: Path) -> None:
     write(tmp_path / "c", done=False, steps=20, age=400)
     (tmp_path / "d").mkdir()
     (tmp_path / "d/settings.json").write_text((tmp_path / "a/settings.json").read_text())
-    runs, _ = find(tmp_path)
+    runs, _ = find_runs(tmp_path)
     assert [(r.name, r.state, r.step, r.steps) for r in runs] == [
         ("a", "finished", 40, 40),
         ("b", "running", 20, 40),
@@ -140,7 +141,7 @@ def test_a_log_cut_short_is_read_and_a_damaged_one_is_named(tmp_path: Path) -> N
     assert (only(tmp_path).step, only(tmp_path).note) == (STEPS, "")
     (folder / "log.jsonl").write_text('"val/ no json\n[1, 2]\n' + whole)
     assert only(tmp_path).note == "log.jsonl: 2 lines are no records, the first is line 1"
-    assert "a: log.jsonl: 2 lines are no records" in text([only(tmp_path)], {})
+    assert "a: log.jsonl: 2 lines are no records" in format_table([only(tmp_path)], {})
 
 
 def test_scores_that_are_no_numbers_are_never_the_best(tmp_path: Path) -> None:
@@ -161,7 +162,7 @@ def test_broken_and_foreign_folders_are_listed_with_their_reason(tmp_path: Path)
         (tmp_path / name / "settings.json").write_text(content)
     write(tmp_path / "best_cut")
     (tmp_path / "best_cut/best/config.json").write_text("{")
-    runs, strangers = find(tmp_path)
+    runs, strangers = find_runs(tmp_path)
     assert [r.name for r in runs] == ["good", "sweep/lr1"]
     assert set(strangers) == {"best_cut", "bundle", "cut", "list", "other"}
     assert strangers["bundle"] == "settings.json is missing"
@@ -169,10 +170,10 @@ def test_broken_and_foreign_folders_are_listed_with_their_reason(tmp_path: Path)
     assert strangers["list"] == "settings.json holds no settings but a list"
     assert strangers["other"] == "settings.json is not of a run: it lacks dataset, model"
     assert strangers["best_cut"].startswith("config.json is no JSON")
-    shown = text(runs, strangers)
+    shown = format_table(runs, strangers)
     assert "not read:\n  best_cut: config.json is no JSON" in shown
     with pytest.raises(UserError, match=r"no folder .*nowhere: train first .* or name folder="):
-        find(tmp_path / "nowhere")
+        find_runs(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no run at .*bundle: settings\.json is missing; train first"):
         read_settings(tmp_path / "bundle")
 
@@ -188,17 +189,17 @@ def test_files_with_anything_in_them_never_stop_the_table(tmp_path: Path) -> Non
     (broken / "log.jsonl").write_text('{"step": 1, "seconds": "x"}\n')
     write(tmp_path / "binary")
     (tmp_path / "binary/log.jsonl").write_bytes(bytes(range(256)) * 9)
-    runs, strangers = find(tmp_path)
+    runs, strangers = find_runs(tmp_path)
     assert [r.name for r in runs] == ["binary", "odd", "twin"]
     assert (runs[1].epochs, runs[1].batch_size, runs[1].fold, runs[1].lr) == (None, None, None, None)
     assert strangers == {"broken": "its files are not those of a run: could not convert string to float: 'x'"}
-    assert "odd " in text(ordered(grouped(runs, tmp_path), "score"), strangers)
+    assert "odd " in format_table(sort_entries(group_folds(runs, tmp_path), "score"), strangers)
     write(tmp_path / "f1", 0.5, "fold=1/2")
     write(tmp_path / "f2", 0.5, "fold=2/2")
     for name in ("f1", "f2"):
         (tmp_path / name / "oof").mkdir()
         (tmp_path / name / "oof/scores.npy").write_bytes(b"no array")
-    groups = [e for e in grouped(find(tmp_path)[0], tmp_path) if isinstance(e, Folds)]
+    groups = [e for e in group_folds(find_runs(tmp_path)[0], tmp_path) if isinstance(e, Folds)]
     assert groups[0].out_of_fold is None
 
 
@@ -210,8 +211,8 @@ def test_settings_of_older_runs_name_one_dataset(tmp_path: Path) -> None:
 def test_the_table_shows_what_differs_and_fits_its_width(tmp_path: Path) -> None:
     write(tmp_path / "a", 0.5, "optim.lr=1e-5", "model.freeze=14", "optim.ema=0.999")
     write(tmp_path / "b", 0.6, "optim.lr=3e-5", "model.freeze=8", "optim.ema=0.999", "+data.sources.coco=2")
-    runs, _ = find(tmp_path)
-    shown = text(ordered(runs, "score"), {})
+    runs, _ = find_runs(tmp_path)
+    shown = format_table(sort_entries(runs, "score"), {})
     results, differing, shared = shown.split("\n\n")
     head, first, second = results.splitlines()
     assert " ".join(head.split()) == "run state step epoch cosine 95 % interval at real img/s MFU hours last sign"
@@ -227,7 +228,7 @@ def test_the_table_shows_what_differs_and_fits_its_width(tmp_path: Path) -> None
     assert shared.startswith("all of them: backbone vit_base_patch32_clip_224.laion2b, px 224, trained 25.0%, dataset")
     assert "ema 0.999" in shared
     assert max(map(len, shown.splitlines())) <= 120
-    narrow = text(runs, {}, 60)
+    narrow = format_table(runs, {}, 60)
     assert max(map(len, narrow.splitlines())) <= 60
     assert narrow.count("\nb ") > 2, "wide rows go on below, each with its name"
 
@@ -237,11 +238,11 @@ def test_sorting(tmp_path: Path) -> None:
     write(tmp_path / "b", 0.4, "optim.lr=9e-5", age=40_000)
     write(tmp_path / "c", 0.6, "optim.lr=5e-5", done=False)
     (tmp_path / "c/log.jsonl").unlink()
-    runs, _ = find(tmp_path)
+    runs, _ = find_runs(tmp_path)
     for by, expected in {"score": "abc", "name": "abc", "when": "cab", "optim.lr": "bca", "state": "abc"}.items():
-        assert "".join(r.name for r in ordered(runs, by)) == expected, by
+        assert "".join(r.name for r in sort_entries(runs, by)) == expected, by
     with pytest.raises(UserError, match=r"sort: 'speed' is no column and no setting; known: .*optim\.lr"):
-        ordered(runs, "speed")
+        sort_entries(runs, "speed")
 
 
 def folds(folder: Path, count: int, predicted: int) -> list[np.ndarray]:
@@ -259,8 +260,8 @@ def folds(folder: Path, count: int, predicted: int) -> list[np.ndarray]:
 def test_folds_stand_together_with_the_mean_over_all_images(tmp_path: Path) -> None:
     scores = np.concatenate(folds(tmp_path, 3, 3)).astype(np.float64)
     write(tmp_path / "y", 0.52, "fold=1/3")
-    runs, _ = find(tmp_path)
-    entries = ordered(grouped(runs, tmp_path), "score")
+    runs, _ = find_runs(tmp_path)
+    entries = sort_entries(group_folds(runs, tmp_path), "score")
     group, other = entries
     assert isinstance(group, Folds)
     assert (group.name, group.of, [r.fold for r in group.runs]) == ("x_fold", 3, ["1/3", "2/3", "3/3"])
@@ -269,18 +270,18 @@ def test_folds_stand_together_with_the_mean_over_all_images(tmp_path: Path) -> N
     assert group.images == len(scores)
     assert group.out_of_fold == pytest.approx(bootstrap(scores), abs=1e-3)
     assert group.out_of_fold.mean == pytest.approx(scores.mean())
-    _, first, second, *_ = text(entries, {}).splitlines()
+    _, first, second, *_ = format_table(entries, {}).splitlines()
     assert first.split()[:4] == ["x_fold", "3/3", "folds", f"{scores.mean():.4f}"]
     assert second.startswith("  x_fold1")
-    assert "of 3" in text(entries, {})
+    assert "of 3" in format_table(entries, {})
 
 
 def test_a_fold_without_predictions_gives_no_mean(tmp_path: Path) -> None:
     folds(tmp_path, 3, 2)
-    (group,) = grouped(find(tmp_path)[0], tmp_path)
+    (group,) = group_folds(find_runs(tmp_path)[0], tmp_path)
     assert isinstance(group, Folds)
     assert group.out_of_fold is None
-    assert text([group], {}).splitlines()[1].split()[:4] == ["x_fold", "3/3", "folds", "3.0"]
+    assert format_table([group], {}).splitlines()[1].split()[:4] == ["x_fold", "3/3", "folds", "3.0"]
 
 
 def test_csv_and_json_hold_everything(tmp_path: Path) -> None:
@@ -288,7 +289,7 @@ def test_csv_and_json_hold_everything(tmp_path: Path) -> None:
     folds(runs, 2, 2)
     write(runs / "a", 0.4, "optim.lr=2e-5")
     (runs / "foreign").mkdir()
-    run({"folder": str(runs), "csv": str(tmp_path / "out/runs.csv"), "json": str(tmp_path / "out/runs.json")})
+    list_runs(RunsSettings(runs, csv=tmp_path / "out/runs.csv", json=tmp_path / "out/runs.json"))
     with (tmp_path / "out/runs.csv").open(newline="") as file:
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"a", "x_fold1", "x_fold2", "foreign"}
@@ -302,7 +303,7 @@ def test_csv_and_json_hold_everything(tmp_path: Path) -> None:
     assert found["not_read"] == {"foreign": "settings.json is missing"}
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file/runs\.csv"):
-        run({"folder": str(runs), "csv": str(tmp_path / "file/runs.csv")})
+        list_runs(RunsSettings(runs, csv=tmp_path / "file/runs.csv"))
 
 
 def test_the_command_starts_at_once_and_without_torch(tmp_path: Path) -> None:
