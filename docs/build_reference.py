@@ -21,6 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ("core", "datagen", "models", "report", "train")
 GROUPS = ("renderer", "prompts")
 """Folders of `conf/` whose files are choices of one setting."""
+PAGES = ("index", "datagen", "training", "evaluation", "export", "reproducibility", "architecture", "extending")
+"""Pages of docs/ in the order of the site's navigation."""
 NO_COMMAND = ("quiet",)
 """Files of `conf/` that only set options of Hydra."""
 
@@ -47,7 +49,8 @@ def main(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     out = folder / "pages"
     shutil.copytree(ROOT / "docs", out, ignore=shutil.ignore_patterns("*.py", "*.toml", "__pycache__"))
-    shutil.copy(ROOT / "docs/zensical.toml", folder)
+    config = (ROOT / "docs/zensical.toml").read_text(encoding="utf-8")
+    (folder / "zensical.toml").write_text(config.replace("nav = []", f"nav = {navigation()}"), encoding="utf-8")
     for name in ("CHANGELOG", "CONTRIBUTING", "SECURITY"):
         text = (ROOT / f"{name}.md").read_text(encoding="utf-8")
         (out / f"{name.lower()}.md").write_text(text.replace("](docs/", "]("), encoding="utf-8")
@@ -58,6 +61,17 @@ def main(folder: Path) -> None:
     for name, text in pages.items():
         (reference / f"{name}.md").write_text(text, encoding="utf-8")
     (reference / "index.md").write_text(api_index(), encoding="utf-8")
+
+
+def navigation() -> str:
+    """Navigation of the site as a TOML array."""
+    if missing := {path.stem for path in (ROOT / "docs").glob("*.md")} ^ set(PAGES):
+        sys.exit(f"PAGES and the files of docs/ differ: {', '.join(sorted(missing))}")
+    api = ", ".join(f'"reference/{name}.md"' for name in ("index", *folders()))
+    entries = [f'"{page}.md"' for page in PAGES]
+    entries += ['"reference/settings.md"', f'{{ "API" = [{api}] }}']
+    entries += ['"contributing.md"', '"security.md"', '"changelog.md"']
+    return f"[{', '.join(entries)}]"
 
 
 # ------------------------------------------------------------------------------------------------------------- settings
