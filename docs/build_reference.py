@@ -212,7 +212,7 @@ def _field(key: str, cls: SettingsClass | None, classes: list[SettingsClass]) ->
 
 
 def _code(text: str) -> str:
-    return f"`{_cell(text)}`" if text else ""
+    return f"`{text.replace(' | ', ' or ')}`" if text else ""
 
 
 def _cell(text: str) -> str:
