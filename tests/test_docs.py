@@ -76,15 +76,19 @@ class Block:
         self.file, _, note = title.partition(" (")
         self.append = note == "append)"
 
-    def apply(self, root: Path) -> None:
-        path = root / self.file
+    def apply(self, files: dict[str, str]) -> None:
+        """Change `files`, the texts of a project that differ from ours."""
+        path = ROOT / self.file
+        before = files.get(self.file) or (path.read_text() if path.is_file() else None)
         if self.language == "diff":
-            path.write_text(patched(path.read_text(), self.text, self.file))
+            assert before is not None, f"{self.file} does not exist"
+            files[self.file] = patched(before, self.text, self.file)
         elif self.append:
-            path.write_text(f"{path.read_text().rstrip()}\n\n\n{self.text}")
+            assert before is not None, f"{self.file} does not exist"
+            files[self.file] = f"{before.rstrip()}\n\n\n{self.text}"
         else:
-            assert not path.exists(), f"{self.file} is there already"
-            path.write_text(self.text)
+            assert before is None, f"{self.file} is there already"
+            files[self.file] = self.text
 
 
 def blocks(text: str) -> list[Block]:
@@ -101,6 +105,21 @@ def patched(text: str, diff: str, file: str) -> str:
         assert text.count(old) == 1, f"{file} has {text.count(old)} times:\n{old}"
         text = text.replace(old, new)
     return text
+
+
+def changed_files() -> dict[str, str]:
+    """All files that the recipes of extending.md write, with their texts."""
+    files: dict[str, str] = {}
+    for block in blocks(EXTENDING.read_text()):
+        block.apply(files)
+    return files
+
+
+def test_recipes_of_extending_fit_the_code() -> None:
+    """The quick half of the test below: lines of the diffs are there, once, and the result compiles."""
+    for file, text in changed_files().items():
+        if file.endswith(".py"):
+            compile(text, file, "exec")
 
 
 # Each recipe of extending.md in the order of its command here → overrides that make it small
@@ -140,8 +159,8 @@ def test_recipes_of_extending_work(tmp_path: Path) -> None:
     project, work = tmp_path / "project", tmp_path / "work"
     for package in ("conf", "core", "datagen", "models", "report", "train"):
         shutil.copytree(ROOT / package, project / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for block in blocks(EXTENDING.read_text()):
-        block.apply(project)
+    for file, text in changed_files().items():
+        (project / file).write_text(text)
     work.mkdir()
     prompts = [f"an {kind} {season} evening, number {n}" for n in range(12) for kind, season in (("old", "autumn"),)]
     (work / "haiku.csv").write_text("\n".join(["text", *(f'"{p}"' for p in prompts)]) + "\n")
