@@ -32,7 +32,7 @@ from models.regressor import make as make_model
 from models.runtime.preprocess import Preprocessing, decode, fit
 from train.data.images import ImageDataset
 from train.data.loader import loader
-from train.data.samplers import Draws, Part, Steps
+from train.data.samplers import ShuffledEpochs, TrainBatchSampler, TrainingSubset
 
 TARGET, OWN_DECODER_TARGET = 2.3, 1.15
 SIDE, BATCH, ROUNDS, WIDTH = 224, 64, 7, 384
@@ -52,8 +52,8 @@ def write_random_targets(root: Path) -> Dataset:
 
 
 def our_batches(images: ImageDataset, seed: int) -> Iterator[torch.Tensor]:
-    draws = Draws([Part(np.arange(len(images)))], seed)
-    for batch in loader(images, Steps(draws, BATCH, len(images) // BATCH), 0):
+    draws = ShuffledEpochs([TrainingSubset(np.arange(len(images)))], seed)
+    for batch in loader(images, TrainBatchSampler(draws, BATCH, len(images) // BATCH), 0):
         yield batch.image_BCHW
 
 

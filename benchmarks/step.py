@@ -33,7 +33,7 @@ from models.runtime.preprocess import Preprocessing
 from tests import small_dataset
 from train.config import TrainSettings
 from train.data.images import ImageDataset
-from train.data.samplers import Draws, Part, Steps
+from train.data.samplers import ShuffledEpochs, TrainBatchSampler, TrainingSubset
 from train.fit import fit
 
 TARGET = 0.97
@@ -98,7 +98,7 @@ def by_hand(data: Path, skipped: int, timed: int) -> tuple[float, Regressor]:
     model = make("tf_efficientnet_lite0", "random", SIZE, dataset.width).train()
     rows = dataset.rows("train")
     steps = skipped + timed
-    batches = Steps(Draws([Part(rows, 1, dataset.prompt_sets()[rows])], 0), BATCH, steps)
+    batches = TrainBatchSampler(ShuffledEpochs([TrainingSubset(rows, 1, dataset.prompt_sets()[rows])], 0), BATCH, steps)
     loader = DataLoader(
         ImageDataset([dataset], Preprocessing(SIZE)), batch_sampler=batches, collate_fn=lambda batch: batch
     )

@@ -45,10 +45,10 @@ from models.regressor import Regressor, make
 from models.runtime.preprocess import Preprocessing
 from tests import small_dataset
 from train.config import TrainSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.images import Batch
 from train.data.loader import loader
-from train.data.samplers import Steps
+from train.data.samplers import TrainBatchSampler
 from train.fit import setup
 from train.fit.fit import _quiet
 from train.fit.module import Training
@@ -105,7 +105,7 @@ class Ours:
 
     cfg: TrainSettings
     machine: Machine
-    data: Data
+    data: ImageDataModule
     model: Regressor
     needs: Cost
     plan: Plan
@@ -115,7 +115,7 @@ class Ours:
     def micro(self) -> int:
         return self.cfg.batch_size // self.plan.accumulate
 
-    def rate(self, feed: Resident | Data, skipped: int, timed: int) -> float:
+    def rate(self, feed: Resident | ImageDataModule, skipped: int, timed: int) -> float:
         """Images a second."""
         watch = Stopwatch(skipped, skipped + timed, lambda: clock(self.machine.device))
         trainer = lightning.Trainer(
@@ -135,7 +135,7 @@ class Ours:
             enable_model_summary=False,
             use_distributed_sampler=False,
         )
-        if isinstance(feed, Data):
+        if isinstance(feed, ImageDataModule):
             trainer.fit(self.module, datamodule=feed)
         else:
             trainer.fit(self.module, train_dataloaders=feed)
@@ -162,12 +162,12 @@ def prepare(data_root: Path, name: str, scale: Scale, tiny: bool, freeze: int = 
     cfg = settings(TrainSettings, compose("train", overrides))
     machine = Machine(cfg.scale)
     datasets = [Dataset(data_root, cfg.encoder)]
-    needs = measure(setup.outline(cfg, datasets), cfg.optim, machine.half)
-    data = Data(datasets, [], cfg, Preprocessing(scale.size))
+    needs = measure(setup.build_on_meta(cfg, datasets), cfg.optim, machine.half)
+    data = ImageDataModule(datasets, [], cfg, Preprocessing(scale.size))
     with machine.device:
         model = make(name, "random", scale.size, WIDTH)
-    setup.arm(model, cfg)
-    plan = setup.plan(cfg, model, data, needs, machine)
+    setup.freeze_and_add_lora(model, cfg)
+    plan = setup.make_plan(cfg, model, data, needs, machine)
     data.accumulate = plan.accumulate
     model.cpu()
     free()
@@ -214,7 +214,7 @@ def peer_rate(name: str, ours: Ours, skipped: int, timed: int) -> float:
 
 def loader_rate(ours: Ours, scale: Scale) -> float:
     """Images a second that the loader gives with nobody training."""
-    batches = Steps(ours.data.draws, scale.batch, 2 * scale.queue + 1)
+    batches = TrainBatchSampler(ours.data.shuffled_epochs, scale.batch, 2 * scale.queue + 1)
     began = 0.0
     for number, _ in enumerate(loader(ours.data.images, batches, None, keep=False)):
         if number == scale.queue:

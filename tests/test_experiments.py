@@ -196,7 +196,7 @@ def count(parameters: Any) -> int:
 def test_an_experiment_is_what_its_table_says(name: str, rendered: Dataset) -> None:
     expected = TABLE[name]
     cfg = settings(TrainSettings, compose("train", [f"+experiment={name}"]))
-    model = setup.outline(cfg, [rendered])
+    model = setup.build_on_meta(cfg, [rendered])
     parts = blocks(model.backbone)
     own = {n: p for n, p in model.backbone.named_parameters() if ".lora_" not in n}
     assert (model.spec.size, count(own.values()), len(parts)) == (expected.size, expected.tower, expected.count)

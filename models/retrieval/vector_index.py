@@ -47,7 +47,7 @@ _TRAINING, _ROUNDS = 40, 8  # vectors a cell that k-means sees, and its rounds
 
 
 class Prompts(Protocol):
-    """Texts with their unit vectors, such as `train.evaluate.prompt_index.Bank`."""
+    """Texts with their unit vectors, such as `train.evaluate.prompt_index.PromptIndex`."""
 
     def __len__(self) -> int: ...
 

@@ -31,9 +31,9 @@ from tests import commands, small_dataset, training
 from tests.training import OVERRIDES, records, same_weights, train
 from train import __main__ as train_main
 from train.data.images import ImageDataset
-from train.data.samplers import Draws, Part, Steps
+from train.data.samplers import ShuffledEpochs, TrainBatchSampler, TrainingSubset
 from train.fit import callbacks, fit
-from train.fit.callbacks import KeepBest, ResumePoint
+from train.fit.callbacks import BestCheckpoint, ResumeCheckpoint
 from train.fit.checkpoints import Saver
 from train.fit.improvement import ImageScores
 from train.fit.loggers import JsonLines
@@ -170,9 +170,9 @@ def test_resumed_at_any_point_it_equals_a_run_never_stopped(
 ) -> None:
     """Every resume point that one run writes is kept and gone on from: as if killed at every step."""
     points: list[tuple[Path, int]] = []
-    write = ResumePoint._save
+    write = ResumeCheckpoint._save
 
-    def keep(self: ResumePoint, trainer: lightning.Trainer) -> None:
+    def keep(self: ResumeCheckpoint, trainer: lightning.Trainer) -> None:
         write(self, trainer)
         copy = tmp_path / f"killed_{len(points)}"
         shutil.copytree(self.path.parent, copy)
@@ -180,7 +180,7 @@ def test_resumed_at_any_point_it_equals_a_run_never_stopped(
 
     whole = tmp_path / "whole"
     with monkeypatch.context() as patch:
-        patch.setattr(ResumePoint, "_save", keep)
+        patch.setattr(ResumeCheckpoint, "_save", keep)
         train(small_data, whole, *INTRICATE, "save_every=1")
     assert [step for _, step in points] == list(range(1, 9))
     assert [r["step"] for r in validations(whole)] == [0, 3, 6, 8]
@@ -483,17 +483,17 @@ def test_a_batch_with_no_readable_image_changes_no_weight(
     """Of two steps the second finds nothing to read: the weights are those of the first alone."""
     data = tmp_path / "data"
     shutil.copytree(small_data, data)
-    _, second = Steps(Draws([Part(Dataset(data).rows("train"))], seed=0), 8, 2)
+    _, second = TrainBatchSampler(ShuffledEpochs([TrainingSubset(Dataset(data).rows("train"))], seed=0), 8, 2)
     for row in second:
         small_dataset.corrupt(data, row)
     points: dict[int, dict[str, torch.Tensor]] = {}
-    write = ResumePoint._save
+    write = ResumeCheckpoint._save
 
-    def keep(self: ResumePoint, trainer: lightning.Trainer) -> None:
+    def keep(self: ResumeCheckpoint, trainer: lightning.Trainer) -> None:
         write(self, trainer)
         points[trainer.global_step] = torch.load(self.path, weights_only=True)["state_dict"]
 
-    monkeypatch.setattr(ResumePoint, "_save", keep)
+    monkeypatch.setattr(ResumeCheckpoint, "_save", keep)
     train(data, tmp_path / "run", "model.head_init=random", "max_steps=2", "save_every=1", "validate_every=9")
     one, two = points[1], load_file(tmp_path / "run/last/model.safetensors")
     assert all(two[name.removeprefix("model.")].equal(one[name]) for name in one)
@@ -531,7 +531,7 @@ def test_a_score_that_is_not_a_number_is_never_best(small_data: Path) -> None:
     cfg = training.cfg(small_data, Path("unused"))
     module = Training(make("test_vit", "random", 32, 12), cfg, Plan(steps=1, per_epoch=1))
     saved: list[float] = []
-    best = KeepBest(lambda trained: saved.append(trained.score.mean if trained.score else 0))
+    best = BestCheckpoint(lambda trained: saved.append(trained.score.mean if trained.score else 0))
     trainer = lightning.Trainer(logger=False, enable_checkpointing=False, accelerator="cpu")
     for step, score in enumerate((0.2, float("nan"), 0.1, 0.3)):
         module.score = Interval(score, score, score)

@@ -21,7 +21,7 @@ from train.config import TrainSettings
 from train.data.images import Batch, ImageDataset, Rows
 from train.data.loader import loader
 from train.data.sample_weights import image_weights
-from train.data.samplers import Draws, InOrder, Part, Steps, run_length
+from train.data.samplers import SequentialBatchSampler, ShuffledEpochs, TrainBatchSampler, TrainingSubset, run_length
 from train.data.splits import Prompts, fold_rows, refuse_seen, without_others_validation
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ _ELSEWHERE = "its prompt or bytes are validated on in another dataset"
 _METRICS = ("cosine", "high", "low", "source", "val")  # names that a set of validation images cannot have
 
 
-class Data(lightning.LightningDataModule):
+class ImageDataModule(lightning.LightningDataModule):
     """The images of a run: those it trains on and those it is judged by.
 
     Attributes:
@@ -45,7 +45,7 @@ class Data(lightning.LightningDataModule):
             `val`, by its folder.
         val_sets: rows of each, in the same order.
         prompts: prompts of `images`, where they were read; None where the split did not ask for them.
-        draws: what an epoch draws.
+        shuffled_epochs: row numbers of every epoch.
         length: steps of an epoch, of the run, and of the head alone.
         per_epoch, steps: of `length`.
         accumulate: micro-batches a step on each device; may be set until training begins.
@@ -113,8 +113,8 @@ class Data(lightning.LightningDataModule):
         own = ["val"] if len(self.val_rows) else []
         self.val_names = [*own, *_beside(images.names[len(datasets) :])]
         self.val_sets = [*[self.val_rows for _ in own], *sets]
-        self.draws = Draws(self._parts(trained), cfg.seed)
-        self.length = run_length(len(self.draws), cfg)
+        self.shuffled_epochs = ShuffledEpochs(self._parts(trained), cfg.seed)
+        self.length = run_length(len(self.shuffled_epochs), cfg)
         self.per_epoch, self.steps = self.length.per_epoch, self.length.steps
 
     def _leave_out_equal_images(self, prompts: Prompts, val: Rows) -> None:
@@ -133,7 +133,7 @@ class Data(lightning.LightningDataModule):
             data = "".join(lines).encode()
             write_atomically(path, lambda file: file.write(data))
 
-    def _parts(self, trained: range) -> list[Part]:
+    def _parts(self, trained: range) -> list[TrainingSubset]:
         rows_of = {number: own for number, _, own in self.images.by_dataset(self.train_rows)}
         left_out = [self.images.datasets[n].root for n in trained if n not in rows_of]
         if left_out:
@@ -145,8 +145,8 @@ class Data(lightning.LightningDataModule):
         for number in trained:
             dataset, own = self.images.datasets[number], rows_of[number]
             units = dataset.prompt_sets()[own] if self._cfg.data.one_seed else None
-            passes = self._cfg.passes[number] if self._cfg.passes else 1
-            parts.append(Part(self.images.rows(number, own), passes, units))
+            repeats = self._cfg.passes[number] if self._cfg.passes else 1
+            parts.append(TrainingSubset(self.images.rows(number, own), repeats, units))
         return parts
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
@@ -154,8 +154,8 @@ class Data(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         trainer = self._attached()
-        batches = Steps(
-            self.draws,
+        batches = TrainBatchSampler(
+            self.shuffled_epochs,
             self._cfg.batch_size,
             self.steps,
             first=trainer.global_step,
@@ -170,7 +170,7 @@ class Data(lightning.LightningDataModule):
         size, rank, world = self._cfg.batch_size, trainer.global_rank, trainer.world_size
         # a step may be more than a device can hold at once
         size = max(size // (world * self.accumulate), 1)
-        batches = [InOrder(rows, size, rank=rank, world=world) for rows in self.val_sets]
+        batches = [SequentialBatchSampler(rows, size, rank=rank, world=world) for rows in self.val_sets]
         # processes that wait for the next validation hold memory: one set's may
         return [self._loader(each, keep=number == 0) for number, each in enumerate(batches)]
 

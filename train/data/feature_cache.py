@@ -37,7 +37,7 @@ from models.regressor import Regressor
 from models.runtime.preprocess import PREPROCESS
 from train.data.images import ImageDataset
 from train.data.loader import loader
-from train.data.samplers import InOrder
+from train.data.samplers import SequentialBatchSampler
 
 log = logging.getLogger(__name__)
 
@@ -268,7 +268,7 @@ class _Source:
             return
         model, device = self.model, self.model.device
         rows = np.concatenate([self.rows[part.start : part.stop] for part in parts])
-        order = InOrder(rows, self._batch_size)
+        order = SequentialBatchSampler(rows, self._batch_size)
         batches = iter(loader(self.images, order, self._workers, pin=device.type == "cuda", keep=False))
         total = len(self.rows)
         with progress(total, "image", "features", initial=total - len(rows)) as bar:

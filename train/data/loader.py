@@ -16,7 +16,7 @@ from train.data.images import Batch, ImageDataset
 
 
 class ResumableLoader(DataLoader):
-    """Tells Lightning that the loader begins where the run resumed; `Steps` sees to it, from the step alone."""
+    """Mark the loader as resumable for Lightning; `TrainBatchSampler` starts at the resumed step by itself."""
 
     def __iter__(self) -> Any:
         try:

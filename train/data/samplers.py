@@ -1,11 +1,11 @@
-"""Which images at which step: pure functions of the seed and the step, so that any step can be the first of a run.
+"""Batch samplers of training and validation that resume at any step.
 
-    draws = Draws([Part(rows), Part(noisy_rows, passes=0.5)], seed=0)
-    Steps(draws, batch_size=128, steps=1000, first=400, rank=1, world=2, accumulate=4)
+    epochs = ShuffledEpochs([TrainingSubset(rows), TrainingSubset(noisy_rows, repeats=0.5)], seed=0)
+    TrainBatchSampler(epochs, batch_size=128, steps=1000, first=400, rank=1, world=2, accumulate=4)
 
-A part is a dataset's training images. Its units (images, or prompts of which one image is drawn at a time) are
-drawn from one permutation after the other, so that none is drawn once more before all were; an epoch is a stretch of
-that row, mixed with the other parts' stretches.
+The order is a pure function of the seed and the step. A subset holds the training images of one dataset. Its units
+(images, or prompts of which each sample takes one image) are sampled without replacement: permutation after
+permutation. An epoch takes the next `repeats` × units samples of each subset and shuffles them together.
 """
 
 import itertools
@@ -22,65 +22,65 @@ from train.config import TrainSettings
 
 Rows = NDArray[np.int64]
 
-_CYCLES, _MIXES, _IMAGES = range(3)  # what a stream of random numbers serves
+_CYCLES, _MIXES, _IMAGES = range(3)  # purpose of a stream of random numbers: part of its seed
 
 
 @dataclass(frozen=True)
-class Part:
-    """Images of which an epoch draws its share."""
+class TrainingSubset:
+    """Training images of one dataset, and how often an epoch samples them."""
 
     rows: Rows
-    """Their numbers."""
-    passes: float = 1
-    """Draws an epoch as a multiple of the units; above 0."""
+    """Row numbers of the images."""
+    repeats: float = 1
+    """Samples per epoch as a multiple of the units; above 0."""
     units: NDArray[np.int64] | None = None
-    """[len(rows)]: images of one number are a unit, of which a pass draws one; None: each is its own."""
+    """[len(rows)]: images of one number are a unit, of which an epoch samples one; None: each image is a unit."""
 
 
-class Draws:
-    """The rows of every epoch.
+class ShuffledEpochs:
+    """Shuffled row numbers of every epoch, by seed and epoch number.
 
     Args:
-        parts: each of one image or more.
+        subsets: each of one image or more.
         seed: at least 0.
     """
 
-    def __init__(self, parts: Sequence[Part], seed: int) -> None:
+    def __init__(self, subsets: Sequence[TrainingSubset], seed: int) -> None:
         self._seed = seed
-        self._streams = [_Stream(part, seed, number) for number, part in enumerate(parts)]
+        self._streams = [_Stream(subset, seed, number) for number, subset in enumerate(subsets)]
 
     def __len__(self) -> int:
-        """Draws an epoch."""
+        """Samples per epoch."""
         return sum(stream.length for stream in self._streams)
 
     def epoch(self, number: int) -> Rows:
-        """The rows of epoch `number`, in order."""
-        drawn = [stream.epoch(number) for stream in self._streams]
-        if len(drawn) == 1:
-            return drawn[0]
-        return np.random.default_rng([self._seed, _MIXES, number]).permutation(np.concatenate(drawn))
+        """Row numbers of epoch `number`, in order."""
+        samples = [stream.epoch(number) for stream in self._streams]
+        if len(samples) == 1:
+            return samples[0]
+        return np.random.default_rng([self._seed, _MIXES, number]).permutation(np.concatenate(samples))
 
 
 class _Stream:
-    """The endless row of a part's draws: permutation after permutation of its units.
+    """Endless sequence of a subset's samples: permutation after permutation of its units.
 
-    The n-th permutation draws every unit for the n-th time, and so the image of each follows from n: images of a
-    unit take turns, in an order drawn once.
+    The n-th permutation samples every unit for the n-th time, so n determines the image of each unit: images of a
+    unit take turns, in a random order that is fixed by the seed.
     """
 
-    def __init__(self, part: Part, seed: int, number: int) -> None:
+    def __init__(self, subset: TrainingSubset, seed: int, number: int) -> None:
         self._key = [seed, _CYCLES, number]
-        self._rows = part.rows
+        self._rows = subset.rows
         self._starts: NDArray[np.int64] | None = None  # of each unit's images in `_rows`; None: a unit is an image
-        self._units = len(part.rows)
-        if part.units is not None:
-            order = np.random.default_rng([seed, _IMAGES, number]).permutation(len(part.rows))
-            order = order[np.argsort(part.units[order], kind="stable")]
-            new = np.diff(part.units[order], prepend=part.units[order[:1]] - 1) != 0
+        self._units = len(subset.rows)
+        if subset.units is not None:
+            order = np.random.default_rng([seed, _IMAGES, number]).permutation(len(subset.rows))
+            order = order[np.argsort(subset.units[order], kind="stable")]
+            new = np.diff(subset.units[order], prepend=subset.units[order[:1]] - 1) != 0
             starts = np.append(np.flatnonzero(new), len(order))
             if len(starts) <= len(order):
-                self._rows, self._starts, self._units = part.rows[order], starts, len(starts) - 1
-        self.length = max(round(part.passes * self._units), 1)
+                self._rows, self._starts, self._units = subset.rows[order], starts, len(starts) - 1
+        self.length = max(round(subset.repeats * self._units), 1)
 
     def epoch(self, number: int) -> Rows:
         first, end = number * self.length, (number + 1) * self.length
@@ -97,16 +97,16 @@ class _Stream:
         return np.concatenate(pieces)
 
 
-def per_epoch(draws: int, batch_size: int) -> int:
-    """Steps an epoch of so many draws; a last short batch is left out, unless it is the only one."""
-    return max(draws // batch_size, 1)
+def steps_per_epoch(samples: int, batch_size: int) -> int:
+    """Steps of an epoch of `samples` images; the last short batch is dropped, unless it is the only one."""
+    return max(samples // batch_size, 1)
 
 
-class Steps(Sampler[list[int]]):
-    """The rows of every micro-batch of a rank: `accumulate` lists a step, from step `first` on.
+class TrainBatchSampler(Sampler[list[int]]):
+    """Row numbers of every micro-batch of one rank: `accumulate` lists per step, starting at step `first`.
 
-    Over ranks and micro-batches, a step's lists are its batch, each image once. Sizes of the ranks' shares differ
-    by one at most, and those of micro-batches not at all.
+    The lists of all ranks and micro-batches of a step hold each image of its batch once. The sizes of the ranks'
+    shares differ by at most one; micro-batches have equal sizes.
 
     Raises:
         UserError: the batch does not divide by ranks × micro-batches, or a rank would have no image.
@@ -114,7 +114,7 @@ class Steps(Sampler[list[int]]):
 
     def __init__(
         self,
-        draws: Draws,
+        epochs: ShuffledEpochs,
         batch_size: int,
         steps: int,
         *,
@@ -123,31 +123,31 @@ class Steps(Sampler[list[int]]):
         world: int = 1,
         accumulate: int = 1,
     ) -> None:
-        check_shares(min(batch_size, len(draws)), world, accumulate)
-        self._draws, self._batch_size, self._steps, self._first = draws, batch_size, steps, first
+        check_shares(min(batch_size, len(epochs)), world, accumulate)
+        self._epochs, self._batch_size, self._steps, self._first = epochs, batch_size, steps, first
         self._rank, self._world, self._accumulate = rank, world, accumulate
 
     def __len__(self) -> int:
-        """Micro-batches of the whole run, those before `first` among them, as Lightning counts on."""
+        """Micro-batches of the whole run, including those before `first`: Lightning continues its count."""
         return self._steps * self._accumulate
 
     def __iter__(self) -> Iterator[list[int]]:
-        order, drawn = np.zeros(0, np.int64), -1
+        order, current = np.zeros(0, np.int64), -1
         shares = self._world * self._accumulate
         for step in range(self._first, self._steps):
-            epoch, place = divmod(step, per_epoch(len(self._draws), self._batch_size))
-            if epoch != drawn:
-                order, drawn = self._draws.epoch(epoch), epoch
+            epoch, place = divmod(step, steps_per_epoch(len(self._epochs), self._batch_size))
+            if epoch != current:
+                order, current = self._epochs.epoch(epoch), epoch
             batch = order[place * self._batch_size : (place + 1) * self._batch_size]
             for micro in range(self._accumulate):
                 yield batch[micro * self._world + self._rank :: shares].tolist()
 
 
 def check_shares(batch: int, world: int, accumulate: int) -> None:
-    """Whether a step of `batch` images can be dealt out.
+    """Check that a step of `batch` images divides into ranks and micro-batches.
 
     Raises:
-        UserError: it does not divide by ranks × micro-batches, or a rank would have no image.
+        UserError: the batch does not divide by ranks × micro-batches, or a rank would have no image.
     """
     if batch < world:
         raise UserError(
@@ -161,10 +161,10 @@ def check_shares(batch: int, world: int, accumulate: int) -> None:
         )
 
 
-class InOrder(Sampler[list[int]]):
-    """Rows once, in order, for validation and features; rank r of w takes every w-th.
+class SequentialBatchSampler(Sampler[list[int]]):
+    """Row numbers in order, once, for validation and features; rank r of w takes every w-th.
 
-    All ranks have the same number of batches, for those that share out a model wait for each other in each.
+    All ranks have the same number of batches: with FSDP they wait for each other in every forward pass.
     """
 
     def __init__(self, rows: Rows, batch_size: int, *, rank: int = 0, world: int = 1) -> None:
@@ -176,7 +176,7 @@ class InOrder(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         starts = [*range(0, len(self._rows), self._batch_size), len(self._rows)]
-        if len(starts) <= self._batches:  # one image fewer than other ranks, and so a batch: the last one is halved
+        if len(starts) <= self._batches:  # one image fewer than other ranks, and so one batch fewer: split the last one
             starts.insert(-1, (starts[-2] + starts[-1] + 1) // 2 if len(starts) > 1 else 0)
         for start, end in itertools.pairwise(starts):
             yield self._rows[start:end].tolist()
@@ -194,9 +194,9 @@ class RunLength:
     """Steps at the start in which the head trains alone."""
 
 
-def run_length(draws: int, cfg: TrainSettings) -> RunLength:
-    """The steps of a run whose epochs draw `draws` images each."""
-    an_epoch = per_epoch(draws, cfg.batch_size)
+def run_length(samples: int, cfg: TrainSettings) -> RunLength:
+    """The steps of a run whose epochs have `samples` samples each."""
+    an_epoch = steps_per_epoch(samples, cfg.batch_size)
     steps = cfg.max_steps or max(round(cfg.epochs * an_epoch), 1)
     # the tolerance: .55 of 100 steps is 55.00000000000001, which would be rounded up to 56
     head_steps = min(math.ceil(cfg.optim.head_only * an_epoch - 1e-9), steps)

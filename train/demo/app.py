@@ -115,7 +115,7 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
     from train.demo.explain import Demo
     from train.demo.page import Words
     from train.evaluate import prompt_index
-    from train.evaluate.registry import Contenders
+    from train.evaluate.registry import EmbedderRegistry
     from train.evaluate.trained_on import data_of
     from train.scale.devices import device_of
 
@@ -148,9 +148,9 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
             "baselines=[mean,retrieve] starts at once",
             f"{len(data.train_rows):,}",
         )
-    contenders = Contenders(evaluate, folder, encoder, targets, data, values, backbone, device)
+    contenders = EmbedderRegistry(evaluate, folder, encoder, targets, data, values, backbone, device)
     baselines = {n: _mean(folder) if n == "mean" else contenders.of(n).make() for n in names if n != "retrieve"}
-    retrieve = prompt_index.Retrieve(bank, evaluate.retrieve.neighbours, evaluate.retrieve.power)
+    retrieve = prompt_index.PromptRetriever(bank, evaluate.retrieve.neighbours, evaluate.retrieve.power)
     shown = {"neighbours": cfg.neighbours, "most_pixels": cfg.most_pixels}
     demo = Demo(embedder, bank, baselines, retrieve if "retrieve" in names else None, **shown)
     demo.look(_grey())  # what does not fit together is told now; the first visitor does not wait

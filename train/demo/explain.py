@@ -31,8 +31,8 @@ _MOST_SIDE = 65_535  # px, as of a JPEG; decoding 1 × 60,000,000 took gigabytes
 _KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # those that browsers show; some of Pillow's others run programs
 
 
-class Bank(Protocol):
-    """Prompts with their vectors, such as `train.evaluate.prompt_index.Bank`."""
+class PromptIndex(Protocol):
+    """Prompts with their vectors, such as `train.evaluate.prompt_index.PromptIndex`."""
 
     def nearest(self, vector_BE: NDArray[np.float32], k: int) -> list[list[tuple[float, str]]]:
         """Of each unit vector the k nearest prompts with their cosines, the nearest first."""
@@ -40,7 +40,7 @@ class Bank(Protocol):
 
 
 class Retrieved(Protocol):
-    """Such as `train.evaluate.prompt_index.Retrieve`."""
+    """Such as `train.evaluate.prompt_index.PromptRetriever`."""
 
     def from_vectors(self, z_BE: NDArray[np.float32]) -> tuple[NDArray[np.float32], list[str]]:
         """Unit vectors made of the prompts nearest to each, [B, E], and the nearest prompt."""
@@ -91,7 +91,7 @@ class Demo:
     def __init__(
         self,
         embedder: Embedder,
-        bank: Bank,
+        bank: PromptIndex,
         baselines: Mapping[str, Embedder],
         retrieve: Retrieved | None = None,
         *,

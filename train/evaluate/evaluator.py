@@ -27,14 +27,14 @@ from models.leakage import NEAR, Leakage
 from models.metrics import bins, compare, cosines, mean_targets, recall
 from models.runtime.preprocess import Preprocessing
 from train.config import BASELINES, CAPTIONERS, EMBEDDERS, FROM_OTHERS, EvaluateSettings, ViewsSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.images import ImageDataset
 from train.data.splits import Prompts
 from train.evaluate import prompt_index
 from train.evaluate.leakage import Overlap, find_leakage, log_leakage, with_clean_score
 from train.evaluate.prediction_cache import Predictions, predict
-from train.evaluate.prompt_index import Bank, Retrieve
-from train.evaluate.registry import Contenders, newest_run
+from train.evaluate.prompt_index import PromptIndex, PromptRetriever
+from train.evaluate.registry import EmbedderRegistry, newest_run
 from train.evaluate.results import FORMAT
 from train.evaluate.trained_on import (
     ImageSet,
@@ -68,7 +68,7 @@ class Judged(NamedTuple):
     """Datasets and their images that the run was trained on; None without a run."""
 
 
-class Subject:
+class EvaluationContext:
     """What is judged, and on which images.
 
     Attributes:
@@ -127,7 +127,7 @@ class Subject:
         inside = [place for place in named if kept in (place.resolve(), *place.resolve().parents)]
         if inside:
             raise UserError(f"out: {self.out} would write over {inside[0]}, which is judged; name another out=")
-        self.contenders = Contenders(
+        self.contenders = EmbedderRegistry(
             cfg,
             self.folder,
             self.encoder,
@@ -151,49 +151,49 @@ def judge(cfg: EvaluateSettings) -> Judged:
     Raises:
         UserError: a run, checkpoint, dataset, bank or embedder cannot be used; before anything is computed.
     """
-    subject = Subject(cfg)
+    context = EvaluationContext(cfg)
     entries = [entry for entry in cfg.embedders if entry not in FROM_OTHERS]
     if {"retrieve", "blend"} & set(cfg.embedders) and "regressor" not in entries:
         entries.append("regressor")
-    known = subject.contenders.all(entries)
+    known = context.contenders.all(entries)
     names = [known[entry].name if entry in known else entry for entry in cfg.embedders]
     members = _members(cfg, {entry: contender.name for entry, contender in known.items()})
-    bank = _bank(cfg, subject)
+    bank = _bank(cfg, context)
     if members:
-        _apart(subject, subject.rows, cfg.ensemble.folds)
-    evaluated = ImageSet(subject.images, subject.rows, subject.prompts)
-    overlaps = find_leakage(evaluated, _origins(cfg, subject, members, bank), subject.device)
+        _apart(context, context.rows, cfg.ensemble.folds)
+    evaluated = ImageSet(context.images, context.rows, context.prompts)
+    overlaps = find_leakage(evaluated, _origins(cfg, context, members, bank), context.device)
     for name in names:
         log_leakage(name, overlaps[name].counts())
-    found = predict(list(known.values()), subject.images, subject.rows, cfg.batch_size, cfg.workers)
-    places = [subject.images.place(row) for row in found.rows]
+    found = predict(list(known.values()), context.images, context.rows, cfg.batch_size, cfg.workers)
+    places = [context.images.place(row) for row in found.rows]
     targets = [dataset.targets(own) for dataset, own in places]
     if {"retrieve", "blend"} & set(cfg.embedders):
         assert bank is not None
         _retrieve(cfg, found, bank)
     row_n = np.array(found.rows)
-    readable = np.flatnonzero(np.isin(subject.rows, row_n))
+    readable = np.flatnonzero(np.isin(context.rows, row_n))
     overlaps = {name: overlap.at(readable) for name, overlap in overlaps.items()}
-    prompt_n = _same(subject, row_n)
+    prompt_n = _same(context, row_n)
     told = None
     if members:
-        apart_n = _apart(subject, row_n, cfg.ensemble.folds)
+        apart_n = _apart(context, row_n, cfg.ensemble.folds)
         told = _combine(cfg, found, members, mean_targets(targets), apart_n)
     scores = {name: cosines(found.vectors[name], targets) for name in names}
     intervals, differences = compare(scores, prompt_n)
     if told is not None:
         told["single"] = {name: intervals[name].mean for name in members}
-    folders = subject.contenders.folders
+    folders = context.contenders.folders
     main = "regressor" if "regressor" in names else next((name for name in names if name in folders), names[0])
     word_n, nearest_n = _words(places), overlaps[""].nearest_n
     leakage = _leakage(names, overlaps, scores, prompt_n)
     breakdown = _breakdown(places, scores, prompt_n, word_n, nearest_n)
     info = {
         "format": FORMAT,
-        "datasets": subject.images.origins(row_n),
+        "datasets": context.images.origins(row_n),
         "split": cfg.split,
-        "encoder": subject.encoder,
-        "checkpoint": None if subject.folder is None else str(subject.folder),
+        "encoder": context.encoder,
+        "checkpoint": None if context.folder is None else str(context.folder),
         "folders": {name: str(folder) for name, folder in folders.items()},
         "leakage": {"cosine": NEAR, "embedders": {name: own.to_json() for name, own in leakage.items()}},
         "images": len(found.rows),
@@ -208,16 +208,16 @@ def judge(cfg: EvaluateSettings) -> Judged:
         "retrieval": _retrieval(names, found, places, bank),
         "ensemble": told,
     }
-    _write(subject, names, found, scores, word_n, nearest_n, info)
+    _write(context, names, found, scores, word_n, nearest_n, info)
     if told is not None:
         try:
-            told["saved"] = _saved(cfg, subject, told, info)
+            told["saved"] = _saved(cfg, context, told, info)
         except UserError as error:
             log.warning("the ensemble is not saved as one embedder: %s", error)
             told["saved"] = None
-        write_json(subject.out / "evaluation.json", info)
-    log.info("%s", subject.out / "evaluation.json")
-    return Judged(info, subject.out, subject.trained_on)
+        write_json(context.out / "evaluation.json", info)
+    log.info("%s", context.out / "evaluation.json")
+    return Judged(info, context.out, context.trained_on)
 
 
 def _only_encoder(dataset: Location | None) -> str:
@@ -233,41 +233,41 @@ def _only_encoder(dataset: Location | None) -> str:
 
 
 def _origins(
-    cfg: EvaluateSettings, subject: Subject, members: Sequence[str], bank: Bank | None
+    cfg: EvaluateSettings, context: EvaluationContext, members: Sequence[str], bank: PromptIndex | None
 ) -> dict[str, list[Origin]]:
     """Embedder → its training sets; under "", the training images of the run where they are known."""
-    contenders, asked = subject.contenders, cfg.embedders
-    by_run = [] if subject.data is None else [_origin_of_run(subject, subject.data)]
+    contenders, asked = context.contenders, cfg.embedders
+    by_run = [] if context.data is None else [_origin_of_run(context, context.data)]
     found: dict[str, list[Origin]] = {name: [] for name in asked if name in CAPTIONERS}
     found |= dict.fromkeys(("", *(name for name in BASELINES if name in asked)), by_run)
     if contenders.bank is not None:
         found["knn"] = [_origin_of_bank(str(cfg.knn.bank), contenders.bank)]
     for name, folder in contenders.folders.items():
-        each = origins(folder, subject.encoder, subject.device)
+        each = origins(folder, context.encoder, context.device)
         found[name] = [next((own for own in by_run if own.name == origin.name), origin) for origin in each]
     for name in (name for name in ("retrieve", "blend") if name in asked):
         assert bank is not None
         regressor = found["regressor"]
         is_held = cfg.bank is None and by_run and by_run[0] in regressor
-        found[name] = [*regressor, *([] if is_held else [_origin_of_bank(str(cfg.bank or subject.run), bank)])]
+        found[name] = [*regressor, *([] if is_held else [_origin_of_bank(str(cfg.bank or context.run), bank)])]
     if members:
         found["ensemble"] = [origin for name in members for origin in found[name]]
     return found
 
 
-def _origin_of_run(subject: Subject, data: Data) -> Origin:
+def _origin_of_run(context: EvaluationContext, data: ImageDataModule) -> Origin:
     """The training images of the run as its datasets are now, which baselines are fitted on."""
-    assert subject.run is not None
-    values = read_settings(subject.run)
-    then = run_origin(subject.run, values, subject.encoder, subject.device, weighted=False)
+    assert context.run is not None
+    values = read_settings(context.run)
+    then = run_origin(context.run, values, context.encoder, context.device, weighted=False)
     sha256 = values.get("dataset_sha256") or []
     same = all(d.fingerprint() == known for d, known in zip(data.images.datasets, sha256, strict=False))
     name = then.name if same else f"{then.name}, datasets as they are now"
-    prompts = subject.prompts if data.images is subject.images else data.prompts
+    prompts = context.prompts if data.images is context.images else data.prompts
     return Origin(name, lambda: ImageSet(data.images, data.train_rows, prompts))
 
 
-def _origin_of_bank(place: str, bank: Bank) -> Origin:
+def _origin_of_bank(place: str, bank: PromptIndex) -> Origin:
     return Origin(f"the prompts of {place}", lambda: PromptIndexSet(bank))
 
 
@@ -307,29 +307,29 @@ def _members(cfg: EvaluateSettings, names: Mapping[str, str]) -> list[str]:
     return list(dict.fromkeys(members))
 
 
-def _bank(cfg: EvaluateSettings, subject: Subject) -> Bank | None:
+def _bank(cfg: EvaluateSettings, context: EvaluationContext) -> PromptIndex | None:
     """The prompts to retrieve from: those named, or those that the run was trained on; None without either."""
     if cfg.bank is not None:
         device = device_of(cfg.accelerator).type
         return prompt_index.from_places(
             [cfg.bank],
-            subject.encoder,
+            context.encoder,
             column=cfg.column,
             device=device,
-            identity=subject.images.datasets[0].encoder_identity,
+            identity=context.images.datasets[0].encoder_identity,
         )
-    if subject.trained_on:
-        return prompt_index.from_images(subject.trained_on)
+    if context.trained_on:
+        return prompt_index.from_images(context.trained_on)
     if {"retrieve", "blend"} & set(cfg.embedders):
         raise UserError("retrieve and blend need prompts: name bank=DATASET or bank=FILE, or the run=… whose they are")
     return None
 
 
-def _retrieve(cfg: EvaluateSettings, found: Predictions, bank: Bank) -> None:
+def _retrieve(cfg: EvaluateSettings, found: Predictions, bank: PromptIndex) -> None:
     """Adds what the regressor's vectors retrieve."""
     began = time.perf_counter()
     z_nE = found.vectors["regressor"]
-    vector_nE, texts = Retrieve(bank, cfg.retrieve.neighbours, cfg.retrieve.power).from_vectors(z_nE)
+    vector_nE, texts = PromptRetriever(bank, cfg.retrieve.neighbours, cfg.retrieve.power).from_vectors(z_nE)
     made = {"retrieve": vector_nE, "blend": prompt_index.blend(z_nE, vector_nE, cfg.retrieve.share)}
     found.texts["retrieve"] = texts
     for name, own in made.items():
@@ -358,13 +358,15 @@ def _combine(
     }
 
 
-def _saved(cfg: EvaluateSettings, subject: Subject, told: Mapping[str, Any], info: Mapping[str, Any]) -> str | None:
+def _saved(
+    cfg: EvaluateSettings, context: EvaluationContext, told: Mapping[str, Any], info: Mapping[str, Any]
+) -> str | None:
     """Writes the ensemble as one embedder, where its members are checkpoints; its folder."""
     counted = {name: weight for name, weight in told["weights"].items() if weight >= ensemble.LEAST}
-    every = subject.contenders.folders.items()
+    every = context.contenders.folders.items()
     folders = {name: folder for name, folder in every if loader.about(folder)["kind"] == "checkpoint"}
     if "ridge" in counted:
-        folders["ridge"] = subject.out / "ridge"
+        folders["ridge"] = context.out / "ridge"
     loose = [name for name in counted if name not in folders]
     if loose:
         log.info(
@@ -380,45 +382,45 @@ def _saved(cfg: EvaluateSettings, subject: Subject, told: Mapping[str, Any], inf
     score = next(score for score in info["scores"] if score["name"] == "ensemble")
     score = {**score, "leakage": info["leakage"]["embedders"]["ensemble"]}
     if "ridge" in counted:
-        _save_ridge(subject)
+        _save_ridge(context)
     facts = {key: info[key] for key in ("datasets", "split", "images")} | {"score": score, "folds": told["folds"]}
-    facts["run"] = str(subject.run.resolve()) if cfg.dataset is None and subject.run is not None else None
-    ensemble.save(subject.out / "ensemble", members, facts)
-    return str(subject.out / "ensemble")
+    facts["run"] = str(context.run.resolve()) if cfg.dataset is None and context.run is not None else None
+    ensemble.save(context.out / "ensemble", members, facts)
+    return str(context.out / "ensemble")
 
 
-def _save_ridge(subject: Subject) -> None:
+def _save_ridge(context: EvaluationContext) -> None:
     """The frozen backbone with its ridge head, as a checkpoint."""
-    assert subject.run is not None
-    assert subject.data is not None
-    config = checkpoint.read_config(subject.run / "best")
-    _, probes, _ = checkpoint.load_extras(subject.run / "best")
-    mean_E = subject.data.images.mean_target(subject.data.train_rows)
+    assert context.run is not None
+    assert context.data is not None
+    config = checkpoint.read_config(context.run / "best")
+    _, probes, _ = checkpoint.load_extras(context.run / "best")
+    mean_E = context.data.images.mean_target(context.data.train_rows)
     inherited = ("encoder", "encoder_identity", "dataset", "versions")
     facts = {key: config.get(key) for key in inherited} | {"score": None, "step": 0, "steps": 0}
-    facts["ridge_of"] = str(subject.run.resolve())
-    checkpoint.save(subject.out / "ridge", subject.contenders.ridge().cpu(), mean_E, probes, facts)
+    facts["ridge_of"] = str(context.run.resolve())
+    checkpoint.save(context.out / "ridge", context.contenders.ridge().cpu(), mean_E, probes, facts)
 
 
-def _same(subject: Subject, rows: Rows, *, group: bool = False) -> NDArray[np.int64]:
+def _same(context: EvaluationContext, rows: Rows, *, group: bool = False) -> NDArray[np.int64]:
     """A number for each image, the same where they share their prompts; or their group, where they have one."""
-    hash_c, owner_c, _ = subject.prompts.of(rows)
+    hash_c, owner_c, _ = context.prompts.of(rows)
     code_2n = np.zeros((2, len(rows)), np.int64)
     np.add.at(code_2n[0], owner_c, hash_c)  # a sum does not ask for the captions' order
-    for number, mine, own in subject.images.by_dataset(rows) if group else []:
-        group_o = subject.images.datasets[number].group_hashes()[own]
+    for number, mine, own in context.images.by_dataset(rows) if group else []:
+        group_o = context.images.datasets[number].group_hashes()[own]
         code_2n[:, mine] = np.where(group_o != 0, np.stack([group_o, np.ones_like(group_o)]), code_2n[:, mine])
     _, first, number_n = np.unique(code_2n, axis=1, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[number_n.reshape(-1)]  # in the order of the images, whatever the hashes are
 
 
-def _apart(subject: Subject, rows: Rows, folds: int) -> NDArray[np.int64]:
+def _apart(context: EvaluationContext, rows: Rows, folds: int) -> NDArray[np.int64]:
     """A number for each image, the same where no fold may part them: groups, or prompts where groups are too few.
 
     Raises:
         UserError: there are fewer prompts than folds.
     """
-    group_n, prompt_n = _same(subject, rows, group=True), _same(subject, rows)
+    group_n, prompt_n = _same(context, rows, group=True), _same(context, rows)
     found_n = group_n if len(np.unique(group_n)) >= folds else prompt_n
     if len(np.unique(found_n)) < folds:
         raise UserError(
@@ -472,7 +474,7 @@ def _breakdown(
 
 
 def _retrieval(
-    names: Sequence[str], found: Predictions, places: Sequence[tuple[Dataset, int]], bank: Bank | None
+    names: Sequence[str], found: Predictions, places: Sequence[tuple[Dataset, int]], bank: PromptIndex | None
 ) -> dict[str, Any]:
     """How often an image's own prompt is among the nearest to its vector, of all that were judged and the bank's."""
     number: dict[str, int] = {}
@@ -491,7 +493,9 @@ def _retrieval(
         for name in names:
             near_mE = judged_mE
             if bank is not None:  # nothing else of it is among the first ten of any image
-                near_mE = np.concatenate([judged_mE, bank.vectors[bank.rivals(found.vectors[name], max(_RANKS))]])
+                near_mE = np.concatenate(
+                    [judged_mE, bank.vectors[bank.nearest_distinct(found.vectors[name], max(_RANKS))]]
+                )
             shares = recall(found.vectors[name], near_mE, own_n, _RANKS)
             scores.append({"name": name, **{f"r{k}": share for k, share in shares.items()}})
             bar.update()
@@ -499,7 +503,7 @@ def _retrieval(
 
 
 def _write(
-    subject: Subject,
+    context: EvaluationContext,
     names: Sequence[str],
     found: Predictions,
     scores: Mapping[str, NDArray[np.float64]],
@@ -508,7 +512,7 @@ def _write(
     info: Mapping[str, Any],
 ) -> None:
     """The evaluation's folder; evaluation.json comes last, so that what it tells is there."""
-    out = subject.out
+    out = context.out
     _clear(out)
     for name in names:
         for kind, array in (("predictions", found.vectors[name]), ("scores", scores[name].astype(np.float32))):
@@ -517,7 +521,7 @@ def _write(
             write_json(out / "texts" / f"{name}.json", found.texts[name])
     nearest = [None if np.isnan(value) else round(value, 6) for value in nearest_n.tolist()]
     write_json(out / "pictures.json", {"words": word_n.tolist(), "nearest": nearest})
-    write_json(out / "keys.json", [subject.images.key(row) for row in found.rows])
+    write_json(out / "keys.json", [context.images.key(row) for row in found.rows])
     write_json(out / "evaluation.json", info)
 
 

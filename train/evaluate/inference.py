@@ -18,7 +18,7 @@ from models.regressor import Regressor
 from train.data.feature_cache import MOST_AT_ONCE
 from train.data.images import ImageDataset
 from train.data.loader import loader
-from train.data.samplers import InOrder
+from train.data.samplers import SequentialBatchSampler
 
 Rows = NDArray[np.int64]
 
@@ -59,7 +59,9 @@ def predictions(
     was_training = model.training
     model.eval()
     on_gpu = model.device.type == "cuda"
-    batches = loader(images, InOrder(rows, min(batch_size, MOST_AT_ONCE)), workers, pin=on_gpu, keep=False)
+    batches = loader(
+        images, SequentialBatchSampler(rows, min(batch_size, MOST_AT_ONCE)), workers, pin=on_gpu, keep=False
+    )
     try:
         with progress(len(rows), "image", what) as bar:
             for batch in batches:

@@ -27,11 +27,11 @@ from core.progress import progress
 from models.leakage import NEAR, Leakage
 from models.metrics import Interval
 from train.config import TrainSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.splits import nearest, single_precision
 from train.evaluate.results import validation_counts
 from train.evaluate.trained_on import ImageSet, Origin, TrainingSet, origins_of_start
-from train.scale.devices import is_first
+from train.scale.devices import is_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -130,7 +130,7 @@ def with_clean_score(leakage: Leakage, clean: Interval | None, images: int) -> L
 
 
 def validation_leakage(
-    cfg: TrainSettings, data: Data, device: torch.device, known: Path | None = None
+    cfg: TrainSettings, data: ImageDataModule, device: torch.device, known: Path | None = None
 ) -> dict[str, Leakage]:
     """The overlap of a run's own validation sets with its training images and those of what it began from.
 
@@ -141,7 +141,7 @@ def validation_leakage(
         device: where vectors are compared.
         known: about.json of the same run where it resumes: its counts are taken, and nothing is counted again.
     """
-    if not data.val_names or not is_first():
+    if not data.val_names or not is_rank_zero():
         return {}
     counts = validation_counts(known) if known is not None else None
     if counts is None or set(counts) != set(data.val_names):

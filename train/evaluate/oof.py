@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
     from models.regressor import Regressor
     from train.config import TrainSettings
-    from train.data.datamodule import Data
+    from train.data.datamodule import ImageDataModule
     from train.data.images import ImageDataset
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Shown:
 
 
 def tell_of_best(
-    cfg: "TrainSettings", data: "Data", device: "torch.device", logger: "WandbLogger | None" = None
+    cfg: "TrainSettings", data: "ImageDataModule", device: "torch.device", logger: "WandbLogger | None" = None
 ) -> None:
     """What a run that ends tells of its best checkpoint: `<out>/oof` with fold=i/n, and its table for wandb.
 

@@ -46,7 +46,7 @@ _THREADS = 8  # that decode; decoders let go of the interpreter's lock
 
 
 @dataclass(frozen=True)
-class Contender:
+class LazyEmbedder:
     """An embedder that need not be loaded yet."""
 
     name: str
@@ -83,7 +83,7 @@ class _Part:
 
 
 def predict(
-    contenders: Sequence[Contender], images: ImageDataset, rows: Rows, batch_size: int, workers: int | None = None
+    contenders: Sequence[LazyEmbedder], images: ImageDataset, rows: Rows, batch_size: int, workers: int | None = None
 ) -> Predictions:
     """What each embedder makes of `rows`, in order.
 
@@ -114,7 +114,7 @@ def predict(
 
 
 def _pass(
-    contenders: Sequence[Contender],
+    contenders: Sequence[LazyEmbedder],
     kept_in: Mapping[str, Path],
     images: ImageDataset,
     rows: Rows,
@@ -166,7 +166,7 @@ def _pass(
     return found
 
 
-def _folders(contenders: Sequence[Contender], images: ImageDataset, rows: Rows, batch_size: int) -> dict[str, Path]:
+def _folders(contenders: Sequence[LazyEmbedder], images: ImageDataset, rows: Rows, batch_size: int) -> dict[str, Path]:
     """Where the predictions of each are kept.
 
     Raises:

@@ -2,7 +2,7 @@
 
     bank = from_places(["data/sd2", "prompts.parquet"], "all-MiniLM-L6-v2")
     bank.nearest(z_BE, 3)                                   for each vector, three cosines and texts
-    vector_BE, texts = Retrieve(bank).from_vectors(z_BE)    a weighted mean of the nearest prompts' vectors
+    vector_BE, texts = PromptRetriever(bank).from_vectors(z_BE)    a weighted mean of the nearest prompts' vectors
 
 <cache>/banks/<hash>/about.json, vectors.npy (core/cache.py), index-<hash>.faiss (models/retrieval/vector_index.py)
 
@@ -67,7 +67,7 @@ class Source(Protocol):
         ...
 
 
-class Bank:
+class PromptIndex:
     """Distinct prompts with their unit vectors.
 
     Args:
@@ -154,7 +154,7 @@ class Bank:
         texts = iter(self.texts(row_Bk.ravel()))
         return [[(cosine, next(texts)) for cosine in cosine_k] for cosine_k in cosine_Bk.tolist()]
 
-    def rivals(self, vector_BE: Floats, k: int) -> Rows:
+    def nearest_distinct(self, vector_BE: Floats, k: int) -> Rows:
         """The rows, in order, that hold each vector's k nearest different vectors: of equal ones one row at least.
 
         Prompts may have equal vectors, as those that differ in capitals have for some encoders: of the k nearest rows
@@ -206,7 +206,7 @@ class Bank:
         return found
 
 
-class Retrieve:
+class PromptRetriever:
     """Vectors → the mean of the k nearest prompts' vectors, each weighted by its cosine to a power; and a text.
 
     Args:
@@ -215,14 +215,14 @@ class Retrieve:
         power: of the cosines; the higher, the more the nearest counts.
     """
 
-    def __init__(self, bank: Bank, k: int = 20, power: float = 1.0) -> None:
+    def __init__(self, bank: PromptIndex, k: int = 20, power: float = 1.0) -> None:
         self._bank, self._k, self._power = bank, k, power
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on beside the vectors, with nothing loaded.
 
         Raises:
-            UserError: as `Bank.identity`.
+            UserError: as `PromptIndex.identity`.
         """
         index = about(len(self._bank), self._bank.exact)
         return {"bank": self._bank.identity(), "index": index, "k": self._k, "power": self._power}
@@ -231,7 +231,7 @@ class Retrieve:
         """Unit vectors [B, E], and for each vector the nearest prompt.
 
         Raises:
-            UserError: as `Bank.nearest`.
+            UserError: as `PromptIndex.nearest`.
         """
         cosine_Bk, row_Bk = self._bank.index.search(z_BE, self._k)
         return weighted_mean(self._bank.vectors, cosine_Bk, row_Bk, self._power), self._bank.texts(row_Bk[:, 0])
@@ -258,17 +258,17 @@ def _kinds(vector_uE: Floats) -> Rows:
 # -------------------------------------------------------------------------------------------------------- where from
 
 
-def from_images(parts: Iterable[tuple[Dataset, Rows]], *, exact: bool | None = None) -> Bank:
+def from_images(parts: Iterable[tuple[Dataset, Rows]], *, exact: bool | None = None) -> PromptIndex:
     """The captions of these images, as a run has shared them out.
 
     Args:
         parts: datasets, opened with one encoder, with the numbers of the images.
-        exact: as in `Bank`.
+        exact: as in `PromptIndex`.
 
     Raises:
         UserError: they hold no prompt.
     """
-    return Bank([_Captions(dataset, rows) for dataset, rows in parts], exact=exact)
+    return PromptIndex([_Captions(dataset, rows) for dataset, rows in parts], exact=exact)
 
 
 def from_places(
@@ -280,7 +280,7 @@ def from_places(
     device: str | None = None,
     exact: bool | None = None,
     identity: Mapping[str, Any] | None = None,
-) -> Bank:
+) -> PromptIndex:
     """The prompts of dataset folders, and of files: .txt with one a line, or a column of .csv, .tsv, .jsonl, .json or
     .parquet.
 
@@ -292,7 +292,7 @@ def from_places(
         column: of the files.
         split: of the datasets.
         device: that encodes a file's prompts; None takes the best there is.
-        exact: as in `Bank`.
+        exact: as in `PromptIndex`.
         identity: of the encoder whose vectors the bank's are compared with; None where that is unknown.
 
     Raises:
@@ -316,7 +316,7 @@ def from_places(
             problems.append(str(error))
     if problems:
         raise UserError("\n".join(problems))
-    return Bank(sources, exact=exact)
+    return PromptIndex(sources, exact=exact)
 
 
 def encoder_identity(model: str) -> dict[str, Any]:

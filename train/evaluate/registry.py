@@ -1,6 +1,6 @@
 """The embedders of an evaluation by their names: checkpoints, baselines fitted on the run's images, captioners.
 
-    contenders = Contenders(chosen, place, data, device)
+    contenders = EmbedderRegistry(chosen, place, data, device)
     contenders.of("regressor"), contenders.of("checkpoints/vith14")
 
 What they are made of is found out when they are first needed. n training images, D feature width, E target width.
@@ -33,13 +33,13 @@ from models.regressor import Regressor, make
 from models.retrieval.vector_index import about as bank_about
 from models.runtime.preprocess import PREPROCESS, Preprocessing
 from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.encoders import require_same
 from train.data.feature_cache import Features, digest, features
 from train.data.images import ImageDataset
 from train.data.splits import penalty_parts
-from train.evaluate.prediction_cache import Contender
-from train.evaluate.prompt_index import Bank, encoder_identity, from_places
+from train.evaluate.prediction_cache import LazyEmbedder
+from train.evaluate.prompt_index import PromptIndex, encoder_identity, from_places
 from train.evaluate.trained_on import run_of
 
 
@@ -56,7 +56,7 @@ def newest_run() -> Path:
     return found[-1].parents[1]
 
 
-class Contenders:
+class EmbedderRegistry:
     """
     Args:
         chosen: the settings; `chosen.embedders` names those that are asked for.
@@ -74,7 +74,7 @@ class Contenders:
         folder: Path | None,
         encoder: str,
         targets: Mapping[str, Any],
-        data: Data | None,
+        data: ImageDataModule | None,
         run: Mapping[str, Any] | None,
         backbone: tuple[str, Preprocessing] | None,
         device: torch.device,
@@ -85,10 +85,10 @@ class Contenders:
         self._targets, self._data, self._run, self._backbone = targets, data, run, backbone
         self.folders: dict[str, Path] = {}
         """Of those that are checkpoints, bundles or ensembles: name → folder."""
-        self.bank: Bank | None = None
+        self.bank: PromptIndex | None = None
         """Of knn, where it has prompts."""
 
-    def all(self, entries: Sequence[str]) -> dict[str, Contender]:
+    def all(self, entries: Sequence[str]) -> dict[str, LazyEmbedder]:
         """The embedders that entries of `embedders` name.
 
         Raises:
@@ -107,14 +107,14 @@ class Contenders:
             raise UserError("\n".join(problems))
         return found
 
-    def of(self, entry: str) -> Contender:
+    def of(self, entry: str) -> LazyEmbedder:
         """The embedder that an entry of `embedders` names.
 
         Raises:
             UserError: its folder or weights cannot be used, or it is of another target encoder.
         """
         if entry == "mean":
-            return Contender(entry, self._trained_on, self._mean)
+            return LazyEmbedder(entry, self._trained_on, self._mean)
         if entry == "knn" and self._cfg.knn.bank is not None:
             self.bank = from_places(
                 [self._cfg.knn.bank],
@@ -123,16 +123,16 @@ class Contenders:
                 device=self._device.type,
                 identity=self._targets,
             )
-            return Contender(entry, cache(lambda: self._clip_knn().identity()), self._clip_knn, alone=True)
+            return LazyEmbedder(entry, cache(lambda: self._clip_knn().identity()), self._clip_knn, alone=True)
         if entry == "knn":
             cfg = self._cfg.knn
             how = {"neighbours": cfg.neighbours, "power": cfg.power}
             index = bank_about(len(self.known.train_rows), cfg.exact)
-            return Contender(entry, lambda: {**self._frozen_on(), "knn": how, "index": index}, self._knn)
+            return LazyEmbedder(entry, lambda: {**self._frozen_on(), "knn": how, "index": index}, self._knn)
         if entry == "ridge":
-            return Contender(entry, lambda: {**self._frozen_on(), "penalty": "judged by other prompts"}, self.ridge)
+            return LazyEmbedder(entry, lambda: {**self._frozen_on(), "penalty": "judged by other prompts"}, self.ridge)
         if entry in CAPTIONERS:
-            return Contender(
+            return LazyEmbedder(
                 entry,
                 lambda: {
                     "captioner": self._captioner(entry).identity(),
@@ -158,7 +158,7 @@ class Contenders:
         if views.sizes and about["kind"] != "checkpoint":
             raise UserError(f"tta.{name}.sizes: {folder} is a {about['kind']}, whose input size cannot be changed")
         ensemble.refuse_sizes(about, views.sizes)
-        return Contender(
+        return LazyEmbedder(
             name,
             cache(lambda: {"folder": loader.identity(folder), "views": asdict(views), "device": self._device.type}),
             lambda: loader.load_any(folder, self._device, flip=views.flip, sizes=views.sizes),
@@ -172,7 +172,7 @@ class Contenders:
         return model
 
     @property
-    def known(self) -> Data:
+    def known(self) -> ImageDataModule:
         """The run's images.
 
         Raises:

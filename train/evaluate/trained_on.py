@@ -29,10 +29,10 @@ from models import checkpoint, loader
 from models.ensemble import ensemble
 from models.runtime.preprocess import Preprocessing
 from train.config import TrainSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.images import ImageDataset
 from train.data.splits import Prompts
-from train.evaluate.prompt_index import Bank
+from train.evaluate.prompt_index import PromptIndex
 from train.run_settings import read_settings
 
 Rows = NDArray[np.int64]
@@ -97,7 +97,7 @@ class ImageSet:
 class PromptIndexSet:
     """Prompts of a prompt index; they have no images."""
 
-    def __init__(self, index: Bank) -> None:
+    def __init__(self, index: PromptIndex) -> None:
         self._index = index
         self.encoder: dict[str, Any] | None = None  # of the embedder that retrieves from it
         self.content_ids = np.zeros(0, np.int64)
@@ -160,7 +160,7 @@ def data_of(
     device: torch.device | str = "cpu",
     *,
     weighted: bool = False,
-) -> Data:
+) -> ImageDataModule:
     """Open the images of a run, split as in its training.
 
     Args:
@@ -179,7 +179,7 @@ def data_of(
         plain["data"] = {**plain["data"], "sources": {}, "weights": None}
     datasets = [Dataset(folder, encoder) for folder in run["dataset"]]
     vals = [Dataset(folder, encoder) for folder in run.get("val") or []] if weighted else []
-    return Data(datasets, vals, settings(TrainSettings, plain), preprocessing, device=device)
+    return ImageDataModule(datasets, vals, settings(TrainSettings, plain), preprocessing, device=device)
 
 
 def _overlaid(default: Any, own: Any) -> Any:
@@ -195,7 +195,7 @@ def has_weights(run: Mapping[str, Any]) -> bool:
     return bool(data.get("sources") or data.get("weights") or run.get("val"))
 
 
-def rows_of_split(data: Data, split: str) -> Rows:
+def rows_of_split(data: ImageDataModule, split: str) -> Rows:
     """Numbers of the images of a split of a run's datasets; `train` and `val` are the run's own split.
 
     Raises:

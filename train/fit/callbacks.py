@@ -118,7 +118,7 @@ class Progress(Callback):
             self._bar.close()
 
 
-class Straight(TorchCheckpointIO):
+class DirectCheckpointIO(TorchCheckpointIO):
     """Writes a checkpoint, with its checksum, where it is told to; Lightning's goes by a second copy in memory and the
     folder for temporary files, whose disk may be small."""
 
@@ -134,7 +134,7 @@ class Straight(TorchCheckpointIO):
             raise
 
 
-class ResumePoint(Callback):
+class ResumeCheckpoint(Callback):
     """Writes a resume point (train/fit/resume.py) every so many steps, after each validation, and when asked to stop.
 
     Ctrl-C or SIGTERM ends the run after the step at hand, resumably; a second one ends it at once. A loss that is no
@@ -272,7 +272,7 @@ class ResumePoint(Callback):
         self._before = {}
 
 
-class KeepBest(Callback):
+class BestCheckpoint(Callback):
     """Calls `save` with the module, on every rank, whenever validation scores above all before, step 0 included.
 
     It keeps the scores of the start, the best and the last model, image by image, over resume points too.

@@ -14,9 +14,9 @@ from models.metrics import Interval
 from models.regressor import Regressor
 from models.runtime.preprocess import BadImage
 from train.config import TrainSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.fit.module import Training
-from train.scale.devices import is_first
+from train.scale.devices import is_rank_zero
 
 
 class Saver:
@@ -26,14 +26,16 @@ class Saver:
         leakage: validation set → its overlap with training, which is stored beside the score.
     """
 
-    def __init__(self, cfg: TrainSettings, datasets: list[Dataset], data: Data, leakage: Mapping[str, Leakage]) -> None:
+    def __init__(
+        self, cfg: TrainSettings, datasets: list[Dataset], data: ImageDataModule, leakage: Mapping[str, Leakage]
+    ) -> None:
         self._cfg, self._datasets, self._data, self._leakage = cfg, datasets, data, leakage
         self._plain: Regressor | None = None
         self._extras: tuple[torch.Tensor, list[torch.Tensor]] | None = None
 
     def __call__(self, module: Training, name: str) -> None:
         state = module.export_state()
-        if not is_first():
+        if not is_rank_zero():
             return
         with torch.inference_mode(False):  # in which validation may be, and its tensors could not be written to again
             plain = self._plain = self._plain or checkpoint.rebuild(module.model.description())

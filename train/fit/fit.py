@@ -33,19 +33,19 @@ from datagen.dataset.reader import Dataset
 from models.regressor import Regressor
 from train import run_settings
 from train.config import TrainSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.encoders import check_folder
 from train.evaluate import oof
 from train.evaluate.leakage import validation_leakage
 from train.fit import optim, resume, setup
-from train.fit.callbacks import KeepBest, Progress, ResumePoint, Straight
+from train.fit.callbacks import BestCheckpoint, DirectCheckpointIO, Progress, ResumeCheckpoint
 from train.fit.checkpoints import Saver
 from train.fit.improvement import FILE, Improvement
 from train.fit.loggers import loggers, wandb_of
 from train.fit.module import Training
 from train.fit.schedule import Forecast
 from train.scale import flops, micro_batch
-from train.scale.devices import Machine, is_first
+from train.scale.devices import Machine, is_rank_zero
 from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ def fit(cfg: TrainSettings) -> int:
     cfg = dataclasses.replace(cfg, encoder=encoder_name(cfg.encoder))
     mine = {} if cfg.dry_run else run_settings.of_this_run(cfg, [*datasets, *vals], machine.half)
     resumed_from, resumed_at = resume.newest_whole(cfg.out)
-    outline = setup.outline(cfg, datasets)
-    data = Data(datasets, vals, cfg, outline.spec.preprocessing, device=machine.device)
+    outline = setup.build_on_meta(cfg, datasets)
+    data = ImageDataModule(datasets, vals, cfg, outline.spec.preprocessing, device=machine.device)
     mode = "none" if cfg.scale.recompute == "auto" else cfg.scale.recompute
     needs = flops.measure(outline, cfg.optim, machine.half, mode)
     forecast = Forecast.of(data.length, cfg)
@@ -75,22 +75,22 @@ def fit(cfg: TrainSettings) -> int:
     leakage = validation_leakage(cfg, data, machine.device, cfg.out / "about.json" if resumed_at else None)
     if cfg.dry_run:
         return 0
-    model = setup.model(cfg, datasets, resumed=bool(resumed_at))
-    if is_first():
+    model = setup.build_model(cfg, datasets, resumed=bool(resumed_at))
+    if is_rank_zero():
         run_settings.write(cfg.out, mine)
         about = {"parameters": needs.parameters, "trained": needs.trained, "steps": data.steps, **forecast.facts()}
         about |= {"leakage": {name: own.to_json() for name, own in leakage.items()}}
         write_json(cfg.out / "about.json", about)
         data.list_left_out(cfg.out / "left_out.jsonl")
     if not resumed_at:
-        setup.head(model, cfg, data, machine.device)
-    setup.arm(model, cfg)
-    plan = setup.plan(cfg, model, data, needs, machine)
+        setup.init_head(model, cfg, data, machine.device)
+    setup.freeze_and_add_lora(model, cfg)
+    plan = setup.make_plan(cfg, model, data, needs, machine)
     data.accumulate = plan.accumulate
     module = Training(model, cfg, plan, tuple(data.val_names))
     save = Saver(cfg, datasets, data, leakage)
-    point = ResumePoint(cfg.out, cfg.save_every, resumed_from, resumed_at)
-    best = KeepBest(lambda trained: save(trained, "best"))
+    point = ResumeCheckpoint(cfg.out, cfg.save_every, resumed_from, resumed_at)
+    best = BestCheckpoint(lambda trained: save(trained, "best"))
     every = min(max(round(cfg.validate_every * plan.per_epoch), 1), plan.steps)
     judged = bool(data.val_names)
     trainer = _trainer(cfg, plan, machine, needs, judged, every, forecast.peak_step, resumed_at, [best, point])
@@ -108,9 +108,9 @@ def fit(cfg: TrainSettings) -> int:
             save(module, "best")
         skipped = module.all_skipped()
     except BaseException as error:
-        _let_go(trainer)
+        _kill_ranks(trainer)
         if isinstance(error, RuntimeError) and is_oom_error(error):
-            raise micro_batch.advice(error, cfg, plan, setup.trial(model, cfg, needs, machine, plan)) from error
+            raise micro_batch.advice(error, cfg, plan, setup.fitting_trial(model, cfg, needs, machine, plan)) from error
         raise
     if trainer.is_global_zero:
         _list_skipped(cfg.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
@@ -124,7 +124,7 @@ def fit(cfg: TrainSettings) -> int:
     return 0
 
 
-def _let_go(trainer: lightning.Trainer) -> None:
+def _kill_ranks(trainer: lightning.Trainer) -> None:
     """Ends the processes that Lightning started: they would wait for this one, on their GPUs, until a timeout."""
     kill = getattr(trainer.strategy.launcher, "kill", None)
     if kill is not None:
@@ -145,7 +145,7 @@ def _trainer(
     """Lightning's, for a run of `plan` that is validated `every` so many steps."""
     log_every = min(cfg.log_every, plan.steps)
     mfu = None
-    if machine.device.type == "cuda" and is_first():
+    if machine.device.type == "cuda" and is_rank_zero():
         peak = flops.peak_flop_per_s(machine.device, machine.half) * machine.world
         torch.cuda.empty_cache()
         mfu = partial(needs.mfu, peak_flop_per_s=peak)
@@ -175,10 +175,10 @@ def _trainer(
         use_distributed_sampler=False,
         strategy=machine.strategy(cfg.optim),
         # SLURM's would requeue with a checkpoint of its own; here the same command goes on from ours
-        plugins=[Straight(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
+        plugins=[DirectCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         default_root_dir=cfg.out,
     )
-    # before every micro-batch it would tell the ranks of a SIGTERM, and wait: ResumePoint tells them without waiting
+    # it would broadcast SIGTERM before every micro-batch and wait; ResumeCheckpoint reduces a flag without waiting
     trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
     return trainer
 
@@ -187,7 +187,7 @@ def _trainer(
 def _introduce(
     cfg: TrainSettings,
     model: Regressor,
-    data: Data,
+    data: ImageDataModule,
     resumed_at: int,
     needs: flops.Cost,
     machine: Machine,
@@ -217,7 +217,7 @@ def _introduce(
         log.info("going on from step %d", resumed_at)
 
 
-def _report_improvement(cfg: TrainSettings, best: KeepBest, data: Data, forecast: Forecast) -> None:
+def _report_improvement(cfg: TrainSettings, best: BestCheckpoint, data: ImageDataModule, forecast: Forecast) -> None:
     """Writes `improvement.json` and logs it, with what to change where the run did not improve."""
     improvement = None
     if best.scores.keys() >= {"start", "best", "last"}:

@@ -22,7 +22,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from core.errors import UserError
 from train.config import TrainSettings
 from train.run_settings import plain
-from train.scale.devices import is_first
+from train.scale.devices import is_rank_zero
 
 
 def loggers(cfg: TrainSettings, a_epoch: int, resumed_at: int) -> list[Logger]:
@@ -95,7 +95,7 @@ def _wandb(cfg: TrainSettings) -> Logger:
     os.environ.setdefault("WANDB_DATA_DIR", str((cfg.out / "wandb").resolve()))  # or an offline run lacks images
     offline = cfg.wandb == "offline" or (cfg.wandb == "auto" and not wandb.login(prompt=False))
     known = cfg.out / "wandb" / "id"
-    if is_first() and not known.exists():
+    if is_rank_zero() and not known.exists():
         known.parent.mkdir(parents=True, exist_ok=True)
         known.write_text(secrets.token_hex(4))
     # for `offline` Lightning sets WANDB_MODE, which wandb has read by now

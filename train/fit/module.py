@@ -26,7 +26,7 @@ from train.fit.ema import Ema
 from train.fit.improvement import ImageScores
 from train.fit.optim import optimizer, scheduler
 from train.scale import activation_checkpointing as recompute
-from train.scale.devices import is_first
+from train.scale.devices import is_rank_zero
 from train.scale.plan import Plan
 from train.scale.trained_tensors import averaged
 
@@ -268,9 +268,9 @@ class Training(lightning.LightningModule):
         whole = {}
         for name, tensor in state.items():
             gathered = getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)()
-            if is_first():
+            if is_rank_zero():
                 whole[name] = gathered.detach().cpu()
-        if not is_first():
+        if not is_rank_zero():
             return {}
         about = self._cfg.model.lora
         return lora.merge(whole, about.alpha / about.rank) if about.blocks else whole

@@ -18,7 +18,7 @@ import torch
 
 from core.checksum import damage
 from core.errors import UserError
-from train.scale.devices import is_first
+from train.scale.devices import is_rank_zero
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def newest_whole(out: Path) -> tuple[Path | None, int]:
         reason = damage(path)
         if reason is None:
             step = int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"])
-            for name, why in problems.items() if is_first() else ():
+            for name, why in problems.items() if is_rank_zero() else ():
                 log.warning("%s is damaged: %s. The run continues from step %d in %s", name, why, step, path.name)
             return path, step
         problems[path] = reason

@@ -1,6 +1,6 @@
 """Forecast of a run before its first step: its length, and what its learning rate will reach.
 
-    length = run_length(len(draws), cfg)
+    length = run_length(len(shuffled_epochs), cfg)
     forecast = Forecast.of(length, cfg)       forecast.lines(), forecast.warnings(images)
 
 The figures come from `train.fit.optim.part_share`, by which the run itself sets its rates.

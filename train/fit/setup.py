@@ -22,13 +22,13 @@ from models.head_init import init_ridge
 from models.regressor import Regressor, make
 from models.text_head import init_text
 from train.config import TrainSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.encoders import require_same
 from train.data.feature_cache import features
 from train.data.samplers import check_shares
 from train.data.splits import Prompts, penalty_parts
 from train.scale import flops, micro_batch
-from train.scale.devices import Machine, is_first
+from train.scale.devices import Machine, is_rank_zero
 from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 _STIFFER = 30
 
 
-def model(cfg: TrainSettings, datasets: list[Dataset], *, resumed: bool) -> Regressor:
+def build_model(cfg: TrainSettings, datasets: list[Dataset], *, resumed: bool) -> Regressor:
     """The regressor, with a random head, on the CPU. A resumed one needs no weights: they are in the resume point."""
     torch.manual_seed(cfg.seed)  # a random backbone and head are the run's own, whatever ran before
     elsewhere = resumed or cfg.init_from is not None
@@ -57,18 +57,18 @@ def model(cfg: TrainSettings, datasets: list[Dataset], *, resumed: bool) -> Regr
     return made
 
 
-def outline(cfg: TrainSettings, datasets: list[Dataset]) -> Regressor:
+def build_on_meta(cfg: TrainSettings, datasets: list[Dataset]) -> Regressor:
     """The regressor as it will train, on the meta device: nothing is read or computed for it."""
     with torch.device("meta"):
         made = _made(cfg, datasets, "random")
         made.fixed_stats = cfg.model.fixed_stats
-        arm(made, cfg)
+        freeze_and_add_lora(made, cfg)
     if not cfg.model.fixed_stats and not any(isinstance(m, _NormBase) for m in made.backbone.modules()):
         log.warning("model.fixed_stats=false has no effect: %s has no batch norm", made.spec.name)
     return made
 
 
-def arm(made: Regressor, cfg: TrainSettings) -> None:
+def freeze_and_add_lora(made: Regressor, cfg: TrainSettings) -> None:
     """Freezes what stays, and puts adapters into the blocks above it."""
     made.freeze(None if cfg.model.freeze == "all" else cfg.model.freeze)
     about = cfg.model.lora
@@ -104,7 +104,7 @@ def _made(cfg: TrainSettings, datasets: list[Dataset], weights: str) -> Regresso
     )
 
 
-def head(made: Regressor, cfg: TrainSettings, data: Data, device: torch.device) -> None:
+def init_head(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
     """Sets the head as `model.head_init` says; one process works it out, the others wait for its file.
 
     The file stays: a run that is started again before its first resume point does not work it out again.
@@ -115,7 +115,7 @@ def head(made: Regressor, cfg: TrainSettings, data: Data, device: torch.device) 
     path = cfg.out / "head_init.safetensors"
     state = _whole_head(path)
     if state is None:
-        if is_first():
+        if is_rank_zero():
             if about.head_init == "ridge":
                 _ridge(made, cfg, data, device)
             else:
@@ -135,12 +135,12 @@ def _whole_head(path: Path) -> dict[str, torch.Tensor] | None:
     except FileNotFoundError:
         return None
     except DamagedFile as error:
-        if is_first():
+        if is_rank_zero():
             log.warning("%s is damaged: %s; the head is computed again", path, error)
         return None
 
 
-def _ridge(made: Regressor, cfg: TrainSettings, data: Data, device: torch.device) -> None:
+def _ridge(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
     rows = data.train_rows
     if cfg.model.head_pictures is not None and len(rows) > cfg.model.head_pictures:
         drawn = np.random.default_rng([cfg.seed, len(rows)]).choice(len(rows), cfg.model.head_pictures, replace=False)
@@ -151,7 +151,7 @@ def _ridge(made: Regressor, cfg: TrainSettings, data: Data, device: torch.device
     made.train()
 
 
-def _text(made: Regressor, cfg: TrainSettings, data: Data, device: torch.device) -> None:
+def _text(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
     images, rows = data.images, data.train_rows
     prompts, targets = [], []
     for dataset, own in (images.place(row) for row in rows.tolist()):
@@ -174,7 +174,7 @@ def _wait_for(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def plan(cfg: TrainSettings, made: Regressor, data: Data, needs: flops.Cost, machine: Machine) -> Plan:
+def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs: flops.Cost, machine: Machine) -> Plan:
     """How the run's steps are cut up; on a GPU, with scale.micro_batch=auto, by trying."""
     scale = cfg.scale
     share = math.ceil(cfg.batch_size / machine.world)
@@ -203,7 +203,7 @@ def plan(cfg: TrainSettings, made: Regressor, data: Data, needs: flops.Cost, mac
     )
 
 
-def trial(
+def fitting_trial(
     made: Regressor, cfg: TrainSettings, needs: flops.Cost, machine: Machine, plan: Plan
 ) -> Callable[[list[int]], int] | None:
     """Tries how many images fit after all, for the advice to a run that ran out of memory; None where none can."""

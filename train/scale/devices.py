@@ -15,7 +15,7 @@ from train.config import OptimSettings, ScaleSettings
 _PATIENCE = timedelta(hours=1)  # with the first process, which alone writes checkpoints
 
 
-def is_first() -> bool:
+def is_rank_zero() -> bool:
     """Whether this process is the one that writes: of rank 0, also before Lightning has started the others."""
     return getattr(rank_zero_only, "rank", 0) == 0
 

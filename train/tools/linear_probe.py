@@ -28,10 +28,10 @@ from models.losses import loss
 from models.metrics import Interval, bootstrap
 from models.regressor import Regressor
 from train import run_settings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.encoders import check_folder
 from train.data.feature_cache import Features, features
-from train.data.samplers import Steps, per_epoch
+from train.data.samplers import TrainBatchSampler, steps_per_epoch
 from train.data.splits import penalty_parts
 from train.evaluate.leakage import validation_leakage
 from train.evaluate.results import scored
@@ -66,8 +66,8 @@ def search(cfg: ProbeSettings) -> dict[str, Any]:
     vals = [Dataset(folder, cfg.encoder) for folder in cfg.val]
     check_folder(cfg.encoder, [*datasets, *vals])
     cfg = dataclasses.replace(cfg, encoder=encoder_name(cfg.encoder))
-    model = setup.model(cfg, datasets, resumed=False)
-    data = Data(datasets, vals, cfg, model.spec.preprocessing, device=device)
+    model = setup.build_model(cfg, datasets, resumed=False)
+    data = ImageDataModule(datasets, vals, cfg, model.spec.preprocessing, device=device)
     if not data.val_names:
         raise UserError("a search needs validation images to choose by: give val=[…] or fold=1/5")
     model.to(device)
@@ -115,7 +115,7 @@ def search(cfg: ProbeSettings) -> dict[str, Any]:
 
 
 def _candidates(
-    cfg: ProbeSettings, data: Data, training: Features, model: Regressor
+    cfg: ProbeSettings, data: ImageDataModule, training: Features, model: Regressor
 ) -> Iterator[tuple[str, str, Callable[[], Regressor]]]:
     """Kind and setting of each head, and what makes it, on the model's device."""
     search = cfg.probe
@@ -157,7 +157,7 @@ def _ridge(model: Regressor, sums: Ridge, penalty: float) -> Regressor:
 class _Lesson:
     """The features as training needs them: in memory, and by the images' numbers."""
 
-    def __init__(self, cfg: ProbeSettings, data: Data, training: Features, device: torch.device) -> None:
+    def __init__(self, cfg: ProbeSettings, data: ImageDataModule, training: Features, device: torch.device) -> None:
         self._cfg, self._data, self._device = cfg, data, device
         self._x_nD = torch.from_numpy(training.all())
         self._target_nE = torch.from_numpy(data.images.targets(training.row_n))
@@ -172,12 +172,12 @@ class _Lesson:
         made = _with_head(begun, begun.head_kind, self._cfg)
         made.head.load_state_dict(begun.head.state_dict())
         cfg = dataclasses.replace(self._cfg.optim, head_lr=lr, head_only=0, head_only_lr=None, layer_decay=1)
-        steps = max(round(search.epochs * per_epoch(len(self._data.draws), search.batch_size)), 1)
+        steps = max(round(search.epochs * steps_per_epoch(len(self._data.shuffled_epochs), search.batch_size)), 1)
         made.head.train()
         rates = optimizer(made, cfg)
         schedule = scheduler(rates, cfg, steps)
         with progress(steps, "step", f"{begun.head_kind}, lr {lr:g}") as bar:
-            for rows in Steps(self._data.draws, search.batch_size, steps):
+            for rows in TrainBatchSampler(self._data.shuffled_epochs, search.batch_size, steps):
                 place_B = self._place[rows]
                 place_B = torch.from_numpy(place_B[place_B >= 0])
                 x_BD, target_BE, weight_B = (

@@ -98,7 +98,7 @@ def test_knn_embeds_images_by_the_models_features(model: Regressor) -> None:
 
 
 class Prompts:
-    """A bank of prompts, as `train.evaluate.prompt_index.Bank` is one."""
+    """A bank of prompts, as `train.evaluate.prompt_index.PromptIndex` is one."""
 
     def __init__(self, count: int = N) -> None:
         self._texts = [f"a {('red', 'blue', 'old', 'tall')[i % 4]} thing, number {i}" for i in range(count)]

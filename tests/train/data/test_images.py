@@ -22,11 +22,11 @@ from tests import listed_dataset, small_dataset
 from tests.listed_dataset import ENCODER, Row
 from tests.training import OVERRIDES
 from train.config import TrainSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.images import Batch, ImageDataset
 from train.data.loader import loader
 from train.data.sample_weights import image_weights
-from train.data.samplers import InOrder
+from train.data.samplers import SequentialBatchSampler
 
 
 def cfg(*overrides: str, encoder: str = ENCODER) -> TrainSettings:
@@ -35,13 +35,13 @@ def cfg(*overrides: str, encoder: str = ENCODER) -> TrainSettings:
     return settings(TrainSettings, compose("train", ["out=unused", f"encoder={encoder}", *words, *overrides]))
 
 
-def data_of(folders: Sequence[Path], *overrides: str, val: Sequence[Path] = (), accumulate: int = 1) -> Data:
+def data_of(folders: Sequence[Path], *overrides: str, val: Sequence[Path] = (), accumulate: int = 1) -> ImageDataModule:
     named = [f"dataset=[{','.join(map(str, folders))}]", f"val=[{','.join(map(str, val))}]"]
     datasets, sets = ([Dataset(folder, ENCODER) for folder in each] for each in (folders, val))
-    return Data(datasets, sets, cfg(*named, *overrides), Preprocessing(8), accumulate=accumulate)
+    return ImageDataModule(datasets, sets, cfg(*named, *overrides), Preprocessing(8), accumulate=accumulate)
 
 
-def attached(data: Data) -> Data:
+def attached(data: ImageDataModule) -> ImageDataModule:
     """With a trainer, as in training."""
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
     data.trainer = trainer
@@ -124,7 +124,7 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
 def test_a_loader_gives_what_the_images_give(two: list[Path], workers: int) -> None:
     images = images_of(two)
     images.weight_N = np.linspace(0.5, 1.5, 24, dtype=np.float32)
-    batches = InOrder(np.arange(24)[::-1], 7)
+    batches = SequentialBatchSampler(np.arange(24)[::-1], 7)
     for found, rows in zip(loader(images, batches, workers), batches, strict=True):
         assert isinstance(found, Batch)
         wanted = images.__getitems__(rows)
@@ -286,18 +286,18 @@ def test_one_of_a_prompts_images_is_drawn_an_epoch(run: dict[str, Path]) -> None
     data = data_of([run["seeds"]])
     assert data.train_rows.tolist() == list(range(6, 30))
     assert data.val_rows.tolist() == list(range(6))
-    assert (len(data.draws), data.per_epoch, data.steps) == (8, 1, 2)
-    epochs = np.stack([np.sort(data.draws.epoch(n)) for n in range(3)])
+    assert (len(data.shuffled_epochs), data.per_epoch, data.steps) == (8, 1, 2)
+    epochs = np.stack([np.sort(data.shuffled_epochs.epoch(n)) for n in range(3)])
     assert all((epoch // 3).tolist() == list(range(2, 10)) for epoch in epochs)
     assert sorted(epochs.flatten().tolist()) == list(range(6, 30))
     every = data_of([run["seeds"]], "data.one_seed=false")
-    assert sorted(every.draws.epoch(0).tolist()) == list(range(6, 30))
+    assert sorted(every.shuffled_epochs.epoch(0).tolist()) == list(range(6, 30))
 
 
 def test_passes_say_how_often_a_dataset_is_seen(run: dict[str, Path]) -> None:
     data = data_of([run["seeds"], run["noisy"]], "passes=[2,0.5]", "batch_size=7", "max_steps=5")
-    assert (len(data.draws), data.per_epoch, data.steps) == (2 * 8 + 5, 3, 5)
-    epoch = data.draws.epoch(0)
+    assert (len(data.shuffled_epochs), data.per_epoch, data.steps) == (2 * 8 + 5, 3, 5)
+    epoch = data.shuffled_epochs.epoch(0)
     assert (epoch < 30).sum() == 16
     assert data.train_rows.tolist() == [*range(6, 30), *range(32, 42)]
     assert data.val_rows.tolist() == [*range(6), 30, 31]

@@ -11,7 +11,14 @@ import pytest
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from train.data.samplers import Draws, InOrder, Part, Steps, check_shares, per_epoch
+from train.data.samplers import (
+    SequentialBatchSampler,
+    ShuffledEpochs,
+    TrainBatchSampler,
+    TrainingSubset,
+    check_shares,
+    steps_per_epoch,
+)
 
 
 def flat(batches: Iterable[list[int]]) -> list[int]:
@@ -22,35 +29,35 @@ def cases() -> list[int]:
     return list(range(60))
 
 
-def random_parts(rng: np.random.Generator) -> list[Part]:
+def random_subsets(rng: np.random.Generator) -> list[TrainingSubset]:
     """One to three datasets of up to 40 images, of up to four to a prompt, with whole and fractional passes."""
-    parts, first = [], 0
+    subsets, first = [], 0
     for _ in range(rng.integers(1, 4)):
         count = int(rng.integers(1, 41))
         rows = np.arange(first, first + count)[:: rng.choice([1, 1, 2])]
         units = rng.integers(0, count, len(rows)) if rng.random() < 0.6 else None
-        parts.append(Part(rows, float(rng.choice([1, 1, 2, 0.5, 0.3, 1.7])), units))
+        subsets.append(TrainingSubset(rows, float(rng.choice([1, 1, 2, 0.5, 0.3, 1.7])), units))
         first += count
-    return parts
+    return subsets
 
 
-def unit_of(part: Part) -> dict[int, int]:
-    units = part.rows if part.units is None else part.units
-    return dict(zip(part.rows.tolist(), units.tolist(), strict=True))
+def unit_of(subset: TrainingSubset) -> dict[int, int]:
+    units = subset.rows if subset.units is None else subset.units
+    return dict(zip(subset.rows.tolist(), units.tolist(), strict=True))
 
 
 @pytest.mark.parametrize("case", cases())
 def test_every_unit_is_drawn_in_turn_and_so_is_every_image_of_it(case: int) -> None:
-    """After each of the first epochs: units of a part differ by one draw at most, and images of a unit, too."""
-    parts = random_parts(np.random.default_rng(case))
-    draws = Draws(parts, seed=case)
-    lengths = [max(round(part.passes * len(set(unit_of(part).values()))), 1) for part in parts]
-    assert len(draws) == sum(lengths)
+    """After each of the first epochs: units of a subset differ by one sample at most, and images of a unit, too."""
+    subsets = random_subsets(np.random.default_rng(case))
+    shuffled = ShuffledEpochs(subsets, seed=case)
+    lengths = [max(round(subset.repeats * len(set(unit_of(subset).values()))), 1) for subset in subsets]
+    assert len(shuffled) == sum(lengths)
     seen: Counter[int] = Counter()
     for number in range(12):
-        epoch = draws.epoch(number)
-        for part, length in zip(parts, lengths, strict=True):
-            unit = unit_of(part)
+        epoch = shuffled.epoch(number)
+        for subset, length in zip(subsets, lengths, strict=True):
+            unit = unit_of(subset)
             mine = [row for row in epoch.tolist() if row in unit]
             assert len(mine) == length
             seen.update(mine)
@@ -61,41 +68,45 @@ def test_every_unit_is_drawn_in_turn_and_so_is_every_image_of_it(case: int) -> N
             for u in per_unit:
                 turns = [seen[row] for row in unit if unit[row] == u]
                 assert max(turns) - min(turns) <= 1
-    assert set(seen) <= {row for part in parts for row in part.rows.tolist()}
+    assert set(seen) <= {row for subset in subsets for row in subset.rows.tolist()}
 
 
 def test_one_pass_over_one_dataset_is_every_image_once_in_a_fresh_order() -> None:
     rows = np.arange(100, 123)
-    draws = Draws([Part(rows)], seed=3)
-    epochs = [draws.epoch(number).tolist() for number in range(5)]
+    shuffled = ShuffledEpochs([TrainingSubset(rows)], seed=3)
+    epochs = [shuffled.epoch(number).tolist() for number in range(5)]
     assert all(sorted(epoch) == rows.tolist() for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 5
-    assert epochs[0] != Draws([Part(rows)], seed=4).epoch(0).tolist()
-    steps = list(Steps(draws, 5, 8))
+    assert epochs[0] != ShuffledEpochs([TrainingSubset(rows)], seed=4).epoch(0).tolist()
+    steps = list(TrainBatchSampler(shuffled, 5, 8))
     assert flat(steps[:4]) == epochs[0][:20]
     assert flat(steps[4:]) == epochs[1][:20]
-    assert (per_epoch(23, 5), per_epoch(3, 5)) == (4, 1)
-    assert [sorted(step) for step in Steps(Draws([Part(np.arange(3))], seed=0), 5, 2)] == [[0, 1, 2]] * 2
+    assert (steps_per_epoch(23, 5), steps_per_epoch(3, 5)) == (4, 1)
+    assert [
+        sorted(step) for step in TrainBatchSampler(ShuffledEpochs([TrainingSubset(np.arange(3))], seed=0), 5, 2)
+    ] == [[0, 1, 2]] * 2
 
 
 def test_prompts_with_one_image_each_are_drawn_as_images() -> None:
     rows = np.arange(9)
-    plain, by_prompt = (Draws([Part(rows, units=units)], seed=1) for units in (None, rows[::-1] * 7))
+    plain, by_prompt = (ShuffledEpochs([TrainingSubset(rows, units=units)], seed=1) for units in (None, rows[::-1] * 7))
     assert all(np.array_equal(plain.epoch(n), by_prompt.epoch(n)) for n in range(4))
 
 
 def test_datasets_are_mixed_within_an_epoch() -> None:
-    """Of 4,000 draws, each quarter holds of the smaller dataset what chance would give it."""
-    draws = Draws([Part(np.arange(3000)), Part(np.arange(3000, 5000), passes=0.5)], seed=0)
-    for quarter in draws.epoch(0).reshape(4, 1000):
+    """Of 4,000 samples, each quarter holds of the smaller dataset what chance would give it."""
+    shuffled = ShuffledEpochs(
+        [TrainingSubset(np.arange(3000)), TrainingSubset(np.arange(3000, 5000), repeats=0.5)], seed=0
+    )
+    for quarter in shuffled.epoch(0).reshape(4, 1000):
         assert 190 < (quarter >= 3000).sum() < 310
 
 
 def test_the_order_of_a_prompts_images_is_drawn_by_lot() -> None:
     """Of 6,000 prompts with three images, each of the six orders is taken by a sixth."""
     rows = np.arange(18_000)
-    draws = Draws([Part(rows, units=rows // 3)], seed=5)
-    place = np.stack([(lambda e: e[np.argsort(e // 3)] % 3)(draws.epoch(number)) for number in range(3)])
+    shuffled = ShuffledEpochs([TrainingSubset(rows, units=rows // 3)], seed=5)
+    place = np.stack([(lambda e: e[np.argsort(e // 3)] % 3)(shuffled.epoch(number)) for number in range(3)])
     orders = Counter(map(tuple, place.T.tolist()))
     assert set(orders) == set(itertools.permutations(range(3)))
     assert all(abs(count - 1000) < 120 for count in orders.values())
@@ -105,19 +116,19 @@ def test_the_order_of_a_prompts_images_is_drawn_by_lot() -> None:
 def test_ranks_and_micro_batches_share_out_the_batches_of_one_process(case: int) -> None:
     """Whatever the first step, the ranks and the micro-batches: each step's images are those of a plain walk."""
     rng = np.random.default_rng([case, 1])
-    draws = Draws(random_parts(rng), seed=case)
+    shuffled = ShuffledEpochs(random_subsets(rng), seed=case)
     world, accumulate = int(rng.integers(1, 5)), int(rng.integers(1, 4))
-    if world > len(draws):
+    if world > len(shuffled):
         world = 1
-    if world * accumulate > len(draws):
+    if world * accumulate > len(shuffled):
         accumulate = 1
     shares = world * accumulate
     # an epoch may be one short batch
-    batch_size = shares * int(rng.integers(1, len(draws) // shares + 1)) if accumulate > 1 else world + case
+    batch_size = shares * int(rng.integers(1, len(shuffled) // shares + 1)) if accumulate > 1 else world + case
     steps, first = 9, int(rng.integers(0, 9))
-    whole = plain_walk(draws, batch_size, steps)
+    whole = plain_walk(shuffled, batch_size, steps)
     ranks = [
-        list(Steps(draws, batch_size, steps, first=first, rank=rank, world=world, accumulate=accumulate))
+        list(TrainBatchSampler(shuffled, batch_size, steps, first=first, rank=rank, world=world, accumulate=accumulate))
         for rank in range(world)
     ]
     assert {len(rank) for rank in ranks} == {(steps - first) * accumulate}
@@ -130,11 +141,11 @@ def test_ranks_and_micro_batches_share_out_the_batches_of_one_process(case: int)
         assert min(sizes) > 0
 
 
-def plain_walk(draws: Draws, batch_size: int, steps: int) -> list[list[int]]:
+def plain_walk(shuffled: ShuffledEpochs, batch_size: int, steps: int) -> list[list[int]]:
     """Epoch after epoch cut into batches, the last short one dropped unless it is the only one."""
     found: list[list[int]] = []
     for number in itertools.count():
-        order = draws.epoch(number).tolist()
+        order = shuffled.epoch(number).tolist()
         batches = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
         found += [b for b in batches if len(b) == batch_size] or batches
         if len(found) >= steps:
@@ -143,10 +154,12 @@ def plain_walk(draws: Draws, batch_size: int, steps: int) -> list[list[int]]:
 
 
 def test_any_step_can_be_the_first() -> None:
-    draws = Draws([Part(np.arange(23)), Part(np.arange(23, 40), 0.4, np.arange(17) // 2)], seed=3)
-    whole = list(Steps(draws, 6, 11, accumulate=3))
+    shuffled = ShuffledEpochs(
+        [TrainingSubset(np.arange(23)), TrainingSubset(np.arange(23, 40), 0.4, np.arange(17) // 2)], seed=3
+    )
+    whole = list(TrainBatchSampler(shuffled, 6, 11, accumulate=3))
     for first in range(12):
-        steps = Steps(draws, 6, 11, first=first, accumulate=3)
+        steps = TrainBatchSampler(shuffled, 6, 11, first=first, accumulate=3)
         assert list(steps) == whole[3 * first :]
         assert len(steps) == 33, "the whole run's: Lightning counts on from where it was"
 
@@ -161,8 +174,12 @@ def test_any_step_can_be_the_first() -> None:
 def test_a_batch_that_cannot_be_dealt_out_is_refused(batch: int, world: int, accumulate: int, said: str) -> None:
     for refuse in (
         lambda: check_shares(batch, world, accumulate),
-        lambda: Steps(Draws([Part(np.arange(100))], 0), batch, 1, world=world, accumulate=accumulate),
-        lambda: Steps(Draws([Part(np.arange(batch))], 0), 96, 1, world=world, accumulate=accumulate),
+        lambda: TrainBatchSampler(
+            ShuffledEpochs([TrainingSubset(np.arange(100))], 0), batch, 1, world=world, accumulate=accumulate
+        ),
+        lambda: TrainBatchSampler(
+            ShuffledEpochs([TrainingSubset(np.arange(batch))], 0), 96, 1, world=world, accumulate=accumulate
+        ),
     ):
         with pytest.raises(UserError, match=said):
             refuse()
@@ -171,7 +188,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused(batch: int, world: int, acc
 def test_ranks_judge_every_image_once_in_as_many_batches_each() -> None:
     for count, batch_size, world in itertools.product(range(26), range(1, 6), range(1, 5)):
         rows: NDArray[np.int64] = np.arange(50, 50 + count)
-        ranks = [InOrder(rows, batch_size, rank=rank, world=world) for rank in range(world)]
+        ranks = [SequentialBatchSampler(rows, batch_size, rank=rank, world=world) for rank in range(world)]
         batches = [list(rank) for rank in ranks]
         each = math.ceil(math.ceil(count / world) / batch_size)
         assert {len(b) for b in batches} == {len(rank) for rank in ranks} == {each}
@@ -185,8 +202,10 @@ def test_ranks_judge_every_image_once_in_as_many_batches_each() -> None:
 def test_ten_million_images_take_a_few_arrays() -> None:
     rows = np.arange(10_000_000)
     tracemalloc.start()
-    draws = Draws([Part(rows, units=rows // 3), Part(rows + len(rows), passes=0.1)], seed=0)
-    first = next(iter(Steps(draws, 1000, 10_000, first=4000)))
+    shuffled = ShuffledEpochs(
+        [TrainingSubset(rows, units=rows // 3), TrainingSubset(rows + len(rows), repeats=0.1)], seed=0
+    )
+    first = next(iter(TrainBatchSampler(shuffled, 1000, 10_000, first=4000)))
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(first) == 1000

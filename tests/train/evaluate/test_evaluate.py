@@ -29,7 +29,7 @@ from models.regressor import make
 from models.runtime.preprocess import Preprocessing, decode, fit
 from tests import commands, small_dataset, tiny_captioners, training
 from train.config import EvaluateSettings
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.evaluate.evaluate import evaluate, table
 
 pytest_plugins = ["tests.tiny_run"]
@@ -233,7 +233,7 @@ def test_a_fold_is_judged_on_its_own_images(tiny_run: Path, small_data: Path, tm
     run = run_on(tiny_run, tmp_path / "run", fold="2/4", fold_threshold=1.01)
     info = judge(run, tmp_path / "out", "embedders=[mean,regressor]")
     cfg = training.cfg(small_data, run, "fold=2/4", "fold_threshold=1.01")
-    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], cfg, Preprocessing(32))
+    data = ImageDataModule([Dataset(small_data, small_dataset.ENCODER)], [], cfg, Preprocessing(32))
     assert 0 < info["images"] == len(data.val_rows) < 52
     assert json.loads((tmp_path / "out/keys.json").read_text()) == [data.images.key(row) for row in data.val_rows]
     mean = data.images.targets(data.train_rows).mean(0)

@@ -19,7 +19,7 @@ from models import checkpoint
 from models.metrics import bootstrap
 from models.regressor import Regressor
 from tests import small_dataset, training
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.images import ImageDataset
 from train.evaluate import oof
 
@@ -142,7 +142,7 @@ def test_a_run_that_ends_tells_of_its_best_checkpoint(
     run = tmp_path / "run"
     shutil.copytree(tiny_run / "best", run / "best")
     cfg = training.cfg(small_data, run, "fold=1/4", "fold_threshold=1.01")
-    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], cfg, training.PREPROCESSING)
+    data = ImageDataModule([Dataset(small_data, small_dataset.ENCODER)], [], cfg, training.PREPROCESSING)
     cpu = torch.device("cpu")
     with caplog.at_level(logging.INFO):
         found = logged(tmp_path, monkeypatch, lambda logger: oof.tell_of_best(cfg, data, cpu, logger))
@@ -156,7 +156,7 @@ def test_a_run_that_ends_tells_of_its_best_checkpoint(
     assert found["data"][0][2] == pytest.approx(scores.max(), abs=1e-6)
     assert found["data"][-1][2] == pytest.approx(scores.min(), abs=1e-6)
     whole = training.cfg(small_data, tmp_path / "none")
-    oof.tell_of_best(whole, Data(data.images.datasets, [], whole, training.PREPROCESSING), cpu)
+    oof.tell_of_best(whole, ImageDataModule(data.images.datasets, [], whole, training.PREPROCESSING), cpu)
     assert not (tmp_path / "none").exists(), "there is no fold and no wandb"
 
 

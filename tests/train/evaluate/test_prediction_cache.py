@@ -13,7 +13,7 @@ from models.runtime.preprocess import Preprocessing, fit
 from tests import small_dataset
 from train.data.images import ImageDataset
 from train.evaluate import prediction_cache
-from train.evaluate.prediction_cache import Contender, Predictions, predict
+from train.evaluate.prediction_cache import LazyEmbedder, Predictions, predict
 
 WIDTH = small_dataset.WIDTH
 
@@ -37,9 +37,9 @@ class Telling(Colours):
         return self.embed(images), [f"{image.float().mean():.1f}" for image in images]
 
 
-def contender(name: str, seed: int = 0, *, telling: bool = False, alone: bool = False) -> Contender:
+def contender(name: str, seed: int = 0, *, telling: bool = False, alone: bool = False) -> LazyEmbedder:
     made = Telling if telling else Colours
-    return Contender(name, lambda: {"seed": seed, "telling": telling}, lambda: made(seed), alone)
+    return LazyEmbedder(name, lambda: {"seed": seed, "telling": telling}, lambda: made(seed), alone)
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ImageDataset:
     )
 
 
-def run(images: ImageDataset, *contenders: Contender) -> Predictions:
+def run(images: ImageDataset, *contenders: LazyEmbedder) -> Predictions:
     return predict(contenders, images, images.datasets[0].rows("train"), 3)
 
 
@@ -133,7 +133,7 @@ def test_vectors_that_cannot_be_scored_are_refused_by_name(images: ImageDataset)
         (lambda: Broken(0), "wrong: 3 of 3 vectors are zero or not finite"),
     ):
         with pytest.raises(UserError, match=said):
-            run(images, Contender("wrong", lambda said=said: {"said": said}, made))
+            run(images, LazyEmbedder("wrong", lambda said=said: {"said": said}, made))
 
 
 def test_the_cache_says_what_it_holds(images: ImageDataset, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from datagen.dataset.targets import TargetEncoder, minilm_wheel
 from models.retrieval import vector_index
 from tests import small_dataset
 from train.evaluate import prompt_index
-from train.evaluate.prompt_index import Bank, Retrieve, blend, encoder_identity, from_images, from_places
+from train.evaluate.prompt_index import PromptIndex, PromptRetriever, blend, encoder_identity, from_images, from_places
 
 MINILM = "all-MiniLM-L6-v2"
 PROMPTS = ["a red fox in the snow", "a painting of a lighthouse", "an old robot, 4k", "two cats — été", "a map of Rome"]
@@ -200,16 +200,16 @@ def test_an_approximate_index_is_built_once(data: Path, monkeypatch: pytest.Monk
 def test_retrieval_gives_the_weighted_mean_and_the_nearest_text(data: Path) -> None:
     bank = from_places([data], small_dataset.ENCODER)
     z_BE = small_dataset.encode(["square 250 10 10 on 0 0 90", "square 0 200 0 on 90 90 90", "square 5 5 5 on 9 9 9"])
-    found, texts = Retrieve(bank, k=4, power=3).from_vectors(z_BE)
+    found, texts = PromptRetriever(bank, k=4, power=3).from_vectors(z_BE)
     cosine = z_BE.astype(np.float64) @ bank.vectors.T.astype(np.float64)
     rows = np.argsort(-cosine, axis=1)[:, :4]
     near = np.take_along_axis(cosine, rows, 1).clip(min=0) ** 3
     wanted = np.einsum("bk,bke->be", near, bank.vectors[rows])
     np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-5)
     assert texts == bank.texts(rows[:, 0])
-    one, _ = Retrieve(bank, k=1).from_vectors(z_BE)
+    one, _ = PromptRetriever(bank, k=1).from_vectors(z_BE)
     np.testing.assert_allclose(one, bank.vectors[rows[:, 0]], atol=1e-6)
-    identities = [Retrieve(bank, k, power).identity() for k, power in ((4, 3), (5, 3), (4, 2))]
+    identities = [PromptRetriever(bank, k, power).identity() for k, power in ((4, 3), (5, 3), (4, 2))]
     assert len({json.dumps(i, sort_keys=True) for i in identities}) == 3
 
 
@@ -231,7 +231,7 @@ def test_a_blend_lies_between() -> None:
         blend(a, np.concatenate([b[:5], 0 * b[5:]]), 0.5)
 
 
-def repeated(path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, *, exact: bool | None) -> Bank:
+def repeated(path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, *, exact: bool | None) -> PromptIndex:
     """A bank of 240 prompts, of which a third have vectors of their own and the first one's is that of 100."""
     kind_n = np.concatenate([np.zeros(100, int), np.random.default_rng(0).integers(0, 80, 140)])
     wanted = unit(80, 16)[np.random.default_rng(1).permutation(kind_n)]
@@ -250,19 +250,19 @@ def test_rivals_are_the_nearest_different_vectors(
     different = np.unique(bank.vectors, axis=0)
     for k in (1, 5, 30, len(different), 1000):
         order = np.argsort(-(query.astype(np.float64) @ different.T.astype(np.float64)), axis=1)[:, :k]
-        found = bank.rivals(query, k)
+        found = bank.nearest_distinct(query, k)
         assert (found.dtype, found.tolist()) == (np.int64, sorted(set(found.tolist())))
         if exact:
             np.testing.assert_array_equal(np.unique(bank.vectors[found], axis=0), different[np.unique(order)])
         else:
-            each = [np.unique(bank.vectors[bank.rivals(one[None], k)], axis=0) for one in query]
+            each = [np.unique(bank.vectors[bank.nearest_distinct(one[None], k)], axis=0) for one in query]
             assert {len(vectors) for vectors in each} == {min(k, len(different))}
     one = next(row for row in range(240) if (bank.vectors == bank.vectors[row]).all(1).sum() > 50)
-    asked = bank.rivals(bank.vectors[one : one + 1], 3)
+    asked = bank.nearest_distinct(bank.vectors[one : one + 1], 3)
     assert len(np.unique(bank.vectors[asked], axis=0)) == 3, "a hundred equal ones stand before the second"
-    assert bank.rivals(query[:0], 3).shape == (0,)
+    assert bank.nearest_distinct(query[:0], 3).shape == (0,)
     with pytest.raises(UserError, match="k: 0 neighbours"):
-        bank.rivals(query, 0)
+        bank.nearest_distinct(query, 0)
 
 
 def test_all_that_is_wrong_with_the_places_is_told_at_once(tmp_path: Path, data: Path) -> None:
@@ -314,7 +314,7 @@ def test_a_bank_of_nothing_and_vectors_of_another_width(data: Path) -> None:
     with pytest.raises(UserError, match=rf"no prompt for a bank in {data}"):
         from_images([(dataset, dataset.rows("train")[:0])])
     with pytest.raises(UserError, match="no prompt for a bank in no place"):
-        Bank([])
+        PromptIndex([])
     with pytest.raises(UserError, match=r"shape \[2, 5\] are compared with a bank of width 384"):
         from_images([(dataset, dataset.rows("train"))]).nearest(unit(2, 5), 3)
 

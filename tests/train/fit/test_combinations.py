@@ -20,7 +20,7 @@ from tests.training import records, same_weights, train
 from train.config import TrainSettings
 from train.fit import fit
 from train.fit import setup as start
-from train.fit.callbacks import ResumePoint
+from train.fit.callbacks import ResumeCheckpoint
 from train.fit.module import Training
 
 pytest_plugins = ["tests.tiny_run"]
@@ -86,7 +86,7 @@ def test_another_micro_batch_goes_on(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "whole", "optim.ema=0.9")
     parts = ("optim.ema=0.9", "save_every=1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ResumePoint, "_end", _stop_at(3))
+        patch.setattr(ResumeCheckpoint, "_end", _stop_at(3))
         assert train(small_data, tmp_path / "run", *parts) == 130
     assert train(small_data, tmp_path / "run", *parts, "scale.micro_batch=2") == 0
     assert [r["step"] for r in records(tmp_path / "run")] == [r["step"] for r in records(tmp_path / "whole")]
@@ -94,9 +94,9 @@ def test_another_micro_batch_goes_on(small_data: Path, tmp_path: Path) -> None:
 
 
 def _stop_at(step: int) -> Any:
-    end = ResumePoint._end
+    end = ResumeCheckpoint._end
 
-    def stopped(self: ResumePoint, trainer: Any) -> None:
+    def stopped(self: ResumeCheckpoint, trainer: Any) -> None:
         self.stopped = self.stopped or trainer.global_step == step
         end(self, trainer)
 
@@ -107,8 +107,8 @@ def test_a_fused_optimizer_clips_in_half_precision(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on a GPU, where both are the default."""
-    plan = start.plan
-    monkeypatch.setattr(start, "plan", lambda *about: dataclasses.replace(plan(*about), fused=True))
+    plan = start.make_plan
+    monkeypatch.setattr(start, "make_plan", lambda *about: dataclasses.replace(plan(*about), fused=True))
     parts = ("scale.precision=bf16", "optim.clip=0.5", "max_steps=2")
     assert train(small_data, tmp_path / "run", *parts) == 0
 
@@ -267,7 +267,7 @@ def test_a_full_disk_leaves_the_resume_point_before(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(ResumePoint, "_end", _stop_at(3))
+        patch.setattr(ResumeCheckpoint, "_end", _stop_at(3))
         assert train(small_data, run, "save_every=1") == 130
     words = r"cannot write the resume point .* at step 4: File too large; that of an earlier step is there still\."
     with full_disk.beyond(100_000), pytest.raises(UserError, match=words):

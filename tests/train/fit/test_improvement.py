@@ -16,7 +16,7 @@ from models.metrics import compare
 from tests import commands, small_dataset
 from tests.training import OVERRIDES, PREPROCESSING, records, same_weights, train
 from train.data.images import ImageDataset
-from train.fit.callbacks import KeepBest
+from train.fit.callbacks import BestCheckpoint
 from train.fit.improvement import ImageScores, Improvement
 from train.fit.loggers import JsonLines
 from train.fit.module import Training
@@ -148,8 +148,8 @@ def test_killed_at_the_validation_of_step_0_it_ends_the_same(
                 Training, "validation_step", lambda self, batch, n, k=0: kill() if n == 2 else step(self, batch, n, k)
             )
         else:
-            end = KeepBest.on_validation_end
-            patch.setattr(KeepBest, "on_validation_end", lambda *about: (end(*about), kill()))
+            end = BestCheckpoint.on_validation_end
+            patch.setattr(BestCheckpoint, "on_validation_end", lambda *about: (end(*about), kill()))
         with pytest.raises(Killed):
             train(small_data, tmp_path / "run", *parts)
     assert (tmp_path / "run/best").exists() == (moment == "after")

@@ -22,7 +22,7 @@ from core.errors import UserError
 from core.paths import ROOT
 from tests.training import same_weights, train
 from train.fit import resume
-from train.fit.callbacks import ResumePoint
+from train.fit.callbacks import ResumeCheckpoint
 
 pytest_plugins = ["tests.tiny_run"]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,14 +40,14 @@ def stopped_run(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def stop_at(step: int, data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    end = ResumePoint._end
+    end = ResumeCheckpoint._end
 
-    def stop(self: ResumePoint, trainer: Any) -> None:
+    def stop(self: ResumeCheckpoint, trainer: Any) -> None:
         self.stopped = self.stopped or trainer.global_step == step
         end(self, trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ResumePoint, "_end", stop)
+        patch.setattr(ResumeCheckpoint, "_end", stop)
         assert train(data, run, EACH_STEP) == 130
 
 

@@ -13,7 +13,7 @@ from core.paths import ROOT
 from core.settings import settings
 from tests import small_dataset, training
 from train.config import TrainSettings
-from train.data.samplers import Draws, Part, run_length
+from train.data.samplers import ShuffledEpochs, TrainingSubset, run_length
 from train.fit.ema import Ema
 from train.fit.optim import scheduler
 from train.fit.schedule import ENOUGH_STEPS, Forecast
@@ -27,7 +27,7 @@ def cfg_of(*overrides: str) -> TrainSettings:
 
 def forecast_of(images: int, *overrides: str) -> Forecast:
     cfg = cfg_of(*overrides)
-    return Forecast.of(run_length(len(Draws([Part(np.arange(images))], seed=0)), cfg), cfg)
+    return Forecast.of(run_length(len(ShuffledEpochs([TrainingSubset(np.arange(images))], seed=0)), cfg), cfg)
 
 
 def rates(forecast: Forecast) -> dict[str, np.ndarray]:

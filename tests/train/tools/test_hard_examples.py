@@ -17,7 +17,7 @@ from core.settings import settings
 from datagen.dataset.reader import Dataset
 from models import checkpoint
 from tests import small_dataset, training
-from train.data.datamodule import Data
+from train.data.datamodule import ImageDataModule
 from train.data.images import ImageDataset
 from train.tools.hard_examples import HardSettings, hard_weights, write_hard_examples
 
@@ -61,7 +61,9 @@ def test_the_file_holds_every_score_and_training_takes_it(
     assert {row["dataset"] for row in table} == {str(small_data)}
     assert f"10 hard images of 40, cosine {sorted(expected.values())[9]:.4f} or less, count 3, others 1" in caplog.text
 
-    data = Data([dataset], [], training.cfg(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING)
+    data = ImageDataModule(
+        [dataset], [], training.cfg(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING
+    )
     weight_N = data.images.weight_N
     assert weight_N is not None
     heavy = {row["key"] for row in table[:10]}
@@ -76,7 +78,9 @@ def test_the_hard_ones_alone_as_csv(tiny_run: Path, small_data: Path, tmp_path: 
     assert table.column_names == ["key", "dataset", "score", "weight"]
     assert table["weight"].to_pylist() == [2] * 4 + [0] * 36
     hard = Dataset(small_data, small_dataset.ENCODER)
-    data = Data([hard], [], training.cfg(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING)
+    data = ImageDataModule(
+        [hard], [], training.cfg(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING
+    )
     assert len(data.train_rows) == 4
 
 
@@ -87,7 +91,9 @@ def test_several_datasets_with_the_same_keys(tiny_run: Path, small_data: Path, t
     table = pq.read_table(tmp_path / "w.parquet").to_pylist()
     assert len({(row["key"], row["dataset"]) for row in table}) == len(table) == 60
     both = training.cfg(small_data, run, f"dataset=[{small_data},{other}]", f"data.weights={tmp_path / 'w.parquet'}")
-    data = Data([Dataset(d, small_dataset.ENCODER) for d in (small_data, other)], [], both, training.PREPROCESSING)
+    data = ImageDataModule(
+        [Dataset(d, small_dataset.ENCODER) for d in (small_data, other)], [], both, training.PREPROCESSING
+    )
     assert data.images.weight_N is not None
     assert (data.images.weight_N[data.train_rows] > 1).sum() == 12
 
@@ -97,7 +103,7 @@ def test_a_fold_is_not_mined(tiny_run: Path, small_data: Path, tmp_path: Path) -
     run = run_on(tiny_run, tmp_path / "run", fold="1/4", fold_threshold=1.01)
     write_hard_examples(cfg(run, f"out={tmp_path / 'w.parquet'}"))
     fold = training.cfg(small_data, run, "fold=1/4", "fold_threshold=1.01")
-    data = Data([Dataset(small_data, small_dataset.ENCODER)], [], fold, training.PREPROCESSING)
+    data = ImageDataModule([Dataset(small_data, small_dataset.ENCODER)], [], fold, training.PREPROCESSING)
     found = set(pq.read_table(tmp_path / "w.parquet")["key"].to_pylist())
     assert found == {data.images.key(row) for row in data.train_rows}
     assert not found & {data.images.key(row) for row in data.val_rows}

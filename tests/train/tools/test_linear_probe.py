@@ -79,7 +79,7 @@ def test_the_best_is_a_checkpoint_that_scores_as_told(found: tuple[Path, dict[st
 def test_a_run_can_begin_from_it(found: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
     out, info = found
     head = "wide" if info["heads"][0]["head"] == "wide" else "linear"
-    begun = setup.model(
+    begun = setup.build_model(
         cfg(data, tmp_path / "run", f"init_from={out / 'best'}", f"model.head={head}", "model.head_width=16"),
         [Dataset(data, small_dataset.ENCODER)],
         resumed=False,
