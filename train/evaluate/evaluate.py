@@ -36,15 +36,15 @@ def evaluate(cfg: EvaluateSettings) -> dict[str, Any]:
     if cfg.run is not None:
         read_settings(cfg.run)
     page = _page_can_be_drawn(cfg)
-    from train.evaluate.evaluator import judge  # torch takes seconds: what is wrong above is told before
+    from train.evaluate.evaluator import evaluate_embedders  # torch takes seconds: errors above come first
 
-    judged = judge(cfg)
+    result = evaluate_embedders(cfg)
     if page:
         from train.evaluate import report
 
-        place = cfg.report or judged.out / "report.html"
-        log.info("report: %s", report.write(judged.out, place, judged.trained_on))
-    return judged.info
+        place = cfg.report or result.out / "report.html"
+        log.info("report: %s", report.write(result.out, place, result.trained_on))
+    return result.info
 
 
 def _page_can_be_drawn(cfg: EvaluateSettings) -> bool:
