@@ -23,7 +23,7 @@ from datagen.dataset.reader import Dataset
 from models.leakage import TITLES, Leakage
 from models.metrics import similarity_matrix
 from report.inputs import require_packages
-from train.evaluate.oof import nearest_prompts
+from train.evaluate.examples import nearest_prompts
 from train.evaluate.results import Evaluation, Place, images_of, kinds_of, read_evaluation, readable, trend
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from datagen.dataset.reader import Dataset
 from models.leakage import Leakage
 from models.metrics import bins, bootstrap
 from report.inputs import decodable
-from train.evaluate.oof import extremes
+from train.evaluate.examples import extremes
 
 FORMAT = 2
 """Version of evaluation.json: 2 has `leakage`, {"cosine", "embedders": {name: Leakage as JSON}}."""

@@ -35,9 +35,9 @@ from train import run_settings
 from train.config import TrainSettings
 from train.data.datamodule import ImageDataModule
 from train.data.encoders import check_folder
-from train.evaluate import oof
 from train.evaluate.leakage import validation_leakage
 from train.fit import optim, resume, setup
+from train.fit.best_predictions import write_best_predictions
 from train.fit.callbacks import BestCheckpoint, DirectCheckpointIO, Progress, ResumeCheckpoint
 from train.fit.checkpoints import Saver
 from train.fit.improvement import FILE, Improvement
@@ -115,7 +115,7 @@ def fit(cfg: TrainSettings) -> int:
     if trainer.is_global_zero:
         _list_skipped(cfg.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
         if judged:
-            oof.tell_of_best(cfg, data, machine.device, wandb_of(trainer.loggers))
+            write_best_predictions(cfg, data, machine.device, wandb_of(trainer.loggers))
             _report_improvement(cfg, best, data, forecast)
         (cfg.out / "done").write_text(f"{plan.steps} steps\n")
         (cfg.out / resume.PREVIOUS).unlink(missing_ok=True)

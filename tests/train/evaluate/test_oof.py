@@ -21,7 +21,9 @@ from models.regressor import Regressor
 from tests import small_dataset, training
 from train.data.datamodule import ImageDataModule
 from train.data.images import ImageDataset
-from train.evaluate import oof
+from train.evaluate import examples, oof
+from train.evaluate.examples import extremes, nearest_prompts
+from train.fit.best_predictions import best_and_worst, log_best_table, write_best_predictions
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -44,7 +46,7 @@ def rows_of(images: ImageDataset, split: str) -> NDArray[np.int64]:
 
 @pytest.mark.parametrize("count", range(1, 12))
 def test_no_image_is_shown_twice(count: int) -> None:
-    groups = oof.extremes(np.linspace(0, 1, count, dtype=np.float32), 4)
+    groups = extremes(np.linspace(0, 1, count, dtype=np.float32), 4)
     shown = np.concatenate(list(groups.values())).tolist()
     assert len(shown) == len(set(shown))
     assert shown == sorted(shown, reverse=True)
@@ -52,7 +54,7 @@ def test_no_image_is_shown_twice(count: int) -> None:
 
 @pytest.mark.parametrize("chunk", [3, 1000])
 def test_nearest_prompts_match_brute_force(images: ImageDataset, monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr(oof, "CHUNK", chunk)
+    monkeypatch.setattr(examples, "CHUNK", chunk)
     query_NE = np.random.default_rng(0).normal(size=(5, small_dataset.WIDTH)).astype(np.float32)
     parts = [(d, d.rows("train")) for d in images.datasets]
     best = [
@@ -65,7 +67,7 @@ def test_nearest_prompts_match_brute_force(images: ImageDataset, monkeypatch: py
         for z_E in query_NE
     ]
     expected = [sorted(((c, p) for p, c in kept.items()), reverse=True)[:4] for kept in best]
-    found = oof.nearest_prompts(parts, query_NE, 4)
+    found = nearest_prompts(parts, query_NE, 4)
     assert [[p for _, p in pairs] for pairs in found] == [[p for _, p in pairs] for pairs in expected]
     assert np.allclose([[c for c, _ in pairs] for pairs in found], [[c for c, _ in pairs] for pairs in expected])
 
@@ -73,14 +75,14 @@ def test_nearest_prompts_match_brute_force(images: ImageDataset, monkeypatch: py
 def test_a_prompt_of_many_images_is_named_once(small_data: Path) -> None:
     dataset = Dataset(small_data, small_dataset.ENCODER)
     rows = np.repeat(dataset.rows("train"), 5)
-    (pairs,) = oof.nearest_prompts([(dataset, rows)], dataset.target(0)[None], 3)
+    (pairs,) = nearest_prompts([(dataset, rows)], dataset.target(0)[None], 3)
     assert len({prompt for _, prompt in pairs}) == 3
 
 
 def test_the_best_and_the_worst_with_what_they_were_taken_for(model: Regressor, images: ImageDataset) -> None:
     rows, train = rows_of(images, "val"), rows_of(images, "train")
     scores = np.random.default_rng(1).permutation(len(rows)) / 100
-    shown = oof.worst_and_best(model, images, rows, scores, train, count=3, nearest=2)
+    shown = best_and_worst(model, images, rows, scores, train, count=3, nearest=2)
     order = np.argsort(-scores)
     assert [(s.kind, s.row) for s in shown] == [("best", int(rows[n])) for n in order[:3]] + [
         ("worst", int(rows[n])) for n in order[-3:]
@@ -98,12 +100,12 @@ def test_the_best_and_the_worst_with_what_they_were_taken_for(model: Regressor, 
         nearest = sorted(every, key=every.__getitem__, reverse=True)[:2]
         assert [prompt for _, prompt in one.near] == nearest
         assert [cosine for cosine, _ in one.near] == pytest.approx([every[p] for p in nearest], abs=1e-5)
-    assert oof.worst_and_best(model, images, rows[:0], scores[:0], train) == []
+    assert best_and_worst(model, images, rows[:0], scores[:0], train) == []
 
 
 def test_a_model_in_training_stays_in_training(model: Regressor, images: ImageDataset) -> None:
     model.train()
-    oof.worst_and_best(model, images, rows_of(images, "val"), np.arange(18.0), rows_of(images, "train"))
+    best_and_worst(model, images, rows_of(images, "val"), np.arange(18.0), rows_of(images, "train"))
     assert model.training
     model.eval()
 
@@ -112,8 +114,8 @@ def test_wandb_keeps_the_table_offline(
     model: Regressor, images: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows, train = rows_of(images, "val"), rows_of(images, "train")
-    shown = oof.worst_and_best(model, images, rows, np.arange(len(rows)) / 20, train, count=2)
-    found = logged(tmp_path, monkeypatch, lambda logger: oof.log_to_wandb(logger, images, shown, side=24))
+    shown = best_and_worst(model, images, rows, np.arange(len(rows)) / 20, train, count=2)
+    found = logged(tmp_path, monkeypatch, lambda logger: log_best_table(logger, images, shown, side=24))
     assert found["columns"] == ["picture", "kind", "cosine", "prompt", "nearest training prompts", "key"]
     assert [row[1:4] for row in found["data"]] == [[s.kind, s.score, s.prompt] for s in shown]
     assert found["data"][0][4].splitlines() == [f"{cosine:.2f} {prompt}" for cosine, prompt in shown[0].near]
@@ -136,7 +138,7 @@ def logged(folder: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[WandbLo
     return kept[0]
 
 
-def test_a_run_that_ends_tells_of_its_best_checkpoint(
+def test_run_end_writes_oof_and_best_table(
     tiny_run: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = tmp_path / "run"
@@ -145,7 +147,7 @@ def test_a_run_that_ends_tells_of_its_best_checkpoint(
     data = ImageDataModule([Dataset(small_data, small_dataset.ENCODER)], [], cfg, training.PREPROCESSING)
     cpu = torch.device("cpu")
     with caplog.at_level(logging.INFO):
-        found = logged(tmp_path, monkeypatch, lambda logger: oof.tell_of_best(cfg, data, cpu, logger))
+        found = logged(tmp_path, monkeypatch, lambda logger: write_best_predictions(cfg, data, cpu, logger))
     info = json.loads((run / "oof/fold.json").read_text())
     step = checkpoint.read_config(run / "best")["step"]
     assert (info["fold"], info["images"], info["step"]) == ("1/4", len(data.val_rows), step)
@@ -156,7 +158,7 @@ def test_a_run_that_ends_tells_of_its_best_checkpoint(
     assert found["data"][0][2] == pytest.approx(scores.max(), abs=1e-6)
     assert found["data"][-1][2] == pytest.approx(scores.min(), abs=1e-6)
     whole = training.cfg(small_data, tmp_path / "none")
-    oof.tell_of_best(whole, ImageDataModule(data.images.datasets, [], whole, training.PREPROCESSING), cpu)
+    write_best_predictions(whole, ImageDataModule(data.images.datasets, [], whole, training.PREPROCESSING), cpu)
     assert not (tmp_path / "none").exists(), "there is no fold and no wandb"
 
 
@@ -185,7 +187,7 @@ def test_out_of_fold_predictions_are_those_of_the_model(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(oof, "_head", full_disk)
+    monkeypatch.setattr(oof, "_npy_header", full_disk)
     with pytest.raises(UserError, match=r"cannot write .*oof: .*No space left"):
         oof.write_oof(tmp_path / "oof", model, images, rows, {"fold": "9/9"}, batch_size=5, workers=0)
     assert (tmp_path / "oof/predictions.npy").read_bytes() == before

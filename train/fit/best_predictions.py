@@ -1,0 +1,131 @@
+"""Predictions of a run's best checkpoint on its validation images: out-of-fold files and a wandb table.
+
+    write_best_predictions(cfg, data, device, logger)      at the end of a run
+
+N scored images, E target width.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from train.evaluate.examples import extremes, nearest_prompts
+from train.evaluate.oof import Rows, write_oof
+
+if TYPE_CHECKING:
+    import torch
+    from lightning.pytorch.loggers import WandbLogger
+
+    from models.regressor import Regressor
+    from train.config import TrainSettings
+    from train.data.datamodule import ImageDataModule
+    from train.data.images import ImageDataset
+
+
+log = logging.getLogger(__name__)
+
+
+def write_best_predictions(
+    cfg: "TrainSettings", data: "ImageDataModule", device: "torch.device", logger: "WandbLogger | None" = None
+) -> None:
+    """Write `<out>/oof` of a run with fold=i/n, and log the table of best and worst predictions to wandb.
+
+    Raises:
+        UserError: the disk is full, or no validation image can be read.
+    """
+    if not len(data.val_rows) or (cfg.fold is None and logger is None):
+        return
+    from core.device import half
+    from models import checkpoint
+    from train.evaluate.inference import predictions
+
+    folder = cfg.out / "best"
+    config = checkpoint.read_config(folder)
+    step, leakage = config.get("step"), (config.get("score") or {}).get("leakage")
+    model = checkpoint.load(folder).to(device)
+    how = {"batch_size": cfg.batch_size, "workers": cfg.scale.workers, "dtype": half(device)}
+    if cfg.fold is not None:
+        facts = {"run": cfg.name, "fold": cfg.fold, "encoder": cfg.encoder, "checkpoint": str(folder)}
+        facts |= {"step": step, "leakage": leakage}
+        interval = write_oof(cfg.out / "oof", model, data.images, data.val_rows, facts, **how)
+        log.info("out of fold %s: cosine %.4f [%.4f, %.4f]: %s", cfg.fold, *interval, cfg.out / "oof")
+    if logger is not None:
+        batches = list(predictions(model, data.images, data.val_rows, what="best and worst", **how))
+        row_N, score_N = (np.concatenate([getattr(b, name) for b in batches]) for name in ("row_B", "score_B"))
+        rows = best_and_worst(model, data.images, row_N, score_N, data.train_rows)
+        log_best_table(logger, data.images, rows, step)
+        logger.experiment.summary["val/leakage"] = leakage
+
+
+@dataclass(frozen=True)
+class Example:
+    """Validation image of the table, with its prompt, score and nearest training prompts."""
+
+    kind: str
+    """best or worst."""
+    row: int
+    key: str
+    prompt: str
+    """Captions of the image, joined by slashes."""
+    score: float
+    near: list[tuple[float, str]]
+    """Training prompts nearest to the prediction, with their cosines to it."""
+
+
+def best_and_worst(
+    model: "Regressor",
+    images: "ImageDataset",
+    row_N: Rows,
+    score_N: NDArray[np.floating],
+    train_rows: Rows,
+    *,
+    count: int = 8,
+    nearest: int = 3,
+) -> list[Example]:
+    """The `count` best and worst validation images, with the training prompts nearest to each prediction.
+
+    Args:
+        model: that scored them; predicts the chosen images again.
+        row_N: scored images.
+        score_N: their cosines.
+        train_rows: training images, whose prompts are compared.
+    """
+    groups = extremes(score_N, count)
+    shown = [(kind, int(n)) for kind in ("best", "worst") for n in groups.get(kind, ())]
+    if not shown:
+        return []
+    was_training = model.training
+    vector_NE = model.embed([images.decoded(int(row_N[n])) for _, n in shown]).numpy()
+    model.train(was_training)
+    near = nearest_prompts(images.parts(train_rows), vector_NE, nearest)
+    rows = [int(row_N[n]) for _, n in shown]
+    return [
+        Example(kind, row, images.key(row), " / ".join(images.prompts(row)), float(score_N[n]), prompts)
+        for (kind, n), row, prompts in zip(shown, rows, near, strict=True)
+    ]
+
+
+def log_best_table(
+    logger: "WandbLogger", images: "ImageDataset", examples: Sequence[Example], step: int | None = None, side: int = 256
+) -> None:
+    """Log the wandb table `val/pictures` of the best and worst predictions; works offline, too.
+
+    Args:
+        step: optimizer step of the checkpoint.
+        side: larger images are scaled down to this size, px.
+    """
+    import wandb
+    from PIL import Image
+
+    data = []
+    for one in examples:
+        image = Image.fromarray(images.decoded(one.row).permute(1, 2, 0).numpy())
+        image.thumbnail((side, side))
+        near = "\n".join(f"{cosine:.2f} {prompt}" for cosine, prompt in one.near)
+        data.append([wandb.Image(image), one.kind, one.score, one.prompt, near, one.key])
+    columns = ["picture", "kind", "cosine", "prompt", "nearest training prompts", "key"]
+    logger.log_table("val/pictures", columns=columns, data=data, step=step)
