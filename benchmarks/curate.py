@@ -117,29 +117,29 @@ def encoded(texts: list[str]) -> Path:
 
 def greedy(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
     """The peer: rows kept by brute force."""
-    bank = np.empty_like(vectors)
+    index = np.empty_like(vectors)
     kept: list[int] = []
     for start in range(0, len(vectors), BLOCK):
         block = vectors[start : start + BLOCK]
         near = np.zeros(len(block), bool)
         for first in range(0, len(kept), CHUNK):
-            near |= (block @ bank[first : min(first + CHUNK, len(kept))].T).max(1) >= THRESHOLD
+            near |= (block @ index[first : min(first + CHUNK, len(kept))].T).max(1) >= THRESHOLD
         among = block @ block.T >= THRESHOLD
         alive: list[int] = []
         for i in np.flatnonzero(~near).tolist():
             if not among[i, alive].any():
                 alive.append(i)
-        bank[len(kept) : len(kept) + len(alive)] = block[alive]
+        index[len(kept) : len(kept) + len(alive)] = block[alive]
         kept += [start + i for i in alive]
     return np.array(kept, np.int64)
 
 
 def ours(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    from datagen.curation.near_duplicates import Bank, Rows, distinct
+    from datagen.curation.near_duplicates import NearDuplicateIndex, VectorFile, distinct
 
-    bank = Bank(Rows(vectors.shape[1]), THRESHOLD)
+    index = NearDuplicateIndex(VectorFile(vectors.shape[1]), THRESHOLD)
     return np.concatenate(
-        [start + distinct(vectors[start : start + CHUNK], bank)[0] for start in range(0, len(vectors), CHUNK)]
+        [start + distinct(vectors[start : start + CHUNK], index)[0] for start in range(0, len(vectors), CHUNK)]
     )
 
 
@@ -151,11 +151,11 @@ def greedy_purge(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def our_purge(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    from datagen.curation.near_duplicates import Bank, Rows
+    from datagen.curation.near_duplicates import NearDuplicateIndex, VectorFile
 
-    bank = Bank(Rows(vectors.shape[1]), PURGE_AT)
-    bank.add(vectors[: len(vectors) // 10])
-    return np.flatnonzero(bank.near(vectors)[0] < 0)
+    index = NearDuplicateIndex(VectorFile(vectors.shape[1]), PURGE_AT)
+    index.add(vectors[: len(vectors) // 10])
+    return np.flatnonzero(index.near(vectors)[0] < 0)
 
 
 WORK = {"ours": ours, "brute": greedy, "our_purge": our_purge, "brute_purge": greedy_purge}

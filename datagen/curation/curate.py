@@ -1,4 +1,4 @@
-"""Prompts → the prompts worth rendering, each with its split: clean, filter, drop duplicates, keep validation apart.
+"""Curate prompts: clean, filter, remove duplicates, and split into training and validation without leakage.
 
 The source is taken in chunks, and what became of each is committed to a work folder (`datagen.curation.journal`):
 millions fit
@@ -34,7 +34,7 @@ from core.progress import progress
 from datagen.config import Curation, Split
 from datagen.curation import filters, near_duplicates
 from datagen.curation.journal import KEPT, Chunk, Chunks, digest, save
-from datagen.curation.near_duplicates import Bank, Rows, distinct
+from datagen.curation.near_duplicates import NearDuplicateIndex, VectorFile, distinct
 from datagen.dataset.normal_form import form_hash
 from datagen.dataset.reader import read_plan
 from datagen.prompts.captions import clean
@@ -73,12 +73,12 @@ class Curated:
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
     """Source → {"drawn", "kept"}."""
     over_context: int = 0
-    """Prompts of more than 77 tokens among those left: whole for the target, cut by Stable Diffusion."""
+    """Prompts of more than 77 tokens among those left: the target has all of it, Stable Diffusion truncates it."""
     against: dict[str, int] = field(default_factory=dict)
     """Location → prompts there that none here may be near."""
 
     def report(self) -> dict[str, Any]:
-        """All but the prompts, as plain JSON."""
+        """Counts and examples as plain JSON, without the prompts."""
         return {
             "drawn": self.drawn,
             "dropped": dict(sorted(self.dropped.items())),
@@ -102,12 +102,12 @@ def curate(
     work: Path | None = None,
     origin: Mapping[str, Any] | None = None,
 ) -> Curated:
-    """Draws from `source` until `num` prompts are left, it ends or it has run dry.
+    """Curate prompts of `source` until `num` remain, the source ends, or almost all of its prompts are duplicates.
 
     Args:
         work: folder of what is done, from which a killed run goes on; the caller removes it. None keeps nothing.
         origin: what else decides the result, as plain JSON: the source, its versions, the encoder. A `work` of another
-            origin or of other settings is begun anew.
+            origin or of other settings starts again.
 
     Raises:
         UserError: nothing is left; a filter's package is missing; `work` cannot be written; the source no longer gives
@@ -133,20 +133,20 @@ def curate(
 
 
 class _Drops:
-    """Counts what is dropped, and keeps the first examples."""
+    """Counter of dropped prompts by reason, with the first examples of each."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
     def add(self, reason: str, number: int, examples: Callable[[int], list[str]]) -> None:
-        """`number` prompts for `reason`; `examples(n)` tells n of them or fewer."""
+        """Count `number` prompts dropped for `reason`; `examples(n)` returns up to n of them."""
         if number:
             self.counts[reason] += number
-            told = self.examples.setdefault(reason, [])
-            room = _EXAMPLES - len(told)
+            shown = self.examples.setdefault(reason, [])
+            room = _EXAMPLES - len(shown)
             if room > 0:
-                told += [_cut(text) for text in examples(room)[:room]]
+                shown += [_cut(text) for text in examples(room)[:room]]
 
     def merge(self, counts: Mapping[str, int], examples: Mapping[str, list[str]]) -> None:
         for reason, number in counts.items():
@@ -159,7 +159,7 @@ def _cut(text: str, length: int = _EXAMPLE_LENGTH) -> str:
 
 @dataclass
 class _Run:
-    """One curation: its settings, and what it has found so far."""
+    """State of one curation: settings, chunks so far and near-duplicate indexes."""
 
     chunks: Chunks
     num: int
@@ -170,8 +170,8 @@ class _Run:
     count_tokens: Callable[[list[str]], NDArray[np.int64]]
     can_draw: Callable[[str], bool]
     against: Mapping[str, list[str]]
-    _bank: Bank | None = None
-    _others: Bank | None = None
+    _index: NearDuplicateIndex | None = None
+    _exclusions: NearDuplicateIndex | None = None
     _other_forms: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -218,7 +218,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------- a chunk
 
     def _take(self, stream: Iterator[Prompt], left: int, tick: Callable[[int], object]) -> tuple[int, bool]:
-        """Draws a chunk of the `left` prompts and commits it; tells how many are left and whether the source ended."""
+        """Draw and commit one chunk; return the number of prompts still missing and whether the source ended."""
         asked = min(left, _CHUNK)
         prompts = list(islice(stream, asked))
         left, ended = (left - asked, False) if len(prompts) == asked else (0, True)
@@ -246,8 +246,8 @@ class _Run:
             schema=KEPT,
         )
         sources = Counter(p.source for p in prompts)
-        told = (dict(drops.counts), drops.examples, dict(sources))
-        chunk = Chunk(len(prompts), digest(prompts), left, ended, len(usable), len(kept), width, *told)
+        counts = (dict(drops.counts), drops.examples, dict(sources))
+        chunk = Chunk(len(prompts), digest(prompts), left, ended, len(usable), len(kept), width, *counts)
         self.chunks.commit(chunk, table, hashes)
         at = np.searchsorted(self.seen, hashes)
         self.seen = np.insert(self.seen, at, hashes)
@@ -290,10 +290,10 @@ class _Run:
         return usable, np.sort(hashes[kept]), lengths[kept]
 
     def _distinct(self, texts: list[str], vectors: NDArray[np.float32], drops: _Drops) -> Ints:
-        """Numbers of the rows kept, whose vectors are now in the bank."""
+        """Row numbers of the prompts that are no near-duplicates; their vectors are added to the index."""
         rows = np.arange(len(texts))
         if self.against:
-            others, names = self._other_bank(vectors.shape[1])
+            others, names = self._exclusion_index(vectors.shape[1])
             number, cosine = others.near(vectors)
             for i in np.flatnonzero(number < 0).tolist():  # equal but for case or punctuation, whatever the encoder
                 number[i] = self._other_forms.get(form_hash(texts[i]), -1)
@@ -309,26 +309,26 @@ class _Run:
         if self.cfg.duplicates_at is None:
             store.append(vectors[rows])
             return rows
-        if self._bank is None:
-            self._bank = Bank(store, self.cfg.duplicates_at)
-        base = len(self._bank)
-        kept, number, cosine = distinct(vectors[rows], self._bank)
+        if self._index is None:
+            self._index = NearDuplicateIndex(store, self.cfg.duplicates_at)
+        base = len(self._index)
+        kept, number, cosine = distinct(vectors[rows], self._index)
         out = np.flatnonzero(number >= 0)
 
         def examples(n: int) -> list[str]:
-            told = []
+            pairs = []
             for i, k in zip(out[:n].tolist(), number[out[:n]].tolist(), strict=True):
                 partner = texts[rows[kept[k - base]]] if k >= base else self.chunks.texts([k])[0]
-                told.append(_pair(texts[rows[i]], partner, float(cosine[i])))
-            return told
+                pairs.append(_pair(texts[rows[i]], partner, float(cosine[i])))
+            return pairs
 
         drops.add(f"cosine ≥ {self.cfg.duplicates_at} to a prompt kept", len(out), examples)
         return rows[kept]
 
-    def _other_bank(self, width: int) -> tuple[Bank, list[str]]:
-        """The prompts of `curate.against`, encoded once."""
+    def _exclusion_index(self, width: int) -> tuple[NearDuplicateIndex, list[str]]:
+        """Index of the prompts of `curate.against`, encoded once."""
         names = list(dict.fromkeys(text for texts in self.against.values() for text in texts))
-        if self._others is None:
+        if self._exclusions is None:
             path = self.chunks.folder / f"against-{_digest(names)}.npy"
             try:
                 vectors = np.load(io.BytesIO(read_checked(path)), allow_pickle=False)
@@ -341,9 +341,9 @@ class _Run:
                 vectors = np.concatenate(parts)
                 save(path, vectors)
             self._other_forms = {form_hash(name): k for k, name in enumerate(names)}
-            self._others = Bank(Rows(width, self.chunks.folder), self.cfg.against_at)
-            self._others.add(vectors)
-        return self._others, names
+            self._exclusions = NearDuplicateIndex(VectorFile(width, self.chunks.folder), self.cfg.against_at)
+            self._exclusions.add(vectors)
+        return self._exclusions, names
 
     def _dry(self) -> bool:
         drawn = kept = 0
@@ -356,7 +356,7 @@ class _Run:
     # ------------------------------------------------------------------------------------------------------- the split
 
     def _split(self) -> "_Sides":
-        """The numbers of the kept prompts on each side."""
+        """Split the curated prompts: row numbers of training and of validation."""
         count, drops = self.chunks.kept, _Drops()
         if self.split.kind == "holdout":
             side = cache(lambda group: side_of_group(group, self.split.share, self.seed))
@@ -384,16 +384,16 @@ class _Run:
         drops.add(_SURPLUS, len(rows), lambda n: self.chunks.texts(rows[:n].tolist()))
 
     def _purge(self, train: Ints, val: Ints, drops: _Drops) -> Ints:
-        """The training prompts that are near no validation prompt."""
+        """Purge: training prompts below the cosine threshold to every validation prompt."""
         store = self.chunks.rows(max(chunk.width for chunk in self.chunks.done))
-        bank = Bank(Rows(store.width, self.chunks.folder), self.split.threshold)
+        index = NearDuplicateIndex(VectorFile(store.width, self.chunks.folder), self.split.threshold)
         stays, reason = [], f"cosine ≥ {self.split.threshold} to a validation prompt"
         with progress(len(train), "prompt", "split", show=len(train) > near_duplicates.EXACT) as bar:
             for start in range(0, len(val), _AT_ONCE):
-                bank.add(store[val[start : start + _AT_ONCE]])
+                index.add(store[val[start : start + _AT_ONCE]])
             for start in range(0, len(train), _AT_ONCE):
                 part = train[start : start + _AT_ONCE]
-                number, cosine = bank.near(store[part])
+                number, cosine = index.near(store[part])
                 out = np.flatnonzero(number >= 0)
 
                 drops.add(reason, len(out), partial(self._pairs, part[out], val[number[out]], cosine[out]))
@@ -428,15 +428,15 @@ class _Run:
                 for source, kept in Counter(part["source"].to_pylist()).items():
                     sources[source]["kept"] += kept
                 tables[name].append(part.drop_columns(["tokens"]))
-        told = {place: len(texts) for place, texts in self.against.items()}
+        excluded = {place: len(texts) for place, texts in self.against.items()}
         train, val = (pa.concat_tables(parts) for parts in tables.values())
-        return Curated(train, val, drawn, drops.counts, drops.examples, sources, over, told)
+        return Curated(train, val, drawn, drops.counts, drops.examples, sources, over, excluded)
 
 
 @dataclass
 class _Sides:
     train: Ints
-    """Numbers of kept prompts, ascending."""
+    """Row numbers of the curated prompts, ascending."""
     val: Ints
     drops: _Drops
 

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from core import store
 from core.checksum import with_checksum
 from core.errors import UserError
-from datagen.curation.near_duplicates import Rows
+from datagen.curation.near_duplicates import VectorFile
 from datagen.dataset.format import json_bytes
 from datagen.prompts.sources import Prompt
 
@@ -101,7 +101,7 @@ class Chunks:
         self.starts: list[int] = [0]
         """Number of each chunk's first kept prompt, and of all."""
         self._read_chunks(sorted(folder.glob("[0-9]*.json")))
-        self._rows: Rows | None = None
+        self._rows: VectorFile | None = None
         if self.done:
             log.info("curation goes on after %s prompts", f"{sum(chunk.drawn for chunk in self.done):,}")
 
@@ -142,10 +142,10 @@ class Chunks:
     def kept(self) -> int:
         return self.starts[-1]
 
-    def rows(self, width: int) -> Rows:
+    def rows(self, width: int) -> VectorFile:
         """The vectors of the kept prompts."""
         if self._rows is None:
-            self._rows = Rows(width, self.folder / "vectors.f16", self.kept)
+            self._rows = VectorFile(width, self.folder / "vectors.f16", self.kept)
         return self._rows
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""Is a vector near one seen before? Exact for up to 50,000 vectors, nearly so and in nearly linear time for millions.
+"""Near-duplicate search over unit vectors: exact up to 50,000 vectors, approximate and almost linear in time beyond.
 
-    bank = Bank(Rows(384), threshold=0.9)
-    kept, partner, cosine = distinct(vectors, bank)  # the first of each group of near-duplicates
+    index = NearDuplicateIndex(VectorFile(384), threshold=0.9)
+    kept, partner, cosine = distinct(vectors, index)  # the first of each group of near-duplicates
 
 Two steps find the candidates, and the cosine of the whole vectors decides on each:
 
@@ -38,7 +38,7 @@ from core.errors import UserError
 log = logging.getLogger(__name__)
 
 EXACT = 50_000
-"""Vectors up to which every pair is looked at."""
+"""Number of vectors up to which every pair is compared."""
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
@@ -50,21 +50,21 @@ _PAIRS = 1 << 16  # whole vectors compared at once: 2 × 100 MB at 384 numbers
 _SLACK = 1e-3  # of a bound: vectors in half precision are of unit length within this
 _ROUNDING = 1e-6  # of a cosine
 _FOUND, _MADE = 0.998, 4096  # share of the questions made that must find their vector; how many are made
-_GROWTH = 4  # cells are made anew when the vectors are so many times more
+_GROWTH = 4  # cells are built again when the vectors are so many times more
 _PROBES = 50  # about the cells that a question goes to: with it, √(50 N) cells cost least
 _TRAINING = 32  # vectors a cell that k-means sees
 _ROUNDS = 6  # of k-means
 _LET_THROUGH = 2e-4  # share of far pairs that a bound may leave to the whole cosine
 
 
-class Rows:
-    """Rows [N, E] in a file that grows: memory holds what the system finds room for.
+class VectorFile:
+    """Growing file of vectors [N, E], memory-mapped: the page cache decides how many rows are in memory.
 
     Args:
         width: E.
         path: the file; a folder, None being the system's temporary one, takes a file without a name, which goes with
             the process.
-        rows: how many of the file's rows to go on from; what lies behind them is cut off.
+        rows: number of rows of an existing file to resume from; the file is truncated behind them.
         kind: of the numbers; half precision is enough for unit vectors.
 
     Raises:
@@ -85,7 +85,7 @@ class Rows:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self.close = weakref.finalize(self, os.close, self._descriptor)
         if os.fstat(self._descriptor).st_size < self._bytes(rows):
-            raise UserError(f"{path} is cut off or lost; remove {self.folder}, and curation begins anew")
+            raise UserError(f"{path} is truncated or missing; remove {self.folder}, and curation begins anew")
         self._count = rows
         os.ftruncate(self._descriptor, self._bytes(rows))
         os.lseek(self._descriptor, 0, os.SEEK_END)
@@ -114,7 +114,7 @@ class Rows:
         self._count += len(vectors)
 
     def sync(self) -> None:
-        """Returns once the rows are on the disk."""
+        """Flush the rows to the disk (fsync)."""
         os.fsync(self._descriptor)
 
     def __getitem__(self, cfg: slice | Ints) -> Floats:
@@ -134,31 +134,31 @@ class Rows:
 
 
 def halved(vectors: Floats) -> Floats:
-    """The vectors as `Rows` gives them back: in half precision's steps."""
+    """Vectors rounded to half precision, as `VectorFile` returns them."""
     return vectors.astype(np.float16).astype(np.float32)
 
 
-class Bank:
-    """Vectors that are asked: is one of yours near this one?
+class NearDuplicateIndex:
+    """Index of unit vectors that finds, for a query vector, a vector at or above a cosine threshold.
 
     Args:
-        rows: holds the whole vectors; those already in it are in the bank.
+        rows: holds the whole vectors; those already in it are in the index.
         threshold: a cosine of this or more is near.
     """
 
-    def __init__(self, rows: Rows, threshold: float) -> None:
+    def __init__(self, rows: VectorFile, threshold: float) -> None:
         self.rows = rows
         self.threshold = threshold
-        self._turn_EQ: Floats | None = None
+        self._components_EQ: Floats | None = None
         self._wide = slice(0, rows.width + 1)  # columns of the bound, and of that within cells
         self._narrow = slice(1, rows.width + 2)
-        self._short = Rows(rows.width + 2, rows.folder, kind=np.float32)
+        self._short = VectorFile(rows.width + 2, rows.folder, kind=np.float32)
         self._centres_CP: Floats | None = None
         self._margin = 0.0
         self._cells: list[list[Ints]] = []
         self._in_cells = 0
         self._level = EXACT
-        self._take_in()
+        self._index_new_rows()
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -166,7 +166,7 @@ class Bank:
     def add(self, vectors: Floats) -> None:
         """Adds `vectors` [B, E]."""
         self.rows.append(vectors)
-        self._take_in()
+        self._index_new_rows()
 
     def near(self, vectors: Floats) -> tuple[Ints, Floats]:
         """For each of `vectors` [B, E] the number of the likest vector found at the threshold or more and its cosine.
@@ -181,13 +181,13 @@ class Bank:
             asked, found = self._candidates(block)
             for part in range(0, len(asked), _PAIRS):
                 i, j = asked[part : part + _PAIRS], found[part : part + _PAIRS]
-                likeness = _cosines(block[i], self.rows[j])
-                hit = likeness >= self.threshold - _ROUNDING
-                i, j, likeness = i[hit], j[hit], likeness[hit]
-                order = np.lexsort((j, -likeness, i))
+                cosines = _cosines(block[i], self.rows[j])
+                hit = cosines >= self.threshold - _ROUNDING
+                i, j, cosines = i[hit], j[hit], cosines[hit]
+                order = np.lexsort((j, -cosines, i))
                 first = order[np.unique(i[order], return_index=True)[1]]
-                better = first[likeness[first] > cosine[start + i[first]]]
-                number[start + i[better]], cosine[start + i[better]] = j[better], likeness[better]
+                better = first[cosines[first] > cosine[start + i[first]]]
+                number[start + i[better]], cosine[start + i[better]] = j[better], cosines[better]
         return number, cosine
 
     # ------------------------------------------------------------------------------------------------- candidates
@@ -204,7 +204,7 @@ class Bank:
             asked.append(i)
             found.append(j + start)
         if self._centres_CP is not None:
-            like_BC = self._likeness(short_BQ)
+            like_BC = self._similarity(short_BQ)
             cells, rows = np.nonzero((like_BC >= like_BC.max(1, keepdims=True) - self._margin).T)
             starts = np.flatnonzero(np.diff(cells, prepend=-1))
             for cell, rows_there in zip(cells[starts].tolist(), np.split(rows, starts[1:]), strict=True):
@@ -232,30 +232,30 @@ class Bank:
 
     def short(self, vectors_BE: Floats) -> Floats:
         """The length of what P numbers leave, the turned vectors' first Q numbers, what those leave: [B, Q + 2]."""
-        if self._turn_EQ is None:
+        if self._components_EQ is None:
             return np.pad(vectors_BE, ((0, 0), (1, 1)))
-        turned = vectors_BE @ self._turn_EQ
+        turned = vectors_BE @ self._components_EQ
         whole = (vectors_BE**2).sum(1)
         rests = [
             np.sqrt(np.maximum(whole - (part**2).sum(1), 0)) for part in (turned[:, : self._wide.stop - 1], turned)
         ]
         return np.concatenate([rests[0][:, None], turned, rests[1][:, None]], axis=1)
 
-    def _likeness(self, short_BQ: Floats) -> Floats:
-        """To the cells' centres: [B, C]."""
+    def _similarity(self, short_BQ: Floats) -> Floats:
+        """Inner products with the centres of the cells: [B, C]."""
         assert self._centres_CP is not None
         return short_BQ[:, 1 : self._wide.stop] @ self._centres_CP.T
 
     # --------------------------------------------------------------------------------------------------- building
 
-    def _take_in(self) -> None:
-        """Makes the rows added ready to be found."""
-        if self._turn_EQ is None and len(self.rows) >= _FIRST:
-            self._turn_EQ, p = _turn(self.rows[slice(0, _FIRST)], self.threshold)
-            q = self._turn_EQ.shape[1]
+    def _index_new_rows(self) -> None:
+        """Index the rows that were added since the last call."""
+        if self._components_EQ is None and len(self.rows) >= _FIRST:
+            self._components_EQ, p = _fit_pca(self.rows[slice(0, _FIRST)], self.threshold)
+            q = self._components_EQ.shape[1]
             self._wide, self._narrow = slice(0, p + 1), slice(1, q + 2)
             self._short.close()
-            self._short = Rows(q + 2, self.rows.folder, kind=np.float32)
+            self._short = VectorFile(q + 2, self.rows.folder, kind=np.float32)
         for start in range(len(self._short), len(self.rows), _TILE):
             self._short.append(self.short(self.rows[slice(start, start + _TILE)]))
         if len(self.rows) >= self._level:
@@ -282,8 +282,8 @@ class Bank:
         aside = other - (own * other).sum(1, keepdims=True) * own  # from a vector towards another of the data
         aside /= np.maximum(np.linalg.norm(aside, axis=1, keepdims=True), 1e-6)
         asked = self.threshold * own + (1 - self.threshold**2) ** 0.5 * aside
-        like_BC = self._likeness(self.short(asked.astype(np.float32)))
-        cell = self._likeness(self.short(own)).argmax(1)
+        like_BC = self._similarity(self.short(asked.astype(np.float32)))
+        cell = self._similarity(self.short(own)).argmax(1)
         return float(np.quantile(like_BC.max(1) - like_BC[np.arange(len(cell)), cell], _FOUND))
 
     def _fill_cells(self) -> None:
@@ -292,7 +292,7 @@ class Bank:
             return
         while self._in_cells + _BLOCK <= len(self.rows):
             first = self._in_cells
-            cell = self._likeness(self._short.all()[first : first + _BLOCK]).argmax(1)
+            cell = self._similarity(self._short.all()[first : first + _BLOCK]).argmax(1)
             order = np.argsort(cell, kind="stable")
             starts = np.flatnonzero(np.diff(cell[order], prepend=-1))
             for number, members in zip(cell[order][starts].tolist(), np.split(order, starts[1:]), strict=True):
@@ -300,22 +300,22 @@ class Bank:
             self._in_cells += _BLOCK
 
 
-def distinct(vectors: Floats, bank: Bank) -> tuple[Ints, Ints, Floats]:
-    """Drops each row that is near a vector of the bank or a row kept before it, and adds the kept ones to the bank.
+def distinct(vectors: Floats, index: NearDuplicateIndex) -> tuple[Ints, Ints, Floats]:
+    """Deduplicate: drop each row near a vector of the index or near an earlier row; add the others to the index.
 
     Args:
         vectors: unit vectors [B, E].
 
     Returns:
-        The rows kept, and for every row the bank's number of the one it is near (-1: kept) and their cosine, [B] each.
+        The rows kept, and for every row the index's number of the one it is near (-1: kept) and their cosine, [B] each.
     """
     vectors = halved(vectors)
     kept: list[Ints] = []
     partner, cosine = np.full(len(vectors), -1, np.int64), np.zeros(len(vectors), np.float32)
     for start in range(0, len(vectors), _BLOCK):
         block = vectors[start : start + _BLOCK]
-        numbers, likeness = bank.near(block)
-        later, earlier, among = bank.pairs(block)
+        numbers, cosines = index.near(block)
+        later, earlier, among = index.pairs(block)
         starts = np.searchsorted(later, np.arange(len(block) + 1))
         alive = numbers < 0
         first_of: dict[int, tuple[int, float]] = {}
@@ -325,11 +325,11 @@ def distinct(vectors: Floats, bank: Bank) -> tuple[Ints, Ints, Floats]:
             if alive[i] and like.max() >= 0:
                 alive[i] = False
                 first_of[i] = (int(earlier[pairs][like.argmax()]), float(like.max()))
-        place = np.cumsum(alive) - 1 + len(bank)  # its number in the bank, once it is there
+        place = np.cumsum(alive) - 1 + len(index)  # its number in the index, once it is there
         for i, (j, like) in first_of.items():
-            numbers[i], likeness[i] = place[j], like
-        partner[start : start + len(block)], cosine[start : start + len(block)] = numbers, likeness
-        bank.add(block[alive])
+            numbers[i], cosines[i] = place[j], like
+        partner[start : start + len(block)], cosine[start : start + len(block)] = numbers, cosines
+        index.add(block[alive])
         kept.append(start + np.flatnonzero(alive))
     return np.concatenate([*kept, np.zeros(0, np.int64)]), partner, cosine
 
@@ -340,7 +340,7 @@ def _cosines(a_BE: Floats, b_BE: Floats) -> Floats:
     return (a_BE * b_BE).sum(1) / np.maximum(lengths, 1e-12)
 
 
-def _turn(vectors_BE: Floats, threshold: float) -> tuple[Floats, int]:
+def _fit_pca(vectors_BE: Floats, threshold: float) -> tuple[Floats, int]:
     """Orthogonal columns [E, Q] that take as much of the vectors' length as Q numbers can, and P.
 
     P is as small as pays among all vectors. Within a cell they are more alike: Q is twice as many.

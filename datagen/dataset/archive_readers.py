@@ -23,7 +23,7 @@ class Tar:
     time are the n-th sample; else a new sample begins where a member comes again.
 
     Raises:
-        tarfile.TarError: it is none, or cut off.
+        tarfile.TarError: it is no such archive, or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -132,7 +132,7 @@ class Zip:
     """A zip of images, in folders or not.
 
     Raises:
-        zipfile.BadZipFile: it is none, or cut off.
+        zipfile.BadZipFile: it is no such archive, or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -162,12 +162,12 @@ class Zip:
 def opened(path: Path) -> Tar | Zip:
     """
     Raises:
-        UserError: the file is cut off, or no archive.
+        UserError: the file is truncated, or no archive.
     """
     try:
         return Zip(path) if path.suffix == ".zip" else Tar(path)
     except (tarfile.TarError, zipfile.BadZipFile) as error:
         kind = path.suffix.removeprefix(".")
         raise UserError(
-            f"{path} is cut off or no {kind}: {error}; remove it, and run the same command again"
+            f"{path} is truncated or no {kind}: {error}; remove it, and run the same command again"
         ) from error

@@ -63,7 +63,7 @@ ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError)
 
 
 class CorruptImage(Exception):  # noqa: N818 – it names the state of an image
-    """An image that cannot be read or decoded; a run skips, counts and lists it. Never a fault of the network."""
+    """Image that cannot be read or decoded; a run skips, counts and lists it. Network errors are not of this class."""
 
 
 def json_bytes(value: Any) -> bytes:
@@ -84,10 +84,10 @@ def run_starts(keys: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def content_hash(crc32: NDArray[np.integer], size: NDArray[np.integer]) -> NDArray[np.int64]:
-    """A number for each image's bytes, from their crc32 and their count: [n]."""
+    """Hash of each image's bytes from crc32 and size: [n]."""
     return (crc32.astype(np.int64) << 32) ^ size.astype(np.int64)
 
 
 def hash_prompts(prompts: Sequence[str]) -> NDArray[np.int64]:
-    """A number for each prompt that follows from its normal form alone, as `Dataset.prompt_hashes` gives it."""
+    """Hash of the normal form of each prompt, as `Dataset.prompt_hashes` returns it."""
     return np.fromiter(map(form_hash, prompts), np.int64, len(prompts))

@@ -38,41 +38,41 @@ from datagen.dataset.format import (
 
 log = logging.getLogger(__name__)
 
-_MOST_MAPPED = 512  # tars; each holds a file descriptor, and a process has 1,024 by default
-_MOST_TARGETS = 256  # files of vectors, likewise
+_MAX_MAPPED_TARS = 512  # tars; each holds a file descriptor, and a process has 1,024 by default
+_MAX_MAPPED_TARGETS = 256  # files of vectors, likewise
 
 
 def is_committed(root: Place, number: int) -> bool:
-    """Whether shard `number` is there, whole, as of now."""
+    """Whether shard `number` is committed now."""
     return exists(root / f"shards/{number:06d}.parquet")
 
 
 def is_dataset(root: Place) -> bool:
-    """Whether a plan is committed there, as of now."""
+    """Whether `root` holds a committed plan now."""
     return exists(root / "dataset.json")
 
 
 def list_folder(root: Place) -> list[str]:
-    """Names in the dataset folder, sorted; none where there is no folder."""
+    """Sorted names in the dataset folder; empty if the folder does not exist."""
     return Files(root).names()
 
 
 def list_encoders(root: Place) -> list[str]:
-    """Names of the encoders whose vectors are there, sorted."""
+    """Sorted names of the encoders with target vectors in the dataset."""
     files = Files(root)
     return [name for name in files.names("targets") if files.size(f"targets/{name}/encoder.json") is not None]
 
 
 def read_encoder(root: Place, name: str) -> dict[str, Any]:
-    """Whose vectors `targets/<name>` holds.
+    """Identity of the encoder that wrote `targets/<name>`.
 
     Raises:
-        UserError: there are none.
+        UserError: the dataset has no vectors of this encoder.
     """
-    found = find_encoder(Files(root), name)
-    if found is None:
+    identity = find_encoder(Files(root), name)
+    if identity is None:
         raise UserError(f"{root} has no vectors of {name}; write them: python -m datagen.targets out={root}")
-    return found
+    return identity
 
 
 def read_plan(root: Place) -> pa.Table:
@@ -86,7 +86,7 @@ def plan_matches(root: Place) -> bool:
 
 
 def is_plan_file(path: Place) -> bool:
-    """Whether a file is a plan of ours: all that a run killed in its first seconds leaves."""
+    """Whether a file is a plan: a run killed in its first seconds leaves nothing else."""
     files = Files(path.parent)
     if path.name != "prompts.parquet" or files.size(path.name) is None:
         return False
@@ -97,16 +97,16 @@ def is_plan_file(path: Place) -> bool:
 
 
 def read_info(root: Place) -> dict[str, Any]:
-    """`dataset.json`.
+    """Read `dataset.json`.
 
     Raises:
-        UserError: there is none, or it is of a schema this version does not know.
+        UserError: the file is missing, or this version does not know its schema.
     """
     return _info(Files(root))
 
 
 class Dataset:
-    """A dataset folder, read at random, from any number of processes.
+    """Random access to the images and target vectors of a dataset folder, from any number of processes.
 
     Images are numbered 0 … len-1 in the order of the shards; an image has one caption or more. Of a remote folder,
     a tar is fetched into the cache whole at its first image, and is as fast as a local one from then on; where the
@@ -114,14 +114,14 @@ class Dataset:
 
     Args:
         root: the dataset folder, a local path or an fsspec URL.
-        encoder: whose target vectors to read: a hub name or folder, as of `TargetEncoder`, or the name under
-            `targets/`; None reads none.
-        whole: False also reads the images one by one, for one who wants few of a remote folder.
-        files: what is in the folder, where another process has listed it.
-        partial: True also opens a dataset that is still being made; it then has the images of the shards there are.
+        encoder: text encoder of the target vectors to read: a hub name or folder, as of `TargetEncoder`, or the
+            name under `targets/`; None reads none.
+        whole: False reads single images of a remote folder without fetching whole tars.
+        files: listing of the folder that another process made.
+        partial: True also opens an unfinished dataset, with the images of its committed shards.
 
     Raises:
-        UserError: naming everything that is missing, cut off or does not match, and what mends it.
+        UserError: lists everything that is missing, truncated or does not match, each with a hint.
     """
 
     def __init__(
@@ -172,17 +172,17 @@ class Dataset:
         return len(self._sizes)
 
     def __reduce__(self) -> tuple[Callable[..., "Dataset"], tuple[Place, str | None, bool, bool, Files]]:
-        # a worker opens it anew: a mapped array would be pickled whole
+        # a worker opens the dataset again: pickling would copy the mapped arrays
         return _reopened, (self.root, self.encoder, self._whole, self.partial, self._files)
 
     @property
     def width(self) -> int:
-        """E, the width of the target vectors."""
+        """Width E of the target vectors."""
         return self._width
 
     @property
     def encoder_identity(self) -> dict[str, Any] | None:
-        """Whose vectors `targets` gives, as `encoder.json` has it; None where none are read."""
+        """Identity of the encoder of the target vectors, from `encoder.json`; None without an encoder."""
         return self._identity
 
     @property
@@ -193,57 +193,57 @@ class Dataset:
         return self._keys[int(self._row_starts[i])].as_py()
 
     def find(self, keys: pa.Array) -> NDArray[np.int64]:
-        """Numbers of the images of these keys, -1 of one that is not there."""
-        own = self._keys.take(pa.array(self._row_starts[:-1])).combine_chunks()
-        found = pc.call_function("index_in", [keys], pc.SetLookupOptions(value_set=own))
-        return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        """Image number of each key; -1 for an unknown key."""
+        image_keys = self._keys.take(pa.array(self._row_starts[:-1])).combine_chunks()
+        numbers = pc.call_function("index_in", [keys], pc.SetLookupOptions(value_set=image_keys))
+        return numbers.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
 
     def source(self, i: int) -> str:
         return self._sources[self._source_of[i]]
 
     def sources(self) -> tuple[list[str], NDArray[np.int32]]:
-        """The distinct sources, and the number among them of each image's."""
+        """Distinct source names, and the index of each image's source among them."""
         return self._sources, self._source_of
 
     def group(self, i: int) -> str:
         return self._groups[int(self._row_starts[i])].as_py()
 
     def group_hashes(self) -> NDArray[np.int64]:
-        """A number for each image's group that follows from its name alone; 0 where it has none."""
+        """Hash of each image's group name, [len]; 0 for an image without a group."""
         names, codes = _codes(self._groups, self._row_starts[:-1])
         known = np.array([_text_hash(name) if name else 0 for name in names], np.int64)
         return known[codes]
 
     @property
     def splits(self) -> dict[str, int]:
-        """Images of each split. Where some are faulty, `info` still tells what was planned."""
+        """Number of images in each split, faulty images included; `info` has the planned counts."""
         codes, counts = np.unique(self._split_of, return_counts=True)
         return dict(sorted(zip((self._splits[c] for c in codes.tolist()), counts.tolist(), strict=True)))
 
     def split_codes(self) -> tuple[list[str], NDArray[np.int32]]:
-        """The distinct splits, and the number among them of each image's."""
+        """Distinct split names, and the index of each image's split among them."""
         return self._splits, self._split_of
 
     def rows(self, split: str) -> NDArray[np.int64]:
-        """Numbers of the images of a split, ascending.
+        """Ascending image numbers of a split.
 
         Raises:
-            UserError: the dataset has no such image.
+            UserError: the split is empty.
         """
-        wanted = [i for i, name in enumerate(self._splits) if name == split]
-        found = np.flatnonzero(np.isin(self._split_of, wanted))
-        if not len(found):
+        codes = [i for i, name in enumerate(self._splits) if name == split]
+        images = np.flatnonzero(np.isin(self._split_of, codes))
+        if not len(images):
             raise UserError(f"{self.root} has no image in the split {split!r}, only {self.splits}")
-        return found
+        return images
 
     @property
     def checksums(self) -> NDArray[np.uint32]:
-        """The crc32 of each image's bytes, as its index has it, [len]."""
+        """crc32 of each image's bytes, from the index: [len]."""
         return self._crcs
 
     @property
     def content_ids(self) -> NDArray[np.int64]:
-        """A number for each image's bytes, [len], as `content_hash` gives it. No image is read."""
+        """`content_hash` of each image's bytes, [len]; reads the index alone."""
         return content_hash(self._crcs, self._sizes)
 
     def captions(self, i: int) -> range:
@@ -272,7 +272,7 @@ class Dataset:
         return self._row_starts
 
     def prompt_hashes(self) -> NDArray[np.int64]:
-        """A number for each index row's prompt that follows from its normal form alone; one pass over the plan."""
+        """Hash of the normal form of each index row's prompt; one pass over the plan."""
         ids, hashes = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         _present(self._files, "prompts.parquet")
         with pq.ParquetFile(self._files.path("prompts.parquet")) as plan:
@@ -285,7 +285,7 @@ class Dataset:
         return np.concatenate(hashes)[firsts][np.searchsorted(all_ids, self._prompt_ids)]
 
     def prompt_sets(self) -> NDArray[np.int64]:
-        """A number for each image, the same where images have the same prompts."""
+        """Hash of each image's set of prompts, [len]."""
         if len(self._prompt_ids) == len(self):
             return self._prompt_ids
         # a sum of numbers drawn for each prompt does not ask for the captions' order
@@ -302,15 +302,15 @@ class Dataset:
 
     def caption_targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """The unit vectors of these index rows, [n, E]."""
-        found = np.empty((len(rows), self._width), np.float32)
+        vectors = np.empty((len(rows), self._width), np.float32)
         shard_of = np.searchsorted(self._shard_rows, rows, side="right") - 1
         for shard in np.unique(shard_of).tolist():
-            wanted = shard_of == shard
-            found[wanted] = self._vectors(shard)[rows[wanted] - self._shard_rows[shard]]
-        return found
+            in_shard = shard_of == shard
+            vectors[in_shard] = self._vectors(shard)[rows[in_shard] - self._shard_rows[shard]]
+        return vectors
 
     def mean_targets(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
-        """What `target` gives of each of these images, [n, E], in one go."""
+        """Mean target of each of these images, [n, E]; equals `target` of each."""
         firsts = self._row_starts[images]
         counts = self._row_starts[images + 1] - firsts
         total = self.caption_targets(firsts)
@@ -320,10 +320,10 @@ class Dataset:
         return total / counts[:, None].astype(np.float32)
 
     def _vectors(self, shard: int) -> NDArray[np.float32]:
-        """The vectors of a shard, mapped and not read."""
+        """Memory-mapped target vectors of a shard."""
         vectors = self._targets.get(shard)
         if vectors is None:
-            if len(self._targets) >= _MOST_TARGETS:
+            if len(self._targets) >= _MAX_MAPPED_TARGETS:
                 self._targets.pop(next(iter(self._targets)))
             path = self._files.path(self._target_names[shard])
             vectors = self._targets[shard] = np.load(path, mmap_mode="r", allow_pickle=False)
@@ -361,15 +361,15 @@ class Dataset:
         return data
 
     def _map(self, path: str, i: int) -> mmap.mmap:
-        if len(self._maps) >= _MOST_MAPPED:
+        if len(self._maps) >= _MAX_MAPPED_TARS:
             self._maps.pop(next(iter(self._maps))).close()
         with self._files.path(path).open("rb") as file:
-            found = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         if self._files.remote:
             offset = int(self._offsets[i])
-            self._refuse_another_tar(path, i, found[max(offset - tarfile.BLOCKSIZE, 0) : offset])
-        self._maps[path] = found
-        return found
+            self._refuse_another_tar(path, i, mapped[max(offset - tarfile.BLOCKSIZE, 0) : offset])
+        self._maps[path] = mapped
+        return mapped
 
     def _from_store(self, path: str, i: int) -> bytes:
         offset, size = int(self._offsets[i]), int(self._sizes[i])
@@ -379,22 +379,22 @@ class Dataset:
         return data[offset - first :]
 
     def _refuse_another_tar(self, path: str, i: int, header: bytes) -> None:
-        """What opening does for a local tar: a remote one's headers are looked at as it is read."""
+        """Check the tar header of image `i`; a local tar is checked when the dataset opens."""
         for problem in self._mismatch(path, i, header):
             raise UserError(problem)
 
     def _mismatch(self, path: str, i: int, header: bytes) -> list[str]:
-        """Says so where 512 bytes are not the header of image `i`."""
+        """Problem line if `header` (512 bytes) is not the tar header of image `i`."""
         try:
             if tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == self._sizes[i]:
                 return []
         except tarfile.HeaderError:
             pass
         where = f"no {self.key(i)} at {self._offsets[i]}"
-        return [f"{self.root / path} does not match its index: {where}; {self._remedy(path)}"]
+        return [f"{self.root / path} does not match its index: {where}; {self._hint(path)}"]
 
     def _cache_has_room(self) -> bool:
-        """Whether the cache can hold the tars that it lacks; True of a local folder, which needs none."""
+        """Whether the missing tars fit into the cache; True for a local folder."""
         missing = [path for path in self._paths if path.endswith(".tar") and not self._files.is_here(path)]
         if not missing:
             return True
@@ -411,66 +411,66 @@ class Dataset:
         return True
 
     def fingerprint(self) -> str:
-        """A hash of what the dataset is: its settings, plan and counts."""
+        """SHA-256 of `dataset.json`: settings, plan and counts."""
         return sha256(self._files.path("dataset.json"))
 
     def _check_images(self, table: pa.Table) -> list[str]:
-        found = []
+        problems = []
         missing = [] if self.partial else _missing(self._files, self.info)
         if missing:
             names = ", ".join(f"{n:06d}" for n in missing[:5]) + (", …" if len(missing) > 5 else "")
-            found.append(
+            problems.append(
                 f"{len(missing)} of {self.info['shards']} shards are missing ({names}): "
                 f"finish it by the python -m datagen command that began it"
             )
         elif table.num_rows > self.info["captions"] or (table.num_rows < self.info["captions"] and not self.partial):
-            found.append(
+            problems.append(
                 f"its index has {table.num_rows} rows, but dataset.json says {self.info['captions']}: "
                 f"shards of another dataset lie in it; copy it again"
             )
         for code, path in enumerate(self._paths):
             if not path.endswith(".tar"):
-                continue  # a folder's files are found missing one by one, as they are read
+                continue  # the reader reports missing files of a folder one by one
             images = np.flatnonzero(self._path_of == code)
-            found += self._check_tar(path, images[np.argsort(self._offsets[images])])
-        return found
+            problems += self._check_tar(path, images[np.argsort(self._offsets[images])])
+        return problems
 
     def _check_tar(self, path: str, images: NDArray[np.int64]) -> list[str]:
-        """Length of the tar, and of a local one the headers of its first and last image; `verify` reads all."""
+        """Check the length of a tar and, if local, the headers of its first and last image; `verify` reads all."""
         where, last = self.root / path, images[-1]
         need, have = int(self._offsets[last] + self._sizes[last]), self._files.size(path)
         if have is None:
-            return [f"{where} is missing; {self._remedy(path)}"]
+            return [f"{where} is missing; {self._hint(path)}"]
         if have < need:
-            return [f"{where} is cut off: {have} bytes, the index needs {need}; {self._remedy(path)}"]
+            return [f"{where} is truncated: {have} bytes, the index needs {need}; {self._hint(path)}"]
         if self._files.remote:
             return []
         with self._files.path(path).open("rb") as file:
             for i in (int(images[0]), int(last)):
                 file.seek(max(int(self._offsets[i]) - tarfile.BLOCKSIZE, 0))
-                found = self._mismatch(path, i, file.read(tarfile.BLOCKSIZE))
-                if found:
-                    return found
+                problems = self._mismatch(path, i, file.read(tarfile.BLOCKSIZE))
+                if problems:
+                    return problems
         return []
 
-    def _remedy(self, tar: str) -> str:
-        """For a tar that is missing, cut off or another one."""
+    def _hint(self, tar: str) -> str:
+        """How to repair a tar that is missing, truncated or of another dataset."""
         if tar.startswith("shards/"):
             index = self.root / f"{tar.removesuffix('.tar')}.parquet"
             return f"copy it again, or remove {index} and repeat the python -m datagen command"
-        return "copy it again, or index it anew: python -m datagen.index"
+        return "copy it again, or index it again: python -m datagen.index"
 
     def _open_targets(self, encoder: str, as_given: str) -> list[str]:
         folder = f"targets/{encoder}"
-        remedy = f"python -m datagen.targets out={self.root} encoder={as_given}"
+        hint = f"python -m datagen.targets out={self.root} encoder={as_given}"
         identity = find_encoder(self._files, encoder)
         if identity is None:
             others = ", ".join(self._files.names("targets"))
-            return [f"no vectors of {encoder}; write them: {remedy}" + (f" (there are: {others})" if others else "")]
+            return [f"no vectors of {encoder}; write them: {hint}" + (f" (there are: {others})" if others else "")]
         self._identity, self._width = identity, identity["width"]
         targets = [f"{folder}/{target_name(name)}" for name in index_names(self._files)]
         there = {f"{folder}/{name}" for name in self._files.names(folder)}
-        found = [f"{self.root / name} is missing; write it: {remedy}" for name in targets if name not in there]
+        problems = [f"{self.root / name} is missing; write it: {hint}" for name in targets if name not in there]
         rows_of = dict(zip(targets, np.diff(self._shard_rows).tolist(), strict=True))
         present = [name for name in targets if name in there]
         for name, path in zip(present, self._files.paths(present), strict=True):
@@ -478,21 +478,21 @@ class Dataset:
             try:
                 vectors = np.load(path, mmap_mode="r", allow_pickle=False)
             except ARRAY_ERRORS as error:
-                found.append(f"{where} cannot be read ({error}); remove it and write it anew: {remedy}")
+                problems.append(f"{where} cannot be read ({error}); remove it and write it again: {hint}")
                 continue
             if list(vectors.shape) != expected or vectors.dtype != np.float32:
-                found.append(
+                problems.append(
                     f"{where} is {vectors.dtype} {list(vectors.shape)}, expected float32 {expected}; "
-                    f"remove it and write it anew: {remedy}"
+                    f"remove it and write it again: {hint}"
                 )
                 continue
             self._target_names.append(name)
-        return found
+        return problems
 
 
 @functools.cache
 def _report_unknown_settings(root: str, encoder: str) -> None:
-    """Once per dataset and process."""
+    """Warn once per dataset and process."""
     log.warning(
         "%s/targets/%s: encoder.json does not record the encoder's settings (an earlier version wrote it), so nothing "
         "shows whether these vectors are what the encoder gives now. Check and record it: python -m datagen.targets "
@@ -506,9 +506,9 @@ def _reopened(root: Place, encoder: str | None, whole: bool, partial: bool, file
 
 
 def read_notes(root: Place, number: int) -> dict[str, dict[str, Any]]:
-    """What the renderer noted of the images of shard `number`, such as {"redrawn": "fp32"}: key → note, if any.
+    """Renderer notes of the images of shard `number`, such as {"redrawn": "fp32"}: key → note.
 
-    A remote tar is not fetched for this: of one that is not in the cache, nothing is told.
+    A remote tar that is not in the cache is not fetched; its notes are left out.
 
     Raises:
         UserError: the tar is damaged.
@@ -531,7 +531,7 @@ def read_notes(root: Place, number: int) -> dict[str, dict[str, Any]]:
 
 
 def missing_shards(root: Place, info: Mapping[str, Any]) -> list[int]:
-    """Numbers of the shards that are planned and not committed, as of now."""
+    """Numbers of the planned shards that are not committed yet."""
     return _missing(Files(root), info)
 
 
@@ -549,13 +549,13 @@ def target_name(index_name: str) -> str:
 
 
 def _info(files: Files) -> dict[str, Any]:
-    info = _json(files, "dataset.json", "make the dataset anew")
+    info = _json(files, "dataset.json", "create the dataset again")
     if not isinstance(info, dict):
-        raise UserError(f"{files.root / 'dataset.json'} is damaged: it is not an object; make the dataset anew")
+        raise UserError(f"{files.root / 'dataset.json'} is damaged: it is not an object; create the dataset again")
     if info.get("schema") != SCHEMA:
         raise UserError(
             f"{files.root / 'dataset.json'}: schema {info.get('schema')!r}, but this version reads {SCHEMA}; "
-            f"make the dataset anew"
+            f"create the dataset again"
         )
     return info
 
@@ -567,14 +567,14 @@ def load_plan(files: Files) -> pa.Table:
 
 def find_encoder(files: Files, name: str) -> dict[str, Any] | None:
     path = f"targets/{name}/encoder.json"
-    return None if files.size(path) is None else _json(files, path, "remove its folder and write the vectors anew")
+    return None if files.size(path) is None else _json(files, path, "remove its folder and write the vectors again")
 
 
-def _json(files: Files, name: str, remedy: str) -> dict[str, Any]:
+def _json(files: Files, name: str, hint: str) -> dict[str, Any]:
     try:
         return parse_json(_present(files, name).read_text())
     except ValueError as error:
-        raise UserError(f"{files.root / name} is damaged ({error}); copy it again, or {remedy}") from error
+        raise UserError(f"{files.root / name} is damaged ({error}); copy it again, or {hint}") from error
 
 
 def _present(files: Files, name: str) -> Path:
@@ -600,7 +600,7 @@ def _read_tables(files: Files, names: list[str], schema: pa.Schema) -> list[pa.T
 
 
 def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str], NDArray[np.int32]]:
-    """The distinct values of a column, and each row's number among them."""
+    """Distinct values of a column, and the index of each row's value among them."""
     encoded = column.combine_chunks().dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()[rows]
 

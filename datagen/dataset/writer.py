@@ -32,7 +32,7 @@ def write_table(path: Place, table: pa.Table) -> None:
 
 
 def write_plan(root: Place, plan: pa.Table, info: Mapping[str, Any]) -> None:
-    """Commits the plan: `prompts.parquet`, then `dataset.json` with its hash, its counts and `info`."""
+    """Commit the plan: write `prompts.parquet`, then `dataset.json` with its hash, its counts and `info`."""
     buffer = io.BytesIO()
     pq.write_table(plan, buffer, compression="zstd")
     write_atomically(root / "prompts.parquet", lambda file: file.write(buffer.getbuffer()))
@@ -53,16 +53,16 @@ def write_plan(root: Place, plan: pa.Table, info: Mapping[str, Any]) -> None:
 def write_shard(
     root: Place, number: int, plan: pa.Table, images: Iterable[tuple[bytes, Mapping[str, Any]]], suffix: str
 ) -> None:
-    """Writes shard `number`: the tar, then its index, which commits it.
+    """Write shard `number`: the tar, then its index, which commits it.
 
     Args:
         plan: the shard's rows of `prompts.parquet`, one image a row.
-        images: in the plan's order, each encoded and with a note, plain JSON, that joins its .json. A "fault" in it
-            puts the image into the split "faulty".
-        suffix: of the images, with its dot.
+        images: encoded images in the order of the plan, each with a note (plain JSON) that is added to its .json. An
+            image whose note has a "fault" goes into the split "faulty".
+        suffix: file suffix of the images, with the dot.
 
     Raises:
-        UserError: no room, no right or no way to write; the shard is not committed.
+        UserError: the disk is full or not writable; the shard is not committed.
         ValueError: a note would replace what the plan says, or there are not as many images as rows.
     """
     name = f"shards/{number:06d}"
@@ -110,24 +110,24 @@ def write_targets(
     tick: Callable[[int], object],
     numbers: Collection[int] | None = None,
 ) -> int:
-    """Writes the vectors of every shard that lacks them, a file a shard, and returns how many rows it wrote.
+    """Write the vectors of every shard that lacks them, one file per shard; return the number of rows written.
 
     Args:
-        numbers: of the shards to see to; None takes all.
-        identity: of the encoder, as `datagen.dataset.encoder_identity.describe` gives it; recorded in encoder.json.
+        numbers: shards to write; None for all.
+        identity: identity of the encoder by `datagen.dataset.encoder_identity.describe`; recorded in encoder.json.
         encode: n texts → unit vectors [n, E].
-        tick: told the rows of each shard, written or found.
+        tick: called with the number of rows of each shard, also if its vectors exist.
 
     Raises:
-        UserError: the vectors that are there are not those that this encoder gives. Where their encoder.json lacks the
-            settings, or is missing, some prompts of every file are encoded again and compared.
+        UserError: the existing vectors were written by another encoder. If encoder.json is missing or lacks the
+            settings, some prompts of every file are encoded again and compared.
     """
     files = Files(root)
     folder = f"targets/{identity['name']}"
-    there = find_encoder(files, identity["name"])
+    recorded = find_encoder(files, identity["name"])
     plan = load_plan(files)
     prompts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
-    if there != dict(identity):
+    if recorded != dict(identity):
         present = set(files.names(folder))
         names = [name for name in index_names(files) if target_name(name) in present]
         stored = zip(
@@ -136,25 +136,25 @@ def write_targets(
             files.paths(f"shards/{name}" for name in names),
             strict=True,
         )
-        refuse_stale_vectors(root, there, identity, stored, prompts, encode)
+        refuse_stale_vectors(root, recorded, identity, stored, prompts, encode)
         write_json(root / folder / "encoder.json", dict(identity))
     remove_parts(root / folder)
-    written = set(files.names(folder))
+    existing = set(files.names(folder))
     indices = [n for n in index_names(files) if numbers is None or int(n.partition(".")[0]) in numbers]
-    wrote = 0
+    written_rows = 0
     for name, path in zip(indices, files.paths(f"shards/{name}" for name in indices), strict=True):
         ids = pq.read_table(path, columns=["prompt_id"])["prompt_id"].to_numpy()
         target = target_name(name)
-        if target not in written:
+        if target not in existing:
             distinct, back = np.unique(ids, return_inverse=True)
             buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
             np.save(buffer, encode([prompts[i] for i in distinct.tolist()])[back])
             write_atomically(root / folder / target, lambda file, b=buffer: file.write(b.getbuffer()))
-            wrote += len(ids)
+            written_rows += len(ids)
         tick(len(ids))
-    return wrote
+    return written_rows
 
 
 def write_foreign_index(root: Place, number: int, rows: Mapping[str, Sequence[Any]]) -> None:
-    """Writes the index of images that lie elsewhere; `rows` holds the columns of `INDEX`."""
+    """Write the index of images that are stored elsewhere; `rows` holds the columns of `INDEX`."""
     write_table(root / f"shards/{number:06d}.parquet", pa.table(dict(rows), schema=INDEX))

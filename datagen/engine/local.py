@@ -1,4 +1,4 @@
-"""Processes of this machine that render shards: one that dies is started anew, and its shard is tried again."""
+"""Local engine: worker processes of this machine. A worker that dies is restarted, and its shard is retried."""
 
 import contextlib
 import multiprocessing
@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from core.errors import UserError
 from datagen.config import DatagenSettings
-from datagen.engine.worker import Event, Queue, Ticks, Tries, answer
+from datagen.engine.worker import Event, ProgressCounter, Queue, ShardRenderer, answer
 from datagen.renderers.base import Renderer
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ class _Worker:
 
 
 class Local:
-    """The engine of one machine: a process a GPU, or a process a core for a renderer of one core."""
+    """Engine of one machine: one process per GPU, or one per core for a single-core renderer."""
 
     def __init__(self, cfg: DatagenSettings, renderer: Renderer) -> None:
         self._cfg, self._renderer = cfg, renderer
@@ -55,8 +55,8 @@ class Local:
         self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
     ) -> Iterator[Event]:
         if min(self.places, len(todo)) == 1 and not self.on_gpu:
-            return self._here(todo, rows_of, Ticks(tick))
-        return self._in_processes(todo, rows_of, Ticks(tick))
+            return self._in_this_process(todo, rows_of, ProgressCounter(tick))
+        return self._in_processes(todo, rows_of, ProgressCounter(tick))
 
     def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
         if not self.on_gpu:
@@ -70,25 +70,27 @@ class Local:
         worker.process.start()
         theirs.close()
         try:
-            found = ours.recv()
+            result = ours.recv()
         except EOFError as error:
             worker.process.join()
             raise UserError(
-                f"the process that tried the renderer ended with exit code {worker.process.exitcode}, perhaps for want "
+                f"the process that tried the renderer ended with exit code {worker.process.exitcode}, perhaps out "
                 f"of memory"
             ) from error
         finally:
             _stop([worker])
-        if isinstance(found, Exception):
-            raise found
-        return found
+        if isinstance(result, Exception):
+            raise result
+        return result
 
-    def _here(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
-        """In this process: a renderer that has all cores, or a single core, needs no other."""
-        queue, tried = Queue(todo, self._cfg.retries), Tries(self._cfg, self._renderer)
+    def _in_this_process(
+        self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: ProgressCounter
+    ) -> Iterator[Event]:
+        """Render in the main process, if one worker is enough and no GPU is used."""
+        queue, render = Queue(todo, self._cfg.retries), ShardRenderer(self._cfg, self._renderer)
         while queue:
             number = queue.next()
-            event = tried(number, rows_of(number), partial(ticks.add, number))
+            event = render(number, rows_of(number), partial(ticks.add, number))
             if isinstance(event, UserError):
                 raise event
             if event.kind == "failed":
@@ -96,7 +98,9 @@ class Local:
                 event = queue.failed(event)
             yield event
 
-    def _in_processes(self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: Ticks) -> Iterator[Event]:
+    def _in_processes(
+        self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: ProgressCounter
+    ) -> Iterator[Event]:
         queue = Queue(todo, self._cfg.retries)
         workers = [_start(self._cfg, environment) for environment in self._environments[: len(todo)]]
         try:
@@ -142,7 +146,7 @@ def _send(worker: _Worker, number: int, rows: pa.Table) -> None:
 
 
 def _receive(worker: _Worker) -> Event | tuple[int, int] | None:
-    """An event, or a shard and the images rendered of it."""
+    """Receive an event, or (shard, number of images just rendered); None if an idle worker died."""
     try:
         message = worker.pipe.recv()
     except (EOFError, OSError):
@@ -201,15 +205,15 @@ def _answer(
 
 def _run(cfg: DatagenSettings, environment: dict[str, str], pipe: Connection) -> None:
     _start_process(environment)
-    tried = Tries(cfg)
+    render = ShardRenderer(cfg)
     while True:
         try:
             number, rows = pipe.recv()
         except EOFError:
             return  # the parent is gone
-        found = tried(number, rows, lambda n, number=number: pipe.send((number, n)))
-        pipe.send(found)
-        if isinstance(found, UserError) or found.kind == "failed":
+        result = render(number, rows, lambda n, number=number: pipe.send((number, n)))
+        pipe.send(result)
+        if isinstance(result, UserError) or result.kind == "failed":
             return
 
 

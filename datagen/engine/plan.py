@@ -1,4 +1,4 @@
-"""Prompts → the plan: what `python -m datagen` decides before any pixel is drawn.
+"""Plan of a dataset: prompts, splits, seeds and order, decided before any image is rendered.
 
 The plan holds a row an image: its key, prompt, split and seed. Everything after it is a function of the plan.
 """
@@ -29,7 +29,7 @@ _ROWS = 1 << 20  # rows of the plan made at a time: a column of strings holds no
 
 
 def identity(cfg: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
-    """All that decides the dataset's bytes, as plain JSON."""
+    """Settings that decide the bytes of the dataset, as plain JSON."""
     keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
     values = {k: v for k, v in dataclasses.asdict(cfg).items() if k in keys}
     values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
@@ -59,7 +59,7 @@ def differences(there: dict[str, Any], here: dict[str, Any], where: str = "") ->
 
 
 def curated_prompts(cfg: DatagenSettings, renderer: Renderer, work: Path | None = None) -> Curated:
-    """The prompts of the dataset and their sides.
+    """Curate the prompts of the dataset and split them.
 
     Args:
         work: folder of what is done, from which a killed run goes on; the caller removes it once the plan is committed.
@@ -100,7 +100,7 @@ def count(cfg: DatagenSettings, curated: Curated) -> int:
 
 
 def plan_table(cfg: DatagenSettings, curated: Curated) -> pa.Table:
-    """A row an image, validation spread evenly among training so that every shard has its part of both."""
+    """Plan with one row per image; validation is spread evenly, so that every shard has its share of both splits."""
     prompts = pa.concat_tables([curated.train, curated.val]).combine_chunks()
     order = np.random.default_rng([cfg.seed, 1]).permutation(len(prompts))
     is_val = order >= len(curated.train)
@@ -125,7 +125,7 @@ def plan_table(cfg: DatagenSettings, curated: Curated) -> pa.Table:
 
 
 def image_seeds(seed: int, prompts: int, per_prompt: int) -> NDArray[np.int64]:
-    """Every image's own seed, 0 to 2³¹ − 1: [prompts, per_prompt].
+    """Seed of every image, 0 to 2³¹ − 1: [prompts, per_prompt].
 
     Philox counts: the n-th prompt's k-th seed depends on `seed`, n and k alone, not on how many there are of either.
     """
@@ -133,7 +133,7 @@ def image_seeds(seed: int, prompts: int, per_prompt: int) -> NDArray[np.int64]:
     return np.stack(drawn, axis=1).astype(np.int64)
 
 
-def tell(cfg: DatagenSettings, curated: Curated) -> None:
+def log_plan(cfg: DatagenSettings, curated: Curated) -> None:
     log.info(
         "prompts: %s drawn, %s train, %s val",
         *map("{:,}".format, (curated.drawn, len(curated.train), len(curated.val))),

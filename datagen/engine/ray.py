@@ -1,4 +1,4 @@
-"""The same shards on Ray: a laptop's own, or a cluster of any size.
+"""Ray engine: renders shards on a cluster, or on a Ray that is started on this machine.
 
     python -m datagen engine=ray                                         Ray on this machine, an actor a GPU or core
     python -m datagen engine=ray ray_address=auto out=s3://bucket/sd2    the cluster that this machine belongs to
@@ -27,35 +27,35 @@ from core.paths import ROOT
 from core.store import remove_parts
 from datagen.config import DatagenSettings
 from datagen.dataset.reader import is_committed
-from datagen.engine.worker import Event, Queue, Ticks, Tries, answer
+from datagen.engine.worker import Event, ProgressCounter, Queue, ShardRenderer, answer
 from datagen.renderers.base import Renderer
 
 T = TypeVar("T")
-_LOOK_S = 1.0  # between two looks at the actors' progress
-_NO_PLACE_S = 60  # without any actor at work before it is told
+_POLL_S = 1.0  # between two polls of the actors' progress
+_NO_PLACE_S = 60  # without any running actor before a warning
 log = logging.getLogger(__name__)
 # what of the project's folder the nodes do not need
 _NOT_SENT = [".git", ".venv", "data", "checkpoints", "bundle", "tests", "wandb", "*.ckpt", "*.safetensors", "*.tar"]
 
 
 class _Actor:
-    """Renders shards in a process of the cluster; asked for its progress while it does."""
+    """Ray actor that renders shards; reports its progress concurrently."""
 
     def __init__(self, cfg: DatagenSettings) -> None:
-        self._tried = Tries(cfg)
+        self._render_shard = ShardRenderer(cfg)
         self._rendered = 0
         remove_parts(cfg.out)  # of an actor that was killed on this machine
 
     def render(self, number: int, rows: pa.Table) -> Event | UserError:
         self._rendered = 0
-        return self._tried(number, rows, self._tick)
+        return self._render_shard(number, rows, self._tick)
 
     def _tick(self, images: int) -> None:
         self._rendered += images
 
-    @ray.method(concurrency_group="looks")
+    @ray.method(concurrency_group="progress")
     def rendered(self) -> int:
-        """Images of the shard in hand."""
+        """Number of images of the current shard that are rendered."""
         return self._rendered
 
 
@@ -63,12 +63,12 @@ class _Actor:
 class _Worker:
     actor: Any
     starts: Any
-    """The answer that comes once it has found a place in the cluster; then None."""
+    """Reference that is ready once the cluster has scheduled the actor; then None."""
     shard: int | None = None
     seen: int = 0
-    """Images of the shard that were ticked."""
-    look: Any = None
-    """The question after its progress that is under way."""
+    """Images of the current shard that the progress bar has counted."""
+    poll: Any = None
+    """Pending progress request."""
 
 
 class Cluster:
@@ -101,34 +101,34 @@ class Cluster:
 
     def _start(self) -> _Worker:
         remote: Any = ray.remote  # its annotations know no option of these
-        actor = remote(concurrency_groups={"looks": 1})(_Actor)
+        actor = remote(concurrency_groups={"progress": 1})(_Actor)
         started = actor.options(**self._needs()).remote(self._cfg)
         return _Worker(started, started.rendered.remote())
 
     def render(
         self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
     ) -> Iterator[Event]:
-        ticks = Ticks(tick)
+        ticks = ProgressCounter(tick)
         queue = Queue(todo, self._cfg.retries)
         workers = [self._start() for _ in range(min(self.places, len(todo)))]
         running: dict[Any, _Worker] = {}
-        began, told = time.monotonic(), False
+        began, warned = time.monotonic(), False
         try:
             while queue or running:
                 for worker in workers:  # a shard waits for no actor that waits for a place
                     if queue and worker.shard is None and worker.starts is None:
                         worker.shard, worker.seen = queue.next(), 0
                         running[worker.actor.render.remote(worker.shard, rows_of(worker.shard))] = worker
-                if not running and not told and time.monotonic() - began > _NO_PLACE_S:
+                if not running and not warned and time.monotonic() - began > _NO_PLACE_S:
                     log.warning("no worker has found a place in the cluster yet: each needs %s", self._needs())
-                    told = True
+                    warned = True
                 starting = [w.starts for w in workers if w.starts is not None]
-                ended, _ = ray.wait([*running, *starting], timeout=_LOOK_S)
+                ended, _ = ray.wait([*running, *starting], timeout=_POLL_S)
                 for worker in workers:
                     if worker.starts in ended:
                         worker.starts = None  # one that could not start fails at its first shard
                 for worker in running.values():
-                    _look(worker, ticks)
+                    _poll_progress(worker, ticks)
                 for reference in [r for r in ended if r in running]:
                     worker = running.pop(reference)
                     event = self._event(reference, worker, ticks)
@@ -141,8 +141,8 @@ class Cluster:
             for worker in workers:
                 ray.kill(worker.actor)
 
-    def _event(self, reference: Any, worker: _Worker, ticks: Ticks) -> Event:
-        """What became of the shard in hand, and the bar set right."""
+    def _event(self, reference: Any, worker: _Worker, ticks: ProgressCounter) -> Event:
+        """Event of a finished shard; corrects the progress bar."""
         number = worker.shard
         if number is None:
             raise ValueError("a worker without a shard")
@@ -161,23 +161,23 @@ class Cluster:
             ticks.add(number, event.report["pictures"] - worker.seen)
         else:
             ticks.take_back(number)
-        worker.shard, worker.look = None, None
+        worker.shard, worker.poll = None, None
         return event
 
 
-def _look(worker: _Worker, ticks: Ticks) -> None:
-    """Ticks what the worker has rendered since the last look; asks again without waiting for the answer."""
-    if worker.look is not None and worker.shard is not None:
-        if not ray.wait([worker.look], timeout=0)[0]:
+def _poll_progress(worker: _Worker, ticks: ProgressCounter) -> None:
+    """Add the images rendered since the last poll; send the next request without waiting for its answer."""
+    if worker.poll is not None and worker.shard is not None:
+        if not ray.wait([worker.poll], timeout=0)[0]:
             return
         try:
-            rendered: Any = ray.get(worker.look)
+            rendered: Any = ray.get(worker.poll)
         except RayError:
-            return  # `_event` tells of it
+            return  # `_event` reports it
         if rendered > worker.seen:
             ticks.add(worker.shard, rendered - worker.seen)
             worker.seen = rendered
-    worker.look = worker.actor.rendered.remote()
+    worker.poll = worker.actor.rendered.remote()
 
 
 def _connect(cfg: DatagenSettings) -> None:
@@ -210,7 +210,7 @@ def _connect(cfg: DatagenSettings) -> None:
 
 
 def _absolute(cfg: DatagenSettings) -> DatagenSettings:
-    """The settings with the paths that a process in another folder would not find made absolute."""
+    """Settings with absolute paths, so that actors in other working directories find the files."""
     renderer = cfg.renderer
     model = getattr(renderer, "model", None)
     if model is not None and Path(model).expanduser().exists():

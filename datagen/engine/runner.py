@@ -1,4 +1,4 @@
-"""Plan → render → commit → resume: what `python -m datagen` does once its settings are read.
+"""Run of `python -m datagen`: plan, render, commit, resume.
 
 The plan decides everything before any pixel. A shard is the unit of work: it is rendered, written and committed whole,
 so a run killed at any moment and started again gives the same bytes as one never killed. Timings and failures go to
@@ -42,8 +42,8 @@ log = logging.getLogger(__name__)
 
 _GPU_TFLOPS = 240  # assumed of a GPU that is not here: .30 of an H100's 790 in a large bf16 matrix product
 _LONGEST_UNASKED_S = 24 * 3600  # without a GPU, a run longer than this wants force=true
-_MOST_FAILED_IN_A_ROW = 5  # shards set aside with none done between them: the rest would fail too
-_WAIT_S, _TELL_S = 5, 600  # between two looks for the plan that another part writes; between two words on it
+_MOST_FAILED_IN_A_ROW = 5  # shards that failed with no success between them: the rest would fail too
+_WAIT_S, _LOG_EVERY_S = 5, 600  # between two checks for the plan of part 1; between two log lines
 _NOTES = {
     "redrawn": "black, constant or NaN at first, good when drawn again at higher precision",
     "constant": "constant at the highest precision too, and kept",
@@ -54,15 +54,15 @@ _NOTES = {
 
 
 def generate(cfg: DatagenSettings) -> int:
-    """Makes, or goes on making, the dataset `chosen.out`; returns the exit code."""
+    """Create or resume the dataset `cfg.out`; return the exit code."""
     with _sigterm_as_ctrl_c():
         renderer = make_renderer(cfg)
         engine = _engine(cfg, renderer)
         if cfg.dry_run:
             with TemporaryDirectory() as work:
                 curated = plans.curated_prompts(cfg, renderer, Path(work))
-            plans.tell(cfg, curated)
-            _tell_cost(cfg, engine, plans.count(cfg, curated))
+            plans.log_plan(cfg, curated)
+            _log_cost(cfg, engine, plans.count(cfg, curated))
             return 0
         return _generate(cfg, renderer, engine)
 
@@ -81,11 +81,11 @@ def _generate(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> int:
     if todo:
         _refuse_days(cfg, engine, sum(_shard_length(info, cfg, n) for n in todo))
         renderer.batch_size = info["batch_size"]
-        cfg = _as_begun(cfg, info)
+        cfg = _with_recorded_settings(cfg, info)
         failed = _render(cfg, _engine(cfg, renderer), info, mine, todo)
     if cfg.encoder is not None:
         write_missing_targets(cfg.out, TargetEncoder(cfg.encoder), set(mine))
-    _tell_end(cfg, info, failed)
+    _log_end(cfg, info, failed)
     return 1 if failed else 0
 
 
@@ -99,7 +99,7 @@ def _engine(cfg: DatagenSettings, renderer: Renderer) -> Engine:
 
 @contextmanager
 def _sigterm_as_ctrl_c() -> Iterator[None]:
-    """SIGTERM, as schedulers send it, drops the shards in hand like Ctrl-C; the same command resumes."""
+    """Handle SIGTERM, which schedulers send, like Ctrl-C: drop unfinished shards; the same command resumes."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -118,7 +118,7 @@ def _sigterm_as_ctrl_c() -> Iterator[None]:
 
 
 def _open_or_plan(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> dict[str, Any]:
-    """The committed `dataset.json`, written now if there is none.
+    """Return the committed `dataset.json`; plan the dataset and write it if there is none.
 
     Raises:
         UserError: the folder holds something else.
@@ -141,14 +141,14 @@ def _open_or_plan(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> d
             )
         remove_parts(out)
         return info
-    left = (".prompts.parquet.", ".dataset.json.")  # temporary names of a run killed in its first seconds
-    strangers = [n for n in list_folder(out) if not n.startswith(left) and not is_plan_file(out / n)]
-    if strangers:
-        raise UserError(f"{out} is not empty and holds no dataset ({strangers[0]}, …); choose another out=")
+    temporary = (".prompts.parquet.", ".dataset.json.")  # temporary names of a run killed in its first seconds
+    unexpected = [n for n in list_folder(out) if not n.startswith(temporary) and not is_plan_file(out / n)]
+    if unexpected:
+        raise UserError(f"{out} is not empty and holds no dataset ({unexpected[0]}, …); choose another out=")
     remove_parts(out)
     work = beside(out, ".curation")
     curated = plans.curated_prompts(cfg, renderer, work)
-    plans.tell(cfg, curated)
+    plans.log_plan(cfg, curated)
     images = plans.count(cfg, curated)
     _refuse_days(cfg, engine, images)
     plan = plans.plan_table(cfg, curated)
@@ -170,25 +170,25 @@ def _batch_size(_: DatagenSettings, renderer: Renderer) -> int:
     return renderer.find_batch_size()
 
 
-def _as_begun(cfg: DatagenSettings, info: dict[str, Any]) -> DatagenSettings:
-    """The settings with what they left open as the dataset was begun: no worker finds it out anew, and otherwise."""
-    told = info["settings"]["renderer"] | {"batch_size": info["batch_size"]}
+def _with_recorded_settings(cfg: DatagenSettings, info: dict[str, Any]) -> DatagenSettings:
+    """Settings with the automatic values (batch size, device, precision, revision) that `dataset.json` records."""
+    recorded = info["settings"]["renderer"] | {"batch_size": info["batch_size"]}
     left_open = {
-        key: told[key]
+        key: recorded[key]
         for key in ("batch_size", "device", "precision", "revision")
-        if getattr(cfg.renderer, key, "") in (None, "auto") and told.get(key) is not None
+        if getattr(cfg.renderer, key, "") in (None, "auto") and recorded.get(key) is not None
     }
     return dataclasses.replace(cfg, renderer=dataclasses.replace(cfg.renderer, **left_open))
 
 
 def _wait_for_plan(cfg: DatagenSettings) -> None:
-    """Part 1 plans for all: the plan of millions is not made n times, nor written by two at once."""
+    """Wait until part 1 has written the plan, which all parts share."""
     path = cfg.out / "dataset.json"
-    told = -math.inf
+    logged_at = -math.inf
     while not is_dataset(cfg.out):
-        if time.monotonic() - told > _TELL_S:
+        if time.monotonic() - logged_at > _LOG_EVERY_S:
             log.info("part=%s: waiting for part 1 to write %s", cfg.part, path)
-            told = time.monotonic()
+            logged_at = time.monotonic()
         time.sleep(_WAIT_S)
 
 
@@ -200,7 +200,7 @@ def _part(cfg: DatagenSettings) -> tuple[int, int]:
 # ------------------------------------------------------------------------------------------------------------- cost
 
 
-def _tell_cost(cfg: DatagenSettings, engine: Engine, images: int) -> None:
+def _log_cost(cfg: DatagenSettings, engine: Engine, images: int) -> None:
     log.info("images: %s of %d px", f"{images:,}", cfg.renderer.size)
     if engine.on_gpu:
         seconds = engine.ask(partial(_measured_seconds, images))
@@ -219,7 +219,7 @@ def _tell_cost(cfg: DatagenSettings, engine: Engine, images: int) -> None:
 
 
 def _refuse_days(cfg: DatagenSettings, engine: Engine, images: int) -> None:
-    """Stops a run that would take days where a GPU is meant to do it, or that the disk cannot hold."""
+    """Refuse a run that would take days on a CPU, or that does not fit on the disk."""
     need, free = _disk_bytes(cfg, images), _free(cfg.out)
     if free is not None and need > free:
         raise UserError(
@@ -256,7 +256,7 @@ def _disk_bytes(cfg: DatagenSettings, images: int) -> float:
 
 
 def _free(out: Location) -> int | None:
-    """Bytes free where the dataset will lie; None of a URL, whose owner knows."""
+    """Free bytes at the location of the dataset; None for a URL."""
     place = located(out)
     return free_bytes(place) if isinstance(place, Path) else None
 
@@ -274,7 +274,7 @@ def _duration(seconds: float) -> str:
 def _render(
     cfg: DatagenSettings, engine: Engine, info: dict[str, Any], mine: list[int], todo: list[int]
 ) -> dict[int, str]:
-    """Renders the shards `todo`; returns those that failed and why."""
+    """Render the shards `todo`; return failed shard → error."""
     plan = read_plan(cfg.out)
 
     def rows_of(number: int) -> pa.Table:
@@ -316,7 +316,7 @@ def _shard_length(info: dict[str, Any], cfg: DatagenSettings, number: int) -> in
     return min(cfg.shard_size, info["pictures"] - number * cfg.shard_size)
 
 
-def _tell_end(cfg: DatagenSettings, info: dict[str, Any], failed: dict[int, str]) -> None:
+def _log_end(cfg: DatagenSettings, info: dict[str, Any], failed: dict[int, str]) -> None:
     missing = len(missing_shards(cfg.out, info))
     for number, error in sorted(failed.items()):
         log.error("shard %06d is missing after %d tries: %s", number, cfg.retries + 1, error)

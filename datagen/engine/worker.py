@@ -1,4 +1,4 @@
-"""One shard, the unit of work: rendered, encoded, written and committed whole, wherever it is done.
+"""Render one shard: draw its images, encode them, write and commit the shard. Every engine runs this code.
 
 A shard is a function of its plan rows and the renderer's settings: not of the process, the machine, or where a run
 resumed.
@@ -27,43 +27,43 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """What became of a shard."""
+    """Result of one attempt to render a shard."""
 
     kind: Literal["done", "failed"]
     shard: int
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """done: what `render_shard` returned."""
+    """Return value of `render_shard` (kind "done")."""
     error: str = ""
-    """failed: its last line names the error, those before it where it was raised."""
+    """Traceback, the error in its last line (kind "failed")."""
     last: bool = False
-    """failed: it is not tried again."""
+    """Whether no retry follows (kind "failed")."""
 
 
 class Engine(Protocol):
-    """Where shards are rendered: this machine's processes (`pool.Local`) or a cluster's (`cluster.Cluster`)."""
+    """Where shards are rendered: this machine's processes (`local.Local`) or a cluster's (`ray.Cluster`)."""
 
     places: int
-    """Shards rendered at once."""
+    """Number of shards rendered at the same time."""
 
     on_gpu: bool
 
     def render(
         self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], tick: Callable[[int], object]
     ) -> Iterator[Event]:
-        """Renders shards. A failing one is tried `retries` times more; the last of its `failed` events says so.
+        """Render shards; retry a failing shard up to `retries` times. The event of its last attempt has `last` set.
 
         Args:
             todo: numbers of the shards.
             rows_of: a shard's rows of the plan.
-            tick: told how many images more are rendered; less than none when a shard has failed.
+            tick: called with the number of images just rendered; negative if a shard failed.
 
         Raises:
-            UserError: what no second try mends, such as a full disk.
+            UserError: an error that a retry cannot fix, such as a full disk.
         """
         ...
 
     def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
-        """`question(settings, renderer)`, answered where shards are rendered, and all memory it took given back."""
+        """Call `question(settings, renderer)` on a worker, release the worker's memory and return the result."""
         ...
 
 
@@ -86,7 +86,7 @@ def make_renderer(cfg: DatagenSettings) -> Renderer:
 
 
 class Queue:
-    """Shards to render, those that failed first; each is tried `retries` times more."""
+    """Queue of shards with retries: a failed shard comes first again, up to `retries` times."""
 
     def __init__(self, todo: Sequence[int], retries: int) -> None:
         self._todo, self._retries = deque(todo), retries
@@ -99,7 +99,7 @@ class Queue:
         return self._todo.popleft()
 
     def failed(self, event: Event) -> Event:
-        """`event`, saying whether it was the last try; if not, the shard is next."""
+        """Return `event` with `last` set after the last attempt; otherwise put the shard at the front of the queue."""
         self._failed[event.shard] += 1
         last = self._failed[event.shard] > self._retries
         if not last:
@@ -107,14 +107,14 @@ class Queue:
         return dataclasses.replace(event, last=last)
 
 
-class Tries:
-    """Renders shards one after the other, with a renderer that is made at the first."""
+class ShardRenderer:
+    """Callable that renders shards one after another; it builds its renderer at the first call."""
 
     def __init__(self, cfg: DatagenSettings, renderer: Renderer | None = None) -> None:
         self._cfg, self._renderer = cfg, renderer
 
     def __call__(self, number: int, rows: pa.Table, tick: Callable[[int], object]) -> Event | UserError:
-        """What became of `render_shard`; a `UserError` is what no second try mends."""
+        """Run `render_shard`; return its event, or the `UserError` that a retry cannot fix."""
         try:
             self._renderer = self._renderer or make_renderer(self._cfg)
             return Event("done", number, report=render_shard(self._cfg, self._renderer, number, rows, tick))
@@ -126,8 +126,8 @@ class Tries:
             return Event("failed", number, error=traceback.format_exc().strip())
 
 
-class Ticks:
-    """Images rendered of each shard, so that those of one that fails can be taken back."""
+class ProgressCounter:
+    """Progress by shard: images of a shard that fails are subtracted from the total."""
 
     def __init__(self, tick: Callable[[int], object]) -> None:
         self._tick = tick
@@ -144,27 +144,27 @@ class Ticks:
 def render_shard(
     cfg: DatagenSettings, renderer: Renderer, number: int, rows: pa.Table, tick: Callable[[int], object]
 ) -> dict[str, Any]:
-    """Renders the plan's `rows` and commits them as shard `number`.
+    """Render `rows` of the plan and commit them as shard `number`.
 
     Args:
-        tick: told the images of each batch.
+        tick: called with the number of images of each batch.
 
     Returns:
-        Plain JSON for the log: shard, images, seconds, and under notes how often each was made of an image.
+        Plain JSON for the log: shard, images, seconds, and under notes the number of images with each note.
     """
     began = time.time()
     prompts, seeds = rows["prompt"].to_pylist(), rows["seed"].to_pylist()
     batch = renderer.batch_size
     if batch is None:
         raise ValueError("find_batch_size() comes first")
-    told: Counter[str] = Counter()
+    note_counts: Counter[str] = Counter()
 
     def images() -> Iterator[tuple[NDArray[np.uint8], dict[str, Any]]]:
         for start in range(0, len(prompts), batch):
             image_NHWC = renderer.render(prompts[start : start + batch], seeds[start : start + batch])
             notes = renderer.notes
             for note in notes:
-                told.update(note.keys())
+                note_counts.update(note.keys())
             yield from zip(image_NHWC, notes, strict=True)
             tick(len(image_NHWC))
 
@@ -176,5 +176,5 @@ def render_shard(
         "shard": number,
         "pictures": len(prompts),
         "seconds": time.time() - began,
-        "notes": dict(sorted(told.items())),
+        "notes": dict(sorted(note_counts.items())),
     }

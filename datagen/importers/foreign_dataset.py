@@ -1,4 +1,4 @@
-"""Foreign images as a dataset, where they lie: a folder with a CSV of prompts, or WebDataset tars.
+"""Index foreign images in place as a dataset: a folder with a CSV of prompts, or WebDataset tars.
 
     python -m datagen.index out=data/comp images=competition csv=competition/prompts.csv split.share=1
     python -m datagen.index out=data/laion tars='laion/*.tar'
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def index(cfg: IndexSettings) -> None:
-    """Writes the dataset folder `chosen.out`; it appears whole or not at all."""
+    """Write the dataset folder `cfg.out` atomically."""
     if cfg.out.exists():
         raise UserError(
             f"{cfg.out} is there already; choose another out=, or remove it. If only its vectors are missing: "
@@ -46,7 +46,7 @@ def index(cfg: IndexSettings) -> None:
         )
     skipped: list[dict[str, str]] = []
     batches = list(read_tars(cfg, skipped) if cfg.tars is not None else read_folder(cfg, skipped))
-    images = [found for batch in batches for found in batch]
+    images = [image for batch in batches for image in batch]
     if not images:
         raise UserError(f"no image with a prompt in {cfg.tars or cfg.images}; {_summary(skipped) or 'it is empty'}")
     clash = [key for key, count in Counter(p.key for p in images).items() if count > 1]
@@ -79,7 +79,7 @@ def index(cfg: IndexSettings) -> None:
 
 
 class _Encoder:
-    """The target encoder for comparing prompts, loaded at the first use."""
+    """Text encoder for comparing prompts, loaded at the first use."""
 
     def __init__(self, model: str | None) -> None:
         self._model = model
@@ -125,7 +125,7 @@ def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, c
         },
         "shards": len(batches),
         "leakage": split.leakage,
-        **split.about,
+        **split.extra_info,
     }
     write_plan(root, pa.table(columns, schema=PLAN), info)
 

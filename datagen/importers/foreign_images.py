@@ -218,7 +218,7 @@ def read_tars(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[lis
         try:
             batch = list(_samples(cfg, Path(path), skipped, fields, undecoded))
         except tarfile.TarError as error:
-            raise UserError(f"{path} is cut off or no tar: {error}; copy it again") from error
+            raise UserError(f"{path} is truncated or no tar: {error}; copy it again") from error
         except OSError as error:  # such as of a folder of that name, or a link that leads nowhere
             raise UserError(f"tars: {path} cannot be read: {error.strerror or error}") from error
         if len(paths) > 1:  # WebDataset keys need only be distinct within a tar

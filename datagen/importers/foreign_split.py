@@ -21,7 +21,7 @@ from core.errors import UserError
 from core.progress import progress
 from datagen.config import IndexSettings
 from datagen.curation.curate import side_of_group
-from datagen.curation.near_duplicates import Bank, Rows
+from datagen.curation.near_duplicates import NearDuplicateIndex, VectorFile
 from datagen.dataset.format import LEFT_OUT, content_hash
 from datagen.dataset.normal_form import form_hash
 from datagen.dataset.splits import SHARED, TRAIN, VAL, ImageLinks, Leakage, divide, leakage, require_no_leakage
@@ -46,8 +46,8 @@ class ForeignSplit:
     left_out: list[dict[str, Any]]
     """A line for each image that is left out: key, reason and, with split.kind=similarity, both prompts."""
     leakage: Leakage
-    about: dict[str, Any] = field(default_factory=dict)
-    """Further counts for dataset.json."""
+    extra_info: dict[str, Any] = field(default_factory=dict)
+    """More counts for dataset.json."""
 
 
 def split_foreign(images: Sequence[ForeignImage], cfg: IndexSettings, encode: Encode) -> ForeignSplit:
@@ -65,12 +65,12 @@ def split_foreign(images: Sequence[ForeignImage], cfg: IndexSettings, encode: En
         leakage_of_pairs = leakage(split_n, links.owner_l, links.prompt_l, links.content_n)
         _log_leakage(leakage_of_pairs)
         return ForeignSplit(split_n, [], leakage_of_pairs)
-    about: dict[str, Any] = {}
+    extra_info: dict[str, Any] = {}
     if cfg.split.kind == "holdout":
         reasons, is_val_n = _hold_out(images, links, cfg)
     else:
         division = divide(links, cfg.split.share, cfg.seed)
-        about["groups"] = {"number": division.groups, "largest": division.largest}
+        extra_info["groups"] = {"number": division.groups, "largest": division.largest}
         is_val_n = division.val_n
         reasons = {i: {"reason": SHARED} for i in np.flatnonzero(division.left_out_n).tolist()}
         if cfg.split.kind == "similarity":
@@ -81,9 +81,9 @@ def split_foreign(images: Sequence[ForeignImage], cfg: IndexSettings, encode: En
     _refuse_an_empty_side(split_n, left_out, cfg)
     counts = Counter(line["reason"] for line in left_out)
     if counts:
-        about["left_out"] = dict(sorted(counts.items()))
+        extra_info["left_out"] = dict(sorted(counts.items()))
     leakage_of_pairs = require_no_leakage(leakage(split_n, links.owner_l, links.prompt_l, links.content_n))
-    return ForeignSplit(split_n, left_out, leakage_of_pairs, about)
+    return ForeignSplit(split_n, left_out, leakage_of_pairs, extra_info)
 
 
 def _links(images: Sequence[ForeignImage]) -> ImageLinks:
@@ -158,16 +158,16 @@ def _near_validation(
     reason = f"cosine ≥ {threshold} to a validation prompt"
     count = len(val_prompts) + len(train_prompts)
     with progress(count, "prompt", "split", show=count > _AT_ONCE) as bar:
-        bank: Bank | None = None
+        index: NearDuplicateIndex | None = None
         for start in range(0, len(val_prompts), _AT_ONCE):
             vectors = encode(val_prompts[start : start + _AT_ONCE])
-            bank = bank or Bank(Rows(vectors.shape[1]), threshold)
-            bank.add(vectors)
+            index = index or NearDuplicateIndex(VectorFile(vectors.shape[1]), threshold)
+            index.add(vectors)
             bar.update(len(vectors))
-        assert bank is not None
+        assert index is not None
         for start in range(0, len(train_prompts), _AT_ONCE):
             part = train_prompts[start : start + _AT_ONCE]
-            number_d, cosine_d = bank.near(encode(part))
+            number_d, cosine_d = index.near(encode(part))
             for d in np.flatnonzero(number_d >= 0).tolist():
                 partner = {"prompt": part[d], "near": val_prompts[number_d[d]], "cosine": round(float(cosine_d[d]), 4)}
                 near[part[d]] = {"reason": reason, **partner}

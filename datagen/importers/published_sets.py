@@ -1,4 +1,4 @@
-"""Published sets of images as datasets: curated, split and resumed as datagen's own, each image kept byte for byte.
+"""Import published image sets as datasets: curated, split and resumable; the bytes of the images stay the same.
 
     python -m datagen.published name=sd2_4m out=data/sd2_4m num=100000
     python -m datagen.published name=diffusiondb out=data/diffusiondb num=100000 folder=/copies/diffusiondb
@@ -59,7 +59,7 @@ TEXTS = pa.schema(
         ("seed", pa.int64()),
     ]
 )
-"""A row an image: its archive, its name there, and what the set says of it."""
+"""Schema with one row per image: its archive, its name there, and its metadata in the set."""
 
 _TEXTS_FORMAT = 2  # of the tables of texts in the work folder
 _CHECKED_AT_ONCE = 64  # images held, decoded in threads
@@ -68,25 +68,25 @@ _ABSENT = b"\0"  # stands for the bytes of an image that its archive lacks
 
 
 @dataclass(frozen=True)
-class Set:
+class PublishedSet:
     repo: str
     """Dataset repository of the hub."""
     archives: str
     """Pattern of its archives' names."""
     suffix: str
-    """Of its images."""
+    """Suffix of the image files."""
     table: str | None
     """Parquet of all prompts; None where only the archives hold them."""
 
 
-SETS = {
-    "diffusiondb": Set("poloclub/diffusiondb", "images/part-*.zip", ".png", "metadata.parquet"),
-    "sd2_4m": Set("jamarju/sd-4.4M", "*/sd-4.4M-*.tar", ".webp", None),
+PUBLISHED_SETS = {
+    "diffusiondb": PublishedSet("poloclub/diffusiondb", "images/part-*.zip", ".png", "metadata.parquet"),
+    "sd2_4m": PublishedSet("jamarju/sd-4.4M", "*/sd-4.4M-*.tar", ".webp", None),
 }
 
 
 def publish(cfg: PublishedSettings) -> None:
-    """Makes, or goes on making, the dataset `chosen.out`."""
+    """Create or resume the dataset `cfg.out`."""
     out, work = cfg.out, store.beside(cfg.out, ".published")
     work = work if cfg.work is None else cfg.work / work.name
     if not store.exists(out / "dataset.json"):
@@ -94,20 +94,22 @@ def publish(cfg: PublishedSettings) -> None:
     info = read_info(out)
     _refuse_another(cfg, info)
     remove_parts(out)
-    told = info["provenance"]
-    names = [archive["name"] for archive in told["archives"]]
-    if cfg.folder is None and told["commit"] is None:
+    provenance = info["provenance"]
+    names = [archive["name"] for archive in provenance["archives"]]
+    if cfg.folder is None and provenance["commit"] is None:
         raise UserError(
-            f"folder: missing; {out} was begun from a local copy of {told['repo']}, whose commit is unknown"
+            f"folder: missing; {out} was begun from a local copy of {provenance['repo']}, whose commit is unknown"
         )
-    source = download.Repository(told["repo"], None if cfg.folder else told["commit"], cfg.folder, tuple(names))
+    source = download.Repository(
+        provenance["repo"], None if cfg.folder else provenance["commit"], cfg.folder, tuple(names)
+    )
     missing = missing_shards(out, info)
     if missing:
-        ends = np.cumsum([archive["pictures"] for archive in told["archives"]])
+        ends = np.cumsum([archive["pictures"] for archive in provenance["archives"]])
         plan = read_plan(out)
         with progress(plan.num_rows, "image", cfg.name) as bar:
             for number, name in enumerate(names):
-                rows = plan.slice(int(ends[number - 1]) if number else 0, told["archives"][number]["pictures"])
+                rows = plan.slice(int(ends[number - 1]) if number else 0, provenance["archives"][number]["pictures"])
                 if number in missing:
                     _write(cfg, source, work, number, name, rows)
                 bar.update(rows.num_rows)
@@ -142,7 +144,7 @@ def _log_equal_images(dataset: Dataset) -> None:
 
 
 def _identity(cfg: PublishedSettings) -> dict[str, Any]:
-    """What decides the dataset's bytes, beside the hub's commit."""
+    """Settings that decide the bytes of the dataset; the commit of the hub is recorded separately."""
     keys = ("num", "seed", "encoder", "curate", "split", "nsfw_at_most")
     values = {key: value for key, value in dataclasses.asdict(cfg).items() if key in keys}
     values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
@@ -166,13 +168,13 @@ def _refuse_another(cfg: PublishedSettings, info: dict[str, Any]) -> None:
 
 
 def _plan(cfg: PublishedSettings, work: Path) -> None:
-    """Decides which images there are and their sides, and commits it."""
+    """Choose images and their splits, and commit the plan."""
     out = store.located(cfg.out)
     if isinstance(out, Path) and out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
-        strangers = [p for p in sorted(out.iterdir()) if not is_plan_file(p)]
-        if strangers:
-            raise UserError(f"{out} is not empty and holds no dataset ({strangers[0].name}, …); choose another out=")
-    published = SETS[cfg.name]
+        unexpected = [p for p in sorted(out.iterdir()) if not is_plan_file(p)]
+        if unexpected:
+            raise UserError(f"{out} is not empty and holds no dataset ({unexpected[0].name}, …); choose another out=")
+    published = PUBLISHED_SETS[cfg.name]
     source = _source(cfg, published, work)
     archives = [name for name in source.names if fnmatch.fnmatch(name, published.archives)]
     if not archives:
@@ -201,7 +203,7 @@ def _plan(cfg: PublishedSettings, work: Path) -> None:
     write_plan(cfg.out, plan, info)
 
 
-def _source(cfg: PublishedSettings, published: Set, work: Path) -> download.Repository:
+def _source(cfg: PublishedSettings, published: PublishedSet, work: Path) -> download.Repository:
     """The repository; its commit and names as they were when the work began, if it was interrupted."""
     path = work / "source.json"
     wanted = {
@@ -214,7 +216,7 @@ def _source(cfg: PublishedSettings, published: Set, work: Path) -> download.Repo
         there = json.loads(path.read_text())
         if there["wanted"] == wanted:
             return download.Repository(published.repo, there["commit"], cfg.folder, tuple(there["names"]))
-        log.info("%s was begun with other settings; it begins anew", work)
+        log.info("%s was begun with other settings; it starts again", work)
         shutil.rmtree(work)
     source = download.repository(published.repo, cfg.revision, cfg.folder)
     write_json(path, {"wanted": wanted, "commit": source.commit, "names": source.names})
@@ -234,16 +236,16 @@ def _texts_of_table(
     missing = [column for column in columns if column not in present]
     if missing:
         raise UserError(f"{path} lacks the column {', '.join(missing)}; it has {', '.join(present)}")
-    found = pq.read_table(path, columns=columns)
+    table = pq.read_table(path, columns=columns)
     place_of = {int(Path(name).stem.rpartition("-")[2]): place for place, name in enumerate(order)}
-    part = found["part_id"].to_numpy()
+    part = table["part_id"].to_numpy()
     place = np.array([place_of.get(n, -1) for n in range(int(part.max(initial=0)) + 1)])[part]
-    shown = np.nan_to_num(found["image_nsfw"].to_numpy()) <= cfg.nsfw_at_most
+    shown = np.nan_to_num(table["image_nsfw"].to_numpy()) <= cfg.nsfw_at_most
     lost["in an archive that is not there"] += int((place < 0).sum())
     rows = np.flatnonzero((place >= 0) & shown)
     lost[f"image_nsfw above {cfg.nsfw_at_most:g}"] += int((~shown & (place >= 0)).sum())
     rows = rows[np.argsort(place[rows], kind="stable")][: cfg.num]
-    taken = found.take(rows)
+    taken = table.take(rows)
     return pa.table(
         {
             "archive": pa.array([order[i] for i in place[rows].tolist()], pa.string()),
@@ -401,8 +403,8 @@ def _fetched(source: download.Repository, name: str, work: Path) -> Path:
 def _write(
     cfg: PublishedSettings, source: download.Repository, work: Path, number: int, name: str, rows: pa.Table
 ) -> None:
-    """Writes the shard of one archive, and removes the archive if it was fetched."""
-    suffix = SETS[cfg.name].suffix
+    """Write the shard of one archive; remove the archive if it was downloaded."""
+    suffix = PUBLISHED_SETS[cfg.name].suffix
     with opened(_fetched(source, name, work)) as archive:
         names = [f"{key.partition('/')[2]}{suffix}" for key in rows["key"].to_pylist()]
         write_shard(cfg.out, number, rows, _images(cfg, archive, name, names), suffix)
@@ -424,7 +426,7 @@ def _images(
 
 
 def _fault(data: bytes | None) -> str | None:
-    """Why an image cannot be used; None where it can. Pillow decodes without the interpreter's lock."""
+    """Reason why an image cannot be used, or None. Pillow decodes without the interpreter's lock."""
     from PIL import Image
 
     if not data:

@@ -36,7 +36,7 @@ CHUNK = 8192  # texts at a time: bounds the memory that the words of a large lis
 
 
 def clean(text: str) -> str:
-    """`text` as open_clip sees it: mended by ftfy, entities resolved twice, white space single, lower case."""
+    """`text` as open_clip sees it: fixed by ftfy, entities resolved twice, white space single, lower case."""
     # ftfy takes most of the time, and has nothing to mend in printable ASCII without an entity.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
@@ -55,7 +55,7 @@ def clip_tokenizer(pad_token: str = "!") -> "CLIPTokenizer":
     Raises:
         UserError: where open_clip, whose vocabulary this is, is not installed.
 
-    The tokenizer is shared between callers of one `pad_token`; calls with `padding` or `truncation` set them anew.
+    The tokenizer is shared between callers of one `pad_token`; calls with `padding` or `truncation` set them again.
     Saved and loaded again it differs: transformers then makes a special token of the padding, see below.
     """
     from transformers import CLIPTokenizer

@@ -1,4 +1,4 @@
-"""Scenes and the prompts that say them: an endless prompt source whose every line the glyph renderer can draw.
+"""Grammar of scenes: an endless prompt source. The glyph renderer can draw every prompt of it.
 
 `lines(seed)` writes prompts, `parse(prompt)` reads them back: the renderer draws what `parse` finds, so a line is only
 written when it parses to the very scene it was made from. An attribute that is not said is None; the renderer then
@@ -25,7 +25,7 @@ class Thing:
     """One kind of object in a scene."""
 
     name: str
-    """A name of `glyph_names.objects()`."""
+    """A name of `icon_names.objects()`."""
     colour: str | None = None
     """A key of `COLOURS`; None is drawn in the object's neutral tone."""
     count: int = 1
@@ -38,11 +38,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """All that a prompt says and an image shows."""
+    """Content of a prompt that an image can show."""
 
     things: tuple[Thing, ...]
     relation: str | None = None
-    """How the first thing stands to the others, a key of `RELATIONS`; None: in a row."""
+    """Position of the first thing relative to the others, a key of `RELATIONS`; None: in a row."""
     place: str | None = None
     light: str | None = None
     medium: str | None = None
@@ -96,7 +96,7 @@ def lines(
     names: int | None = None,
     side: Callable[[str], bool] | None = None,
 ) -> Iterator[Line]:
-    """Endless lines; the same arguments give the same lines on any machine.
+    """Generate endless lines; the same arguments give the same lines on any machine.
 
     Args:
         flourish: the chance of artist, mood or quality clauses, which the image cannot show.
@@ -138,7 +138,7 @@ def group(scene: Scene) -> str:
 
 
 def parse(prompt: str) -> Scene | None:
-    """What the prompt says that can be drawn; None when it names no object we know.
+    """Parse a prompt into the scene that can be drawn; None if it names no known object.
 
     At each word the longest known phrase is taken. Words before an object describe it, up to an article.
     """
@@ -188,7 +188,7 @@ def parse(prompt: str) -> Scene | None:
 
 
 class _Rng:
-    """Draws by `random.random` alone, whose stream Python promises never to change."""
+    """Random choices by `random.random` alone, whose stream Python guarantees not to change."""
 
     def __init__(self, seed: int) -> None:
         self._random = random.Random(seed).random
@@ -210,7 +210,7 @@ class _Rng:
 
 
 class _Words(NamedTuple):
-    """The tables above, cut up for drawing and saying."""
+    """Tables of grammar.json, prepared for drawing scenes and writing prompts."""
 
     names: list[str]
     colours: list[str]
@@ -354,7 +354,7 @@ def _same_side(rng: _Rng, table: _Words, thing: Thing, side: Callable[[str], boo
 
 
 def _say(scene: Scene, rng: _Rng, flourish: bool) -> str:
-    """One of the many ways to say a scene."""
+    """Write a prompt for a scene, one of many."""
     table = _tables()
     said = [_say_thing(thing, rng) for thing in scene.things]
     core = said[0]

@@ -1,4 +1,4 @@
-"""Rows of a file of prompts, whatever its kind, with the columns that are asked for: streamed, in bounded memory.
+"""Stream the rows of a prompt file of any kind, with the requested columns, in bounded memory.
 
 .txt .csv .tsv .jsonl (each also .gz) and .parquet are read piece by piece; a .json is read whole.
 """
@@ -29,13 +29,15 @@ _SHOWN_COLUMNS = 20  # in a message
 
 
 @dataclass(frozen=True)
-class Wanted:
+class ReadOptions:
+    """Columns to read from a prompt file, and how to read them."""
+
     columns: Sequence[str]
-    """The prompt's first."""
+    """Names of the columns, the prompt's first."""
     records: str | None
     """.json: key of the list of rows; None where the file is that list."""
     setting: str
-    """That names the file, such as `prompts.path`, for messages."""
+    """Setting that names the file, such as `prompts.path`, for messages."""
     settings: Mapping[str, str]
     """Full names of the settings `column`, `records`, `json_lists` and `text_encoding`, for messages; without those
     that the command lacks."""
@@ -45,21 +47,22 @@ class Wanted:
     """Encoding of a text file; None for UTF-8. A byte order mark overrules it."""
 
 
-def rows(file: File, wanted: Wanted) -> Rows:
-    """
+def rows(file: File, options: ReadOptions) -> Rows:
+    """Stream the rows of a prompt file.
+
     Raises:
         UserError: the file's kind is unknown, it is empty, damaged or in another text encoding, or lacks a column; its
             column of prompts can hold no text; a quotation mark of a .csv is never closed.
     """
     if file.suffix not in KINDS:
         known = f"{file.suffix or 'without suffix'}; known: {', '.join(KINDS)}"
-        raise UserError(f"{wanted.setting}: {_name(file)} is {known}")
+        raise UserError(f"{options.setting}: {_name(file)} is {known}")
     empty = True
-    for row in _read(file, wanted, _READERS[file.suffix]):
+    for row in _read(file, options, _READERS[file.suffix]):
         empty = False
         yield row
     if empty:
-        raise UserError(f"{wanted.setting}: {_name(file)} holds no prompt")
+        raise UserError(f"{options.setting}: {_name(file)} holds no prompt")
 
 
 def read_csv(path: Path, columns: Sequence[str], encoding: str | None = None) -> Iterator[Mapping[str, str]]:
@@ -69,65 +72,65 @@ def read_csv(path: Path, columns: Sequence[str], encoding: str | None = None) ->
         UserError: as `rows`; a file without a row gives none.
     """
     reader = _READERS[".tsv" if path.suffix.lower() == ".tsv" else ".csv"]
-    wanted = Wanted(columns, None, "csv", {"text_encoding": "text_encoding"}, None, encoding)
-    return _read(File(path.name, path, None), wanted, reader)
+    options = ReadOptions(columns, None, "csv", {"text_encoding": "text_encoding"}, None, encoding)
+    return _read(File(path.name, path, None), options, reader)
 
 
 def _name(file: File) -> str:
     return str(file.path) if file.member is None else f"{file.path}/{file.member}"
 
 
-def _read(file: File, wanted: Wanted, reader: "_Reader") -> Rows:
-    key, name = wanted.setting, _name(file)
+def _read(file: File, options: ReadOptions, reader: "_Reader") -> Rows:
+    key, name = options.setting, _name(file)
     try:
         if file.path.stat().st_size == 0:
             raise UserError(f"{key}: {name} is empty")
         try:
             with file.open() as raw:
-                yield from reader(raw, name, wanted)
+                yield from reader(raw, name, options)
         except UnicodeDecodeError as error:
             with file.open() as raw:
-                raise refusal(raw, name, wanted.encoding, wanted.settings.get("text_encoding")) from error
+                raise refusal(raw, name, options.encoding, options.settings.get("text_encoding")) from error
     except (zipfile.BadZipFile, zlib.error, gzip.BadGzipFile, EOFError) as error:
-        raise _damaged(name, wanted, error) from error
+        raise _damaged(name, options, error) from error
     except OSError as error:
         raise UserError(f"{key}: {name} cannot be read: {error.strerror or error}") from error
 
 
-_Reader = Callable[[BinaryIO, str, Wanted], Rows]
+_Reader = Callable[[BinaryIO, str, ReadOptions], Rows]
 
 
-def _lines(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
-    column, *others = wanted.columns
+def _lines(raw: BinaryIO, name: str, options: ReadOptions) -> Rows:
+    column, *others = options.columns
     if others:
-        raise UserError(f"{wanted.setting}: the column {others[0]!r} is asked for, but a .txt such as {name} has none")
-    with open_text(raw, name, wanted.encoding) as lines:
+        raise UserError(f"{options.setting}: the column {others[0]!r} is asked for, but a .txt such as {name} has none")
+    with open_text(raw, name, options.encoding) as lines:
         for line in lines:
             if line.strip():
                 yield {column: line}
 
 
-def _csv(raw: BinaryIO, name: str, wanted: Wanted, separator: str, quoting: Literal[0, 3]) -> Rows:
+def _csv(raw: BinaryIO, name: str, options: ReadOptions, separator: str, quoting: Literal[0, 3]) -> Rows:
     """Rows of a .csv, whose quotation marks are checked, or of a .tsv, which has no quoting.
 
     An open quotation mark makes the following rows one field. Where another one follows, or the file ends, the strict
     reader refuses it; rows that hold line breaks within quotes are therefore counted in the log.
     """
     spanning, first_spanning = 0, 0
-    with open_text(raw, name, wanted.encoding, newline="") as lines:
+    with open_text(raw, name, options.encoding, newline="") as lines:
         reader = csv.reader(_lines_of_csv(lines), delimiter=separator, quoting=quoting, strict=True)
         begin = 1
         try:
             header = next(reader, [])
-            _require(header, name, wanted)
-            _require_one(header, name, wanted)
+            _require(header, name, options)
+            _require_one(header, name, options)
             begin = reader.line_num + 1
             for fields in reader:
                 if reader.line_num > begin:
                     spanning, first_spanning = spanning + 1, first_spanning or begin
                 if len(fields) > len(header):
-                    remedy = "quote a field that holds the separator" if separator == "," else "a field holds no tab"
-                    raise UserError(f"{name}:{begin}: more fields than columns; {remedy}")
+                    hint = "quote a field that holds the separator" if separator == "," else "a field holds no tab"
+                    raise UserError(f"{name}:{begin}: more fields than columns; {hint}")
                 if fields:
                     yield dict(zip(header, fields + [""] * (len(header) - len(fields)), strict=True))
                 begin = reader.line_num + 1
@@ -158,8 +161,8 @@ def _lines_of_csv(lines: Iterable[str]) -> Iterator[str]:
         yield pending
 
 
-def _jsonl(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
-    with open_text(raw, name, wanted.encoding) as lines:
+def _jsonl(raw: BinaryIO, name: str, options: ReadOptions) -> Rows:
+    with open_text(raw, name, options.encoding) as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -167,36 +170,36 @@ def _jsonl(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
                 row = parse_json(line)
             except NotJsonError as error:
                 raise UserError(f"{name}:{number}: not JSON: {error}") from error
-            yield _object(row, f"{name}:{number}", wanted)
+            yield _object(row, f"{name}:{number}", options)
 
 
-def _json(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
+def _json(raw: BinaryIO, name: str, options: ReadOptions) -> Rows:
     try:
-        with open_text(raw, name, wanted.encoding) as file:
+        with open_text(raw, name, options.encoding) as file:
             value = parse_json(file.read())
     except NotJsonError as error:
         raise UserError(f"{name}:{error.line}: not JSON: {error}") from error
-    if wanted.records is not None:
-        if not isinstance(value, dict) or wanted.records not in value:
+    if options.records is not None:
+        if not isinstance(value, dict) or options.records not in value:
             there = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
-            raise UserError(f"{wanted.settings['records']}={wanted.records}: {name} has no such key, but {there}")
-        value = value[wanted.records]
+            raise UserError(f"{options.settings['records']}={options.records}: {name} has no such key, but {there}")
+        value = value[options.records]
     if not isinstance(value, list):
         keys = f" with the keys {', '.join(value)}" if isinstance(value, dict) else ""
-        remedy = f"; name its list: {wanted.settings['records']}=…" if "records" in wanted.settings else ""
-        raise UserError(f"{name}: expected a list, got {type(value).__name__}{keys}{remedy}")
+        hint = f"; name its list: {options.settings['records']}=…" if "records" in options.settings else ""
+        raise UserError(f"{name}: expected a list, got {type(value).__name__}{keys}{hint}")
     for number, row in enumerate(value):
-        yield _object(row, f"{name}[{number}]", wanted)
+        yield _object(row, f"{name}[{number}]", options)
 
 
-def _object(row: Any, where: str, wanted: Wanted) -> dict[str, Any]:
+def _object(row: Any, where: str, options: ReadOptions) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise UserError(f"{where}: expected an object with {list(wanted.columns)}, got {type(row).__name__}")
-    _require(list(row), where, wanted)
+        raise UserError(f"{where}: expected an object with {list(options.columns)}, got {type(row).__name__}")
+    _require(list(row), where, options)
     return row
 
 
-def _parquet(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
+def _parquet(raw: BinaryIO, name: str, options: ReadOptions) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -204,16 +207,18 @@ def _parquet(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
         file = pq.ParquetFile(raw)
         names = file.schema_arrow.names
     except UnicodeDecodeError as error:  # of a column's name
-        raise _damaged(name, wanted, error) from error
+        raise _damaged(name, options, error) from error
     except pa.ArrowInvalid as error:
         raise UserError(f"{name} is no parquet file: {error}") from error
     except (pa.ArrowException, OSError) as error:
-        raise _damaged(name, wanted, error) from error
-    _require(names, name, wanted)
-    _require_one(names, name, wanted)
-    _require_text(file.schema_arrow, name, wanted)
-    groups = range(file.num_row_groups) if wanted.rng is None else wanted.rng.permutation(file.num_row_groups).tolist()
-    columns = list(wanted.columns)
+        raise _damaged(name, options, error) from error
+    _require(names, name, options)
+    _require_one(names, name, options)
+    _require_text(file.schema_arrow, name, options)
+    groups = (
+        range(file.num_row_groups) if options.rng is None else options.rng.permutation(file.num_row_groups).tolist()
+    )
+    columns = list(options.columns)
     try:
         for group in groups:
             for batch in file.iter_batches(row_groups=[group], columns=columns, batch_size=8192):
@@ -221,7 +226,7 @@ def _parquet(raw: BinaryIO, name: str, wanted: Wanted) -> Rows:
                 for values in zip(*values_of.values(), strict=True):
                     yield dict(zip(columns, values, strict=True))
     except (pa.ArrowException, OSError) as error:  # of a damaged page
-        raise _damaged(name, wanted, error) from error
+        raise _damaged(name, options, error) from error
 
 
 def _values(array: Any, column: str, name: str) -> list[Any]:
@@ -239,29 +244,29 @@ def _values(array: Any, column: str, name: str) -> list[Any]:
         ) from error
 
 
-def _damaged(name: str, wanted: Wanted, error: Exception) -> UserError:
-    return UserError(f"{wanted.setting}: {name} is damaged or cut off ({first_line(error)}); copy it again")
+def _damaged(name: str, options: ReadOptions, error: Exception) -> UserError:
+    return UserError(f"{options.setting}: {name} is damaged or truncated ({first_line(error)}); copy it again")
 
 
-def _require(present: Sequence[str], where: str, wanted: Wanted) -> None:
-    missing = [column for column in wanted.columns if column not in present]
+def _require(present: Sequence[str], where: str, options: ReadOptions) -> None:
+    missing = [column for column in options.columns if column not in present]
     if missing:
         near = difflib.get_close_matches(missing[0], present)
         known = ", ".join(present[:_SHOWN_COLUMNS]) + (", …" if len(present) > _SHOWN_COLUMNS else "")
         lacks = f"{where} lacks the column {', '.join(missing)}; "
         lacks += (f"near: {', '.join(near)}; " if near else "") + f"it has {known or 'none'}"
-        if "column" not in wanted.settings:
-            raise UserError(f"{wanted.setting}: {lacks}; rename the column to {missing[0]}")
-        raise UserError(f"{lacks}. Name the right one: {wanted.settings['column']}=…")
+        if "column" not in options.settings:
+            raise UserError(f"{options.setting}: {lacks}; rename the column to {missing[0]}")
+        raise UserError(f"{lacks}. Name the right one: {options.settings['column']}=…")
 
 
-def _require_one(present: Sequence[str], name: str, wanted: Wanted) -> None:
-    twice = [column for column in wanted.columns if present.count(column) > 1]
+def _require_one(present: Sequence[str], name: str, options: ReadOptions) -> None:
+    twice = [column for column in options.columns if present.count(column) > 1]
     if twice:
         raise UserError(f"{name} has several columns {twice[0]}; rename all but the one to read")
 
 
-def require_text_column(file: File, wanted: Wanted) -> None:
+def require_text_column(file: File, options: ReadOptions) -> None:
     """Look at a .parquet's types alone, which takes no time, to refuse it before the files before it are read.
 
     Raises:
@@ -276,14 +281,14 @@ def require_text_column(file: File, wanted: Wanted) -> None:
             names = schema.names
         except (pa.ArrowException, OSError, UnicodeDecodeError):
             return  # the reader says what is wrong with it
-        if all(names.count(column) == 1 for column in wanted.columns):
-            _require_text(schema, _name(file), wanted)
+        if all(names.count(column) == 1 for column in options.columns):
+            _require_text(schema, _name(file), options)
 
 
-def _require_text(schema: Any, name: str, wanted: Wanted) -> None:
-    column = wanted.columns[0] if wanted.columns else None
+def _require_text(schema: Any, name: str, options: ReadOptions) -> None:
+    column = options.columns[0] if options.columns else None
     if column is not None and not is_caption_type(schema.field(column).type):
-        hint = wanted.settings.get("column")
+        hint = options.settings.get("column")
         raise UserError(
             f"{name}: the column {column!r} is {schema.field(column).type}, not text or lists of texts"
             + (f"; name another: {hint}=…" if hint else "")
@@ -292,8 +297,8 @@ def _require_text(schema: Any, name: str, wanted: Wanted) -> None:
 
 _READERS: dict[str, _Reader] = {
     ".txt": _lines,
-    ".csv": lambda raw, name, wanted: _csv(raw, name, wanted, ",", csv.QUOTE_MINIMAL),
-    ".tsv": lambda raw, name, wanted: _csv(raw, name, wanted, "\t", csv.QUOTE_NONE),
+    ".csv": lambda raw, name, options: _csv(raw, name, options, ",", csv.QUOTE_MINIMAL),
+    ".tsv": lambda raw, name, options: _csv(raw, name, options, "\t", csv.QUOTE_NONE),
     ".jsonl": _jsonl,
     ".json": _json,
     ".parquet": _parquet,

@@ -18,7 +18,7 @@ from core.json_text import NotJsonError, parse_json
 from datagen.config import FilePrompts, GrammarPrompts, MixturePrompts, MixtureSource
 from datagen.prompts import download
 from datagen.prompts.captions import EMPTY, Captions, as_text, clean, read_captions, read_label, reason_to_leave_out
-from datagen.prompts.readers import Wanted, require_text_column, rows
+from datagen.prompts.readers import ReadOptions, require_text_column, rows
 
 log = logging.getLogger(__name__)
 
@@ -97,18 +97,18 @@ def _from_files(cfg: FilePrompts, seed: int, key: str | None, setting: str) -> I
     rng = np.random.default_rng([seed, 3, zlib.crc32(source.encode())]) if cfg.shuffle else None
     columns = list(dict.fromkeys([cfg.column, *extra, *cfg.at_most]))
     settings = {name: f"{key}.{name}" for name in ("column", "records", "json_lists", "text_encoding") if key}
-    wanted = Wanted(columns, cfg.records, setting, settings, rng, cfg.text_encoding)
+    options = ReadOptions(columns, cfg.records, setting, settings, rng, cfg.text_encoding)
     for file in files:
-        require_text_column(file, wanted)
+        require_text_column(file, options)
     if rng is not None:
         files = [files[i] for i in rng.permutation(len(files))]
-    prompts = (prompt for file in files for prompt in _prompts(cfg, file, wanted, source))
+    prompts = (prompt for file in files for prompt in _prompts(cfg, file, options, source))
     yield from prompts if rng is None else shuffled(prompts, cfg.shuffle, rng)
 
 
-def _prompts(cfg: FilePrompts, file: download.File, wanted: Wanted, source: str) -> Iterator[Prompt]:
+def _prompts(cfg: FilePrompts, file: download.File, options: ReadOptions, source: str) -> Iterator[Prompt]:
     """Prompts of a file; those that are left out come along, each with its reason."""
-    for number, row in enumerate(rows(file, wanted), 1):
+    for number, row in enumerate(rows(file, options), 1):
         where = f"{file.name}, row {number}"
         value = row[cfg.column]
         above = (f"{c} above {most:g}" for c, most in cfg.at_most.items() if _above(row, c, most, file.name, number))
@@ -118,15 +118,15 @@ def _prompts(cfg: FilePrompts, file: download.File, wanted: Wanted, source: str)
                 yield Prompt(as_text(item) or "", source, "", out, where)
             continue
         group = read_label(row[cfg.group_column], cfg.group_column, where) if cfg.group_column else ""
-        captions = _captions(value, cfg, where, wanted)
+        captions = _captions(value, cfg, where, options)
         for text in captions.texts:
             yield Prompt(text, source, group)
         for reason in captions.left_out:
             yield Prompt("", source, group, reason, where)
 
 
-def _captions(value: Any, cfg: FilePrompts, where: str, wanted: Wanted) -> Captions:
-    hint = wanted.settings.get("column")
+def _captions(value: Any, cfg: FilePrompts, where: str, options: ReadOptions) -> Captions:
+    hint = options.settings.get("column")
     if not cfg.json_lists:
         return read_captions(value, cfg.column, where, f"name another column: {hint}=…" if hint else "")
     text = as_text(value)
@@ -139,7 +139,7 @@ def _captions(value: Any, cfg: FilePrompts, where: str, wanted: Wanted) -> Capti
         items = None
     if not isinstance(items, list):
         raise UserError(
-            f"{where}: not a JSON list of texts; if it is a plain text: {wanted.settings['json_lists']}=false"
+            f"{where}: not a JSON list of texts; if it is a plain text: {options.settings['json_lists']}=false"
         )
     return read_captions(items, cfg.column, where)
 
@@ -204,7 +204,7 @@ def _mixed(cfg: MixturePrompts, seed: int, held_out: HeldOut | None, key: str) -
         else:
             del open_sources[name]
             behind = dict.fromkeys(open_sources, 0.0)
-            _tell_end(name, drawn[name], cfg.sources[name].most, list(open_sources), key)
+            _log_end(name, drawn[name], cfg.sources[name].most, list(open_sources), key)
 
 
 def _one(name: str, source: MixtureSource, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
@@ -216,7 +216,7 @@ def _one(name: str, source: MixtureSource, seed: int, held_out: HeldOut | None, 
         yield replace(prompt, source=name)
 
 
-def _tell_end(name: str, drawn: int, most: int | None, others: list[str], key: str) -> None:
+def _log_end(name: str, drawn: int, most: int | None, others: list[str], key: str) -> None:
     goes_on = f"the mixture goes on with {', '.join(others)} in their proportion" if others else "the mixture ends"
     if drawn == most:
         log.info("%s.sources.%s.most: %s prompts are drawn; %s", key, name, f"{drawn:,}", goes_on)

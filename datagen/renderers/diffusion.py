@@ -1,4 +1,4 @@
-"""What every diffusion renderer does around its model: batches, memory, faults, resizing, and what it will cost.
+"""Base class of diffusion renderers: batching, out-of-memory handling, faulty images, resizing, cost estimate.
 
 Shapes: B images of a batch, C colours, P rendered side, S saved side.
 """
@@ -71,7 +71,7 @@ class DiffusionRenderer(ABC):
 
     @abstractmethod
     def load(self) -> None:
-        """Loads the weights, downloading them where they are the hub's. Idempotent; `render` calls it."""
+        """Load the weights, downloading them from the hub if needed. Idempotent; `render` calls it."""
 
     @property
     @abstractmethod
@@ -93,7 +93,7 @@ class DiffusionRenderer(ABC):
         """A batch as it comes from the model, on the device.
 
         Args:
-            precision: `self.precision`, or fp32 to draw anew.
+            precision: `self.precision`, or fp32 to draw again.
             compiled: whether compiled networks may be used.
 
         Returns:
@@ -101,7 +101,7 @@ class DiffusionRenderer(ABC):
         """
 
     def finished(self, levels_BCPP: "torch.Tensor") -> "torch.Tensor":
-        """What is done to good images before they are resized: uint8 [B, 3, P, P] → the same."""
+        """Postprocess good images before resizing: uint8 [B, 3, P, P] → the same."""
         return levels_BCPP
 
     def can_draw(self, prompt: str) -> bool:  # noqa: ARG002 — the protocol's
@@ -139,14 +139,16 @@ class DiffusionRenderer(ABC):
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
             room = batch_size if self.pads else len(prompts[batch])
-            notes += self._fit(prompts[batch], seeds[batch], room, images[batch])
+            notes += self._render_fitting(prompts[batch], seeds[batch], room, images[batch])
         self.notes = notes
         return images
 
-    def _fit(self, prompts: list[str], seeds: list[int], room: int, images: NDArray[np.uint8]) -> list[dict[str, Any]]:
-        """Renders a batch into `images`, in halves where the device's memory is too small; returns its notes."""
+    def _render_fitting(
+        self, prompts: list[str], seeds: list[int], room: int, images: NDArray[np.uint8]
+    ) -> list[dict[str, Any]]:
+        """Render a batch into `images`, halving it while the device runs out of memory; return the notes."""
         if self._room is None or room <= self._room:
-            told = self._fits(lambda: self._batch(prompts, seeds, room, images))
+            told = self._run_or_none(lambda: self._batch(prompts, seeds, room, images))
             if told is not None:
                 return told
         if room == 1:
@@ -161,12 +163,14 @@ class DiffusionRenderer(ABC):
         notes: list[dict[str, Any]] = []
         for start in range(0, len(prompts), half):
             part = slice(start, start + half)
-            halves = self._fit(prompts[part], seeds[part], half if self.pads else len(prompts[part]), images[part])
+            halves = self._render_fitting(
+                prompts[part], seeds[part], half if self.pads else len(prompts[part]), images[part]
+            )
             notes += [{"batch_size": half, **note} for note in halves]
         return notes
 
-    def _fits(self, work: Callable[[], T]) -> T | None:
-        """What `work` returns, or None where the device's memory is too small for it."""
+    def _run_or_none(self, work: Callable[[], T]) -> T | None:
+        """Return value of `work`, or None if the device runs out of memory."""
         import torch
 
         with contextlib.suppress(torch.OutOfMemoryError):
@@ -189,14 +193,14 @@ class DiffusionRenderer(ABC):
             notes: list[dict[str, Any]] = [{} for _ in prompts]
             for i in range(count):
                 if nan_B[i] or constant_B[i]:
-                    levels_BCPP[i], notes[i] = self._mended(prompts[i], seeds[i], levels_BCPP[i], nan_B[i])
+                    levels_BCPP[i], notes[i] = self._redrawn(prompts[i], seeds[i], levels_BCPP[i], nan_B[i])
             images[:] = self._resized(self.finished(levels_BCPP)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
         return notes
 
-    def _mended(
+    def _redrawn(
         self, prompt: str, seed: int, levels_CPP: "torch.Tensor", is_nan: bool
     ) -> "tuple[torch.Tensor, dict[str, Any]]":
-        """A NaN or constant image, drawn alone in fp32 if that may help, and the note on it.
+        """Draw a NaN or constant image again in fp32, if that may help; return it with its note.
 
         In one go from fp16 as from bf16: bf16 reaches as far as fp32, but has an eighth of fp16's precision.
         """
@@ -204,7 +208,7 @@ class DiffusionRenderer(ABC):
         if self.redraw and self.precision != "fp32":
             free(self.device)
             log.info("an image is %s in %s: drawn again in fp32", "NaN" if is_nan else "constant", self.precision)
-            drawn = self._fits(lambda: self.draw([prompt], [seed], self.steps, "fp32", False))
+            drawn = self._run_or_none(lambda: self.draw([prompt], [seed], self.steps, "fp32", False))
             if drawn is not None:
                 levels_1CPP, finite_1 = drawn
                 levels_CPP, is_nan = levels_1CPP[0], not bool(finite_1[0])

@@ -1,4 +1,4 @@
-"""Where a model's files are, and what identifies them: a hub repository's commit, a folder's or a file's hashes.
+"""Locate the files of a model and identify them: by the commit of a hub repository, or by hashes of local files.
 
 Nothing is downloaded here but by `download`, and no file is opened but to be hashed.
 """
@@ -96,7 +96,7 @@ def _repository(model: str, revision: str | None, select: Select, options: str) 
 
 
 def _cached(model: str, revision: str | None, select: Select, options: str) -> Source | None:
-    """The repository as an earlier run left it in the hub's cache, for machines that are cut off later.
+    """The repository as an earlier run left it in the hub's cache, for machines without network later.
 
     Its snapshots are looked through: the client's own search wants every file of the repository, and a name for the
     commit, which a download by commit does not leave.

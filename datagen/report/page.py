@@ -1,4 +1,4 @@
-"""One HTML page about a dataset: what it shows, where its prompts came from, what was dropped, how fast it was made.
+"""HTML report of a dataset: images, prompt sources, dropped prompts, splits, and rendering speed.
 
     python -m datagen.report out=data/sd2
 
@@ -36,11 +36,11 @@ _NOTES = {
     "batch_size": ("Smaller batches", "for want of memory: float sums differ from the other images'"),
     "fault": ("Faulty", "NaN at the highest precision too, or broken where it came from: in no split"),
 }
-"""What a renderer notes of an image → its heading and what it means."""
+"""Renderer note → heading and explanation."""
 
 
 class _Prompts:
-    """The texts of the plan: of images as they are wanted, and a sample of all."""
+    """Prompts of the plan, looked up by id or sampled."""
 
     def __init__(self, root: Place) -> None:
         plan = read_plan(root)
@@ -56,8 +56,8 @@ class _Prompts:
         return self._texts.take(np.searchsorted(self._ids, prompt_ids)).to_pylist()
 
     def sample(self, count: int, seed: int) -> list[str]:
-        cfg = np.random.default_rng(seed).permutation(len(self._ids))[:count]
-        return self._texts.take(np.sort(cfg)).to_pylist()
+        rows = np.random.default_rng(seed).permutation(len(self._ids))[:count]
+        return self._texts.take(np.sort(rows)).to_pylist()
 
     def by_source(self) -> dict[str, int]:
         return {row["values"]: row["counts"] for row in self._sources.value_counts().to_pylist()}
@@ -65,20 +65,20 @@ class _Prompts:
 
 @dataclass(frozen=True)
 class Work:
-    """What the log tells of the rendering, on a clock that stands still between runs; S shards."""
+    """Timing of the rendering from the log; the clock stops between runs; S shards."""
 
     starts: NDArray[np.float64]
-    """Seconds of work at which each shard was begun, [S]."""
+    """Second of work at which each shard started, [S]."""
     ends: NDArray[np.float64]
-    """… and done, [S]."""
+    """Second of work at which each shard was done, [S]."""
     images: NDArray[np.int64]
-    """Images of each shard, [S]."""
+    """Number of images of each shard, [S]."""
     resumed: list[float]
-    """Seconds of work at which a run went on after a pause."""
+    """Seconds of work at which a run resumed after a pause."""
     notes: dict[str, dict[int, int]]
-    """What was noted of images → shard → of how many of them."""
+    """Note → shard → number of images with it."""
     failed: dict[int, str]
-    """Shard → its last error, where no later try made it."""
+    """Failed shard → its last error."""
 
     @property
     def seconds(self) -> float:
@@ -91,7 +91,7 @@ class Work:
 
 
 def read_work(records: Sequence[Mapping[str, Any]], shard_count: int) -> Work:
-    """The log's records, of any number of runs and of jobs side by side, as the work that they tell of.
+    """Convert log records of any number of runs and parallel jobs into `Work`.
 
     A shard was at work from its end less its seconds; the time in which none was is no work. What stands before a run
     that had all `shard_count` shards to do is of another dataset, which lay there before.
@@ -102,7 +102,7 @@ def read_work(records: Sequence[Mapping[str, Any]], shard_count: int) -> Work:
         if record.get("event") == "began" and record["shards"] == shard_count:
             done, failed = {}, {}
         elif record.get("event") == "shard":
-            done[record["shard"]] = record  # made anew, its last making counts
+            done[record["shard"]] = record  # rendered again: the last record counts
             failed.pop(record["shard"], None)
         elif record.get("event") == "failed":
             failed[record["shard"]] = (record["error"].splitlines() or [""])[-1]
@@ -140,7 +140,7 @@ def write_report(cfg: ReportSettings) -> Path:
     prompts = _Prompts(root)
     info = dataset.info
     log_path = beside(root, ".log.jsonl")
-    records = read_log(log_path, "remove it, or mend the line") if log_path.exists() else []
+    records = read_log(log_path, "remove it, or fix the line") if log_path.exists() else []
     work = read_work(records, info["shards"]) if records else None
     there = info["shards"] - len(missing_shards(root, info))
 
@@ -339,7 +339,7 @@ def _dropped(page: "Page", curation: Mapping[str, Any]) -> None:
 
 
 def _splits(page: "Page", info: Mapping[str, Any]) -> None:
-    """Images that no split takes, and what two splits have in common."""
+    """Section on images outside of the splits and on leakage between splits."""
     left_out: Mapping[str, int] = info.get("left_out", {})
     leaks: Mapping[str, Mapping[str, int]] = info.get("leakage", {})
     if left_out:
@@ -374,7 +374,7 @@ def _rate(page: "Page", work: Work) -> None:
 
 
 def _faults(page: "Page", cfg: ReportSettings, dataset: Dataset, prompts: _Prompts, work: Work | None) -> None:
-    """Counts of what the renderer noted, and some of the images."""
+    """Section on renderer notes: counts and example images."""
     splits = dataset.splits
     counts = Counter({note: sum(told.values()) for note, told in work.notes.items() if note in _NOTES} if work else {})
     if FAULTY in splits:
@@ -399,21 +399,23 @@ def _faults(page: "Page", cfg: ReportSettings, dataset: Dataset, prompts: _Promp
 
 
 def _noted(cfg: ReportSettings, dataset: Dataset, work: Work | None) -> dict[str, list[int]]:
-    """Note → some of the images that have it: of the shards that the log names, until there are enough."""
-    found: dict[str, list[int]] = {note: [] for note in _NOTES}
-    wanted = {note: list(told) for note, told in work.notes.items() if note in _NOTES} if work else {}
+    """Note → example images, read from the shards that the log names."""
+    images_of: dict[str, list[int]] = {note: [] for note in _NOTES}
+    shards_of = {note: list(shards) for note, shards in work.notes.items() if note in _NOTES} if work else {}
     if FAULTY in dataset.splits:  # the index names them all
-        found["fault"] = np.random.default_rng(cfg.seed).permutation(dataset.rows(FAULTY)).tolist()
-        wanted.pop("fault", None)
+        images_of["fault"] = np.random.default_rng(cfg.seed).permutation(dataset.rows(FAULTY)).tolist()
+        shards_of.pop("fault", None)
     number_of: dict[str, int] = {}
     read: dict[int, dict[str, dict[str, Any]]] = {}
-    for note, numbers in wanted.items():
+    for note, numbers in shards_of.items():
         for number in numbers:
-            if len(found[note]) >= cfg.faults:
+            if len(images_of[note]) >= cfg.faults:
                 break
             if number not in read:
                 read[number] = read_notes(dataset.root, number)
             if read[number] and not number_of:
                 number_of = {key: i for i, key in enumerate(dataset.keys)}
-            found[note] += [number_of[key] for key, told in read[number].items() if note in told and key in number_of]
-    return found
+            images_of[note] += [
+                number_of[key] for key, told in read[number].items() if note in told and key in number_of
+            ]
+    return images_of

@@ -125,7 +125,9 @@ class ImageCheck:
                     self._check_member(where, member, kind, data, *waiting[key])
                     self._tick(int(kind == "image"))
         except (tarfile.TarError, OSError) as error:
-            line = f"{where} is cut off or damaged: {error}; copy it again, or remove its index and repeat the command"
+            line = (
+                f"{where} is truncated or damaged: {error}; copy it again, or remove its index and repeat the command"
+            )
             self._problems.add("a tar is damaged", line)
         for key in order:
             lacking = [kind for kind in ("image", "txt", "json") if kind not in seen.get(key, set())]

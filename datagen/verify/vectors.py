@@ -58,8 +58,8 @@ class VectorCheck:
             where = self._root / folder / name
             table = self._shards[number]
             if name not in names:
-                remedy = f"python -m datagen.targets out={self._root} encoder={encoder}"
-                self._problems.add("vectors are missing", f"{where} is missing; write it: {remedy}")
+                hint = f"python -m datagen.targets out={self._root} encoder={encoder}"
+                self._problems.add("vectors are missing", f"{where} is missing; write it: {hint}")
                 continue
             try:
                 with self._files.path(f"{folder}/{name}").open("rb") as file:

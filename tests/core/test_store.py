@@ -439,7 +439,7 @@ def test_a_tar_cut_off_missing_or_anothers(uploaded: Location, client: Client) -
     client.remove("data/shards/000001.tar")
     with pytest.raises(UserError) as error:
         Dataset(uploaded)
-    assert "000000.tar is cut off: 5000 bytes, the index needs" in str(error.value)
+    assert "000000.tar is truncated: 5000 bytes, the index needs" in str(error.value)
     assert "000001.tar is missing; copy it again, or remove s3://" in str(error.value)
     client.put("data/shards/000001.tar", tars["shards/000000.tar"])
     longer = bytes(1024) + tars["shards/000000.tar"]

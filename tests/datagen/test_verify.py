@@ -244,15 +244,15 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
         members(lambda m: m.__setitem__(slice(15, 21), m[18:21] + m[15:18])),
         "000026: .* holds it where its index has 000025",
     ),
-    "cut tar": (lambda r: os.truncate(r / "shards/000001.tar", 20_000), "000001.tar is cut off or damaged"),
+    "cut tar": (lambda r: os.truncate(r / "shards/000001.tar", 20_000), "000001.tar is truncated or damaged"),
     "tar without its end": (
         lambda r: os.truncate(
             r / "shards/000001.tar", (r / "shards/000001.tar").stat().st_size // 10240 * 10240 - 10240
         ),
-        "000001.tar is cut off or damaged",
+        "000001.tar is truncated or damaged",
     ),
-    "empty tar": (lambda r: os.truncate(r / "shards/000001.tar", 0), "000001.tar is cut off or damaged"),
-    "header of a member": (flip("shards/000001.tar", 0), "000001.tar is cut off or damaged"),
+    "empty tar": (lambda r: os.truncate(r / "shards/000001.tar", 0), "000001.tar is truncated or damaged"),
+    "header of a member": (flip("shards/000001.tar", 0), "000001.tar is truncated or damaged"),
     # the members and the plan
     "prompt": (members(lambda m: m.__setitem__(16, (m[16][0], b"the moon"))), f"{K}: .* says 'the moon', the plan"),
     "prompt of the plan": (plan(set_to(25, prompt="the moon")), f"{K}: .* says '.*', the plan 'the moon'"),
@@ -336,7 +336,7 @@ def test_a_damaged_header_in_the_middle_of_a_tar_is_reported(copy: Path) -> None
     with tarfile.open(path) as tar:
         header = tar.getmember(f"{K}.txt").offset
     flip("shards/000001.tar", header + 3)(copy)
-    assert any(f"{path} is cut off or damaged: no end mark at {header}" in line for line in verify(copy))
+    assert any(f"{path} is truncated or damaged: no end mark at {header}" in line for line in verify(copy))
 
 
 def test_a_flipped_byte_anywhere_in_a_member_is_reported(copy: Path) -> None:

@@ -38,7 +38,7 @@ from datagen.dataset.reader import Dataset, read_plan
 from datagen.dataset.targets import MINILM, TargetEncoder, minilm_wheel
 from datagen.prompts.captions import read_captions
 from datagen.prompts.download import File
-from datagen.prompts.readers import KINDS, Wanted, rows
+from datagen.prompts.readers import KINDS, ReadOptions, rows
 from models.ensemble import weights
 from models.retrieval.vector_index import Index, about, is_exact, kept, weighted_mean
 
@@ -382,7 +382,7 @@ class _File:
 
     def __init__(self, path: Path, column: str, encoder: _Encoder) -> None:
         self.name, self._encoder = str(path), encoder
-        wanted = Wanted([column], None, "bank", {"column": "column"}, None)
+        wanted = ReadOptions([column], None, "bank", {"column": "column"}, None)
         chunks: list[pa.Array] = [pa.array([], pa.large_string())]
         texts: list[str] = []
         left_out: Counter[str] = Counter()

@@ -58,7 +58,7 @@ def texts(side: pa.Table) -> list[str]:
 
 
 def greedy(vectors: NDArray[np.float32], threshold: float) -> list[int]:
-    """Rows kept when each at `threshold` or more to one kept before it is dropped."""
+    """VectorFile kept when each at `threshold` or more to one kept before it is dropped."""
     kept: list[int] = []
     for i, vector in enumerate(vectors):
         if all(float(vector @ vectors[k]) < threshold for k in kept):

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 from datagen.curation import near_duplicates
-from datagen.curation.near_duplicates import Bank, Rows, distinct, halved
+from datagen.curation.near_duplicates import NearDuplicateIndex, VectorFile, distinct, halved
 
 WIDTH = 96
 Floats = NDArray[np.float32]
@@ -24,7 +24,7 @@ def unit(n: int, seed: int, spread: float = 0.5) -> Floats:
 
 
 def greedy(vectors: Floats, threshold: float) -> list[int]:
-    """Rows kept when each at `threshold` or more to one kept before it is dropped."""
+    """VectorFile kept when each at `threshold` or more to one kept before it is dropped."""
     lengths = np.linalg.norm(vectors, axis=1)
     cosines = (vectors @ vectors.T) / np.outer(lengths, lengths)
     kept: list[int] = []
@@ -34,12 +34,13 @@ def greedy(vectors: Floats, threshold: float) -> list[int]:
     return kept
 
 
-def filled(vectors: Floats, threshold: float, at_once: int = 10**9) -> tuple[Bank, list[int]]:
-    bank = Bank(Rows(WIDTH), threshold)
+def filled(vectors: Floats, threshold: float, at_once: int = 10**9) -> tuple[NearDuplicateIndex, list[int]]:
+    index = NearDuplicateIndex(VectorFile(WIDTH), threshold)
     parts = [
-        start + distinct(vectors[start : start + at_once], bank)[0] for start in range(0, max(len(vectors), 1), at_once)
+        start + distinct(vectors[start : start + at_once], index)[0]
+        for start in range(0, max(len(vectors), 1), at_once)
     ]
-    return bank, np.concatenate(parts).tolist()
+    return index, np.concatenate(parts).tolist()
 
 
 @pytest.mark.parametrize("threshold", [0.6, 0.8, 0.95, 1.0])
@@ -47,18 +48,18 @@ def filled(vectors: Floats, threshold: float, at_once: int = 10**9) -> tuple[Ban
 def test_exact_below_the_limit(threshold: float, n: int) -> None:
     vectors = unit(n, 1) if n else np.zeros((0, WIDTH), np.float32)
     vectors = np.concatenate([vectors, vectors[: n // 20]])  # some twice
-    bank, kept = filled(vectors, threshold)
+    index, kept = filled(vectors, threshold)
     assert kept == greedy(vectors, threshold)
-    assert len(bank) == len(kept)
+    assert len(index) == len(kept)
     if n == 3000 and threshold < 0.9:
         assert 0.05 < len(kept) / len(vectors) < 0.95
 
 
 def test_the_partner_is_the_likest_and_its_cosine_is_told() -> None:
     vectors, threshold = unit(3000, 2), 0.8
-    bank, kept = filled(vectors[:2500], threshold)
+    index, kept = filled(vectors[:2500], threshold)
     asked = vectors[2500:]
-    number, cosine = bank.near(asked)
+    number, cosine = index.near(asked)
     truth = asked @ vectors[kept].T
     near_any = truth.max(1) >= threshold
     assert 50 < near_any.sum() < 450
@@ -70,11 +71,11 @@ def test_the_partner_is_the_likest_and_its_cosine_is_told() -> None:
 
 def test_distinct_names_the_kept_one() -> None:
     vectors, threshold = unit(2000, 3), 0.8
-    bank = Bank(Rows(WIDTH), threshold)
-    first = distinct(vectors[:700], bank)
-    kept, partner, cosine = distinct(vectors[700:], bank)
+    index = NearDuplicateIndex(VectorFile(WIDTH), threshold)
+    first = distinct(vectors[:700], index)
+    kept, partner, cosine = distinct(vectors[700:], index)
     held = np.concatenate([vectors[:700][first[0]], vectors[700:][kept]])
-    np.testing.assert_array_equal(bank.rows[slice(None)], held)
+    np.testing.assert_array_equal(index.rows[slice(None)], held)
     assert sorted(np.flatnonzero(partner < 0).tolist()) == kept.tolist()
     dropped = np.flatnonzero(partner >= 0)
     told = (vectors[700:][dropped] * held[partner[dropped]]).sum(1)
@@ -87,9 +88,9 @@ def test_cells_find_nearly_all(threshold: float, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(near_duplicates, "EXACT", 1500)
     monkeypatch.setattr(near_duplicates, "_PROBES", 1)
     vectors = unit(12_000, 4, spread=0.3)
-    bank, kept = filled(vectors, threshold)
-    assert bank._centres_CP is not None
-    assert len(bank) > 1500 * 1.2
+    index, kept = filled(vectors, threshold)
+    assert index._centres_CP is not None
+    assert len(index) > 1500 * 1.2
     cosines = vectors @ vectors[kept].T
     before = np.array(kept)[None, :] < np.arange(len(vectors))[:, None]
     truth = ((cosines >= threshold) & before).any(1)  # near one that was kept before it
@@ -111,10 +112,10 @@ def test_the_same_however_many_are_added_at_a_time(monkeypatch: pytest.MonkeyPat
     many, kept_at_once = filled(vectors, 0.85, at_once=1024)
     assert kept_at_once == kept
     path = tmp_path / "vectors.f16"
-    begun = Bank(Rows(WIDTH, path), 0.85)
+    begun = NearDuplicateIndex(VectorFile(WIDTH, path), 0.85)
     first = distinct(vectors[: 6 * 1024], begun)[0]
     begun.rows.append(vectors[:5])  # not committed
-    resumed = Bank(Rows(WIDTH, path, rows=len(first)), 0.85)
+    resumed = NearDuplicateIndex(VectorFile(WIDTH, path, rows=len(first)), 0.85)
     rest = distinct(vectors[6 * 1024 :], resumed)[0] + 6 * 1024
     assert [*first, *rest] == kept
     for other in (many, resumed):
@@ -126,27 +127,27 @@ def test_the_same_however_many_are_added_at_a_time(monkeypatch: pytest.MonkeyPat
 
 def test_rows_in_a_file(tmp_path: Path) -> None:
     vectors = unit(100, 6)
-    rows = Rows(WIDTH, tmp_path / "v.f16")
+    rows = VectorFile(WIDTH, tmp_path / "v.f16")
     rows.append(vectors[:60])
     rows.append(vectors[60:])
     rows.sync()
     assert len(rows) == 100
     np.testing.assert_array_equal(rows[slice(None)], vectors)
     np.testing.assert_array_equal(rows[np.array([99, 0, 3])], vectors[[99, 0, 3]])
-    again = Rows(WIDTH, tmp_path / "v.f16", rows=40)
+    again = VectorFile(WIDTH, tmp_path / "v.f16", rows=40)
     np.testing.assert_array_equal(again[slice(None)], vectors[:40])
     assert (tmp_path / "v.f16").stat().st_size == 40 * WIDTH * 2
     again.append(vectors[50:60])
     assert (tmp_path / "v.f16").stat().st_size == 50 * WIDTH * 2
     np.testing.assert_array_equal(again[slice(38, 42)], vectors[[38, 39, 50, 51]])
-    with pytest.raises(UserError, match=r"v\.f16 is cut off or lost; remove .*, and curation begins anew"):
-        Rows(WIDTH, tmp_path / "v.f16", rows=51)
+    with pytest.raises(UserError, match=r"v\.f16 is truncated or missing; remove .*, and curation begins anew"):
+        VectorFile(WIDTH, tmp_path / "v.f16", rows=51)
 
 
 def test_rows_that_are_read_while_the_file_grows(tmp_path: Path) -> None:
     """Beyond the room that was mapped, and within it; in whole precision, in a file without a name."""
     vectors = np.random.default_rng(7).standard_normal((20_000, WIDTH)).astype(np.float32)
-    rows = Rows(WIDTH, tmp_path, kind=np.float32)
+    rows = VectorFile(WIDTH, tmp_path, kind=np.float32)
     for start in range(0, len(vectors), 500):
         rows.append(vectors[start : start + 500])
         np.testing.assert_array_equal(rows[slice(None)], vectors[: start + 500])

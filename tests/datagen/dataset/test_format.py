@@ -166,7 +166,7 @@ def test_a_worker_reads_what_its_parent_reads(whole: Path, method: str) -> None:
 
 
 def test_more_tars_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_MOST_MAPPED", 1)
+    monkeypatch.setattr(reader, "_MAX_MAPPED_TARS", 1)
     dataset, other = Dataset(whole), Dataset(whole)
     for i in (0, 40, 1, 41, 0):
         assert dataset.image_bytes(i) == other.image_bytes(i)
@@ -174,7 +174,7 @@ def test_more_tars_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_more_vectors_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "_MOST_TARGETS", 1)
+    monkeypatch.setattr(reader, "_MAX_MAPPED_TARGETS", 1)
     dataset = Dataset(whole, "stand-in")
     for i in (0, 40, 1, 41, 0):
         np.testing.assert_array_equal(dataset.targets(i), encode(dataset.prompts(i)))
@@ -268,7 +268,7 @@ def another_index(root: Path) -> None:
 
 UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no folder": (shutil.rmtree, r"no dataset at .*data: dataset.json is missing. Make one \(python -m datagen out="),
-    "unknown schema": (schema, "schema 99, but this version reads 1; make the dataset anew"),
+    "unknown schema": (schema, "schema 99, but this version reads 1; create the dataset again"),
     "broken json": (lambda r: (r / "dataset.json").write_text('{"schema": 1'), "dataset.json is damaged .*copy it"),
     "broken index": (lambda r: os.truncate(r / "shards/000001.parquet", 900), "000001.parquet is damaged .*copy it"),
     "missing shard": (
@@ -277,8 +277,8 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     ),
     "another index": (another_index, "its index has 50 rows, but dataset.json says 60: .*copy it again"),
     "missing tar": (lambda r: tar(r).unlink(), "000001.tar is missing; copy it again, or remove .*000001.parquet and"),
-    "cut tar": (cut, "000001.tar is cut off: 20000 bytes, the index needs .*; copy it again, or remove"),
-    "empty tar": (lambda r: os.truncate(tar(r), 0), "000001.tar is cut off: 0 bytes"),
+    "cut tar": (cut, "000001.tar is truncated: 20000 bytes, the index needs .*; copy it again, or remove"),
+    "empty tar": (lambda r: os.truncate(tar(r), 0), "000001.tar is truncated: 0 bytes"),
     "another tar": (swap, "000001.tar does not match its index: no 000000030 at 512; copy it again, or remove"),
     "no targets": (lambda r: shutil.rmtree(r / "targets"), "no vectors of stand-in; write them: python -m datagen.tar"),
     "missing targets": (
@@ -289,7 +289,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "narrow targets": (vectors((30, 7)), r"000001.npy is float32 \[30, 7\], expected float32 \[30, 8\]; remove it"),
     "broken targets": (
         lambda r: os.truncate(r / "targets/stand-in/000001.npy", 300),
-        "000001.npy cannot be read .*; remove it and write it anew",
+        "000001.npy cannot be read .*; remove it and write it again",
     ),
 }
 

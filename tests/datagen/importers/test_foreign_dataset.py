@@ -283,7 +283,7 @@ def test_a_tar_that_is_cut_off_is_refused(tmp_path: Path, where: str) -> None:
         last = tar.getmembers()[-2]
     at = {"in an image": last.offset_data + 20, "in a header": last.offset + 100, "between members": last.offset}
     os.truncate(path, at[where])
-    with pytest.raises(UserError, match=r"0\.tar is cut off or no tar: .*; copy it again"):
+    with pytest.raises(UserError, match=r"0\.tar is truncated or no tar: .*; copy it again"):
         make(tmp_path / "data", tars=path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.tar"]
 
@@ -295,7 +295,7 @@ def test_a_tar_with_a_hole_is_refused(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(middle.offset)
         file.write(b"\xff" * 512)
-    with pytest.raises(UserError, match=r"0\.tar is cut off or no tar"):
+    with pytest.raises(UserError, match=r"0\.tar is truncated or no tar"):
         make(tmp_path / "data", tars=path)
 
 

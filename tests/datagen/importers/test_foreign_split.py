@@ -148,7 +148,7 @@ def test_holdout_keeps_groups_prompts_and_bytes_apart() -> None:
         {"key": "k202", "reason": "no group"},
         {"key": "k203", "reason": "group on both sides"},
     ]
-    assert split.about["left_out"] == {REASON: 2, "no group": 1, "group on both sides": 1}
+    assert split.extra_info["left_out"] == {REASON: 2, "no group": 1, "group on both sides": 1}
     assert split.leakage == {"train/val": {"prompts": 0, "images": 0, "affected": 0}}
     few = [image(n, f"prompt x{n}x", group=free[0]) for n in range(9)]
     with pytest.raises(UserError, match="holds out none of the groups of g; take a larger share or another seed"):
@@ -174,7 +174,7 @@ def test_similarity_leaves_out_what_is_near_a_validation_prompt() -> None:
     line = split.left_out[0]
     assert line["reason"] == "cosine ≥ 0.7 to a validation prompt"
     assert float(vectors([line["prompt"]])[0] @ vectors([line["near"]])[0]) == pytest.approx(line["cosine"], abs=1e-3)
-    assert split.about["left_out"] == {line["reason"]: len(split.left_out)}
+    assert split.extra_info["left_out"] == {line["reason"]: len(split.left_out)}
 
 
 def test_similarity_by_the_real_encoder(tmp_path: Path) -> None:

@@ -331,13 +331,13 @@ def test_archives_and_tables_that_cannot_be_used(tmp_path: Path) -> None:
     tiny_published.sd2_4m(tmp_path / "sd", archives=1, images=3)
     tar = tmp_path / "sd" / "cc" / "sd-4.4M-cc-000.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"sd-4\.4M-cc-000\.tar is cut off or no tar"):
+    with pytest.raises(UserError, match=r"sd-4\.4M-cc-000\.tar is truncated or no tar"):
         make("sd2_4m", tmp_path / "out", tmp_path / "sd")
     tiny_published.diffusiondb(tmp_path / "db", archives=1, images=5)
     zipped = tmp_path / "db" / "images" / "part-000001.zip"
     data = zipped.read_bytes()
     zipped.write_bytes(data[:-30])
-    with pytest.raises(UserError, match=r"part-000001\.zip is cut off or no zip"):
+    with pytest.raises(UserError, match=r"part-000001\.zip is truncated or no zip"):
         make("diffusiondb", tmp_path / "out", tmp_path / "db")
     zipped.write_bytes(data)  # mended, the same command goes on
     assert make("diffusiondb", tmp_path / "out", tmp_path / "db").splits["faulty"] == 2

@@ -345,8 +345,8 @@ ERRORS: dict[str, tuple[bytes | None, str]] = {
         "object.json: expected a list, got dict with the keys rows, info; .*records=",
     ),
     "broken.json": (b'[{"prompt": \n', "broken.json:2: not JSON"),
-    "cut.txt.gz": (gzip.compress(b"a fox " * 999)[:30], "cut.txt.gz is damaged or cut off .*; copy it again"),
-    "p.txt.gz": (b"a fox", "p.txt.gz is damaged or cut off .Not a gzipped file"),
+    "cut.txt.gz": (gzip.compress(b"a fox " * 999)[:30], "cut.txt.gz is damaged or truncated .*; copy it again"),
+    "p.txt.gz": (b"a fox", "p.txt.gz is damaged or truncated .Not a gzipped file"),
 }
 
 
@@ -372,7 +372,9 @@ def test_files_damaged_within(tmp_path: Path) -> None:
         data[place : place + 40] = bytes(reversed(range(40)))
         (tmp_path / name).write_bytes(data)
         url = f"zip://p.txt::{tmp_path / name}" if name.endswith(".zip") else tmp_path / name
-        with pytest.raises(UserError, match=rf"prompts\.path: .*{name}.* is damaged or cut off \(.*\); copy it again"):
+        with pytest.raises(
+            UserError, match=rf"prompts\.path: .*{name}.* is damaged or truncated \(.*\); copy it again"
+        ):
             read(url)
 
 

@@ -286,7 +286,7 @@ def test_all_that_is_wrong_with_the_places_is_told_at_once(tmp_path: Path, data:
         tmp_path / "nowhere": "no dataset at",
         latin: "not UTF-8: line 1 cannot be decoded. Likely cp1252 (Western Europe), which reads 'café'",
         damaged: "is no parquet file",
-        cut: "is damaged or cut off",
+        cut: "is damaged or truncated",
         bad_bytes: "not UTF-8: line 2 cannot be decoded. Likely cp1252",
         tmp_path / "ragged.csv": "ragged.csv:3: more fields than columns",
         tmp_path / "lists.parquet": "the column 'prompt' is list<element: int64>, not text",
