@@ -1,9 +1,9 @@
 # ruff: noqa: T201
 """From a file's bytes to the model's square: `python -m benchmarks.decode [--json FILE] [--tiny]`, one core.
 
-Ours is `fit(decode(data), 224)`: uint8 [3, 224, 224]. The peer does the same with Pillow alone: decode, resize
-(bicubic), to a uint8 tensor. Images are 512 px JPEGs of 40 to 60 kB; told beside that: lossless WebP and PNG of the
-same images, and how far the two results are apart. Rounds alternate, and medians are compared.
+Ours is `resize_and_crop(decode(data), 224)`: uint8 [3, 224, 224]. The peer does the same with Pillow alone: decode,
+resize (bicubic), to a uint8 tensor. Images are 512 px JPEGs of 40 to 60 kB; told beside that: lossless WebP and PNG
+of the same images, and how far the two results are apart. Rounds alternate, and medians are compared.
 """
 
 import io
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import finish, noise, options, timed
-from models.runtime.preprocess import Preprocessing, decode, fit
+from models.runtime.preprocess import Preprocessing, decode, resize_and_crop
 
 TARGET, LEAST_DB = 1.9, 60
 IMAGES, SIZE, SIDE, ROUNDS = 50, 512, 224, 9
@@ -31,7 +31,7 @@ def encoded(image: Image.Image, kind: str) -> bytes:
 
 
 def ours(data: bytes) -> torch.Tensor:
-    return fit(decode(data), Preprocessing(SIDE))
+    return resize_and_crop(decode(data), Preprocessing(SIDE))
 
 
 def by_pillow(data: bytes) -> torch.Tensor:

@@ -2,7 +2,7 @@
 """Images a second of a bundle's graphs on a CPU. `python -m benchmarks.infer_cpu [--json FILE] [--tiny]`, minutes.
 
 The model alone: ViT-B/32 at 224 px with random weights and a linear head, exported to a bundle with its graphs in a
-temporary folder (1.5 GB). Ours is `Predictor.embed_fitted` of the bundle: ONNX Runtime and OpenVINO in fp32, OpenVINO
+temporary folder (1.5 GB). Ours is `Predictor.embed_squares` of the bundle: ONNX Runtime and OpenVINO in fp32, OpenVINO
 in bf16, and in int8 with what is not int8 in bf16. The peer is what a user of timm would write: the same model with the
 same weights, eager, fp32, under inference_mode, with torch's own number of threads. Its images are normalised
 beforehand, ours are not. All run at several batch sizes, rounds alternate, and medians of wall-clock rates are
@@ -35,7 +35,7 @@ from models.export.export import export
 from models.regressor import Regressor, make
 from models.runtime.backends import send_nothing
 from models.runtime.model import Predictor, network, read_config
-from models.runtime.preprocess import Preprocessing, fit
+from models.runtime.preprocess import Preprocessing, resize_and_crop
 
 TARGET = 4
 WIDTH = 384
@@ -66,7 +66,7 @@ def exported(scale: Scale, images: list[torch.Tensor], root: Path) -> tuple[Regr
     bundle = root / "bundle"
     export(root / "best", bundle)
     config = read_config(bundle)
-    config["graphs"] = runtimes.write(bundle, network(bundle, config), KINDS, images)
+    config["graphs"] = runtimes.write_runtimes(bundle, network(bundle, config), KINDS, images)
     (bundle / "config.json").write_text(json.dumps(config))
     return model, bundle
 
@@ -85,7 +85,7 @@ def main() -> None:
     cfg = options(__doc__, tiny="a tiny model: shows that the script works, measures nothing")
     scale = TINY if cfg.tiny else FULL
     images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in noise(scale.images, 256)]
-    image_NCHW = torch.stack([fit(image, Preprocessing(scale.size)) for image in images])
+    image_NCHW = torch.stack([resize_and_crop(image, Preprocessing(scale.size)) for image in images])
     send_nothing()
     import openvino
 
@@ -103,7 +103,7 @@ def main() -> None:
 
         def ours(backend: str, precision: str) -> Callable[[slice], torch.Tensor]:
             predictor = Predictor(bundle, "cpu", precision, backend)
-            return lambda rows: predictor.embed_fitted([image_NCHW[rows]])
+            return lambda rows: predictor.embed_squares([image_NCHW[rows]])
 
         arms: dict[str, Callable[[slice], torch.Tensor]] = {
             "peer": eager,

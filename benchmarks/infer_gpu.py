@@ -5,7 +5,7 @@ Needs a CUDA device and no network: ViT-L/14 and ViT-H/14 at 224 px have random 
 in a temporary folder (up to 5 GB). --large and --huge take one of the two. --tiny runs the same script on a CPU with a
 tiny model, to see that it works.
 
-Ours is `Predictor.embed_fitted` of the bundle, in the precision that it finds for the device. Told, each with its
+Ours is `Predictor.embed_squares` of the bundle, in the precision that it finds for the device. Told, each with its
 target:
   against what a user would write (≥ 1.10): the same timm model with the same weights, eager, channels last, under
     inference_mode and autocast to the same precision. Its images are normalised beforehand, ours are not;
@@ -127,7 +127,7 @@ def measured(kind: str, name: str, scale: Scale, device: torch.device, root: Pat
     del model
 
     def ours() -> torch.Tensor:
-        return predictor.embed_fitted([image_BCHW])
+        return predictor.embed_squares([image_BCHW])
 
     @torch.inference_mode()
     def eager() -> torch.Tensor:

@@ -29,7 +29,7 @@ from datagen.dataset.reader import Dataset
 from datagen.dataset.writer import write_targets
 from models.regressor import Regressor
 from models.regressor import make as make_model
-from models.runtime.preprocess import Preprocessing, decode, fit
+from models.runtime.preprocess import Preprocessing, decode, resize_and_crop
 from train.data.images import ImageDataset
 from train.data.loader import loader
 from train.data.samplers import ShuffledEpochs, TrainBatchSampler, TrainingSubset
@@ -72,7 +72,7 @@ def usual_batches(tars: list[str], seed: int, spec: Any) -> Iterator[torch.Tenso
 
 def own_decoder_batches(tars: list[str], seed: int) -> Iterator[torch.Tensor]:
     def prepare(data: bytes) -> torch.Tensor:
-        return fit(decode(data), Preprocessing(SIDE))
+        return resize_and_crop(decode(data), Preprocessing(SIDE))
 
     samples: Any = WebDataset(tars, shardshuffle=len(tars), seed=seed).shuffle(1000)
     yield from _images(samples.to_tuple("jpg", "txt").map_tuple(prepare).batched(BATCH, partial=False))

@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from core import tensor_files
 from core.checksum import DamagedFile
 from core.errors import UserError
+from core.paths import ROOT
 from models.backbones.pretrained_weights import put
 from models.backbones.registry import Spec, build_as_named
 from models.regressor import Regressor
@@ -212,3 +213,15 @@ def best_of_run(folder: Path) -> Path:
     """The best checkpoint of a run's folder; any other folder as it is."""
     is_run = not (folder / "config.json").exists() and (folder / "best/config.json").exists()
     return folder / "best" if is_run else folder
+
+
+def newest_checkpoint() -> Path:
+    """Folder of the best checkpoint that was written last, among checkpoints/*/best.
+
+    Raises:
+        UserError: There is none.
+    """
+    configs = sorted((ROOT / "checkpoints").glob("*/best/config.json"), key=lambda p: p.stat().st_mtime)
+    if not configs:
+        raise UserError("no checkpoints/*/best: train first (python -m train +experiment=…) or name checkpoint=…")
+    return configs[-1].parent

@@ -8,7 +8,7 @@ from torch import nn
 from models.backbones.layer_groups import frozen_names
 from models.backbones.registry import Spec, build
 from models.runtime.heads import make_head
-from models.runtime.preprocess import fit
+from models.runtime.preprocess import resize_and_crop
 
 
 class Regressor(nn.Module):
@@ -95,7 +95,7 @@ class Regressor(nn.Module):
             flip: mirror the squares, as bundles and training do: mirrored before it is cropped, an image would show up
                 to a pixel more of one side.
         """
-        image_BCHW = torch.stack([fit(image, self.spec.preprocessing) for image in images])
+        image_BCHW = torch.stack([resize_and_crop(image, self.spec.preprocessing) for image in images])
         if flip:
             image_BCHW = image_BCHW.flip(-1)
         return self.eval()(image_BCHW.to(self.device)).cpu()

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from datagen.dataset.reader import Dataset
-from models.leakage import NEAR, Leakage
+from models.leakage_counts import NEAR, LeakageCounts
 from models.metrics import bins, compare, cosines, recall
 from tests import small_dataset
 from train.evaluate.results import FORMAT
@@ -41,7 +41,7 @@ def write(
     skipped: Sequence[Mapping[str, str]] = (),
     ensemble: Mapping[str, Any] | None = None,
     main: str = "regressor",
-    leakage: Mapping[str, Leakage] | None = None,
+    leakage: Mapping[str, LeakageCounts] | None = None,
 ) -> Path:
     """Writes the folder and returns it. Every third image's prompt is said to be of coco, the others of lexica.
 
@@ -66,7 +66,7 @@ def write(
     owner = np.repeat(np.arange(len(targets)), [len(t) for t in targets])
     own = [np.flatnonzero(owner == n).tolist() for n in range(len(targets))]
     by_source = _groups(scores, {name: source_N == name for name in ("coco", "lexica")})
-    none = dict.fromkeys(vectors, Leakage(len(keys), 0, 0, 0, 0))
+    none = dict.fromkeys(vectors, LeakageCounts(len(keys), 0, 0, 0, 0))
     info = {
         "format": FORMAT,
         "leakage": {

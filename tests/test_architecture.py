@@ -183,7 +183,7 @@ def test_models_runtime_is_a_leaf() -> None:
 
 
 def test_the_bundles_program_is_models_runtime() -> None:
-    from models.export.export import PROGRAM
+    from models.export.program import PROGRAM
 
     left = {path.relative_to(ROOT).as_posix() for path in (ROOT / "models/runtime").glob("*.py")} - {*PROGRAM}
     assert left == {"models/runtime/__init__.py", "models/runtime/im2emb.py"}

@@ -102,6 +102,15 @@ class LossSettings:
         """Whether an image's loss depends on the others of its step, so that gradients cannot be added up."""
         return self.contrastive > 0 or self.hardest < 1
 
+    def keywords(self) -> dict[str, float]:
+        """Keyword arguments of `models.losses.total_loss`."""
+        return {
+            "mse": self.mse,
+            "contrastive": self.contrastive,
+            "temperature": self.temperature,
+            "hard_fraction": self.hardest,
+        }
+
     def problems(self) -> list[str]:
         found = [
             f"{name}: {getattr(self, name)} is below 0" for name in ("mse", "contrastive") if getattr(self, name) < 0

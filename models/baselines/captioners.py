@@ -22,7 +22,7 @@ from core.device import half
 from core.errors import UserError
 from models.baselines.beam_search import beam_search
 from models.baselines.source import Source
-from models.runtime.preprocess import middle
+from models.runtime.preprocess import crop_strip
 
 BATCH = 16  # images at once
 _TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json")
@@ -373,7 +373,7 @@ class Coca(_Captioner):
     def _caption(self, images: list[torch.Tensor]) -> list[str]:
         from PIL import Image
 
-        pil_images = (Image.fromarray(middle(image).permute(1, 2, 0).contiguous().numpy()) for image in images)
+        pil_images = (Image.fromarray(crop_strip(image).permute(1, 2, 0).contiguous().numpy()) for image in images)
         pixels_BCHW = torch.stack([self._preprocess(pil_image) for pil_image in pil_images])
         start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):

@@ -19,7 +19,7 @@ import torch
 
 from core.errors import UserError
 from models.baselines.source import Source
-from models.runtime.preprocess import middle
+from models.runtime.preprocess import crop_strip
 
 CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
 
@@ -80,7 +80,7 @@ class Clip:
         from PIL import Image
 
         model: Any = self._model
-        pil_image = Image.fromarray(middle(image).permute(1, 2, 0).contiguous().numpy())
+        pil_image = Image.fromarray(crop_strip(image).permute(1, 2, 0).contiguous().numpy())
         image_BCHW = self._preprocess(pil_image)[None].to(self.device, torch.float16 if self._half else torch.float32)
         return torch.nn.functional.normalize(model.encode_image(image_BCHW).float(), dim=-1)[0]
 

@@ -1,8 +1,8 @@
 """Several embedders as one: weights fitted on held-out predictions, kept in one self-contained folder.
 
-    weight_M = fit(vectors, target_nE)
-    save(folder, [Member("a", Path("checkpoints/a/best"), 0.7), Member("b", …, 0.3, flip=True)], {"score": …})
-    load_any(folder).embed(images)
+    weight_M = fit_weights(vectors, target_nE)
+    write_ensemble(folder, [Member("a", Path("checkpoints/a/best"), 0.7), Member("b", …, 0.3, flip=True)], {"score": …})
+    load_embedder(folder).embed(images)
 
 <folder>/config.json      {"format", "kind": "ensemble", "encoder", "encoder_identity", "target_width", "facts",
                            "members": [{"name", "weight", "flip", "sizes"}]}
@@ -31,18 +31,13 @@ from models import checkpoint
 from models.checkpoint import best_of_run
 from models.embedder import Embedder
 from models.ensemble.tta import Views, size_problems
-from models.ensemble.weights import Nested, blend, fit, nested, weights
-
-__all__ = [
-    "Ensemble", "Member", "Nested", "Views", "blend", "fit", "load",
-    "nested", "read_config", "recipe", "refuse_sizes", "save",
-]  # fmt: skip
+from models.ensemble.weights import normalize_weights
 
 log = logging.getLogger(__name__)
 
 FORMAT = 1
-KIND = "ensemble"
-LEAST = 1e-4  # weight of a member that is worth its time
+ENSEMBLE_KIND = "ensemble"
+MIN_MEMBER_WEIGHT = 1e-4  # weight of a member that is worth its time
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _RECIPE = "recipe.json"
 
@@ -72,7 +67,7 @@ class Ensemble:
     """
 
     def __init__(self, members: Sequence[Embedder], weight_M: Sequence[float] | NDArray[np.float64]) -> None:
-        self._members, self._weight_M = list(members), weights(weight_M, len(members)).tolist()
+        self._members, self._weight_M = list(members), normalize_weights(weight_M, len(members)).tolist()
 
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
@@ -81,7 +76,7 @@ class Ensemble:
         return normalize(torch.stack(z_MBE).sum(0), dim=-1)
 
 
-def save(folder: Path, members: Sequence[Member], facts: Mapping[str, Any]) -> None:
+def write_ensemble(folder: Path, members: Sequence[Member], facts: Mapping[str, Any]) -> None:
     """Writes the ensemble, whole or not at all. Members of a weight below 1e-4 are left out; the log says so.
 
     Args:
@@ -93,14 +88,14 @@ def save(folder: Path, members: Sequence[Member], facts: Mapping[str, Any]) -> N
     """
     folder = folder.resolve()
     empty = not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
-    if not empty and read_object(folder / "config.json").get("kind") != KIND:
+    if not empty and read_object(folder / "config.json").get("kind") != ENSEMBLE_KIND:
         raise UserError(f"{folder} holds something that is no ensemble; choose another folder")
     share_M, configs = _checked(members)
-    total = sum(share for share in share_M if share >= LEAST)
+    total = sum(share for share in share_M if share >= MIN_MEMBER_WEIGHT)
     kept = []
     with checkpoint.replacing(folder) as part:
         for member, share, its in zip(members, share_M, configs, strict=True):
-            if share < LEAST:
+            if share < MIN_MEMBER_WEIGHT:
                 log.info("%s: left out of the ensemble, its weight is %.1e", member.name, share)
                 continue
             kept.append(
@@ -110,7 +105,7 @@ def save(folder: Path, members: Sequence[Member], facts: Mapping[str, Any]) -> N
             own.mkdir(parents=True)
             for name in reversed(checkpoint.FILES):  # the weights first: a config that is still the same is theirs
                 shutil.copyfile(best_of_run(member.folder) / name, own / name)
-            if (settings := recipe(best_of_run(member.folder))) is not None:
+            if (settings := find_run_settings(best_of_run(member.folder))) is not None:
                 shutil.copyfile(settings, own / _RECIPE)
             if checkpoint.read_config(own) != its:
                 raise UserError(
@@ -118,7 +113,7 @@ def save(folder: Path, members: Sequence[Member], facts: Mapping[str, Any]) -> N
                 )
         config = {
             "format": FORMAT,
-            "kind": KIND,
+            "kind": ENSEMBLE_KIND,
             "encoder": configs[0]["encoder"],
             "target_width": configs[0]["target_width"],
             "members": kept,
@@ -157,7 +152,7 @@ def _checked(members: Sequence[Member]) -> tuple[list[float], list[dict[str, Any
             configs[member.name] = checkpoint.read_config(place)
             if "encoder" not in configs[member.name]:
                 raise UserError(f"{place / 'config.json'} names no target encoder")
-            refuse_sizes(configs[member.name], member.sizes)
+            check_sizes(configs[member.name], member.sizes)
         except UserError as error:
             found.append(f"{member.name}: {error}")
     for key, what in (("encoder", "target encoder"), ("target_width", "width")):
@@ -168,7 +163,7 @@ def _checked(members: Sequence[Member]) -> tuple[list[float], list[dict[str, Any
     found += _of_other_encoders(configs)
     shares: list[float] = []
     try:
-        shares = weights([member.weight for member in members], len(members)).tolist() if members else []
+        shares = normalize_weights([member.weight for member in members], len(members)).tolist() if members else []
     except UserError as error:
         found.append(str(error))
     if found:
@@ -176,13 +171,13 @@ def _checked(members: Sequence[Member]) -> tuple[list[float], list[dict[str, Any
     return shares, [configs[member.name] for member in members]
 
 
-def recipe(folder: Path) -> Path | None:
+def find_run_settings(folder: Path) -> Path | None:
     """The settings of the run that a checkpoint, or a member's, comes from; None where they are not there."""
     places = (folder / _RECIPE, folder.parent / "settings.json")
     return next((place for place in places if place.is_file()), None)
 
 
-def refuse_sizes(config: Mapping[str, Any], sizes: tuple[int, ...]) -> None:
+def check_sizes(config: Mapping[str, Any], sizes: tuple[int, ...]) -> None:
     """Raises a `UserError` where a checkpoint of this `config.json` cannot have views of these sizes, px."""
     found = size_problems(sizes)
     if found:
@@ -192,7 +187,7 @@ def refuse_sizes(config: Mapping[str, Any], sizes: tuple[int, ...]) -> None:
             checkpoint.rebuild({**config, "size": size})
 
 
-def read_config(folder: Path) -> dict[str, Any]:
+def read_ensemble_config(folder: Path) -> dict[str, Any]:
     """`config.json` of an ensemble.
 
     Raises:
@@ -200,7 +195,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     path = folder / "config.json"
     config = read_object(path)
-    if config.get("kind") != KIND:
+    if config.get("kind") != ENSEMBLE_KIND:
         raise UserError(f"no ensemble at {folder}: {path} is of another kind, or there is none")
     if config.get("format") != FORMAT:
         raise UserError(f"{path}: format {config.get('format')!r}, but this version reads {FORMAT}")
@@ -216,13 +211,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> Ensemble:
+def load_ensemble(folder: Path, device: torch.device | str = "cpu") -> Ensemble:
     """The ensemble that `save` wrote.
 
     Raises:
         UserError: the folder is no ensemble of this version, or a member is missing or damaged.
     """
-    config = read_config(folder)
+    config = read_ensemble_config(folder)
     listed = config["members"]
     members = [
         load_with_views(folder / "members" / m["name"], device, flip=m["flip"], sizes=tuple(m["sizes"])) for m in listed

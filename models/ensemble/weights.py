@@ -1,7 +1,7 @@
 """Blends of embedders' vectors: the normalised weighted sum, and the weights that score best.
 
-    weight_M = fit([a_nE, b_nE], target_nE)
-    honest = nested([a_nE, b_nE], target_nE, group_n)      weights and scores on different images
+    weight_M = fit_weights([a_nE, b_nE], target_nE)
+    held_out = blend_out_of_fold([a_nE, b_nE], target_nE, group_n)      weights and scores on different images
 
 n images, M members, E target width, F folds.
 """
@@ -21,7 +21,7 @@ _BETTER = 1e-9  # of a score: less is no reason to prefer a start that comes lat
 _NONE = 1e-9  # of a length: members that cancel out
 
 
-class Nested(NamedTuple):
+class OutOfFoldBlend(NamedTuple):
     vector_nE: NDArray[np.float32]  # noqa: N815
     """Each image's blend, by weights that were fitted without it."""
     weight_FM: NDArray[np.float64]  # noqa: N815
@@ -42,8 +42,8 @@ def blend(
     Raises:
         UserError: a member's vectors are zero, not finite, of another width or number; or members cancel out.
     """
-    _refuse(vectors, None, names)
-    weight_M = weights(weight_M, len(vectors))
+    _check_vectors(vectors, None, names)
+    weight_M = normalize_weights(weight_M, len(vectors))
     found = np.empty_like(vectors[0], np.float32)
     for start in range(0, len(found), _AT_ONCE):
         z_nE = sum(w * _unit(v[start : start + _AT_ONCE]) for w, v in zip(weight_M, vectors, strict=True))
@@ -54,7 +54,7 @@ def blend(
     return found
 
 
-def weights(weight_M: Sequence[float] | NDArray[np.float64], members: int) -> NDArray[np.float64]:
+def normalize_weights(weight_M: Sequence[float] | NDArray[np.float64], members: int) -> NDArray[np.float64]:
     """`weight_M` as shares that sum to 1.
 
     Raises:
@@ -66,7 +66,7 @@ def weights(weight_M: Sequence[float] | NDArray[np.float64], members: int) -> ND
     return made_M / made_M.sum()
 
 
-def fit(
+def fit_weights(
     vectors: Sequence[NDArray[np.float32]],
     target_nE: NDArray[Any],
     *,
@@ -90,11 +90,11 @@ def fit(
     Raises:
         UserError: a member's or the targets' vectors are zero, not finite, of another width or number.
     """
-    _refuse(vectors, target_nE, names)
+    _check_vectors(vectors, target_nE, names)
     return _fit(*_moments(vectors, target_nE), starts, seed)
 
 
-def nested(
+def blend_out_of_fold(
     vectors: Sequence[NDArray[np.float32]],
     target_nE: NDArray[Any],
     group_n: NDArray[Any],
@@ -102,31 +102,31 @@ def nested(
     seed: int = 0,
     *,
     names: Sequence[str] | None = None,
-) -> Nested:
+) -> OutOfFoldBlend:
     """Blends whose score is honest: each fold's weights are fitted on the other folds.
 
     Args:
         vectors: of each member, [n, E].
-        target_nE: as for `fit`.
+        target_nE: as for `fit_weights`.
         group_n: images with equal values are in one fold, as those of one prompt must be.
 
     Raises:
-        UserError: as for `fit`; or there are fewer groups than folds.
+        UserError: as for `fit_weights`; or there are fewer groups than folds.
     """
-    _refuse(vectors, target_nE, names)
+    _check_vectors(vectors, target_nE, names)
     if len(group_n) != len(target_nE):
         raise UserError(f"{len(group_n)} groups of {len(target_nE)} images: one each is needed")
-    fold_n = _deal(group_n, folds, seed)
+    fold_n = _assign_folds(group_n, folds, seed)
     gram_nMM, dot_nM = _moments(vectors, target_nE)
     weight_FM = np.stack([_fit(gram_nMM[fold_n != f], dot_nM[fold_n != f], 8, seed) for f in range(folds)])
     found = np.empty_like(vectors[0], np.float32)
     for fold, weight_M in enumerate(weight_FM):
         mine_n = fold_n == fold
         found[mine_n] = blend([v[mine_n] for v in vectors], weight_M, names)
-    return Nested(found, weight_FM, fold_n)
+    return OutOfFoldBlend(found, weight_FM, fold_n)
 
 
-def _refuse(
+def _check_vectors(
     vectors: Sequence[NDArray[np.float32]], target_nE: NDArray[Any] | None, names: Sequence[str] | None
 ) -> None:
     if not len(vectors):
@@ -208,7 +208,7 @@ def _climb(
     return end_M, -loss(end_M)[0]
 
 
-def _deal(group_n: NDArray[Any], folds: int, seed: int) -> NDArray[np.int64]:
+def _assign_folds(group_n: NDArray[Any], folds: int, seed: int) -> NDArray[np.int64]:
     """The fold of each image: groups in random order, the largest first, each to the fold that has fewest."""
     _, group_n, size_G = np.unique(group_n, return_inverse=True, return_counts=True)
     if not 2 <= folds <= len(size_G):

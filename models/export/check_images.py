@@ -20,7 +20,7 @@ from models.runtime.preprocess import BadImage, decode
 log = logging.getLogger(__name__)
 
 
-def samples(folder: Path, most: int) -> Iterator[torch.Tensor]:
+def read_check_images(folder: Path, most: int) -> Iterator[torch.Tensor]:
     """Up to `most` images from all over a folder, decoded one at a time, uint8 [3, H, W]; always the same ones.
 
     Images that cannot be read are left out, and counted in the log at the end.

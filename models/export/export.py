@@ -1,131 +1,65 @@
-"""A checkpoint or an ensemble → a bundle that predicts anywhere, with no network and nothing of this project.
+"""Export a checkpoint or an ensemble as a bundle that predicts offline and without this project.
 
     python -m models.export                                   the newest best checkpoint → bundle/
     python -m models.export checkpoint=checkpoints/vith14/best sizes=[224,280] flip=true precision=fp16
     python -m models.export checkpoint=both/ensemble graphs=[onnx,openvino] check_images=data/sd2
     python -m models.export push=hub:user/name
 
-The bundle is loaded and must give the vectors of what it was made of, or nothing is written.
+The bundle is loaded again and must reproduce the vectors of its source; otherwise nothing is written.
 """
 
-import ast
 import json
 import logging
 import re
 import shlex
-import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
 
 from core.errors import UserError
 from core.paths import ROOT
-from core.settings import settings
-from models.export.model_card import Told, card, dataset_metadata, distance
+from models import checkpoint
+from models.backbones.pretrained_weights import sha256
+from models.ensemble.ensemble import check_sizes, find_run_settings, read_ensemble_config
+from models.export.check_images import read_check_images
+from models.export.config import ExportSettings, WheelsSettings
+from models.export.model_card import CardDetails, dataset_metadata, format_distance, render_card
 from models.export.notebook import notebook
+from models.export.program import predict_source
+from models.export.runtimes import (
+    check_runtimes,
+    cosine_distance,
+    distance_summary,
+    runtime_inputs,
+    write_runtimes,
+)
 from models.export.sentence_transformers import st_files
-from models.export.upload import address_problems, push
-from models.export.wheels import collect, problems, wanted
-from models.export.wheels import refuse as refuse_wheels
-from models.loader import load_bundle
+from models.export.upload import push
+from models.export.wheels import check_wheels, collect_wheels, required_packages
+from models.loader import load_bundle, load_embedder, resolve_embedder
+from models.runtime.model import FORMAT, network, squares_of
+from models.runtime.preprocess import Preprocessing
 
 log = logging.getLogger(__name__)
 
-_FACTS = ("dataset", "datasets", "folds", "images", "score", "split", "step", "steps", "versions")
-_IN_A_BUNDLE = re.compile(
+_PUBLIC_FACTS = ("dataset", "datasets", "folds", "images", "score", "split", "step", "steps", "versions")
+_BUNDLE_FILE = re.compile(
     r"[^/]+\.(safetensors|json)|predict\.py|im2emb\.py|notebook\.ipynb|README\.md|graphs|wheels|__pycache__"
 )
-_WEIGHTS = re.compile(r"\.safetensors$|/graphs/[^/]+$")  # files whose sha256 is in config.json
-_EVERYWHERE = {"timm", "numpy", "pillow", "safetensors"}  # where images are predicted
-_SHOWN = 500  # images that graphs are checked on
+_HASHED_FILE = re.compile(r"\.safetensors$|/graphs/[^/]+$")  # files whose sha256 is in config.json
+_USUALLY_INSTALLED = {"timm", "numpy", "pillow", "safetensors"}
+_MAX_CHECK_IMAGES = 500  # images that exported models are checked on
 _TOLERANCE = 1e-5  # largest difference of a component
-_HALF_BOUND = 1e-3  # largest cosine distance that weights in fp16 may cost
-_MODULES = (
-    *("heads", "image_files", "preprocess", "towers"),
-    *("backends", "model", "inputs", "outputs", "workers", "predict"),
-)
-PROGRAM = tuple(f"models/runtime/{name}.py" for name in _MODULES)
-"""Files whose text predict.py is, in this order."""
+_MAX_FP16_DISTANCE = 1e-3  # largest cosine distance that weights in fp16 may cost
 
 
 @dataclass(frozen=True)
-class WheelsSettings:
-    python: str | float | None
-    """Version that predicts, such as 3.11; null: no wheels."""
-    platform: str
-    """It predicts on, such as manylinux_2_28_x86_64."""
-
-    def version(self) -> str:
-        """The Python's: 3.10 is read as the number 3.1."""
-        return "3.10" if self.python == 3.1 else str(self.python)
-
-    def problems(self) -> list[str]:
-        return problems(self.version(), self.platform) if self.python is not None else []
-
-    def unused(self) -> dict[str, str]:
-        return {} if self.python is not None else {"platform": "without wheels.python: no wheels are collected"}
-
-
-@dataclass(frozen=True)
-class ExportSettings:
-    checkpoint: Path | None
-    """Folder of a checkpoint, a run or an ensemble; null takes the newest checkpoints/*/best."""
-    out: Path
-    """Bundle folder to write."""
-    flip: bool
-    """Each image mirrored, too."""
-    sizes: tuple[int, ...]
-    """Input sizes that each image is seen at, px; none: that of training."""
-    precision: Literal["fp32", "fp16"]
-    """Of the stored weights."""
-    graphs: tuple[Literal["onnx", "openvino", "openvino_int8", "torch"], ...]
-    """The whole network for other runtimes, each checked against it."""
-    check_images: Path | None
-    """Folder of images, or of a dataset, to check the graphs on; null: the checkpoint's eight."""
-    wheels: WheelsSettings
-    title: str | None
-    """Of the model card and of Kaggle's page; null: the encoder and the backbone."""
-    licence: str | None
-    """Of the weights, the hub's short name, such as apache-2.0; null: the card asks for it."""
-    author: str | None
-    """A name to stand on the card."""
-    push: str | None
-    """Where to publish: hub:USER/NAME or kaggle:USER/SLUG."""
-    dry_run: bool
-    """Only tells what would be published."""
-    public: bool
-    """Published for all to see."""
-
-    def problems(self) -> list[str]:
-        found = address_problems(self.push) if self.push is not None else []
-        if "openvino_int8" in self.graphs and self.check_images is None:
-            found.append(
-                "graphs: openvino_int8 is calibrated and measured on images; name some hundreds, check_images=FOLDER"
-            )
-        if self.check_images is not None and not self.graphs:
-            found.append(
-                f"check_images: {self.check_images} are for graphs, and none is asked for; name some, graphs=[onnx]"
-            )
-        if self.push is None and (self.public or not self.dry_run):
-            found.append(
-                "public, dry_run: they are for push=, which is not there; name hub:USER/NAME or kaggle:USER/SLUG"
-            )
-        return found + self.told().problems()
-
-    def unused(self) -> dict[str, str]:
-        # false without push= is refused by `problems`
-        alone = self.push is None and self.dry_run
-        return (
-            {"dry_run": "without push: the bundle is written all the same, and nothing is published"} if alone else {}
-        )
-
-    def told(self) -> Told:
-        return Told(self.title, self.licence, self.author)
-
-
-@dataclass(frozen=True)
-class _Part:
+class _ExportMember:
     """A model to export: a member of an ensemble, or the only one."""
 
     name: str
@@ -135,16 +69,50 @@ class _Part:
     sizes: tuple[int, ...]
 
 
-def newest() -> Path:
-    """The best checkpoint that was written last.
+def export_and_upload(cfg: ExportSettings, arguments: Sequence[str]) -> None:
+    """Write the bundle of `cfg`, log how to use it, and upload it where `cfg.push` names a place.
+
+    Args:
+        cfg: Settings of `python -m models.export`.
+        arguments: Command line arguments; a dry run logs them as the command that uploads.
 
     Raises:
-        UserError: there is none.
+        UserError: As for `export` and `upload.push`.
     """
-    found = sorted((ROOT / "checkpoints").glob("*/best/config.json"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise UserError("no checkpoints/*/best: train first (python -m train +experiment=…) or name checkpoint=…")
-    return found[-1].parent
+    source = cfg.checkpoint or checkpoint.newest_checkpoint()
+    difference = export(
+        source,
+        cfg.out,
+        flip=cfg.flip,
+        sizes=cfg.sizes,
+        precision=cfg.precision,
+        runtimes=cfg.graphs,
+        check_images=cfg.check_images,
+        wheels=cfg.wheels if cfg.wheels.python is not None else None,
+        details=cfg.card_details(),
+    )
+    log.info("%s → %s: probe vectors equal within %.1e", source, cfg.out, difference)
+    config = json.loads((cfg.out / "config.json").read_text())
+    for entry in config["graphs"].values():
+        log.info(
+            "%s: cosine distance %s on average, %s at most, on %d images",
+            entry["file"],
+            *(format_distance(entry[key]) for key in ("mean_distance", "max_distance")),
+            entry["pictures"],
+        )
+    if cfg.wheels.python is None and (more := set(required_packages(config)) - _USUALLY_INSTALLED):
+        log.info(
+            "predict.py needs %s beside torch and timm; for a machine without network: wheels.python=3.11",
+            ", ".join(sorted(more)),
+        )
+    if cfg.push is None:
+        log.info("predict: python %s/predict.py --images FOLDER --out submission.csv", cfg.out)
+        return
+    again = [word for word in arguments if not word.lstrip("+").startswith(("dry_run=", "checkpoint="))]
+    again += [f"checkpoint={source}", "dry_run=false"]
+    command = shlex.join(["python", "-m", "models.export", *again])
+    page = push(cfg.out, cfg.push, dry_run=cfg.dry_run, public=cfg.public, command=command)
+    log.info("%s%s", "would be " if cfg.dry_run else "", page)
 
 
 def export(
@@ -154,78 +122,77 @@ def export(
     flip: bool = False,
     sizes: Sequence[int] = (),
     precision: str = "fp32",
-    graphs: Sequence[str] = (),
-    images: Path | None = None,
+    runtimes: Sequence[str] = (),
+    check_images: Path | None = None,
     wheels: WheelsSettings | None = None,
-    told: Told | None = None,
+    details: CardDetails | None = None,
 ) -> float:
-    """Writes the bundle; returns the largest difference of its probe vectors from those of `source`.
+    """Write a bundle and check that it reproduces the vectors of `source`.
 
     Args:
-        source: a checkpoint, a run or an ensemble.
-        flip: each image mirrored, too; an ensemble has its own.
-        sizes: input sizes that each image is seen at; none: that of training. An ensemble has its own.
-        precision: of the stored weights, fp32 or fp16.
-        graphs: of `models.export.runtimes.KINDS`.
-        images: folder of those that graphs are checked on; None: the checkpoints' probe images.
-        wheels: the Python and the platform to collect wheels for; None: none.
-        told: what else the model card says.
+        source: Folder of a checkpoint, a training run or an ensemble.
+        out: Bundle folder; an earlier bundle there is replaced.
+        flip: Average each image with its mirror image; an ensemble brings its own setting.
+        sizes: Input sizes in pixels to average over; empty: the size of training. An ensemble brings its own.
+        precision: "fp32" or "fp16", the type of the stored weights.
+        runtimes: Kinds of exported models, from `models.export.runtimes.KINDS`.
+        check_images: Folder of images or of a dataset, on which exported models are checked; None: the probe images
+            of the checkpoints.
+        wheels: Python version and platform to collect wheels for; None: no wheels.
+        details: What the model card says beside config.json.
+
+    Returns:
+        The largest difference of a component between the probe vectors of the bundle and of `source`.
 
     Raises:
-        UserError: `source` is no such thing, the bundle does not give its vectors, or `out` cannot be written; nothing
-            is.
+        UserError: `source` is not an embedder, the bundle does not reproduce its vectors, or `out` cannot be written.
+            Nothing is written then.
     """
-    from models import checkpoint
-    from models.backbones.pretrained_weights import sha256
-    from models.ensemble import ensemble
-
-    shown = None
-    if graphs:
-        from models.export.check_images import samples
-        from models.export.runtimes import refuse
-
-        refuse(graphs)
-        shown = None if images is None else samples(images, _SHOWN)
-    parts, facts = _parts(source, flip, tuple(sizes))
+    images = None
+    if runtimes:
+        check_runtimes(runtimes)
+        images = None if check_images is None else read_check_images(check_images, _MAX_CHECK_IMAGES)
+    members, facts = _list_members(source, flip, tuple(sizes))
     if wheels is not None:
-        backbones = [{"backbone": checkpoint.read_config(part.folder)["backbone"]} for part in parts]
-        refuse_wheels({"members": backbones, "graphs": list(graphs)}, wheels.version(), wheels.platform)
-    trained = checkpoint.read_config(parts[0].folder)
+        backbones = [{"backbone": checkpoint.read_config(member.folder)["backbone"]} for member in members]
+        check_wheels({"members": backbones, "graphs": list(runtimes)}, wheels.version(), wheels.platform)
+    trained = checkpoint.read_config(members[0].folder)
     if trained.get("encoder") is None:
         raise UserError(
-            f"{parts[0].folder / 'config.json'} names no target encoder; is it a checkpoint of python -m train?"
+            f"{members[0].folder / 'config.json'} names no target encoder; is it a checkpoint of python -m train?"
         )
     out = out.resolve()
-    _refuse_strangers(out)
+    _refuse_other_folder(out)
     with checkpoint.replacing(out) as folder:
-        members = [_write_member(folder, part, precision, only=len(parts) == 1) for part in parts]
-        config = _config(members, trained, facts, precision)
+        entries = [_write_member(folder, member, precision, only=len(members) == 1) for member in members]
+        config = _bundle_config(entries, trained, facts, precision)
         _write_json(folder / "config.json", config)
         (folder / "predict.py").write_text(predict_source())
-        difference, cost = _checked(folder, source, parts, precision, flip=flip, sizes=tuple(sizes))
-        if graphs:
-            config |= _write_graphs(folder, config, graphs, shown or _probes(parts))
-        config |= cost
-        weights = [path for path in sorted(folder.rglob("*")) if path.is_file() and _WEIGHTS.search(path.as_posix())]
-        config["sha256"] = {path.relative_to(folder).as_posix(): sha256(path) for path in weights}
+        difference, fp16_cost = _check_bundle(folder, source, members, precision, flip=flip, sizes=tuple(sizes))
+        if runtimes:
+            config |= _write_runtimes(folder, config, runtimes, images or _probe_images(members))
+        config |= fp16_cost
+        hashed = [path for path in sorted(folder.rglob("*")) if path.is_file() and _HASHED_FILE.search(path.as_posix())]
+        config["sha256"] = {path.relative_to(folder).as_posix(): sha256(path) for path in hashed}
         _write_json(folder / "config.json", config)
         (folder / "im2emb.py").write_text((ROOT / "models/runtime/im2emb.py").read_text())
         (folder / "notebook.ipynb").write_text(notebook(config))
         for name, text in st_files().items():
             (folder / name).write_text(text)
         if wheels is not None:
-            collect(folder / "wheels", config, wheels.version(), wheels.platform)
-        recipes = {part.name: json.loads(path.read_text()) for part in parts if (path := ensemble.recipe(part.folder))}
-        files = {
+            collect_wheels(folder / "wheels", config, wheels.version(), wheels.platform)
+        run_settings = {member.name: find_run_settings(member.folder) for member in members}
+        recipes = {name: json.loads(path.read_text()) for name, path in run_settings.items() if path}
+        sizes_of_files = {
             path.relative_to(folder).as_posix(): path.stat().st_size for path in folder.rglob("*") if path.is_file()
         }
-        told = replace(told or Told(), recipes=recipes, files=files)
-        (folder / "README.md").write_text(card(config, told))
-        _write_json(folder / "dataset-metadata.json", dataset_metadata(config, told))
+        details = replace(details or CardDetails(), recipes=recipes, files=sizes_of_files)
+        (folder / "README.md").write_text(render_card(config, details))
+        _write_json(folder / "dataset-metadata.json", dataset_metadata(config, details))
     return difference
 
 
-def _refuse_strangers(out: Path) -> None:
+def _refuse_other_folder(out: Path) -> None:
     """Raises a `UserError` where `out` holds what is not a bundle's, since it is replaced whole."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
@@ -237,27 +204,22 @@ def _refuse_strangers(out: Path) -> None:
         ours = False
     if not ours:
         raise UserError(f"{out} holds something that is no bundle; choose another out=")
-    strange = sorted(path.name for path in out.iterdir() if not _IN_A_BUNDLE.fullmatch(path.name))
+    strange = sorted(path.name for path in out.iterdir() if not _BUNDLE_FILE.fullmatch(path.name))
     if strange:
         raise UserError(
             f"{out} holds {', '.join(strange[:3])}, which is no part of a bundle; move it, or choose another out="
         )
 
 
-def _checked(
-    folder: Path, source: Path, parts: Sequence[_Part], precision: str, *, flip: bool, sizes: tuple[int, ...]
+def _check_bundle(
+    folder: Path, source: Path, members: Sequence[_ExportMember], precision: str, *, flip: bool, sizes: tuple[int, ...]
 ) -> tuple[float, dict[str, Any]]:
     """The largest difference of the bundle's probe vectors from those of `source`; and what fp16 costs, or nothing."""
-    import torch
-
-    from models import loader
-    from models.export.runtimes import cosine_distance, told
-
-    probes = _probes(parts)
-    expected = loader.load_any(source, flip=flip, sizes=sizes).embed(probes)
+    probes = _probe_images(members)
+    expected = load_embedder(source, flip=flip, sizes=sizes).embed(probes)
     predictor = load_bundle(folder)
     found = torch.cat([predictor.embed([probe]) for probe in probes])
-    difference = _largest(found, expected)
+    difference = _max_difference(found, expected)
     if precision == "fp32":
         if not difference <= _TOLERANCE:
             raise UserError(
@@ -267,104 +229,90 @@ def _checked(
         return difference, {}
     distance_N = cosine_distance(found.numpy(), expected.numpy())
     largest = distance_N.max()
-    if not largest <= _HALF_BOUND:
+    if not largest <= _MAX_FP16_DISTANCE:
         raise UserError(
             f"weights in fp16 cost up to {largest:.1e} of cosine on {len(probes)} images, more than "
-            f"{_HALF_BOUND:.0e}; nothing is written. Leave precision=fp32"
+            f"{_MAX_FP16_DISTANCE:.0e}; nothing is written. Leave precision=fp32"
         )
-    return difference, {"half_distance": told(distance_N)}
+    return difference, {"half_distance": distance_summary(distance_N)}
 
 
-def _probes(parts: Sequence[_Part]) -> list[Any]:
+def _probe_images(members: Sequence[_ExportMember]) -> list[Any]:
     """The images that the checkpoints carry, decoded."""
-    from models import checkpoint
-
-    return [probe for part in parts for probe in checkpoint.load_extras(part.folder)[1]]
+    return [probe for member in members for probe in checkpoint.load_extras(member.folder)[1]]
 
 
-def _write_graphs(
+def _write_runtimes(
     folder: Path, config: Mapping[str, Any], kinds: Sequence[str], images: Iterable[Any]
 ) -> dict[str, Any]:
-    """The parts of config.json that describe the graphs."""
-    from models.export.runtimes import inputs, write
-    from models.runtime.model import network, squares_of
-
-    graphs = write(folder, network(folder, config), kinds, images, half=config["precision"] == "fp16")
-    return {"graphs": graphs, "inputs": inputs(squares_of(config))}
+    """The members of config.json that describe the graphs."""
+    graphs = write_runtimes(folder, network(folder, config), kinds, images, half=config["precision"] == "fp16")
+    return {"graphs": graphs, "inputs": runtime_inputs(squares_of(config))}
 
 
-def _parts(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[list[_Part], dict[str, Any]]:
+def _list_members(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[list[_ExportMember], dict[str, Any]]:
     """What to export, and the facts of an ensemble."""
-    from models import checkpoint, loader
-    from models.ensemble import ensemble
-
-    kind, folder = loader.kind_of(source)
+    kind, folder = resolve_embedder(source)
     if kind == "bundle":
         raise UserError(f"{folder} is a bundle already; name the checkpoint or the ensemble that it was exported from")
     if kind == "checkpoint":
         config = checkpoint.read_config(folder)
-        ensemble.refuse_sizes(config, sizes)
-        return [_Part("model", folder, 1.0, flip, sizes or (config["size"],))], {}
+        check_sizes(config, sizes)
+        return [_ExportMember("model", folder, 1.0, flip, sizes or (config["size"],))], {}
     if flip or sizes:
         raise UserError(
             f"{folder} is an ensemble, whose members have views of their own: leave flip and sizes, and set tta.NAME "
             "in train.evaluate, which fits the weights to them"
         )
-    config = ensemble.read_config(folder)
-    parts = []
+    config = read_ensemble_config(folder)
+    members = []
     for member in config["members"]:
         place = folder / "members" / member["name"]
         own = tuple(member["sizes"]) or (checkpoint.read_config(place)["size"],)
-        parts.append(_Part(member["name"], place, member["weight"], member["flip"], own))
-    return parts, config["facts"]
+        members.append(_ExportMember(member["name"], place, member["weight"], member["flip"], own))
+    return members, config["facts"]
 
 
-def _write_member(folder: Path, part: _Part, precision: str, *, only: bool) -> dict[str, Any]:
+def _write_member(folder: Path, member: _ExportMember, precision: str, *, only: bool) -> dict[str, Any]:
     """The weights of one model; returns its entry of config.json."""
-    import torch
-    from safetensors.torch import save_file
-
-    from models import checkpoint
-    from models.runtime.preprocess import Preprocessing
-
-    config = checkpoint.read_config(part.folder)
-    mean_E, probes, expected = checkpoint.load_extras(part.folder)
-    model = checkpoint.load(part.folder)
+    config = checkpoint.read_config(member.folder)
+    mean_E, probes, expected = checkpoint.load_extras(member.folder)
+    model = checkpoint.load(member.folder)
     found = torch.cat([model.embed([probe]) for probe in probes])
-    difference = _largest(found, expected)
+    difference = _max_difference(found, expected)
     # one from before PREPROCESS 2 saw its images cropped otherwise, by a pixel, unless they were square
     if config.get("preprocess", 0) >= 2 and not difference <= _TOLERANCE:
         raise UserError(
-            f"{part.folder} differs by {difference:.1e} from the probe vectors that were kept in training, more than "
+            f"{member.folder} differs by {difference:.1e} from the probe vectors that were kept in training, more than "
             f"{_TOLERANCE:.0e}; nothing is written. Is timm another version than in training?"
         )
-    tensors = _stored(model.state_dict(), precision)
-    for size in part.sizes:
+    tensors = _cast_weights(model.state_dict(), precision)
+    for size in member.sizes:
         if size != config["size"]:
-            resized = _stored(checkpoint.load(part.folder, size).state_dict(), precision)
+            resized = _cast_weights(checkpoint.load(member.folder, size).state_dict(), precision)
             other = {name: tensor for name, tensor in resized.items() if not torch.equal(tensor, tensors[name])}
             tensors |= {f"at-{size}.{name}": tensor for name, tensor in other.items()}
-    file = "model.safetensors" if only else f"model-{part.name}.safetensors"
+    file = "model.safetensors" if only else f"model-{member.name}.safetensors"
     save_file({**tensors, "mean_E": mean_E}, folder / file)
     (folder / file).chmod(0o644)  # safetensors lets nobody else read it
     about = {key: config[key] for key in ("backbone", "width", "mean", "std", "target_width")}
     return {
         **about,
         **Preprocessing.from_config(config).to_config(),
-        "name": part.name,
+        "name": member.name,
         "file": file,
-        "weight": part.weight,
-        "flip": part.flip,
-        "sizes": list(part.sizes),
+        "weight": member.weight,
+        "flip": member.flip,
+        "sizes": list(member.sizes),
         "head": config.get("head", "linear"),
         "head_width": config.get("head_width", 0),
-        "facts": _told(config),
+        "facts": _public_facts(config),
     }
 
 
-def _told(facts: Mapping[str, Any]) -> dict[str, Any]:
+def _public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """What anyone may know; the folders where data and weights lie are nobody's business."""
-    found = {key: facts[key] for key in _FACTS if key in facts}
+    found = {key: facts[key] for key in _PUBLIC_FACTS if key in facts}
     for key in found.keys() & {"dataset", "datasets"}:
         found[key] = [{**each, "path": Path(each["path"]).name} for each in found[key]]
     leakage = (facts.get("score") or {}).get("leakage")
@@ -375,9 +323,8 @@ def _told(facts: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _stored(tensors: Mapping[str, Any], precision: str) -> dict[str, Any]:
+def _cast_weights(tensors: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """As they are written: matrices in `precision`; vectors, such as a variance, may be too small for fp16."""
-    import torch
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         half = precision == "fp16" and tensor.is_floating_point() and tensor.ndim > 1
@@ -386,13 +333,9 @@ def _stored(tensors: Mapping[str, Any], precision: str) -> dict[str, Any]:
     return {name: cast(tensor) for name, tensor in tensors.items()}
 
 
-def _config(
+def _bundle_config(
     members: list[dict[str, Any]], trained: Mapping[str, Any], facts: Mapping[str, Any], precision: str
 ) -> dict[str, Any]:
-    from importlib.metadata import version
-
-    from models.runtime.model import FORMAT
-
     return {
         "format": FORMAT,
         "kind": "bundle",
@@ -401,7 +344,7 @@ def _config(
         "target_width": members[0]["target_width"],
         "precision": precision,
         "members": members,
-        "facts": _told(facts),
+        "facts": _public_facts(facts),
         "graphs": {},
         "versions": {name: version(name) for name in ("torch", "timm")},
     }
@@ -411,72 +354,6 @@ def _write_json(path: Path, value: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
-def _largest(a: Any, b: Any) -> float:
+def _max_difference(a: Any, b: Any) -> float:
     """Difference of two tensors' components; nan where one is not finite."""
     return float((a - b).abs().max())
-
-
-def predict_source() -> str:
-    """The bundle's program as one file: the imports of our files of each other give way to their text."""
-    plain: set[str] = set()
-    names: dict[str, set[str]] = {}
-    docstring, bodies = "", []
-    for place in PROGRAM:
-        text = (ROOT / place).read_text()
-        tree = ast.parse(text)
-        nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
-        docstring = text[: text.index(ast.get_source_segment(text, nodes[0]) or "")]
-        for node in nodes:
-            given = {ast.unparse(alias) for alias in node.names}
-            if isinstance(node, ast.Import):
-                plain |= given
-            elif node.module and not node.level:
-                names.setdefault(node.module, set()).update(given)
-        stem = Path(place).stem
-        own = "".join(text.splitlines(True)[nodes[-1].end_lineno or 0 :]).strip("\n")
-        about = (ast.get_docstring(tree) or "").splitlines()[0]
-        bodies.append(f"# {stem} {'-' * (117 - len(stem))}\n# {about}\n\n\n{own}")
-    lines = [f"import {name}" for name in sorted(plain)]
-    lines += [f"from {module} import {', '.join(sorted(given))}" for module, given in sorted(names.items())]
-    standard = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
-    others = [line for line in lines if line not in standard]
-    head = "\n\n".join("\n".join(group) for group in (standard, others))
-    return docstring + "\n\n\n".join([head, *bodies]) + "\n"
-
-
-def run(values: dict[str, Any]) -> None:
-    cfg = settings(ExportSettings, values)
-    source = cfg.checkpoint or newest()
-    difference = export(
-        source,
-        cfg.out,
-        flip=cfg.flip,
-        sizes=cfg.sizes,
-        precision=cfg.precision,
-        graphs=cfg.graphs,
-        images=cfg.check_images,
-        wheels=cfg.wheels if cfg.wheels.python is not None else None,
-        told=cfg.told(),
-    )
-    log.info("%s → %s: probe vectors equal within %.1e", source, cfg.out, difference)
-    about = json.loads((cfg.out / "config.json").read_text())
-    for told in about["graphs"].values():
-        log.info(
-            "%s: cosine distance %s on average, %s at most, on %d images",
-            told["file"],
-            *(distance(told[key]) for key in ("mean_distance", "max_distance")),
-            told["pictures"],
-        )
-    if cfg.wheels.python is None and (more := set(wanted(about)) - _EVERYWHERE):
-        log.info(
-            "predict.py needs %s beside torch and timm; for a machine without network: wheels.python=3.11",
-            ", ".join(sorted(more)),
-        )
-    if cfg.push is None:
-        log.info("predict: python %s/predict.py --images FOLDER --out submission.csv", cfg.out)
-        return
-    again = [word for word in sys.argv[1:] if not word.lstrip("+").startswith(("dry_run=", "checkpoint="))]
-    again += [f"checkpoint={source}", "dry_run=false"]
-    command_line = shlex.join(["python", "-m", "models.export", *again])
-    place = push(cfg.out, cfg.push, dry_run=cfg.dry_run, public=cfg.public, command=command_line)
-    log.info("%s%s", "would be " if cfg.dry_run else "", place)

@@ -15,12 +15,12 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from core.errors import UserError
-from models.leakage import Leakage
+from models.leakage_counts import LeakageCounts
 
 TITLE = (6, 50)  # characters; these are the bounds of Kaggle's own client
 SLUG = (6, 50)
 SUBTITLE = (20, 80)
-NOBODY = "INSERT_USERNAME"  # what the client's `datasets init` would fill in; publish.py does
+OWNER_PLACEHOLDER = "INSERT_USERNAME"  # what the client's `datasets init` would fill in; publish.py does
 _UNSET = "other"
 # The names that Kaggle knows, from the documentation of its client; the hub's are these in small letters
 _KAGGLE_LICENCES = (
@@ -101,7 +101,7 @@ images and prompts, which the program that wrote this cannot judge. Whoever publ
 
 
 @dataclass(frozen=True)
-class Told:
+class CardDetails:
     """What the card says beside the bundle's config.json."""
 
     title: str | None = None
@@ -130,7 +130,7 @@ class Told:
         return found
 
 
-def card(config: Mapping[str, Any], told: Told) -> str:
+def render_card(config: Mapping[str, Any], told: CardDetails) -> str:
     """The bundle's README.md.
 
     Args:
@@ -142,7 +142,7 @@ def card(config: Mapping[str, Any], told: Told) -> str:
     return _front_matter(config, told) + _body(config, told)
 
 
-def dataset_metadata(config: Mapping[str, Any], told: Told) -> dict[str, Any]:
+def dataset_metadata(config: Mapping[str, Any], told: CardDetails) -> dict[str, Any]:
     """Kaggle's dataset-metadata.json, with `NOBODY` for its owner.
 
     Raises:
@@ -155,7 +155,7 @@ def dataset_metadata(config: Mapping[str, Any], told: Told) -> dict[str, Any]:
         slug = f"im2emb-{slug}".strip("-") + "-bundle" * (not slug)
     made = {
         "title": title,
-        "id": f"{NOBODY}/{slug[: SLUG[1]].strip('-')}",
+        "id": f"{OWNER_PLACEHOLDER}/{slug[: SLUG[1]].strip('-')}",
         "subtitle": f"Images to {config['target_width']}-d {_encoder(config)} vectors"[: SUBTITLE[1]],
         "description": _body(config, told),
         "licenses": [{"name": known.get(told.licence or _UNSET, "other")}],
@@ -185,7 +185,7 @@ def metadata_problems(metadata: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def readable(size: int) -> str:
+def format_size(size: int) -> str:
     """Bytes, as 1,234 B or 14.2 MB."""
     for unit, least in (("GB", 10**9), ("MB", 10**6), ("kB", 10**4)):
         if size >= least:
@@ -193,7 +193,7 @@ def readable(size: int) -> str:
     return f"{size:,} B"
 
 
-def distance(value: float) -> str:
+def format_distance(value: float) -> str:
     """A cosine distance: 0.0123, 1.2e-05; below what fp32 resolves, < 1e-7."""
     if value < 1e-7:
         return "< 1e-7"
@@ -209,7 +209,7 @@ def _encoder(config: Mapping[str, Any]) -> str:
     return config["encoder"].replace("--", "/")  # as the hub writes it
 
 
-def _title(config: Mapping[str, Any], told: Told) -> str:
+def _title(config: Mapping[str, Any], told: CardDetails) -> str:
     found = told.problems()
     if found:
         raise UserError("a card that cannot be written:\n" + "\n".join(f"  {problem}" for problem in found))
@@ -228,7 +228,7 @@ def _backbone(name: str) -> str:
     return model.partition("/")[0] if colon or library else name.partition(".")[0]
 
 
-def _front_matter(config: Mapping[str, Any], told: Told) -> str:
+def _front_matter(config: Mapping[str, Any], told: CardDetails) -> str:
     bases = sorted({base for base, _ in map(_base, config["members"]) if base})
     values: dict[str, Any] = {"license": told.licence or _UNSET}
     if values["license"] == _UNSET:
@@ -270,11 +270,11 @@ def _base(member: Mapping[str, Any]) -> tuple[str | None, str | None]:
     return (found.hf_hub_id, found.license) if found is not None else (None, None)
 
 
-def _body(config: Mapping[str, Any], told: Told) -> str:
-    from models.export.wheels import wanted  # torch; see _base
+def _body(config: Mapping[str, Any], told: CardDetails) -> str:
+    from models.export.wheels import required_packages  # torch; see _base
 
     versions = ", ".join(f"{name} {version}" for name, version in sorted(config["versions"].items()))
-    packages = _listed(["torch", *wanted({"members": config["members"]})])
+    packages = _listed(["torch", *required_packages({"members": config["members"]})])
     scores = [_score(facts) for facts in (config["facts"], *(member["facts"] for member in config["members"]))]
     held_out = [_held_out(score) for score in scores if score is not None]
     judged = _HELD_OUT if held_out and all(held_out) else _PARTLY_HELD_OUT if any(held_out) else _NOT_HELD_OUT
@@ -303,7 +303,7 @@ def _listed(words: Sequence[str], last: str = "and") -> str:
     return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
 
 
-def _opening(config: Mapping[str, Any], told: Told) -> list[str]:
+def _opening(config: Mapping[str, Any], told: CardDetails) -> list[str]:
     members = config["members"]
     kind = "one model" if len(members) == 1 else f"{len(members)} models, blended"
     opening = (
@@ -314,7 +314,7 @@ def _opening(config: Mapping[str, Any], told: Told) -> list[str]:
     facts = members[0]["facts"] if len(members) == 1 else config["facts"]
     score = _score(facts)
     if score is not None:
-        images = "held-out images" if _held_out(score) else "pictures"
+        images = "held-out images" if _held_out(score) else "images"
         images = f"{score['images']:,} {images}" if score["images"] else images
         how = f", weights of the blend by {facts['folds']}-fold cross-validation" if facts.get("folds") else ""
         if len(members) == 1 and (members[0]["flip"] or members[0]["sizes"] != [members[0]["size"]]):
@@ -348,7 +348,7 @@ def _score(facts: Mapping[str, Any]) -> dict[str, Any] | None:
     if not score or any(score.get(key) is None for key in ("mean", "low", "high")):
         return None
     try:
-        leakage = Leakage.from_json(score.get("leakage"))
+        leakage = LeakageCounts.from_json(score.get("leakage"))
     except ValueError:  # of an older version, which did not count
         leakage = None
     images = score.get("images", facts.get("images"))
@@ -359,7 +359,7 @@ def _held_out(score: Mapping[str, Any]) -> bool:
     return score["leakage"] is not None and score["leakage"].held_out
 
 
-def _overlap(leakage: Leakage | None) -> str:
+def _overlap(leakage: LeakageCounts | None) -> str:
     """Leakage of the evaluated images in a sentence or two."""
     if leakage is None or leakage.affected is None:
         return "Leakage: whether these images or their prompts occur in training is not known."
@@ -413,7 +413,7 @@ def _models(config: Mapping[str, Any]) -> list[str]:
         "weight",
         "mean cosine",
         "95 % interval",
-        "pictures",
+        "images",
         "leakage",
     )
     found = ["## Models", _table(heads, rows)]
@@ -429,8 +429,8 @@ def _models(config: Mapping[str, Any]) -> list[str]:
     half = config.get("half_distance")
     if half:
         found.append(
-            f"Weights in fp16 cost {distance(half['mean_distance'])} of cosine on the average, and "
-            f"{distance(half['max_distance'])} at worst, against fp32, on {half['pictures']:,} images."
+            f"Weights in fp16 cost {format_distance(half['mean_distance'])} of cosine on the average, and "
+            f"{format_distance(half['max_distance'])} at worst, against fp32, on {half['pictures']:,} images."
         )
     return found
 
@@ -452,7 +452,7 @@ def _name(path: str) -> str:
     return PurePosixPath(path.replace("\\", "/").rstrip("/")).name or "dataset"
 
 
-def _recipes(config: Mapping[str, Any], told: Told) -> list[str]:
+def _recipes(config: Mapping[str, Any], told: CardDetails) -> list[str]:
     known = [member for member in config["members"] if member["name"] in told.recipes]
     found = []
     for member in known:
@@ -545,14 +545,14 @@ def _graphs(config: Mapping[str, Any]) -> list[str]:
         return []
     rows = []
     for name, about in sorted(graphs.items()):
-        distances = [distance(about[f"{kind}_distance"]) for kind in ("mean", "max")]
+        distances = [format_distance(about[f"{kind}_distance"]) for kind in ("mean", "max")]
         rows.append([f"`{name}`", f"`{about['file']}`", *distances, f"{about['pictures']:,}"])
-    found = ["## Graphs", _GRAPHS, _table(("graph", "file", "mean cosine distance", "largest", "pictures"), rows)]
+    found = ["## Graphs", _GRAPHS, _table(("graph", "file", "mean cosine distance", "largest", "images"), rows)]
     if "openvino_int8" in graphs:
         mean, most = (graphs["openvino_int8"][f"{kind}_distance"] for kind in ("mean", "max"))
         fitted = graphs["openvino_int8"].get("calibrated")
         found.append(
-            f"int8 costs {distance(mean)} of cosine on the average, and {distance(most)} at worst"
+            f"int8 costs {format_distance(mean)} of cosine on the average, and {format_distance(most)} at worst"
             + (f"; it was fitted to {fitted:,} other images." if fitted else ".")
         )
     runs = [name for name in sorted(graphs) if name != "torch"]
@@ -566,7 +566,7 @@ def _graphs(config: Mapping[str, Any]) -> list[str]:
     return found
 
 
-def _files(told: Told) -> list[str]:
+def _files(told: CardDetails) -> list[str]:
     """Each file of the top, and each folder as one."""
     sizes: dict[str, list[int]] = {}
     for path, size in told.files.items():
@@ -583,14 +583,14 @@ def _files(told: Told) -> list[str]:
         rows.append(
             [
                 f"`{name}{'/' if name in folders else ''}`{inside}",
-                readable(sum(sizes[name])) if sizes[name] else "–",
+                format_size(sum(sizes[name])) if sizes[name] else "–",
                 what,
             ]
         )
     return ["## Files", _table(("file", "size", "what"), rows)]
 
 
-def _licence(told: Told) -> list[str]:
+def _licence(told: CardDetails) -> list[str]:
     known = told.licence and told.licence != _UNSET
     said = f"The weights: {told.licence}." if known else _NO_LICENCE
     return ["## Licence", f"{said} The code (`predict.py`, `im2emb.py`) is Apache-2.0."]

@@ -32,7 +32,7 @@ from core.errors import UserError
 from core.progress import progress
 from models.runtime.backends import Graph, open_graph, send_nothing
 from models.runtime.model import Network
-from models.runtime.preprocess import Preprocessing, fit
+from models.runtime.preprocess import Preprocessing, resize_and_crop
 
 KINDS = ("onnx", "openvino", "openvino_int8", "torch")
 BOUND = 1e-3
@@ -62,7 +62,7 @@ _Squares = Sequence[Sequence[torch.Tensor]]
 """Of each image, for each of the network's squares: uint8 [3, size, size]."""
 
 
-def refuse(kinds: Iterable[str]) -> None:
+def check_runtimes(kinds: Iterable[str]) -> None:
     """Raises a `UserError` where one of `kinds` is unknown, or needs a package that is not installed."""
     kinds = list(kinds)
     wrong = [kind for kind in kinds if kind not in KINDS]
@@ -76,7 +76,7 @@ def refuse(kinds: Iterable[str]) -> None:
         )
 
 
-def inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
+def runtime_inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
     """For `config["inputs"]`: name of each input of the graphs, in their order, and how its squares are made.
 
     Of several squares of one size the second is named image_SIZE_2, and so on.
@@ -87,7 +87,7 @@ def inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
     return [{"name": name, **square.to_config()} for name, square in zip(names, squares, strict=True)]
 
 
-def write(
+def write_runtimes(
     folder: Path, network: Network, kinds: Sequence[str], images: Iterable[torch.Tensor], *, half: bool = False
 ) -> dict[str, dict[str, Any]]:
     """Writes the graphs below `folder`, and runs each on the images, one alone and then in batches.
@@ -106,8 +106,8 @@ def write(
         UserError: a package is missing, there are no images, a graph cannot be made of this network, or differs from
             it by more than `BOUND`, or `INT8_BOUND`.
     """
-    refuse(kinds)
-    squares = [[fit(image, square) for square in network.squares] for image in images]
+    check_runtimes(kinds)
+    squares = [[resize_and_crop(image, square) for square in network.squares] for image in images]
     if not squares:
         raise UserError("graphs: no images to verify them on; give check_images=")
     send_nothing()
@@ -136,7 +136,7 @@ def _written(
     if set(kinds) == {"torch"}:
         return
     onnx = folder / _FILE["onnx"] if "onnx" in kinds else scratch / "model.onnx"
-    _save_onnx(program, [each["name"] for each in inputs(network.squares)], onnx)
+    _save_onnx(program, [each["name"] for each in runtime_inputs(network.squares)], onnx)
     del program
     if "onnx" in kinds:
         yield "onnx", onnx
@@ -172,10 +172,10 @@ def _verified(
             f"the {kind} graph differs from the network: its {which} cosine distance on {len(squares)} images is "
             f"{value:.1e}, more than {bound:g}; nothing is written. Leave {kind} out of graphs, or {remedy}"
         )
-    return about | told(distance_N)
+    return about | distance_summary(distance_N)
 
 
-def told(distance_N: np.ndarray) -> dict[str, Any]:
+def distance_summary(distance_N: np.ndarray) -> dict[str, Any]:
     """Distances as config.json keeps them: what is smaller differs between machines."""
     mean, largest = (round(float(value), 7) for value in (distance_N.mean(), distance_N.max()))
     return {"pictures": len(distance_N), "mean_distance": mean, "max_distance": largest}

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import UserError
-from models.export.model_card import SLUG, metadata_problems, readable
+from models.export.model_card import SLUG, format_size, metadata_problems
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -170,8 +170,8 @@ def _tell(
     lines = [
         f"dry run, nothing is sent: {target} → {page}",
         f"  {state}",
-        *(f"  {readable(size):>10}  {name}" for name, size in files.items()),
-        f"  {readable(sum(files.values())):>10}  in {len(files)} files",
+        *(f"  {format_size(size):>10}  {name}" for name, size in files.items()),
+        f"  {format_size(sum(files.values())):>10}  in {len(files)} files",
         *(f"  {'removed':>10}  {name}" for name in gone),
         f"in earnest: {again}",
     ]

@@ -1,6 +1,6 @@
 """Wheels for the bundle, so that `pip install --no-index` gives a machine without network what predict.py asks for.
 
-    names = collect(folder, config, "3.11", "manylinux_2_28_x86_64")
+    names = collect_wheels(folder, config, "3.11", "manylinux_2_28_x86_64")
 
 pip's own resolver chooses, at the versions installed here, which are those that the bundle was checked with. torch and
 torchvision are never among them: the machine has its own (a build for CUDA 13 would drop the P100). For the resolver
@@ -37,7 +37,7 @@ _OLDEST = 11  # Python 3.11: predict.py is written for it, and numpy's release h
 _OLD_NAMES = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # glibc's minor version → PEP 571, 599, 513
 
 
-def problems(python: str, platform: str) -> list[str]:
+def target_problems(python: str, platform: str) -> list[str]:
     """What is wrong with the names of a Python and a platform, a line each."""
     found = []
     if not re.fullmatch(r"3\.\d{1,2}", python):
@@ -55,7 +55,7 @@ def problems(python: str, platform: str) -> list[str]:
     return found
 
 
-def wanted(config: Mapping[str, Any]) -> list[str]:
+def required_packages(config: Mapping[str, Any]) -> list[str]:
     """The packages that a bundle's predict.py imports beside torch, sorted."""
     from models.runtime.towers import OPEN_CLIP, TRANSFORMERS  # torch
 
@@ -71,7 +71,7 @@ def wanted(config: Mapping[str, Any]) -> list[str]:
     return sorted([name for name, needed in by_need.items() if needed] + list(_LOOSE))
 
 
-def refuse(config: Mapping[str, Any], python: str, platform: str) -> None:
+def check_wheels(config: Mapping[str, Any], python: str, platform: str) -> None:
     """Raises for what can be known before any work.
 
     Args:
@@ -81,8 +81,8 @@ def refuse(config: Mapping[str, Any], python: str, platform: str) -> None:
         UserError: python or platform is malformed or too old, a package that the bundle needs is not installed here,
             or there is no pip.
     """
-    found = problems(python, platform)
-    missing = [name for name in wanted(config) if _installed(name) is None]
+    found = target_problems(python, platform)
+    missing = [name for name in required_packages(config) if _installed(name) is None]
     if missing:
         found.append(f"{', '.join(missing)}: not installed here, so the bundle was not checked with it; install it")
     if _installed("pip") is None:
@@ -91,7 +91,7 @@ def refuse(config: Mapping[str, Any], python: str, platform: str) -> None:
         raise UserError("wheels cannot be collected:\n" + "\n".join(f"  {problem}" for problem in found))
 
 
-def collect(folder: Path, config: Mapping[str, Any], python: str, platform: str) -> list[str]:
+def collect_wheels(folder: Path, config: Mapping[str, Any], python: str, platform: str) -> list[str]:
     """Writes the wheels that a bundle needs on that Python and platform, and requirements.txt.
 
     Args:
@@ -104,11 +104,11 @@ def collect(folder: Path, config: Mapping[str, Any], python: str, platform: str)
         The wheels' names, sorted.
 
     Raises:
-        UserError: as `refuse`; or a package has no such wheel, or the package registry cannot be reached; nothing is
-            written.
+        UserError: As for `check_wheels`; or a package has no such wheel, or the package registry cannot be reached.
+            Nothing is written then.
     """
-    refuse(config, python, platform)
-    versions = {name: importlib.metadata.version(name) for name in wanted(config)}
+    check_wheels(config, python, platform)
+    versions = {name: importlib.metadata.version(name) for name in required_packages(config)}
     roots = [f"{name}=={version}" for name, version in versions.items()]
     with tempfile.TemporaryDirectory(prefix="im2emb-wheels-") as scratch:
         cfg = _resolved(Path(scratch), roots, python, platform)
@@ -204,15 +204,15 @@ def _download(target: Path, requirements: list[str], python: str, platform: str,
     said = why or [line for line in lines if line.startswith("ERROR:")] or lines[-10:]
     broken = [line for line in lines if "connection broken by" in line]
     if broken:
-        remedy, said = "the package registry cannot be reached: export where it can, or without wheels", broken[-1:]
+        hint, said = "the package registry cannot be reached: export where it can, or without wheels", broken[-1:]
     elif why or any("No matching distribution" in line or "conflicting dependencies" in line for line in said):
-        remedy = (
+        hint = (
             f"there are no such wheels for Python {python} on {platform}: name the Python and the platform that the "
             "bundle will run on, or install other versions here and export again"
         )
     else:
-        remedy = "pip could not fetch them"
-    raise UserError(f"wheels: {remedy}. pip said:\n" + "\n".join(f"  {line.rstrip()}" for line in said))
+        hint = "pip could not fetch them"
+    raise UserError(f"wheels: {hint}. pip said:\n" + "\n".join(f"  {line.rstrip()}" for line in said))
 
 
 def _constraints() -> list[str]:

@@ -13,7 +13,7 @@ import json
 import logging
 import os
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,25 +44,6 @@ _CODES = "RaBitQfs"
 _LOOKED_AT, _LEAST_CELLS = 3 / 16, 192  # of the cells; at least so many
 _CANDIDATES, _FEWEST = 15, 100  # of k, whose own vectors are compared; at least so many
 _TRAINING, _ROUNDS = 40, 8  # vectors a cell that k-means sees, and its rounds
-
-
-class Prompts(Protocol):
-    """Texts with their unit vectors, such as `train.evaluate.prompt_index.PromptIndex`."""
-
-    def __len__(self) -> int: ...
-
-    def texts(self, rows: Rows | range) -> list[str]:
-        """The texts of these rows."""
-        ...
-
-    @property
-    def vectors(self) -> Floats:
-        """[n, E]."""
-        ...
-
-    def identity(self) -> dict[str, Any]:
-        """What texts and vectors depend on, as plain JSON."""
-        ...
 
 
 class Index:

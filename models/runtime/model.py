@@ -25,7 +25,7 @@ from torch.nn.functional import normalize
 
 from .backends import BundleError, open_graph
 from .heads import make_head
-from .preprocess import BadImage, Preprocessing, decode, fit, from_pillow
+from .preprocess import BadImage, Preprocessing, decode, from_pillow, resize_and_crop
 from .towers import tower
 
 FORMAT = 3
@@ -328,9 +328,9 @@ class Predictor:
         else:
             self._graph = open_graph(folder, self.config, backend, torch.get_num_threads(), self.precision)
 
-    def fit(self, image_CHW: torch.Tensor) -> list[torch.Tensor]:
+    def preprocess(self, image_CHW: torch.Tensor) -> list[torch.Tensor]:
         """A decoded image, uint8 [3, H, W] → for each of `squares` uint8 [3, size, size]."""
-        return [fit(image_CHW, square) for square in self.squares]
+        return [resize_and_crop(image_CHW, square) for square in self.squares]
 
     @torch.inference_mode()
     def start(self, image_SBCHW: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -349,7 +349,7 @@ class Predictor:
             z_BE = self._exact(*(image_BCHW.to(self.device) for image_BCHW in image_SBCHW)).cpu()
         return z_BE
 
-    def embed_fitted(self, image_SBCHW: Sequence[torch.Tensor]) -> torch.Tensor:
+    def embed_squares(self, image_SBCHW: Sequence[torch.Tensor]) -> torch.Tensor:
         """For each of `squares` uint8 [B, 3, size, size] → unit z_BE, fp32, on the CPU."""
         return self.finish(self.start(image_SBCHW), image_SBCHW)
 
@@ -378,7 +378,7 @@ class Predictor:
                 good = [n for n in numbers if n not in bad]
                 if good:
                     each = zip(*(square for square in squares if not isinstance(square, str)), strict=True)
-                    z_BE[good] = self.embed_fitted([torch.stack(size) for size in each])
+                    z_BE[good] = self.embed_squares([torch.stack(size) for size in each])
         if bad and unreadable == "raise":
             named = [f"  {images[n] if isinstance(images[n], Path | str) else f'image {n}'}: {bad[n]}" for n in bad]
             more = [f"  and {len(named) - 10:,} more"] if len(named) > 10 else []
@@ -389,7 +389,7 @@ class Predictor:
 
     def _squares(self, image: ImageLike) -> list[torch.Tensor] | str:
         try:
-            return self.fit(_decoded(image))
+            return self.preprocess(_decoded(image))
         except (OSError, ValueError) as error:  # BadImage, and paths that no file can have
             return str(error)
 

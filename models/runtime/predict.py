@@ -41,9 +41,9 @@ from .workers import (
     CHILD,
     DONE,
     UNREADABLE,
-    Crew,
+    Coordinator,
     DiskError,
-    Part,
+    PartFolder,
     Progress,
     Slot,
     WorkError,
@@ -52,16 +52,16 @@ from .workers import (
     clear,
     cpu_slots,
     gpu_slots,
-    is_begun,
+    has_progress,
     locked,
-    open_part,
+    open_part_folder,
 )
 
-_LINES_APART = 10.0  # seconds, where the progress line cannot be rewritten
-_GO_ON = ". What is done is kept: run the same command to go on."
+_LINE_INTERVAL = 10.0  # seconds, where the progress line cannot be rewritten
+_RESUME_HINT = ". What is done is kept: run the same command to go on."
 
 
-class _Ended(BaseException):
+class _Terminated(BaseException):
     """SIGTERM."""
 
 
@@ -78,7 +78,7 @@ def duration(text: str) -> float:
     return seconds
 
 
-def _parsed() -> argparse.Namespace:
+def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Images → vectors, as a submission or an array. The same command goes on where it was ended."
     )
@@ -96,7 +96,10 @@ def _parsed() -> argparse.Namespace:
     parser.add_argument("--sample-submission", type=Path, metavar="FILE", help="the ids to write, in its order")
     parser.add_argument("--format", choices=FORMATS, default="csv", help="[%(default)s]")
     parser.add_argument(
-        "--time-limit", type=duration, metavar="TIME", help="8h30m, 90m, 45s: OUT is written by then, whatever happens"
+        "--time-limit",
+        type=duration,
+        metavar="TIME",
+        help="8h30m, 90m, 45s: OUT is written by then, whatever happens",
     )
     parser.add_argument(
         "--ids", choices=("name", "path"), default="name", help="an image's id: name without suffix, or path [name]"
@@ -119,25 +122,25 @@ def main() -> None:
     if sys.argv[1:2] == [CHILD]:
         child(int(sys.argv[2]))
         return
-    began = _began()
-    options = _parsed()
+    began = _process_start()
+    options = _parse_arguments()
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, _terminated)
+        signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         _predict(options, Path(__file__).absolute().parent, began)
     except BundleError as error:
         sys.exit(f"error: {error}")
     except WorkError as error:
-        sys.exit(f"error: {error}{_go_on(options)}")
+        sys.exit(f"error: {error}{_resume_hint(options)}")
     except DiskError as error:
-        sys.exit(f"error: cannot write {error}{_go_on(options)}")
+        sys.exit(f"error: cannot write {error}{_resume_hint(options)}")
     except OSError as error:
         sys.exit(f"error: {error.filename or options.out}: {error.strerror or error}")
     except KeyboardInterrupt:
-        _tell(f"\nended by Ctrl-C{_go_on(options)}")
+        _log(f"\nended by Ctrl-C{_resume_hint(options)}")
         sys.exit(130)
-    except _Ended:
-        _tell(f"\nended by SIGTERM{_go_on(options)}")
+    except _Terminated:
+        _log(f"\nended by SIGTERM{_resume_hint(options)}")
         sys.exit(143)
 
 
@@ -145,15 +148,15 @@ def _part_folder(options: argparse.Namespace) -> Path:
     return options.out.with_name(f"{options.out.name}.part")
 
 
-def _go_on(options: argparse.Namespace) -> str:
-    return _GO_ON if _part_folder(options).exists() else ""
+def _resume_hint(options: argparse.Namespace) -> str:
+    return _RESUME_HINT if _part_folder(options).exists() else ""
 
 
-def _terminated(*_: Any) -> None:
-    raise _Ended
+def _raise_terminated(*_: Any) -> None:
+    raise _Terminated
 
 
-def _began() -> float:
+def _process_start() -> float:
     """When this process began, by time.monotonic(): importing torch may have taken a while."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
@@ -163,7 +166,7 @@ def _began() -> float:
     return time.monotonic() - min(max(age, 0.0), 120.0)  # some sandboxes count from elsewhere
 
 
-def _tell(text: str) -> None:
+def _log(text: str) -> None:
     sys.stderr.write(f"{text}\n")
     sys.stderr.flush()
 
@@ -185,28 +188,28 @@ def _predict(options: argparse.Namespace, bundle: Path, began: float) -> None:
     with locked(folder):
         complete = False
         try:
-            part, settings = open_part(folder, identity, len(asked.paths), width, options.fresh, _tell)
-            crew = _crew(options, bundle, config, asked, part, identity, settings)
-            complete = _worked(crew, options, began, len(asked.ids), width)
-            outcome = _written(options, asked, part, mean_E)
+            part, settings = open_part_folder(folder, identity, len(asked.paths), width, options.fresh, _log)
+            coordinator = _make_coordinator(options, bundle, config, asked, part, identity, settings)
+            complete = _run(coordinator, options, began, len(asked.ids), width)
+            outcome = _write_outputs(options, asked, part, mean_E)
         except BaseException:
             complete = False
             raise
         finally:
-            if complete or not is_begun(folder):
+            if complete or not has_progress(folder):
                 clear(folder, whole=True)
-    _sum_up(options, asked, crew.progress, outcome, time.monotonic() - began)
+    _log_summary(options, asked, coordinator.progress, outcome, time.monotonic() - began)
 
 
-def _crew(
+def _make_coordinator(
     options: argparse.Namespace,
     bundle: Path,
     config: dict[str, Any],
     asked: Task,
-    part: Part,
+    part: PartFolder,
     identity: dict[str, str],
     settings: dict[str, Any],
-) -> Crew:
+) -> Coordinator:
     order = {
         "bundle": str(bundle),
         "images": str(asked.folder.resolve()),
@@ -226,27 +229,29 @@ def _crew(
         return cpu_slots(len(asked.paths), options.batch_size, fp32_bytes, options.workers, threads, graph)
 
     if options.backend != "torch" and options.device not in (None, "cpu"):
-        _tell(f"--backend {options.backend} computes on the CPU: --device {options.device} is not used")
+        _log(f"--backend {options.backend} computes on the CPU: --device {options.device} is not used")
     gpus = [] if options.backend != "torch" or options.device == "cpu" else gpu_slots(options.device, options.workers)
-    return Crew(bundle / "predict.py", part, asked.paths, order, gpus or on_cpu(), on_cpu, identity, settings, _tell)
+    return Coordinator(
+        bundle / "predict.py", part, asked.paths, order, gpus or on_cpu(), on_cpu, identity, settings, _log
+    )
 
 
-def _worked(crew: Crew, options: argparse.Namespace, began: float, count: int, width: int) -> bool:
+def _run(coordinator: Coordinator, options: argparse.Namespace, began: float, count: int, width: int) -> bool:
     """Whether every image is done; without, the time is up, or nothing works and there is a limit."""
-    limit, show = options.time_limit, _Shown()
+    limit, show = options.time_limit, _ProgressLine()
     deadline = None
     if limit is not None:
         deadline = began + limit - seconds_to_write(options.format, count, width) - min(60.0, 2 + 0.02 * limit)
         if deadline <= time.monotonic():
-            _tell("the time limit is too short to begin: what is not done gets the mean vector")
+            _log("the time limit is too short to begin: what is not done gets the mean vector")
     try:
-        return crew.run(deadline, show)
+        return coordinator.run(deadline, show)
     except DiskError:
         raise
     except Exception as error:  # WorkError, or whatever else: a file is promised
         if limit is None:
             raise
-        _tell(
+        _log(
             f"ERROR: {str(error) or type(error).__name__}. Nothing can compute: what is not done gets the mean vector."
         )
         return False
@@ -254,7 +259,7 @@ def _worked(crew: Crew, options: argparse.Namespace, began: float, count: int, w
         show.close()
 
 
-class _Shown:
+class _ProgressLine:
     """A line of progress, rewritten on a terminal; elsewhere a new one now and then."""
 
     def __init__(self) -> None:
@@ -263,7 +268,7 @@ class _Shown:
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if now - self._told < (0.5 if self._on_terminal else _LINES_APART):
+        if now - self._told < (0.5 if self._on_terminal else _LINE_INTERVAL):
             return
         self._told = now
         text = self._line(progress, now)
@@ -273,11 +278,11 @@ class _Shown:
     def _line(self, progress: Progress, now: float) -> str:
         if not progress.facts:
             return "the model is being loaded"
-        made = progress.done - progress.begun_at
+        made = progress.done - progress.resumed_at
         text = f"{progress.done:,} of {progress.count:,} images, {100 * progress.done // progress.count} %"
         if made:
             rate = made / (now - progress.ready_at)
-            text += f", {rate:.3g}/s, {_span((progress.count - progress.done) / rate)} left"
+            text += f", {rate:.3g}/s, {_format_duration((progress.count - progress.done) / rate)} left"
         return text + (f", {progress.unreadable:,} unreadable" if progress.unreadable else "")
 
     def close(self) -> None:
@@ -285,7 +290,7 @@ class _Shown:
             sys.stderr.write("\r\x1b[K")
 
 
-def _span(seconds: float) -> str:
+def _format_duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:
@@ -304,7 +309,7 @@ class _Outcome:
     not_reached: int
 
 
-def _written(options: argparse.Namespace, asked: Task, part: Part, mean_E: np.ndarray) -> _Outcome:
+def _write_outputs(options: argparse.Namespace, asked: Task, part: PartFolder, mean_E: np.ndarray) -> _Outcome:
     """Writes the output of what is done so far."""
     states, reasons = part.states(), part.reasons()
     pairs = list(zip(asked.ids, asked.rows, strict=True))
@@ -332,27 +337,30 @@ def _written(options: argparse.Namespace, asked: Task, part: Part, mean_E: np.nd
     return _Outcome(unread, missing, len(not_reached))
 
 
-def _sum_up(options: argparse.Namespace, asked: Task, progress: Progress, outcome: _Outcome, seconds: float) -> None:
-    text = f"{options.out}: {len(asked.paths):,} images, {len(outcome.unread):,} of them unreadable; {_span(seconds)}"
-    facts, made = progress.facts, progress.done - progress.begun_at
+def _log_summary(
+    options: argparse.Namespace, asked: Task, progress: Progress, outcome: _Outcome, seconds: float
+) -> None:
+    text = f"{options.out}: {len(asked.paths):,} images, {len(outcome.unread):,} of them unreadable"
+    text += f"; {_format_duration(seconds)}"
+    facts, made = progress.facts, progress.done - progress.resumed_at
     if facts and made:
         text += f", {made / (progress.ended_at - progress.ready_at):.3g}/s in {facts['precision']} on {facts['name']}"
-    if progress.begun_at:
-        text += f"; {progress.begun_at:,} were done before"
-    _tell(text)
+    if progress.resumed_at:
+        text += f"; {progress.resumed_at:,} were done before"
+    _log(text)
     if outcome.unread:
         reasons = [f"{path!r} ({reason})" for _, path, reason in outcome.unread]
-        _tell(f"unreadable, with the mean vector, as {unreadable_list(options.out)} lists: {shown(reasons)}")
+        _log(f"unreadable, with the mean vector, as {unreadable_list(options.out)} lists: {shown(reasons)}")
     if outcome.missing:
-        _tell(f"{len(outcome.missing):,} ids have no image and get the mean vector: {shown(outcome.missing)}")
+        _log(f"{len(outcome.missing):,} ids have no image and get the mean vector: {shown(outcome.missing)}")
     if asked.left_out:
-        _tell(f"{asked.left_out:,} images are left out: {options.sample_submission} does not ask for them")
+        _log(f"{asked.left_out:,} images are left out: {options.sample_submission} does not ask for them")
     if asked.other_files:
-        _tell(f"files that are not read, as {skipped_list(options.out)} lists: {by_reason(asked.other_files)}")
-    if progress.again_in_fp32:
-        _tell(f"{progress.again_in_fp32:,} batches were computed again in fp32: {facts['precision']} was not finite")
+        _log(f"files that are not read, as {skipped_list(options.out)} lists: {by_reason(asked.other_files)}")
+    if progress.redone_in_fp32:
+        _log(f"{progress.redone_in_fp32:,} batches were computed again in fp32: {facts['precision']} was not finite")
     if outcome.not_reached:
-        _tell(
+        _log(
             f"WARNING: {outcome.not_reached:,} of {len(asked.paths):,} images were not reached and have the mean "
             "vector. The same command goes on."
         )

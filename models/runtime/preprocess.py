@@ -1,10 +1,12 @@
-"""The one way from an image to the model's input, in training, evaluation and the bundle (export copies this file).
+"""Image preprocessing shared by training, evaluation and the bundle: decode, resize and crop.
 
-decode: file bytes → uint8 RGB of any size; fit: → the backbone's square, still uint8, as its `Preprocessing` says; the
-model itself normalises, on its own device.
+    square_CHW = resize_and_crop(decode(data), Preprocessing(224))
 
-What Pillow makes of a file is what counts. Of the plain files, which nearly all are, TorchCodec or else torchvision
-makes the same, bit by bit, in less time; all others, and all that they refuse, are Pillow's.
+decode            file bytes → uint8 RGB [3, H, W] of any size
+resize_and_crop   → uint8 [3, size, size], as a `Preprocessing` describes; the model normalises on its own device
+
+Pillow is the reference. Plain files, which are nearly all, are decoded by TorchCodec or torchvision, bit for bit as by
+Pillow but faster; all others, and all that these refuse, by Pillow.
 """
 
 import functools
@@ -43,7 +45,7 @@ class BadImage(ValueError):  # noqa: N818 – it names the image
 def decode(data: bytes) -> torch.Tensor:
     """The image in `data` as uint8 RGB [3, H, W]: upright, first frame, transparency on white, 16 bits as 8.
 
-    In memory the three values of a pixel lie together: `fit` is faster so.
+    In memory the three values of a pixel lie together: `resize_and_crop` is faster so.
 
     Raises:
         BadImage: it is no image, cut off, or of more than `MAX_PIXELS`.
@@ -240,7 +242,7 @@ class Preprocessing:
     fields are in the config.json of a checkpoint, and in that of a bundle for each of its members.
 
     Raises:
-        ValueError: a field has a value that `fit` does not implement.
+        ValueError: a field has a value that `resize_and_crop` does not implement.
     """
 
     size: int
@@ -318,14 +320,14 @@ class Preprocessing:
         return (side, other) if height <= width else (other, side)
 
 
-def fit(image_CHW: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
+def resize_and_crop(image_CHW: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
     """uint8 [3, H, W] → uint8 [3, size, size]: resized (antialiased), then cropped or padded."""
     size = preprocessing.size
     if preprocessing.resize_mode.startswith("shortest"):
         most = _LONGEST
         if preprocessing.resize_mode == "shortest":
             most = max(most, _MOST_RESIZED // preprocessing._resized_side() ** 2)
-        image_CHW = middle(image_CHW, most)
+        image_CHW = crop_strip(image_CHW, most)
     height, width = preprocessing._resized(*image_CHW.shape[1:])
     if (height, width) != tuple(image_CHW.shape[1:]):
         image_CHW = torch.nn.functional.interpolate(
@@ -341,7 +343,7 @@ def fit(image_CHW: torch.Tensor, preprocessing: Preprocessing) -> torch.Tensor:
     return padded_CHW
 
 
-def middle(image_CHW: torch.Tensor, longest: int = _LONGEST) -> torch.Tensor:
+def crop_strip(image_CHW: torch.Tensor, longest: int = _LONGEST) -> torch.Tensor:
     """The image, or of a strip its middle: resized whole, it would grow to gigabytes beside the square kept.
 
     Args:

@@ -33,14 +33,14 @@ import numpy as np
 import torch
 
 from .model import BundleError, Predictor, working_device
-from .preprocess import BadImage, Preprocessing, decode, fit
+from .preprocess import BadImage, Preprocessing, decode, resize_and_crop
 
 try:
     import fcntl
 except ImportError:  # not on Windows
     fcntl = None
 
-TODO, READING, READ, DONE, UNREADABLE, FITTED = range(6)
+TODO, READING, READ, DONE, UNREADABLE, PREPROCESSED = range(6)
 """Of a row; FITTED: decoded by a process of its own, whose squares are kept in a file."""
 
 CHILD = "--child"
@@ -52,12 +52,12 @@ _CPU_BATCH = 8  # more leave the caches
 _GPU_BATCHES = (256, 128, 64, 32, 16, 8, 4, 2, 1)
 _GPU_SHARE = 0.8  # of the free memory that a batch may take
 _CHILD_BYTES = 700e6  # of a child on the CPU, beside its weights
-_AHEAD = 2  # batches that each decoding worker makes ready
+_PREFETCH = 2  # batches that each decoding worker makes ready
 _LANES = 4  # batches at once in a process
 _ATTEMPTS = 3  # in which a child may end without having finished a batch
-_ALONE_SECONDS = 120  # in which one image must be decoded
+_ISOLATED_SECONDS = 120  # in which one image must be decoded
 _STALLED_SECONDS = 300  # without a sign of life, after which a child is replaced
-_TICK = 0.5  # seconds
+_POLL_SECONDS = 0.5  # seconds
 
 
 class DiskError(Exception):
@@ -68,7 +68,7 @@ class WorkError(Exception):
     """No child can work."""
 
 
-class Part:
+class PartFolder:
     """`OUT.part/`: what is done so far, written by several processes.
 
     about.json, what it is of; vectors, [N, E] fp32, sparse; states, a byte a row; unreadable.jsonl, rows and reasons.
@@ -129,11 +129,11 @@ class Part:
                     found[row] = reason
         return found
 
-    def keep_fitted(self, row: int, squares: Sequence[torch.Tensor]) -> None:
+    def put_squares(self, row: int, squares: Sequence[torch.Tensor]) -> None:
         self.replace(f"fitted-{row}", b"".join(square.numpy().tobytes() for square in squares))
-        self.mark(row, FITTED)
+        self.mark(row, PREPROCESSED)
 
-    def fitted(self, row: int, sizes: Sequence[int]) -> list[torch.Tensor]:
+    def read_squares(self, row: int, sizes: Sequence[int]) -> list[torch.Tensor]:
         flat = torch.from_numpy(np.fromfile(self.folder / f"fitted-{row}", np.uint8))
         squares = flat.split([3 * size * size for size in sizes])
         return [square.view(3, size, size) for square, size in zip(squares, sizes, strict=True)]
@@ -208,16 +208,16 @@ def clear(folder: Path, whole: bool = False) -> None:
         folder.rmdir()
 
 
-def is_begun(folder: Path) -> bool:
+def has_progress(folder: Path) -> bool:
     """Whether a row is done."""
     with contextlib.suppress(OSError):
         return any(state in (folder / "states").read_bytes() for state in (DONE, UNREADABLE))
     return False
 
 
-def open_part(
+def open_part_folder(
     folder: Path, identity: Mapping[str, str], count: int, width: int, fresh: bool, tell: Callable[[str], None]
-) -> tuple[Part, dict[str, Any]]:
+) -> tuple[PartFolder, dict[str, Any]]:
     """What is there of an earlier run of the same images and bundle, else a new one; and the settings of that run.
 
     Args:
@@ -234,8 +234,8 @@ def open_part(
         if changed:
             tell(f"{folder}: what is there was begun with another {' and '.join(changed)}; it begins anew")
         elif sizes == [4 * width * count, count]:
-            part = Part(folder, width)
-            _check(part, count, width)
+            part = PartFolder(folder, width)
+            _reset_torn_rows(part, count, width)
             return part, about["settings"]
     with _disk_errors(folder):
         clear(folder)
@@ -244,12 +244,12 @@ def open_part(
                 if name == "states":
                     file.write(bytes(size))  # not sparse: states can be written when the disk is full
                 file.truncate(size)
-    part = Part(folder, width)
-    settle(part, identity, {})
+    part = PartFolder(folder, width)
+    write_settings(part, identity, {})
     return part, {}
 
 
-def settle(part: Part, identity: Mapping[str, str], settings: Mapping[str, Any]) -> None:
+def write_settings(part: PartFolder, identity: Mapping[str, str], settings: Mapping[str, Any]) -> None:
     """Notes what a later run of the same command must take over."""
     part.replace("about.json", json.dumps({"identity": identity, "settings": settings}, indent=1).encode())
 
@@ -262,14 +262,14 @@ def _about(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _check(part: Part, count: int, width: int) -> None:
+def _reset_torn_rows(part: PartFolder, count: int, width: int) -> None:
     """Takes back what a crash of the machine may have left half-written."""
     states = part.states()
     reasons = part.reasons()
     for row in np.flatnonzero(states == UNREADABLE):
         states[row] = UNREADABLE if int(row) in reasons else TODO
-    for row in np.flatnonzero(states == FITTED):
-        states[row] = FITTED if (part.folder / f"fitted-{row}").exists() else TODO
+    for row in np.flatnonzero(states == PREPROCESSED):
+        states[row] = PREPROCESSED if (part.folder / f"fitted-{row}").exists() else TODO
     states[(states == READING) | (states == READ)] = TODO
     for first in range(0, count, 4096):
         rows_nE = np.fromfile(part.folder / "vectors", np.float32, 4096 * width, offset=4 * width * first)
@@ -307,28 +307,28 @@ def child(descriptor: int) -> None:
     line = multiprocessing.connection.Connection(descriptor)
     try:
         order = line.recv()
-        _end_with(order["coordinator"])
+        _exit_with_parent(order["coordinator"])
         if "alone" in order:
             _Reader(order).alone(*order["alone"])
             line.send(("alone",))
         else:
             _embed(line, order)
     except DiskError as error:
-        line.send(("disk", _words(error)))
+        line.send(("disk", _error_text(error)))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         os._exit(1)  # the coordinator is gone
     except Exception as error:
-        line.send(("failed", _words(error), isinstance(error, BundleError)))
+        line.send(("failed", _error_text(error), isinstance(error, BundleError)))
     os._exit(0)  # lanes that are at work, or hang, are not waited for
 
 
-def _words(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     """Of an error in a DataLoader's worker, whose text is a traceback, the last line."""
     text = str(error) or type(error).__name__
     return text.strip().splitlines()[-1].partition(": ")[2] if "Traceback (most recent call last)" in text else text
 
 
-def _end_with(coordinator: int, *_: int) -> None:
+def _exit_with_parent(coordinator: int, *_: int) -> None:
     """This process is killed when its parent ends, however that ends."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
@@ -343,7 +343,7 @@ class _Reader(torch.utils.data.Dataset):
     """A batch → its number, the rows that can be read, and for each square uint8 [B, 3, size, size]."""
 
     def __init__(self, order: Mapping[str, Any]) -> None:
-        self.part = Part(Path(order["part"]), order["width"])
+        self.part = PartFolder(Path(order["part"]), order["width"])
         self._folder = Path(order["images"])
         self._preprocessings = [Preprocessing.from_config(square) for square in order["squares"]]
 
@@ -360,19 +360,19 @@ class _Reader(torch.utils.data.Dataset):
         state = self.part.state(row)
         if state == UNREADABLE:
             return None
-        if state == FITTED:
-            return self.part.fitted(row, [square.size for square in self._preprocessings])
+        if state == PREPROCESSED:
+            return self.part.read_squares(row, [square.size for square in self._preprocessings])
         self.part.mark(row, READING)
-        squares = self._decoded(row, path)
+        squares = self._decode(row, path)
         if squares:
             self.part.mark(row, READ)
         return squares
 
-    def _decoded(self, row: int, path: str, last: bool = False) -> list[torch.Tensor] | None:
+    def _decode(self, row: int, path: str, last: bool = False) -> list[torch.Tensor] | None:
         """None: it cannot be read; or, unless this is the last attempt, it is left as a suspect."""
         try:
             image_CHW = decode((self._folder / path).read_bytes())
-            return [fit(image_CHW, square) for square in self._preprocessings]
+            return [resize_and_crop(image_CHW, square) for square in self._preprocessings]
         except Exception as error:
             # others may pass, such as a lack of memory or a network drive that is away
             lasting = isinstance(error, BadImage | FileNotFoundError | PermissionError | IsADirectoryError)
@@ -381,12 +381,12 @@ class _Reader(torch.utils.data.Dataset):
         return None
 
     def alone(self, row: int, path: str) -> None:
-        squares = self._decoded(row, path, last=True)
+        squares = self._decode(row, path, last=True)
         if squares:
-            self.part.keep_fitted(row, squares)
+            self.part.put_squares(row, squares)
 
 
-def _claimed(line: Any, turn: threading.Lock) -> Iterator[_Batch]:
+def _claim_batches(line: Any, turn: threading.Lock) -> Iterator[_Batch]:
     while True:
         with turn:
             line.send(("claim",))
@@ -409,11 +409,11 @@ def _embed(line: Any, order: Mapping[str, Any]) -> None:
                 torch.utils.data.DataLoader(
                     reader,
                     batch_size=None,
-                    sampler=itertools.chain([None] * (_AHEAD * workers), _claimed(line, turn)),  # type: ignore[arg-type]
+                    sampler=itertools.chain([None] * (_PREFETCH * workers), _claim_batches(line, turn)),  # type: ignore[arg-type]
                     num_workers=workers,
-                    prefetch_factor=_AHEAD,
+                    prefetch_factor=_PREFETCH,
                     pin_memory=order["device"].startswith("cuda"),
-                    worker_init_fn=functools.partial(_end_with, os.getpid()),
+                    worker_init_fn=functools.partial(_exit_with_parent, os.getpid()),
                     multiprocessing_context="fork",
                 )
             )
@@ -439,7 +439,7 @@ def _embed(line: Any, order: Mapping[str, Any]) -> None:
 
     def lane() -> None:
         torch.set_num_threads(order["threads"])
-        claimed = batches if workers else (reader[batch] for batch in _claimed(line, turn))
+        claimed = batches if workers else (reader[batch] for batch in _claim_batches(line, turn))
         _Embedding(line, turn, reader.part, predictor).run(claimed)
 
     pool = ThreadPoolExecutor(order["lanes"])
@@ -467,7 +467,7 @@ def _largest_batch(predictor: Predictor) -> int:
         before = torch.cuda.memory_allocated(predictor.device)
         free, _ = torch.cuda.mem_get_info(predictor.device)
         try:
-            predictor.embed_fitted(
+            predictor.embed_squares(
                 [torch.zeros(size, 3, *2 * (square.size,), dtype=torch.uint8) for square in predictor.squares]
             )
         except torch.cuda.OutOfMemoryError:
@@ -480,9 +480,9 @@ def _largest_batch(predictor: Predictor) -> int:
 class _Embedding:
     """Squares → vectors in the part folder."""
 
-    def __init__(self, line: Any, turn: threading.Lock, part: Part, predictor: Predictor) -> None:
+    def __init__(self, line: Any, turn: threading.Lock, part: PartFolder, predictor: Predictor) -> None:
         self._line, self._turn, self._part, self._predictor = line, turn, part, predictor
-        self._most: float = math.inf  # images that have been found to fit
+        self._max_images: float = math.inf  # images that have been found to fit
 
     def run(self, batches: Iterable[Any]) -> None:
         """On a GPU a batch is launched before the result of the one before is fetched."""
@@ -499,7 +499,7 @@ class _Embedding:
 
     def _launch(self, squares: list[torch.Tensor]) -> torch.Tensor | None:
         """None: there is no image, or no memory for so many before others are finished."""
-        if not squares or len(squares[0]) > self._most:
+        if not squares or len(squares[0]) > self._max_images:
             return None
         with contextlib.suppress(torch.cuda.OutOfMemoryError):
             return self._predictor.start(squares)
@@ -528,8 +528,8 @@ class _Embedding:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if count == 1:
-            return self._predictor.embed_fitted(squares)
-        self._most = min(self._most, -(-count // 2))
+            return self._predictor.embed_squares(squares)
+        self._max_images = min(self._max_images, -(-count // 2))
         halves = zip(*(square.split(-(-count // 2)) for square in squares), strict=True)
         return torch.cat([self._fetched(list(half), self._launch(list(half))) for half in halves])
 
@@ -645,9 +645,9 @@ class _Child:
         self.slot = slot
         self.row: int | None = order["alone"][0] if "alone" in order else None
         self.batches: set[int] = set()
-        self.sent_home = 0  # lanes
+        self.idle_lanes = 0  # lanes
         self.again = 0  # batches in fp32
-        self.sign, self.sign_at, self.look_at = b"", 0.0, 0.0  # of life: see Crew._stalled
+        self.sign, self.sign_at, self.look_at = b"", 0.0, 0.0  # of life: see Coordinator._stalled
         self.line, theirs = multiprocessing.Pipe()
         environment = {**os.environ, **(slot.environment if slot else {"CUDA_VISIBLE_DEVICES": ""})}
         with theirs:
@@ -660,7 +660,7 @@ class _Child:
                 start_new_session=True,  # Ctrl-C is the coordinator's; and all that it starts can be killed at once
             )
         self.line.send({**order, "coordinator": os.getpid()})
-        self.until = time.monotonic() + _ALONE_SECONDS if self.row is not None else math.inf
+        self.until = time.monotonic() + _ISOLATED_SECONDS if self.row is not None else math.inf
 
     def ended(self) -> str:
         """How, once it and its workers are killed, had it not ended by itself."""
@@ -677,7 +677,7 @@ class _Child:
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
 
-    def bury(self, seconds: float = 5.0) -> None:
+    def reap(self, seconds: float = 5.0) -> None:
         with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in a driver: it ends some day
             self.process.wait(seconds)
         self.line.close()
@@ -691,9 +691,9 @@ class Progress:
     done: int = 0
     """Images of finished batches, unreadable ones among them."""
     unreadable: int = 0
-    begun_at: int = 0
+    resumed_at: int = 0
     """Images that were done before."""
-    again_in_fp32: int = 0
+    redone_in_fp32: int = 0
     """Batches."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What the children said of themselves: device, name, precision, batch."""
@@ -702,7 +702,7 @@ class Progress:
     ended_at: float = 0.0
 
 
-class Crew:
+class Coordinator:
     """The coordinator.
 
     Args:
@@ -720,7 +720,7 @@ class Crew:
     def __init__(
         self,
         program: Path,
-        part: Part,
+        part: PartFolder,
         paths: Sequence[str],
         order: Mapping[str, Any],
         slots: list[Slot],
@@ -733,10 +733,10 @@ class Crew:
         self._slots, self._cpu, self._identity, self._settings, self._tell = slots, cpu, identity, dict(settings), tell
         self._children: list[_Child] = []
         self._todo: deque[int] | None = None  # batches; None until the first child has said what it is
-        self._suspects: deque[int] = deque()  # rows to decode alone
-        self._held: dict[int, set[int]] = {}  # batches that wait for their suspects
-        self._last_words = ""
-        self._unstarted = 0  # children in a row
+        self._quarantined: deque[int] = deque()  # rows to decode alone
+        self._waiting: dict[int, set[int]] = {}  # batches that wait for their suspects
+        self._last_error = ""
+        self._failed_starts = 0  # children in a row
         self.progress = Progress(len(paths))
 
     def run(self, deadline: float | None, show: Callable[[Progress], None]) -> bool:
@@ -752,21 +752,23 @@ class Crew:
             self.progress = Progress(len(states), len(states), unreadable, len(states))
             return True
         try:
-            while self._todo is None or self._todo or self._held or any(c.batches for c in self._children):
+            while self._todo is None or self._todo or self._waiting or any(c.batches for c in self._children):
                 if deadline is not None and time.monotonic() >= deadline:
                     return False
-                self._staff()
-                patience = _TICK if deadline is None else max(0.0, min(_TICK, deadline - time.monotonic()))
+                self._start_children()
+                patience = (
+                    _POLL_SECONDS if deadline is None else max(0.0, min(_POLL_SECONDS, deadline - time.monotonic()))
+                )
                 heard = multiprocessing.connection.wait([c.line for c in self._children], patience)
                 for one in list(self._children):
                     if one.line in heard:
-                        self._hear(one)
+                        self._receive(one)
                     elif one.process.poll() is not None and not one.line.poll():
-                        self._lost(one, "")
+                        self._handle_exit(one, "")
                     elif time.monotonic() > one.until:
-                        self._lost(one, f"takes more than {_ALONE_SECONDS} s")
+                        self._handle_exit(one, f"takes more than {_ISOLATED_SECONDS} s")
                     elif self._stalled(one):
-                        self._lost(one, f"the process that computes has stood still for {_STALLED_SECONDS} s")
+                        self._handle_exit(one, f"the process that computes has stood still for {_STALLED_SECONDS} s")
                 show(self.progress)
         finally:
             self.progress.ended_at = time.monotonic()
@@ -774,17 +776,17 @@ class Crew:
                 one.kill()
             until = time.monotonic() + 1  # for all of them: the time may be up
             for one in self._children:
-                one.bury(max(0.0, until - time.monotonic()))
+                one.reap(max(0.0, until - time.monotonic()))
         return True
 
-    def _staff(self) -> None:
+    def _start_children(self) -> None:
         """A child to every slot where there is work, and one to the next suspect."""
         for slot in self._slots:
             busy = any(one.slot is slot for one in self._children)
             if not busy and slot.failures < _ATTEMPTS and (self._todo is None or self._todo):
                 same = self._settings.get("device") == slot.device.partition(":")[0]
                 batch = (self._settings["batch"] if same else 0) or self._order["batch"]
-                self._fit_workers(slot, batch or _GPU_BATCHES[0])
+                self._limit_workers(slot, batch or _GPU_BATCHES[0])
                 self._start(
                     slot,
                     device=slot.device,
@@ -794,29 +796,29 @@ class Crew:
                     optional=slot.optional,
                     batch=batch,
                 )
-        if self._suspects and not any(one.row is not None for one in self._children):
-            row = self._suspects[0]
+        if self._quarantined and not any(one.row is not None for one in self._children):
+            row = self._quarantined[0]
             if self._start(None, alone=(row, self._paths[row])):
-                self._suspects.popleft()
-        if not self._children and not 0 < self._unstarted < _ATTEMPTS * (len(self._slots) + 1):
-            raise WorkError(self._last_words)
+                self._quarantined.popleft()
+        if not self._children and not 0 < self._failed_starts < _ATTEMPTS * (len(self._slots) + 1):
+            raise WorkError(self._last_error)
 
     def _start(self, slot: Slot | None, **more: Any) -> bool:
         try:
             self._children.append(_Child(self._program, slot, {**self._order, **more}))
         except OSError as error:  # such as no memory for another process, which may pass
-            self._unstarted += 1
-            self._last_words = f"no process can be started: {error.strerror or error}"
+            self._failed_starts += 1
+            self._last_error = f"no process can be started: {error.strerror or error}"
             return False
-        self._unstarted = 0
+        self._failed_starts = 0
         return True
 
-    def _fit_workers(self, slot: Slot, batch: int) -> None:
+    def _limit_workers(self, slot: Slot, batch: int) -> None:
         """No more than there is shared memory for: a batch that finds none is lost without a word."""
         size = batch * sum(3 * square["size"] ** 2 for square in self._order["squares"])
         room = shared_memory() / len(self._slots)
-        if slot.workers and (_AHEAD * slot.workers + 2) * size > room:
-            fitting = max(0, int((room / size - 2) // _AHEAD))
+        if slot.workers and (_PREFETCH * slot.workers + 2) * size > room:
+            fitting = max(0, int((room / size - 2) // _PREFETCH))
             self._tell(
                 f"/dev/shm has {room / 1e6:.0f} MB for it: {fitting} processes decode instead of {slot.workers}. "
                 "Of a container, --shm-size gives more."
@@ -831,7 +833,7 @@ class Crew:
         now = time.monotonic()
         if one.slot is None or now < one.look_at:
             return False
-        one.look_at = now + _TICK
+        one.look_at = now + _POLL_SECONDS
         states = [self._part.states(rows.start, len(rows)) for rows in map(self._rows, sorted(one.batches))]
         sign = repr(sorted(one.batches)).encode() + b"".join(some.tobytes() for some in states)
         if sign != one.sign:
@@ -841,29 +843,29 @@ class Crew:
             return False
         return now - one.sign_at > _STALLED_SECONDS
 
-    def _hear(self, one: _Child) -> None:
+    def _receive(self, one: _Child) -> None:
         try:
             word, *values = one.line.recv()
         except (EOFError, OSError):
-            self._lost(one, "")
+            self._handle_exit(one, "")
             return
         if word == "ready":
-            self._settle(values[0], one.slot)
+            self._fix_settings(values[0], one.slot)
         elif word == "claim":
-            self._answer(one)
+            self._send_batch(one)
         elif word == "done":
-            self._finished(one, *values)
+            self._batch_done(one, *values)
         elif word == "alone":
-            self._cleared(one.row)
-            self._dismiss(one)
+            self._release_batches(one.row)
+            self._remove(one)
         elif word == "unusable":
-            self._without(one, values[0])
+            self._drop_slot(one, values[0])
         elif word == "disk":
             raise DiskError(values[0])
         else:
-            self._lost(one, values[0], final=values[1])
+            self._handle_exit(one, values[0], final=values[1])
 
-    def _settle(self, facts: dict[str, Any], slot: Slot | None) -> None:
+    def _fix_settings(self, facts: dict[str, Any], slot: Slot | None) -> None:
         """The first child says what is cut into which batches."""
         if self._todo is not None:
             return
@@ -877,72 +879,72 @@ class Crew:
                     f"what is there was made on {was} and is kept; the rest is made on {now}, a little different"
                 )
         if settings != self._settings:
-            settle(self._part, self._identity, settings)
+            write_settings(self._part, self._identity, settings)
         self._settings = settings
         states, size = self._part.states(), settings["batch"]
         complete = (states == DONE) | (states == UNREADABLE)
         firsts = range(0, len(states), size)
         self._todo = deque(n for n, first in enumerate(firsts) if not complete[first : first + size].all())
         for number in set(range(len(firsts))) - set(self._todo):
-            self._count(number)
-        self.progress.begun_at = self.progress.done
+            self._count_batch(number)
+        self.progress.resumed_at = self.progress.done
         self.progress.facts, self.progress.ready_at = facts, time.monotonic()
 
     def _rows(self, number: int) -> range:
         size = self._settings["batch"]
         return range(number * size, min((number + 1) * size, len(self._paths)))
 
-    def _answer(self, one: _Child) -> None:
+    def _send_batch(self, one: _Child) -> None:
         if self._todo:
             number = self._todo.popleft()
             rows = self._rows(number)
             one.batches.add(number)
             self._send(one, (number, rows.start, list(self._paths[rows.start : rows.stop])))
         else:
-            one.sent_home += 1
+            one.idle_lanes += 1
             self._send(one, None)
 
     def _send(self, one: _Child, message: Any) -> None:
         with contextlib.suppress(OSError):  # it has just died: that is heard next
             one.line.send(message)
 
-    def _finished(self, one: _Child, number: int, again: int) -> None:
+    def _batch_done(self, one: _Child, number: int, again: int) -> None:
         one.batches.discard(number)
         assert one.slot is not None
         one.slot.failures = 0
-        self.progress.again_in_fp32 += again - one.again
+        self.progress.redone_in_fp32 += again - one.again
         one.again = again
-        if not self._suspect(number):
-            self._count(number)
+        if not self._quarantine(number):
+            self._count_batch(number)
 
-    def _suspect(self, number: int) -> bool:
+    def _quarantine(self, number: int) -> bool:
         """Whether images of a batch wait to be decoded alone, and it for them."""
         rows = self._rows(number)
         states = self._part.states(rows.start, len(rows))
-        suspects = [row for row, state in zip(rows, states, strict=True) if state == READING]
-        if suspects:
-            self._held[number] = set(suspects)
-            self._suspects.extend(suspects)
-        return bool(suspects)
+        quarantined = [row for row, state in zip(rows, states, strict=True) if state == READING]
+        if quarantined:
+            self._waiting[number] = set(quarantined)
+            self._quarantined.extend(quarantined)
+        return bool(quarantined)
 
-    def _count(self, number: int) -> None:
+    def _count_batch(self, number: int) -> None:
         rows = self._rows(number)
         self.progress.done += len(rows)
         self.progress.unreadable += int((self._part.states(rows.start, len(rows)) == UNREADABLE).sum())
 
-    def _lost(self, one: _Child, words: str, final: bool = False) -> None:
+    def _handle_exit(self, one: _Child, words: str, final: bool = False) -> None:
         """A child has ended, or is of no more use."""
-        how = self._dismiss(one)
+        how = self._remove(one)
         if one.row is not None:
-            if self._part.state(one.row) not in (FITTED, UNREADABLE):
+            if self._part.state(one.row) not in (PREPROCESSED, UNREADABLE):
                 self._part.refuse(one.row, f"decoding it {words or f'ends the process: {how}'}")
-            self._cleared(one.row)
+            self._release_batches(one.row)
             return
-        if one.slot is not None and one.sent_home == one.slot.lanes and not one.batches:
+        if one.slot is not None and one.idle_lanes == one.slot.lanes and not one.batches:
             return
         suspected = False
         for number in sorted(one.batches, reverse=True):
-            if self._suspect(number):
+            if self._quarantine(number):
                 suspected = True
             elif self._todo is not None:
                 self._todo.appendleft(number)
@@ -955,25 +957,25 @@ class Crew:
         slot.failures = _ATTEMPTS if final else slot.failures + 1
         words = words or f"the process that computes ended: {how}"
         if slot.optional and slot.failures >= _ATTEMPTS:
-            self._replace(slot, words)
-        elif words != self._last_words and any(other.failures < _ATTEMPTS for other in self._slots):
+            self._drop_gpu(slot, words)
+        elif words != self._last_error and any(other.failures < _ATTEMPTS for other in self._slots):
             self._tell(words)  # else it is the error that ends the run
-        self._last_words = words
+        self._last_error = words
 
-    def _cleared(self, row: int | None) -> None:
+    def _release_batches(self, row: int | None) -> None:
         """It is known what becomes of a suspect."""
-        for number, rows in list(self._held.items()):
+        for number, rows in list(self._waiting.items()):
             rows.discard(row if row is not None else -1)
             if not rows:
-                del self._held[number]
+                del self._waiting[number]
                 if self._todo is not None:
                     self._todo.appendleft(number)
 
-    def _without(self, one: _Child, reason: str) -> None:
-        self._dismiss(one)
-        self._replace(one.slot, reason)
+    def _drop_slot(self, one: _Child, reason: str) -> None:
+        self._remove(one)
+        self._drop_gpu(one.slot, reason)
 
-    def _replace(self, gone: Slot | None, reason: str) -> None:
+    def _drop_gpu(self, gone: Slot | None, reason: str) -> None:
         """A GPU does not work."""
         self._slots = [slot for slot in self._slots if slot is not gone]
         self._tell(reason)
@@ -981,8 +983,8 @@ class Crew:
             self._tell("no GPU works here; the CPU computes")
             self._slots = self._cpu()
 
-    def _dismiss(self, one: _Child) -> str:
+    def _remove(self, one: _Child) -> str:
         self._children.remove(one)
         how = one.ended()
-        one.bury()
+        one.reap()
         return how

@@ -202,7 +202,7 @@ COMMANDS = [
     ("hard", "train.tools.hard_examples.HardSettings", [RUN]),
     ("interpolate", "train.tools.interpolation.InterpolateSettings", ["a=x", "b=y", "out=z"]),
     ("probe", "train.tools.probe_settings.ProbeSettings", []),
-    ("export", "models.export.export.ExportSettings", []),
+    ("export", "models.export.config.ExportSettings", []),
     ("index", "datagen.config.IndexSettings", ["out=x", "tars=y/*.tar"]),
     ("published", "datagen.config.PublishedSettings", ["name=sd2_4m", "out=x"]),
     ("targets", "datagen.config.TargetsSettings", ["out=x"]),

@@ -14,7 +14,7 @@ from core.errors import UserError
 from core.settings import settings
 from datagen.dataset.targets import TargetEncoder, write_missing_targets
 from models import checkpoint
-from models.ensemble import ensemble
+from models.ensemble.ensemble import Member, read_ensemble_config, write_ensemble
 from models.export.export import export
 from models.runtime import im2emb
 from tests import small_dataset, tiny_encoders, training
@@ -143,9 +143,9 @@ def test_prompts_to_retrieve_from_need_the_same_encoder(
 def test_ensemble_and_bundle_carry_the_identity_and_members_must_agree(run: Path, tmp_path: Path) -> None:
     identity = checkpoint.read_config(run / "best")["encoder_identity"]
     copy = Path(shutil.copytree(run / "best", tmp_path / "copy"))
-    members = [ensemble.Member("a", run / "best", 0.5), ensemble.Member("b", copy, 0.5)]
-    ensemble.save(tmp_path / "both", members, {})
-    assert ensemble.read_config(tmp_path / "both")["encoder_identity"] == identity
+    members = [Member("a", run / "best", 0.5), Member("b", copy, 0.5)]
+    write_ensemble(tmp_path / "both", members, {})
+    assert read_ensemble_config(tmp_path / "both")["encoder_identity"] == identity
     export(run / "best", tmp_path / "bundle")
     assert json.loads((tmp_path / "bundle/config.json").read_text())["encoder_identity"] == identity
     config = json.loads((copy / "config.json").read_text())
@@ -154,7 +154,7 @@ def test_ensemble_and_bundle_carry_the_identity_and_members_must_agree(run: Path
     with pytest.raises(
         UserError, match=r"a \(there\) and b \(here\) have text encoders of other settings: default_pro"
     ):
-        ensemble.save(tmp_path / "other", members, {})
+        write_ensemble(tmp_path / "other", members, {})
 
 
 def test_bundle_refuses_a_text_encoder_of_other_vectors(

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from datagen.dataset.targets import TargetEncoder, write_missing_targets
-from models.export.export import ExportSettings
+from models.export.config import ExportSettings
 from models.regressor import make
 from models.runtime.preprocess import BadImage
 from tests import small_dataset, tiny_captioners, training

@@ -20,7 +20,7 @@ from core.encoders import differences
 from core.errors import UserError
 from datagen.dataset.format import CorruptImage
 from datagen.dataset.reader import Dataset
-from models.runtime.preprocess import BadImage, Preprocessing, decode, fit
+from models.runtime.preprocess import BadImage, Preprocessing, decode, resize_and_crop
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class ImageDataset(TorchDataset):
         images, good, bad = [], [], []
         for row in rows:
             try:
-                images.append(fit(self.decoded(row), self.preprocessing))
+                images.append(resize_and_crop(self.decoded(row), self.preprocessing))
                 good.append(row)
             except (CorruptImage, BadImage) as error:
                 bad.append((self.label(row), str(error)))

@@ -83,9 +83,9 @@ def place_of(cfg: DemoSettings) -> tuple[Path, Path | None]:
     """
     folder = cfg.checkpoint or cfg.run
     if folder is None:
-        from models.export.export import newest  # torch: wrong settings are reported before it is loaded
+        from models.checkpoint import newest_checkpoint  # torch: wrong settings are reported before it is loaded
 
-        folder = newest()
+        folder = newest_checkpoint()
     if not (folder / "config.json").is_file() and (folder / "best/config.json").is_file():
         folder = folder / "best"
     beside = folder.absolute().parent
@@ -120,7 +120,7 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
     from train.scale.devices import device_of
 
     device = device_of(cfg.accelerator)
-    embedder = loader.load_any(folder, device)
+    embedder = loader.load_embedder(folder, device)
     config = json.loads((folder / "config.json").read_text())
     encoder = config["encoder"]
     data = values = backbone = None

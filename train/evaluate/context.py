@@ -59,7 +59,7 @@ class EvaluationContext:
             log.info("run: %s, the newest", self.run)
         self.folder = (cfg.checkpoint or (self.run / "best" if self.run else None)) if regressed else None
         about = self.folder or (folders[0] if folders else None) or (self.run / "best" if self.run else None)
-        self.encoder = loader.about(about)["encoder"] if about is not None else _only_encoder(cfg.dataset)
+        self.encoder = loader.embedder_config(about)["encoder"] if about is not None else _only_encoder(cfg.dataset)
         settings_of_run = backbone = self.data = None
         if self.run is not None:
             settings_of_run = read_settings(self.run)

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 from models import checkpoint, loader
-from models.ensemble import ensemble
+from models.ensemble.ensemble import MIN_MEMBER_WEIGHT, Member, write_ensemble
+from models.ensemble.weights import blend_out_of_fold, fit_weights
 from train.config import EvaluateSettings, ViewsSettings
 from train.evaluate.context import EvaluationContext, Rows
 from train.evaluate.prediction_cache import Predictions
@@ -50,8 +51,8 @@ def add_ensemble(
     """Add out-of-fold predictions of the ensemble to `found`; return its members, weights and folds."""
     vectors = [found.vectors[name] for name in members]
     began = time.perf_counter()
-    held_out = ensemble.nested(vectors, target_nE, group_n, folds=cfg.ensemble.folds, names=members)
-    weight_M = ensemble.fit(vectors, target_nE, names=members)
+    held_out = blend_out_of_fold(vectors, target_nE, group_n, folds=cfg.ensemble.folds, names=members)
+    weight_M = fit_weights(vectors, target_nE, names=members)
     found.vectors["ensemble"] = held_out.vector_nE
     found.seconds["ensemble"] = sum(found.seconds[name] for name in members) + time.perf_counter() - began
     return {
@@ -65,9 +66,9 @@ def save_ensemble(
     cfg: EvaluateSettings, context: EvaluationContext, summary: Mapping[str, Any], info: Mapping[str, Any]
 ) -> str | None:
     """Write the ensemble as one embedder and return its folder; None where a member is not a checkpoint."""
-    counted = {name: weight for name, weight in summary["weights"].items() if weight >= ensemble.LEAST}
+    counted = {name: weight for name, weight in summary["weights"].items() if weight >= MIN_MEMBER_WEIGHT}
     every = context.registry.folders.items()
-    folders = {name: folder for name, folder in every if loader.about(folder)["kind"] == "checkpoint"}
+    folders = {name: folder for name, folder in every if loader.embedder_config(folder)["kind"] == "checkpoint"}
     if "ridge" in counted:
         folders["ridge"] = context.out / "ridge"
     loose = [name for name in counted if name not in folders]
@@ -81,14 +82,14 @@ def save_ensemble(
     members = []
     for name, weight in counted.items():
         views = cfg.tta.get(name, ViewsSettings())
-        members.append(ensemble.Member(name, folders[name], weight, views.flip, views.sizes))
+        members.append(Member(name, folders[name], weight, views.flip, views.sizes))
     score = next(score for score in info["scores"] if score["name"] == "ensemble")
     score = {**score, "leakage": info["leakage"]["embedders"]["ensemble"]}
     if "ridge" in counted:
         _save_ridge(context)
     facts = {key: info[key] for key in ("datasets", "split", "images")} | {"score": score, "folds": summary["folds"]}
     facts["run"] = str(context.run.resolve()) if cfg.dataset is None and context.run is not None else None
-    ensemble.save(context.out / "ensemble", members, facts)
+    write_ensemble(context.out / "ensemble", members, facts)
     return str(context.out / "ensemble")
 
 

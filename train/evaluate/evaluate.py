@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.errors import UserError
-from models.leakage import Leakage
+from models.leakage_counts import LeakageCounts
 from report.inputs import require_packages
 from train.config import EvaluateSettings
 from train.evaluate.results import leakage_of, scored
@@ -82,7 +82,7 @@ def table(info: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _leakage_lines(leakage: Mapping[str, Leakage], wide: int) -> list[str]:
+def _leakage_lines(leakage: Mapping[str, LeakageCounts], wide: int) -> list[str]:
     """A line for each embedder, also for one without leakage."""
     lines = [f"{'leakage':<{wide}} evaluated images that share bytes or prompts with training, public weights aside"]
     for name, own in leakage.items():

@@ -18,7 +18,7 @@ from core.errors import UserError
 from datagen.dataset.format import write_json
 from datagen.dataset.reader import Dataset
 from datagen.dataset.writer import write_array
-from models.leakage import NEAR, Leakage
+from models.leakage_counts import NEAR, LeakageCounts
 from models.metrics import compare, cosines, mean_targets
 from train.config import BASELINES, CAPTIONERS, FROM_OTHERS, EvaluateSettings
 from train.data.datamodule import ImageDataModule
@@ -170,7 +170,7 @@ def _leakage(
     overlaps: Mapping[str, Overlap],
     scores: Mapping[str, NDArray[np.float64]],
     prompt_n: NDArray[np.int64],
-) -> dict[str, Leakage]:
+) -> dict[str, LeakageCounts]:
     """Leakage counts of each embedder, with its score on unaffected images."""
     found = {}
     for name in names:

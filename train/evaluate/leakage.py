@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from core.encoders import differences
 from core.errors import UserError
 from core.progress import progress
-from models.leakage import NEAR, Leakage
+from models.leakage_counts import NEAR, LeakageCounts
 from models.metrics import Interval
 from train.config import TrainSettings
 from train.data.datamodule import ImageDataModule
@@ -73,10 +73,10 @@ class Overlap:
             nearest_n=self.nearest_n[places],
         )
 
-    def counts(self) -> Leakage:
+    def counts(self) -> LeakageCounts:
         """The number of images of each kind."""
         counts = [int(mask.sum()) for mask in (self.bytes_n, self.prompts_n, self.near_n, self.affected_n)]
-        return Leakage(len(self.bytes_n), *(counts if self.is_measured else [None] * 4), unknown=self.unknown)
+        return LeakageCounts(len(self.bytes_n), *(counts if self.is_measured else [None] * 4), unknown=self.unknown)
 
     def __or__(self, other: "Overlap") -> "Overlap":
         return Overlap(
@@ -113,13 +113,13 @@ def find_leakage(
     return overlaps
 
 
-def log_leakage(name: str, leakage: Leakage) -> None:
+def log_leakage(name: str, leakage: LeakageCounts) -> None:
     """Log one line; it is a warning where images are affected or training images are not known."""
     clean = leakage.is_known and not leakage.affected
     log.log(logging.INFO if clean else logging.WARNING, "leakage of %s: %s", name, leakage.text())
 
 
-def with_clean_score(leakage: Leakage, clean: Interval | None, images: int) -> Leakage:
+def with_clean_score(leakage: LeakageCounts, clean: Interval | None, images: int) -> LeakageCounts:
     """Add the score of unaffected images to the counts.
 
     Args:
@@ -131,7 +131,7 @@ def with_clean_score(leakage: Leakage, clean: Interval | None, images: int) -> L
 
 def validation_leakage(
     cfg: TrainSettings, data: ImageDataModule, device: torch.device, known: Path | None = None
-) -> dict[str, Leakage]:
+) -> dict[str, LeakageCounts]:
     """The overlap of a run's own validation sets with its training images and those of what it began from.
 
     Logs a line for each set. Only rank 0 counts; the result is empty on other ranks and without validation.

@@ -27,7 +27,7 @@ from models.baselines.clip import Clip
 from models.baselines.knn import ClipKnn, Knn
 from models.baselines.mean import Mean
 from models.embedder import Captioned, Encode
-from models.ensemble import ensemble
+from models.ensemble.ensemble import check_sizes
 from models.head_init import init_ridge
 from models.regressor import Regressor, make
 from models.retrieval.vector_index import about as bank_about
@@ -144,7 +144,7 @@ class EmbedderRegistry:
             )
         folder = self._folder if entry == "regressor" else Path(entry)
         assert folder is not None
-        about = loader.about(folder)
+        about = loader.embedder_config(folder)
         recorded = has_settings(self._targets) and has_settings(about.get("encoder_identity"))
         if about["encoder"] != self._encoder_name and not recorded:
             raise UserError(
@@ -157,11 +157,17 @@ class EmbedderRegistry:
         views = self._cfg.tta.get(name, ViewsSettings())
         if views.sizes and about["kind"] != "checkpoint":
             raise UserError(f"tta.{name}.sizes: {folder} is a {about['kind']}, whose input size cannot be changed")
-        ensemble.refuse_sizes(about, views.sizes)
+        check_sizes(about, views.sizes)
         return LazyEmbedder(
             name,
-            cache(lambda: {"folder": loader.identity(folder), "views": asdict(views), "device": self._device.type}),
-            lambda: loader.load_any(folder, self._device, flip=views.flip, sizes=views.sizes),
+            cache(
+                lambda: {
+                    "folder": loader.embedder_identity(folder),
+                    "views": asdict(views),
+                    "device": self._device.type,
+                }
+            ),
+            lambda: loader.load_embedder(folder, self._device, flip=views.flip, sizes=views.sizes),
         )
 
     def ridge(self) -> Regressor:
@@ -212,8 +218,18 @@ class EmbedderRegistry:
         cfg = self._cfg
         assert self.bank is not None
         clip = Clip(cfg.knn.backbone or "", self._device, key="knn.backbone")
-        how = {"power": cfg.knn.power, "exact": cfg.knn.exact}
-        return ClipKnn(clip, self.bank, cache_folder(), cfg.knn.neighbours, **how)
+        bank = self.bank
+        return ClipKnn(
+            clip,
+            bank.texts,
+            lambda: bank.vectors,
+            len(bank),
+            bank.identity(),
+            cache_folder(),
+            cfg.knn.neighbours,
+            power=cfg.knn.power,
+            exact=cfg.knn.exact,
+        )
 
     @cached_property
     def _encode(self) -> Encode:

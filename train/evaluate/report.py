@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from datagen.dataset.format import FAULTY
 from datagen.dataset.reader import Dataset
-from models.leakage import TITLES, Leakage
+from models.leakage_counts import TITLES, LeakageCounts
 from models.metrics import similarity_matrix
 from report.inputs import require_packages
 from train.evaluate.examples import nearest_prompts
@@ -165,7 +165,7 @@ def _scores(page: "Page", evaluation: Evaluation) -> None:
         page.note(f"Skipped: {len(skipped)}, such as {skipped[0]['key']} ({skipped[0]['reason']}).")
 
 
-def leakage_table(page: "Page", leakage: Mapping[str, Leakage], heading: str) -> None:
+def leakage_table(page: "Page", leakage: Mapping[str, LeakageCounts], heading: str) -> None:
     """Adds the overlap of training with evaluated images: a table with a row for each name, and what is not known.
 
     Args:

@@ -18,13 +18,13 @@ from numpy.typing import NDArray
 from core.errors import UserError
 from datagen.dataset.format import CorruptImage
 from datagen.dataset.reader import Dataset
-from models.leakage import Leakage
+from models.leakage_counts import LeakageCounts
 from models.metrics import bins, bootstrap
 from report.inputs import decodable
 from train.evaluate.examples import extremes
 
 FORMAT = 2
-"""Version of evaluation.json: 2 has `leakage`, {"cosine", "embedders": {name: Leakage as JSON}}."""
+"""Version of evaluation.json: 2 has `leakage`, {"cosine", "embedders": {name: LeakageCounts as JSON}}."""
 Place = tuple[Dataset, int]
 """An image: its dataset, and its number there."""
 Trend = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]
@@ -49,7 +49,7 @@ class Evaluation:
     """Words of each image's prompt, [N]."""
     nearest: NDArray[np.float64]
     """Cosine of each image's prompt to the nearest training prompt, [N]; NaN where it is not known."""
-    leakage: dict[str, Leakage]
+    leakage: dict[str, LeakageCounts]
     """Each embedder's overlap of training with these images."""
 
     @property
@@ -115,7 +115,7 @@ def read_evaluation(folder: Path, remedy: str) -> Evaluation:
     return Evaluation(info, keys, vector_NE, scores, texts, word_N, nearest_N, leakage)
 
 
-def leakage_of(info: Mapping[str, Any]) -> dict[str, Leakage]:
+def leakage_of(info: Mapping[str, Any]) -> dict[str, LeakageCounts]:
     """Embedder → its overlap of training with the evaluated images, in the order of the scores.
 
     Args:
@@ -125,15 +125,15 @@ def leakage_of(info: Mapping[str, Any]) -> dict[str, Leakage]:
         KeyError, TypeError, ValueError, AttributeError: an embedder has none, or it is damaged.
     """
     embedders = info["leakage"]["embedders"]
-    return {score["name"]: Leakage.from_json(embedders[score["name"]]) for score in info["scores"]}
+    return {score["name"]: LeakageCounts.from_json(embedders[score["name"]]) for score in info["scores"]}
 
 
-def validation_counts(about: Path) -> dict[str, Leakage] | None:
+def validation_counts(about: Path) -> dict[str, LeakageCounts] | None:
     """Validation set → its overlap with training, from the about.json of a run; None where an older version wrote it
     or it cannot be read."""
     try:
         values = json.loads(about.read_text(encoding="utf-8"))["leakage"]
-        return {name: Leakage.from_json(value) for name, value in values.items()}
+        return {name: LeakageCounts.from_json(value) for name, value in values.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 

@@ -26,7 +26,7 @@ from core.settings import settings
 from datagen.dataset.format import hash_prompts
 from datagen.dataset.reader import Dataset
 from models import checkpoint, loader
-from models.ensemble import ensemble
+from models.ensemble.ensemble import ENSEMBLE_KIND, find_run_settings, read_ensemble_config
 from models.runtime.preprocess import Preprocessing
 from train.config import TrainSettings
 from train.data.datamodule import ImageDataModule
@@ -223,15 +223,15 @@ class _Lineage:
 
     def of_folder(self, folder: Path) -> list[Origin]:
         try:
-            kind, folder = loader.kind_of(folder)
+            kind, folder = loader.resolve_embedder(folder)
             folder = folder.resolve()
             if folder in self._visited:
                 return []
             self._visited.add(folder)
             if kind == "bundle":
                 return [_unknown(f"the bundle {folder} does not name its training images")]
-            if kind == ensemble.KIND:
-                config = ensemble.read_config(folder)
+            if kind == ENSEMBLE_KIND:
+                config = read_ensemble_config(folder)
                 members = [folder / "members" / member["name"] for member in config["members"]]
                 return [*(o for member in members for o in self._of_checkpoint(member)), *self._of_fit(folder, config)]
             return self._of_checkpoint(folder)
@@ -256,7 +256,7 @@ class _Lineage:
         if config.get("ridge_of"):  # a frozen backbone: of the run, it has the head's training images alone
             run = Path(config["ridge_of"])
             return [self._of_run(run, read_settings(run), weighted=False)]
-        recipe = ensemble.recipe(folder)
+        recipe = find_run_settings(folder)
         if recipe is None:
             return [_unknown(f"{folder} lies in no run")]
         run = recipe.parent if recipe.name == "settings.json" else recipe

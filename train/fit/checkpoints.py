@@ -9,7 +9,7 @@ from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import CorruptImage
 from datagen.dataset.reader import Dataset
 from models import checkpoint
-from models.leakage import Leakage
+from models.leakage_counts import LeakageCounts
 from models.metrics import Interval
 from models.regressor import Regressor
 from models.runtime.preprocess import BadImage
@@ -27,7 +27,7 @@ class Saver:
     """
 
     def __init__(
-        self, cfg: TrainSettings, datasets: list[Dataset], data: ImageDataModule, leakage: Mapping[str, Leakage]
+        self, cfg: TrainSettings, datasets: list[Dataset], data: ImageDataModule, leakage: Mapping[str, LeakageCounts]
     ) -> None:
         self._cfg, self._datasets, self._data, self._leakage = cfg, datasets, data, leakage
         self._plain: Regressor | None = None

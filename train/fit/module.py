@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from core.errors import UserError
 from models import lora
 from models.backbones.layer_groups import blocks
-from models.losses import loss
+from models.losses import total_loss
 from models.metrics import Interval, bootstrap
 from models.regressor import Regressor
 from train.config import TrainSettings
@@ -119,7 +119,7 @@ class Training(lightning.LightningModule):
             # every rank takes the loss of the whole step, and its own share of the gradients; DDP averages over ranks
             z_BE, target_BE, weight_B = self._whole_step(z_BE, target_BE, weight_B)
             planned, scale = self._cfg.batch_size, self._plan.world
-        value = loss(z_BE, target_BE, weight_B, self._cfg.loss, planned)
+        value = total_loss(z_BE, target_BE, weight_B, denominator=planned, **self._cfg.loss.keywords())
         self._step_losses.append(value.detach())
         if len(self._step_losses) == self._plan.accumulate:
             mean = torch.stack(self._step_losses).mean()

@@ -19,7 +19,7 @@ from torch.nn.functional import normalize
 
 from core.errors import UserError
 from models.backbones import layer_groups
-from models.losses import loss
+from models.losses import total_loss
 from models.regressor import Regressor
 from train.config import TrainSettings
 from train.scale import activation_checkpointing
@@ -164,7 +164,8 @@ def _step(made: Regressor, cfg: TrainSettings, machine: Machine) -> Callable[[in
         half = DTYPES[machine.half]
         with torch.autocast(machine.device.type, half, enabled=half != torch.float32):
             z_BE = made(image_BCHW, unit=False)
-        loss(z_BE, target_BE, torch.ones(images, device=machine.device), cfg.loss, images).backward()
+        weight_B = torch.ones(images, device=machine.device)
+        total_loss(z_BE, target_BE, weight_B, denominator=images, **cfg.loss.keywords()).backward()
 
     return step
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from core.encoders import differences
 from core.errors import UserError
 from core.paths import Location
-from models.leakage import Leakage
+from models.leakage_counts import LeakageCounts
 from train.evaluate.results import scored
 
 if TYPE_CHECKING:
@@ -159,5 +159,5 @@ def table(info: dict[str, Any]) -> str:
         score = f"   {scored(found)}" if "mean" in found else ""
         lines.append(f"{found['alpha']:5g}{score}   {found['checkpoint']}")
     if info["dataset"] is not None:  # all checkpoints come from the same two
-        lines.append(f"leakage: {Leakage.from_json(info['checkpoints'][0]['leakage']).text()}")
+        lines.append(f"leakage: {LeakageCounts.from_json(info['checkpoints'][0]['leakage']).text()}")
     return "\n".join(lines)

@@ -24,7 +24,7 @@ from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import write_json
 from datagen.dataset.reader import Dataset
 from models.head_init import Ridge, init_ridge
-from models.losses import loss
+from models.losses import total_loss
 from models.metrics import Interval, bootstrap
 from models.regressor import Regressor
 from train import run_settings
@@ -184,7 +184,8 @@ class _Lesson:
                     part[place_B].to(self._device) for part in (self._x_nD, self._target_nE, self._weight_n)
                 )
                 if len(place_B) > 1:  # of fewer a batch norm has no statistics
-                    value = loss(made.project(x_BD, unit=False), target_BE, weight_B, self._cfg.loss, len(rows))
+                    z_BE = made.project(x_BD, unit=False)
+                    value = total_loss(z_BE, target_BE, weight_B, denominator=len(rows), **self._cfg.loss.keywords())
                     rates.zero_grad()
                     value.backward()
                     if cfg.clip:

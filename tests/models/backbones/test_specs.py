@@ -25,7 +25,7 @@ from models.backbones import specs
 from models.backbones.registry import build
 from models.backbones.specs import own_spec, with_own_activation
 from models.regressor import make
-from models.runtime.preprocess import Preprocessing, fit, from_pillow
+from models.runtime.preprocess import Preprocessing, from_pillow, resize_and_crop
 from models.runtime.towers import OPEN_CLIP
 
 BLIP2 = "transformers:blip2_vision"
@@ -116,7 +116,7 @@ def test_images_are_prepared_as_the_library_prepares_them(name: str) -> None:
     spec, transform = own_spec(name), library_transform(name)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
     for image in images():
-        square = fit(from_pillow(image), spec.preprocessing)
+        square = resize_and_crop(from_pillow(image), spec.preprocessing)
         levels = 255 * std * ((square / 255 - mean) / std - transform(image)).abs()
         assert levels.mean() < 0.1, f"{image.size}: grey levels"
         assert levels.max() <= 2.5, f"{image.size}: grey levels"

@@ -21,7 +21,7 @@ from models.baselines.knn import ClipKnn, Knn
 from models.baselines.mean import Mean
 from models.regressor import Regressor, make
 from models.retrieval.vector_index import about
-from models.runtime.preprocess import fit
+from models.runtime.preprocess import resize_and_crop
 
 N, E, K = 40, 6, 5
 CLIP: dict[str, Any] = {
@@ -91,14 +91,16 @@ def test_knn_embeds_images_by_the_models_features(model: Regressor) -> None:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, 32 + i, 40), dtype=torch.uint8, generator=generator) for i in range(8)]
     with torch.inference_mode():
-        features_nD = model.features(torch.stack([fit(image, model.spec.preprocessing) for image in images]))
+        features_nD = model.features(
+            torch.stack([resize_and_crop(image, model.spec.preprocessing) for image in images])
+        )
     knn = Knn(model, features_nD, unit(8, E, 1), k=1)
     torch.testing.assert_close(knn.embed(images), unit(8, E, 1), msg="each image's nearest is itself")
     assert Knn(model, features_nD, unit(8, E, 1), k=99).embed(images[:2]).shape == (2, E), "a bank smaller than k"
 
 
 class Prompts:
-    """A bank of prompts, as `train.evaluate.prompt_index.PromptIndex` is one."""
+    """Prompts with random target vectors."""
 
     def __init__(self, count: int = N) -> None:
         self._texts = [f"a {('red', 'blue', 'old', 'tall')[i % 4]} thing, number {i}" for i in range(count)]
@@ -131,6 +133,10 @@ def images() -> list[torch.Tensor]:
     return [torch.randint(0, 256, (3, 40 + 9 * i, 64), dtype=torch.uint8, generator=generator) for i in range(4)]
 
 
+def clip_knn(clip: Clip, prompts: Prompts, cache: Path, k: int, **keywords: Any) -> ClipKnn:
+    return ClipKnn(clip, prompts.texts, lambda: prompts.vectors, len(prompts), prompts.identity(), cache, k, **keywords)
+
+
 def by_hand(folder: Path, images: list[torch.Tensor], bank: Prompts, power: float) -> tuple[np.ndarray, list[str]]:
     """With open_clip's own preprocess and tokenizer, and scikit-learn's neighbours."""
     made: Any = open_clip.create_model_and_transforms(f"local-dir:{folder}")
@@ -149,7 +155,7 @@ def by_hand(folder: Path, images: list[torch.Tensor], bank: Prompts, power: floa
 def test_clip_finds_the_prompts_that_fit_an_image(
     clip_folder: Path, images: list[torch.Tensor], tmp_path: Path, power: float
 ) -> None:
-    knn = ClipKnn(Clip(str(clip_folder)), Prompts(), tmp_path, K, power=power)
+    knn = clip_knn(Clip(str(clip_folder)), Prompts(), tmp_path, K, power=power)
     z_BE, texts = knn.describe(images)
     wanted, nearest = by_hand(clip_folder, images, Prompts(), power)
     np.testing.assert_allclose(z_BE, wanted, atol=1e-4)
@@ -173,10 +179,10 @@ def test_the_prompts_are_encoded_once_and_part_by_part(
 
     monkeypatch.setattr(Clip, "texts", stopping)
     with pytest.raises(KeyboardInterrupt):
-        ClipKnn(Clip(str(clip_folder)), Prompts(), tmp_path, K).embed(images)
-    found = ClipKnn(Clip(str(clip_folder)), Prompts(), tmp_path, K).embed(images)
+        clip_knn(Clip(str(clip_folder)), Prompts(), tmp_path, K).embed(images)
+    found = clip_knn(Clip(str(clip_folder)), Prompts(), tmp_path, K).embed(images)
     assert asked == [16, 16, 16, 8], "the first part is not encoded again"
-    again = ClipKnn(Clip(str(clip_folder)), Prompts(), tmp_path, K).embed(images)
+    again = clip_knn(Clip(str(clip_folder)), Prompts(), tmp_path, K).embed(images)
     assert len(asked) == 4
     np.testing.assert_array_equal(again, found)
     np.testing.assert_allclose(found, by_hand(clip_folder, images, Prompts(), 1)[0], atol=1e-4)
@@ -191,15 +197,15 @@ def test_what_clip_says_is_named_without_loading_it(
     monkeypatch.setattr(open_clip, "create_model", never)
     clip = Clip(str(clip_folder))
     made = [
-        ClipKnn(clip, Prompts(), tmp_path, K),
-        ClipKnn(clip, Prompts(9), tmp_path, K),
-        ClipKnn(clip, Prompts(), tmp_path, K + 1),
-        ClipKnn(clip, Prompts(), tmp_path, K, power=2),
-        ClipKnn(clip, Prompts(), tmp_path, K, exact=False),
+        clip_knn(clip, Prompts(), tmp_path, K),
+        clip_knn(clip, Prompts(9), tmp_path, K),
+        clip_knn(clip, Prompts(), tmp_path, K + 1),
+        clip_knn(clip, Prompts(), tmp_path, K, power=2),
+        clip_knn(clip, Prompts(), tmp_path, K, exact=False),
     ]
     identities = {json.dumps(knn.identity(), sort_keys=True) for knn in made}
     assert len(identities) == len(made)
-    assert json.dumps(ClipKnn(clip, Prompts(), tmp_path / "x", K).identity(), sort_keys=True) in identities
+    assert json.dumps(clip_knn(clip, Prompts(), tmp_path / "x", K).identity(), sort_keys=True) in identities
     told = made[0].identity()
     assert told["clip"]["open_clip_torch"] == open_clip.__version__
     assert told["index"] == about(N)
@@ -213,5 +219,5 @@ def test_features_that_tell_nothing_are_refused(model: Regressor) -> None:
     knn = Knn(model, bank_nD, unit(N, E, 1), K)
     with pytest.raises(UserError, match="1 of 2 vectors are zero or not finite, the first is row 1"):
         knn.from_features(torch.stack([bank_nD[0], torch.full((64,), torch.nan)]))
-    with pytest.raises(UserError, match=r"features \[2, 32\], but the bank's are 64 wide"):
+    with pytest.raises(UserError, match=r"features \[2, 32\], but those of the training images are 64 wide"):
         knn.from_features(unit(2, 64, 0)[:, :32])

@@ -16,12 +16,13 @@ from torch.nn.functional import normalize
 
 from core.errors import UserError
 from models import checkpoint, loader
-from models.ensemble import ensemble
-from models.ensemble.ensemble import Ensemble, Member, Views, blend, fit, nested
+from models.ensemble.ensemble import Ensemble, Member, load_ensemble, read_ensemble_config, write_ensemble
+from models.ensemble.tta import Views
+from models.ensemble.weights import blend, blend_out_of_fold, fit_weights
 from models.export.export import export
 from models.metrics import cosines, mean_targets
 from models.regressor import Regressor, make
-from models.runtime.preprocess import fit as fit_square
+from models.runtime.preprocess import resize_and_crop
 
 E = 10
 FACTS = {"encoder": "colours", "score": {"mean": 0.5}}
@@ -61,13 +62,13 @@ def test_weights_are_those_of_brute_force(noise: tuple[float, ...]) -> None:
     targets = [unit(1 + i % 3, i) for i in range(60)]  # of one caption, two or three
     target_nE = mean_targets(targets)
     vectors = [noisy(target_nE.astype(np.float32), much, 100 + i) for i, much in enumerate(noise)]
-    found = fit(vectors, target_nE)
+    found = fit_weights(vectors, target_nE)
     np.testing.assert_allclose(found, brute_force(vectors, target_nE), atol=1e-3)
     assert found.sum() == pytest.approx(1, abs=1e-12)
     best = cosines(blend(vectors, found), targets).mean()
     assert best == pytest.approx(score(found, vectors, target_nE), abs=1e-6)
     assert best > max(cosines(v, targets).mean() for v in vectors)
-    assert fit(vectors, target_nE).tobytes() == found.tobytes()
+    assert fit_weights(vectors, target_nE).tobytes() == found.tobytes()
 
 
 def test_of_two_hills_the_higher_is_found() -> None:
@@ -79,28 +80,28 @@ def test_of_two_hills_the_higher_is_found() -> None:
         score_s = np.array([score((1 - s, s), vectors, target_nE) for s in share])
         padded = np.concatenate([[-2], score_s, [-2]])
         several += int(((padded[1:-1] > padded[:-2]) & (padded[1:-1] > padded[2:])).sum() > 1)
-        assert score(fit(vectors, target_nE), vectors, target_nE) >= score_s.max() - 1e-9, seed
+        assert score(fit_weights(vectors, target_nE), vectors, target_nE) >= score_s.max() - 1e-9, seed
     assert several >= 5, "the test must hold such cases"
 
 
 def test_on_many_images_a_sample_shows_the_way_and_all_decide() -> None:
     target_nE = unit(9000, 0, 4)
     vectors = [noisy(target_nE, much, 1 + i) for i, much in enumerate((1.0, 1.2, 1.4))]
-    np.testing.assert_allclose(fit(vectors, target_nE), brute_force(vectors, target_nE), atol=1e-3)
+    np.testing.assert_allclose(fit_weights(vectors, target_nE), brute_force(vectors, target_nE), atol=1e-3)
 
 
 def test_members_that_are_the_same_or_alone() -> None:
     target_nE = unit(30, 0)
     one = noisy(target_nE, 1, 1)
-    assert fit([one], target_nE).tolist() == [1]
-    np.testing.assert_allclose(fit([one, 5 * one], target_nE), [0.5, 0.5], atol=1e-3)  # length is no quality
+    assert fit_weights([one], target_nE).tolist() == [1]
+    np.testing.assert_allclose(fit_weights([one, 5 * one], target_nE), [0.5, 0.5], atol=1e-3)  # length is no quality
 
 
 def test_the_nested_score_of_three_noisy_copies_is_above_each() -> None:
     target_nE = unit(400, 0)
     targets = list(target_nE[:, None])
     vectors = [noisy(target_nE, 1.0, 1 + i) for i in range(3)]
-    found = nested(vectors, target_nE, np.arange(400))
+    found = blend_out_of_fold(vectors, target_nE, np.arange(400))
     assert found.weight_FM.shape == (5, 3)
     assert cosines(found.vector_nE, targets).mean() > max(cosines(v, targets).mean() for v in vectors) + 0.05
 
@@ -110,17 +111,19 @@ def test_each_fold_is_blended_by_weights_fitted_without_it() -> None:
     group_n = np.array([f"prompt {i}" for i in np.random.default_rng(0).integers(0, 40, 200)])
     target_nE = unit(200, 0)
     vectors = [noisy(target_nE, much, 1 + i) for i, much in enumerate((1.0, 1.3))]
-    found = nested(vectors, target_nE, group_n, folds=4, seed=3)
+    found = blend_out_of_fold(vectors, target_nE, group_n, folds=4, seed=3)
     for group in np.unique(group_n):
         assert len(set(found.fold_n[group_n == group].tolist())) == 1
     assert max(np.bincount(found.fold_n)) - min(np.bincount(found.fold_n)) <= 8
     for fold, weight_M in enumerate(found.weight_FM):
         mine_n = found.fold_n == fold
-        np.testing.assert_allclose(weight_M, fit([v[~mine_n] for v in vectors], target_nE[~mine_n], seed=3), atol=1e-6)
+        np.testing.assert_allclose(
+            weight_M, fit_weights([v[~mine_n] for v in vectors], target_nE[~mine_n], seed=3), atol=1e-6
+        )
         np.testing.assert_allclose(found.vector_nE[mine_n], blend([v[mine_n] for v in vectors], weight_M), atol=1e-6)
-    other = nested(vectors, target_nE, group_n, folds=4, seed=4)
+    other = blend_out_of_fold(vectors, target_nE, group_n, folds=4, seed=4)
     assert (other.fold_n != found.fold_n).any()
-    again = nested(vectors, target_nE, group_n, folds=4, seed=3)
+    again = blend_out_of_fold(vectors, target_nE, group_n, folds=4, seed=3)
     assert again.vector_nE.tobytes() == found.vector_nE.tobytes()
 
 
@@ -129,8 +132,8 @@ def test_the_nested_score_of_noise_is_no_better_than_chance() -> None:
     fooled, honest = [], []
     for seed in range(5):
         target_nE, *vectors = (unit(20, 100 * seed + i, 200) for i in range(13))
-        fooled.append(score(fit(vectors, target_nE), vectors, target_nE))
-        held_nE = nested(vectors, target_nE, np.arange(20)).vector_nE
+        fooled.append(score(fit_weights(vectors, target_nE), vectors, target_nE))
+        held_nE = blend_out_of_fold(vectors, target_nE, np.arange(20)).vector_nE
         honest.append(cosines(held_nE, list(target_nE[:, None])).mean())
     assert np.mean(fooled) > 0.02
     assert abs(np.mean(honest)) < 0.015  # two standard errors
@@ -141,7 +144,7 @@ def test_vectors_that_cannot_be_blended_are_named() -> None:
     bad, zero = unit(6, 1), unit(6, 2)
     bad[2:4, 1], zero[5] = np.nan, 0
     with pytest.raises(UserError) as refused:
-        fit([unit(6, 3, 4), bad, zero, unit(5, 4)], target_nE, names=["knn", "a", "b", "c"])
+        fit_weights([unit(6, 3, 4), bad, zero, unit(5, 4)], target_nE, names=["knn", "a", "b", "c"])
     assert str(refused.value).splitlines() == [
         "knn: vectors 4 wide, not 10; it is of another target encoder",
         "a: 2 of 6 vectors are NaN or infinite, the first that of image 2",
@@ -149,15 +152,15 @@ def test_vectors_that_cannot_be_blended_are_named() -> None:
         "c: 5 vectors, not 6; predict all on the same images",
     ]
     with pytest.raises(UserError, match="member 0: 1 of 6 vectors are zero"):
-        nested([zero], target_nE, np.arange(6))
+        blend_out_of_fold([zero], target_nE, np.arange(6))
     with pytest.raises(UserError, match="a blend of no members"):
-        fit([], target_nE)
+        fit_weights([], target_nE)
     with pytest.raises(UserError, match="members cancel out on image 0"):
         blend([target_nE, -target_nE], np.array([0.5, 0.5]))
     with pytest.raises(UserError, match=r"folds: 5 is outside 2 to 3, the prompts or groups"):
-        nested([target_nE], target_nE, np.array([0, 0, 1, 1, 2, 2]))
+        blend_out_of_fold([target_nE], target_nE, np.array([0, 0, 1, 1, 2, 2]))
     with pytest.raises(UserError, match="4 groups of 6 images"):
-        nested([target_nE], target_nE, np.arange(4))
+        blend_out_of_fold([target_nE], target_nE, np.arange(4))
     for weights in ([0.5], [1, -0.1], [0, 0], [1, np.nan]):
         with pytest.raises(UserError, match="of 2 members: one each, at least 0, not all 0"):
             Ensemble([Constant(target_nE), Constant(target_nE)], weights)
@@ -205,7 +208,7 @@ def three(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 def mirrored(model: Regressor, images: list[torch.Tensor]) -> torch.Tensor:
     """Vectors of the mirrored squares: an odd number of pixels is cut less on one side than on the other."""
-    square_BCHW = torch.stack([fit_square(image, model.spec.preprocessing) for image in images])
+    square_BCHW = torch.stack([resize_and_crop(image, model.spec.preprocessing) for image in images])
     with torch.inference_mode():
         return model(torch.from_numpy(np.ascontiguousarray(square_BCHW.numpy()[..., ::-1])))
 
@@ -238,7 +241,7 @@ def test_it_comes_back_from_one_folder_alone(
     ]
     images = make_images()
     with caplog.at_level(logging.INFO):
-        ensemble.save(tmp_path / "out/whole", members, {"score": 0.61})
+        write_ensemble(tmp_path / "out/whole", members, {"score": 0.61})
     assert "c: left out of the ensemble, its weight is 5.0e-05" in caplog.text
     parts = [
         Views(lambda size: checkpoint.load(copies[0], size), flip=True),
@@ -248,8 +251,8 @@ def test_it_comes_back_from_one_folder_alone(
     expected = Ensemble(parts, [0.5, 0.3, 0.2]).embed(images)
     shutil.rmtree(tmp_path / "from")
     folder = (tmp_path / "out/whole").rename(tmp_path / "moved")
-    assert ensemble.load(folder).embed(images).equal(expected)
-    assert loader.load_any(folder).embed(images).equal(expected)
+    assert load_ensemble(folder).embed(images).equal(expected)
+    assert loader.load_embedder(folder).embed(images).equal(expected)
     files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
     each = ("config.json", "model.safetensors")
     assert files == ["config.json", *(f"members/{name}/{file}" for name in ("a", "b.2", "run") for file in each)]
@@ -268,7 +271,7 @@ def test_it_comes_back_from_one_folder_alone(
         ],
         "facts": {"score": 0.61},
     }
-    assert loader.about(folder)["encoder"] == "colours"
+    assert loader.embedder_config(folder)["encoder"] == "colours"
 
 
 def test_what_is_in_folders_below_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -300,7 +303,7 @@ def test_members_that_do_not_agree_are_all_named(three: list[Path], tmp_path: Pa
         Member("bundle", tmp_path / "bundle", 1),
     ]
     with pytest.raises(UserError) as refused:
-        ensemble.save(tmp_path / "out", members, {})
+        write_ensemble(tmp_path / "out", members, {})
     told = str(refused.value)
     for problem in (
         r"a: model.size: test_vit cannot take 33 pixels",
@@ -313,25 +316,25 @@ def test_members_that_do_not_agree_are_all_named(three: list[Path], tmp_path: Pa
     ):
         assert problem in told, problem
     with pytest.raises(UserError) as refused:
-        ensemble.save(tmp_path / "out", [Member("a", three[0], 1), Member("other", other, 1)], {})
+        write_ensemble(tmp_path / "out", [Member("a", three[0], 1), Member("other", other, 1)], {})
     assert str(refused.value).splitlines()[1:] == [
         "  members of one ensemble need one target encoder: a colours, other shapes",
         "  members of one ensemble need one width: a 10, other 11",
     ]
     with pytest.raises(UserError, match="an ensemble of no members"):
-        ensemble.save(tmp_path / "out", [], {})
+        write_ensemble(tmp_path / "out", [], {})
     assert not (tmp_path / "out").exists()
 
 
 def test_nothing_but_an_ensemble_is_overwritten(three: list[Path], tmp_path: Path) -> None:
     member = Member("a", three[0], 1)
     for name in ("first", "second"):
-        ensemble.save(tmp_path / "whole", [member], {"name": name})
-    assert ensemble.read_config(tmp_path / "whole")["facts"] == {"name": "second"}
+        write_ensemble(tmp_path / "whole", [member], {"name": name})
+    assert read_ensemble_config(tmp_path / "whole")["facts"] == {"name": "second"}
     (tmp_path / "file").write_text("notes")
     for place in (tmp_path, three[0], tmp_path / "file"):
         with pytest.raises(UserError, match="holds something that is no ensemble"):
-            ensemble.save(place, [member], {})
+            write_ensemble(place, [member], {})
     assert (tmp_path / "file").read_text() == "notes"
 
 
@@ -340,61 +343,65 @@ def test_any_folder_that_embeds(three: list[Path], tmp_path: Path) -> None:
     model = checkpoint.load(three[0])
     expected = model.embed(images)
     export(three[0], tmp_path / "bundle")
-    ensemble.save(tmp_path / "whole", [Member("a", three[0], 1)], {})
+    write_ensemble(tmp_path / "whole", [Member("a", three[0], 1)], {})
     for folder, kind in ((three[0], "checkpoint"), (tmp_path / "bundle", "bundle"), (tmp_path / "whole", "ensemble")):
-        torch.testing.assert_close(loader.load_any(folder).embed(images), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(loader.load_embedder(folder).embed(images), expected, atol=1e-5, rtol=0)
         other = mirrored(model, images) if kind == "checkpoint" else model.embed([image.flip(-1) for image in images])
         both = normalize(expected + other, dim=-1)
-        torch.testing.assert_close(loader.load_any(folder, flip=True).embed(images), both, atol=1e-5, rtol=0)
-        assert loader.about(folder)["kind"] == kind
-    run = loader.load_any(three[2].parent)
+        torch.testing.assert_close(loader.load_embedder(folder, flip=True).embed(images), both, atol=1e-5, rtol=0)
+        assert loader.embedder_config(folder)["kind"] == kind
+    run = loader.load_embedder(three[2].parent)
     assert run.embed(images).equal(checkpoint.load(three[2]).embed(images)), "a run's best"
-    sized = loader.load_any(three[0], sizes=(64,)).embed(images)
+    sized = loader.load_embedder(three[0], sizes=(64,)).embed(images)
     torch.testing.assert_close(sized, checkpoint.load(three[0], 64).embed(images), atol=1e-6, rtol=0)
     for folder in (tmp_path / "bundle", tmp_path / "whole"):
         with pytest.raises(UserError, match="its input size is fixed; leave sizes empty, or name a checkpoint"):
-            loader.load_any(folder, sizes=(64,))
+            loader.load_embedder(folder, sizes=(64,))
 
 
 def test_a_folder_is_known_by_what_its_vectors_depend_on(three: list[Path], tmp_path: Path) -> None:
     copy = shutil.copytree(three[0], tmp_path / "copy")
     (copy / "notes.txt").write_text("not a part of it")
-    known = loader.identity(copy)
-    assert known == loader.identity(three[0])
+    known = loader.embedder_identity(copy)
+    assert known == loader.embedder_identity(three[0])
     assert known["kind"] == "checkpoint"
     assert sorted(known["files"]) == ["config.json", "model.safetensors"]
     assert json.loads(json.dumps(known)) == known
-    assert loader.identity(three[1]) != known
+    assert loader.embedder_identity(three[1]) != known
     export(three[0], tmp_path / "bundle")
-    assert sorted(loader.identity(tmp_path / "bundle")["files"]) == ["config.json", "model.safetensors", "predict.py"]
-    ensemble.save(tmp_path / "whole", [Member("a", three[0], 1)], {})
-    whole = loader.identity(tmp_path / "whole")
+    assert sorted(loader.embedder_identity(tmp_path / "bundle")["files"]) == [
+        "config.json",
+        "model.safetensors",
+        "predict.py",
+    ]
+    write_ensemble(tmp_path / "whole", [Member("a", three[0], 1)], {})
+    whole = loader.embedder_identity(tmp_path / "whole")
     assert whole["files"]["members/a/model.safetensors"] == known["files"]["model.safetensors"]
     (tmp_path / "whole/members/a/model.safetensors").unlink()
     with pytest.raises(UserError, match=r"members/a/model\.safetensors cannot be read"):
-        loader.identity(tmp_path / "whole")
+        loader.embedder_identity(tmp_path / "whole")
 
 
 def test_what_holds_no_embedder_is_refused(three: list[Path], tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"a pickle that would run")
     with pytest.raises(UserError, match=r"model\.ckpt is a file; name the folder"):
-        loader.load_any(tmp_path / "model.ckpt")
+        loader.load_embedder(tmp_path / "model.ckpt")
     for folder in (tmp_path, tmp_path / "nothing"):
         with pytest.raises(UserError, match="holds no embedder: neither a checkpoint"):
-            loader.load_any(folder)
+            loader.load_embedder(folder)
     with pytest.raises(UserError, match="no ensemble at"):
-        ensemble.load(three[0])
+        load_ensemble(three[0])
     torn = shutil.copytree(three[0], tmp_path / "torn")
     (torn / "model.safetensors").write_bytes((torn / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(UserError, match=r"torn: its weights cannot be read: .*; copy the checkpoint again"):
-        loader.load_any(torn)
+        loader.load_embedder(torn)
     (torn / "config.json").write_text("{")
     with pytest.raises(UserError, match=r"config\.json is no JSON"):
-        loader.load_any(torn)
+        loader.load_embedder(torn)
     export(three[0], tmp_path / "bundle")
     (tmp_path / "bundle/model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"the bundle .* cannot be loaded: .*; export it again"):
-        loader.load_any(tmp_path / "bundle")
+        loader.load_embedder(tmp_path / "bundle")
 
 
 @pytest.mark.parametrize(
@@ -408,10 +415,10 @@ def test_what_holds_no_embedder_is_refused(three: list[Path], tmp_path: Path) ->
     ],
 )
 def test_an_ensembles_config_is_checked(change: dict[str, Any], said: str, three: list[Path], tmp_path: Path) -> None:
-    ensemble.save(tmp_path / "whole", [Member("a", three[0], 1)], {})
+    write_ensemble(tmp_path / "whole", [Member("a", three[0], 1)], {})
     path = tmp_path / "whole/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    for use in (ensemble.load, loader.load_any, loader.identity):
+    for use in (load_ensemble, loader.load_embedder, loader.embedder_identity):
         with pytest.raises(UserError) as refused:
             use(tmp_path / "whole")
         assert said in str(refused.value)

@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from core.errors import UserError
-from models.export.check_images import samples
+from models.export.check_images import read_check_images
 
 
 def make_image(value: int) -> bytes:
@@ -32,18 +32,21 @@ def test_they_come_from_files_and_tars(tmp_path: Path, caplog: pytest.LogCapture
                 about = tarfile.TarInfo(f"{i}.{suffix}")
                 about.size = len(data)
                 tar.addfile(about, io.BytesIO(data))
-    found = list(samples(tmp_path, 100))
+    found = list(read_check_images(tmp_path, 100))
     assert [int(image.float().mean()) for image in found] == [0, 1, 2, 3, 10, 11]
     assert {tuple(image.shape) for image in found} == {(3, 5, 7)}
     assert "1 of 7 images" in caplog.text
-    assert [int(image.float().mean()) for image in samples(tmp_path, 3)] == [1, 3]  # the first of three is bad.jpg
+    assert [int(image.float().mean()) for image in read_check_images(tmp_path, 3)] == [
+        1,
+        3,
+    ]  # the first of three is bad.jpg
 
 
 def test_one_is_held_at_a_time(tmp_path: Path) -> None:
     """Of large photographs some hundreds would fill the memory."""
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(make_image(i))
-    found = samples(tmp_path, 3)
+    found = read_check_images(tmp_path, 3)
     held = [weakref.ref(next(found))]
     for name in ("1.png", "2.png"):
         (tmp_path / name).write_bytes(make_image(100))  # it has not been read yet
@@ -65,7 +68,7 @@ def test_a_damaged_tar_is_warned_of_and_the_others_are_read(tmp_path: Path, capl
     (tmp_path / "cut.tar").write_bytes(data[: 1024 + 512 + 40])  # an image of one block, and the half of another
     (tmp_path / "garbage.tar").write_bytes(b"x" * 1000)
     (tmp_path / "packed.tar").write_bytes(gzip.compress(data))
-    assert [int(image.float().mean()) for image in samples(tmp_path, 100)] == [0, 0, 1, 2]
+    assert [int(image.float().mean()) for image in read_check_images(tmp_path, 100)] == [0, 0, 1, 2]
     for name in ("garbage", "packed"):
         assert f"{name}.tar is damaged, and 0 images before that are taken" in caplog.text
     assert "1 of 5 images" in caplog.text
@@ -73,9 +76,9 @@ def test_a_damaged_tar_is_warned_of_and_the_others_are_read(tmp_path: Path, capl
 
 def test_a_folder_without_any_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no image \(\.jpg, \.jpeg, .*, \.avif\) below"):
-        samples(tmp_path, 5)
+        read_check_images(tmp_path, 5)
     with pytest.raises(UserError, match="is no folder"):
-        samples(tmp_path / "missing", 5)
+        read_check_images(tmp_path / "missing", 5)
     (tmp_path / "bad.png").write_bytes(b"no image")
     with pytest.raises(UserError, match=r"none of the 1 images chosen below .* can be read; name others"):
-        list(samples(tmp_path, 5))
+        list(read_check_images(tmp_path, 5))

@@ -20,8 +20,9 @@ from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
 from models import checkpoint, loader
-from models.ensemble import ensemble
+from models.ensemble.ensemble import Member, write_ensemble
 from models.export import export
+from models.export.config import ExportSettings, WheelsSettings
 from models.regressor import Regressor, make
 from models.runtime.im2emb import load
 from tests import small_dataset
@@ -114,7 +115,7 @@ def test_views_are_those_of_evaluation(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 64)
     assert export.export(tmp_path / "best", tmp_path / "bundle", flip=True, sizes=(64, 96)) < 1e-5
     images = drawn(6, 1)
-    expected = loader.load_any(tmp_path / "best", flip=True, sizes=(64, 96)).embed(images)
+    expected = loader.load_embedder(tmp_path / "best", flip=True, sizes=(64, 96)).embed(images)
     predictor = loader.load_bundle(tmp_path / "bundle")
     assert predictor.sizes == (64, 96)
     torch.testing.assert_close(predictor.embed(images), expected, atol=1e-5, rtol=0)
@@ -126,12 +127,14 @@ def test_views_are_those_of_evaluation(tmp_path: Path) -> None:
 
 def test_an_ensemble_of_three_backbones_and_sizes_is_what_evaluation_blends(tiny_run: Path, tmp_path: Path) -> None:
     """By `train.evaluate`, on its images, with views."""
-    members = [ensemble.Member("regressor", tiny_run, 0.5, sizes=(32, 48))]
+    members = [Member("regressor", tiny_run, 0.5, sizes=(32, 48))]
     for name, backbone, size, weight in (("conv", "test_efficientnet", 48, 0.3), ("large", "test_convnext", 64, 0.2)):
-        members.append(ensemble.Member(name, save(tmp_path / name, backbone, size), weight, flip=name == "conv"))
+        members.append(Member(name, save(tmp_path / name, backbone, size), weight, flip=name == "conv"))
     saved = tmp_path / "ensemble"
     score = {"mean": 0.5, "low": 0.4, "high": 0.6}
-    ensemble.save(saved, members, {"score": score, "images": 9, "datasets": [{"path": "/somebodys/data", "images": 9}]})
+    write_ensemble(
+        saved, members, {"score": score, "images": 9, "datasets": [{"path": "/somebodys/data", "images": 9}]}
+    )
     assert export.export(saved, tmp_path / "bundle") < 1e-5
     assert "## Recipe" in (tmp_path / "bundle/README.md").read_text(), "the run's settings go with its checkpoint"
     assert sorted(path.name for path in (tmp_path / "bundle").glob("*.safetensors")) == [
@@ -150,8 +153,8 @@ def test_an_ensemble_of_three_backbones_and_sizes_is_what_evaluation_blends(tiny
 
 def test_an_image_that_cannot_be_read_gets_the_blended_mean(tmp_path: Path) -> None:
     places = [save(tmp_path / name, "test_vit", 32, seed) for seed, name in enumerate("ab")]
-    members = [ensemble.Member(place.name, place, weight) for place, weight in zip(places, (3, 1), strict=True)]
-    ensemble.save(tmp_path / "both", members, {})
+    members = [Member(place.name, place, weight) for place, weight in zip(places, (3, 1), strict=True)]
+    write_ensemble(tmp_path / "both", members, {})
     export.export(tmp_path / "both", tmp_path / "bundle")
     a_E, b_E = (checkpoint.load_extras(place)[0] for place in places)
     expected_E = torch.nn.functional.normalize(3 * a_E + b_E, dim=0)
@@ -299,13 +302,13 @@ def test_fp16_that_costs_too_much_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("written", "meant"), [(3.11, "3.11"), (3.1, "3.10"), ("3.12", "3.12"), (3.9, "3.9")])
 def test_a_version_that_was_read_as_a_number(written: str | float, meant: str) -> None:
-    assert export.WheelsSettings(written, "manylinux_2_28_x86_64").version() == meant
+    assert WheelsSettings(written, "manylinux_2_28_x86_64").version() == meant
 
 
 def test_settings_that_do_nothing_are_refused() -> None:
     values = compose("export", ["check_images=x", "public=true", "graphs=[]", "push=null"])
     with pytest.raises(UserError, match=r"images: x are for graphs(.|\n)*public, dry_run: they are for push="):
-        settings(export.ExportSettings, {k: v for k, v in values.items() if k != "hydra"})
+        settings(ExportSettings, {k: v for k, v in values.items() if k != "hydra"})
 
 
 def test_a_bundle_is_not_exported_again(bundle: Path, tmp_path: Path) -> None:
@@ -386,16 +389,16 @@ def test_a_full_disk_leaves_the_old_bundle(bundle: Path, tiny_run: Path, tmp_pat
 
 
 def test_the_newest_best_checkpoint_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "ROOT", tmp_path)
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     with pytest.raises(UserError, match=r"no checkpoints/\*/best: train first"):
-        export.newest()
+        checkpoint.newest_checkpoint()
     for name, age in (("old", 50), ("new", 10), ("older", 90)):
         config = tmp_path / "checkpoints" / name / "best/config.json"
         config.parent.mkdir(parents=True)
         config.write_text(json.dumps({}))
         os.utime(config, (1e9 - age, 1e9 - age))
     (tmp_path / "checkpoints/unfinished/last").mkdir(parents=True)
-    assert export.newest() == tmp_path / "checkpoints/new/best"
+    assert checkpoint.newest_checkpoint() == tmp_path / "checkpoints/new/best"
 
 
 @pytest.mark.parametrize("head", ["linear", "wide"])

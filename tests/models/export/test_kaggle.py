@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from core.paths import ROOT
 from models import checkpoint
 from models.export import export
+from models.export.config import WheelsSettings
 from models.regressor import make
 from models.runtime.preprocess import decode
 from tests import small_dataset
@@ -178,7 +179,7 @@ def test_its_wheels_install_without_network(
     mean_E = torch.nn.functional.normalize(torch.ones(E), dim=0)
     checkpoint.save(tmp_path / "checkpoint", model, mean_E, probes, {"encoder": small_dataset.ENCODER})
     python = fresh_python("torch", "torchvision")  # the registry answers: this skips where it does not
-    here = export.WheelsSettings("{}.{}".format(*sys.version_info[:2]), f"manylinux_2_28_{platform.machine()}")
+    here = WheelsSettings("{}.{}".format(*sys.version_info[:2]), f"manylinux_2_28_{platform.machine()}")
     export.export(tmp_path / "checkpoint", tmp_path / "bundle", wheels=here)
     names = [path.name for path in (tmp_path / "bundle/wheels").glob("*.whl")]
     releases = {name.partition("-")[0]: name.split("-")[1] for name in names}

@@ -9,10 +9,10 @@ from huggingface_hub import ModelCard
 
 from core.errors import UserError
 from models.export import model_card
-from models.export.model_card import Told, dataset_metadata
-from models.leakage import Leakage
+from models.export.model_card import CardDetails, dataset_metadata
+from models.leakage_counts import LeakageCounts
 
-NONE = Leakage(810, 0, 0, 0, 0)
+NONE = LeakageCounts(810, 0, 0, 0, 0)
 SCORE = {"mean": 0.68093, "low": 0.6733, "high": 0.6887, "images": 810, "leakage": NONE.to_json()}
 DATASET = {"path": "/place/somebody/data/quickstart", "sha256": "64" * 32, "splits": {"train": 7190, "val": 810}}
 SETTINGS = {
@@ -84,7 +84,7 @@ def row(text: str, first: str) -> list[str]:
 
 
 def test_the_hub_reads_its_front_matter() -> None:
-    data = front_matter(model_card.card(ONE, Told(licence="apache-2.0")))
+    data = front_matter(model_card.render_card(ONE, CardDetails(licence="apache-2.0")))
     assert data["license"] == "apache-2.0"
     assert data["pipeline_tag"] == "image-feature-extraction"
     assert data["library_name"] == "sentence-transformers"
@@ -100,22 +100,24 @@ def test_the_hub_reads_its_front_matter() -> None:
     ],
 )
 def test_a_base_model_that_is_not_known_is_not_named(backbone: str, weights: str) -> None:
-    assert "base_model" not in front_matter(model_card.card(config(member("model", backbone, weights=weights)), Told()))
+    assert "base_model" not in front_matter(
+        model_card.render_card(config(member("model", backbone, weights=weights)), CardDetails())
+    )
 
 
 def test_an_open_clip_model_is_named_by_its_repository() -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install -e '.[clip]'")
     known = open_clip.get_pretrained_cfg("ViT-H-14", "laion2b_s32b_b79k")["hf_hub"].strip("/")
     made = config(member("model", "open_clip:ViT-H-14/laion2b_s32b_b79k", weights="pretrained"))
-    assert front_matter(model_card.card(made, Told()))["base_model"] == [known]
+    assert front_matter(model_card.render_card(made, CardDetails()))["base_model"] == [known]
 
 
 def test_without_a_licence_it_says_so() -> None:
-    text = model_card.card(ONE, Told())
+    text = model_card.render_card(ONE, CardDetails())
     assert front_matter(text)["license"] == "other"
     assert "nobody has said yet" in text
     assert "licence=apache-2.0" in text
-    assert dataset_metadata(ONE, Told())["licenses"] == [{"name": "other"}]
+    assert dataset_metadata(ONE, CardDetails())["licenses"] == [{"name": "other"}]
 
 
 @pytest.mark.parametrize(
@@ -123,13 +125,13 @@ def test_without_a_licence_it_says_so() -> None:
     [("apache-2.0", "apache-2.0"), ("cc0-1.0", "CC0-1.0"), ("cc-by-nc-4.0", "CC-BY-NC-4.0"), ("openrail", "other")],
 )
 def test_kaggles_names_of_licences(licence: str, kaggle: str) -> None:
-    made = dataset_metadata(ONE, Told(licence=licence))
+    made = dataset_metadata(ONE, CardDetails(licence=licence))
     assert made["licenses"] == [{"name": kaggle}]
     assert f"The weights: {licence}." in made["description"]
 
 
 def test_members_and_score() -> None:
-    text = model_card.card(TWO, Told())
+    text = model_card.render_card(TWO, CardDetails())
     assert "Mean cosine on 1,234 held-out images: **0.700**, 95 % interval 0.690 – 0.710" in text
     assert "weights of the blend by 5-fold cross-validation" in text
     backbone = "`vit_huge_patch14_clip_224.laion2b`"
@@ -139,29 +141,29 @@ def test_members_and_score() -> None:
 
 
 def test_a_model_that_was_not_judged_has_no_score() -> None:
-    text = model_card.card(config(member("ridge", "tf_efficientnet_lite0", score=None)), Told())
+    text = model_card.render_card(config(member("ridge", "tf_efficientnet_lite0", score=None)), CardDetails())
     assert "Mean cosine on" not in text
     assert "No score on held-out images is known" in text
     assert "The score is" not in text
-    assert "The score is of held-out images" in model_card.card(ONE, Told())
+    assert "The score is of held-out images" in model_card.render_card(ONE, CardDetails())
     assert row(text, "ridge")[-4:] == ["–", "–", "–", "–"]
 
 
 def test_held_out_is_said_of_scores_without_leakage_alone() -> None:
     clean = {"mean": 0.61, "low": 0.6, "high": 0.62, "images": 400}
-    near = Leakage(810, 0, 0, 5, 5)
-    cases: list[tuple[Leakage | None, str]] = [
+    near = LeakageCounts(810, 0, 0, 5, 5)
+    cases: list[tuple[LeakageCounts | None, str]] = [
         (NONE, "Leakage, images and prompts shared with training: none of 810 images."),
         (near, "training: 5 of 810 images (5 with a prompt at cosine ≥ 0.9 to a training prompt)."),
-        (Leakage(810, 10, 0, 0, 10), "10 of 810 images (10 with the bytes of a training image)."),
-        (Leakage(810, 0, 400, 410, 410, clean=clean), "training prompt). Mean cosine on the other 400: 0.610."),
-        (Leakage(810, 0, 0, 0, 0, ("checkpoints/gone",)), "none of 810 images. More may be shared: not all"),
-        (Leakage(810, None, None, None, None, ("no run",)), "prompts occur in training is not known."),
+        (LeakageCounts(810, 10, 0, 0, 10), "10 of 810 images (10 with the bytes of a training image)."),
+        (LeakageCounts(810, 0, 400, 410, 410, clean=clean), "training prompt). Mean cosine on the other 400: 0.610."),
+        (LeakageCounts(810, 0, 0, 0, 0, ("checkpoints/gone",)), "none of 810 images. More may be shared: not all"),
+        (LeakageCounts(810, None, None, None, None, ("no run",)), "prompts occur in training is not known."),
         (None, "prompts occur in training is not known."),  # of a version that did not count
     ]
     for leakage, words in cases:
         score = {**SCORE, "leakage": None if leakage is None else leakage.to_json()}
-        text = model_card.card(config(member("one", "tf_efficientnet_lite0", score=score)), Told())
+        text = model_card.render_card(config(member("one", "tf_efficientnet_lite0", score=score)), CardDetails())
         assert words in text
         held_out = leakage in (NONE, near)
         assert ("Mean cosine on 810 held-out images" in text) is held_out, leakage
@@ -173,20 +175,20 @@ def test_held_out_is_said_of_scores_without_leakage_alone() -> None:
         member("b", "tf_efficientnet_lite0", score={**SCORE, "leakage": None}),
         facts={"score": {**SCORE, "name": "ensemble", "leakage": None}, "images": 810, "folds": 5},
     )
-    text = model_card.card(both, Told())
+    text = model_card.render_card(both, CardDetails())
     assert "Mean cosine on 810 images: " in text
     assert "Not every score above is of held-out images" in text
 
 
 def test_the_score_of_one_view_is_said_to_be_that() -> None:
     about = member("model", "tf_efficientnet_lite0") | {"flip": True, "sizes": [224, 280]}
-    text = model_card.card(config(about), Told())
+    text = model_card.render_card(config(about), CardDetails())
     assert "0.673 – 0.689, of one view at 224 px each." in text
     assert "| linear | 224, 280 | yes | 1.000 |" in text
 
 
 def test_the_recipe() -> None:
-    text = model_card.card(ONE, Told(recipes={"model": SETTINGS}))
+    text = model_card.render_card(ONE, CardDetails(recipes={"model": SETTINGS}))
     for words in (
         "3 epochs, 32 images a step, seed 7, bf16; the best of 672 steps is 600",
         "backbone from another checkpoint of the same architecture, its lowest 14 blocks frozen",
@@ -197,15 +199,15 @@ def test_the_recipe() -> None:
         "images: crops of at least 90%, mirrored, brightness and contrast ± 10%",
     ):
         assert words in text
-    text = model_card.card(ONE, Told(recipes={"model": SETTINGS | {"init_from": None}}))
+    text = model_card.render_card(ONE, CardDetails(recipes={"model": SETTINGS | {"init_from": None}}))
     assert "backbone from weights of a file, its" in text
     assert "wide (2048) head, begun from ridge\n" in text
     untrained = config(member("model", "vit_huge_patch14_clip_224.laion2b", step=0))
-    assert "; none of 672 steps scored above the start, which this model is" in model_card.card(
-        untrained, Told(recipes={"model": SETTINGS})
+    assert "; none of 672 steps scored above the start, which this model is" in model_card.render_card(
+        untrained, CardDetails(recipes={"model": SETTINGS})
     )
-    assert "## Recipe" not in model_card.card(ONE, Told())
-    assert "- 2 epochs" in model_card.card(ONE, Told(recipes={"model": {"epochs": 2, "batch_size": 8}}))
+    assert "## Recipe" not in model_card.render_card(ONE, CardDetails())
+    assert "- 2 epochs" in model_card.render_card(ONE, CardDetails(recipes={"model": {"epochs": 2, "batch_size": 8}}))
 
 
 def test_each_member_has_its_recipe() -> None:
@@ -216,7 +218,7 @@ def test_each_member_has_its_recipe() -> None:
         "init_from": None,
         "model": {"backbone": "x", "weights": "random"},
     }
-    text = model_card.card(TWO, Told(recipes={"a": SETTINGS, "b": other}))
+    text = model_card.render_card(TWO, CardDetails(recipes={"a": SETTINGS, "b": other}))
     first, second = text.partition("## Recipe\n\n### a\n\n")[2].partition("\n\n## ")[0].split("\n\n### b\n\n")
     assert first.startswith("- 3 epochs, ")
     assert second.startswith("- 5 epochs, ")
@@ -225,7 +227,7 @@ def test_each_member_has_its_recipe() -> None:
         in second
     )
     assert all(line.startswith("- ") for line in (first + "\n" + second).splitlines())
-    assert "## Recipe\n\n### b\n\n- 5 epochs" in model_card.card(TWO, Told(recipes={"b": other}))
+    assert "## Recipe\n\n### b\n\n- 5 epochs" in model_card.render_card(TWO, CardDetails(recipes={"b": other}))
 
 
 @pytest.mark.parametrize(
@@ -237,7 +239,7 @@ def test_each_member_has_its_recipe() -> None:
     ],
 )
 def test_it_names_the_packages_that_its_members_ask_for(backbone: str, packages: str) -> None:
-    text = model_card.card(config(member("model", backbone), graphs=GRAPHS), Told())
+    text = model_card.render_card(config(member("model", backbone), graphs=GRAPHS), CardDetails())
     assert f"\nWith {packages}; no network is asked." in text
 
 
@@ -253,45 +255,45 @@ def test_it_names_the_packages_that_its_members_ask_for(backbone: str, packages:
     ],
 )
 def test_distances_in_words(value: float, words: str) -> None:
-    assert model_card.distance(value) == words
+    assert model_card.format_distance(value) == words
 
 
 def test_what_half_precision_costs() -> None:
     half = {"mean_distance": 2.4e-6, "max_distance": 8.1e-6, "pictures": 1200}
     assert (
         "Weights in fp16 cost 2.4e-06 of cosine on the average, and 8.1e-06 at worst, against fp32, on 1,200 images."
-        in model_card.card(ONE | {"half_distance": half}, Told())
+        in model_card.render_card(ONE | {"half_distance": half}, CardDetails())
     )
-    assert "Weights in fp16 cost" not in model_card.card(ONE, Told())
+    assert "Weights in fp16 cost" not in model_card.render_card(ONE, CardDetails())
 
 
 def test_graphs_and_what_int8_costs() -> None:
-    text = model_card.card(ONE | {"graphs": GRAPHS}, Told())
+    text = model_card.render_card(ONE | {"graphs": GRAPHS}, CardDetails())
     assert row(text, "`onnx`") == ["`onnx`", "`graphs/model.onnx`", "\\< 1e-7", "3.4e-07", "500"]
     assert "int8 costs 0.0012 of cosine on the average, and 0.0345 at worst." in text
     assert "`predict.py` runs one on the CPU by `--backend onnx` or `--backend openvino_int8`, with" in text
     assert "with onnxruntime and openvino installed." in text
-    alone = model_card.card(ONE | {"graphs": {"onnx": GRAPHS["onnx"]}}, Told())
+    alone = model_card.render_card(ONE | {"graphs": {"onnx": GRAPHS["onnx"]}}, CardDetails())
     assert "`predict.py` runs it on the CPU by `--backend onnx`, with onnxruntime installed." in alone
-    assert "--backend" not in model_card.card(ONE | {"graphs": {"torch": GRAPHS["onnx"]}}, Told())
-    assert "## Graphs" not in model_card.card(ONE, Told())
+    assert "--backend" not in model_card.render_card(ONE | {"graphs": {"torch": GRAPHS["onnx"]}}, CardDetails())
+    assert "## Graphs" not in model_card.render_card(ONE, CardDetails())
 
 
 def test_files_and_sizes() -> None:
-    text = model_card.card(ONE, Told(files=FILES))
+    text = model_card.render_card(ONE, CardDetails(files=FILES))
     assert row(text, "`model.safetensors`")[1] == "1.3 GB"
     assert row(text, "`wheels/` (2 files)")[1] == "599 B"
     assert row(text, "`predict.py`")[1] == "50.0 kB"
     assert row(text, "`README.md`") == ["`README.md`", "–", "this card"]
     assert row(text, "`dataset-metadata.json`") == ["`dataset-metadata.json`", "–", "for Kaggle's uploader"]
-    assert "## Files" not in model_card.card(ONE, Told())
+    assert "## Files" not in model_card.render_card(ONE, CardDetails())
 
 
 def test_it_holds_no_path_of_this_machine_and_no_date_and_is_the_same_again() -> None:
-    told = Told(recipes={"model": SETTINGS}, files=FILES)
-    for made in (model_card.card(ONE, told), json.dumps(dataset_metadata(ONE, told))):
+    told = CardDetails(recipes={"model": SETTINGS}, files=FILES)
+    for made in (model_card.render_card(ONE, told), json.dumps(dataset_metadata(ONE, told))):
         assert not re.search(r"/place|somebody|20[2-9]\d-", made)
-    assert model_card.card(ONE, told) == model_card.card(json.loads(json.dumps(ONE)), told)
+    assert model_card.render_card(ONE, told) == model_card.render_card(json.loads(json.dumps(ONE)), told)
 
 
 @pytest.mark.parametrize("made", [ONE, TWO, ONE | {"encoder": "BAAI--bge-small-en-v1.5"}, ONE | {"encoder": "x" * 99}])
@@ -300,7 +302,7 @@ def test_it_holds_no_path_of_this_machine_and_no_date_and_is_the_same_again() ->
 )
 def test_the_metadata_is_within_the_bounds_of_kaggles_client(made: dict[str, Any], title: str | None) -> None:
     """Those in its source; in test_publish.py it looks itself."""
-    metadata = dataset_metadata(made, Told(title=title))
+    metadata = dataset_metadata(made, CardDetails(title=title))
     assert model_card.metadata_problems(metadata) == []
     assert 6 <= len(metadata["title"]) <= 50
     assert 20 <= len(metadata["subtitle"]) <= 80
@@ -314,7 +316,7 @@ def test_the_metadata_is_within_the_bounds_of_kaggles_client(made: dict[str, Any
 
 def test_what_it_refuses() -> None:
     with pytest.raises(UserError) as told:
-        model_card.card(ONE, Told(title="No", licence="Apache 2.0", author="\n"))
+        model_card.render_card(ONE, CardDetails(title="No", licence="Apache 2.0", author="\n"))
     for words in ("title: 'No' has 2 characters, not 6 to 50", "licence: 'Apache 2.0' is no short name", "author: "):
         assert words in str(told.value)
     wrong = {"title": "T", "id": "x", "licenses": [{"name": "mine"}], "subtitle": "short"}
@@ -325,6 +327,6 @@ def test_what_it_refuses() -> None:
 
 
 def test_names_cannot_break_its_tables() -> None:
-    text = model_card.card(config(member("a|b", "tf_efficientnet_lite0")), Told(author="<script>"))
+    text = model_card.render_card(config(member("a|b", "tf_efficientnet_lite0")), CardDetails(author="<script>"))
     assert "| a\\|b |" in text
     assert "By \\<script\\>." in text

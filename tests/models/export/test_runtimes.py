@@ -93,7 +93,7 @@ def conv() -> Network:
 def written(conv: Network, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     """All kinds of graph of `conv`, and what is told of them."""
     folder = tmp_path_factory.mktemp("graphs")
-    return folder, {"graphs": runtimes.write(folder, conv, runtimes.KINDS, make_images(18))}
+    return folder, {"graphs": runtimes.write_runtimes(folder, conv, runtimes.KINDS, make_images(18))}
 
 
 @pytest.mark.parametrize(
@@ -112,14 +112,14 @@ def test_each_gives_what_the_network_gives(members: list[Any], tmp_path: Path) -
     import openvino
 
     model = network(*(member(name, *sizes, **more) for name, sizes, more in members))
-    about = runtimes.write(tmp_path, model, EXACT, make_images(3))
+    about = runtimes.write_runtimes(tmp_path, model, EXACT, make_images(3))
     assert about["onnx"] == {"file": "graphs/model.onnx", "pictures": 3, "mean_distance": 0, "max_distance": 0}
     assert sorted(contents(tmp_path)) == [
         "graphs/model.onnx", "graphs/model.pt2", "graphs/openvino.bin", "graphs/openvino.xml",
     ]  # fmt: skip
     session = onnxruntime.InferenceSession(tmp_path / "graphs/model.onnx")
     takes = [(taken.name, taken.type, taken.shape) for taken in session.get_inputs()]
-    inputs = runtimes.inputs(model.squares)
+    inputs = runtimes.runtime_inputs(model.squares)
     names = [each["name"] for each in inputs]
     assert takes == [(each["name"], "tensor(uint8)", ["batch", 3, *2 * (each["size"],)]) for each in inputs]
     assert [Preprocessing.from_config(each) for each in inputs] == list(model.squares)
@@ -163,7 +163,7 @@ def test_the_loss_of_int8_is_measured_on_images_that_it_was_not_calibrated_on(
     folder, config = written
     about = config["graphs"]["openvino_int8"]
     assert (about["calibrated"], about["pictures"]) == (9, 9)
-    others = [np.stack([runtimes.fit(image, Preprocessing(32)).numpy() for image in make_images(18)[1::2]])]
+    others = [np.stack([runtimes.resize_and_crop(image, Preprocessing(32)).numpy() for image in make_images(18)[1::2]])]
     a_NE, b_NE = own(conv, others), open_graph(folder, config, "openvino_int8", 1)(others)
     cosine_N = (a_NE * b_NE).sum(1) / np.linalg.norm(a_NE, axis=1) / np.linalg.norm(b_NE, axis=1)
     assert about["mean_distance"] == pytest.approx(1 - cosine_N.mean(), abs=1e-6)
@@ -175,7 +175,7 @@ def test_the_loss_of_int8_is_measured_on_images_that_it_was_not_calibrated_on(
 def test_the_same_bytes_again_and_no_path_of_this_machine(
     conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    assert {"graphs": runtimes.write(tmp_path, conv, runtimes.KINDS, make_images(18))} == written[1]
+    assert {"graphs": runtimes.write_runtimes(tmp_path, conv, runtimes.KINDS, make_images(18))} == written[1]
     again = contents(tmp_path)
     assert again == contents(written[0])
     for name, data in again.items():
@@ -184,11 +184,11 @@ def test_the_same_bytes_again_and_no_path_of_this_machine(
 
 
 def test_one_image_is_enough(conv: Network, tmp_path: Path) -> None:
-    assert runtimes.write(tmp_path, conv, ["torch"], make_images(1))["torch"]["pictures"] == 1
+    assert runtimes.write_runtimes(tmp_path, conv, ["torch"], make_images(1))["torch"]["pictures"] == 1
 
 
 def test_half_the_bytes_where_asked(conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    about = runtimes.write(tmp_path, conv, ["openvino"], make_images(2), half=True)
+    about = runtimes.write_runtimes(tmp_path, conv, ["openvino"], make_images(2), half=True)
     assert about["openvino"]["max_distance"] < 1e-5
     sizes = [(folder / "graphs/openvino.bin").stat().st_size for folder in (tmp_path, written[0])]
     assert sizes[0] < 0.6 * sizes[1]
@@ -196,7 +196,7 @@ def test_half_the_bytes_where_asked(conv: Network, written: tuple[Path, dict[str
 
 def test_large_weights_have_a_file_of_their_own(conv: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "_ONE_FILE", 100_000)
-    runtimes.write(tmp_path, conv, ["onnx", "openvino"], make_images(2))
+    runtimes.write_runtimes(tmp_path, conv, ["onnx", "openvino"], make_images(2))
     sizes = {name: len(data) for name, data in contents(tmp_path).items()}
     assert sizes["graphs/model.onnx.data"] > sizes["graphs/model.onnx"]
 
@@ -224,31 +224,31 @@ class Branching(Network):
 def test_a_graph_that_differs_is_refused(kind: str, tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Other)
     with pytest.raises(UserError, match=rf"the {kind} graph differs .* on 3 images is \d\.\de.*, more than 0\.001"):
-        runtimes.write(tmp_path, model, [kind], make_images(3))
+        runtimes.write_runtimes(tmp_path, model, [kind], make_images(3))
 
 
 def test_int8_that_is_no_model_is_refused(tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Other)
     with pytest.raises(UserError, match=r"openvino_int8 graph differs .*mean cosine distance .*, more than 0\.05"):
-        runtimes.write(tmp_path, model, ["openvino_int8"], make_images(4))
+        runtimes.write_runtimes(tmp_path, model, ["openvino_int8"], make_images(4))
 
 
 def test_a_network_that_has_no_graph_is_refused(tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Branching)
     with pytest.raises(UserError, match=r"the torch graph cannot be made of this network: .*; leave torch out"):
-        runtimes.write(tmp_path, model, ["torch"], make_images(2))
+        runtimes.write_runtimes(tmp_path, model, ["torch"], make_images(2))
 
 
 def test_what_is_missing_is_told_before_any_work(
     conv: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"'tflite': there are onnx, openvino, openvino_int8, torch"):
-        runtimes.write(tmp_path, conv, ["tflite"], make_images(1))
+        runtimes.write_runtimes(tmp_path, conv, ["tflite"], make_images(1))
     with pytest.raises(UserError, match=r"no images to verify them on; give check_images="):
-        runtimes.write(tmp_path, conv, ["torch"], [])
+        runtimes.write_runtimes(tmp_path, conv, ["torch"], [])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("nncf", "openvino") else name)
     with pytest.raises(UserError, match=r"needs openvino, nncf, not installed here: pip install -e '\.\[graphs\]'"):
-        runtimes.write(tmp_path, conv, ["onnx", "openvino_int8"], make_images(1))
+        runtimes.write_runtimes(tmp_path, conv, ["onnx", "openvino_int8"], make_images(1))
     assert not contents(tmp_path)
 
 
@@ -301,7 +301,7 @@ def test_on_500_real_images(shared: Path, tmp_path: Path) -> None:
     if len(files) < 500:
         pytest.skip("../shared/data/flickr8k_1000 holds fewer than 500 images")
     model = network(member("test_vit", 160, flip=True), member("test_efficientnet", 128, hidden=32))
-    about = runtimes.write(tmp_path, model, runtimes.KINDS, (decode(file.read_bytes()) for file in files))
+    about = runtimes.write_runtimes(tmp_path, model, runtimes.KINDS, (decode(file.read_bytes()) for file in files))
     assert all(about[kind]["pictures"] == 500 for kind in EXACT)
     assert all(about[kind]["max_distance"] <= 1e-3 for kind in EXACT)
     assert about["openvino_int8"]["mean_distance"] < 0.05

@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 from core.errors import UserError
 from core.paths import ROOT
 from models.export import upload
-from models.export.model_card import Told, card, dataset_metadata
+from models.export.model_card import CardDetails, dataset_metadata, render_card
 from tests import hub_server, kaggle_server
 from tests.commands import contents
 from tests.hub_server import HubServer, Repo
@@ -62,8 +62,8 @@ def bundle(tmp_path: Path) -> Path:
     files = {
         "config.json": json.dumps(config),
         "predict.py": "pass\n",
-        "README.md": card(config, Told()),
-        "dataset-metadata.json": json.dumps(dataset_metadata(config, Told())),
+        "README.md": render_card(config, CardDetails()),
+        "dataset-metadata.json": json.dumps(dataset_metadata(config, CardDetails())),
         "model.safetensors": "weights" * 1000,
         "graphs/model.onnx": "graph" * 100,
         "wheels/a-1-py3-none-any.whl": "wheel",

@@ -72,18 +72,18 @@ def names(found: list[str]) -> list[str]:
 
 def test_what_a_bundle_asks_for() -> None:
     common = ["numpy", "pillow", "safetensors", "timm"]
-    assert wheels.wanted(TIMM) == common
+    assert wheels.required_packages(TIMM) == common
     members = [{"backbone": "open_clip:ViT-H-14"}, {"backbone": "transformers:blip2_vision"}]
-    assert wheels.wanted({"members": members}) == sorted([*common, "open_clip_torch", "transformers"])
+    assert wheels.required_packages({"members": members}) == sorted([*common, "open_clip_torch", "transformers"])
     graphs = {"onnx": {}, "openvino_int8": {}, "torch": {}}
-    assert wheels.wanted({**TIMM, "graphs": graphs}) == sorted([*common, "onnxruntime", "openvino"])
+    assert wheels.required_packages({**TIMM, "graphs": graphs}) == sorted([*common, "onnxruntime", "openvino"])
 
 
 def test_all_that_timm_needs_and_nothing_that_torch_alone_does(
     registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO, "models.export.wheels"):
-        found = wheels.collect(tmp_path / "wheels", TIMM, "3.11", LINUX)
+        found = wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", LINUX)
     assert f"9 wheels for Python 3.11 on {LINUX}: 0.0 MB" in caplog.text
     assert names(found) == sorted(
         ["aiohttp", "filelock", "fsspec", "huggingface_hub", "numpy", "pillow", "pyyaml", "safetensors", "timm"]
@@ -95,7 +95,7 @@ def test_all_that_timm_needs_and_nothing_that_torch_alone_does(
     assert comment.startswith("#")
     assert f"Python 3.11 on {LINUX}" in comment
     assert lines == ["numpy", "pillow", "safetensors", f"timm=={version('timm')}"]
-    wheels.collect(tmp_path / "again", TIMM, "3.11", LINUX)
+    wheels.collect_wheels(tmp_path / "again", TIMM, "3.11", LINUX)
     assert contents(tmp_path / "again") == made
 
 
@@ -103,7 +103,7 @@ def test_versions_are_those_installed_here(registry: Path, tmp_path: Path) -> No
     """Newer ones are there to take."""
     for name in ("timm", "filelock", "safetensors"):
         wheel(registry, name, "999.0")
-    found = wheels.collect(tmp_path / "wheels", TIMM, "3.11", LINUX)
+    found = wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", LINUX)
     assert not [name for name in found if "999" in name]
 
 
@@ -139,7 +139,7 @@ def test_needs_are_those_of_the_other_python(registry: Path, tmp_path: Path) -> 
     wheel(registry, "most", "1.0")
     for name in ("numpy", "pillow", "pyyaml"):
         wheel(registry, name, None, tag=f"cp{other.replace('.', '')}-cp{other.replace('.', '')}-{LINUX}")
-    found = names(wheels.collect(tmp_path / "wheels", TIMM, other, LINUX))
+    found = names(wheels.collect_wheels(tmp_path / "wheels", TIMM, other, LINUX))
     assert {"late", "later", "most"} <= set(found)
     assert not {"early", "arm"} & set(found)
 
@@ -149,7 +149,7 @@ def test_pip_installs_them_with_no_index(registry: Path, tmp_path: Path) -> None
     here = "{}.{}".format(*sys.version_info[:2])
     for name in ("numpy", "pillow", "pyyaml"):
         wheel(registry, name, None)
-    wheels.collect(tmp_path / "wheels", TIMM, here, LINUX)
+    wheels.collect_wheels(tmp_path / "wheels", TIMM, here, LINUX)
     own = tmp_path / "own"
     own.mkdir()
     had = [wheel(own, name, "2.6.0") for name in ("torch", "torchvision")] + [wheel(own, "numpy", "1.26.4")]
@@ -173,7 +173,7 @@ def test_pip_installs_them_with_no_index(registry: Path, tmp_path: Path) -> None
 
 def test_mistakes_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
-        wheels.collect(tmp_path / "wheels", TIMM, "3", "linux")
+        wheels.collect_wheels(tmp_path / "wheels", TIMM, "3", "linux")
     message = str(refused.value)
     assert "python: '3' is no version of Python; write two numbers, such as 3.11" in message
     assert "platform: 'linux' is none that predict.py runs on; write manylinux_2_28_x86_64" in message
@@ -183,18 +183,18 @@ def test_mistakes_are_named_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.14"])
 @pytest.mark.parametrize("platform", [LINUX, "manylinux_2_17_aarch64", "manylinux_2_35_ppc64le"])
 def test_names_that_are_right(python: str, platform: str) -> None:
-    assert wheels.problems(python, platform) == []
+    assert wheels.target_problems(python, platform) == []
 
 
 @pytest.mark.parametrize("python", ["", "3", "311", "cp311", "3.11.4", "4.0", "3.x", " 3.11", "3.111"])
 def test_no_version_of_python(python: str) -> None:
-    assert len(wheels.problems(python, LINUX)) == 1
+    assert len(wheels.target_problems(python, LINUX)) == 1
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.9", "3.1"])
 def test_a_python_that_is_too_old_is_refused_at_once(python: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"python: '{python}' is older than 3\.11, which predict\.py and"):
-        wheels.collect(tmp_path / "wheels", TIMM, python, LINUX)
+        wheels.collect_wheels(tmp_path / "wheels", TIMM, python, LINUX)
     assert not list(tmp_path.iterdir())
 
 
@@ -202,19 +202,19 @@ def test_a_python_that_is_too_old_is_refused_at_once(python: str, tmp_path: Path
     "platform", ["", "linux_x86_64", "manylinux_2_28", "manylinux_2_4_x86_64", "win_amd64", "manylinux_2_28_x86_64 "]
 )
 def test_no_platform(platform: str) -> None:
-    assert len(wheels.problems("3.11", platform)) == 1
+    assert len(wheels.target_problems("3.11", platform)) == 1
 
 
 def test_a_wheel_that_does_not_exist_there_is_named(registry: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
-        wheels.collect(tmp_path / "wheels", TIMM, "3.11", "manylinux_2_28_aarch64")
+        wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", "manylinux_2_28_aarch64")
     message = str(refused.value)
     assert "there are no such wheels for Python 3.11 on manylinux_2_28_aarch64: name the Python" in message
     assert f"numpy=={version('numpy')}" in message
     assert [path.name for path in tmp_path.iterdir()] == ["registry"]
     (registry / f"filelock-{version('filelock')}-py3-none-any.whl").unlink()  # of one that another asks for
     with pytest.raises(UserError, match=r"there are no such wheels for Python 3\.11(.|\n)*filelock"):
-        wheels.collect(tmp_path / "wheels", TIMM, "3.11", LINUX)
+        wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", LINUX)
     assert [path.name for path in tmp_path.iterdir()] == ["registry"]
 
 
@@ -226,7 +226,7 @@ def test_a_registry_that_cannot_be_reached_is_told(
     monkeypatch.delenv("PIP_FIND_LINKS")
     monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # where nothing listens
     with pytest.raises(UserError, match=r"the package registry cannot be reached: .*without wheels(.|\n)*refused"):
-        wheels.collect(tmp_path / "wheels", TIMM, "3.11", LINUX)
+        wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", LINUX)
     assert [path.name for path in tmp_path.iterdir()] == ["registry"]
 
 
@@ -234,10 +234,10 @@ def test_a_package_that_is_not_installed_here_is_named(tmp_path: Path, monkeypat
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
     words = r"timm: not installed here, so the bundle was not checked with it; install it"
     with pytest.raises(UserError, match=words):
-        wheels.collect(tmp_path / "wheels", TIMM, "3.11", LINUX)
+        wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", LINUX)
     with pytest.raises(UserError, match=rf"python: '3' is no(.|\n)*onnxruntime, .*{words}"):  # before any work, too
-        wheels.refuse({"members": [{"backbone": "test_vit"}], "graphs": ["onnx"]}, "3", LINUX)
+        wheels.check_wheels({"members": [{"backbone": "test_vit"}], "graphs": ["onnx"]}, "3", LINUX)
 
 
 def test_what_can_be_collected_is_not_refused_before() -> None:
-    wheels.refuse(TIMM, "3.11", LINUX)
+    wheels.check_wheels(TIMM, "3.11", LINUX)

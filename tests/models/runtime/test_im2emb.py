@@ -27,8 +27,7 @@ from torch.nn.functional import normalize
 from core.paths import ROOT
 from datagen.dataset.targets import minilm_wheel
 from models import checkpoint
-from models.ensemble import ensemble
-from models.ensemble.ensemble import Member
+from models.ensemble.ensemble import Member, load_ensemble, write_ensemble
 from models.export import runtimes, sentence_transformers
 from models.export.export import export
 from models.regressor import Regressor, make
@@ -91,9 +90,9 @@ def learned(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _fitted(model: Regressor, image_CHW: torch.Tensor) -> torch.Tensor:
-    from models.runtime.preprocess import fit
+    from models.runtime.preprocess import resize_and_crop
 
-    return fit(image_CHW, model.spec.preprocessing)[None]
+    return resize_and_crop(image_CHW, model.spec.preprocessing)[None]
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +303,7 @@ def test_an_ensemble_from_the_hubs_cache_and_saved_again(
 ) -> None:
     """As huggingface_hub lays a repository out on disk; no network."""
     members = [Member("plain", learned, 0.7), Member("views", learned, 0.3, flip=True, sizes=(32, 48))]
-    ensemble.save(tmp_path / "ensemble", members, {})
+    write_ensemble(tmp_path / "ensemble", members, {})
     commit, repo = "c0ffee" * 6 + "c0de", tmp_path / "cache/models--some--one"
     (repo / "refs").mkdir(parents=True)
     (repo / "refs/main").write_text(commit)
@@ -317,7 +316,7 @@ def test_an_ensemble_from_the_hubs_cache_and_saved_again(
     script = "import sys; sys.path.append(sys.argv[1]); from im2emb import load; load()"
     environment = {"PATH": os.environ["PATH"], "PYTHONPATH": os.pathsep.join(site.getsitepackages())}
     subprocess.run([sys.executable, "-S", "-c", script, bundle], cwd=tmp_path, env=environment, check=True)
-    expected = ensemble.load(tmp_path / "ensemble").embed([decode(Path(path).read_bytes()) for path in paths])
+    expected = load_ensemble(tmp_path / "ensemble").embed([decode(Path(path).read_bytes()) for path in paths])
     torch.testing.assert_close(library.load(bundle, "cpu").embed(paths), expected, atol=1e-5, rtol=0)
     options: dict[str, Any] = {"trust_remote_code": True, "device": "cpu"}
     fetched = SentenceTransformer("some/one", cache_folder=str(tmp_path / "cache"), **options)
@@ -334,7 +333,7 @@ def test_a_graph_runs_in_it(bundle: Path, paths: list[str], expected: torch.Tens
     shutil.copytree(bundle, tmp_path / "bundle")
     config = read_config(bundle)
     images = [decode(Path(path).read_bytes()) for path in paths]
-    config["graphs"] = runtimes.write(tmp_path / "bundle", network(bundle, config), ["onnx"], images)
+    config["graphs"] = runtimes.write_runtimes(tmp_path / "bundle", network(bundle, config), ["onnx"], images)
     (tmp_path / "bundle/config.json").write_text(json.dumps(config))
     by_onnx = SentenceTransformer(str(tmp_path / "bundle"), trust_remote_code=True, device="cpu", backend="onnx")
     np.testing.assert_allclose(by_onnx.encode(paths), expected, atol=1e-5)

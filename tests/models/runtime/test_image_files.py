@@ -50,7 +50,7 @@ def test_other_files_have_a_reason(path: str, reason: str) -> None:
 
 
 def test_samples_of_a_folder_are_of_every_suffix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from models.export.check_images import samples
+    from models.export.check_images import read_check_images
 
     for n, (suffix, kind) in enumerate(FORMATS.items()):
         if suffix != ".avif":
@@ -58,5 +58,5 @@ def test_samples_of_a_folder_are_of_every_suffix(tmp_path: Path, caplog: pytest.
     for name in ("a.heic", "b.heic", ".DS_Store"):
         (tmp_path / name).touch()
     with caplog.at_level("INFO"):
-        assert len(list(samples(tmp_path, 99))) == len(FORMATS) - 1
+        assert len(list(read_check_images(tmp_path, 99))) == len(FORMATS) - 1
     assert "other files: 2 × suffix .heic, 1 × system file" in caplog.text

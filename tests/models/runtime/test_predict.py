@@ -269,9 +269,9 @@ def test_the_list_of_unreadable_images_goes_when_there_are_none(tmp_path: Path) 
 # ------------------------------------------------------------------------------------------------------- part folder
 
 
-def opened(folder: Path, fresh: bool = False, said: list[str] | None = None, **identity: str) -> work.Part:
+def opened(folder: Path, fresh: bool = False, said: list[str] | None = None, **identity: str) -> work.PartFolder:
     tell = (said if said is not None else []).append
-    return work.open_part(folder, identity or {"pictures": "1"}, 5, E, fresh, tell)[0]
+    return work.open_part_folder(folder, identity or {"pictures": "1"}, 5, E, fresh, tell)[0]
 
 
 def unit(row: int) -> np.ndarray[Any, Any]:
@@ -325,9 +325,9 @@ def test_squares_of_a_suspect_are_kept_whole(tmp_path: Path) -> None:
     squares = [torch.randint(0, 256, (3, size, size), dtype=torch.uint8) for size in (8, 5)]
     with work.locked(tmp_path / "o.part"):
         part = opened(tmp_path / "o.part")
-        part.keep_fitted(2, squares)
-        assert part.state(2) == work.FITTED
-        for found, square in zip(part.fitted(2, [8, 5]), squares, strict=True):
+        part.put_squares(2, squares)
+        assert part.state(2) == work.PREPROCESSED
+        for found, square in zip(part.read_squares(2, [8, 5]), squares, strict=True):
             assert torch.equal(found, square)
 
 
@@ -451,7 +451,7 @@ def test_what_may_pass_is_not_held_against_an_image(
                 number, rows, _ = reader[(7, 0, ["a.png"])]  # type: ignore[misc]
                 assert (number, rows, part.state(0)) == (7, [0] if error is None else [], state)
                 reader.alone(0, "a.png")
-                assert part.state(0) == (work.FITTED if error is None else work.UNREADABLE)
+                assert part.state(0) == (work.PREPROCESSED if error is None else work.UNREADABLE)
         part.mark(0, work.TODO)
         assert reader[(7, 0, ["gone.png"])] == (7, [], [])
         assert part.reasons()[0] == "No such file or directory"
@@ -463,18 +463,18 @@ def _raise(error: Exception) -> None:
 
 def test_an_error_in_a_worker_is_told_without_its_traceback() -> None:
     text = "Caught DiskError in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n  File\n"
-    assert work._words(work.DiskError(f"{text}__mp_main__.DiskError: o.part/states: No space")) == (
+    assert work._error_text(work.DiskError(f"{text}__mp_main__.DiskError: o.part/states: No space")) == (
         "o.part/states: No space"
     )
-    assert work._words(work.DiskError("o.part/states: No space")) == "o.part/states: No space"
-    assert work._words(MemoryError()) == "MemoryError"
+    assert work._error_text(work.DiskError("o.part/states: No space")) == "o.part/states: No space"
+    assert work._error_text(MemoryError()) == "MemoryError"
 
 
 def test_with_a_time_limit_any_error_but_a_full_disk_ends_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
     def worked(error: Exception, limit: float | None) -> bool:
         options = argparse.Namespace(time_limit=limit, format="npy")
-        made: Any = type("Crew", (), {"run": staticmethod(lambda *_: _raise(error))})
-        return predict._worked(made, options, time.monotonic(), 1, E)
+        made: Any = type("Coordinator", (), {"run": staticmethod(lambda *_: _raise(error))})
+        return predict._run(made, options, time.monotonic(), 1, E)
 
     assert not worked(OSError(24, "Too many open files"), 60)
     assert "ERROR: [Errno 24] Too many open files. Nothing can compute" in capsys.readouterr().err
@@ -486,23 +486,23 @@ def test_with_a_time_limit_any_error_but_a_full_disk_ends_in_a_file(capsys: pyte
 def test_progress_is_one_line_on_a_terminal_and_a_few_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = itertools.count(100, 5)
     monkeypatch.setattr(predict.time, "monotonic", lambda: float(next(clock)))
-    state = work.Progress(16_000, done=4_000, unreadable=3, begun_at=2_000, facts={"device": "cpu"}, ready_at=90)
+    state = work.Progress(16_000, done=4_000, unreadable=3, resumed_at=2_000, facts={"device": "cpu"}, ready_at=90)
     for on_terminal in (True, False):
         stream = io.StringIO()
         monkeypatch.setattr(stream, "isatty", lambda on_terminal=on_terminal: on_terminal)
         monkeypatch.setattr(sys, "stderr", stream)
-        show = predict._Shown()
+        show = predict._ProgressLine()
         for _ in range(4):
             show(state)
         show.close()
         text = stream.getvalue()
         assert "4,000 of 16,000 images, 25 %, " in text
         assert "left, 3 unreadable" in text
-        assert text.count("pictures") == (4 if on_terminal else 2)
+        assert text.count("16,000 images") == (4 if on_terminal else 2)
         assert ("\r" in text) == on_terminal
         assert ("\n" in text) == (not on_terminal)
-    assert predict._Shown()._line(work.Progress(5), 0) == "the model is being loaded"
-    assert [predict._span(seconds) for seconds in (7.4, 149, 11_130)] == ["7 s", "2 min 29 s", "3 h 05 min"]
+    assert predict._ProgressLine()._line(work.Progress(5), 0) == "the model is being loaded"
+    assert [predict._format_duration(seconds) for seconds in (7.4, 149, 11_130)] == ["7 s", "2 min 29 s", "3 h 05 min"]
 
 
 # ------------------------------------------------------------------------------------------------------- the program
@@ -790,15 +790,17 @@ def _png(seed: int) -> bytes:
     return buffer.getvalue()
 
 
-def crew(bundle: Path, images: Path, folder: Path, slots: list[work.Slot], said: list[str]) -> work.Crew:
+def crew(bundle: Path, images: Path, folder: Path, slots: list[work.Slot], said: list[str]) -> work.Coordinator:
     paths = sorted(p.name for p in images.iterdir())
     identity = {"pictures": "1"}
-    part, settings = work.open_part(folder, identity, len(paths), E, False, said.append)
+    part, settings = work.open_part_folder(folder, identity, len(paths), E, False, said.append)
     order = {"bundle": str(bundle), "images": str(images), "part": str(folder), "width": E}
     order["squares"] = [square.to_config() for square in squares_of(read_config(bundle))]
     order |= {"precision": "auto", "backend": "torch", "batch": 4}
     cpu = [work.Slot("cpu", 1, 1, 0, {"OMP_NUM_THREADS": "1"})]
-    return work.Crew(bundle / "predict.py", part, paths, order, slots, lambda: cpu, identity, settings, said.append)
+    return work.Coordinator(
+        bundle / "predict.py", part, paths, order, slots, lambda: cpu, identity, settings, said.append
+    )
 
 
 def test_decoding_in_workers_as_for_a_gpu_gives_the_same(
@@ -819,7 +821,7 @@ def test_decoding_in_workers_as_for_a_gpu_gives_the_same(
         for name, value in hostility.items():
             monkeypatch.setenv(name, value)  # of the process that decodes one image
         assert found.run(None, lambda _: None)
-        part = work.Part(tmp_path / "o.part", E)
+        part = work.PartFolder(tmp_path / "o.part", E)
         assert part.states().tolist() == [work.UNREADABLE if i == 6 else work.DONE for i in range(14)]
         assert part.reasons() == {6: "decoding it ends the process: Segmentation fault"}
         for row in (0, 5, 7, 13):
@@ -836,7 +838,7 @@ def test_where_no_gpu_works_the_cpu_does_and_says_so(bundle: Path, images: Path,
     with work.locked(tmp_path / "o.part"):
         found = crew(bundle, images, tmp_path / "o.part", [work.Slot("cuda", 1, 1, 0, {}, optional=True)], said)
         assert found.run(None, lambda _: None)
-        assert work.Part(tmp_path / "o.part", E).states().tolist() == [work.DONE] * 3
+        assert work.PartFolder(tmp_path / "o.part", E).states().tolist() == [work.DONE] * 3
     assert "device 'cuda' does not work here" in said[0]
     assert said[1] == "no GPU works here; the CPU computes"
     assert found.progress.facts["device"] == "cpu"
@@ -854,7 +856,7 @@ def test_what_stands_still_is_replaced(
     for i in range(8):
         (images / f"{i}.png").write_bytes(hostile("hang", i) if i == 5 else _png(i))
     monkeypatch.setattr(work, "_STALLED_SECONDS", 2)
-    monkeypatch.setattr(work, "_ALONE_SECONDS", 6)
+    monkeypatch.setattr(work, "_ISOLATED_SECONDS", 6)
     monkeypatch.setattr(work, "shared_memory", lambda: 5 * 4 * 3 * 32 * 32)  # of five batches
     for name, value in hostility.items():
         monkeypatch.setenv(name, value)
@@ -862,7 +864,7 @@ def test_what_stands_still_is_replaced(
     slot = work.Slot("cpu", 1, 1, 3, {"OMP_NUM_THREADS": "1"})
     with work.locked(tmp_path / "o.part"):
         assert crew(bundle, images, tmp_path / "o.part", [slot], said).run(None, lambda _: None)
-        part = work.Part(tmp_path / "o.part", E)
+        part = work.PartFolder(tmp_path / "o.part", E)
         assert part.reasons() == {5: "decoding it takes more than 6 s"}
         for row in (0, 7):
             np.testing.assert_allclose(part.vector(row), model.embed([decode(_png(row))])[0], atol=1e-5)
@@ -882,10 +884,10 @@ def test_done_on_another_device_is_kept_and_when_all_is_done_nothing_is_started(
         for row in range(4):
             part.put(row, unit(row))
         gpu = {"device": "cuda", "precision": "fp16", "batch": 2, "threads": 1}
-        work.settle(part, {"pictures": "1"}, gpu)
+        work.write_settings(part, {"pictures": "1"}, gpu)
         found = crew(bundle, images, folder, [slot], said)
         assert found.run(None, lambda _: None)
-        assert (found.progress.begun_at, found.progress.done) == (4, 5)
+        assert (found.progress.resumed_at, found.progress.done) == (4, 5)
         for row in range(4):
             np.testing.assert_array_equal(part.vector(row), unit(row))
         assert said == [
@@ -894,14 +896,14 @@ def test_done_on_another_device_is_kept_and_when_all_is_done_nothing_is_started(
         monkeypatch.setattr(work, "_Child", None)
         found = crew(bundle, images, folder, [slot], said)
         assert found.run(None, lambda _: None)
-        assert (found.progress.begun_at, found.progress.done) == (5, 5)
+        assert (found.progress.resumed_at, found.progress.done) == (5, 5)
 
 
 def test_no_process_can_be_started_is_an_error_once_it_does_not_pass(
     bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (images / "a.png").write_bytes(_png(0))
-    monkeypatch.setattr(work, "_TICK", 0.01)
+    monkeypatch.setattr(work, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(work, "_Child", lambda *_: _raise(OSError(12, "Cannot allocate memory")))
     with work.locked(tmp_path / "o.part"):
         found = crew(bundle, images, tmp_path / "o.part", [work.Slot("cpu", 1, 1, 0, {})], [])
@@ -917,9 +919,9 @@ def test_a_gpu_that_fails_again_and_again_is_replaced_by_the_cpu(bundle: Path, i
         (images / "a.png").write_bytes(_png(0))
         found = crew(bundle, images, tmp_path / "o.part", [slot], said)
         for _ in range(work._ATTEMPTS):
-            found._staff()
+            found._start_children()
             (one,) = found._children
-            found._lost(one, "CUDA out of memory")
+            found._handle_exit(one, "CUDA out of memory")
         assert found._slots != [slot]
         assert found._slots[0].device == "cpu"
     assert said == ["CUDA out of memory", "CUDA out of memory", "no GPU works here; the CPU computes"]

@@ -48,7 +48,7 @@ def test_blank_lines_between_ids_and_at_the_end_of_a_sample_are_nothing(tmp_path
 def test_a_task_takes_little_more_than_its_lists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The peak, above the names, sizes and times that the folder gives."""
     listing = [(f"folder/{i:07d}.png", 400_000 + i, 1_700_000_000_000_000_000 + i) for i in range(20_000)]
-    monkeypatch.setattr(inputs, "_pictures", lambda *_: iter(listing))
+    monkeypatch.setattr(inputs, "_images", lambda *_: iter(listing))
     tracemalloc.start()
     try:
         assert len(task(tmp_path, True, None, E).ids) == len(listing)

@@ -18,7 +18,7 @@ from PIL import Image, ImageCms
 from models.loader import load_bundle
 from models.regressor import Regressor, make
 from models.runtime import preprocess
-from models.runtime.preprocess import BadImage, Preprocessing, decode, fit
+from models.runtime.preprocess import BadImage, Preprocessing, decode, resize_and_crop
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -304,7 +304,7 @@ def fit_of_preprocess_2(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
     height, width = image_CHW.shape[1:]
     if (height, width) == (size, size):
         return image_CHW.contiguous()
-    image_CHW = preprocess.middle(image_CHW)
+    image_CHW = preprocess.crop_strip(image_CHW)
     height, width = image_CHW.shape[1:]
     scale = size / min(height, width)
     resized = tuple(size + 2 * round(max(side * scale - size, 0) / 2) for side in (height, width))
@@ -320,9 +320,9 @@ def test_a_config_without_preprocessing_keeps_that_of_its_time() -> None:
     for height, width, size in shapes:
         image_CHW = torch.from_numpy(rng.integers(0, 256, (3, height, width), np.uint8))
         old = Preprocessing.from_config({"size": int(size)})
-        square = fit(image_CHW, old)
+        square = resize_and_crop(image_CHW, old)
         assert square.equal(fit_of_preprocess_2(image_CHW, int(size))), (height, width, size)
-        assert fit(image_CHW.flip(-1), old).equal(square.flip(-1)), (height, width, size)
+        assert resize_and_crop(image_CHW.flip(-1), old).equal(square.flip(-1)), (height, width, size)
 
 
 @pytest.mark.parametrize(
@@ -362,12 +362,12 @@ def test_an_unknown_preprocessing_is_refused(config: dict[str, Any], words: str)
 
 def test_longest_pads_both_ends_and_squash_keeps_all_of_a_strip() -> None:
     image_CHW = torch.full((3, 10, 40), 200, dtype=torch.uint8)
-    padded = fit(image_CHW, Preprocessing(20, "longest", fill_color=(1, 2, 3)))
+    padded = resize_and_crop(image_CHW, Preprocessing(20, "longest", fill_color=(1, 2, 3)))
     assert padded[:, 0, 0].tolist() == padded[:, -1, 0].tolist() == [1, 2, 3]
     assert (padded[:, 7:12] == 200).all()
     strip = torch.zeros(3, 4, 400, dtype=torch.uint8)  # beyond 16:1
     strip[:, :, :40], strip[:, :, -40:] = 90, 180
-    squashed = fit(strip, Preprocessing(20, "squash"))
+    squashed = resize_and_crop(strip, Preprocessing(20, "squash"))
     assert abs(int(squashed[0, 10, 0]) - 90) <= 10
     assert abs(int(squashed[0, 10, -1]) - 180) <= 20
 
@@ -379,16 +379,16 @@ def test_fit_does_not_depend_on_how_the_image_lies_in_memory() -> None:
         image_CHW = torch.from_numpy(rng.integers(0, 256, (height, width, 3), np.uint8)).permute(2, 0, 1)
         for mode in preprocess.RESIZE_MODES:
             how = Preprocessing(size, mode, crop_pct=0.9)
-            found = fit(image_CHW, how)
-            assert found.equal(fit(image_CHW.contiguous(), how)), (height, width, size, mode)
+            found = resize_and_crop(image_CHW, how)
+            assert found.equal(resize_and_crop(image_CHW.contiguous(), how)), (height, width, size, mode)
             assert found.is_contiguous()
 
 
 def test_an_image_of_the_right_size_is_untouched() -> None:
     image_CHW = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
     for mode in preprocess.RESIZE_MODES:
-        assert fit(image_CHW, Preprocessing(40, mode)).equal(image_CHW)
-    assert fit(image_CHW.transpose(1, 2), Preprocessing(40)).is_contiguous()
+        assert resize_and_crop(image_CHW, Preprocessing(40, mode)).equal(image_CHW)
+    assert resize_and_crop(image_CHW.transpose(1, 2), Preprocessing(40)).is_contiguous()
 
 
 def test_a_strip_keeps_its_middle_and_no_gigabytes() -> None:
@@ -397,7 +397,7 @@ def test_a_strip_keeps_its_middle_and_no_gigabytes() -> None:
     for image_CHW in (strip, strip.transpose(1, 2)):
         for how in (Preprocessing(64), Preprocessing.from_config({"size": 64})):
             began = time.perf_counter()
-            assert (fit(image_CHW, how) == 200).all()
+            assert (resize_and_crop(image_CHW, how) == 200).all()
             assert time.perf_counter() - began < 1
 
 
@@ -415,7 +415,7 @@ def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], 
     from datagen.dataset.reader import Dataset
     from models import checkpoint
     from models.export import export
-    from models.loader import load_any
+    from models.loader import load_embedder
     from tests import small_dataset
     from train.data.images import ImageDataset
 
@@ -455,7 +455,7 @@ def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], 
     assert evaluation.equal(training)
     assert bundle.equal(training)
     assert mirrored.equal(training.flip(-1))
-    views = load_any(tmp_path / "best", flip=True, sizes=(32, 48)).embed(images)
+    views = load_embedder(tmp_path / "best", flip=True, sizes=(32, 48)).embed(images)
     torch.testing.assert_close(predictor.embed(images), views, rtol=0, atol=1e-5)
 
 

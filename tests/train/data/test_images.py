@@ -17,7 +17,7 @@ from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
 from datagen.dataset.reader import Dataset
-from models.runtime.preprocess import Preprocessing, decode, fit
+from models.runtime.preprocess import Preprocessing, decode, resize_and_crop
 from tests import listed_dataset, small_dataset
 from tests.listed_dataset import ENCODER, Row
 from tests.training import OVERRIDES
@@ -93,7 +93,7 @@ def test_a_batch_holds_each_images_own_pixels_vector_number_and_weight(two: list
         torch.float32,
     )
     for image, target, row in zip(batch.image_BCHW, batch.target_BE, rows, strict=True):
-        assert image.equal(fit(decode(images.image_bytes(row)), Preprocessing(16)))
+        assert image.equal(resize_and_crop(decode(images.image_bytes(row)), Preprocessing(16)))
         assert np.array_equal(target.numpy(), images.target(row))
     assert images_of(two).__getitems__(rows).weight_B.tolist() == [1.0] * 6
 

@@ -32,7 +32,7 @@ from core.paths import ROOT
 from core.settings import settings
 from datagen.dataset.reader import Dataset
 from models import checkpoint
-from models.ensemble import ensemble
+from models.ensemble.ensemble import Member, write_ensemble
 from models.export.export import export
 from models.runtime.preprocess import MAX_PIXELS, BadImage, decode
 from tests import small_dataset, training
@@ -152,8 +152,8 @@ def test_look_is_what_model_bank_and_baselines_give(run: Path, data: Path) -> No
 def test_a_bundle_and_an_ensemble_need_only_a_bank(run: Path, data: Path, tmp_path: Path) -> None:
     image = png()
     export(run / "best", tmp_path / "bundle")
-    members = [ensemble.Member(name, run / "best", 0.5) for name in ("a", "b")]
-    ensemble.save(tmp_path / "both", members, {})
+    members = [Member(name, run / "best", 0.5) for name in ("a", "b")]
+    write_ensemble(tmp_path / "both", members, {})
     own = looked(cfg(f"checkpoint={run}", "baselines=[mean,retrieve]"), image)
     for name in ("bundle", "both"):
         look = looked(cfg(f"checkpoint={tmp_path / name}", f"bank={data}"), image)

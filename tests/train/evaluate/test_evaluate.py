@@ -26,7 +26,7 @@ from models.export import export
 from models.head_init import LAMBDAS
 from models.metrics import bootstrap
 from models.regressor import make
-from models.runtime.preprocess import Preprocessing, decode, fit
+from models.runtime.preprocess import Preprocessing, decode, resize_and_crop
 from tests import commands, small_dataset, tiny_captioners, training
 from train.config import EvaluateSettings
 from train.data.datamodule import ImageDataModule
@@ -97,7 +97,9 @@ def test_the_baselines_are_those_of_the_backbone_that_the_run_began_from(
 
     @torch.inference_mode()
     def features(split: str) -> np.ndarray:
-        images = [fit(decode(dataset.image_bytes(row)), training.PREPROCESSING) for row in dataset.rows(split)]
+        images = [
+            resize_and_crop(decode(dataset.image_bytes(row)), training.PREPROCESSING) for row in dataset.rows(split)
+        ]
         return frozen.features(torch.stack(images)).numpy().astype(np.float64)
 
     x_nD, new_BD = features("train"), features("val")
@@ -505,7 +507,7 @@ def test_an_image_may_be_seen_several_times(tiny_run: Path, small_data: Path, tm
     images = [decode(dataset.image_bytes(row)) for row in dataset.rows("val")]
     views = []
     for model in (checkpoint.load(tiny_run / "best", size) for size in (32, 48)):
-        square_BCHW = torch.stack([fit(image, model.spec.preprocessing) for image in images])
+        square_BCHW = torch.stack([resize_and_crop(image, model.spec.preprocessing) for image in images])
         with torch.inference_mode():
             views += [model(square_BCHW), model(square_BCHW.flip(-1))]
     expected = torch.nn.functional.normalize(torch.stack(views).sum(0), dim=-1).numpy()

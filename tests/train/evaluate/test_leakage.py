@@ -14,10 +14,9 @@ from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
 from datagen.dataset.reader import Dataset
-from models.ensemble import ensemble
-from models.ensemble.ensemble import Member
+from models.ensemble.ensemble import Member, write_ensemble
 from models.export.export import export
-from models.leakage import Leakage
+from models.leakage_counts import LeakageCounts
 from tests import listed_dataset, small_dataset, training
 from tests.listed_dataset import Row
 from train.config import EvaluateSettings
@@ -59,7 +58,7 @@ def scores(out: Path, *overrides: str) -> dict[str, Any]:
 
 def counts(info: dict[str, Any], name: str = "regressor") -> tuple[int | None, ...]:
     """Equal bytes, equal prompts, near prompts, any of them."""
-    return Leakage.from_json(info["leakage"]["embedders"][name]).counts
+    return LeakageCounts.from_json(info["leakage"]["embedders"][name]).counts
 
 
 def shared_prompts() -> list[Row]:
@@ -153,11 +152,11 @@ def test_sets_of_one_embedder_add_up_and_an_unknown_one_leaves_lower_bounds(othe
     found = find_leakage(
         evaluated, {"one": [first], "both": [first, second], "part": [first, unknown], "dark": [unknown], "none": []}
     )
-    assert found["one"].counts() == Leakage(4, 1, 1, 2, 3)
-    assert found["both"].counts() == Leakage(4, 4, 4, 4, 4)
-    assert found["part"].counts() == Leakage(4, 1, 1, 2, 3, ("it is gone",))
-    assert found["dark"].counts() == Leakage(4, None, None, None, None, ("it is gone",))
-    assert found["none"].counts() == Leakage(4, 0, 0, 0, 0)
+    assert found["one"].counts() == LeakageCounts(4, 1, 1, 2, 3)
+    assert found["both"].counts() == LeakageCounts(4, 4, 4, 4, 4)
+    assert found["part"].counts() == LeakageCounts(4, 1, 1, 2, 3, ("it is gone",))
+    assert found["dark"].counts() == LeakageCounts(4, None, None, None, None, ("it is gone",))
+    assert found["none"].counts() == LeakageCounts(4, 0, 0, 0, 0)
     held_out = {name: overlap.counts().held_out for name, overlap in found.items()}
     assert held_out == {"one": False, "both": False, "part": False, "dark": False, "none": True}
     assert found["none"].counts().text() == "none of 4 images"
@@ -178,11 +177,11 @@ def test_vectors_of_another_encoder_are_not_compared(tmp_path: Path) -> None:
 
 
 def test_damaged_counts_are_refused() -> None:
-    good = Leakage(4, 1, 1, 2, 3).to_json()
-    assert Leakage.from_json(json.loads(json.dumps(good))) == Leakage(4, 1, 1, 2, 3)
+    good = LeakageCounts(4, 1, 1, 2, 3).to_json()
+    assert LeakageCounts.from_json(json.loads(json.dumps(good))) == LeakageCounts(4, 1, 1, 2, 3)
     for bad in (None, {}, {**good, "bytes": -1}, {**good, "near": "2"}, {**good, "clean": 1}, {**good, "more": 1}):
         with pytest.raises(ValueError, match="leakage"):
-            Leakage.from_json(bad)
+            LeakageCounts.from_json(bad)
 
 
 # -------------------------------------------------------------------------------------------- a user's own split column
@@ -202,14 +201,14 @@ def test_training_counts_the_leaks_of_its_own_validation(
     with caplog.at_level("INFO"):
         train(leaky, tmp_path / "run", f"val=[{clean}]")
     about = json.loads((tmp_path / "run/about.json").read_text())
-    assert {name: Leakage.from_json(own).counts for name, own in about["leakage"].items()} == {
+    assert {name: LeakageCounts.from_json(own).counts for name, own in about["leakage"].items()} == {
         "val": (0, 16, 16, 16),
         "clean": (0, 0, 0, 0),
     }
     assert "leakage of validation on clean: none of 4 images" in caplog.text
     for name in ("best", "last"):
         score = json.loads((tmp_path / f"run/{name}/config.json").read_text())["score"]
-        assert Leakage.from_json(score["leakage"]) == Leakage(16, 0, 16, 16, 16)
+        assert LeakageCounts.from_json(score["leakage"]) == LeakageCounts(16, 0, 16, 16, 16)
 
 
 def test_a_resumed_run_does_not_count_again(
@@ -263,7 +262,7 @@ def test_an_evaluation_of_another_version_is_to_be_made_again(leaky_run: Path, t
 
 def test_a_run_without_leaks_says_so_everywhere(tiny_run: Path, tmp_path: Path) -> None:
     info = scores(tmp_path / "out", f"run={tiny_run}", "embedders=[ridge,regressor]")
-    leaks = {name: Leakage.from_json(own) for name, own in info["leakage"]["embedders"].items()}
+    leaks = {name: LeakageCounts.from_json(own) for name, own in info["leakage"]["embedders"].items()}
     assert all((own.bytes, own.prompts, own.is_known) == (0, 0, True) for own in leaks.values())
     export(tiny_run, tmp_path / "bundle")
     card = (tmp_path / "bundle/README.md").read_text()
@@ -312,7 +311,7 @@ def test_a_fold_is_judged_on_the_datasets_own_split(leaky: Path, tmp_path: Path)
     assert 0 < trained < 16
     assert counts(info) == (trained, trained, trained, trained)
     fold = json.loads((run / "oof/fold.json").read_text())
-    assert Leakage.from_json(fold["leakage"]).counts == (0, 0, 0, 0)
+    assert LeakageCounts.from_json(fold["leakage"]).counts == (0, 0, 0, 0)
 
 
 # ---------------------------------------------------------------------------------------------- what weights come from
@@ -335,7 +334,7 @@ def second(leaky_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_second_stage_inherits_the_leaks_of_the_first(second: Path, tmp_path: Path) -> None:
     score = json.loads((second / "best/config.json").read_text())["score"]
-    assert Leakage.from_json(score["leakage"]).counts == (0, 6, 6, 6)
+    assert LeakageCounts.from_json(score["leakage"]).counts == (0, 6, 6, 6)
     info = scores(tmp_path / "out", f"run={second}", "embedders=[mean,ridge,regressor,blend]")
     assert counts(info) == counts(info, "blend") == (0, 6, 6, 6)
     assert counts(info, "mean") == counts(info, "ridge") == (0, 0, 0, 0), "fitted on the second stage's images alone"
@@ -355,7 +354,7 @@ def test_a_folder_made_of_others_inherits_their_leaks(
             compose("interpolate", [f"a={leaky_run / 'last'}", f"b={second}/best", f"out={tmp_path / 'wise'}", *asked]),
         )
     )
-    own = Leakage.from_json(mixed["checkpoints"][0]["leakage"])
+    own = LeakageCounts.from_json(mixed["checkpoints"][0]["leakage"])
     assert own.counts == (1, 1, 2, 3)
     assert own.clean is not None
     folder = Path(mixed["checkpoints"][0]["checkpoint"])
@@ -370,7 +369,7 @@ def test_a_folder_made_of_others_inherits_their_leaks(
     ]["saved"]
     moved = shutil.copytree(saved, tmp_path / "moved")
     facts = json.loads((moved / "config.json").read_text())["facts"]
-    assert Leakage.from_json(facts["score"]["leakage"]).counts == (1, 1, 2, 3)
+    assert LeakageCounts.from_json(facts["score"]["leakage"]).counts == (1, 1, 2, 3)
     names = [third, folder, moved]
     info = scores(tmp_path / "out", f"embedders=[{','.join(map(str, names))}]", f"dataset={other}", "split=train")
     assert {name: counts(info, name) for name in info["folders"]} == dict.fromkeys(info["folders"], (0, 0, 0, 0))
@@ -389,7 +388,7 @@ def test_an_ensemble_of_a_run_carries_its_ridge_and_the_images_its_weights_fit(l
     again = scores(tmp_path / "again", asked, f"checkpoint={saved}", "embedders=[regressor]")
     assert counts(again) == (16, 16, 16, 16)
     by_hand = tmp_path / "by_hand"
-    ensemble.save(by_hand, [Member("a", leaky_run / "best", 1)], {})
+    write_ensemble(by_hand, [Member("a", leaky_run / "best", 1)], {})
     assert counts(scores(tmp_path / "hand", asked, f"checkpoint={by_hand}", "embedders=[regressor]")) == (0, 16, 16, 16)
 
 
@@ -409,7 +408,7 @@ def test_what_is_not_known_is_said(leaky_run: Path, leaky: Path, other: Path, tm
     info = scores(
         tmp_path / "out", f"embedders=[{','.join(map(str, folders))}]", f"dataset={other}", f"run={leaky_run}"
     )
-    leaks = {name: Leakage.from_json(own) for name, own in info["leakage"]["embedders"].items()}
+    leaks = {name: LeakageCounts.from_json(own) for name, own in info["leakage"]["embedders"].items()}
     reasons = {name: " ".join(own.unknown) for name, own in leaks.items()}
     assert "alone lies in no run" in reasons["alone"]
     assert "does not name its training images" in reasons["bundle"]
@@ -462,4 +461,4 @@ def test_runs_that_begin_from_each_other_end(leaky_run: Path, tmp_path: Path) ->
 def test_a_gpu_counts_the_same(other: Path, leaky: Path) -> None:
     evaluated, trained = image_set(other, "val"), image_set(leaky, "train")
     found = find_leakage(evaluated, {"one": [Origin("first", lambda: trained)]}, torch.device("cuda"))["one"]
-    assert found.counts() == Leakage(4, 1, 1, 2, 3)
+    assert found.counts() == LeakageCounts(4, 1, 1, 2, 3)

@@ -9,7 +9,7 @@ import torch
 
 from core.errors import UserError
 from datagen.dataset.reader import Dataset
-from models.runtime.preprocess import Preprocessing, fit
+from models.runtime.preprocess import Preprocessing, resize_and_crop
 from tests import small_dataset
 from train.data.images import ImageDataset
 from train.evaluate import prediction_cache
@@ -28,7 +28,7 @@ class Colours:
 
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
         Colours.calls += len(images)
-        pixels_BC = torch.stack([fit(image, Preprocessing(8)) for image in images]).flatten(1).float() / 255
+        pixels_BC = torch.stack([resize_and_crop(image, Preprocessing(8)) for image in images]).flatten(1).float() / 255
         return torch.nn.functional.normalize(pixels_BC @ self._map, dim=-1)
 
 

@@ -16,7 +16,7 @@ from core.settings import settings
 from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.export import export
-from models.runtime.preprocess import decode, fit
+from models.runtime.preprocess import decode, resize_and_crop
 from tests import small_dataset
 from tests.training import OVERRIDES, cfg
 from train.fit import setup
@@ -96,7 +96,7 @@ def test_ridge_is_the_closed_form(data: Path, tmp_path: Path) -> None:
     rows = dataset.rows("train").tolist()
     with torch.inference_mode():
         decoded = (decode(dataset.image_bytes(row)) for row in rows)
-        images = torch.stack([fit(image, model.spec.preprocessing) for image in decoded])
+        images = torch.stack([resize_and_crop(image, model.spec.preprocessing) for image in decoded])
         x = model.features(images).double()
     y = normalize(torch.from_numpy(np.stack([dataset.target(row) for row in rows])), dim=-1).double()
     centred = x - x.mean(0)

@@ -1,6 +1,6 @@
 """How many evaluated images share bytes or prompts with training images, as counts and as sentences.
 
-    leakage = Leakage(images=810, bytes=0, prompts=0, near=3, affected=3)
+    leakage = LeakageCounts(images=810, bytes=0, prompts=0, near=3, affected=3)
     leakage.text()       "3 of 810 images (3 with a prompt at cosine ≥ 0.9 to a training prompt)"
     leakage.held_out     True: no bytes and no prompt are shared
 
@@ -19,7 +19,7 @@ _NEAR_WORDS = f"with a prompt at cosine ≥ {NEAR} to a training prompt"
 
 
 @dataclass(frozen=True)
-class Leakage:
+class LeakageCounts:
     """Overlap of evaluated images with the training images of one embedder.
 
     Counts are None where no training image is known. Where some are known, they are lower bounds, and `unknown` says
@@ -43,7 +43,7 @@ class Leakage:
     affected, or all are."""
 
     @classmethod
-    def from_json(cls, value: object) -> "Leakage":
+    def from_json(cls, value: object) -> "LeakageCounts":
         """The counts that `to_json` wrote.
 
         Raises:

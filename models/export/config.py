@@ -1,0 +1,84 @@
+"""Settings of `python -m models.export` (conf/export.yaml)."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from models.export.model_card import CardDetails
+from models.export.upload import address_problems
+from models.export.wheels import target_problems
+
+
+@dataclass(frozen=True)
+class WheelsSettings:
+    python: str | float | None
+    """Version that predicts, such as 3.11; null: no wheels."""
+    platform: str
+    """It predicts on, such as manylinux_2_28_x86_64."""
+
+    def version(self) -> str:
+        """The Python's: 3.10 is read as the number 3.1."""
+        return "3.10" if self.python == 3.1 else str(self.python)
+
+    def problems(self) -> list[str]:
+        return target_problems(self.version(), self.platform) if self.python is not None else []
+
+    def unused(self) -> dict[str, str]:
+        return {} if self.python is not None else {"platform": "without wheels.python: no wheels are collected"}
+
+
+@dataclass(frozen=True)
+class ExportSettings:
+    checkpoint: Path | None
+    """Folder of a checkpoint, a run or an ensemble; null takes the newest checkpoints/*/best."""
+    out: Path
+    """Bundle folder to write."""
+    flip: bool
+    """Each image mirrored, too."""
+    sizes: tuple[int, ...]
+    """Input sizes that each image is seen at, px; none: that of training."""
+    precision: Literal["fp32", "fp16"]
+    """Of the stored weights."""
+    graphs: tuple[Literal["onnx", "openvino", "openvino_int8", "torch"], ...]
+    """The whole network for other runtimes, each checked against it."""
+    check_images: Path | None
+    """Folder of images, or of a dataset, to check the graphs on; null: the checkpoint's eight."""
+    wheels: WheelsSettings
+    title: str | None
+    """Of the model card and of Kaggle's page; null: the encoder and the backbone."""
+    licence: str | None
+    """Of the weights, the hub's short name, such as apache-2.0; null: the card asks for it."""
+    author: str | None
+    """A name to stand on the card."""
+    push: str | None
+    """Where to publish: hub:USER/NAME or kaggle:USER/SLUG."""
+    dry_run: bool
+    """Only tells what would be published."""
+    public: bool
+    """Published for all to see."""
+
+    def problems(self) -> list[str]:
+        found = address_problems(self.push) if self.push is not None else []
+        if "openvino_int8" in self.graphs and self.check_images is None:
+            found.append(
+                "graphs: openvino_int8 is calibrated and measured on images; name some hundreds, check_images=FOLDER"
+            )
+        if self.check_images is not None and not self.graphs:
+            found.append(
+                f"check_images: {self.check_images} are for graphs, and none is asked for; name some, graphs=[onnx]"
+            )
+        if self.push is None and (self.public or not self.dry_run):
+            found.append(
+                "public, dry_run: they are for push=, which is not there; name hub:USER/NAME or kaggle:USER/SLUG"
+            )
+        return found + self.card_details().problems()
+
+    def unused(self) -> dict[str, str]:
+        # false without push= is refused by `problems`
+        alone = self.push is None and self.dry_run
+        return (
+            {"dry_run": "without push: the bundle is written all the same, and nothing is published"} if alone else {}
+        )
+
+    def card_details(self) -> CardDetails:
+        return CardDetails(self.title, self.licence, self.author)

@@ -1,0 +1,42 @@
+"""Source of the bundle's predict.py: the files of `models/runtime`, joined into one."""
+
+import ast
+import sys
+from pathlib import Path
+
+from core.paths import ROOT
+
+_MODULES = (
+    *("heads", "image_files", "preprocess", "towers"),
+    *("backends", "model", "inputs", "outputs", "workers", "predict"),
+)
+PROGRAM = tuple(f"models/runtime/{name}.py" for name in _MODULES)
+"""Files whose text predict.py is, in this order."""
+
+
+def predict_source() -> str:
+    """The bundle's program as one file: the imports of our files of each other give way to their text."""
+    plain: set[str] = set()
+    names: dict[str, set[str]] = {}
+    docstring, bodies = "", []
+    for place in PROGRAM:
+        text = (ROOT / place).read_text()
+        tree = ast.parse(text)
+        nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+        docstring = text[: text.index(ast.get_source_segment(text, nodes[0]) or "")]
+        for node in nodes:
+            given = {ast.unparse(alias) for alias in node.names}
+            if isinstance(node, ast.Import):
+                plain |= given
+            elif node.module and not node.level:
+                names.setdefault(node.module, set()).update(given)
+        stem = Path(place).stem
+        own = "".join(text.splitlines(True)[nodes[-1].end_lineno or 0 :]).strip("\n")
+        about = (ast.get_docstring(tree) or "").splitlines()[0]
+        bodies.append(f"# {stem} {'-' * (117 - len(stem))}\n# {about}\n\n\n{own}")
+    lines = [f"import {name}" for name in sorted(plain)]
+    lines += [f"from {module} import {', '.join(sorted(given))}" for module, given in sorted(names.items())]
+    standard = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
+    others = [line for line in lines if line not in standard]
+    head = "\n\n".join("\n".join(group) for group in (standard, others))
+    return docstring + "\n\n\n".join([head, *bodies]) + "\n"
