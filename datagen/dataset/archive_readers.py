@@ -1,4 +1,4 @@
-"""Archives of images, read at random: WebDataset tars and zips."""
+"""Random access to archives of images: WebDataset tars and zips."""
 
 import tarfile
 import zipfile

@@ -1,4 +1,4 @@
-"""Images on their way to disk: resized on the device, encoded in threads; the same bytes wherever that is done.
+"""Resize images on the device and encode them in threads; the bytes are the same on every device.
 
     resize = Resizer(768, 512, "lanczos", "cuda")
     for data, note in encoded(images, "webp"): …
@@ -63,7 +63,7 @@ _FILTERS: dict[str, tuple[Callable[[float], float], float]] = {
 
 
 class _Band(NamedTuple):
-    """A few neighbouring pixels after resizing, and all that they are made of."""
+    """Band of neighbouring output pixels with its input pixels and weights."""
 
     source: slice
     result: slice
@@ -72,7 +72,7 @@ class _Band(NamedTuple):
 
 
 class Resizer:
-    """Square images from one side to another, to the bit as `PIL.Image.resize` does, on any device.
+    """Resize square images on any device, bit-identical to `PIL.Image.resize`.
 
     On a CPU it is Pillow, in as many threads as torch has. Elsewhere two matrix products, along rows and then along
     columns, cut into blocks since a pixel depends on few others. Pillow weighs with whole multiples of 2⁻²² and rounds

@@ -151,4 +151,4 @@ def embed_prompts(root: Place, encoder: str) -> None:
     written = write_missing_targets(root, TargetEncoder(encoder))
     name = encoder_name(encoder)
     width = read_encoder(root, name)["width"]
-    log.info("%s: %d vectors written, %d wide", root / "targets" / name, written, width)
+    log.info("%s: %d vectors written, width %d", root / "targets" / name, written, width)

@@ -1,4 +1,4 @@
-"""Texts → unit vectors of a sentence-transformers model, with little padding and, where asked, in half precision.
+"""Fast inference of sentence-transformers models: batches by length and, on request, half precision.
 
 `quick(model, fast)` gives the first of these ways that a self-check finds equal to `SentenceTransformer.encode`:
 
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def quick(model: "SentenceTransformer", fast: bool) -> Encode:
-    """The quickest right way to encode with `model`: `(texts, show a bar) → unit vectors [n, E]`, fp32, in order.
+    """Fastest path of `model` that gives correct vectors: `(texts, show a bar) → unit vectors [n, E]`, fp32, in order.
 
     A text's vector depends on the texts around it, by rounding alone: they decide the batch, and so the order of
     float sums. The same texts in the same order give the same vectors on the same machine and number of threads.
@@ -82,7 +82,7 @@ def quick(model: "SentenceTransformer", fast: bool) -> Encode:
 
 
 def limit_tokens(model: "SentenceTransformer") -> None:
-    """Lower the longest text, in tokens, to what each transformer has position embeddings for.
+    """Limit the text length, in tokens, to the position embeddings of each transformer.
 
     Without a stated `model_max_length`, sentence-transformers takes `max_position_embeddings`; RoBERTa and its like
     keep the first padding_idx + 1 positions for themselves, and a text that long stops them with an IndexError.
@@ -96,11 +96,13 @@ def limit_tokens(model: "SentenceTransformer") -> None:
         stated = module.max_seq_length
         if limit is not None and (stated is None or stated > limit):
             module.max_seq_length = limit
-            log.info("texts are cut to %d tokens, the position embeddings of the encoder (stated: %s)", limit, stated)
+            log.info(
+                "texts are truncated to %d tokens, the position embeddings of the encoder (stated: %s)", limit, stated
+            )
 
 
 def _positions(network: "torch.nn.Module") -> int | None:
-    """Tokens that a network with learned absolute position embeddings can take; None of others."""
+    """Maximum length of a network with learned absolute position embeddings; None for other networks."""
     import torch
 
     limits = []
@@ -139,7 +141,7 @@ def _ways(model: "SentenceTransformer", fast: bool) -> Iterator[tuple[str, Encod
 
 
 def _reads_tokens(model: "SentenceTransformer") -> bool:
-    """Whether a batch is tensors [n, L] with an attention mask: it can then be sorted and cut."""
+    """Whether a batch is tensors [n, L] with an attention mask: it can then be sorted and split."""
     features = _features(model, ["a", "a fox"])
     mask = features.get("attention_mask")
     if mask is None or mask.ndim != 2:
@@ -158,7 +160,7 @@ def _plain(model: "SentenceTransformer") -> Encode:
 
 
 def _batched(model: "SentenceTransformer", forward: Forward, tokens: int) -> Encode:
-    """Long texts first, as in the plain way: a lack of memory shows at once."""
+    """Encode long texts first, so that an out-of-memory error comes at once."""
     import torch
 
     def encode(texts: Sequence[str], show: bool) -> NDArray[np.float32]:
@@ -208,7 +210,7 @@ def _features(model: "SentenceTransformer", texts: list[Any]) -> Features:
 
 
 def _bf16_instructions() -> bool:
-    """Of x86: other machines' bf16 is not known to be quicker through oneDNN."""
+    """Whether this x86 CPU has bf16 instructions; on other CPUs, oneDNN's bf16 is not known to be faster."""
     import torch
 
     has = torch.cpu.get_capabilities()
@@ -237,7 +239,7 @@ def _half(model: "SentenceTransformer") -> Forward:
 
 
 def _packable(model: "SentenceTransformer") -> bool:
-    """BERT: positions count from 0, attention goes through transformers' interface. The self-check sees to the rest."""
+    """Whether the model is a BERT: positions from 0, attention by transformers' interface; a self-check follows."""
     from sentence_transformers.base.modules import Transformer
 
     first = model[0]
@@ -319,7 +321,7 @@ def _attention(
 
 
 def _prepack(module: "torch.nn.Module") -> None:
-    """Linear layers get their weights in oneDNN's own order, which saves a reordering at every call."""
+    """Prepack the weights of linear layers in oneDNN's layout, which saves a reordering at every call."""
     import torch
 
     class Packed(torch.nn.Module):

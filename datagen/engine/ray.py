@@ -120,7 +120,7 @@ class Cluster:
                         worker.shard, worker.seen = queue.next(), 0
                         running[worker.actor.render.remote(worker.shard, rows_of(worker.shard))] = worker
                 if not running and not warned and time.monotonic() - began > _NO_PLACE_S:
-                    log.warning("no worker has found a place in the cluster yet: each needs %s", self._needs())
+                    log.warning("the cluster has not scheduled any worker yet; each needs %s", self._needs())
                     warned = True
                 starting = [w.starts for w in workers if w.starts is not None]
                 ended, _ = ray.wait([*running, *starting], timeout=_POLL_S)

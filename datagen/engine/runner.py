@@ -295,7 +295,7 @@ def _render(
                 _log(cfg, "shard", **event.report)
                 continue
             error = event.error.splitlines()[-1]
-            log.warning("shard %06d failed%s: %s", event.shard, "" if event.last else ", it is tried again", error)
+            log.warning("shard %06d failed%s: %s", event.shard, "" if event.last else ", it is retried", error)
             _log(cfg, "failed", shard=event.shard, error=event.error, last=event.last)
             if event.last:
                 failed[event.shard] = error
@@ -321,9 +321,9 @@ def _log_end(cfg: DatagenSettings, info: dict[str, Any], failed: dict[int, str])
     for number, error in sorted(failed.items()):
         log.error("shard %06d is missing after %d tries: %s", number, cfg.retries + 1, error)
     if failed:
-        log.error("%d shards are missing; the same command tries them again", len(failed))
+        log.error("%d shards are missing; the same command retries them", len(failed))
     if missing > len(failed):
-        log.info("%s: %d of %d shards are there", cfg.out, info["shards"] - missing, info["shards"])
+        log.info("%s: %d of %d shards are done", cfg.out, info["shards"] - missing, info["shards"])
     elif not missing:
         log.info("%s: %s images, %s", cfg.out, f"{info['pictures']:,}", _by_split(info["splits"]))
 

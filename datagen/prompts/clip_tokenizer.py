@@ -37,7 +37,7 @@ CHUNK = 8192  # texts at a time: bounds the memory that the words of a large lis
 
 def clean(text: str) -> str:
     """`text` as open_clip sees it: fixed by ftfy, entities resolved twice, white space single, lower case."""
-    # ftfy takes most of the time, and has nothing to mend in printable ASCII without an entity.
+    # ftfy takes most of the time, and has nothing to fix in printable ASCII without an entity.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
 

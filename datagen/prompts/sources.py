@@ -1,4 +1,4 @@
-"""Prompt sources → one stream of prompts: the grammar, files here or on the hub, and weighted mixtures of these.
+"""Prompt sources as one stream: the grammar, local or remote files, and weighted mixtures of them.
 
 python -m datagen                                                the mixture conf/prompts/competition.yaml
 python -m datagen prompts=grammar                                or any other of conf/prompts/
@@ -33,15 +33,15 @@ class Prompt:
     group: str
     """What `split.kind=holdout` keeps apart: parts joined by ";", such as "red fox;blue boat"; may be empty."""
     out: str = ""
-    """Why it is to be dropped and counted, such as "prompt_nsfw above 0.5" or "null"; empty for nearly all."""
+    """Reason to drop and count the prompt, such as "prompt_nsfw above 0.5" or "null"; empty for nearly all."""
     where: str = ""
-    """Its file and row, where it is dropped without a text."""
+    """File and row of a prompt that is dropped without a text."""
 
 
 def stream(
     cfg: GrammarPrompts | FilePrompts | MixturePrompts, seed: int, held_out: HeldOut | None, key: str = "prompts"
 ) -> Iterator[Prompt]:
-    """The prompts of a source, in an order that `seed` fixes; the grammar's never end.
+    """Stream the prompts of a source in an order that `seed` decides; the grammar is endless.
 
     Those that `at_most` leaves out are among them, with their reason: who reads the stream drops and counts them.
 
@@ -65,7 +65,7 @@ def stream(
 
 
 def provenance(cfg: GrammarPrompts | FilePrompts | MixturePrompts, key: str = "prompts") -> dict[str, Any]:
-    """Where the prompts come from, as plain JSON: each source's repository or URL, commit, files, sizes and sha256.
+    """Provenance of the prompts as plain JSON: each source's repository or URL, commit, files, sizes and sha256.
 
     The hub's commit is asked for once a process: `stream` reads what this tells.
 
@@ -81,7 +81,7 @@ def provenance(cfg: GrammarPrompts | FilePrompts | MixturePrompts, key: str = "p
 
 
 def read_file(path: str, setting: str) -> Iterator[Prompt]:
-    """The prompts of a file or URL, in its order: the column `prompt`. `setting` names the file, for messages."""
+    """Read the column `prompt` of a file or URL, in its order. `setting` names the file, for messages."""
     plain = FilePrompts("file", path, None, None, None, "prompt", False, None, {}, 0, None)
     return _from_files(plain, 0, None, setting)
 
@@ -107,7 +107,7 @@ def _from_files(cfg: FilePrompts, seed: int, key: str | None, setting: str) -> I
 
 
 def _prompts(cfg: FilePrompts, file: download.File, options: ReadOptions, source: str) -> Iterator[Prompt]:
-    """Prompts of a file; those that are left out come along, each with its reason."""
+    """Read the prompts of a file; prompts that are left out have a reason in `out`."""
     for number, row in enumerate(rows(file, options), 1):
         where = f"{file.name}, row {number}"
         value = row[cfg.column]
@@ -158,7 +158,7 @@ def _above(row: Mapping[str, Any], column: str, most: float, file: str, number: 
 
 
 def shuffled(items: Iterator[T], size: int, rng: np.random.Generator) -> Iterator[T]:
-    """The items, each in the place of a random one of the `size` that are held: a local shuffle in bounded memory."""
+    """Shuffle locally with a buffer of `size` items."""
     held: list[T] = []
     places: list[int] = []
     for item in items:
@@ -178,7 +178,7 @@ def shuffled(items: Iterator[T], size: int, rng: np.random.Generator) -> Iterato
 
 
 def _mixed(cfg: MixturePrompts, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
-    """Prompts of each source in the proportion of its weight, at every length of the stream.
+    """Interleave sources in proportion to their weights, at every length of the stream.
 
     The next prompt comes from the source that lags most behind its share of what was drawn since a source last ended.
     Those that are left out anyway come along, and count neither for a share nor for `most`.

@@ -1,4 +1,4 @@
-"""What a renderer is: prompts and seeds in, images out."""
+"""Renderer interface: prompts and seeds in, images out."""
 
 from collections.abc import Mapping
 from typing import Any, ClassVar, Protocol
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class Renderer(Protocol):
-    """Turns prompts into images. An image depends on its prompt, its seed and `settings()` alone."""
+    """Renders images from prompts. An image depends on its prompt, its seed and `settings()` alone."""
 
     one_core: ClassVar[bool]
     """It runs on one CPU core, so that a machine holds a process a core; else one process has it all."""
@@ -21,7 +21,7 @@ class Renderer(Protocol):
     {"redrawn": "fp32"} or {"fault": "nan"}; an image with a "fault" is kept out of every split."""
 
     def load(self) -> None:
-        """Loads what `render` needs, which calls it; nothing the second time.
+        """Load weights or fonts. Idempotent; `render` calls it.
 
         Raises:
             UserError: it is missing, or another model's.
@@ -29,7 +29,7 @@ class Renderer(Protocol):
         ...
 
     def find_batch_size(self) -> int:
-        """`batch_size`; where it is None it becomes what this machine renders fastest, measured if need be."""
+        """Return `batch_size`; if it is None, set it to the fastest size on this machine first."""
         ...
 
     def settings(self) -> Mapping[str, Any]:
@@ -44,11 +44,11 @@ class Renderer(Protocol):
         ...
 
     def tflop(self) -> float | None:
-        """Forward TFLOP of an image; it loads no weights. None of a renderer that wants no GPU."""
+        """Forward TFLOP of one image, without loading weights; None for a CPU renderer."""
         ...
 
     def seconds(self, num: int) -> float:
-        """An estimate of the time that `num` images take one process on this machine; it loads no weights."""
+        """Estimated seconds for `num` images in one process of this machine; loads no weights."""
         ...
 
     def measured_seconds(self, num: int) -> float:

@@ -1,4 +1,4 @@
-"""Where and how exactly a diffusion renderer computes: device, precision, kernels, and the device's measured rate."""
+"""Device, precision and kernels of diffusion renderers, and the measured matmul rate of the device."""
 
 import logging
 import time
@@ -23,7 +23,7 @@ _PRODUCTS = 8  # between two waits for the device
 
 
 def resolve(device: str, precision: str, half: Precision) -> tuple[str, Precision]:
-    """The device and precision that `auto` stands for here.
+    """Resolve `auto` to a device and a precision.
 
     Args:
         device: auto, cpu, cuda or cuda:N.
@@ -65,7 +65,7 @@ def dtype(precision: Precision) -> "torch.dtype":
 
 @contextmanager
 def kernels(device: str) -> Iterator[None]:
-    """No gradients, and on CUDA the quickest kernels: torch's own choice but for three things.
+    """Context without gradients and, on CUDA, with the fastest kernels.
 
     cuDNN's convolutions are timed and the quickest kept (shapes are fixed, so each is timed once). On Hopper, attention
     prefers cuDNN to FlashAttention: huggingface/transformers#48163 measured it 1.7 to 2.3 times as fast there, and
@@ -102,13 +102,13 @@ def _cudnn_attends(device: str) -> bool:
             for keys_BHTD in (q_BHTD, k_BHTD):
                 torch.nn.functional.scaled_dot_product_attention(q_BHTD, keys_BHTD, keys_BHTD)
     except RuntimeError as error:
-        log.warning("cuDNN's attention does not run here, so torch's own choice does: %s", error)
+        log.warning("cuDNN attention fails on this device; torch chooses another kernel: %s", error)
         return False
     return True
 
 
 def finish(device: str) -> None:
-    """Waits until the device has done all it was given."""
+    """Synchronize the device."""
     import torch
 
     if device.startswith("cuda"):
@@ -116,7 +116,7 @@ def finish(device: str) -> None:
 
 
 def free(device: str) -> None:
-    """Gives back the memory that torch holds for tensors that are gone."""
+    """Release cached memory of the device."""
     import torch
 
     if device.startswith("cuda"):
@@ -124,7 +124,7 @@ def free(device: str) -> None:
 
 
 def matmul_tflops(device: str, precision: Precision, side: int | None = None) -> float:
-    """The rate of a square matrix product, TFLOP/s: the best of many within half a second."""
+    """Measure the rate of a square matmul in TFLOP/s: best of many within half a second."""
     import torch
 
     side = side or (4096 if device.startswith("cuda") else 1024)

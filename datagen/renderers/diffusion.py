@@ -28,7 +28,7 @@ CPU_BATCH = 4
 GREY = 128  # of an image that is NaN even in fp32
 _WORTHWHILE = 1.05  # gain in images a second for which a batch is doubled
 _PROBE_STEPS = (2, 4)
-_PROBED = 10  # images from whose time a run's is told
+_PROBED = 10  # images that are timed to estimate a run
 _PROMPT = "a photograph of a lighthouse on a rocky coast at dusk"
 
 
@@ -148,9 +148,9 @@ class DiffusionRenderer(ABC):
     ) -> list[dict[str, Any]]:
         """Render a batch into `images`, halving it while the device runs out of memory; return the notes."""
         if self._room is None or room <= self._room:
-            told = self._run_or_none(lambda: self._batch(prompts, seeds, room, images))
-            if told is not None:
-                return told
+            notes = self._run_or_none(lambda: self._batch(prompts, seeds, room, images))
+            if notes is not None:
+                return notes
         if room == 1:
             raise UserError(
                 f"not one image fits in the memory of {self.device} at {self.precision}: free it of other programs, "
@@ -158,7 +158,9 @@ class DiffusionRenderer(ABC):
             )
         half = (room + 1) // 2
         if self._room is None or half < self._room:
-            log.warning("a batch of %d does not fit in the memory of %s: it is halved from now on", room, self.device)
+            log.warning(
+                "a batch of %d does not fit in the memory of %s: halving batches from now on", room, self.device
+            )
             self._room = half
         notes: list[dict[str, Any]] = []
         for start in range(0, len(prompts), half):
@@ -215,7 +217,7 @@ class DiffusionRenderer(ABC):
                 if not is_nan and not bool(_constant(levels_1CPP)[0]):
                     return levels_CPP, {"redrawn": "fp32"}
             else:
-                log.warning("no memory on %s for drawing an image again in fp32", self.device)
+                log.warning("out of memory on %s while drawing an image again in fp32", self.device)
                 note = {"redraw": "out of memory"}
         if is_nan:
             return levels_CPP.new_full((), GREY).expand_as(levels_CPP), {"fault": "nan", **note}

@@ -148,7 +148,7 @@ def write_report(cfg: ReportSettings) -> Path:
     page.facts(_headline(dataset, prompts, work, there))
     if there < info["shards"]:
         page.note(
-            f"{there:,} of {info['shards']:,} shards are there: the page shows what is rendered so far, and the "
+            f"{there:,} of {info['shards']:,} shards are done: the page shows what is rendered so far, and the "
             f"prompts of the whole plan."
         )
     _images(page, cfg, dataset, prompts)
@@ -216,7 +216,7 @@ def _headline(dataset: Dataset, prompts: _Prompts, work: Work | None, there: int
         noted = {note: sum(counts.values()) for note, counts in work.notes.items()} if work else {}
         bad = splits.get(FAULTY, 0)
         redrawn, constant = noted.get("redrawn", 0), noted.get("constant", 0)
-        meant = f"{redrawn:,} mended, {constant:,} constant, {bad:,} faulty" if redrawn + constant + bad else ""
+        meant = f"{redrawn:,} redrawn, {constant:,} constant, {bad:,} faulty" if redrawn + constant + bad else ""
         facts["Black or broken"] = (f"{redrawn + constant + bad:,}", meant)
     return facts
 
@@ -296,9 +296,9 @@ def _lengths_and_words(page: "Page", cfg: ReportSettings, prompts: _Prompts, cur
 def _sources(page: "Page", prompts: _Prompts, curation: Mapping[str, Any]) -> None:
     from report import plots
 
-    told: Mapping[str, Mapping[str, int]] = curation.get("sources", {})
-    if told:
-        ranked = sorted(told.items(), key=lambda item: (-item[1]["kept"], item[0]))
+    counts_of: Mapping[str, Mapping[str, int]] = curation.get("sources", {})
+    if counts_of:
+        ranked = sorted(counts_of.items(), key=lambda item: (-item[1]["kept"], item[0]))
         page.section("Prompt sources", "What was drawn of each (grey) and kept (blue).")
         kept, drawn = ([counts[key] for _, counts in ranked] for key in ("kept", "drawn"))
         page.figure(plots.bars([name for name, _ in ranked], kept, drawn, label="Prompts"), "", _spoken(ranked))
@@ -376,7 +376,9 @@ def _rate(page: "Page", work: Work) -> None:
 def _faults(page: "Page", cfg: ReportSettings, dataset: Dataset, prompts: _Prompts, work: Work | None) -> None:
     """Section on renderer notes: counts and example images."""
     splits = dataset.splits
-    counts = Counter({note: sum(told.values()) for note, told in work.notes.items() if note in _NOTES} if work else {})
+    counts = Counter(
+        {note: sum(shards.values()) for note, shards in work.notes.items() if note in _NOTES} if work else {}
+    )
     if FAULTY in splits:
         counts["fault"] = splits[FAULTY]  # the index knows, with a log or without
     if not counts:
@@ -416,6 +418,6 @@ def _noted(cfg: ReportSettings, dataset: Dataset, work: Work | None) -> dict[str
             if read[number] and not number_of:
                 number_of = {key: i for i, key in enumerate(dataset.keys)}
             images_of[note] += [
-                number_of[key] for key, told in read[number].items() if note in told and key in number_of
+                number_of[key] for key, notes in read[number].items() if note in notes and key in number_of
             ]
     return images_of

@@ -59,16 +59,16 @@ def test_the_seed_decides_all(unkilled: Path, tmp_path: Path) -> None:
     assert Dataset(tmp_path / "data").prompts(0) != Dataset(unkilled).prompts(0)
 
 
-def test_what_dataset_json_tells(unkilled: Path) -> None:
+def test_dataset_json_records_settings(unkilled: Path) -> None:
     info = json.loads((unkilled / "dataset.json").read_text())
     assert info["schema"] == 1
     assert info["pictures"] == info["captions"] == sum(info["splits"].values()) == 60
     assert info["shards"] == 12
-    told = info["settings"]
-    assert told["renderer"]["name"] == "glyphs"
-    assert told["prompts"]["name"] == "grammar"
-    assert told["seed"] == 0
-    assert set(told["versions"]) == {"numpy", "pillow", "pyarrow"}
+    recorded = info["settings"]
+    assert recorded["renderer"]["name"] == "glyphs"
+    assert recorded["prompts"]["name"] == "grammar"
+    assert recorded["seed"] == 0
+    assert set(recorded["versions"]) == {"numpy", "pillow", "pyarrow"}
 
 
 def test_validation_lies_in_every_part_of_a_large_dataset(unkilled: Path) -> None:
@@ -207,14 +207,14 @@ def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     os.kill(workers[0], signal.SIGKILL)
     err = process.communicate(timeout=60)[1]
     assert process.returncode == 0
-    assert "failed, it is tried again: its process ended with signal 9" in err
+    assert "failed, it is retried: its process ended with signal 9" in err
     assert not survivors(marker)
     make(tmp_path / "unkilled", *LARGE)
     assert contents(out) == contents(tmp_path / "unkilled")
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_a_failing_shard_is_tried_again_then_set_aside_and_listed(
+def test_failing_shard_is_retried_then_listed(
     unkilled: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "data"
@@ -224,9 +224,9 @@ def test_a_failing_shard_is_tried_again_then_set_aside_and_listed(
         shutil.copy(unkilled / name, out / name)
     command = [*SMALL, f"workers={workers}", "retries=1", f"out={out}"]
     assert generate(settings(DatagenSettings, compose("datagen", command))) == 1
-    assert "shard 000003 failed, it is tried again: IsADirectoryError" in caplog.text
+    assert "shard 000003 failed, it is retried: IsADirectoryError" in caplog.text
     assert "shard 000003 is missing after 2 tries: IsADirectoryError" in caplog.text
-    assert "1 shards are missing; the same command tries them again" in caplog.text
+    assert "1 shards are missing; the same command retries them" in caplog.text
     assert len(list(out.glob("shards/*.parquet"))) == 11
     events = [json.loads(line) for line in (tmp_path / "data.log.jsonl").read_text().splitlines()]
     assert [e["event"] for e in events].count("shard") == 11
@@ -260,7 +260,7 @@ def test_the_parts_of_an_array_make_the_whole(unkilled: Path, tmp_path: Path) ->
     assert waits.returncode == 0
     assert f"part=2/3: waiting for part 1 to write {out / 'dataset.json'}" in said
     assert sorted(p.stem for p in out.glob("shards/*.tar")) == [f"{n:06d}" for n in range(12) if n % 3 < 2]
-    assert "data: 8 of 12 shards are there" in said
+    assert "data: 8 of 12 shards are done" in said
     make(out, *SMALL, "part=3/3")
     assert contents(out) == contents(unkilled)
 
@@ -302,7 +302,7 @@ def test_another_dataset_is_refused_by_the_settings_that_differ(unkilled: Path, 
     assert contents(out) == contents(unkilled)
 
 
-def test_a_strangers_folder_is_refused(tmp_path: Path) -> None:
+def test_foreign_folder_is_refused(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()
     (out / "thesis.txt").write_text("mine")
@@ -310,7 +310,7 @@ def test_a_strangers_folder_is_refused(tmp_path: Path) -> None:
     refused(out, r"is not empty and holds no dataset \(\.thesis\.part-1, …\); choose another out=")
 
 
-def test_a_strangers_prompts_are_not_overwritten(tmp_path: Path) -> None:
+def test_foreign_prompts_are_not_overwritten(tmp_path: Path) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -333,7 +333,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 # Stable Diffusion without a GPU
 
 
-def test_days_on_a_cpu_are_refused_with_the_estimate(tmp_path: Path) -> None:
+def test_days_on_a_cpu_are_refused_with_an_estimate(tmp_path: Path) -> None:
     """Before prompts are curated and before the hub is asked for weights."""
     done = run("datagen", "renderer.device=cpu", "num=100000", f"out={tmp_path / 'data'}")
     assert done.returncode == 2

@@ -93,7 +93,7 @@ def test_a_dataset_being_rendered(rendering: Path) -> None:
         *("Images", "Prompt lengths", "Words", "Prompt sources", "Dropped prompts", "Rate"),
         *("Black and broken images", "Failed shards", "Settings"),
     ]
-    for shown in ("4 of 5 shards are there", "of 50 planned", "75.0 %", "150 of 200 drawn", "sd2_competition, 16 px"):
+    for shown in ("4 of 5 shards are done", "of 50 planned", "75.0 %", "150 of 200 drawn", "sd2_competition, 16 px"):
         assert shown in html
     assert re.search(r"31</dd>\s*<dd class=\"detail\">8 for validation", html.replace("\n", ""))
     assert "Training: 30 of 31" in parts["Images"]
@@ -106,7 +106,7 @@ def test_a_dataset_being_rendered(rendering: Path) -> None:
     assert "a dog" in parts["Dropped prompts"]
     assert "40 images in 4 shards, 4 min 50 s of work. Dotted" in parts["Rate"]
     assert "0.138 /s" in html
-    assert "1 mended, 1 constant, 1 faulty" in html
+    assert "1 redrawn, 1 constant, 1 faulty" in html
     titles = re.findall(r"<h3>(.*?)</h3>.*?image (\d+) of a cat", parts["Black and broken images"], re.S)
     assert titles == [("Drawn again: 1 of 1", "3"), ("Constant: 1 of 1", "11"), ("Faulty: 1 of 1", "12")]
     assert "000003" in parts["Failed shards"]
@@ -114,7 +114,7 @@ def test_a_dataset_being_rendered(rendering: Path) -> None:
     assert all(value in parts["Settings"] for value in ("abc123", "batch_size", "steps"))
 
 
-def test_work_is_told_on_a_clock_that_stands_still_between_runs(rendering: Path) -> None:
+def test_timing_excludes_pauses_between_runs(rendering: Path) -> None:
     records = page.read_log(rendering.with_name("sd2.log.jsonl"), "")
     work = page.read_work(records, SHARDS)
     assert work.starts.tolist() == [0, 100, 150, 190]
@@ -126,8 +126,8 @@ def test_work_is_told_on_a_clock_that_stands_still_between_runs(rendering: Path)
 
 
 def test_jobs_side_by_side_add_up() -> None:
-    told = {"event": "shard", "pictures": 10, "notes": {}}
-    records = [{**told, "time": 100.0 + n, "shard": n, "seconds": 100.0} for n in range(2)]
+    record = {"event": "shard", "pictures": 10, "notes": {}}
+    records = [{**record, "time": 100.0 + n, "shard": n, "seconds": 100.0} for n in range(2)]
     work = page.read_work(records, 8)
     assert (work.starts.tolist(), work.ends.tolist(), work.resumed) == ([0, 1], [100, 101], [])
 
@@ -137,7 +137,7 @@ def test_a_page_of_a_dataset_without_an_image(rendering: Path, tmp_path: Path) -
     shutil.copytree(rendering, root, ignore=shutil.ignore_patterns("shards"))
     html = page_of(root)
     assert "None is rendered yet." in html
-    assert "0 of 5 shards are there" in html
+    assert "0 of 5 shards are done" in html
     assert "Rate" not in sections(html)
 
 
@@ -176,7 +176,7 @@ def test_a_remote_dataset(rendering: Path, tmp_path: Path, monkeypatch: pytest.M
     assert sections(page_of(rendering, images=40))["Images"] == parts["Images"]
 
 
-def test_broken_images_are_passed_over_and_told(tmp_path: Path) -> None:
+def test_broken_images_are_skipped_and_reported(tmp_path: Path) -> None:
     root = small_dataset.write(tmp_path / "data", train=20, val=5)
     key = small_dataset.corrupt(root, 3)
     html = page_of(root)

@@ -353,7 +353,7 @@ def test_a_flipped_byte_anywhere_in_a_member_is_reported(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("captions", [1, 3])
-def test_what_we_wrote_has_no_problem(captions: int, tmp_path: Path) -> None:
+def test_written_dataset_has_no_problem(captions: int, tmp_path: Path) -> None:
     assert verify(small_dataset.write(tmp_path / "data", captions=captions)) == []
 
 
@@ -456,7 +456,7 @@ def test_the_command_counts_all_problems_and_exits_with_1(copy: Path, caplog: py
     assert sum("source 'moon' in the index" in m for m in caplog.messages) == 20
 
 
-def test_of_many_problems_of_a_kind_twenty_are_listed_and_all_counted() -> None:
+def test_at_most_twenty_problems_of_a_kind_are_listed_and_all_counted() -> None:
     problems = Problems()
     for n in range(25):
         problems.add("an image is gone", f"{n}: gone")

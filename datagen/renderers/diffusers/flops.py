@@ -1,4 +1,4 @@
-"""What an image of any diffusers model costs, from the configs of its parts: no weights are read.
+"""FLOPs of one image of any diffusers model, from the configs of its parts; no weights are read.
 
 Shapes: C latent channels, H and W latent sides, T tokens, D text width.
 """

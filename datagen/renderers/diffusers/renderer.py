@@ -166,7 +166,7 @@ class DiffusersModel(DiffusionRenderer):
             "use_safetensors": True,
             "local_files_only": True,
         }
-        with hub.quiet(advice=True):  # a tensor that the weights lack is random, and told of here alone
+        with hub.quiet(advice=True):  # a tensor that the weights lack is random; diffusers reports it only here
             try:
                 try:
                     pipeline: Any = AutoPipelineForText2Image.from_pretrained(self._folder, **options)

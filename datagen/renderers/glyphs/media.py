@@ -1,4 +1,4 @@
-"""How the media of `grammar.MEDIA` and the lights of `grammar.LIGHTS` change a composed image.
+"""Image filters for the media of `grammar.MEDIA` and the lights of `grammar.LIGHTS`.
 
 Shapes: H, W pixels; C = RGB. All lengths are shares of the side, so that every size shows the same image.
 """

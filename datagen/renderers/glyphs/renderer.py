@@ -1,4 +1,4 @@
-"""The renderer `glyphs`: scenes of icons, drawn on the CPU with no download, for the quickstart, tests and trials.
+"""Renderer `glyphs`: scenes of icons, drawn on the CPU without a download, for the quickstart, tests and trials.
 
 `python -m datagen renderer=glyphs prompts=grammar`. `datagen.prompts.grammar` parses the prompt; the seed
 chooses what it leaves open. Scene → place → light on the place → objects → light on all → medium.
@@ -82,7 +82,7 @@ class _Stamp(NamedTuple):
 
 
 class _Spot(NamedTuple):
-    """Where a copy of a thing goes, in shares of the side."""
+    """Position of one copy of a thing, as a fraction of the image side."""
 
     thing: Thing
     x: float
@@ -91,7 +91,7 @@ class _Spot(NamedTuple):
 
 
 class Glyphs:
-    """Draws what `grammar.parse` finds in a prompt. Implements `datagen.renderers.base.Renderer`."""
+    """Renderer of the scenes that `grammar.parse` reads from prompts. Implements `datagen.renderers.base.Renderer`."""
 
     one_core: ClassVar[bool] = True
     batch_size: int | None = 50  # images between two ticks
@@ -115,7 +115,7 @@ class Glyphs:
         self.notes: list[dict[str, Any]] = []
 
     def load(self) -> None:
-        """Finds the icon font; its glyphs are read as they are drawn."""
+        """Locate the icon font; glyphs are read when they are drawn."""
         _font_folder()
 
     def find_batch_size(self) -> int:
@@ -136,7 +136,7 @@ class Glyphs:
         return self.seconds(num)
 
     def seconds(self, num: int) -> float:
-        """What `num` images take: some 4 ms at 128 px, the most of it in proportion to the pixels."""
+        """Estimated seconds for `num` images: about 4 ms each at 128 px, mostly proportional to the pixels."""
         return num * (0.001 + 0.003 * (self._size / 128) ** 2)
 
     def on_gpu(self) -> bool:
@@ -223,7 +223,7 @@ class Glyphs:
         ink: Array,
         cover: Array,
     ) -> None:
-        """Draws one copy of a thing into the image's layers, in place."""
+        """Draw one copy of a thing into the layers of the image, in place."""
         thing, size = spot.thing, self._size
         stamp = self._stamp(thing, spot.side, rng)
         h, w = stamp.ink.shape
@@ -391,7 +391,7 @@ class Glyphs:
         return ImageFont.truetype(str(path), max(48, round(self._size * 0.95)), layout_engine=ImageFont.Layout.BASIC)
 
     def _keep(self, key: tuple[object, ...], make: Callable[[], V]) -> V:
-        """A cache bounded by bytes: icons and panoramas of 768 px would fill the memory."""
+        """Add to the cache, evicting old entries above a limit in bytes."""
         if key in self._cache:
             self._cache.move_to_end(key)
             return self._cache[key][0]
@@ -414,7 +414,7 @@ def _tone(thing: Thing) -> tuple[int, int, int]:
 
 
 def _font_folder() -> Path:
-    """Where the icon package lies.
+    """Folder of the icon font package.
 
     Raises:
         UserError: when it is not installed.
@@ -453,7 +453,7 @@ def _fill_holes(image: Image.Image) -> NDArray[np.uint8]:
 
 
 def _layout(scene: Scene, rng: random.Random) -> list[_Spot]:
-    """Where every copy of every thing goes, those behind first."""
+    """Positions of all copies of all things, background first."""
     first, others = scene.things[0], scene.things[1:]
     floating = scene.place in FLOATING
     if not others:

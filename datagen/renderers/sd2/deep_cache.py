@@ -1,4 +1,4 @@
-"""SD 2's UNet in two depths: whole, or its shallowest level alone with the deep features of an earlier step.
+"""DeepCache for SD 2: run the whole UNet, or only its shallowest level with deep features of an earlier step.
 
 Neighbouring denoising steps differ little in the deep features, so that they can be computed every n-th step only
 (DeepCache, Ma, Fang and Wang 2023, arXiv 2312.00858). Both functions are the forward of diffusers'

@@ -1,4 +1,4 @@
-"""What an image of Stable Diffusion 2 costs, counted in floating-point operations before any is spent."""
+"""FLOPs of one image of Stable Diffusion 2, counted without rendering."""
 
 # Forward TFLOP (a multiply-add is 2) at 96×96 latents, counted with torch's FlopCounterMode; a test counts them again.
 # The first number grows with the pixels (convolutions, linear layers), the second with their square (self-attention).

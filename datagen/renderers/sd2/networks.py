@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.0's networks at one precision on one device: text states, the UNet's predictions, the decoding.
+"""Networks of Stable Diffusion 2.0 on one device in one precision: text encoder, UNet and VAE decoder.
 
 Shapes: B images, N UNet inputs (twice B in a guided step), C latent channels, F features, H and W latent sides, P
 pixel sides, T tokens, D text width.
@@ -49,7 +49,7 @@ class Networks:
         self._layout = layout
 
     def move(self, device: str) -> None:
-        """Takes the weights to another device."""
+        """Move the weights to another device."""
         if device == self.device:
             return
         self.device = device  # before: a move that memory ends half-way can be taken back

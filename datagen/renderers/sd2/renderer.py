@@ -1,4 +1,4 @@
-"""The competition's own images: Stable Diffusion 2.0 (768-v), sampled as the host's script sampled it, and faster.
+"""Renderers `sd2_competition` and `sd2_fast`: Stable Diffusion 2.0 (768-v) as in the host's script, and faster.
 
     python -m datagen                                    1,000 images with the weights from the hub
     python -m datagen renderer.model=768-v-ema.ckpt      … with the single file
@@ -301,7 +301,7 @@ def _watermarked(image_PQC: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _present(cfg: StableDiffusionRenderer) -> tuple[str, Precision]:
-    """The device and precision, once all that the settings need is there."""
+    """Check that all requirements of the settings are met; return device and precision."""
     problems: list[str] = []
     found: tuple[str, Precision] = ("cpu", "fp32")
     if importlib.util.find_spec("diffusers") is None:

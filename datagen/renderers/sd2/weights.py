@@ -1,4 +1,4 @@
-"""Stable Diffusion 2.0's three networks: found, checked to be the 768-v model, and loaded in fp32 on the CPU.
+"""Locate, check (768-v) and load the weights of Stable Diffusion 2.0 in fp32 on the CPU.
 
 Shapes: N networks' inputs of a batch, C latent channels, H and W latent sides, T tokens, D text width.
 """
@@ -90,7 +90,7 @@ def _single_file(path: Path, allow_unknown: bool) -> Source:
 
 
 def load(source: Source, config: Path = CONFIG) -> Parts:
-    """The networks, downloaded where they are the hub's.
+    """Load the networks, downloading them from the hub if needed.
 
     Args:
         config: of a single file: folder of the three `config.json`.

@@ -106,7 +106,7 @@ def test_clean() -> None:
     assert clean(" \u200b ") == ""
 
 
-def test_every_drop_has_its_reason() -> None:
+def test_every_drop_has_a_reason() -> None:
     lines = [
         "",
         " \u200b ",
@@ -260,21 +260,21 @@ def test_prompts_over_77_tokens_stay_and_are_counted() -> None:
     assert not made.dropped
 
 
-def test_the_report_tells_what_was_dropped_with_examples() -> None:
+def test_report_counts_dropped_prompts_with_examples() -> None:
     source = [*numbered(["fox", " \u200b\ud800", "an image of thing 3", "A PICTURE of thing 3", "many " * 100])]
     source = [Prompt(p.text, "ab"[n % 2], "") for n, p in enumerate(source)]
     made = run(source, 200, "similarity", duplicates_at=0.9, max_tokens=77)
-    told = made.report()
-    assert told == json.loads(json.dumps(told))
-    assert set(told["examples"]) == set(told["dropped"])
-    assert all(0 < len(e) <= min(10, told["dropped"][reason]) for reason, e in told["examples"].items())
-    assert all(len(text) < 700 for e in told["examples"].values() for text in e)
-    assert told["examples"]["empty"] == [ascii(" \u200b\ud800")]
-    assert told["examples"]["equal text"][0] == "A PICTURE of thing 3"
-    assert told["drawn"] == sum(s["drawn"] for s in told["sources"].values())
-    assert sum(s["kept"] for s in told["sources"].values()) == 200
+    report = made.report()
+    assert report == json.loads(json.dumps(report))
+    assert set(report["examples"]) == set(report["dropped"])
+    assert all(0 < len(e) <= min(10, report["dropped"][reason]) for reason, e in report["examples"].items())
+    assert all(len(text) < 700 for e in report["examples"].values() for text in e)
+    assert report["examples"]["empty"] == [ascii(" \u200b\ud800")]
+    assert report["examples"]["equal text"][0] == "A PICTURE of thing 3"
+    assert report["drawn"] == sum(s["drawn"] for s in report["sources"].values())
+    assert sum(s["kept"] for s in report["sources"].values()) == 200
     for reason, at in (("cosine ≥ 0.9 to a prompt kept", 0.9), ("cosine ≥ 0.7 to a validation prompt", 0.7)):
-        for example in told["examples"][reason]:
+        for example in report["examples"][reason]:
             dropped, rest = example.split(" ≈ ")
             other, cosine = rest.rstrip(")").split(" (cosine ")
             one, two = encode([dropped, other])
@@ -293,11 +293,11 @@ def test_what_the_source_leaves_out_is_dropped_under_its_reason() -> None:
     assert texts(run(twice, 9).train) == ["an image of thing 1"]
 
 
-def test_examples_of_long_pairs_tell_both_and_their_cosine() -> None:
+def test_examples_of_long_pairs_show_both_and_their_cosine() -> None:
     long = "an image of " + "very " * 100 + "many things "
     made = run([Prompt(f"{long}{end}", "s", "") for end in ("7", "and 7")], 10, duplicates_at=0.9)
-    (told,) = made.examples["cosine ≥ 0.9 to a prompt kept"]
-    dropped, rest = told.split(" ≈ ")
+    (report,) = made.examples["cosine ≥ 0.9 to a prompt kept"]
+    dropped, rest = report.split(" ≈ ")
     other, cosine = rest.split(" (cosine ")
     assert (len(dropped), len(other), cosine) == (140, 140, "1.00)")
     assert dropped[:139] == other[:139] == long[:139]
@@ -520,7 +520,7 @@ def test_a_last_chunk_of_which_nothing_is_new(tmp_path: Path, monkeypatch: pytes
     assert (first.train, first.val, first.report()) == (again.train, again.val, again.report())
 
 
-def test_other_settings_or_sources_begin_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_settings_or_sources_start_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     work = tmp_path / "work"
     first = run(numbered(), 50, work=work, origin={"commit": "a"})
@@ -577,7 +577,7 @@ def test_vectors_that_are_lost_are_encoded_again(tmp_path: Path, caplog: pytest.
         assert "is damaged: this part is curated again" in caplog.text
 
 
-def test_a_strangers_folder_is_not_emptied(tmp_path: Path) -> None:
+def test_foreign_folder_is_not_emptied(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match=r"is not curation's \(thesis.txt, …\)"):
         run(numbered(), 10, work=tmp_path)

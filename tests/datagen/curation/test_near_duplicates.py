@@ -55,7 +55,7 @@ def test_exact_below_the_limit(threshold: float, n: int) -> None:
         assert 0.05 < len(kept) / len(vectors) < 0.95
 
 
-def test_the_partner_is_the_likest_and_its_cosine_is_told() -> None:
+def test_partner_is_the_most_similar_and_its_cosine_is_reported() -> None:
     vectors, threshold = unit(3000, 2), 0.8
     index, kept = filled(vectors[:2500], threshold)
     asked = vectors[2500:]
@@ -69,7 +69,7 @@ def test_the_partner_is_the_likest_and_its_cosine_is_told() -> None:
     assert not cosine[~near_any].any()
 
 
-def test_distinct_names_the_kept_one() -> None:
+def test_distinct_returns_the_partner() -> None:
     vectors, threshold = unit(2000, 3), 0.8
     index = NearDuplicateIndex(VectorFile(WIDTH), threshold)
     first = distinct(vectors[:700], index)
@@ -78,9 +78,9 @@ def test_distinct_names_the_kept_one() -> None:
     np.testing.assert_array_equal(index.rows[slice(None)], held)
     assert sorted(np.flatnonzero(partner < 0).tolist()) == kept.tolist()
     dropped = np.flatnonzero(partner >= 0)
-    told = (vectors[700:][dropped] * held[partner[dropped]]).sum(1)
-    np.testing.assert_allclose(told, cosine[dropped], atol=1e-3)
-    assert told.min() >= threshold - 1e-3
+    cosines = (vectors[700:][dropped] * held[partner[dropped]]).sum(1)
+    np.testing.assert_allclose(cosines, cosine[dropped], atol=1e-3)
+    assert cosines.min() >= threshold - 1e-3
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.9])

@@ -169,7 +169,7 @@ def test_encoder_without_a_stated_length_is_cut_to_its_positions(
     found = encoder.encode(["a fox", "many words " * 300])
     assert np.isfinite(found).all()
     assert encoder.transformer.max_seq_length == 63
-    assert "texts are cut to 63 tokens" in caplog.text
+    assert "texts are truncated to 63 tokens" in caplog.text
     assert encoder.identity()["settings"]["modules"][0]["max_tokens"] == 63
 
 

@@ -91,7 +91,7 @@ def test_random_access_is_the_sequential_read(whole: Path) -> None:
         assert (dataset.key(i), dataset.image_bytes(i)) == wanted[i]
 
 
-def test_what_an_image_has(whole: Path) -> None:
+def test_image_attributes(whole: Path) -> None:
     dataset = Dataset(whole, "stand-in")
     plan = read_plan(whole).to_pylist()
     assert dataset.width == 8
@@ -131,7 +131,7 @@ def test_many_at_once_is_one_by_one(tmp_path: Path) -> None:
     assert dataset.encoder_identity == {"name": listed_dataset.ENCODER, "width": listed_dataset.WIDTH}
 
 
-def test_images_of_the_same_prompts_have_one_number(tmp_path: Path) -> None:
+def test_images_of_the_same_prompts_share_a_hash(tmp_path: Path) -> None:
     single = [Row(text) for text in ("a", "b", "a", "c")]
     several = [Row(t) for t in (("a", "b"), "a", ("b", "a"), ("a", "c"), "a", ("a", "b", "c"))]
     for rows, same in ((single, {(0, 2)}), (several, {(0, 2), (1, 4)})):
@@ -140,7 +140,7 @@ def test_images_of_the_same_prompts_have_one_number(tmp_path: Path) -> None:
         assert {(i, j) for j in range(len(rows)) for i in range(j) if numbers[i] == numbers[j]} == same
 
 
-def test_a_texts_number_is_its_own_in_any_dataset(tmp_path: Path) -> None:
+def test_prompt_hash_is_the_same_in_every_dataset(tmp_path: Path) -> None:
     one = Dataset(listed_dataset.write(tmp_path / "1", [Row(("a", "b"), group="g"), Row("c"), Row("é", group="h")]))
     two = Dataset(listed_dataset.write(tmp_path / "2", [Row("c", group="h"), Row(("x", "a"))], shard=1))
     a, b, c, e = one.prompt_hashes().tolist()
@@ -165,7 +165,7 @@ def test_a_worker_reads_what_its_parent_reads(whole: Path, method: str) -> None:
         assert pool.apply(_hashes, (dataset, rows)) == here
 
 
-def test_more_tars_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_tars_than_file_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_MAX_MAPPED_TARS", 1)
     dataset, other = Dataset(whole), Dataset(whole)
     for i in (0, 40, 1, 41, 0):
@@ -173,7 +173,7 @@ def test_more_tars_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch
         assert len(dataset._maps) == 1
 
 
-def test_more_vectors_than_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_target_files_than_file_descriptors(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reader, "_MAX_MAPPED_TARGETS", 1)
     dataset = Dataset(whole, "stand-in")
     for i in (0, 40, 1, 41, 0):
@@ -218,7 +218,7 @@ def test_several_captions(tmp_path: Path) -> None:
     assert dataset.target(2) @ z == pytest.approx(np.mean([encode([t])[0] @ z for t in captions[2]]), abs=1e-6)
 
 
-def test_an_image_that_is_gone_or_cut_off(tmp_path: Path) -> None:
+def test_missing_or_truncated_image(tmp_path: Path) -> None:
     paths = [tmp_path / f"{i}.png" for i in range(2)]
     for path in paths:
         path.write_bytes(b"12345")
@@ -302,7 +302,7 @@ def test_a_folder_that_cannot_be_used(copy: Path, case: str) -> None:
         Dataset(copy, "stand-in")
 
 
-def test_all_that_is_wrong_is_said_at_once(copy: Path) -> None:
+def test_all_problems_are_reported_at_once(copy: Path) -> None:
     for case in ("missing tar", "narrow targets"):
         UNUSABLE[case][0](copy)
     os.truncate(copy / "shards" / "000000.tar", 5000)
@@ -365,13 +365,13 @@ def test_an_image_with_a_fault_is_in_no_split_that_trains_or_validates(tmp_path:
     assert (metas[1]["batch_size"], metas[2]["redrawn"], metas[2]["split"]) == (2, "black", "train")
 
 
-def test_a_note_replaces_nothing(tmp_path: Path) -> None:
+def test_note_cannot_replace_plan_columns(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"0: the note .* would replace \['seed'\]"):
         noted(tmp_path, [{"seed": 3}])
     assert not is_committed(tmp_path, 0)
 
 
-def test_writing_is_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_writes_are_atomic(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_text("before")
 

@@ -45,7 +45,7 @@ def test_the_wheel_holds_the_hubs_weights_and_they_give_the_official_vectors(
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
-def test_a_dataset_gets_the_vectors_of_its_prompts(glyph_dataset: Path, encoder: TargetEncoder) -> None:
+def test_dataset_gets_the_vectors_of_its_prompts(glyph_dataset: Path, encoder: TargetEncoder) -> None:
     dataset = Dataset(glyph_dataset, MINILM)
     assert dataset.width == 384
     rows = list(range(0, 60, 7))

@@ -65,7 +65,7 @@ def test_seeds_count() -> None:
     assert not (image_seeds(6, 2000, 3) == seeds).any()
 
 
-def test_prompts_over_77_tokens_are_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_prompts_over_77_tokens_are_reported(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     made = curated(3, 1)
     made.over_context = 1234

@@ -39,7 +39,7 @@ def test_a_ray_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     os.kill(actors[0], signal.SIGKILL)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
-    assert "failed, it is tried again: ActorDiedError" in err
+    assert "failed, it is retried: ActorDiedError" in err
     make(tmp_path / "local", *LARGE)
     assert contents(out) == contents(tmp_path / "local")
 

@@ -83,7 +83,7 @@ def test_several_captions_and_names_with_suffix_or_folder(tmp_path: Path) -> Non
     assert dataset.info["captions"] == 4
 
 
-def test_what_has_no_partner_is_counted_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unmatched_images_and_rows_are_counted_and_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = folder(tmp_path / "images", ["a.png", "b.png", "empty.png"])
     (images / "empty.png").write_bytes(b"")
     rows = table(tmp_path / "p.csv", ("id", "prompt"), ("a", "x"), ("empty", "x"), ("gone", "y"), ("far", "z"))
@@ -277,7 +277,7 @@ def test_webdatasets_own_tars(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("where", ["in an image", "in a header", "between members"])
-def test_a_tar_that_is_cut_off_is_refused(tmp_path: Path, where: str) -> None:
+def test_truncated_tar_is_refused(tmp_path: Path, where: str) -> None:
     path = webdataset_tar(tmp_path / "0.tar", {f"k{n}": {"png": image(n), "txt": b"a fox"} for n in range(5)})
     with tarfile.open(path) as tar:
         last = tar.getmembers()[-2]

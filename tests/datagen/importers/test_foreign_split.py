@@ -59,9 +59,7 @@ def test_no_validation_prompt_is_in_training(tmp_path: Path, reader: str, varied
     assert not (tmp_path / "data.log.jsonl").exists()
 
 
-def test_a_giant_group_is_cut_and_what_is_left_out_is_counted_and_listed(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_giant_group_is_split_and_left_out_images_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """60 of 100 images share "a photo"."""
     images = folder(tmp_path / "images", [f"{n:03d}.png" for n in range(100)])
     rows = [(f"{n:03d}", "a photo" if n < 60 else f"a photo of x{n}x") for n in range(100)]
@@ -102,7 +100,7 @@ def cfg(*overrides: str) -> IndexSettings:
     return settings(IndexSettings, compose("index", ["out=x", "tars=x.tar", *overrides]))
 
 
-def test_what_a_kind_of_split_lacks_is_told_before_anything_is_read() -> None:
+def test_missing_split_inputs_are_reported_before_reading() -> None:
     with pytest.raises(UserError) as refused:
         cfg("split.kind=holdout", "split.share=2", "seed=-1")
     assert "group_column: missing; split.kind=holdout needs each image's group" in str(refused.value)

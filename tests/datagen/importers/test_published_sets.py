@@ -51,11 +51,11 @@ def lines(out: Path) -> list[dict[str, Any]]:
 
 
 def test_diffusiondb_from_a_folder(tmp_path: Path) -> None:
-    told = tiny_published.diffusiondb(tmp_path / "copy", archives=4, images=12)
+    expected = tiny_published.diffusiondb(tmp_path / "copy", archives=4, images=12)
     before = contents(tmp_path / "copy")
     dataset = make("diffusiondb", tmp_path / "out", tmp_path / "copy")
-    names = list(told)
-    good = {name.removesuffix(".png"): told[name] for i, name in enumerate(names) if i not in (1, 2, 3)}
+    names = list(expected)
+    good = {name.removesuffix(".png"): expected[name] for i, name in enumerate(names) if i not in (1, 2, 3)}
     assert images(dataset) == good
     assert verify(tmp_path / "out") == []
     assert contents(tmp_path / "copy") == before
@@ -104,9 +104,9 @@ def test_num_takes_archives_in_an_order_that_the_seed_decides(tmp_path: Path) ->
 
 
 def test_sd2_4m_from_a_folder_by_its_clusters(tmp_path: Path) -> None:
-    told = tiny_published.sd2_4m(tmp_path / "copy", archives=4, images=9)
+    expected = tiny_published.sd2_4m(tmp_path / "copy", archives=4, images=9)
     dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.share=0.5")
-    assert images(dataset) == {name.removesuffix(".webp"): value for name, value in told.items()}
+    assert images(dataset) == {name.removesuffix(".webp"): value for name, value in expected.items()}
     assert verify(tmp_path / "out") == []
     clusters = {split: {dataset.group(i) for i in dataset.rows(split).tolist()} for split in ("train", "val")}
     assert not clusters["train"] & clusters["val"]
@@ -140,11 +140,11 @@ def rewritten(path: Path, change: Callable[[int, str], str | None]) -> None:
 
 
 def test_an_image_keeps_the_spelling_of_its_prompt(tmp_path: Path) -> None:
-    told = tiny_published.diffusiondb(tmp_path / "copy", archives=4, images=12)
+    expected = tiny_published.diffusiondb(tmp_path / "copy", archives=4, images=12)
     rewritten(tmp_path / "copy" / "metadata.parquet", lambda n, p: p.title() if n >= 36 else p)
     dataset = make("diffusiondb", tmp_path / "out", tmp_path / "copy")
     found = {name: prompt for name, (_, prompt) in images(dataset).items()}
-    wanted = {n.removesuffix(".png"): p.title() if i >= 36 else p for i, (n, (_, p)) in enumerate(told.items())}
+    wanted = {n.removesuffix(".png"): p.title() if i >= 36 else p for i, (n, (_, p)) in enumerate(expected.items())}
     assert found.items() <= wanted.items()
     assert len(found) == 45
     sides: dict[str, set[str]] = {}
@@ -192,10 +192,10 @@ def test_holdout_leaves_out_images_whose_prompt_is_on_the_other_side(tmp_path: P
 
 
 def test_an_image_without_a_prompt_is_left_out_and_counted(tmp_path: Path) -> None:
-    told = tiny_published.diffusiondb(tmp_path / "copy", archives=1, images=12)
+    expected = tiny_published.diffusiondb(tmp_path / "copy", archives=1, images=12)
     rewritten(tmp_path / "copy" / "metadata.parquet", lambda n, p: None if n == 5 else p)
     dataset = make("diffusiondb", tmp_path / "out", tmp_path / "copy")
-    assert list(told)[5].removesuffix(".png") not in images(dataset)
+    assert list(expected)[5].removesuffix(".png") not in images(dataset)
     assert len(images(dataset)) == 8
     assert read_info(tmp_path / "out")["curation"]["dropped"] == {"empty": 1}
 
@@ -266,7 +266,7 @@ def killed(overrides: list[str], env: dict[str, str], when: Callable[[], bool]) 
 
 @pytest.mark.enable_socket
 def test_sd2_4m_from_the_hub_holding_archives_or_not(tmp_path: Path) -> None:
-    told = tiny_published.sd2_4m(tmp_path / "copy", archives=6, images=6)
+    expected = tiny_published.sd2_4m(tmp_path / "copy", archives=6, images=6)
     with TinyHub({"jamarju/sd-4.4M": tmp_path / "copy"}) as hub:
         env = hub.environment(tmp_path)
         for hold, downloads in (("true", 4), ("false", 8)):
@@ -281,12 +281,12 @@ def test_sd2_4m_from_the_hub_holding_archives_or_not(tmp_path: Path) -> None:
     assert contents(tmp_path / "hold-true") == contents(tmp_path / "hold-false")
     dataset = Dataset(tmp_path / "hold-true")
     assert len(dataset) == 20
-    assert images(dataset).items() <= {name.removesuffix(".webp"): value for name, value in told.items()}.items()
+    assert images(dataset).items() <= {name.removesuffix(".webp"): value for name, value in expected.items()}.items()
     assert read_info(tmp_path / "hold-true")["provenance"]["commit"] == COMMIT
 
 
 @pytest.mark.enable_socket
-def test_diffusiondb_from_the_hub_killed_and_cut_off(tmp_path: Path) -> None:
+def test_diffusiondb_from_the_hub_killed_and_offline(tmp_path: Path) -> None:
     tiny_published.diffusiondb(tmp_path / "copy", archives=6, images=6, size=128)
     out = tmp_path / "out"
     with TinyHub({"poloclub/diffusiondb": tmp_path / "copy"}) as hub:
@@ -339,7 +339,7 @@ def test_archives_and_tables_that_cannot_be_used(tmp_path: Path) -> None:
     zipped.write_bytes(data[:-30])
     with pytest.raises(UserError, match=r"part-000001\.zip is truncated or no zip"):
         make("diffusiondb", tmp_path / "out", tmp_path / "db")
-    zipped.write_bytes(data)  # mended, the same command goes on
+    zipped.write_bytes(data)  # repaired: the same command resumes
     assert make("diffusiondb", tmp_path / "out", tmp_path / "db").splits["faulty"] == 2
     (tmp_path / "db" / "metadata.parquet").unlink()
     with pytest.raises(UserError, match=r"db lacks metadata\.parquet; copy it"):
@@ -349,7 +349,7 @@ def test_archives_and_tables_that_cannot_be_used(tmp_path: Path) -> None:
         make("diffusiondb", tmp_path / "new", tmp_path / "db")
 
 
-def test_a_disk_without_room_is_told_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk_is_reported_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from datagen.importers import published_sets
     from datagen.prompts import download
 

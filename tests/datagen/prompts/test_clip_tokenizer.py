@@ -110,7 +110,7 @@ def simple() -> Any:
 
 
 def test_ids_are_open_clips(simple: Any) -> None:
-    """All of them: `clean` mends, unescapes and lowers as open_clip does. Only literal special tokens are left out."""
+    """All of them: `clean` fixes, unescapes and lowers as open_clip does. Only literal special tokens are left out."""
     texts = _texts()
     assert len(texts) >= 200
     ours = clip_tokenizer()([clean(t) for t in texts], padding="max_length", truncation=True, max_length=77)[
@@ -187,7 +187,7 @@ def test_counting_is_fast() -> None:
     assert time.perf_counter() - start < 5
 
 
-def test_without_open_clip_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_open_clip_the_hint_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ct.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"open_clip_torch.*pip install -e '\.\[sd\]'"):
         clip_tokenizer(pad_token="a</w>")  # a padding that no cache holds

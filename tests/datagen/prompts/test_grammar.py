@@ -42,7 +42,7 @@ def test_plurals():
     assert names["torch"].plural == "torches"
 
 
-def test_every_scene_said_is_read_back():
+def test_parse_inverts_every_line():
     """Of freely said scenes a few are ambiguous ("a broken heart"); `lines` says those in other words."""
     rng = grammar._Rng(7)
     drawn, wrong = 4000, []
@@ -121,7 +121,7 @@ def test_side_never_mixes_and_keeps_its_share():
     assert any(";" in line.group for line in found if is_held_out(line.group.split(";")[0]))
 
 
-def test_side_that_holds_almost_nothing_still_ends():
+def test_almost_empty_side_still_terminates():
     found = take(300, side=lambda pair: pair == "red cat", objects=(0.0, 0.0, 1.0))
     assert all("red cat" not in line.group or line.group == "red cat" for line in found)
 

@@ -188,20 +188,20 @@ def test_a_mixture_keeps_its_shares_at_every_length(tmp_path: Path) -> None:
         assert own == [f"{name} {n}" for n in range(len(own))]
 
 
-def test_a_mixture_goes_on_when_a_source_ends_and_tells(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_mixture_continues_when_a_source_ends_and_logs_it(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     cfg = mixture(tmp_path, a=(0.5, 30, None), b=(0.3, 300, 20), c=(0.2, 100, None))
     with caplog.at_level("INFO"):
         found = [p.source for p in stream(cfg, 0, None)]
     assert Counter(found) == {"a": 30, "b": 20, "c": 100}
-    told = [(r.levelname, r.getMessage()) for r in caplog.records]
-    assert told == [
+    messages = [(r.levelname, r.getMessage()) for r in caplog.records]
+    assert messages == [
         ("WARNING", "prompts.sources.a ended after 30 prompts; the mixture goes on with b, c in their proportion"),
         ("INFO", "prompts.sources.b.most: 20 prompts are drawn; the mixture goes on with c in their proportion"),
         ("WARNING", "prompts.sources.c ended after 100 prompts; the mixture ends"),
     ]
 
 
-def test_what_is_left_out_takes_no_part_of_a_share(tmp_path: Path) -> None:
+def test_left_out_prompts_do_not_count_towards_shares(tmp_path: Path) -> None:
     files = mixture(tmp_path, a=(0.5, 400, None)).sources
     (tmp_path / "b.csv").write_text("prompt,spam\n" + "".join(f"b {n},{int(n % 3 > 0)}\n" for n in range(300)))
     b = cfg(tmp_path / "b.csv", at_most={"spam": 0})
@@ -224,14 +224,14 @@ def test_the_grammar_may_be_part_of_a_mixture(tmp_path: Path) -> None:
     assert sum(p.source == "scenes" for p in found) == 15
 
 
-def test_where_prompts_come_from_is_told(tmp_path: Path) -> None:
+def test_provenance_of_prompts_is_recorded(tmp_path: Path) -> None:
     cfg = mixture(tmp_path, a=(1, 2, None))
     data = (tmp_path / "a.txt").read_bytes()
     facts = {"a.txt": {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}}
     assert provenance(cfg) == {"a": {"url": str(tmp_path / "a.txt"), "files": facts}}
 
 
-def test_files_of_one_name_are_told_apart(tmp_path: Path) -> None:
+def test_files_of_one_name_are_distinguished(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "p.txt").write_text(f"from {folder}")

@@ -208,7 +208,7 @@ def test_the_models_own_size(models: dict[str, Path]) -> None:
         make(models["sdxl"], render_size=None, size=512).render(PROMPTS, SEEDS)
 
 
-def test_long_prompts_are_cut(models: dict[str, Path]) -> None:
+def test_long_prompts_are_truncated(models: dict[str, Path]) -> None:
     renderer = make(models["sdxl"])
     assert renderer.can_draw("cat " * 200)
     long, longer = renderer.render(["cat " * 100, "cat " * 200], [1, 1])
@@ -229,9 +229,9 @@ def test_an_image_that_overflows_in_half_precision_is_drawn_again(
     images = renderer.render(PROMPTS, SEEDS)
     assert renderer.notes == [{"redrawn": "fp32"}, {}]
     assert np.array_equal(images[0], make(tmp_path / "model").render(PROMPTS[:1], SEEDS[:1])[0])
-    told = make(tmp_path / "model", precision="fp16", redraw=False)
-    assert (told.render(PROMPTS, SEEDS)[0] == 128).all()
-    assert told.notes == [{"fault": "nan"}, {}]
+    recorded = make(tmp_path / "model", precision="fp16", redraw=False)
+    assert (recorded.render(PROMPTS, SEEDS)[0] == 128).all()
+    assert recorded.notes == [{"fault": "nan"}, {}]
 
 
 def test_out_of_memory_halves_the_batch(models: dict[str, Path]) -> None:
@@ -255,17 +255,17 @@ def test_it_is_a_renderer_and_is_made_by_its_name(models: dict[str, Path]) -> No
     overrides = ["renderer=diffusers", f"renderer.model={models['sd3']}", "renderer.device=cpu"]
     made: Renderer = make_renderer(settings(DatagenSettings, compose("datagen", overrides)))
     assert isinstance(made, DiffusersModel)
-    told = made.settings()
-    assert json.loads(json.dumps(told)) == told
+    recorded = made.settings()
+    assert json.loads(json.dumps(recorded)) == recorded
     keys = compose("datagen", overrides)["renderer"].keys()
-    assert keys - told.keys() == {"batch_size", "image_format"}
+    assert keys - recorded.keys() == {"batch_size", "image_format"}
     assert not made._pipelines  # asked for by a dry run
-    assert (told["model"], told["revision"], told["precision"]) == ("model", None, "fp32")
+    assert (recorded["model"], recorded["revision"], recorded["precision"]) == ("model", None, "fp32")
     assert {
         "model_index.json",
         "transformer/diffusion_pytorch_model.safetensors",
         "scheduler/scheduler_config.json",
-    } <= (told["files"].keys())
+    } <= (recorded["files"].keys())
 
 
 def test_every_bad_value_is_named_at_once() -> None:
@@ -346,9 +346,9 @@ def test_of_a_repository_only_what_is_needed_is_loaded(
     monkeypatch.setattr(huggingface_hub, "model_info", model_info)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     renderer = make("some/sdxl", revision="v1")
-    told = renderer.settings()
-    assert (told["model"], told["revision"]) == ("some/sdxl", "c" * 40)
-    assert told["files"][f"{unet}.safetensors"] == "f" * 64
+    recorded = renderer.settings()
+    assert (recorded["model"], recorded["revision"]) == ("some/sdxl", "c" * 40)
+    assert recorded["files"][f"{unet}.safetensors"] == "f" * 64
     assert asked == [("some/sdxl", "v1")]
     assert np.array_equal(renderer.render(PROMPTS, SEEDS), make(models["sdxl"]).render(PROMPTS, SEEDS))
     assert asked[1:] == [("some/sdxl", "c" * 40, ["unet/config.json", f"{unet}.safetensors"])]

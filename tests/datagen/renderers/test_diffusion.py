@@ -70,7 +70,7 @@ def test_an_image_that_overflows_in_half_precision_is_drawn_again(
     assert renderer._networks["fp32"].device == "cpu"
 
 
-def test_faults_are_only_told_where_redrawing_is_off(weights: TinySD2, altered: Callable[..., str]) -> None:
+def test_without_redraw_faults_are_only_reported(weights: TinySD2, altered: Callable[..., str]) -> None:
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].mul_(1e6 / t[CAT].abs().max())})
     renderer = make(weights, model=model, precision="fp16", redraw=False)
     images = renderer.render(PROMPTS, SEEDS)
@@ -100,7 +100,7 @@ def test_an_image_that_is_nan_only_once_decoded_is_found(weights: TinySD2, alter
 
 
 @pytest.mark.parametrize("colour", [(-1.0, -1.0, -1.0), (0.5, -0.25, 0.9)])
-def test_a_constant_image_is_drawn_again_and_kept(
+def test_constant_image_is_drawn_again_and_stored(
     weights: TinySD2, altered: Callable[..., str], colour: tuple[float, ...], caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -163,7 +163,7 @@ def test_not_one_image_fits(weights: TinySD2) -> None:
         renderer.render(PROMPTS, SEEDS)
 
 
-def test_no_memory_for_fp32_is_told_and_not_fatal(weights: TinySD2, altered: Callable[..., str]) -> None:
+def test_out_of_memory_in_fp32_is_reported_and_not_fatal(weights: TinySD2, altered: Callable[..., str]) -> None:
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].mul_(1e6 / t[CAT].abs().max())})
     renderer = make(weights, model=model, precision="fp16")
     full_above(renderer._networks_at("fp32").unet.conv_in, 0)
@@ -203,7 +203,7 @@ def test_the_batch_size_is_found_on_a_cpu_and_kept_when_given(weights: TinySD2) 
     assert make(weights, batch_size=7).find_batch_size() == 7
 
 
-def test_the_rate_is_told_for_all_steps_from_a_few(weights: TinySD2) -> None:
+def test_rate_is_extrapolated_from_a_few_steps(weights: TinySD2) -> None:
     renderer = make(weights, steps=50)
     renderer.load()
     calls: list[int] = []

@@ -263,15 +263,15 @@ def test_it_is_a_renderer(weights: TinySD2) -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_settings_are_json_and_complete(weights: TinySD2, preset: str) -> None:
     renderer = StableDiffusion2(tiny_sd2.renderer_settings(weights, preset, guided_share=0.5, cache_every=3))
-    told = renderer.settings()
-    assert json.loads(json.dumps(told)) == told
+    recorded = renderer.settings()
+    assert json.loads(json.dumps(recorded)) == recorded
     assert not renderer._networks  # asked for by a dry run
     keys = compose("datagen", [f"renderer={preset}"])["renderer"].keys()
     # hashes say more than whether unknown weights are allowed; the runner tells the batch size and the format
-    assert keys - told.keys() == {"allow_unknown_weights", "batch_size", "image_format"}
-    assert (told["name"], told["guided_share"], told["cache_every"]) == (preset, 0.5, 3)
-    assert (told["precision"], told["device"], told["compile"]) == ("fp32", "cpu", False)
-    assert str(weights.folder.parent) not in json.dumps(told)  # paths differ between machines
+    assert keys - recorded.keys() == {"allow_unknown_weights", "batch_size", "image_format"}
+    assert (recorded["name"], recorded["guided_share"], recorded["cache_every"]) == (preset, 0.5, 3)
+    assert (recorded["precision"], recorded["device"], recorded["compile"]) == ("fp32", "cpu", False)
+    assert str(weights.folder.parent) not in json.dumps(recorded)  # paths differ between machines
 
 
 def test_the_yaml_is_the_competitions_recipe() -> None:
@@ -314,7 +314,7 @@ def test_a_device_that_is_not_there_is_refused(weights: TinySD2) -> None:
             make(weights, device=device)
 
 
-def test_without_diffusers_the_remedy_is_named(weights: TinySD2, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_diffusers_the_hint_names_the_package(weights: TinySD2, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sd.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(UserError, match=r"needs the package diffusers; pip install -e '\.\[sd\]'"):
         make(weights)
@@ -388,8 +388,8 @@ def test_deep_features_are_computed_at_every_nth_step(weights: TinySD2, preset: 
     deep: list[int] = []
     shallow: list[int] = []
     hooks = [
-        unet.mid_block.register_forward_hook(lambda *told: deep.append(len(told[2]))),
-        unet.conv_in.register_forward_hook(lambda *told: shallow.append(len(told[2]))),
+        unet.mid_block.register_forward_hook(lambda *recorded: deep.append(len(recorded[2]))),
+        unet.conv_in.register_forward_hook(lambda *recorded: shallow.append(len(recorded[2]))),
     ]
     cached = renderer.render(PROMPTS, SEEDS)
     assert (deep, shallow) == ([4, 4, 4], [4] * 8)
@@ -427,7 +427,7 @@ def test_a_short_batch_is_filled_up_for_compiled_networks(weights: TinySD2, monk
     networks = renderer._networks["fp32"]
     shapes = set()
     for module in (networks.unet.conv_in, networks.vae.decoder.conv_in):
-        module.register_forward_hook(lambda *told: shapes.add(tuple(told[1][0].shape)))
+        module.register_forward_hook(lambda *recorded: shapes.add(tuple(recorded[1][0].shape)))
     prompts, seeds = [*PROMPTS, "a", "b", "c"], [1, 2, 3, 4, 5]
     images = renderer.render(prompts, seeds)
     assert shapes == {(8, 4, 8, 8), (3, 4, 8, 8)}

@@ -51,9 +51,14 @@ def test_days_are_refused_and_a_forced_run_makes_a_dataset(
     dataset = Dataset(tmp_path / "data")
     assert dataset.info["splits"] == {"train": 4, "val": 1}
     assert dataset.image_bytes(3)[8:12] == b"WEBP"
-    told = dataset.info["settings"]["renderer"]
-    assert (told["model"], told["device"], told["precision"], told["scheduler"]) == ("tiny-sd2", "cpu", "fp32", "ddim")
-    assert len(told["files"]) >= 3
+    recorded = dataset.info["settings"]["renderer"]
+    assert (recorded["model"], recorded["device"], recorded["precision"], recorded["scheduler"]) == (
+        "tiny-sd2",
+        "cpu",
+        "fp32",
+        "ddim",
+    )
+    assert len(recorded["files"]) >= 3
     assert dataset.info["batch_size"] == 4, "found, since the settings left it open"
     asked = replace(asked, force=True)
     assert generate(asked) == 0, "the batch size found is that of the resumed run"
@@ -65,8 +70,8 @@ def test_days_are_refused_and_a_forced_run_makes_a_dataset(
 def test_sd2_fast_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Path) -> None:
     asked = cfg(weights.folder, tmp_path / "data", "renderer=sd2_fast", *TINY, "num=2", "renderer.guided_share=0.5")
     assert generate(asked) == 0
-    told = Dataset(tmp_path / "data").info["settings"]["renderer"]
-    assert (told["name"], told["scheduler"], told["guided_share"]) == ("sd2_fast", "dpmsolver++", 0.5)
+    recorded = Dataset(tmp_path / "data").info["settings"]["renderer"]
+    assert (recorded["name"], recorded["scheduler"], recorded["guided_share"]) == ("sd2_fast", "dpmsolver++", 0.5)
 
 
 def test_any_model_of_diffusers_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Path) -> None:
