@@ -18,6 +18,7 @@ from datagen.dataset.reader import Dataset
 from datagen.importers.foreign_images import ForeignImage
 from datagen.importers.foreign_split import split_foreign
 from tests.datagen.importers.test_foreign_dataset import folder, log, make, table, webdataset_tar
+from tests.datagen.importers.test_foreign_dataset import image as png
 from tests.listed_dataset import encode
 
 SPELLINGS = ("the red fox {}", "The red Fox {}.", "the  red fox {} ", "THE RED FOX, {}!")
@@ -40,7 +41,7 @@ def test_no_validation_prompt_is_in_training(tmp_path: Path, reader: str, varied
     if reader == "tars":
         for part in range(4):  # a prompt's images lie in several tars
             samples = {
-                key: {"png": image(4 * n + k), "txt": prompt(n, k, varied=varied).encode()}
+                key: {"png": png(4 * n + k), "txt": prompt(n, k, varied=varied).encode()}
                 for key, n, k in keys
                 if k == part
             }
@@ -219,7 +220,7 @@ def test_columns_of_split_source_and_group_reach_the_dataset(tmp_path: Path, rea
     if reader == "tars":
         samples = {
             key: {
-                "png": image(4 * n + k),
+                "png": png(4 * n + k),
                 "json": json.dumps(
                     {"prompt": prompt(n, k, varied=True), "fold": fold, "from": f"s{k}", "scene": f"g{n}"}
                 ).encode(),
