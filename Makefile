@@ -4,7 +4,7 @@ BIN := .venv/bin
 QUICK := data/quickstart
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart datagen train export test test-slow lint docs clean
+.PHONY: help install quickstart datagen train export test test-all lint docs clean
 
 help: ## this help
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -37,11 +37,12 @@ train: install ## the flagship on data/sd2 (a GPU)
 export: install ## the newest best checkpoint → bundle/
 	$(BIN)/python -m models.export
 
-test: install ## the tests, offline on the CPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+# a file's tests stay in one process: they share what its fixtures build
+test: install ## the unit tests, offline on the CPU, minutes
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
-test-slow: install ## the long tests too
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m 'not gpu'
+test-all: install ## all tests but those that need a GPU
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not gpu'
 
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .

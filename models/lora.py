@@ -6,15 +6,14 @@ the blocks at the bottom frozen, adapters in the middle, the top trained whole.
 
 import logging
 import re
-import sys
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from core.errors import UserError
+from core.imports import hidden
 from models.backbones.layer_groups import layers
 
 log = logging.getLogger(__name__)
@@ -103,7 +102,9 @@ def _called(backbone: nn.Module, names: list[str], size: int) -> list[str]:
 
 
 def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, dropout: float) -> None:
-    with _without_bitsandbytes():
+    # peft looks for them when it is imported and at each layer; quantized layers are not adapted here, and bitsandbytes
+    # loads torch's compiler: more CPU seconds than the model of a small run takes
+    with hidden("bitsandbytes", "boto3"):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of optional parts that it tries to import
@@ -116,20 +117,3 @@ def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, drop
     for name, module in backbone.named_modules():
         if ".lora_" in name:
             module.training = backbone.training
-
-
-@contextmanager
-def _without_bitsandbytes() -> Iterator[None]:
-    """Hide bitsandbytes from peft, which looks for it when it is imported and at each layer that it adapts.
-
-    It serves quantized layers, which are not adapted here, and its import loads torch's compiler: more CPU seconds than
-    the model of a small run takes.
-    """
-    if "bitsandbytes" in sys.modules:
-        yield
-        return
-    sys.modules["bitsandbytes"] = None  # type: ignore[assignment] – importlib's word for "not to be had"
-    try:
-        yield
-    finally:
-        del sys.modules["bitsandbytes"]

@@ -1,6 +1,7 @@
 """What the tests share: no hub, the data folder beside the project, and one small dataset."""
 
 import os
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read at import
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -18,6 +19,12 @@ if TYPE_CHECKING:
     from tests.tiny_sd2 import TinySD2
 
 SHARED = ROOT.parent / "shared" / "data"
+
+
+def pytest_sessionfinish() -> None:
+    commands = sys.modules.get("tests.commands")
+    if commands is not None:
+        commands.stop_server()
 
 
 @pytest.fixture(scope="session", autouse=True)

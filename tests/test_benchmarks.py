@@ -4,6 +4,8 @@ pytest tests/test_benchmarks.py; the recipes' takes minutes: -m slow
 """
 
 import json
+import subprocess
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,28 @@ import torch
 from tests.commands import ended, run, start
 
 
+def run_tiny(name: str, figures: Path) -> "subprocess.CompletedProcess[str]":
+    """Run a benchmark at its tiny size; infer_cpu once more where it hangs.
+
+    That one ran into the time limit once, with no output after its first line, and not in eighty runs since: it uses
+    the thread pools of torch, ONNX Runtime, OpenVINO and NNCF in one process, and the hang is in none of our code. One
+    that comes again fails, with the stacks of its threads.
+    """
+    command = (f"benchmarks.{name}", "--tiny", "--json", figures)
+    try:
+        return run(*command)
+    except AssertionError as error:
+        if name != "infer_cpu":
+            raise
+        warnings.warn(f"infer_cpu hung once:\n{error}", BenchmarkHung, stacklevel=1)
+        return run(*command)
+
+
+class BenchmarkHung(UserWarning):
+    """A benchmark was started again after it hung; the stacks of its threads are in the message."""
+
+
+@pytest.mark.filterwarnings("default::tests.test_benchmarks.BenchmarkHung")
 @pytest.mark.parametrize(
     ("name", "arms"),
     [
@@ -24,7 +48,7 @@ from tests.commands import ended, run, start
     ],
 )
 def test_a_benchmark_runs_at_a_tiny_size(name: str, arms: set[str], tmp_path: Path) -> None:
-    done = run(f"benchmarks.{name}", "--tiny", "--json", tmp_path / "figures.json")
+    done = run_tiny(name, tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
     assert done.stdout.splitlines()[-1].startswith(

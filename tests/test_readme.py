@@ -145,7 +145,7 @@ def test_readme_is_short() -> None:
     assert max(map(len, lines)) <= 160
 
 
-@pytest.mark.parametrize("target", ["install", "quickstart", "datagen", "train", "export", "test", "test-slow", "lint"])
+@pytest.mark.parametrize("target", ["install", "quickstart", "datagen", "train", "export", "test", "test-all", "lint"])
 def test_makefile_targets(target: str) -> None:
     done = subprocess.run(["make", "-n", "-B", target], cwd=ROOT, capture_output=True, text=True, check=True)
     listed = subprocess.run(["make"], cwd=ROOT, capture_output=True, text=True, check=True).stdout

@@ -262,6 +262,7 @@ def test_any_file_system_of_fsspec(here: Path, tmp_path: Path, monkeypatch: pyte
 # Connections that break
 
 
+@pytest.mark.slow
 def test_training_reads_through_broken_connections(
     here: Path, root: Location, client: Client, line: Line, tmp_path: Path
 ) -> None:

@@ -168,6 +168,7 @@ def test_killed_while_targets_are_written(glyph_dataset: Path, tmp_path: Path) -
     assert contents(out) == contents(glyph_dataset)
 
 
+@pytest.mark.slow
 @LINUX
 def test_ctrl_c_ends_all_quietly_and_resumes(tmp_path: Path) -> None:
     out, marker = tmp_path / "data", uuid.uuid4().hex
@@ -185,6 +186,7 @@ def test_ctrl_c_ends_all_quietly_and_resumes(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "unstopped")
 
 
+@pytest.mark.slow
 @LINUX
 def test_sigterm_drops_the_shards_in_hand(tmp_path: Path) -> None:
     out, marker = tmp_path / "data", uuid.uuid4().hex

@@ -70,6 +70,7 @@ def test_changed_setting_refuses_stored_vectors(change: str, plain: Path, datase
     np.testing.assert_allclose(rows.target(7), encoder.encode(rows.prompts(7))[0], atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_vectors_of_earlier_versions_are_proven_by_encoding_again(
     change: str, plain: Path, dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -133,6 +134,7 @@ def test_wheel_and_copied_folder_have_one_identity(tmp_path: Path) -> None:
     assert TargetEncoder(str(copy), "cpu").identity() == TargetEncoder(MINILM, "cpu").identity()
 
 
+@pytest.mark.slow
 def test_dense_weights_and_routes_count(tmp_path: Path) -> None:
     one, two = (TargetEncoder(str(tiny_encoders.write(tmp_path / f"d{n}" / "m", dense=n)), "cpu") for n in (1, 2))
     assert [line.partition(":")[0] for line in differences(one.identity(), two.identity())] == ["weights_sha256"]
@@ -181,6 +183,7 @@ def test_encoder_that_fails_on_long_texts_is_refused(plain: Path, monkeypatch: p
         TargetEncoder(str(plain), "cpu").encode(["a fox"])
 
 
+@pytest.mark.slow
 def test_targets_command_refuses_a_changed_folder(plain: Path, dataset: Path, tmp_path: Path) -> None:
     from tests.commands import run
 
@@ -196,6 +199,7 @@ def test_targets_command_refuses_a_changed_folder(plain: Path, dataset: Path, tm
     assert read_encoder(dataset, "mine") == before
 
 
+@pytest.mark.slow
 def test_interrupted_curation_starts_again_with_a_changed_encoder(
     plain: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -156,6 +156,7 @@ def _hashes(dataset: Dataset, rows: list[int]) -> list[tuple[str, float]]:
     return [(hashlib.sha256(dataset.image_bytes(i)).hexdigest(), float(dataset.target(i).sum())) for i in rows]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
 def test_a_worker_reads_what_its_parent_reads(whole: Path, method: str) -> None:
     dataset = Dataset(whole, "stand-in")

@@ -49,6 +49,7 @@ def ways(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == text_encoder.__name__]
 
 
+@pytest.mark.slow
 @bf16
 def test_fast_vectors_are_near_the_fp32_ones_for_every_text(
     minilm: SentenceTransformer, wanted: np.ndarray, caplog: pytest.LogCaptureFixture
@@ -73,6 +74,7 @@ def test_exact_vectors_are_the_plain_ones(
     np.testing.assert_array_equal(encode(TEXTS, False), found)
 
 
+@pytest.mark.slow
 def test_without_bf16_instructions_fast_is_exact(
     minilm: SentenceTransformer, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,6 +83,7 @@ def test_without_bf16_instructions_fast_is_exact(
     np.testing.assert_allclose(text_encoder.quick(minilm, True)(TEXTS, False), wanted, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_more_texts_than_a_chunk(
     minilm: SentenceTransformer, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def test_a_ray_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "local")
 
 
+@pytest.mark.slow
 @LINUX
 def test_a_killed_driver_resumes(tmp_path: Path) -> None:
     out = tmp_path / "ray"
@@ -66,6 +67,7 @@ def test_sigterm_ends_quietly(tmp_path: Path) -> None:
     assert err.splitlines()[-1] == "interrupted: the same command resumes"
 
 
+@pytest.mark.slow
 def test_a_cluster_in_use_renders_with_what_is_left(tmp_path: Path) -> None:
     """Its other place is held for good: no shard may wait for it."""
     command = [sys.executable, "-c", HELD, *SMALL, f"out={tmp_path / 'ray'}"]

@@ -299,6 +299,7 @@ def test_a_tar_with_a_hole_is_refused(tmp_path: Path) -> None:
         make(tmp_path / "data", tars=path)
 
 
+@pytest.mark.slow
 def test_the_seven_public_images(shared: Path, tmp_path: Path) -> None:
     """The target encoder gives the official sample_submission.csv."""
     from datagen.dataset.targets import TargetEncoder, write_missing_targets

@@ -115,6 +115,7 @@ def test_sd2_4m_from_a_folder_by_its_clusters(tmp_path: Path) -> None:
     assert [p.name for p in sorted(tmp_path.iterdir())] == ["copy", "out"]
 
 
+@pytest.mark.slow
 def test_prompts_are_curated_as_datagen_does(tmp_path: Path) -> None:
     """By similarity, with the real encoder: no training prompt is near a validation prompt, and targets are written."""
     tiny_published.sd2_4m(tmp_path / "copy", archives=4, images=9)
@@ -285,6 +286,7 @@ def test_sd2_4m_from_the_hub_holding_archives_or_not(tmp_path: Path) -> None:
     assert read_info(tmp_path / "hold-true")["provenance"]["commit"] == COMMIT
 
 
+@pytest.mark.slow
 @pytest.mark.enable_socket
 def test_diffusiondb_from_the_hub_killed_and_offline(tmp_path: Path) -> None:
     tiny_published.diffusiondb(tmp_path / "copy", archives=6, images=6, size=128)

@@ -514,6 +514,7 @@ def test_files_of_a_folder_that_are_not_read_are_listed(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- commands
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["parquet", "tar", "csv"])
 def test_commands_end_with_2_and_write_nothing(tmp_path: Path, case: str) -> None:
     if case == "parquet":

@@ -70,6 +70,7 @@ def path(name: str, at: str = "") -> str:
     return f"prompts.path='hf://datasets/owner/name{at}/{name}'"
 
 
+@pytest.mark.slow
 def test_a_file_of_the_hub_is_fetched_once_and_its_commit_recorded(tmp_path: Path, repo: Path) -> None:
     with TinyHub({"owner/name": repo}) as hub:
         env = hub.environment(tmp_path)
@@ -97,6 +98,7 @@ def test_the_cache_serves_when_the_hub_is_gone(tmp_path: Path, repo: Path) -> No
     assert "again with HF_HUB_OFFLINE=1" in lost.stderr
 
 
+@pytest.mark.slow
 def test_a_glob_of_the_hub(tmp_path: Path, repo: Path) -> None:
     with TinyHub({"owner/name": repo}) as hub:
         env = hub.environment(tmp_path)
@@ -118,6 +120,7 @@ def test_a_member_of_a_zip_of_the_hub(tmp_path: Path, repo: Path) -> None:
     assert list(first["from"]["files"]) == ["data/all.zip/in/p.csv"]
 
 
+@pytest.mark.slow
 def test_a_lost_connection_is_taken_up_again(tmp_path: Path, repo: Path) -> None:
     (repo / "all.txt").write_text("a prompt\n" * 100_000)
     with TinyHub({"owner/name": repo}) as hub:
@@ -166,6 +169,7 @@ def damage(path: Path, case: str) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGES)
 @pytest.mark.parametrize("pattern", ["all.txt", "al*.txt"])
 def test_a_damaged_copy_of_a_hub_file_is_fetched_again_or_refused(
@@ -186,6 +190,7 @@ def test_a_damaged_copy_of_a_hub_file_is_fetched_again_or_refused(
     assert found(read(path(pattern), **{**env, "HF_HUB_OFFLINE": "1"})) == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGES)
 def test_a_damaged_copy_of_a_file_of_another_server_is_fetched_again_or_refused(
     case: str, tmp_path: Path, repo: Path
@@ -223,6 +228,7 @@ def test_a_copy_without_a_record_of_its_checksum_is_not_trusted(tmp_path: Path, 
     assert "has no record of its checksum" in read(url, **env).stderr
 
 
+@pytest.mark.slow
 def test_a_damaged_file_of_a_repository_is_fetched_again(tmp_path: Path, repo: Path) -> None:
     with TinyHub({"owner/name": repo}) as hub:
         script = (
@@ -261,6 +267,7 @@ def test_files_of_any_store_that_fsspec_knows(tmp_path: Path, monkeypatch: pytes
         download.files.cache_clear()
 
 
+@pytest.mark.slow
 def test_a_file_of_another_server_is_fetched_once(tmp_path: Path, repo: Path) -> None:
     with TinyHub({"owner/name": repo}) as hub:
         env = hub.environment(tmp_path)

@@ -74,6 +74,7 @@ def test_a_line_and_its_group_agree_with_its_scene():
         assert 1 <= len(scene.things) <= 3
 
 
+@pytest.mark.slow
 def test_lines_are_mostly_distinct_and_varied():
     found = take(20_000, flourish=0.0)
     assert len({line.prompt for line in found}) >= 0.98 * len(found)

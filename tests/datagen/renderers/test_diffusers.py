@@ -155,6 +155,7 @@ def make(model: Path | str, **changes: Any) -> DiffusersModel:
 # Images
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_images_match_the_models_own_pipeline(models: dict[str, Path], name: str) -> None:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
@@ -175,6 +176,7 @@ def test_images_match_the_models_own_pipeline(models: dict[str, Path], name: str
     assert images.std() > 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
 def test_an_image_depends_on_its_prompt_and_seed_alone(models: dict[str, Path], name: str) -> None:
     prompts, seeds = [f"{PROMPTS[0]} number {n}" for n in range(8)], list(range(8))
@@ -215,6 +217,7 @@ def test_long_prompts_are_truncated(models: dict[str, Path]) -> None:
     assert np.abs(long.astype(int) - longer).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
 def test_an_image_that_overflows_in_half_precision_is_drawn_again(
     models: dict[str, Path], name: str, tmp_path: Path
@@ -361,6 +364,7 @@ def test_of_a_repository_only_what_is_needed_is_loaded(
 # Cost
 
 
+@pytest.mark.slow
 def test_the_cost_is_counted_from_the_configs(models: dict[str, Path]) -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
@@ -393,6 +397,7 @@ def test_real_models_cost_what_they_are_known_to() -> None:
     assert np.isnan(flops.tflop({}.get, 50, 9.0, None))
 
 
+@pytest.mark.slow
 def test_seconds(models: dict[str, Path]) -> None:
     for name in BUILDERS:
         renderer = make(models[name])

@@ -163,11 +163,13 @@ def test_size_words_order_the_object():
     assert areas[2] > 0.15
 
 
+@pytest.mark.slow
 def test_all_objects_draw(small: Glyphs):
     images = small.render([f"a huge red {name}" for name in objects()], [0] * len(objects()))
     assert min(image.std() for image in images) > 10
 
 
+@pytest.mark.slow
 def test_icons_of_different_objects_differ():
     """No two names for nearly the same image: a pig and a piggy bank would be 8.4 apart."""
     renderer = Glyphs(48)

@@ -214,6 +214,7 @@ def test_long_prompts_and_no_prompts_are_drawn(weights: TinySD2) -> None:
         renderer.render(["a"], [1, 2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "apart"), [("bf16", 8), ("fp16", 1)])
 def test_half_precision(weights: TinySD2, precision: str, apart: float) -> None:
     fp32 = make(weights).render(PROMPTS, SEEDS).astype(float)
@@ -280,6 +281,7 @@ def test_the_yaml_is_the_competitions_recipe() -> None:
     assert (cfg.guided_share, cfg.cache_every, cfg.watermark) == (1.0, 1, False)
 
 
+@pytest.mark.slow
 def test_every_bad_value_is_named_at_once() -> None:
     bad = [
         "steps=30",
@@ -380,6 +382,7 @@ def test_the_unet_in_two_depths_is_the_unet(weights: TinySD2) -> None:
     assert not torch.allclose(other, plain, atol=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_deep_features_are_computed_at_every_nth_step(weights: TinySD2, preset: str) -> None:
     plain = make(weights, preset, steps=8).render(PROMPTS, SEEDS)
