@@ -20,8 +20,8 @@ def run(values: dict[str, Any]) -> None:
     from train.tools.linear_probe import search, table
 
     sys.stdout.write(table(search(cfg)) + "\n")
-    log.info("%s is the best of them", cfg.out / "best")
-    log.info("go on from it: python -m train init_from=%s name=…", cfg.out / "best")
+    log.info("best head: %s", cfg.out / "best")
+    log.info("train from it: python -m train init_from=%s name=…", cfg.out / "best")
 
 
 if __name__ == "__main__":

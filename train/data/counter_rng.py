@@ -1,6 +1,6 @@
-"""Random numbers by counting: each is a function of what it is for, so that nothing has to be drawn in order.
+"""Counter-based random numbers: each is a function of its purpose, so nothing depends on the order of calls.
 
-B things that numbers are drawn for, K numbers each.
+B counters, K numbers each.
 """
 
 import torch

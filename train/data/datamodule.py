@@ -1,4 +1,4 @@
-"""The images of a run: which it trains on, which it validates on, and their batches.
+"""LightningDataModule of a run: training images, validation sets, and their loaders.
 
 N images of all datasets."""
 
@@ -33,12 +33,12 @@ _METRICS = ("cosine", "high", "low", "source", "val")  # names that a set of val
 
 
 class ImageDataModule(lightning.LightningDataModule):
-    """The images of a run: those it trains on and those it is judged by.
+    """Training and validation images of a run, and their loaders.
 
     Attributes:
-        images: of `datasets`, then of `val`, numbered through.
-        train_rows: those that are trained on.
-        val_rows: those that the datasets, or the fold, keep for validation; may be none.
+        images: of `datasets`, then of `val`, numbered consecutively.
+        train_rows: training images.
+        val_rows: validation images of the datasets or the fold; may be none.
         purged_rows: those that are neither, being too near the fold's or sharing a prompt or bytes with them.
         left_out: reason → images that are neither for it.
         val_names: of the validation loaders, in order: "val" for `val_rows` if there are any, then one for each of
@@ -82,21 +82,21 @@ class ImageDataModule(lightning.LightningDataModule):
         self.left_out: dict[str, Rows] = {}
         if cfg.fold_of is not None:
             every = _joined([images.rows(n, _sound(images.datasets[n])) for n in trained])
-            made = fold_rows(images, every, cfg.fold_of, cfg.fold_threshold, cfg.seed, device=device, prompts=prompts)
-            self.train_rows, self.val_rows = made.train, made.val
-            self.purged_rows = _joined([made.purged, made.left_out])
+            split = fold_rows(images, every, cfg.fold_of, cfg.fold_threshold, cfg.seed, device=device, prompts=prompts)
+            self.train_rows, self.val_rows = split.train, split.val
+            self.purged_rows = _joined([split.purged, split.left_out])
             near = f"cosine {cfg.fold_threshold:g} or more to a prompt of the fold"
-            self.left_out = {near: made.purged, "shares a prompt or its bytes with the fold": made.left_out}
+            self.left_out = {near: split.purged, "shares a prompt or its bytes with the fold": split.left_out}
             log.info(
                 "fold %s: %s images; %s (%.1f %%) of the others left out, at cosine %g or more to one of its prompts",
-                *(cfg.fold, f"{len(made.val):,}", f"{len(made.purged):,}", 100 * made.share_purged),
+                *(cfg.fold, f"{len(split.val):,}", f"{len(split.purged):,}", 100 * split.share_purged),
                 cfg.fold_threshold,
             )
-            if len(made.left_out):
+            if len(split.left_out):
                 log.warning(
                     "fold %s: %s images are left out of training: they are of a group of more than a fifth of all "
                     "images, and share a prompt or their bytes with the fold",
-                    *(cfg.fold, f"{len(made.left_out):,}"),
+                    *(cfg.fold, f"{len(split.left_out):,}"),
                 )
         else:
             own_train, self.val_rows = _own_splits(images, trained)
@@ -104,7 +104,7 @@ class ImageDataModule(lightning.LightningDataModule):
             if prompts is not None:
                 self.train_rows = without_others_validation(images, prompts, own_train, self.val_rows)
                 self.left_out[_ELSEWHERE] = np.setdiff1d(own_train, self.train_rows)
-        sets = [images.rows(n, _judged(images.datasets[n])) for n in others]
+        sets = [images.rows(n, _validation_rows(images.datasets[n])) for n in others]
         if prompts is not None:
             names = [str(images.datasets[n].root) for n in others]
             refuse_seen(prompts, self.train_rows, dict(zip(names, sets, strict=True)))
@@ -202,7 +202,7 @@ def _own_splits(images: ImageDataset, trained: range) -> tuple[Rows, Rows]:
     return _joined(train), _joined(val)
 
 
-def _judged(dataset: Dataset) -> Rows:
+def _validation_rows(dataset: Dataset) -> Rows:
     return dataset.rows("val") if dataset.splits.get("val") else _sound(dataset)
 
 

@@ -1,7 +1,6 @@
-"""Batches from `datagen.dataset.format`: uint8 images of the model's size, the mean of their captions' vectors,
-weights.
+"""Map-style torch dataset over dataset folders: decoded images at the model's size, target vectors, weights.
 
-Images of several datasets have one numbering. One that cannot be read is left out of its batch, counted and listed.
+Images of several datasets are numbered consecutively. An unreadable image is left out of its batch and listed.
 B images, E target width, S side, N images of all datasets.
 """
 
@@ -26,21 +25,23 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-_AT_ONCE = 65_536  # vectors: 100 MB
+_AT_ONCE = 65_536  # vectors per block: 100 MB
 
 
 @dataclass
 class Batch:
+    """Images, targets and weights of one batch, and the images that could not be read."""
+
     image_BCHW: torch.Tensor  # noqa: N815
     """uint8 [B, 3, S, S]"""
     target_BE: torch.Tensor  # noqa: N815
     """Means of the captions' unit vectors: their dot product with z_BE is the score."""
     row_B: torch.Tensor  # noqa: N815
-    """Numbers of the images in `ImageDataset`."""
+    """Row numbers of the images in `ImageDataset`."""
     weight_B: torch.Tensor  # noqa: N815
-    """How much each counts in the loss, float32; 1 on average over all that is trained on."""
+    """Weight of each image in the loss, float32; 1 on average over the training images."""
     bad: list[tuple[str, str]]
-    """Label and reason of each image left out."""
+    """Label and reason of each unreadable image."""
 
     def pin_memory(self) -> "Batch":
         return self._each(torch.Tensor.pin_memory)
@@ -53,12 +54,12 @@ class Batch:
 
 
 class ImageDataset(TorchDataset):
-    """Decoded images of datasets at the model's size, numbered through.
+    """Decoded images of one or more datasets at the model's size, numbered consecutively.
 
     Args:
         datasets: with the same target vectors.
         preprocessing: of the model.
-        weight_N: how much each image counts, float32; None: all the same.
+        weight_N: weight of each image in the loss, float32; None: equal weights.
 
     Raises:
         UserError: vectors of different encoders.
@@ -71,7 +72,7 @@ class ImageDataset(TorchDataset):
         self.preprocessing = preprocessing
         self.weight_N = weight_N
         self.offsets = np.cumsum([0, *map(len, self.datasets)])
-        """Number of each dataset's first image, and of all images at the end."""
+        """First row number of each dataset; the last entry is the number of all images."""
         self.names = distinct_names(self.datasets)
         _refuse_other_vectors(self.datasets)
 
@@ -80,30 +81,30 @@ class ImageDataset(TorchDataset):
 
     @property
     def width(self) -> int:
-        """E."""
+        """Width E of the target vectors."""
         return self.datasets[0].width
 
     def place(self, row: int) -> tuple[Dataset, int]:
-        """The dataset of an image, and its number there."""
+        """Dataset of an image, and its row number there."""
         number = self.dataset_of(row)
         return self.datasets[number], int(row - self.offsets[number])
 
     def dataset_of(self, row: int) -> int:
-        """Which of `datasets` an image is from."""
+        """Position in `datasets` of an image's dataset."""
         return int(np.searchsorted(self.offsets, row, side="right")) - 1
 
     def rows(self, number: int, own: Rows) -> Rows:
-        """Numbers here of the images `own` of dataset `number`."""
+        """Row numbers here of the rows `own` of dataset `number`."""
         return own + self.offsets[number]
 
     def by_dataset(self, rows: Rows) -> list[tuple[int, NDArray[np.bool_], Rows]]:
-        """Of each dataset that has some of `rows`: its number, which of them they are, and their numbers there."""
+        """Group `rows` by dataset: its position, a mask over `rows`, and the row numbers there."""
         numbers = np.searchsorted(self.offsets, rows, side="right") - 1
         found = [(n, numbers == n) for n in np.unique(numbers).tolist()]
         return [(n, mine, rows[mine] - self.offsets[n]) for n, mine in found]
 
     def parts(self, rows: Rows) -> list[tuple[Dataset, Rows]]:
-        """The datasets that have some of `rows`, each with their numbers there."""
+        """Datasets that have some of `rows`, each with the row numbers there."""
         return [(self.datasets[number], own) for number, _, own in self.by_dataset(rows)]
 
     def key(self, row: int) -> str:
@@ -111,7 +112,7 @@ class ImageDataset(TorchDataset):
         return dataset.key(own)
 
     def label(self, row: int) -> str:
-        """What to call an image in a list: its key, after its dataset's name where there are several."""
+        """Label of an image in lists: its key, preceded by the dataset's name where there are several."""
         name = f"{self.names[self.dataset_of(row)]}/" if len(self.datasets) > 1 else ""
         return f"{name}{self.key(row)}"
 
@@ -124,12 +125,12 @@ class ImageDataset(TorchDataset):
         return dataset.prompts(own)
 
     def image_bytes(self, row: int) -> bytes:
-        """The encoded image, as `Dataset.image_bytes` has it."""
+        """Encoded bytes of an image."""
         dataset, own = self.place(row)
         return dataset.image_bytes(own)
 
     def decoded(self, row: int) -> torch.Tensor:
-        """uint8 [3, H, W], as large as it is.
+        """Decode an image at its own size: uint8 [3, H, W].
 
         Raises:
             CorruptImage, BadImage: it cannot be read.
@@ -149,14 +150,14 @@ class ImageDataset(TorchDataset):
         return found
 
     def mean_target(self, rows: Rows) -> torch.Tensor:
-        """The direction of the mean of their targets, [E]: what best stands for an image that nothing is known of."""
+        """Normalised mean of the images' targets, [E]."""
         total_E = np.zeros(self.width)
         for first in range(0, len(rows), _AT_ONCE):
             total_E += self.targets(rows[first : first + _AT_ONCE]).sum(0, dtype=np.float64)
         return normalize(torch.from_numpy(total_E).float(), dim=-1)
 
     def origins(self, rows: Rows) -> list[dict[str, Any]]:
-        """Each dataset's path and hash, and how many of `rows` it has, as plain JSON."""
+        """Path, hash and number of `rows` of each dataset, as plain JSON."""
         numbers = np.searchsorted(self.offsets, rows, side="right") - 1
         return [
             {"path": str(dataset.root), "sha256": dataset.fingerprint(), "images": int((numbers == number).sum())}
@@ -180,7 +181,7 @@ class ImageDataset(TorchDataset):
 
 
 def distinct_names(datasets: Sequence[Dataset]) -> list[str]:
-    """Names of the datasets' folders, a number behind one that is there already."""
+    """Folder names of the datasets; a repeated name gets a number."""
     names: list[str] = []
     for dataset in datasets:
         plain = name = dataset.root.name or "dataset"

@@ -1,4 +1,4 @@
-"""Batches of decoded images in a sampler's order, by worker processes that end with the training process."""
+"""DataLoader of decoded images whose worker processes end with the training process."""
 
 import atexit
 import functools
@@ -21,7 +21,7 @@ class ResumableLoader(DataLoader):
     def __iter__(self) -> Any:
         try:
             yield from super().__iter__()
-        except UserError as error:  # torch puts the whole trace of a worker into the message
+        except UserError as error:  # torch wraps the message in the traceback of the worker
             raise UserError(str(error).rpartition("UserError: ")[2]) from error
 
     def state_dict(self) -> dict[str, int]:
@@ -40,21 +40,21 @@ def loader(
     keep: bool = True,
     ranks: int = 1,
 ) -> ResumableLoader:
-    """Batches in the sampler's order.
+    """DataLoader of `images` in the order of the batch sampler.
 
     Args:
-        workers: processes that decode. None takes up to 16 beside a GPU; without one the model itself needs the cores,
-            and images are decoded between its steps.
-        keep: whether they stay from one pass to the next.
-        ranks: processes like this one that share the machine's cores.
+        workers: DataLoader workers. None takes up to 16 with a GPU and none without: the model needs the cores, and
+            images are decoded between steps.
+        keep: keep the workers between epochs.
+        ranks: training processes that share the machine's cores.
     """
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         workers = max(min(cores // ranks - 1, 16), 0) if torch.cuda.is_available() else 0
     if workers:
         _end_workers_at_exit()
-    # a fork would copy the parent's threads in whatever state they are; what is forked here is a process that has
-    # imported all a worker needs, once, and done nothing else
+    # a plain fork would copy the parent's threads in an undefined state; the fork server has only imported what workers
+    # need
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])
     return ResumableLoader(
@@ -65,24 +65,24 @@ def loader(
         pin_memory=pin,
         persistent_workers=keep and workers > 0,
         multiprocessing_context=context if workers else None,
-        worker_init_fn=_with_the_run if workers else None,
+        worker_init_fn=_init_worker if workers else None,
     )
 
 
 @functools.cache
 def _end_workers_at_exit() -> None:
-    """Once a process that trains ends, whatever made it end, those that decode for it do.
+    """Kill the DataLoader workers when the training process exits.
 
-    Python would ask them by SIGTERM, which they ignore, and wait for ever where an error left their loader unfinished.
+    Python would send SIGTERM, which they ignore, and wait forever after an error that left the loader unfinished.
     """
     atexit.register(lambda: [child.kill() for child in multiprocessing.active_children() if child.daemon])
 
 
-def _with_the_run(_: int) -> None:
-    """In a process that decodes: it ends when the one that trains does, and not before.
+def _init_worker(_: int) -> None:
+    """DataLoader worker init: ignore SIGINT and SIGTERM, exit with the training process.
 
-    Ctrl-C and SIGTERM reach all processes, and the one that trains decides when to stop. Where that one is killed, this
-    would stay for ever: its parent is the fork server, which lives as long as what it forked.
+    Ctrl-C and SIGTERM reach all processes, and the training process decides when to stop. When that one is killed, a
+    worker would live forever: its parent is the fork server, which lives as long as its children.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

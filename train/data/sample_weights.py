@@ -1,4 +1,4 @@
-"""How much each image counts in the loss: by the source of its prompt, and by a file of keys and weights.
+"""Sample weights of training images: by prompt source, and by a file of keys and weights.
 
     data.sources={diffusiondb: 2} data.weights=weights.parquet      columns key, weight; and dataset, where keys repeat
 
@@ -51,14 +51,18 @@ def image_weights(
         problems += _by_key(images, rows, path, weight_N)
     if problems:
         raise UserError("weights that cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
-    kept = rows[weight_N[rows] > 0]
-    if not len(kept):
-        raise UserError(f"data.sources, data.weights: all {len(rows):,} images count 0; give some a weight above 0")
-    if len(kept) < len(rows):
-        log.info("%s of %s training images count 0 and are left out", f"{len(rows) - len(kept):,}", f"{len(rows):,}")
-    shared_N = np.ones(len(images), np.float32)
-    shared_N[kept] = weight_N[kept] / weight_N[kept].mean()
-    return kept, shared_N
+    weighted = rows[weight_N[rows] > 0]
+    if not len(weighted):
+        raise UserError(f"data.sources, data.weights: all {len(rows):,} images have weight 0; give some more")
+    if len(weighted) < len(rows):
+        log.info(
+            "%s of %s training images have weight 0 and are left out",
+            f"{len(rows) - len(weighted):,}",
+            f"{len(rows):,}",
+        )
+    weights_N = np.ones(len(images), np.float32)
+    weights_N[weighted] = weight_N[weighted] / weight_N[weighted].mean()
+    return weighted, weights_N
 
 
 def _by_source(

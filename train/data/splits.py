@@ -1,10 +1,9 @@
-"""Which images train and which validate: folds over the prompts, and no prompt and no image bytes on both sides.
+"""Training and validation splits: folds over prompts, with no prompt and no image bytes on both sides.
 
     fold_rows(images, rows, (2, 5), threshold=0.7, seed=0)    the second of five folds
 
 Images that share a prompt or bytes are a group (datagen/dataset/splits.py) and in one fold. The images of a group of
-more than
-a fifth of all are dealt to all folds instead, and what shares a prompt or bytes with the fold's own is left out of its
+more than a fifth of all are spread over all folds; those that share a prompt or bytes with the fold are left out of its
 training.
 
 n images, c of their captions, d distinct prompts, V prompts of the fold, E width of their vectors.
@@ -33,30 +32,32 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-_ASKED, _HELD = 4096, 16384  # prompts of both sides that are compared at once
-_ROUNDING = 1e-5  # of a cosine in single precision
-_MOST_JUDGED = 5000  # images that judge a penalty
-_BAR_FROM = 50_000  # prompts that take longer than seconds
+_ASKED, _HELD = 4096, 16384  # prompts of both sides per matrix product
+_ROUNDING = 1e-5  # rounding error of a cosine in single precision
+_MAX_HELD_OUT = 5000  # held-out images for the choice of a penalty
+_BAR_FROM = 50_000  # prompts from which a progress bar is shown: fewer take seconds
 
 
 @dataclass(frozen=True)
 class Fold:
+    """Row numbers of one fold: training, validation, and images in neither."""
+
     train: Rows
     val: Rows
     purged: Rows
-    """Near the fold's prompts, and so neither."""
+    """Images whose prompts are too similar to the fold's; they neither train nor validate."""
     left_out: Rows
     """Images of a group of more than a fifth of all that share a prompt or bytes with the fold; they neither train nor
     validate."""
 
     @property
     def share_purged(self) -> float:
-        """Of the images outside the fold."""
+        """Share of purged images among those outside the fold."""
         return len(self.purged) / max(len(self.purged) + len(self.train), 1)
 
 
 class Prompts:
-    """The captions of all images, each by a number that follows from its text alone."""
+    """Hashes and vectors of all captions of an `ImageDataset`."""
 
     def __init__(self, images: "ImageDataset") -> None:
         self._images = images
@@ -111,14 +112,14 @@ def fold_rows(
     device: torch.device | str = "cpu",
     prompts: Prompts | None = None,
 ) -> Fold:
-    """Deals prompts to folds, one fold to validation, and purges from training what is near it.
+    """Assign prompts to folds, one fold to validation, and purge similar prompts from training.
 
     A prompt's fold follows from the seed and its text, whatever the dataset and its order; prompts of a named group go
     by the group's name. Images that share a caption or bytes share a fold, but for those of a group of more than a
     fifth of all images: they are dealt out evenly, whatever their named group. Every image is validated in one fold.
 
     Args:
-        rows: images to deal out.
+        rows: images to split.
         fold: (i, n): the i-th of n, from 1.
         threshold: a training image with a caption of this cosine or more to one of the fold's is purged; above 1
             purges none.
@@ -144,25 +145,24 @@ def fold_rows(
     near = np.zeros(len(train), bool)
     if threshold <= 1 and len(train) and len(val):
         near = _near(prompts, train, val, threshold, torch.device(device))
-    made = Fold(train[~near], val, train[near], rows[left_out_n])
-    if not len(made.train) or not len(val):
+    result = Fold(train[~near], val, train[near], rows[left_out_n])
+    if not len(result.train) or not len(val):
         empty = "training" if len(val) else "the fold"
         raise UserError(
             f"fold: {number}/{count} leaves nothing to {empty}: {len(np.unique(group_n)):,} prompts or groups in all, "
-            f"{len(made.purged):,} images purged at a cosine of {threshold}, {len(made.left_out):,} left out that "
+            f"{len(result.purged):,} images purged at a cosine of {threshold}, {len(result.left_out):,} left out that "
             "share a prompt or bytes with the fold; take fewer folds, more images, or a higher fold_threshold"
         )
-    return made
+    return result
 
 
 def penalty_parts(images: "ImageDataset", rows: Rows) -> NDArray[np.int8]:
-    """Which of `rows` choose a ridge head's penalty, in the parts of `models.head_init`: about a tenth judges, and what
-    shares a prompt or bytes with them is not fitted meanwhile.
+    """Split `rows` for the choice of a ridge penalty into the parts of `models.head_init`; a tenth is held out.
 
-    Where that leaves nothing to judge or to fit, as of images that all have one prompt, every tenth image judges: the
-    penalty is then a guess, and no score depends on the split.
+    Images that share a prompt or bytes with held-out ones are in neither part. Where that leaves one part empty, as
+    with a single prompt, every tenth image is held out: the penalty is then a guess, and no score depends on the split.
     """
-    division = divide(Prompts(images).links(rows), min(0.1, _MOST_JUDGED / max(len(rows), 1)), 0)
+    division = divide(Prompts(images).links(rows), min(0.1, _MAX_HELD_OUT / max(len(rows), 1)), 0)
     part_n = np.where(division.val_n, JUDGE, np.where(division.left_out_n, NEITHER, FIT)).astype(np.int8)
     if not (part_n == JUDGE).any() or not (part_n == FIT).any():
         part_n = np.where(np.arange(len(rows)) % 10 == 0, JUDGE, FIT).astype(np.int8)
@@ -170,7 +170,7 @@ def penalty_parts(images: "ImageDataset", rows: Rows) -> NDArray[np.int8]:
 
 
 def without_others_validation(images: "ImageDataset", prompts: Prompts, train: Rows, val: Rows) -> Rows:
-    """`train` without images that share a prompt or bytes with another dataset's validation; logs how many."""
+    """Drop training images that share a prompt or bytes with another dataset's validation; log how many."""
     seen = np.zeros(len(train), bool)
     for number, mine, own in images.by_dataset(train):
         others = [images.rows(n, theirs) for n, _, theirs in images.by_dataset(val) if n != number]
@@ -188,9 +188,10 @@ def without_others_validation(images: "ImageDataset", prompts: Prompts, train: R
 
 
 def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None:
-    """
+    """Refuse validation sets whose prompts are in training.
+
     Args:
-        sets: name → images that training must not have seen.
+        sets: name → images of the validation set.
 
     Raises:
         UserError: naming each set that has prompts of training.
@@ -210,7 +211,7 @@ def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None
 
 
 def _labels(images: "ImageDataset", prompts: Prompts, rows: Rows) -> NDArray[np.int64]:
-    """A number for each image, the same for those that a caption, bytes or a group tie together: [n]."""
+    """Number of each image, [n], equal for images linked by a caption, bytes or a group."""
     group_n = np.zeros(len(rows), np.int64)
     for number, mine, own in images.by_dataset(rows):
         group_n[mine] = images.datasets[number].group_hashes()[own]
@@ -225,7 +226,7 @@ def _labels(images: "ImageDataset", prompts: Prompts, rows: Rows) -> NDArray[np.
 
 
 def _near(prompts: Prompts, train: Rows, val: Rows, threshold: float, device: torch.device) -> NDArray[np.bool_]:
-    """Which training images have a caption at cosine ≥ threshold to one of the validation images': [n].
+    """Whether each training image has a caption at cosine ≥ threshold to a validation caption, [n].
 
     Exact: products in single precision decide all but those within its rounding, which double precision decides.
     """

@@ -1,9 +1,9 @@
-"""A page to try a model on images of your own: the nearest prompts, and how much of it each baseline accounts for.
+"""Demo page: upload an image, see the nearest prompts and the share that each baseline explains.
 
     python -m train.demo
     python -m train.demo checkpoint=bundle bank=prompts.txt baselines=[mean,retrieve]
 
-What is shown is train/demo/explain.py, the page around it train/demo/page.py.
+train/demo/explain.py computes the results, train/demo/page.py serves the page.
 """
 
 import importlib.util
@@ -91,17 +91,17 @@ def place_of(cfg: DemoSettings) -> tuple[Path, Path | None]:
     beside = folder.absolute().parent
     run = cfg.run or (beside if (beside / "settings.json").is_file() else None)
     if not (folder / "config.json").is_file():
-        raise UserError(f"checkpoint: {folder} is no checkpoint, bundle or ensemble: it has no config.json")
+        raise UserError(f"checkpoint: {folder} is not a checkpoint, bundle or ensemble: it has no config.json")
     if run is None:
         found = [f"baselines: {n} is fitted on images" for n in ("knn", "ridge") if n in (cfg.baselines or ())]
         found += [] if cfg.bank else ["bank: there are no prompts; name a file or a dataset, bank=prompts.txt"]
         if found:
-            raise UserError("\n".join([*found, f"{folder} lies in no run; name one, run=checkpoints/NAME"]))
+            raise UserError("\n".join([*found, f"{folder} is not in a run folder; name a run, run=checkpoints/NAME"]))
     return folder, run
 
 
 def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, Words]":
-    """What the page shows images to, and what it says of it. Loads the model and has it look at an image.
+    """Load the model, prompt index and baselines, and run them on one image.
 
     Args:
         folder, run: as `place_of` gives them.
@@ -131,7 +131,7 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
     targets = (data.images.datasets[0].encoder_identity if data else None) or identity_of(config)
     require_same(config, folder, targets, "the run's dataset")
     if cfg.bank is not None:
-        bank, told = (
+        bank, source = (
             prompt_index.from_places([cfg.bank], encoder, device=device.type, identity=targets),
             str(cfg.bank),
         )
@@ -139,7 +139,7 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
         assert data is not None
         assert run is not None
         bank = prompt_index.from_images(data.images.parts(data.train_rows))
-        told = f"the training prompts of {run.absolute().name}"
+        source = f"the training prompts of {run.absolute().name}"
     evaluate = settings(EvaluateSettings, compose("evaluate", []))
     names = cfg.baselines if cfg.baselines is not None else ("mean", *(["knn"] if run else []), "retrieve")
     if data is not None and {"knn", "ridge"} & {*names}:
@@ -148,13 +148,13 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
             "baselines=[mean,retrieve] starts at once",
             f"{len(data.train_rows):,}",
         )
-    contenders = EmbedderRegistry(evaluate, folder, encoder, targets, data, values, backbone, device)
-    baselines = {n: _mean(folder) if n == "mean" else contenders.of(n).make() for n in names if n != "retrieve"}
+    registry = EmbedderRegistry(evaluate, folder, encoder, targets, data, values, backbone, device)
+    baselines = {n: _mean(folder) if n == "mean" else registry.of(n).make() for n in names if n != "retrieve"}
     retrieve = prompt_index.PromptRetriever(bank, evaluate.retrieve.neighbours, evaluate.retrieve.power)
     shown = {"neighbours": cfg.neighbours, "most_pixels": cfg.most_pixels}
     demo = Demo(embedder, bank, baselines, retrieve if "retrieve" in names else None, **shown)
-    demo.look(_grey())  # what does not fit together is told now; the first visitor does not wait
-    return demo, Words(str(folder), told, len(bank))
+    demo.look(_grey())  # mismatches fail now, and the first visitor does not wait
+    return demo, Words(str(folder), source, len(bank))
 
 
 def _mean(folder: Path) -> "Mean":

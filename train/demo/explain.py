@@ -126,9 +126,9 @@ class Demo:
         other_KE = np.concatenate([np.zeros((0, z_1E.shape[1]), np.float32), *others.values()])
         share_K, rest = shares(z_1E[0], other_KE)
         # the mean is the same of any image
-        told = {name: self._bank.nearest(other_1E, 1)[0][0] for name, other_1E in others.items() if name != "mean"}
+        texts = {name: self._bank.nearest(other_1E, 1)[0][0] for name, other_1E in others.items() if name != "mean"}
         parts = [
-            Part(name, EXPLAINED.get(name, ""), float(share), float(other_E @ z_1E[0]), told.get(name))
+            Part(name, EXPLAINED.get(name, ""), float(share), float(other_E @ z_1E[0]), texts.get(name))
             for name, share, other_E in zip(others, share_K, other_KE, strict=True)
         ]
         height, width = image_CHW.shape[1:]

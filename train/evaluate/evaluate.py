@@ -1,16 +1,16 @@
-"""Any embedder on a dataset: mean cosine with its 95 % interval, paired differences, and a page that shows them.
+"""Score embedders on a dataset: mean cosine with its 95 % interval, paired differences, leakage and a page.
 
 python -m train.evaluate
 python -m train.evaluate embedders=[mean,knn,ridge,regressor,ensemble]
 python -m train.evaluate embedders=[blip,coca,clip_interrogator,retrieve,regressor] run=checkpoints/vith14
 python -m train.evaluate embedders=[checkpoints/a,checkpoints/b,ensemble] dataset=data/comp out=comp_scores
 
-<out>/evaluation.json, report.html, keys.json, pictures.json       all that is told; the page; of each image
+<out>/evaluation.json, report.html, keys.json, pictures.json       scores; the page; per image
       predictions/NAME.npy [n, E], scores/NAME.npy [n], texts/NAME.json [n]
-      ensemble/                                                    as one embedder, where its members are checkpoints
+      ensemble/                                                    one embedder, where its members are checkpoints
 
-Without `dataset`, a run is judged on its own validation images: those of all its datasets together, or its fold.
-Predictions are kept (train/evaluate/prediction_cache.py): what was computed once is read.
+Without `dataset`, a run is evaluated on its own validation images: those of all its datasets, or its fold. Predictions
+are cached (train/evaluate/prediction_cache.py).
 """
 
 import logging
@@ -28,10 +28,10 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: EvaluateSettings) -> dict[str, Any]:
-    """Scores the embedders, writes the folder and its page, and returns what `evaluation.json` holds.
+    """Score the embedders, write the folder and its page, and return the content of `evaluation.json`.
 
     Raises:
-        UserError: the run, a checkpoint, dataset, bank or embedder cannot be used.
+        UserError: the run, a checkpoint, dataset, prompt index or embedder cannot be used.
     """
     if cfg.run is not None:
         read_settings(cfg.run)

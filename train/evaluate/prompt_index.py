@@ -1,12 +1,12 @@
-"""Prompts and their target vectors, of datasets and files: to find a vector's nearest prompts, in text.
+"""Prompt index: distinct prompts of datasets and files with their target vectors, for nearest-prompt retrieval.
 
-    bank = from_places(["data/sd2", "prompts.parquet"], "all-MiniLM-L6-v2")
-    bank.nearest(z_BE, 3)                                   for each vector, three cosines and texts
-    vector_BE, texts = PromptRetriever(bank).from_vectors(z_BE)    a weighted mean of the nearest prompts' vectors
+    index = from_places(["data/sd2", "prompts.parquet"], "all-MiniLM-L6-v2")
+    index.nearest(z_BE, 3)                                  for each vector, three cosines and texts
+    vector_BE, texts = PromptRetriever(index).from_vectors(z_BE)    a weighted mean of the nearest prompts' vectors
 
 <cache>/banks/<hash>/about.json, vectors.npy (core/cache.py), index-<hash>.faiss (models/retrieval/vector_index.py)
 
-A dataset gives the vectors that it has; a file's prompts are encoded once, part by part: a killed pass goes on. <cache>
+A dataset gives the vectors that it has; a file's prompts are encoded once, part by part: a killed run resumes. <cache>
 is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; the hash covers the texts and who encoded them. Vectors take
 4 E bytes of disk a prompt and are mapped; texts are held in memory, each once.
 
@@ -47,8 +47,8 @@ log = logging.getLogger(__name__)
 Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
-_FORMAT = 1  # of what is kept
-_LINES = 100_000  # prompts handled at a time
+_FORMAT = 1  # version of the cached files
+_LINES = 100_000  # prompts per block
 
 
 class Source(Protocol):
@@ -83,13 +83,13 @@ class PromptIndex:
         texts = pa.chunked_array([chunk for s in sources for chunk in s.prompts.chunks], pa.large_string())
         distinct = pa.concat_arrays(texts.chunks).dictionary_encode() if texts.num_chunks else None
         if distinct is None or not len(distinct):
-            raise UserError(f"no prompt for a bank in {', '.join(s.name for s in sources) or 'no place'}")
+            raise UserError(f"no prompt to index in {', '.join(s.name for s in sources) or 'no place'}")
         self._texts: pa.Array = distinct.dictionary
         first_n = np.unique(distinct.indices.to_numpy(), return_index=True)[1]  # they are numbered as they appear
         starts = np.cumsum([0, *(len(s.prompts) for s in sources)])
         self._source_n = np.searchsorted(starts, first_n, side="right") - 1
         self._row_n: Rows = first_n - starts[self._source_n]
-        log.info("bank: %s different prompts of %s", f"{len(self):,}", f"{len(texts):,}")
+        log.info("prompt index: %s distinct prompts of %s", f"{len(self):,}", f"{len(texts):,}")
 
     def __len__(self) -> int:
         return len(self._texts)
@@ -106,7 +106,7 @@ class PromptIndex:
         return is_exact(len(self), self._exact)
 
     def holds(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """Whether each text is one of the prompts, letter by letter: it must not hold those it is judged on."""
+        """Whether each text is one of the prompts, verbatim: leakage of evaluated prompts."""
         found = pc.call_function("is_in", [pa.array(texts, pa.large_string())], pc.SetLookupOptions(self._texts))
         return found.to_numpy(zero_copy_only=False)
 
@@ -145,7 +145,7 @@ class PromptIndex:
         return kept(self._folder, self.vectors, exact=self._exact)
 
     def nearest(self, vector_BE: Floats, k: int) -> list[list[tuple[float, str]]]:
-        """For each vector its k nearest prompts, with their cosines, the nearest first; fewer of a smaller bank.
+        """For each vector its k nearest prompts, with their cosines, the nearest first; fewer of a smaller index.
 
         Raises:
             UserError: the vectors are of another width, zero or not finite.
@@ -155,7 +155,7 @@ class PromptIndex:
         return [[(cosine, next(texts)) for cosine in cosine_k] for cosine_k in cosine_Bk.tolist()]
 
     def nearest_distinct(self, vector_BE: Floats, k: int) -> Rows:
-        """The rows, in order, that hold each vector's k nearest different vectors: of equal ones one row at least.
+        """Sorted rows that hold each vector's k nearest distinct vectors: of equal vectors at least one row.
 
         Prompts may have equal vectors, as those that differ in capitals have for some encoders: of the k nearest rows
         fewer than k may differ.
@@ -199,7 +199,7 @@ class PromptIndex:
             parts[number] = own, self._sources[number].vectors(row_n[own], self.texts(own + start))
         widths = {self._sources[n].name: vectors.shape[1] for n, (_, vectors) in parts.items()}
         if len(set(widths.values())) > 1:
-            raise UserError(f"a bank's vectors must be of one encoder, but their widths are {widths}")
+            raise UserError(f"the vectors of a prompt index must be of one encoder, but their widths are {widths}")
         found = np.empty((stop - start, next(iter(widths.values()))), np.float32)
         for own, vectors in parts.values():
             found[own] = vectors
@@ -207,16 +207,16 @@ class PromptIndex:
 
 
 class PromptRetriever:
-    """Vectors → the mean of the k nearest prompts' vectors, each weighted by its cosine to a power; and a text.
+    """Map vectors to the weighted mean of the k nearest prompts' vectors, and to the nearest prompt.
 
     Args:
-        bank: of prompts.
+        index: prompts to retrieve from.
         k: neighbours.
         power: of the cosines; the higher, the more the nearest counts.
     """
 
-    def __init__(self, bank: PromptIndex, k: int = 20, power: float = 1.0) -> None:
-        self._bank, self._k, self._power = bank, k, power
+    def __init__(self, index: PromptIndex, k: int = 20, power: float = 1.0) -> None:
+        self._prompts, self._k, self._power = index, k, power
 
     def identity(self) -> dict[str, Any]:
         """What the answers depend on beside the vectors, with nothing loaded.
@@ -224,8 +224,8 @@ class PromptRetriever:
         Raises:
             UserError: as `PromptIndex.identity`.
         """
-        index = about(len(self._bank), self._bank.exact)
-        return {"bank": self._bank.identity(), "index": index, "k": self._k, "power": self._power}
+        index = about(len(self._prompts), self._prompts.exact)
+        return {"bank": self._prompts.identity(), "index": index, "k": self._k, "power": self._power}
 
     def from_vectors(self, z_BE: Floats) -> tuple[Floats, list[str]]:
         """Unit vectors [B, E], and for each vector the nearest prompt.
@@ -233,8 +233,8 @@ class PromptRetriever:
         Raises:
             UserError: as `PromptIndex.nearest`.
         """
-        cosine_Bk, row_Bk = self._bank.index.search(z_BE, self._k)
-        return weighted_mean(self._bank.vectors, cosine_Bk, row_Bk, self._power), self._bank.texts(row_Bk[:, 0])
+        cosine_Bk, row_Bk = self._prompts.index.search(z_BE, self._k)
+        return weighted_mean(self._prompts.vectors, cosine_Bk, row_Bk, self._power), self._prompts.texts(row_Bk[:, 0])
 
 
 def blend(z_BE: Floats, retrieved_BE: Floats, share: float) -> Floats:
@@ -285,7 +285,7 @@ def from_places(
     .parquet.
 
     A dataset gives the prompts of one split, unless told otherwise of `train`: those of its validation images are
-    not in the bank. A file gives all that `datagen.prompts.captions` takes for text.
+    not in the index. A file gives all that `datagen.prompts.captions` takes for text.
 
     Args:
         encoder: a hub name or folder, as of `TargetEncoder`, or the name that a dataset has its vectors under.
@@ -293,7 +293,7 @@ def from_places(
         split: of the datasets.
         device: that encodes a file's prompts; None takes the best there is.
         exact: as in `PromptIndex`.
-        identity: of the encoder whose vectors the bank's are compared with; None where that is unknown.
+        identity: of the encoder whose vectors the index is compared with; None where that is unknown.
 
     Raises:
         UserError: naming every place that cannot be read, lacks the column or holds no prompt, or holds vectors of
@@ -351,7 +351,7 @@ def encoder_identity(model: str) -> dict[str, Any]:
 
 
 class _Encoder:
-    """The target encoder that the files of a bank share."""
+    """The target encoder that the files of a prompt index share."""
 
     def __init__(self, model: str, device: str | None, expected: Mapping[str, Any] | None) -> None:
         self.model = encoder_source(model)
@@ -397,7 +397,7 @@ class _File:
         for reason, count in left_out.items():
             log.warning("%s: left out %s prompts: %s", path, f"{count:,}", reason)
         if not len(self.prompts):
-            raise UserError(f"{path} holds no prompt; a bank needs one at least")
+            raise UserError(f"{path} holds no prompt; an index needs at least one")
 
     def identity(self) -> dict[str, Any]:
         return self._encoder.identity

@@ -1,9 +1,10 @@
-"""The embedders of an evaluation by their names: checkpoints, baselines fitted on the run's images, captioners.
+"""Registry of embedders by name: checkpoints, baselines fitted on the run's images, captioners.
 
-    contenders = EmbedderRegistry(chosen, place, data, device)
-    contenders.of("regressor"), contenders.of("checkpoints/vith14")
+    registry = EmbedderRegistry(cfg, folder, encoder, targets, data, run, backbone, device)
+    registry.of("regressor"), registry.of("checkpoints/vith14")
 
-What they are made of is found out when they are first needed. n training images, D feature width, E target width.
+Features and models are computed or loaded when they are first needed.
+n training images, D feature width, E target width.
 """
 
 import re
@@ -57,12 +58,13 @@ def newest_run() -> Path:
 
 
 class EmbedderRegistry:
-    """
+    """Embedders that an evaluation can name, loaded lazily.
+
     Args:
-        chosen: the settings; `chosen.embedders` names those that are asked for.
+        cfg: the settings; `cfg.embedders` names the embedders.
         folder: of the regressor; None where none is needed.
         encoder: the target encoder whose vectors are compared, by its name in a dataset.
-        targets: what the dataset tells of it.
+        targets: identity of that encoder in the dataset.
         data: the run's images; None where nothing is fitted on them.
         run: `settings.json` of the run; None, likewise.
         backbone: of the run, and its preprocessing.
@@ -84,9 +86,9 @@ class EmbedderRegistry:
         self._encoder = encoder_source(encoder)
         self._targets, self._data, self._run, self._backbone = targets, data, run, backbone
         self.folders: dict[str, Path] = {}
-        """Of those that are checkpoints, bundles or ensembles: name → folder."""
+        """Folders of checkpoints, bundles and ensembles by name."""
         self.bank: PromptIndex | None = None
-        """Of knn, where it has prompts."""
+        """Prompt index of knn, where it has one."""
 
     def all(self, entries: Sequence[str]) -> dict[str, LazyEmbedder]:
         """The embedders that entries of `embedders` name.
@@ -100,9 +102,9 @@ class EmbedderRegistry:
                 found[entry] = self.of(entry)
             except UserError as error:
                 problems.append(str(error))
-        strangers = [name for name, v in self._cfg.tta.items() if v != ViewsSettings() and name not in self.folders]
+        unknown = [name for name, v in self._cfg.tta.items() if v != ViewsSettings() and name not in self.folders]
         known = ", ".join(self.folders) or "none here"
-        problems += [f"tta.{name}: views are for checkpoints and their like alone: {known}" for name in strangers]
+        problems += [f"tta.{name}: views are for checkpoints and their like alone: {known}" for name in unknown]
         if problems:
             raise UserError("\n".join(problems))
         return found
@@ -149,7 +151,7 @@ class EmbedderRegistry:
         if about["encoder"] != self._encoder_name and not recorded:
             raise UserError(
                 f"{folder} is of the target encoder {about['encoder']}, but the vectors compared here are of "
-                f"{self._encoder_name}; leave it out, or judge it by itself"
+                f"{self._encoder_name}; leave it out, or evaluate it alone"
             )
         require_same(about, folder, self._targets, "the evaluated dataset")
         name = entry if entry == "regressor" else self._named(folder)
@@ -245,7 +247,7 @@ class EmbedderRegistry:
                 f"the target encoder {self._encoder} (here) is not the one that wrote the dataset's vectors (there), "
                 "or its settings were changed:\n"
                 + "\n".join(f"  {line}" for line in lines)
-                + "\nRemove the dataset's folder in targets/ and write the vectors anew: "
+                + "\nRemove the dataset's folder in targets/ and write the vectors again: "
                 f"python -m datagen.targets out=DATASET encoder={self._encoder}"
             )
         return encoder.encode
@@ -310,7 +312,7 @@ class EmbedderRegistry:
         return ClipInterrogator(cfg.clip, blip, device, mode=cfg.mode, words=cfg.words, cache=cache_folder() / "words")
 
     def _named(self, folder: Path) -> str:
-        """A name for a folder that can be a file's: its own, behind that of its run."""
+        """Name for an embedder folder that is valid as a file name: run name, then folder name."""
         folder = folder.resolve()
         run = run_of(folder)
         parts = [folder.name] if run in (None, folder) else [run.name, folder.name]

@@ -1,4 +1,4 @@
-"""What a page tells of an evaluation: who scores what and how surely, where it is right and where it fails.
+"""HTML page of an evaluation: scores with intervals, leakage, breakdowns, best and worst predictions.
 
     path = write(Path("checkpoints/quickstart/evaluation"), Path("report.html"))     a page of its own
     add(page, evaluation, images, known)                                           sections of a run's page
@@ -46,7 +46,7 @@ def write(
     nearest: int = 3,
     seed: int = 0,
 ) -> Path:
-    """Writes a page about the evaluation in `folder`, and returns its absolute path.
+    """Write a page about the evaluation in `folder`, and returns its absolute path.
 
     Args:
         known: training images whose prompts are listed beside what was predicted, datasets being open with the
@@ -93,8 +93,8 @@ def headline(evaluation: Evaluation) -> dict[str, str | tuple[str, str]]:
         facts["Next best" if mean <= main["mean"] else "Best"] = (f"{mean:.3f}", rival)
         for name, difference, low, high in _differences(evaluation):
             if name == rival:
-                apart = "apart from zero" if _apart(low, high) else "not apart from zero"
-                facts[f"Over {rival}"] = (_signed(difference), f"{_signed(low)} to {_signed(high)}, {apart}")
+                verdict = "significant" if _is_significant(low, high) else "not significant"
+                facts[f"Over {rival}"] = (_signed(difference), f"{_signed(low)} to {_signed(high)}, {verdict}")
     retrieval = evaluation.info["retrieval"] or {"scores": []}
     for score in retrieval["scores"]:
         if score["name"] == main["name"]:
@@ -118,10 +118,10 @@ def add(
     nearest: int = 3,
     seed: int = 0,
 ) -> None:
-    """Adds the sections about an evaluation to `page`.
+    """Add the sections about an evaluation to `page`.
 
     Args:
-        images: as `pictures_of` gives them.
+        images: as `images_of` gives them.
         known: datasets, open with the evaluation's encoder, and the images whose prompts are compared with what was
             predicted.
         what: those prompts are called.
@@ -203,7 +203,7 @@ def _differences(evaluation: Evaluation) -> list[tuple[str, float, float, float]
     return found
 
 
-def _apart(low: float, high: float) -> bool:
+def _is_significant(low: float, high: float) -> bool:
     return low > 0 or high < 0
 
 
@@ -219,25 +219,31 @@ def _pairs(page: "Page", evaluation: Evaluation) -> None:
         return
     page.section(
         "Paired differences",
-        "How far one embedder is above another on the same images. Where the interval holds zero, either could be "
-        "the better one.",
+        "How far one embedder is above another on the same images. An interval that includes 0 is not significant.",
     )
     found = _differences(evaluation)
     if found:
         names, means, lows, highs = zip(*found, strict=True)
-        apart = [name for name, _, low, high in found if _apart(low, high)]
+        apart = [name for name, _, low, high in found if _is_significant(low, high)]
         page.figure(
             plots.intervals(
                 names, means, lows, highs, label=f"{info['main']} minus the other", highlight=apart, zero=True
             ),
             f"Mean cosine of {info['main']} less that of each other embedder, with the 95 % interval of the "
-            "difference; in grey where it holds zero.",
+            "difference; in grey where it includes 0.",
             ", ".join(f"over {name}: {_signed(mean)}" for name, mean in zip(names, means, strict=True)) + ".",
         )
     page.table(
-        ["Higher", "Lower", "Difference", "95 % low", "95 % high", "Apart from zero"],
+        ["Higher", "Lower", "Difference", "95 % low", "95 % high", "Significant"],
         [
-            [p["a"], p["b"], p["difference"], p["low"], p["high"], "yes" if _apart(p["low"], p["high"]) else "no"]
+            [
+                p["a"],
+                p["b"],
+                p["difference"],
+                p["low"],
+                p["high"],
+                "yes" if _is_significant(p["low"], p["high"]) else "no",
+            ]
             for p in info["pairs"]
         ],
         "Every pair.",
@@ -321,7 +327,7 @@ def _trends(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str
         ("Score by prompt length", "Do long prompts score lower?", WORDS, evaluation.words),
         (
             "Score by distance to training",
-            "Does it know, or does it remember? The further left, the less like any training prompt.",
+            "Further left: less similar to any training prompt.",
             NEAREST,
             evaluation.nearest,
         ),

@@ -1,7 +1,7 @@
-"""What `python -m train.evaluate` left in its folder, read back whole, and the images that it was of.
+"""Read the folder that `python -m train.evaluate` wrote, and find its images in their datasets.
 
     evaluation = read_evaluation(Path("checkpoints/quickstart/evaluation"), "evaluate first: …")
-    images = pictures_of(evaluation, {}, "evaluate again: …")
+    images = images_of(evaluation, {}, "evaluate again: …")
 
 Without torch. N evaluated images, G groups along a scale, E target width.
 """
@@ -33,7 +33,7 @@ Trend = tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64], NDA
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `train.evaluate` left on disk: N images, vectors of width E."""
+    """Contents of an evaluation folder: N images, vectors of width E."""
 
     info: dict[str, Any]
     """`evaluation.json`."""

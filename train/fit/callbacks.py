@@ -1,8 +1,8 @@
-"""What watches a run: progress, throughput, resume points, the best checkpoint, a loss that is no number.
+"""Lightning callbacks of a run: progress bar, throughput, resume checkpoints, best checkpoint, NaN loss.
 
-Nothing here touches the weights: a run without callbacks ends with the same ones.
+Callbacks never change weights: a run without them ends with the same weights.
 """
-# ruff: noqa: ARG002 – Lightning hands every hook all it has
+# ruff: noqa: ARG002 – Lightning passes every argument to every hook
 
 import logging
 import math
@@ -32,16 +32,16 @@ from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 
-_ECHO = 2.0  # seconds in which a second signal is the first one again, passed on by a launcher
-_LATE = 2  # steps after which a loss is looked at: the GPU has it by then, and nothing waits
+_ECHO = 2.0  # seconds within which a second signal is the same one, forwarded by a launcher
+_LATE = 2  # steps after which the loss is read: the GPU has computed it by then, so nothing waits
 
 
 class Progress(Callback):
-    """A bar with images a second and time left; the same rate goes to the log.
+    """Progress bar with images per second and time left; logs the same rate.
 
     Args:
-        peak_step: the step of the highest rate, which goes to the log even between two of its lines.
-        mfu: images a second → model FLOPs utilisation of all devices; None where their peak is not known.
+        peak_step: step of the highest learning rate; it is logged even between two log steps.
+        mfu: images per second → model FLOPs utilisation of all devices; None where their peak is unknown.
     """
 
     def __init__(self, plan: Plan, log_every: int, peak_step: int, mfu: Callable[[float], float] | None) -> None:
@@ -56,7 +56,7 @@ class Progress(Callback):
     def on_train_batch_start(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # at the step's end the next one's is set
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step, the optimizer has the next step's rate
 
     def on_train_batch_end(
         self,
@@ -74,15 +74,15 @@ class Progress(Callback):
             self._began, self._images = time.perf_counter(), 0
             measured = {"train/images_per_s": rate, "train/lr": self._lr}
             if self._mfu is not None and trainer.global_step > self._plan.head_steps:
-                # before, the backbone has no backward pass
+                # before that, the backbone has no backward pass
                 measured["train/mfu"] = self._mfu(rate)
             pl_module.log_dict(measured, rank_zero_only=True)
             if self._bar is not None:
                 loss = trainer.callback_metrics.get("train/loss")
-                told = [f"{rate:,.0f} pictures/s"]
-                told += [f"MFU {measured['train/mfu']:.0%}"] if "train/mfu" in measured else []
-                told += [f"loss {loss:.4f}"] if loss is not None else []
-                self._bar.set_postfix_str(", ".join(told), refresh=False)
+                figures = [f"{rate:,.0f} images/s"]
+                figures += [f"MFU {measured['train/mfu']:.0%}"] if "train/mfu" in measured else []
+                figures += [f"loss {loss:.4f}"] if loss is not None else []
+                self._bar.set_postfix_str(", ".join(figures), refresh=False)
         elif trainer.global_step == self._peak_step:
             for logger in trainer.loggers:
                 logger.log_metrics({"train/lr": self._lr}, step=trainer.global_step - 1)
@@ -96,8 +96,10 @@ class Progress(Callback):
             step = f"step {trainer.global_step}" + (" (the start)" if trainer.sanity_checking else "")
             line = f"{step}: val/cosine {score.mean:.4f} [{score.low:.4f}, {score.high:.4f}]"
             others = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/") and k.count("/") > 1}
-            told = [f"{k.removeprefix('val/')} {v:.4f}" for k, v in others.items() if not k.endswith(("/low", "/high"))]
-            line = ", ".join([line, *told])
+            cosines = [
+                f"{k.removeprefix('val/')} {v:.4f}" for k, v in others.items() if not k.endswith(("/low", "/high"))
+            ]
+            line = ", ".join([line, *cosines])
             if self._bar is None:
                 log.info("%s", line)
             else:
@@ -119,32 +121,34 @@ class Progress(Callback):
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
-    """Writes a checkpoint, with its checksum, where it is told to; Lightning's goes by a second copy in memory and the
-    folder for temporary files, whose disk may be small."""
+    """Write checkpoints with a checksum directly to their path.
+
+    Lightning's own plugin makes a second copy in memory and in the folder for temporary files, whose disk may be small.
+    """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
         try:
-            with Path(path).open("wb") as file:  # one that torch opens itself does not tell why it cannot be written
+            with Path(path).open("wb") as file:  # a file that torch opens hides why writing failed
                 writer = ChecksumWriter(file)
                 torch.save(checkpoint, cast(IO[bytes], writer))
                 writer.finish()
-        except RuntimeError as error:  # torch's, about the archive that it could not end
+        except RuntimeError as error:  # torch reports the unfinished archive, not the cause
             if isinstance(error.__context__, OSError):
                 raise OSError(*error.__context__.args) from error
             raise
 
 
 class ResumeCheckpoint(Callback):
-    """Writes a resume point (train/fit/resume.py) every so many steps, after each validation, and when asked to stop.
+    """Write a resume checkpoint (train/fit/resume.py) every `every` steps, after each validation and on a signal.
 
-    Ctrl-C or SIGTERM ends the run after the step at hand, resumably; a second one ends it at once. A loss that is no
-    number ends it too, with the batch in `nan_step_<n>.safetensors`, and is never saved.
+    Ctrl-C or SIGTERM ends the run after the current step, resumably; a second one ends it at once. A NaN loss ends the
+    run and writes the batch to `nan_step_<n>.safetensors`; it is never saved in a checkpoint.
     """
 
     def __init__(self, out: Path, every: int, resumed_from: Path | None, resumed_at: int) -> None:
         self._out, self.path, self._every = out, out / resume.NEWEST, every
         self._resumed_at = resumed_at
-        # a resume.ckpt that was there and not taken is damaged: it must not replace the previous one
+        # a resume.ckpt that was not loaded is damaged: it must not replace the previous one
         self._newest_is_whole = resumed_from == self.path
         self.stopped = False
         """Whether a signal ended the run."""
@@ -152,20 +156,20 @@ class ResumeCheckpoint(Callback):
         self._pending: deque[tuple[int, Batch, torch.Tensor, Any]] = deque()
 
     def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
-        if stage == "fit" and trainer.world_size > 1:  # before anything is loaded: then they would wait for each other
+        if stage == "fit" and trainer.world_size > 1:  # before loading, where ranks could deadlock
             resume.require_agreement(self._resumed_at, lambda step: _gathered(step, trainer.world_size))
 
     def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         self._listen()
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        if not self._before:  # no validation of step 0 came before
+        if not self._before:  # without a validation of step 0
             self._listen()
 
     def _listen(self) -> None:
-        """Take the signals over from Lightning, which has registered handlers of its own by now."""
+        """Replace the signal handlers that Lightning has registered by now."""
         self._asked = False
-        self._before = {s: signal.signal(s, self._ask) for s in (signal.SIGINT, signal.SIGTERM)}
+        self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
         self,
@@ -175,47 +179,47 @@ class ResumeCheckpoint(Callback):
         batch: Batch,
         batch_idx: int,
     ) -> None:
-        self._push(trainer, pl_module, outputs, batch)
+        self._queue_flags(trainer, pl_module, outputs, batch)
         if not _step_ends(trainer, batch_idx):
             return
         while len(self._pending) > (_LATE if trainer.world_size > 1 or pl_module.device.type == "cuda" else 0):
-            self._look(trainer)
-        # a step that validation follows is saved after it, or a run killed in between would never validate there
+            self._check_oldest(trainer)
+        # a step with validation is saved after it: a run killed in between would otherwise never validate there
         validates = trainer.enable_validation and (batch_idx + 1) % int(trainer.val_check_batch or 1) == 0
         if not validates:
             if self.stopped or trainer.global_step % self._every == 0:
                 self._save(trainer)
-            self._end(trainer)
+            self._end_run(trainer)
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        # nothing is lost before the first step: a run killed there begins again
+        # before the first step there is nothing to save
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save(trainer)
-            self._end(trainer)
+            self._end_run(trainer)
 
     def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
-        self._look_at_all(trainer)
-        self._hand_back()
+        self._check_all(trainer)
+        self._restore_handlers()
 
     def on_exception(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
     ) -> None:
-        self._hand_back()
+        self._restore_handlers()
 
-    def _push(
+    def _queue_flags(
         self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch
     ) -> None:
-        """Queues whether the loss is no number and whether this rank was asked to stop, for all ranks to agree on."""
+        """Queue two flags, reduced over all ranks: the loss is not finite; this rank received a stop signal."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         bad = torch.zeros((), device=pl_module.device) if loss is None else (~loss.detach().isfinite()).float()
         flags = torch.stack([bad, torch.full_like(bad, float(self._asked))])  # no copy to wait for
         work = None
         if trainer.world_size > 1:
-            # read two steps later: a wait in every step would cost more than it tells
+            # read two steps later: waiting in every step would cost time
             work = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True)
         self._pending.append((trainer.global_step, batch, flags, work))
 
-    def _look(self, trainer: lightning.Trainer) -> None:
+    def _check_oldest(self, trainer: lightning.Trainer) -> None:
         step, batch, flags, work = self._pending.popleft()
         if work is not None:
             work.wait()
@@ -224,21 +228,21 @@ class ResumeCheckpoint(Callback):
         if bad:
             name = f"nan_step_{step}" + (f"_rank_{trainer.global_rank}" if trainer.world_size > 1 else "")
             where = self.path.with_name(f"{name}.safetensors")
-            kept = {"image_BCHW": batch.image_BCHW, "target_BE": batch.target_BE, "row_B": batch.row_B}
-            save_file({k: v.cpu().contiguous() for k, v in kept.items()}, where)
+            tensors = {"image_BCHW": batch.image_BCHW, "target_BE": batch.target_BE, "row_B": batch.row_B}
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, where)
             raise UserError(
-                f"the loss of step {step} is not a number; the batch is in {where}. "
-                f"{'The same command goes on from the last resume point, and' if resume.exists(self._out) else 'It'} "
-                "will come here again: try a lower optim.lr and optim.head_lr, a longer optim.warmup, optim.clip=1, or "
+                f"the loss of step {step} is NaN or infinite; the batch is in {where}. "
+                f"{'The same command resumes from the last checkpoint, and' if resume.exists(self._out) else 'It'} "
+                "will fail here again: try a lower optim.lr and optim.head_lr, a longer optim.warmup, optim.clip=1, or "
                 "scale.precision=bf16 or fp32 in place of fp16, under another name=…"
             )
 
-    def _look_at_all(self, trainer: lightning.Trainer) -> None:
+    def _check_all(self, trainer: lightning.Trainer) -> None:
         while self._pending:
-            self._look(trainer)
+            self._check_oldest(trainer)
 
     def _save(self, trainer: lightning.Trainer) -> None:
-        self._look_at_all(trainer)
+        self._check_all(trainer)
         part = self.path.with_name(f".{self.path.name}.part")
         try:
             trainer.save_checkpoint(part)
@@ -247,42 +251,42 @@ class ResumeCheckpoint(Callback):
             self._newest_is_whole = True
         except OSError as error:
             part.unlink(missing_ok=True)
-            before = "that of an earlier step is there still" if resume.exists(self._out) else "there is none yet"
+            earlier = "an earlier one is intact" if resume.exists(self._out) else "there is none yet"
             raise UserError(
-                f"cannot write the resume point {self.path} at step {trainer.global_step}: "
-                f"{error.strerror or error}; {before}. Make room, and the same command goes on."
+                f"cannot write the resume checkpoint {self.path} at step {trainer.global_step}: "
+                f"{error.strerror or error}; {earlier}. Free disk space, and the same command resumes."
             ) from error
 
-    def _end(self, trainer: lightning.Trainer) -> None:
+    def _end_run(self, trainer: lightning.Trainer) -> None:
         if self.stopped:
-            # not should_stop, which would validate at a step where a run never stopped does not
+            # not should_stop: it would validate at a step where an uninterrupted run does not
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
 
-    def _ask(self, number: int, frame: object) -> None:
+    def _on_signal(self, number: int, frame: object) -> None:
         if self._asked:
             if time.monotonic() - self._asked_at > _ECHO:
                 sys.exit(130)
             return
         self._asked, self._asked_at = True, time.monotonic()
-        log.warning("\nstopping after this step; once more stops at once")
+        log.warning("\nstopping after this step; a second signal stops at once")
 
-    def _hand_back(self) -> None:
+    def _restore_handlers(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
 
 
 class BestCheckpoint(Callback):
-    """Calls `save` with the module, on every rank, whenever validation scores above all before, step 0 included.
+    """Call `save` with the module, on every rank, whenever validation reaches a new best score, step 0 included.
 
-    It keeps the scores of the start, the best and the last model, image by image, over resume points too.
+    Holds the per-image scores of the start, the best and the last model; resume checkpoints include them.
     """
 
     def __init__(self, save: Callable[[Training], None]) -> None:
         self._save = save
         self.best = -math.inf
         self.scores: dict[str, ImageScores] = {}
-        """start, best and last."""
+        """Per-image scores by model: start, best and last."""
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Training)
@@ -306,12 +310,12 @@ class BestCheckpoint(Callback):
 
 
 def _gathered(value: int, world: int) -> list[int]:
-    """The values of all ranks."""
+    """Gather `value` from all ranks."""
     values: list[Any] = [None] * world
     torch.distributed.all_gather_object(values, value)
     return values
 
 
 def _step_ends(trainer: lightning.Trainer, batch_idx: int) -> bool:
-    """Whether this micro-batch was the last of its step."""
+    """Whether this micro-batch is the last of its step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

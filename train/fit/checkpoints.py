@@ -1,4 +1,4 @@
-"""Writes checkpoints of a run, with the training mean and eight validation images to prove parity by."""
+"""Write checkpoints of a run, with the mean training vector and eight validation images for parity checks."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -20,10 +20,10 @@ from train.scale.devices import is_rank_zero
 
 
 class Saver:
-    """`Saver(…)(module, "best")` writes `<out>/best`. Every rank calls it, and the first one writes.
+    """Write checkpoints: `Saver(…)(module, "best")` writes `<out>/best`. Every rank calls it; rank 0 writes.
 
     Args:
-        leakage: validation set → its overlap with training, which is stored beside the score.
+        leakage: validation set → its overlap with training, stored beside the score.
     """
 
     def __init__(
@@ -37,13 +37,13 @@ class Saver:
         state = module.export_state()
         if not is_rank_zero():
             return
-        with torch.inference_mode(False):  # in which validation may be, and its tensors could not be written to again
+        with torch.inference_mode(False):  # validation may run in inference mode, whose tensors cannot be updated later
             plain = self._plain = self._plain or checkpoint.rebuild(module.model.description())
             plain.load_state_dict(state)
         self.write(plain.eval(), name, module.score, module.global_step, self._data.steps)
 
     def write(self, plain: Regressor, name: str, score: Interval | None, step: int, steps: int) -> None:
-        """Writes `<out>/<name>` of a regressor on the CPU, trained for `step` of `steps`."""
+        """Write `<out>/<name>` from a regressor on the CPU, trained for `step` of `steps`."""
         if self._extras is None:
             self._extras = self._data.images.mean_target(self._data.train_rows), self._probes()
         facts = {

@@ -1,4 +1,4 @@
-"""Averaged weights: shadow ← decay · shadow + (1 - decay) · weights after each step, warmed up.
+"""Exponential moving average (EMA) of the weights: shadow ← decay · shadow + (1 - decay) · weights after each step.
 
 The decay of step t, the first being 1, is min(decay, (1 + t) / (10 + t)): at .9998 from the start on, the weights
 before the first step would make up a seventh of the average after 10,000 steps.
@@ -29,11 +29,13 @@ def start_share(steps: int, decay: float, first: int = 1) -> float:
 
 
 class Ema:
-    """Keeps a shadow in fp32 of tensors that are changed in place, on their device; of DTensors, each rank its part.
+    """Exponential moving average, in fp32 and on their device, of tensors that training changes in place.
+
+    Of DTensors each rank averages its shard.
 
     Args:
-        parameters: by name, as from `averaged`, once they are on their device and shared out. These very tensors are
-            kept: to move a module later makes new buffers, which would go unseen.
+        parameters: by name, as from `averaged`, once they are on their device and sharded. The same tensors
+            must stay: moving a module later makes new buffers; call `follow` then.
         decay: below 1.
     """
 
@@ -47,19 +49,19 @@ class Ema:
 
     @property
     def shadow(self) -> dict[str, torch.Tensor]:
-        """The averages themselves, of DTensors each rank's part of them."""
+        """The averages by name; of DTensors, this rank's shards."""
         return self._shadow
 
     def follow(self, model: nn.Module) -> None:
-        """Averages, and swaps, what `model` has under the same names now."""
+        """Continue with the tensors that `model` has under the same names now."""
         there: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
         self._live = {name: there[name] for name in self._live}
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an optimizer's step."""
+        """Update the averages; call it after each optimizer step."""
         if self._swapped:
-            raise RuntimeError("the averaged weights are swapped in: a step now would be lost")
+            raise RuntimeError("the EMA weights are swapped in: a step now would be lost")
         self.steps += 1
         weight = 1 - decay_at(self.steps, self._decay)
         live = [tensor.float() for tensor in _local(self._live)]  # itself where it is fp32
@@ -67,9 +69,9 @@ class Ema:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """The averaged values stand in the tensors meanwhile; then the tensors' own again, to the bit."""
+        """Swap the averages into the tensors within the block; afterwards restore the tensors bit for bit."""
         if self._swapped:
-            raise RuntimeError("the averaged weights are swapped in already")
+            raise RuntimeError("the EMA weights are already swapped in")
         live, shadow = _local(self._live), _local(self._shadow)
         with torch.no_grad():
             own = [tensor.clone() for tensor in live]
@@ -84,26 +86,26 @@ class Ema:
             self._swapped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The count of steps and the shadow itself, no copy; DTensors whole, so that all ranks must ask."""
+        """Step count and shadow, not copied; DTensors are gathered, so all ranks must call it."""
         whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in self._shadow.items()}
         return {"steps": self.steps, "shadow": whole}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Goes on from `state`.
+        """Restore step count and shadow from `state`.
 
         Raises:
-            ValueError: it is of other tensors.
+            ValueError: names or shapes differ.
         """
         shadow: dict[str, torch.Tensor] = state["shadow"]
         wrong = sorted(shadow.keys() ^ self._shadow.keys())
         wrong += [n for n in self._shadow if n in shadow and shadow[n].shape != self._shadow[n].shape]
         if wrong:
-            raise ValueError(f"the averaged weights are of another model: {', '.join(wrong[:3])}")
+            raise ValueError(f"the EMA weights belong to another model: {', '.join(wrong[:3])}")
         for name, mine in self._shadow.items():
             whole = shadow[name]
             if isinstance(mine, DTensor):
-                # each rank has the whole: none sends
+                # each rank has the full tensor: no communication
                 whole = distribute_tensor(
                     whole.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None
                 ).to_local()

@@ -41,7 +41,7 @@ from train.fit.best_predictions import write_best_predictions
 from train.fit.callbacks import BestCheckpoint, DirectCheckpointIO, Progress, ResumeCheckpoint
 from train.fit.checkpoints import Saver
 from train.fit.improvement import FILE, Improvement
-from train.fit.loggers import loggers, wandb_of
+from train.fit.loggers import find_wandb, loggers
 from train.fit.module import Training
 from train.fit.schedule import Forecast
 from train.scale import flops, micro_batch
@@ -115,7 +115,7 @@ def fit(cfg: TrainSettings) -> int:
     if trainer.is_global_zero:
         _list_skipped(cfg.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
         if judged:
-            write_best_predictions(cfg, data, machine.device, wandb_of(trainer.loggers))
+            write_best_predictions(cfg, data, machine.device, find_wandb(trainer.loggers))
             _report_improvement(cfg, best, data, forecast)
         (cfg.out / "done").write_text(f"{plan.steps} steps\n")
         (cfg.out / resume.PREVIOUS).unlink(missing_ok=True)

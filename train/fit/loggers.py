@@ -1,10 +1,10 @@
-"""Where the figures of a run go: `log.jsonl`, and Weights & Biases, which never asks.
+"""Loggers of a run: `log.jsonl` and Weights & Biases, which never prompts for a login.
 
-`log.jsonl` has each step once. W&B takes no row back: of a run that goes on after a kill it has the steps between the
-resume point and the kill twice, with the same losses and scores (only rates differ), at one place of the charts' axis,
-`trainer/global_step`. Its own way to cut a run short, `resume_from`, is a preview to be asked for, and counts rows, not
-steps. Online all starts are one run. Offline each writes a folder of its own, of the same id, which `wandb sync`
-uploads in the order of their starts; the rows that W&B holds in memory when it is killed are lost there.
+`log.jsonl` has each step once. W&B cannot delete rows: after a kill and a resume it has the steps between the resume
+checkpoint and the kill twice, with equal losses and scores (only rates differ), at the same place of the charts' axis,
+`trainer/global_step`. Its own `resume_from` is a preview on request and counts rows, not steps. Online, all starts are
+one run. Offline, each start writes its own folder with the same id, which `wandb sync` uploads in order; rows that W&B
+holds in memory when it is killed are lost.
 """
 
 import importlib.util
@@ -25,22 +25,22 @@ from train.run_settings import plain
 from train.scale.devices import is_rank_zero
 
 
-def loggers(cfg: TrainSettings, a_epoch: int, resumed_at: int) -> list[Logger]:
-    """Those of a run of `a_epoch` steps an epoch that goes on from step `resumed_at`."""
-    found: list[Logger] = [JsonLines(cfg.out / "log.jsonl", a_epoch, resumed_at)]
+def loggers(cfg: TrainSettings, per_epoch: int, resumed_at: int) -> list[Logger]:
+    """Loggers of a run with `per_epoch` steps per epoch, resumed at step `resumed_at`."""
+    found: list[Logger] = [JsonLines(cfg.out / "log.jsonl", per_epoch, resumed_at)]
     return found if cfg.wandb == "off" else [*found, _wandb(cfg)]
 
 
 class JsonLines(Logger):
-    """`log.jsonl`: one object a line with step, epoch, seconds of training, and what was measured.
+    """Logger to `log.jsonl`: one object per line with step, epoch, seconds of training, and the metrics.
 
-    A resumed run drops the lines that lie beyond its resume point, and its clock goes on.
+    A resumed run drops the lines after its resume checkpoint and continues its clock.
     """
 
     def __init__(self, path: Path, per_epoch: int, resumed_at: int) -> None:
         super().__init__()
         self._path, self._per_epoch = path, per_epoch
-        kept = []
+        records = []
         if resumed_at and path.exists():
             for line in path.read_text().splitlines():
                 try:
@@ -48,9 +48,9 @@ class JsonLines(Logger):
                 except json.JSONDecodeError:  # the line that a kill cut short
                     continue
                 if record["step"] <= resumed_at:
-                    kept.append(record)
-        self._kept: str | None = "".join(json.dumps(record) + "\n" for record in kept)
-        self._before = kept[-1]["seconds"] if kept else 0.0
+                    records.append(record)
+        self._earlier_lines: str | None = "".join(json.dumps(record) + "\n" for record in records)
+        self._before = records[-1]["seconds"] if records else 0.0
         self._began = time.perf_counter()
 
     @property
@@ -66,9 +66,9 @@ class JsonLines(Logger):
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if self._kept is not None:
-            self._path.write_text(self._kept)
-            self._kept = None
+        if self._earlier_lines is not None:
+            self._path.write_text(self._earlier_lines)
+            self._earlier_lines = None
         done = (step or 0) + 1  # Lightning counts the steps before this one
         record = {"step": done, "epoch": round(done / self._per_epoch, 4), "seconds": round(self._seconds(), 3)}
         metrics = {k: v for k, v in metrics.items() if k != "epoch"}
@@ -79,13 +79,13 @@ class JsonLines(Logger):
         return self._before + time.perf_counter() - self._began
 
 
-def wandb_of(all_of_them: list[Logger]) -> WandbLogger | None:
-    """The one of Weights & Biases among a trainer's, if it has one."""
-    return next((logger for logger in all_of_them if isinstance(logger, WandbLogger)), None)
+def find_wandb(loggers: list[Logger]) -> WandbLogger | None:
+    """The Weights & Biases logger of a trainer; None without one."""
+    return next((logger for logger in loggers if isinstance(logger, WandbLogger)), None)
 
 
 def _wandb(cfg: TrainSettings) -> Logger:
-    """Without an account it writes to the run folder, for `wandb sync` later. A resumed run goes on in the same one."""
+    """Log to W&B, or to the run folder without an account, for `wandb sync` later. A resumed run keeps its id."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install 'im2emb[wandb]', or wandb=off")
     import wandb

@@ -1,6 +1,6 @@
-"""The thin LightningModule: loss, optimizer, averaged weights, validation.
+"""LightningModule of a run: training step, optimizer, EMA, validation.
 
-Deleting every callback changes no weight: what decides them is here and in `train.data.images`. B images, E target
+Everything that affects the weights is here and in `train.data`; callbacks never do. B images, E target
 width, n scored images.
 """
 
@@ -34,10 +34,10 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Training(lightning.LightningModule):
-    """Trains `model`, in which what stays is frozen, by `cfg`, as `plan` cuts the run up.
+    """Train `model`, whose frozen layers are already marked. `plan` holds steps, ranks and micro-batches.
 
     Args:
-        sets: names of the validation sets, the one that counts first.
+        sets: names of the validation sets; the first selects the best checkpoint.
     """
 
     def __init__(self, model: Regressor, cfg: TrainSettings, plan: Plan, sets: tuple[str, ...] = ("val",)) -> None:
@@ -45,59 +45,61 @@ class Training(lightning.LightningModule):
         self.model = model
         self._cfg, self._plan, self._sets = cfg, plan, sets
         self._head_alone: bool | None = None  # not set yet, as after a resume
-        self._laid_out = False
+        self._is_configured = False
         self._step_losses: list[torch.Tensor] = []
         self._ema: Ema | None = None
         self._saved_ema: dict[str, Any] | None = None
         self._scores: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {}
         self.score: Interval | None = None
-        """Of the latest validation on the first set."""
+        """Mean cosine of the latest validation on the first set, with its interval."""
         self.image_scores: ImageScores | None = None
-        """Image by image, of the latest validation on the first set."""
+        """Cosine of each image in the latest validation on the first set."""
         self.skipped: dict[str, str] = {}
-        """Key → reason of every image that could not be read."""
+        """Images that could not be read: key → reason."""
 
     # ------------------------------------------------------------------------------------------------- before training
 
     def configure_model(self) -> None:
-        """Blocks that compute activations anew, are compiled, and with FSDP2 are shared out; names stay as they are."""
-        if self._laid_out:
+        """Apply activation checkpointing, torch.compile and FSDP2 to each block, in this order; names do not change."""
+        if self._is_configured:
             return
-        self._laid_out = True
+        self._is_configured = True
         mesh = self.device_mesh
         if mesh is None and self._plan.recompute == "none" and not self._plan.compile:
-            return  # the one way for a backbone whose blocks are not known
+            return  # backbones whose blocks are unknown always take this path
         parts = blocks(self.model.backbone)
         recompute.apply(parts, self._plan.recompute)
         if self._plan.compile:
-            # blocks share their code, and are of several widths, frozen and not, trained and judged: over the usual 8
+            # blocks share code but differ in width, freezing and mode: more variants than the default limit of 8
             torch._dynamo.config.recompile_limit = 64
             for part in parts:
                 part.compile()
         if mesh is not None:
             from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-            # autocast casts the activations; the policy halves what travels, and sums gradients in fp32
-            half = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
-            policy = MixedPrecisionPolicy(param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False)
-            self.model.backbone.to(memory_format=torch.contiguous_format)  # it shares out no others
+            # autocast casts activations; the policy communicates weights in half precision and sums gradients in fp32
+            param_dtype = {"bf16-mixed": torch.bfloat16}.get(str(self.trainer.precision))
+            policy = MixedPrecisionPolicy(
+                param_dtype=param_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+            self.model.backbone.to(memory_format=torch.contiguous_format)  # FSDP2 shards no other format
             for part in (*parts, self.model.backbone, self.model.head):
-                # shares again after each pass: what validation gathered would be the averaged weights
+                # reshard after each forward pass: validation gathers the EMA weights
                 fully_shard(part, mesh=mesh["data_parallel"], mp_policy=policy, reshard_after_forward=True)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         self.model.train()
-        made = optimizer(self.model, self._cfg.optim, fused=self._plan.fused)
-        schedule = scheduler(made, self._cfg.optim, self._plan.steps, self._plan.head_steps)
+        optim = optimizer(self.model, self._cfg.optim, fused=self._plan.fused)
+        schedule = scheduler(optim, self._cfg.optim, self._plan.steps, self._plan.head_steps)
         if self._cfg.optim.ema:
             self._ema = Ema(averaged(self.model), self._cfg.optim.ema)
-            self._go_on_averaging()
-        return {"optimizer": made, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+            self._restore_ema()
+        return {"optimizer": optim, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     # -------------------------------------------------------------------------------------------------------- training
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:  # noqa: ARG002
-        # randomness (stochastic depth, dropout) and what trains are functions of the step: any step can be the first
+        # the seed of stochastic depth and dropout depends only on the step: a run can resume at any step
         micro = batch_idx % self._plan.accumulate
         drawn = np.random.SeedSequence([self._cfg.seed, self.global_step, micro, self.global_rank])
         torch.manual_seed(int(drawn.generate_state(1, np.uint64)[0]) >> 1)
@@ -105,7 +107,7 @@ class Training(lightning.LightningModule):
         if head_alone is not self._head_alone:
             self.model.train()
             if head_alone:
-                self.model.backbone.eval()  # frozen statistics, too
+                self.model.backbone.eval()  # batch-norm statistics are frozen, too
             self._head_alone = head_alone
 
     def training_step(self, batch: Batch, _: int) -> torch.Tensor | None:
@@ -116,7 +118,7 @@ class Training(lightning.LightningModule):
         planned = self._cfg.batch_size / self._plan.world / self._plan.accumulate
         scale = 1
         if self._cfg.loss.needs_whole_step and self._plan.world > 1:
-            # every rank takes the loss of the whole step, and its own share of the gradients; DDP averages over ranks
+            # every rank computes the loss of the whole step with gradients of its own images; DDP averages over ranks
             z_BE, target_BE, weight_B = self._whole_step(z_BE, target_BE, weight_B)
             planned, scale = self._cfg.batch_size, self._plan.world
         value = total_loss(z_BE, target_BE, weight_B, denominator=planned, **self._cfg.loss.keywords())
@@ -124,19 +126,19 @@ class Training(lightning.LightningModule):
         if len(self._step_losses) == self._plan.accumulate:
             mean = torch.stack(self._step_losses).mean()
             self._step_losses = []
-            # ranks wait for each other to log: only where it is written
+            # ranks synchronise to log: only at steps that are written
             if (self.global_step + 1) % min(self._cfg.log_every, self._plan.steps) == 0:
                 self.log("train/loss", mean, sync_dist=True, batch_size=1)
         return scale * value
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         super().optimizer_step(*args, **kwargs)
-        self._share_statistics()
-        if self._ema is not None:  # here, since callbacks, which save, come before this module's other hooks
+        self._average_statistics()
+        if self._ema is not None:  # here: callbacks, which save, run before this module's other hooks
             self._ema.update()
 
-    def _share_statistics(self) -> None:
-        """Batch norms that learn have one mean and variance on all ranks: that of their own ones."""
+    def _average_statistics(self) -> None:
+        """Average the running statistics of trained batch norms over all ranks."""
         if self._plan.world == 1:
             return
         learning = [
@@ -152,7 +154,7 @@ class Training(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        # Lightning's own way refuses sharded parameters, and a fused optimizer even where no loss is scaled
+        # Lightning refuses to clip sharded parameters, and a fused optimizer even without loss scaling
         if gradient_clip_val and (self.device_mesh is not None or self._plan.fused):
             torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
         else:
@@ -160,11 +162,13 @@ class Training(lightning.LightningModule):
 
     def _predictions(self, batch: Batch) -> torch.Tensor:
         image_BCHW = augment(batch.image_BCHW, batch.row_B, self.global_step, self._cfg.seed, self._cfg.data)
-        return self._with_a_blank(image_BCHW, self._predict)
+        return self._with_placeholder(image_BCHW, self._predict)
 
-    def _with_a_blank(self, image_BCHW: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """What `of` makes of the images. Where there is none, it has a blank one that does not count: other ranks
-        wait for this one's weights and gradients."""
+    def _with_placeholder(self, image_BCHW: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+        """Apply `of` to the images; to a placeholder that does not count where there are none.
+
+        Other ranks wait for this rank's weights and gradients.
+        """
         if len(image_BCHW):
             return of(image_BCHW)
         return of(image_BCHW.new_zeros(1, *image_BCHW.shape[1:]))[:0]
@@ -172,25 +176,24 @@ class Training(lightning.LightningModule):
     def _predict(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         if not self._head_alone:
             return self.model(image_BCHW, unit=False)
-        # not by requires_grad: FSDP2 would not notice that it changes
+        # not by requires_grad: FSDP2 does not notice changes of it
         with torch.no_grad():
             features_BD = self.model.features(image_BCHW)
         return self.model.project(features_BD, unit=False)
 
-    def _whole_step(self, *mine: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """The predictions, targets and weights of all ranks; those of others carry no gradient."""
-        shares = self._shares([tensor.detach() for tensor in mine])
-        for parts, tensor in zip(shares, mine, strict=True):
+    def _whole_step(self, *local: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Predictions, targets and weights of all ranks; those of other ranks carry no gradient."""
+        shares = self._gather_ragged([tensor.detach() for tensor in local])
+        for parts, tensor in zip(shares, local, strict=True):
             parts[self.global_rank] = tensor
         return tuple(torch.cat(parts) for parts in shares)
 
-    def _shares(self, mine: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """Each of these tensors as the ranks have it, in their order. Ranks hold different numbers of images, so what
-        travels is padded to the longest."""
-        count = len(mine[0])
+    def _gather_ragged(self, local: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
+        """Gather tensors from all ranks, in rank order; padded in transit, since ranks hold different numbers."""
+        count = len(local[0])
         counts = [int(n) for n in _listed(self.all_gather(torch.tensor(count, device=self.device)))]
         found = []
-        for tensor in mine:
+        for tensor in local:
             padded = tensor.new_zeros(max(1, *counts), *tensor.shape[1:])
             padded[:count] = tensor
             all_WB = self.all_gather(padded)
@@ -203,14 +206,14 @@ class Training(lightning.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._scores = {}
         if self._ema is not None:
-            self._ema.follow(self.model)  # moved to another device and back, a module has other buffers
+            self._ema.follow(self.model)  # a module moved to another device and back has new buffers
         self._swap = self._ema.swapped() if self._ema is not None else None
         if self._swap is not None:
             self._swap.__enter__()
 
     def validation_step(self, batch: Batch, _: int, dataloader_idx: int = 0) -> None:
         self.skipped.update(batch.bad)
-        z_BE = self._with_a_blank(batch.image_BCHW, self.model)
+        z_BE = self._with_placeholder(batch.image_BCHW, self.model)
         score_B = (z_BE * batch.target_BE).sum(-1)
         self._scores.setdefault(dataloader_idx, []).append((score_B, batch.row_B))
 
@@ -232,10 +235,10 @@ class Training(lightning.LightningModule):
                 self.image_scores = ImageScores(self.global_step, row_n, score_n)
                 measured |= {f"val/source/{k}": v for k, v in self._by_source(score_n, row_n).items()}
         self._scores = {}
-        if self.trainer.sanity_checking:  # the validation of step 0, whose figures Lightning does not log
+        if self.trainer.sanity_checking:  # validation of step 0, whose metrics Lightning does not log
             for logger in self.loggers:
                 logger.log_metrics(measured, step=-1)
-        # its own step, for after the last one Lightning would count one more
+        # explicit step: after the last one Lightning would count one more
         self.log_dict({**measured, "step": float(self.global_step - 1)}, rank_zero_only=True)
 
     def _by_source(self, score_n: np.ndarray, row_n: np.ndarray) -> dict[str, float]:
@@ -251,16 +254,16 @@ class Training(lightning.LightningModule):
         score_n = torch.cat([s for s, _ in parts]).double() if parts else none.double()
         row_n = torch.cat([r for _, r in parts]) if parts else none.long()
         if self._plan.world > 1:
-            score_n, row_n = map(torch.cat, self._shares([score_n, row_n]))
+            score_n, row_n = map(torch.cat, self._gather_ragged([score_n, row_n]))
         order = row_n.argsort().cpu().numpy()
         return score_n.cpu().numpy()[order], row_n.cpu().numpy()[order]
 
-    # ------------------------------------------------------------------------------------------------------- what stays
+    # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def export_state(self) -> Tensors:
-        """The weights to judge and keep, on the CPU under the plain model's names: averaged, adapters merged.
+        """Weights to evaluate and save, on the CPU under the plain model's names: EMA applied, adapters merged.
 
-        Every rank calls it, for with FSDP2 the shares come together; the first one gets the whole, the others nothing.
+        Every rank calls it, because FSDP2 gathers the shards; rank 0 gets the state, other ranks an empty dict.
         """
         state: dict[str, Any] = dict(self.model.state_dict())
         if self._ema is not None:
@@ -285,21 +288,21 @@ class Training(lightning.LightningModule):
         self.skipped = dict(checkpoint["skipped"])
         self.score = None if checkpoint["score"] is None else Interval(*checkpoint["score"])
         self._saved_ema = checkpoint.get("ema")
-        self._go_on_averaging()
-        # another number of micro-batches a step may go on: Lightning counts them, not the steps
+        self._restore_ema()
+        # a run may resume with another number of micro-batches per step: Lightning counts micro-batches, not steps
         done = checkpoint["global_step"] * self._plan.accumulate
         progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
         for counts in (progress["total"], progress["current"]):
             counts.update({name: done + count - counts["ready"] for name, count in counts.items()})
 
-    def _go_on_averaging(self) -> None:
-        """With FSDP2 the checkpoint is read after the averages are made, else before."""
+    def _restore_ema(self) -> None:
+        """Load the EMA of the resume checkpoint: with FSDP2 it is read after the EMA is created, else before."""
         if self._ema is not None and self._saved_ema is not None:
             self._ema.load_state_dict(self._saved_ema)
             self._saved_ema = None
 
     def all_skipped(self) -> dict[str, str]:
-        """`skipped` of all ranks; each of them asks."""
+        """Unreadable images of all ranks; every rank calls it."""
         if self._plan.world == 1:
             return self.skipped
         parts: list[Any] = [None] * self._plan.world
@@ -310,8 +313,8 @@ class Training(lightning.LightningModule):
         found = _listed(self.all_gather(torch.tensor(self._plan.accumulate, device=self.device)))
         if len(set(found)) > 1:
             raise UserError(
-                f"scale.micro_batch: the devices have room for different parts of the batch ({found} micro-batches); "
-                f"name one that all can take: {self._cfg.batch_size // (self._plan.world * int(max(found)))}"
+                f"scale.micro_batch: the devices fit different micro-batches ({found} per step); "
+                f"set one that fits all: {self._cfg.batch_size // (self._plan.world * int(max(found)))}"
             )
 
 

@@ -1,4 +1,4 @@
-"""The optimizer, its parameter groups by depth, and the learning rate as a function of the step.
+"""Optimizer, parameter groups with layer-wise learning-rate decay, and learning-rate schedule.
 
 The k-th of n blocks from the bottom has the rate lr · layer_decay^(n - k), the stem that of k = 0, the head its own.
 """
@@ -22,14 +22,14 @@ _HEAD_ONLY_LAST = 0.01  # 5th's: 1e-2 → 1e-4
 
 
 def optimizer(model: Regressor, cfg: OptimSettings, *, fused: bool = False) -> torch.optim.Optimizer:
-    """The optimizer of all that requires a gradient now: freeze before, as it will be at the end of training.
+    """Optimizer of all parameters that require a gradient now: freeze layers before.
 
-    Its groups carry `part`, "backbone" or "head", which the schedule needs.
+    Its groups carry `part`, "backbone" or "head", for the schedule.
 
     Args:
         model: its backbone's blocks must be known to `models.backbones.layer_groups` where layer_decay is below 1.
-        chosen: adamw8bit takes bitsandbytes' 8-bit state for tensors of 4,096 elements and more.
-        fused: of adamw alone: one kernel for all, with which Lightning's fp16 cannot clip.
+        cfg: adamw8bit takes bitsandbytes' 8-bit state for tensors of 4,096 elements and more.
+        fused: adamw in one fused kernel; Lightning cannot clip gradients of fp16 with it.
 
     Raises:
         UserError: bitsandbytes is not installed, or the order of the blocks is not known.
@@ -51,24 +51,24 @@ def optimizer(model: Regressor, cfg: OptimSettings, *, fused: bool = False) -> t
 
 
 def check(cfg: OptimSettings, strategy: str) -> None:
-    """Before anything is read: whether the optimizer can be had, and serves scale.strategy.
+    """Check that the optimizer is installed and supports scale.strategy, before any data is read.
 
     Raises:
-        UserError: bitsandbytes is not installed, or its optimizer is wanted for weights that are shared out.
+        UserError: bitsandbytes is not installed, or its optimizer would get sharded parameters.
     """
     if cfg.name == "adamw8bit":
         _adamw8bit()
         if strategy == "fsdp":
             raise UserError(
-                "optim.name: adamw8bit takes whole tensors, which scale.strategy=fsdp shares out; take adamw, whose "
-                "state it shares out too, or lion"
+                "optim.name=adamw8bit does not support sharded parameters (scale.strategy=fsdp); use adamw or lion"
             )
 
 
 def parameter_groups(model: Regressor, cfg: OptimSettings) -> list[dict[str, Any]]:
-    """Groups of equal rate and weight decay, top first, of the parameters that require a gradient.
+    """Parameter groups of equal learning rate and weight decay, top block first.
 
-    Vectors, and what the backbone itself exempts (position embeddings and class tokens in ViTs), have no weight decay.
+    One-dimensional parameters and those that the backbone exempts (position embeddings and class tokens of ViTs) have
+    no weight decay.
     """
     backbone = model.backbone
     share = depth_shares(backbone, cfg.layer_decay)
@@ -93,8 +93,8 @@ def parameter_groups(model: Regressor, cfg: OptimSettings) -> list[dict[str, Any
 
 
 def depth_shares(backbone: nn.Module, layer_decay: float) -> dict[str, float]:
-    """The rate of each of a backbone's parameters as a share of its top block's."""
-    if layer_decay == 1:  # of backbones with blocks in no known order, too
+    """Learning rate of each backbone parameter as a share of the top block's."""
+    if layer_decay == 1:  # also for backbones whose block order is unknown
         return dict.fromkeys((name for name, _ in backbone.named_parameters()), 1.0)
     layers = depth.layers(backbone)
     top = len(layers) - 1
@@ -102,7 +102,7 @@ def depth_shares(backbone: nn.Module, layer_decay: float) -> dict[str, float]:
 
 
 def _exempt(backbone: nn.Module) -> set[str]:
-    """Names of what the backbone, or a timm model within it, lists as exempt from weight decay; some list patterns."""
+    """Names of parameters that the backbone, or a timm model in it, exempts from weight decay; some list patterns."""
     patterns = []
     for prefix, module in backbone.named_modules():
         listed: Callable[[], Iterable[str]] | None = getattr(module, "no_weight_decay", None)
@@ -122,7 +122,7 @@ def _adamw8bit() -> Callable[..., torch.optim.Optimizer]:
 def scheduler(
     groups: torch.optim.Optimizer, cfg: OptimSettings, steps: int, alone: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Sets the rates of `optimizer`'s groups, step by step; in the first `alone` the head trains alone."""
+    """Learning-rate scheduler per step; in the first `alone` steps only the head trains."""
 
     def of(part: str) -> Callable[[int], float]:
         return lambda step: part_share(part, step, steps, alone, cfg)
@@ -131,7 +131,7 @@ def scheduler(
 
 
 def part_share(part: str, step: int, steps: int, alone: int, cfg: OptimSettings) -> float:
-    """The rate of the backbone's or head's groups at `step`, as a share of their peak.
+    """Learning rate of the backbone's or head's groups at `step`, as a share of their peak.
 
     In the first `alone` steps the backbone's is 0 and the head's falls from head_only_lr to a hundredth of it by half
     a cosine, after which the schedule begins for all; without head_only_lr one schedule runs from the first step on.
@@ -148,10 +148,10 @@ def part_share(part: str, step: int, steps: int, alone: int, cfg: OptimSettings)
 
 
 def lr_share(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
-    """The rate at `step` of `steps`, as a share of its peak.
+    """Learning rate at `step` of `steps`, as a share of its peak.
 
-    cosine: half a cosine down to zero, times a line up over `warmup_steps`; constant: the line alone; onecycle:
-    torch.optim.OneCycleLR, whose own rise takes 3 tenths of the run, from 1/25 of the peak up and down to 1/250,000.
+    cosine: half a cosine down to zero, times a linear warm-up over `warmup_steps`; constant: only the warm-up;
+    onecycle: torch.optim.OneCycleLR, whose own warm-up takes .3 of the run, from 1/25 of the peak up, then to 1/250,000.
     """
     if schedule == "onecycle":
         peak, last = _RISING * steps - 1, steps - 1  # as torch has it: the peak may be between two steps
@@ -164,10 +164,10 @@ def lr_share(step: int, steps: int, warmup: int, schedule: str = "cosine") -> fl
 
 
 def warmup_steps(steps: int, warmup: int, schedule: str = "cosine") -> int:
-    """Steps below the peak at the start of a schedule of `steps`: `warmup`, and never more than a tenth of them.
+    """Warm-up steps of a schedule of `steps`: `warmup`, but at most a tenth of them.
 
     AdamW's first steps are sign noise, whatever the length of the run, so the warm-up counts steps; without the bound
-    a run shorter than its warm-up would never come near the peak. onecycle has a rise of its own.
+    a run shorter than its warm-up would never come near the peak. onecycle has its own warm-up.
     """
     if schedule == "onecycle":
         return max(math.ceil(_RISING * steps - 1), 0)

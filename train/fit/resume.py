@@ -1,12 +1,12 @@
-"""Resume points of a run on disk: the newest and the one before it, each with a checksum (core/checksum.py).
+"""Resume checkpoints of a run on disk: the newest and the one before it, each with a checksum (core/checksum.py).
 
 <out>/resume.ckpt            the newest
 <out>/resume.previous.ckpt   the one before: it is replaced once a newer one was written and read back
 
-A new point is written to a temporary name, synced, read back and compared; only then do two renames move the newest to
-`resume.previous.ckpt` and the new one to `resume.ckpt`. Whatever moment a kill comes at, a whole point stays under one
-of the two names. Reading back takes about as long as writing: a point of 6 GiB is hashed in 3 to 4 s, beside the disk's
-own time. The disk holds two points, and three while one is written.
+A new checkpoint is written to a temporary name, synced, read back and compared; only then do two renames move the
+newest to `resume.previous.ckpt` and the new one to `resume.ckpt`. Whenever a kill comes, a whole checkpoint stays under
+one of the two names. Reading back takes about as long as writing: a checkpoint of 6 GiB is hashed in 3 to 4 s, beside
+the disk's own time. The disk holds two checkpoints, and three while one is written.
 """
 
 import logging
@@ -26,12 +26,12 @@ NEWEST, PREVIOUS = "resume.ckpt", "resume.previous.ckpt"
 
 
 def newest_whole(out: Path) -> tuple[Path | None, int]:
-    """The resume point of the run folder `out` to continue from, and its step; (None, 0) where there is none.
+    """The resume checkpoint of the run folder `out` to continue from, and its step; (None, 0) where there is none.
 
     Both files are only read. A damaged `resume.ckpt` is reported in the log, and the previous one is taken.
 
     Raises:
-        UserError: there are resume points, but none is whole.
+        UserError: there are resume checkpoints, but none is whole.
     """
     problems: dict[Path, str] = {}
     for path in (out / NEWEST, out / PREVIOUS):
@@ -57,14 +57,14 @@ def newest_whole(out: Path) -> tuple[Path | None, int]:
 
 
 def commit(part: Path, out: Path, *, rotate: bool) -> None:
-    """Make the file `part` the newest resume point of `out`, after it was read back.
+    """Make the file `part` the newest resume checkpoint of `out`, after it was read back.
 
     Args:
         part: file in `out` that ends with its checksum.
-        rotate: keep the present `resume.ckpt` as the previous point; False where it is damaged.
+        rotate: keep the present `resume.ckpt` as the previous one; False where it is damaged.
 
     Raises:
-        OSError: the bytes on disk are not those that were written; both points are as they were.
+        OSError: the bytes on disk are not those that were written; both checkpoints are unchanged.
     """
     _sync(part)
     reason = damage(part, from_disk=True)
@@ -78,7 +78,7 @@ def commit(part: Path, out: Path, *, rotate: bool) -> None:
 
 
 def exists(out: Path) -> bool:
-    """Whether there is a resume point, whole or not."""
+    """Whether there is a resume checkpoint, whole or not."""
     return any((out / name).exists() for name in (NEWEST, PREVIOUS))
 
 
@@ -86,7 +86,7 @@ def require_agreement(step: int, gather: Callable[[int], list[int]]) -> None:
     """Check that all ranks continue from the same step: their machines may see different files.
 
     Args:
-        step: step of this rank's resume point; 0 without one.
+        step: step of this rank's resume checkpoint; 0 without one.
         gather: step of this rank → steps of all ranks.
 
     Raises:

@@ -1,7 +1,6 @@
-"""Activations that the backward pass computes again instead of keeping them, block by block.
+"""Activation checkpointing by block: the backward pass recomputes activations instead of storing them.
 
-none: all are kept. selective: matrix products and attention are kept, what lies between is computed again.
-full: a block's input alone is kept.
+none: store all. selective: store outputs of matmuls and attention, recompute the rest. full: store block inputs only.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +15,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 Mode = Literal["none", "selective", "full"]
 
 _aten = torch.ops.aten
-_KEPT = {
+_STORED = {
     getattr(_aten, name).default
     for name in (
         "mm",
@@ -33,14 +32,14 @@ _KEPT = {
 
 
 def apply(blocks: Sequence[nn.Module], mode: Mode) -> int:
-    """Sets how `blocks`, bottom first, treat their activations; any earlier choice is undone.
+    """Set the checkpointing mode of `blocks`, bottom first; an earlier mode is undone.
 
-    Names of parameters stay, and so do gradients and statistics: random draws repeat, batch norms count once. Blocks
-    below the first with a trainable parameter keep nothing and are left alone, so freeze before. `block.compile()`
-    comes after.
+    Parameter names, gradients and statistics do not change: the recomputation repeats random numbers, and batch norms
+    count once. Blocks below the first trainable one store nothing and are left alone, so freeze layers before.
+    `block.compile()` comes after.
 
     Returns:
-        The number of blocks that compute again.
+        The number of checkpointed blocks.
     """
     for block in blocks:
         block.__dict__.pop("forward", None)
@@ -52,22 +51,22 @@ def apply(blocks: Sequence[nn.Module], mode: Mode) -> int:
         if mode == "selective":
             for module in block.modules():
                 if getattr(module, "inplace", False) is True:  # of activations and dropout
-                    module.__dict__["inplace"] = False  # what is kept must not be overwritten
-        block.forward = _again(block, mode)
+                    module.__dict__["inplace"] = False  # stored activations must not be overwritten
+        block.forward = _checkpointed(block, mode)
     return len(blocks) - first
 
 
-def _again(block: nn.Module, mode: Mode) -> Callable[..., Any]:
+def _checkpointed(block: nn.Module, mode: Mode) -> Callable[..., Any]:
     forward = block.forward
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._NormBase)]
-    kept = partial(create_selective_checkpoint_contexts, _policy)
+    selective = partial(create_selective_checkpoint_contexts, _policy)
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = kept() if mode == "selective" else (nullcontext(), nullcontext())
-        return first, _uncounted(norms, again)
+        first, again = selective() if mode == "selective" else (nullcontext(), nullcontext())
+        return first, _frozen_statistics(norms, again)
 
-    # compiled code runs each statistic once anyway, and takes no contexts but torch's own
-    compiled = {"context_fn": kept} if mode == "selective" else {}
+    # compiled code updates statistics once anyway, and accepts only torch's own contexts
+    compiled = {"context_fn": selective} if mode == "selective" else {}
     eager = {"context_fn": contexts} if norms else compiled
 
     def computed(*args: Any, **kwargs: Any) -> Any:
@@ -80,8 +79,8 @@ def _again(block: nn.Module, mode: Mode) -> Callable[..., Any]:
 
 
 @contextmanager
-def _uncounted(norms: list[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
-    """Batch norms leave their running statistics as the first pass made them."""
+def _frozen_statistics(norms: list[Any], inner: AbstractContextManager[Any]) -> Iterator[None]:
+    """Leave running statistics of batch norms unchanged during recomputation."""
     before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
         norm.momentum, norm.num_batches_tracked = 0.0, None
@@ -94,4 +93,4 @@ def _uncounted(norms: list[Any], inner: AbstractContextManager[Any]) -> Iterator
 
 
 def _policy(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:  # noqa: ARG001
-    return CheckpointPolicy.MUST_SAVE if operator in _KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if operator in _STORED else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,4 +1,4 @@
-"""The devices of this process and its peers, before Lightning starts them."""
+"""Devices, ranks and precision of a run, resolved before Lightning starts its processes."""
 
 import os
 from datetime import timedelta
@@ -12,11 +12,11 @@ from core.device import half
 from core.errors import UserError
 from train.config import OptimSettings, ScaleSettings
 
-_PATIENCE = timedelta(hours=1)  # with the first process, which alone writes checkpoints
+_PATIENCE = timedelta(hours=1)  # timeout of other ranks while rank 0 writes checkpoints
 
 
 def is_rank_zero() -> bool:
-    """Whether this process is the one that writes: of rank 0, also before Lightning has started the others."""
+    """Whether this is the process of rank 0, which writes files; valid before Lightning starts the others."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
@@ -24,29 +24,30 @@ def device_of(accelerator: str) -> torch.device:
     """The device for `accelerator`: auto, cpu or gpu.
 
     Raises:
-        UserError: gpu is asked for, and there is none.
+        UserError: gpu is requested, but there is none.
     """
     if accelerator == "gpu" and not torch.cuda.is_available():
-        raise UserError("accelerator: gpu, but torch finds none here; accelerator=auto takes the CPU then")
+        raise UserError("accelerator: gpu, but torch finds none; use accelerator=auto for the CPU")
     return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 class Machine:
-    """
+    """Device, number of ranks and precision of this process.
+
     Attributes:
         device: of this process.
-        world: processes of the run, a device each.
-        half: precision of the matrix products: fp32, bf16 or fp16.
-        precision: the same as Lightning calls it.
+        world: number of processes of the run, one per device.
+        half: matmul precision: fp32, bf16 or fp16.
+        precision: the same under Lightning's name.
 
     Raises:
-        UserError: more devices than there are, or a precision that they or the strategy cannot take.
+        UserError: more devices than available, or a precision that the device or strategy does not support.
     """
 
     def __init__(self, scale: ScaleSettings) -> None:
         gpus = torch.cuda.device_count() if scale.accelerator != "cpu" else 0
         if scale.accelerator == "gpu" and not gpus:
-            raise UserError("scale.accelerator: gpu, but torch sees none here; auto trains on the CPU")
+            raise UserError("scale.accelerator: gpu, but torch finds none; auto trains on the CPU")
         if gpus and isinstance(scale.devices, int) and scale.devices > gpus:
             raise UserError(f"scale.devices: {scale.devices} is over the {gpus} GPUs of this machine")
         a_node = scale.devices if isinstance(scale.devices, int) else max(gpus, 1)
@@ -54,13 +55,13 @@ class Machine:
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         self.device = torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
         if gpus:
-            torch.cuda.set_device(self.device)  # or each process would also hold memory of the first GPU
+            torch.cuda.set_device(self.device)  # otherwise each process also allocates memory on the first GPU
         self._scale = scale
         self.half = self._half()
         self.precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.half]
 
     def strategy(self, optim: OptimSettings) -> Strategy | str:
-        """Lightning's, with what it must know to wait for gradients or to share out a model."""
+        """Lightning strategy: single device, DDP, or FSDP2 through ModelParallelStrategy."""
         if self._scale.strategy == "fsdp":
             return ModelParallelStrategy(
                 data_parallel_size=self.world,

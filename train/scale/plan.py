@@ -1,4 +1,4 @@
-"""How a run is split: steps, ranks, micro-batches, and how blocks are computed."""
+"""Plan of a run: steps, ranks, micro-batches, activation checkpointing and compilation."""
 
 from dataclasses import dataclass
 
@@ -7,18 +7,18 @@ from train.scale.activation_checkpointing import Mode
 
 @dataclass(frozen=True)
 class Plan:
-    """How a run is cut up, and how its machine carries it out."""
+    """Steps, ranks, micro-batches and block settings of a run."""
 
     steps: int
     per_epoch: int
-    """Steps an epoch."""
+    """Optimizer steps per epoch."""
     world: int = 1
-    """Processes, a device each."""
+    """Number of processes, one per device."""
     accumulate: int = 1
-    """Micro-batches a step on each device."""
+    """Micro-batches per step on each device."""
     recompute: Mode = "none"
     compile: bool = False
     fused: bool = False
-    """Whether the optimizer is one kernel."""
+    """Whether the optimizer runs as one fused kernel."""
     head_steps: int = 0
-    """At the start, in which the head alone trains."""
+    """Steps at the start in which only the head trains."""

@@ -5,9 +5,9 @@ from torch import nn
 
 
 def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
-    """What to average, by name: the parameters that require a gradient, and the statistics of batch norms that train.
+    """Tensors to average (EMA), by name: trainable parameters, and running statistics of trained batch norms.
 
-    Ask once `model` is frozen and in training mode as it will be at the end of training.
+    Call it when `model` is frozen and in training mode as at the end of training.
     """
     found: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for prefix, module in model.named_modules():

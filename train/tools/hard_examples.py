@@ -1,10 +1,10 @@
-"""Hard examples: scores the training images of a run, and writes how much each should count in the next one.
+"""Hard examples: score the training images of a run and write sample weights for the next run.
 
     python -m train.hard run=checkpoints/vith14
     python -m train +experiment=vith14 name=again data.weights=checkpoints/vith14/weights.parquet
 
-<out> has a row an image, the hardest first: key, dataset (its folder), score, weight. An image that cannot be read
-has none. n images.
+<out> has a row per image, the hardest first: key, dataset (its folder), score, weight. Unreadable images have no row.
+n images.
 """
 
 import logging
@@ -53,9 +53,9 @@ class HardSettings:
 
 
 def hard_weights(score_n: NDArray[np.floating], keep: float, weight: float, *, drop: bool) -> NDArray[np.float32]:
-    """How much each image counts: `weight` of the share `keep` of the lowest scores (one at least), 1 or 0 of others.
+    """Weight of each image: `weight` for the share `keep` of the lowest scores (at least one), 1 or 0 for others.
 
-    Equal scores are ranked by their place.
+    Equal scores are ranked by position.
     """
     weight_n = np.full(len(score_n), 0 if drop else 1, np.float32)
     weight_n[np.argsort(score_n, kind="stable")[: max(round(keep * len(score_n)), 1)]] = weight
@@ -89,7 +89,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
         require_same(config, folder, dataset.encoder_identity or {}, str(dataset.root))
     images, rows = data.images, data.train_rows
     read, scores, bad = [], [], []
-    passes = predictions(
+    batches = predictions(
         checkpoint.load(folder).to(device),
         images,
         rows,
@@ -98,7 +98,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
         dtype=half(device),
         what="score",
     )
-    for batch in passes:
+    for batch in batches:
         read.append(batch.row_B)
         scores.append(batch.score_B)
         bad += batch.bad
@@ -106,7 +106,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
     if bad:
         log.warning("%d of %d images could not be read; the first: %s: %s", len(bad), len(rows), *bad[0])
     if not len(row_n):
-        raise UserError("no training image could be read; python -m datagen.verify tells which are damaged")
+        raise UserError("no training image could be read; python -m datagen.verify lists damaged ones")
     weight_n = hard_weights(score_n, cfg.keep, cfg.weight, drop=cfg.drop)
     order = np.argsort(score_n, kind="stable")
     numbers = [images.dataset_of(row) for row in row_n[order].tolist()]
@@ -122,7 +122,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
     write_atomically(cfg.out, lambda file: kinds[cfg.out.suffix](table, file))
     hard = int((weight_n == np.float32(cfg.weight)).sum())
     log.info(
-        "%s hard images of %s, cosine %.4f or less, count %g, others %d: %s",
+        "%s hard images of %s, cosine %.4f or less, have weight %g, others %d: %s",
         f"{hard:,}",
         f"{len(row_n):,}",
         score_n[order[hard - 1]],

@@ -1,4 +1,4 @@
-"""Between two checkpoints of one architecture (WiSE-FT): what fine-tuning forgot may be worth more than it cost.
+"""Interpolate the weights of two checkpoints of one architecture (WiSE-FT), and score each mixture.
 
     python -m train.interpolate a=checkpoints/x/first b=checkpoints/x/best out=checkpoints/x/wise dataset=data/comp
 
@@ -58,7 +58,7 @@ class InterpolateSettings:
 
 
 def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
-    """Writes the checkpoints, scores them where there is a dataset, and returns what `interpolate.json` holds.
+    """Write the checkpoints, score them on a dataset, and return the content of `interpolate.json`.
 
     Raises:
         UserError: the checkpoints are not of one architecture and target encoder, or the dataset cannot be used.
@@ -70,12 +70,12 @@ def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
     from train.data.encoders import require_same
     from train.data.images import ImageDataset
 
-    there, config = (checkpoint.read_config(folder) for folder in (cfg.a, cfg.b))
-    differ = checkpoint.differences(there, config, (*checkpoint.ARCHITECTURE, *checkpoint.PREPROCESSING, "encoder"))
-    of_encoders = differences(there.get("encoder_identity"), config.get("encoder_identity"))
-    differ += [f"  encoder: {line}" for line in of_encoders]
+    a_config, config = (checkpoint.read_config(folder) for folder in (cfg.a, cfg.b))
+    differ = checkpoint.differences(a_config, config, (*checkpoint.ARCHITECTURE, *checkpoint.PREPROCESSING, "encoder"))
+    encoder_lines = differences(a_config.get("encoder_identity"), config.get("encoder_identity"))
+    differ += [f"  encoder: {line}" for line in encoder_lines]
     if differ:
-        raise UserError(f"{cfg.a} (there) and {cfg.b} (here) are of two kinds:\n" + "\n".join(differ))
+        raise UserError(f"{cfg.a} (there) and {cfg.b} (here) differ:\n" + "\n".join(differ))
     images = rows = None
     if cfg.dataset is not None:
         images = ImageDataset([Dataset(cfg.dataset, config["encoder"])], Preprocessing.from_config(config))
@@ -138,12 +138,12 @@ def _score(
     from train.scale.devices import device_of
 
     model.to(device_of(cfg.accelerator))
-    passed = list(predictions(model, images, rows, batch_size=cfg.batch_size, workers=cfg.workers))
-    score_n = np.concatenate([batch.score_B for batch in passed])
-    skipped = [{"key": key, "reason": reason} for batch in passed for key, reason in batch.bad]
+    batches = list(predictions(model, images, rows, batch_size=cfg.batch_size, workers=cfg.workers))
+    score_n = np.concatenate([batch.score_B for batch in batches])
+    skipped = [{"key": key, "reason": reason} for batch in batches for key, reason in batch.bad]
     if not len(score_n):
         raise UserError(f"none of the {len(rows)} images of {cfg.dataset} could be read; the first: {skipped[0]}")
-    overlap = overlap.at(np.flatnonzero(np.isin(rows, np.concatenate([batch.row_B for batch in passed]))))
+    overlap = overlap.at(np.flatnonzero(np.isin(rows, np.concatenate([batch.row_B for batch in batches]))))
     clean_n = score_n[~overlap.affected_n]
     clean = bootstrap(clean_n) if 0 < len(clean_n) < len(score_n) else None
     leakage = with_clean_score(overlap.counts(), clean, len(clean_n))

@@ -22,17 +22,17 @@ from train.run_settings import OF_THE_MACHINE, NotARun, flat, parse_settings, re
 
 log = logging.getLogger(__name__)
 
-_LATEST = 200  # log lines at the end that tell the rate
-_SILENT = 300  # seconds without a sign of life after which a run counts as stopped, where its log lines are not rarer
+_LATEST = 200  # last log lines, for the rate
+_SILENT = 300  # seconds without activity after which a run counts as stopped, unless its log lines are rarer
 # settings that may differ between two runs of the same recipe
-_NO_MATTER = (*OF_THE_MACHINE, "name", "keep_first", "dataset_sha256", "encoder_sha256")
+_NOT_COMPARED = (*OF_THE_MACHINE, "name", "keep_first", "dataset_sha256", "encoder_sha256")
 _IN_COLUMNS = ("dataset", "fold", "epochs", "batch_size", "optim.lr", "model.backbone", "model.size")
 _NOT_SORTABLE = ("settings", "changed", "sets", "sources", "leakage", "note")
 
 
 @dataclass(frozen=True)
 class Run:
-    """What the files of one run tell; None where they do not."""
+    """State, scores, speed and settings of one run; None where its files lack a value."""
 
     name: str
     folder: str
@@ -83,7 +83,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Folds:
-    """Runs that differ in their fold alone."""
+    """Runs that differ only in their fold."""
 
     name: str
     of: int
@@ -96,7 +96,7 @@ class Folds:
 
 
 def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
-    """The runs below `folder`, by name, and the reason for each folder that is none.
+    """Runs below `folder` by name, and the reason for each folder that is not a run.
 
     Raises:
         UserError: there is no such folder.
@@ -120,15 +120,15 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
 
 
 def group_folds(runs: Sequence[Run], folder: Path) -> list[Run | Folds]:
-    """`runs`, where those that differ in their fold alone stand together.
+    """Group runs that differ only in their fold.
 
     Args:
-        folder: that they were found in.
+        folder: the folder of the runs.
     """
     alike: dict[str, list[Run]] = {}
     for run in runs:
-        own = {k: v for k, v in run.settings.items() if k != "fold" and not _within(k, _NO_MATTER)}
-        of = (run.fold or "").partition("/")[2] or f"none: {run.folder}"  # without folds a run stands alone
+        own = {k: v for k, v in run.settings.items() if k != "fold" and not _within(k, _NOT_COMPARED)}
+        of = (run.fold or "").partition("/")[2] or f"none: {run.folder}"  # a run without folds is its own group
         alike.setdefault(json.dumps([of, own], sort_keys=True), []).append(run)
     return [_folds(members, folder) if len(members) > 1 else members[0] for members in alike.values()]
 
@@ -143,7 +143,7 @@ def sort_entries(entries: Sequence[Run | Folds], by: str) -> list[Run | Folds]:
     columns = [n for n in Run.__dataclass_fields__ if n not in _NOT_SORTABLE]
     known = {*columns, *(key for run in runs for key in run.settings)}
     if runs and by not in known:
-        raise UserError(f"sort: {by!r} is no column and no setting; known: {', '.join(sorted(known))}")
+        raise UserError(f"sort: {by!r} is not a column or setting; known: {', '.join(sorted(known))}")
 
     def value(run: Run) -> Any:
         return getattr(run, by) if by in columns else run.settings.get(by)
@@ -171,9 +171,9 @@ def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
     gain = improvement["gain"] if isinstance(improvement.get("gain"), dict) else {}
     leakage = validation_counts(folder / "about.json") or {}
     last = records[-1] if records else {}
-    judged = [r for r in records if (score := _number(r.get("val/cosine"))) is not None and not math.isnan(score)]
-    top = max(judged, key=lambda r: r["val/cosine"], default={})
-    start = next((float(r["val/cosine"]) for r in judged if r["step"] == 0), None)
+    validated = [r for r in records if (score := _number(r.get("val/cosine"))) is not None and not math.isnan(score)]
+    top = max(validated, key=lambda r: r["val/cosine"], default={})
+    start = next((float(r["val/cosine"]) for r in validated if r["step"] == 0), None)
     sets: dict[str, dict[str, float]] = {}
     for key, value in top.items():
         part, _, kind = key.removeprefix("val/").rpartition("/")
@@ -221,13 +221,13 @@ def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
         changed={
             key: value
             for key, value in known.items()
-            if not _within(key, (*_NO_MATTER, *_IN_COLUMNS)) and defaults.get(key) != value
+            if not _within(key, (*_NOT_COMPARED, *_IN_COLUMNS)) and defaults.get(key) != value
         },
     )
 
 
 def _records(path: Path) -> tuple[list[dict[str, Any]], str]:
-    """The log's lines that tell a score, and its last; what was logged at one step stands together."""
+    """Log records with a score, and the last ones, merged by step; and a note on damaged lines."""
     try:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
     except OSError as error:
@@ -241,9 +241,9 @@ def _records(path: Path) -> tuple[list[dict[str, Any]], str]:
             record = json.loads(line)
             found.setdefault(int(record["step"]), {}).update(record)
         except (ValueError, KeyError, TypeError):
-            if number < len(lines):  # a kill cuts the last one short
+            if number < len(lines):  # a kill truncates the last line
                 wrong.append(number)
-    note = f"log.jsonl: {len(wrong)} lines are no records, the first is line {wrong[0]}" if wrong else ""
+    note = f"log.jsonl: {len(wrong)} damaged lines, the first is line {wrong[0]}" if wrong else ""
     return [found[step] for step in sorted(found)], note
 
 
@@ -253,7 +253,7 @@ def _state(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, flo
     seen = max(path.stat().st_mtime for path in signs if path.exists())
     if (folder / "done").exists():
         return "finished", seen
-    clock = [float(r.get("seconds", 0)) for r in records[-_LATEST // 4 :]]  # before that, lines were left out
+    clock = [float(r.get("seconds", 0)) for r in records[-_LATEST // 4 :]]  # earlier lines were skipped
     rarest = max((b - a for a, b in pairwise(clock)), default=0.0)
     return "running" if time.time() - seen < max(_SILENT, 3 * rarest) else "stopped", seen
 
@@ -281,7 +281,7 @@ def _folds(runs: list[Run], folder: Path) -> Folds:
 
 
 def runs_of(entries: Iterable[Run | Folds]) -> list[Run]:
-    """The runs themselves, those of folds in their place."""
+    """Flatten folds into their runs."""
     return [run for entry in entries for run in (entry.runs if isinstance(entry, Folds) else [entry])]
 
 

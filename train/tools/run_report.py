@@ -1,4 +1,4 @@
-"""One HTML page about a run: its scores, what it learned from, how it learned, where it is right and where it fails.
+"""HTML page of a run: scores, training data, learning curves, best and worst predictions.
 
     python -m train.report run=checkpoints/quickstart
 
@@ -79,7 +79,7 @@ def read_run(folder: Path) -> Run:
 
 
 def write_report(config: ReportSettings) -> Path:
-    """Writes the page and returns its absolute path.
+    """Write the page and return its absolute path.
 
     Raises:
         UserError: an input is missing or does not fit; it names the file and the command that makes it.
@@ -95,7 +95,7 @@ def write_report(config: ReportSettings) -> Path:
     trained = [Dataset(folder, encoder=encoder, whole=False) for folder in run.settings["dataset"]]
     training = _training(run, trained)
     images = sum(len(rows) for _, rows in training)
-    judged = images_of(evaluation, {str(d.root): d for d in trained}, remedy)
+    evaluated = images_of(evaluation, {str(d.root): d for d in trained}, remedy)
     last = run.log[-1]
     backbone, size = run.checkpoint["backbone"], run.checkpoint["size"]
     unreadable: list[str] = []
@@ -129,7 +129,7 @@ def write_report(config: ReportSettings) -> Path:
     report.add(
         page,
         evaluation,
-        judged,
+        evaluated,
         training,
         count=config.images,
         nearest=config.nearest,
@@ -175,15 +175,15 @@ def _learning_curve(records: Sequence[Mapping[str, Any]]) -> Any:
     from report import plots
 
     trained = [r for r in records if "train/loss" in r]
-    judged = [r for r in records if "val/cosine" in r]
-    bounds = all("val/low" in r and "val/high" in r for r in judged)
+    validated = [r for r in records if "val/cosine" in r]
+    bounds = all("val/low" in r and "val/high" in r for r in validated)
     return plots.learning_curve(
         [r["step"] for r in trained],
         [r["train/loss"] for r in trained],
-        [r["step"] for r in judged],
-        [r["val/cosine"] for r in judged],
-        val_low=[r["val/low"] for r in judged] if bounds else None,
-        val_high=[r["val/high"] for r in judged] if bounds else None,
+        [r["step"] for r in validated],
+        [r["val/cosine"] for r in validated],
+        val_low=[r["val/low"] for r in validated] if bounds else None,
+        val_high=[r["val/high"] for r in validated] if bounds else None,
         seconds=[r["seconds"] for r in trained],
     )
 

@@ -1,4 +1,4 @@
-"""One table of all runs: how far, how good, how fast, and in which settings they differ.
+"""Table of all runs: progress, scores, speed, and the settings in which they differ.
 
     python -m train.runs
     python -m train.runs sort=when csv=runs.csv json=runs.json
@@ -30,7 +30,7 @@ _WIDEST, _NAME = 34, 28  # characters of a cell and of a name, at most
 @dataclass(frozen=True)
 class RunsSettings:
     folder: Path = Path("checkpoints")
-    """Whose runs, at any depth."""
+    """Folder of the runs, at any depth."""
     sort: str = "score"
     """A column or a setting: numbers from the highest, texts from A."""
     csv: Path | None = None
@@ -57,7 +57,7 @@ def list_runs(cfg: RunsSettings, width: int = 120) -> str:
 
 
 def format_table(entries: Sequence[Run | Folds], unreadable: Mapping[str, str], width: int = 120) -> str:
-    """The table: results, then settings that differ, then what could not be read; lines of at most `width`."""
+    """Format the table: results, settings that differ, unreadable folders; lines of at most `width`."""
     parts = []
     runs = runs_of(entries)
     if runs:
@@ -164,7 +164,7 @@ def _differing(entries: Sequence[Run | Folds], width: int) -> list[str]:
         rows = [[entry.name, *(columns[key][i] for key in own)] for i, entry in enumerate(entries)]
         parts += _table(["run", *own], rows, width)
     if any(shared.values()):
-        line = "all of them: " if len(entries) > 1 else f"{entries[0].name}: "
+        line = "all runs: " if len(entries) > 1 else f"{entries[0].name}: "
         parts.append(_wrapped(line, [f"{key} {value}" for key, value in shared.items() if value], width))
     return parts
 
@@ -180,7 +180,7 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> li
         if blocks[-1] and wide[0] + sum(2 + wide[k] for k in [*blocks[-1], i]) > width:
             blocks.append([])
         blocks[-1].append(i)
-    made = []
+    tables = []
     for block in blocks:
         lines = []
         for r in range(len(rows) + 1):
@@ -189,8 +189,8 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> li
                 number = all(_numeric(cell) for cell in cells[i][1:])
                 line += "  " + (cells[i][r].rjust(wide[i]) if number else cells[i][r].ljust(wide[i]))
             lines.append(line.rstrip())
-        made.append("\n".join(lines))
-    return made
+        tables.append("\n".join(lines))
+    return tables
 
 
 def _wrapped(line: str, words: Sequence[str], width: int) -> str:

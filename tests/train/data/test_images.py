@@ -218,7 +218,7 @@ def test_images_that_count_nothing_are_not_drawn(
     assert kept == [0, 1, 3, 4, 5, 6, 7, 8]
     assert weight_N is not None
     assert np.mean(np.array(weight_N)[kept]) == pytest.approx(1)
-    assert "1 of 9 training images count 0 and are left out" in caplog.text
+    assert "1 of 9 training images have weight 0 and are left out" in caplog.text
 
 
 def test_keys_of_no_image_are_counted(sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -238,7 +238,7 @@ def test_keys_of_no_image_are_counted(sources: list[Path], tmp_path: Path, caplo
         ({"key": ["000001", "000001"], "weight": [1.0, 2.0]}, {}, "1 images are named twice, the first 000001"),
         ({"key": ["000001"], "share": [1.0]}, {}, "has the columns key, share; weight must be among them"),
         ({"key": ["000001"], "weight": ["much"]}, {}, "w.parquet cannot be read: .*much"),
-        ({"key": [f"{n:06d}" for n in range(9)], "weight": [0.0] * 9}, {}, "all 9 images count 0"),
+        ({"key": [f"{n:06d}" for n in range(9)], "weight": [0.0] * 9}, {}, "all 9 images have weight 0"),
         ({"key": [], "weight": []}, {}, "w.parquet is empty"),
     ],
 )

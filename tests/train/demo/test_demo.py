@@ -165,11 +165,13 @@ def test_a_bundle_and_an_ensemble_need_only_a_bank(run: Path, data: Path, tmp_pa
 
 def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Path) -> None:
     export(run / "best", tmp_path / "bundle")
-    with pytest.raises(UserError, match=r"knn is fitted on images\nbank: there are no prompts.*\n.*lies in no run"):
+    with pytest.raises(
+        UserError, match=r"knn is fitted on images\nbank: there are no prompts.*\n.*is not in a run folder"
+    ):
         place_of(cfg(f"checkpoint={tmp_path / 'bundle'}", "baselines=[mean,knn]"))
     found = place_of(cfg(f"checkpoint={tmp_path / 'bundle'}", f"run={run}"))
     assert found == (tmp_path / "bundle", run)
-    with pytest.raises(UserError, match=r"nothing is no checkpoint, bundle or ensemble"):
+    with pytest.raises(UserError, match=r"nothing is not a checkpoint, bundle or ensemble"):
         place_of(cfg(f"checkpoint={tmp_path / 'nothing'}"))
 
 

@@ -413,7 +413,7 @@ def test_only_what_an_evaluation_wrote_is_removed_by_the_next(tiny_run: Path, tm
         (out / name).write_text("mine")
     judge(tiny_run, out, "embedders=[ridge,regressor,ensemble]", "ensemble.folds=3")
     assert (out / "ensemble/config.json").exists()
-    with pytest.raises(UserError, match=r"would write over .*ensemble, which is judged; name another out="):
+    with pytest.raises(UserError, match=r"would overwrite .*ensemble, which is evaluated; name another out="):
         judge(tiny_run, out, f"embedders=[mean,{out / 'ensemble'}]")
     judge(tiny_run, out, "embedders=[mean,retrieve]")
     there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
@@ -470,12 +470,12 @@ def test_what_cannot_be_judged_is_told_before_anything_is_computed(
     about = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**about, "encoder": "all-MiniLM-L12-v2"}))
     for run, overrides, words in (
-        (None, [f"checkpoint={alone}"], r"alone lies in no run.*name dataset=… to judge it on, or run=…"),
+        (None, [f"checkpoint={alone}"], r"alone is not in a run folder.*name dataset=… to evaluate it on, or run=…"),
         (tiny_run, [f"embedders=[regressor,{other}]"], "of the target encoder all-MiniLM-L12-v2, but the vectors comp"),
         (tiny_run, ["+tta.ridge.flip=true"], r"tta\.ridge: views are for checkpoints and their like alone: regressor"),
         (tiny_run, ["embedders=[mean,ridge,ensemble]", "ensemble.folds=13"], "folds: 13, but the 12 images have 12"),
         (tiny_run, ["embedders=[regressor,retrieve]", f"bank={tmp_path / 'none.txt'}"], "none.txt"),
-        (None, ["embedders=[mean]", f"dataset={small_data}", f"checkpoint={alone}"], "alone lies in no run"),
+        (None, ["embedders=[mean]", f"dataset={small_data}", f"checkpoint={alone}"], "alone is not in a run folder"),
     ):
         cfg = [f"run={run}"] if run else []
         values = compose("evaluate", [*cfg, f"out={tmp_path / 'out'}", "accelerator=cpu", *overrides])

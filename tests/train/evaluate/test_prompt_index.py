@@ -293,7 +293,7 @@ def test_all_that_is_wrong_with_the_places_is_told_at_once(tmp_path: Path, data:
         wrong_csv: "lacks the column prompt; near: prompts; it has id, prompts. Name the right one: column=…",
         empty: "empty.csv is empty",
         write(tmp_path / "blank.txt", ["", "  "]): "holds no prompt",
-        write(tmp_path / "none.parquet", [None]): "holds no prompt; a bank needs one at least",
+        write(tmp_path / "none.parquet", [None]): "holds no prompt; an index needs at least one",
         data: "no vectors of all-MiniLM-L6-v2",
     }
     with pytest.raises(UserError) as raised:
@@ -311,9 +311,9 @@ def _parts(text: str, paths: dict[Path | str, str]) -> list[str]:
 
 def test_a_bank_of_nothing_and_vectors_of_another_width(data: Path) -> None:
     dataset = Dataset(data, small_dataset.ENCODER)
-    with pytest.raises(UserError, match=rf"no prompt for a bank in {data}"):
+    with pytest.raises(UserError, match=rf"no prompt to index in {data}"):
         from_images([(dataset, dataset.rows("train")[:0])])
-    with pytest.raises(UserError, match="no prompt for a bank in no place"):
+    with pytest.raises(UserError, match="no prompt to index in no place"):
         PromptIndex([])
     with pytest.raises(UserError, match=r"shape \[2, 5\] are compared with a bank of width 384"):
         from_images([(dataset, dataset.rows("train"))]).nearest(unit(2, 5), 3)

@@ -86,7 +86,7 @@ def test_another_micro_batch_goes_on(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "whole", "optim.ema=0.9")
     parts = ("optim.ema=0.9", "save_every=1")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ResumeCheckpoint, "_end", _stop_at(3))
+        patch.setattr(ResumeCheckpoint, "_end_run", _stop_at(3))
         assert train(small_data, tmp_path / "run", *parts) == 130
     assert train(small_data, tmp_path / "run", *parts, "scale.micro_batch=2") == 0
     assert [r["step"] for r in records(tmp_path / "run")] == [r["step"] for r in records(tmp_path / "whole")]
@@ -94,7 +94,7 @@ def test_another_micro_batch_goes_on(small_data: Path, tmp_path: Path) -> None:
 
 
 def _stop_at(step: int) -> Any:
-    end = ResumeCheckpoint._end
+    end = ResumeCheckpoint._end_run
 
     def stopped(self: ResumeCheckpoint, trainer: Any) -> None:
         self.stopped = self.stopped or trainer.global_step == step
@@ -253,7 +253,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(
         return step(self, batch, number)
 
     monkeypatch.setattr(Training, "training_step", broken)
-    with pytest.raises(UserError, match=r"the loss of step 4 is not a number; the batch is in .*nan_step_4"):
+    with pytest.raises(UserError, match=r"the loss of step 4 is NaN or infinite; the batch is in .*nan_step_4"):
         train(small_data, tmp_path / "run", "save_every=1")
     kept = load_file(tmp_path / "run/nan_step_4.safetensors")
     assert kept["image_BCHW"].shape == (8, 3, 32, 32)
@@ -267,9 +267,9 @@ def test_a_full_disk_leaves_the_resume_point_before(
 ) -> None:
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        patch.setattr(ResumeCheckpoint, "_end", _stop_at(3))
+        patch.setattr(ResumeCheckpoint, "_end_run", _stop_at(3))
         assert train(small_data, run, "save_every=1") == 130
-    words = r"cannot write the resume point .* at step 4: File too large; that of an earlier step is there still\."
+    words = r"cannot write the resume checkpoint .* at step 4: File too large; an earlier one is intact\."
     with full_disk.beyond(100_000), pytest.raises(UserError, match=words):
         train(small_data, run, "save_every=1")
     assert sorted(p.name for p in run.iterdir() if "resume" in p.name) == ["resume.ckpt", "resume.previous.ckpt"]

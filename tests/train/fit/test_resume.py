@@ -40,14 +40,14 @@ def stopped_run(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def stop_at(step: int, data: Path, run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    end = ResumeCheckpoint._end
+    end = ResumeCheckpoint._end_run
 
     def stop(self: ResumeCheckpoint, trainer: Any) -> None:
         self.stopped = self.stopped or trainer.global_step == step
         end(self, trainer)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ResumeCheckpoint, "_end", stop)
+        patch.setattr(ResumeCheckpoint, "_end_run", stop)
         assert train(data, run, EACH_STEP) == 130
 
 
@@ -177,9 +177,7 @@ def test_bytes_that_are_read_back_otherwise_leave_both_points(
         commit(part, out, rotate=rotate)
 
     monkeypatch.setattr(resume, "commit", on_a_bad_disk)
-    with pytest.raises(
-        UserError, match=r"at step 5: read back from the disk, its bytes have changed .* is there still"
-    ):
+    with pytest.raises(UserError, match=r"at step 5: read back from the disk, its bytes have changed .* is intact"):
         train(small_data, stopped_run, EACH_STEP)
     assert steps(stopped_run) == {"resume.ckpt": 4, "resume.previous.ckpt": 3}
     assert not list(stopped_run.glob(".resume*"))

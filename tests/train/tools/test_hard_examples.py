@@ -59,7 +59,10 @@ def test_the_file_holds_every_score_and_training_takes_it(
     assert [row["score"] for row in table] == pytest.approx(sorted(expected.values()), abs=1e-5)
     assert [row["weight"] for row in table] == [3] * 10 + [1] * 30
     assert {row["dataset"] for row in table} == {str(small_data)}
-    assert f"10 hard images of 40, cosine {sorted(expected.values())[9]:.4f} or less, count 3, others 1" in caplog.text
+    assert (
+        f"10 hard images of 40, cosine {sorted(expected.values())[9]:.4f} or less, have weight 3, others 1"
+        in caplog.text
+    )
 
     data = ImageDataModule(
         [dataset], [], training.cfg(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING

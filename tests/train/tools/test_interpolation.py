@@ -110,7 +110,7 @@ def test_checkpoints_of_two_kinds_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         run(a, b, tmp_path / "out")
     assert str(refused.value).splitlines() == [
-        f"{a} (there) and {b} (here) are of two kinds:",
+        f"{a} (there) and {b} (here) differ:",
         "  head: 'linear' there, 'wide' here",
         "  head_width: 0 there, 6 here",
         "  size: 32 there, 64 here",

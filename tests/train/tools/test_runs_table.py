@@ -140,8 +140,8 @@ def test_a_log_cut_short_is_read_and_a_damaged_one_is_named(tmp_path: Path) -> N
     (folder / "log.jsonl").write_text(whole + '{"step": 41, "ep')
     assert (only(tmp_path).step, only(tmp_path).note) == (STEPS, "")
     (folder / "log.jsonl").write_text('"val/ no json\n[1, 2]\n' + whole)
-    assert only(tmp_path).note == "log.jsonl: 2 lines are no records, the first is line 1"
-    assert "a: log.jsonl: 2 lines are no records" in format_table([only(tmp_path)], {})
+    assert only(tmp_path).note == "log.jsonl: 2 damaged lines, the first is line 1"
+    assert "a: log.jsonl: 2 damaged lines" in format_table([only(tmp_path)], {})
 
 
 def test_scores_that_are_no_numbers_are_never_the_best(tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_the_table_shows_what_differs_and_fits_its_width(tmp_path: Path) -> None
         ["b", "3e-05", "8", "2"],
         ["a", "1e-05", "14"],
     ]
-    assert shared.startswith("all of them: backbone vit_base_patch32_clip_224.laion2b, px 224, trained 25.0%, dataset")
+    assert shared.startswith("all runs: backbone vit_base_patch32_clip_224.laion2b, px 224, trained 25.0%, dataset")
     assert "ema 0.999" in shared
     assert max(map(len, shown.splitlines())) <= 120
     narrow = format_table(runs, {}, 60)
@@ -241,7 +241,7 @@ def test_sorting(tmp_path: Path) -> None:
     runs, _ = find_runs(tmp_path)
     for by, expected in {"score": "abc", "name": "abc", "when": "cab", "optim.lr": "bca", "state": "abc"}.items():
         assert "".join(r.name for r in sort_entries(runs, by)) == expected, by
-    with pytest.raises(UserError, match=r"sort: 'speed' is no column and no setting; known: .*optim\.lr"):
+    with pytest.raises(UserError, match=r"sort: 'speed' is not a column or setting; known: .*optim\.lr"):
         sort_entries(runs, "speed")
 
 
