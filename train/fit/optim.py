@@ -151,7 +151,7 @@ def lr_share(step: int, steps: int, warmup: int, schedule: str = "cosine") -> fl
     """Learning rate at `step` of `steps`, as a share of its peak.
 
     cosine: half a cosine down to zero, times a linear warm-up over `warmup_steps`; constant: only the warm-up;
-    onecycle: torch.optim.OneCycleLR, whose own warm-up takes .3 of the run, from 1/25 of the peak up, then to 1/250,000.
+    onecycle: torch.optim.OneCycleLR, whose own warm-up takes .3 of the run, from 1/25 of the peak up, then 1/250,000.
     """
     if schedule == "onecycle":
         peak, last = _RISING * steps - 1, steps - 1  # as torch has it: the peak may be between two steps
