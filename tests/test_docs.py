@@ -197,12 +197,21 @@ def test_site_builds_without_a_warning() -> None:
 
 
 def test_settings_reference_names_every_setting(tmp_path: Path) -> None:
-    """The generator needs no tool of the site; every key of conf/ is in its page."""
+    """Keys of conf/ are in the generated page, and keys that the pages of docs/ name are known."""
     subprocess.run([sys.executable, ROOT / "docs/build_reference.py", tmp_path / "docs"], check=True)
     page = (tmp_path / "docs/pages/reference/settings.md").read_text()
     for path in (ROOT / "conf").glob("*.yaml"):
         assert path.stem == "quiet" or f"## {path.stem}.yaml" in page
     for key in ("optim.layer_decay", "curate.min_tokens", "knn.neighbours", "wheels.python", "renderer.size"):
         assert f"`{key}`" in page or f"`{key.partition('.')[2]}`" in page, key
+    known = set(re.findall(r"^\| `([\w.]+)` \|", page, re.MULTILINE))
+    groups = "|".join({key.partition(".")[0] for key in known if "." in key})
+    unknown_of = {}
+    for document in {ROOT / "README.md", *(ROOT / "docs").glob("*.md")} - {EXTENDING}:
+        named = re.findall(rf"(?<![\w./])((?:{groups})\.\w+)(?:[=`]|\.\w+=)", document.read_text())
+        unknown = [key for key in named if not any(f"{k}.".startswith(f"{key}.") for k in known)]
+        unknown = [key for key in unknown if not key.startswith(("renderer.", "prompts.", "tta.", "model.safetensors"))]
+        unknown_of |= {document.name: unknown} if unknown else {}
+    assert not unknown_of
     index = (tmp_path / "docs/pages/reference/index.md").read_text()
     assert "`models.losses`" in index
