@@ -31,8 +31,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from benchmarks.harness import finish, timed
-from core import store
-from core.paths import ROOT
+from core.paths import ROOT, cache_folder
 from core.progress import progress
 
 TARGET, GROWTH, RECALL = 2.0, 5.0, 0.99
@@ -93,7 +92,7 @@ def encoded(texts: list[str]) -> Path:
     from datagen.dataset.targets import TargetEncoder
 
     name = hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
-    path = store.cache_folder() / f"benchmark-curate-{name}.npy"
+    path = cache_folder() / f"benchmark-curate-{name}.npy"
     if path.exists():
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -291,7 +291,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def options() -> argparse.Namespace:
-    from core.store import cache_folder
+    from core.paths import cache_folder
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write all figures here")

@@ -11,7 +11,6 @@ What a killed process has computed is not lost: the next one goes on behind the 
 Two processes that want the same folder wait for one another. n rows, D their width.
 """
 
-import errno
 import hashlib
 import io
 import json
@@ -25,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
+from core.files import CACHE_HINT, explain_disk_errors, write_json
+from core.locks import lock
 from core.progress import progress
 
 log = logging.getLogger(__name__)
@@ -36,7 +37,6 @@ PART = 8192
 """Rows that are made at a time: what a kill costs."""
 
 _SHARE = 0.9  # of the free disk that a file may take
-_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 def stored(folder: Path, rows: int, make: Make, unit: str, what: str) -> NDArray[np.float32]:
@@ -51,14 +51,12 @@ def stored(folder: Path, rows: int, make: Make, unit: str, what: str) -> NDArray
     Raises:
         UserError: the disk is full or refuses, or a row that is made is not finite.
     """
-    from filelock import FileLock
-
     found = _opened(folder, rows)
     if found is not None:
         return found
-    try:
+    with explain_disk_errors(f"cannot write {folder}", CACHE_HINT):
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / ".lock"):
+        with lock(folder / ".lock"):
             found = _opened(folder, rows)  # another process may have made it meanwhile
             if found is None:
                 if (folder / "vectors.npy").exists():
@@ -67,13 +65,6 @@ def stored(folder: Path, rows: int, make: Make, unit: str, what: str) -> NDArray
                 _grow(folder, rows, make, unit, what)
                 (folder / "vectors.part").replace(folder / "vectors.npy")
                 found = _opened(folder, rows)
-    except OSError as error:
-        if error.errno not in _FULL:
-            raise
-        raise UserError(
-            f"cannot write {folder}: {error.strerror}; make room or name another cache by IM2EMB_CACHE, and run the "
-            "same command again: it goes on where it was"
-        ) from error
     assert found is not None
     return found
 
@@ -111,9 +102,7 @@ def _grow(folder: Path, rows: int, make: Make, unit: str, what: str) -> None:
             os.fsync(file.fileno())
             done += len(made)
             digests.append(hashlib.sha256(made.data).hexdigest())
-            fresh = note.with_suffix(".new")
-            fresh.write_text(json.dumps({"rows": done, "width": width, "sha256": digests}))
-            fresh.replace(note)
+            write_json(note, {"rows": done, "width": width, "sha256": digests}, CACHE_HINT)
             bar.update(len(made))
 
 

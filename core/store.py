@@ -1,198 +1,48 @@
-"""Where a dataset's files lie: a folder of this machine, or any fsspec URL (s3://, gs://, hf://).
+"""Read files of a dataset: a folder of this machine, or any fsspec URL (s3://, gs://, hf://).
 
-Writing: a local file gets a temporary name, is synced and renamed. A remote one is built in the local temporary folder
-(`TMPDIR`) and put in one call, which object stores show whole or not at all; then its size is checked.
+A remote file is fetched whole into a cache, the folder that `IM2EMB_CACHE` names, or ~/.cache/im2emb. The name of a
+copy holds the size and version (ETag, else time of change) that the store reports of the object: after the object was
+rewritten, the old copy is not read. Any number of processes share the cache; remove the folder when you please. Beside
+each copy lies its record: size, time of change and SHA-256 as it was fetched. A process hashes a copy before its first
+use; one of more than 64 MiB only where its size or time differs from the record (`datagen.verify` always hashes). A
+copy that is damaged or without a record is fetched again.
 
-Reading: a remote file is fetched whole into a cache, the folder that `IM2EMB_CACHE` names, or ~/.cache/im2emb. A copy
-is filed under the size and version (ETag, else time of change) that the store tells of the object: one written anew is
-not read from an old copy. Any number of processes share the cache; remove the folder when you please. Beside each copy
-lies its record: size, time of change and SHA-256 as it was fetched. A process hashes a copy before its first use; one
-of more than 64 MiB only where its size or time differs from the record (`datagen.verify` always hashes). A copy that is
-damaged or without a record is fetched again.
-
-A fault of the network or the server is logged and tried again for about a minute, beside what the protocol's own
-package tries. What no second try mends is a `UserError`. Listings are always asked for anew: other processes write too.
+Errors of the network or the server are retried (`core.retry`), beside what the protocol's own package retries.
+Listings are always requested again, because other processes write too. `core.files` writes.
 """
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import io
 import json
 import logging
 import os
 import re
-import secrets
-import shutil
-import tempfile
-import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-from core.errors import UserError
-from core.paths import Location
+from core.errors import UserError, first_line
+from core.files import PART, free_bytes, remove_part, sha256, write_atomically, write_bytes
+from core.locks import lock
+from core.paths import Location, Place, cache_folder, file_system, located
+from core.retry import retry_store
 
 log = logging.getLogger(__name__)
 
-Place = Path | Location
-T = TypeVar("T")
-
-_PART = ".part-"  # of a temporary name
-_LOCAL = ("", "file", "local")
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}
-_WAITS_S = (0.5, 2, 8, 30)  # before each further try
 _BLOCK, _AT_ONCE = 8 << 20, 8  # bytes of a request, requests at a time: 64 MiB are held
 _THREADS = 16  # that fetch small files
 _DIGEST = 12  # letters of a hash in a name of the cache
 _HASHED_ALWAYS = 64 << 20  # bytes up to which a cached copy is hashed once a process
 _whole_copies: dict[Path, tuple[int, int]] = {}  # that this process has checked: size and time of change
 
-# Errors that no second try mends, by their classes or, for those of packages that may not be installed, by words in
-# the names of their classes.
-_FINAL = (PermissionError, ValueError, NotImplementedError, IsADirectoryError, NotADirectoryError)
-_FINAL_NAMES = ("Auth", "Credential", "Gated", "NoRegion", "Profile", "RepositoryNotFound", "Token", "Validation")
-_FINAL_STATUS = (401, 403, 404)
 _NO_CONTAINER = ("NoSuchBucket", "RepositoryNotFoundError", "BucketNotFoundError", "RevisionNotFoundError")
 # What a store may tell of an object's content, else when it was changed: the first of these that it has.
 _VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "blob_id", "generation")
 _VERSIONS += ("mtime", "modified", "modify", "last_modified", "LastModified", "created")
-
-
-class Unreachable(UserError):  # noqa: N818 – it names the state of a store
-    """A store that did not answer, however often it was asked; it may later, or from another machine."""
-
-
-def located(place: Place | str) -> Place:
-    """A local path, also of file://, as a `Path`; any other URL as a `Location`.
-
-    Raises:
-        UserError: nobody knows the protocol.
-    """
-    try:
-        found = Location(place)
-    except ValueError as error:
-        raise UserError(f"{place}: {error}; give a local path, or s3://, gs:// or hf://") from error
-    return Path(found.path) if found.protocol in _LOCAL and not isinstance(found, Path) else found
-
-
-def cache_folder() -> Path:
-    """`IM2EMB_CACHE`, or ~/.cache/im2emb."""
-    return Path(os.environ.get("IM2EMB_CACHE") or Path.home() / ".cache" / "im2emb")
-
-
-# ---------------------------------------------------------------------------------------------------------- writing
-
-
-def write_atomically(place: Place, write: Callable[[io.BufferedWriter], object]) -> None:
-    """Writes a file that is whole or absent, whenever this process is killed.
-
-    Raises:
-        UserError: the disk or the store is full, refuses or cannot be reached. Nothing half-written is left.
-    """
-    place = located(place)
-    if not isinstance(place, Path):
-        _put(place, write)
-    else:
-        _write_local(place, write, "make room or choose another out=, and run the same command again.")
-
-
-def remove_parts(root: Place) -> None:
-    """Removes what killed processes left under temporary names; the files that others are writing stay."""
-    root = located(root)
-    parts = root.rglob(f".*{_PART}*") if isinstance(root, Path) else _temporary().glob(f".im2emb{_PART}*")
-    for part in parts:
-        _remove_if_left(part)
-
-
-def _write_local(path: Path, write: Callable[[io.BufferedWriter], object], remedy: str) -> None:
-    part = path.with_name(f".{path.name}{_PART}{os.getpid()}-{secrets.token_hex(4)}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with _open_part(part) as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-            part.replace(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        raise UserError(
-            f"cannot write {path}: {error.strerror or error}. Nothing half-written is left: {remedy}"
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _put(place: Location, write: Callable[[io.BufferedWriter], object]) -> None:
-    folder = _temporary()
-    part = folder / f".im2emb{_PART}{os.getpid()}-{secrets.token_hex(4)}"
-    try:
-        with _open_part(part) as file:
-            write(file)
-            file.flush()
-            _put_file(place, part, os.fstat(file.fileno()).st_size)
-    except OSError as error:
-        if error.errno not in _DISK:
-            raise
-        raise UserError(
-            f"cannot write {place}: it is built in {folder}, and there: {error.strerror or error}. Nothing "
-            f"half-written is left: make room there or name another folder by TMPDIR, and run the same command again."
-        ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
-def _temporary() -> Path:
-    return Path(tempfile.gettempdir())
-
-
-def _put_file(place: Location, part: Path, size: int) -> None:
-    def put() -> None:
-        fs = _system(place)
-        fs.put_file(str(part), place.path)
-        fs.invalidate_cache()
-        there = fs.info(place.path)["size"]
-        if there != size:
-            raise ConnectionError(f"{there} bytes of {size} arrived")
-
-    try:
-        _tried(f"cannot write {place}", put)
-    except FileNotFoundError as error:
-        raise UserError(
-            f"cannot write {place}: {_first_line(error)}; make the bucket or repository, or choose another out="
-        ) from error
-
-
-@contextlib.contextmanager
-def _open_part(part: Path) -> Iterator[io.BufferedWriter]:
-    """A new file, locked while it is written, so that `remove_parts` knows it from one that a kill left."""
-    while True:
-        with part.open("wb") as file:
-            with contextlib.suppress(OSError):  # a file system without locks: then `_remove_if_left` cannot lock either
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if part.exists():  # else it was taken for left over, in the moment before it was locked
-                yield file
-                return
-
-
-def _remove_if_left(part: Path) -> None:
-    with contextlib.suppress(OSError), part.open("rb") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        part.unlink()
-
-
-# ---------------------------------------------------------------------------------------------------------- reading
 
 
 def exists(place: Place) -> bool:
@@ -204,7 +54,7 @@ def exists(place: Place) -> bool:
         except OSError as error:
             raise UserError(f"cannot look for {place}: {error.strerror}; choose another place") from error
     try:
-        _tried(f"cannot look for {place}", lambda: _info(place))
+        retry_store(f"cannot look for {place}", lambda: _info(place))
     except FileNotFoundError as error:
         _refuse_no_container(place, error)
         return False
@@ -292,7 +142,9 @@ class Files:
         """
         place = self._place(name)
         try:
-            return _tried(f"cannot read {place}", lambda: _system(place).cat_file(place.path, start=first, end=end))
+            return retry_store(
+                f"cannot read {place}", lambda: file_system(place).cat_file(place.path, start=first, end=end)
+            )
         except FileNotFoundError as error:
             raise self._changed(name) from error
 
@@ -332,7 +184,7 @@ class Files:
 
     def _place(self, name: str) -> Location:
         assert not isinstance(self.root, Path)
-        _system(self.root)  # which its children share, in every thread
+        file_system(self.root)  # which its children share, in every thread
         return self.root / name if name else self.root
 
     def _entry(self, name: str) -> Entry | None:
@@ -346,7 +198,7 @@ class Files:
         if folder not in self._folders:
             place = self._place(folder)
             try:
-                infos = _tried(f"cannot list {place}", lambda: _list(place))
+                infos = retry_store(f"cannot list {place}", lambda: _list(place))
             except FileNotFoundError as error:
                 _refuse_no_container(place, error)
                 infos = []
@@ -371,8 +223,6 @@ class Files:
         return top / folder / (f"{stem}-{version}.{suffix}" if dot else f"{file}-{version}")
 
     def _fetch(self, name: str, entry: Entry, copy: Path) -> None:
-        from filelock import FileLock
-
         place = self._place(name)
         cache = cache_folder()
 
@@ -380,10 +230,10 @@ class Files:
 
         def write(file: io.BufferedWriter) -> None:
             for group in _groups(entry.size):
-                for block in _tried(f"cannot read {place}", lambda group=group: _blocks(place, group)):
+                for block in retry_store(f"cannot read {place}", lambda group=group: _blocks(place, group)):
                     digest.update(block)
                     file.write(block)
-            now = _entry(_tried(f"cannot look for {place}", lambda: _info(place)))
+            now = _entry(retry_store(f"cannot look for {place}", lambda: _info(place)))
             if now.size != entry.size or (now.version and entry.version and now.version != entry.version):
                 raise self._changed(name)
             file.flush()  # then its time of change is final
@@ -392,14 +242,14 @@ class Files:
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
             # of a small file a second copy costs less than a lock
-            one = FileLock(copy.with_name(f".{name.rpartition('/')[2]}.lock")) if entry.size > _BLOCK else None
-            with one or contextlib.nullcontext():
+            lock_path = copy.with_name(f".{name.rpartition('/')[2]}.lock")
+            with lock(lock_path) if entry.size > _BLOCK else contextlib.nullcontext():
                 if self._problem(copy) is None:
                     return
                 stem = copy.name.rpartition("-")[0]
-                for part in copy.parent.glob(f".{stem}-*{_PART}*"):
-                    _remove_if_left(part)
-                _write_local(copy, write, f"make room, or name another folder by IM2EMB_CACHE (now {cache}).")
+                for part in copy.parent.glob(f".{stem}-*{PART}*"):
+                    remove_part(part)
+                write_atomically(copy, write, f"make room, or name another folder by IM2EMB_CACHE (now {cache}).")
                 for old in copy.parent.glob(f"{stem}-{'?' * _DIGEST}{copy.suffix}"):
                     if old != copy:
                         for path in (old, _record(old)):
@@ -425,7 +275,7 @@ def _groups(size: int) -> Iterator[list[tuple[int, int]]]:
 
 def _blocks(place: Location, ranges: list[tuple[int, int]]) -> list[bytes]:
     starts, ends = map(list, zip(*ranges, strict=True))
-    blocks: Any = _system(place).cat_ranges([place.path] * len(ranges), starts, ends, on_error="raise")
+    blocks: Any = file_system(place).cat_ranges([place.path] * len(ranges), starts, ends, on_error="raise")
     for block, (start, end) in zip(blocks, ranges, strict=True):
         if len(block) != end - start:
             raise ConnectionError(f"{len(block)} bytes came of {end - start}")
@@ -433,13 +283,13 @@ def _blocks(place: Location, ranges: list[tuple[int, int]]) -> list[bytes]:
 
 
 def _list(place: Location) -> list[dict[str, Any]]:
-    fs = _system(place)
+    fs = file_system(place)
     fs.invalidate_cache()
     return fs.ls(place.path, detail=True)
 
 
 def _info(place: Location) -> dict[str, Any]:
-    fs = _system(place)
+    fs = file_system(place)
     fs.invalidate_cache()
     return fs.info(place.path)
 
@@ -456,8 +306,8 @@ def _entry(info: dict[str, Any]) -> Entry:
 def write_record(copy: Path, stat: os.stat_result, sha256: str, **facts: Any) -> None:
     """Write the record of a fetched copy beside it, before the copy gets its name: without a record it is not used."""
     record = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "sha256": sha256, **facts}
-    data = json.dumps(record).encode()
-    _write_local(_record(copy), lambda file: file.write(data), "make room, or name another folder by IM2EMB_CACHE.")
+    hint = "make room, or name another folder by IM2EMB_CACHE."
+    write_bytes(_record(copy), json.dumps(record).encode(), hint)
 
 
 def read_record(copy: Path) -> dict[str, Any] | None:
@@ -481,102 +331,11 @@ def _record(copy: Path) -> Path:
     return copy.with_name(f".{copy.name}.json")
 
 
-def sha256(path: Path) -> str:
-    """Of a local file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:_DIGEST]
-
-
-def beside(place: Place, suffix: str) -> Path:
-    """A local path named after a dataset: beside its folder; for a URL in the current one, the bucket in its name."""
-    there = located(place)
-    if not isinstance(there, Path):  # two buckets may hold datasets of one name
-        return Path.cwd() / f"{'-'.join(there.path.strip('/').split('/'))}{suffix}"
-    there = there.absolute()  # "." has no name
-    return there.with_name(f"{there.name}{suffix}")
-
-
-def free_bytes(folder: Path) -> int:
-    """Free on the disk of a folder that need not exist yet."""
-    folder = folder.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
-
-
-# ----------------------------------------------------------------------------------------------------------- faults
-
-
-def _tried(what: str, work: Callable[[], T]) -> T:
-    """`work()`, tried again after a fault of the network or the server.
-
-    Args:
-        what: the message of an error begins with it, such as "cannot read s3://bucket/file".
-
-    Raises:
-        FileNotFoundError: as `work` raised it.
-        UserError: it was refused.
-        Unreachable: every try failed.
-    """
-    for wait_s in (*_WAITS_S, None):
-        try:
-            return work()
-        except (FileNotFoundError, UserError):
-            raise
-        except Exception as error:  # each protocol's package has its own classes
-            if _is_final(error):
-                raise UserError(
-                    f"{what}: {_first_line(error)}\nCheck the URL, and the credentials and rights for it."
-                ) from error
-            if not _is_fault(error):
-                raise
-            if wait_s is None:
-                raise Unreachable(
-                    f"{what}, tried {len(_WAITS_S) + 1} times: {_first_line(error)}\n"
-                    f"Check the network and the server; then the same command goes on."
-                ) from error
-            log.warning("%s: %s; trying again in %g s", what, _first_line(error), wait_s)
-            time.sleep(wait_s)
-    raise AssertionError
-
-
-def _is_final(error: Exception) -> bool:
-    name = type(error).__name__
-    response = getattr(error, "response", None)
-    status = getattr(response, "status_code", None)
-    return isinstance(error, _FINAL) or status in _FINAL_STATUS or any(word in name for word in _FINAL_NAMES)
-
-
-def _is_fault(error: Exception) -> bool:
-    """Whether it came from the outside; what Python itself raises otherwise is a mistake in a program."""
-    return isinstance(error, OSError | EOFError) or type(error).__module__ != "builtins"
-
-
-def _system(place: Location) -> Any:
-    """The fsspec file system of a URL.
-
-    Raises:
-        UserError: its package is not installed.
-    """
-    try:
-        return place.fs
-    except ImportError as error:
-        from fsspec.registry import known_implementations
-
-        package = known_implementations[place.protocol]["class"].partition(".")[0]
-        raise UserError(f"{place}: {_first_line(error)}: pip install {package}") from error
 
 
 def _refuse_no_container(place: Location, error: FileNotFoundError) -> None:
     """A path that does not exist may begin to; a bucket or repository does not by itself."""
     if type(error.__cause__).__name__ in _NO_CONTAINER:
-        raise UserError(f"{place}: {_first_line(error)}; check the URL, or make the bucket or repository") from error
-
-
-def _first_line(error: BaseException) -> str:
-    text = f"{error.strerror}" if isinstance(error, OSError) and error.strerror else str(error)
-    return next((line for line in text.splitlines() if line.strip()), type(error).__name__)
+        raise UserError(f"{place}: {first_line(error)}; check the URL, or make the bucket or repository") from error

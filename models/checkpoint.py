@@ -4,22 +4,19 @@ Beside the weights the file carries the training mean vector (for images that ca
 validation images with their vectors (so that export can prove parity without the dataset).
 """
 
-import contextlib
-import glob
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from core import tensor_files
 from core.checksum import DamagedFile
 from core.errors import UserError
+from core.files import replace_folder
 from core.paths import ROOT
 from models.backbones.pretrained_weights import put
 from models.backbones.registry import Spec, build_as_named
@@ -55,41 +52,9 @@ def save(
     tensors["probe_vectors"] = torch.cat([model.embed([probe]) for probe in probes])
     tensors |= {f"probe_image_{i}": probe.contiguous() for i, probe in enumerate(probes)}
     config = {"format": FORMAT, "preprocess": PREPROCESS, **model.description(), **facts}
-    with replacing(folder) as part:
+    with replace_folder(folder) as part:
         tensor_files.save(tensors, part / "model.safetensors")
         (part / "config.json").write_text(json.dumps(config, indent=1, sort_keys=True) + "\n")
-
-
-@contextlib.contextmanager
-def replacing(folder: Path) -> Iterator[Path]:
-    """An empty folder to fill, which then takes the place of `folder`; where that fails, the old one is there still.
-
-    Raises:
-        UserError: the disk is full or refuses.
-    """
-    part, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("part", "old"))
-    try:
-        part.mkdir(parents=True)
-        yield part
-        for path in (*part.rglob("*"), part):  # folders too: else their names may be lost
-            opened = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(opened)
-            finally:
-                os.close(opened)
-        if folder.exists():
-            folder.rename(old)
-        part.rename(folder)
-    except (OSError, SafetensorError) as error:
-        raise UserError(
-            f"cannot write {folder}: {error}. Nothing half-written is left: make room, run it again."
-        ) from error
-    finally:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
-        for word in ("part", "old"):  # of this process, or of one that was killed
-            for left in folder.parent.glob(f".{glob.escape(folder.name)}.{word}-*"):
-                shutil.rmtree(left, ignore_errors=True)
 
 
 def read_config(folder: Path) -> dict[str, Any]:

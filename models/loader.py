@@ -7,8 +7,8 @@ import torch
 from safetensors import SafetensorError
 
 from core.errors import UserError
+from core.files import sha256
 from models import checkpoint
-from models.backbones.pretrained_weights import sha256
 from models.checkpoint import best_of_run
 from models.embedder import Embedder
 from models.ensemble.ensemble import ENSEMBLE_KIND, load_ensemble, load_with_views, read_ensemble_config, read_object

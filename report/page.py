@@ -17,7 +17,6 @@ import io
 import json
 import math
 import numbers
-import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -29,6 +28,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 from PIL import Image
 
+from core.files import write_bytes
 from report import plots
 
 if TYPE_CHECKING:
@@ -219,16 +219,7 @@ class Page:
     def write(self, path: str | Path) -> Path:
         """Writes the page to `path`, whole or not at all, and returns its absolute path."""
         path = Path(path).absolute()
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            with temporary.open("w", encoding="utf-8", newline="\n") as file:
-                file.write(self.html())
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_bytes(path, self.html().encode())
         return path
 
     def _add(self, kind: str, **content: Any) -> None:

@@ -8,8 +8,7 @@ from typing import Any
 
 from core.cli import compose
 from core.errors import UserError
-from core.store import sha256
-from datagen.dataset.format import write_json
+from core.files import sha256, write_json
 from datagen.dataset.reader import Dataset
 from train.config import TrainSettings
 

@@ -30,10 +30,12 @@ from numpy.typing import NDArray
 from core import store as storage
 from core.checksum import DamagedFile, read_checked
 from core.errors import UserError
+from core.files import write_array
+from core.paths import Place
 from core.progress import progress
 from datagen.config import Curation, Split
 from datagen.curation import filters, near_duplicates
-from datagen.curation.journal import KEPT, Chunk, Chunks, digest, save
+from datagen.curation.journal import KEPT, Chunk, Chunks, digest
 from datagen.curation.near_duplicates import NearDuplicateIndex, VectorFile, distinct
 from datagen.dataset.normal_form import form_hash
 from datagen.dataset.reader import read_plan
@@ -339,7 +341,7 @@ class _Run:
                         parts.append(self.encode(names[start : start + _AT_ONCE]).astype(np.float16))
                         bar.update(len(parts[-1]))
                 vectors = np.concatenate(parts)
-                save(path, vectors)
+                write_array(path, vectors, checksum=True)
             self._other_forms = {form_hash(name): k for k, name in enumerate(names)}
             self._exclusions = NearDuplicateIndex(VectorFile(width, self.chunks.folder), self.cfg.against_at)
             self._exclusions.add(vectors)
@@ -449,7 +451,7 @@ def _digest(texts: Iterable[str]) -> str:
     return hashlib.blake2b("\0".join(texts).encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
-def _texts_at(place: storage.Place) -> list[str]:
+def _texts_at(place: Place) -> list[str]:
     """The clean prompts of a dataset folder, or of a file of prompts.
 
     Raises:

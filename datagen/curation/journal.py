@@ -1,6 +1,6 @@
 """What curation has done so far, in a folder, a chunk of the source at a time: a killed run goes on after the last.
 
-lock                held by the run that curates here; a second one is refused
+lock, lock.holder   held by the run that curates here; a second one is refused
 settings.json       what decides all else; a folder of other settings is emptied
 000000.parquet      the prompts kept of a chunk: prompt, source, group, tokens
 000000.hashes.npy   hashes of the texts that were new in it (of their normal form), sorted, for finding equal ones later
@@ -9,15 +9,12 @@ settings.json       what decides all else; a folder of other settings is emptied
 vectors.f16         the kept prompts' vectors, one after the other; what lies behind the last commit is cut off
 """
 
-import fcntl
 import hashlib
-import io
 import json
 import logging
-import os
 import re
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +24,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from core import store
-from core.checksum import with_checksum
 from core.errors import UserError
+from core.files import json_bytes, remove_parts, sha256, write_array, write_bytes, write_json, write_table
+from core.locks import holder, try_lock
 from datagen.curation.near_duplicates import VectorFile
-from datagen.dataset.format import json_bytes
 from datagen.prompts.sources import Prompt
 
 log = logging.getLogger(__name__)
@@ -44,7 +40,9 @@ KEPT = pa.schema(
         ("tokens", pa.int32()),
     ]
 )
-_OURS = re.compile(r"lock|settings\.json|vectors\.f16|against-\w+\.npy|\d{6}\.(json|parquet|hashes\.npy)|\..*\.part-.*")
+_OURS = re.compile(
+    r"lock(\.holder)?|settings\.json|vectors\.f16|against-\w+\.npy|\d{6}\.(json|parquet|hashes\.npy)|\..*\.part-.*"
+)
 
 
 @dataclass
@@ -85,7 +83,7 @@ class Chunks:
         if strangers:
             raise UserError(f"{folder} is not curation's ({strangers[0]}, …); move it away, or choose another out=")
         # two runs at once would cut off each other's vectors
-        self._unlock = weakref.finalize(self, os.close, _locked(folder / "lock"))
+        self._unlock = weakref.finalize(self, _lock(folder / "lock"))
         wanted = json_bytes(settings)
         there = folder / "settings.json"
         if there.exists() and there.read_bytes() != wanted:
@@ -93,10 +91,10 @@ class Chunks:
             there.unlink()  # first, so that what a kill leaves is not taken for what it says
         if not there.exists():
             for path in folder.iterdir():
-                if path.name != "lock":
+                if path.name not in ("lock", "lock.holder"):
                     path.unlink()
-            store.write_atomically(there, lambda file: file.write(wanted))
-        store.remove_parts(folder)
+            write_bytes(there, wanted)
+        remove_parts(folder)
         self.done: list[Chunk] = []
         self.starts: list[int] = [0]
         """Number of each chunk's first kept prompt, and of all."""
@@ -129,7 +127,7 @@ class Chunks:
 
     def _sha256(self, number: int, chunk: Chunk) -> dict[str, str]:
         """SHA-256 of each file of a chunk and of its rows in vectors.f16; `starts` must hold the chunks before it."""
-        hashes = {suffix: store.sha256(self._path(number, suffix)) for suffix in ("parquet", "hashes.npy")}
+        hashes = {suffix: sha256(self._path(number, suffix)) for suffix in ("parquet", "hashes.npy")}
         if chunk.width:
             row_bytes = chunk.width * np.dtype(np.float16).itemsize
             with (self.folder / "vectors.f16").open("rb") as file:
@@ -167,12 +165,9 @@ class Chunks:
         number = len(self.done)
         if self._rows is not None:
             self._rows.sync()
-        buffer = io.BytesIO()
-        pq.write_table(kept, buffer, compression="zstd")
-        store.write_atomically(self._path(number, "parquet"), lambda file: file.write(buffer.getbuffer()))
-        save(self._path(number, "hashes.npy"), hashes)
-        data = json_bytes({**asdict(chunk), "sha256": self._sha256(number, chunk)})
-        store.write_atomically(self._path(number, "json"), lambda file: file.write(data))
+        write_table(self._path(number, "parquet"), kept)
+        write_array(self._path(number, "hashes.npy"), hashes, checksum=True)
+        write_json(self._path(number, "json"), {**asdict(chunk), "sha256": self._sha256(number, chunk)})
         self.done.append(chunk)
         self.starts.append(self.starts[-1] + chunk.kept)
 
@@ -191,38 +186,22 @@ class Chunks:
         return self.folder / f"{number:06d}.{suffix}"
 
 
-def _locked(path: Path) -> int:
-    """The descriptor of a file that is locked until it is closed, or its process ends.
+def _lock(path: Path) -> Callable[[], None]:
+    """Lock the folder of a file for this run; returns what releases it.
 
     Raises:
-        UserError: another run has it, or it cannot be written.
+        UserError: another run holds it, or it cannot be written.
     """
-    while True:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise UserError(f"cannot write {path}: {error.strerror}; choose another out=") from error
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            os.close(descriptor)
-            raise UserError(
-                f"{path.parent}: another run is curating there; wait for it, or choose another out="
-            ) from error
-        except OSError:  # a file system without locks
-            return descriptor
-        if os.fstat(descriptor).st_nlink:
-            return descriptor
-        os.close(descriptor)  # the run that held it has just removed the folder
-
-
-def save(path: Path, array: NDArray[Any]) -> None:
-    """Writes a .npy that ends with its checksum, whole or not at all."""
-    buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
-    np.save(buffer, array)
-    content = with_checksum(buffer.getbuffer())
-    store.write_atomically(path, lambda file: file.write(content))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        release = try_lock(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another out=") from error
+    if release is None:
+        raise UserError(
+            f"{path.parent}: another run is curating there ({holder(path)}); wait for it, or choose another out="
+        )
+    return release
 
 
 def digest(prompts: Iterable[Prompt]) -> str:

@@ -17,16 +17,13 @@ both). `reader` and `writer` are the two directions.
 The split of an index row, and of the member .json, is that of the plan, or "faulty" if the image could not be rendered.
 """
 
-import json
 from collections.abc import Sequence
 from tokenize import TokenError
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from core.store import Place, write_atomically
 from datagen.dataset.normal_form import form_hash
 
 SCHEMA = 1
@@ -64,15 +61,6 @@ ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError)
 
 class CorruptImage(Exception):  # noqa: N818 – it names the state of an image
     """Image that cannot be read or decoded; a run skips, counts and lists it. Network errors are not of this class."""
-
-
-def json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-def write_json(path: Place, value: Any) -> None:
-    data = json_bytes(value)
-    write_atomically(path, lambda file: file.write(data))
 
 
 def run_starts(keys: pa.ChunkedArray) -> NDArray[np.int64]:

@@ -22,8 +22,10 @@ from numpy.typing import NDArray
 
 from core.encoders import has_settings
 from core.errors import UserError
+from core.files import free_bytes, sha256
 from core.json_text import parse_json
-from core.store import Files, Place, cache_folder, exists, free_bytes, sha256
+from core.paths import Place, cache_folder
+from core.store import Files, exists
 from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import (
     ARRAY_ERRORS,

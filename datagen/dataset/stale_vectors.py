@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from core.encoders import differences, has_settings
 from core.errors import UserError
-from core.store import Place
+from core.paths import Place
 
 _PER_FILE = 12  # prompts of each file that are encoded again
 _LARGEST_DIFFERENCE = 1e-4  # of any component; machines differ by some 1e-6, another default prompt by .01 and more

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
+from core.files import sha256
+from core.paths import Place
 from core.progress import progress
-from core.store import Place, sha256
 from datagen.dataset import text_encoder
 from datagen.dataset.encoder_identity import describe, encoder_name, encoder_source
 from datagen.dataset.reader import read_encoder, read_info

@@ -15,27 +15,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from core.store import Files, Place, remove_parts, write_atomically
-from datagen.dataset.format import FAULTY, INDEX, SCHEMA, json_bytes, run_starts, write_json
+from core.files import json_bytes, remove_parts, write_array, write_atomically, write_bytes, write_json, write_table
+from core.paths import Place
+from core.store import Files
+from datagen.dataset.format import FAULTY, INDEX, SCHEMA, run_starts
 from datagen.dataset.reader import find_encoder, index_names, load_plan, target_name
 from datagen.dataset.stale_vectors import refuse_stale_vectors
-
-
-def write_array(path: Place, array: NDArray[Any]) -> None:
-    buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
-    np.save(buffer, array)
-    write_atomically(path, lambda file: file.write(buffer.getbuffer()))
-
-
-def write_table(path: Place, table: pa.Table) -> None:
-    write_atomically(path, lambda file: pq.write_table(table, file, compression="zstd"))
 
 
 def write_plan(root: Place, plan: pa.Table, info: Mapping[str, Any]) -> None:
     """Commit the plan: write `prompts.parquet`, then `dataset.json` with its hash, its counts and `info`."""
     buffer = io.BytesIO()
     pq.write_table(plan, buffer, compression="zstd")
-    write_atomically(root / "prompts.parquet", lambda file: file.write(buffer.getbuffer()))
+    write_bytes(root / "prompts.parquet", buffer.getbuffer())
     splits = plan["split"].to_numpy(zero_copy_only=False)
     firsts = run_starts(plan["key"])[:-1]
     names, counts = np.unique(splits[firsts], return_counts=True)
@@ -147,9 +139,7 @@ def write_targets(
         target = target_name(name)
         if target not in existing:
             distinct, back = np.unique(ids, return_inverse=True)
-            buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
-            np.save(buffer, encode([prompts[i] for i in distinct.tolist()])[back])
-            write_atomically(root / folder / target, lambda file, b=buffer: file.write(b.getbuffer()))
+            write_array(root / folder / target, encode([prompts[i] for i in distinct.tolist()])[back])
             written_rows += len(ids)
         tick(len(ids))
     return written_rows

@@ -23,8 +23,8 @@ import ray
 from ray.exceptions import RayError, RayTaskError
 
 from core.errors import UserError
+from core.files import remove_parts
 from core.paths import ROOT
-from core.store import remove_parts
 from datagen.config import DatagenSettings
 from datagen.dataset.reader import is_committed
 from datagen.engine.worker import Event, ProgressCounter, Queue, ShardRenderer, answer

@@ -24,9 +24,9 @@ from typing import Any
 import pyarrow as pa
 
 from core.errors import UserError
-from core.paths import Location
+from core.files import free_bytes, remove_parts
+from core.paths import Location, beside, located
 from core.progress import progress
-from core.store import beside, free_bytes, located, remove_parts
 from datagen.config import DatagenSettings, FilePrompts
 from datagen.dataset.reader import is_dataset, is_plan_file, list_folder, missing_shards, read_info, read_plan
 from datagen.dataset.splits import plan_leakage

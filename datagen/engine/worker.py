@@ -16,7 +16,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from core.store import Unreachable
+from core.retry import Unreachable
 from datagen.config import DatagenSettings, DiffusersRenderer, GlyphsRenderer
 from datagen.dataset.image_codec import encoded
 from datagen.dataset.writer import write_shard

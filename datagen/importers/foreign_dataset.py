@@ -11,8 +11,6 @@ have in common is counted in dataset.json ("leakage"); only a split of the user'
 import dataclasses
 import json
 import logging
-import os
-import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -23,7 +21,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from core.store import write_atomically
+from core.files import replace_folder, write_bytes
 from datagen.config import IndexSettings
 from datagen.dataset.format import INDEX, PLAN
 from datagen.dataset.reader import read_info
@@ -57,17 +55,13 @@ def index(cfg: IndexSettings) -> None:
     encoder.close()
     listing = cfg.out.with_name(f"{cfg.out.name}.log.jsonl")
     lines = [*skipped, *split.left_out]
-    part = cfg.out.with_name(f".{cfg.out.name}.part-{os.getpid()}")
-    try:
+    with replace_folder(cfg.out) as part:
         _write(part, batches, split, cfg)
         if lines:
             data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-            write_atomically(listing, lambda file: file.write(data))
+            write_bytes(listing, data)
         else:
             listing.unlink(missing_ok=True)  # of a dataset that was there before
-        part.replace(cfg.out)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     if skipped:
         log.warning("skipped: %s; listed in %s", _summary(skipped), listing)
     if split.left_out:

@@ -31,17 +31,18 @@ import pyarrow.parquet as pq
 
 from core import store
 from core.errors import UserError
+from core.files import free_bytes, remove_parts, write_json, write_table
+from core.paths import beside, located
 from core.progress import progress
-from core.store import remove_parts
 from datagen.config import PublishedSettings, needs_vectors
 from datagen.curation.curate import Curated, curate, side_of_group
 from datagen.dataset.archive_readers import Tar, Zip, opened
 from datagen.dataset.encoder_identity import encoder_name
-from datagen.dataset.format import FAULTY, PLAN, write_json
+from datagen.dataset.format import FAULTY, PLAN
 from datagen.dataset.normal_form import normal_form
 from datagen.dataset.reader import Dataset, is_plan_file, missing_shards, read_info, read_plan
 from datagen.dataset.splits import leakage, plan_leakage
-from datagen.dataset.writer import write_plan, write_shard, write_table
+from datagen.dataset.writer import write_plan, write_shard
 from datagen.engine.plan import differences, recorded_settings
 from datagen.importers.foreign_images import NO_PROMPT, read_sample
 from datagen.prompts import download
@@ -87,7 +88,7 @@ PUBLISHED_SETS = {
 
 def publish(cfg: PublishedSettings) -> None:
     """Create or resume the dataset `cfg.out`."""
-    out, work = cfg.out, store.beside(cfg.out, ".published")
+    out, work = cfg.out, beside(cfg.out, ".published")
     work = work if cfg.work is None else cfg.work / work.name
     if not store.exists(out / "dataset.json"):
         _plan(cfg, work)
@@ -125,7 +126,7 @@ def publish(cfg: PublishedSettings) -> None:
         log.warning(
             "%s faulty images are listed in %s",
             f"{splits[FAULTY]:,}",
-            store.beside(cfg.out, ".log.jsonl"),
+            beside(cfg.out, ".log.jsonl"),
         )
     _log_equal_images(dataset)
 
@@ -169,7 +170,7 @@ def _refuse_another(cfg: PublishedSettings, info: dict[str, Any]) -> None:
 
 def _plan(cfg: PublishedSettings, work: Path) -> None:
     """Choose images and their splits, and commit the plan."""
-    out = store.located(cfg.out)
+    out = located(cfg.out)
     if isinstance(out, Path) and out.is_dir() and any(not p.name.startswith(".") for p in out.iterdir()):
         unexpected = [p for p in sorted(out.iterdir()) if not is_plan_file(p)]
         if unexpected:
@@ -390,7 +391,7 @@ def _fetched(source: download.Repository, name: str, work: Path) -> Path:
     """
     folder = work / "archives"
     if source.folder is None and not (folder / name).exists():
-        need, free = source.sizes([name])[name], store.free_bytes(folder)
+        need, free = source.sizes([name])[name], free_bytes(folder)
         if need + _MARGIN > free:
             raise UserError(
                 f"{folder}: {name} takes {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free, of which "
@@ -440,5 +441,5 @@ def _fault(data: bytes | None) -> str | None:
 
 
 def _log(cfg: PublishedSettings, **values: str) -> None:
-    with store.beside(cfg.out, ".log.jsonl").open("a", encoding="utf-8") as file:
+    with beside(cfg.out, ".log.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"event": "fault", **values}) + "\n")

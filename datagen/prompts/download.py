@@ -19,7 +19,6 @@ import logging
 import os
 import re
 import shutil
-import time
 import urllib.parse
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
@@ -31,11 +30,14 @@ from typing import Any, BinaryIO, TypeVar, cast
 from core import store
 from core.checksum import DamagedFile, read_checked, with_checksum
 from core.errors import UserError
+from core.files import CACHE_HINT, sha256, write_atomically
+from core.paths import cache_folder
+from core.retry import retry
 
 log = logging.getLogger(__name__)
 
 _HUB = re.compile(r"hf://(?P<kind>datasets|models)/(?P<repo>[^/@]+/[^/@]+)(?:@(?P<revision>[^/]+))?/(?P<name>.+)")
-_TRIES = 3
+_WAITS_S = (1, 2)  # before each further attempt
 _VERSIONS = ("ETag", "etag", "md5Hash", "generation", "LastModified", "created", "mtime")
 _COPY_HUB_FILE = (
     "Without a network: run the command once with one, and again with HF_HUB_OFFLINE=1 from the same cache (HF_HOME); "
@@ -108,7 +110,7 @@ class Origin:
         """Plain JSON: the repository or URL, the hub's commit, and each file's size and sha256, a zip's whole."""
         hub = _HUB.fullmatch(self.url.rpartition("::")[2])
         where = {"repo": hub["repo"], "commit": self.commit} if hub else {"url": self.url}
-        found = {f.name: {"bytes": f.path.stat().st_size, "sha256": store.sha256(f.path)} for f in self.files}
+        found = {f.name: {"bytes": f.path.stat().st_size, "sha256": sha256(f.path)} for f in self.files}
         return {**where, "files": found}
 
 
@@ -301,7 +303,7 @@ def whole_hub_file(
 def etag_mismatch(path: Path, etag: str) -> str | None:
     """Describe how a file differs from the hash in its ETag; None where it does not, or the ETag is not a hash."""
     if re.fullmatch(r"[0-9a-f]{64}", etag):  # of large files: SHA-256
-        digest = store.sha256(path)
+        digest = sha256(path)
     elif re.fullmatch(r"[0-9a-f]{40}", etag):  # of small ones: git's SHA-1 of a blob
         data = path.read_bytes()
         digest = hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
@@ -375,10 +377,10 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
         raise UserError(
             f"{key}={url}: {first_line(error)}; a path, hf://, s3://, gs:// and https:// are known"
         ) from error
-    folder = store.cache_folder() / "files" / hashlib.sha256(url.encode()).hexdigest()[:16]
+    folder = cache_folder() / "files" / hashlib.sha256(url.encode()).hexdigest()[:16]
     listing = folder / "listing.json"
     try:
-        paths = _again(lambda: sorted(cast(list[str], fs.glob(path))) if _is_glob(path) else [path])
+        paths = _retry(lambda: sorted(cast(list[str], fs.glob(path))) if _is_glob(path) else [path])
         if not paths:
             raise FileNotFoundError(f"nothing matches {path}")
         names = [f"{n:03d}-{Path(urllib.parse.urlsplit(p).path).name}" for n, p in enumerate(paths)]
@@ -386,7 +388,7 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
             _copy(fs, source, folder / name)
         told = dict(zip(names, _told([Path(urllib.parse.urlsplit(p).path) for p in paths]), strict=True))
         listed = with_checksum(json.dumps(told).encode())
-        store.write_atomically(listing, lambda file: file.write(listed))
+        write_atomically(listing, lambda file: file.write(listed))
     except UserError:
         raise
     except Exception as error:  # each protocol's client has its own
@@ -413,7 +415,7 @@ def _copy(fs: Any, source: str, target: Path) -> None:
 
     Where the server tells no version, every run copies it again.
     """
-    info = _again(lambda: fs.info(source))
+    info = _retry(lambda: fs.info(source))
     told = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
     version = {"bytes": info.get("size"), "version": told}
     known = store.read_record(target)
@@ -422,22 +424,24 @@ def _copy(fs: Any, source: str, target: Path) -> None:
         if problem is None:
             return
         log.warning("%s, the cached copy of %s, is damaged: %s; it is fetched again", target, source, problem)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".{target.name}.part-{os.getpid()}")
 
-    def copy() -> None:
-        with fs.open(source, "rb") as remote, part.open("wb") as file:
-            shutil.copyfileobj(remote, file, 1 << 20)
-        if version["bytes"] is not None and part.stat().st_size != version["bytes"]:
-            raise ConnectionError(f"{source} came cut off: {part.stat().st_size} bytes of {version['bytes']}")
+    def write(file: BinaryIO) -> None:
+        def copy() -> int:
+            file.seek(0)
+            file.truncate()
+            with fs.open(source, "rb") as remote:
+                shutil.copyfileobj(remote, file, 1 << 20)
+            size = file.tell()
+            if version["bytes"] not in (None, size):
+                raise ConnectionError(f"{source} came cut off: {size} bytes of {version['bytes']}")
+            return size
+
+        _retry(copy)
+        file.flush()
+        store.write_record(target, os.fstat(file.fileno()), sha256(Path(file.name)), **version)
 
     log.info("fetching %s", source)
-    try:
-        _again(copy)
-        store.write_record(target, part.stat(), store.sha256(part), **version)
-        part.replace(target)
-    finally:
-        part.unlink(missing_ok=True)
+    write_atomically(target, write, CACHE_HINT)
 
 
 def _whole_copies(folder: Path, listing: Path, what: str, remedy: str) -> dict[str, str]:
@@ -464,17 +468,14 @@ def _whole_copies(folder: Path, listing: Path, what: str, remedy: str) -> dict[s
     return names
 
 
-def _again(work: Callable[[], T]) -> T:
-    """`work`, tried again after a fault of the network."""
-    for n in range(_TRIES):
-        try:
-            return work()
-        except Exception as error:  # each protocol's client has its own
-            if _is_gone(error) or isinstance(error, PermissionError) or n + 1 == _TRIES:
-                raise
-            log.info("%s; trying again", first_line(_root(error)))
-            time.sleep(2**n)
-    raise AssertionError
+def _retry(work: Callable[[], T]) -> T:
+    """Call `work` again after errors of the network; each protocol's client has its own classes."""
+    return retry(
+        work,
+        waits_s=_WAITS_S,
+        is_transient=lambda error: not _is_gone(error) and not isinstance(error, PermissionError),
+        report=lambda error, _: log.info("%s; trying again", first_line(_root(error))),
+    )
 
 
 def _root(error: BaseException) -> BaseException:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import UserError
-from core.store import sha256
+from core.files import sha256
 from datagen.prompts.download import whole_hub_file
 
 log = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from core.store import Place, beside, located
+from core.paths import Place, beside, located
 from datagen.config import ReportSettings
 from datagen.dataset.format import FAULTY, LEFT_OUT, CorruptImage
 from datagen.dataset.reader import Dataset, missing_shards, read_notes, read_plan

@@ -19,7 +19,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from core.store import Files, Place, sha256
+from core.files import sha256
+from core.paths import Place
+from core.store import Files
 from datagen.dataset.format import FAULTY, INDEX, PLAN
 from datagen.dataset.reader import read_info
 from datagen.prompts.download import first_line

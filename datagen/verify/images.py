@@ -15,9 +15,11 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from core.files import json_bytes
 from core.json_text import parse_json
-from core.store import Files, Place
-from datagen.dataset.format import FAULTY, json_bytes
+from core.paths import Place
+from core.store import Files
+from datagen.dataset.format import FAULTY
 from datagen.verify.problems import Problems
 
 Rows = NDArray[np.int64]

@@ -13,7 +13,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from core.json_text import parse_json
-from core.store import Files, Place
+from core.paths import Place
+from core.store import Files
 from datagen.dataset.encoder_identity import identity_sha256
 from datagen.dataset.format import ARRAY_ERRORS
 from datagen.prompts.download import first_line

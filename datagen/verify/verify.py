@@ -12,8 +12,8 @@ damaged or not the store's version. Where the cache has no room for a tar, it is
 
 import logging
 
+from core.paths import Place
 from core.progress import progress
-from core.store import Place
 from datagen.dataset.reader import list_encoders, read_info
 
 log = logging.getLogger(__name__)

@@ -3,7 +3,6 @@
 N tokens of a position embedding, C channels.
 """
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -78,16 +77,6 @@ def read(paths: Sequence[Path], prefixes: Sequence[str] = ()) -> dict[str, torch
         except SafetensorError as error:
             raise UserError(f"model.weights: {path} is no whole safetensors file ({error}); get it anew") from error
     return tensors
-
-
-def sha256(path: Path) -> str:
-    """Of a file's bytes, in hexadecimal.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def put(module: nn.Module, tensors: dict[str, torch.Tensor], where: object) -> None:

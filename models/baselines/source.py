@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from models.backbones.pretrained_weights import sha256
+from core.files import sha256
 
 
 class Source:

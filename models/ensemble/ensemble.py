@@ -27,6 +27,7 @@ from torch.nn.functional import normalize
 
 from core.encoders import differences
 from core.errors import UserError
+from core.files import replace_folder
 from models import checkpoint
 from models.checkpoint import best_of_run
 from models.embedder import Embedder
@@ -93,7 +94,7 @@ def write_ensemble(folder: Path, members: Sequence[Member], facts: Mapping[str, 
     share_M, configs = _checked(members)
     total = sum(share for share in share_M if share >= MIN_MEMBER_WEIGHT)
     kept = []
-    with checkpoint.replacing(folder) as part:
+    with replace_folder(folder) as part:
         for member, share, its in zip(members, share_M, configs, strict=True):
             if share < MIN_MEMBER_WEIGHT:
                 log.info("%s: left out of the ensemble, its weight is %.1e", member.name, share)

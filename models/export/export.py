@@ -22,9 +22,9 @@ import torch
 from safetensors.torch import save_file
 
 from core.errors import UserError
+from core.files import json_bytes, replace_folder, sha256
 from core.paths import ROOT
 from models import checkpoint
-from models.backbones.pretrained_weights import sha256
 from models.ensemble.ensemble import check_sizes, find_run_settings, read_ensemble_config
 from models.export.check_images import read_check_images
 from models.export.config import ExportSettings, WheelsSettings
@@ -163,10 +163,10 @@ def export(
         )
     out = out.resolve()
     _refuse_other_folder(out)
-    with checkpoint.replacing(out) as folder:
+    with replace_folder(out) as folder:
         entries = [_write_member(folder, member, precision, only=len(members) == 1) for member in members]
         config = _bundle_config(entries, trained, facts, precision)
-        _write_json(folder / "config.json", config)
+        (folder / "config.json").write_bytes(json_bytes(config))
         (folder / "predict.py").write_text(predict_source())
         difference, fp16_cost = _check_bundle(folder, source, members, precision, flip=flip, sizes=tuple(sizes))
         if runtimes:
@@ -174,7 +174,7 @@ def export(
         config |= fp16_cost
         hashed = [path for path in sorted(folder.rglob("*")) if path.is_file() and _HASHED_FILE.search(path.as_posix())]
         config["sha256"] = {path.relative_to(folder).as_posix(): sha256(path) for path in hashed}
-        _write_json(folder / "config.json", config)
+        (folder / "config.json").write_bytes(json_bytes(config))
         (folder / "im2emb.py").write_text((ROOT / "models/runtime/im2emb.py").read_text())
         (folder / "notebook.ipynb").write_text(notebook(config))
         for name, text in st_files().items():
@@ -188,7 +188,7 @@ def export(
         }
         details = replace(details or CardDetails(), recipes=recipes, files=sizes_of_files)
         (folder / "README.md").write_text(render_card(config, details))
-        _write_json(folder / "dataset-metadata.json", dataset_metadata(config, details))
+        (folder / "dataset-metadata.json").write_bytes(json_bytes(dataset_metadata(config, details)))
     return difference
 
 
@@ -348,10 +348,6 @@ def _bundle_config(
         "graphs": {},
         "versions": {name: version(name) for name in ("torch", "timm")},
     }
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def _max_difference(a: Any, b: Any) -> float:

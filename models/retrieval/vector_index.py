@@ -11,7 +11,6 @@ B questions, n vectors held, D their width, k neighbours, m candidates, E target
 import hashlib
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any, Self
 
@@ -19,6 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
+from core.files import CACHE_HINT, write_atomically
+from core.locks import lock
 from core.progress import progress
 
 log = logging.getLogger(__name__)
@@ -155,22 +156,9 @@ class Index:
 
         if self._cells is None:
             raise UserError(f"{path}: an exact index has nothing to keep but its vectors; exact=false builds one")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part-{os.getpid()}")
-        try:
-            data = faiss.serialize_index(self._cells).data
-            with part.open("wb") as file:
-                file.write(data)
-                file.write(hashlib.blake2b(data, digest_size=_DIGEST).digest())
-                file.flush()
-                os.fsync(file.fileno())
-            part.replace(path)
-        except OSError as error:
-            raise UserError(
-                f"cannot write {path}: {error.strerror}; make room, and run the same command again"
-            ) from error
-        finally:
-            part.unlink(missing_ok=True)
+        data = faiss.serialize_index(self._cells).data
+        digest = hashlib.blake2b(data, digest_size=_DIGEST).digest()
+        write_atomically(path, lambda file: (file.write(data), file.write(digest)), CACHE_HINT)
 
     @classmethod
     def load(cls, path: Path, vector_nD: Floats) -> Self:
@@ -231,12 +219,10 @@ def kept(folder: Path, vector_nD: Floats, *, exact: bool | None = None) -> Index
     """
     if is_exact(len(vector_nD), exact):
         return Index(vector_nD, exact=True)
-    from filelock import FileLock
-
     told = json.dumps(about(len(vector_nD), exact), sort_keys=True).encode()
     path = folder / f"index-{hashlib.blake2b(told, digest_size=8).hexdigest()}.faiss"
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_name(f".{path.name}.lock")):  # another process may be building it
+    with lock(path.with_name(f".{path.name}.lock")):  # another process may be building it
         if path.exists():
             try:
                 return Index.load(path, vector_nD)

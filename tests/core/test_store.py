@@ -22,14 +22,14 @@ from botocore.exceptions import EndpointConnectionError
 from moto.server import ThreadedMotoServer
 from s3fs import S3FileSystem
 
-from core import store
+from core import retry, store
 from core.cli import compose
 from core.errors import UserError
+from core.files import remove_parts, write_atomically, write_json
 from core.paths import ROOT, Location
 from core.settings import settings
-from core.store import Files, remove_parts, write_atomically
+from core.store import Files
 from datagen.dataset import reader
-from datagen.dataset.format import write_json
 from datagen.dataset.reader import (
     Dataset,
     is_committed,
@@ -105,7 +105,7 @@ def line(server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
     found = Line(server)
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{found.port}")
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(store, "_WAITS_S", (0.01, 0.01, 0.01, 0.01))
+    monkeypatch.setattr(retry, "_STORE_WAITS_S", (0.01, 0.01, 0.01, 0.01))
     S3FileSystem.clear_instance_cache()
     yield found
     found.close()
@@ -355,7 +355,7 @@ def fault(error: Exception) -> list[float]:
             raise error
         return calls
 
-    return store._tried("cannot read s3://b/x", work)
+    return retry.retry_store("cannot read s3://b/x", work)
 
 
 @pytest.mark.parametrize(
@@ -371,7 +371,7 @@ def fault(error: Exception) -> list[float]:
 def test_a_fault_is_tried_again(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(store, "_WAITS_S", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(retry, "_STORE_WAITS_S", (0.0, 0.0, 0.0))
     assert len(fault(error)) == 3
     assert len([m for m in caplog.messages if m.startswith("cannot read s3://b/x: ")]) == 2
 
@@ -564,12 +564,13 @@ FULL = """
 import resource, sys
 from core import store
 from core.errors import UserError
+from core.files import write_atomically
 from core.paths import Location
 
 resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))
 root = Location("memory://data")
 try:
-    store.write_atomically(root / "a", lambda file: file.write(bytes(100_000)))
+    write_atomically(root / "a", lambda file: file.write(bytes(100_000)))
 except UserError as error:
     print(error)
 root.joinpath("b").write_bytes(bytes(100_000))

@@ -21,9 +21,10 @@ from numpy.typing import NDArray
 
 from core.cli import compose
 from core.errors import UserError
+from core.files import json_bytes
 from core.settings import settings
 from datagen.config import IndexSettings
-from datagen.dataset.format import PLAN, json_bytes
+from datagen.dataset.format import PLAN
 from datagen.dataset.reader import read_plan
 from datagen.dataset.writer import write_plan, write_shard, write_targets
 from datagen.importers.foreign_dataset import index

@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from core.errors import UserError
-from core.store import write_atomically
+from core.files import write_atomically
 from datagen.dataset.format import FAULTY
 from datagen.dataset.reader import Dataset
 from models.runtime.preprocess import Preprocessing

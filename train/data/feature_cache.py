@@ -28,11 +28,10 @@ from torch.nn.functional import normalize
 
 from core.device import half
 from core.errors import UserError
+from core.files import free_bytes, sha256, write_array, write_json
+from core.paths import cache_folder
 from core.progress import progress
-from core.store import cache_folder, free_bytes, sha256
 from core.tensor_files import checksum
-from datagen.dataset.format import write_json
-from datagen.dataset.writer import write_array
 from models.regressor import Regressor
 from models.runtime.preprocess import PREPROCESS
 from train.data.images import ImageDataset

@@ -15,9 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from datagen.dataset.format import write_json
+from core.files import write_array, write_json
 from datagen.dataset.reader import Dataset
-from datagen.dataset.writer import write_array
 from models.leakage_counts import NEAR, LeakageCounts
 from models.metrics import compare, cosines, mean_targets
 from train.config import BASELINES, CAPTIONERS, FROM_OTHERS, EvaluateSettings

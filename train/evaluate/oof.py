@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from datagen.dataset.format import json_bytes
+from core.files import json_bytes, replace_folder
 from models.metrics import Interval, bootstrap
 
 if TYPE_CHECKING:
@@ -49,7 +49,6 @@ def write_oof(
     Raises:
         UserError: no image could be read, or the disk is full; earlier predictions stay.
     """
-    from models import checkpoint
     from train.evaluate.inference import predictions
 
     keys: list[str] = []
@@ -57,7 +56,7 @@ def write_oof(
     skipped: list[dict[str, str]] = []
     read: list[Rows] = []
     batches = predictions(model, images, rows, batch_size=batch_size, workers=workers, dtype=dtype, what="out of fold")
-    with checkpoint.replacing(folder) as part:
+    with replace_folder(folder) as part:
         with (part / "predictions.npy").open("wb") as file:
             _npy_header(file, len(rows), model.width)
             for batch in batches:

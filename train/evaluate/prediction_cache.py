@@ -28,9 +28,10 @@ from numpy.typing import NDArray
 
 from core.checksum import DamagedFile, read_checked, with_checksum
 from core.errors import UserError
+from core.files import write_atomically, write_json
+from core.paths import cache_folder
 from core.progress import progress
-from core.store import cache_folder, write_atomically
-from datagen.dataset.format import CorruptImage, write_json
+from datagen.dataset.format import CorruptImage
 from models.embedder import Embedder
 from models.runtime.preprocess import PREPROCESS, BadImage
 from train.data.feature_cache import digest

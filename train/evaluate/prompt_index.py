@@ -30,10 +30,9 @@ from numpy.typing import NDArray
 from core.cache import stored
 from core.encoders import differences
 from core.errors import UserError
-from core.paths import Location
-from core.store import cache_folder, sha256
+from core.files import sha256, write_json
+from core.paths import Location, cache_folder
 from datagen.dataset.encoder_identity import encoder_folder, encoder_name, encoder_source
-from datagen.dataset.format import write_json
 from datagen.dataset.reader import Dataset, read_plan
 from datagen.dataset.targets import MINILM, TargetEncoder, minilm_wheel
 from datagen.prompts.captions import read_captions

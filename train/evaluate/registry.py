@@ -19,8 +19,8 @@ import torch
 
 from core.encoders import differences, has_settings
 from core.errors import UserError
-from core.paths import ROOT
-from core.store import cache_folder, sha256
+from core.files import sha256
+from core.paths import ROOT, cache_folder
 from datagen.dataset.encoder_identity import encoder_source
 from datagen.dataset.targets import TargetEncoder
 from models import loader

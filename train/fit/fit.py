@@ -27,8 +27,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.memory import is_oom_error
 
+from core.files import write_json
 from datagen.dataset.encoder_identity import encoder_name
-from datagen.dataset.format import write_json
 from datagen.dataset.reader import Dataset
 from models.regressor import Regressor
 from train import run_settings

@@ -10,7 +10,6 @@ the disk's own time. The disk holds two checkpoints, and three while one is writ
 """
 
 import logging
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import torch
 
 from core.checksum import damage
 from core.errors import UserError
+from core.files import sync
 from train.scale.devices import is_rank_zero
 
 log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ def commit(part: Path, out: Path, *, rotate: bool) -> None:
     Raises:
         OSError: the bytes on disk are not those that were written; both checkpoints are unchanged.
     """
-    _sync(part)
+    sync(part)
     reason = damage(part, from_disk=True)
     if reason is not None:
         raise OSError(f"read back from the disk, {reason}; the disk or the memory is faulty")
@@ -74,7 +74,7 @@ def commit(part: Path, out: Path, *, rotate: bool) -> None:
     if rotate and newest.exists():
         newest.replace(out / PREVIOUS)
     part.replace(newest)
-    _sync(out)
+    sync(out)
 
 
 def exists(out: Path) -> bool:
@@ -98,11 +98,3 @@ def require_agreement(step: int, gather: Callable[[int], list[int]]) -> None:
             f"the ranks found resume points of different steps ({', '.join(map(str, steps))}; 0 is none): out= must "
             "be one folder that all machines share, and every machine must read the same bytes there"
         )
-
-
-def _sync(path: Path) -> None:
-    opened = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(opened)
-    finally:
-        os.close(opened)

@@ -14,7 +14,7 @@ from core import tensor_files
 from core.checksum import DamagedFile
 from core.encoders import has_settings
 from core.errors import UserError
-from core.store import write_atomically
+from core.files import write_atomically
 from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.reader import Dataset
 from models import checkpoint, lora

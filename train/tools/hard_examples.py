@@ -73,7 +73,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
     from pyarrow import csv, parquet
 
     from core.device import half
-    from core.store import write_atomically
+    from core.files import write_atomically
     from models import checkpoint
     from models.runtime.preprocess import Preprocessing
     from train.data.encoders import require_same

@@ -63,7 +63,7 @@ def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
     Raises:
         UserError: the checkpoints are not of one architecture and target encoder, or the dataset cannot be used.
     """
-    from datagen.dataset.format import write_json
+    from core.files import write_json
     from datagen.dataset.reader import Dataset
     from models import checkpoint
     from models.runtime.preprocess import Preprocessing

@@ -19,9 +19,9 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from core.errors import UserError
+from core.files import write_json
 from core.progress import progress
 from datagen.dataset.encoder_identity import encoder_name
-from datagen.dataset.format import write_json
 from datagen.dataset.reader import Dataset
 from models.head_init import Ridge, init_ridge
 from models.losses import total_loss

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
-from core.store import write_atomically
+from core.files import write_atomically
 from train.run_settings import flat
 from train.tools.run_records import Folds, Run, find_runs, group_folds, runs_of, sort_entries
 

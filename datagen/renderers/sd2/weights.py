@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import UserError
-from core.store import sha256
+from core.files import sha256
 from datagen.prompts.clip_tokenizer import clip_tokenizer
 from datagen.renderers import hub
 from datagen.renderers.hub import Source

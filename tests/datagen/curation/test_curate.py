@@ -556,7 +556,10 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
         assert begun.wait(60)
         before = {p.name for p in work.iterdir()}
         for at in (0.9, 0.8):  # of the same settings or others
-            with pytest.raises(UserError, match=r"work: another run is curating there; wait for it, or choose another"):
+            with pytest.raises(
+                UserError,
+                match=r"work: another run is curating there \(process \d+ on host .*\); wait for",
+            ):
                 run(thousand(), 500, duplicates_at=at, work=work)
         assert {p.name for p in work.iterdir()} == before
         process.kill() if killed else end.set()

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from core.errors import UserError
+from core.files import write_atomically, write_json
 from core.paths import ROOT
-from core.store import write_atomically
 from datagen.dataset import reader
-from datagen.dataset.format import INDEX, PLAN, CorruptImage, write_json
+from datagen.dataset.format import INDEX, PLAN, CorruptImage
 from datagen.dataset.reader import Dataset, is_committed, read_plan
 from datagen.dataset.writer import write_foreign_index, write_plan, write_shard, write_targets
 from datagen.verify.verify import verify
@@ -393,9 +393,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 from core.errors import UserError
-from core.store import write_atomically
+from core.files import write_atomically
 from datagen.dataset.format import PLAN
-from datagen.dataset.writer import write_plan, write_shard, write_table, write_targets
+from core.files import write_table
+from datagen.dataset.writer import write_plan, write_shard, write_targets
 
 root, limit = Path(sys.argv[1]), int(sys.argv[2])
 rows = 2000

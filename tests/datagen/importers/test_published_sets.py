@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from core import store
 from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
@@ -25,6 +24,7 @@ from datagen.config import PublishedSettings
 from datagen.curation import curate
 from datagen.dataset.normal_form import normal_form
 from datagen.dataset.reader import Dataset, read_info
+from datagen.importers import published_sets
 from datagen.importers.published_sets import publish
 from datagen.verify.verify import verify
 from tests import tiny_published
@@ -352,7 +352,6 @@ def test_archives_and_tables_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 def test_full_disk_is_reported_before_the_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from datagen.importers import published_sets
     from datagen.prompts import download
 
     tiny_published.sd2_4m(tmp_path / "copy", archives=1, images=3)
@@ -362,6 +361,6 @@ def test_full_disk_is_reported_before_the_download(tmp_path: Path, monkeypatch: 
         def sizes(self, names: list[str]) -> dict[str, int]:
             return {name: (tmp_path / "copy" / name).stat().st_size for name in names}
 
-    monkeypatch.setattr(store, "free_bytes", lambda _: 1 << 30)
+    monkeypatch.setattr(published_sets, "free_bytes", lambda _: 1 << 30)
     with pytest.raises(UserError, match=r"archives: cc/sd-4\.4M-cc-000\.tar takes 0\.00 GB, and 1\.07 GB are free, of"):
         published_sets._fetched(FromAfar("jamarju/sd-4.4M", COMMIT, None, (name,)), name, tmp_path / "work")

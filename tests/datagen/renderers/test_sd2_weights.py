@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
-from core.store import sha256
+from core.files import sha256
 from datagen.renderers import hub
 from datagen.renderers.sd2 import weights as sd2_weights
 from datagen.renderers.sd2.renderer import StableDiffusion2

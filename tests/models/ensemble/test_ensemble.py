@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
 from core.errors import UserError
+from core.files import replace_folder
 from models import checkpoint, loader
 from models.ensemble.ensemble import Ensemble, Member, load_ensemble, read_ensemble_config, write_ensemble
 from models.ensemble.tta import Views
@@ -283,7 +284,7 @@ def test_what_is_in_folders_below_reaches_the_disk(tmp_path: Path, monkeypatch: 
         fsync(descriptor)
 
     monkeypatch.setattr(os, "fsync", note)
-    with checkpoint.replacing(tmp_path / "made") as part:
+    with replace_folder(tmp_path / "made") as part:
         (part / "members/a").mkdir(parents=True)
         (part / "members/a/file").write_text("x")
         (part / "file").write_text("y")
