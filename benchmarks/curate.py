@@ -185,9 +185,9 @@ def measure(name: str, path: Path, rows: int, kept: Path) -> None:
 
     before = peak_mb()
     found: list[NDArray[np.int64]] = []
-    told = {"seconds": timed(lambda: found.append(WORK[name](vectors))), "peak_mb": peak_mb()}
+    measured = {"seconds": timed(lambda: found.append(WORK[name](vectors))), "peak_mb": peak_mb()}
     np.save(kept, found[0])
-    print(json.dumps({**told, "above_vectors_mb": told["peak_mb"] - before}))
+    print(json.dumps({**measured, "above_vectors_mb": measured["peak_mb"] - before}))
 
 
 def in_a_process(name: str, path: Path, rows: int, kept: Path) -> dict[str, float]:
@@ -195,9 +195,9 @@ def in_a_process(name: str, path: Path, rows: int, kept: Path) -> dict[str, floa
     done = subprocess.run(
         command, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=subprocess.PIPE, text=True
     )
-    told = json.loads(done.stdout)
-    print(f"{name}, {rows:,} rows: {told['seconds']:.1f} s, peak {told['peak_mb']:,.0f} MB")
-    return told
+    measured = json.loads(done.stdout)
+    print(f"{name}, {rows:,} rows: {measured['seconds']:.1f} s, peak {measured['peak_mb']:,.0f} MB")
+    return measured
 
 
 def dropped(kept: NDArray[np.int64], rows: int) -> NDArray[np.bool_]:

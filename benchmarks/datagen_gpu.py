@@ -7,10 +7,10 @@ once to a temporary folder (2.6 GB). --tiny runs the same script on a CPU with t
 Ours is the preset sd2_competition as `python -m datagen` runs it: plan rows → renderer → encoder threads → shard.
 The peer is the loop that a user would write: a plain fp16 `StableDiffusionPipeline` with the same recipe (DDIM, 50
 steps, guidance 9), one prompt a call, then Pillow's Lanczos and `save` in ours' format and effort. Both draw the same
-prompts from the same noise; how far their images are apart is told. Rounds alternate, medians of wall-clock rates are
-compared; compilation and first calls are not counted. Redrawing is off: NaN and constant images are told.
+prompts from the same noise; the distance of their images is reported. Rounds alternate, medians of wall-clock rates are
+compared; compilation and first calls are not counted. Redrawing is off: NaN and constant images are reported.
 
-Told beside that, with their own targets: the share of the device's matrix peak (a product of two 8192×8192, measured in
+Also reported, with their own targets: the share of the device's matrix peak (a product of two 8192×8192, measured in
 each round) that ours reaches, by the counted FLOPs of an image (≥ 0.50), and sd2_fast's rate over ours (≥ 1.8).
 """
 
@@ -214,8 +214,8 @@ def measure(root: Path, tiny: bool, file: Path | None) -> int:
             rounds[name].append(value)
         print(f"round {k}: " + ", ".join(f"{name} {value:.4g}" for name, value in got.items()))
     medians = {name: statistics.median(values) for name, values in rounds.items()}
-    told = ", ".join(f"{count} {note}" for note, count in sorted(notes.items())) or "none"
-    print(f"NaN, constant or shrunk batches among all images: {told}")
+    note_counts = ", ".join(f"{count} {note}" for note, count in sorted(notes.items())) or "none"
+    print(f"NaN, constant or shrunk batches among all images: {note_counts}")
     peak_share = medians["ours"] * ours.tflop() / medians["peak_tflops"]
     fast_ratio = medians["fast"] / medians["ours"]
     print(f"share of the matrix peak {peak_share:.2f} (target {PEAK_TARGET}), sd2_fast {fast_ratio:.2f} times ours")

@@ -75,10 +75,10 @@ def peer(name: str, model: Regressor) -> torch.nn.Module:
     """timm's own model, with `model`'s weights."""
     import timm
 
-    made: Any = timm.create_model(name, num_classes=WIDTH)
-    made.load_state_dict(model.backbone.state_dict(), strict=False)
-    made.get_classifier().load_state_dict(model.head.state_dict())
-    return made.eval()
+    peer: Any = timm.create_model(name, num_classes=WIDTH)
+    peer.load_state_dict(model.backbone.state_dict(), strict=False)
+    peer.get_classifier().load_state_dict(model.head.state_dict())
+    return peer.eval()
 
 
 def main() -> None:

@@ -11,7 +11,7 @@ target:
     inference_mode and autocast to the same precision. Its images are normalised beforehand, ours are not;
   share of the peak (≥ 0.60): of the device's matrix peak, a product measured in each round, that the FLOPs which the
     tower and its head need make up.
-Both take a batch that stays on the device and give unit vectors to the CPU; how far these are apart is told. Rounds
+Both take a batch that stays on the device and give unit vectors to the CPU; how far these are apart is reported. Rounds
 alternate, and medians of wall-clock rates are compared; first batches are not counted. The ratio of the last line is
 that of the model that has the smaller one.
 """
@@ -87,11 +87,11 @@ def peer(name: str, model: Regressor, device: torch.device) -> torch.nn.Module:
     """timm's own model, with `model`'s weights."""
     import timm
 
-    made: Any = timm.create_model(name, num_classes=WIDTH, img_size=model.spec.size)
-    made.load_state_dict(
+    peer: Any = timm.create_model(name, num_classes=WIDTH, img_size=model.spec.size)
+    peer.load_state_dict(
         {**model.backbone.state_dict(), **{f"head.{key}": value for key, value in model.head.state_dict().items()}}
     )
-    return made.eval().to(device, memory_format=torch.channels_last)
+    return peer.eval().to(device, memory_format=torch.channels_last)
 
 
 def flop(model: Regressor) -> float:
@@ -176,8 +176,8 @@ def main() -> int:
     scale = TINY if cfg.tiny else FULL
     wanted = [kind for kind in scale.models if getattr(cfg, kind, False)] or list(scale.models)
     device = torch.device("cpu" if cfg.tiny else "cuda")
-    told = "the CPU, a tiny model" if cfg.tiny else torch.cuda.get_device_name()
-    print(f"{told}; torch {torch.__version__}")
+    device_name = "the CPU, a tiny model" if cfg.tiny else torch.cuda.get_device_name()
+    print(f"{device_name}; torch {torch.__version__}")
     figures: dict[str, Any] = {}
     for kind in wanted:
         with tempfile.TemporaryDirectory() as folder:
@@ -187,7 +187,7 @@ def main() -> int:
             torch.cuda.empty_cache()
     for kind, found in figures.items():
         print(
-            f"{kind}: {found['ours_per_s']:.4g} pictures/s, {found['ratio']:.2f} times eager (target {TARGET}), "
+            f"{kind}: {found['ours_per_s']:.4g} images/s, {found['ratio']:.2f} times eager (target {TARGET}), "
             f"{found['peak_share']:.2f} of the peak (target {PEAK_TARGET}), vectors up to {found['apart']:.1e} apart"
         )
     flat = {f"{kind}_{key}": value for kind, found in figures.items() for key, value in found.items()}
@@ -196,7 +196,7 @@ def main() -> int:
         min(found["ratio"] for found in figures.values()),
         TARGET,
         f"timm-{version('timm')}-eager-autocast",
-        {**flat, "peak_target": PEAK_TARGET, "device": told, "torch": torch.__version__},
+        {**flat, "peak_target": PEAK_TARGET, "device": device_name, "torch": torch.__version__},
         cfg.json,
     )
     return 0

@@ -12,7 +12,7 @@ Ours is `models.retrieval.vector_index.Index`, approximate, built and saved in o
 peer is a matrix
 product and `topk` by torch over blocks of the bank. Every measurement is a process of its own with two threads; rounds
 alternate, medians count. What is quoted, and what the exit status tells of (2 s at most, recall .95 at least), is the
-time by the clock of two cores that are otherwise idle: nothing else may run. Processor time is told beside it.
+time by the clock of two cores that are otherwise idle: nothing else may run. Processor time is reported beside it.
 recall@20: of the 20 rows that brute force finds, the share that ours finds. Memory: `own` is what the process has
 beside mapped files, `peak` counts the mapped vectors, too.
 """
@@ -101,11 +101,11 @@ def memory_mb() -> dict[str, float]:
     status = Path("/proc/self/status")
     if not status.exists():
         return {}
-    told = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return {
-        name: int(told[key].split()[0]) * 1024 / 1e6
+        name: int(fields[key].split()[0]) * 1024 / 1e6
         for name, key in (("own_mb", "RssAnon"), ("peak_mb", "VmHWM"))
-        if key in told
+        if key in fields
     }
 
 
@@ -115,13 +115,13 @@ def measure(work: str, folder: Path) -> None:
     from models.retrieval.vector_index import Index
 
     bank, file = np.load(folder / "bank.npy", mmap_mode="c"), folder / "index.faiss"
-    told: dict[str, Any] = {}
+    measured: dict[str, Any] = {}
 
     def timed(name: str, doing: Any) -> Any:
         wall, processor = time.perf_counter(), time.process_time()
         made = doing()
-        told[f"{name}_s"] = time.perf_counter() - wall
-        told[f"{name}_processor_s"] = time.process_time() - processor
+        measured[f"{name}_s"] = time.perf_counter() - wall
+        measured[f"{name}_processor_s"] = time.process_time() - processor
         return made
 
     if work == "build":
@@ -134,16 +134,16 @@ def measure(work: str, folder: Path) -> None:
             query = np.load(folder / f"{kind}.npy")
             ask = (lambda q=query: brute(bank, q)) if index is None else (lambda q=query: index.search(q, K)[1])
             np.save(folder / f"{work}.{kind}.npy", timed(kind, ask))
-    print(json.dumps({**told, **memory_mb()}))
+    print(json.dumps({**measured, **memory_mb()}))
 
 
 def in_a_process(work: str, folder: Path) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.knn", "--measure", work, str(folder)]
     env = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "MKL_NUM_THREADS": str(THREADS)}
     done = subprocess.run(command, cwd=ROOT, env=env, check=True, stdout=subprocess.PIPE, text=True)
-    told = json.loads(done.stdout.splitlines()[-1])
-    print(f"{work}: " + ", ".join(f"{name} {value:,.2f}" for name, value in told.items()), flush=True)
-    return told
+    measured = json.loads(done.stdout.splitlines()[-1])
+    print(f"{work}: " + ", ".join(f"{name} {value:,.2f}" for name, value in measured.items()), flush=True)
+    return measured
 
 
 def recall(folder: Path, kind: str) -> float:
@@ -178,7 +178,7 @@ def run(folder: Path, triples: Path, rows: int, questions: int, cfg: argparse.Na
         rounds[work].append(in_a_process(work, folder))
     exact = in_a_process("exact", folder)
     middle = {
-        work: {name: statistics.median(told[name] for told in found) for name in found[0]}
+        work: {name: statistics.median(measured[name] for measured in found) for name in found[0]}
         for work, found in rounds.items()
     }
     figures: dict[str, Any] = {

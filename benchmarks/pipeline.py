@@ -5,7 +5,7 @@ Ours is the loader of a training run: random order over all shards, uint8 batche
 the model normalises them on its own device. The first peer is the loop that a user of the same tars would write:
 webdataset, decoded by Pillow, Resize (bicubic), CenterCrop, ToTensor, Normalize, batched. The second is webdataset with
 our own decoder, giving uint8 batches: what the reading alone is worth. Neither peer reads target vectors, and both
-shuffle locally. Told beside that: ours when the CPU also normalises. All decode in this process, on one thread; the
+shuffle locally. Reported beside that: ours when the CPU also normalises. All decode in this process, on one thread; the
 tars are in the page cache; rounds alternate, and medians are compared.
 """
 

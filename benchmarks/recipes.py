@@ -215,7 +215,7 @@ def one(overrides: list[str]) -> None:
     seconds = time.process_time() - began
     records = [json.loads(line) for line in (cfg.out / "log.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "val/cosine" in record)
-    told = {
+    measured = {
         "cosine": last["val/cosine"],
         "low": last["val/low"],
         "high": last["val/high"],
@@ -223,7 +223,7 @@ def one(overrides: list[str]) -> None:
         "steps": last["step"],
         "pictures": last["step"] * cfg.batch_size,
     }
-    print(json.dumps(told))
+    print(json.dumps(measured))
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:

@@ -3,7 +3,7 @@
 
 Ours is `TargetEncoder(all-MiniLM-L6-v2, fast=True).encode`; the peer is `SentenceTransformer.encode` with its defaults
 (batches of 32, fp32) on the same texts: prompts and captions from ../shared/data, the grammar's where that is missing.
-Told beside that: the fp32 way, which writes stored targets. One process, one number of threads (OMP_NUM_THREADS sets
+Also reported: the fp32 way, which writes stored targets. One process, one number of threads (OMP_NUM_THREADS sets
 it), by the wall clock; rounds alternate, and the median of the rounds' ratios counts. The lowest cosine over all texts
 must hold too.
 """

@@ -12,7 +12,7 @@ compilation and optimizer that its settings find for the device. Told, each with
     image's gradients need make up;
   with the lower half of the blocks frozen, against all trained (≥ 1.4);
   fed from the shards, decoding and all, against a batch that stays on the device (≥ 0.97). Since batches wait in the
-    loader's queue when the clock starts, the loader's own rate is told beside it.
+    loader's queue when the clock starts, the loader's own rate is reported beside it.
 Rounds alternate, and medians of wall-clock rates are compared; compilation and first steps are not counted. The ratio
 of the last line is the first of these, of the model that has the smaller one.
 """
@@ -50,7 +50,7 @@ from train.data.images import Batch
 from train.data.loader import loader
 from train.data.samplers import TrainBatchSampler
 from train.fit import setup
-from train.fit.fit import _quiet
+from train.fit.fit import _silence_lightning
 from train.fit.module import Training
 from train.scale.devices import Machine
 from train.scale.flops import DTYPES, Cost, measure, peak_flop_per_s
@@ -305,7 +305,7 @@ def main() -> int:
     if not cfg.tiny and not torch.cuda.is_available():
         print("train_gpu: torch sees no CUDA device here, and models of full size need one; --tiny tries the script")
         return 2
-    _quiet()
+    _silence_lightning()
     scale = TINY if cfg.tiny else FULL
     wanted = [kind for kind in scale.models if getattr(cfg, kind, False)] or list(scale.models)
     device = "the CPU, a tiny model" if cfg.tiny else torch.cuda.get_device_name()
@@ -318,10 +318,10 @@ def main() -> int:
             free()
     for kind, found in figures.items():
         print(
-            f"{kind}: {found['ours_per_s']:.4g} pictures/s, {found['ratio']:.2f} times eager (target {TARGET}), "
+            f"{kind}: {found['ours_per_s']:.4g} images/s, {found['ratio']:.2f} times eager (target {TARGET}), "
             f"MFU {found['mfu']:.2f} (target {MFU_TARGET}), half frozen {found['half_ratio']:.2f} times (target "
             f"{HALF_TARGET}), from shards {found['shards_ratio']:.3f} (target {SHARDS_TARGET}; the loader alone "
-            f"{found['loader_per_s']:.4g} pictures/s)"
+            f"{found['loader_per_s']:.4g} images/s)"
         )
     flat = {f"{kind}_{key}": value for kind, found in figures.items() for key, value in found.items()}
     targets = {"mfu_target": MFU_TARGET, "half_target": HALF_TARGET, "shards_target": SHARDS_TARGET}

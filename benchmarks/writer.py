@@ -5,7 +5,7 @@ A renderer gives batches of uint8 images of 768 px; a shard holds them at 512 px
 `write_shard`, which syncs the file and writes its index too. The peer is the loop that a user would write: Pillow's
 Lanczos and `save`, then webdataset's `ShardWriter`. Wall-clock time, rounds of the two alternate, medians are compared;
 the first round of each is not counted. The ratio is that of lossless WebP, the default format, against Pillow's own
-effort, which ours undercuts: the bytes of both are told. Told beside it: WebP at the same effort, png, jpg. Every
+effort, which ours undercuts: the bytes of both are reported. Also reported: WebP at the same effort, png, jpg. Every
 image of ours must reach 40 dB against the peer's; it is told whether all are equal.
 """
 
@@ -143,7 +143,7 @@ def main() -> None:
                 work = (our_work, our_rates), (their_work, their_rates)
                 for write, rates in work if k % 2 else work[::-1]:
                     rates.append(count / wall(write))
-                print(f"{name} round {k}: ours {our_rates[-1]:.1f}, peer {their_rates[-1]:.1f} pictures/s")
+                print(f"{name} round {k}: ours {our_rates[-1]:.1f}, peer {their_rates[-1]:.1f} images/s")
             our_bytes = written(our_root / "shards/000000.tar", image_format)
             their_bytes = written(their_root / "000000.tar", image_format)
             assert len(our_bytes) == count
@@ -153,7 +153,7 @@ def main() -> None:
             rate, peer = statistics.median(our_rates[1:]), statistics.median(their_rates[1:])
             size, peer_size = (sum(map(len, made.values())) / count for made in (our_bytes, their_bytes))
             print(
-                f"{name}: ours {rate:.1f} pictures/s of {size / 1e3:.0f} kB, peer {peer:.1f} of "
+                f"{name}: ours {rate:.1f} images/s of {size / 1e3:.0f} kB, peer {peer:.1f} of "
                 f"{peer_size / 1e3:.0f} kB, ratio {rate / peer:.2f}, "
                 + ("all pixels equal" if worst == float("inf") else f"{worst:.1f} dB at least")
             )

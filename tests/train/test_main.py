@@ -323,11 +323,11 @@ def test_interrupted_from_outside_it_says_so_and_goes_on(
         _, said = process.communicate(timeout=120)
     assert process.returncode == 130, said
     assert "stopping after this step" in said
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     assert "Traceback" not in said
     with start(small_data, out, *LONG) as process:
         _, said = process.communicate(timeout=120)
-    assert "going on from step" in said
+    assert "resuming from step" in said
     train(small_data, tmp_path / "whole", *LONG)
     assert same_weights(out / "last", tmp_path / "whole/last")
 

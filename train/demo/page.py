@@ -4,7 +4,7 @@ with open_port("127.0.0.1", 7860) as port:
     serve(demo, Words(…), port, most_bytes=20_000_000)      until Ctrl-C
 
 The guard holds whatever gradio's own routes do: a body is cut at the bound, only what the page sends and asks for is
-let through, no other site's page may speak to the server, and the browser is told to fetch nothing from elsewhere.
+let through, pages of other sites cannot call the server, and the browser fetches nothing from other hosts.
 """
 
 import asyncio
@@ -43,7 +43,7 @@ _SWEEP_S = 30  # between two looks for files to delete
 _UPLOADS = 50  # of the largest size, that may lie on the disk
 _BLOCK = 4096  # bytes of disk that the smallest file takes
 _WAITING = 16  # images in the queue; a further one is turned away
-_PATIENCE_S = 5  # with who goes on sending what was refused
+_PATIENCE_S = 5  # wait for clients that keep sending after a refusal
 _FORM = 64_000  # bytes that a form adds to the file in it
 _NO_HOST = "host: {!r} is no address of this machine ({}); 127.0.0.1 is the usual one"
 _API = "/gradio_api/"
@@ -71,7 +71,7 @@ App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 @dataclass(frozen=True)
 class Words:
-    """What the page says of the model and the bank."""
+    """Names of the model and the prompt index, for the page."""
 
     model: str
     bank: str
@@ -140,7 +140,7 @@ def serve(demo: Demo, words: Words, port: socket.socket, *, most_bytes: int, bro
         quiet = {"log_config": None, "server_header": False, "ws": "none"}  # the page uses no web socket
         # with a page open a connection stays, and would be waited for
         config = uvicorn.Config(app, timeout_graceful_shutdown=1, lifespan="on", **quiet)
-        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # else it tells of each connection cut at the end
+        logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # otherwise it logs every connection closed at exit
         log.info("demo: %s (Ctrl-C ends it)", shown)
         if browser:
             import webbrowser
@@ -150,7 +150,7 @@ def serve(demo: Demo, words: Words, port: socket.socket, *, most_bytes: int, bro
 
 
 def _sweep(folder: Path, over: threading.Event) -> None:
-    """Deletes the files that are older than they are kept, and those of uploads that broke off."""
+    """Delete expired uploads and those that broke off."""
     while not over.wait(_SWEEP_S):
         for file in folder.rglob("*"):
             kept_s = _STALLED_S if file.parent == folder else _KEPT_S  # a whole one lies in a folder of its own
@@ -160,7 +160,7 @@ def _sweep(folder: Path, over: threading.Event) -> None:
 
 
 def _held(folder: Path) -> int:
-    """Bytes that the files below a folder take."""
+    """Total size of the files below a folder, bytes."""
     total = 0
     for file in folder.rglob("*"):
         with contextlib.suppress(OSError):  # gone meanwhile
@@ -427,11 +427,11 @@ def _is_event(body: bytes) -> bool:
     from gradio.data_classes import ImageData
 
     try:
-        told = json.loads(body)
-        (file,) = told["data"]
+        event = json.loads(body)
+        (file,) = event["data"]
         if file is not None:
             ImageData.model_validate(file)
-        return told.get("fn_index") in (None, _LOOK) and not told.get("batched")
+        return event.get("fn_index") in (None, _LOOK) and not event.get("batched")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 

@@ -1,14 +1,14 @@
-"""One run from its settings to its checkpoints: what `python -m train` does.
+"""Train one run from its settings to its checkpoints: the library call of `python -m train`.
 
-<out>/settings.json    what the run is; a run with other settings is refused there
-<out>/about.json       parameters, how many of them train, steps, rate that is reached, leakage of validation
+<out>/settings.json    settings of the run; other settings are refused in this folder
+<out>/about.json       parameters, trained parameters, steps, learning rates, leakage of validation
 <out>/log.jsonl        step, epoch, seconds, loss, rate, scores; step 0 is the model before training
-<out>/resume.ckpt      where a run that was stopped goes on; train/fit/resume.py says what is beside it
+<out>/resume.ckpt      resume checkpoint, and the one before it (train/fit/resume.py)
 <out>/best, <out>/last checkpoints (models/checkpoint.py); `last` is written at the end, `first` on demand
 <out>/improvement.json start → best and last, with the paired differences; at the end of a validated run
 <out>/oof              predictions on the run's fold, with fold=i/n
 <out>/skipped.jsonl    images that could not be read
-<out>/left_out.jsonl   images that neither train nor validate, each with the reason
+<out>/left_out.jsonl   images in neither training nor validation, with reasons
 """
 
 import dataclasses
@@ -52,32 +52,32 @@ log = logging.getLogger(__name__)
 
 
 def fit(cfg: TrainSettings) -> int:
-    """Trains, or goes on training, the run `chosen.out`; returns the exit code.
+    """Train or resume the run `cfg.out`; return the exit code.
 
     Raises:
         UserError: the dataset, the weights, the run folder or the device cannot be used.
     """
-    _quiet()
+    _silence_lightning()
     machine = Machine(cfg.scale)
     optim.check(cfg.optim, cfg.scale.strategy)
     datasets = [Dataset(folder, cfg.encoder) for folder in cfg.dataset]
     vals = [Dataset(folder, cfg.encoder) for folder in cfg.val]
     check_folder(cfg.encoder, [*datasets, *vals])
     cfg = dataclasses.replace(cfg, encoder=encoder_name(cfg.encoder))
-    mine = {} if cfg.dry_run else run_settings.of_this_run(cfg, [*datasets, *vals], machine.half)
+    run_values = {} if cfg.dry_run else run_settings.of_this_run(cfg, [*datasets, *vals], machine.half)
     resumed_from, resumed_at = resume.newest_whole(cfg.out)
     outline = setup.build_on_meta(cfg, datasets)
     data = ImageDataModule(datasets, vals, cfg, outline.spec.preprocessing, device=machine.device)
     mode = "none" if cfg.scale.recompute == "auto" else cfg.scale.recompute
     needs = flops.measure(outline, cfg.optim, machine.half, mode)
     forecast = Forecast.of(data.length, cfg)
-    _introduce(cfg, outline, data, resumed_at, needs, machine, forecast)
+    _log_run(cfg, outline, data, resumed_at, needs, machine, forecast)
     leakage = validation_leakage(cfg, data, machine.device, cfg.out / "about.json" if resumed_at else None)
     if cfg.dry_run:
         return 0
     model = setup.build_model(cfg, datasets, resumed=bool(resumed_at))
     if is_rank_zero():
-        run_settings.write(cfg.out, mine)
+        run_settings.write(cfg.out, run_values)
         about = {"parameters": needs.parameters, "trained": needs.trained, "steps": data.steps, **forecast.facts()}
         about |= {"leakage": {name: own.to_json() for name, own in leakage.items()}}
         write_json(cfg.out / "about.json", about)
@@ -92,19 +92,19 @@ def fit(cfg: TrainSettings) -> int:
     point = ResumeCheckpoint(cfg.out, cfg.save_every, resumed_from, resumed_at)
     best = BestCheckpoint(lambda trained: save(trained, "best"))
     every = min(max(round(cfg.validate_every * plan.per_epoch), 1), plan.steps)
-    judged = bool(data.val_names)
-    trainer = _trainer(cfg, plan, machine, needs, judged, every, forecast.peak_step, resumed_at, [best, point])
+    validated = bool(data.val_names)
+    trainer = _trainer(cfg, plan, machine, needs, validated, every, forecast.peak_step, resumed_at, [best, point])
     if cfg.keep_first and not resumed_at:
         save(module, "first")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed_from, weights_only=True)
         if point.stopped and trainer.global_step < plan.steps:
-            log.info("stopped at step %d of %d; the same command goes on", trainer.global_step, plan.steps)
+            log.info("stopped at step %d of %d; the same command resumes", trainer.global_step, plan.steps)
             return 130
-        if judged and trainer.global_step % every:
+        if validated and trainer.global_step % every:
             trainer.validate(module, datamodule=data, verbose=False)
         save(module, "last")
-        if not judged:
+        if not validated:
             save(module, "best")
         skipped = module.all_skipped()
     except BaseException as error:
@@ -114,21 +114,23 @@ def fit(cfg: TrainSettings) -> int:
         raise
     if trainer.is_global_zero:
         _list_skipped(cfg.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
-        if judged:
+        if validated:
             write_best_predictions(cfg, data, machine.device, find_wandb(trainer.loggers))
             _report_improvement(cfg, best, data, forecast)
         (cfg.out / "done").write_text(f"{plan.steps} steps\n")
         (cfg.out / resume.PREVIOUS).unlink(missing_ok=True)
         at = f"step {best.scores['best'].step}" if "best" in best.scores else "no score is finite"
-        log.info("%s: %s", f"best val/cosine {best.best:.4f} ({at})" if judged else "not validated", cfg.out / "best")
+        log.info(
+            "%s: %s", f"best val/cosine {best.best:.4f} ({at})" if validated else "not validated", cfg.out / "best"
+        )
     return 0
 
 
 def _kill_ranks(trainer: lightning.Trainer) -> None:
-    """Ends the processes that Lightning started: they would wait for this one, on their GPUs, until a timeout."""
+    """Kill the ranks that Lightning started: they would wait for this process until a timeout."""
     kill = getattr(trainer.strategy.launcher, "kill", None)
     if kill is not None:
-        kill(signal.SIGKILL)  # SIGTERM would only ask them to stop after a step
+        kill(signal.SIGKILL)  # on SIGTERM they would stop only after a step
 
 
 def _trainer(
@@ -136,13 +138,13 @@ def _trainer(
     plan: Plan,
     machine: Machine,
     needs: flops.Cost,
-    judged: bool,
+    validated: bool,
     every: int,
     peak_step: int,
     resumed_at: int,
     callbacks: list[Callback],
 ) -> lightning.Trainer:
-    """Lightning's, for a run of `plan` that is validated `every` so many steps."""
+    """Build the Lightning Trainer; it validates every `every` steps."""
     log_every = min(cfg.log_every, plan.steps)
     mfu = None
     if machine.device.type == "cuda" and is_rank_zero():
@@ -150,7 +152,7 @@ def _trainer(
         torch.cuda.empty_cache()
         mfu = partial(needs.mfu, peak_flop_per_s=peak)
     trainer = lightning.Trainer(
-        accelerator="gpu" if machine.device.type == "cuda" else "cpu",  # auto would take others that Machine does not
+        accelerator="gpu" if machine.device.type == "cuda" else "cpu",  # auto takes more kinds
         devices=cfg.scale.devices,
         num_nodes=cfg.scale.nodes,
         precision=machine.precision,
@@ -160,10 +162,10 @@ def _trainer(
         # the loader is one long epoch of all steps, so that any step can be the first of a resumed run
         val_check_interval=every * plan.accumulate,
         check_val_every_n_epoch=None,
-        limit_val_batches=1.0 if judged else 0,
-        # step 0: Lightning's sanity check, over all images; a resumed run has it behind it
-        num_sanity_val_steps=-1 if judged and not resumed_at else 0,
-        # what FSDP2 gathers in inference mode, before the first step, could not be trained on
+        limit_val_batches=1.0 if validated else 0,
+        # step 0 is Lightning's sanity check over all images; a resumed run skips it
+        num_sanity_val_steps=-1 if validated and not resumed_at else 0,
+        # tensors that FSDP2 gathers in inference mode before the first step cannot be trained
         inference_mode=cfg.scale.strategy != "fsdp",
         gradient_clip_val=cfg.optim.clip or None,
         log_every_n_steps=log_every,
@@ -174,7 +176,7 @@ def _trainer(
         enable_model_summary=False,
         use_distributed_sampler=False,
         strategy=machine.strategy(cfg.optim),
-        # SLURM's would requeue with a checkpoint of its own; here the same command goes on from ours
+        # SLURM would requeue with its own checkpoint; here the same command resumes from ours
         plugins=[DirectCheckpointIO(), *([SLURMEnvironment(auto_requeue=False)] if SLURMEnvironment.detect() else [])],
         default_root_dir=cfg.out,
     )
@@ -184,7 +186,7 @@ def _trainer(
 
 
 @rank_zero_only
-def _introduce(
+def _log_run(
     cfg: TrainSettings,
     model: Regressor,
     data: ImageDataModule,
@@ -195,7 +197,7 @@ def _introduce(
 ) -> None:
     log.info("settings changed: %s", " ".join(run_settings.changed(cfg)) or "none")
     spec = model.spec
-    log.info("%s at %d px → %d: %s", spec.name, spec.size, model.width, needs.line(*_a_device(cfg, machine)))
+    log.info("%s at %d px → %d: %s", spec.name, spec.size, model.width, needs.line(*_per_device(cfg, machine)))
     log.info("preprocessing: %s", spec.preprocessing)
     log.info(
         "%s training images, %s; %d steps of %d, %d an epoch; %d × %s, %s",
@@ -214,7 +216,7 @@ def _introduce(
     for message in forecast.warnings(len(data.train_rows)):
         log.warning("warning: %s", message)
     if resumed_at:
-        log.info("going on from step %d", resumed_at)
+        log.info("resuming from step %d", resumed_at)
 
 
 def _report_improvement(cfg: TrainSettings, best: BestCheckpoint, data: ImageDataModule, forecast: Forecast) -> None:
@@ -232,8 +234,8 @@ def _report_improvement(cfg: TrainSettings, best: BestCheckpoint, data: ImageDat
         log.warning("warning: %s", advice)
 
 
-def _a_device(cfg: TrainSettings, machine: Machine) -> tuple[int, int]:
-    """Images that a device takes at once, as far as the settings say, and devices that share the weights."""
+def _per_device(cfg: TrainSettings, machine: Machine) -> tuple[int, int]:
+    """Images per device at once, as far as the settings say, and devices that share the weights."""
     share = math.ceil(cfg.batch_size / machine.world)
     micro = cfg.scale.micro_batch
     return (share if micro == "auto" else min(share, micro)), machine.world if cfg.scale.strategy == "fsdp" else 1
@@ -247,10 +249,10 @@ def _list_skipped(out: Path, skipped: dict[str, str], images: int) -> None:
     log.warning("%d of %d images could not be read; listed in %s", len(skipped), images, path)
 
 
-def _quiet() -> None:
-    """Lightning's own lines, which repeat ours or advise against what is meant here."""
+def _silence_lightning() -> None:
+    """Silence Lightning's log lines that repeat ours, and warnings about intended settings."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # what is frozen is
+    warnings.filterwarnings("ignore", message=".*in eval mode at the start of training.*")  # frozen layers are
     warnings.filterwarnings("ignore", message=".*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*")

@@ -1,4 +1,4 @@
-"""What a run begins with: its model, its head, its cost, and how its steps are cut up."""
+"""Set up a run: build the model, freeze layers, add LoRA, fit the head, plan steps and micro-batches."""
 
 import logging
 import math
@@ -33,14 +33,14 @@ from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 
-# The penalty that scores best on held-out images fits the training ones so closely that little is left to learn
-# from: on 800 photographs fine-tuning from it lost .015, from one 30 times as high it gained .012 (benchmarks/LOG.md).
-_STIFFER = 30
+# The ridge penalty with the best held-out score fits the training images so closely that little is left to learn:
+# on 800 photographs fine-tuning from it lost .015, from one 30 times as high it gained .012 (benchmarks/LOG.md).
+RIDGE_PENALTY_SCALE = 30
 
 
 def build_model(cfg: TrainSettings, datasets: list[Dataset], *, resumed: bool) -> Regressor:
-    """The regressor, with a random head, on the CPU. A resumed one needs no weights: they are in the resume point."""
-    torch.manual_seed(cfg.seed)  # a random backbone and head are the run's own, whatever ran before
+    """Build the regressor with a random head on the CPU; a resumed run has its weights in the resume checkpoint."""
+    torch.manual_seed(cfg.seed)  # random weights depend on the seed alone
     elsewhere = resumed or cfg.init_from is not None
     made = _made(cfg, datasets, "random" if elsewhere else cfg.model.weights)
     made.fixed_stats = cfg.model.fixed_stats and (cfg.model.weights != "random" or cfg.init_from is not None)
@@ -58,7 +58,7 @@ def build_model(cfg: TrainSettings, datasets: list[Dataset], *, resumed: bool) -
 
 
 def build_on_meta(cfg: TrainSettings, datasets: list[Dataset]) -> Regressor:
-    """The regressor as it will train, on the meta device: nothing is read or computed for it."""
+    """Build the regressor as it will train on the meta device, without reading or computing weights."""
     with torch.device("meta"):
         made = _made(cfg, datasets, "random")
         made.fixed_stats = cfg.model.fixed_stats
@@ -69,7 +69,7 @@ def build_on_meta(cfg: TrainSettings, datasets: list[Dataset]) -> Regressor:
 
 
 def freeze_and_add_lora(made: Regressor, cfg: TrainSettings) -> None:
-    """Freezes what stays, and puts adapters into the blocks above it."""
+    """Freeze the lower layers, and insert LoRA adapters into the blocks above them."""
     made.freeze(None if cfg.model.freeze == "all" else cfg.model.freeze)
     about = cfg.model.lora
     if about.blocks and isinstance(cfg.model.freeze, int):
@@ -89,7 +89,7 @@ def _made(cfg: TrainSettings, datasets: list[Dataset], weights: str) -> Regresso
     about = cfg.model
     size = about.size
     if size == "dataset":
-        # to enlarge small images costs time and adds nothing
+        # enlarging small images costs time without any gain
         rendered = [d.info["settings"].get("renderer", {}).get("size") for d in datasets]
         with torch.device("meta"):
             own = make(about.backbone, "random", None, datasets[0].width).spec.size
@@ -105,9 +105,9 @@ def _made(cfg: TrainSettings, datasets: list[Dataset], weights: str) -> Regresso
 
 
 def init_head(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
-    """Sets the head as `model.head_init` says; one process works it out, the others wait for its file.
+    """Initialise the head by `model.head_init`; rank 0 computes it, other ranks wait for its file.
 
-    The file stays: a run that is started again before its first resume point does not work it out again.
+    The file stays, so a run that restarts before its first resume checkpoint does not compute it again.
     """
     about = cfg.model
     if cfg.init_from is not None or about.head_init == "random":
@@ -129,7 +129,7 @@ def init_head(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device
 
 
 def _whole_head(path: Path) -> dict[str, torch.Tensor] | None:
-    """The head that an earlier start of the run wrote; None where there is none, or it is damaged."""
+    """Read the head that an earlier start of the run wrote; None where it is missing or damaged."""
     try:
         return tensor_files.read(path, required=True)
     except FileNotFoundError:
@@ -146,8 +146,8 @@ def _ridge(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: t
         drawn = np.random.default_rng([cfg.seed, len(rows)]).choice(len(rows), cfg.model.head_pictures, replace=False)
         rows = rows[np.sort(drawn)]
     found = features(made.to(device).eval(), data.images, rows, cfg.batch_size, cfg.scale.workers)
-    share = init_ridge(made.head, found.batches, _STIFFER, penalty_parts(data.images, found.row_n))
-    log.info("ridge head: penalty %.1e of the features' variance", share)
+    share = init_ridge(made.head, found.batches, RIDGE_PENALTY_SCALE, penalty_parts(data.images, found.row_n))
+    log.info("head initialised by ridge regression (relative penalty %.1e)", share)
     made.train()
 
 
@@ -157,25 +157,25 @@ def _text(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: to
     for dataset, own in (images.place(row) for row in rows.tolist()):
         prompts += dataset.prompts(own)
         targets.append(dataset.targets(own))
-    # spelled in several ways, a prompt would judge the penalty that was fitted on itself
+    # keep one spelling per prompt: others would validate a penalty that was fitted on the same prompt
     first = np.sort(np.unique(Prompts(images).of(rows)[0], return_index=True)[1])
     prompts, target_cE = [prompts[c] for c in first.tolist()], np.concatenate(targets)[first]
     share = init_text(made, cfg.model.text_tower, cfg.model.weights, prompts, target_cE, device)
-    log.info("text head: penalty %.1e of the features' variance", share)
+    log.info("head initialised from the text tower (relative penalty %.1e)", share)
 
 
 def _wait_for(path: Path) -> dict[str, torch.Tensor]:
-    told = time.monotonic()
+    logged = time.monotonic()
     while (state := _whole_head(path)) is None:
         time.sleep(1)
-        if time.monotonic() - told > 600:
-            told = time.monotonic()
-            log.info("waiting for %s, which the first process writes", path)
+        if time.monotonic() - logged > 600:
+            logged = time.monotonic()
+            log.info("waiting for rank 0 to write %s", path)
     return state
 
 
 def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs: flops.Cost, machine: Machine) -> Plan:
-    """How the run's steps are cut up; on a GPU, with scale.micro_batch=auto, by trying."""
+    """Plan steps, ranks and micro-batches; on a GPU, scale.micro_batch=auto tries sizes."""
     scale = cfg.scale
     share = math.ceil(cfg.batch_size / machine.world)
     micro, mode = share, "none" if scale.recompute == "auto" else scale.recompute
@@ -187,7 +187,7 @@ def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs:
     check_shares(cfg.batch_size, machine.world, accumulate)
     if accumulate > 1:
         _refuse_parts(cfg, machine.world, accumulate)
-        log.info("%d micro-batches of %d images a step on each device", accumulate, share // accumulate)
+        log.info("%d micro-batches of %d images per step on each device", accumulate, share // accumulate)
     if mode != "none":
         log.info("activations: %s recomputation", mode)
     return Plan(
@@ -197,7 +197,7 @@ def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs:
         accumulate=accumulate,
         recompute=mode,
         compile=machine.device.type == "cuda" if scale.compile == "auto" else scale.compile,
-        # a fused optimizer undoes the loss scaling itself, after gradients were to be clipped
+        # a fused optimizer unscales the loss itself, too late for gradient clipping
         fused=machine.device.type == "cuda" and machine.precision != "16-mixed",
         head_steps=data.length.head_steps,
     )
@@ -206,14 +206,14 @@ def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs:
 def fitting_trial(
     made: Regressor, cfg: TrainSettings, needs: flops.Cost, machine: Machine, plan: Plan
 ) -> Callable[[list[int]], int] | None:
-    """Tries how many images fit after all, for the advice to a run that ran out of memory; None where none can."""
-    if machine.device.type != "cuda" or machine.world > 1 or cfg.scale.strategy == "fsdp":  # others would wait
+    """Search for a size that fits after a run ran out of memory; None where other ranks would wait."""
+    if machine.device.type != "cuda" or machine.world > 1 or cfg.scale.strategy == "fsdp":
         return None
     return lambda among: micro_batch.fitting(made, cfg, needs, machine, plan.recompute, among)
 
 
 def _refuse_parts(cfg: TrainSettings, world: int, accumulate: int) -> None:
-    """What cannot be added up from micro-batches."""
+    """Refuse losses that compare all images of a step; warn about batch norms that see less than a step."""
     found = []
     for name, on in (("loss.contrastive", cfg.loss.contrastive > 0), ("loss.hardest", cfg.loss.hardest < 1)):
         if on:

@@ -1,7 +1,7 @@
-"""How many images a GPU takes at once: found by trying, so that gradients of equal parts add up to the batch's.
+"""Micro-batch search: the largest equal part of a batch that fits on the GPU, by trial steps.
 
-A trial holds what a step holds: weights, gradients, room for the optimizer and the averaged weights, activations. Its
-blocks are not compiled, which takes more memory than compiled ones, not less.
+A trial allocates what a step does: weights, gradients, activations, and space for optimizer state and EMA. Its blocks
+are not compiled, which takes more memory than compiled ones, not less.
 """
 
 import gc
@@ -30,16 +30,16 @@ from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 
-_ENOUGH = 8  # images, with fewer of which a GPU idles: rather compute activations again
-_MARGIN = 0.05  # of the device's memory: for fragments, NCCL and cuBLAS
+_ENOUGH = 8  # fewer images leave a GPU idle: prefer activation checkpointing
+_MARGIN = 0.05  # share of device memory for fragmentation, NCCL and cuBLAS
 _LAST_REMEDIES = ["a higher model.freeze", "model.lora", "optim.name=adamw8bit", "scale.strategy=fsdp on several GPUs"]
 
 
 def choose(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine) -> tuple[int, Mode]:
-    """Images at once on this process's device, and the recomputation that they need; on a CPU its share of the batch.
+    """Choose the micro-batch size and checkpointing mode of this process's device; on a CPU the whole share.
 
     With scale.recompute=auto the least that lets 8 images fit, or a whole share of the batch where the loss compares
-    its images. Where FSDP shares out the weights, by the estimate of `needs` and not by trying.
+    its images. With FSDP the estimate `needs` decides, without trials.
 
     Raises:
         UserError: not one image fits.
@@ -53,7 +53,7 @@ def choose(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine) -
     found = 0
     for mode in modes:
         found = fitting(made, cfg, needs, machine, mode, among)
-        log.info("with %s recomputation %d of %d images fit at once", mode, found, share)
+        log.info("micro-batch search: %s recomputation, %d of %d images fit", mode, found, share)
         if found >= enough:
             return found, mode
     if not found:
@@ -71,7 +71,7 @@ def choose(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine) -
 def find(step: Callable[[int], None], among: list[int], module: nn.Module, reserve: int = 0) -> int:
     """The first of `among`, largest first, with which `step` does not run out of memory; 0 where none is left.
 
-    Buffers, gradients and random draws are as before.
+    Buffers, gradients and the random state do not change.
 
     Args:
         step: a forward and a backward pass on so many images. It runs twice, the second time beside its gradients.
@@ -96,10 +96,10 @@ def sizes(batch: int) -> list[int]:
 def advice(
     error: BaseException, cfg: TrainSettings, plan: Plan, fits: Callable[[list[int]], int] | None = None
 ) -> UserError:
-    """What to change after a run of `plan` ran out of memory.
+    """Error with settings to change after a run of `plan` ran out of memory.
 
     Args:
-        error: the tensors that it still holds are let go.
+        error: its traceback's tensors are released.
         fits: the first of some sizes, largest first, that fits, as `fitting` finds it; 0 for none. Without it the next
             smaller size is named.
     """
@@ -123,7 +123,7 @@ def advice(
         remedies += _LAST_REMEDIES
     return UserError(
         f"out of memory with {images} images at once on a device and scale.recompute={plan.recompute}: {said}\n"
-        f"Take {', or '.join(remedies)}. The same run goes on where it wrote its last resume point."
+        f"Take {', or '.join(remedies)}. The same run resumes from its last checkpoint."
     )
 
 
@@ -138,7 +138,7 @@ def fitting(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine, 
     try:
         made.to(machine.device)
         activation_checkpointing.apply(blocks, mode)
-        return find(_step(made, cfg, machine), among, made, _to_come(made, needs, machine.device))
+        return find(_step(made, cfg, machine), among, made, _reserved_bytes(made, needs, machine.device))
     except RuntimeError as error:
         if not is_oom_error(error):
             raise
@@ -148,7 +148,7 @@ def fitting(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine, 
 
 
 def _parts(made: Regressor, cfg: TrainSettings, world: int) -> list[int]:
-    """Sizes to try: on several devices equal parts alone add up, and a batch norm that learns takes two at least."""
+    """Sizes to try: several devices need equal parts, and a trained batch norm needs at least two images."""
     share = math.ceil(cfg.batch_size / world)
     learns = any(isinstance(m, nn.modules.batchnorm._NormBase) and m.training for m in made.train().modules())
     parts = sizes(share) if cfg.batch_size % world == 0 else [share]
@@ -170,8 +170,8 @@ def _step(made: Regressor, cfg: TrainSettings, machine: Machine) -> Callable[[in
     return step
 
 
-def _to_come(made: Regressor, needs: Cost, device: torch.device) -> int:
-    """Bytes of the optimizer and the averaged weights, and a margin."""
+def _reserved_bytes(made: Regressor, needs: Cost, device: torch.device) -> int:
+    """Bytes to reserve for optimizer state and EMA, with a margin."""
     there = sum(t.nbytes for t in (*made.parameters(), *made.buffers()))
     there += sum(p.nbytes for p in made.parameters() if p.requires_grad)
     capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
@@ -180,7 +180,7 @@ def _to_come(made: Regressor, needs: Cost, device: torch.device) -> int:
 
 def _survives(step: Callable[[int], None], images: int, module: nn.Module, device: torch.device, reserve: int) -> bool:
     survived, held = False, None
-    with _without_trace(module, device):
+    with _restored(module, device):
         try:
             held = torch.empty(reserve, dtype=torch.uint8, device=device)
             step(images)
@@ -199,8 +199,8 @@ def _survives(step: Callable[[int], None], images: int, module: nn.Module, devic
 
 
 @contextmanager
-def _without_trace(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Statistics, random draws and training mode as before; no gradients."""
+def _restored(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore buffers, random state and training mode afterwards; drop gradients."""
     before = {name: buffer.detach().cpu().clone() for name, buffer in module.named_buffers()}
     training = module.training
     try:

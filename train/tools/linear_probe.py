@@ -43,11 +43,11 @@ from train.tools.probe_settings import ProbeSettings
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8192  # images that are judged at a time
+_AT_ONCE = 8192  # images per block of scoring
 
 
 @dataclass(frozen=True)
-class Judged:
+class ValidationFeatures:
     """Validation images: features, and the means of their captions' unit vectors."""
 
     x_nD: torch.Tensor  # noqa: N815
@@ -55,7 +55,7 @@ class Judged:
 
 
 def search(cfg: ProbeSettings) -> dict[str, Any]:
-    """Tries the heads, writes `chosen.out`, and returns what `probe.json` holds.
+    """Fit and score the heads, write `cfg.out`, and return the content of `probe.json`.
 
     Raises:
         UserError: the dataset, the weights or the folder cannot be used; no validation images; every head diverged.
@@ -76,19 +76,19 @@ def search(cfg: ProbeSettings) -> dict[str, Any]:
     def known(rows: NDArray[np.int64]) -> Features:
         return features(model, data.images, rows, cfg.batch_size, cfg.scale.workers)
 
-    def judged(found: Features) -> Judged:
+    def validation_features(found: Features) -> ValidationFeatures:
         targets = torch.from_numpy(data.images.targets(found.row_n))
-        return Judged(torch.from_numpy(found.all()).to(device), targets.to(device))
+        return ValidationFeatures(torch.from_numpy(found.all()).to(device), targets.to(device))
 
     training = known(data.train_rows)
-    sets = {name: judged(known(rows)) for name, rows in zip(data.val_names, data.val_sets, strict=True)}
+    sets = {name: validation_features(known(rows)) for name, rows in zip(data.val_names, data.val_sets, strict=True)}
     main = data.val_names[0]
     best: tuple[float, Regressor | None, dict[str, Any]] = (-math.inf, None, {})
     tried: list[dict[str, Any]] = []
     for kind, setting, make in _candidates(cfg, data, training, model):
         began = time.perf_counter()
-        made = make()
-        scores = {name: _score(made, each) for name, each in sets.items()}
+        candidate = make()
+        scores = {name: _score(candidate, each) for name, each in sets.items()}
         found = {
             "head": kind,
             "setting": setting,
@@ -102,15 +102,15 @@ def search(cfg: ProbeSettings) -> dict[str, Any]:
         tried.append(found)
         log.info("%s, %s: %.4f", kind, setting, scores[main].mean)
         if scores[main].mean > best[0]:
-            best = scores[main].mean, made, found
-    _, made, found = best
-    if made is None:
+            best = scores[main].mean, candidate, found
+    _, candidate, found = best
+    if candidate is None:
         raise UserError("every head diverged to no numbers: take lower probe.lrs or higher probe.penalties")
     tried.sort(key=lambda each: math.inf if (m := each["scores"][main]["mean"]) is None else -m)
     info = {"main": main, "sets": data.val_names, "images": len(sets[main].x_nD), "heads": tried}
     info["leakage"] = {name: own.to_json() for name, own in leakage.items()}
     save = Saver(cfg, datasets, data, leakage)
-    _write(cfg, [*datasets, *vals], save, made, found, info)
+    _write(cfg, [*datasets, *vals], save, candidate, found, info)
     return info
 
 
@@ -141,17 +141,17 @@ def _with_head(model: Regressor, kind: str, cfg: ProbeSettings) -> Regressor:
     """The model's backbone with a new head."""
     torch.manual_seed(cfg.seed)
     hidden = cfg.model.head_width if kind == "wide" else 0
-    made = Regressor(model.backbone, model.spec, model.width, kind, hidden).to(model.device)
-    made.fixed_stats = model.fixed_stats
-    made.freeze(None)
-    return made
+    candidate = Regressor(model.backbone, model.spec, model.width, kind, hidden).to(model.device)
+    candidate.fixed_stats = model.fixed_stats
+    candidate.freeze(None)
+    return candidate
 
 
 def _ridge(model: Regressor, sums: Ridge, penalty: float) -> Regressor:
-    made = Regressor(model.backbone, model.spec, model.width).to(model.device)
+    candidate = Regressor(model.backbone, model.spec, model.width).to(model.device)
     weight_ED, bias_E = sums.solve(penalty)
-    made.head.load_state_dict({"weight": torch.from_numpy(weight_ED), "bias": torch.from_numpy(bias_E)})
-    return made
+    candidate.head.load_state_dict({"weight": torch.from_numpy(weight_ED), "bias": torch.from_numpy(bias_E)})
+    return candidate
 
 
 class _Lesson:
@@ -169,12 +169,12 @@ class _Lesson:
     def teach(self, begun: Regressor, lr: float) -> Regressor:
         """A copy of `begun` with its head trained."""
         search = self._cfg.probe
-        made = _with_head(begun, begun.head_kind, self._cfg)
-        made.head.load_state_dict(begun.head.state_dict())
+        candidate = _with_head(begun, begun.head_kind, self._cfg)
+        candidate.head.load_state_dict(begun.head.state_dict())
         cfg = dataclasses.replace(self._cfg.optim, head_lr=lr, head_only=0, head_only_lr=None, layer_decay=1)
         steps = max(round(search.epochs * steps_per_epoch(len(self._data.shuffled_epochs), search.batch_size)), 1)
-        made.head.train()
-        rates = optimizer(made, cfg)
+        candidate.head.train()
+        rates = optimizer(candidate, cfg)
         schedule = scheduler(rates, cfg, steps)
         with progress(steps, "step", f"{begun.head_kind}, lr {lr:g}") as bar:
             for rows in TrainBatchSampler(self._data.shuffled_epochs, search.batch_size, steps):
@@ -184,24 +184,24 @@ class _Lesson:
                     part[place_B].to(self._device) for part in (self._x_nD, self._target_nE, self._weight_n)
                 )
                 if len(place_B) > 1:  # of fewer a batch norm has no statistics
-                    z_BE = made.project(x_BD, unit=False)
+                    z_BE = candidate.project(x_BD, unit=False)
                     value = total_loss(z_BE, target_BE, weight_B, denominator=len(rows), **self._cfg.loss.keywords())
                     rates.zero_grad()
                     value.backward()
                     if cfg.clip:
-                        nn.utils.clip_grad_norm_(made.head.parameters(), cfg.clip)
+                        nn.utils.clip_grad_norm_(candidate.head.parameters(), cfg.clip)
                     rates.step()
                 schedule.step()
                 bar.update()
-        made.head.eval()
-        return made
+        candidate.head.eval()
+        return candidate
 
 
 @torch.inference_mode()
-def _score(made: Regressor, judged: Judged) -> Interval:
-    made.head.eval()
-    z_nE = torch.cat([normalize(made.head(x).float(), dim=-1) for x in judged.x_nD.split(_AT_ONCE)])
-    score_n = (z_nE.double() * judged.target_nE.double()).sum(-1).cpu().numpy()
+def _score(candidate: Regressor, validation_features: ValidationFeatures) -> Interval:
+    candidate.head.eval()
+    z_nE = torch.cat([normalize(candidate.head(x).float(), dim=-1) for x in validation_features.x_nD.split(_AT_ONCE)])
+    score_n = (z_nE.double() * validation_features.target_nE.double()).sum(-1).cpu().numpy()
     return bootstrap(score_n)
 
 
@@ -215,13 +215,13 @@ def _write(
     cfg: ProbeSettings,
     datasets: list[Dataset],
     save: Saver,
-    made: Regressor,
+    candidate: Regressor,
     found: dict[str, Any],
     info: dict[str, Any],
 ) -> None:
     fingerprints = [dataset.fingerprint() for dataset in datasets]
     scores = {name: Interval(**score) for name, score in found["scores"].items()}
-    save.write(made.cpu().eval(), "best", scores[info["main"]], 1, 1)
+    save.write(candidate.cpu().eval(), "best", scores[info["main"]], 1, 1)
     write_json(cfg.out / "settings.json", {**run_settings.plain(cfg), "dataset_sha256": fingerprints})
     write_json(cfg.out / "probe.json", info)
     record: dict[str, Any] = {"step": 1, "epoch": cfg.probe.epochs}

@@ -115,7 +115,7 @@ def test_a_shared_out_run_goes_on_where_it_stopped(small_data: Path, tmp_path: P
     process.communicate()
     assert not (tmp_path / "run/done").exists()
     said = ranked(small_data, tmp_path / "run", *parts, *FSDP)
-    assert "going on from step" in said
+    assert "resuming from step" in said
     assert same_weights(tmp_path / "run/last", tmp_path / "whole/last")
 
 
@@ -131,7 +131,7 @@ def test_one_rank_that_is_asked_to_stop_stops_all(small_data: Path, tmp_path: Pa
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=300)
     assert process.returncode == 130, said
-    assert "the same command goes on" in said
+    assert "the same command resumes" in said
     steps = taken(tmp_path / "run")
     assert {len(rows) for rows in steps.values()} == {8}
     assert max(steps) < 199
