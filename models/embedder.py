@@ -1,4 +1,6 @@
-"""What an embedder is: images in, unit vectors out. Evaluation, ensembling and prediction take any.
+"""Interfaces of embedders (images → unit vectors) and captioners (images → texts).
+
+Evaluation, ensembling and prediction take any embedder.
 
 B images, E target width.
 """
@@ -11,23 +13,27 @@ import torch
 from numpy.typing import NDArray
 
 Encode = Callable[[list[str]], NDArray[np.float32]]
-"""n texts → their unit vectors [n, E]: the target encoder."""
+"""Text encoder: n texts → unit vectors [n, E], fp32."""
 
 
 class Embedder(Protocol):
+    """Maps images to unit vectors in the space of the target encoder."""
+
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Decoded uint8 images [3, H, W] of any size, B of them → float32 unit vectors z_BE on the CPU."""
+        """Embed B decoded uint8 images [3, H, W] of any size as unit vectors z_BE in fp32 on the CPU."""
         ...
 
 
 class Captioner(Protocol):
+    """Describes images in words."""
+
     def caption(self, images: list[torch.Tensor]) -> list[str]:
-        """Decoded uint8 images [3, H, W] of any size → a text for each."""
+        """Caption decoded uint8 images [3, H, W] of any size; one text each."""
         ...
 
 
-class Captioned:
-    """A captioner as an embedder: the vector of what it says."""
+class CaptionEmbedder:
+    """Embedder that encodes the captions of a captioner."""
 
     def __init__(self, captioner: Captioner, encode: Encode) -> None:
         self._captioner, self._encode = captioner, encode
@@ -36,6 +42,6 @@ class Captioned:
         return self.describe(images)[0]
 
     def describe(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
-        """The vectors z_BE, and the texts that they are of."""
+        """Return the vectors z_BE and the captions that they encode."""
         texts = self._captioner.caption(images)
         return torch.from_numpy(self._encode(texts)), texts

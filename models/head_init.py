@@ -1,6 +1,6 @@
-"""A head fitted in closed form: ridge regression from frozen features to target vectors.
+"""Initialise a head by ridge regression from frozen features to target vectors.
 
-Exact normal equations in float64, streamed over batches: memory is D² and D·E, whatever the number of images.
+Normal equations in float64, accumulated over batches: memory is D² and D·E for any number of images.
 n images, D feature width, H units of a wide head, E target width.
 """
 
@@ -15,21 +15,21 @@ from torch import nn
 Pairs: TypeAlias = Iterable[tuple[NDArray[np.float32], NDArray[np.float32]]]
 """Batches of (features [n, D], unit targets [n, E]), in a fixed order."""
 
-LAMBDAS = tuple(10.0**p for p in np.arange(-4, 4.01, 0.5))
-"""Tried penalties, as shares of the features' mean variance."""
-_HELD_OUT = 10  # every tenth row judges the penalty
-_MOST_HELD_OUT = 5000  # rows kept for that
-FIT, JUDGE, NEITHER = 0, 1, 2
-"""Parts that rows have in the choice of the penalty; the head itself is fitted on all."""
+PENALTIES = tuple(10.0**p for p in np.arange(-4, 4.01, 0.5))
+"""Relative penalties that are tried: λ ÷ (n × mean variance of the features)."""
+_HELD_OUT_EVERY = 10  # every tenth row is held out to choose the penalty
+_MAX_HELD_OUT = 5000  # at most so many of them
+FIT, HELD_OUT, EXCLUDED = 0, 1, 2
+"""Roles of a row while the penalty is chosen; the head itself is fitted on all rows."""
 
 
 class Ridge:
-    """Sums for the normal equations; `add` batches in any order, then `solve`.
+    """Ridge regression by normal equations: `add` batches in any order, then `solve`.
 
     Args:
-        features: D.
-        targets: E.
-        intercept: whether there is a bias, which is not penalised.
+        features: Feature width D.
+        targets: Target width E.
+        intercept: Fit a bias, which is not penalised.
     """
 
     def __init__(self, features: int, targets: int, *, intercept: bool = True) -> None:
@@ -49,18 +49,18 @@ class Ridge:
             self._x += x.sum(0)
             self._y += y.sum(0)
 
-    def add_all_of(self, other: "Ridge") -> None:
-        """Add the rows that `other` has."""
+    def merge(self, other: "Ridge") -> None:
+        """Add the sums of another `Ridge`."""
         self.n += other.n
         for name in ("_x", "_y", "_xx", "_xy"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     def solve(self, share: float) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Weight [E, D] and bias [E] of the least squares with penalty λ‖W‖².
+        """Minimise squared error + λ‖W‖²; return weight [E, D] and bias [E].
 
         Args:
-            share: λ ÷ (n × mean variance of the features), so that one value serves any backbone and size; without an
-                intercept ÷ (n × their mean square).
+            share: Relative penalty: λ ÷ (n × mean variance of the features), or ÷ (n × their mean square) without an
+                intercept. One value serves any backbone and dataset size.
         """
         mean_x, mean_y = self._x / self.n, self._y / self.n
         xx = self._xx - self.n * np.outer(mean_x, mean_x)
@@ -72,12 +72,12 @@ class Ridge:
 
 
 class RidgeHead:
-    """Ridge whose penalty is chosen on held-out rows by the score itself, the mean cosine.
+    """Ridge regression whose penalty maximises the mean cosine on held-out rows.
 
     Args:
-        features, targets, intercept: as of `Ridge`.
-        part_n: FIT, JUDGE or NEITHER of each row, in the order in which `add` has them: rows that judge must share no
-            prompt with rows that fit, or too low a penalty wins. None lets every tenth row judge.
+        features, targets, intercept: As for `Ridge`.
+        part_n: FIT, HELD_OUT or EXCLUDED for each row, in the order of `add`. Held-out rows must share no prompt with
+            fitted rows; otherwise too low a penalty is chosen. None holds out every tenth row.
     """
 
     def __init__(
@@ -90,29 +90,29 @@ class RidgeHead:
         self._part_n = part_n
 
     def add(self, x_nD: NDArray[np.float32], y_nE: NDArray[np.float32]) -> None:
-        """Features and unit targets of one batch, in a fixed order."""
+        """Add features [n, D] and unit targets [n, E] of one batch, in a fixed order."""
         rows = self._seen + np.arange(len(x_nD))
         if self._part_n is None:
-            part_n = np.where((rows % _HELD_OUT == 0) & (rows < _HELD_OUT * _MOST_HELD_OUT), JUDGE, FIT)
+            part_n = np.where((rows % _HELD_OUT_EVERY == 0) & (rows < _HELD_OUT_EVERY * _MAX_HELD_OUT), HELD_OUT, FIT)
         else:
             part_n = self._part_n[rows]
         self._seen += len(x_nD)
-        self._held[0].append(x_nD[part_n == JUDGE])
-        self._held[1].append(y_nE[part_n == JUDGE])
+        self._held[0].append(x_nD[part_n == HELD_OUT])
+        self._held[1].append(y_nE[part_n == HELD_OUT])
         self._fit.add(x_nD[part_n == FIT], y_nE[part_n == FIT])
-        self._rest.add(x_nD[part_n == NEITHER], y_nE[part_n == NEITHER])
+        self._rest.add(x_nD[part_n == EXCLUDED], y_nE[part_n == EXCLUDED])
 
-    def solve(self, stiffer: float = 1) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
-        """Weight [E, D] and bias [E] over all rows, and their penalty's share: the one that scored best × `stiffer`."""
+    def solve(self, penalty_scale: float = 1) -> tuple[NDArray[np.float32], NDArray[np.float32], float]:
+        """Return weight [E, D] and bias [E] fitted on all rows, and the relative penalty: best × `penalty_scale`."""
         x, y = (np.concatenate(part) for part in self._held)
         scores = {}
-        for share in LAMBDAS:
+        for share in PENALTIES:
             weight, bias = self._fit.solve(share)
             z = x @ weight.T + bias
             scores[share] = float(((z * y).sum(1) / np.maximum(np.linalg.norm(z, axis=1), 1e-12)).mean())
-        best = stiffer * max(scores, key=scores.__getitem__)
+        best = penalty_scale * max(scores, key=scores.__getitem__)
         self._fit.add(x, y)
-        self._fit.add_all_of(self._rest)
+        self._fit.merge(self._rest)
         self._held = ([], [])
         return *self._fit.solve(best), best
 
@@ -120,40 +120,43 @@ class RidgeHead:
 def init_ridge(
     head: nn.Module,
     batches: Callable[[], Pairs],
-    stiffer: float = 1,
+    penalty_scale: float = 1,
     part_n: NDArray[np.integer] | None = None,
 ) -> float:
-    """Sets a head of `models.runtime.heads` in closed form; returns the penalty's share.
+    """Initialise a head of `models.runtime.heads` by ridge regression.
 
-    Linear: one pass. Wide: its first layer stays as it is, random features; one pass measures the mean and variance
-    of their BatchNorm over all images (as in evaluation: exactly, no running average), a second one fits the last
-    layer on what comes out of the ReLU.
+    A linear head takes one pass. A wide head keeps its random first layer: one pass sets the exact mean and variance
+    of its BatchNorm over all images, a second pass fits the last layer on the output of the ReLU.
 
     Args:
-        batches: begins a pass over the same batches.
-        stiffer: factor on the penalty that scored best on held-out rows.
-        part_n: of all rows in the order of the batches, as of `RidgeHead`.
+        head: Linear or wide head; changed in place.
+        batches: Starts a pass over the same batches.
+        penalty_scale: Factor on the penalty that scored best on held-out rows.
+        part_n: Role of each row in the order of the batches, as for `RidgeHead`.
+
+    Returns:
+        The relative penalty that was used.
     """
     if isinstance(head, nn.Linear):
-        return _fit(head, batches(), stiffer, part_n)
+        return _fit_layer(head, batches(), penalty_scale, part_n)
     assert isinstance(head, nn.Sequential)
     first, norm, relu, last = head
     assert isinstance(first, nn.Linear)
     assert isinstance(norm, nn.BatchNorm1d)
     assert isinstance(last, nn.Linear)
-    _measure(first, norm, batches())
+    _set_batch_norm_statistics(first, norm, batches())
     hidden = nn.Sequential(first, norm, relu).eval()
     try:
-        return _fit(last, _through(hidden, batches()), stiffer, part_n)
+        return _fit_layer(last, _hidden_features(hidden, batches()), penalty_scale, part_n)
     finally:
         hidden.train(head.training)
 
 
-def _fit(layer: nn.Linear, batches: Pairs, stiffer: float, part_n: NDArray[np.integer] | None) -> float:
+def _fit_layer(layer: nn.Linear, batches: Pairs, penalty_scale: float, part_n: NDArray[np.integer] | None) -> float:
     ridge = RidgeHead(layer.in_features, layer.out_features, part_n=part_n)
     for x_nD, y_nE in batches:
         ridge.add(x_nD, y_nE)
-    weight_ED, bias_E, share = ridge.solve(stiffer)
+    weight_ED, bias_E, share = ridge.solve(penalty_scale)
     with torch.no_grad():
         layer.weight.copy_(torch.from_numpy(weight_ED))
         layer.bias.copy_(torch.from_numpy(bias_E))
@@ -161,8 +164,8 @@ def _fit(layer: nn.Linear, batches: Pairs, stiffer: float, part_n: NDArray[np.in
 
 
 @torch.no_grad()
-def _measure(first: nn.Linear, norm: nn.BatchNorm1d, batches: Pairs) -> None:
-    """Sets the statistics of `norm` to those of all rows that come out of `first`."""
+def _set_batch_norm_statistics(first: nn.Linear, norm: nn.BatchNorm1d, batches: Pairs) -> None:
+    """Set the statistics of `norm` to the exact mean and variance of the outputs of `first` over all rows."""
     assert norm.running_mean is not None
     assert norm.running_var is not None
     assert norm.num_batches_tracked is not None
@@ -171,7 +174,7 @@ def _measure(first: nn.Linear, norm: nn.BatchNorm1d, batches: Pairs) -> None:
         if not len(x_nD):
             continue
         rows_nH = first(torch.tensor(x_nD, device=first.weight.device)).double().cpu()
-        # Chan's way to join two means and sums of squares: no large sums are taken from one another
+        # Chan's update of mean and sum of squares: no cancellation between large sums
         n, shift_H = n + len(rows_nH), rows_nH.mean(0) - mean_H
         squares_H += (rows_nH - rows_nH.mean(0)).square().sum(0) + shift_H**2 * len(rows_nH) * (n - len(rows_nH)) / n
         mean_H += shift_H * len(rows_nH) / n
@@ -181,7 +184,7 @@ def _measure(first: nn.Linear, norm: nn.BatchNorm1d, batches: Pairs) -> None:
 
 
 @torch.no_grad()
-def _through(hidden: nn.Module, batches: Pairs) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+def _hidden_features(hidden: nn.Module, batches: Pairs) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
     device = next(hidden.parameters()).device
     for x_nD, y_nE in batches:
         yield hidden(torch.tensor(x_nD, device=device)).cpu().numpy(), y_nE

@@ -1,9 +1,9 @@
-"""Scores of predictions, how sure they are, and what they find in a bank.
+"""Scores of predictions: cosine similarity, bootstrap intervals, breakdowns and retrieval recall.
 
     score = {name: cosines(vector_nE, targets) for name, vector_nE in vectors.items()}
     intervals, differences = compare(score, group_n=prompts)
 
-n images, M embedders, G groups of images, R resamples, E target width, m vectors of a bank.
+n images, M embedders, G groups of images, R resamples, E target width, m vectors of a retrieval corpus.
 """
 
 import math
@@ -15,19 +15,21 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 
-_DRAWN = 1 << 16  # images at once, of all resamples: what fits the cache of a core is drawn twice as fast
-_BLOCK = 1 << 14  # vectors of a bank at once
+_CHUNK = 1 << 16  # images drawn at once: twice as fast if they fit the cache of a core
+_BLOCK = 1 << 14  # vectors of a corpus compared at once
 _ROUNDING = 1e-6  # of a cosine in single precision
 
 
 class Interval(NamedTuple):
+    """Mean score with the ends of its 95 % interval."""
+
     mean: float
     low: float
     high: float
 
 
 class Difference(NamedTuple):
-    """Of two means, with its 95 % interval; a is the embedder with the higher one."""
+    """Difference of the mean scores of embedders a and b, with its 95 % interval; a has the higher mean."""
 
     a: str
     b: str
@@ -37,35 +39,36 @@ class Difference(NamedTuple):
 
 
 class Bin(NamedTuple):
+    """Named group of images."""
+
     name: str
     mask_n: NDArray[np.bool_]
-    """The images in it."""
+    """Whether each image is in the group."""
 
 
 def cosines(vectors: NDArray[np.float32], targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """Each image's score: the average cosine of its vector to its captions' unit vectors.
+    """Score each image by the mean cosine similarity of its vector to its caption vectors, [n].
 
     Args:
-        vectors: predictions [n, E], unit length.
-        targets: n arrays [captions, E].
+        vectors: Predictions [n, E] of unit length.
+        targets: For each image the unit vectors [captions, E] of its captions.
     """
     pairs = zip(vectors, targets, strict=True)
     return np.array([float((t.astype(np.float64) @ v.astype(np.float64)).mean()) for v, t in pairs])
 
 
 def mean_targets(targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float64]:
-    """The mean of each image's caption vectors [n, E], not of unit length: a unit vector's product with it is the
-    score that `cosines` gives."""
+    """Mean caption vector of each image [n, E], not normalised: its dot product with a unit vector equals `cosines`."""
     return np.stack([t.mean(0, dtype=np.float64) for t in targets])
 
 
 def bootstrap(
     scores: NDArray[np.float64], rounds: int = 2000, seed: int = 0, group_n: NDArray[Any] | None = None
 ) -> Interval:
-    """The mean of `scores` [n] and its 95 % interval, what `compare` gives of one embedder; NaN of scores that are.
+    """Mean of `scores` [n] with its 95 % bootstrap interval, as in `compare`; NaN if a score is not finite.
 
     Raises:
-        UserError: there is no score.
+        UserError: There is no score.
     """
     if len(scores) and not np.isfinite(scores).all():  # of a model that has diverged
         return Interval(math.nan, math.nan, math.nan)
@@ -78,23 +81,24 @@ def compare(
     rounds: int = 2000,
     seed: int = 0,
 ) -> tuple[dict[str, Interval], list[Difference]]:
-    """Means and their paired differences, each with a 95 % interval, from one set of bootstrap resamples.
+    """Compute mean scores and paired differences with 95 % intervals from one set of bootstrap resamples.
 
     The interval is the expanded percentile one (Hesterberg, What Teachers Should Know About the Bootstrap, 2015, 5.3):
     quantiles further out, as Student's t asks for. The plain ones cover too seldom on few images: on seven normal
     scores 87 % of the time, these 94 %; from a hundred images on the two hardly differ.
 
     Args:
-        scores: embedder → its score of each image, [n].
-        group_n: images with equal values are drawn together, as they must be where they share a prompt: they are not
-            as many independent witnesses. None draws images.
-        rounds: resamples.
+        scores: Scores [n] of each embedder.
+        group_n: Images with equal values are resampled together; images of one prompt are not independent. None
+            resamples single images.
+        rounds: Number of resamples.
+        seed: Seed of the resamples.
 
     Returns:
-        Embedder → interval in the order given, and every pair once, best means first.
+        The interval of each embedder in the given order, and the difference of every pair, best means first.
 
     Raises:
-        UserError: naming each embedder with another number of scores, or with one that is not finite.
+        UserError: Names each embedder with another number of scores, or with a score that is not finite.
     """
     _refuse_scores(scores, group_n)
     if not scores:
@@ -135,7 +139,7 @@ def _refuse_scores(scores: Mapping[str, NDArray[np.float64]], group_n: NDArray[A
 def _resample(
     score_nM: NDArray[np.float64], group_n: NDArray[Any] | None, rounds: int, seed: int
 ) -> tuple[NDArray[np.float64], tuple[float, float]]:
-    """The means of each resample [R, M], and the quantiles of them that bound a 95 % interval."""
+    """Return the means of each resample [R, M], and the two quantiles that bound a 95 % interval."""
     n, members = score_nM.shape
     group_n = np.arange(n) if group_n is None else np.unique(group_n, return_inverse=True)[1]
     size_G = np.bincount(group_n).astype(np.float64)
@@ -143,7 +147,7 @@ def _resample(
     sum_GM = np.stack([np.bincount(group_n, score_n, groups) for score_n in score_nM.T], 1)
     rng = np.random.default_rng(seed)
     found = np.empty((rounds, members))
-    step = max(_DRAWN // groups, 1)
+    step = max(_CHUNK // groups, 1)
     for start in range(0, rounds, step):
         count = min(step, rounds - start)
         drawn_RG = rng.integers(0, groups, (count, groups)) + groups * np.arange(count)[:, None]
@@ -164,14 +168,14 @@ def _quantiles(groups: int) -> tuple[float, float]:
 def bins(
     value_n: NDArray[Any], edges: Sequence[float] | int, *, unit: str = "", whole: bool = False, least: int = 20
 ) -> list[Bin]:
-    """Images by a value of theirs, in groups with readable names: "below .5", ".5–.6"; "up to 5 words", "6–10 words".
+    """Group images by a value, with readable names: "below .5", ".5–.6"; "up to 5 words", "6–10 words".
 
     Args:
-        value_n: NaN where it is not known; those make a last group, "unknown".
-        edges: where the second group begins, the third, …; or into how many groups of about equal size to cut.
-        unit: stands after each name.
-        whole: the values count something: they are rounded, and names include both ends.
-        least: a group of fewer images is joined with the smaller of its neighbours.
+        value_n: Value of each image; images with NaN form a last group, "unknown".
+        edges: Lower bounds of the second group, the third, …; or the number of groups of about equal size.
+        unit: Word after each name.
+        whole: Values are counts: they are rounded, and names include both ends.
+        least: A group of fewer images is merged with the smaller of its neighbours.
     """
     known_n = ~np.isnan(value_n)
     value_n = np.rint(value_n) if whole else np.asarray(value_n, np.float64)
@@ -213,19 +217,20 @@ def _short(value: float) -> str:
 
 
 def vector_problems(name: str, vector_nE: NDArray[np.float32], count: int | None, width: int | None) -> list[str]:
-    """Why these cannot be an embedder's vectors, a line each.
+    """Problems of an embedder's vectors [n, E], one line each.
 
     Args:
-        name: of the embedder, for the message.
-        count: n that there must be; None: any.
-        width: E that they must have; None: any.
+        name: Name of the embedder, for the messages.
+        vector_nE: Vectors to check.
+        count: Required n; None accepts any.
+        width: Required E; None accepts any.
     """
     if vector_nE.ndim != 2:
         return [f"{name}: an array of shape {list(vector_nE.shape)}, where vectors [n, E] are due"]
     rows, columns = vector_nE.shape
     found = []
     if width is not None and columns != width:
-        found.append(f"{name}: vectors {columns} wide, not {width}; it is of another target encoder")
+        found.append(f"{name}: vectors of width {columns}, not {width}; is it for another target encoder?")
     if count is not None and rows != count:
         found.append(f"{name}: {rows} vectors, not {count}; predict all on the same images")
     finite_n = np.isfinite(vector_nE).all(1)
@@ -237,16 +242,16 @@ def vector_problems(name: str, vector_nE: NDArray[np.float32], count: int | None
 
 
 def similarity_matrix(vector_nE: NDArray[np.float32], targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
-    """Generated × reference, [n, n]: row i, column j is the mean cosine of vector i to the captions of image j.
+    """Mean cosine similarity [n, n] of predicted vector i (row) to the captions of image j (column).
 
-    Its diagonal is what `cosines` gives. It takes 4 n² bytes: sample images where there are very many.
+    The diagonal equals `cosines`. It takes 4 n² bytes: pass a sample of many images.
 
     Args:
-        vector_nE: predictions, unit length.
-        targets: n arrays [captions, E] of unit vectors.
+        vector_nE: Predictions of unit length.
+        targets: For each image the unit vectors [captions, E] of its captions.
 
     Raises:
-        UserError: vectors are zero, not finite, of another number or width.
+        UserError: Vectors are zero, not finite, or of another number or width.
     """
     target_nE = mean_targets(targets)
     _refuse(vector_problems("vectors", vector_nE, *target_nE.shape))
@@ -255,40 +260,44 @@ def similarity_matrix(vector_nE: NDArray[np.float32], targets: Sequence[NDArray[
 
 def recall(
     vector_nE: NDArray[np.float32],
-    bank_mE: NDArray[np.float32],
+    corpus_mE: NDArray[np.float32],
     true_n: Sequence[int] | Sequence[Sequence[int]] | NDArray[np.int64],
     ks: Sequence[int] = (1, 5, 10),
 ) -> dict[int, float]:
-    """k → share of images that have one of their own prompts among the k nearest of a bank.
+    """Recall@k: share of images with one of their own prompts among the k nearest prompts of a corpus.
 
-    Equal vectors of the bank count once, and the true one comes before others that are as near.
+    Equal vectors of the corpus count once; in a tie the true prompt comes first.
 
     Args:
-        vector_nE: predictions.
-        bank_mE: unit vectors of prompts.
-        true_n: the row of each image's prompt in the bank, or the rows of its several captions.
+        vector_nE: Predictions.
+        corpus_mE: Unit vectors of prompts.
+        true_n: Row of each image's prompt in the corpus, or the rows of its captions.
+        ks: Values of k.
+
+    Returns:
+        Recall by k.
 
     Raises:
-        UserError: vectors are zero, not finite or of another width, or an image's row is not in the bank.
+        UserError: Vectors are zero, not finite or of another width, or a row is not in the corpus.
     """
     own = [np.atleast_1d(np.asarray(rows, np.int64)) for rows in true_n]
-    found = vector_problems("bank", bank_mE, None, None)
-    found += vector_problems("vectors", vector_nE, len(own), bank_mE.shape[-1])
-    outside = [i for i, rows in enumerate(own) if not len(rows) or rows.min() < 0 or rows.max() >= len(bank_mE)]
+    found = vector_problems("corpus", corpus_mE, None, None)
+    found += vector_problems("vectors", vector_nE, len(own), corpus_mE.shape[-1])
+    outside = [i for i, rows in enumerate(own) if not len(rows) or rows.min() < 0 or rows.max() >= len(corpus_mE)]
     if outside:
-        found.append(f"{len(outside)} images have no prompt in the bank of {len(bank_mE)}, the first {outside[0]}")
+        found.append(f"{len(outside)} images have no prompt in the corpus of {len(corpus_mE)}, the first {outside[0]}")
     if not len(own):
         found.append("no image to find the prompt of")
     _refuse(found)
-    bank_mE = np.ascontiguousarray(bank_mE, np.float32) + 0.0  # no negative zeros: equal vectors have equal bytes
+    corpus_mE = np.ascontiguousarray(corpus_mE, np.float32) + 0.0  # no negative zeros: equal vectors have equal bytes
     unit_nE = (vector_nE / np.linalg.norm(vector_nE, axis=1, keepdims=True)).astype(np.float32)
-    best_n = np.array([(bank_mE[rows] @ unit).max() for rows, unit in zip(own, unit_nE, strict=True)])
-    whole = np.dtype((np.void, bank_mE.itemsize * bank_mE.shape[1]))
-    once = np.sort(np.unique(bank_mE.view(whole)[:, 0], return_index=True)[1])
+    best_n = np.array([(corpus_mE[rows] @ unit).max() for rows, unit in zip(own, unit_nE, strict=True)])
+    whole = np.dtype((np.void, corpus_mE.itemsize * corpus_mE.shape[1]))
+    once = np.sort(np.unique(corpus_mE.view(whole)[:, 0], return_index=True)[1])
     before_n = np.zeros(len(own), np.int64)
     step = 1024
     for start in range(0, len(once), _BLOCK):
-        part_mE = bank_mE[once[start : start + _BLOCK]]
+        part_mE = corpus_mE[once[start : start + _BLOCK]]
         for first in range(0, len(own), step):
             near_nm = unit_nE[first : first + step] @ part_mE.T
             before_n[first : first + step] += (near_nm > best_n[first : first + step, None] + _ROUNDING).sum(1)

@@ -1,4 +1,4 @@
-"""What the reports of datagen and train both read: logs of JSON lines, and images of which some may be broken."""
+"""Inputs shared by the reports of datagen and train: JSON-lines logs, and images of which some may be damaged."""
 
 import io
 import json
@@ -14,20 +14,20 @@ from core.errors import UserError
 
 
 def require_packages(*more: str) -> None:
-    """Raises a `UserError` unless the packages of a page are installed, and `more` of them."""
+    """Raise a `UserError` unless the packages that a page needs, and `more`, are installed."""
     missing = [name for name in ("jinja2", "matplotlib", *more) if not find_spec(name)]
     if missing:
         raise UserError(f"a report needs {', '.join(missing)}: pip install -e '.[report,clip]'")
 
 
-def read_log(path: Path, remedy: str) -> list[dict[str, Any]]:
-    """The records of a log of JSON lines; a last line that a kill cut short is left out.
+def read_log(path: Path, hint: str) -> list[dict[str, Any]]:
+    """Read the records of a JSON-lines log; a truncated last line is left out.
 
     Raises:
-        UserError: there is none, it is empty, or another line is no JSON. It ends with `remedy`.
+        UserError: The log is missing or empty, or another line is not JSON. The message ends with `hint`.
     """
     if not path.exists():
-        raise UserError(f"{path} is missing; {remedy}")
+        raise UserError(f"{path} is missing; {hint}")
     lines = path.read_text(encoding="utf-8").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
@@ -35,9 +35,9 @@ def read_log(path: Path, remedy: str) -> list[dict[str, Any]]:
             records.append(json.loads(line))
         except json.JSONDecodeError as error:
             if number < len(lines):
-                raise UserError(f"{path}, line {number} is no JSON: {error}; {remedy}") from error
+                raise UserError(f"{path}, line {number} is not JSON: {error}; {hint}") from error
     if not records:
-        raise UserError(f"{path} is empty; {remedy}")
+        raise UserError(f"{path} is empty; {hint}")
     return records
 
 
@@ -48,12 +48,12 @@ def decodable(
     unreadable: list[str],
     errors: tuple[type[Exception], ...],
 ) -> dict[int, bytes]:
-    """The first `count` of the numbered images that decode, as encoded.
+    """Return the encoded bytes of the first `count` images that can be decoded.
 
     Args:
-        read: number → encoded image.
-        unreadable: what is wrong with each that does not decode is appended here.
-        errors: what `read` raises for such an image, beside OSError.
+        read: Returns the encoded image of a number.
+        unreadable: Gets a message for each image that cannot be decoded.
+        errors: Exceptions other than OSError that `read` raises for a damaged image.
     """
     found: dict[int, bytes] = {}
     for i in numbers:
@@ -65,12 +65,12 @@ def decodable(
                 image.load()
             found[i] = data
         except (*errors, OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
-            unreadable.append(re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)))  # whose address is never the same
+            unreadable.append(re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)))  # its address differs in each run
     return found
 
 
 def duration(seconds: float) -> str:
-    """A time as people say it: `48 s`, `4 min 55 s`, `7 h 05 min`."""
+    """Format a duration: `48 s`, `4 min 55 s`, `7 h 05 min`."""
     whole = round(seconds)
     hours, minutes = whole // 3600, whole // 60 % 60
     if hours:

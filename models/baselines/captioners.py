@@ -1,6 +1,6 @@
-"""Images → captions by BLIP, BLIP-2 and CoCa, as `models.embedder.Captioned` wants them.
+"""Images → captions by BLIP, BLIP-2 and CoCa, as `models.embedder.CaptionEmbedder` wants them.
 
-    Captioned(Blip(), TargetEncoder("all-MiniLM-L6-v2").encode).embed(images)
+    CaptionEmbedder(Blip(), TargetEncoder("all-MiniLM-L6-v2").encode).embed(images)
 
 Nothing is loaded before the first caption. Weights come from the hub, or from a folder in the layout that
 `save_pretrained` (BLIP, BLIP-2) or open_clip's `local-dir:` (CoCa) has. A caption depends on its own image; its

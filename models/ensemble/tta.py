@@ -16,15 +16,16 @@ from models.regressor import Regressor
 
 
 class Views:
-    """
+    """Embedder that averages the unit vectors of several views of each image.
+
     Args:
-        embedder_at: an input size in pixels, or None for the embedder's own → the embedder at that size. Each is asked
-            for once, here, and kept.
-        flip: the mirrored image, too.
-        sizes: to see each image at; none: the embedder's own.
+        embedder_at: Returns the embedder at an input size in pixels, or at its own size for None. Called once for each
+            size, in the constructor.
+        flip: Add the mirror image of each view.
+        sizes: Input sizes in pixels; empty: the embedder's own size.
 
     Raises:
-        UserError: a size is named twice or below 1.
+        UserError: A size is given twice or is below 1.
     """
 
     def __init__(
@@ -45,13 +46,13 @@ class Views:
 
 
 def _mirrored(embedder: Embedder, images: list[torch.Tensor]) -> torch.Tensor:
-    """Vectors of the mirrored images: of a regressor, which crops, of the mirrored squares, as its bundle has it."""
+    """Embed the mirror images. A regressor mirrors after cropping, as its bundle does."""
     if isinstance(embedder, Regressor):
         return embedder.embed(images, flip=True)
     return embedder.embed([image.flip(-1) for image in images])
 
 
 def size_problems(sizes: tuple[int, ...]) -> list[str]:
-    """Why these cannot be the sizes of views, a line each."""
+    """Problems of the input sizes of views, one line each."""
     found = [f"sizes: {size} px is below 1" for size in sizes if size < 1]
-    return found + [f"sizes: {size} px is named twice" for size in sorted(set(sizes)) if sizes.count(size) > 1]
+    return found + [f"sizes: {size} px is given twice" for size in sorted(set(sizes)) if sizes.count(size) > 1]

@@ -11,13 +11,15 @@ from models.export.wheels import target_problems
 
 @dataclass(frozen=True)
 class WheelsSettings:
+    """Wheels collected for a machine without network."""
+
     python: str | float | None
-    """Version that predicts, such as 3.11; null: no wheels."""
+    """Python version of the machine that predicts, such as 3.11; null: no wheels."""
     platform: str
-    """It predicts on, such as manylinux_2_28_x86_64."""
+    """Platform of the machine that predicts, such as manylinux_2_28_x86_64."""
 
     def version(self) -> str:
-        """The Python's: 3.10 is read as the number 3.1."""
+        """Python version as text; YAML reads 3.10 as the number 3.1."""
         return "3.10" if self.python == 3.1 else str(self.python)
 
     def problems(self) -> list[str]:
@@ -29,33 +31,35 @@ class WheelsSettings:
 
 @dataclass(frozen=True)
 class ExportSettings:
+    """Settings of `python -m models.export`."""
+
     checkpoint: Path | None
     """Folder of a checkpoint, a run or an ensemble; null takes the newest checkpoints/*/best."""
     out: Path
     """Bundle folder to write."""
     flip: bool
-    """Each image mirrored, too."""
+    """Average the vectors of each image and its mirror image."""
     sizes: tuple[int, ...]
-    """Input sizes that each image is seen at, px; none: that of training."""
+    """Input sizes in pixels to average over; empty: the size of training."""
     precision: Literal["fp32", "fp16"]
-    """Of the stored weights."""
+    """Type of the stored weights."""
     graphs: tuple[Literal["onnx", "openvino", "openvino_int8", "torch"], ...]
-    """The whole network for other runtimes, each checked against it."""
+    """Kinds of exported models for other runtimes; each is checked against the network."""
     check_images: Path | None
-    """Folder of images, or of a dataset, to check the graphs on; null: the checkpoint's eight."""
+    """Folder of images or of a dataset on which exported models are checked; null: the eight probe images."""
     wheels: WheelsSettings
     title: str | None
-    """Of the model card and of Kaggle's page; null: the encoder and the backbone."""
+    """Title of the model card and of the Kaggle page; null: names of encoder and backbone."""
     licence: str | None
-    """Of the weights, the hub's short name, such as apache-2.0; null: the card asks for it."""
+    """Licence of the weights by the hub's short name, such as apache-2.0; null: the card says that none was given."""
     author: str | None
-    """A name to stand on the card."""
+    """Author named on the model card."""
     push: str | None
-    """Where to publish: hub:USER/NAME or kaggle:USER/SLUG."""
+    """Where to upload: hub:USER/NAME or kaggle:USER/SLUG; null: nowhere."""
     dry_run: bool
-    """Only tells what would be published."""
+    """Log what would be uploaded, and upload nothing."""
     public: bool
-    """Published for all to see."""
+    """Make a new upload public."""
 
     def problems(self) -> list[str]:
         found = address_problems(self.push) if self.push is not None else []

@@ -193,28 +193,32 @@ def export(
 
 
 def _refuse_other_folder(out: Path) -> None:
-    """Raises a `UserError` where `out` holds what is not a bundle's, since it is replaced whole."""
+    """Raise a `UserError` if `out` holds files that do not belong to a bundle, since the folder is replaced."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return
     try:
         config = json.loads((out / "config.json").read_text())
-        # those of version 0.1 name no kind, but have a checkpoint's keys
+        # bundles of version 0.1 have no kind, but the keys of a checkpoint
         ours = (out / "predict.py").is_file() and config.get("kind", "bundle") == "bundle" and "target_width" in config
     except (OSError, ValueError, AttributeError, TypeError):
         ours = False
     if not ours:
-        raise UserError(f"{out} holds something that is no bundle; choose another out=")
+        raise UserError(f"{out} holds something that is not a bundle; choose another out=")
     strange = sorted(path.name for path in out.iterdir() if not _BUNDLE_FILE.fullmatch(path.name))
     if strange:
         raise UserError(
-            f"{out} holds {', '.join(strange[:3])}, which is no part of a bundle; move it, or choose another out="
+            f"{out} holds {', '.join(strange[:3])}, which is not part of a bundle; move it, or choose another out="
         )
 
 
 def _check_bundle(
     folder: Path, source: Path, members: Sequence[_ExportMember], precision: str, *, flip: bool, sizes: tuple[int, ...]
 ) -> tuple[float, dict[str, Any]]:
-    """The largest difference of the bundle's probe vectors from those of `source`; and what fp16 costs, or nothing."""
+    """Compare the probe vectors of the bundle and of `source`.
+
+    Returns:
+        The largest difference of a component, and entries of config.json about the loss by fp16, if any.
+    """
     probes = _probe_images(members)
     expected = load_embedder(source, flip=flip, sizes=sizes).embed(probes)
     predictor = load_bundle(folder)
@@ -238,7 +242,7 @@ def _check_bundle(
 
 
 def _probe_images(members: Sequence[_ExportMember]) -> list[Any]:
-    """The images that the checkpoints carry, decoded."""
+    """Decoded probe images of the checkpoints."""
     return [probe for member in members for probe in checkpoint.load_extras(member.folder)[1]]
 
 
@@ -251,18 +255,18 @@ def _write_runtimes(
 
 
 def _list_members(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[list[_ExportMember], dict[str, Any]]:
-    """What to export, and the facts of an ensemble."""
+    """List the models to export, and return the facts of an ensemble, {} for a checkpoint."""
     kind, folder = resolve_embedder(source)
     if kind == "bundle":
-        raise UserError(f"{folder} is a bundle already; name the checkpoint or the ensemble that it was exported from")
+        raise UserError(f"{folder} is already a bundle; name the checkpoint or the ensemble that it was exported from")
     if kind == "checkpoint":
         config = checkpoint.read_config(folder)
         check_sizes(config, sizes)
         return [_ExportMember("model", folder, 1.0, flip, sizes or (config["size"],))], {}
     if flip or sizes:
         raise UserError(
-            f"{folder} is an ensemble, whose members have views of their own: leave flip and sizes, and set tta.NAME "
-            "in train.evaluate, which fits the weights to them"
+            f"{folder} is an ensemble, whose members have their own views: leave out flip and sizes, and set "
+            "tta.NAME in train.evaluate, which fits the weights to them"
         )
     config = read_ensemble_config(folder)
     members = []
@@ -274,16 +278,16 @@ def _list_members(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[lis
 
 
 def _write_member(folder: Path, member: _ExportMember, precision: str, *, only: bool) -> dict[str, Any]:
-    """The weights of one model; returns its entry of config.json."""
+    """Write the weights of one model; return its entry of config.json."""
     config = checkpoint.read_config(member.folder)
     mean_E, probes, expected = checkpoint.load_extras(member.folder)
     model = checkpoint.load(member.folder)
     found = torch.cat([model.embed([probe]) for probe in probes])
     difference = _max_difference(found, expected)
-    # one from before PREPROCESS 2 saw its images cropped otherwise, by a pixel, unless they were square
+    # checkpoints before PREPROCESS 2 cropped images that are not square differently, by a pixel
     if config.get("preprocess", 0) >= 2 and not difference <= _TOLERANCE:
         raise UserError(
-            f"{member.folder} differs by {difference:.1e} from the probe vectors that were kept in training, more than "
+            f"{member.folder} differs by {difference:.1e} from the probe vectors stored in training, more than "
             f"{_TOLERANCE:.0e}; nothing is written. Is timm another version than in training?"
         )
     tensors = _cast_weights(model.state_dict(), precision)
@@ -294,7 +298,7 @@ def _write_member(folder: Path, member: _ExportMember, precision: str, *, only: 
             tensors |= {f"at-{size}.{name}": tensor for name, tensor in other.items()}
     file = "model.safetensors" if only else f"model-{member.name}.safetensors"
     save_file({**tensors, "mean_E": mean_E}, folder / file)
-    (folder / file).chmod(0o644)  # safetensors lets nobody else read it
+    (folder / file).chmod(0o644)  # safetensors makes it readable by the owner only
     about = {key: config[key] for key in ("backbone", "width", "mean", "std", "target_width")}
     return {
         **about,
@@ -311,7 +315,7 @@ def _write_member(folder: Path, member: _ExportMember, precision: str, *, only: 
 
 
 def _public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What anyone may know; the folders where data and weights lie are nobody's business."""
+    """Facts without the paths of data and weights, which are private."""
     found = {key: facts[key] for key in _PUBLIC_FACTS if key in facts}
     for key in found.keys() & {"dataset", "datasets"}:
         found[key] = [{**each, "path": Path(each["path"]).name} for each in found[key]]
@@ -324,7 +328,7 @@ def _public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cast_weights(tensors: Mapping[str, Any], precision: str) -> dict[str, Any]:
-    """As they are written: matrices in `precision`; vectors, such as a variance, may be too small for fp16."""
+    """Cast matrices to `precision`; vectors stay in fp32, since a variance may be too small for fp16."""
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
         half = precision == "fp16" and tensor.is_floating_point() and tensor.ndim > 1
@@ -351,5 +355,5 @@ def _bundle_config(
 
 
 def _max_difference(a: Any, b: Any) -> float:
-    """Difference of two tensors' components; nan where one is not finite."""
+    """Largest absolute difference between two tensors; NaN if a component is not finite."""
     return float((a - b).abs().max())

@@ -11,11 +11,14 @@ _MODULES = (
     *("backends", "model", "inputs", "outputs", "workers", "predict"),
 )
 PROGRAM = tuple(f"models/runtime/{name}.py" for name in _MODULES)
-"""Files whose text predict.py is, in this order."""
+"""Files that predict.py consists of, in this order."""
 
 
 def predict_source() -> str:
-    """The bundle's program as one file: the imports of our files of each other give way to their text."""
+    """Join the files of `PROGRAM` into the source of predict.py.
+
+    Relative imports between the files are dropped; all other imports are merged at the top.
+    """
     plain: set[str] = set()
     names: dict[str, set[str]] = {}
     docstring, bodies = "", []

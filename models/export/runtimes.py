@@ -1,4 +1,4 @@
-"""The bundle's network as one graph, for runtimes without Python or without torch.
+"""Export the bundle's network for runtimes without Python or without torch.
 
     config["graphs"] = write(folder, network, ["onnx", "openvino"], images)
 
@@ -7,10 +7,10 @@ openvino       graphs/openvino.xml        OpenVINO: fp32, or bf16 where the CPU 
 openvino_int8  graphs/openvino-int8.xml   OpenVINO: 8 bits, calibrated on images
 torch          graphs/model.pt2           torch.export, for AOTInductor (C++) and ExecuTorch
 
-A graph holds all members, views and the blend. Its inputs, `image_SIZE` by ascending SIZE, are squares that are resized
-and cropped already, uint8 RGB [B, 3, SIZE, SIZE] with any B: `inputs` of config.json says how each is made. The graph
-normalises them. Its output is `z`, unit [B, E] in fp32. Each is run on images as it is written, and
-refused where it differs from the network.
+An exported model holds all members, views and the blend. Its inputs, `image_SIZE` by ascending SIZE, are resized and
+cropped squares, uint8 RGB [B, 3, SIZE, SIZE] with any B; `inputs` of config.json describes their preprocessing. The
+model normalises them. Its output `z` is [B, E] in fp32, of unit length. Each is run on images as it is written, and
+refused if it differs from the network.
 
 N images, B of a batch, S squares of each, E target width.
 """
@@ -36,9 +36,9 @@ from models.runtime.preprocess import Preprocessing, resize_and_crop
 
 KINDS = ("onnx", "openvino", "openvino_int8", "torch")
 BOUND = 1e-3
-"""Largest cosine distance of an image's vector from the network's, of all but int8."""
+"""Largest cosine distance between an image's vectors by the exported model and by the network; int8 excepted."""
 INT8_BOUND = 0.05
-"""Largest mean cosine distance of int8: more is no model."""
+"""Largest mean cosine distance of int8."""
 
 # not in folders of the packages' names: beside predict.py they would be imported in their place
 _FILE = {
@@ -55,15 +55,15 @@ _PACKAGES = {
 }
 _OPSET = 20
 _ONE_FILE = 2_000_000_000  # bytes of weights, beyond which ONNX, a protobuf, needs a second file
-_AT_ONCE = 16  # images of a batch
+_BATCH = 16  # images of a batch
 _CALIBRATION = 300  # images; more change nothing
 
 _Squares = Sequence[Sequence[torch.Tensor]]
-"""Of each image, for each of the network's squares: uint8 [3, size, size]."""
+"""For each image and each square of the network: uint8 [3, size, size]."""
 
 
 def check_runtimes(kinds: Iterable[str]) -> None:
-    """Raises a `UserError` where one of `kinds` is unknown, or needs a package that is not installed."""
+    """Raise a `UserError` if a kind is unknown or needs a package that is not installed."""
     kinds = list(kinds)
     wrong = [kind for kind in kinds if kind not in KINDS]
     if wrong:
@@ -77,7 +77,7 @@ def check_runtimes(kinds: Iterable[str]) -> None:
 
 
 def runtime_inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
-    """For `config["inputs"]`: name of each input of the graphs, in their order, and how its squares are made.
+    """Describe the inputs of exported models for `config["inputs"]`: name and preprocessing of each, in order.
 
     Of several squares of one size the second is named image_SIZE_2, and so on.
     """
@@ -90,21 +90,22 @@ def runtime_inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
 def write_runtimes(
     folder: Path, network: Network, kinds: Sequence[str], images: Iterable[torch.Tensor], *, half: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Writes the graphs below `folder`, and runs each on the images, one alone and then in batches.
+    """Write exported models below `folder`, and run each on the images, one alone and then in batches.
 
     Args:
-        network: in fp32, on the CPU, in evaluation mode.
-        kinds: of `KINDS`.
-        images: decoded uint8 [3, H, W]. int8 is calibrated on every other one, and measured on those between.
-        half: OpenVINO's weights in fp16, as precise as those of a bundle that is in fp16 itself.
+        folder: Bundle folder.
+        network: Network in fp32, on the CPU, in evaluation mode.
+        kinds: Kinds from `KINDS`.
+        images: Decoded uint8 images [3, H, W]. int8 is calibrated on every other image and measured on the rest.
+        half: Store the weights of OpenVINO in fp16, as in an fp16 bundle.
 
     Returns:
-        For `config["graphs"]`, by kind: file, images, mean_distance and max_distance, which are cosine distances from
-        the network; of int8 also calibrated, images.
+        For `config["graphs"]`, by kind: file, pictures (number of images), mean_distance and max_distance (cosine
+        distances from the network); int8 also has calibrated (number of images).
 
     Raises:
-        UserError: a package is missing, there are no images, a graph cannot be made of this network, or differs from
-            it by more than `BOUND`, or `INT8_BOUND`.
+        UserError: A package is missing, there are no images, the network cannot be exported, or an exported model
+            differs from it by more than `BOUND`, or `INT8_BOUND`.
     """
     check_runtimes(kinds)
     squares = [[resize_and_crop(image, square) for square in network.squares] for image in images]
@@ -113,23 +114,25 @@ def write_runtimes(
     send_nothing()
     with (
         torch.inference_mode(),
-        progress(len(squares) * (1 + len(set(kinds))), "image", "graphs", show=len(squares) > _AT_ONCE) as bar,
+        progress(len(squares) * (1 + len(set(kinds))), "image", "graphs", show=len(squares) > _BATCH) as bar,
         tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch,
     ):
-        own_NE = _vectors(lambda image_SBCHW: network(*map(torch.from_numpy, image_SBCHW)).numpy(), squares, bar.update)
+        reference_NE = _vectors(
+            lambda image_SBCHW: network(*map(torch.from_numpy, image_SBCHW)).numpy(), squares, bar.update
+        )
         found = {}
-        for kind, path in _written(folder, Path(scratch), network, kinds, squares, half):
-            found[kind] = _verified(kind, folder, path, squares, own_NE, bar.update)
+        for kind, path in _write_each(folder, Path(scratch), network, kinds, squares, half):
+            found[kind] = _verify(kind, folder, path, squares, reference_NE, bar.update)
     return found
 
 
-def _written(
+def _write_each(
     folder: Path, scratch: Path, network: Network, kinds: Sequence[str], squares: _Squares, half: bool
 ) -> Iterator[tuple[str, Path]]:
-    """Each kind's name and its file, as soon as it is written."""
+    """Write each kind; yield its name and file as soon as it is written."""
     for kind in kinds:
         (folder / _FILE[kind]).parent.mkdir(exist_ok=True)
-    program = _exported(network)
+    program = _export(network)
     if "torch" in kinds:
         _save_torch(program, folder / _FILE["torch"])
         yield "torch", folder / _FILE["torch"]
@@ -144,12 +147,12 @@ def _written(
         _save_openvino(_openvino_of(onnx), folder / _FILE["openvino"], half=half)
         yield "openvino", folder / _FILE["openvino"]
     if "openvino_int8" in kinds:
-        _save_openvino(_quantized(_openvino_of(onnx), squares[::2]), folder / _FILE["openvino_int8"], half=half)
+        _save_openvino(_quantize(_openvino_of(onnx), squares[::2]), folder / _FILE["openvino_int8"], half=half)
         yield "openvino_int8", folder / _FILE["openvino_int8"]
 
 
-def _verified(
-    kind: str, folder: Path, path: Path, squares: _Squares, own_NE: np.ndarray, tell: Callable[[int], object]
+def _verify(
+    kind: str, folder: Path, path: Path, squares: _Squares, reference_NE: np.ndarray, tell: Callable[[int], object]
 ) -> dict[str, Any]:
     file = path.relative_to(folder).as_posix()
     if kind == "torch":
@@ -159,38 +162,38 @@ def _verified(
     about: dict[str, Any] = {"file": file}
     if kind == "openvino_int8":
         about["calibrated"] = min(len(squares[::2]), _CALIBRATION)
-        if len(squares) > 1:  # of what it was calibrated on, the loss would look smaller
-            squares, own_NE = squares[1::2], own_NE[1::2]
-    distance_N = cosine_distance(_vectors(graph, squares, tell), own_NE)
+        if len(squares) > 1:  # on its calibration images the loss would look smaller
+            squares, reference_NE = squares[1::2], reference_NE[1::2]
+    distance_N = cosine_distance(_vectors(graph, squares, tell), reference_NE)
     mean, largest = float(distance_N.mean()), float(distance_N.max())
     value, bound, which = (mean, INT8_BOUND, "mean") if kind == "openvino_int8" else (largest, BOUND, "largest")
     if not value <= bound:  # nan, too
-        remedy = f"try another version of {' and '.join(_PACKAGES[kind]) or 'torch'}"
+        hint = f"try another version of {' and '.join(_PACKAGES[kind]) or 'torch'}"
         if kind == "openvino_int8":
-            remedy = f"calibrate it on more images than {about['calibrated']}: check_images="
+            hint = f"calibrate it on more images than {about['calibrated']}: check_images="
         raise UserError(
             f"the {kind} graph differs from the network: its {which} cosine distance on {len(squares)} images is "
-            f"{value:.1e}, more than {bound:g}; nothing is written. Leave {kind} out of graphs, or {remedy}"
+            f"{value:.1e}, more than {bound:g}; nothing is written. Leave {kind} out of graphs, or {hint}"
         )
     return about | distance_summary(distance_N)
 
 
 def distance_summary(distance_N: np.ndarray) -> dict[str, Any]:
-    """Distances as config.json keeps them: what is smaller differs between machines."""
+    """Summarise cosine distances for config.json, rounded to 7 digits; smaller values differ between machines."""
     mean, largest = (round(float(value), 7) for value in (distance_N.mean(), distance_N.max()))
     return {"pictures": len(distance_N), "mean_distance": mean, "max_distance": largest}
 
 
 def cosine_distance(a_NE: np.ndarray, b_NE: np.ndarray) -> np.ndarray:
-    """[N], 1 - cosine, exact for vectors that are nearly equal; NaN where a vector is not finite."""
+    """Cosine distance [N] of row pairs, exact for nearly equal vectors; NaN where a vector is not finite."""
     with np.errstate(invalid="ignore"):
         a_NE, b_NE = (v / np.linalg.norm(v, axis=1, keepdims=True) for v in (a_NE.astype(float), b_NE.astype(float)))
         return 0.5 * ((a_NE - b_NE) ** 2).sum(1)
 
 
 def _vectors(graph: Graph, squares: _Squares, tell: Callable[[int], object]) -> np.ndarray:
-    """z_NE: of the first image alone, of the others in batches, the last of which may be smaller."""
-    rows = [[0], *([*range(i, min(i + _AT_ONCE, len(squares)))] for i in range(1, len(squares), _AT_ONCE))]
+    """Vectors z_NE: the first image alone, the others in batches."""
+    rows = [[0], *([*range(i, min(i + _BATCH, len(squares)))] for i in range(1, len(squares), _BATCH))]
     found = []
     for batch in rows:
         each = zip(*(squares[i] for i in batch), strict=True)
@@ -202,8 +205,8 @@ def _vectors(graph: Graph, squares: _Squares, tell: Callable[[int], object]) -> 
 
 
 @contextlib.contextmanager
-def _making(kind: str) -> Iterator[None]:
-    """What exporters warn of and print is for their own authors; their progress bars go to standard error.
+def _exporter_errors(kind: str) -> Iterator[None]:
+    """Silence warnings and output of an exporter, and turn its errors into a `UserError`.
 
     Raises:
         UserError: instead of an exporter's errors; those of the disk are let through.
@@ -232,11 +235,11 @@ def _making(kind: str) -> Iterator[None]:
 # --------------------------------------------------------------------------------------------------------------- torch
 
 
-def _exported(network: Network) -> torch.export.ExportedProgram:
-    """The network's graph, for any number of images."""
+def _export(network: Network) -> torch.export.ExportedProgram:
+    """Export the network with a dynamic batch size."""
     example = tuple(torch.zeros(2, 3, *2 * (square.size,), dtype=torch.uint8) for square in network.squares)
     batch = torch.export.Dim("batch", min=1)
-    with _making("torch"), torch.inference_mode(False), torch.no_grad():
+    with _exporter_errors("torch"), torch.inference_mode(False), torch.no_grad():
         program = torch.export.export(network, example, dynamic_shapes=(tuple({0: batch} for _ in example),))
     for module in program.graph_module.modules():
         for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
@@ -249,12 +252,12 @@ def _save_torch(program: torch.export.ExportedProgram, path: Path) -> None:
         own = tensor.detach().clone(memory_format=torch.contiguous_format)
         parameter = isinstance(tensor, torch.nn.Parameter)
         program.state_dict[name] = torch.nn.Parameter(own, requires_grad=False) if parameter else own
-    with _making("torch"):
+    with _exporter_errors("torch"):
         torch.export.save(program, path)
 
 
 def _open_torch(path: Path) -> Graph:
-    with _making("torch"):
+    with _exporter_errors("torch"):
         module = torch.export.load(path).module()
     return lambda image_SBCHW: module(*map(torch.from_numpy, image_SBCHW)).numpy()
 
@@ -263,7 +266,7 @@ def _open_torch(path: Path) -> Graph:
 
 
 def _save_onnx(program: torch.export.ExportedProgram, names: Sequence[str], path: Path) -> None:
-    with _making("onnx"):
+    with _exporter_errors("onnx"):
         import onnx_ir
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -287,7 +290,7 @@ def _save_onnx(program: torch.export.ExportedProgram, names: Sequence[str], path
 
 
 def _openvino_of(onnx: Path) -> Any:
-    with _making("openvino"):
+    with _exporter_errors("openvino"):
         import openvino
 
         return openvino.convert_model(onnx)
@@ -302,15 +305,15 @@ def _save_openvino(model: Any, path: Path, *, half: bool) -> None:
     openvino.save_model(model, path, compress_to_fp16=half)
 
 
-def _quantized(model: Any, squares: _Squares) -> Any:
-    """The model in int8; what it loses least by is found on these images."""
-    with _making("openvino_int8"):
+def _quantize(model: Any, squares: _Squares) -> Any:
+    """Quantise the model to int8, calibrated on these images."""
+    with _exporter_errors("openvino_int8"):
         import nncf
 
     names = [node.any_name for node in model.inputs]
     attends = any(op.get_type_name() in ("Softmax", "ScaledDotProductAttention") for op in model.get_ops())
     items = [dict(zip(names, (square[None].numpy() for square in each), strict=True)) for each in squares]
-    with _making("openvino_int8"):
+    with _exporter_errors("openvino_int8"):
         return nncf.quantize(
             model,
             nncf.Dataset(items),

@@ -136,7 +136,7 @@ def _files(folder: Path) -> dict[str, int]:
     with contextlib.suppress(OSError, ValueError):
         config = json.loads((folder / "config.json").read_text())
     if not isinstance(config, dict) or config.get("kind") != "bundle":
-        raise UserError(f"{folder} is no bundle, and only bundles are published; python -m models.export writes one")
+        raise UserError(f"{folder} is not a bundle, and only bundles are published; python -m models.export writes one")
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -182,7 +182,7 @@ def _refuse(target: _Address, there: _There, public: bool) -> None:
     """Raises where what is there must not be replaced by a bundle of that visibility."""
     if there.files and not {"config.json", "predict.py"} <= set(there.files):
         some = ", ".join(sorted(there.files)[:5])
-        raise UserError(f"{target} holds something that is no bundle ({some}); choose another name")
+        raise UserError(f"{target} holds something that is not a bundle ({some}); choose another name")
     if there.version and there.private and public:
         raise UserError(f"{target} is private: make it public on its page's settings, or leave public=true out")
     if there.version and not there.private and not public:

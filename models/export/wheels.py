@@ -1,4 +1,4 @@
-"""Wheels for the bundle, so that `pip install --no-index` gives a machine without network what predict.py asks for.
+"""Collect wheels for a bundle, so that `pip install --no-index` installs what predict.py needs without network.
 
     names = collect_wheels(folder, config, "3.11", "manylinux_2_28_x86_64")
 
@@ -31,32 +31,32 @@ from core.errors import UserError
 log = logging.getLogger(__name__)
 
 REQUIREMENTS = "requirements.txt"
-_THERE = ("torch", "torchvision")  # what the other machine has
-_LOOSE = ("numpy", "pillow", "safetensors")  # any version will do, so one that is there stays; all else is pinned
-_OLDEST = 11  # Python 3.11: predict.py is written for it, and numpy's release here has no wheel for an older one
+_PREINSTALLED = ("torch", "torchvision")  # installed on the target machine
+_UNPINNED = ("numpy", "pillow", "safetensors")  # an installed version of these stays; all else is pinned
+_MIN_MINOR = 11  # Python 3.11: predict.py is written for it, and numpy's release here has no wheel for an older one
 _OLD_NAMES = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # glibc's minor version → PEP 571, 599, 513
 
 
 def target_problems(python: str, platform: str) -> list[str]:
-    """What is wrong with the names of a Python and a platform, a line each."""
+    """Problems of a Python version and a platform name, one line each."""
     found = []
     if not re.fullmatch(r"3\.\d{1,2}", python):
-        found.append(f"python: {python!r} is no version of Python; write two numbers, such as 3.11")
-    elif int(python.partition(".")[2]) < _OLDEST:
+        found.append(f"python: {python!r} is not a Python version; write two numbers, such as 3.11")
+    elif int(python.partition(".")[2]) < _MIN_MINOR:
         found.append(
-            f"python: {python!r} is older than 3.{_OLDEST}, which predict.py and the packages that it was checked with "
-            f"ask for; write 3.{_OLDEST} or a later one"
+            f"python: {python!r} is older than 3.{_MIN_MINOR}, which predict.py and the packages it was checked with "
+            f"need; write 3.{_MIN_MINOR} or a later one"
         )
     if not _glibc(platform):
         found.append(
-            f"platform: {platform!r} is none that predict.py runs on; write manylinux_2_28_x86_64 (Kaggle), "
+            f"platform: {platform!r} is not supported by predict.py; write manylinux_2_28_x86_64 (Kaggle), "
             "manylinux_2_28_aarch64, or another manylinux_2_N_ARCH with N of 5 or more"
         )
     return found
 
 
 def required_packages(config: Mapping[str, Any]) -> list[str]:
-    """The packages that a bundle's predict.py imports beside torch, sorted."""
+    """Sorted names of the packages that predict.py of a bundle imports beside torch."""
     from models.runtime.towers import OPEN_CLIP, TRANSFORMERS  # torch
 
     backbones = [member["backbone"] for member in config["members"]]
@@ -68,11 +68,11 @@ def required_packages(config: Mapping[str, Any]) -> list[str]:
         "onnxruntime": "onnx" in graphs,
         "openvino": any(name.startswith("openvino") for name in graphs),
     }
-    return sorted([name for name, needed in by_need.items() if needed] + list(_LOOSE))
+    return sorted([name for name, needed in by_need.items() if needed] + list(_UNPINNED))
 
 
 def check_wheels(config: Mapping[str, Any], python: str, platform: str) -> None:
-    """Raises for what can be known before any work.
+    """Check Python version, platform and installed packages before any work.
 
     Args:
         config: `members`, each with its `backbone`, and the names of `graphs`.
@@ -92,10 +92,10 @@ def check_wheels(config: Mapping[str, Any], python: str, platform: str) -> None:
 
 
 def collect_wheels(folder: Path, config: Mapping[str, Any], python: str, platform: str) -> list[str]:
-    """Writes the wheels that a bundle needs on that Python and platform, and requirements.txt.
+    """Write requirements.txt and the wheels that a bundle needs on a Python version and platform.
 
     Args:
-        folder: to be made, or empty.
+        folder: New or empty folder.
         config: `config.json` of the bundle: `members`, `graphs`.
         python: such as "3.11".
         platform: such as "manylinux_2_28_x86_64"; wheels for an older glibc are taken too.
@@ -111,11 +111,11 @@ def collect_wheels(folder: Path, config: Mapping[str, Any], python: str, platfor
     versions = {name: importlib.metadata.version(name) for name in required_packages(config)}
     roots = [f"{name}=={version}" for name, version in versions.items()]
     with tempfile.TemporaryDirectory(prefix="im2emb-wheels-") as scratch:
-        cfg = _resolved(Path(scratch), roots, python, platform)
+        cfg = _resolve(Path(scratch), roots, python, platform)
         folder.mkdir(parents=True, exist_ok=True)
         for wheel in cfg:
             shutil.copyfile(wheel, folder / wheel.name)
-    pinned = [name if name in _LOOSE else root for name, root in zip(versions, roots, strict=True)]
+    pinned = [name if name in _UNPINNED else root for name, root in zip(versions, roots, strict=True)]
     (folder / REQUIREMENTS).write_text(
         f"# What predict.py needs beside torch, for Python {python} on {platform}; what fits already stays.\n"
         + "".join(f"{line}\n" for line in pinned)
@@ -125,13 +125,13 @@ def collect_wheels(folder: Path, config: Mapping[str, Any], python: str, platfor
     return [wheel.name for wheel in cfg]
 
 
-def _resolved(scratch: Path, roots: list[str], python: str, platform: str) -> list[Path]:
+def _resolve(scratch: Path, roots: list[str], python: str, platform: str) -> list[Path]:
     """The wheels of `roots` and of all they need there, below `scratch`, sorted by name.
 
-    pip judges `; python_version < "3.12"` by the Python that it runs on, not by the one it resolves for. So what its
+    pip evaluates `; python_version < "3.12"` by the Python that it runs on, not by the one it resolves for. So what its
     wheels need there is read from them: what pip left out is asked for, what it took in vain is dropped.
     """
-    stubs = [_stub(scratch, name, _installed(name) or "0") for name in _THERE]
+    stubs = [_stub(scratch, name, _installed(name) or "0") for name in _PREINSTALLED]
     environment = _environment(python, platform)
     asked = list(roots)
     for attempt in range(10):  # each asks for more than the last; two do for all that is known
@@ -140,7 +140,7 @@ def _resolved(scratch: Path, roots: list[str], python: str, platform: str) -> li
         wheels = {parse_wheel_filename(wheel.name)[0]: wheel for wheel in target.glob("*.whl")}
         needed, absent = _closure(wheels, roots, environment)
         if not absent:
-            return sorted(wheels[name] for name in needed if name not in _THERE)
+            return sorted(wheels[name] for name in needed if name not in _PREINSTALLED)
         asked += absent
     raise UserError(f"wheels: what {', '.join(asked)} need on Python {python} has no end; report this")
 
@@ -178,7 +178,7 @@ def _requirements(wheel: Path) -> Iterator[Requirement]:
 
 
 def _download(target: Path, requirements: list[str], python: str, platform: str, scratch: Path) -> None:
-    """pip's choice into `target`; pip compares the hashes that the registry gives.
+    """Let pip resolve and download into `target`; pip checks the hashes of the registry.
 
     Raises:
         UserError: by pip's own words.
@@ -216,13 +216,13 @@ def _download(target: Path, requirements: list[str], python: str, platform: str,
 
 
 def _constraints() -> list[str]:
-    """All that is installed here, at its version, but for what the other machine has and what is of no registry."""
+    """Constraints: installed packages at their versions, except torch and local builds."""
     found = {canonicalize_name(d.metadata["Name"]): Version(d.version) for d in importlib.metadata.distributions()}
-    return [f"{name}=={found[name]}" for name in sorted(found) if name not in _THERE and not found[name].local]
+    return [f"{name}=={found[name]}" for name in sorted(found) if name not in _PREINSTALLED and not found[name].local]
 
 
 def _stub(folder: Path, name: str, version: str) -> Path:
-    """An empty wheel without requirements: to the resolver, a package that is there already."""
+    """Write an empty wheel without requirements, which the resolver takes for an installed package."""
     version = Version(version).public
     wheel, about = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -240,13 +240,13 @@ def _installed(name: str) -> str | None:
 
 
 def _glibc(platform: str) -> tuple[int, str] | None:
-    """Minor version of glibc and architecture that a platform's name says; None where it says none."""
+    """Minor version of glibc and architecture in a platform name; None if it has none."""
     match = re.fullmatch(r"manylinux_2_(\d{1,2})_([a-z0-9]+(?:_[a-z0-9]+)*)", platform)
     return (int(match[1]), match[2]) if match and int(match[1]) >= 5 else None
 
 
 def _tags(platform: str) -> list[str]:
-    """Every platform tag whose wheels run there, the newest first: those of the older glibcs too."""
+    """Platform tags whose wheels run on a platform, newest glibc first."""
     minor, machine = _glibc(platform) or (0, "")
     tags = []
     for version in range(minor, 4, -1):
@@ -257,7 +257,7 @@ def _tags(platform: str) -> list[str]:
 
 
 def _environment(python: str, platform: str) -> dict[str, str]:
-    """What markers are judged by there."""
+    """Environment for the markers of requirements on the target machine."""
     _, machine = _glibc(platform) or (0, "")
     return {
         "implementation_name": "cpython",

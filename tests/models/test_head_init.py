@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import Ridge as TheirRidge
 
-from models.head_init import FIT, JUDGE, LAMBDAS, NEITHER, Ridge, RidgeHead, init_ridge
+from models.head_init import EXCLUDED, FIT, HELD_OUT, PENALTIES, Ridge, RidgeHead, init_ridge
 from models.runtime.heads import make_head
 
 N, D, E = 300, 20, 7
@@ -62,9 +62,9 @@ def test_the_chosen_penalty_beats_the_extremes_on_new_data() -> None:
         cfg.add(x_nD[rows], y_nE[rows])
         plain.add(x_nD[rows], y_nE[rows])
     weight_ED, bias_E, share = cfg.solve()
-    assert LAMBDAS[0] < share < LAMBDAS[-1]
+    assert PENALTIES[0] < share < PENALTIES[-1]
     new = x_nD[400:], y_nE[400:]
-    extremes = [score(*plain.solve(extreme), *new) for extreme in (LAMBDAS[0], LAMBDAS[-1])]
+    extremes = [score(*plain.solve(extreme), *new) for extreme in (PENALTIES[0], PENALTIES[-1])]
     assert score(weight_ED, bias_E, *new) > max(extremes) + 0.01
     # the held-out rows judged the penalty and then were fitted, too
     np.testing.assert_allclose(weight_ED, plain.solve(share)[0], atol=1e-5)
@@ -78,12 +78,12 @@ def test_rows_that_judge_the_penalty_share_no_prompt_with_those_that_fit() -> No
     x_nD = (rng.normal(size=(40, features))[prompt_n] + 0.3 * rng.normal(size=(400, features))).astype(np.float32)
     y_nE = rng.normal(size=(40, E))[prompt_n] + 1
     y_nE = (y_nE / np.linalg.norm(y_nE, axis=1, keepdims=True)).astype(np.float32)
-    part_n = np.where(prompt_n % 8 == 0, JUDGE, np.where(prompt_n == 1, NEITHER, FIT))
+    part_n = np.where(prompt_n % 8 == 0, HELD_OUT, np.where(prompt_n == 1, EXCLUDED, FIT))
     fitted, whole = Ridge(features, E), Ridge(features, E)
     fitted.add(x_nD[part_n == FIT], y_nE[part_n == FIT])
     whole.add(x_nD, y_nE)
-    judge = part_n == JUDGE
-    scores = {share: score(*fitted.solve(share), x_nD[judge], y_nE[judge]) for share in LAMBDAS}
+    judge = part_n == HELD_OUT
+    scores = {share: score(*fitted.solve(share), x_nD[judge], y_nE[judge]) for share in PENALTIES}
     apart, together = RidgeHead(features, E, part_n=part_n), RidgeHead(features, E)
     for rows in np.array_split(np.arange(400), 7):
         apart.add(x_nD[rows], y_nE[rows])
@@ -146,7 +146,7 @@ def test_a_wide_head_is_the_ridge_on_its_hidden_units() -> None:
         for start, stop in ((0, 7), (7, 7), (7, 200), (200, N)):
             yield x_nD[start:stop], y_nE[start:stop]
 
-    share = init_ridge(head, batches, stiffer=3)
+    share = init_ridge(head, batches, penalty_scale=3)
     assert passes == 2
     inner_nH = x_nD.astype(np.float64) @ first["0.weight"].T + first["0.bias"]
     norm = head.get_submodule("1")

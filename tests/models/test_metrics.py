@@ -181,7 +181,7 @@ def test_the_matrix_refuses_what_is_no_vector() -> None:
     with pytest.raises(UserError) as refused:
         similarity_matrix(vectors, [unit(1, 1)[:, :5]] * 4)
     assert str(refused.value).splitlines() == [
-        "vectors: vectors 6 wide, not 5; it is of another target encoder",
+        "vectors: vectors of width 6, not 5; is it for another target encoder?",
         "vectors: 2 of 4 vectors are NaN or infinite, the first that of image 2",
         "vectors: 1 of 4 vectors are zero, the first that of image 1",
     ]
@@ -228,9 +228,9 @@ def test_what_recall_refuses() -> None:
     with pytest.raises(UserError) as refused:
         recall(unit(4, 1)[:, :5], bank, [[0], [3], [], [-1, 2]])
     assert str(refused.value).splitlines() == [
-        "bank: 1 of 3 vectors are NaN or infinite, the first that of image 1",
-        "vectors: vectors 5 wide, not 6; it is of another target encoder",
-        "3 images have no prompt in the bank of 3, the first 1",
+        "corpus: 1 of 3 vectors are NaN or infinite, the first that of image 1",
+        "vectors: vectors of width 5, not 6; is it for another target encoder?",
+        "3 images have no prompt in the corpus of 3, the first 1",
     ]
     with pytest.raises(UserError, match="no image to find the prompt of"):
         recall(unit(0, 1), unit(3, 0), [])

@@ -13,7 +13,7 @@ from sklearn.linear_model import Ridge as TheirRidge
 
 from core.errors import UserError
 from models.backbones.registry import build
-from models.head_init import LAMBDAS
+from models.head_init import PENALTIES
 from models.regressor import Regressor
 from models.text_head import init_text, text_head, tower_of
 
@@ -75,7 +75,7 @@ def test_where_image_features_equal_text_features_it_predicts_what_the_ridge_doe
     """For each prompt, pooled features that the vision tower would project to the prompt's own place."""
     clip, path = saved(name, tmp_path)
     weight_ED, bias_E, share = text_head(f"open_clip:{name}/{path}", "random", prompts(), targets(), D, joint=False)
-    assert LAMBDAS[0] <= share <= LAMBDAS[-1]
+    assert PENALTIES[0] <= share <= PENALTIES[-1]
     text_nJ = text_features(clip, prompts())
     expected = theirs(text_nJ, targets(), share).predict(text_nJ)
     visual = clip.visual

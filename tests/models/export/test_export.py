@@ -312,7 +312,7 @@ def test_settings_that_do_nothing_are_refused() -> None:
 
 
 def test_a_bundle_is_not_exported_again(bundle: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is a bundle already; name the checkpoint or the ensemble"):
+    with pytest.raises(UserError, match="is already a bundle; name the checkpoint or the ensemble"):
         export.export(bundle, tmp_path / "out")
 
 
@@ -350,7 +350,7 @@ def test_parity_is_refused_when_a_probe_vector_differs(tiny_run: Path, tmp_path:
     tensors = load_file(tmp_path / "altered/model.safetensors")
     tensors["probe_vectors"][5, 7] += 3e-5
     save_file(tensors, tmp_path / "altered/model.safetensors")
-    with pytest.raises(UserError, match=r"differs by 3\.\de-05 from the probe vectors that were kept in training"):
+    with pytest.raises(UserError, match=r"differs by 3\.\de-05 from the probe vectors stored in training"):
         export.export(tmp_path / "altered", tmp_path / "out")
     assert [p.name for p in tmp_path.iterdir()] == ["altered"]
 
@@ -360,17 +360,17 @@ def test_a_strangers_folder_is_not_overwritten(tiny_run: Path, tmp_path: Path) -
     (tmp_path / "thesis/chapter1.tex").write_text("It was a dark and stormy night")
     (tmp_path / "file").write_text("a file")
     for name in ("thesis", "file"):
-        with pytest.raises(UserError, match=f"{name} holds something that is no bundle; choose another out="):
+        with pytest.raises(UserError, match=f"{name} holds something that is not a bundle; choose another out="):
             export.export(tiny_run / "best", tmp_path / name)
     assert contents(tmp_path) == {"thesis/chapter1.tex": b"It was a dark and stormy night", "file": b"a file"}
     (tmp_path / "empty").mkdir()
     export.export(tiny_run / "best", tmp_path / "empty")
     (tmp_path / "program").mkdir()
     (tmp_path / "program/predict.py").write_text("mine")
-    with pytest.raises(UserError, match="program holds something that is no bundle"):
+    with pytest.raises(UserError, match="program holds something that is not a bundle"):
         export.export(tiny_run / "best", tmp_path / "program")
     (tmp_path / "empty/submission.csv").write_text("mine")
-    with pytest.raises(UserError, match=r"holds submission\.csv, which is no part of a bundle"):
+    with pytest.raises(UserError, match=r"holds submission\.csv, which is not part of a bundle"):
         export.export(tiny_run / "best", tmp_path / "empty")
     assert (tmp_path / "empty/submission.csv").read_text() == "mine"
 

@@ -151,13 +151,13 @@ def test_good_addresses() -> None:
 )
 def test_only_a_whole_bundle_is_published(lacking: str, bundle: Path) -> None:
     (bundle / lacking).unlink()
-    with pytest.raises(UserError, match="is no bundle" if lacking == "config.json" else f"lacks {lacking}"):
+    with pytest.raises(UserError, match="is not a bundle" if lacking == "config.json" else f"lacks {lacking}"):
         upload.push(bundle, "hub:user/name", command="")
 
 
 def test_a_checkpoint_is_no_bundle(bundle: Path) -> None:
     (bundle / "config.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match="is no bundle, and only bundles are published"):
+    with pytest.raises(UserError, match="is not a bundle, and only bundles are published"):
         upload.push(bundle, "kaggle:user/some-bundle", command="")
 
 
@@ -224,7 +224,7 @@ def test_what_is_there_is_not_spoilt(tmp_path: Path, bundle: Path, hub: HubServe
     hub.repos["user/shown"] = Repo(private=False)
     hub.repos["user/hidden"] = Repo(private=True)
     told = refused(push(tmp_path, bundle, "hub:user/bert", "earnest", **env))
-    assert "hub:user/bert holds something that is no bundle (config.json, model.safetensors)" in told
+    assert "hub:user/bert holds something that is not a bundle (config.json, model.safetensors)" in told
     assert "is public, and what is added is too: say public=true" in refused(
         push(tmp_path, bundle, "hub:user/shown", "earnest", **env)
     )
@@ -407,7 +407,7 @@ def test_kaggle_without_a_token_that_works(tmp_path: Path, bundle: Path, kaggle:
 def test_kaggle_keeps_what_is_no_bundle(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     kaggle.datasets["user/some-bundle"] = Dataset(True, {}, {}, [{"train.csv": b"", "test.csv": b""}])
     told = refused(push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **kaggle.environment(), **LEGACY))
-    assert "holds something that is no bundle (test.csv, train.csv)" in told
+    assert "holds something that is not a bundle (test.csv, train.csv)" in told
 
 
 def test_kaggle_makes_nothing_of_half_an_upload(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:

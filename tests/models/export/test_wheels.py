@@ -175,8 +175,8 @@ def test_mistakes_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         wheels.collect_wheels(tmp_path / "wheels", TIMM, "3", "linux")
     message = str(refused.value)
-    assert "python: '3' is no version of Python; write two numbers, such as 3.11" in message
-    assert "platform: 'linux' is none that predict.py runs on; write manylinux_2_28_x86_64" in message
+    assert "python: '3' is not a Python version; write two numbers, such as 3.11" in message
+    assert "platform: 'linux' is not supported by predict.py; write manylinux_2_28_x86_64" in message
     assert not list(tmp_path.iterdir())
 
 

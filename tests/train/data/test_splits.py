@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from core.errors import UserError
 from datagen.dataset.normal_form import normal_form
 from datagen.dataset.reader import Dataset
-from models.head_init import FIT, JUDGE, NEITHER
+from models.head_init import EXCLUDED, FIT, HELD_OUT
 from models.runtime.preprocess import Preprocessing
 from tests import listed_dataset
 from tests.listed_dataset import ENCODER, Row
@@ -148,14 +148,14 @@ def test_a_ridge_penalty_is_judged_by_other_prompts(tmp_path: Path) -> None:
     images = opened(listed_dataset.write(tmp_path / "data", rows))
     wanted = np.arange(4, 120)
     part_n = penalty_parts(images, wanted)
-    assert (part_n == JUDGE).sum() == 12
-    judging = {normal_form(t) for t in texts(images, wanted[part_n == JUDGE])}
+    assert (part_n == HELD_OUT).sum() == 12
+    judging = {normal_form(t) for t in texts(images, wanted[part_n == HELD_OUT])}
     for row, part in zip(wanted.tolist(), part_n.tolist(), strict=True):
         shares = bool({normal_form(t) for t in texts(images, np.array([row]))} & judging)
-        assert part == JUDGE or (part == NEITHER) == shares
+        assert part == HELD_OUT or (part == EXCLUDED) == shares
     same = opened(listed_dataset.write(tmp_path / "same", [Row("a photo")] * 20))
     assert np.bincount(penalty_parts(same, np.arange(20))).tolist() == [18, 2]
-    assert (FIT, JUDGE) == (0, 1)
+    assert (FIT, HELD_OUT) == (0, 1)
 
 
 def test_images_of_equal_bytes_share_a_fold(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from datagen.dataset.targets import TargetEncoder
 from models import checkpoint
 from models.baselines.captioners import Blip
 from models.export import export
-from models.head_init import LAMBDAS
+from models.head_init import PENALTIES
 from models.metrics import bootstrap
 from models.regressor import make
 from models.runtime.preprocess import Preprocessing, decode, resize_and_crop
@@ -113,7 +113,7 @@ def test_the_baselines_are_those_of_the_backbone_that_the_run_began_from(
     far_Bk, row_Bk = near.kneighbors(new_BD - x_nD.mean(0))
     by_hand = unit(((1 - far_Bk)[..., None] * y_nE[row_Bk]).sum(1))
     np.testing.assert_allclose(np.load(out / "predictions/knn.npy"), by_hand, atol=1e-4)
-    ridges = [TheirRidge(alpha=share * x_nD.var(0).sum() * len(x_nD) / x_nD.shape[1]) for share in LAMBDAS]
+    ridges = [TheirRidge(alpha=share * x_nD.var(0).sum() * len(x_nD) / x_nD.shape[1]) for share in PENALTIES]
     found = np.load(out / "predictions/ridge.npy")
     errors = [np.abs(unit(ridge.fit(x_nD, y_nE).predict(new_BD)) - found).max() for ridge in ridges]
     assert min(errors) < 1e-3

@@ -184,7 +184,7 @@ def test_inputs_that_do_not_fit_are_refused(run: Path) -> None:
     with pytest.raises(UserError, match="lacks backbone, size, encoder"):
         run_report.write_report(ReportSettings(run))
     (run / "log.jsonl").write_text('{"step": 1}\nnot json\n{"step": 2}\n')
-    with pytest.raises(UserError, match=r"log\.jsonl, line 2 is no JSON"):
+    with pytest.raises(UserError, match=r"log\.jsonl, line 2 is not JSON"):
         run_report.write_report(ReportSettings(run))
 
 
