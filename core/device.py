@@ -1,10 +1,21 @@
-"""The precision that a device is quick in."""
+"""What the machine offers: the number of usable cores, and the autocast dtype of a device."""
 
-import torch
+import os
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 
-def half(device: torch.device) -> torch.dtype:
-    """bf16 of a GPU that has it, fp16 of another, fp32 of a CPU."""
+def usable_cores() -> int:
+    """Number of cores that this process may use: those of its CPU affinity, else those of the machine."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def autocast_dtype(device: "torch.device") -> "torch.dtype":
+    """Return bf16 for a GPU that computes in it, fp16 for another GPU, fp32 for a CPU."""
+    import torch
+
     if device.type != "cuda":
         return torch.float32
     return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16

@@ -9,7 +9,6 @@ others are made of.
 
 import io
 import math
-import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from core.device import usable_cores
 from core.errors import UserError
 
 if TYPE_CHECKING:
@@ -236,8 +236,7 @@ def encoded(
         images: uint8 [H, W, 3] each; read in the caller's thread.
         threads: null takes the cores of this process, at most 8.
     """
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    pool = ThreadPoolExecutor(threads or min(cores, _MOST_THREADS), "encode")
+    pool = ThreadPoolExecutor(threads or min(usable_cores(), _MOST_THREADS), "encode")
     waiting: deque[tuple[Future[bytes], dict[str, Any]]] = deque()
     try:
         for image_HWC, note in images:

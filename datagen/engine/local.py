@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import pyarrow as pa
 
+from core.device import usable_cores
 from core.errors import UserError
 from datagen.config import DatagenSettings
 from datagen.engine.worker import Event, ProgressCounter, Queue, ShardRenderer, answer
@@ -48,7 +49,7 @@ class Local:
         if self.on_gpu and ":" not in getattr(cfg.renderer, "device", ""):  # cuda:1 names one by itself
             self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus(cfg)]
         elif renderer.one_core:
-            self._environments *= cfg.workers or os.cpu_count() or 1
+            self._environments *= cfg.workers or usable_cores()
         self.places = len(self._environments)
 
     def render(

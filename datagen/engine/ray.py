@@ -9,7 +9,6 @@ An actor that dies, with its node too, is replaced, and its shard tried again el
 
 import dataclasses
 import logging
-import os
 import signal
 import socket
 import threading
@@ -22,6 +21,7 @@ import pyarrow as pa
 import ray
 from ray.exceptions import RayError, RayTaskError
 
+from core.device import usable_cores
 from core.errors import UserError
 from core.files import remove_parts
 from core.paths import ROOT
@@ -188,7 +188,7 @@ def _connect(cfg: DatagenSettings) -> None:
     if cfg.ray_address is not None:
         environment = {"working_dir": str(ROOT), "excludes": _NOT_SENT}
     else:
-        cores = cfg.workers or os.cpu_count()
+        cores = cfg.workers or usable_cores()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         _reach(cfg.ray_address)

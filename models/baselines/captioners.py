@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from core.device import half
+from core.device import autocast_dtype
 from core.errors import UserError
 from models.baselines.beam_search import beam_search
 from models.baselines.source import Source
@@ -86,7 +86,7 @@ class _Captioner(ABC):
         self.model, self.revision = model, revision
         self.beams, self.most_tokens, self.least_tokens = beams, most_tokens, least_tokens
         self._device = torch.device(device)
-        self._dtype = half(self._device)
+        self._dtype = autocast_dtype(self._device)
         self._loaded = False
 
     @functools.cached_property

@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
-from core.device import half
+from core.device import autocast_dtype
 from core.errors import UserError
 from core.files import free_bytes, sha256, write_array, write_json
 from core.paths import cache_folder
@@ -185,7 +185,7 @@ class _Source:
     ) -> None:
         self.model, self.images, self.rows = model, images, rows
         self._batch_size, self._workers = batch_size, workers
-        self._precision = precision or half(model.device)
+        self._precision = precision or autocast_dtype(model.device)
         length = max(_PART // batch_size, 1) * batch_size
         self.parts = [range(at, min(at + length, len(rows))) for at in range(0, len(rows), length)]
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from core.device import usable_cores
 from core.errors import UserError
 from train.data.images import Batch, ImageDataset
 
@@ -49,8 +50,7 @@ def loader(
         ranks: training processes that share the machine's cores.
     """
     if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        workers = max(min(cores // ranks - 1, 16), 0) if torch.cuda.is_available() else 0
+        workers = max(min(usable_cores() // ranks - 1, 16), 0) if torch.cuda.is_available() else 0
     if workers:
         _end_workers_at_exit()
     # a plain fork would copy the parent's threads in an undefined state; the fork server has only imported what workers

@@ -53,7 +53,7 @@ def predictions(
     Args:
         model: on its device; `images` are of its size.
         workers: processes that decode; None decides by the machine.
-        dtype: of the products of matrices, as `core.device.half` gives it; None: fp32.
+        dtype: of the products of matrices, as `core.device.autocast_dtype` gives it; None: fp32.
         what: the bar is called.
     """
     was_training = model.training

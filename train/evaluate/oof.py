@@ -44,7 +44,7 @@ def write_oof(
         model: on its device; trained without the prompts of `rows`.
         facts: plain JSON for `fold.json`, such as the fold, the run, the checkpoint.
         workers: DataLoader workers; None chooses by the machine.
-        dtype: autocast dtype, as `core.device.half` gives it; None: fp32.
+        dtype: autocast dtype, as `core.device.autocast_dtype` gives it; None: fp32.
 
     Raises:
         UserError: no image could be read, or the disk is full; earlier predictions stay.

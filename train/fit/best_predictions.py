@@ -39,7 +39,7 @@ def write_best_predictions(
     """
     if not len(data.val_rows) or (cfg.fold is None and logger is None):
         return
-    from core.device import half
+    from core.device import autocast_dtype
     from models import checkpoint
     from train.evaluate.inference import predictions
 
@@ -47,7 +47,7 @@ def write_best_predictions(
     config = checkpoint.read_config(folder)
     step, leakage = config.get("step"), (config.get("score") or {}).get("leakage")
     model = checkpoint.load(folder).to(device)
-    how = {"batch_size": cfg.batch_size, "workers": cfg.scale.workers, "dtype": half(device)}
+    how = {"batch_size": cfg.batch_size, "workers": cfg.scale.workers, "dtype": autocast_dtype(device)}
     if cfg.fold is not None:
         facts = {"run": cfg.name, "fold": cfg.fold, "encoder": cfg.encoder, "checkpoint": str(folder)}
         facts |= {"step": step, "leakage": leakage}

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
-from core.device import half
+from core.device import autocast_dtype
 from core.errors import UserError
 from train.config import OptimSettings, ScaleSettings
 
@@ -77,7 +77,7 @@ class Machine:
     def _half(self) -> Any:
         wanted = self._scale.precision
         if wanted == "auto":
-            wanted = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[half(self.device)]
+            wanted = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[autocast_dtype(self.device)]
         if wanted == "fp16" and self._scale.strategy == "fsdp":
             raise UserError("scale.strategy: fsdp has no loss scaling for fp16; take scale.precision=bf16 or fp32")
         if wanted == "fp16" and self.device.type == "cpu":

@@ -72,7 +72,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
     import pyarrow as pa
     from pyarrow import csv, parquet
 
-    from core.device import half
+    from core.device import autocast_dtype
     from core.files import write_atomically
     from models import checkpoint
     from models.runtime.preprocess import Preprocessing
@@ -95,7 +95,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
         rows,
         batch_size=cfg.batch_size,
         workers=cfg.workers,
-        dtype=half(device),
+        dtype=autocast_dtype(device),
         what="score",
     )
     for batch in batches:
