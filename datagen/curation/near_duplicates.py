@@ -178,9 +178,9 @@ class NearDuplicateIndex:
         number, cosine = np.full(len(vectors), -1, np.int64), np.zeros(len(vectors), np.float32)
         for start in range(0, len(vectors), _BLOCK):
             block = vectors[start : start + _BLOCK]
-            asked, found = self._candidates(block)
+            asked, candidates = self._candidates(block)
             for part in range(0, len(asked), _PAIRS):
-                i, j = asked[part : part + _PAIRS], found[part : part + _PAIRS]
+                i, j = asked[part : part + _PAIRS], candidates[part : part + _PAIRS]
                 cosines = _cosines(block[i], self.rows[j])
                 hit = cosines >= self.threshold - _ROUNDING
                 i, j, cosines = i[hit], j[hit], cosines[hit]
@@ -196,13 +196,13 @@ class NearDuplicateIndex:
         """Pairs of a row of the block and a vector whose bound reaches the threshold."""
         short_BQ, short_NQ = self.short(block_BE), self._short.all()
         least = self.threshold - _SLACK
-        asked, found = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        asked, candidates = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         wide_BP, narrow_BQ = short_BQ[:, self._wide], short_BQ[:, self._narrow]
         for start in range(self._in_cells, len(self.rows), _TILE):
             tile_NP = short_NQ[start : start + _TILE, self._wide]
             i, j = np.nonzero(wide_BP @ tile_NP.T >= least)
             asked.append(i)
-            found.append(j + start)
+            candidates.append(j + start)
         if self._centres_CP is not None:
             like_BC = self._similarity(short_BQ)
             cells, rows = np.nonzero((like_BC >= like_BC.max(1, keepdims=True) - self._margin).T)
@@ -212,8 +212,8 @@ class NearDuplicateIndex:
                     members = self._members(cell)
                     i, j = np.nonzero(narrow_BQ[rows_there] @ short_NQ[members, self._narrow].T >= least)
                     asked.append(rows_there[i])
-                    found.append(members[j])
-        return np.concatenate(asked), np.concatenate(found)
+                    candidates.append(members[j])
+        return np.concatenate(asked), np.concatenate(candidates)
 
     def pairs(self, block_BE: Floats) -> tuple[Ints, Ints, Floats]:
         """Pairs of near rows of the block, the later of each first and ascending, and their cosines."""

@@ -110,8 +110,8 @@ def _split_dotted(members: Members) -> tuple[dict[str, Members], list[tuple[str,
         if last in IMAGE_SUFFIXES + TEXT_SUFFIXES and suffix != last:
             dotted.setdefault(suffix.removesuffix(last), {})[last] = member
     dotted = {stem: m for stem, m in dotted.items() if _first(m, IMAGE_SUFFIXES) and _first(m, TEXT_SUFFIXES)}
-    own = {f"{stem}{last}" for stem, sample in dotted.items() for last in sample}
-    rest = {suffix: member for suffix, member in members.items() if suffix not in own}
+    own_names = {f"{stem}{last}" for stem, sample in dotted.items() for last in sample}
+    rest = {suffix: member for suffix, member in members.items() if suffix not in own_names}
     images = [suffix for suffix in rest if suffix_of(f"name{suffix}") in IMAGE_SUFFIXES]
     image, text = _first(rest, IMAGE_SUFFIXES), _first(rest, TEXT_SUFFIXES)
     if image is None and text is not None and len(images) == 1:  # such as 0001.rgb.png with 0001.txt

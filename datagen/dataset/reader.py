@@ -471,10 +471,10 @@ class Dataset:
             return [f"no vectors of {encoder}; write them: {hint}" + (f" (there are: {others})" if others else "")]
         self._identity, self._width = identity, identity["width"]
         targets = [f"{folder}/{target_name(name)}" for name in index_names(self._files)]
-        there = {f"{folder}/{name}" for name in self._files.names(folder)}
-        problems = [f"{self.root / name} is missing; write it: {hint}" for name in targets if name not in there]
+        existing = {f"{folder}/{name}" for name in self._files.names(folder)}
+        problems = [f"{self.root / name} is missing; write it: {hint}" for name in targets if name not in existing]
         rows_of = dict(zip(targets, np.diff(self._shard_rows).tolist(), strict=True))
-        present = [name for name in targets if name in there]
+        present = [name for name in targets if name in existing]
         for name, path in zip(present, self._files.paths(present), strict=True):
             where, expected = self.root / name, [rows_of[name], self._width]
             try:
@@ -538,8 +538,8 @@ def missing_shards(root: Place, info: Mapping[str, Any]) -> list[int]:
 
 
 def _missing(files: Files, info: Mapping[str, Any]) -> list[int]:
-    there = set(files.names("shards"))
-    return [n for n in range(info["shards"]) if f"{n:06d}.parquet" not in there]
+    existing = set(files.names("shards"))
+    return [n for n in range(info["shards"]) if f"{n:06d}.parquet" not in existing]
 
 
 def index_names(files: Files) -> list[str]:

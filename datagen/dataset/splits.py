@@ -120,7 +120,7 @@ def divide(links: ImageLinks, share: float, seed: int) -> Division:
     val_n = np.zeros(count, bool)
     giants = np.flatnonzero(in_giant_n)
     val_n[links.shuffled(giants, seed)[: round(share * len(giants))]] = True
-    wanted = round(share * count) - int(val_n.sum())
+    missing = round(share * count) - int(val_n.sum())
     others = np.unique(group_n[~in_giant_n])
     least_c = np.full(len(size_c), np.iinfo(np.int64).max)  # a name that follows from what the group holds
     np.minimum.at(least_c, group_n, links.content_n)
@@ -128,12 +128,12 @@ def divide(links: ImageLinks, share: float, seed: int) -> Division:
     order = others[np.random.default_rng([seed, 6]).permutation(len(others))]
     taken = np.zeros(len(size_c), bool)
     for group, size in zip(order.tolist(), size_c[order].tolist(), strict=True):
-        if size <= 2 * wanted:
+        if size <= 2 * missing:
             taken[group] = True
-            wanted -= size
-        if wanted <= 0:
+            missing -= size
+        if missing <= 0:
             break
-    if wanted > 0 and len(order) > 1 and not taken.any() and not val_n.any():
+    if missing > 0 and len(order) > 1 and not taken.any() and not val_n.any():
         taken[order[size_c[order].argmin()]] = True  # every group is too large, and no validation is worse
     val_n |= taken[group_n]
     return Division(val_n, links.linked_to(val_n) & ~val_n, len(size_c), int(size_c.max(initial=0)))

@@ -139,10 +139,10 @@ def _check_minilm(folder: Path) -> None:
     weights = folder / "model.safetensors"
     if not weights.exists():
         raise UserError(f"{folder} has no model.safetensors; a folder of all-MiniLM-L6-v2 holds one")
-    found = sha256(weights)
-    if found != MINILM_SHA256:
+    digest = sha256(weights)
+    if digest != MINILM_SHA256:
         raise UserError(
-            f"{weights} has sha256 {found}, not all-MiniLM-L6-v2's {MINILM_SHA256}.\n"
+            f"{weights} has sha256 {digest}, not all-MiniLM-L6-v2's {MINILM_SHA256}.\n"
             "Install it again; if it is another model on purpose, rename its folder."
         )
 

@@ -68,11 +68,11 @@ def quick(model: "SentenceTransformer", fast: bool) -> Encode:
     model.eval()
     plain = _plain(model)
     probes = list(_PROBES)
-    wanted = _encode_probes(plain)
+    expected = _encode_probes(plain)
     for name, way in _ways(model, fast):
-        found = way(probes, False)
-        cosine = float((found * wanted).sum(1).min()) if found.shape == wanted.shape else 0.0
-        exact = found.shape == wanted.shape and float(np.abs(found - wanted).max()) <= _CHECKED_DIFFERENCE
+        vectors = way(probes, False)
+        cosine = float((vectors * expected).sum(1).min()) if vectors.shape == expected.shape else 0.0
+        exact = vectors.shape == expected.shape and float(np.abs(vectors - expected).max()) <= _CHECKED_DIFFERENCE
         if exact or (name != "sorted" and cosine >= _CHECKED_COSINE):
             log.info("texts are encoded the %s way: cosine to the plain one %.6f", name, cosine)
             return way
@@ -172,10 +172,10 @@ def _batched(model: "SentenceTransformer", forward: Forward, tokens: int) -> Enc
                 features = _features(model, [texts[i] for i in rows])
                 for part, batch in _batches(features, tokens, model.device):
                     vector_nE = forward(batch).float()[:, : model.truncate_dim]
-                    found = torch.nn.functional.normalize(vector_nE, dim=-1).cpu().numpy()
+                    unit_nE = torch.nn.functional.normalize(vector_nE, dim=-1).cpu().numpy()
                     if vectors is None:
-                        vectors = np.zeros((len(texts), found.shape[1]), np.float32)
-                    vectors[rows[part]] = found
+                        vectors = np.zeros((len(texts), unit_nE.shape[1]), np.float32)
+                    vectors[rows[part]] = unit_nE
                     if bar is not None:
                         bar.update(len(part))
         return vectors if vectors is not None else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)

@@ -226,11 +226,11 @@ def _gpus(cfg: DatagenSettings) -> list[str]:
     """
     import torch
 
-    there = torch.cuda.device_count()
+    available = torch.cuda.device_count()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = visible.split(",")[:there] if visible else [str(n) for n in range(there)]
+    names = visible.split(",")[:available] if visible else [str(n) for n in range(available)]
     if cfg.devices == "all":
         return names
-    if cfg.devices > there:
-        raise UserError(f"devices: {cfg.devices} GPUs are asked for, and {there} are here; devices=all takes them")
+    if cfg.devices > available:
+        raise UserError(f"devices: {cfg.devices} GPUs are asked for, and {available} are here; devices=all takes them")
     return names[: cfg.devices]

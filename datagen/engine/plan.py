@@ -48,14 +48,14 @@ def recorded_settings(info: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differences(there: dict[str, Any], here: dict[str, Any], where: str = "") -> list[str]:
-    found = []
+    lines = []
     for key in sorted({*there, *here}):
         a, b = there.get(key), here.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{where}{key}.")
+            lines += differences(a, b, f"{where}{key}.")
         elif a != b:
-            found.append(f"{where}{key}: {a!r} there, {b!r} here")
-    return found
+            lines.append(f"{where}{key}: {a!r} there, {b!r} here")
+    return lines
 
 
 def curated_prompts(cfg: DatagenSettings, renderer: Renderer, work: Path | None = None) -> Curated:

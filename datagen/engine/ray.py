@@ -81,13 +81,13 @@ class Cluster:
     def __init__(self, cfg: DatagenSettings, renderer: Renderer) -> None:
         self._cfg = _absolute(cfg)
         _connect(cfg)
-        there = ray.cluster_resources()
-        gpus = int(there.get("GPU", 0))
+        resources = ray.cluster_resources()
+        gpus = int(resources.get("GPU", 0))
         # the machine that started the run may have no GPU itself, but a renderer of one core never wants one
         self.on_gpu = gpus > 0 and not renderer.one_core and getattr(cfg.renderer, "device", "cpu") != "cpu"
         if self.on_gpu and cfg.workers is not None:
             raise UserError(f"workers: {cfg.workers} is for CPUs, and each of the cluster's {gpus} GPUs has a worker")
-        cores = int(there.get("CPU", 1))
+        cores = int(resources.get("CPU", 1))
         nodes = sum(node["Alive"] for node in ray.nodes())
         self.places = gpus if self.on_gpu else cfg.workers or (cores if renderer.one_core else nodes)
         self._cores = 1 if renderer.one_core or self.on_gpu else max(1, cores // self.places)

@@ -74,17 +74,17 @@ def _generate(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> int:
         _refuse_days(cfg, engine, cfg.num)
     info = _open_or_plan(cfg, renderer, engine)
     part, parts = _part(cfg)
-    mine = list(range(part - 1, info["shards"], parts))
+    own_shards = list(range(part - 1, info["shards"], parts))
     missing = set(missing_shards(cfg.out, info))
-    todo = [n for n in mine if n in missing]
+    todo = [n for n in own_shards if n in missing]
     failed: dict[int, str] = {}
     if todo:
         _refuse_days(cfg, engine, sum(_shard_length(info, cfg, n) for n in todo))
         renderer.batch_size = info["batch_size"]
         cfg = _with_recorded_settings(cfg, info)
-        failed = _render(cfg, _engine(cfg, renderer), info, mine, todo)
+        failed = _render(cfg, _engine(cfg, renderer), info, own_shards, todo)
     if cfg.encoder is not None:
-        write_missing_targets(cfg.out, TargetEncoder(cfg.encoder), set(mine))
+        write_missing_targets(cfg.out, TargetEncoder(cfg.encoder), set(own_shards))
     _log_end(cfg, info, failed)
     return 1 if failed else 0
 
@@ -129,9 +129,10 @@ def _open_or_plan(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> d
     identity = engine.ask(plans.identity)
     if is_dataset(out):
         info = read_info(out)
-        wanted = getattr(cfg.renderer, "batch_size", None) or info.get("batch_size")
+        batch_size = getattr(cfg.renderer, "batch_size", None) or info.get("batch_size")
         differ = plans.differences(
-            {**plans.recorded_settings(info), "batch_size": info.get("batch_size")}, {**identity, "batch_size": wanted}
+            {**plans.recorded_settings(info), "batch_size": info.get("batch_size")},
+            {**identity, "batch_size": batch_size},
         )
         if differ:
             raise UserError(
@@ -213,8 +214,8 @@ def _log_cost(cfg: DatagenSettings, engine: Engine, images: int) -> None:
             log.info("GPU hours: %.1f at %d TFLOP/s, %.0f TFLOP an image", hours, _GPU_TFLOPS, tflop)
     log.info("time: about %s on %d at once", _duration(seconds / engine.places), engine.places)
     free = _free(cfg.out)
-    there = "" if free is None else f", {free / 1e9:.1f} GB free"
-    log.info("disk: about %.2f GB%s", _disk_bytes(cfg, images) / 1e9, there)
+    free_text = "" if free is None else f", {free / 1e9:.1f} GB free"
+    log.info("disk: about %.2f GB%s", _disk_bytes(cfg, images) / 1e9, free_text)
     log.info("dry run: nothing is written")
 
 

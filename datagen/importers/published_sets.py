@@ -207,20 +207,20 @@ def _plan(cfg: PublishedSettings, work: Path) -> None:
 def _source(cfg: PublishedSettings, published: PublishedSet, work: Path) -> download.Repository:
     """The repository; its commit and names as they were when the work began, if it was interrupted."""
     path = work / "source.json"
-    wanted = {
+    request = {
         "identity": _identity(cfg),
         "texts": _TEXTS_FORMAT,
         "revision": cfg.revision,
         "folder": str(cfg.folder),
     }
     if path.exists():
-        there = json.loads(path.read_text())
-        if there["wanted"] == wanted:
-            return download.Repository(published.repo, there["commit"], cfg.folder, tuple(there["names"]))
+        recorded = json.loads(path.read_text())
+        if recorded["wanted"] == request:
+            return download.Repository(published.repo, recorded["commit"], cfg.folder, tuple(recorded["names"]))
         log.info("%s was begun with other settings; it starts again", work)
         shutil.rmtree(work)
     source = download.repository(published.repo, cfg.revision, cfg.folder)
-    write_json(path, {"wanted": wanted, "commit": source.commit, "names": source.names})
+    write_json(path, {"wanted": request, "commit": source.commit, "names": source.names})
     return source
 
 
@@ -419,8 +419,8 @@ def _images(
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(names), _CHECKED_AT_ONCE):
             part = names[first : first + _CHECKED_AT_ONCE]
-            found = [archive.image(name) for name in part]
-            for name, data, fault in zip(part, found, pool.map(_fault, found), strict=True):
+            read = [archive.image(name) for name in part]
+            for name, data, fault in zip(part, read, pool.map(_fault, read), strict=True):
                 if fault is not None:
                     _log(cfg, archive=where, file=name, fault=fault)
                 yield data or _ABSENT, {} if fault is None else {"fault": fault}

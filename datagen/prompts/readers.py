@@ -181,8 +181,8 @@ def _json(raw: BinaryIO, name: str, options: ReadOptions) -> Rows:
         raise UserError(f"{name}:{error.line}: not JSON: {error}") from error
     if options.records is not None:
         if not isinstance(value, dict) or options.records not in value:
-            there = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
-            raise UserError(f"{options.settings['records']}={options.records}: {name} has no such key, but {there}")
+            content = ", ".join(value) if isinstance(value, dict) else f"a {type(value).__name__}"
+            raise UserError(f"{options.settings['records']}={options.records}: {name} has no such key, but {content}")
         value = value[options.records]
     if not isinstance(value, list):
         keys = f" with the keys {', '.join(value)}" if isinstance(value, dict) else ""

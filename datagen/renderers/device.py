@@ -42,11 +42,11 @@ def resolve(device: str, precision: str, half: Precision) -> tuple[str, Precisio
         raise UserError(f"renderer.device={device}: not a device of torch; auto, cpu, cuda or cuda:0") from error
     if kind not in ("cpu", "cuda"):
         raise UserError(f"renderer.device={device}: neither cpu nor cuda, and images were never tried on others")
-    there = torch.cuda.device_count() if kind == "cuda" else 1
+    available = torch.cuda.device_count() if kind == "cuda" else 1
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"renderer.device={device}: torch {torch.__version__} sees no CUDA device here; auto or cpu")
-    if (torch.device(device).index or 0) >= there:
-        raise UserError(f"renderer.device={device}: the last one here is {kind}:{there - 1}")
+    if (torch.device(device).index or 0) >= available:
+        raise UserError(f"renderer.device={device}: the last one here is {kind}:{available - 1}")
     device = "cpu" if kind == "cpu" else device
     if precision != "auto":
         return device, precision  # pyright: ignore[reportReturnType] — the settings' Literal

@@ -106,12 +106,12 @@ def read_work(records: Sequence[Mapping[str, Any]], shard_count: int) -> Work:
             failed.pop(record["shard"], None)
         elif record.get("event") == "failed":
             failed[record["shard"]] = (record["error"].splitlines() or [""])[-1]
-    made = sorted(done.values(), key=lambda record: record["time"] - record["seconds"])
-    start_S = np.array([record["time"] - record["seconds"] for record in made])
-    end_S = np.array([record["time"] for record in made])
-    idle_S = np.zeros(len(made))
+    records_done = sorted(done.values(), key=lambda record: record["time"] - record["seconds"])
+    start_S = np.array([record["time"] - record["seconds"] for record in records_done])
+    end_S = np.array([record["time"] for record in records_done])
+    idle_S = np.zeros(len(records_done))
     resumed = []
-    if len(made):
+    if len(records_done):
         latest_S = np.maximum.accumulate(end_S)
         gap_S = np.concatenate([[start_S[0]], np.maximum(start_S[1:] - latest_S[:-1], 0)])
         idle_S = np.cumsum(gap_S)
@@ -122,7 +122,7 @@ def read_work(records: Sequence[Mapping[str, Any]], shard_count: int) -> Work:
     for number, record in sorted(done.items()):
         for note, count in record.get("notes", {}).items():
             notes[note][number] = count
-    images_S = np.array([record["pictures"] for record in made], np.int64)
+    images_S = np.array([record["pictures"] for record in records_done], np.int64)
     return Work(start_S - idle_S, end_S - idle_S, images_S, resumed, dict(notes), failed)
 
 
@@ -142,13 +142,13 @@ def write_report(cfg: ReportSettings) -> Path:
     log_path = beside(root, ".log.jsonl")
     records = read_log(log_path, "remove it, or fix the line") if log_path.exists() else []
     work = read_work(records, info["shards"]) if records else None
-    there = info["shards"] - len(missing_shards(root, info))
+    shards_there = info["shards"] - len(missing_shards(root, info))
 
     page = Page(f"Dataset {_name(root)}", _subtitle(info))
-    page.facts(_headline(dataset, prompts, work, there))
-    if there < info["shards"]:
+    page.facts(_headline(dataset, prompts, work, shards_there))
+    if shards_there < info["shards"]:
         page.note(
-            f"{there:,} of {info['shards']:,} shards are done: the page shows what is rendered so far, and the "
+            f"{shards_there:,} of {info['shards']:,} shards are done: the page shows what is rendered so far, and the "
             f"prompts of the whole plan."
         )
     _images(page, cfg, dataset, prompts)
@@ -180,22 +180,22 @@ def _name(root: Place) -> str:
 
 
 def _subtitle(info: Mapping[str, Any]) -> str:
-    made = info.get("settings", {})
-    renderer = made.get("renderer", {})
+    settings = info.get("settings", {})
+    renderer = settings.get("renderer", {})
     if renderer:
         size = f", {renderer['size']} px" if "size" in renderer else ""
         return f"{renderer.get('name', 'rendered')}{size}"
-    if "published" in made:
-        return f"the published set {made['published']}"
-    origin = made.get("index")
+    if "published" in settings:
+        return f"the published set {settings['published']}"
+    origin = settings.get("index")
     return f"indexed from {next(iter(origin.values()))}" if origin else ""
 
 
 def _headline(dataset: Dataset, prompts: _Prompts, work: Work | None, there: int) -> dict[str, tuple[str, str]]:
     info, splits = dataset.info, dataset.splits
     planned = info["pictures"]
-    all_there = there == info["shards"]
-    shown = (f"{planned:,}", "") if all_there else (f"{len(dataset):,}", f"of {planned:,} planned")
+    complete = there == info["shards"]
+    shown = (f"{planned:,}", "") if complete else (f"{len(dataset):,}", f"of {planned:,} planned")
     facts = {"Images": shown, "Prompts": (f"{len(prompts):,}", _seeds(planned, len(prompts)))}
     sides = [(_SPLITS.get(name, name), f"{splits[name]:,}") for name in _in_order(splits) if name != LEFT_OUT]
     if sides:
@@ -248,11 +248,11 @@ def _images(page: "Page", cfg: ReportSettings, dataset: Dataset, prompts: _Promp
     order = _in_order(dataset.splits)
     for name in order:
         rows = dataset.rows(name)
-        wanted = cfg.images if name == order[0] else -(-cfg.images // 2)
+        limit = cfg.images if name == order[0] else -(-cfg.images // 2)
         drawn = rng.permutation(rows).tolist()
-        found = decodable(drawn, min(wanted, len(rows)), dataset.image_bytes, unreadable, (CorruptImage,))
-        captions = [_captions(dataset, prompts, i) for i in found]
-        page.contact_sheet(found.values(), captions, f"{_SPLITS.get(name, name)}: {len(found):,} of {len(rows):,}")
+        images = decodable(drawn, min(limit, len(rows)), dataset.image_bytes, unreadable, (CorruptImage,))
+        captions = [_captions(dataset, prompts, i) for i in images]
+        page.contact_sheet(images.values(), captions, f"{_SPLITS.get(name, name)}: {len(images):,} of {len(rows):,}")
         if len(unreadable) > cfg.images:
             break  # a disk that is gone: not a million lines
     if unreadable:

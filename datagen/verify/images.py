@@ -46,16 +46,18 @@ class ImageCheck:
             table: its index.
             plan_row_n: the first row of the plan that has the key of each index row, -1 where none has, [n].
         """
-        own = f"shards/{number}.tar"
+        own_tar = f"shards/{number}.tar"
         rows = list(rows_of(table))
         firsts = [n for n, row in enumerate(rows) if n == 0 or row["key"] != rows[n - 1]["key"]]
-        inside = [n for n in firsts if rows[n]["path"] == own]
+        inside = [n for n in firsts if rows[n]["path"] == own_tar]
         if inside:
-            self._check_tar(own, [rows[n] for n in inside], plan_row_n[inside])
-        elif self._files.size(own) is not None:
-            self._problems.add("an unexpected file", f"{self._root / own} is unexpected: its index names other files")
+            self._check_tar(own_tar, [rows[n] for n in inside], plan_row_n[inside])
+        elif self._files.size(own_tar) is not None:
+            self._problems.add(
+                "an unexpected file", f"{self._root / own_tar} is unexpected: its index names other files"
+            )
         for n in firsts:
-            if rows[n]["path"] == own:
+            if rows[n]["path"] == own_tar:
                 continue
             if rows[n]["path"].startswith("shards/"):
                 line = f"{rows[n]['key']}: its index shards/{number}.parquet names {rows[n]['path']}, not its own tar"

@@ -119,15 +119,15 @@ class DiffusersModel(DiffusionRenderer):
         for name in names:
             if name.count("/") == 1 and name.endswith(_KEPT):
                 parts.setdefault(name.partition("/")[0], []).append(name)
-        wanted = [INDEX]
+        selected = [INDEX]
         for files in parts.values():
             weights = [f for f in files if f.endswith(".safetensors")]
-            mine = [f for f in weights if _variant(f) == self.cfg.variant]
+            of_variant = [f for f in weights if _variant(f) == self.cfg.variant]
             plain = [f for f in weights if _variant(f) is None]
-            wanted += [f for f in files if f not in weights] + (mine or plain)
-        if not any(name.endswith(".safetensors") for name in wanted):
+            selected += [f for f in files if f not in weights] + (of_variant or plain)
+        if not any(name.endswith(".safetensors") for name in selected):
             raise LookupError("weights as .safetensors" + (" without a variant" if self.cfg.variant is None else ""))
-        return wanted
+        return selected
 
     def _config(self, part: str) -> dict[str, Any] | None:
         """A part's `config.json`; None where the model has no such part."""
@@ -245,8 +245,8 @@ class DiffusersModel(DiffusionRenderer):
 
 
 def _variant(name: str) -> str | None:
-    found = _VARIANT.fullmatch(name.partition("/")[2])
-    return found[1] if found else None
+    match = _VARIANT.fullmatch(name.partition("/")[2])
+    return match[1] if match else None
 
 
 def _takes(pipeline: Any) -> Mapping[str, inspect.Parameter]:

@@ -90,8 +90,8 @@ class Maps:
                     near = np.where(closer, d, near)
             return np.stack([labels.astype(np.float32), second - near])
 
-        kept = self.keep(("cells", n, jitter), make)
-        return self.keep(("labels", n, jitter), lambda: kept[0].astype(np.int64)), kept[1]
+        cached = self.keep(("cells", n, jitter), make)
+        return self.keep(("labels", n, jitter), lambda: cached[0].astype(np.int64)), cached[1]
 
     def triangles(self, n: int) -> NDArray[np.int64]:
         """Labels of a jittered triangle mesh."""
@@ -198,11 +198,11 @@ def edges(rgb_HWC: Array) -> Array:
     """Strength of the edges of brightness."""
     luma = rgb_HWC @ LUMA
     d = max(1, round(luma.shape[0] / 140))
-    found = np.zeros_like(luma)
-    found[d:-d, d:-d] = np.abs(luma[2 * d :, d:-d] - luma[: -2 * d, d:-d]) + np.abs(
+    strength = np.zeros_like(luma)
+    strength[d:-d, d:-d] = np.abs(luma[2 * d :, d:-d] - luma[: -2 * d, d:-d]) + np.abs(
         luma[d:-d, 2 * d :] - luma[d:-d, : -2 * d]
     )
-    return found
+    return strength
 
 
 def means(p: Canvas, labels_HW: NDArray[np.int64], shade: float = 0.0) -> Array:

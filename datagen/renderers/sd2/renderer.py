@@ -303,7 +303,7 @@ def _watermarked(image_PQC: NDArray[np.uint8]) -> NDArray[np.uint8]:
 def _present(cfg: StableDiffusionRenderer) -> tuple[str, Precision]:
     """Check that all requirements of the settings are met; return device and precision."""
     problems: list[str] = []
-    found: tuple[str, Precision] = ("cpu", "fp32")
+    resolved: tuple[str, Precision] = ("cpu", "fp32")
     if importlib.util.find_spec("diffusers") is None:
         problems.append(f"renderer.name={cfg.name}: needs the package diffusers; pip install -e '.[sd]'")
     if cfg.watermark and importlib.util.find_spec("imwatermark") is None:
@@ -312,9 +312,9 @@ def _present(cfg: StableDiffusionRenderer) -> tuple[str, Precision]:
             "pip install invisible-watermark, or leave the watermark off"
         )
     try:
-        found = resolve(cfg.device, cfg.precision, "fp16")
+        resolved = resolve(cfg.device, cfg.precision, "fp16")
     except UserError as error:
         problems.append(str(error))
     if problems:
         raise UserError("renderer settings that cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
-    return found
+    return resolved

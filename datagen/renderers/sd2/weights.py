@@ -78,15 +78,15 @@ def _single_file(path: Path, allow_unknown: bool) -> Source:
     if path.suffix not in (".ckpt", ".safetensors"):
         raise UserError(f"renderer.model={path}: a single file is a .ckpt or .safetensors.\n{OPTIONS}")
     log.info("hashing %s", path)
-    found = sha256(path)
-    if path.suffix == ".ckpt" and found != CHECKPOINT_SHA256 and not allow_unknown:
+    digest = sha256(path)
+    if path.suffix == ".ckpt" and digest != CHECKPOINT_SHA256 and not allow_unknown:
         raise UserError(
-            f"renderer.model={path}: its sha256 is {found},\n"
+            f"renderer.model={path}: its sha256 is {digest},\n"
             f"the published 768-v-ema.ckpt's is {CHECKPOINT_SHA256}.\n"
             "It is damaged or another model: fetch it again, or, if you mean to use it, set "
             "renderer.allow_unknown_weights=true."
         )
-    return Source(path.name, None, {path.name: found}, path)
+    return Source(path.name, None, {path.name: digest}, path)
 
 
 def load(source: Source, config: Path = CONFIG) -> Parts:
