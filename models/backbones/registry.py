@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from core.errors import UserError
+from core.files import sha256
 from models.backbones import pretrained_weights
 from models.backbones.layer_groups import blocks, frozen_names, layers
 from models.backbones.specs import Spec, mean_colour, own_spec, shape_of, with_own_activation
@@ -225,7 +226,7 @@ def _wheel(name: str) -> Path | None:
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).parent / file
-    found = pretrained_weights.sha256(path)
+    found = sha256(path)
     if found != expected:
         raise UserError(f"{path} has sha256 {found}, not {expected}; install {package} again")
     return path
