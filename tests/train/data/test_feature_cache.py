@@ -210,9 +210,10 @@ def test_a_cache_that_cannot_be_written_names_its_setting(
 KILLED = """
 import sys, torch
 from pathlib import Path
-from tests.train.data.test_feature_cache import model, module, images
+from tests.train.data.test_feature_cache import model, images
+from train.data import feature_cache
 from train.data.feature_cache import features
-module._PART = 16
+feature_cache._PART = 16
 known = images(Path(sys.argv[1]))
 frozen = model()
 def slow(*_):
