@@ -15,7 +15,8 @@ def hidden(*packages: str) -> Iterator[None]:
     """Hide optional packages from the imports within, which then do without; those that are loaded stay visible."""
     absent: Any = None  # importlib's sign for a module that cannot be imported
     mine = [name for name in packages if name not in sys.modules]
-    sys.modules.update(dict.fromkeys(mine, absent))
+    for name in mine:
+        sys.modules[name] = absent
     try:
         yield
     finally:

@@ -178,6 +178,10 @@ def _at_import(environment: dict[str, str]) -> dict[str, str]:
 class _Forked(subprocess.Popen[str]):
     """A command that the fork server has started: its parent is the server, which tells how it ended."""
 
+    # attributes of Popen that its type stubs leave out
+    _waitpid_lock: Any
+    _handle_exitstatus: Any
+
     def __init__(self, server: _Server, module: str, arguments: list[str], environment: dict[str, str]) -> None:
         self._server, self._module, self._environment = server, module, environment
         super().__init__(

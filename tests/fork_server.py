@@ -73,7 +73,7 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
     running: dict[int, tuple[int, int]] = {}  # pidfd → (pid, pipe for its answers)
     while True:
         for ready in select.select([requests, *running], [], [])[0]:
-            if ready is not requests:
+            if isinstance(ready, int):
                 pid, answers = running.pop(ready)
                 status = os.waitpid(pid, 0)[1]
                 os.write(answers, ANSWER.pack(status))

@@ -225,11 +225,16 @@ def _source(cfg: PublishedSettings, published: PublishedSet, work: Path) -> down
 
 
 def _texts_of_table(
-    cfg: PublishedSettings, source: download.Repository, table: str, order: list[str], work: Path, lost: Counter[str]
+    cfg: PublishedSettings,
+    source: download.Repository,
+    table_name: str,
+    order: list[str],
+    work: Path,
+    lost: Counter[str],
 ) -> pa.Table:
     """The first `num` rows of diffusiondb's table, archive after archive in that order."""
     columns = ["image_name", "prompt", "part_id", "seed", "image_nsfw"]
-    path = source.fetch(table, work / "table")
+    path = source.fetch(table_name, work / "table")
     try:
         present = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:

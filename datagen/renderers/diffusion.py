@@ -148,9 +148,9 @@ class DiffusionRenderer(ABC):
     ) -> list[dict[str, Any]]:
         """Render a batch into `images`, halving it while the device runs out of memory; return the notes."""
         if self._room is None or room <= self._room:
-            notes = self._run_or_none(lambda: self._batch(prompts, seeds, room, images))
-            if notes is not None:
-                return notes
+            batch_notes = self._run_or_none(lambda: self._batch(prompts, seeds, room, images))
+            if batch_notes is not None:
+                return batch_notes
         if room == 1:
             raise UserError(
                 f"not one image fits in the memory of {self.device} at {self.precision}: free it of other programs, "

@@ -226,7 +226,7 @@ TRAIN_SETTINGS: Entries = {
     "data.flip": shows(weights, "data.flip=true", given=("dataset={wide}",)),
     "data.jitter": shows(weights, "data.jitter=0.5"),
     "data.erase": shows(weights, "data.erase=1"),
-    "scale.accelerator": without_gpu(refused("scale.accelerator: gpu, but torch sees none", "scale.accelerator=gpu")),
+    "scale.accelerator": without_gpu(refused("scale.accelerator: gpu, but torch finds none", "scale.accelerator=gpu")),
     "scale.devices": shows(introduction, "scale.devices=2", given=("dry_run=true",)),
     "scale.nodes": shows(introduction, "scale.nodes=2", given=("dry_run=true",)),
     "scale.strategy": refused("adamw8bit does not support", "scale.strategy=fsdp", given=("optim.name=adamw8bit",)),
@@ -364,7 +364,7 @@ PROBE_SETTINGS: Entries = {
     "data.one_seed": shows(scores, "data.one_seed=false", given=SEEDS),
     "data.sources": shows(scores, "+data.sources={real: 5}", given=SEEDS),
     "data.weights": shows(scores, "data.weights={weights}"),
-    "scale.accelerator": without_gpu(refused("scale.accelerator: gpu, but torch sees none", "scale.accelerator=gpu")),
+    "scale.accelerator": without_gpu(refused("scale.accelerator: gpu, but torch finds none", "scale.accelerator=gpu")),
     "scale.workers": slow(shows(of_loader, "scale.workers=1")),
     "probe.heads": shows(scores, "probe.heads=[ridge,linear]"),
     "probe.penalties": [

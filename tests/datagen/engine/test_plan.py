@@ -12,7 +12,7 @@ from datagen.config import DatagenSettings
 from datagen.curation.curate import Curated
 from datagen.curation.journal import KEPT
 from datagen.dataset.format import PLAN
-from datagen.engine.plan import count, image_seeds, plan_table, tell
+from datagen.engine.plan import count, image_seeds, log_plan, plan_table
 
 
 def cfg(num: int, per_prompt: int, **more: Any) -> DatagenSettings:
@@ -70,7 +70,7 @@ def test_prompts_over_77_tokens_are_reported(caplog: pytest.LogCaptureFixture) -
     made = curated(3, 1)
     made.over_context = 1234
     made.dropped["empty"] = 1
-    tell(cfg(10, 1), made)
+    log_plan(cfg(10, 1), made)
     assert "1,234 prompts over 77 tokens: Stable Diffusion reads the first 77" in caplog.text
     assert "dropped 1 (25.0 %): empty" in caplog.text
     assert "only 4 images of the num=10 wanted" in caplog.text

@@ -255,7 +255,7 @@ def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(tmp_path: Pat
 
 def killed(overrides: list[str], env: dict[str, str], when: Callable[[], bool]) -> bool:
     """Starts the command and kills it as soon as `when`; whether it was still running."""
-    process = start("datagen.published", *overrides, **env)
+    process = start("datagen.published", *overrides, fresh=True, **env)
     deadline = time.monotonic() + 120
     while not when() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.001)
@@ -274,7 +274,7 @@ def test_sd2_4m_from_the_hub_holding_archives_or_not(tmp_path: Path) -> None:
             out = tmp_path / f"hold-{hold}"
             hub.asked.clear()
             overrides = ["name=sd2_4m", f"out={out}", "num=20", f"hold_archives={hold}", *BARE]
-            done = run("datagen.published", *overrides, **env)
+            done = run("datagen.published", *overrides, fresh=True, **env)
             assert done.returncode == 0, done.stderr
             assert sum(line.startswith("GET /datasets/") for line in hub.asked) == downloads
             assert not out.with_name(f"{out.name}.published").exists()
@@ -294,18 +294,18 @@ def test_diffusiondb_from_the_hub_killed_and_offline(tmp_path: Path) -> None:
     with TinyHub({"poloclub/diffusiondb": tmp_path / "copy"}) as hub:
         env = hub.environment(tmp_path)
         whole = ["name=diffusiondb", f"out={tmp_path / 'whole'}", *BARE]
-        assert run("datagen.published", *whole, **env).returncode == 0
+        assert run("datagen.published", *whole, fresh=True, **env).returncode == 0
         hub.drops += ["images/part-000002.zip", "metadata.parquet"]
         overrides = ["name=diffusiondb", f"out={out}", *BARE]
         assert killed(overrides, env, lambda: len(list(out.glob("shards/*.parquet"))) >= 2)
-        done = run("datagen.published", *overrides, **env)
+        done = run("datagen.published", *overrides, fresh=True, **env)
         assert done.returncode == 0, done.stderr
         assert hub.drops == []
     assert contents(out) == contents(tmp_path / "whole")
     # without a hub, a finished dataset asks for nothing, and a new one says what to do
     env["HF_HUB_OFFLINE"] = "1"
-    assert run("datagen.published", *overrides, **env).returncode == 0
-    done = run("datagen.published", "name=diffusiondb", f"out={tmp_path / 'new'}", *BARE, **env)
+    assert run("datagen.published", *overrides, fresh=True, **env).returncode == 0
+    done = run("datagen.published", "name=diffusiondb", f"out={tmp_path / 'new'}", *BARE, fresh=True, **env)
     assert done.returncode == 2
     assert "tried the hub's dataset poloclub/diffusiondb at its newest commit" in done.stderr
     assert "folder=FOLDER" in done.stderr
