@@ -31,7 +31,7 @@ pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.allow_hosts(["1
 
 UNUSED = "has no effect "
 MINILM = "all-MiniLM-L6-v2"
-ACCELERATOR = without_gpu(refused("accelerator: gpu, but torch finds none here", "accelerator=gpu"))
+ACCELERATOR = without_gpu(refused("accelerator: gpu, but torch finds none", "accelerator=gpu"))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -439,7 +439,7 @@ EXPORT_SETTINGS: Entries = {
     ],
     "wheels.python": refused("python: '3.9' is older than 3.11", "wheels.python=3.9"),
     "wheels.platform": [
-        refused("platform: 'win32' is none", "wheels.platform=win32", "wheels.python=3.11"),
+        refused("platform: 'win32' is not supported", "wheels.platform=win32", "wheels.python=3.11"),
         refused(f"wheels.platform: {UNUSED}without wheels.python", "wheels.platform=manylinux_2_28_x86_64"),
     ],
     "title": shows(card, "title='A title of ours'"),
