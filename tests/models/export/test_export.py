@@ -147,7 +147,7 @@ def test_an_ensemble_of_three_backbones_and_sizes_is_what_evaluation_blends(tiny
     assert json.loads((tmp_path / "bundle/config.json").read_text())["facts"] == {
         "score": score, "images": 9, "datasets": [{"path": "data", "images": 9}],
     }  # fmt: skip
-    with pytest.raises(UserError, match="is an ensemble, whose members have views of their own"):
+    with pytest.raises(UserError, match="is an ensemble, whose members have their own views"):
         export.export(saved, tmp_path / "other", flip=True)
 
 
