@@ -397,7 +397,7 @@ def test_what_holds_no_embedder_is_refused(three: list[Path], tmp_path: Path) ->
     with pytest.raises(UserError, match=r"torn: its weights cannot be read: .*; copy the checkpoint again"):
         loader.load_embedder(torn)
     (torn / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config\.json is no JSON"):
+    with pytest.raises(UserError, match=r"config\.json is not JSON"):
         loader.load_embedder(torn)
     export(three[0], tmp_path / "bundle")
     (tmp_path / "bundle/model.safetensors").write_bytes(b"")

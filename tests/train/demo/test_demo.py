@@ -668,8 +668,8 @@ def test_an_image_dropped_onto_the_page_gives_its_nearest_prompts(
     page.on("request", lambda request: asked.append(request.url))
     page.on("dialog", lambda _: pytest.fail("a prompt ran as a script"))
     page.goto(f"http://127.0.0.1:{server.port}/")
-    page.locator("#image button").first.wait_for()
-    page.evaluate(give, ["drop", "#image button", list(image)])
+    page.locator("#picture button").first.wait_for()
+    page.evaluate(give, ["drop", "#picture button", list(image)])
     page.get_by_text("64 × 48 px").wait_for()
     shown = page.locator("#results .near .prompt").all_inner_texts()
     assert [" ".join(text.split()) for text in shown] == [text for _, text in look.nearest]
@@ -678,7 +678,7 @@ def test_an_image_dropped_onto_the_page_gives_its_nearest_prompts(
     assert page.locator("footer:visible").count() == 0
     page.evaluate(give, ["paste", "body", list(png(50, 40))])  # in place of the first
     page.get_by_text("50 × 40 px").wait_for()
-    page.evaluate(give, ["drop", "#image img", list(b"just some words")])
+    page.evaluate(give, ["drop", "#picture img", list(b"just some words")])
     page.get_by_text("This image cannot be used").wait_for()
     page.get_by_text("Drop an image here").wait_for()
     page.close()
