@@ -365,23 +365,25 @@ def test_its_two_files_are_those_that_sentence_transformers_writes(
 # --------------------------------------------------------------------------------------------------------------- README
 
 
-def test_the_readmes_search_finds_images_by_text(
+def test_documented_search_finds_images_by_text(
     bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its own code, where the hub's name of MiniLM is a folder of these very weights."""
-    section = re.search(r"^## Search$.*?(?=^## )", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    assert section is not None
-    blocks = re.findall(r"```python\n(.*?)```", section[0], re.DOTALL)
+    """The code of README and of docs/export.md, where the hub's name of MiniLM is a folder of these very weights."""
+    readme = re.search(r"^\*\*5\. Search.*?(?=^## )", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    page = re.search(r"^## Search$.*?(?=^## |\Z)", (ROOT / "docs/export.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert readme is not None
+    assert page is not None
+    blocks = re.findall(r"```python\n(.*?)```", readme[0] + page[0], re.DOTALL)
     assert len(blocks) == 2
     shutil.copytree(bundle, tmp_path / "bundle")
-    shutil.copytree(images, tmp_path / "pictures")
+    shutil.copytree(images, tmp_path / "photos")
     (tmp_path / MINILM).symlink_to(minilm_wheel() or "")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     names: dict[str, Any] = {}
     try:
         for block in blocks:
-            exec(compile(block, "README.md", "exec"), names)
+            exec(compile(block, "search", "exec"), names)
     finally:
         sys.modules.pop("im2emb", None)
     first, *others, last = capsys.readouterr().out.splitlines()
