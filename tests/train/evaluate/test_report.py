@@ -100,7 +100,7 @@ def test_every_part_of_an_evaluation_is_on_the_page(page: Path, folder: Path) ->
             means = [repr(group["scores"][name]["mean"]) for name in ("regressor", "blip", "mean")]
             assert [group["name"], repr(float(group["images"])), *means] in rows["breakdown"]
     assert ["blip", "0.25", "0.5"] in rows["ensemble"]
-    for name in ("score-by-prompt-length", "score-by-distance-to-training", "prompts", "scores-of-single-pictures"):
+    for name in ("score-by-prompt-length", "score-by-distance-to-training", "prompts", "scores-of-single-images"):
         assert parts[name].count("<svg") == 2, name
     assert "Images of which it is not known: 1." in parts["score-by-distance-to-training"]
     assert "Images of which it is not known" not in parts["score-by-prompt-length"]
