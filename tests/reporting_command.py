@@ -19,12 +19,12 @@ if __name__ == "__main__":
         "stdin": sys.stdin.read(),
         "terminals": [file.isatty() for file in (sys.stdout, sys.stderr)],
     }
-    sys.stdout.write(json.dumps(state) + "\n")
-    sys.stderr.write("to stderr\n")
-    if sys.argv[1:] == ["sleep"]:
-        sys.stdout.flush()
-        try:
+    try:  # a test interrupts it as soon as the line is there
+        sys.stdout.write(json.dumps(state) + "\n")
+        sys.stderr.write("to stderr\n")
+        if sys.argv[1:] == ["sleep"]:
+            sys.stdout.flush()
             time.sleep(600)
-        except KeyboardInterrupt:
-            sys.exit(130)
+    except KeyboardInterrupt:
+        sys.exit(130)
     sys.exit(3)
