@@ -301,6 +301,11 @@ class BestCheckpoint(Callback):
             self.scores["best"] = each
             self._save(pl_module)
 
+    @property
+    def state_key(self) -> str:
+        """Key of this state in resume checkpoints: a name of the file format, whatever the class is called."""
+        return "KeepBest"
+
     def state_dict(self) -> dict[str, Any]:
         return {"best": self.best, "scores": {name: each.state() for name, each in self.scores.items()}}
 

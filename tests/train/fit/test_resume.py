@@ -159,6 +159,17 @@ def test_a_damaged_point_never_replaces_the_previous_one(
     assert [damage(p) for p in stopped_run.glob("resume*.ckpt")] == [None, None]
 
 
+def test_keys_of_a_resume_point_are_those_of_earlier_versions(stopped_run: Path) -> None:
+    """Lightning finds a callback's state by this key; under another one the best score so far would be lost."""
+    point = torch.load(stopped_run / "resume.ckpt", weights_only=True)
+    assert set(point["callbacks"]) == {"KeepBest"}
+    assert set(point["callbacks"]["KeepBest"]) == {"best", "scores"}
+    assert set(point) == {
+        *("callbacks", "epoch", "global_step", "loops", "lr_schedulers", "optimizer_states"),
+        *("pytorch-lightning_version", "score", "skipped", "state_dict"),
+    }
+
+
 def test_a_finished_run_keeps_no_previous_point(tiny_run: Path) -> None:
     assert steps(tiny_run) == {"resume.ckpt": 10}
 
