@@ -171,8 +171,8 @@ def measure(root: Path, tiny: bool, file: Path | None) -> int:
         model = tiny_sd2.build(root).folder
     else:
         model = full_size(root / "model")
-    ours_chosen = preset("sd2_competition", model, root, tiny)
-    ours = StableDiffusion2(ours_chosen.renderer)  # pyright: ignore[reportArgumentType] — a union
+    our_cfg = preset("sd2_competition", model, root, tiny)
+    ours = StableDiffusion2(our_cfg.renderer)  # pyright: ignore[reportArgumentType] — a union
     batch_size = ours.find_batch_size()
     fast_chosen = preset("sd2_fast", model, root, tiny)
     fast_chosen = dataclasses.replace(
@@ -197,15 +197,15 @@ def measure(root: Path, tiny: bool, file: Path | None) -> int:
     for k in range(count + 1):
         got = {
             "peak_tflops": matmul_tflops(ours.device, ours.precision, 256 if tiny else 8192),
-            "ours": rate(images, lambda k=k: shard(ours, ours_chosen, k)),
+            "ours": rate(images, lambda k=k: shard(ours, our_cfg, k)),
             "peer": rate(
                 peers,
-                lambda k=k: peer_images(pipeline, ours_chosen, [1000 * k + n for n in range(peers)], root),
+                lambda k=k: peer_images(pipeline, our_cfg, [1000 * k + n for n in range(peers)], root),
             ),
             "fast": rate(images, lambda k=k: shard(fast, fast_chosen, k)),
         }
         if k == 0:
-            theirs = np.stack([np.asarray(p) for p in peer_images(pipeline, ours_chosen, list(range(peers)), root)])
+            theirs = np.stack([np.asarray(p) for p in peer_images(pipeline, our_cfg, list(range(peers)), root)])
             mine = ours.render([PROMPTS[n % len(PROMPTS)] for n in range(peers)], list(range(peers)))
             apart = float(np.abs(mine.astype(float) - theirs).mean())
             print(f"warmed up; ours and the peer's images are {apart:.2f} grey levels apart on average")

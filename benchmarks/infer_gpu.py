@@ -95,7 +95,7 @@ def peer(name: str, model: Regressor, device: torch.device) -> torch.nn.Module:
 
 
 def flop(model: Regressor) -> float:
-    """Of an image: tower and head."""
+    """Floating-point operations of the tower and the head for one image."""
     with torch.device("meta"):
         twin = make(model.spec.name, "random", model.spec.size, WIDTH).eval()
         image_BCHW = torch.zeros(1, 3, model.spec.size, model.spec.size)

@@ -9,12 +9,11 @@ as far as a good regressor's predictions are. Prompts and edits are encoded once
 run takes as long as that.
 
 Ours is `models.retrieval.vector_index.Index`, approximate, built and saved in one process and loaded in others; the
-peer is a matrix
-product and `topk` by torch over blocks of the bank. Every measurement is a process of its own with two threads; rounds
-alternate, medians count. What is quoted, and what the exit status tells of (2 s at most, recall .95 at least), is the
-time by the clock of two cores that are otherwise idle: nothing else may run. Processor time is reported beside it.
-recall@20: of the 20 rows that brute force finds, the share that ours finds. Memory: `own` is what the process has
-beside mapped files, `peak` counts the mapped vectors, too.
+peer is a matrix product and `topk` by torch over blocks of the bank. Every measurement is a process of its own with two
+threads; rounds alternate, medians count. What is quoted, and what the exit status tells of (2 s at most, recall .95 at
+least), is the time by the clock of two cores that are otherwise idle: nothing else may run. Processor time is reported
+beside it. recall@20: of the 20 rows that brute force finds, the share that ours finds. Memory: `own` is what the
+process has beside mapped files, `peak` counts the mapped vectors, too.
 """
 
 import argparse

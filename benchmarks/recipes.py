@@ -2,12 +2,12 @@
 """The podium's recipes and ours at equal cost. `python -m benchmarks.recipes [--work DIR] [--json FILE]`, half an hour.
 
 A run is `train.fit.fit` with a recipe's settings, which is `python -m train` with them: RECIPES is all that differs
-between
-two rows. Common to them are the images (glyph scenes; training never shows validation's pairs of object and colour),
-the backbone (EfficientNet-Lite0, ImageNet weights), the batch, and the budget: the CPU time of plain fine-tuning for
-PASSES passes over the training images. What an image costs is measured first, for each recipe, from two short runs;
-what has no backward pass (a frozen backbone, a frozen bottom, the pass that a ridge head is fitted on) costs less, and
-its recipe sees more images for the same minutes. The score is the mean cosine on validation after the last step.
+between two rows. Common to them are the images (glyph scenes; training never shows validation's pairs of object and
+colour), the backbone (EfficientNet-Lite0, ImageNet weights), the batch, and the budget: the CPU time of plain
+fine-tuning for PASSES passes over the training images. What an image costs is measured first, for each recipe, from two
+short runs; what has no backward pass (a frozen backbone, a frozen bottom, the pass that a ridge head is fitted on)
+costs less, and its recipe sees more images for the same minutes. The score is the mean cosine on validation after the
+last step.
 
 Search: each recipe trains at three rates on a seed that is used for nothing else; its best then trains once on each of
 three others. A seed decides the order of the images and the random head. Where a published recipe leaves something

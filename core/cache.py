@@ -16,7 +16,6 @@ import io
 import json
 import logging
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from core.files import CACHE_HINT, explain_disk_errors, write_json
+from core.files import CACHE_HINT, explain_disk_errors, free_bytes, write_json
 from core.locks import lock
 from core.progress import progress
 
@@ -131,7 +130,7 @@ def _head(rows: int, width: int) -> bytes:
 
 
 def _refuse_no_room(folder: Path, need: int) -> None:
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if need > _SHARE * free:
         raise UserError(
             f"the vectors take {need / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free: name a larger folder "

@@ -14,13 +14,13 @@ from typing import Any
 def hidden(*packages: str) -> Iterator[None]:
     """Hide optional packages from the imports within, which then do without; those that are loaded stay visible."""
     absent: Any = None  # importlib's sign for a module that cannot be imported
-    mine = [name for name in packages if name not in sys.modules]
-    for name in mine:
+    not_loaded = [name for name in packages if name not in sys.modules]
+    for name in not_loaded:
         sys.modules[name] = absent
     try:
         yield
     finally:
-        for name in mine:
+        for name in not_loaded:
             del sys.modules[name]
 
 

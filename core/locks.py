@@ -21,7 +21,7 @@ from typing import IO
 
 log = logging.getLogger(__name__)
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system that has none: then there is no lock
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without locks: `lock` holds none
 
 
 @contextlib.contextmanager

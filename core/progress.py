@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def progress(total: int, unit: str, what: str, initial: int = 0, *, show: bool = True) -> "tqdm":
-    """A bar on standard error with rate and time left; a line every ten seconds where that is no terminal."""
+    """Return a progress bar on standard error with rate and time left; without a terminal, a line every ten seconds."""
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()

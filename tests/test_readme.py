@@ -3,7 +3,6 @@
 python -m pytest tests/test_readme.py
 """
 
-import importlib
 import re
 import shlex
 import subprocess
@@ -18,6 +17,7 @@ from core.cli import compose
 from core.paths import ROOT
 from datagen.dataset.targets import minilm_wheel
 from tests import tiny_captioners, tiny_published, tiny_sd2
+from tests.effects import command_module
 
 GLYPHS = ["renderer=glyphs", "num=24", "shard_size=12", "workers=1", "renderer.size=32", "curate.duplicates_at=null"]
 FILE = [*GLYPHS, "curate.min_tokens=3", "prompts.path=prompts.csv", "prompts.column=prompt"]
@@ -172,8 +172,7 @@ def test_every_documented_command_runs(tmp_path: Path, monkeypatch: pytest.Monke
         module, given = words[2], words[3:]
         names = {o.split("=")[0] for o in small}
         given = [o for o in given if o.split("=")[0] not in names]
-        package = (ROOT / module.replace(".", "/")).is_dir()
-        main = importlib.import_module(f"{module}.__main__" if package else module)
+        main = command_module(module)
         values = compose(CONFIGS.get(module, module.split(".")[1] if "." in module else module), [*given, *small])
         assert not main.run({k: v for k, v in values.items() if k != "hydra"}), command
     assert np.load("vectors.npy").shape == (16, 384)

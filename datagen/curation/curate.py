@@ -1,9 +1,8 @@
 """Curate prompts: clean, filter, remove duplicates, and split into training and validation without leakage.
 
-The source is taken in chunks, and what became of each is committed to a work folder (`datagen.curation.journal`):
-millions fit
-in memory, and a killed run goes on after its last chunk and decides the same. What is dropped is counted under its
-reason, with examples; nothing goes missing in silence.
+The source is read in chunks. The decisions on each chunk are committed to a work folder (`datagen.curation.journal`),
+so millions of prompts fit in memory, and a killed run resumes after its last chunk and decides the same. Every dropped
+prompt is counted under its reason, with examples.
 """
 
 import contextlib

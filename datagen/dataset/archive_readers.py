@@ -23,7 +23,7 @@ class Tar:
     time are the n-th sample; else a new sample begins where a member comes again.
 
     Raises:
-        tarfile.TarError: it is no such archive, or truncated.
+        tarfile.TarError: the file is not a tar, or is truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -132,7 +132,7 @@ class Zip:
     """A zip of images, in folders or not.
 
     Raises:
-        zipfile.BadZipFile: it is no such archive, or truncated.
+        zipfile.BadZipFile: the file is not a zip, or is truncated.
     """
 
     def __init__(self, path: Path) -> None:

@@ -11,8 +11,8 @@
                                      prompt, truncation) and the sha256 of all but the name; older files lack the
                                      last two
 
-An image is a run of index rows with one key. The folder is local or at any fsspec URL (core/store.py reads and writes
-both). `reader` and `writer` are the two directions.
+An image is a run of index rows with one key. The folder is local or at any fsspec URL. `reader` reads it through
+core/store.py; `writer` writes it through core/files.py.
 
 The split of an index row, and of the member .json, is that of the plan, or "faulty" if the image could not be rendered.
 """

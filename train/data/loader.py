@@ -53,8 +53,7 @@ def loader(
         workers = max(min(usable_cores() // ranks - 1, 16), 0) if torch.cuda.is_available() else 0
     if workers:
         _end_workers_at_exit()
-    # a plain fork would copy the parent's threads in an undefined state; the fork server has only imported what workers
-    # need
+    # a plain fork would copy the parent's threads in an undefined state; the fork server has run imports alone
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["__main__", __name__])
     return ResumableLoader(

@@ -1,12 +1,11 @@
-"""A search over heads on frozen features: which backbone is good, with which head, at which rate.
+"""Settings of `python -m train.probe`, which compares heads on the frozen features of a backbone.
 
     python -m train.probe +experiment=quickstart
     python -m train init_from=checkpoints/quickstart-probe/best …
 
-The features are computed once and kept (train/data/feature_cache.py); a second search begins at once. Prints a table,
-best
-first, and writes the best head with its backbone as a checkpoint. It is chosen by the validation images, so its score
-flatters it a little.
+The features are computed once and cached (train/data/feature_cache.py), so a second search starts at once. The command
+prints a table, best head first, and writes the best head with its backbone as a checkpoint. The validation images
+choose it, so its score is slightly too high.
 
 <out>/best, probe.json, settings.json, log.jsonl, done: as a run has them
 """
