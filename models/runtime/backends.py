@@ -94,25 +94,25 @@ def _openvino(path: Path, threads: int | None, precision: str) -> Graph:
     }
 
     @functools.cache  # what is never asked for takes no memory
-    def compiled(hint: str) -> Any:
-        return openvino.AsyncInferQueue(core.compile_model(model, "CPU", {**about, "PERFORMANCE_HINT": hint}))
+    def requests(hint: str) -> list[Any]:
+        compiled = core.compile_model(model, "CPU", {**about, "PERFORMANCE_HINT": hint})
+        count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
+        return [compiled.create_infer_request() for _ in range(count)]
 
     def run(image_SBCHW: Sequence[np.ndarray]) -> np.ndarray:
         count = len(image_SBCHW[0])
         with one_at_a_time:
             # one image: by all threads; several: a part to each, which then need not wait for each other
-            queue = compiled("LATENCY" if count == 1 else "THROUGHPUT")
-            parts = np.array_split(np.arange(count), min(count, len(queue)))
-            found: list[np.ndarray] = [np.empty(0)] * len(parts)
-
-            def keep(request: Any, part: int) -> None:
-                found[part] = request.get_output_tensor(0).data.copy()
-
-            queue.set_callback(keep)
-            for number, part in enumerate(parts):
+            idle = requests("LATENCY" if count == 1 else "THROUGHPUT")
+            parts = np.array_split(np.arange(count), min(count, len(idle)))
+            started = idle[: len(parts)]
+            for request, part in zip(started, parts, strict=True):
                 images = [np.ascontiguousarray(image_BCHW[part[0] : part[-1] + 1]) for image_BCHW in image_SBCHW]
-                queue.start_async(dict(zip(names, images, strict=True)), userdata=number)
-            queue.wait_all()
-        return np.concatenate(found)
+                request.start_async(dict(zip(names, images, strict=True)))
+            # No Python callback, hence no AsyncInferQueue: OpenVINO's threads would take the GIL in it, and a model that
+            # is freed while one of them waits for the GIL never ends, since its destructor holds the GIL and joins them.
+            for request in started:
+                request.wait()
+            return np.concatenate([request.get_output_tensor(0).data for request in started])
 
     return run
