@@ -38,7 +38,7 @@ from train.fit.checkpoints import Saver
 from train.fit.improvement import ImageScores
 from train.fit.loggers import JsonLines
 from train.fit.module import Training
-from train.fit.optim import lr_share
+from train.fit.schedule import lr_share
 from train.scale.plan import Plan
 
 pytest_plugins = ["tests.tiny_run"]

@@ -40,10 +40,10 @@ from train.fit import optim, resume, setup
 from train.fit.best_predictions import write_best_predictions
 from train.fit.callbacks import BestCheckpoint, DirectCheckpointIO, Progress, ResumeCheckpoint
 from train.fit.checkpoints import Saver
+from train.fit.forecast import Forecast
 from train.fit.improvement import FILE, Improvement
 from train.fit.loggers import find_wandb, loggers
 from train.fit.module import Training
-from train.fit.schedule import Forecast
 from train.scale import flops, micro_batch
 from train.scale.devices import Machine, is_rank_zero
 from train.scale.plan import Plan

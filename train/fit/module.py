@@ -24,7 +24,8 @@ from train.data.augment import augment
 from train.data.images import Batch
 from train.fit.ema import Ema
 from train.fit.improvement import ImageScores
-from train.fit.optim import optimizer, scheduler
+from train.fit.optim import optimizer
+from train.fit.schedule import scheduler
 from train.scale import activation_checkpointing as recompute
 from train.scale.devices import is_rank_zero
 from train.scale.plan import Plan

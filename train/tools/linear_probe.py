@@ -37,7 +37,8 @@ from train.evaluate.leakage import validation_leakage
 from train.evaluate.results import scored
 from train.fit import setup
 from train.fit.checkpoints import Saver
-from train.fit.optim import optimizer, scheduler
+from train.fit.optim import optimizer
+from train.fit.schedule import scheduler
 from train.scale.devices import Machine
 from train.tools.probe_settings import ProbeSettings
 

@@ -1,161 +1,87 @@
-"""What the learning rate of a run reaches: the bound on the warm-up, every experiment, what is said of short runs."""
+"""Learning-rate schedule: each form against its closed form or torch's, and the scheduler's state.
 
-import dataclasses
-from pathlib import Path
+pytest tests/train/fit/test_schedule.py
+"""
+
+import itertools
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 
-from core.cli import compose
-from core.paths import ROOT
-from core.settings import settings
-from tests import small_dataset, training
-from train.config import TrainSettings
-from train.data.samplers import ShuffledEpochs, TrainingSubset, run_length
-from train.fit.ema import Ema
-from train.fit.optim import scheduler
-from train.fit.schedule import ENOUGH_STEPS, Forecast
-
-EXPERIMENTS = sorted(path.stem for path in (ROOT / "conf/experiment").glob("*.yaml"))
+from models.regressor import Regressor
+from tests.train.fit.test_optim import regressor, with_
+from train.fit.optim import optimizer
+from train.fit.schedule import lr_share, part_share, scheduler
 
 
-def cfg_of(*overrides: str) -> TrainSettings:
-    return settings(TrainSettings, compose("train", list(overrides)))
+def test_the_rate_is_half_a_cosine_times_a_line_up() -> None:
+    shares = np.array([lr_share(step, 100, 9) for step in range(101)])
+    cosine = (1 + np.cos(np.pi * np.arange(101) / 100)) / 2
+    assert shares[9:] == pytest.approx(cosine[9:])
+    assert shares[:9] / cosine[:9] == pytest.approx([(n + 1) / 10 for n in range(9)])
+    assert lr_share(0, 4, 0) == 1
 
 
-def forecast_of(images: int, *overrides: str) -> Forecast:
-    cfg = cfg_of(*overrides)
-    return Forecast.of(run_length(len(ShuffledEpochs([TrainingSubset(np.arange(images))], seed=0)), cfg), cfg)
+def test_a_constant_rate_rises_alike() -> None:
+    assert [lr_share(step, 30, 3, "constant") for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
-def rates(forecast: Forecast) -> dict[str, np.ndarray]:
-    """The rate of both parts at each step, as a share of its peak, as the run's own scheduler sets it."""
-    optim = forecast.cfg.optim
-    groups = [{"params": [nn.Parameter(torch.zeros(1))], "lr": 1.0, "part": part} for part in ("backbone", "head")]
-    sgd = torch.optim.SGD(groups)
-    schedule = scheduler(sgd, optim, forecast.length.steps, forecast.length.head_steps)
-    seen = []
-    for _ in range(forecast.length.steps):
-        seen.append([group["lr"] for group in sgd.param_groups])
+@pytest.mark.parametrize("total", [2, 3, 10, 57, 400])
+def test_onecycle_equals_torchs(total: int) -> None:
+    weight = nn.Parameter(torch.zeros(1))
+    sgd = torch.optim.SGD([weight], lr=1.0)
+    peer = OneCycleLR(sgd, max_lr=2.0, total_steps=total, cycle_momentum=False)
+    for step in range(total):
+        assert 2.0 * lr_share(step, total, 99, "onecycle") == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-9), step
         sgd.step()
+        if step < total - 1:
+            peer.step()
+    assert lr_share(total, total, 0, "onecycle") == lr_share(total - 1, total, 0, "onecycle"), (
+        "asked for after the last"
+    )
+
+
+def test_the_head_alone_has_a_cosine_of_its_own_and_then_the_schedule_begins() -> None:
+    cfg = with_(head_only_lr=1e-2, warmup=3)
+    sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
+    peer = CosineAnnealingLR(sgd, T_max=20, eta_min=1e-4)
+    for step in range(20):
+        assert part_share("backbone", step, 60, 20, cfg) == 0
+        assert 1e-3 * part_share("head", step, 60, 20, cfg) == pytest.approx(sgd.param_groups[0]["lr"])
+        sgd.step()
+        peer.step()
+    for part, step in itertools.product(("head", "backbone"), range(20, 61)):
+        assert part_share(part, step, 60, 20, cfg) == lr_share(step - 20, 40, 3)
+    assert part_share("head", 20, 20, 20, cfg) == pytest.approx(0.1), "a run of the head alone ends so"
+
+
+def test_without_a_rate_of_its_own_the_head_alone_is_on_the_runs_schedule() -> None:
+    cfg = with_(warmup=3)
+    assert [part_share("backbone", step, 60, 5, cfg) for step in range(5)] == [0.0] * 5
+    for part, step in (("head", 0), ("head", 4), ("head", 30), ("backbone", 5), ("backbone", 59)):
+        assert part_share(part, step, 60, 5, cfg) == lr_share(step, 60, 3)
+
+
+def test_the_scheduler_sets_each_groups_rate_and_goes_on_from_its_state() -> None:
+    cfg = with_(layer_decay=0.5, head_only_lr=1e-2, warmup=2)
+
+    def made(model: Regressor) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
+        adamw = optimizer(model, cfg)
+        return adamw, scheduler(adamw, cfg, 12, 3)
+
+    model = regressor()
+    adamw, schedule = made(model)
+    peaks = [(g["part"], g["initial_lr"]) for g in adamw.param_groups]
+    for step in range(13):
+        for group, (part, peak) in zip(adamw.param_groups, peaks, strict=True):
+            assert group["lr"] == peak * part_share(part, step, 12, 3, cfg)
+        if step == 6:
+            state = adamw.state_dict(), schedule.state_dict()
+            adamw, schedule = made(model)
+            adamw.load_state_dict(state[0])
+            schedule.load_state_dict(state[1])
+        adamw.step()
         schedule.step()
-    return dict(zip(("backbone", "head"), np.array(seen).T, strict=True))
-
-
-@pytest.mark.parametrize("images", [300, 1_000, 100_000])
-@pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_reaches_most_of_its_peak_rate(name: str, images: int) -> None:
-    forecast = forecast_of(images, f"+experiment={name}")
-    found = rates(forecast)
-    assert found["backbone"].max() >= 0.8
-    assert found["head"].max() >= 0.8
-    assert forecast.backbone == pytest.approx(found["backbone"].max())
-    assert forecast.working_steps == (found["backbone"] >= 0.5 - 1e-9).sum()
-    assert forecast.peak_step == found["backbone"].argmax() + 1
-    assert forecast.warmup <= forecast.length.steps / 10
-
-
-@pytest.mark.parametrize(
-    ("overrides", "warmup"),
-    [
-        ((), 21),  # 7 steps an epoch
-        (("epochs=300",), 100),
-        (("max_steps=50",), 5),
-        (("max_steps=9",), 0),
-        (("optim.warmup=0",), 0),
-        (("optim.schedule=constant",), 21),
-        (("optim.head_only=15",), 21),  # one schedule from the first step on
-        (("optim.head_only=15", "optim.head_only_lr=1e-2"), 10),  # the schedule covers the 15 epochs after it
-    ],
-)
-def test_the_warm_up_is_at_most_a_tenth_of_the_schedule(overrides: tuple[str, ...], warmup: int) -> None:
-    forecast = forecast_of(900, "batch_size=128", "epochs=30", *overrides)
-    assert forecast.warmup == warmup
-    shares = rates(forecast)["head"]
-    if forecast.cfg.optim.head_only_lr is not None:
-        shares = shares[forecast.length.head_steps :]
-    assert shares[0] == pytest.approx(1 / (warmup + 1))
-    assert (np.diff(shares[: warmup + 1]) > 0).all()
-
-
-def test_a_schedule_of_onecycle_has_its_own_rise() -> None:
-    forecast = forecast_of(1280, "optim.schedule=onecycle", "epochs=10")
-    assert (forecast.warmup, forecast.length.steps) == (29, 100)
-    assert rates(forecast)["backbone"].argmax() == 29
-    assert "warm-up 29 steps (onecycle's own rise)" in forecast.lines()[0]
-
-
-def test_the_lines_say_steps_warm_up_highest_rates_and_what_averaging_leaves_of_the_start() -> None:
-    schedule, average = forecast_of(900, "+experiment=vith14").lines()
-    assert schedule == (
-        "schedule: 21 steps; warm-up 2 steps (a tenth of the schedule; optim.warmup=500 is longer); highest rate: "
-        "backbone 3.9e-05 (97.8 % of optim.lr), head 0.00039 (97.8 % of optim.head_lr)"
-    )
-    assert (
-        average == "averaged weights: optim.ema=0.9998; at the end, less than 0.1 % of the average is still the start"
-    )
-    (line,) = forecast_of(900, "model.freeze=all", "batch_size=9").lines()
-    assert line.endswith("; highest rate: head 9.8e-05 (97.6 % of optim.head_lr)")
-    (line,) = forecast_of(900, "optim.head_only=1", "optim.head_only_lr=0.01", "optim.warmup=0").lines()
-    assert line.startswith("schedule: 21 steps, the first 7 of the head alone at rates from 0.01 down; warm-up 0 steps")
-
-
-def test_a_run_too_short_to_learn_is_reported_with_what_makes_it_long_enough() -> None:
-    images = 900
-    (message,) = forecast_of(images, "+experiment=vith14").warnings(images)
-    assert "too short" in message
-    assert "10 of 21 steps" in message
-    assert message.endswith("about 1,800 training images (now 900), or epochs=6 (now 3), or batch_size=64 (now 128).")
-    for images, change in ((1_800, ()), (900, ("epochs=6",)), (900, ("batch_size=64",))):
-        forecast = forecast_of(images, "+experiment=vith14", *change)
-        assert forecast.working_steps >= ENOUGH_STEPS
-        assert forecast.warnings(images) == []
-    (message,) = forecast_of(900, "+experiment=vith14", "max_steps=8").warnings(900)
-    assert message.endswith("To train longer: max_steps=42 (now 8).")
-
-
-def test_a_backbone_that_never_trains_is_reported() -> None:
-    (message,) = forecast_of(900, "optim.head_only=3").warnings(900)
-    assert "the backbone never trains: optim.head_only=3 epochs are all 21 steps" in message
-    assert forecast_of(900, "optim.head_only=3").backbone == 0
-    (message,) = forecast_of(900, "model.freeze=all").warnings(900)
-    assert "the head's rate is at half its peak or more in 10 of 21 steps" in message
-
-
-@pytest.mark.parametrize(("steps", "alone"), [(1, 0), (3, 0), (21, 0), (60, 50)])
-def test_the_share_of_the_start_in_the_average_is_that_of_the_averaged_weights(steps: int, alone: int) -> None:
-    """Weights that are 1 at the start and 0 after each step that trains them: what is left is the share."""
-    overrides = ("batch_size=1", f"max_steps={steps}", "optim.ema=0.9998", f"optim.head_only={alone / 900}")
-    forecast = forecast_of(900, *overrides)
-    assert forecast.length.head_steps == alone
-    weight = nn.Parameter(torch.ones(1))
-    ema = Ema({"w": weight}, 0.9998)
-    for step in range(steps):
-        if step >= alone:
-            with torch.no_grad():
-                weight.zero_()
-        ema.update()
-    assert forecast.start_share == pytest.approx(ema.shadow["w"].item(), rel=1e-4)
-    warned = [m for m in forecast.warnings(900) if "averaged weights" in m]
-    assert bool(warned) == (ema.shadow["w"].item() > 0.1)
-
-
-def test_dry_run_and_run_report_the_schedule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from train.fit.fit import fit
-
-    data = small_dataset.write(tmp_path / "data", train=40, val=12)
-    cfg = training.cfg(data, tmp_path / "run", "optim.warmup=500")
-    with caplog.at_level("INFO"):
-        assert fit(dataclasses.replace(cfg, dry_run=True)) == 0
-    told = [m for m in caplog.messages if m.startswith(("schedule: ", "warning: "))]
-    assert told[0].startswith(
-        "schedule: 10 steps; warm-up 1 step (a tenth of the schedule; optim.warmup=500 is longer); "
-    )
-    assert told[1].startswith("warning: the run is too short to learn much")
-    assert not (tmp_path / "run").exists()
-    caplog.clear()
-    with caplog.at_level("INFO"):
-        assert fit(cfg) == 0
-    assert [m for m in caplog.messages if m.startswith(("schedule: ", "warning: "))][:2] == told
