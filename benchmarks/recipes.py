@@ -42,7 +42,7 @@ from core.settings import settings
 TARGET = 1.0
 PASSES, SEARCH_SEED, SEEDS = 1.5, 100, (0, 1, 2)
 BATCH = 16
-HEAD_PICTURES = 1250  # that the ridge head is fitted on
+HEAD_FIT_IMAGES = 1250  # that the ridge head is fitted on
 SHORT, LONG = 20, 120  # steps of the runs that tell what an image costs
 DATA = (
     "renderer=glyphs",
@@ -79,7 +79,7 @@ class Recipe:
     costs_as: str | None = None
     """An earlier recipe whose steps are the same work."""
     fitted: bool = False
-    """Whether a pass over HEAD_PICTURES comes first, which costs what "probe" does."""
+    """Whether a pass over HEAD_FIT_IMAGES comes first, which costs what "probe" does."""
 
     def overrides(self, rate: float, seed: int, epochs: float) -> list[str]:
         """What `python -m train` takes for one run, but for the folders."""
@@ -94,13 +94,13 @@ class Recipe:
         """
         budget = PASSES * images * seconds["random"]
         if self.fitted:
-            budget -= min(HEAD_PICTURES, images) * seconds["probe"]
+            budget -= min(HEAD_FIT_IMAGES, images) * seconds["probe"]
         if self.head_alone:
             return 1 + (budget / images - seconds["probe"]) / seconds[self.name]
         return budget / images / seconds[self.name]
 
 
-LEARNT = "model.fixed_stats=false"
+LEARNT = "model.freeze_bn_stats=false"
 WHOLE = ("model.head_init=random", "model.freeze=0", LEARNT)
 RECIPES = (
     Recipe("random", "new head, everything fine-tuned: AdamW, cosine", WHOLE, (3e-4, 1e-3, 3e-3)),
@@ -113,7 +113,13 @@ RECIPES = (
     Recipe(
         "5th",
         "an epoch of the head alone, 1e-2 → 1e-4, then everything: MADGRAD",
-        (*WHOLE, "optim.name=madgrad", "optim.weight_decay=0", "optim.head_only=1", "optim.head_only_lr=1e-2"),
+        (
+            *WHOLE,
+            "optim.name=madgrad",
+            "optim.weight_decay=0",
+            "optim.head_warmup_epochs=1",
+            "optim.head_warmup_lr=1e-2",
+        ),
         (3e-4, 1e-3, 3e-3),
         head_alone=True,
     ),
@@ -127,7 +133,7 @@ RECIPES = (
     Recipe(
         "ours",
         "ridge head from a sample, the bottom frozen, the rest fine-tuned: AdamW, cosine",
-        ("model.head_init=ridge", f"model.head_pictures={HEAD_PICTURES}", "model.freeze=8", LEARNT),
+        ("model.head_init=ridge", f"model.head_fit_images={HEAD_FIT_IMAGES}", "model.freeze=8", LEARNT),
         (3e-4, 1e-3, 3e-3),
         fitted=True,
     ),
@@ -156,7 +162,7 @@ class Runs:
         """CPU time of a training image by recipe, without its first phase: of a long run less that of a short one."""
         seen = {}
         for recipe in (r for r in RECIPES if r.costs_as is None):
-            about = [o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_only" not in o]
+            about = [o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_epochs" not in o]
             for steps in (SHORT, LONG):
                 for again in range(2):
                     seen[recipe.name, steps, again] = (
@@ -259,7 +265,7 @@ def measured(runs: Runs, images: int, seeds: tuple[int, ...], rates: int) -> lis
                 "mean": mean,
                 "std": deviation,
                 "half": half,
-                "pictures": mine[0]["pictures"] + (min(HEAD_PICTURES, images) if recipe.fitted else 0),
+                "pictures": mine[0]["pictures"] + (min(HEAD_FIT_IMAGES, images) if recipe.fitted else 0),
                 "ms_a_picture": 1000 * seconds[recipe.name],
                 "cpu_minutes": statistics.mean(f["cpu_s"] for f in mine) / 60,
                 "rate": best[recipe.name]["rate"],

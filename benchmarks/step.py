@@ -77,7 +77,7 @@ def ours(data: Path, out: Path, skipped: int, timed: int) -> tuple[float, Regres
         f"optim.lr={LR}",
         f"optim.head_lr={LR}",
         f"optim.warmup={WARMUP}",
-        f"optim.clip={CLIP}",
+        f"optim.grad_clip_norm={CLIP}",
         "save_every=1000",
         "scale.accelerator=cpu",
         "scale.workers=0",

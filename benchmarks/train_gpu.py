@@ -125,7 +125,7 @@ class Ours:
             max_epochs=-1,
             max_steps=skipped + timed,
             accumulate_grad_batches=self.plan.accumulate,
-            gradient_clip_val=self.cfg.optim.clip,
+            gradient_clip_val=self.cfg.optim.grad_clip_norm,
             limit_val_batches=0,
             num_sanity_val_steps=0,
             callbacks=[watch],
@@ -239,7 +239,8 @@ def measured(kind: str, name: str, scale: Scale, data_root: Path, tiny: bool) ->
     """Figures of one model."""
     ours = prepare(data_root, name, scale, tiny)
     half = prepare(data_root, name, scale, tiny, freeze=len(layer_groups.blocks(ours.model.backbone)) // 2)
-    how = f"{ours.micro} images at once, {ours.plan.recompute} recomputation, {ours.machine.half}"
+    mode = ours.plan.activation_checkpointing
+    how = f"{ours.micro} images at once, {mode} activation checkpointing, {ours.machine.half}"
     print(
         f"{kind}: {name}, {how}, {'compiled' if ours.plan.compile else 'not compiled'}; {ours.needs.line(ours.micro)}"
     )
@@ -274,7 +275,7 @@ def measured(kind: str, name: str, scale: Scale, data_root: Path, tiny: bool) ->
         "half_ratio": medians["half"] / medians["ours"],
         "shards_ratio": medians["shards"] / medians["ours"],
         "micro_batch": ours.micro,
-        "recompute": ours.plan.recompute,
+        "activation_checkpointing": ours.plan.activation_checkpointing,
         "compiled": ours.plan.compile,
         "precision": ours.machine.half,
         "gflop": ours.needs.step_flop / 1e9,

@@ -34,7 +34,7 @@ class Regressor(nn.Module):
         self.width = width
         """E, of the target vectors."""
         self.head_kind, self.hidden = head, hidden if head == "wide" else 0
-        self.fixed_stats = False
+        self.freeze_bn_stats = False
         """Whether the backbone's batch norms keep their statistics in training."""
         self.register_buffer("mean", 255 * torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
@@ -64,7 +64,7 @@ class Regressor(nn.Module):
         for module in self.backbone.modules():
             parameters = list(module.parameters(recurse=False))
             frozen = parameters and not any(p.requires_grad for p in parameters)
-            if frozen or (self.fixed_stats and isinstance(module, nn.modules.batchnorm._BatchNorm)):
+            if frozen or (self.freeze_bn_stats and isinstance(module, nn.modules.batchnorm._BatchNorm)):
                 module.training = False  # of itself alone: what it holds may train
         return self
 

@@ -80,8 +80,8 @@ COMMANDS: dict[str, list[str] | None] = {
     "python -m train +experiment=stage2": MINE,
     "python -m train +experiment=vith14 name=fold1 fold=1/5": [*MINE, "fold_threshold=1.01"],
     "python -m train.hard run=checkpoints/vith14": ["workers=0", "accelerator=cpu"],
-    "python -m train +experiment=vith14 name=again data.weights=checkpoints/vith14/weights.parquet": TINY_TRAIN,
-    "python -m train +experiment=vith14 name=kept keep_first=true": MINE,
+    "python -m train +experiment=vith14 name=again data.sample_weights=checkpoints/vith14/weights.parquet": TINY_TRAIN,
+    "python -m train +experiment=vith14 name=kept save_initial=true": MINE,
     "python -m train.interpolate a=checkpoints/kept/first b=checkpoints/kept/best out=checkpoints/kept/wise "
     "dataset=data/sd2": ["dataset=data/mine", "workers=0", "accelerator=cpu"],
     "python -m train.probe +experiment=quickstart": [*MINE, *PROBE],

@@ -48,13 +48,13 @@ class ModelSettings:
     """Hidden units of a wide head."""
     head_init: Literal["ridge", "text", "random"]
     """ridge: the head in closed form over frozen features (one pass), before any step."""
-    head_pictures: int | None
+    head_fit_images: int | None
     """Training images, drawn at random, that the ridge head is fitted on; null: all."""
     text_tower: str | None
     """open_clip:MODEL/PRETRAINED for head_init=text; null takes the backbone's own."""
     freeze: int | Literal["all"]
     """Blocks at the bottom that stay as they are, the stem with them; 0 trains all."""
-    fixed_stats: bool
+    freeze_bn_stats: bool
     """Whether batch norms keep the statistics of their pre-training."""
     lora: LoraSettings
 
@@ -68,8 +68,8 @@ class ModelSettings:
             found.append(f"freeze: {self.freeze} is below 0")
         if self.head_width < 1:
             found.append(f"head_width: {self.head_width} is below 1")
-        if self.head_pictures is not None and self.head_pictures < 2:
-            found.append(f"head_pictures: {self.head_pictures} is below 2; null takes all")
+        if self.head_fit_images is not None and self.head_fit_images < 2:
+            found.append(f"head_fit_images: {self.head_fit_images} is below 2; null takes all")
         if self.freeze == "all" and self.lora.blocks:
             found.append(f"lora.blocks: {self.lora.blocks}, but freeze=all leaves no block above; freeze fewer")
         if self.head_init == "text" and self.head == "wide":
@@ -81,9 +81,9 @@ class ModelSettings:
     def unused(self) -> dict[str, str]:
         found = {}
         if self.head_init != "ridge":
-            found["head_pictures"] = f"with model.head_init={self.head_init}: only ridge is fitted on images"
+            found["head_fit_images"] = f"with model.head_init={self.head_init}: only ridge is fitted on images"
         if self.freeze == "all":
-            found["fixed_stats"] = "with model.freeze=all, which keeps all of the backbone as it is"
+            found["freeze_bn_stats"] = "with model.freeze=all, which keeps all of the backbone as it is"
         return found
 
 
@@ -94,13 +94,13 @@ class LossSettings:
     contrastive: float
     """Weight of the contrastive part."""
     temperature: float
-    hardest: float
-    """Share of a step's images that counts, those of the lowest cosine."""
+    hard_fraction: float
+    """Fraction of a step's images that counts in the loss: those of the lowest cosine."""
 
     @property
     def needs_whole_step(self) -> bool:
         """Whether an image's loss depends on the others of its step, so that gradients cannot be added up."""
-        return self.contrastive > 0 or self.hardest < 1
+        return self.contrastive > 0 or self.hard_fraction < 1
 
     def keywords(self) -> dict[str, float]:
         """Keyword arguments of `models.losses.total_loss`."""
@@ -108,7 +108,7 @@ class LossSettings:
             "mse": self.mse,
             "contrastive": self.contrastive,
             "temperature": self.temperature,
-            "hard_fraction": self.hardest,
+            "hard_fraction": self.hard_fraction,
         }
 
     def problems(self) -> list[str]:
@@ -117,10 +117,10 @@ class LossSettings:
         ]
         found += [
             f"{name}: {getattr(self, name)} is not above 0"
-            for name in ("temperature", "hardest")
+            for name in ("temperature", "hard_fraction")
             if not getattr(self, name) > 0
         ]
-        return found + ([f"hardest: {self.hardest} is above 1"] if self.hardest > 1 else [])
+        return found + ([f"hard_fraction: {self.hard_fraction} is above 1"] if self.hard_fraction > 1 else [])
 
     def unused(self) -> dict[str, str]:
         return {} if self.contrastive else {"temperature": "with loss.contrastive=0: no other part of the loss has one"}
@@ -142,30 +142,30 @@ class OptimSettings:
     schedule: Literal["cosine", "onecycle", "constant"]
     warmup: int
     """Most steps with a rising rate; never more than a tenth of the schedule's steps. onecycle has its own."""
-    clip: float
-    """Largest norm of a step's gradient; 0 does not clip."""
-    head_only: float
+    grad_clip_norm: float
+    """Largest norm of a step's gradient; 0: no clipping."""
+    head_warmup_epochs: float
     """Epochs at the start in which the head alone trains (LP-FT)."""
-    head_only_lr: float | None
-    """Peak of the head meanwhile, on a cosine of its own; null: head_lr on the run's schedule."""
+    head_warmup_lr: float | None
+    """Peak learning rate of the head in these epochs, on a cosine of its own; null: head_lr on the run's schedule."""
     ema: float
     """Decay of the averaged weights that are validated and saved; 0: none."""
 
     def problems(self) -> list[str]:
         found = [
-            f"{name}: {getattr(self, name)} is not above 0; freeze=all or head_only trains the head alone"
+            f"{name}: {getattr(self, name)} is not above 0; freeze=all or head_warmup_epochs trains the head alone"
             for name in ("lr", "head_lr")
             if not getattr(self, name) > 0
         ]
         found += [
             f"{name}: {getattr(self, name)} is below 0"
-            for name in ("weight_decay", "warmup", "clip", "head_only")
+            for name in ("weight_decay", "warmup", "grad_clip_norm", "head_warmup_epochs")
             if not getattr(self, name) >= 0
         ]
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             found.append(f"betas: {list(self.betas)} are not two numbers from 0 to 1")
-        if self.head_only_lr is not None and not (self.head_only_lr > 0 and self.head_only):
-            found.append(f"head_only_lr: {self.head_only_lr} needs a rate above 0 and head_only above 0")
+        if self.head_warmup_lr is not None and not (self.head_warmup_lr > 0 and self.head_warmup_epochs):
+            found.append(f"head_warmup_lr: {self.head_warmup_lr} needs a rate above 0 and head_warmup_epochs above 0")
         if not 0 < self.layer_decay <= 1:
             found.append(f"layer_decay: {self.layer_decay} is not above 0 and at most 1")
         return found + ([] if 0 <= self.ema < 1 else [f"ema: {self.ema} is not from 0 to below 1"])
@@ -181,11 +181,11 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    one_seed: bool
+    one_image_per_prompt: bool
     """Whether one of a prompt's several images is drawn each epoch."""
     sources: dict[str, float]
     """How much the images of a prompt source count in the loss."""
-    weights: Path | None
+    sample_weights: Path | None
     """.parquet or .csv of key and weight."""
     crop: float
     """Smallest share of an image's area that a random crop keeps."""
@@ -198,8 +198,8 @@ class DataSettings:
 
     def problems(self) -> list[str]:
         found = [f"sources.{name}: {value} is below 0" for name, value in self.sources.items() if not value >= 0]
-        if self.weights is not None and self.weights.suffix not in (".parquet", ".csv"):
-            found.append(f"weights: {self.weights} is neither .parquet nor .csv")
+        if self.sample_weights is not None and self.sample_weights.suffix not in (".parquet", ".csv"):
+            found.append(f"sample_weights: {self.sample_weights} is neither .parquet nor .csv")
         return found + _outside(self, crop=(0.05, 1), jitter=(0, 0.9), erase=(0, 1))
 
 
@@ -214,8 +214,8 @@ class ScaleSettings:
     """auto: bf16 on a GPU that has it, fp16 with loss scaling on another, fp32 on a CPU."""
     micro_batch: int | Literal["auto"]
     """Images a device takes at once; gradients add up to the batch."""
-    recompute: Literal["auto", "none", "selective", "full"]
-    """Activations that the backward pass computes again."""
+    activation_checkpointing: Literal["auto", "none", "selective", "full"]
+    """Activations that the backward pass recomputes."""
     compile: Literal["auto"] | bool
     """torch.compile of each block."""
     workers: int | None
@@ -240,8 +240,8 @@ class TrainSettings:
     """Run folder."""
     dataset: tuple[Location, ...]
     """Dataset folders: local paths or fsspec URLs."""
-    passes: tuple[float, ...] | None
-    """Over each dataset in an epoch; null: one over each."""
+    dataset_repeats: tuple[float, ...] | None
+    """Passes over each dataset in an epoch; null: one over each."""
     val: tuple[Location, ...]
     """More datasets to validate on, which training must never see."""
     fold: str | None
@@ -265,7 +265,7 @@ class TrainSettings:
     """Steps between two resume points."""
     log_every: int
     """Steps between two lines of the log."""
-    keep_first: bool
+    save_initial: bool
     """Whether <out>/first is written, the model before its first step."""
     wandb: Literal["auto", "online", "offline", "off"]
     """auto: online with an account, else offline."""
@@ -303,11 +303,18 @@ class TrainSettings:
         if not self.dataset:
             found.append("dataset: empty; name at least one folder")
         if len(set(map(str, self.dataset))) < len(self.dataset):
-            found.append("dataset: a folder is named twice; passes=[…] says how often each is seen")
-        if self.passes is not None:
-            if len(self.passes) != len(self.dataset):
-                found.append(f"passes: {len(self.passes)} numbers for {len(self.dataset)} datasets; give one each")
-            found += [f"passes: {p} is not above 0; leave that dataset out" for p in self.passes if not p > 0]
+            found.append("dataset: a folder is named twice; dataset_repeats=[…] says how often each is seen")
+        if self.dataset_repeats is not None:
+            if len(self.dataset_repeats) != len(self.dataset):
+                found.append(
+                    f"dataset_repeats: {len(self.dataset_repeats)} numbers for {len(self.dataset)} datasets; "
+                    "give one each"
+                )
+            found += [
+                f"dataset_repeats: {p} is not above 0; leave that dataset out"
+                for p in self.dataset_repeats
+                if not p > 0
+            ]
         found += [f"val: {v} is trained on, too" for v in self.val if v in self.dataset]
         if self.fold is not None:
             fits = re.fullmatch(r"(\d+)/(\d+)", self.fold)
@@ -325,16 +332,16 @@ class TrainSettings:
             found["model.head_width"] = "with model.head=linear, which has no hidden units"
         if self.init_from is not None:
             why = f"with init_from={self.init_from}, whose head is taken"
-            found |= dict.fromkeys(("model.head_init", "model.head_pictures"), why)
+            found |= dict.fromkeys(("model.head_init", "model.head_fit_images"), why)
         elif self.model.weights == "random":
             why = "with model.weights=random: batch norms without pre-training learn their statistics"
-            found["model.fixed_stats"] = why
+            found["model.freeze_bn_stats"] = why
         if self.model.freeze == "all":
             why = "with model.freeze=all: the backbone does not train"
             found |= dict.fromkeys(("optim.lr", "optim.layer_decay"), why)
-            if self.optim.head_only_lr is None:
-                found["optim.head_only"] = (
-                    "with model.freeze=all and no optim.head_only_lr: the head trains alone anyway"
+            if self.optim.head_warmup_lr is None:
+                found["optim.head_warmup_epochs"] = (
+                    "with model.freeze=all and no optim.head_warmup_lr: the head trains alone anyway"
                 )
         return found
 

@@ -38,7 +38,7 @@ def of_this_run(cfg: TrainSettings, datasets: Sequence[Dataset], precision: str)
         **plain(cfg),
         "dataset_sha256": [dataset.fingerprint() for dataset in datasets],
         "encoder_sha256": [(dataset.encoder_identity or {}).get("sha256") for dataset in datasets],
-        "weights_sha256": _weights_sha256(cfg.data.weights),
+        "weights_sha256": _weights_sha256(cfg.data.sample_weights),
         "precision": precision,
         "preprocess": PREPROCESS,
     }
@@ -98,7 +98,7 @@ def _weights_sha256(path: Path | None) -> str | None:
     if path is None:
         return None
     if not path.is_file():
-        raise UserError(f"data.weights: no file {path}; python -m train.hard writes one")
+        raise UserError(f"data.sample_weights: no file {path}; python -m train.hard writes one")
     return sha256(path)
 
 

@@ -89,7 +89,7 @@ def _grouped(module: nn.Module) -> tuple[list[list[str]], list[str]]:
     else:
         raise UserError(
             f"the order of {kind}'s blocks is not known: with this backbone model.freeze=0 or all, "
-            "model.lora.blocks=0, optim.layer_decay=1, scale.recompute=none and scale.compile=false"
+            "model.lora.blocks=0, optim.layer_decay=1, scale.activation_checkpointing=none and scale.compile=false"
         )
     prefix = "" if trunk is module else "trunk."
     named = [(name, prefix + name) for name, _ in trunk.named_parameters()]

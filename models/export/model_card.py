@@ -490,8 +490,8 @@ def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
             for key, word in (("mse", "mean squared error"), ("contrastive", "contrastive"))
             if value(f"loss.{key}")
         ]
-        hardest = value("loss.hardest", 1)
-        share = f", of the {hardest:.0%} of lowest cosine" if hardest < 1 else ""
+        hard_fraction = value("loss.hard_fraction", 1)
+        share = f", of the {hard_fraction:.0%} of lowest cosine" if hard_fraction < 1 else ""
         lines.append(f"loss: {' + '.join(['1 − cosine', *more])}{share}")
     if value("optim.name"):
         lines += _optimised(value)
@@ -530,10 +530,10 @@ def _optimised(value: Any) -> list[str]:
     ]
     if value("optim.layer_decay", 1) != 1:
         optim.append(f"layer decay {value('optim.layer_decay'):g}")
-    if value("optim.clip"):
-        optim.append(f"gradients clipped at {value('optim.clip'):g}")
-    if value("optim.head_only"):
-        optim.append(f"the head alone for the first {value('optim.head_only'):g} epochs")
+    if value("optim.grad_clip_norm"):
+        optim.append(f"gradients clipped at {value('optim.grad_clip_norm'):g}")
+    if value("optim.head_warmup_epochs"):
+        optim.append(f"the head alone for the first {value('optim.head_warmup_epochs'):g} epochs")
     if value("optim.ema"):
         optim.append(f"averaged weights (decay {value('optim.ema'):g})")
     return [", ".join(optim)]

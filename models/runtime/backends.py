@@ -109,8 +109,8 @@ def _openvino(path: Path, threads: int | None, precision: str) -> Graph:
             for request, part in zip(started, parts, strict=True):
                 images = [np.ascontiguousarray(image_BCHW[part[0] : part[-1] + 1]) for image_BCHW in image_SBCHW]
                 request.start_async(dict(zip(names, images, strict=True)))
-            # Without a Python callback, hence without AsyncInferQueue: OpenVINO's threads take the GIL for a callback, and
-            # the destructor of a model holds the GIL while it joins them, so that freeing one could hang.
+            # Without a Python callback, hence without AsyncInferQueue: OpenVINO's threads take the GIL for a callback,
+            # and the destructor of a model holds the GIL while it joins them, so that freeing one could hang.
             for request in started:
                 request.wait()
             return np.concatenate([request.get_output_tensor(0).data for request in started])

@@ -164,7 +164,7 @@ def test_a_key_without_effect_is_accepted_from_a_file() -> None:
 def test_what_the_command_line_wrote() -> None:
     overrides = [
         *("optim.warmup=5", "+experiment=vith14", "loss={mse: 0.1, contrastive: 1}", "val=[a,b]"),
-        *("init_from=null", "keep_first=false", "+data.sources={coco: 2}", "++scale.workers=0"),
+        *("init_from=null", "save_initial=false", "+data.sources={coco: 2}", "++scale.workers=0"),
     ]
     written = compose("train", overrides, by_user=True).written  # type: ignore[attr-defined]
     keys = {"optim.warmup", "experiment", "loss.mse", "loss.contrastive", "val", "data.sources.coco", "scale.workers"}
@@ -299,10 +299,10 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
         ("optim.betas=[0.9]", "optim.betas"),
         ("optim.ema=1", "optim.ema: 1.0 is not from 0 to below 1"),
         ("fold=6/5", "fold: '6/5' is not i/n"),
-        ("passes=[1,2]", "passes: 2 numbers for 1 datasets"),
+        ("dataset_repeats=[1,2]", "dataset_repeats: 2 numbers for 1 datasets"),
         ("val=[data/sd2]", "val: data/sd2 is trained on, too"),
         ("seed=-1", "seed: -1 is below 0"),
-        ("loss.hardest=0", "loss.hardest: 0.0 is not above 0"),
+        ("loss.hard_fraction=0", "loss.hard_fraction: 0.0 is not above 0"),
         ("data.crop=0", "data.crop: 0.0 is outside 0.05 to 1"),
         ("scale.micro_batch=0", "scale.micro_batch: 0 is below 1"),
     ],

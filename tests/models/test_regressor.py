@@ -99,7 +99,7 @@ def test_frozen_blocks_stay_bit_equal_and_the_others_train() -> None:
 
 def test_fixed_statistics_stay_while_their_block_trains() -> None:
     model = make("test_efficientnet", "random", 32, E)
-    model.fixed_stats = True
+    model.freeze_bn_stats = True
     model.freeze(0)
     changed = step(model)
     assert "backbone.blocks.2.0.conv_exp.weight" in changed

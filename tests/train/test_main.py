@@ -159,7 +159,7 @@ def test_without_its_callbacks_it_ends_with_the_same_weights(
 INTRICATE = (
     "model.backbone=test_efficientnet",
     "model.freeze=1",
-    "optim.head_only=0.6",
+    "optim.head_warmup_epochs=0.6",
     "epochs=1.6",
     "validate_every=0.6",
 )
@@ -355,7 +355,7 @@ def test_killed_three_times_it_ends_the_same(every: int, small_data: Path, tmp_p
 EVERYTHING = (
     "optim.ema=0.9",
     "optim.layer_decay=0.8",
-    "optim.head_only=1",
+    "optim.head_warmup_epochs=1",
     "model.freeze=1",
     "model.lora.blocks=2",
     "model.lora.rank=4",
@@ -505,8 +505,14 @@ def test_a_batch_with_no_readable_image_changes_no_weight(
 
 def test_while_the_head_trains_alone_the_backbone_stays_bit_equal(small_data: Path, tmp_path: Path) -> None:
     overrides = ("model.backbone=test_efficientnet", "model.head_init=random")
-    for name, steps, head_only in (("one", 1, 9), ("five", 5, 9), ("both", 5, 0.4)):
-        train(small_data, tmp_path / name, *overrides, f"max_steps={steps}", f"optim.head_only={head_only}")
+    for name, steps, head_warmup_epochs in (("one", 1, 9), ("five", 5, 9), ("both", 5, 0.4)):
+        train(
+            small_data,
+            tmp_path / name,
+            *overrides,
+            f"max_steps={steps}",
+            f"optim.head_warmup_epochs={head_warmup_epochs}",
+        )
     one, five, both = (load_file(tmp_path / n / "last/model.safetensors") for n in ("one", "five", "both"))
     backbone = [name for name in one if name.startswith("backbone.")]
     assert all(one[name].equal(five[name]) for name in backbone), "batch statistics, too"

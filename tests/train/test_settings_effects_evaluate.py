@@ -42,7 +42,7 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for seed, name in enumerate(("data", "data2")):
         found[name] = small_dataset.write(root / name, train=16, val=6, seed=seed)
         write_missing_targets(found[name], TargetEncoder(MINILM))
-    for name, overrides in (("run", ("keep_first=true",)), ("run2", ("seed=1", "epochs=1"))):
+    for name, overrides in (("run", ("save_initial=true",)), ("run2", ("seed=1", "epochs=1"))):
         found[name] = found["runs"] / name
         assert training.train(found["data"], found[name], f"encoder={MINILM}", *overrides) == 0
     found["vit_weights"] = root / "vit.safetensors"

@@ -118,7 +118,7 @@ TRAIN_SETTINGS: Entries = {
     "name": shows(files, "name=other", given=("out={here}/out/${name}",)),
     "out": shows(lambda r: r.names("*"), "out={here}/elsewhere"),
     "dataset": shows(weights, "dataset={data2}"),
-    "passes": shows(steps, "passes=[2]"),
+    "dataset_repeats": shows(steps, "dataset_repeats=[2]"),
     "val": shows(lambda r: {key for record in log(r) for key in record}, "val=[{data2}]"),
     "fold": shows(files, "fold=1/3", "fold_threshold=0.99"),
     "fold_threshold": [
@@ -140,7 +140,7 @@ TRAIN_SETTINGS: Entries = {
     "validate_every": shows(validations, "validate_every=2"),
     "save_every": shows(lambda r: len(r.of("save_checkpoint")), "save_every=1"),
     "log_every": shows(lambda r: len(losses(r)), "log_every=2"),
-    "keep_first": shows(files, "keep_first=true"),
+    "save_initial": shows(files, "save_initial=true"),
     "wandb": slow(shows(files, "wandb=offline")),
     "dry_run": shows(lambda r: r.names(), "dry_run=true"),
     "model.backbone": shows(weights, "model.backbone=test_vit2"),
@@ -155,10 +155,10 @@ TRAIN_SETTINGS: Entries = {
         refused(f"model.head_width: {UNUSED}with model.head=linear", "model.head_width=8"),
     ],
     "model.head_init": shows(weights, "model.head_init=random"),
-    "model.head_pictures": [
-        shows(weights, "model.head_pictures=4"),
+    "model.head_fit_images": [
+        shows(weights, "model.head_fit_images=4"),
         refused(
-            f"head_pictures: {UNUSED}with model.head_init=random", "model.head_pictures=4", "model.head_init=random"
+            f"head_fit_images: {UNUSED}with model.head_init=random", "model.head_fit_images=4", "model.head_init=random"
         ),
     ],
     "model.text_tower": [
@@ -169,17 +169,21 @@ TRAIN_SETTINGS: Entries = {
         shows(weights, "model.freeze=1"),
         refused(f"optim.lr: {UNUSED}with model.freeze=all", "model.freeze=all", "optim.lr=1e-3"),
         refused(f"optim.layer_decay: {UNUSED}with model.freeze=all", "model.freeze=all", "optim.layer_decay=0.5"),
-        refused(f"optim.head_only: {UNUSED}with model.freeze=all", "model.freeze=all", "optim.head_only=1"),
-    ],
-    "model.fixed_stats": [
-        shows(weights, "model.fixed_stats=false", given=EFFICIENTNET),
-        refused(f"fixed_stats: {UNUSED}with model.weights=random", "model.fixed_stats=true", "model.weights=random"),
         refused(
-            f"fixed_stats: {UNUSED}with model.freeze=all",
-            *("model.fixed_stats=true", "model.freeze=all"),
+            f"optim.head_warmup_epochs: {UNUSED}with model.freeze=all", "model.freeze=all", "optim.head_warmup_epochs=1"
+        ),
+    ],
+    "model.freeze_bn_stats": [
+        shows(weights, "model.freeze_bn_stats=false", given=EFFICIENTNET),
+        refused(
+            f"freeze_bn_stats: {UNUSED}with model.weights=random", "model.freeze_bn_stats=true", "model.weights=random"
+        ),
+        refused(
+            f"freeze_bn_stats: {UNUSED}with model.freeze=all",
+            *("model.freeze_bn_stats=true", "model.freeze=all"),
             given=("model.weights={vit_weights}",),
         ),
-        shows(lambda r: r.lines("has no batch norm"), "model.fixed_stats=false"),
+        shows(lambda r: r.lines("has no batch norm"), "model.freeze_bn_stats=false"),
     ],
     "model.lora.blocks": [
         shows(weights, *LORA),
@@ -194,7 +198,7 @@ TRAIN_SETTINGS: Entries = {
         shows(weights, "loss.temperature=0.5", given=("loss.contrastive=1",)),
         refused(f"loss.temperature: {UNUSED}with loss.contrastive=0", "loss.temperature=0.5"),
     ],
-    "loss.hardest": shows(weights, "loss.hardest=0.5"),
+    "loss.hard_fraction": shows(weights, "loss.hard_fraction=0.5"),
     "optim.name": shows(weights, "optim.name=lion"),
     "optim.lr": shows(weights, "optim.lr=1e-3"),
     "optim.head_lr": shows(weights, "optim.head_lr=1e-3"),
@@ -209,19 +213,19 @@ TRAIN_SETTINGS: Entries = {
         shows(rates, "optim.warmup=0", given=("epochs=10",)),
         refused(f"optim.warmup: {UNUSED}with optim.schedule=onecycle", "optim.warmup=1", "optim.schedule=onecycle"),
     ],
-    "optim.clip": shows(weights, "optim.clip=1e-3"),
-    "optim.head_only": shows(weights, "optim.head_only=1"),
-    "optim.head_only_lr": [
-        shows(weights, "optim.head_only_lr=1e-2", given=("optim.head_only=1",)),
-        refused("head_only_lr: .* needs .* head_only above 0", "optim.head_only_lr=1e-2"),
+    "optim.grad_clip_norm": shows(weights, "optim.grad_clip_norm=1e-3"),
+    "optim.head_warmup_epochs": shows(weights, "optim.head_warmup_epochs=1"),
+    "optim.head_warmup_lr": [
+        shows(weights, "optim.head_warmup_lr=1e-2", given=("optim.head_warmup_epochs=1",)),
+        refused("head_warmup_lr: .* needs .* head_warmup_epochs above 0", "optim.head_warmup_lr=1e-2"),
     ],
     "optim.ema": shows(weights, "optim.ema=0.9"),
-    "data.one_seed": shows(steps, "data.one_seed=false", given=SEEDS),
+    "data.one_image_per_prompt": shows(steps, "data.one_image_per_prompt=false", given=SEEDS),
     "data.sources": [
         shows(weights, "+data.sources={real: 5}", given=SEEDS),
         refused("nobody", "+data.sources={nobody: 5}"),
     ],
-    "data.weights": shows(weights, "data.weights={weights}"),
+    "data.sample_weights": shows(weights, "data.sample_weights={weights}"),
     "data.crop": shows(weights, "data.crop=0.3"),
     "data.flip": shows(weights, "data.flip=true", given=("dataset={wide}",)),
     "data.jitter": shows(weights, "data.jitter=0.5"),
@@ -232,7 +236,9 @@ TRAIN_SETTINGS: Entries = {
     "scale.strategy": refused("adamw8bit does not support", "scale.strategy=fsdp", given=("optim.name=adamw8bit",)),
     "scale.precision": shows(weights, "scale.precision=bf16"),
     "scale.micro_batch": shows(introduction, "scale.micro_batch=4"),
-    "scale.recompute": shows(lambda r: r.lines("recomputation"), "scale.recompute=full"),
+    "scale.activation_checkpointing": shows(
+        lambda r: r.lines("activation checkpointing"), "scale.activation_checkpointing=full"
+    ),
     "scale.compile": only_on_gpu("compiling takes a minute on a CPU: test_export_trained.py[compiled], slow"),
     "scale.workers": slow(shows(of_loader, "scale.workers=1")),
 }
@@ -274,13 +280,13 @@ NOT_OF_A_SEARCH = {
     "validate_every": 2,
     "save_every": 1,
     "log_every": 1,
-    "keep_first": "true",
+    "save_initial": "true",
     "wandb": "online",
     "dry_run": "true",
     "model.head": "wide",
-    "model.head_pictures": 4,
+    "model.head_fit_images": 4,
     "model.freeze": 1,
-    "model.fixed_stats": "true",
+    "model.freeze_bn_stats": "true",
     "model.lora.blocks": 1,
     "model.lora.rank": 4,
     "model.lora.alpha": 4,
@@ -288,7 +294,7 @@ NOT_OF_A_SEARCH = {
     "optim.lr": 1e-3,
     "optim.head_lr": 1e-3,
     "optim.layer_decay": 0.5,
-    "optim.head_only": 1,
+    "optim.head_warmup_epochs": 1,
     "optim.ema": 0.9,
     "data.crop": 0.5,
     "data.flip": "true",
@@ -299,7 +305,7 @@ NOT_OF_A_SEARCH = {
     "scale.strategy": "fsdp",
     "scale.precision": "bf16",
     "scale.micro_batch": 4,
-    "scale.recompute": "full",
+    "scale.activation_checkpointing": "full",
     "scale.compile": "true",
 }
 OF_STEPS = {
@@ -307,14 +313,14 @@ OF_STEPS = {
     "optim.weight_decay": 5.0,
     "optim.betas": "[0.5,0.9]",
     "optim.schedule": "constant",
-    "optim.clip": 1e-3,
+    "optim.grad_clip_norm": 1e-3,
     "loss.mse": 1,
     "loss.contrastive": 1,
-    "loss.hardest": 0.5,
+    "loss.hard_fraction": 0.5,
     "probe.lrs": "[1e-3]",
     "probe.epochs": 2,
     "probe.batch_size": 4,
-    "passes": "[2]",
+    "dataset_repeats": "[2]",
     "model.head_init": "random",
 }
 PROBE_SETTINGS: Entries = {
@@ -331,8 +337,8 @@ PROBE_SETTINGS: Entries = {
         refused(rf"optim.warmup: {UNUSED}with probe.heads=\[ridge\]", "optim.warmup=1", given=RIDGE),
     ],
     "model.text_tower": refused("model.head_init: text is not for a search", "model.head_init=text"),
-    "optim.head_only_lr": refused(
-        f"optim.head_only_lr: {UNUSED}in a search", "optim.head_only_lr=1", "optim.head_only=1"
+    "optim.head_warmup_lr": refused(
+        f"optim.head_warmup_lr: {UNUSED}in a search", "optim.head_warmup_lr=1", "optim.head_warmup_epochs=1"
     ),
     "name": shows(files, "name=other", given=("out={here}/out/${name}",)),
     "out": shows(lambda r: r.names("*"), "out={here}/elsewhere"),
@@ -361,9 +367,9 @@ PROBE_SETTINGS: Entries = {
         shows(scores, "loss.temperature=0.5", given=("loss.contrastive=1",)),
         refused(f"loss.temperature: {UNUSED}with loss.contrastive=0", "loss.temperature=0.5"),
     ],
-    "data.one_seed": shows(scores, "data.one_seed=false", given=SEEDS),
+    "data.one_image_per_prompt": shows(scores, "data.one_image_per_prompt=false", given=SEEDS),
     "data.sources": shows(scores, "+data.sources={real: 5}", given=SEEDS),
-    "data.weights": shows(scores, "data.weights={weights}"),
+    "data.sample_weights": shows(scores, "data.sample_weights={weights}"),
     "scale.accelerator": without_gpu(refused("scale.accelerator: gpu, but torch finds none", "scale.accelerator=gpu")),
     "scale.workers": slow(shows(of_loader, "scale.workers=1")),
     "probe.heads": shows(scores, "probe.heads=[ridge,linear]"),

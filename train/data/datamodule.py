@@ -109,7 +109,9 @@ class ImageDataModule(lightning.LightningDataModule):
             names = [str(images.datasets[n].root) for n in others]
             refuse_seen(prompts, self.train_rows, dict(zip(names, sets, strict=True)))
             self._leave_out_equal_images(prompts, _joined(sets))
-        self.train_rows, images.weight_N = image_weights(images, self.train_rows, cfg.data.sources, cfg.data.weights)
+        self.train_rows, images.weight_N = image_weights(
+            images, self.train_rows, cfg.data.sources, cfg.data.sample_weights
+        )
         own = ["val"] if len(self.val_rows) else []
         self.val_names = [*own, *_beside(images.names[len(datasets) :])]
         self.val_sets = [*[self.val_rows for _ in own], *sets]
@@ -144,8 +146,8 @@ class ImageDataModule(lightning.LightningDataModule):
         parts = []
         for number in trained:
             dataset, own = self.images.datasets[number], rows_of[number]
-            units = dataset.prompt_sets()[own] if self._cfg.data.one_seed else None
-            repeats = self._cfg.passes[number] if self._cfg.passes else 1
+            units = dataset.prompt_sets()[own] if self._cfg.data.one_image_per_prompt else None
+            repeats = self._cfg.dataset_repeats[number] if self._cfg.dataset_repeats else 1
             parts.append(TrainingSubset(self.images.rows(number, own), repeats, units))
         return parts
 

@@ -1,6 +1,6 @@
 """Sample weights of training images: by prompt source, and by a file of keys and weights.
 
-    data.sources={diffusiondb: 2} data.weights=weights.parquet      columns key, weight; and dataset, where keys repeat
+    data.sources={diffusiondb: 2} data.sample_weights=weights.parquet    columns key, weight; dataset where keys repeat
 
 N images of all datasets.
 """
@@ -53,7 +53,7 @@ def image_weights(
         raise UserError("weights that cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
     weighted = rows[weight_N[rows] > 0]
     if not len(weighted):
-        raise UserError(f"data.sources, data.weights: all {len(rows):,} images have weight 0; give some more")
+        raise UserError(f"data.sources, data.sample_weights: all {len(rows):,} images have weight 0; give some more")
     if len(weighted) < len(rows):
         log.info(
             "%s of %s training images have weight 0 and are left out",
@@ -131,11 +131,13 @@ def _read(path: Path) -> pa.Table:
         missing = [name for name in ("key", "weight") if name not in table.column_names]
         if missing:
             have = ", ".join(table.column_names)
-            raise UserError(f"data.weights: {path} has the columns {have}; {' and '.join(missing)} must be among them")
+            raise UserError(
+                f"data.sample_weights: {path} has the columns {have}; {' and '.join(missing)} must be among them"
+            )
         known = [name for name in _COLUMNS if name in table.column_names]
         table = table.select(known).cast(pa.schema([(name, _COLUMNS[name]) for name in known]))
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError, OSError) as error:
-        raise UserError(f"data.weights: {path} cannot be read: {str(error).splitlines()[0]}") from error
+        raise UserError(f"data.sample_weights: {path} cannot be read: {str(error).splitlines()[0]}") from error
     if not table.num_rows:
-        raise UserError(f"data.weights: {path} is empty")
+        raise UserError(f"data.sample_weights: {path} is empty")
     return table

@@ -199,5 +199,5 @@ def run_length(samples: int, cfg: TrainSettings) -> RunLength:
     an_epoch = steps_per_epoch(samples, cfg.batch_size)
     steps = cfg.max_steps or max(round(cfg.epochs * an_epoch), 1)
     # the tolerance: .55 of 100 steps is 55.00000000000001, which would be rounded up to 56
-    head_steps = min(math.ceil(cfg.optim.head_only * an_epoch - 1e-9), steps)
+    head_steps = min(math.ceil(cfg.optim.head_warmup_epochs * an_epoch - 1e-9), steps)
     return RunLength(an_epoch, steps, head_steps)

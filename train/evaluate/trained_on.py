@@ -167,8 +167,9 @@ def data_of(
         run: its `settings.json`; keys that an older version did not write have their defaults.
         preprocessing: from images to the model's squares.
         device: where the vectors of a fold are compared.
-        weighted: keep `data.sources`, `data.weights` and `val`, so that images of weight 0 and those that share bytes
-            with further validation sets are left out as in training; False lets each training image count the same.
+        weighted: keep `data.sources`, `data.sample_weights` and `val`, so that images of weight 0 and those that share
+            bytes with further validation sets are left out as in training; False lets each training image count the
+            same.
 
     Raises:
         UserError: a dataset cannot be used.
@@ -176,7 +177,7 @@ def data_of(
     default = compose("train", [])
     plain = {k: _overlaid(v, run[k]) if k in run else v for k, v in default.items()}
     if not weighted:
-        plain["data"] = {**plain["data"], "sources": {}, "weights": None}
+        plain["data"] = {**plain["data"], "sources": {}, "sample_weights": None}
     datasets = [Dataset(folder, encoder) for folder in run["dataset"]]
     vals = [Dataset(folder, encoder) for folder in run.get("val") or []] if weighted else []
     return ImageDataModule(datasets, vals, settings(TrainSettings, plain), preprocessing, device=device)
@@ -192,7 +193,7 @@ def _overlaid(default: Any, own: Any) -> Any:
 def has_weights(run: Mapping[str, Any]) -> bool:
     """Whether weights or further validation sets of a run's `settings.json` may leave images out of training."""
     data = run.get("data") or {}
-    return bool(data.get("sources") or data.get("weights") or run.get("val"))
+    return bool(data.get("sources") or data.get("sample_weights") or run.get("val"))
 
 
 def rows_of_split(data: ImageDataModule, split: str) -> Rows:

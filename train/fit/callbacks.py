@@ -233,8 +233,8 @@ class ResumeCheckpoint(Callback):
             raise UserError(
                 f"the loss of step {step} is NaN or infinite; the batch is in {where}. "
                 f"{'The same command resumes from the last checkpoint, and' if resume.exists(self._out) else 'It'} "
-                "will fail here again: try a lower optim.lr and optim.head_lr, a longer optim.warmup, optim.clip=1, or "
-                "scale.precision=bf16 or fp32 in place of fp16, under another name=…"
+                "will fail here again: try a lower optim.lr and optim.head_lr, a longer optim.warmup, "
+                "optim.grad_clip_norm=1, or scale.precision=bf16 or fp32 in place of fp16, under another name=…"
             )
 
     def _check_all(self, trainer: lightning.Trainer) -> None:

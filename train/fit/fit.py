@@ -68,7 +68,7 @@ def fit(cfg: TrainSettings) -> int:
     resumed_from, resumed_at = resume.newest_whole(cfg.out)
     outline = setup.build_on_meta(cfg, datasets)
     data = ImageDataModule(datasets, vals, cfg, outline.spec.preprocessing, device=machine.device)
-    mode = "none" if cfg.scale.recompute == "auto" else cfg.scale.recompute
+    mode = "none" if cfg.scale.activation_checkpointing == "auto" else cfg.scale.activation_checkpointing
     needs = flops.measure(outline, cfg.optim, machine.half, mode)
     forecast = Forecast.of(data.length, cfg)
     _log_run(cfg, outline, data, resumed_at, needs, machine, forecast)
@@ -94,7 +94,7 @@ def fit(cfg: TrainSettings) -> int:
     every = min(max(round(cfg.validate_every * plan.per_epoch), 1), plan.steps)
     validated = bool(data.val_names)
     trainer = _trainer(cfg, plan, machine, needs, validated, every, forecast.peak_step, resumed_at, [best, point])
-    if cfg.keep_first and not resumed_at:
+    if cfg.save_initial and not resumed_at:
         save(module, "first")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed_from, weights_only=True)
@@ -167,7 +167,7 @@ def _trainer(
         num_sanity_val_steps=-1 if validated and not resumed_at else 0,
         # tensors that FSDP2 gathers in inference mode before the first step cannot be trained
         inference_mode=cfg.scale.strategy != "fsdp",
-        gradient_clip_val=cfg.optim.clip or None,
+        gradient_clip_val=cfg.optim.grad_clip_norm or None,
         log_every_n_steps=log_every,
         callbacks=[Progress(plan, log_every, peak_step, mfu), *callbacks],
         logger=loggers(cfg, plan.per_epoch, resumed_at),

@@ -33,7 +33,7 @@ class Forecast:
     backbone: float | None
     """Highest share of the backbone's peak rate; None where the whole backbone is frozen."""
     head: float
-    """Highest share of the head's peak rate on the run's schedule, without the steps at `head_only_lr`."""
+    """Highest share of the head's peak rate on the run's schedule, without the steps at `head_warmup_lr`."""
     working_steps: int
     """Steps at which the backbone (of a frozen one, the head) has half its peak rate or more."""
     peak_step: int
@@ -46,7 +46,7 @@ class Forecast:
         """Compute the forecast from the rates of every step."""
         optim, steps, alone = cfg.optim, length.steps, length.head_steps
         frozen = cfg.model.freeze == "all"
-        own_schedule = optim.head_only_lr is not None and alone > 0
+        own_schedule = optim.head_warmup_lr is not None and alone > 0
         first = alone if own_schedule else 0
         shares = {
             part: [part_share(part, step, steps, alone, optim) for step in range(steps)]
@@ -80,7 +80,7 @@ class Forecast:
         optim, alone = self.cfg.optim, self.length.head_steps
         steps = f"{self.length.steps:,} {_steps(self.length.steps)}"
         if alone:
-            own = "" if optim.head_only_lr is None else f" at rates from {optim.head_only_lr:g} down"
+            own = "" if optim.head_warmup_lr is None else f" at rates from {optim.head_warmup_lr:g} down"
             steps += f", the first {alone:,} of the head alone{own}"
         warmup = f"warm-up {self.warmup:,} {_steps(self.warmup)}{self._why_warmup()}"
         rates = [] if self.backbone is None else [_rate("backbone", self.backbone, optim.lr, "optim.lr")]
@@ -110,9 +110,9 @@ class Forecast:
         optim, steps, alone = self.cfg.optim, self.length.steps, self.length.head_steps
         if self.backbone is not None and alone >= steps:
             message = (
-                f"the backbone never trains: optim.head_only={optim.head_only:g} epochs are all {steps:,} "
-                f"{_steps(steps)} of the run. Take a smaller optim.head_only or more epochs; where only the head is to "
-                "train, model.freeze=all is cheaper."
+                f"the backbone never trains: optim.head_warmup_epochs={optim.head_warmup_epochs:g} epochs are all "
+                f"{steps:,} {_steps(steps)} of the run. Take a smaller optim.head_warmup_epochs or more epochs; where "
+                "only the head is to train, model.freeze=all is cheaper."
             )
             return [message]
         messages = []

@@ -26,7 +26,7 @@ from train.fit.ema import Ema
 from train.fit.improvement import ImageScores
 from train.fit.optim import optimizer
 from train.fit.schedule import scheduler
-from train.scale import activation_checkpointing as recompute
+from train.scale import activation_checkpointing
 from train.scale.devices import is_rank_zero
 from train.scale.plan import Plan
 from train.scale.trained_tensors import averaged
@@ -66,10 +66,10 @@ class Training(lightning.LightningModule):
             return
         self._is_configured = True
         mesh = self.device_mesh
-        if mesh is None and self._plan.recompute == "none" and not self._plan.compile:
+        if mesh is None and self._plan.activation_checkpointing == "none" and not self._plan.compile:
             return  # backbones whose blocks are unknown always take this path
         parts = blocks(self.model.backbone)
-        recompute.apply(parts, self._plan.recompute)
+        activation_checkpointing.apply(parts, self._plan.activation_checkpointing)
         if self._plan.compile:
             # blocks share code but differ in width, freezing and mode: more variants than the default limit of 8
             torch._dynamo.config.recompile_limit = 64

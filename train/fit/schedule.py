@@ -30,16 +30,16 @@ def scheduler(
 def part_share(part: str, step: int, steps: int, alone: int, cfg: OptimSettings) -> float:
     """Learning rate of the backbone's or head's groups at `step`, as a share of their peak.
 
-    In the first `alone` steps the backbone's is 0 and the head's falls from head_only_lr to a hundredth of it by half
-    a cosine, after which the schedule begins for all; without head_only_lr one schedule runs from the first step on.
+    In the first `alone` steps the backbone's is 0 and the head's falls from head_warmup_lr to a hundredth of it by half
+    a cosine, after which the schedule begins for all; without head_warmup_lr one schedule runs from the first step on.
     The warm-up is at most a tenth of the steps that the schedule covers: those after `alone` in the first case.
     """
     if part == "backbone" and step < alone:
         return 0.0
-    if cfg.head_only_lr is not None and alone:
+    if cfg.head_warmup_lr is not None and alone:
         if step < alone or steps <= alone:
             falling = _half_cosine(1.0, _HEAD_ONLY_LAST, min(step / alone, 1.0))
-            return cfg.head_only_lr / cfg.head_lr * falling
+            return cfg.head_warmup_lr / cfg.head_lr * falling
         step, steps = step - alone, steps - alone
     return lr_share(step, steps, cfg.warmup, cfg.schedule)
 

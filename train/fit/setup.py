@@ -43,7 +43,7 @@ def build_model(cfg: TrainSettings, datasets: list[Dataset], *, resumed: bool) -
     torch.manual_seed(cfg.seed)  # random weights depend on the seed alone
     elsewhere = resumed or cfg.init_from is not None
     made = _made(cfg, datasets, "random" if elsewhere else cfg.model.weights)
-    made.fixed_stats = cfg.model.fixed_stats and (cfg.model.weights != "random" or cfg.init_from is not None)
+    made.freeze_bn_stats = cfg.model.freeze_bn_stats and (cfg.model.weights != "random" or cfg.init_from is not None)
     if cfg.init_from is not None and not resumed:
         checkpoint.load_into(made, cfg.init_from)
         config = checkpoint.read_config(cfg.init_from)
@@ -61,10 +61,10 @@ def build_on_meta(cfg: TrainSettings, datasets: list[Dataset]) -> Regressor:
     """Build the regressor as it will train on the meta device, without reading or computing weights."""
     with torch.device("meta"):
         made = _made(cfg, datasets, "random")
-        made.fixed_stats = cfg.model.fixed_stats
+        made.freeze_bn_stats = cfg.model.freeze_bn_stats
         freeze_and_add_lora(made, cfg)
-    if not cfg.model.fixed_stats and not any(isinstance(m, _NormBase) for m in made.backbone.modules()):
-        log.warning("model.fixed_stats=false has no effect: %s has no batch norm", made.spec.name)
+    if not cfg.model.freeze_bn_stats and not any(isinstance(m, _NormBase) for m in made.backbone.modules()):
+        log.warning("model.freeze_bn_stats=false has no effect: %s has no batch norm", made.spec.name)
     return made
 
 
@@ -142,8 +142,8 @@ def _whole_head(path: Path) -> dict[str, torch.Tensor] | None:
 
 def _ridge(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
     rows = data.train_rows
-    if cfg.model.head_pictures is not None and len(rows) > cfg.model.head_pictures:
-        drawn = np.random.default_rng([cfg.seed, len(rows)]).choice(len(rows), cfg.model.head_pictures, replace=False)
+    if cfg.model.head_fit_images is not None and len(rows) > cfg.model.head_fit_images:
+        drawn = np.random.default_rng([cfg.seed, len(rows)]).choice(len(rows), cfg.model.head_fit_images, replace=False)
         rows = rows[np.sort(drawn)]
     found = features(made.to(device).eval(), data.images, rows, cfg.batch_size, cfg.scale.workers)
     share = init_ridge(made.head, found.batches, RIDGE_PENALTY_SCALE, penalty_parts(data.images, found.row_n))
@@ -178,7 +178,7 @@ def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs:
     """Plan steps, ranks and micro-batches; on a GPU, scale.micro_batch=auto tries sizes."""
     scale = cfg.scale
     share = math.ceil(cfg.batch_size / machine.world)
-    micro, mode = share, "none" if scale.recompute == "auto" else scale.recompute
+    micro, mode = share, "none" if scale.activation_checkpointing == "auto" else scale.activation_checkpointing
     if scale.micro_batch != "auto":
         micro = min(scale.micro_batch, share)
     elif machine.device.type == "cuda":
@@ -189,13 +189,13 @@ def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs:
         _refuse_parts(cfg, machine.world, accumulate)
         log.info("%d micro-batches of %d images per step on each device", accumulate, share // accumulate)
     if mode != "none":
-        log.info("activations: %s recomputation", mode)
+        log.info("activation checkpointing: %s", mode)
     return Plan(
         steps=data.steps,
         per_epoch=data.per_epoch,
         world=machine.world,
         accumulate=accumulate,
-        recompute=mode,
+        activation_checkpointing=mode,
         compile=machine.device.type == "cuda" if scale.compile == "auto" else scale.compile,
         # a fused optimizer unscales the loss itself, too late for gradient clipping
         fused=machine.device.type == "cuda" and machine.precision != "16-mixed",
@@ -209,16 +209,19 @@ def fitting_trial(
     """Search for a size that fits after a run ran out of memory; None where other ranks would wait."""
     if machine.device.type != "cuda" or machine.world > 1 or cfg.scale.strategy == "fsdp":
         return None
-    return lambda among: micro_batch.fitting(made, cfg, needs, machine, plan.recompute, among)
+    return lambda among: micro_batch.fitting(made, cfg, needs, machine, plan.activation_checkpointing, among)
 
 
 def _refuse_parts(cfg: TrainSettings, world: int, accumulate: int) -> None:
     """Refuse losses that compare all images of a step; warn about batch norms that see less than a step."""
     found = []
-    for name, on in (("loss.contrastive", cfg.loss.contrastive > 0), ("loss.hardest", cfg.loss.hardest < 1)):
+    for name, on in (
+        ("loss.contrastive", cfg.loss.contrastive > 0),
+        ("loss.hard_fraction", cfg.loss.hard_fraction < 1),
+    ):
         if on:
             found.append(f"{name} compares the images of a whole step")
-    if not cfg.model.fixed_stats or cfg.model.head == "wide":
+    if not cfg.model.freeze_bn_stats or cfg.model.head == "wide":
         log.warning(
             "batch norms that learn their statistics see %d images at a time, not the step's %d",
             cfg.batch_size // (world * accumulate),
@@ -227,6 +230,6 @@ def _refuse_parts(cfg: TrainSettings, world: int, accumulate: int) -> None:
     if found:
         raise UserError(
             f"scale.micro_batch: a step of {cfg.batch_size} images would be {accumulate} micro-batches on each of "
-            f"{world} devices, but {'; '.join(found)}. Take a batch_size that fits at once, scale.recompute=full, or "
-            "leave that out."
+            f"{world} devices, but {'; '.join(found)}. Take a batch_size that fits at once, "
+            "scale.activation_checkpointing=full, or leave that out."
         )

@@ -72,7 +72,9 @@ class Machine:
         if self.world == 1:
             return "auto"
         # while the head trains alone, the backbone has no gradients for the ranks to wait for
-        return DDPStrategy(find_unused_parameters=optim.head_only > 0, gradient_as_bucket_view=True, timeout=_PATIENCE)
+        return DDPStrategy(
+            find_unused_parameters=optim.head_warmup_epochs > 0, gradient_as_bucket_view=True, timeout=_PATIENCE
+        )
 
     def _half(self) -> Any:
         wanted = self._scale.precision

@@ -80,7 +80,7 @@ def measure(
 
     Args:
         model: neither compiled nor shared out; its training mode counts as on.
-        mode: of recomputation, for the memory.
+        mode: activation checkpointing, for the memory.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -38,22 +38,24 @@ _LAST_REMEDIES = ["a higher model.freeze", "model.lora", "optim.name=adamw8bit",
 def choose(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine) -> tuple[int, Mode]:
     """Choose the micro-batch size and checkpointing mode of this process's device; on a CPU the whole share.
 
-    With scale.recompute=auto the least that lets 8 images fit, or a whole share of the batch where the loss compares
-    its images. With FSDP the estimate `needs` decides, without trials.
+    With scale.activation_checkpointing=auto the least that lets 8 images fit, or a whole share of the batch where the
+    loss compares its images. With FSDP the estimate `needs` decides, without trials.
 
     Raises:
         UserError: not one image fits.
     """
     share = math.ceil(cfg.batch_size / machine.world)
     if machine.device.type != "cuda":
-        return share, "none" if cfg.scale.recompute == "auto" else cfg.scale.recompute
+        return share, "none" if cfg.scale.activation_checkpointing == "auto" else cfg.scale.activation_checkpointing
     enough = share if cfg.loss.needs_whole_step else min(_ENOUGH, share)
-    modes: tuple[Mode, ...] = get_args(Mode) if cfg.scale.recompute == "auto" else (cfg.scale.recompute,)
+    modes: tuple[Mode, ...] = (
+        get_args(Mode) if cfg.scale.activation_checkpointing == "auto" else (cfg.scale.activation_checkpointing,)
+    )
     among = _parts(made, cfg, machine.world)
     found = 0
     for mode in modes:
         found = fitting(made, cfg, needs, machine, mode, among)
-        log.info("micro-batch search: %s recomputation, %d of %d images fit", mode, found, share)
+        log.info("micro-batch search: %s activation checkpointing, %d of %d images fit", mode, found, share)
         if found >= enough:
             return found, mode
     if not found:
@@ -61,7 +63,7 @@ def choose(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine) -
         parted = len(among) > 1
         raise UserError(
             f"out of memory: {among[-1]} images of {made.spec.size} px at once are more than {machine.device} takes, "
-            f"even with scale.recompute={modes[-1]}; {needs.line(among[-1], shards)}.\n"
+            f"even with scale.activation_checkpointing={modes[-1]}; {needs.line(among[-1], shards)}.\n"
             f"Take {'' if parted else f'a batch_size that {machine.world} devices share evenly, or '}"
             f"{', or '.join(_LAST_REMEDIES)}."
         )
@@ -118,11 +120,14 @@ def advice(
         remedies.append(f"batch_size={size * plan.world} ({why}; this loss compares all images of a step)")
     elif size:
         remedies.append(f"scale.micro_batch={size} ({why}; {share // size} of them make up the same step)")
-    remedies += [f"scale.recompute={mode}" for mode in modes[modes.index(plan.recompute) + 1 :]]
+    remedies += [
+        f"scale.activation_checkpointing={mode}" for mode in modes[modes.index(plan.activation_checkpointing) + 1 :]
+    ]
     if not size:
         remedies += _LAST_REMEDIES
     return UserError(
-        f"out of memory with {images} images at once on a device and scale.recompute={plan.recompute}: {said}\n"
+        f"out of memory with {images} images at once on a device and "
+        f"scale.activation_checkpointing={plan.activation_checkpointing}: {said}\n"
         f"Take {', or '.join(remedies)}. The same run resumes from its last checkpoint."
     )
 

@@ -16,7 +16,7 @@ class Plan:
     """Number of processes, one per device."""
     accumulate: int = 1
     """Micro-batches per step on each device."""
-    recompute: Mode = "none"
+    activation_checkpointing: Mode = "none"
     compile: bool = False
     fused: bool = False
     """Whether the optimizer runs as one fused kernel."""

@@ -1,7 +1,7 @@
 """Hard examples: score the training images of a run and write sample weights for the next run.
 
     python -m train.hard run=checkpoints/vith14
-    python -m train +experiment=vith14 name=again data.weights=checkpoints/vith14/weights.parquet
+    python -m train +experiment=vith14 name=again data.sample_weights=checkpoints/vith14/weights.parquet
 
 <out> has a row per image, the hardest first: key, dataset (its folder), score, weight. Unreadable images have no row.
 n images.
@@ -130,4 +130,4 @@ def write_hard_examples(cfg: HardSettings) -> None:
         0 if cfg.drop else 1,
         cfg.out,
     )
-    log.info("train on them: python -m train … data.weights=%s", cfg.out)
+    log.info("train on them: python -m train … data.sample_weights=%s", cfg.out)

@@ -143,7 +143,7 @@ def _with_head(model: Regressor, kind: str, cfg: ProbeSettings) -> Regressor:
     torch.manual_seed(cfg.seed)
     hidden = cfg.model.head_width if kind == "wide" else 0
     candidate = Regressor(model.backbone, model.spec, model.width, kind, hidden).to(model.device)
-    candidate.fixed_stats = model.fixed_stats
+    candidate.freeze_bn_stats = model.freeze_bn_stats
     candidate.freeze(None)
     return candidate
 
@@ -172,7 +172,7 @@ class _Lesson:
         search = self._cfg.probe
         candidate = _with_head(begun, begun.head_kind, self._cfg)
         candidate.head.load_state_dict(begun.head.state_dict())
-        cfg = dataclasses.replace(self._cfg.optim, head_lr=lr, head_only=0, head_only_lr=None, layer_decay=1)
+        cfg = dataclasses.replace(self._cfg.optim, head_lr=lr, head_warmup_epochs=0, head_warmup_lr=None, layer_decay=1)
         steps = max(round(search.epochs * steps_per_epoch(len(self._data.shuffled_epochs), search.batch_size)), 1)
         candidate.head.train()
         rates = optimizer(candidate, cfg)
@@ -189,8 +189,8 @@ class _Lesson:
                     value = total_loss(z_BE, target_BE, weight_B, denominator=len(rows), **self._cfg.loss.keywords())
                     rates.zero_grad()
                     value.backward()
-                    if cfg.clip:
-                        nn.utils.clip_grad_norm_(candidate.head.parameters(), cfg.clip)
+                    if cfg.grad_clip_norm:
+                        nn.utils.clip_grad_norm_(candidate.head.parameters(), cfg.grad_clip_norm)
                     rates.step()
                 schedule.step()
                 bar.update()

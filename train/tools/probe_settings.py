@@ -55,11 +55,25 @@ class SearchSettings:
 
 
 _NOT_OF_A_SEARCH = (
-    *("epochs", "max_steps", "validate_every", "save_every", "log_every", "keep_first", "dry_run"),
-    *("model.head", "model.head_width", "model.head_pictures", "model.text_tower", "model.freeze", "model.fixed_stats"),
-    *("model.lora", "optim.lr", "optim.head_lr", "optim.layer_decay", "optim.head_only", "optim.head_only_lr"),
+    *("epochs", "max_steps", "validate_every", "save_every", "log_every", "save_initial", "dry_run"),
+    *(
+        "model.head",
+        "model.head_width",
+        "model.head_fit_images",
+        "model.text_tower",
+        "model.freeze",
+        "model.freeze_bn_stats",
+    ),
+    *(
+        "model.lora",
+        "optim.lr",
+        "optim.head_lr",
+        "optim.layer_decay",
+        "optim.head_warmup_epochs",
+        "optim.head_warmup_lr",
+    ),
     *("optim.ema", "data.crop", "data.flip", "data.jitter", "data.erase", "scale.devices", "scale.nodes"),
-    *("scale.strategy", "scale.precision", "scale.micro_batch", "scale.recompute", "scale.compile"),
+    *("scale.strategy", "scale.precision", "scale.micro_batch", "scale.activation_checkpointing", "scale.compile"),
 )
 """Settings of `python -m train` that a search over heads on frozen features does not use."""
 
@@ -82,6 +96,6 @@ class ProbeSettings(TrainSettings):
         if "wide" in self.probe.heads:
             found.pop("model.head_width", None)
         if set(self.probe.heads) == {"ridge"}:
-            by_steps = ("loss", "optim", "model.head_init", "data.one_seed", "passes")
+            by_steps = ("loss", "optim", "model.head_init", "data.one_image_per_prompt", "dataset_repeats")
             found |= dict.fromkeys(by_steps, _CLOSED_FORM)
         return found

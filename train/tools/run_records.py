@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 _LATEST = 200  # last log lines, for the rate
 _SILENT = 300  # seconds without activity after which a run counts as stopped, unless its log lines are rarer
 # settings that may differ between two runs of the same recipe
-_NOT_COMPARED = (*OF_THE_MACHINE, "name", "keep_first", "dataset_sha256", "encoder_sha256")
+_NOT_COMPARED = (*OF_THE_MACHINE, "name", "save_initial", "dataset_sha256", "encoder_sha256")
 _IN_COLUMNS = ("dataset", "fold", "epochs", "batch_size", "optim.lr", "model.backbone", "model.size")
 _NOT_SORTABLE = ("settings", "changed", "sets", "sources", "leakage", "note")
 

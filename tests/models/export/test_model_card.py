@@ -32,9 +32,9 @@ SETTINGS = {
         "head_init": "ridge",
         "lora": {"blocks": 4, "rank": 16},
     },
-    "loss": {"mse": 0.01, "contrastive": 0.0, "hardest": 0.5},
+    "loss": {"mse": 0.01, "contrastive": 0.0, "hard_fraction": 0.5},
     "optim": {"name": "adamw", "lr": 4e-5, "head_lr": 4e-4, "layer_decay": 0.9, "schedule": "cosine", "warmup": 500,
-              "weight_decay": 0.01, "clip": 1.0, "ema": 0.9998},
+              "weight_decay": 0.01, "grad_clip_norm": 1.0, "ema": 0.9998},
     "data": {"crop": 0.9, "flip": True, "jitter": 0.1, "erase": 0.0},
 }  # fmt: skip
 

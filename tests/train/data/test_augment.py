@@ -13,7 +13,7 @@ from train.config import DataSettings
 from train.data.augment import augment, boxes, crop_and_resize, erase, jitter
 from train.data.counter_rng import uniform
 
-OFF = DataSettings(one_seed=True, sources={}, weights=None, crop=1, flip=False, jitter=0, erase=0)
+OFF = DataSettings(one_image_per_prompt=True, sources={}, sample_weights=None, crop=1, flip=False, jitter=0, erase=0)
 ALL = replace(OFF, crop=0.6, flip=True, jitter=0.3, erase=0.5)
 SIDE = 48
 

@@ -260,7 +260,7 @@ def test_a_file_of_weights_that_is_none(sources: list[Path], tmp_path: Path) -> 
     images = ImageDataset([Dataset(sources[0], ENCODER)], Preprocessing(8))
     (tmp_path / "w.parquet").write_bytes(b"PAR1 no more")
     for path in (tmp_path / "w.parquet", tmp_path / "nowhere.csv"):
-        with pytest.raises(UserError, match=f"data.weights: {path} cannot be read"):
+        with pytest.raises(UserError, match=f"data.sample_weights: {path} cannot be read"):
             image_weights(images, np.arange(9), {}, path)
 
 
@@ -290,12 +290,12 @@ def test_one_of_a_prompts_images_is_drawn_an_epoch(run: dict[str, Path]) -> None
     epochs = np.stack([np.sort(data.shuffled_epochs.epoch(n)) for n in range(3)])
     assert all((epoch // 3).tolist() == list(range(2, 10)) for epoch in epochs)
     assert sorted(epochs.flatten().tolist()) == list(range(6, 30))
-    every = data_of([run["seeds"]], "data.one_seed=false")
+    every = data_of([run["seeds"]], "data.one_image_per_prompt=false")
     assert sorted(every.shuffled_epochs.epoch(0).tolist()) == list(range(6, 30))
 
 
 def test_passes_say_how_often_a_dataset_is_seen(run: dict[str, Path]) -> None:
-    data = data_of([run["seeds"], run["noisy"]], "passes=[2,0.5]", "batch_size=7", "max_steps=5")
+    data = data_of([run["seeds"], run["noisy"]], "dataset_repeats=[2,0.5]", "batch_size=7", "max_steps=5")
     assert (len(data.shuffled_epochs), data.per_epoch, data.steps) == (2 * 8 + 5, 3, 5)
     epoch = data.shuffled_epochs.epoch(0)
     assert (epoch < 30).sum() == 16
@@ -390,13 +390,13 @@ def test_a_dataset_whose_images_all_count_nothing_is_refused(run: dict[str, Path
     path = tmp_path / "w.csv"
     path.write_text("key,weight,dataset\n" + "".join(f"{n:06d},0,{run['noisy']}\n" for n in range(2, 12)))
     with pytest.raises(UserError, match=r"nothing of .*noisy is left to train on; take it out of dataset=\[…\]"):
-        data_of([run["seeds"], run["noisy"]], f"data.weights={path}")
+        data_of([run["seeds"], run["noisy"]], f"data.sample_weights={path}")
 
 
 def test_weights_reach_the_batches(run: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "w.csv"
     path.write_text("key,weight\n000006,5\n000011,0\n")
-    data = attached(data_of([run["noisy"]], f"data.weights={path}", "epochs=4", "batch_size=9"))
+    data = attached(data_of([run["noisy"]], f"data.sample_weights={path}", "epochs=4", "batch_size=9"))
     assert 11 not in data.train_rows
     batches = list(data.train_dataloader())
     assert len(batches) == 4

@@ -70,7 +70,7 @@ def test_four_micro_batches_of_eight_are_a_batch_of_32(
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
 
 
-@pytest.mark.parametrize("part", ["loss.contrastive=0.1", "loss.hardest=0.5"])
+@pytest.mark.parametrize("part", ["loss.contrastive=0.1", "loss.hard_fraction=0.5"])
 def test_what_compares_images_is_not_added_up(part: str, small_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scale\.micro_batch: a step of 8 images would be 4 micro-batches .* compares"):
         train(small_data, tmp_path / "run", part, "scale.micro_batch=2")
@@ -109,7 +109,7 @@ def test_a_fused_optimizer_clips_in_half_precision(
     """As on a GPU, where both are the default."""
     plan = start.make_plan
     monkeypatch.setattr(start, "make_plan", lambda *about: dataclasses.replace(plan(*about), fused=True))
-    parts = ("scale.precision=bf16", "optim.clip=0.5", "max_steps=2")
+    parts = ("scale.precision=bf16", "optim.grad_clip_norm=0.5", "max_steps=2")
     assert train(small_data, tmp_path / "run", *parts) == 0
 
 
@@ -146,7 +146,7 @@ def test_the_debug_experiment_takes_two_steps_of_everything(small_data: Path, tm
 
 
 def test_a_second_stage_begins_where_the_first_ended(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
-    train(small_data, tmp_path / "run", f"init_from={tiny_run / 'best'}", "keep_first=true", "max_steps=1")
+    train(small_data, tmp_path / "run", f"init_from={tiny_run / 'best'}", "save_initial=true", "max_steps=1")
     first, best = (load_file(p / "model.safetensors") for p in (tmp_path / "run/first", tiny_run / "best"))
     weights = [name for name in best if name.startswith(("backbone.", "head."))]
     assert weights
@@ -187,7 +187,7 @@ def test_a_head_worked_out_before_is_taken(small_data: Path, tmp_path: Path) -> 
     head = make("test_vit", "random", 32, small_dataset.WIDTH).head
     (tmp_path / "run").mkdir()
     tensor_files.save(dict(head.state_dict()), tmp_path / "run/head_init.safetensors")
-    train(small_data, tmp_path / "run", "keep_first=true", "max_steps=1")
+    train(small_data, tmp_path / "run", "save_initial=true", "max_steps=1")
     assert load_file(tmp_path / "run/first/model.safetensors")["head.weight"].equal(head.state_dict()["weight"])
 
 
@@ -208,7 +208,7 @@ def test_a_damaged_head_is_worked_out_again(
 def test_several_datasets_and_validation_sets(small_data: Path, tmp_path: Path) -> None:
     second = small_dataset.write(tmp_path / "second", train=20, val=4, seed=5)
     judged = small_dataset.write(tmp_path / "judged", train=0, val=8, seed=6)
-    data = [f"dataset=[{small_data},{second}]", "passes=[1,0.5]", f"val=[{judged}]"]
+    data = [f"dataset=[{small_data},{second}]", "dataset_repeats=[1,0.5]", f"val=[{judged}]"]
     cfg = settings(TrainSettings, compose("train", [*training.OVERRIDES, *data, f"out={tmp_path / 'run'}"]))
     assert fit.fit(cfg) == 0
     log = records(tmp_path / "run")

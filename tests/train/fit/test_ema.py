@@ -110,7 +110,7 @@ def test_what_trains_is_averaged_and_statistics_with_it() -> None:
     assert {n.rpartition(".")[2] for n in statistics} == {"running_mean", "running_var"}
     assert {"head.1.running_mean", "backbone.bn2.running_var"} <= statistics
     assert "backbone.bn1.running_mean" not in statistics, "the stem is frozen"
-    model.fixed_stats = True
+    model.freeze_bn_stats = True
     assert {n for n in averaged(model.train()) if "running" in n} == {"head.1.running_mean", "head.1.running_var"}
 
 

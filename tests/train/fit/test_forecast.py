@@ -66,15 +66,18 @@ def test_every_experiment_reaches_most_of_its_peak_rate(name: str, images: int) 
         (("max_steps=9",), 0),
         (("optim.warmup=0",), 0),
         (("optim.schedule=constant",), 21),
-        (("optim.head_only=15",), 21),  # one schedule from the first step on
-        (("optim.head_only=15", "optim.head_only_lr=1e-2"), 10),  # the schedule covers the 15 epochs after it
+        (("optim.head_warmup_epochs=15",), 21),  # one schedule from the first step on
+        (
+            ("optim.head_warmup_epochs=15", "optim.head_warmup_lr=1e-2"),
+            10,
+        ),  # the schedule covers the 15 epochs after it
     ],
 )
 def test_the_warm_up_is_at_most_a_tenth_of_the_schedule(overrides: tuple[str, ...], warmup: int) -> None:
     forecast = forecast_of(900, "batch_size=128", "epochs=30", *overrides)
     assert forecast.warmup == warmup
     shares = rates(forecast)["head"]
-    if forecast.cfg.optim.head_only_lr is not None:
+    if forecast.cfg.optim.head_warmup_lr is not None:
         shares = shares[forecast.length.head_steps :]
     assert shares[0] == pytest.approx(1 / (warmup + 1))
     assert (np.diff(shares[: warmup + 1]) > 0).all()
@@ -98,7 +101,7 @@ def test_the_lines_say_steps_warm_up_highest_rates_and_what_averaging_leaves_of_
     )
     (line,) = forecast_of(900, "model.freeze=all", "batch_size=9").lines()
     assert line.endswith("; highest rate: head 9.8e-05 (97.6 % of optim.head_lr)")
-    (line,) = forecast_of(900, "optim.head_only=1", "optim.head_only_lr=0.01", "optim.warmup=0").lines()
+    (line,) = forecast_of(900, "optim.head_warmup_epochs=1", "optim.head_warmup_lr=0.01", "optim.warmup=0").lines()
     assert line.startswith("schedule: 21 steps, the first 7 of the head alone at rates from 0.01 down; warm-up 0 steps")
 
 
@@ -117,9 +120,9 @@ def test_a_run_too_short_to_learn_is_reported_with_what_makes_it_long_enough() -
 
 
 def test_a_backbone_that_never_trains_is_reported() -> None:
-    (message,) = forecast_of(900, "optim.head_only=3").warnings(900)
-    assert "the backbone never trains: optim.head_only=3 epochs are all 21 steps" in message
-    assert forecast_of(900, "optim.head_only=3").backbone == 0
+    (message,) = forecast_of(900, "optim.head_warmup_epochs=3").warnings(900)
+    assert "the backbone never trains: optim.head_warmup_epochs=3 epochs are all 21 steps" in message
+    assert forecast_of(900, "optim.head_warmup_epochs=3").backbone == 0
     (message,) = forecast_of(900, "model.freeze=all").warnings(900)
     assert "the head's rate is at half its peak or more in 10 of 21 steps" in message
 
@@ -127,7 +130,7 @@ def test_a_backbone_that_never_trains_is_reported() -> None:
 @pytest.mark.parametrize(("steps", "alone"), [(1, 0), (3, 0), (21, 0), (60, 50)])
 def test_the_share_of_the_start_in_the_average_is_that_of_the_averaged_weights(steps: int, alone: int) -> None:
     """Weights that are 1 at the start and 0 after each step that trains them: what is left is the share."""
-    overrides = ("batch_size=1", f"max_steps={steps}", "optim.ema=0.9998", f"optim.head_only={alone / 900}")
+    overrides = ("batch_size=1", f"max_steps={steps}", "optim.ema=0.9998", f"optim.head_warmup_epochs={alone / 900}")
     forecast = forecast_of(900, *overrides)
     assert forecast.length.head_steps == alone
     weight = nn.Parameter(torch.ones(1))

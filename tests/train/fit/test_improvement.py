@@ -24,7 +24,7 @@ from train.fit.module import Training
 pytest_plugins = ["tests.tiny_run"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORSE = ("optim.lr=0.3", "optim.head_lr=0.3", "optim.clip=0")
+WORSE = ("optim.lr=0.3", "optim.head_lr=0.3", "optim.grad_clip_norm=0")
 """Rates at which every step does harm."""
 
 BETTER = ("model.head_init=random", "optim.lr=1e-3", "optim.head_lr=1e-2", "epochs=10", "validate_every=5")
@@ -44,7 +44,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 
 def test_step_0_is_the_model_before_training(small_data: Path, tmp_path: Path) -> None:
     """The score of `first`, which is written before the first step, counted anew; logged as step 0, once."""
-    assert train(small_data, tmp_path / "run", "keep_first=true") == 0
+    assert train(small_data, tmp_path / "run", "save_initial=true") == 0
     first, *later = validations(tmp_path / "run")
     assert (first["step"], first["epoch"]) == (0, 0)
     assert [r["step"] for r in later] == [5, 10]
@@ -82,7 +82,7 @@ def test_where_no_step_scores_higher_best_is_the_start_and_the_run_says_so(
     small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        assert train(small_data, tmp_path / "run", "keep_first=true", "epochs=10", *WORSE) == 0
+        assert train(small_data, tmp_path / "run", "save_initial=true", "epochs=10", *WORSE) == 0
     assert same_weights(tmp_path / "run/best", tmp_path / "run/first")
     assert checkpoint.read_config(tmp_path / "run/best")["step"] == 0
     found = improvement_of(tmp_path / "run")
@@ -109,7 +109,7 @@ def test_a_checkpoint_that_a_run_begins_from_can_stay_its_best(
 
 def test_averaged_weights_of_a_short_run_are_not_the_start(small_data: Path, tmp_path: Path) -> None:
     """21 steps of averaging at .9998: the average has gone nine tenths of the way that the weights themselves went."""
-    parts = ("max_steps=21", "keep_first=true", "optim.lr=1e-3", "optim.head_lr=1e-3", "optim.warmup=500")
+    parts = ("max_steps=21", "save_initial=true", "optim.lr=1e-3", "optim.head_lr=1e-3", "optim.warmup=500")
     for name, ema in (("plain", 0), ("averaged", 0.9998)):
         assert train(small_data, tmp_path / name, *parts, f"optim.ema={ema}") == 0
     start, plain, averaged = (

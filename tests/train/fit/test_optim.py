@@ -31,9 +31,9 @@ CHOSEN = OptimSettings(
     betas=(0.9, 0.98),
     schedule="cosine",
     warmup=0,
-    clip=1,
-    head_only=0,
-    head_only_lr=None,
+    grad_clip_norm=1,
+    head_warmup_epochs=0,
+    head_warmup_lr=None,
     ema=0,
 )
 

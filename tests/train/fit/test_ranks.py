@@ -89,7 +89,7 @@ def test_two_ranks_that_share_out_the_weights_train_as_one_process_does(small_da
 @pytest.mark.parametrize("batch", [8, 9])
 def test_shared_out_weights_train_as_whole_ones(batch: int, small_data: Path, tmp_path: Path) -> None:
     """FSDP2 against DDP, with all that it must carry; its checkpoint exports, and its bundle gives the same vectors."""
-    parts = ("epochs=2", "optim.ema=0.9", "optim.layer_decay=0.8", "model.freeze=1", "optim.clip=0.5")
+    parts = ("epochs=2", "optim.ema=0.9", "optim.layer_decay=0.8", "model.freeze=1", "optim.grad_clip_norm=0.5")
     parts += ("model.lora.blocks=2", "model.lora.rank=4", f"batch_size={batch}")
     ranked(small_data, tmp_path / "ddp", *parts, TWO)
     ranked(small_data, tmp_path / "fsdp", *parts, *FSDP)
@@ -140,7 +140,7 @@ def test_one_rank_that_is_asked_to_stop_stops_all(small_data: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_the_head_trains_first_on_every_rank(strategy: str, small_data: Path, tmp_path: Path) -> None:
-    overrides = ("epochs=1.2", "optim.head_only=0.4", "optim.head_only_lr=1e-3")
+    overrides = ("epochs=1.2", "optim.head_warmup_epochs=0.4", "optim.head_warmup_lr=1e-3")
     train(small_data, tmp_path / "one", *overrides)
     ranked(small_data, tmp_path / "two", *overrides, TWO, f"scale.strategy={strategy}")
     agree(tmp_path / "one", tmp_path / "two", "train/loss")
@@ -148,7 +148,7 @@ def test_the_head_trains_first_on_every_rank(strategy: str, small_data: Path, tm
 
 @pytest.mark.slow
 def test_what_compares_the_images_of_a_step_sees_those_of_all_ranks(small_data: Path, tmp_path: Path) -> None:
-    overrides = ("epochs=2", "loss.contrastive=0.1", "loss.hardest=0.5", "batch_size=9")
+    overrides = ("epochs=2", "loss.contrastive=0.1", "loss.hard_fraction=0.5", "batch_size=9")
     train(small_data, tmp_path / "one", *overrides)
     ranked(small_data, tmp_path / "two", *overrides, TWO)
     agree(tmp_path / "one", tmp_path / "two", "train/loss", "val/cosine")

@@ -45,7 +45,7 @@ def test_onecycle_equals_torchs(total: int) -> None:
 
 
 def test_the_head_alone_has_a_cosine_of_its_own_and_then_the_schedule_begins() -> None:
-    cfg = with_(head_only_lr=1e-2, warmup=3)
+    cfg = with_(head_warmup_lr=1e-2, warmup=3)
     sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
     peer = CosineAnnealingLR(sgd, T_max=20, eta_min=1e-4)
     for step in range(20):
@@ -66,7 +66,7 @@ def test_without_a_rate_of_its_own_the_head_alone_is_on_the_runs_schedule() -> N
 
 
 def test_the_scheduler_sets_each_groups_rate_and_goes_on_from_its_state() -> None:
-    cfg = with_(layer_decay=0.5, head_only_lr=1e-2, warmup=2)
+    cfg = with_(layer_decay=0.5, head_warmup_lr=1e-2, warmup=2)
 
     def made(model: Regressor) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:
         adamw = optimizer(model, cfg)

@@ -95,7 +95,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
 
 
 def test_a_cpu_takes_its_whole_share() -> None:
-    cfg = settings("batch_size=24", "scale.recompute=auto")
+    cfg = settings("batch_size=24", "scale.activation_checkpointing=auto")
     made = model("test_vit")
     needs = measure(made, cfg.optim)
     assert choose(made, cfg, needs, Machine(cfg.scale)) == (24, "none")
@@ -120,19 +120,19 @@ def test_advice_names_the_setting_and_the_size() -> None:
     assert "out of memory with 32 images at once" in said
     assert "Tried to allocate 2.00 GiB" in said
     assert "scale.micro_batch=4 (which fits here; 16 of them make up the same step)" in said
-    assert "scale.recompute=selective, or scale.recompute=full" in said
+    assert "scale.activation_checkpointing=selective, or scale.activation_checkpointing=full" in said
     assert max(step.tried) == 16, "smaller ones alone are tried"
 
 
 def test_advice_where_micro_batches_do_not_add_up() -> None:
     error = error_of(model())
     whole = settings("batch_size=64", "loss.contrastive=0.1")
-    said = str(advice(error, whole, Plan(steps=1, per_epoch=1, world=2, recompute="full")))
+    said = str(advice(error, whole, Plan(steps=1, per_epoch=1, world=2, activation_checkpointing="full")))
     assert "batch_size=32 (not tried; this loss compares all images of a step)" in said
     assert "micro_batch=" not in said
-    assert "scale.recompute=selective" not in said
+    assert "scale.activation_checkpointing=selective" not in said
     uneven = settings("batch_size=63")
-    said = str(advice(error, uneven, Plan(steps=1, per_epoch=1, world=2, recompute="full")))
+    said = str(advice(error, uneven, Plan(steps=1, per_epoch=1, world=2, activation_checkpointing="full")))
     assert "micro_batch=" not in said
     assert "model.freeze" in said
 
@@ -152,7 +152,7 @@ def small_gpu() -> Iterator[torch.device]:
 
 @pytest.mark.gpu
 def test_what_was_found_fits_a_gpu_and_twice_as_much_does_not(small_gpu: torch.device) -> None:
-    cfg = settings("batch_size=4096", "scale.accelerator=gpu", "scale.devices=1", "scale.recompute=none")
+    cfg = settings("batch_size=4096", "scale.accelerator=gpu", "scale.devices=1", "scale.activation_checkpointing=none")
     machine = Machine(cfg.scale)
     made = make("vit_small_patch16_224", "random", 224, 12)
     needs = dataclasses.replace(measure(made, cfg.optim, machine.half), state_bytes=0)  # of a card this small

@@ -65,7 +65,7 @@ def test_the_file_holds_every_score_and_training_takes_it(
     )
 
     data = ImageDataModule(
-        [dataset], [], training.cfg(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING
+        [dataset], [], training.cfg(small_data, tmp_path / "x", f"data.sample_weights={out}"), training.PREPROCESSING
     )
     weight_N = data.images.weight_N
     assert weight_N is not None
@@ -82,7 +82,7 @@ def test_the_hard_ones_alone_as_csv(tiny_run: Path, small_data: Path, tmp_path: 
     assert table["weight"].to_pylist() == [2] * 4 + [0] * 36
     hard = Dataset(small_data, small_dataset.ENCODER)
     data = ImageDataModule(
-        [hard], [], training.cfg(small_data, tmp_path / "x", f"data.weights={out}"), training.PREPROCESSING
+        [hard], [], training.cfg(small_data, tmp_path / "x", f"data.sample_weights={out}"), training.PREPROCESSING
     )
     assert len(data.train_rows) == 4
 
@@ -93,7 +93,9 @@ def test_several_datasets_with_the_same_keys(tiny_run: Path, small_data: Path, t
     write_hard_examples(cfg(run, f"out={tmp_path / 'w.parquet'}"))
     table = pq.read_table(tmp_path / "w.parquet").to_pylist()
     assert len({(row["key"], row["dataset"]) for row in table}) == len(table) == 60
-    both = training.cfg(small_data, run, f"dataset=[{small_data},{other}]", f"data.weights={tmp_path / 'w.parquet'}")
+    both = training.cfg(
+        small_data, run, f"dataset=[{small_data},{other}]", f"data.sample_weights={tmp_path / 'w.parquet'}"
+    )
     data = ImageDataModule(
         [Dataset(d, small_dataset.ENCODER) for d in (small_data, other)], [], both, training.PREPROCESSING
     )

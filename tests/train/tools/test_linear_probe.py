@@ -158,7 +158,13 @@ def test_mistakes_are_named_at_once(data: Path, tmp_path: Path) -> None:
 
 
 def test_a_head_that_diverges_is_told_and_never_the_best(data: Path, tmp_path: Path) -> None:
-    overrides = ("probe.heads=[ridge,linear]", "probe.lrs=[1e30]", "loss.mse=1", "optim.clip=0", "optim.warmup=0")
+    overrides = (
+        "probe.heads=[ridge,linear]",
+        "probe.lrs=[1e30]",
+        "loss.mse=1",
+        "optim.grad_clip_norm=0",
+        "optim.warmup=0",
+    )
     info = probe(data, tmp_path / "out", *overrides)
     assert info["heads"][0]["head"] == "ridge"
     assert info["heads"][-1]["head"] == "linear"
