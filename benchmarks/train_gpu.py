@@ -162,7 +162,7 @@ def prepare(data_root: Path, name: str, scale: Scale, tiny: bool, freeze: int = 
     cfg = settings(TrainSettings, compose("train", overrides))
     machine = Machine(cfg.scale)
     datasets = [Dataset(data_root, cfg.encoder)]
-    needs = measure(setup.build_on_meta(cfg, datasets), cfg.optim, machine.half)
+    needs = measure(setup.build_on_meta(cfg, datasets), cfg.optim, machine.compute_precision)
     data = ImageDataModule(datasets, [], cfg, Preprocessing(scale.size))
     with machine.device:
         model = make(name, "random", scale.size, WIDTH)
@@ -186,7 +186,7 @@ def peer_rate(name: str, ours: Ours, skipped: int, timed: int) -> float:
     """Images a second of a loop by hand: normalised images on the device, autocast, AdamW as torch makes it."""
     import timm
 
-    device, half, size = ours.machine.device, DTYPES[ours.machine.half], ours.model.spec.size
+    device, half, size = ours.machine.device, DTYPES[ours.machine.compute_precision], ours.model.spec.size
     with device:
         model = timm.create_model(name, num_classes=WIDTH, img_size=size).train()
         image_BCHW = torch.randn(ours.micro, 3, size, size)
@@ -240,13 +240,15 @@ def measured(kind: str, name: str, scale: Scale, data_root: Path, tiny: bool) ->
     ours = prepare(data_root, name, scale, tiny)
     half = prepare(data_root, name, scale, tiny, freeze=len(layer_groups.blocks(ours.model.backbone)) // 2)
     mode = ours.plan.activation_checkpointing
-    how = f"{ours.micro} images at once, {mode} activation checkpointing, {ours.machine.half}"
+    how = f"{ours.micro} images at once, {mode} activation checkpointing, {ours.machine.compute_precision}"
     print(
         f"{kind}: {name}, {how}, {'compiled' if ours.plan.compile else 'not compiled'}; {ours.needs.line(ours.micro)}"
     )
     fed, half_fed = resident(ours), resident(half)
     arms: dict[str, Callable[[], float]] = {
-        "peak_tflops": lambda: peak_flop_per_s(ours.machine.device, ours.machine.half, 256 if tiny else None) / 1e12,
+        "peak_tflops": lambda: (
+            peak_flop_per_s(ours.machine.device, ours.machine.compute_precision, 256 if tiny else None) / 1e12
+        ),
         "ours": lambda: ours.rate(fed, scale.skipped, scale.timed),
         "peer": lambda: peer_rate(name, ours, scale.skipped, scale.timed),
         "half": lambda: half.rate(half_fed, scale.skipped, scale.timed),
@@ -277,7 +279,7 @@ def measured(kind: str, name: str, scale: Scale, data_root: Path, tiny: bool) ->
         "micro_batch": ours.micro,
         "activation_checkpointing": ours.plan.activation_checkpointing,
         "compiled": ours.plan.compile,
-        "precision": ours.machine.half,
+        "precision": ours.machine.compute_precision,
         "gflop": ours.needs.step_flop / 1e9,
         "rounds": rounds,
     }

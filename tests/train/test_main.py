@@ -38,7 +38,7 @@ from train.fit.checkpoints import Saver
 from train.fit.improvement import ImageScores
 from train.fit.loggers import JsonLines
 from train.fit.module import Training
-from train.fit.schedule import lr_share
+from train.fit.schedule import lr_multiplier
 from train.scale.plan import Plan
 
 pytest_plugins = ["tests.tiny_run"]
@@ -73,7 +73,7 @@ def test_a_run_leaves_its_settings_log_and_checkpoints(tiny_run: Path, small_dat
     assert [r["epoch"] for r in steps] == pytest.approx([n / 5 for n in range(1, 11)])
     assert [r["seconds"] for r in log] == sorted(r["seconds"] for r in log)
     assert all(r["train/images_per_s"] > 0 for r in steps)
-    assert [r["train/lr"] for r in steps] == pytest.approx([3e-4 * lr_share(n, 10, 2) for n in range(10)])
+    assert [r["train/lr"] for r in steps] == pytest.approx([3e-4 * lr_multiplier(n, 10, 2) for n in range(10)])
     judged = [r for r in log if "val/cosine" in r]
     assert [r["step"] for r in judged] == [0, 5, 10]
     assert all(r["val/low"] <= r["val/cosine"] <= r["val/high"] for r in judged)

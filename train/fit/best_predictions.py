@@ -47,14 +47,14 @@ def write_best_predictions(
     config = checkpoint.read_config(folder)
     step, leakage = config.get("step"), (config.get("score") or {}).get("leakage")
     model = checkpoint.load(folder).to(device)
-    how = {"batch_size": cfg.batch_size, "workers": cfg.scale.workers, "dtype": autocast_dtype(device)}
+    options = {"batch_size": cfg.batch_size, "workers": cfg.scale.workers, "dtype": autocast_dtype(device)}
     if cfg.fold is not None:
         facts = {"run": cfg.name, "fold": cfg.fold, "encoder": cfg.encoder, "checkpoint": str(folder)}
         facts |= {"step": step, "leakage": leakage}
-        interval = write_oof(cfg.out / "oof", model, data.images, data.val_rows, facts, **how)
+        interval = write_oof(cfg.out / "oof", model, data.images, data.val_rows, facts, **options)
         log.info("out of fold %s: cosine %.4f [%.4f, %.4f]: %s", cfg.fold, *interval, cfg.out / "oof")
     if logger is not None:
-        batches = list(predictions(model, data.images, data.val_rows, what="best and worst", **how))
+        batches = list(predictions(model, data.images, data.val_rows, what="best and worst", **options))
         row_N, score_N = (np.concatenate([getattr(b, name) for b in batches]) for name in ("row_B", "score_B"))
         rows = best_and_worst(model, data.images, row_N, score_N, data.train_rows)
         log_best_table(logger, data.images, rows, step)
@@ -63,17 +63,17 @@ def write_best_predictions(
 
 @dataclass(frozen=True)
 class Example:
-    """Validation image of the table, with its prompt, score and nearest training prompts."""
+    """Validation image of the wandb table, with its prompt, score and nearest training prompts."""
 
     kind: str
-    """best or worst."""
+    """Whether the image is among the `best` or the `worst`."""
     row: int
     key: str
     prompt: str
     """Captions of the image, joined by slashes."""
     score: float
     near: list[tuple[float, str]]
-    """Training prompts nearest to the prediction, with their cosines to it."""
+    """Cosine and text of the training prompts nearest to the prediction."""
 
 
 def best_and_worst(
@@ -86,12 +86,12 @@ def best_and_worst(
     count: int = 8,
     nearest: int = 3,
 ) -> list[Example]:
-    """The `count` best and worst validation images, with the training prompts nearest to each prediction.
+    """Select the `count` best and worst validation images, with the training prompts nearest to each prediction.
 
     Args:
-        model: that scored them; predicts the chosen images again.
+        model: regressor that scored the images; it predicts the selected ones again.
         row_N: scored images.
-        score_N: their cosines.
+        score_N: cosine of each scored image.
         train_rows: training images, whose prompts are compared.
     """
     groups = extremes(score_N, count)
@@ -112,20 +112,20 @@ def best_and_worst(
 def log_best_table(
     logger: "WandbLogger", images: "ImageDataset", examples: Sequence[Example], step: int | None = None, side: int = 256
 ) -> None:
-    """Log the wandb table `val/pictures` of the best and worst predictions; works offline, too.
+    """Log the wandb table `val/pictures` of the best and worst predictions, online or offline.
 
     Args:
         step: optimizer step of the checkpoint.
-        side: larger images are scaled down to this size, px.
+        side: px; the longer side of a larger image is scaled down to it.
     """
     import wandb
     from PIL import Image
 
     data = []
-    for one in examples:
-        image = Image.fromarray(images.decoded(one.row).permute(1, 2, 0).numpy())
+    for example in examples:
+        image = Image.fromarray(images.decoded(example.row).permute(1, 2, 0).numpy())
         image.thumbnail((side, side))
-        near = "\n".join(f"{cosine:.2f} {prompt}" for cosine, prompt in one.near)
-        data.append([wandb.Image(image), one.kind, one.score, one.prompt, near, one.key])
+        near = "\n".join(f"{cosine:.2f} {prompt}" for cosine, prompt in example.near)
+        data.append([wandb.Image(image), example.kind, example.score, example.prompt, near, example.key])
     columns = ["picture", "kind", "cosine", "prompt", "nearest training prompts", "key"]
     logger.log_table("val/pictures", columns=columns, data=data, step=step)

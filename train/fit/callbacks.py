@@ -37,10 +37,10 @@ _LATE = 2  # steps after which the loss is read: the GPU has computed it by then
 
 
 class Progress(Callback):
-    """Progress bar with images per second and time left; logs the same rate.
+    """Progress bar with images per second and time left; log the same rate.
 
     Args:
-        peak_step: step of the highest learning rate; it is logged even between two log steps.
+        peak_step: step of the highest learning rate, which is logged even between two log steps.
         mfu: images per second → model FLOPs utilisation of all devices; None where their peak is unknown.
     """
 
@@ -93,11 +93,13 @@ class Progress(Callback):
         self._began, self._images = time.perf_counter(), 0
         score = pl_module.score if isinstance(pl_module, Training) else None
         if trainer.is_global_zero and score is not None:
-            step = f"step {trainer.global_step}" + (" (the start)" if trainer.sanity_checking else "")
+            step = f"step {trainer.global_step}" + (" (before training)" if trainer.sanity_checking else "")
             line = f"{step}: val/cosine {score.mean:.4f} [{score.low:.4f}, {score.high:.4f}]"
-            others = {k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/") and k.count("/") > 1}
+            set_scores = {
+                k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/") and k.count("/") > 1
+            }
             cosines = [
-                f"{k.removeprefix('val/')} {v:.4f}" for k, v in others.items() if not k.endswith(("/low", "/high"))
+                f"{k.removeprefix('val/')} {v:.4f}" for k, v in set_scores.items() if not k.endswith(("/low", "/high"))
             ]
             line = ", ".join([line, *cosines])
             if self._bar is None:
@@ -141,8 +143,8 @@ class DirectCheckpointIO(TorchCheckpointIO):
 class ResumeCheckpoint(Callback):
     """Write a resume checkpoint (train/fit/resume.py) every `every` steps, after each validation and on a signal.
 
-    Ctrl-C or SIGTERM ends the run after the current step, resumably; a second one ends it at once. A NaN loss ends the
-    run and writes the batch to `nan_step_<n>.safetensors`; it is never saved in a checkpoint.
+    Ctrl-C or SIGTERM ends the run after the current step, resumably; a second signal ends it at once. A NaN loss ends
+    the run and writes the batch to `nan_step_<n>.safetensors`; no checkpoint is written after it.
     """
 
     def __init__(self, out: Path, every: int, resumed_from: Path | None, resumed_at: int) -> None:
@@ -151,7 +153,7 @@ class ResumeCheckpoint(Callback):
         # a resume.ckpt that was not loaded is damaged: it must not replace the previous one
         self._newest_is_whole = resumed_from == self.path
         self.stopped = False
-        """Whether a signal ended the run."""
+        """Whether a stop signal ended the run."""
         self._before: dict[int, Any] = {}
         self._pending: deque[tuple[int, Batch, torch.Tensor, Any]] = deque()
 
@@ -213,25 +215,25 @@ class ResumeCheckpoint(Callback):
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         bad = torch.zeros((), device=pl_module.device) if loss is None else (~loss.detach().isfinite()).float()
         flags = torch.stack([bad, torch.full_like(bad, float(self._asked))])  # no copy to wait for
-        work = None
+        reduction = None
         if trainer.world_size > 1:
             # read two steps later: waiting in every step would cost time
-            work = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True)
-        self._pending.append((trainer.global_step, batch, flags, work))
+            reduction = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True)
+        self._pending.append((trainer.global_step, batch, flags, reduction))
 
     def _check_oldest(self, trainer: lightning.Trainer) -> None:
-        step, batch, flags, work = self._pending.popleft()
-        if work is not None:
-            work.wait()
-        bad, asked = flags.tolist()
-        self.stopped = self.stopped or bool(asked)
+        step, batch, flags, reduction = self._pending.popleft()
+        if reduction is not None:
+            reduction.wait()
+        bad, stop_requested = flags.tolist()
+        self.stopped = self.stopped or bool(stop_requested)
         if bad:
             name = f"nan_step_{step}" + (f"_rank_{trainer.global_rank}" if trainer.world_size > 1 else "")
-            where = self.path.with_name(f"{name}.safetensors")
+            batch_path = self.path.with_name(f"{name}.safetensors")
             tensors = {"image_BCHW": batch.image_BCHW, "target_BE": batch.target_BE, "row_B": batch.row_B}
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, where)
+            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, batch_path)
             raise UserError(
-                f"the loss of step {step} is NaN or infinite; the batch is in {where}. "
+                f"the loss of step {step} is NaN or infinite; the batch is in {batch_path}. "
                 f"{'The same command resumes from the last checkpoint, and' if resume.exists(self._out) else 'It'} "
                 "will fail here again: try a lower optim.lr and optim.head_lr, a longer optim.warmup, "
                 "optim.grad_clip_norm=1, or scale.precision=bf16 or fp32 in place of fp16, under another name=…"
@@ -286,28 +288,28 @@ class BestCheckpoint(Callback):
         self._save = save
         self.best = -math.inf
         self.scores: dict[str, ImageScores] = {}
-        """Per-image scores by model: start, best and last."""
+        """Per-image scores of the `start`, `best` and `last` model."""
 
     def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         assert isinstance(pl_module, Training)
-        score, each = pl_module.score, pl_module.image_scores
-        if score is None or each is None:
+        score, image_scores = pl_module.score, pl_module.image_scores
+        if score is None or image_scores is None:
             return
-        self.scores["last"] = each
+        self.scores["last"] = image_scores
         if trainer.sanity_checking:
-            self.scores["start"] = each
+            self.scores["start"] = image_scores
         if score.mean > self.best:  # NaN is never better
             self.best = score.mean
-            self.scores["best"] = each
+            self.scores["best"] = image_scores
             self._save(pl_module)
 
     @property
     def state_key(self) -> str:
-        """Key of this state in resume checkpoints: a name of the file format, whatever the class is called."""
+        """Key of this callback's state in resume checkpoints; part of the file format, so it never changes."""
         return "KeepBest"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "scores": {name: each.state() for name, each in self.scores.items()}}
+        return {"best": self.best, "scores": {name: image_scores.state() for name, image_scores in self.scores.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]

@@ -23,7 +23,7 @@ class Saver:
     """Write checkpoints: `Saver(…)(module, "best")` writes `<out>/best`. Every rank calls it; rank 0 writes.
 
     Args:
-        leakage: validation set → its overlap with training, stored beside the score.
+        leakage: validation set → its overlap with the training data, stored with the score.
     """
 
     def __init__(
@@ -67,12 +67,12 @@ class Saver:
         return {"images": len(self._data.val_sets[0]), "leakage": None if leakage is None else leakage.to_json()}
 
     def _probes(self) -> list[torch.Tensor]:
-        found = []
+        images = []
         for row in (self._data.val_rows if len(self._data.val_rows) else self._data.train_rows).tolist():
             try:
-                found.append(self._data.images.decoded(row))
+                images.append(self._data.images.decoded(row))
             except (BadImage, CorruptImage):
                 continue
-            if len(found) == checkpoint.PROBES:
+            if len(images) == checkpoint.PROBES:
                 break
-        return found
+        return images

@@ -19,24 +19,24 @@ _copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
 
 
 def decay_at(step: int, decay: float) -> float:
-    """The decay of update `step`, counted from 1."""
+    """EMA decay of update `step`, counted from 1."""
     return min(decay, (1 + step) / (10 + step))
 
 
-def start_share(steps: int, decay: float, first: int = 1) -> float:
-    """Share of the average after `steps` updates that is still the weights before update `first`, 0 to 1."""
+def initial_weight_fraction(steps: int, decay: float, first: int = 1) -> float:
+    """Fraction (0 to 1) of the average after `steps` updates that comes from the weights before update `first`."""
     return math.prod(decay_at(step, decay) for step in range(first, steps + 1))
 
 
 class Ema:
-    """Exponential moving average, in fp32 and on their device, of tensors that training changes in place.
+    """Exponential moving average in fp32 of tensors that training changes in place, on the tensors' device.
 
-    Of DTensors each rank averages its shard.
+    With DTensors each rank averages its shard.
 
     Args:
-        parameters: by name, as from `averaged`, once they are on their device and sharded. The same tensors
-            must stay: moving a module later makes new buffers; call `follow` then.
-        decay: below 1.
+        parameters: name → tensor, as from `averaged`, after the tensors were moved to their device and sharded.
+            Moving the module later creates new buffers; call `follow` after it.
+        decay: EMA decay, below 1.
     """
 
     def __init__(self, parameters: dict[str, torch.Tensor], decay: float) -> None:
@@ -45,23 +45,23 @@ class Ema:
         self._shadow = {n: tensor.detach().to(torch.float32, copy=True) for n, tensor in parameters.items()}
         self._swapped = False
         self.steps = 0
-        """Updates so far."""
+        """Number of updates so far."""
 
     @property
     def shadow(self) -> dict[str, torch.Tensor]:
-        """The averages by name; of DTensors, this rank's shards."""
+        """Averages by name; this rank's shards where they are DTensors."""
         return self._shadow
 
     def follow(self, model: nn.Module) -> None:
-        """Continue with the tensors that `model` has under the same names now."""
-        there: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        self._live = {name: there[name] for name in self._live}
+        """Replace the averaged tensors by those that `model` has under the same names now."""
+        tensors: dict[str, torch.Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        self._live = {name: tensors[name] for name in self._live}
 
     @torch.no_grad()
     def update(self) -> None:
-        """Update the averages; call it after each optimizer step."""
+        """Update the averages after an optimizer step."""
         if self._swapped:
-            raise RuntimeError("the EMA weights are swapped in: a step now would be lost")
+            raise RuntimeError("the EMA weights are swapped in: an optimizer step now would be lost")
         self.steps += 1
         weight = 1 - decay_at(self.steps, self._decay)
         live = [tensor.float() for tensor in _local(self._live)]  # itself where it is fp32
@@ -74,7 +74,7 @@ class Ema:
             raise RuntimeError("the EMA weights are already swapped in")
         live, shadow = _local(self._live), _local(self._shadow)
         with torch.no_grad():
-            own = [tensor.clone() for tensor in live]
+            backup = [tensor.clone() for tensor in live]
         self._swapped = True
         try:
             with torch.no_grad():
@@ -82,36 +82,36 @@ class Ema:
             yield
         finally:
             with torch.no_grad():
-                _copy(live, own)
+                _copy(live, backup)
             self._swapped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """Step count and shadow, not copied; DTensors are gathered, so all ranks must call it."""
-        whole = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in self._shadow.items()}
-        return {"steps": self.steps, "shadow": whole}
+        """Step count and averages, without a copy; every rank must call it, because it gathers DTensors."""
+        full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in self._shadow.items()}
+        return {"steps": self.steps, "shadow": full}
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore step count and shadow from `state`.
+        """Restore step count and averages from `state`.
 
         Raises:
             ValueError: names or shapes differ.
         """
         shadow: dict[str, torch.Tensor] = state["shadow"]
-        wrong = sorted(shadow.keys() ^ self._shadow.keys())
-        wrong += [n for n in self._shadow if n in shadow and shadow[n].shape != self._shadow[n].shape]
-        if wrong:
-            raise ValueError(f"the EMA weights belong to another model: {', '.join(wrong[:3])}")
-        for name, mine in self._shadow.items():
-            whole = shadow[name]
-            if isinstance(mine, DTensor):
+        mismatched = sorted(shadow.keys() ^ self._shadow.keys())
+        mismatched += [n for n in self._shadow if n in shadow and shadow[n].shape != self._shadow[n].shape]
+        if mismatched:
+            raise ValueError(f"the EMA weights belong to another model: {', '.join(mismatched[:3])}")
+        for name, local in self._shadow.items():
+            full = shadow[name]
+            if isinstance(local, DTensor):
                 # each rank has the full tensor: no communication
-                whole = distribute_tensor(
-                    whole.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None
+                full = distribute_tensor(
+                    full.to(local.device), local.device_mesh, local.placements, src_data_rank=None
                 ).to_local()
-                mine.to_local().copy_(whole)
+                local.to_local().copy_(full)
             else:
-                mine.copy_(whole)
+                local.copy_(full)
         self.steps = int(state["steps"])
 
 

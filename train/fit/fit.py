@@ -64,41 +64,43 @@ def fit(cfg: TrainSettings) -> int:
     vals = [Dataset(folder, cfg.encoder) for folder in cfg.val]
     check_folder(cfg.encoder, [*datasets, *vals])
     cfg = dataclasses.replace(cfg, encoder=encoder_name(cfg.encoder))
-    run_values = {} if cfg.dry_run else run_settings.of_this_run(cfg, [*datasets, *vals], machine.half)
+    run_values = {} if cfg.dry_run else run_settings.of_this_run(cfg, [*datasets, *vals], machine.compute_precision)
     resumed_from, resumed_at = resume.newest_whole(cfg.out)
-    outline = setup.build_on_meta(cfg, datasets)
-    data = ImageDataModule(datasets, vals, cfg, outline.spec.preprocessing, device=machine.device)
+    meta_model = setup.build_on_meta(cfg, datasets)
+    data = ImageDataModule(datasets, vals, cfg, meta_model.spec.preprocessing, device=machine.device)
     mode = "none" if cfg.scale.activation_checkpointing == "auto" else cfg.scale.activation_checkpointing
-    needs = flops.measure(outline, cfg.optim, machine.half, mode)
+    cost = flops.measure(meta_model, cfg.optim, machine.compute_precision, mode)
     forecast = Forecast.of(data.length, cfg)
-    _log_run(cfg, outline, data, resumed_at, needs, machine, forecast)
+    _log_run(cfg, meta_model, data, resumed_at, cost, machine, forecast)
     leakage = validation_leakage(cfg, data, machine.device, cfg.out / "about.json" if resumed_at else None)
     if cfg.dry_run:
         return 0
     model = setup.build_model(cfg, datasets, resumed=bool(resumed_at))
     if is_rank_zero():
         run_settings.write(cfg.out, run_values)
-        about = {"parameters": needs.parameters, "trained": needs.trained, "steps": data.steps, **forecast.facts()}
-        about |= {"leakage": {name: own.to_json() for name, own in leakage.items()}}
-        write_json(cfg.out / "about.json", about)
+        facts = {"parameters": cost.parameters, "trained": cost.trained, "steps": data.steps, **forecast.facts()}
+        facts |= {"leakage": {name: counts.to_json() for name, counts in leakage.items()}}
+        write_json(cfg.out / "about.json", facts)
         data.list_left_out(cfg.out / "left_out.jsonl")
     if not resumed_at:
         setup.init_head(model, cfg, data, machine.device)
     setup.freeze_and_add_lora(model, cfg)
-    plan = setup.make_plan(cfg, model, data, needs, machine)
+    plan = setup.make_plan(cfg, model, data, cost, machine)
     data.accumulate = plan.accumulate
     module = Training(model, cfg, plan, tuple(data.val_names))
     save = Saver(cfg, datasets, data, leakage)
-    point = ResumeCheckpoint(cfg.out, cfg.save_every, resumed_from, resumed_at)
-    best = BestCheckpoint(lambda trained: save(trained, "best"))
+    resume_checkpoint = ResumeCheckpoint(cfg.out, cfg.save_every, resumed_from, resumed_at)
+    best_checkpoint = BestCheckpoint(lambda trained: save(trained, "best"))
     every = min(max(round(cfg.validate_every * plan.per_epoch), 1), plan.steps)
     validated = bool(data.val_names)
-    trainer = _trainer(cfg, plan, machine, needs, validated, every, forecast.peak_step, resumed_at, [best, point])
+    trainer = _trainer(
+        cfg, plan, machine, cost, validated, every, forecast.peak_step, resumed_at, [best_checkpoint, resume_checkpoint]
+    )
     if cfg.save_initial and not resumed_at:
         save(module, "first")
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resumed_from, weights_only=True)
-        if point.stopped and trainer.global_step < plan.steps:
+        if resume_checkpoint.stopped and trainer.global_step < plan.steps:
             log.info("stopped at step %d of %d; the same command resumes", trainer.global_step, plan.steps)
             return 130
         if validated and trainer.global_step % every:
@@ -110,24 +112,26 @@ def fit(cfg: TrainSettings) -> int:
     except BaseException as error:
         _kill_ranks(trainer)
         if isinstance(error, RuntimeError) and is_oom_error(error):
-            raise micro_batch.advice(error, cfg, plan, setup.fitting_trial(model, cfg, needs, machine, plan)) from error
+            raise micro_batch.advice(error, cfg, plan, setup.fitting_trial(model, cfg, cost, machine, plan)) from error
         raise
     if trainer.is_global_zero:
         _list_skipped(cfg.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
         if validated:
             write_best_predictions(cfg, data, machine.device, find_wandb(trainer.loggers))
-            _report_improvement(cfg, best, data, forecast)
+            _report_improvement(cfg, best_checkpoint, data, forecast)
         (cfg.out / "done").write_text(f"{plan.steps} steps\n")
         (cfg.out / resume.PREVIOUS).unlink(missing_ok=True)
-        at = f"step {best.scores['best'].step}" if "best" in best.scores else "no score is finite"
+        at = f"step {best_checkpoint.scores['best'].step}" if "best" in best_checkpoint.scores else "no score is finite"
         log.info(
-            "%s: %s", f"best val/cosine {best.best:.4f} ({at})" if validated else "not validated", cfg.out / "best"
+            "%s: %s",
+            f"best val/cosine {best_checkpoint.best:.4f} ({at})" if validated else "not validated",
+            cfg.out / "best",
         )
     return 0
 
 
 def _kill_ranks(trainer: lightning.Trainer) -> None:
-    """Kill the ranks that Lightning started: they would wait for this process until a timeout."""
+    """Kill the ranks that Lightning started, which would otherwise wait for this process until a timeout."""
     kill = getattr(trainer.strategy.launcher, "kill", None)
     if kill is not None:
         kill(signal.SIGKILL)  # on SIGTERM they would stop only after a step
@@ -137,7 +141,7 @@ def _trainer(
     cfg: TrainSettings,
     plan: Plan,
     machine: Machine,
-    needs: flops.Cost,
+    cost: flops.Cost,
     validated: bool,
     every: int,
     peak_step: int,
@@ -148,9 +152,9 @@ def _trainer(
     log_every = min(cfg.log_every, plan.steps)
     mfu = None
     if machine.device.type == "cuda" and is_rank_zero():
-        peak = flops.peak_flop_per_s(machine.device, machine.half) * machine.world
+        peak = flops.peak_flop_per_s(machine.device, machine.compute_precision) * machine.world
         torch.cuda.empty_cache()
-        mfu = partial(needs.mfu, peak_flop_per_s=peak)
+        mfu = partial(cost.mfu, peak_flop_per_s=peak)
     trainer = lightning.Trainer(
         accelerator="gpu" if machine.device.type == "cuda" else "cpu",  # auto takes more kinds
         devices=cfg.scale.devices,
@@ -191,19 +195,19 @@ def _log_run(
     model: Regressor,
     data: ImageDataModule,
     resumed_at: int,
-    needs: flops.Cost,
+    cost: flops.Cost,
     machine: Machine,
     forecast: Forecast,
 ) -> None:
     log.info("settings changed: %s", " ".join(run_settings.changed(cfg)) or "none")
     spec = model.spec
-    log.info("%s at %d px → %d: %s", spec.name, spec.size, model.width, needs.line(*_per_device(cfg, machine)))
+    log.info("%s at %d px → %d: %s", spec.name, spec.size, model.width, cost.line(*_per_device(cfg, machine)))
     log.info("preprocessing: %s", spec.preprocessing)
     log.info(
         "%s training images, %s; %d steps of %d, %d an epoch; %d × %s, %s",
         f"{len(data.train_rows):,}",
         ", ".join(f"{len(rows):,} of {name}" for name, rows in zip(data.val_names, data.val_sets, strict=True))
-        or "none to validate on: the last checkpoint is also the best",
+        or "no validation images: the last checkpoint is also the best",
         data.steps,
         cfg.batch_size,
         data.per_epoch,
@@ -219,13 +223,17 @@ def _log_run(
         log.info("resuming from step %d", resumed_at)
 
 
-def _report_improvement(cfg: TrainSettings, best: BestCheckpoint, data: ImageDataModule, forecast: Forecast) -> None:
-    """Writes `improvement.json` and logs it, with what to change where the run did not improve."""
+def _report_improvement(
+    cfg: TrainSettings, best_checkpoint: BestCheckpoint, data: ImageDataModule, forecast: Forecast
+) -> None:
+    """Write `improvement.json` and log the improvement, with advice where the run did not improve."""
     improvement = None
-    if best.scores.keys() >= {"start", "best", "last"}:
-        improvement = Improvement.of(best.scores["start"], best.scores["best"], best.scores["last"], data.images)
+    if best_checkpoint.scores.keys() >= {"start", "best", "last"}:
+        improvement = Improvement.of(
+            best_checkpoint.scores["start"], best_checkpoint.scores["best"], best_checkpoint.scores["last"], data.images
+        )
     if improvement is None:
-        log.warning("warning: the scores of the start are not finite: the run cannot be compared with its start")
+        log.warning("warning: the scores before training are not finite, so the improvement cannot be computed")
         return
     write_json(cfg.out / FILE, improvement.facts())
     log.info("%s", improvement.line())
@@ -235,7 +243,7 @@ def _report_improvement(cfg: TrainSettings, best: BestCheckpoint, data: ImageDat
 
 
 def _per_device(cfg: TrainSettings, machine: Machine) -> tuple[int, int]:
-    """Images per device at once, as far as the settings say, and devices that share the weights."""
+    """Images per device at once, as far as the settings fix them, and number of devices that share the weights."""
     share = math.ceil(cfg.batch_size / machine.world)
     micro = cfg.scale.micro_batch
     return (share if micro == "auto" else min(share, micro)), machine.world if cfg.scale.strategy == "fsdp" else 1

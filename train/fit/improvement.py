@@ -1,9 +1,9 @@
-"""How far training came: the validation scores of a run's start (step 0), best and last model, image by image.
+"""Improvement by training: paired validation scores of a run's start (step 0), best and last model.
 
     improvement = Improvement.of(start, best, last, images)     write_json(out / FILE, improvement.facts())
-    read(run)                                                     of a finished run; without torch
+    read(run)                                                     read the file of a finished run, without torch
 
-n images of the first validation set. A difference is taken image by image, and its interval resamples prompts.
+n images of the first validation set. Differences are paired by image; their intervals resample prompts.
 """
 
 import json
@@ -24,15 +24,15 @@ FILE = "improvement.json"
 
 @dataclass(frozen=True)
 class ImageScores:
-    """The cosine of every validation image that could be read, at one step."""
+    """Cosine of every readable validation image at one step."""
 
     step: int
     row_n: NDArray[np.int64]
-    """Numbers of the images in `train.data.images.ImageDataset`, ascending."""
+    """Row numbers in `train.data.images.ImageDataset`, ascending."""
     score_n: NDArray[np.float64]
 
     def state(self) -> dict[str, Any]:
-        """The scores as tensors, for a resume point, which cannot hold numpy arrays."""
+        """Scores as tensors, for a resume checkpoint, which cannot hold numpy arrays."""
         import torch
 
         return {"step": self.step, "row_n": torch.from_numpy(self.row_n), "score_n": torch.from_numpy(self.score_n)}
@@ -50,28 +50,28 @@ class Improvement:
     best: Interval
     best_step: int
     gain: Interval
-    """Best minus start; 0 where the best is the start."""
+    """Paired difference best minus start; 0 where the start is best."""
     last: Interval | None
-    """None where the last model's scores are not finite."""
+    """Mean cosine of the last model; None where its scores are not finite."""
     last_step: int
     last_gain: Interval | None
-    """Last minus start."""
+    """Paired difference last minus start."""
     images: int
-    """Images that could be read each time."""
+    """Number of images that all three models could score."""
     prompts: int
-    """Groups of them that share their prompts."""
+    """Number of distinct prompts (sets of captions) among the images."""
 
     @staticmethod
     def of(start: ImageScores, best: ImageScores, last: ImageScores, images: "ImageDataset") -> "Improvement | None":
-        """Compare the three; None where the scores of the start or of the best are not finite.
+        """Compare start, best and last model; None where the scores of the start or of the best are not finite.
 
         Args:
-            images: the images that `row_n` of each number.
+            images: dataset that the row numbers of the scores refer to.
         """
         row_n = start.row_n[np.isin(start.row_n, best.row_n) & np.isin(start.row_n, last.row_n)]
         scores = {
-            name: one.score_n[np.searchsorted(one.row_n, row_n)]
-            for name, one in (("start", start), ("best", best), ("last", last))
+            name: image_scores.score_n[np.searchsorted(image_scores.row_n, row_n)]
+            for name, image_scores in (("start", start), ("best", best), ("last", last))
         }
         if not len(row_n) or not all(np.isfinite(scores[name]).all() for name in ("start", "best")):
             return None
@@ -99,14 +99,14 @@ class Improvement:
 
     @property
     def verdict(self) -> str:
-        """One of: improved; not significant, where the interval of the gain includes 0; the start is best."""
+        """Verdict: "improved", "not significant" (the interval of the gain includes 0) or "the start is best"."""
         if self.best_step == 0:
             return "the start is best"
-        # of one prompt all resamples are the same: its interval has no width and says nothing
+        # with one prompt all resamples are equal, so the interval has no width and no meaning
         return "improved" if self.gain.low > 0 and self.prompts > 1 else "not significant"
 
     def facts(self) -> dict[str, Any]:
-        """The comparison as plain JSON, for `improvement.json`."""
+        """Content of `improvement.json`, as plain JSON."""
 
         def at(step: int, interval: Interval | None) -> dict[str, Any] | None:
             return None if interval is None else {"step": step, **interval._asdict()}
@@ -123,20 +123,20 @@ class Improvement:
         }
 
     def line(self) -> str:
-        """Start → best with the paired difference, in one line; where the start is best, the last model's."""
+        """Log line: start → best with the paired difference, or start and last model where the start is best."""
         groups = f"{self.prompts:,} prompts" if self.prompts != 1 else "1 prompt"
         images = f"{self.images:,} images of {groups}"
-        begun = f"validation, start → best: {self.start.mean:.4f} (step 0)"
+        start = f"validation, start → best: {self.start.mean:.4f} (step 0)"
         if self.verdict != "the start is best":
             best = f"{self.best.mean:.4f} (step {self.best_step:,})"
-            return f"{begun} → {best}; paired difference {signed(self.gain)}, {images}"
+            return f"{start} → {best}; paired difference {signed(self.gain)}, {images}"
         if self.last is None or self.last_gain is None:
-            return f"{begun} is the best, {images}; the last model's scores are not finite"
+            return f"{start} is the best, {images}; the last model's scores are not finite"
         last = f"the last is {self.last.mean:.4f} (step {self.last_step:,})"
-        return f"{begun} is the best, {last}; paired difference {signed(self.last_gain)}, {images}"
+        return f"{start} is the best, {last}; paired difference {signed(self.last_gain)}, {images}"
 
     def advice(self, longer: str | None) -> str | None:
-        """What to change where the run did not improve; None where it did.
+        """Advice on settings to change where the run did not improve; None where it did.
 
         Args:
             longer: settings that make the run long enough; None where it is long enough.
@@ -145,22 +145,22 @@ class Improvement:
             return None
         more = f"The run was too short to learn much; to train longer: {longer}." if longer else None
         if self.verdict == "not significant":
-            several = "the interval of the difference includes 0"
-            why = several if self.prompts > 1 else "an interval takes two validation prompts or more"
+            includes_zero = "the interval of the difference includes 0"
+            reason = includes_zero if self.prompts > 1 else "an interval needs at least two validation prompts"
             return (
-                f"not significantly better than the start: {why}. "
+                f"not significantly better than the model before training: {reason}. "
                 f"{more or 'Try more training images, more epochs or another optim.lr.'} More validation images "
                 f"(now {self.images:,}) would show smaller differences."
             )
         lower = "Try a lower optim.lr and optim.head_lr, more frozen blocks (model.freeze) or more training images."
         return (
-            "best is the start: no validation after it scored higher, so `best` holds the model before its first "
+            "the start is best: no later validation scored higher, so `best` holds the model before its first "
             f"step. {more or lower}"
         )
 
 
 def prompt_groups(images: "ImageDataset", row_n: NDArray[np.int64]) -> NDArray[np.int64]:
-    """A number for each image, equal where images have the same prompts in normal form, [n]."""
+    """Group code of each image, [n]; images with the same normalised prompts have the same code."""
     from train.data.splits import Prompts
 
     hash_c, owner_c, _ = Prompts(images).of(row_n)
@@ -170,11 +170,11 @@ def prompt_groups(images: "ImageDataset", row_n: NDArray[np.int64]) -> NDArray[n
 
 
 def signed(gain: Interval) -> str:
-    """A difference with its 95 % interval: +0.0571 [+0.0470, +0.0672]."""
+    """Format a difference with its 95 % interval: +0.0571 [+0.0470, +0.0672]."""
     return f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
 
 
 def read(run: Path) -> dict[str, Any] | None:
-    """`improvement.json` of a run; None where there is none, as in runs that have not ended or have no validation."""
+    """Read `improvement.json` of a run; None where it is missing: the run has not ended or has no validation."""
     path = run / FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -26,9 +26,9 @@ from train.scale.devices import is_rank_zero
 
 
 def loggers(cfg: TrainSettings, per_epoch: int, resumed_at: int) -> list[Logger]:
-    """Loggers of a run with `per_epoch` steps per epoch, resumed at step `resumed_at`."""
-    found: list[Logger] = [JsonLines(cfg.out / "log.jsonl", per_epoch, resumed_at)]
-    return found if cfg.wandb == "off" else [*found, _wandb(cfg)]
+    """Build the loggers of a run with `per_epoch` steps per epoch that resumes at step `resumed_at`."""
+    json_lines = JsonLines(cfg.out / "log.jsonl", per_epoch, resumed_at)
+    return [json_lines] if cfg.wandb == "off" else [json_lines, _wandb(cfg)]
 
 
 class JsonLines(Logger):
@@ -62,7 +62,7 @@ class JsonLines(Logger):
         return 0
 
     def log_hyperparams(self, params: dict[str, Any] | Namespace, *args: Any, **kwargs: Any) -> None:
-        """Settings are in `settings.json`."""
+        """Do nothing: the settings are in `settings.json`."""
 
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
@@ -80,12 +80,12 @@ class JsonLines(Logger):
 
 
 def find_wandb(loggers: list[Logger]) -> WandbLogger | None:
-    """The Weights & Biases logger of a trainer; None without one."""
+    """Find the Weights & Biases logger of a trainer; None without one."""
     return next((logger for logger in loggers if isinstance(logger, WandbLogger)), None)
 
 
 def _wandb(cfg: TrainSettings) -> Logger:
-    """Log to W&B, or to the run folder without an account, for `wandb sync` later. A resumed run keeps its id."""
+    """Build the W&B logger: online, or offline in the run folder for `wandb sync`; a resumed run keeps its id."""
     if importlib.util.find_spec("wandb") is None:
         raise UserError("wandb is not installed: pip install 'im2emb[wandb]', or wandb=off")
     import wandb
@@ -94,19 +94,19 @@ def _wandb(cfg: TrainSettings) -> Logger:
     os.environ.setdefault("WANDB_SILENT", "true")
     os.environ.setdefault("WANDB_DATA_DIR", str((cfg.out / "wandb").resolve()))  # or an offline run lacks images
     offline = cfg.wandb == "offline" or (cfg.wandb == "auto" and not wandb.login(prompt=False))
-    known = cfg.out / "wandb" / "id"
-    if is_rank_zero() and not known.exists():
-        known.parent.mkdir(parents=True, exist_ok=True)
-        known.write_text(secrets.token_hex(4))
+    id_path = cfg.out / "wandb" / "id"
+    if is_rank_zero() and not id_path.exists():
+        id_path.parent.mkdir(parents=True, exist_ok=True)
+        id_path.write_text(secrets.token_hex(4))
     # for `offline` Lightning sets WANDB_MODE, which wandb has read by now
-    more: dict[str, Any] = {"mode": "offline"} if offline else {}
+    options: dict[str, Any] = {"mode": "offline"} if offline else {}
     return WandbLogger(
         project="im2emb",
         name=cfg.name,
-        id=known.read_text() if known.exists() else None,
+        id=id_path.read_text() if id_path.exists() else None,
         save_dir=cfg.out,
         offline=offline,
         config=plain(cfg),
         log_model=False,
-        **more,
+        **options,
     )

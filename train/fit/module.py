@@ -38,7 +38,7 @@ class Training(lightning.LightningModule):
     """Train `model`, whose frozen layers are already marked. `plan` holds steps, ranks and micro-batches.
 
     Args:
-        sets: names of the validation sets; the first selects the best checkpoint.
+        sets: names of the validation sets; the score on the first selects the best checkpoint.
     """
 
     def __init__(self, model: Regressor, cfg: TrainSettings, plan: Plan, sets: tuple[str, ...] = ("val",)) -> None:
@@ -56,12 +56,15 @@ class Training(lightning.LightningModule):
         self.image_scores: ImageScores | None = None
         """Cosine of each image in the latest validation on the first set."""
         self.skipped: dict[str, str] = {}
-        """Images that could not be read: key → reason."""
+        """Unreadable images: key → reason."""
 
     # ------------------------------------------------------------------------------------------------- before training
 
     def configure_model(self) -> None:
-        """Apply activation checkpointing, torch.compile and FSDP2 to each block, in this order; names do not change."""
+        """Apply activation checkpointing, torch.compile and FSDP2 to each block, in this order.
+
+        Parameter names do not change.
+        """
         if self._is_configured:
             return
         self._is_configured = True
@@ -165,14 +168,16 @@ class Training(lightning.LightningModule):
         image_BCHW = augment(batch.image_BCHW, batch.row_B, self.global_step, self._cfg.seed, self._cfg.data)
         return self._with_placeholder(image_BCHW, self._predict)
 
-    def _with_placeholder(self, image_BCHW: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-        """Apply `of` to the images; to a placeholder that does not count where there are none.
+    def _with_placeholder(
+        self, image_BCHW: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        """Apply `forward` to the images; without images, to a placeholder whose output is dropped.
 
-        Other ranks wait for this rank's weights and gradients.
+        Other ranks wait for this rank's weights and gradients, so it must run the model in any case.
         """
         if len(image_BCHW):
-            return of(image_BCHW)
-        return of(image_BCHW.new_zeros(1, *image_BCHW.shape[1:]))[:0]
+            return forward(image_BCHW)
+        return forward(image_BCHW.new_zeros(1, *image_BCHW.shape[1:]))[:0]
 
     def _predict(self, image_BCHW: torch.Tensor) -> torch.Tensor:
         if not self._head_alone:
@@ -183,24 +188,24 @@ class Training(lightning.LightningModule):
         return self.model.project(features_BD, unit=False)
 
     def _whole_step(self, *local: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Predictions, targets and weights of all ranks; those of other ranks carry no gradient."""
+        """Gather predictions, targets and weights of all ranks; those of other ranks carry no gradient."""
         shares = self._gather_ragged([tensor.detach() for tensor in local])
         for parts, tensor in zip(shares, local, strict=True):
             parts[self.global_rank] = tensor
         return tuple(torch.cat(parts) for parts in shares)
 
     def _gather_ragged(self, local: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
-        """Gather tensors from all ranks, in rank order; padded in transit, since ranks hold different numbers."""
+        """Gather tensors of different lengths from all ranks, in rank order; they are padded in transit."""
         count = len(local[0])
         counts = [int(n) for n in _listed(self.all_gather(torch.tensor(count, device=self.device)))]
-        found = []
+        gathered = []
         for tensor in local:
             padded = tensor.new_zeros(max(1, *counts), *tensor.shape[1:])
             padded[:count] = tensor
             all_WB = self.all_gather(padded)
             assert isinstance(all_WB, torch.Tensor)
-            found.append([all_WB[rank, :n] for rank, n in enumerate(counts)])
-        return found
+            gathered.append([all_WB[rank, :n] for rank, n in enumerate(counts)])
+        return gathered
 
     # ------------------------------------------------------------------------------------------------------ validation
 
@@ -228,9 +233,9 @@ class Training(lightning.LightningModule):
                 skipped = next(iter(self.skipped.items()), None)
                 raise UserError(f"no validation image of {name} could be read; the first: {skipped}")
             interval = bootstrap(score_n)
-            where = "val" if number == 0 else f"val/{name}"
+            prefix = "val" if number == 0 else f"val/{name}"
             keys = ("cosine", "low", "high")
-            measured |= {f"{where}/{k}": v for k, v in zip(keys, interval, strict=True)}
+            measured |= {f"{prefix}/{k}": v for k, v in zip(keys, interval, strict=True)}
             if number == 0:
                 self.score = interval
                 self.image_scores = ImageScores(self.global_step, row_n, score_n)
@@ -243,14 +248,14 @@ class Training(lightning.LightningModule):
         self.log_dict({**measured, "step": float(self.global_step - 1)}, rank_zero_only=True)
 
     def _by_source(self, score_n: np.ndarray, row_n: np.ndarray) -> dict[str, float]:
-        """Mean score of each prompt source, where there are several."""
+        """Mean score of each prompt source; empty with a single source."""
         images: Any = self.trainer.datamodule.images  # type: ignore[attr-defined]
         sources = np.array([images.source(row) for row in row_n.tolist()])
         names = sorted(set(sources.tolist()))
         return {name: float(score_n[sources == name].mean()) for name in names} if len(names) > 1 else {}
 
     def _gather(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[np.ndarray, np.ndarray]:
-        """Scores and rows of all ranks, by row."""
+        """Gather scores and row numbers of all ranks, sorted by row number."""
         none = torch.zeros(0, device=self.device)
         score_n = torch.cat([s for s, _ in parts]).double() if parts else none.double()
         row_n = torch.cat([r for _, r in parts]) if parts else none.long()
@@ -262,22 +267,22 @@ class Training(lightning.LightningModule):
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
     def export_state(self) -> Tensors:
-        """Weights to evaluate and save, on the CPU under the plain model's names: EMA applied, adapters merged.
+        """State dict to evaluate and save, on the CPU under the plain model's names: EMA applied, LoRA merged.
 
-        Every rank calls it, because FSDP2 gathers the shards; rank 0 gets the state, other ranks an empty dict.
+        Every rank must call it, because FSDP2 gathers the shards; rank 0 gets the state, other ranks an empty dict.
         """
         state: dict[str, Any] = dict(self.model.state_dict())
         if self._ema is not None:
             state |= self._ema.shadow
-        whole = {}
+        full = {}
         for name, tensor in state.items():
             gathered = getattr(tensor, "full_tensor", lambda tensor=tensor: tensor)()
             if is_rank_zero():
-                whole[name] = gathered.detach().cpu()
+                full[name] = gathered.detach().cpu()
         if not is_rank_zero():
             return {}
-        about = self._cfg.model.lora
-        return lora.merge(whole, about.alpha / about.rank) if about.blocks else whole
+        lora_cfg = self._cfg.model.lora
+        return lora.merge(full, lora_cfg.alpha / lora_cfg.rank) if lora_cfg.blocks else full
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["skipped"] = self.all_skipped()
@@ -297,13 +302,13 @@ class Training(lightning.LightningModule):
             counts.update({name: done + count - counts["ready"] for name, count in counts.items()})
 
     def _restore_ema(self) -> None:
-        """Load the EMA of the resume checkpoint: with FSDP2 it is read after the EMA is created, else before."""
+        """Load the saved EMA once both exist: FSDP2 reads the checkpoint after the EMA is created, else before."""
         if self._ema is not None and self._saved_ema is not None:
             self._ema.load_state_dict(self._saved_ema)
             self._saved_ema = None
 
     def all_skipped(self) -> dict[str, str]:
-        """Unreadable images of all ranks; every rank calls it."""
+        """Gather the unreadable images of all ranks; every rank must call it."""
         if self._plan.world == 1:
             return self.skipped
         parts: list[Any] = [None] * self._plan.world
@@ -311,11 +316,11 @@ class Training(lightning.LightningModule):
         return {key: reason for part in parts for key, reason in part.items()}
 
     def on_fit_start(self) -> None:
-        found = _listed(self.all_gather(torch.tensor(self._plan.accumulate, device=self.device)))
-        if len(set(found)) > 1:
+        counts = _listed(self.all_gather(torch.tensor(self._plan.accumulate, device=self.device)))
+        if len(set(counts)) > 1:
             raise UserError(
-                f"scale.micro_batch: the devices fit different micro-batches ({found} per step); "
-                f"set one that fits all: {self._cfg.batch_size // (self._plan.world * int(max(found)))}"
+                f"scale.micro_batch: different sizes fit the devices ({counts} micro-batches per step); "
+                f"set the size that fits all: {self._cfg.batch_size // (self._plan.world * int(max(counts)))}"
             )
 
 

@@ -1,6 +1,7 @@
 """Optimizer, and parameter groups with layer-wise learning-rate decay; the rates over time are in `train.fit.schedule`.
 
-The k-th of n blocks from the bottom has the rate lr · layer_decay^(n - k), the stem that of k = 0, the head its own.
+Block k of n, from the bottom, has the learning rate lr · layer_decay^(n - k); the stem counts as k = 0, and the head
+has head_lr.
 """
 
 from collections.abc import Callable, Iterable
@@ -11,23 +12,23 @@ import torch
 from torch import nn
 
 from core.errors import UserError
-from models.backbones import layer_groups as depth
+from models.backbones import layer_groups
 from models.regressor import Regressor
 from train.config import OptimSettings
 
 
 def optimizer(model: Regressor, cfg: OptimSettings, *, fused: bool = False) -> torch.optim.Optimizer:
-    """Optimizer of all parameters that require a gradient now: freeze layers before.
+    """Build the optimizer of all parameters that require a gradient; freeze layers before.
 
-    Its groups carry `part`, "backbone" or "head", for the schedule.
+    Each parameter group has a key `part`, "backbone" or "head", for the schedule.
 
     Args:
-        model: its backbone's blocks must be known to `models.backbones.layer_groups` where layer_decay is below 1.
-        cfg: adamw8bit takes bitsandbytes' 8-bit state for tensors of 4,096 elements and more.
-        fused: adamw in one fused kernel; Lightning cannot clip gradients of fp16 with it.
+        model: where layer_decay is below 1, `models.backbones.layer_groups` must know the blocks of its backbone.
+        cfg: adamw8bit has bitsandbytes' 8-bit state for tensors of 4,096 elements and more.
+        fused: whether adamw runs as one fused kernel; Lightning cannot clip fp16 gradients with it.
 
     Raises:
-        UserError: bitsandbytes is not installed, or the order of the blocks is not known.
+        UserError: bitsandbytes is not installed, or the order of the blocks is unknown.
     """
     groups = parameter_groups(model, cfg)
     betas = (cfg.betas[0], cfg.betas[1])
@@ -46,7 +47,7 @@ def optimizer(model: Regressor, cfg: OptimSettings, *, fused: bool = False) -> t
 
 
 def check(cfg: OptimSettings, strategy: str) -> None:
-    """Check that the optimizer is installed and supports scale.strategy, before any data is read.
+    """Check that the optimizer is installed and supports scale.strategy.
 
     Raises:
         UserError: bitsandbytes is not installed, or its optimizer would get sharded parameters.
@@ -60,13 +61,13 @@ def check(cfg: OptimSettings, strategy: str) -> None:
 
 
 def parameter_groups(model: Regressor, cfg: OptimSettings) -> list[dict[str, Any]]:
-    """Parameter groups of equal learning rate and weight decay, top block first.
+    """Group parameters by learning rate and weight decay, top block first.
 
-    One-dimensional parameters and those that the backbone exempts (position embeddings and class tokens of ViTs) have
-    no weight decay.
+    Weight decay is 0 for one-dimensional parameters and those that the backbone exempts (position embeddings and class
+    tokens of ViTs).
     """
     backbone = model.backbone
-    share = depth_shares(backbone, cfg.layer_decay)
+    multipliers = layer_lr_multipliers(backbone, cfg.layer_decay)
     exempt = _exempt(backbone)
     groups: dict[tuple[str, float, float], list[nn.Parameter]] = {}
 
@@ -76,10 +77,10 @@ def parameter_groups(model: Regressor, cfg: OptimSettings) -> list[dict[str, Any
             groups.setdefault((part, rate, weight_decay), []).append(parameter)
 
     for name, parameter in backbone.named_parameters():
-        add("backbone", parameter, cfg.lr * share[name], name not in exempt)
+        add("backbone", parameter, cfg.lr * multipliers[name], name not in exempt)
     for parameter in model.head.parameters():
         add("head", parameter, cfg.head_lr, True)
-    # the rate of the first group is the one that is logged: the top block's
+    # the log shows the rate of the first group: the top block's
     in_order = sorted(groups.items(), key=lambda item: (item[0][0], -item[0][1], -item[0][2]))
     return [
         {"params": members, "lr": rate, "weight_decay": weight_decay, "part": part}
@@ -87,17 +88,17 @@ def parameter_groups(model: Regressor, cfg: OptimSettings) -> list[dict[str, Any
     ]
 
 
-def depth_shares(backbone: nn.Module, layer_decay: float) -> dict[str, float]:
-    """Learning rate of each backbone parameter as a share of the top block's."""
+def layer_lr_multipliers(backbone: nn.Module, layer_decay: float) -> dict[str, float]:
+    """Learning-rate multiplier of each backbone parameter; 1 for the top block."""
     if layer_decay == 1:  # also for backbones whose block order is unknown
         return dict.fromkeys((name for name, _ in backbone.named_parameters()), 1.0)
-    layers = depth.layers(backbone)
+    layers = layer_groups.layers(backbone)
     top = len(layers) - 1
     return {name: layer_decay ** (top - depth) for depth, names in enumerate(layers) for name in names}
 
 
 def _exempt(backbone: nn.Module) -> set[str]:
-    """Names of parameters that the backbone, or a timm model in it, exempts from weight decay; some list patterns."""
+    """Names of parameters that the backbone, or a timm model inside it, exempts from weight decay."""
     patterns = []
     for prefix, module in backbone.named_modules():
         listed: Callable[[], Iterable[str]] | None = getattr(module, "no_weight_decay", None)

@@ -1,12 +1,12 @@
-"""Resume checkpoints of a run on disk: the newest and the one before it, each with a checksum (core/checksum.py).
+"""Resume checkpoints of a run: the newest and the previous one, each with a checksum (core/checksum.py).
 
-<out>/resume.ckpt            the newest
-<out>/resume.previous.ckpt   the one before: it is replaced once a newer one was written and read back
+<out>/resume.ckpt            newest checkpoint
+<out>/resume.previous.ckpt   previous checkpoint, replaced only after a newer one was written and verified
 
 A new checkpoint is written to a temporary name, synced, read back and compared; only then do two renames move the
-newest to `resume.previous.ckpt` and the new one to `resume.ckpt`. Whenever a kill comes, a whole checkpoint stays under
-one of the two names. Reading back takes about as long as writing: a checkpoint of 6 GiB is hashed in 3 to 4 s, beside
-the disk's own time. The disk holds two checkpoints, and three while one is written.
+newest to `resume.previous.ckpt` and the new one to `resume.ckpt`. A kill at any time leaves an intact checkpoint under
+one of the two names. Reading back takes about as long as writing: hashing 6 GiB takes 3 to 4 s plus the time of the
+disk. The disk holds two checkpoints, and three while one is written.
 """
 
 import logging
@@ -26,12 +26,12 @@ NEWEST, PREVIOUS = "resume.ckpt", "resume.previous.ckpt"
 
 
 def newest_whole(out: Path) -> tuple[Path | None, int]:
-    """The resume checkpoint of the run folder `out` to continue from, and its step; (None, 0) where there is none.
+    """Find the newest intact resume checkpoint in the run folder `out`, and its step; (None, 0) without any.
 
-    Both files are only read. A damaged `resume.ckpt` is reported in the log, and the previous one is taken.
+    No file is changed. A damaged `resume.ckpt` is logged, and the previous checkpoint is used.
 
     Raises:
-        UserError: there are resume checkpoints, but none is whole.
+        UserError: there are resume checkpoints, but all are damaged.
     """
     problems: dict[Path, str] = {}
     for path in (out / NEWEST, out / PREVIOUS):
@@ -40,28 +40,30 @@ def newest_whole(out: Path) -> tuple[Path | None, int]:
         reason = damage(path)
         if reason is None:
             step = int(torch.load(path, weights_only=True, map_location="cpu", mmap=True)["global_step"])
-            for name, why in problems.items() if is_rank_zero() else ():
-                log.warning("%s is damaged: %s. The run continues from step %d in %s", name, why, step, path.name)
+            for name, damage_reason in problems.items() if is_rank_zero() else ():
+                log.warning(
+                    "%s is damaged: %s. The run continues from step %d in %s", name, damage_reason, step, path.name
+                )
             return path, step
         problems[path] = reason
     if problems:
         lines = [f"  {path}: {reason}" for path, reason in problems.items()]
-        lines += [f"  {path}: there is no such file" for path in (out / NEWEST, out / PREVIOUS) if path not in problems]
+        lines += [f"  {path}: missing" for path in (out / NEWEST, out / PREVIOUS) if path not in problems]
         raise UserError(
-            f"the run {out} cannot continue, because no resume point is whole:\n"
+            f"the run {out} cannot resume, because no resume checkpoint is intact:\n"
             + "\n".join(lines)
-            + f"\nRestore one of them from a copy, or remove {' and '.join(path.name for path in problems)}: then the "
-            "same command trains from step 0."
+            + f"\nRestore one of them from a copy, or remove {' and '.join(path.name for path in problems)} to train "
+            "from step 0 with the same command."
         )
     return None, 0
 
 
 def commit(part: Path, out: Path, *, rotate: bool) -> None:
-    """Make the file `part` the newest resume checkpoint of `out`, after it was read back.
+    """Verify the file `part` on disk and make it the newest resume checkpoint of `out`.
 
     Args:
         part: file in `out` that ends with its checksum.
-        rotate: keep the present `resume.ckpt` as the previous one; False where it is damaged.
+        rotate: whether to keep the present `resume.ckpt` as the previous one; False where it is damaged.
 
     Raises:
         OSError: the bytes on disk are not those that were written; both checkpoints are unchanged.
@@ -78,12 +80,12 @@ def commit(part: Path, out: Path, *, rotate: bool) -> None:
 
 
 def exists(out: Path) -> bool:
-    """Whether there is a resume checkpoint, whole or not."""
+    """Whether the run folder has a resume checkpoint, intact or not."""
     return any((out / name).exists() for name in (NEWEST, PREVIOUS))
 
 
 def require_agreement(step: int, gather: Callable[[int], list[int]]) -> None:
-    """Check that all ranks continue from the same step: their machines may see different files.
+    """Check that all ranks resume from the same step, since their machines may see different files.
 
     Args:
         step: step of this rank's resume checkpoint; 0 without one.
@@ -95,6 +97,6 @@ def require_agreement(step: int, gather: Callable[[int], list[int]]) -> None:
     steps = gather(step)
     if len(set(steps)) > 1:
         raise UserError(
-            f"the ranks found resume points of different steps ({', '.join(map(str, steps))}; 0 is none): out= must "
-            "be one folder that all machines share, and every machine must read the same bytes there"
+            f"the ranks found resume checkpoints of different steps ({', '.join(map(str, steps))}; 0 means none): out= "
+            "must be a folder shared by all machines"
         )

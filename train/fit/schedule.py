@@ -1,7 +1,7 @@
 """Learning-rate schedule: cosine, constant or one-cycle, with warm-up and steps that train only the head.
 
 scheduler(optimizer, cfg.optim, steps)        for Lightning, stepped after each optimizer step
-lr_share(step, steps, warmup)                 learning rate at a step, as a share of its peak
+lr_multiplier(step, steps, warmup)            learning-rate multiplier at a step, relative to the peak
 """
 
 import math
@@ -11,44 +11,45 @@ import torch
 
 from train.config import OptimSettings
 
-# torch.optim.OneCycleLR's and fast.ai's: a third of the run up, first and last rate as shares of the peak
+# as torch.optim.OneCycleLR and fast.ai: fraction of the run with rising rate, first and last rate relative to the peak
 _RISING, _FIRST, _LAST = 0.3, 1 / 25, 1 / 25e4
-_HEAD_ONLY_LAST = 0.01  # 5th's: 1e-2 → 1e-4
+_HEAD_ONLY_LAST = 0.01  # as in the competition's 5th place: 1e-2 → 1e-4
 
 
 def scheduler(
-    groups: torch.optim.Optimizer, cfg: OptimSettings, steps: int, alone: int = 0
+    groups: torch.optim.Optimizer, cfg: OptimSettings, steps: int, head_steps: int = 0
 ) -> torch.optim.lr_scheduler.LambdaLR:
-    """Learning-rate scheduler per step; in the first `alone` steps only the head trains."""
+    """Build the per-step learning-rate scheduler; in the first `head_steps` steps only the head trains."""
 
     def of(part: str) -> Callable[[int], float]:
-        return lambda step: part_share(part, step, steps, alone, cfg)
+        return lambda step: group_lr_multiplier(part, step, steps, head_steps, cfg)
 
     return torch.optim.lr_scheduler.LambdaLR(groups, [of(group["part"]) for group in groups.param_groups])
 
 
-def part_share(part: str, step: int, steps: int, alone: int, cfg: OptimSettings) -> float:
-    """Learning rate of the backbone's or head's groups at `step`, as a share of their peak.
+def group_lr_multiplier(part: str, step: int, steps: int, head_steps: int, cfg: OptimSettings) -> float:
+    """Learning-rate multiplier of a parameter group ("backbone" or "head") at `step`, relative to its peak rate.
 
-    In the first `alone` steps the backbone's is 0 and the head's falls from head_warmup_lr to a hundredth of it by half
-    a cosine, after which the schedule begins for all; without head_warmup_lr one schedule runs from the first step on.
-    The warm-up is at most a tenth of the steps that the schedule covers: those after `alone` in the first case.
+    In the first `head_steps` steps the backbone's is 0, and the head's falls from head_warmup_lr to a hundredth of it
+    by half a cosine, after which the schedule begins for both; without head_warmup_lr one schedule runs from the first
+    step. The warm-up is at most a tenth of the steps that the schedule covers, which are those after `head_steps` in
+    the first case.
     """
-    if part == "backbone" and step < alone:
+    if part == "backbone" and step < head_steps:
         return 0.0
-    if cfg.head_warmup_lr is not None and alone:
-        if step < alone or steps <= alone:
-            falling = _half_cosine(1.0, _HEAD_ONLY_LAST, min(step / alone, 1.0))
+    if cfg.head_warmup_lr is not None and head_steps:
+        if step < head_steps or steps <= head_steps:
+            falling = _half_cosine(1.0, _HEAD_ONLY_LAST, min(step / head_steps, 1.0))
             return cfg.head_warmup_lr / cfg.head_lr * falling
-        step, steps = step - alone, steps - alone
-    return lr_share(step, steps, cfg.warmup, cfg.schedule)
+        step, steps = step - head_steps, steps - head_steps
+    return lr_multiplier(step, steps, cfg.warmup, cfg.schedule)
 
 
-def lr_share(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
-    """Learning rate at `step` of `steps`, as a share of its peak.
+def lr_multiplier(step: int, steps: int, warmup: int, schedule: str = "cosine") -> float:
+    """Learning-rate multiplier at `step` of `steps`, relative to the peak rate.
 
     cosine: half a cosine down to zero, times a linear warm-up over `warmup_steps`; constant: only the warm-up;
-    onecycle: torch.optim.OneCycleLR, whose own warm-up takes .3 of the run, from 1/25 of the peak up, then 1/250,000.
+    onecycle: torch.optim.OneCycleLR, from 1/25 of the peak up in the first .3 of the run, then down to 1/250,000.
     """
     if schedule == "onecycle":
         peak, last = _RISING * steps - 1, steps - 1  # as torch has it: the peak may be between two steps
@@ -61,10 +62,10 @@ def lr_share(step: int, steps: int, warmup: int, schedule: str = "cosine") -> fl
 
 
 def warmup_steps(steps: int, warmup: int, schedule: str = "cosine") -> int:
-    """Warm-up steps of a schedule of `steps`: `warmup`, but at most a tenth of them.
+    """Number of warm-up steps in a schedule of `steps`: `warmup`, but at most a tenth of `steps`.
 
-    AdamW's first steps are sign noise, whatever the length of the run, so the warm-up counts steps; without the bound
-    a run shorter than its warm-up would never come near the peak. onecycle has its own warm-up.
+    AdamW's first steps are sign noise in a run of any length, so the setting counts steps; without the bound, a run
+    shorter than its warm-up would never reach the peak rate. onecycle has its own warm-up.
     """
     if schedule == "onecycle":
         return max(math.ceil(_RISING * steps - 1), 0)

@@ -33,103 +33,105 @@ from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
 
-# The ridge penalty with the best held-out score fits the training images so closely that little is left to learn:
+# The penalty with the best held-out score fits the training images so closely that fine-tuning has little to learn:
 # on 800 photographs fine-tuning from it lost .015, from one 30 times as high it gained .012 (benchmarks/LOG.md).
 RIDGE_PENALTY_SCALE = 30
 
 
 def build_model(cfg: TrainSettings, datasets: list[Dataset], *, resumed: bool) -> Regressor:
-    """Build the regressor with a random head on the CPU; a resumed run has its weights in the resume checkpoint."""
+    """Build the regressor with a random head on the CPU; a resumed run loads weights from its resume checkpoint."""
     torch.manual_seed(cfg.seed)  # random weights depend on the seed alone
-    elsewhere = resumed or cfg.init_from is not None
-    made = _made(cfg, datasets, "random" if elsewhere else cfg.model.weights)
-    made.freeze_bn_stats = cfg.model.freeze_bn_stats and (cfg.model.weights != "random" or cfg.init_from is not None)
+    random_weights = resumed or cfg.init_from is not None
+    model = _build(cfg, datasets, "random" if random_weights else cfg.model.weights)
+    model.freeze_bn_stats = cfg.model.freeze_bn_stats and (cfg.model.weights != "random" or cfg.init_from is not None)
     if cfg.init_from is not None and not resumed:
-        checkpoint.load_into(made, cfg.init_from)
+        checkpoint.load_into(model, cfg.init_from)
         config = checkpoint.read_config(cfg.init_from)
-        there, identity = config["encoder"], datasets[0].encoder_identity or {}
-        if there != encoder_name(cfg.encoder) and not (has_settings(identity) and "encoder_identity" in config):
+        trained_encoder, identity = config["encoder"], datasets[0].encoder_identity or {}
+        if trained_encoder != encoder_name(cfg.encoder) and not (
+            has_settings(identity) and "encoder_identity" in config
+        ):
             raise UserError(
-                f"init_from: {cfg.init_from} was trained on vectors of {there}, not {cfg.encoder}; its head "
-                f"would point elsewhere. Take encoder={there}, or another checkpoint."
+                f"init_from: {cfg.init_from} was trained on vectors of {trained_encoder}, not {cfg.encoder}, so its "
+                f"head does not fit. Use encoder={trained_encoder}, or another checkpoint."
             )
         require_same(config, f"init_from: {cfg.init_from}", identity, str(datasets[0].root))
-    return made
+    return model
 
 
 def build_on_meta(cfg: TrainSettings, datasets: list[Dataset]) -> Regressor:
-    """Build the regressor as it will train on the meta device, without reading or computing weights."""
+    """Build the regressor on the meta device, frozen and with LoRA as in training; no weights are read or computed."""
     with torch.device("meta"):
-        made = _made(cfg, datasets, "random")
-        made.freeze_bn_stats = cfg.model.freeze_bn_stats
-        freeze_and_add_lora(made, cfg)
-    if not cfg.model.freeze_bn_stats and not any(isinstance(m, _NormBase) for m in made.backbone.modules()):
-        log.warning("model.freeze_bn_stats=false has no effect: %s has no batch norm", made.spec.name)
-    return made
+        model = _build(cfg, datasets, "random")
+        model.freeze_bn_stats = cfg.model.freeze_bn_stats
+        freeze_and_add_lora(model, cfg)
+    if not cfg.model.freeze_bn_stats and not any(isinstance(m, _NormBase) for m in model.backbone.modules()):
+        log.warning("model.freeze_bn_stats=false has no effect: %s has no batch norm", model.spec.name)
+    return model
 
 
-def freeze_and_add_lora(made: Regressor, cfg: TrainSettings) -> None:
-    """Freeze the lower layers, and insert LoRA adapters into the blocks above them."""
-    made.freeze(None if cfg.model.freeze == "all" else cfg.model.freeze)
-    about = cfg.model.lora
-    if about.blocks and isinstance(cfg.model.freeze, int):
+def freeze_and_add_lora(model: Regressor, cfg: TrainSettings) -> None:
+    """Freeze the lower layers by `model.freeze`, and insert LoRA adapters into the blocks above them."""
+    model.freeze(None if cfg.model.freeze == "all" else cfg.model.freeze)
+    lora_cfg = cfg.model.lora
+    if lora_cfg.blocks and isinstance(cfg.model.freeze, int):
         torch.manual_seed(cfg.seed)
         lora.insert(
-            made.backbone,
+            model.backbone,
             cfg.model.freeze,
-            about.blocks,
-            about.rank,
-            about.alpha,
-            about.dropout,
-            size=made.spec.size,
+            lora_cfg.blocks,
+            lora_cfg.rank,
+            lora_cfg.alpha,
+            lora_cfg.dropout,
+            size=model.spec.size,
         )
 
 
-def _made(cfg: TrainSettings, datasets: list[Dataset], weights: str) -> Regressor:
-    about = cfg.model
-    size = about.size
+def _build(cfg: TrainSettings, datasets: list[Dataset], weights: str) -> Regressor:
+    model_cfg = cfg.model
+    size = model_cfg.size
     if size == "dataset":
         # enlarging small images costs time without any gain
         rendered = [d.info["settings"].get("renderer", {}).get("size") for d in datasets]
         with torch.device("meta"):
-            own = make(about.backbone, "random", None, datasets[0].width).spec.size
-        size = min(own, max(rendered)) if all(rendered) else None
+            native_size = make(model_cfg.backbone, "random", None, datasets[0].width).spec.size
+        size = min(native_size, max(rendered)) if all(rendered) else None
     return make(
-        *(about.backbone, weights, size, datasets[0].width),
-        head=about.head,
-        hidden=about.head_width,
-        resize_mode=about.resize_mode,
-        interpolation=about.interpolation,
-        crop_pct=about.crop_pct,
+        *(model_cfg.backbone, weights, size, datasets[0].width),
+        head=model_cfg.head,
+        hidden=model_cfg.head_width,
+        resize_mode=model_cfg.resize_mode,
+        interpolation=model_cfg.interpolation,
+        crop_pct=model_cfg.crop_pct,
     )
 
 
-def init_head(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
+def init_head(model: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
     """Initialise the head by `model.head_init`; rank 0 computes it, other ranks wait for its file.
 
-    The file stays, so a run that restarts before its first resume checkpoint does not compute it again.
+    The file is not deleted, so a run that restarts before its first resume checkpoint does not compute it again.
     """
-    about = cfg.model
-    if cfg.init_from is not None or about.head_init == "random":
+    model_cfg = cfg.model
+    if cfg.init_from is not None or model_cfg.head_init == "random":
         return
     path = cfg.out / "head_init.safetensors"
     state = _whole_head(path)
     if state is None:
         if is_rank_zero():
-            if about.head_init == "ridge":
-                _ridge(made, cfg, data, device)
+            if model_cfg.head_init == "ridge":
+                _ridge(model, cfg, data, device)
             else:
-                _text(made, cfg, data, device)
-            state = {k: v.detach().cpu().contiguous() for k, v in made.head.state_dict().items()}
+                _text(model, cfg, data, device)
+            state = {k: v.detach().cpu().contiguous() for k, v in model.head.state_dict().items()}
             content = tensor_files.to_bytes(state)
             write_atomically(path, lambda file: file.write(content))
         else:
             state = _wait_for(path)
-    made.head.load_state_dict(state)
+    model.head.load_state_dict(state)
 
 
 def _whole_head(path: Path) -> dict[str, torch.Tensor] | None:
-    """Read the head that an earlier start of the run wrote; None where it is missing or damaged."""
+    """Read the initialised head that an earlier start of the run wrote; None where it is missing or damaged."""
     try:
         return tensor_files.read(path, required=True)
     except FileNotFoundError:
@@ -140,27 +142,29 @@ def _whole_head(path: Path) -> dict[str, torch.Tensor] | None:
         return None
 
 
-def _ridge(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
+def _ridge(model: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
     rows = data.train_rows
     if cfg.model.head_fit_images is not None and len(rows) > cfg.model.head_fit_images:
-        drawn = np.random.default_rng([cfg.seed, len(rows)]).choice(len(rows), cfg.model.head_fit_images, replace=False)
-        rows = rows[np.sort(drawn)]
-    found = features(made.to(device).eval(), data.images, rows, cfg.batch_size, cfg.scale.workers)
-    share = init_ridge(made.head, found.batches, RIDGE_PENALTY_SCALE, penalty_parts(data.images, found.row_n))
+        subset = np.random.default_rng([cfg.seed, len(rows)]).choice(
+            len(rows), cfg.model.head_fit_images, replace=False
+        )
+        rows = rows[np.sort(subset)]
+    computed = features(model.to(device).eval(), data.images, rows, cfg.batch_size, cfg.scale.workers)
+    share = init_ridge(model.head, computed.batches, RIDGE_PENALTY_SCALE, penalty_parts(data.images, computed.row_n))
     log.info("head initialised by ridge regression (relative penalty %.1e)", share)
-    made.train()
+    model.train()
 
 
-def _text(made: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
+def _text(model: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
     images, rows = data.images, data.train_rows
     prompts, targets = [], []
-    for dataset, own in (images.place(row) for row in rows.tolist()):
-        prompts += dataset.prompts(own)
-        targets.append(dataset.targets(own))
+    for dataset, dataset_row in (images.place(row) for row in rows.tolist()):
+        prompts += dataset.prompts(dataset_row)
+        targets.append(dataset.targets(dataset_row))
     # keep one spelling per prompt: others would validate a penalty that was fitted on the same prompt
     first = np.sort(np.unique(Prompts(images).of(rows)[0], return_index=True)[1])
     prompts, target_cE = [prompts[c] for c in first.tolist()], np.concatenate(targets)[first]
-    share = init_text(made, cfg.model.text_tower, cfg.model.weights, prompts, target_cE, device)
+    share = init_text(model, cfg.model.text_tower, cfg.model.weights, prompts, target_cE, device)
     log.info("head initialised from the text tower (relative penalty %.1e)", share)
 
 
@@ -174,7 +178,7 @@ def _wait_for(path: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs: flops.Cost, machine: Machine) -> Plan:
+def make_plan(cfg: TrainSettings, model: Regressor, data: ImageDataModule, cost: flops.Cost, machine: Machine) -> Plan:
     """Plan steps, ranks and micro-batches; on a GPU, scale.micro_batch=auto tries sizes."""
     scale = cfg.scale
     share = math.ceil(cfg.batch_size / machine.world)
@@ -182,12 +186,12 @@ def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs:
     if scale.micro_batch != "auto":
         micro = min(scale.micro_batch, share)
     elif machine.device.type == "cuda":
-        micro, mode = micro_batch.choose(made, cfg, needs, machine)
+        micro, mode = micro_batch.choose(model, cfg, cost, machine)
     accumulate = math.ceil(share / micro)
     check_shares(cfg.batch_size, machine.world, accumulate)
     if accumulate > 1:
         _refuse_parts(cfg, machine.world, accumulate)
-        log.info("%d micro-batches of %d images per step on each device", accumulate, share // accumulate)
+        log.info("each step: %d micro-batches of %d images per device", accumulate, share // accumulate)
     if mode != "none":
         log.info("activation checkpointing: %s", mode)
     return Plan(
@@ -204,32 +208,32 @@ def make_plan(cfg: TrainSettings, made: Regressor, data: ImageDataModule, needs:
 
 
 def fitting_trial(
-    made: Regressor, cfg: TrainSettings, needs: flops.Cost, machine: Machine, plan: Plan
+    model: Regressor, cfg: TrainSettings, cost: flops.Cost, machine: Machine, plan: Plan
 ) -> Callable[[list[int]], int] | None:
-    """Search for a size that fits after a run ran out of memory; None where other ranks would wait."""
+    """Function that finds a micro-batch that fits after an out-of-memory error; None where other ranks would wait."""
     if machine.device.type != "cuda" or machine.world > 1 or cfg.scale.strategy == "fsdp":
         return None
-    return lambda among: micro_batch.fitting(made, cfg, needs, machine, plan.activation_checkpointing, among)
+    return lambda candidates: micro_batch.fitting(model, cfg, cost, machine, plan.activation_checkpointing, candidates)
 
 
 def _refuse_parts(cfg: TrainSettings, world: int, accumulate: int) -> None:
-    """Refuse losses that compare all images of a step; warn about batch norms that see less than a step."""
-    found = []
-    for name, on in (
+    """Refuse losses that need all images of a step at once; warn about batch norms that see only a micro-batch."""
+    problems = []
+    for name, is_set in (
         ("loss.contrastive", cfg.loss.contrastive > 0),
         ("loss.hard_fraction", cfg.loss.hard_fraction < 1),
     ):
-        if on:
-            found.append(f"{name} compares the images of a whole step")
+        if is_set:
+            problems.append(f"{name} compares all images of a step")
     if not cfg.model.freeze_bn_stats or cfg.model.head == "wide":
         log.warning(
-            "batch norms that learn their statistics see %d images at a time, not the step's %d",
+            "batch norms compute their statistics over %d images at a time, not over the %d of a step",
             cfg.batch_size // (world * accumulate),
             cfg.batch_size,
         )
-    if found:
+    if problems:
         raise UserError(
-            f"scale.micro_batch: a step of {cfg.batch_size} images would be {accumulate} micro-batches on each of "
-            f"{world} devices, but {'; '.join(found)}. Take a batch_size that fits at once, "
-            "scale.activation_checkpointing=full, or leave that out."
+            f"scale.micro_batch: a step of {cfg.batch_size} images would be split into {accumulate} micro-batches on "
+            f"each of {world} devices, but {'; '.join(problems)}. Use a batch_size that fits at once, "
+            "scale.activation_checkpointing=full, or another loss."
         )

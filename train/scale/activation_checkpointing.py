@@ -32,14 +32,14 @@ _STORED = {
 
 
 def apply(blocks: Sequence[nn.Module], mode: Mode) -> int:
-    """Set the checkpointing mode of `blocks`, bottom first; an earlier mode is undone.
+    """Set the activation-checkpointing mode of `blocks`, bottom first, in place of an earlier mode.
 
     Parameter names, gradients and statistics do not change: the recomputation repeats random numbers, and batch norms
-    count once. Blocks below the first trainable one store nothing and are left alone, so freeze layers before.
-    `block.compile()` comes after.
+    count once. Blocks below the first trainable one store nothing and do not change, so freeze layers before. Call
+    `block.compile()` after it.
 
     Returns:
-        The number of checkpointed blocks.
+        Number of checkpointed blocks.
     """
     for block in blocks:
         block.__dict__.pop("forward", None)
@@ -62,8 +62,8 @@ def _checkpointed(block: nn.Module, mode: Mode) -> Callable[..., Any]:
     selective = partial(create_selective_checkpoint_contexts, _policy)
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        first, again = selective() if mode == "selective" else (nullcontext(), nullcontext())
-        return first, _frozen_statistics(norms, again)
+        first, recomputation = selective() if mode == "selective" else (nullcontext(), nullcontext())
+        return first, _frozen_statistics(norms, recomputation)
 
     # compiled code updates statistics once anyway, and accepts only torch's own contexts
     compiled = {"context_fn": selective} if mode == "selective" else {}

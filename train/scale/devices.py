@@ -16,12 +16,12 @@ _PATIENCE = timedelta(hours=1)  # timeout of other ranks while rank 0 writes che
 
 
 def is_rank_zero() -> bool:
-    """Whether this is the process of rank 0, which writes files; valid before Lightning starts the others."""
+    """Whether this process is rank 0, which writes files; valid before Lightning starts the other ranks."""
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
 def device_of(accelerator: str) -> torch.device:
-    """The device for `accelerator`: auto, cpu or gpu.
+    """Select the device for `accelerator`: auto, cpu or gpu.
 
     Raises:
         UserError: gpu is requested, but there is none.
@@ -35,10 +35,10 @@ class Machine:
     """Device, number of ranks and precision of this process.
 
     Attributes:
-        device: of this process.
+        device: device of this process.
         world: number of processes of the run, one per device.
-        half: matmul precision: fp32, bf16 or fp16.
-        precision: the same under Lightning's name.
+        compute_precision: precision of matmuls: fp32, bf16 or fp16.
+        precision: the same precision by Lightning's name.
 
     Raises:
         UserError: more devices than available, or a precision that the device or strategy does not support.
@@ -49,19 +49,19 @@ class Machine:
         if scale.accelerator == "gpu" and not gpus:
             raise UserError("scale.accelerator: gpu, but torch finds none; auto trains on the CPU")
         if gpus and isinstance(scale.devices, int) and scale.devices > gpus:
-            raise UserError(f"scale.devices: {scale.devices} is over the {gpus} GPUs of this machine")
-        a_node = scale.devices if isinstance(scale.devices, int) else max(gpus, 1)
-        self.world = a_node * scale.nodes
+            raise UserError(f"scale.devices: {scale.devices}, but this machine has {gpus} GPUs")
+        devices_per_node = scale.devices if isinstance(scale.devices, int) else max(gpus, 1)
+        self.world = devices_per_node * scale.nodes
         local = int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", 0)))
         self.device = torch.device("cuda", local % gpus) if gpus else torch.device("cpu")
         if gpus:
             torch.cuda.set_device(self.device)  # otherwise each process also allocates memory on the first GPU
         self._scale = scale
-        self.half = self._half()
-        self.precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.half]
+        self.compute_precision = self._resolve_precision()
+        self.precision: Any = {"fp32": "32-true", "bf16": "bf16-mixed", "fp16": "16-mixed"}[self.compute_precision]
 
     def strategy(self, optim: OptimSettings) -> Strategy | str:
-        """Lightning strategy: single device, DDP, or FSDP2 through ModelParallelStrategy."""
+        """Build the Lightning strategy: single device, DDP, or FSDP2 through ModelParallelStrategy."""
         if self._scale.strategy == "fsdp":
             return ModelParallelStrategy(
                 data_parallel_size=self.world,
@@ -76,12 +76,14 @@ class Machine:
             find_unused_parameters=optim.head_warmup_epochs > 0, gradient_as_bucket_view=True, timeout=_PATIENCE
         )
 
-    def _half(self) -> Any:
-        wanted = self._scale.precision
-        if wanted == "auto":
-            wanted = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[autocast_dtype(self.device)]
-        if wanted == "fp16" and self._scale.strategy == "fsdp":
-            raise UserError("scale.strategy: fsdp has no loss scaling for fp16; take scale.precision=bf16 or fp32")
-        if wanted == "fp16" and self.device.type == "cpu":
-            raise UserError("scale.precision: fp16 has no loss scaling on a CPU; take fp32 or bf16")
-        return wanted
+    def _resolve_precision(self) -> Any:
+        precision = self._scale.precision
+        if precision == "auto":
+            precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[
+                autocast_dtype(self.device)
+            ]
+        if precision == "fp16" and self._scale.strategy == "fsdp":
+            raise UserError("scale.strategy: fsdp has no loss scaling for fp16; use scale.precision=bf16 or fp32")
+        if precision == "fp16" and self.device.type == "cpu":
+            raise UserError("scale.precision: fp16 has no loss scaling on a CPU; use fp32 or bf16")
+        return precision

@@ -1,8 +1,8 @@
-"""What a run will take, before its first step: parameters, work and memory. Nothing is computed: tensors have no data.
+"""Estimate of a run's parameters, FLOPs and memory before its first step, on fake tensors that have no data.
 
-A FLOP is a multiplication or an addition. Work is what the gradients need: a frozen prefix has no backward pass, and
-what a recomputation repeats does not count, so that MFU, the share of the device's matrix peak that the work reaches,
-compares between settings.
+A FLOP is a multiplication or an addition. Only the FLOPs that gradients need count: a frozen prefix has no backward
+pass, and a recomputation counts once, so that MFU (model FLOPs utilisation: the fraction of the device's measured peak)
+is comparable between settings.
 """
 
 import copy
@@ -28,69 +28,71 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _GIB = 2**30
-_PRODUCTS = 8  # between two waits for the device
-# Images of the step that is traced. It is without data, so any number costs the same; of a prime that no layer's width
-# is a multiple of, it tells a tensor that grows with the batch from one that does not.
+_MATMULS = 8  # between two synchronisations with the device
+# Batch size of the traced step. Fake tensors cost the same at any size; a prime that divides no layer's width tells
+# tensors that grow with the batch from those that do not.
 _BATCH = 10_007
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of a model as it trains now. Bytes are those of one device that holds all of it."""
+    """Parameters, FLOPs and memory of a training step; bytes are those of one device that holds the whole model."""
 
     parameters: int
+    """Number of parameters."""
     trained: int
+    """Number of trainable parameters."""
     forward_flop: float
-    """An image's forward pass."""
+    """FLOPs of the forward pass, per image."""
     step_flop: float
-    """An image's forward and backward pass."""
+    """FLOPs of the forward and backward pass, per image."""
     state_bytes: int
-    """Weights, gradients, optimizer and averaged weights."""
+    """Bytes of weights, gradients, optimizer state and averaged weights."""
     fixed_bytes: int
-    """What a step holds whatever its images: weights in the lower precision."""
+    """Bytes of a step that do not depend on its number of images: weights in the lower precision."""
     image_bytes: int
-    """What an image of a step adds: its activations. torch.compile and kernels' workspace are not considered."""
+    """Bytes of activations per image, without the workspace of torch.compile and of kernels."""
 
     def memory(self, images: int, shards: int = 1) -> int:
-        """Expected bytes on each of `shards` devices that share the state, with `images` at once on each."""
+        """Expected bytes per device with `images` at once on each and the state sharded over `shards` devices."""
         return self.state_bytes // shards + self.fixed_bytes + images * self.image_bytes
 
     def fitting(self, capacity: int, shards: int = 1) -> int:
-        """The number of images that should fit in `capacity` bytes; 0 where none does."""
+        """Number of images expected to fit in `capacity` bytes; 0 where none does."""
         return max((capacity - self.memory(0, shards)) // max(self.image_bytes, 1), 0)
 
     def mfu(self, images_per_s: float, peak_flop_per_s: float) -> float:
-        """The share of `peak_flop_per_s` that `pictures_per_s` trained images reach, both over the same devices."""
+        """Model FLOPs utilisation (0 to 1) at `images_per_s`, relative to the peak of the same devices."""
         return images_per_s * self.step_flop / peak_flop_per_s
 
     def line(self, images: int, shards: int = 1) -> str:
-        """All of it in one line, with `images` at once on a device."""
-        state, all_ = self.memory(0, shards) / _GIB, self.memory(images, shards) / _GIB
+        """Log line of parameters, FLOPs and memory with `images` at once on each device."""
+        state, total = self.memory(0, shards) / _GIB, self.memory(images, shards) / _GIB
         return (
             f"{self.parameters / 1e6:,.1f} M parameters, {self.trained / 1e6:,.1f} M trained; "
-            f"{self.step_flop / 1e9:,.1f} GFLOP an image; about {all_:.1f} GiB a device, "
-            f"{state:.1f} of weights and their state and {all_ - state:.1f} of {images} images' activations"
+            f"{self.step_flop / 1e9:,.1f} GFLOP per image; about {total:.1f} GiB per device: "
+            f"{state:.1f} for weights and their state, {total - state:.1f} for activations of {images} images"
         )
 
 
 def measure(
     model: Regressor, cfg: OptimSettings, precision: Precision = "fp32", mode: activation_checkpointing.Mode = "none"
 ) -> Cost:
-    """The cost of training `model`, frozen as it is; the model itself stays as it is, on any device, meta too.
+    """Estimate the cost of training `model` with its present frozen layers; the model does not change.
 
     Args:
-        model: neither compiled nor shared out; its training mode counts as on.
-        mode: activation checkpointing, for the memory.
+        model: regressor on any device, meta included; neither compiled nor sharded. It is traced in training mode.
+        mode: activation checkpointing, which changes the memory.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    # tensors without data that claim to be on the CPU: those on meta know no autocast and no fused attention
+    # fake tensors that claim to be on the CPU: the meta device has neither autocast nor fused attention
     with FakeTensorMode(allow_non_fake_inputs=True):
-        twin = _without_data(model)
+        fake_model = _without_data(model)
         if mode != "none":
-            activation_checkpointing.apply(layer_groups.blocks(twin.backbone), mode)
-        step = _trace(twin, precision)
-        shadow = 4 * sum(t.numel() for t in averaged(twin).values()) if cfg.ema else 0
+            activation_checkpointing.apply(layer_groups.blocks(fake_model.backbone), mode)
+        step = _trace(fake_model, precision)
+        shadow = 4 * sum(t.numel() for t in averaged(fake_model).values()) if cfg.ema else 0
     image = (step.peak_of[4] - step.peak_of[2]) // 2
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
@@ -107,7 +109,7 @@ def measure(
 
 
 def peak_flop_per_s(device: torch.device | str, precision: Precision, side: int | None = None) -> float:
-    """The measured rate of a square matrix product in `precision`: the best of many within 0.4 s."""
+    """Measure the FLOP/s of square matmuls in `precision`: the best of many within 0.4 s."""
     device = torch.device(device)
     side = side or (8192 if device.type == "cuda" else 1024)
     # random: of constants, a GPU multiplies faster
@@ -119,15 +121,15 @@ def peak_flop_per_s(device: torch.device | str, precision: Precision, side: int 
     with torch.no_grad():
         while count < 3 or time.perf_counter() < until:  # the first is a warm-up
             start = time.perf_counter()
-            for _ in range(_PRODUCTS):
+            for _ in range(_MATMULS):
                 torch.mm(a, a, out=out)
             out[0, 0].item()  # waits for the device
-            best, count = min(best, (time.perf_counter() - start) / _PRODUCTS), count + 1
+            best, count = min(best, (time.perf_counter() - start) / _MATMULS), count + 1
     return 2 * side**3 / best
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of storages that were made within and still live: `live` now, `peak` so far."""
+    """Count the bytes of storages that are allocated within the context: `live` now, `peak` so far."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -136,20 +138,20 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
-            self._meet(tensor, made_here=False)
+            self._track(tensor, created=False)
         out = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(out):
-            self._meet(tensor, made_here=True)
+            self._track(tensor, created=True)
         return out
 
-    def _meet(self, tensor: object, *, made_here: bool) -> None:
+    def _track(self, tensor: object, *, created: bool) -> None:
         if isinstance(tensor, torch.Tensor) and (key := tensor.untyped_storage()._cdata) not in self._known:
-            size = tensor.untyped_storage().nbytes() if made_here else 0
+            size = tensor.untyped_storage().nbytes() if created else 0
             self._known.add(key)
             self._add(size)
-            weakref.finalize(tensor.untyped_storage(), self._gone, key, size)
+            weakref.finalize(tensor.untyped_storage(), self._freed, key, size)
 
-    def _gone(self, key: int, size: int) -> None:
+    def _freed(self, key: int, size: int) -> None:
         self._known.discard(key)
         self._add(-size)
 
@@ -159,7 +161,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 class _StepTrace(LiveBytes):
-    """FLOP of a training step of `_BATCH` images, and the peaks of live bytes of steps of 2 and of 4 images."""
+    """Trace of a training step of `_BATCH` images: FLOPs, and peak bytes of steps of 2 and of 4 images."""
 
     def __init__(self) -> None:
         from torch.utils.flop_counter import flop_registry, shape_wrapper
@@ -171,19 +173,19 @@ class _StepTrace(LiveBytes):
         }
         self._live_of = {2: 0, 4: 0}
         self.peak_of = {2: 0, 4: 0}
-        """Images of a step → most bytes held beside weights and gradients."""
+        """Images of a step → peak bytes besides weights and gradients."""
         self.flop = self.forward_flop = 0
         self._backward = False
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Trace the backward pass: what came before was the forward pass."""
+        """Trace the backward pass, after the forward pass was traced."""
         self.forward_flop, self._backward = self.flop, True
         loss.backward()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = super().__torch_dispatch__(func, types, args, kwargs)
         formula = self._formulas.get(func._overloadpacket)
-        # gradients are off in a backward pass but where checkpointing computes a block's forward pass again
+        # in a backward pass, gradients are enabled only where checkpointing recomputes a block's forward pass
         if formula is not None and not (self._backward and torch.is_grad_enabled()):
             self.flop += formula(*args, **(kwargs or {}), out_val=out)
         return out
@@ -194,31 +196,31 @@ class _StepTrace(LiveBytes):
             self.peak_of[images] = max(self.peak_of[images], self._live_of[images])
 
 
-def _trace(twin: Regressor, precision: Precision) -> _StepTrace:
+def _trace(fake_model: Regressor, precision: Precision) -> _StepTrace:
     lower = nullcontext() if precision == "fp32" else torch.autocast("cpu", DTYPES[precision])
     with _StepTrace() as trace:
         with lower:
-            loss = twin(_images(twin, _BATCH)).sum()
+            loss = fake_model(_images(fake_model, _BATCH)).sum()
         trace.backward(loss)
     return trace
 
 
-def _images(twin: Regressor, count: int) -> torch.Tensor:
-    return torch.empty(count, 3, twin.spec.size, twin.spec.size, dtype=torch.uint8)
+def _images(fake_model: Regressor, count: int) -> torch.Tensor:
+    return torch.empty(count, 3, fake_model.spec.size, fake_model.spec.size, dtype=torch.uint8)
 
 
 def _convolution_backward(
     gradient_shape: list[int], image_shape: list[int], kernel_shape: list[int], *rest: Any, **_: Any
 ) -> int:
-    """As much as the forward pass for either gradient; torch's own count takes no notice of groups."""
+    """FLOPs of a convolution's backward pass: the forward pass's per gradient; torch's own count ignores groups."""
     from torch.utils.flop_counter import conv_flop_count
 
-    transposed, wanted = rest[4], rest[7]
-    return conv_flop_count(image_shape, kernel_shape, gradient_shape, transposed) * (wanted[0] + wanted[1])
+    transposed, output_mask = rest[4], rest[7]
+    return conv_flop_count(image_shape, kernel_shape, gradient_shape, transposed) * (output_mask[0] + output_mask[1])
 
 
 def _attention_backward(_: list[int], q: list[int], k: list[int], v: list[int], *__: Any, **___: Any) -> int:
-    """Twice the forward pass; torch's own count has what fused attention computes again, too."""
+    """FLOPs of attention's backward pass: twice the forward pass's; torch's own count includes recomputation."""
     from torch.utils.flop_counter import sdpa_flop_count
 
     return 2 * sdpa_flop_count(q, k, v)
@@ -229,26 +231,26 @@ def _drop(parameter: torch.Tensor) -> None:
 
 
 def _without_data(model: Regressor) -> Regressor:
-    """A copy in training mode with tensors of no data, whose gradients are let go: they are counted apart."""
+    """Copy of the model on fake tensors, in training mode; gradients are dropped, because `measure` counts them."""
     memo: dict[int, Any] = {
         id(p): nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad) for p in model.parameters()
     }
     memo |= {id(b): torch.empty_like(b, device="cpu") for b in model.buffers()}
-    for module in model.modules():  # a wrapped forward is of the model itself
+    for module in model.modules():  # a wrapped forward refers to the original model
         if "forward" in module.__dict__:
             memo[id(module.__dict__["forward"])] = None
-    twin = copy.deepcopy(model, memo)
-    for module in twin.modules():
+    fake_model = copy.deepcopy(model, memo)
+    for module in fake_model.modules():
         if module.__dict__.get("forward", module) is None:
             del module.__dict__["forward"]
-    for parameter in twin.parameters():
+    for parameter in fake_model.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(_drop)
-    return twin.train()
+    return fake_model.train()
 
 
 def _optimizer_bytes(elements: int, name: str) -> int:
-    """Bytes of the state that an optimizer keeps for a tensor of so many elements, in fp32 but for adamw8bit."""
+    """Bytes of optimizer state for a tensor of `elements` elements; fp32, except for adamw8bit."""
     if name == "adamw8bit" and elements >= 4096:
         return 2 * (elements + 4 * math.ceil(elements / 256))
     return {"adamw": 8, "adamw8bit": 8, "lion": 4, "madgrad": 12}[name] * elements

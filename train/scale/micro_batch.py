@@ -31,18 +31,19 @@ from train.scale.plan import Plan
 log = logging.getLogger(__name__)
 
 _ENOUGH = 8  # fewer images leave a GPU idle: prefer activation checkpointing
-_MARGIN = 0.05  # share of device memory for fragmentation, NCCL and cuBLAS
+_MARGIN = 0.05  # fraction of device memory for fragmentation, NCCL and cuBLAS
 _LAST_REMEDIES = ["a higher model.freeze", "model.lora", "optim.name=adamw8bit", "scale.strategy=fsdp on several GPUs"]
 
 
-def choose(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine) -> tuple[int, Mode]:
-    """Choose the micro-batch size and checkpointing mode of this process's device; on a CPU the whole share.
+def choose(model: Regressor, cfg: TrainSettings, cost: Cost, machine: Machine) -> tuple[int, Mode]:
+    """Choose the micro-batch size and activation-checkpointing mode of this process's device.
 
-    With scale.activation_checkpointing=auto the least that lets 8 images fit, or a whole share of the batch where the
-    loss compares its images. With FSDP the estimate `needs` decides, without trials.
+    On a CPU, the micro-batch is the rank's whole part of the batch. With scale.activation_checkpointing=auto, the mode
+    is the cheapest one with which 8 images fit, or the rank's whole part of the batch where the loss compares its
+    images. With FSDP the estimate `cost` decides, without trials.
 
     Raises:
-        UserError: not one image fits.
+        UserError: not a single image fits.
     """
     share = math.ceil(cfg.batch_size / machine.world)
     if machine.device.type != "cuda":
@@ -51,99 +52,101 @@ def choose(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine) -
     modes: tuple[Mode, ...] = (
         get_args(Mode) if cfg.scale.activation_checkpointing == "auto" else (cfg.scale.activation_checkpointing,)
     )
-    among = _parts(made, cfg, machine.world)
-    found = 0
+    candidates = _candidates(model, cfg, machine.world)
+    size = 0
     for mode in modes:
-        found = fitting(made, cfg, needs, machine, mode, among)
-        log.info("micro-batch search: %s activation checkpointing, %d of %d images fit", mode, found, share)
-        if found >= enough:
-            return found, mode
-    if not found:
+        size = fitting(model, cfg, cost, machine, mode, candidates)
+        log.info("micro-batch search: with activation checkpointing %s, %d of %d images fit", mode, size, share)
+        if size >= enough:
+            return size, mode
+    if not size:
         shards = machine.world if cfg.scale.strategy == "fsdp" else 1
-        parted = len(among) > 1
+        divisible = len(candidates) > 1
         raise UserError(
-            f"out of memory: {among[-1]} images of {made.spec.size} px at once are more than {machine.device} takes, "
-            f"even with scale.activation_checkpointing={modes[-1]}; {needs.line(among[-1], shards)}.\n"
-            f"Take {'' if parted else f'a batch_size that {machine.world} devices share evenly, or '}"
+            f"out of memory: {candidates[-1]} images of {model.spec.size} px at once do not fit on {machine.device}, "
+            f"even with scale.activation_checkpointing={modes[-1]}; {cost.line(candidates[-1], shards)}.\n"
+            f"Use {'' if divisible else f'a batch_size divisible by {machine.world} devices, or '}"
             f"{', or '.join(_LAST_REMEDIES)}."
         )
-    return found, modes[-1]
+    return size, modes[-1]
 
 
-def find(step: Callable[[int], None], among: list[int], module: nn.Module, reserve: int = 0) -> int:
-    """The first of `among`, largest first, with which `step` does not run out of memory; 0 where none is left.
+def find(step: Callable[[int], None], candidates: list[int], module: nn.Module, reserve: int = 0) -> int:
+    """Find the first of `candidates`, largest first, with which `step` does not run out of memory; 0 for none.
 
     Buffers, gradients and the random state do not change.
 
     Args:
-        step: a forward and a backward pass on so many images. It runs twice, the second time beside its gradients.
-        reserve: bytes that training will need besides.
+        step: number of images → forward and backward pass on them; runs twice, the second time beside gradients.
+        reserve: bytes of device memory to leave for the rest of training.
     """
     device = next(module.parameters()).device
-    for images in among:
+    for images in candidates:
         if _survives(step, images, module, device, reserve):
             return images
     return 0
 
 
 def sizes(batch: int) -> list[int]:
-    """`batch` and its divisors below it, each at most half the one before."""
-    found = [batch]
+    """List `batch` and some of its divisors in falling order, each at most half the one before."""
+    divisors = [batch]
     for size in range(batch // 2, 0, -1):
-        if batch % size == 0 and size <= found[-1] // 2:
-            found.append(size)
-    return found
+        if batch % size == 0 and size <= divisors[-1] // 2:
+            divisors.append(size)
+    return divisors
 
 
 def advice(
-    error: BaseException, cfg: TrainSettings, plan: Plan, fits: Callable[[list[int]], int] | None = None
+    error: BaseException, cfg: TrainSettings, plan: Plan, find_fitting: Callable[[list[int]], int] | None = None
 ) -> UserError:
-    """Error with settings to change after a run of `plan` ran out of memory.
+    """Build the error, with settings to change, for a run of `plan` that ran out of memory.
 
     Args:
-        error: its traceback's tensors are released.
-        fits: the first of some sizes, largest first, that fits, as `fitting` finds it; 0 for none. Without it the next
-            smaller size is named.
+        error: out-of-memory error; tensors of its traceback are released.
+        find_fitting: sizes, largest first → the first that fits, 0 for none, as `fitting`. Without it the error names
+            the next smaller size.
     """
     share = math.ceil(cfg.batch_size / plan.world)
     images = math.ceil(share / plan.accumulate)
-    said = str(error).partition("\n")[0]
+    reason = str(error).partition("\n")[0]
     traceback.clear_frames(error.__traceback__)
     smaller = [size for size in sizes(share) if size < images] if cfg.batch_size % plan.world == 0 else []
     size = smaller[0] if smaller else 0
-    if smaller and fits is not None:
-        size = fits(smaller)
-    why = "which fits here" if fits is not None else "not tried"
+    if smaller and find_fitting is not None:
+        size = find_fitting(smaller)
+    note = "which fits here" if find_fitting is not None else "not tried"
     modes = get_args(Mode)
     remedies = []
     if size and cfg.loss.needs_whole_step:
-        remedies.append(f"batch_size={size * plan.world} ({why}; this loss compares all images of a step)")
+        remedies.append(f"batch_size={size * plan.world} ({note}; this loss compares all images of a step)")
     elif size:
-        remedies.append(f"scale.micro_batch={size} ({why}; {share // size} of them make up the same step)")
+        remedies.append(f"scale.micro_batch={size} ({note}; {share // size} of them make the same step)")
     remedies += [
         f"scale.activation_checkpointing={mode}" for mode in modes[modes.index(plan.activation_checkpointing) + 1 :]
     ]
     if not size:
         remedies += _LAST_REMEDIES
     return UserError(
-        f"out of memory with {images} images at once on a device and "
-        f"scale.activation_checkpointing={plan.activation_checkpointing}: {said}\n"
-        f"Take {', or '.join(remedies)}. The same run resumes from its last checkpoint."
+        f"out of memory with {images} images at once per device and "
+        f"scale.activation_checkpointing={plan.activation_checkpointing}: {reason}\n"
+        f"Use {', or '.join(remedies)}. The same run resumes from its last checkpoint."
     )
 
 
-def fitting(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine, mode: Mode, among: list[int]) -> int:
-    """The first of `among`, largest first, that fits with `mode` on this process's GPU; 0 where none does."""
+def fitting(
+    model: Regressor, cfg: TrainSettings, cost: Cost, machine: Machine, mode: Mode, candidates: list[int]
+) -> int:
+    """Find the first of `candidates`, largest first, that fits with `mode` on this process's GPU; 0 for none."""
     if cfg.scale.strategy == "fsdp":
         capacity = torch.cuda.get_device_properties(machine.device).total_memory
-        needs = measure(made, cfg.optim, machine.half, mode)
-        most = needs.fitting(int(capacity * (1 - _MARGIN)), machine.world)
-        return next((size for size in among if size <= most), 0)
-    blocks = layer_groups.blocks(made.backbone) if mode != "none" else []
+        cost = measure(model, cfg.optim, machine.compute_precision, mode)
+        max_size = cost.fitting(int(capacity * (1 - _MARGIN)), machine.world)
+        return next((size for size in candidates if size <= max_size), 0)
+    blocks = layer_groups.blocks(model.backbone) if mode != "none" else []
     try:
-        made.to(machine.device)
+        model.to(machine.device)
         activation_checkpointing.apply(blocks, mode)
-        return find(_step(made, cfg, machine), among, made, _reserved_bytes(made, needs, machine.device))
+        return find(_step(model, cfg, machine), candidates, model, _reserved_bytes(model, cost, machine.device))
     except RuntimeError as error:
         if not is_oom_error(error):
             raise
@@ -152,42 +155,44 @@ def fitting(made: Regressor, cfg: TrainSettings, needs: Cost, machine: Machine, 
         activation_checkpointing.apply(blocks, "none")
 
 
-def _parts(made: Regressor, cfg: TrainSettings, world: int) -> list[int]:
-    """Sizes to try: several devices need equal parts, and a trained batch norm needs at least two images."""
+def _candidates(model: Regressor, cfg: TrainSettings, world: int) -> list[int]:
+    """List micro-batch sizes to try: equal on all devices, and at least two images where a batch norm trains."""
     share = math.ceil(cfg.batch_size / world)
-    learns = any(isinstance(m, nn.modules.batchnorm._NormBase) and m.training for m in made.train().modules())
+    trains_batch_norm = any(
+        isinstance(m, nn.modules.batchnorm._NormBase) and m.training for m in model.train().modules()
+    )
     parts = sizes(share) if cfg.batch_size % world == 0 else [share]
-    return [size for size in parts if size > 1] or [share] if learns else parts
+    return [size for size in parts if size > 1] or [share] if trains_batch_norm else parts
 
 
-def _step(made: Regressor, cfg: TrainSettings, machine: Machine) -> Callable[[int], None]:
+def _step(model: Regressor, cfg: TrainSettings, machine: Machine) -> Callable[[int], None]:
     def step(images: int) -> None:
-        made.train()
-        shape = (images, 3, made.spec.size, made.spec.size)
+        model.train()
+        shape = (images, 3, model.spec.size, model.spec.size)
         image_BCHW = torch.randint(0, 256, shape, dtype=torch.uint8, device=machine.device)
-        target_BE = normalize(torch.randn(images, made.width, device=machine.device), dim=-1)
-        half = DTYPES[machine.half]
-        with torch.autocast(machine.device.type, half, enabled=half != torch.float32):
-            z_BE = made(image_BCHW, unit=False)
+        target_BE = normalize(torch.randn(images, model.width, device=machine.device), dim=-1)
+        dtype = DTYPES[machine.compute_precision]
+        with torch.autocast(machine.device.type, dtype, enabled=dtype != torch.float32):
+            z_BE = model(image_BCHW, unit=False)
         weight_B = torch.ones(images, device=machine.device)
         total_loss(z_BE, target_BE, weight_B, denominator=images, **cfg.loss.keywords()).backward()
 
     return step
 
 
-def _reserved_bytes(made: Regressor, needs: Cost, device: torch.device) -> int:
-    """Bytes to reserve for optimizer state and EMA, with a margin."""
-    there = sum(t.nbytes for t in (*made.parameters(), *made.buffers()))
-    there += sum(p.nbytes for p in made.parameters() if p.requires_grad)
+def _reserved_bytes(model: Regressor, cost: Cost, device: torch.device) -> int:
+    """Bytes of device memory to reserve for optimizer state and EMA, with a margin."""
+    allocated = sum(t.nbytes for t in (*model.parameters(), *model.buffers()))
+    allocated += sum(p.nbytes for p in model.parameters() if p.requires_grad)
     capacity = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
-    return max(needs.state_bytes - there, 0) + int(_MARGIN * capacity)
+    return max(cost.state_bytes - allocated, 0) + int(_MARGIN * capacity)
 
 
 def _survives(step: Callable[[int], None], images: int, module: nn.Module, device: torch.device, reserve: int) -> bool:
-    survived, held = False, None
+    survived, reserved = False, None
     with _restored(module, device):
         try:
-            held = torch.empty(reserve, dtype=torch.uint8, device=device)
+            reserved = torch.empty(reserve, dtype=torch.uint8, device=device)
             step(images)
             step(images)
             if device.type == "cuda":
@@ -197,7 +202,7 @@ def _survives(step: Callable[[int], None], images: int, module: nn.Module, devic
             if not is_oom_error(error):
                 raise
             traceback.clear_frames(error.__traceback__)  # they hold the activations
-    del held
+    del reserved
     gc.collect()
     torch.cuda.empty_cache()
     return survived

@@ -7,9 +7,10 @@ from train.scale.activation_checkpointing import Mode
 
 @dataclass(frozen=True)
 class Plan:
-    """Steps, ranks, micro-batches and block settings of a run."""
+    """Steps, ranks, micro-batches, activation checkpointing and compilation of a run."""
 
     steps: int
+    """Number of optimizer steps."""
     per_epoch: int
     """Optimizer steps per epoch."""
     world: int = 1
@@ -17,8 +18,10 @@ class Plan:
     accumulate: int = 1
     """Micro-batches per step on each device."""
     activation_checkpointing: Mode = "none"
+    """Activation-checkpointing mode."""
     compile: bool = False
+    """Whether torch.compile compiles the blocks."""
     fused: bool = False
     """Whether the optimizer runs as one fused kernel."""
     head_steps: int = 0
-    """Steps at the start in which only the head trains."""
+    """Number of steps at the start in which only the head trains."""

@@ -5,12 +5,12 @@ from torch import nn
 
 
 def averaged(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Tensors to average (EMA), by name: trainable parameters, and running statistics of trained batch norms.
+    """Tensors that EMA averages, by name: trainable parameters, and running statistics of trained batch norms.
 
-    Call it when `model` is frozen and in training mode as at the end of training.
+    Call it after layers were frozen, with `model` in the training mode of the end of the run.
     """
-    found: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    tensors: dict[str, torch.Tensor] = {n: p for n, p in model.named_parameters() if p.requires_grad}
     for prefix, module in model.named_modules():
         if isinstance(module, nn.modules.batchnorm._NormBase) and module.training:
-            found |= {n: b for n, b in module.named_buffers(prefix, recurse=False) if b.is_floating_point()}
-    return found
+            tensors |= {n: b for n, b in module.named_buffers(prefix, recurse=False) if b.is_floating_point()}
+    return tensors

@@ -87,7 +87,7 @@ def test_a_schedule_of_onecycle_has_its_own_rise() -> None:
     forecast = forecast_of(1280, "optim.schedule=onecycle", "epochs=10")
     assert (forecast.warmup, forecast.length.steps) == (29, 100)
     assert rates(forecast)["backbone"].argmax() == 29
-    assert "warm-up 29 steps (onecycle's own rise)" in forecast.lines()[0]
+    assert "warm-up 29 steps (set by onecycle)" in forecast.lines()[0]
 
 
 def test_the_lines_say_steps_warm_up_highest_rates_and_what_averaging_leaves_of_the_start() -> None:
@@ -97,12 +97,15 @@ def test_the_lines_say_steps_warm_up_highest_rates_and_what_averaging_leaves_of_
         "backbone 3.9e-05 (97.8 % of optim.lr), head 0.00039 (97.8 % of optim.head_lr)"
     )
     assert (
-        average == "averaged weights: optim.ema=0.9998; at the end, less than 0.1 % of the average is still the start"
+        average
+        == "averaged weights: optim.ema=0.9998; at the end, less than 0.1 % of the average is the initial weights"
     )
     (line,) = forecast_of(900, "model.freeze=all", "batch_size=9").lines()
     assert line.endswith("; highest rate: head 9.8e-05 (97.6 % of optim.head_lr)")
     (line,) = forecast_of(900, "optim.head_warmup_epochs=1", "optim.head_warmup_lr=0.01", "optim.warmup=0").lines()
-    assert line.startswith("schedule: 21 steps, the first 7 of the head alone at rates from 0.01 down; warm-up 0 steps")
+    assert line.startswith(
+        "schedule: 21 steps, the first 7 train the head alone at rates from 0.01 down; warm-up 0 steps"
+    )
 
 
 def test_a_run_too_short_to_learn_is_reported_with_what_makes_it_long_enough() -> None:
@@ -140,7 +143,7 @@ def test_the_share_of_the_start_in_the_average_is_that_of_the_averaged_weights(s
             with torch.no_grad():
                 weight.zero_()
         ema.update()
-    assert forecast.start_share == pytest.approx(ema.shadow["w"].item(), rel=1e-4)
+    assert forecast.initial_weight_fraction == pytest.approx(ema.shadow["w"].item(), rel=1e-4)
     warned = [m for m in forecast.warnings(900) if "averaged weights" in m]
     assert bool(warned) == (ema.shadow["w"].item() > 0.1)
 

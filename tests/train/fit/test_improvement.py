@@ -93,7 +93,7 @@ def test_where_no_step_scores_higher_best_is_the_start_and_the_run_says_so(
         f"{found['start']['mean']:.4f} (step 0) is the best, the last is {found['last']['mean']:.4f} (step 50)" in line
     )
     assert f"paired difference {found['last_gain']['mean']:+.4f} [" in line
-    (message,) = [m for m in caplog.messages if "best is the start" in m]
+    (message,) = [m for m in caplog.messages if "the start is best" in m]
     assert "optim.lr" in message
     assert f"best val/cosine {found['start']['mean']:.4f} (step 0): {tmp_path / 'run/best'}" in caplog.messages
 
@@ -199,7 +199,7 @@ def test_two_ranks_have_the_start_of_one_process(small_data: Path, tmp_path: Pat
         words = (f"dataset={small_data}", f"out={tmp_path / strategy}", *OVERRIDES, *WORSE)
         done = commands.run("train", *words, "scale.devices=2", f"scale.strategy={strategy}")
         assert done.returncode == 0, done.stderr
-        assert "best is the start" in done.stderr
+        assert "the start is best" in done.stderr
         one, two = (improvement_of(tmp_path / run) for run in ("one", strategy))
         for name in ("start", "best", "gain"):
             assert two[name] == pytest.approx(one[name], abs=1e-5)

@@ -20,7 +20,7 @@ from models.backbones.registry import Spec
 from models.regressor import Regressor, make
 from models.runtime.preprocess import Preprocessing
 from train.config import OptimSettings
-from train.fit.optim import check, depth_shares, optimizer, parameter_groups
+from train.fit.optim import check, layer_lr_multipliers, optimizer, parameter_groups
 
 CHOSEN = OptimSettings(
     name="adamw",
@@ -93,7 +93,7 @@ def test_layer_decay_equals_timms_scales(kind: str) -> None:
     groups = param_groups_layer_decay(backbone, 0.1, listed, layer_decay=0.7)  # pyright: ignore[reportArgumentType]
     scale = {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
     decays = {names[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
-    found = depth_shares(backbone, 0.7)
+    found = layer_lr_multipliers(backbone, 0.7)
     assert found.keys() == scale.keys()
     factors = {name: scale[name] / share for name, share in found.items()}
     own = {name for name in factors if name.startswith(("fc_norm", "head."))}

@@ -133,7 +133,7 @@ def test_without_a_whole_point_both_are_named_with_what_to_do(stopped_run: Path,
     for words in (
         f"{stopped_run / 'resume.ckpt'}: its bytes have changed since they were written: their sha256 is ",
         f"{stopped_run / 'resume.previous.ckpt'}: its bytes have changed",
-        "remove resume.ckpt and resume.previous.ckpt: then the same command trains from step 0",
+        "remove resume.ckpt and resume.previous.ckpt to train from step 0",
     ):
         assert words in str(error.value)
 
@@ -144,9 +144,7 @@ def test_a_damaged_first_point_is_not_taken_for_a_new_run(
     run = tmp_path / "run"
     stop_at(1, small_data, run, monkeypatch)
     flip(run / "resume.ckpt", 3000)
-    with pytest.raises(
-        UserError, match=r"resume\.previous\.ckpt: there is no such file\nRestore .* remove resume.ckpt:"
-    ):
+    with pytest.raises(UserError, match=r"resume\.previous\.ckpt: missing\nRestore .* remove resume.ckpt to train"):
         train(small_data, run)
 
 
@@ -196,7 +194,7 @@ def test_bytes_that_are_read_back_otherwise_leave_both_points(
 
 def test_ranks_that_see_different_points_are_refused() -> None:
     resume.require_agreement(3, lambda step: [step, 3])
-    with pytest.raises(UserError, match=r"of different steps \(3, 0; 0 is none\): out= must be one folder"):
+    with pytest.raises(UserError, match=r"of different steps \(3, 0; 0 means none\): out= must be a folder"):
         resume.require_agreement(3, lambda step: [step, 0])
 
 

@@ -14,19 +14,19 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, OneCycleLR
 from models.regressor import Regressor
 from tests.train.fit.test_optim import regressor, with_
 from train.fit.optim import optimizer
-from train.fit.schedule import lr_share, part_share, scheduler
+from train.fit.schedule import group_lr_multiplier, lr_multiplier, scheduler
 
 
 def test_the_rate_is_half_a_cosine_times_a_line_up() -> None:
-    shares = np.array([lr_share(step, 100, 9) for step in range(101)])
+    shares = np.array([lr_multiplier(step, 100, 9) for step in range(101)])
     cosine = (1 + np.cos(np.pi * np.arange(101) / 100)) / 2
     assert shares[9:] == pytest.approx(cosine[9:])
     assert shares[:9] / cosine[:9] == pytest.approx([(n + 1) / 10 for n in range(9)])
-    assert lr_share(0, 4, 0) == 1
+    assert lr_multiplier(0, 4, 0) == 1
 
 
 def test_a_constant_rate_rises_alike() -> None:
-    assert [lr_share(step, 30, 3, "constant") for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [lr_multiplier(step, 30, 3, "constant") for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 @pytest.mark.parametrize("total", [2, 3, 10, 57, 400])
@@ -35,11 +35,13 @@ def test_onecycle_equals_torchs(total: int) -> None:
     sgd = torch.optim.SGD([weight], lr=1.0)
     peer = OneCycleLR(sgd, max_lr=2.0, total_steps=total, cycle_momentum=False)
     for step in range(total):
-        assert 2.0 * lr_share(step, total, 99, "onecycle") == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-9), step
+        assert 2.0 * lr_multiplier(step, total, 99, "onecycle") == pytest.approx(sgd.param_groups[0]["lr"], rel=1e-9), (
+            step
+        )
         sgd.step()
         if step < total - 1:
             peer.step()
-    assert lr_share(total, total, 0, "onecycle") == lr_share(total - 1, total, 0, "onecycle"), (
+    assert lr_multiplier(total, total, 0, "onecycle") == lr_multiplier(total - 1, total, 0, "onecycle"), (
         "asked for after the last"
     )
 
@@ -49,20 +51,20 @@ def test_the_head_alone_has_a_cosine_of_its_own_and_then_the_schedule_begins() -
     sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
     peer = CosineAnnealingLR(sgd, T_max=20, eta_min=1e-4)
     for step in range(20):
-        assert part_share("backbone", step, 60, 20, cfg) == 0
-        assert 1e-3 * part_share("head", step, 60, 20, cfg) == pytest.approx(sgd.param_groups[0]["lr"])
+        assert group_lr_multiplier("backbone", step, 60, 20, cfg) == 0
+        assert 1e-3 * group_lr_multiplier("head", step, 60, 20, cfg) == pytest.approx(sgd.param_groups[0]["lr"])
         sgd.step()
         peer.step()
     for part, step in itertools.product(("head", "backbone"), range(20, 61)):
-        assert part_share(part, step, 60, 20, cfg) == lr_share(step - 20, 40, 3)
-    assert part_share("head", 20, 20, 20, cfg) == pytest.approx(0.1), "a run of the head alone ends so"
+        assert group_lr_multiplier(part, step, 60, 20, cfg) == lr_multiplier(step - 20, 40, 3)
+    assert group_lr_multiplier("head", 20, 20, 20, cfg) == pytest.approx(0.1), "a run of the head alone ends so"
 
 
 def test_without_a_rate_of_its_own_the_head_alone_is_on_the_runs_schedule() -> None:
     cfg = with_(warmup=3)
-    assert [part_share("backbone", step, 60, 5, cfg) for step in range(5)] == [0.0] * 5
+    assert [group_lr_multiplier("backbone", step, 60, 5, cfg) for step in range(5)] == [0.0] * 5
     for part, step in (("head", 0), ("head", 4), ("head", 30), ("backbone", 5), ("backbone", 59)):
-        assert part_share(part, step, 60, 5, cfg) == lr_share(step, 60, 3)
+        assert group_lr_multiplier(part, step, 60, 5, cfg) == lr_multiplier(step, 60, 3)
 
 
 def test_the_scheduler_sets_each_groups_rate_and_goes_on_from_its_state() -> None:
@@ -77,7 +79,7 @@ def test_the_scheduler_sets_each_groups_rate_and_goes_on_from_its_state() -> Non
     peaks = [(g["part"], g["initial_lr"]) for g in adamw.param_groups]
     for step in range(13):
         for group, (part, peak) in zip(adamw.param_groups, peaks, strict=True):
-            assert group["lr"] == peak * part_share(part, step, 12, 3, cfg)
+            assert group["lr"] == peak * group_lr_multiplier(part, step, 12, 3, cfg)
         if step == 6:
             state = adamw.state_dict(), schedule.state_dict()
             adamw, schedule = made(model)

@@ -231,8 +231,8 @@ def test_one_line_and_its_sums() -> None:
     assert found.fitting(5 * gib) == 0
     assert found.mfu(100, 500e12) == pytest.approx(0.5)
     assert found.line(64) == (
-        "600.0 M parameters, 300.0 M trained; 2,500.0 GFLOP an image; about 27.0 GiB a device, "
-        "11.0 of weights and their state and 16.0 of 64 images' activations"
+        "600.0 M parameters, 300.0 M trained; 2,500.0 GFLOP per image; about 27.0 GiB per device: "
+        "11.0 for weights and their state, 16.0 for activations of 64 images"
     )
 
 

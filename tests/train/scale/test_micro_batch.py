@@ -119,7 +119,7 @@ def test_advice_names_the_setting_and_the_size() -> None:
     said = str(found)
     assert "out of memory with 32 images at once" in said
     assert "Tried to allocate 2.00 GiB" in said
-    assert "scale.micro_batch=4 (which fits here; 16 of them make up the same step)" in said
+    assert "scale.micro_batch=4 (which fits here; 16 of them make the same step)" in said
     assert "scale.activation_checkpointing=selective, or scale.activation_checkpointing=full" in said
     assert max(step.tried) == 16, "smaller ones alone are tried"
 
@@ -155,7 +155,9 @@ def test_what_was_found_fits_a_gpu_and_twice_as_much_does_not(small_gpu: torch.d
     cfg = settings("batch_size=4096", "scale.accelerator=gpu", "scale.devices=1", "scale.activation_checkpointing=none")
     machine = Machine(cfg.scale)
     made = make("vit_small_patch16_224", "random", 224, 12)
-    needs = dataclasses.replace(measure(made, cfg.optim, machine.half), state_bytes=0)  # of a card this small
+    needs = dataclasses.replace(
+        measure(made, cfg.optim, machine.compute_precision), state_bytes=0
+    )  # of a card this small
     found = fitting(made, cfg, needs, machine, "none", sizes(4096))
     assert 1 <= found < 4096
     with_less = fitting(made, cfg, needs, machine, "full", sizes(4096))
