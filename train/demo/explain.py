@@ -5,20 +5,18 @@
 B vectors, K baselines, E target width.
 """
 
-import io
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from core.errors import UserError
 from models.embedder import Embedder
-from models.runtime.preprocess import MAX_PIXELS, BadImage, decode
+from models.runtime.preprocess import MAX_PIXELS, decode
+from train.demo.upload_limits import check_image
 
 EXPLAINED = {
     "mean": "the mean of all training prompts",
@@ -27,8 +25,6 @@ EXPLAINED = {
     "retrieve": "the mean of the nearest prompts",
     **dict.fromkeys(("blip", "blip2", "coca", "clip_interrogator"), "a caption of it"),
 }
-_MOST_SIDE = 65_535  # px, as of a JPEG; decoding 1 × 60,000,000 took gigabytes
-_KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # those that browsers show; some of Pillow's others run programs
 
 
 class PromptIndex(Protocol):
@@ -109,7 +105,7 @@ class Demo:
             UserError: the model's vector is zero or not finite, or a baseline's is not finite.
         """
         began = time.perf_counter()
-        note = check(data, self._most_pixels)
+        note = check_image(data, self._most_pixels)
         image_CHW = decode(data)
         z_1E = self._embedder.embed([image_CHW]).numpy()
         nearest = self._bank.nearest(z_1E, self._neighbours)[0]
@@ -149,35 +145,3 @@ def shares(z_E: NDArray[np.float32], other_KE: NDArray[np.float32]) -> tuple[NDA
     whole_E, part_KE = z_E.astype(np.float64), other_KE.astype(np.float64)
     weight_K, _ = nnls(part_KE.T, whole_E)
     return weight_K * (part_KE @ whole_E), float((whole_E - weight_K @ part_KE) @ whole_E)
-
-
-def check(data: bytes, most_pixels: int) -> str:
-    """Looks at the head of an image's file, decoding nothing; returns what of it will be left out, or an empty text.
-
-    Raises:
-        BadImage: it is no image of a kind that browsers know, has more pixels, or a side of over 65,535.
-    """
-    if not data:
-        raise BadImage("the file is empty")
-    Image.init()
-    kinds = [kind for kind in _KINDS if kind in Image.OPEN]
-    bound = f"the bound of {most_pixels:,} (most_pixels)"
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of size, which is checked here, and of oddities in metadata
-            with Image.open(io.BytesIO(data), formats=kinds) as image:
-                size = f"{image.width:,} × {image.height:,} pixels"
-                if max(image.size) > _MOST_SIDE:
-                    raise BadImage(f"of {size} a side is over the bound of {_MOST_SIDE:,}")
-                if image.width * image.height > most_pixels:
-                    raise BadImage(f"{size} are over {bound}")
-                moves = bool(getattr(image, "is_animated", False))
-    except BadImage:
-        raise
-    except Image.DecompressionBombError as error:
-        raise BadImage(f"its pixels are over {bound}") from error
-    except UnidentifiedImageError as error:
-        raise BadImage(f"the file is no image of these kinds: {', '.join(kinds)}") from error
-    except Exception as error:  # Pillow raises nearly anything on damaged files
-        raise BadImage(f"the file is damaged: {type(error).__name__}: {error}") from error
-    return "It moves: the first frame was taken" if moves else ""

@@ -38,10 +38,11 @@ from models.runtime.preprocess import MAX_PIXELS, BadImage, decode
 from tests import small_dataset, training
 from tests.commands import start
 from tests.effects import command_module
-from train.demo import page as demo_page
+from train.demo import upload_limits
 from train.demo.app import DemoSettings, place_of, prepare
-from train.demo.explain import Demo, Look, check, shares
-from train.demo.page import Guard, Words, open_port, said
+from train.demo.explain import Demo, Look, shares
+from train.demo.page import Words, open_port, said
+from train.demo.upload_limits import Guard, check_image
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
@@ -194,7 +195,7 @@ def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Pat
 )
 def test_what_is_no_usable_image_is_refused_by_its_head(image: bytes, problem: str) -> None:
     with pytest.raises(BadImage, match=problem):
-        check(image, 1_000_000)
+        check_image(image, 1_000_000)
 
 
 def test_images_of_every_kind_are_looked_at_upright(run: Path) -> None:
@@ -592,13 +593,13 @@ def test_uploads_are_bounded_in_sum(tmp_path: Path) -> None:
 
 
 def test_old_uploads_are_swept_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_page, "_SWEEP_S", 0.01)
+    monkeypatch.setattr(upload_limits, "_SWEEP_S", 0.01)
     (tmp_path / "a").mkdir()
     for name, age_s in (("a/old.png", 601), ("a/kept.png", 70), ("part", 61), ("coming", 0)):
         (tmp_path / name).write_bytes(b"x")
         os.utime(tmp_path / name, (0, time.time() - age_s))
     over = threading.Event()
-    sweeper = threading.Thread(target=demo_page._sweep, args=(tmp_path, over))
+    sweeper = threading.Thread(target=upload_limits.sweep, args=(tmp_path, over))
     sweeper.start()
     until = time.monotonic() + 20
     while (tmp_path / "a/old.png").exists() or (tmp_path / "part").exists():
