@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 
 from benchmarks.harness import finish, noise, options, timed
-from models.runtime.preprocess import Preprocessing, decode, resize_and_crop
+from models.runtime.decode import decode
+from models.runtime.preprocess import Preprocessing, resize_and_crop
 
 TARGET, LEAST_DB = 1.9, 60
 IMAGES, SIZE, SIDE, ROUNDS = 50, 512, 224, 9

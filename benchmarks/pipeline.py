@@ -29,7 +29,8 @@ from datagen.dataset.reader import Dataset
 from datagen.dataset.writer import write_targets
 from models.regressor import Regressor
 from models.regressor import make as make_model
-from models.runtime.preprocess import Preprocessing, decode, resize_and_crop
+from models.runtime.decode import decode
+from models.runtime.preprocess import Preprocessing, resize_and_crop
 from train.data.images import ImageDataset
 from train.data.loader import loader
 from train.data.samplers import ShuffledEpochs, TrainBatchSampler, TrainingSubset

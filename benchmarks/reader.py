@@ -24,7 +24,7 @@ from benchmarks.harness import finish, noise, options, timed
 from datagen.dataset.format import PLAN
 from datagen.dataset.reader import Dataset
 from datagen.dataset.writer import write_plan, write_shard
-from models.runtime.preprocess import decode
+from models.runtime.decode import decode
 
 TARGET = 15
 IMAGES, SHARD, DISTINCT, SIZE, ROUNDS = 2000, 500, 50, 512, 7

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from core.errors import UserError
+from models.runtime.decode import BadImage, decode
 from models.runtime.image_files import IMAGE_SUFFIXES, why_not_image
-from models.runtime.preprocess import BadImage, decode
 
 log = logging.getLogger(__name__)
 

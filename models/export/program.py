@@ -7,7 +7,7 @@ from pathlib import Path
 from core.paths import ROOT
 
 _MODULES = (
-    *("heads", "image_files", "preprocess", "towers"),
+    *("heads", "image_files", "decode", "preprocess", "towers"),
     *("backends", "model", "inputs", "outputs", "workers", "predict"),
 )
 PROGRAM = tuple(f"models/runtime/{name}.py" for name in _MODULES)

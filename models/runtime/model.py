@@ -24,8 +24,9 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from .backends import BundleError, open_graph
+from .decode import BadImage, decode, from_pillow
 from .heads import make_head
-from .preprocess import BadImage, Preprocessing, decode, from_pillow, resize_and_crop
+from .preprocess import Preprocessing, resize_and_crop
 from .towers import tower
 
 FORMAT = 3

@@ -32,8 +32,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .decode import BadImage, decode
 from .model import BundleError, Predictor, working_device
-from .preprocess import BadImage, Preprocessing, decode, resize_and_crop
+from .preprocess import Preprocessing, resize_and_crop
 
 try:
     import fcntl

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from datagen.dataset.targets import TargetEncoder, write_missing_targets
 from models.export.config import ExportSettings
 from models.regressor import make
-from models.runtime.preprocess import BadImage
+from models.runtime.decode import BadImage
 from tests import small_dataset, tiny_captioners, training
 from tests.effects import Command, Entries, Entry, Result, cases, complete, refused, shows, slow, without_gpu
 from train.config import EvaluateSettings

@@ -19,7 +19,8 @@ from core.encoders import differences
 from core.errors import UserError
 from datagen.dataset.format import CorruptImage
 from datagen.dataset.reader import Dataset
-from models.runtime.preprocess import BadImage, Preprocessing, decode, resize_and_crop
+from models.runtime.decode import BadImage, decode
+from models.runtime.preprocess import Preprocessing, resize_and_crop
 
 log = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 OFFERED = (*BASELINES, "retrieve", *CAPTIONERS)
-_MOST_PIXELS = 100_000_000  # models.runtime.preprocess.MAX_PIXELS, which cannot be asked before torch is loaded
+_MOST_PIXELS = 100_000_000  # models.runtime.decode.MAX_PIXELS, which cannot be asked before torch is loaded
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 from models.embedder import Embedder
-from models.runtime.preprocess import MAX_PIXELS, decode
+from models.runtime.decode import MAX_PIXELS, decode
 from train.demo.upload_limits import check_image
 
 EXPLAINED = {

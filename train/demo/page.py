@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from core.errors import UserError
-from models.runtime.preprocess import BadImage
+from models.runtime.decode import BadImage
 from train.demo.explain import Demo
 from train.demo.upload_limits import NOT_UPLOADED, App, Guard, sweep, uploaded_file
 

@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from PIL import Image, UnidentifiedImageError
 
-from models.runtime.preprocess import BadImage
+from models.runtime.decode import BadImage
 
 log = logging.getLogger(__name__)
 

@@ -33,7 +33,8 @@ from core.paths import cache_folder
 from core.progress import progress
 from datagen.dataset.format import CorruptImage
 from models.embedder import Embedder
-from models.runtime.preprocess import PREPROCESS, BadImage
+from models.runtime.decode import BadImage
+from models.runtime.preprocess import PREPROCESS
 from train.data.feature_cache import digest
 from train.data.images import ImageDataset
 

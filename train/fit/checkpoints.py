@@ -12,7 +12,7 @@ from models import checkpoint
 from models.leakage_counts import LeakageCounts
 from models.metrics import Interval
 from models.regressor import Regressor
-from models.runtime.preprocess import BadImage
+from models.runtime.decode import BadImage
 from train.config import TrainSettings
 from train.data.datamodule import ImageDataModule
 from train.fit.module import Training

@@ -25,7 +25,8 @@ from models.backbones import specs
 from models.backbones.registry import build
 from models.backbones.specs import own_spec, with_own_activation
 from models.regressor import make
-from models.runtime.preprocess import Preprocessing, from_pillow, resize_and_crop
+from models.runtime.decode import from_pillow
+from models.runtime.preprocess import Preprocessing, resize_and_crop
 from models.runtime.towers import OPEN_CLIP
 
 BLIP2 = "transformers:blip2_vision"

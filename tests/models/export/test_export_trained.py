@@ -16,7 +16,7 @@ from models import checkpoint
 from models.export.export import export
 from models.loader import load_bundle
 from models.regressor import make
-from models.runtime.preprocess import decode
+from models.runtime.decode import decode
 from tests import commands, small_dataset
 from tests.training import OVERRIDES, train
 

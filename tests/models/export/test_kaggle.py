@@ -28,7 +28,7 @@ from models import checkpoint
 from models.export import export
 from models.export.config import WheelsSettings
 from models.regressor import make
-from models.runtime.preprocess import decode
+from models.runtime.decode import decode
 from tests import small_dataset
 
 pytest_plugins = ["tests.tiny_run"]

@@ -18,9 +18,10 @@ from core.errors import UserError
 from core.paths import ROOT
 from models.export import runtimes
 from models.runtime.backends import BundleError, open_graph
+from models.runtime.decode import decode
 from models.runtime.heads import make_head
 from models.runtime.model import Member, Network
-from models.runtime.preprocess import Preprocessing, decode
+from models.runtime.preprocess import Preprocessing
 from models.runtime.towers import tower
 from tests.commands import contents
 

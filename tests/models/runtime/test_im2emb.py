@@ -31,8 +31,8 @@ from models.ensemble.ensemble import Member, load_ensemble, write_ensemble
 from models.export import runtimes, sentence_transformers
 from models.export.export import export
 from models.regressor import Regressor, make
+from models.runtime.decode import decode
 from models.runtime.model import network, read_config
-from models.runtime.preprocess import decode
 from tests import small_dataset
 from tests.commands import contents
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
+from models.runtime.decode import decode
 from models.runtime.image_files import IMAGE_SUFFIXES, why_not_image
-from models.runtime.preprocess import decode
 
 FORMATS = {".jpg": "JPEG", ".jpeg": "JPEG", ".jpe": "JPEG", ".jfif": "JPEG", ".png": "PNG", ".apng": "PNG"}
 FORMATS |= {".webp": "WEBP", ".bmp": "BMP", ".dib": "DIB", ".gif": "GIF", ".tif": "TIFF", ".tiff": "TIFF"}

@@ -25,10 +25,11 @@ from PIL import Image
 from models.regressor import Regressor
 from models.runtime import outputs, predict
 from models.runtime import workers as work
+from models.runtime.decode import BadImage, decode
 from models.runtime.inputs import sample_ids, task
 from models.runtime.model import BundleError, read_config, squares_of
 from models.runtime.outputs import Line
-from models.runtime.preprocess import BadImage, Preprocessing, decode
+from models.runtime.preprocess import Preprocessing
 from tests import full_disk, predicted
 from tests.predicted import E, hostile, submission, until
 

@@ -17,7 +17,8 @@ from core.cli import compose
 from core.errors import UserError
 from core.settings import settings
 from datagen.dataset.reader import Dataset
-from models.runtime.preprocess import Preprocessing, decode, resize_and_crop
+from models.runtime.decode import decode
+from models.runtime.preprocess import Preprocessing, resize_and_crop
 from tests import listed_dataset, small_dataset
 from tests.listed_dataset import ENCODER, Row
 from tests.training import OVERRIDES

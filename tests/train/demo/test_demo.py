@@ -34,7 +34,7 @@ from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.ensemble.ensemble import Member, write_ensemble
 from models.export.export import export
-from models.runtime.preprocess import MAX_PIXELS, BadImage, decode
+from models.runtime.decode import MAX_PIXELS, BadImage, decode
 from tests import small_dataset, training
 from tests.commands import start
 from tests.effects import command_module

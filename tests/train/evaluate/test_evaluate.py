@@ -26,7 +26,8 @@ from models.export import export
 from models.head_init import PENALTIES
 from models.metrics import bootstrap
 from models.regressor import make
-from models.runtime.preprocess import Preprocessing, decode, resize_and_crop
+from models.runtime.decode import decode
+from models.runtime.preprocess import Preprocessing, resize_and_crop
 from tests import commands, small_dataset, tiny_captioners, training
 from train.config import EvaluateSettings
 from train.data.datamodule import ImageDataModule

@@ -17,7 +17,7 @@ from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.export import export
 from models.regressor import make
-from models.runtime.preprocess import decode
+from models.runtime.decode import decode
 from tests import commands, small_dataset
 from train.tools.interpolation import InterpolateSettings, interpolate, table
 

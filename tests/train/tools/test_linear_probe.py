@@ -16,7 +16,8 @@ from core.settings import settings
 from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.export import export
-from models.runtime.preprocess import decode, resize_and_crop
+from models.runtime.decode import decode
+from models.runtime.preprocess import resize_and_crop
 from tests import small_dataset
 from tests.training import OVERRIDES, cfg
 from train.fit import setup
