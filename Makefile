@@ -20,7 +20,7 @@ install: .venv/installed ## create .venv with everything
 
 quickstart: install ## the whole pipeline on two CPU cores, about ten minutes: images, training, scores, bundle, report
 	$(BIN)/python -m datagen renderer=glyphs prompts=grammar renderer.size=112 prompts.flourish=0 prompts.detail=0.5 prompts.names=200 \
-	  'prompts.objects=[0.8,0.2]' split.kind=holdout curate.duplicates_at=null num=$(or $(NUM),8000) out=$(QUICK)
+	  'prompts.objects=[0.8,0.2]' split.kind=holdout curate.dedup_threshold=null num=$(or $(NUM),8000) out=$(QUICK)
 	@test -f checkpoints/quickstart/done || $(BIN)/python -m train +experiment=quickstart
 	$(BIN)/python -m train.evaluate run=checkpoints/quickstart embedders=[mean,knn,ridge,regressor,ensemble]
 	$(BIN)/python -m models.export checkpoint=checkpoints/quickstart/best out=bundle

@@ -52,7 +52,7 @@ DATA = (
     "prompts.names=200",
     "prompts.objects=[0.8,0.2]",
     "split.kind=holdout",
-    "curate.duplicates_at=null",
+    "curate.dedup_threshold=null",
 )
 FULL = ("renderer.size=64", "num=5000")
 QUICK = ("renderer.size=32", "num=150")

@@ -4,6 +4,7 @@ A command is `command("datagen", run)`: Hydra composes `conf/datagen.yaml` with 
 dict, which it converts once with `core.settings.settings`.
 """
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -15,6 +16,7 @@ from typing import Any
 
 from core.errors import UserError
 from core.paths import ROOT
+from core.renamed_settings import Override, refuse_old_names, refuse_old_names_in_files
 from core.settings import Values
 
 
@@ -23,17 +25,42 @@ def compose(config_name: str, overrides: list[str], *, by_user: bool = False) ->
 
     Args:
         by_user: record the overrides as written by the user, so that `settings` refuses those without an effect.
+
+    Raises:
+        UserError: a key or a value has an old name.
     """
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
     from omegaconf import OmegaConf
 
+    refuse_old_names(config_name, _parsed(overrides))
     GlobalHydra.instance().clear()  # a command may want to know another's settings, as train.runs does
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
-        composed = OmegaConf.to_container(hydra_compose(config_name, overrides), resolve=True)
-    values = typing.cast(dict[str, Any], composed)
+        composed = hydra_compose(config_name, overrides)
+    refuse_old_names_in_files(config_name, _unresolved(composed))
+    values = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
     return Values(values, _written(overrides)) if by_user else values
+
+
+def _unresolved(composed: Any) -> dict[str, Any]:
+    """Composed settings as plain values, `${…}` as written."""
+    from omegaconf import OmegaConf
+
+    return typing.cast(dict[str, Any], OmegaConf.to_container(composed))
+
+
+def _parsed(arguments: Sequence[str]) -> list[Override]:
+    """The overrides among the arguments of a command; Hydra refuses what is neither an option nor an override."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    parser, found = OverridesParser.create(), []
+    for argument in (a for a in arguments if not a.startswith("-")):
+        with contextlib.suppress(OverrideParseException):
+            (override,) = parser.parse_overrides([argument])
+            found.append(Override(override.key_or_group, override.value(), argument))
+    return found
 
 
 def _written(overrides: Sequence[str]) -> set[str]:
@@ -63,6 +90,11 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     from omegaconf import OmegaConf
 
     _refuse_foreign_packages()
+    try:
+        refuse_old_names(config_name, _parsed(sys.argv[1:]))  # Hydra's own message would not name the new key
+    except UserError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
     code = 0
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name=config_name)
@@ -85,7 +117,8 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
         logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, wherever it is, of kernels not used here
         try:
-            missing = _missing(OmegaConf.to_container(composed))
+            refuse_old_names_in_files(config_name, _unresolved(composed))  # Hydra takes any key of an experiment
+            missing = _missing(_unresolved(composed))
             if missing:
                 raise UserError("missing on the command line: " + ", ".join(f"{key}=…" for key in missing))
             values = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))

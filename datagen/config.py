@@ -276,12 +276,12 @@ class Curation:
     """Drop prompts surely not in this language, an ISO 639-1 code such as en; null keeps all."""
     profanity: Literal["keep", "drop"]
     """drop: prompts with a word of an English list."""
-    duplicates_at: float | None
+    dedup_threshold: float | None
     """Drop a prompt whose target vector has this cosine or more to one kept before; null drops only equal texts."""
-    against: tuple[Location, ...]
+    exclude_near: tuple[Location, ...]
     """Dataset folders or files of prompts (column prompt) that no prompt here may be near, such as a validation set."""
-    against_at: float
-    """The cosine at which it is."""
+    exclude_threshold: float
+    """Cosine to a prompt of `exclude_near` at which a prompt is dropped."""
 
     def problems(self) -> list[str]:
         found = []
@@ -289,37 +289,41 @@ class Curation:
             found.append(f"min_tokens: {self.min_tokens} is below 2, a prompt's start and end")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
             found.append(f"max_tokens: {self.max_tokens} is below min_tokens={self.min_tokens}; null sets no bound")
-        if self.duplicates_at is not None and not 0 < self.duplicates_at <= 1:
-            found.append(f"duplicates_at: {self.duplicates_at} is outside 0 to 1")
-        if not 0 < self.against_at <= 1:
-            found.append(f"against_at: {self.against_at} is outside 0 to 1")
+        if self.dedup_threshold is not None and not 0 < self.dedup_threshold <= 1:
+            found.append(f"dedup_threshold: {self.dedup_threshold} is outside 0 to 1")
+        if not 0 < self.exclude_threshold <= 1:
+            found.append(f"exclude_threshold: {self.exclude_threshold} is outside 0 to 1")
         return found
 
     def unused(self) -> dict[str, str]:
-        return {} if self.against else {"against_at": "with curate.against=[]: there is nothing to be near"}
+        return (
+            {}
+            if self.exclude_near
+            else {"exclude_threshold": "with curate.exclude_near=[]: there is nothing to be near"}
+        )
 
 
 @dataclass(frozen=True)
 class Split:
-    kind: Literal["similarity", "holdout", "picture"]
+    kind: Literal["similarity", "holdout", "image"]
     """How validation is kept apart: by cosine to training prompts, by group, or by image."""
-    share: float
-    """Share of validation, 0 to 1."""
+    val_fraction: float
+    """Fraction of prompts (of images with kind=image, of groups with holdout) that validates, 0 to 1."""
     threshold: float
     """similarity: training prompts at this cosine or more to a validation prompt are purged."""
 
     def problems(self) -> list[str]:
         found = []
-        if not 0 <= self.share <= 1:
-            found.append(f"share: {self.share} is outside 0 to 1")
+        if not 0 <= self.val_fraction <= 1:
+            found.append(f"val_fraction: {self.val_fraction} is outside 0 to 1")
         if not 0 < self.threshold <= 1:
             found.append(f"threshold: {self.threshold} is outside 0 to 1")
         return found
 
 
 def _unused_threshold(split: Split, curate: Curation | None = None) -> dict[str, str]:
-    """`split.threshold` where it decides nothing, also not by `curate.against_at`, whose default it is."""
-    if split.kind == "similarity" or (curate and curate.against and curate.against_at == split.threshold):
+    """`split.threshold` where it decides nothing, also not by `curate.exclude_threshold`, whose default it is."""
+    if split.kind == "similarity" or (curate and curate.exclude_near and curate.exclude_threshold == split.threshold):
         return {}
     return {"split.threshold": f"with split.kind={split.kind}: only similarity purges by cosine"}
 
@@ -379,7 +383,9 @@ class DatagenSettings:
         if not 0 <= self.seed < 2**31:
             found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
         if self.encoder is None and needs_vectors(self.curate, self.split):
-            found.append("encoder: null, but curate.duplicates_at, curate.against or split.kind=similarity needs one")
+            found.append(
+                "encoder: null, but curate.dedup_threshold, curate.exclude_near or split.kind=similarity needs one"
+            )
         lacking = _without_groups(self.prompts)
         if self.split.kind == "holdout" and lacking:
             lack = f"{', '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no group_column"
@@ -410,7 +416,7 @@ def _without_groups(prompts: GrammarPrompts | FilePrompts | MixturePrompts) -> l
 
 def needs_vectors(curate: Curation, split: Split) -> bool:
     """Whether curation compares prompts by their vectors."""
-    return curate.duplicates_at is not None or bool(curate.against) or split.kind == "similarity"
+    return curate.dedup_threshold is not None or bool(curate.exclude_near) or split.kind == "similarity"
 
 
 def _is_part(part: str) -> bool:
@@ -462,7 +468,7 @@ class IndexSettings:
         found += encoding_problem(self.text_encoding, "text_encoding")
         if not 0 <= self.seed < 2**31:
             found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
-        if self.split_column is not None and self.split.kind != "picture":
+        if self.split_column is not None and self.split.kind != "image":
             found.append(
                 f"split_column, split.kind: {self.split.kind} draws a split, {self.split_column} has one; "
                 "leave one of them out"
@@ -479,7 +485,7 @@ class IndexSettings:
     def unused(self) -> dict[str, str]:
         found = _unused_threshold(self.split) if self.split_column is None else {}
         if self.split_column is not None:
-            for name in ("split.share", "split.threshold", "seed"):
+            for name in ("split.val_fraction", "split.threshold", "seed"):
                 found[name] = f"with split_column={self.split_column}, which holds each image's split"
         if self.tars is not None and self.prompt_column is not None:
             found["text_encoding"] = f"with prompt_column={self.prompt_column}: a .json has its own encoding"
@@ -502,7 +508,7 @@ class PublishedSettings:
     """Folder of <out>.published, which is removed at the end; null: that of `out`, for a URL the current one."""
     hold_archives: bool
     """sd2_4m: an archive read for its prompts stays until its images are taken; false fetches it twice."""
-    nsfw_at_most: float
+    max_nsfw: float
     """diffusiondb: bound of `image_nsfw`, 0 to 1; 2 marks an image that was blurred."""
     seed: int
     """Decides the order of the archives and the split."""
@@ -515,12 +521,14 @@ class PublishedSettings:
         found = [] if self.num is None or self.num >= 1 else [f"num: {self.num} is below 1; null takes all"]
         if not 0 <= self.seed < 2**31:
             found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
-        if self.nsfw_at_most < 0:
-            found.append(f"nsfw_at_most: {self.nsfw_at_most} is below 0, and leaves no image")
+        if self.max_nsfw < 0:
+            found.append(f"max_nsfw: {self.max_nsfw} is below 0, and leaves no image")
         if self.folder is not None and self.revision is not None:
             found.append(f"folder, revision: {self.folder} has no revision; give one of the two")
         if self.encoder is None and needs_vectors(self.curate, self.split):
-            found.append("encoder: null, but curate.duplicates_at, curate.against or split.kind=similarity needs one")
+            found.append(
+                "encoder: null, but curate.dedup_threshold, curate.exclude_near or split.kind=similarity needs one"
+            )
         if self.name == "diffusiondb" and self.split.kind == "holdout":
             found.append("split.kind: holdout needs groups, and diffusiondb has none; similarity or image")
         return found
@@ -528,7 +536,7 @@ class PublishedSettings:
     def unused(self) -> dict[str, str]:
         found = _unused_threshold(self.split, self.curate)
         if self.name != "diffusiondb":
-            found["nsfw_at_most"] = f"with name={self.name}: only diffusiondb has an estimate for each image"
+            found["max_nsfw"] = f"with name={self.name}: only diffusiondb has an estimate for each image"
         if self.name != "sd2_4m":
             found["hold_archives"] = f"with name={self.name}, whose prompts lie in a table"
         elif self.folder is not None:

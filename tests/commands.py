@@ -31,11 +31,11 @@ GLYPHS = (
     "num=60",
     "shard_size=30",
     "split.kind=holdout",
-    "split.share=0.25",
+    "split.val_fraction=0.25",
 )
-"""Overrides of the small dataset that the tests use; `curate.duplicates_at=null encoder=null` beside them is quick."""
+"""Overrides of the small dataset that the tests use; with `curate.dedup_threshold=null encoder=null` it is quick."""
 
-BARE = (*GLYPHS, "curate.duplicates_at=null", "encoder=null", "workers=1")
+BARE = (*GLYPHS, "curate.dedup_threshold=null", "encoder=null", "workers=1")
 
 
 def start(module: str, *overrides: object, fresh: bool = False, **env: str) -> "subprocess.Popen[str]":

@@ -123,7 +123,14 @@ def test_recipes_of_extending_fit_the_code() -> None:
 
 
 # Each recipe of extending.md in the order of its command here → overrides that make it small
-TINY = ("renderer.size=32", "num=24", "shard_size=12", "workers=1", "curate.duplicates_at=null", "split.share=0.25")
+TINY = (
+    "renderer.size=32",
+    "num=24",
+    "shard_size=12",
+    "workers=1",
+    "curate.dedup_threshold=null",
+    "split.val_fraction=0.25",
+)
 TRAIN = ("dataset=data/stripes", "epochs=1", "batch_size=4", "scale.workers=0", "scale.accelerator=cpu")
 RECIPES = {
     "python -m datagen renderer=stripes prompts=grammar out=data/stripes": TINY,

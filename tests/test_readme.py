@@ -19,10 +19,10 @@ from datagen.dataset.targets import minilm_wheel
 from tests import tiny_captioners, tiny_published, tiny_sd2
 from tests.effects import command_module
 
-GLYPHS = ["renderer=glyphs", "num=24", "shard_size=12", "workers=1", "renderer.size=32", "curate.duplicates_at=null"]
+GLYPHS = ["renderer=glyphs", "num=24", "shard_size=12", "workers=1", "renderer.size=32", "curate.dedup_threshold=null"]
 FILE = [*GLYPHS, "curate.min_tokens=3", "prompts.path=prompts.csv", "prompts.column=prompt"]
 SD2 = ["prompts=grammar", "num=4", "force=true", "renderer.size=32", "renderer.steps=2"]
-SD2 += ["curate.duplicates_at=null", "split.share=0.5"]
+SD2 += ["curate.dedup_threshold=null", "split.val_fraction=0.5"]
 TINY_SD2 = [*SD2, "renderer.model={sd2}", "renderer.render_size=64", "renderer.batch_size=2"]
 LOCAL = ["prompts=grammar", *GLYPHS, "shard_size=2", "engine=local", "ray_address=null", "out=data/many"]
 TINY_TRAIN = ["model.backbone=test_vit", "model.weights=random", "model.size=null", "model.freeze=0", "epochs=1"]
@@ -32,7 +32,7 @@ PROBE = ["probe.heads=[ridge,linear]", "probe.lrs=[1e-3]", "probe.epochs=1"]
 COCO = [*GLYPHS, "curate.min_tokens=3", "prompts.sources.coco.weight=1", "prompts.sources.coco.prompts.records=null"]
 COCO += ["prompts.sources.coco.prompts.path=prompts.csv", "prompts.sources.coco.prompts.column=prompt"]
 COCO += [f"~prompts.sources.{name}" for name in ("diffusiondb", "gustavosta", "vizwiz", "flickr30k", "narratives")]
-PUBLISHED = ["split.kind=picture", "encoder=null", "curate.duplicates_at=null", "num=null"]
+PUBLISHED = ["split.kind=image", "encoder=null", "curate.dedup_threshold=null", "num=null"]
 
 # Command → the overrides that make it small and keep it off the network; None where another test runs it. This is the
 # order in which they run: a command reads what those above it wrote. {names} are folders of the test.
@@ -47,7 +47,7 @@ COMMANDS: dict[str, list[str] | None] = {
     "python -m train +experiment=vith14": TINY_TRAIN,
     "python -m models.export": ["checkpoint=checkpoints/vith14/best"],
     "python bundle/predict.py --images test/images --out submission.csv": [],
-    "python -m datagen.index out=data/mine images=photos csv=captions.csv": ["split.share=0.25"],
+    "python -m datagen.index out=data/mine images=photos csv=captions.csv": ["split.val_fraction=0.25"],
     "python -m datagen.index out=data/laion tars='laion/*.tar'": ["tars=data/sd2/shards/*.tar"],
     "python -m train +experiment=quickstart name=mine dataset=data/mine": TINY_TRAIN,
     "python -m datagen.targets out=data/mine encoder=sentence-transformers/all-mpnet-base-v2": ["encoder={minilm}"],
@@ -89,7 +89,7 @@ COMMANDS: dict[str, list[str] | None] = {
         *("run=checkpoints/mine", "ensemble.folds=2", "workers=0", "accelerator=cpu")
     ],
     "python -m train.evaluate run=checkpoints/vith14 'embedders=[blip,coca,clip_interrogator,retrieve,regressor]'": [
-        *("captions.blip={blip}", "captions.coca={coca}", "captions.clip={clip}", "captions.words={words}"),
+        *("captions.blip={blip}", "captions.coca={coca}", "captions.clip={clip}", "captions.term_lists={words}"),
         *("workers=0", "accelerator=cpu"),
     ],
     "python -m train.evaluate 'embedders=[checkpoints/vith14,checkpoints/vith14_336,ensemble]' out=both": [
@@ -104,7 +104,7 @@ COMMANDS: dict[str, list[str] | None] = {
     "python -m models.export checkpoint=checkpoints/vith14 precision=fp16 flip=true 'sizes=[224,280]' out=views": [
         "sizes=[160,192]"
     ],
-    "python -m models.export 'graphs=[onnx,openvino,openvino_int8,torch]' check_images=data/sd2 out=served": [
+    "python -m models.export 'runtimes=[onnx,openvino,openvino_int8,torch]' check_images=data/sd2 out=served": [
         *("checkpoint=checkpoints/vith14/best", "check_images=photos")
     ],
     "python served/predict.py --images photos --backend openvino_int8 --format npy --out vectors.npy": [],

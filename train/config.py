@@ -378,37 +378,41 @@ class ViewsSettings:
 @dataclass(frozen=True)
 class KnnSettings:
     neighbours: int
-    power: float
-    """Of the similarities that weigh the neighbours."""
+    similarity_exponent: float
+    """Exponent of the cosine similarities that weight the neighbours; 0 weights all alike."""
     backbone: str | None
-    """Whose features knn compares and ridge takes; null: the run's. With `bank`: open_clip:MODEL/TAG."""
+    """Whose features knn compares and ridge takes; null: the run's. With `prompt_index`: open_clip:MODEL/TAG."""
     weights: str | None
     """Of that backbone, and of ridge's; null takes those that the run began from."""
-    bank: Location | None
-    """A dataset or file of prompts to be found by CLIP's text tower; null compares with the training images."""
+    prompt_index: Location | None
+    """Dataset or file of prompts to retrieve by CLIP's text tower; null: compare with the training images."""
     exact: bool | None
     """Every vector is compared; null decides by their number."""
 
     def problems(self) -> list[str]:
         found = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
-        found += [] if self.power >= 0 else [f"power: {self.power} is below 0"]
-        if self.bank is not None and not (self.backbone or "").startswith(("open_clip:", "local-dir:")):
-            found.append(f"backbone: {self.backbone} has no text tower for bank; name open_clip:MODEL/TAG")
+        found += (
+            [] if self.similarity_exponent >= 0 else [f"similarity_exponent: {self.similarity_exponent} is below 0"]
+        )
+        if self.prompt_index is not None and not (self.backbone or "").startswith(("open_clip:", "local-dir:")):
+            found.append(f"backbone: {self.backbone} has no text tower for prompt_index; name open_clip:MODEL/TAG")
         return found
 
 
 @dataclass(frozen=True)
 class RetrieveSettings:
     neighbours: int
-    power: float
-    """Of the cosines that weigh the prompts."""
-    share: float
-    """Of what is retrieved in blend, 0 to 1."""
+    similarity_exponent: float
+    """Exponent of the cosine similarities that weight the prompts; 0 weights all alike."""
+    blend_weight: float
+    """Weight of the retrieved vector in blend, 0 to 1; the regressor's vector has the rest."""
 
     def problems(self) -> list[str]:
         found = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
-        found += [] if self.power >= 0 else [f"power: {self.power} is below 0"]
-        return found + ([] if 0 <= self.share <= 1 else [f"share: {self.share} is outside 0 to 1"])
+        found += (
+            [] if self.similarity_exponent >= 0 else [f"similarity_exponent: {self.similarity_exponent} is below 0"]
+        )
+        return found + ([] if 0 <= self.blend_weight <= 1 else [f"blend_weight: {self.blend_weight} is outside 0 to 1"])
 
 
 @dataclass(frozen=True)
@@ -419,11 +423,11 @@ class CaptionsSettings:
     coca: str
     """open_clip's MODEL/TAG, or a folder."""
     clip: str
-    """The judge of clip_interrogator: open_clip's MODEL/TAG, or a folder."""
+    """CLIP model that ranks the terms of clip_interrogator: open_clip's MODEL/TAG, or a folder."""
     mode: Literal["fast", "classic", "best"]
     """Of clip_interrogator."""
-    words: Path | None
-    """Its lists: a folder with artists.txt, flavors.txt, mediums.txt, movements.txt; null takes the package's."""
+    term_lists: Path | None
+    """Folder with artists.txt, flavors.txt, mediums.txt, movements.txt for clip_interrogator; null: the package's."""
 
 
 @dataclass(frozen=True)
@@ -454,10 +458,10 @@ class EvaluateSettings:
     retrieve: RetrieveSettings
     captions: CaptionsSettings
     ensemble: EnsembleSettings
-    bank: Location | None
-    """Dataset or file of prompts, to retrieve from; null takes the run's training prompts."""
+    prompt_index: Location | None
+    """Dataset or file of prompts to retrieve from; null: the run's training prompts."""
     column: str
-    """Of a bank's file that has columns."""
+    """Column of the prompts, where the file of a prompt index has columns."""
     out: Path | None
     """Folder of the scores, predictions and evaluation.json; null: RUN/evaluation."""
     report: Path | None
@@ -484,18 +488,20 @@ class EvaluateSettings:
 
     def unused(self) -> dict[str, str]:
         asked = set(self.embedders)
-        on_features = {"ridge"} | ({"knn"} if self.knn.bank is None else set())
-        prompt_files = [str(place) for place in (self.bank, self.knn.bank if "knn" in asked else None) if place]
+        on_features = {"ridge"} | ({"knn"} if self.knn.prompt_index is None else set())
+        prompt_files = [
+            str(place) for place in (self.prompt_index, self.knn.prompt_index if "knn" in asked else None) if place
+        ]
         needs = [
-            (("knn.neighbours", "knn.power", "knn.bank", "knn.exact"), {"knn"}),
+            (("knn.neighbours", "knn.similarity_exponent", "knn.prompt_index", "knn.exact"), {"knn"}),
             (("knn.backbone",), {"knn", "ridge"}),
             (("knn.weights",), on_features),
-            (("retrieve.neighbours", "retrieve.power"), {"retrieve", "blend"}),
-            (("retrieve.share",), {"blend"}),
+            (("retrieve.neighbours", "retrieve.similarity_exponent"), {"retrieve", "blend"}),
+            (("retrieve.blend_weight",), {"blend"}),
             (("captions.blip",), {"blip", "clip_interrogator"}),
             (("captions.blip2",), {"blip2"}),
             (("captions.coca",), {"coca"}),
-            (("captions.clip", "captions.mode", "captions.words"), {"clip_interrogator"}),
+            (("captions.clip", "captions.mode", "captions.term_lists"), {"clip_interrogator"}),
             (("ensemble",), {"ensemble"}),
         ]
         if self.run is not None:  # else it says which run is meant
@@ -507,5 +513,7 @@ class EvaluateSettings:
             for key in keys
         }
         if not any(place.lower().endswith(_WITH_COLUMNS) for place in prompt_files):
-            found["column"] = f"without a file of columns ({', '.join(_WITH_COLUMNS)}) in bank or knn.bank"
+            found["column"] = (
+                f"without a file of columns ({', '.join(_WITH_COLUMNS)}) in prompt_index or knn.prompt_index"
+            )
         return found

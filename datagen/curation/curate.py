@@ -32,6 +32,7 @@ from core.errors import UserError
 from core.files import write_array
 from core.paths import Place
 from core.progress import progress
+from core.renamed_settings import DATASET_FILES, with_old_names
 from datagen.config import Curation, Split
 from datagen.curation import filters, near_duplicates
 from datagen.curation.journal import KEPT, Chunk, Chunks, digest
@@ -114,13 +115,12 @@ def curate(
         UserError: nothing is left; a filter's package is missing; `work` cannot be written; the source no longer gives
             what `work` was begun with.
     """
-    against = {str(place): _texts_at(place) for place in cfg.against}
+    against = {str(place): _texts_at(place) for place in cfg.exclude_near}
     decides = {
         "chunks": 3,  # of this file's making
         "num": num,
         "seed": seed,
-        "curate": dataclasses.asdict(cfg),
-        "split": dataclasses.asdict(split),
+        **with_old_names(DATASET_FILES, {"curate": dataclasses.asdict(cfg), "split": dataclasses.asdict(split)}),
         "against": {place: _digest(texts) for place, texts in against.items()},
         "origin": origin,
     }
@@ -176,7 +176,9 @@ class _Run:
     _other_forms: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.needs_vectors = self.cfg.duplicates_at is not None or self.split.kind == "similarity" or bool(self.against)
+        self.needs_vectors = (
+            self.cfg.dedup_threshold is not None or self.split.kind == "similarity" or bool(self.against)
+        )
         self.seen = self.chunks.hashes()
         self.filters: list[tuple[str, filters.Keep]] = []
         if self.cfg.language is not None:
@@ -301,17 +303,18 @@ class _Run:
                 cosine[i] = vectors[i] @ others.rows[number[i : i + 1]][0] if number[i] >= 0 else 0
             out = np.flatnonzero(number >= 0)
             drops.add(
-                f"equal or cosine ≥ {self.cfg.against_at} to a prompt of curate.against",
+                # recorded in dataset.json, hence under the old name of curate.exclude_near
+                f"equal or cosine ≥ {self.cfg.exclude_threshold} to a prompt of curate.against",
                 len(out),
                 lambda n: [_pair(texts[i], names[number[i]], float(cosine[i])) for i in out[:n]],
             )
             rows = np.flatnonzero(number < 0)
         store = self.chunks.rows(vectors.shape[1])
-        if self.cfg.duplicates_at is None:
+        if self.cfg.dedup_threshold is None:
             store.append(vectors[rows])
             return rows
         if self._index is None:
-            self._index = NearDuplicateIndex(store, self.cfg.duplicates_at)
+            self._index = NearDuplicateIndex(store, self.cfg.dedup_threshold)
         base = len(self._index)
         kept, number, cosine = distinct(vectors[rows], self._index)
         out = np.flatnonzero(number >= 0)
@@ -323,18 +326,18 @@ class _Run:
                 pairs.append(_pair(texts[rows[i]], partner, float(cosine[i])))
             return pairs
 
-        drops.add(f"cosine ≥ {self.cfg.duplicates_at} to a prompt kept", len(out), examples)
+        drops.add(f"cosine ≥ {self.cfg.dedup_threshold} to a prompt kept", len(out), examples)
         return rows[kept]
 
     def _exclusion_index(self, width: int) -> tuple[NearDuplicateIndex, list[str]]:
-        """Index of the prompts of `curate.against`, encoded once."""
+        """Index of the prompts of `curate.exclude_near`, encoded once."""
         names = list(dict.fromkeys(text for texts in self.against.values() for text in texts))
         if self._exclusions is None:
             path = self.chunks.folder / f"against-{_digest(names)}.npy"
             try:
                 vectors = np.load(io.BytesIO(read_checked(path)), allow_pickle=False)
             except (FileNotFoundError, DamagedFile):
-                with progress(len(names), "prompt", "against", show=len(names) > _BAR_FROM) as bar:
+                with progress(len(names), "prompt", "excluded prompts", show=len(names) > _BAR_FROM) as bar:
                     parts = []
                     for start in range(0, len(names), _AT_ONCE):
                         parts.append(self.encode(names[start : start + _AT_ONCE]).astype(np.float16))
@@ -342,7 +345,7 @@ class _Run:
                 vectors = np.concatenate(parts)
                 write_array(path, vectors, checksum=True)
             self._other_forms = {form_hash(name): k for k, name in enumerate(names)}
-            self._exclusions = NearDuplicateIndex(VectorFile(width, self.chunks.folder), self.cfg.against_at)
+            self._exclusions = NearDuplicateIndex(VectorFile(width, self.chunks.folder), self.cfg.exclude_threshold)
             self._exclusions.add(vectors)
         return self._exclusions, names
 
@@ -360,7 +363,7 @@ class _Run:
         """Split the curated prompts: row numbers of training and of validation."""
         count, drops = self.chunks.kept, _Drops()
         if self.split.kind == "holdout":
-            side = cache(lambda group: side_of_group(group, self.split.share, self.seed))
+            side = cache(lambda group: side_of_group(group, self.split.val_fraction, self.seed))
             sides: list[bool | str] = []
             for number in range(len(self.chunks.done)):
                 sides += [side(group) for group in self.chunks.table(number, ["group"])["group"].to_pylist()]
@@ -373,7 +376,7 @@ class _Run:
             is_val = np.array([sides[i] for i in decided.tolist()], bool)
             return _Sides(decided[~is_val], decided[is_val], drops)
         # each prompt is one image's here, or all its seeds', so `image` has nothing more to keep together
-        n_val = round(min(self.num, count) * self.split.share)
+        n_val = round(min(self.num, count) * self.split.val_fraction)
         val = np.sort(np.array(random.Random(f"split:{self.seed}").sample(range(count), n_val), np.int64))
         train = np.setdiff1d(np.arange(count), val, assume_unique=True)
         if self.split.kind == "similarity" and len(val) and len(train):
@@ -463,12 +466,12 @@ def _texts_at(place: Place) -> list[str]:
         if not is_file and storage.exists(place / "dataset.json"):
             texts = read_plan(place)["prompt"].to_pylist()
     except UserError as error:
-        raise UserError(f"curate.against: {error}") from error
+        raise UserError(f"curate.exclude_near: {error}") from error
     if texts is None:
-        prompts = list(read_file(str(place), "curate.against"))
+        prompts = list(read_file(str(place), "curate.exclude_near"))
         texts = [p.text for p in prompts]
         for reason, number in Counter(p.out for p in prompts if p.out).items():
-            log.warning("curate.against: %s: left out %s prompts: %s", place, f"{number:,}", reason)
+            log.warning("curate.exclude_near: %s: left out %s prompts: %s", place, f"{number:,}", reason)
     return [text for text in dict.fromkeys(map(clean, texts)) if text]
 
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from core.renamed_settings import DATASET_FILES, with_new_names, with_new_names_in_text, with_old_names
 from datagen.config import DatagenSettings, GlyphsRenderer, needs_vectors
 from datagen.curation.curate import CONTEXT, Curated, curate, held_out
 from datagen.dataset.encoder_identity import encoder_name
@@ -29,7 +30,7 @@ _ROWS = 1 << 20  # rows of the plan made at a time: a column of strings holds no
 
 
 def identity(cfg: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
-    """Settings that decide the bytes of the dataset, as plain JSON."""
+    """Settings that decide the bytes of the dataset, as plain JSON under the names that dataset.json holds."""
     keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
     values = {k: v for k, v in dataclasses.asdict(cfg).items() if k in keys}
     values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
@@ -38,21 +39,26 @@ def identity(cfg: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
     if not isinstance(cfg.renderer, GlyphsRenderer):
         packages += ["diffusers", "torch", "transformers"]
     values["versions"] = {p: importlib.metadata.version(p) for p in packages}
-    return json.loads(json.dumps(values, default=str))
+    return with_old_names(DATASET_FILES, json.loads(json.dumps(values, default=str)))
 
 
 def recorded_settings(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in `dataset.json`. Earlier versions recorded `encoder=` as it was typed, not the encoder's name."""
+    """The settings in `dataset.json`, under the names there. Earlier versions recorded `encoder=` as it was typed."""
     values = dict(info.get("settings", {}))
     return {**values, "encoder": encoder_name(values["encoder"])} if values.get("encoder") else values
 
 
-def differences(there: dict[str, Any], here: dict[str, Any], where: str = "") -> list[str]:
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """A line for each setting that differs between two datasets, under the names of this version."""
+    return _differences(*(with_new_names(DATASET_FILES, settings) for settings in (there, here)))
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any], where: str = "") -> list[str]:
     lines = []
     for key in sorted({*there, *here}):
         a, b = there.get(key), here.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += differences(a, b, f"{where}{key}.")
+            lines += _differences(a, b, f"{where}{key}.")
         elif a != b:
             lines.append(f"{where}{key}: {a!r} there, {b!r} here")
     return lines
@@ -67,7 +73,7 @@ def curated_prompts(cfg: DatagenSettings, renderer: Renderer, work: Path | None 
     from datagen.prompts.clip_tokenizer import token_counts
 
     by_group = cfg.split.kind == "holdout"
-    side = (lambda part: held_out(part, cfg.split.share, cfg.seed)) if by_group else None
+    side = (lambda part: held_out(part, cfg.split.val_fraction, cfg.seed)) if by_group else None
     encoder = TargetEncoder(cfg.encoder, fast=True) if cfg.encoder else None
     curated = curate(
         stream(cfg.prompts, cfg.seed, side),
@@ -80,7 +86,7 @@ def curated_prompts(cfg: DatagenSettings, renderer: Renderer, work: Path | None 
         can_draw=renderer.can_draw,
         work=work,
         origin={
-            "prompts": dataclasses.asdict(cfg.prompts),
+            **with_old_names(DATASET_FILES, {"prompts": dataclasses.asdict(cfg.prompts)}),
             "provenance": provenance(cfg.prompts),
             "encoder": encoder.identity() if encoder and needs_vectors(cfg.curate, cfg.split) else None,
             "renderer": cfg.renderer.name,
@@ -139,7 +145,8 @@ def log_plan(cfg: DatagenSettings, curated: Curated) -> None:
         *map("{:,}".format, (curated.drawn, len(curated.train), len(curated.val))),
     )
     for reason, number in curated.dropped.most_common():
-        log.info("  dropped %s (%.1f %%): %s", f"{number:,}", 100 * number / curated.drawn, reason)
+        shown = with_new_names_in_text(DATASET_FILES, reason)
+        log.info("  dropped %s (%.1f %%): %s", f"{number:,}", 100 * number / curated.drawn, shown)
     if curated.over_context:
         log.info(
             "  %s prompts over %d tokens: Stable Diffusion reads the first %d",

@@ -1,6 +1,6 @@
 """Index foreign images in place as a dataset: a folder with a CSV of prompts, or WebDataset tars.
 
-    python -m datagen.index out=data/comp images=competition csv=competition/prompts.csv split.share=1
+    python -m datagen.index out=data/comp images=competition csv=competition/prompts.csv split.val_fraction=1
     python -m datagen.index out=data/laion tars='laion/*.tar'
 
 Nothing is copied. Images without a prompt and prompts without an image are counted and listed in `<out>.log.jsonl`,
@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from core.errors import UserError
 from core.files import replace_folder, write_bytes
+from core.renamed_settings import DATASET_FILES, with_old_names
 from datagen.config import IndexSettings
 from datagen.dataset.format import INDEX, PLAN
 from datagen.dataset.reader import read_info
@@ -110,13 +111,13 @@ def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, c
                     columns[name].append(value)
         write_foreign_index(root, number, rows)
     origin = {"images": cfg.images, "csv": cfg.csv, "tars": cfg.tars}
-    kind: dict[str, Any] = dataclasses.asdict(cfg.split)
+    settings = {
+        "index": {k: str(v) for k, v in origin.items() if v is not None},
+        "split": dataclasses.asdict(cfg.split) if cfg.split_column is None else {"column": cfg.split_column},
+        "seed": cfg.seed,
+    }
     info = {
-        "settings": {
-            "index": {k: str(v) for k, v in origin.items() if v is not None},
-            "split": kind if cfg.split_column is None else {"column": cfg.split_column},
-            "seed": cfg.seed,
-        },
+        "settings": with_old_names(DATASET_FILES, settings),
         "shards": len(batches),
         "leakage": split.leakage,
         **split.extra_info,

@@ -69,7 +69,7 @@ def split_foreign(images: Sequence[ForeignImage], cfg: IndexSettings, encode: En
     if cfg.split.kind == "holdout":
         reasons, is_val_n = _hold_out(images, links, cfg)
     else:
-        division = divide(links, cfg.split.share, cfg.seed)
+        division = divide(links, cfg.split.val_fraction, cfg.seed)
         extra_info["groups"] = {"number": division.groups, "largest": division.largest}
         is_val_n = division.val_n
         reasons = {i: {"reason": SHARED} for i in np.flatnonzero(division.left_out_n).tolist()}
@@ -134,7 +134,9 @@ def _hold_out(
     Returns:
         image → why it is left out; and which images validate, [n].
     """
-    sides = {group: side_of_group(group, cfg.split.share, cfg.seed) for group in {image.group for image in images}}
+    sides = {
+        group: side_of_group(group, cfg.split.val_fraction, cfg.seed) for group in {image.group for image in images}
+    }
     side_n = [sides[image.group] for image in images]
     reasons: dict[int, dict[str, Any]] = {i: {"reason": side} for i, side in enumerate(side_n) if isinstance(side, str)}
     is_val_n = np.array([side is True for side in side_n])
@@ -181,19 +183,19 @@ def _near_validation(
 
 
 def _refuse_an_empty_side(split_n: Sequence[str], left_out: Sequence[dict[str, Any]], cfg: IndexSettings) -> None:
-    counts, share = Counter(split_n), cfg.split.share
+    counts, share = Counter(split_n), cfg.split.val_fraction
     if 0 < share < 1 and not counts[TRAIN]:
         reasons = Counter(line["reason"] for line in left_out).most_common()
         why = ", ".join(f"{count:,}: {reason}" for reason, count in reasons) or "the set is too small"
         raise UserError(
-            f"split.share: {share:g} leaves none of {len(split_n):,} images to train on ({counts[VAL]:,} for "
-            f"validation; {why}). Take split.share=0 to train on all, 1 to validate on all, or name a split_column of "
-            "your own"
+            f"split.val_fraction: {share:g} leaves none of {len(split_n):,} images to train on ({counts[VAL]:,} for "
+            f"validation; {why}). Take split.val_fraction=0 to train on all, 1 to validate on all, or name a "
+            "split_column of your own"
         )
     if 0 < share < 1 and not counts[VAL]:
         if cfg.split.kind == "holdout":
             raise UserError(
-                f"split.share: {share:g} holds out none of the groups of {cfg.group_column}; take a larger share or "
+                f"split.val_fraction: {share:g} holds out none of the groups of {cfg.group_column}; take a larger one, "
                 "another seed, or 0 for no validation"
             )
-        log.warning("no validation: split.share=%g of %d images is less than one image", share, len(split_n))
+        log.warning("no validation: split.val_fraction=%g of %d images is less than one image", share, len(split_n))

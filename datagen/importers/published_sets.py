@@ -34,6 +34,7 @@ from core.errors import UserError
 from core.files import free_bytes, remove_parts, write_json, write_table
 from core.paths import beside, located
 from core.progress import progress
+from core.renamed_settings import DATASET_FILES, with_new_names_in_text, with_old_names
 from datagen.config import PublishedSettings, needs_vectors
 from datagen.curation.curate import Curated, curate, side_of_group
 from datagen.dataset.archive_readers import Tar, Zip, opened
@@ -145,11 +146,15 @@ def _log_equal_images(dataset: Dataset) -> None:
 
 
 def _identity(cfg: PublishedSettings) -> dict[str, Any]:
-    """Settings that decide the bytes of the dataset; the commit of the hub is recorded separately."""
-    keys = ("num", "seed", "encoder", "curate", "split", "nsfw_at_most")
+    """Settings that decide the bytes of the dataset, under the names that dataset.json holds.
+
+    The commit of the hub is recorded separately.
+    """
+    keys = ("num", "seed", "encoder", "curate", "split", "max_nsfw")
     values = {key: value for key, value in dataclasses.asdict(cfg).items() if key in keys}
     values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
-    return json.loads(json.dumps({"published": cfg.name, **values}, default=str))
+    recorded = json.loads(json.dumps({"published": cfg.name, **values}, default=str))
+    return with_old_names(DATASET_FILES, recorded)
 
 
 def _refuse_another(cfg: PublishedSettings, info: dict[str, Any]) -> None:
@@ -191,7 +196,8 @@ def _plan(cfg: PublishedSettings, work: Path) -> None:
     plan, kept = _plan_table(cfg, texts, curated, lost)
     for counts, what in ((+lost, "images"), (curated.dropped, "prompts")):
         for reason, number in counts.most_common():
-            log.info("  left out %s %s: %s", f"{number:,}", what, reason)
+            shown = with_new_names_in_text(DATASET_FILES, reason)
+            log.info("  left out %s %s: %s", f"{number:,}", what, shown)
     prompts = len(plan["prompt_id"].unique())
     log.info("%s of %s images, of %s prompts", *map("{:,}".format, (plan.num_rows, texts.num_rows, prompts)))
     info = {
@@ -246,10 +252,10 @@ def _texts_of_table(
     place_of = {int(Path(name).stem.rpartition("-")[2]): place for place, name in enumerate(order)}
     part = table["part_id"].to_numpy()
     place = np.array([place_of.get(n, -1) for n in range(int(part.max(initial=0)) + 1)])[part]
-    shown = np.nan_to_num(table["image_nsfw"].to_numpy()) <= cfg.nsfw_at_most
+    shown = np.nan_to_num(table["image_nsfw"].to_numpy()) <= cfg.max_nsfw
     lost["in an archive that is not there"] += int((place < 0).sum())
     rows = np.flatnonzero((place >= 0) & shown)
-    lost[f"image_nsfw above {cfg.nsfw_at_most:g}"] += int((~shown & (place >= 0)).sum())
+    lost[f"image_nsfw above {cfg.max_nsfw:g}"] += int((~shown & (place >= 0)).sum())
     rows = rows[np.argsort(place[rows], kind="stable")][: cfg.num]
     taken = table.take(rows)
     return pa.table(
@@ -355,7 +361,7 @@ def _plan_table(
     """
     side_of = {normal_form(text): s for s in ("train", "val") for text in getattr(curated, s)["prompt"].to_pylist()}
     by_group = cfg.split.kind == "holdout"
-    side_of_groups = cache(lambda group: side_of_group(group, cfg.split.share, cfg.seed))
+    side_of_groups = cache(lambda group: side_of_group(group, cfg.split.val_fraction, cfg.seed))
     ids: dict[str, int] = {}
     columns: dict[str, list[Any]] = {name: [] for name in PLAN.names}
     archives: list[dict[str, Any]] = []

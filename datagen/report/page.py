@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.paths import Place, beside, located
+from core.renamed_settings import DATASET_FILES, with_new_names, with_new_names_in_text
 from datagen.config import ReportSettings
 from datagen.dataset.format import FAULTY, LEFT_OUT, CorruptImage
 from datagen.dataset.reader import Dataset, missing_shards, read_notes, read_plan
@@ -169,7 +170,7 @@ def write_report(cfg: ReportSettings) -> Path:
     page.section("Settings", "All that decided the dataset.")
     origin = {"prompt sources": info["provenance"]} if info.get("provenance") else {}
     batch = {"batch_size": info["batch_size"]} if "batch_size" in info else {}
-    page.settings({**info.get("settings", {}), **batch, **origin})
+    page.settings({**with_new_names(DATASET_FILES, info.get("settings", {})), **batch, **origin})
     path = page.write(cfg.page or beside(root, ".report.html"))
     log.info("report: %s", path)
     return path
@@ -316,7 +317,8 @@ def _spoken(ranked: Iterable[tuple[str, Mapping[str, int]]]) -> str:
 
 
 def _dropped(page: "Page", curation: Mapping[str, Any]) -> None:
-    drawn, dropped = curation.get("drawn", 0), curation.get("dropped", {})
+    drawn, recorded = curation.get("drawn", 0), curation.get("dropped", {})
+    dropped = {with_new_names_in_text(DATASET_FILES, reason): count for reason, count in recorded.items()}
     if not drawn or not dropped:
         return
     from report import plots
@@ -328,7 +330,9 @@ def _dropped(page: "Page", curation: Mapping[str, Any]) -> None:
     )
     spoken = ", ".join(f"{reason}: {count:,}" for reason, count in ranked)
     page.figure(plots.bars([reason for reason, _ in ranked], [n for _, n in ranked], label="Prompts"), "", spoken)
-    examples: Mapping[str, Sequence[str]] = curation.get("examples", {})
+    examples: dict[str, Sequence[str]] = {
+        with_new_names_in_text(DATASET_FILES, reason): texts for reason, texts in curation.get("examples", {}).items()
+    }
     shown = {
         reason: (f"{len(examples[reason])} of {count:,}", examples[reason])
         for reason, count in ranked

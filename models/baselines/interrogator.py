@@ -253,11 +253,11 @@ def _lists(words: Path | None) -> dict[str, list[str]]:
     folder = _packaged() if words is None else words
     absent = [f"{name}.txt" for name in LISTS if not (folder / f"{name}.txt").is_file()]
     if absent:
-        raise UserError(f"words: {folder} lacks {', '.join(absent)}; each holds a term a line")
+        raise UserError(f"captions.term_lists: {folder} lacks {', '.join(absent)}; each holds a term a line")
     raw = {name: _terms(folder / f"{name}.txt") for name in LISTS}
     empty = [f"{name}.txt" for name, terms in raw.items() if not terms]
     if empty:
-        raise UserError(f"words: {folder} holds no term in {', '.join(empty)}; each holds a term a line")
+        raise UserError(f"captions.term_lists: {folder} holds no term in {', '.join(empty)}; each holds a term a line")
     sites = [begin + site + end for begin, end in _ABOUT_SITES for site in SITES]
     artists = [f"{begin} {artist}" for begin in ("by", "inspired by") for artist in raw["artists"]]
     return {**raw, "artists": artists, "sites": sites}
@@ -277,8 +277,8 @@ def _packaged() -> Path:
     places = list(spec.submodule_search_locations or ()) if spec else []
     if not places:
         raise UserError(
-            "words: those of CLIP Interrogator are in a package of their own: pip install 'im2emb[judge]', or name a "
-            f"folder with {', '.join(f'{name}.txt' for name in LISTS)}"
+            "captions.term_lists: the lists of CLIP Interrogator are in another package: pip install "
+            f"'im2emb[captioners]', or name a folder with {', '.join(f'{name}.txt' for name in LISTS)}"
         )
     return Path(places[0]) / "data"
 

@@ -43,7 +43,7 @@ class ExportSettings:
     """Input sizes in pixels to average over; empty: the size of training."""
     precision: Literal["fp32", "fp16"]
     """Type of the stored weights."""
-    graphs: tuple[Literal["onnx", "openvino", "openvino_int8", "torch"], ...]
+    runtimes: tuple[Literal["onnx", "openvino", "openvino_int8", "torch"], ...]
     """Kinds of exported models for other runtimes; each is checked against the network."""
     check_images: Path | None
     """Folder of images or of a dataset on which exported models are checked; null: the eight probe images."""
@@ -63,13 +63,14 @@ class ExportSettings:
 
     def problems(self) -> list[str]:
         found = address_problems(self.push) if self.push is not None else []
-        if "openvino_int8" in self.graphs and self.check_images is None:
+        if "openvino_int8" in self.runtimes and self.check_images is None:
             found.append(
-                "graphs: openvino_int8 is calibrated and measured on images; name some hundreds, check_images=FOLDER"
+                "runtimes: openvino_int8 is calibrated and measured on images; name some hundreds, check_images=FOLDER"
             )
-        if self.check_images is not None and not self.graphs:
+        if self.check_images is not None and not self.runtimes:
             found.append(
-                f"check_images: {self.check_images} are for graphs, and none is asked for; name some, graphs=[onnx]"
+                f"check_images: {self.check_images} are for exported models, and runtimes is empty; name some, "
+                "runtimes=[onnx]"
             )
         if self.push is None and (self.public or not self.dry_run):
             found.append(

@@ -2,7 +2,7 @@
 
     python -m models.export                                   the newest best checkpoint → bundle/
     python -m models.export checkpoint=checkpoints/vith14/best sizes=[224,280] flip=true precision=fp16
-    python -m models.export checkpoint=both/ensemble graphs=[onnx,openvino] check_images=data/sd2
+    python -m models.export checkpoint=both/ensemble runtimes=[onnx,openvino] check_images=data/sd2
     python -m models.export push=hub:user/name
 
 The bundle is loaded again and must reproduce the vectors of its source; otherwise nothing is written.
@@ -86,7 +86,7 @@ def export_and_upload(cfg: ExportSettings, arguments: Sequence[str]) -> None:
         flip=cfg.flip,
         sizes=cfg.sizes,
         precision=cfg.precision,
-        runtimes=cfg.graphs,
+        runtimes=cfg.runtimes,
         check_images=cfg.check_images,
         wheels=cfg.wheels if cfg.wheels.python is not None else None,
         details=cfg.card_details(),

@@ -67,12 +67,12 @@ def check_runtimes(kinds: Iterable[str]) -> None:
     kinds = list(kinds)
     wrong = [kind for kind in kinds if kind not in KINDS]
     if wrong:
-        raise UserError(f"graphs: {', '.join(map(repr, wrong))}: there are {', '.join(KINDS)}")
+        raise UserError(f"runtimes: {', '.join(map(repr, wrong))}: there are {', '.join(KINDS)}")
     needed = dict.fromkeys(package for kind in kinds for package in _PACKAGES[kind])
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
         raise UserError(
-            f"graphs=[{','.join(kinds)}] needs {', '.join(missing)}, not installed here: pip install -e '.[graphs]'"
+            f"runtimes=[{','.join(kinds)}] needs {', '.join(missing)}, not installed here: pip install -e '.[runtimes]'"
         )
 
 
@@ -110,7 +110,7 @@ def write_runtimes(
     check_runtimes(kinds)
     squares = [[resize_and_crop(image, square) for square in network.squares] for image in images]
     if not squares:
-        raise UserError("graphs: no images to verify them on; give check_images=")
+        raise UserError("runtimes: no images to verify them on; give check_images=")
     send_nothing()
     with (
         torch.inference_mode(),
@@ -173,7 +173,7 @@ def _verify(
             hint = f"calibrate it on more images than {about['calibrated']}: check_images="
         raise UserError(
             f"the {kind} graph differs from the network: its {which} cosine distance on {len(squares)} images is "
-            f"{value:.1e}, more than {bound:g}; nothing is written. Leave {kind} out of graphs, or {hint}"
+            f"{value:.1e}, more than {bound:g}; nothing is written. Leave {kind} out of runtimes, or {hint}"
         )
     return about | distance_summary(distance_N)
 
@@ -225,7 +225,7 @@ def _exporter_errors(kind: str) -> Iterator[None]:
             reason = str(error).strip().splitlines() or [""]
             raise UserError(
                 f"the {kind} graph cannot be made of this network: {type(error).__name__}: {reason[0]}; leave {kind} "
-                "out of graphs"
+                "out of runtimes"
             ) from error
         finally:
             for logger, level in zip(loggers, levels, strict=True):

@@ -43,7 +43,7 @@ def open_graph(
     graphs = config.get("graphs", {})
     if backend not in graphs:
         has = ", ".join(graphs) or "none"
-        raise BundleError(f"this bundle has no {backend} graph (it has: {has}); export it with graphs=[{backend}]")
+        raise BundleError(f"this bundle has no {backend} graph (it has: {has}); export it with runtimes=[{backend}]")
     if precision not in _COMPUTES_IN[backend]:
         raise BundleError(f"{backend} does not compute in {precision}; it does in {', '.join(_COMPUTES_IN[backend])}")
     path = folder / graphs[backend]["file"]

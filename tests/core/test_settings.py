@@ -248,25 +248,25 @@ def test_an_unknown_key_of_an_experiment_is_refused() -> None:
 def test_settings_that_contradict_each_other_are_refused() -> None:
     from datagen.config import DatagenSettings, IndexSettings, PublishedSettings
 
-    no_vectors = ("curate.duplicates_at=null", "split.kind=picture")
+    no_vectors = ("curate.dedup_threshold=null", "split.kind=image")
     for cls, name, overrides, said in (
-        (DatagenSettings, "datagen", ["encoder=null"], "encoder: null, but curate.duplicates_at"),
+        (DatagenSettings, "datagen", ["encoder=null"], "encoder: null, but curate.dedup_threshold"),
         (DatagenSettings, "datagen", ["num=0", "seed=-1", "workers=0"], "(?s)num: 0 .*workers: 0 .*seed: -1"),
         (DatagenSettings, "datagen", ["curate.max_tokens=3"], "curate.max_tokens: 3 is below min_tokens=5"),
-        (DatagenSettings, "datagen", ["split.share=nan"], "split.share: nan is outside 0 to 1"),
+        (DatagenSettings, "datagen", ["split.val_fraction=nan"], "split.val_fraction: nan is outside 0 to 1"),
         (DatagenSettings, "datagen", ["prompts=grammar", "prompts.objects=[0.5]"], "prompts.objects: the chances"),
         (PublishedSettings, "published", ["name=sd2", "out=x"], "name: 'sd2' is not one of diffusiondb, sd2_4m"),
         (
             PublishedSettings,
             "published",
-            ["name=diffusiondb", "out=x", "num=0", "split.kind=holdout", "folder=y", "revision=z", "nsfw_at_most=-1"],
-            "(?s)num: 0 is below 1.*nsfw_at_most: -1.*folder, revision: y has no.*holdout needs groups",
+            ["name=diffusiondb", "out=x", "num=0", "split.kind=holdout", "folder=y", "revision=z", "max_nsfw=-1"],
+            "(?s)num: 0 is below 1.*max_nsfw: -1.*folder, revision: y has no.*holdout needs groups",
         ),
         (PublishedSettings, "published", ["name=sd2_4m", "out=x", "encoder=null"], "encoder: null, but curate"),
         (
             PublishedSettings,
             "published",
-            ["name=sd2_4m", "out=x", "encoder=null", *no_vectors, "curate.against=[y]"],
+            ["name=sd2_4m", "out=x", "encoder=null", *no_vectors, "curate.exclude_near=[y]"],
             "encoder: null, but curate",
         ),
         (

@@ -319,7 +319,7 @@ def test_foreign_prompts_are_not_overwritten(tmp_path: Path) -> None:
     out = tmp_path / "data"
     out.mkdir()
     pq.write_table(pa.table({"prompt": ["a red fox in the snow"]}), out / "prompts.parquet")
-    refused(out, "holds no dataset", "prompts=file", f"prompts.path={out / 'prompts.parquet'}", "split.kind=picture")
+    refused(out, "holds no dataset", "prompts=file", f"prompts.path={out / 'prompts.parquet'}", "split.kind=image")
 
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(

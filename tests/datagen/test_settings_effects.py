@@ -104,11 +104,11 @@ def shard_is_blocked(folder: Path) -> None:
 
 
 prompts, sides = column("prompt"), column("split")
-CSV = ("prompts=file", "prompts.path={files}/p.csv", "split.kind=picture")
+CSV = ("prompts=file", "prompts.path={files}/p.csv", "split.kind=image")
 PARQUET = (*CSV, "prompts.path={files}/p.parquet")
-ODD = ("prompts=file", "prompts.path={files}/two.csv", "split.kind=picture")
+ODD = ("prompts=file", "prompts.path={files}/two.csv", "split.kind=image")
 MIXED = (
-    *("prompts=competition", "split.kind=picture", "num=8"),
+    *("prompts=competition", "split.kind=image", "num=8"),
     *(f"~prompts.sources.{name}" for name in ("diffusiondb", "vizwiz", "flickr30k", "narratives")),
     *("prompts.sources.coco.weight=0.5", "prompts.sources.gustavosta.weight=0.5"),
     *("prompts.sources.coco.prompts.path={files}/p.csv", "prompts.sources.coco.prompts.column=prompt"),
@@ -134,7 +134,7 @@ DATAGEN = Command(
     "datagen",
     (
         *("out={here}/out", "renderer=glyphs", "prompts=grammar", "renderer.size=32", "num=12", "shard_size=6"),
-        *("encoder=null", "curate.duplicates_at=null", "split.kind=holdout", "split.share=0.3", "workers=1"),
+        *("encoder=null", "curate.dedup_threshold=null", "split.kind=holdout", "split.val_fraction=0.3", "workers=1"),
     ),
     spied=(
         "datagen.renderers.sd2.networks:Networks.decode",
@@ -210,21 +210,21 @@ CURATION: dict[str, Entry | list[Entry]] = {
     "curate.max_tokens": shows(prompts, "curate.max_tokens=10"),
     "curate.language": shows(info, "curate.language=en", given=ODD),
     "curate.profanity": shows(info, "curate.profanity=drop", given=ODD),
-    "curate.duplicates_at": shows(prompts, "curate.duplicates_at=0.3", given=ENCODED),
-    "curate.against": shows(
-        info, "curate.against=[{files}/near.csv]", "curate.against_at=0.95", given=(*ENCODED, *CSV)
+    "curate.dedup_threshold": shows(prompts, "curate.dedup_threshold=0.3", given=ENCODED),
+    "curate.exclude_near": shows(
+        info, "curate.exclude_near=[{files}/near.csv]", "curate.exclude_threshold=0.95", given=(*ENCODED, *CSV)
     ),
-    "curate.against_at": [
-        shows(info, "curate.against_at=0.999", given=(*ENCODED, *CSV, "curate.against=[{files}/near.csv]")),
-        refused(f"curate.against_at: {UNUSED}with curate.against=", "curate.against_at=0.8"),
+    "curate.exclude_threshold": [
+        shows(info, "curate.exclude_threshold=0.999", given=(*ENCODED, *CSV, "curate.exclude_near=[{files}/near.csv]")),
+        refused(f"curate.exclude_threshold: {UNUSED}with curate.exclude_near=", "curate.exclude_threshold=0.8"),
     ],
 }
 SPLIT: dict[str, Entry | list[Entry]] = {
-    "split.kind": shows(sides, "split.kind=picture"),
-    "split.share": shows(sides, "split.share=0.6"),
+    "split.kind": shows(sides, "split.kind=image"),
+    "split.val_fraction": shows(sides, "split.val_fraction=0.6"),
     "split.threshold": [
         shows(info, "split.threshold=0.2", given=(*ENCODED, "split.kind=similarity")),
-        shows(info, "split.threshold=0.999", given=(*ENCODED, *CSV, "curate.against=[{files}/near.csv]")),
+        shows(info, "split.threshold=0.999", given=(*ENCODED, *CSV, "curate.exclude_near=[{files}/near.csv]")),
         refused(f"split.threshold: {UNUSED}with split.kind=holdout", "split.threshold=0.5"),
     ],
 }
@@ -254,7 +254,7 @@ DATAGEN_SETTINGS: Entries = {
     "retries": shows(failures, "retries=0", prepare=shard_is_blocked),
     "dry_run": shows(lambda r: r.names(), "dry_run=true"),
     "force": refused("(?s)would take about .* or insist with force=true", "force=false", given=DAYS),
-    "prompts": shows(prompts, *CSV, given=("split.kind=picture",)),
+    "prompts": shows(prompts, *CSV, given=("split.kind=image",)),
     "prompts[grammar].flourish": shows(prompts, "prompts.flourish=1"),
     "prompts[grammar].objects": shows(prompts, "prompts.objects=[0,1]"),
     "prompts[grammar].detail": shows(prompts, "prompts.detail=0"),
@@ -361,7 +361,7 @@ def test_each_setting_of_datagen_has_an_entry(tmp_path: Path) -> None:
 INDEX = Command(
     "datagen.index",
     "index",
-    ("out={here}/out", "images={images}", "csv={images}/a.csv", "encoder=null", "split.share=0.3"),
+    ("out={here}/out", "images={images}", "csv={images}/a.csv", "encoder=null", "split.val_fraction=0.3"),
 )
 TARS = ("images=null", "csv=null", "tars={tars}/a.tar")
 INDEX_SETTINGS: Entries = {
@@ -386,21 +386,26 @@ INDEX_SETTINGS: Entries = {
     "group_column": shows(column("group"), "group_column=other"),
     "split_column": [
         shows(sides, "split_column=side"),
-        refused(f"(?s)seed: {UNUSED}with.*split.share: {UNUSED}with", "split_column=side", "seed=1", "split.share=0.5"),
+        refused(
+            f"(?s)seed: {UNUSED}with.*split.val_fraction: {UNUSED}with",
+            "split_column=side",
+            "seed=1",
+            "split.val_fraction=0.5",
+        ),
     ],
     "tars": shows(prompts, "tars={tars}/b.tar", given=TARS),
     "source": shows(column("source"), "source=mine"),
     "seed": shows(sides, "seed=3"),
     "encoder": shows(targets, "encoder={encoder}"),
     "split.kind": shows(sides, "split.kind=holdout", given=("group_column=other",)),
-    "split.share": shows(sides, "split.share=0.8"),
+    "split.val_fraction": shows(sides, "split.val_fraction=0.8"),
     "split.threshold": [
         refused(
             "cosine ≥ 0.1 to a validation",
             "split.threshold=0.1",
             given=(*ENCODED, "split.kind=similarity", "split.threshold=0.9999"),
         ),
-        refused(f"split.threshold: {UNUSED}with split.kind=picture", "split.threshold=0.5"),
+        refused(f"split.threshold: {UNUSED}with split.kind=image", "split.threshold=0.5"),
     ],
 }
 
@@ -453,8 +458,8 @@ PUBLISHED = Command(
     "datagen.published",
     "published",
     (
-        *("out={here}/out", "name=diffusiondb", "folder={diffusiondb}", "encoder=null", "curate.duplicates_at=null"),
-        *("split.kind=picture", "split.share=0.3"),
+        *("out={here}/out", "name=diffusiondb", "folder={diffusiondb}", "encoder=null", "curate.dedup_threshold=null"),
+        *("split.kind=image", "split.val_fraction=0.3"),
     ),
 )
 FROM_TARS = ("name=sd2_4m", "folder={sd2_4m}")
@@ -474,9 +479,9 @@ PUBLISHED_SETTINGS: Entries = {
         refused(f"hold_archives: {UNUSED}with name=diffusiondb", "hold_archives=true"),
         refused(f"hold_archives: {UNUSED}with folder=", "hold_archives=true", given=FROM_TARS),
     ],
-    "nsfw_at_most": [
-        shows(prompts, "nsfw_at_most=3"),
-        refused(f"nsfw_at_most: {UNUSED}with name=sd2_4m", "nsfw_at_most=1", given=FROM_TARS),
+    "max_nsfw": [
+        shows(prompts, "max_nsfw=3"),
+        refused(f"max_nsfw: {UNUSED}with name=sd2_4m", "max_nsfw=1", given=FROM_TARS),
     ],
     "seed": shows(prompts, "seed=1"),
     "encoder": shows(targets, "encoder={encoder}"),
@@ -484,23 +489,23 @@ PUBLISHED_SETTINGS: Entries = {
     "curate.max_tokens": shows(prompts, "curate.max_tokens=11"),
     "curate.language": refused("no prompt is left .*not in the language de", "curate.language=de"),
     "curate.profanity": shows(prompts, "curate.profanity=drop"),
-    "curate.duplicates_at": shows(prompts, "curate.duplicates_at=0.5", given=ENCODED),
-    "curate.against": shows(
-        prompts, "curate.against=[{files}/published.csv]", "curate.against_at=0.9999", given=ENCODED
+    "curate.dedup_threshold": shows(prompts, "curate.dedup_threshold=0.5", given=ENCODED),
+    "curate.exclude_near": shows(
+        prompts, "curate.exclude_near=[{files}/published.csv]", "curate.exclude_threshold=0.9999", given=ENCODED
     ),
-    "curate.against_at": [
+    "curate.exclude_threshold": [
         shows(
             info,
-            "curate.against_at=0.98",
-            given=(*ENCODED, "curate.against=[{files}/published.csv]", "curate.against_at=0.9999"),
+            "curate.exclude_threshold=0.98",
+            given=(*ENCODED, "curate.exclude_near=[{files}/published.csv]", "curate.exclude_threshold=0.9999"),
         ),
-        refused(f"curate.against_at: {UNUSED}with curate.against=", "curate.against_at=0.8"),
+        refused(f"curate.exclude_threshold: {UNUSED}with curate.exclude_near=", "curate.exclude_threshold=0.8"),
     ],
     "split.kind": shows(sides, "split.kind=holdout", given=FROM_TARS),
-    "split.share": shows(sides, "split.share=0.6"),
+    "split.val_fraction": shows(sides, "split.val_fraction=0.6"),
     "split.threshold": [
         shows(prompts, "split.threshold=0.2", given=(*ENCODED, "split.kind=similarity")),
-        refused(f"split.threshold: {UNUSED}with split.kind=picture", "split.threshold=0.5"),
+        refused(f"split.threshold: {UNUSED}with split.kind=image", "split.threshold=0.5"),
     ],
 }
 

@@ -104,7 +104,7 @@ EVALUATE = Command(
         *("run={run}", "out={here}/evaluation", "accelerator=cpu", "workers=0", "knn.neighbours=5", "batch_size=4"),
         *("embedders=[mean,knn,ridge,regressor,retrieve,blend,ensemble]", "ensemble.folds=2", "retrieve.neighbours=5"),
         *("captions.blip={blip}", "captions.blip2={blip2}", "captions.coca={coca}", "captions.clip={clip}"),
-        *("captions.words={words}", "captions.mode=fast"),
+        *("captions.term_lists={words}", "captions.mode=fast"),
     ),
     spied=(
         "models.regressor:Regressor.embed",
@@ -120,7 +120,7 @@ def only(*embedders: str) -> tuple[str]:
     return (f"embedders=[{','.join(embedders)}]",)
 
 
-BY_TEXT = (*only("knn", "mean"), "knn.backbone=local-dir:{clip}", "knn.bank={files}/bank.txt")
+BY_TEXT = (*only("knn", "mean"), "knn.backbone=local-dir:{clip}", "knn.prompt_index={files}/bank.txt")
 INTERROGATOR = only("clip_interrogator")
 EVALUATE_SETTINGS: Entries = {
     "run": shows(predictions, "run={run2}"),
@@ -140,9 +140,9 @@ EVALUATE_SETTINGS: Entries = {
         shows(predictions, "knn.neighbours=1"),
         refused(f"knn.neighbours: {UNUSED}without knn", "knn.neighbours=1", *only("mean")),
     ],
-    "knn.power": [
-        shows(predictions, "knn.power=5"),
-        refused(f"knn.power: {UNUSED}without knn", "knn.power=5", *only("mean")),
+    "knn.similarity_exponent": [
+        shows(predictions, "knn.similarity_exponent=5"),
+        refused(f"knn.similarity_exponent: {UNUSED}without knn", "knn.similarity_exponent=5", *only("mean")),
     ],
     "knn.backbone": [
         shows(predictions, "knn.backbone=test_vit2", given=("knn.weights=random",)),
@@ -152,11 +152,11 @@ EVALUATE_SETTINGS: Entries = {
         shows(predictions, "knn.weights={vit_weights}"),
         refused(f"knn.weights: {UNUSED}without ridge", "knn.weights=random", given=BY_TEXT),
     ],
-    "knn.bank": [
-        shows(predictions, "knn.bank={files}/other.txt", given=BY_TEXT),
+    "knn.prompt_index": [
+        shows(predictions, "knn.prompt_index={files}/other.txt", given=BY_TEXT),
         refused(
-            f"knn.bank: {UNUSED}without knn",
-            "knn.bank={files}/bank.txt",
+            f"knn.prompt_index: {UNUSED}without knn",
+            "knn.prompt_index={files}/bank.txt",
             "knn.backbone=local-dir:{clip}",
             *only("ridge"),
         ),
@@ -169,13 +169,19 @@ EVALUATE_SETTINGS: Entries = {
         shows(predictions, "retrieve.neighbours=1"),
         refused(f"retrieve.neighbours: {UNUSED}without blend or retrieve", "retrieve.neighbours=1", *only("mean")),
     ],
-    "retrieve.power": [
-        shows(predictions, "retrieve.power=9"),
-        refused(f"retrieve.power: {UNUSED}without blend or retrieve", "retrieve.power=9", *only("mean")),
+    "retrieve.similarity_exponent": [
+        shows(predictions, "retrieve.similarity_exponent=9"),
+        refused(
+            f"retrieve.similarity_exponent: {UNUSED}without blend or retrieve",
+            "retrieve.similarity_exponent=9",
+            *only("mean"),
+        ),
     ],
-    "retrieve.share": [
-        shows(predictions, "retrieve.share=0.9"),
-        refused(f"retrieve.share: {UNUSED}without blend", "retrieve.share=0.9", *only("regressor", "retrieve")),
+    "retrieve.blend_weight": [
+        shows(predictions, "retrieve.blend_weight=0.9"),
+        refused(
+            f"retrieve.blend_weight: {UNUSED}without blend", "retrieve.blend_weight=0.9", *only("regressor", "retrieve")
+        ),
     ],
     "captions.blip": [
         slow(shows(texts, "captions.blip={other_blip}", given=only("blip"))),
@@ -197,9 +203,9 @@ EVALUATE_SETTINGS: Entries = {
         slow(shows(texts, "captions.mode=classic", given=INTERROGATOR)),
         refused(f"captions.mode: {UNUSED}without clip_interrogator", "captions.mode=classic"),
     ],
-    "captions.words": [
-        slow(shows(texts, "captions.words={few_words}", given=INTERROGATOR)),
-        refused(f"captions.words: {UNUSED}without clip_interrogator", "captions.words={few_words}"),
+    "captions.term_lists": [
+        slow(shows(texts, "captions.term_lists={few_words}", given=INTERROGATOR)),
+        refused(f"captions.term_lists: {UNUSED}without clip_interrogator", "captions.term_lists={few_words}"),
     ],
     "ensemble.members": [
         shows(predictions, "ensemble.members=[mean,regressor]"),
@@ -209,9 +215,9 @@ EVALUATE_SETTINGS: Entries = {
         shows(predictions, "ensemble.folds=3"),
         refused(f"ensemble.folds: {UNUSED}without ensemble", "ensemble.folds=3", *only("mean", "knn")),
     ],
-    "bank": shows(predictions, "bank={files}/bank.txt"),
+    "prompt_index": shows(predictions, "prompt_index={files}/bank.txt"),
     "column": [
-        shows(predictions, "column=other", given=("bank={files}/bank.csv",)),
+        shows(predictions, "column=other", given=("prompt_index={files}/bank.csv",)),
         refused(f"column: {UNUSED}without a file of columns", "column=other"),
     ],
     "out": shows(names, "out={here}/elsewhere"),
@@ -388,15 +394,15 @@ DEMO_SETTINGS: Entries = {
     "checkpoint": shows(visit, "checkpoint={run2}/best"),
     "run": [
         shows(visit, "run={run2}", given=("baselines=[mean,knn]",)),
-        refused(f"run: {UNUSED}with checkpoint, bank", "run={run2}", "bank={files}/bank.txt"),
+        refused(f"run: {UNUSED}with checkpoint, prompt_index", "run={run2}", "prompt_index={files}/bank.txt"),
     ],
-    "bank": shows(visit, "bank={files}/bank.txt"),
+    "prompt_index": shows(visit, "prompt_index={files}/bank.txt"),
     "baselines": shows(visit, "baselines=[mean]"),
     "neighbours": shows(visit, "neighbours=3"),
     "host": shows(visit, "host=127.0.0.2"),
     "port": shows(port, "port={free}"),
-    "most_mb": shows(visit, "most_mb=1"),
-    "most_pixels": shows(visit, "most_pixels=10000"),
+    "max_upload_mb": shows(visit, "max_upload_mb=1"),
+    "max_pixels": shows(visit, "max_pixels=10000"),
     "accelerator": ACCELERATOR,
     "browser": shows(visit, "browser=true"),
 }
@@ -424,7 +430,7 @@ def card(result: Result) -> str:
 
 
 EXPORT = Command("models.export", "export", ("checkpoint={run}/best", "out={here}/bundle"))
-ONNX = ("graphs=[onnx]",)
+ONNX = ("runtimes=[onnx]",)
 PUSH = ("push=hub:user/name", "licence=mit")
 EXPORT_SETTINGS: Entries = {
     "checkpoint": shows(lambda r: r.digest("bundle/model.safetensors"), "checkpoint={run2}/best"),
@@ -432,10 +438,10 @@ EXPORT_SETTINGS: Entries = {
     "flip": shows(config, "flip=true"),
     "sizes": shows(config, "sizes=[32,48]"),
     "precision": shows(lambda r: (r.folder / "bundle/model.safetensors").stat().st_size, "precision=fp16"),
-    "graphs": shows(lambda r: r.names("bundle/graphs/*"), *ONNX),
+    "runtimes": shows(lambda r: r.names("bundle/graphs/*"), *ONNX),
     "check_images": [
         shows(lambda r: config(r)["graphs"], "check_images={images}", given=ONNX),
-        refused("check_images: .* are for graphs", "check_images={images}"),
+        refused("check_images: .* are for exported models", "check_images={images}"),
     ],
     "wheels.python": refused("python: '3.9' is older than 3.11", "wheels.python=3.9"),
     "wheels.platform": [

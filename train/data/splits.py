@@ -204,7 +204,7 @@ def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None
         if shared:
             found.append(
                 f"val: {name}: {shared:,} of its {len(hashes):,} prompts are trained on, so its score would say "
-                f"nothing; make the training images with curate.against=[{name}], or leave it out of val=[…]"
+                f"nothing; make the training images with curate.exclude_near=[{name}], or leave it out of val=[…]"
             )
     if found:
         raise UserError("\n".join(found))

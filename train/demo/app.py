@@ -1,7 +1,7 @@
 """Demo page: upload an image, see the nearest prompts and the share that each baseline explains.
 
     python -m train.demo
-    python -m train.demo checkpoint=bundle bank=prompts.txt baselines=[mean,retrieve]
+    python -m train.demo checkpoint=bundle prompt_index=prompts.txt baselines=[mean,retrieve]
 
 train/demo/explain.py computes the results, train/demo/page.py serves the page.
 """
@@ -37,8 +37,8 @@ class DemoSettings:
     checkpoint: Path | None
     """A checkpoint, a bundle or an ensemble; null takes the newest checkpoints/*/best."""
     run: Path | None
-    """The run whose prompts are the bank and whose images knn knows; null takes that of the checkpoint."""
-    bank: Location | None
+    """Run whose prompts are searched and whose images knn compares; null: that of the checkpoint."""
+    prompt_index: Location | None
     """A dataset folder or a file of prompts; null takes the run's training prompts."""
     baselines: tuple[str, ...] | None
     """Whose shares are shown; null takes mean, knn and retrieve, without a run mean and retrieve."""
@@ -48,10 +48,10 @@ class DemoSettings:
     """Address to listen on."""
     port: int
     """0 takes any that is free."""
-    most_mb: float
-    """Of an image's file, 10^6 bytes; all that is uploaded may take 50 times as much."""
-    most_pixels: int
-    """Of an image; a larger one is refused before it is decoded."""
+    max_upload_mb: float
+    """Largest image file, 10^6 bytes; all uploads together may take 50 times as much."""
+    max_pixels: int
+    """Most pixels of an image; a larger one is refused before it is decoded."""
     accelerator: Literal["auto", "cpu", "gpu"]
     browser: bool
     """Opens the page in one."""
@@ -60,26 +60,26 @@ class DemoSettings:
         found = [f"neighbours: {self.neighbours} is outside 1 to 100"] if not 1 <= self.neighbours <= 100 else []
         if not 0 <= self.port <= 65535:
             found.append(f"port: {self.port} is outside 0 to 65535")
-        if not 0 < self.most_mb <= 1000:
-            found.append(f"most_mb: {self.most_mb:g} is outside 0 to 1000")
-        if not 1 <= self.most_pixels <= _MOST_PIXELS:
-            found.append(f"most_pixels: {self.most_pixels:,} is outside 1 to {_MOST_PIXELS:,}")
+        if not 0 < self.max_upload_mb <= 1000:
+            found.append(f"max_upload_mb: {self.max_upload_mb:g} is outside 0 to 1000")
+        if not 1 <= self.max_pixels <= _MOST_PIXELS:
+            found.append(f"max_pixels: {self.max_pixels:,} is outside 1 to {_MOST_PIXELS:,}")
         names = self.baselines or ()
         found += [f"baselines: {name!r} is none of {', '.join(OFFERED)}" for name in names if name not in OFFERED]
         return found + [f"baselines: {name} is named twice" for name in OFFERED if names.count(name) > 1]
 
     def unused(self) -> dict[str, str]:
         fitted = self.baselines is None or {"knn", "ridge"} & set(self.baselines)
-        if fitted or self.checkpoint is None or self.bank is None:
+        if fitted or self.checkpoint is None or self.prompt_index is None:
             return {}
-        return {"run": "with checkpoint, bank and no knn or ridge in baselines: nothing of a run is asked for"}
+        return {"run": "with checkpoint, prompt_index and no knn or ridge in baselines: nothing of a run is asked for"}
 
 
 def place_of(cfg: DemoSettings) -> tuple[Path, Path | None]:
     """The folder of the model, and that of the run whose data are taken, if there is one.
 
     Raises:
-        UserError: there is no model, or the bank or a baseline needs a run.
+        UserError: there is no model, or the prompt index or a baseline needs a run.
     """
     folder = cfg.checkpoint or cfg.run
     if folder is None:
@@ -94,7 +94,11 @@ def place_of(cfg: DemoSettings) -> tuple[Path, Path | None]:
         raise UserError(f"checkpoint: {folder} is not a checkpoint, bundle or ensemble: it has no config.json")
     if run is None:
         found = [f"baselines: {n} is fitted on images" for n in ("knn", "ridge") if n in (cfg.baselines or ())]
-        found += [] if cfg.bank else ["bank: there are no prompts; name a file or a dataset, bank=prompts.txt"]
+        found += (
+            []
+            if cfg.prompt_index
+            else ["prompt_index: there are no prompts; name a file or a dataset, prompt_index=prompts.txt"]
+        )
         if found:
             raise UserError("\n".join([*found, f"{folder} is not in a run folder; name a run, run=checkpoints/NAME"]))
     return folder, run
@@ -107,7 +111,7 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
         folder, run: as `place_of` gives them.
 
     Raises:
-        UserError: the model, the run, the bank or a baseline cannot be used.
+        UserError: the model, the run, the prompt index or a baseline cannot be used.
     """
     from models import checkpoint, loader
     from models.runtime.preprocess import Preprocessing
@@ -130,10 +134,10 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
         data = data_of(values, encoder, backbone[1])
     targets = (data.images.datasets[0].encoder_identity if data else None) or identity_of(config)
     require_same(config, folder, targets, "the run's dataset")
-    if cfg.bank is not None:
+    if cfg.prompt_index is not None:
         bank, source = (
-            prompt_index.from_places([cfg.bank], encoder, device=device.type, identity=targets),
-            str(cfg.bank),
+            prompt_index.from_places([cfg.prompt_index], encoder, device=device.type, identity=targets),
+            str(cfg.prompt_index),
         )
     else:
         assert data is not None
@@ -150,8 +154,8 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
         )
     registry = EmbedderRegistry(evaluate, folder, encoder, targets, data, values, backbone, device)
     baselines = {n: _mean(folder) if n == "mean" else registry.of(n).make() for n in names if n != "retrieve"}
-    retrieve = prompt_index.PromptRetriever(bank, evaluate.retrieve.neighbours, evaluate.retrieve.power)
-    shown = {"neighbours": cfg.neighbours, "most_pixels": cfg.most_pixels}
+    retrieve = prompt_index.PromptRetriever(bank, evaluate.retrieve.neighbours, evaluate.retrieve.similarity_exponent)
+    shown = {"neighbours": cfg.neighbours, "max_pixels": cfg.max_pixels}
     demo = Demo(embedder, bank, baselines, retrieve if "retrieve" in names else None, **shown)
     demo.look(_grey())  # mismatches fail now, and the first visitor does not wait
     return demo, Words(str(folder), source, len(bank))
@@ -193,6 +197,6 @@ def serve_demo(cfg: DemoSettings) -> None:
     with open_port(cfg.host, cfg.port) as port:
         demo, words = prepare(cfg, folder, place)
         try:
-            serve(demo, words, port, most_bytes=round(cfg.most_mb * 1e6), browser=cfg.browser)
+            serve(demo, words, port, most_bytes=round(cfg.max_upload_mb * 1e6), browser=cfg.browser)
         except KeyboardInterrupt:  # the way to end it
             log.info("demo: ended")

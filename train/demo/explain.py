@@ -81,7 +81,7 @@ class Demo:
         baselines: by name.
         retrieve: a further baseline, made of the prompts nearest to the model's vector.
         neighbours: prompts shown.
-        most_pixels: of an image.
+        max_pixels: of an image.
     """
 
     def __init__(
@@ -92,10 +92,10 @@ class Demo:
         retrieve: Retrieved | None = None,
         *,
         neighbours: int = 8,
-        most_pixels: int = MAX_PIXELS,
+        max_pixels: int = MAX_PIXELS,
     ) -> None:
         self._embedder, self._bank, self._baselines, self._retrieve = embedder, bank, baselines, retrieve
-        self._neighbours, self._most_pixels = neighbours, most_pixels
+        self._neighbours, self._max_pixels = neighbours, max_pixels
 
     def look(self, data: bytes) -> Look:
         """What the model makes of the image that a file holds.
@@ -105,7 +105,7 @@ class Demo:
             UserError: the model's vector is zero or not finite, or a baseline's is not finite.
         """
         began = time.perf_counter()
-        note = check_image(data, self._most_pixels)
+        note = check_image(data, self._max_pixels)
         image_CHW = decode(data)
         z_1E = self._embedder.embed([image_CHW]).numpy()
         nearest = self._bank.nearest(z_1E, self._neighbours)[0]

@@ -1,7 +1,7 @@
 """Limits on what a visitor of the demo may send: bytes of a file, pixels of an image, disk of all uploads, routes.
 
     app = Guard(app, most_bytes=20_000_000, hosts={"localhost"}, uploads=folder)      around gradio's ASGI application
-    note = check_image(data, most_pixels)                                             before an image is decoded
+    note = check_image(data, max_pixels)                                             before an image is decoded
 
 The guard holds whatever gradio's own routes do: a body is cut at the bound, only what the page sends and asks for is
 let through, pages of other sites cannot call the server, and the browser fetches nothing from other hosts.
@@ -58,7 +58,7 @@ Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Scope, Receive, Send], Awaitable[None]]
 
 
-def check_image(data: bytes, most_pixels: int) -> str:
+def check_image(data: bytes, max_pixels: int) -> str:
     """Looks at the head of an image's file, decoding nothing; returns what of it will be left out, or an empty text.
 
     Raises:
@@ -68,7 +68,7 @@ def check_image(data: bytes, most_pixels: int) -> str:
         raise BadImage("the file is empty")
     Image.init()
     kinds = [kind for kind in _KINDS if kind in Image.OPEN]
-    bound = f"the bound of {most_pixels:,} (most_pixels)"
+    bound = f"the bound of {max_pixels:,} (max_pixels)"
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of size, which is checked here, and of oddities in metadata
@@ -76,7 +76,7 @@ def check_image(data: bytes, most_pixels: int) -> str:
                 size = f"{image.width:,} × {image.height:,} pixels"
                 if max(image.size) > _MOST_SIDE:
                     raise BadImage(f"of {size} a side is over the bound of {_MOST_SIDE:,}")
-                if image.width * image.height > most_pixels:
+                if image.width * image.height > max_pixels:
                     raise BadImage(f"{size} are over {bound}")
                 moves = bool(getattr(image, "is_animated", False))
     except BadImage:
@@ -195,7 +195,7 @@ class Guard:
         finally:
             self._coming -= length
         if full:
-            bound = f"{_UPLOADS * self._most / 1e6:g} MB ({_UPLOADS} × most_mb)"
+            bound = f"{_UPLOADS * self._most / 1e6:g} MB ({_UPLOADS} × max_upload_mb)"
             kept = f"{_KEPT_S // 60} minutes"
             text = f"The images of the last {kept} take all of {bound}: try again in {kept}."
             await _answer(receive, send, 503, text)
@@ -248,7 +248,7 @@ class Guard:
         await self._app(scope, replayed, _with_policy(send))
 
     def _too_large(self) -> str:
-        return f"A file may be of at most {self._most / 1e6:g} MB (most_mb)."
+        return f"A file may be of at most {self._most / 1e6:g} MB (max_upload_mb)."
 
 
 def _with_policy(send: Send) -> Send:

@@ -45,7 +45,7 @@ class EvaluationContext:
     def __init__(self, cfg: EvaluateSettings) -> None:
         asked, folders = set(cfg.embedders), [Path(name) for name in cfg.embedders if name not in EMBEDDERS]
         regressed = bool(asked & {"regressor", "retrieve", "blend"})
-        fitted = bool(asked & ({*BASELINES} - ({"knn"} if cfg.knn.bank is not None else set())))
+        fitted = bool(asked & ({*BASELINES} - ({"knn"} if cfg.knn.prompt_index is not None else set())))
         named = [folder for folder in (cfg.checkpoint, *folders) if folder is not None]
         self.device = device = device_of(cfg.accelerator)
         self.run = cfg.run or next((run for folder in named if (run := run_of(folder))), None)

@@ -134,15 +134,18 @@ def _origins(
     found: dict[str, list[Origin]] = {name: [] for name in asked if name in CAPTIONERS}
     found |= dict.fromkeys(("", *(name for name in BASELINES if name in asked)), by_run)
     if registry.bank is not None:
-        found["knn"] = [_origin_of_index(str(cfg.knn.bank), registry.bank)]
+        found["knn"] = [_origin_of_index(str(cfg.knn.prompt_index), registry.bank)]
     for name, folder in registry.folders.items():
         each = origins(folder, context.encoder, context.device)
         found[name] = [next((own for own in by_run if own.name == origin.name), origin) for origin in each]
     for name in (name for name in ("retrieve", "blend") if name in asked):
         assert index is not None
         regressor = found["regressor"]
-        is_held = cfg.bank is None and by_run and by_run[0] in regressor
-        found[name] = [*regressor, *([] if is_held else [_origin_of_index(str(cfg.bank or context.run), index)])]
+        is_held = cfg.prompt_index is None and by_run and by_run[0] in regressor
+        found[name] = [
+            *regressor,
+            *([] if is_held else [_origin_of_index(str(cfg.prompt_index or context.run), index)]),
+        ]
     if members:
         found["ensemble"] = [origin for name in members for origin in found[name]]
     return found
@@ -183,10 +186,10 @@ def _leakage(
 
 def _build_prompt_index(cfg: EvaluateSettings, context: EvaluationContext) -> PromptIndex | None:
     """Prompt index to retrieve from: the one named, or the run's training prompts; None without either."""
-    if cfg.bank is not None:
+    if cfg.prompt_index is not None:
         device = device_of(cfg.accelerator).type
         return from_places(
-            [cfg.bank],
+            [cfg.prompt_index],
             context.encoder,
             column=cfg.column,
             device=device,
@@ -195,7 +198,9 @@ def _build_prompt_index(cfg: EvaluateSettings, context: EvaluationContext) -> Pr
     if context.trained_on:
         return from_images(context.trained_on)
     if {"retrieve", "blend"} & set(cfg.embedders):
-        raise UserError("retrieve and blend need prompts: name bank=DATASET or bank=FILE, or the run=… whose they are")
+        raise UserError(
+            "retrieve and blend need prompts: name prompt_index=DATASET or FILE, or the run=… whose they are"
+        )
     return None
 
 
@@ -203,8 +208,10 @@ def _retrieve(cfg: EvaluateSettings, found: Predictions, index: PromptIndex) -> 
     """Add the embedders "retrieve" and "blend", computed from the regressor's vectors."""
     began = time.perf_counter()
     z_nE = found.vectors["regressor"]
-    vector_nE, texts = PromptRetriever(index, cfg.retrieve.neighbours, cfg.retrieve.power).from_vectors(z_nE)
-    made = {"retrieve": vector_nE, "blend": blend(z_nE, vector_nE, cfg.retrieve.share)}
+    vector_nE, texts = PromptRetriever(index, cfg.retrieve.neighbours, cfg.retrieve.similarity_exponent).from_vectors(
+        z_nE
+    )
+    made = {"retrieve": vector_nE, "blend": blend(z_nE, vector_nE, cfg.retrieve.blend_weight)}
     found.texts["retrieve"] = texts
     for name, own in made.items():
         found.vectors[name] = own

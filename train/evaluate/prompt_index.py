@@ -243,7 +243,7 @@ def blend(z_BE: Floats, retrieved_BE: Floats, share: float) -> Floats:
         UserError: the share is not within 0 and 1; or vectors are zero, not finite, of other shapes, or cancel out.
     """
     if not 0 <= share <= 1:
-        raise UserError(f"share: {share} of what is retrieved, but it must be within 0 and 1")
+        raise UserError(f"blend_weight: {share} is outside 0 to 1")
     return weights.blend([z_BE, retrieved_BE], np.array([1 - share, share]), ["predicted", "retrieved"])
 
 

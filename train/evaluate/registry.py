@@ -117,9 +117,9 @@ class EmbedderRegistry:
         """
         if entry == "mean":
             return LazyEmbedder(entry, self._trained_on, self._mean)
-        if entry == "knn" and self._cfg.knn.bank is not None:
+        if entry == "knn" and self._cfg.knn.prompt_index is not None:
             self.bank = from_places(
-                [self._cfg.knn.bank],
+                [self._cfg.knn.prompt_index],
                 self._encoder,
                 column=self._cfg.column,
                 device=self._device.type,
@@ -128,7 +128,7 @@ class EmbedderRegistry:
             return LazyEmbedder(entry, cache(lambda: self._clip_knn().identity()), self._clip_knn, alone=True)
         if entry == "knn":
             cfg = self._cfg.knn
-            how = {"neighbours": cfg.neighbours, "power": cfg.power}
+            how = {"neighbours": cfg.neighbours, "power": cfg.similarity_exponent}
             index = bank_about(len(self.known.train_rows), cfg.exact)
             return LazyEmbedder(entry, lambda: {**self._frozen_on(), "knn": how, "index": index}, self._knn)
         if entry == "ridge":
@@ -229,7 +229,7 @@ class EmbedderRegistry:
             bank.identity(),
             cache_folder(),
             cfg.knn.neighbours,
-            power=cfg.knn.power,
+            power=cfg.knn.similarity_exponent,
             exact=cfg.knn.exact,
         )
 
@@ -259,7 +259,7 @@ class EmbedderRegistry:
         x_nD = torch.from_numpy(self._features.all())
         y_nE = torch.cat([torch.from_numpy(y) for _, y in self._features.batches()])
         cfg = self._cfg.knn
-        return Knn(self._frozen, x_nD, y_nE, cfg.neighbours, power=cfg.power, exact=cfg.exact)
+        return Knn(self._frozen, x_nD, y_nE, cfg.neighbours, power=cfg.similarity_exponent, exact=cfg.exact)
 
     def _trained_on(self) -> dict[str, Any]:
         """The images that baselines are fitted on, and their vectors, as plain JSON."""
@@ -309,7 +309,9 @@ class EmbedderRegistry:
         blip = captioners.Blip(cfg.blip, device, beams=1, most_tokens=32, least_tokens=0)
         from models.baselines.interrogator import ClipInterrogator
 
-        return ClipInterrogator(cfg.clip, blip, device, mode=cfg.mode, words=cfg.words, cache=cache_folder() / "words")
+        return ClipInterrogator(
+            cfg.clip, blip, device, mode=cfg.mode, words=cfg.term_lists, cache=cache_folder() / "words"
+        )
 
     def _named(self, folder: Path) -> str:
         """Name for an embedder folder that is valid as a file name: run name, then folder name."""

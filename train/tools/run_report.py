@@ -45,7 +45,7 @@ class ReportSettings:
     """Draws the contact sheet, the images of the matrix and the points of the plots."""
 
     def problems(self) -> list[str]:
-        counts = {"scenes": self.scenes, "pictures": self.images, "nearest": self.nearest}
+        counts = {"scenes": self.scenes, "images": self.images, "nearest": self.nearest}
         return [f"{name}: {value}, but at least 1 is needed" for name, value in counts.items() if value < 1]
 
 

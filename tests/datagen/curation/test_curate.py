@@ -69,11 +69,11 @@ def greedy(vectors: NDArray[np.float32], threshold: float) -> list[int]:
 def run(
     source: Iterable[Prompt],
     num: int,
-    kind: str = "picture",
+    kind: str = "image",
     *,
-    share: float = 0.2,
+    val_fraction: float = 0.2,
     threshold: float = 0.7,
-    duplicates_at: float | None = None,
+    dedup_threshold: float | None = None,
     seed: int = 0,
     can_draw: Callable[[str], bool] = bool,
     work: Path | None = None,
@@ -81,11 +81,11 @@ def run(
     origin: dict[str, Any] | None = None,
     **curation: Any,
 ) -> Curated:
-    split = Split(kind, share, threshold)  # pyright: ignore[reportArgumentType]
+    split = Split(kind, val_fraction, threshold)  # pyright: ignore[reportArgumentType]
     made = curate(
         source,
         num,
-        dataclasses.replace(PLAIN, duplicates_at=duplicates_at, **curation),
+        dataclasses.replace(PLAIN, dedup_threshold=dedup_threshold, **curation),
         split,
         seed,
         encode=encode,
@@ -127,12 +127,14 @@ def test_every_drop_has_a_reason() -> None:
     assert (len(made.train), len(made.val)) == (80, 20)
 
 
-@pytest.mark.parametrize("kind", ["similarity", "holdout", "picture"])
+@pytest.mark.parametrize("kind", ["similarity", "holdout", "image"])
 def test_near_identical_prompts_are_one_prompt(kind: str) -> None:
     """Spelled with other case, punctuation and spaces: the first stays, whatever the vectors and the kind of split."""
     spelled = ("a fox in snow {}", "A fox, in snow {}.", "a  fox in  SNOW {}", "a fox in snow ({})!")
     source = [Prompt(text.format(n), "s", f"group {n}") for n in range(100, 140) for text in spelled]
-    made = run(source, 1000, kind, share=0.3, encode=lambda part: unit(len(part), len(part), 9.0), threshold=0.99)
+    made = run(
+        source, 1000, kind, val_fraction=0.3, encode=lambda part: unit(len(part), len(part), 9.0), threshold=0.99
+    )
     assert made.dropped == {"equal text": 120}
     assert sorted(texts(made.train) + texts(made.val)) == sorted(f"a fox in snow {n}" for n in range(100, 140))
 
@@ -145,13 +147,13 @@ def test_a_prompt_of_another_set_is_dropped_in_any_spelling(tmp_path: Path) -> N
     def by_letters(part: Sequence[str]) -> NDArray[np.float32]:
         return np.stack([unit(1, sum(map(ord, text)))[0] for text in part])
 
-    made = run(source, 10, against=(Location(tmp_path / "val.txt"),), against_at=1.0, encode=by_letters)
+    made = run(source, 10, exclude_near=(Location(tmp_path / "val.txt"),), exclude_threshold=1.0, encode=by_letters)
     assert made.dropped == {"equal or cosine ≥ 1.0 to a prompt of curate.against": 1}
     assert sorted(texts(made.train) + texts(made.val)) == ["a boat in snow", "a house by the sea"]
 
 
 def test_similarity_split_leaves_nothing_near_validation() -> None:
-    made = run(numbered(), 500, "similarity", duplicates_at=0.9)
+    made = run(numbered(), 500, "similarity", dedup_threshold=0.9)
     train, val = (encode(texts(side)) for side in (made.train, made.val))
     assert (len(train), len(val)) == (400, 100)
     assert (train @ val.T).max() < 0.7
@@ -184,7 +186,7 @@ def test_holdout_keeps_each_part_on_one_side() -> None:
         Prompt(f"an image of thing {n}", "s", ";".join(parts))
         for n, parts in enumerate([*((p,) for p in PARTS), *itertools.permutations(PARTS, 2)])
     ]
-    made = run(source, 1000, "holdout", share=0.25)
+    made = run(source, 1000, "holdout", val_fraction=0.25)
     train, val = (
         {part for group in side["group"].to_pylist() for part in group.split(";")} for side in (made.train, made.val)
     )
@@ -198,7 +200,7 @@ def test_holdout_drops_what_has_no_group() -> None:
     groups = ["", " ", ";", "red fox", "red fox;", "a\ud800 cat"]
     source = [Prompt(f"an image of thing {n}", "s", groups[n % 6]) for n in range(60)]
     for share in (0.0, 1.0):
-        made = run(source, 100, "holdout", share=share)
+        made = run(source, 100, "holdout", val_fraction=share)
         assert made.dropped == {"no group": 30}
         side = made.val if share else made.train
         assert set(side["group"].to_pylist()) == {"red fox", "red fox;", "a cat"}
@@ -214,20 +216,20 @@ def test_held_out_takes_its_share_and_no_more() -> None:
     assert all(held_out(p, 0.5, 0) for p in parts if held_out(p, 0.25, 0))
 
 
-@pytest.mark.parametrize("kind", ["similarity", "holdout", "picture"])
+@pytest.mark.parametrize("kind", ["similarity", "holdout", "image"])
 def test_the_seed_decides(kind: str) -> None:
     def grouped() -> Iterator[Prompt]:
         yield from (Prompt(p.text, p.source, PARTS[n % 16]) for n, p in enumerate(numbered()))
 
-    first, again, other = (run(grouped(), 200, kind, seed=seed, duplicates_at=0.99) for seed in (0, 0, 1))
+    first, again, other = (run(grouped(), 200, kind, seed=seed, dedup_threshold=0.99) for seed in (0, 0, 1))
     assert (first.train, first.val, first.report()) == (again.train, again.val, again.report())
     assert first.val != other.val
 
 
-@pytest.mark.parametrize("kind", ["similarity", "holdout", "picture"])
+@pytest.mark.parametrize("kind", ["similarity", "holdout", "image"])
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_one_side_may_be_empty(kind: str, share: float) -> None:
-    made = run(numbered(group="fox"), 50, kind, share=share)
+    made = run(numbered(group="fox"), 50, kind, val_fraction=share)
     assert (len(made.train), len(made.val)) == ((50, 0) if share == 0 else (0, 50))
 
 
@@ -263,7 +265,7 @@ def test_prompts_over_77_tokens_stay_and_are_counted() -> None:
 def test_report_counts_dropped_prompts_with_examples() -> None:
     source = [*numbered(["fox", " \u200b\ud800", "an image of thing 3", "AN IMAGE of thing 3", "many " * 100])]
     source = [Prompt(p.text, "ab"[n % 2], "") for n, p in enumerate(source)]
-    made = run(source, 200, "similarity", duplicates_at=0.9, max_tokens=77)
+    made = run(source, 200, "similarity", dedup_threshold=0.9, max_tokens=77)
     report = made.report()
     assert report == json.loads(json.dumps(report))
     assert set(report["examples"]) == set(report["dropped"])
@@ -295,7 +297,7 @@ def test_what_the_source_leaves_out_is_dropped_under_its_reason() -> None:
 
 def test_examples_of_long_pairs_show_both_and_their_cosine() -> None:
     long = "an image of " + "very " * 100 + "many things "
-    made = run([Prompt(f"{long}{end}", "s", "") for end in ("7", "and 7")], 10, duplicates_at=0.9)
+    made = run([Prompt(f"{long}{end}", "s", "") for end in ("7", "and 7")], 10, dedup_threshold=0.9)
     (report,) = made.examples["cosine ≥ 0.9 to a prompt kept"]
     dropped, rest = report.split(" ≈ ")
     other, cosine = rest.split(" (cosine ")
@@ -313,7 +315,7 @@ def test_a_language_is_kept_and_what_is_unsure_too() -> None:
         "ein roter Fuchs sitzt im Schnee vor dem alten Haus 5",
         "綿雪が降る林の中で踊っている 6",
     ]
-    made = run([Prompt(line, "s", "") for line in lines], 10, language="en", share=0.0)
+    made = run([Prompt(line, "s", "") for line in lines], 10, language="en", val_fraction=0.0)
     assert texts(made.train) == lines[:3]
     assert made.dropped == {"not in the language en": 3}
     with pytest.raises(UserError, match=r"curate.language: 'klingon' is not one of .*, en, "):
@@ -323,10 +325,10 @@ def test_a_language_is_kept_and_what_is_unsure_too() -> None:
 def test_profanity_is_whole_words() -> None:
     pytest.importorskip("badwords")
     lines = ["a map of Scunthorpe 1", "hell's kitchen, bloody mary, cocktail bar 2", "holy shit, a fox 3", "SHIT. 4"]
-    made = run([Prompt(line, "s", "") for line in lines], 10, profanity="drop", share=0.0)
+    made = run([Prompt(line, "s", "") for line in lines], 10, profanity="drop", val_fraction=0.0)
     assert texts(made.train) == lines[:2]
     assert made.dropped == {"profanity": 1, "under 5 tokens": 1} or made.dropped == {"profanity": 2}
-    assert len(run([Prompt(line, "s", "") for line in lines], 10, share=0.0).train) >= 3
+    assert len(run([Prompt(line, "s", "") for line in lines], 10, val_fraction=0.0).train) >= 3
 
 
 @pytest.mark.parametrize(
@@ -356,20 +358,20 @@ def other_set(folder: Path) -> tuple[Location, Location]:
 
 def test_nothing_is_left_near_another_set(tmp_path: Path) -> None:
     places = other_set(tmp_path)
-    made = run(itertools.islice(numbered(), 400), 1000, against=places, against_at=0.8)
+    made = run(itertools.islice(numbered(), 400), 1000, exclude_near=places, exclude_threshold=0.8)
     vectors, others = encode(texts(made.train) + texts(made.val)), encode([f"thing {n}" for n in range(20)])
     assert (vectors @ others.T).max() < 0.8
     near = (encode([f"thing {n}" for n in range(400)]) @ others.T).max(1) >= 0.8
     assert made.dropped == {"equal or cosine ≥ 0.8 to a prompt of curate.against": near.sum()}
     assert 20 < near.sum() < 400
     assert made.report()["against"] == {str(place): 10 for place in places}
-    with pytest.raises(UserError, match=r"curate\.against.*gone\.txt"):
-        run(numbered(), 10, against=(Location(tmp_path / "gone.txt"),))
+    with pytest.raises(UserError, match=r"curate\.exclude_near.*gone\.txt"):
+        run(numbered(), 10, exclude_near=(Location(tmp_path / "gone.txt"),))
     (tmp_path / "other.csv").write_text("text\na red fox\n")
     with pytest.raises(
-        UserError, match=r"curate\.against: .*other\.csv lacks the column prompt; .*; rename the column to"
+        UserError, match=r"curate\.exclude_near: .*other\.csv lacks the column prompt; .*; rename the column to"
     ):
-        run(numbered(), 10, against=(Location(tmp_path / "other.csv"),))
+        run(numbered(), 10, exclude_near=(Location(tmp_path / "other.csv"),))
 
 
 def test_a_file_of_another_set_is_not_asked_for_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -382,11 +384,14 @@ def test_a_file_of_another_set_is_not_asked_for_a_dataset(tmp_path: Path, monkey
     store.pipe({"/sets/val.jsonl.gz": gzip.compress(b'{"prompt": "an image of thing 3"}\n')})
     try:
         made = run(
-            itertools.islice(numbered(), 50), 90, against=(Location("memory://sets/val.jsonl.gz"),), against_at=1.0
+            itertools.islice(numbered(), 50),
+            90,
+            exclude_near=(Location("memory://sets/val.jsonl.gz"),),
+            exclude_threshold=1.0,
         )
         assert made.dropped == {"equal or cosine ≥ 1.0 to a prompt of curate.against": 1}
         assert asked == []
-        run(itertools.islice(numbered(), 50), 90, against=other_set(tmp_path)[:1])
+        run(itertools.islice(numbered(), 50), 90, exclude_near=other_set(tmp_path)[:1])
         assert asked == [str(tmp_path / "set" / "dataset.json")]
     finally:
         store.rm("/sets", recursive=True)
@@ -415,7 +420,7 @@ def test_killed_anywhere_it_decides_the_same(kind: str, tmp_path: Path, monkeypa
     monkeypatch.setattr(curation, "_CHUNK", 97)
     monkeypatch.setattr(curation, "_AT_ONCE", 40)
     again = [Prompt(p.text, p.source, PARTS[n % 16]) for n, p in enumerate(itertools.islice(numbered(), 1500))]
-    settings: dict[str, Any] = {"kind": kind, "duplicates_at": 0.9, "against": other_set(tmp_path)}
+    settings: dict[str, Any] = {"kind": kind, "dedup_threshold": 0.9, "exclude_near": other_set(tmp_path)}
     whole = run(again, 500, **settings)
     work = tmp_path / "work"
     made, deaths = None, 0
@@ -455,7 +460,7 @@ def test_damaged_work_is_done_again(
 ) -> None:
     """A flipped byte in what an earlier run left: that chunk and those after it are curated again."""
     monkeypatch.setattr(curation, "_CHUNK", 97)
-    settings: dict[str, Any] = {"kind": "similarity", "duplicates_at": 0.9, "against": other_set(tmp_path)}
+    settings: dict[str, Any] = {"kind": "similarity", "dedup_threshold": 0.9, "exclude_near": other_set(tmp_path)}
     work = tmp_path / "work"
     whole = run(thousand(), 2000, work=work, **settings)
     commits = sorted(work.glob("[0-9]*.json"))
@@ -488,7 +493,7 @@ def end_at(call: int, work: Path) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         return encode(lines)
 
-    run(thousand(), 2000, "similarity", duplicates_at=0.9, work=work, encode=encode_or_end)
+    run(thousand(), 2000, "similarity", dedup_threshold=0.9, work=work, encode=encode_or_end)
 
 
 def test_a_process_killed_decides_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,23 +504,23 @@ def test_a_process_killed_decides_the_same(tmp_path: Path, monkeypatch: pytest.M
         process.join()
         assert process.exitcode == -signal.SIGKILL
     assert len(list((tmp_path / "work").glob("[0-9]*.json"))) == 6
-    settings: dict[str, Any] = {"kind": "similarity", "duplicates_at": 0.9}
+    settings: dict[str, Any] = {"kind": "similarity", "dedup_threshold": 0.9}
     made = run(thousand(), 2000, work=tmp_path / "work", **settings)
     whole = run(thousand(), 2000, **settings)
     assert (made.train, made.val, made.report()) == (whole.train, whole.val, whole.report())
 
 
 def test_the_size_of_a_chunk_changes_nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = run(itertools.islice(numbered(), 700), 2000, "similarity", duplicates_at=0.9)
+    whole = run(itertools.islice(numbered(), 700), 2000, "similarity", dedup_threshold=0.9)
     monkeypatch.setattr(curation, "_CHUNK", 31)
-    parts = run(itertools.islice(numbered(), 700), 2000, "similarity", duplicates_at=0.9)
+    parts = run(itertools.islice(numbered(), 700), 2000, "similarity", dedup_threshold=0.9)
     assert (parts.train, parts.val, parts.dropped) == (whole.train, whole.val, whole.dropped)
 
 
 def test_a_last_chunk_of_which_nothing_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curation, "_CHUNK", 50)
     source = [*itertools.islice(numbered(), 150), *itertools.islice(numbered(), 100)]
-    first, again = (run(source, 1000, "similarity", duplicates_at=0.9, work=tmp_path / "work") for _ in range(2))
+    first, again = (run(source, 1000, "similarity", dedup_threshold=0.9, work=tmp_path / "work") for _ in range(2))
     assert first.dropped["equal text"] == 100
     assert (first.train, first.val, first.report()) == (again.train, again.val, again.report())
 
@@ -527,12 +532,12 @@ def test_other_settings_or_sources_start_again(tmp_path: Path, caplog: pytest.Lo
     assert run(numbered(), 50, work=work, origin={"commit": "a"}).train == first.train
     assert "curation goes on after 53 prompts" in caplog.text
     assert "begun with other settings" not in caplog.text
-    for change in ({"origin": {"commit": "b"}}, {"duplicates_at": 0.9}):
+    for change in ({"origin": {"commit": "b"}}, {"dedup_threshold": 0.9}):
         run(numbered(), 50, work=work, **{"origin": {"commit": "a"}, **change})
         assert f"{work} was begun with other settings or sources: curation begins anew" in caplog.text
         caplog.clear()
     with pytest.raises(UserError, match="the source no longer gives the prompts that chunk 0 was made of; remove that"):
-        run(itertools.islice(numbered(), 1, 4000), 50, work=work, duplicates_at=0.9, origin={"commit": "a"})
+        run(itertools.islice(numbered(), 1, 4000), 50, work=work, dedup_threshold=0.9, origin={"commit": "a"})
 
 
 def curated_in(work: Path, begun: Any, end: Any) -> None:
@@ -543,7 +548,7 @@ def curated_in(work: Path, begun: Any, end: Any) -> None:
         end.wait(60)
         return encode(lines)
 
-    run(thousand(), 500, duplicates_at=0.9, work=work, encode=encode_later)
+    run(thousand(), 500, dedup_threshold=0.9, work=work, encode=encode_later)
 
 
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
@@ -560,22 +565,22 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
                 UserError,
                 match=r"work: another run is curating there \(process \d+ on host .*\); wait for",
             ):
-                run(thousand(), 500, duplicates_at=at, work=work)
+                run(thousand(), 500, dedup_threshold=at, work=work)
         assert {p.name for p in work.iterdir()} == before
         process.kill() if killed else end.set()
         process.join()
-        run(thousand(), 500, duplicates_at=0.8, work=work)
-    run(thousand(), 500, duplicates_at=0.8, work=work)
+        run(thousand(), 500, dedup_threshold=0.8, work=work)
+    run(thousand(), 500, dedup_threshold=0.8, work=work)
     assert [p.name for p in tmp_path.iterdir()] == ["work"]
 
 
 def test_vectors_that_are_lost_are_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    whole = run(thousand(), 500, "similarity", duplicates_at=0.9, work=tmp_path)
+    whole = run(thousand(), 500, "similarity", dedup_threshold=0.9, work=tmp_path)
     path = tmp_path / "vectors.f16"
     for damage in (lambda: os.truncate(path, path.stat().st_size - 1), path.unlink):
         damage()
         caplog.clear()
-        again = run(thousand(), 500, "similarity", duplicates_at=0.9, work=tmp_path)
+        again = run(thousand(), 500, "similarity", dedup_threshold=0.9, work=tmp_path)
         assert (again.train, again.val, again.report()) == (whole.train, whole.val, whole.report())
         assert "is damaged: this part is curated again" in caplog.text
 
@@ -606,7 +611,7 @@ def test_real_prompts(shared: Path) -> None:
     made = curate(
         source,
         250,
-        dataclasses.replace(PLAIN, duplicates_at=0.9),
+        dataclasses.replace(PLAIN, dedup_threshold=0.9),
         Split("similarity", 0.1, 0.7),
         0,
         encode=encoder.encode,

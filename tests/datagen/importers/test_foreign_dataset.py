@@ -56,7 +56,7 @@ def log(out: Path) -> list[tuple[str, str]]:
 def test_the_competitions_layout(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", ["b.png", "a.png", "c.jpg"])
     rows = table(tmp_path / "p.csv", ("imgId", "prompt"), ("c", "a fox"), ("a", "a  cat, on a mat"), ("b", "a boat"))
-    dataset = make(tmp_path / "data", images=images, csv=rows, split__share=1.0)
+    dataset = make(tmp_path / "data", images=images, csv=rows, split__val_fraction=1.0)
     assert dataset.keys == ["a", "b", "c"]
     assert [dataset.prompts(i) for i in range(3)] == [["a cat, on a mat"], ["a boat"], ["a fox"]]
     assert [dataset.image_bytes(i) for i in range(3)] == [image(1), image(0), image(2)]
@@ -102,7 +102,7 @@ def test_equal_images_are_on_one_side(tmp_path: Path) -> None:
     for n in range(40):
         (images / f"{n:02d}.png").write_bytes(image(n // 4))
     rows = table(tmp_path / "p.csv", ("id", "prompt"), *((f"{n:02d}", f"prompt {n}") for n in range(40)))
-    dataset = make(tmp_path / "data", images=images, csv=rows, split__share=0.3)
+    dataset = make(tmp_path / "data", images=images, csv=rows, split__val_fraction=0.3)
     val = set(dataset.rows("val").tolist())
     assert len(val) == 12
     assert all(len({4 * n + k in val for k in range(4)}) == 1 for n in range(10))
@@ -305,7 +305,7 @@ def test_the_seven_public_images(shared: Path, tmp_path: Path) -> None:
     from datagen.dataset.targets import TargetEncoder, write_missing_targets
 
     folder, out = shared / "competition", tmp_path / "comp"
-    make(out, images=folder, csv=folder / "prompts.csv", split__share=1.0)
+    make(out, images=folder, csv=folder / "prompts.csv", split__val_fraction=1.0)
     write_missing_targets(out, TargetEncoder("all-MiniLM-L6-v2"))
     dataset = Dataset(out, "all-MiniLM-L6-v2")
     assert len(dataset) == len(dataset.rows("val")) == 7

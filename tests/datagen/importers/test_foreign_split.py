@@ -78,10 +78,12 @@ def test_giant_group_is_split_and_left_out_images_are_listed(tmp_path: Path, cap
 def test_one_prompt_for_all_images_is_refused(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", [f"{n}.png" for n in range(10)])
     rows = table(tmp_path / "p.csv", ("id", "prompt"), *((str(n), "a photo") for n in range(10)))
-    with pytest.raises(UserError, match=r"split.share: 0.1 leaves none of 10 images to train on .*9: shares a prompt"):
+    with pytest.raises(
+        UserError, match=r"split.val_fraction: 0.1 leaves none of 10 images to train on .*9: shares a prompt"
+    ):
         make(tmp_path / "data", images=images, csv=rows)
-    assert make(tmp_path / "train", images=images, csv=rows, split__share=0.0).splits == {"train": 10}
-    assert make(tmp_path / "val", images=images, csv=rows, split__share=1.0).splits == {"val": 10}
+    assert make(tmp_path / "train", images=images, csv=rows, split__val_fraction=0.0).splits == {"train": 10}
+    assert make(tmp_path / "val", images=images, csv=rows, split__val_fraction=1.0).splits == {"val": 10}
 
 
 def test_captions_of_real_photographs(shared: Path, tmp_path: Path) -> None:
@@ -103,7 +105,7 @@ def cfg(*overrides: str) -> IndexSettings:
 
 def test_missing_split_inputs_are_reported_before_reading() -> None:
     with pytest.raises(UserError) as refused:
-        cfg("split.kind=holdout", "split.share=2", "seed=-1")
+        cfg("split.kind=holdout", "split.val_fraction=2", "seed=-1")
     assert "group_column: missing; split.kind=holdout needs each image's group" in str(refused.value)
     assert "share: 2.0 is outside 0 to 1" in str(refused.value)
     assert "seed: -1 is outside 0" in str(refused.value)
@@ -138,7 +140,7 @@ def test_holdout_keeps_groups_prompts_and_bytes_apart() -> None:
         image(202, "without a group"),
         image(203, "both", group=f"{held[0]};{free[0]}"),
     ]
-    split = split_foreign(images, cfg("split.kind=holdout", "group_column=g", "split.share=0.3"), no_vectors)
+    split = split_foreign(images, cfg("split.kind=holdout", "group_column=g", "split.val_fraction=0.3"), no_vectors)
     for one, side in zip(images[:120], split.split_n, strict=False):
         assert side == ("val" if one.group in held else "train")
     assert split.left_out == [
@@ -151,7 +153,7 @@ def test_holdout_keeps_groups_prompts_and_bytes_apart() -> None:
     assert split.leakage == {"train/val": {"prompts": 0, "images": 0, "affected": 0}}
     few = [image(n, f"prompt x{n}x", group=free[0]) for n in range(9)]
     with pytest.raises(UserError, match="holds out none of the groups of g; take a larger share or another seed"):
-        split_foreign(few, cfg("split.kind=holdout", "group_column=g", "split.share=0.3"), no_vectors)
+        split_foreign(few, cfg("split.kind=holdout", "group_column=g", "split.val_fraction=0.3"), no_vectors)
 
 
 def test_similarity_leaves_out_what_is_near_a_validation_prompt() -> None:
@@ -163,7 +165,7 @@ def test_similarity_leaves_out_what_is_near_a_validation_prompt() -> None:
     def vectors(texts: Sequence[str]) -> NDArray[np.float32]:
         return encode(list(texts), near)
 
-    split = split_foreign(images, cfg("split.kind=similarity", "split.share=0.25", "seed=3"), vectors)
+    split = split_foreign(images, cfg("split.kind=similarity", "split.val_fraction=0.25", "seed=3"), vectors)
     assert split.split_n.count("val") == 100
     held = vectors([c for one, side in zip(images, split.split_n, strict=True) if side == "val" for c in one.captions])
     for one, side in zip(images, split.split_n, strict=True):
@@ -185,7 +187,7 @@ def test_similarity_by_the_real_encoder(tmp_path: Path) -> None:
     overrides = [f"out={out}", f"images={images}", f"csv={table(tmp_path / 'p.csv', ('id', 'prompt'), *rows)}"]
     from datagen.importers.foreign_dataset import index
 
-    index(settings(IndexSettings, compose("index", [*overrides, "split.kind=similarity", "split.share=0.1"])))
+    index(settings(IndexSettings, compose("index", [*overrides, "split.kind=similarity", "split.val_fraction=0.1"])))
     dataset = Dataset(out)
     assert dataset.splits["val"] == 2
     numbers = {split: {dataset.key(i)[0] for i in dataset.rows(split).tolist()} for split in dataset.splits}

@@ -31,7 +31,7 @@ from tests import tiny_published
 from tests.commands import contents, run, start
 from tests.tiny_hub import COMMIT, TinyHub
 
-BARE = ("encoder=null", "curate.duplicates_at=null", "split.kind=picture", "split.share=0.25")
+BARE = ("encoder=null", "curate.dedup_threshold=null", "split.kind=image", "split.val_fraction=0.25")
 
 
 def make(name: str, out: Path, folder: Path, *overrides: str) -> Dataset:
@@ -95,17 +95,17 @@ def test_num_takes_archives_in_an_order_that_the_seed_decides(tmp_path: Path) ->
     tiny_published.diffusiondb(tmp_path / "copy", archives=5, images=4)
     archives = {}
     for seed in range(4):
-        make("diffusiondb", tmp_path / f"{seed}", tmp_path / "copy", "num=7", f"seed={seed}", "nsfw_at_most=2")
+        make("diffusiondb", tmp_path / f"{seed}", tmp_path / "copy", "num=7", f"seed={seed}", "max_nsfw=2")
         archives[seed] = [tuple(a.values()) for a in read_info(tmp_path / f"{seed}")["provenance"]["archives"]]
         assert [count for _, count in archives[seed]] == [4, 3]
     assert len({tuple(names) for names in archives.values()}) > 1
-    make("diffusiondb", tmp_path / "again", tmp_path / "copy", "num=7", "seed=3", "nsfw_at_most=2")
+    make("diffusiondb", tmp_path / "again", tmp_path / "copy", "num=7", "seed=3", "max_nsfw=2")
     assert contents(tmp_path / "again") == contents(tmp_path / "3")
 
 
 def test_sd2_4m_from_a_folder_by_its_clusters(tmp_path: Path) -> None:
     expected = tiny_published.sd2_4m(tmp_path / "copy", archives=4, images=9)
-    dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.share=0.5")
+    dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.val_fraction=0.5")
     assert images(dataset) == {name.removesuffix(".webp"): value for name, value in expected.items()}
     assert verify(tmp_path / "out") == []
     clusters = {split: {dataset.group(i) for i in dataset.rows(split).tolist()} for split in ("train", "val")}
@@ -121,7 +121,7 @@ def test_prompts_are_curated_as_datagen_does(tmp_path: Path) -> None:
     tiny_published.sd2_4m(tmp_path / "copy", archives=4, images=9)
     overrides = (
         "encoder=all-MiniLM-L6-v2",
-        "curate.duplicates_at=0.98",
+        "curate.dedup_threshold=0.98",
         "split.kind=similarity",
         "split.threshold=0.85",
     )
@@ -180,7 +180,7 @@ def test_holdout_leaves_out_images_whose_prompt_is_on_the_other_side(tmp_path: P
     tiny_published.sd2_4m(tmp_path / "copy", archives=5, images=9)
     tar = tmp_path / "copy" / "co" / "sd-4.4M-co-001.tar"
     tar.write_bytes(re.sub(rb'"cluster": (\d)', lambda m: b'"cluster": %d' % ((int(m[1]) + 1) % 6), tar.read_bytes()))
-    dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.share=0.5")
+    dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.val_fraction=0.5")
     clusters = {split: {dataset.group(i) for i in dataset.rows(split).tolist()} for split in ("train", "val")}
     assert not clusters["train"] & clusters["val"]
     side = [n for n in range(6) if f"cluster {n}" in clusters["val"]]
@@ -205,7 +205,7 @@ def test_holdout_leaves_out_what_has_no_cluster(tmp_path: Path) -> None:
     tiny_published.sd2_4m(tmp_path / "copy", archives=1, images=9)
     tar = next((tmp_path / "copy").rglob("*.tar"))
     tar.write_bytes(tar.read_bytes().replace(b'"cluster": 0', b'"another": 0'))
-    dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.share=0.5")
+    dataset = make("sd2_4m", tmp_path / "out", tmp_path / "copy", "split.kind=holdout", "split.val_fraction=0.5")
     groups = [dataset.group(i) for split in ("train", "val") for i in dataset.rows(split).tolist()]
     assert set(groups) == {f"cluster {n}" for n in range(1, 6)}
     assert read_info(tmp_path / "out")["curation"]["dropped"] == {"no group": 2}

@@ -50,7 +50,7 @@ def read_prompts(path: Path, **values: Any) -> Read:
 
 
 def read_bank(path: Path) -> Read:
-    """As `bank=…` of `train.evaluate`."""
+    """As `prompt_index=…` of `train.evaluate`."""
     from train.evaluate.prompt_index import from_places
 
     bank = from_places([path], "all-MiniLM-L6-v2")
@@ -519,7 +519,7 @@ def test_files_of_a_folder_that_are_not_read_are_listed(tmp_path: Path) -> None:
 def test_commands_end_with_2_and_write_nothing(tmp_path: Path, case: str) -> None:
     if case == "parquet":
         pq.write_table(pa.table({"prompt": [1.5]}), tmp_path / "p.parquet")
-        bare = ("renderer=glyphs", "encoder=null", "curate.duplicates_at=null", "split.kind=picture")
+        bare = ("renderer=glyphs", "encoder=null", "curate.dedup_threshold=null", "split.kind=image")
         ended = run("datagen", "prompts=file", f"prompts.path={tmp_path / 'p.parquet'}", *bare, f"out={tmp_path / 'o'}")
         message = "the column 'prompt' is double, not text or lists of texts; name another: prompts.column=…"
     elif case == "tar":

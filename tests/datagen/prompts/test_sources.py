@@ -421,7 +421,7 @@ def test_a_url_without_its_package_names_it() -> None:
 
 def test_the_command_refuses_before_it_writes(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("text\na red fox in snow\n")
-    bare = ("renderer=glyphs", "encoder=null", "curate.duplicates_at=null", "split.kind=picture")
+    bare = ("renderer=glyphs", "encoder=null", "curate.dedup_threshold=null", "split.kind=image")
     done = run("datagen", "prompts=file", f"prompts.path={tmp_path / 'p.csv'}", *bare, f"out={tmp_path / 'out'}")
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")

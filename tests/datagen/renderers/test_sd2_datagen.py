@@ -21,7 +21,13 @@ from tests import tiny_sd2
 from tests.commands import contents, run, start
 from tests.datagen.test_main import kill, wait_for
 
-PLAIN = ("prompts=grammar", "encoder=null", "curate.duplicates_at=null", "split.kind=picture", "split.share=0.25")
+PLAIN = (
+    "prompts=grammar",
+    "encoder=null",
+    "curate.dedup_threshold=null",
+    "split.kind=image",
+    "split.val_fraction=0.25",
+)
 TINY = (*PLAIN, "renderer.device=cpu", "renderer.render_size=64", "renderer.size=48", "renderer.steps=2", "force=true")
 EIGHT = (*TINY, "renderer.batch_size=2", "num=8", "shard_size=2")
 

@@ -51,7 +51,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A few of the package's terms, and some that a caption begins with, doubled, blank or not ASCII."""
-    pytest.importorskip("clip_interrogator", reason="the word lists are in the extra judge")
+    pytest.importorskip("clip_interrogator", reason="the word lists are in the extra captioners")
     return tiny_captioners.words(tmp_path_factory.mktemp("words") / "few")
 
 
@@ -212,7 +212,7 @@ def test_each_mode_equals_the_package(
 
 
 def test_terms_of_long_lists_are_chosen_as_the_package_does() -> None:
-    package = pytest.importorskip("clip_interrogator.clip_interrogator", reason="it is in the extra judge")
+    package = pytest.importorskip("clip_interrogator.clip_interrogator", reason="it is in the extra captioners")
     vectors_nD = torch.nn.functional.normalize(torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     table = package.LabelTable.__new__(package.LabelTable)
     table.config, table.device, table.labels = package.Config(quiet=True), "cpu", [*range(1000)]
@@ -228,7 +228,7 @@ def test_terms_of_long_lists_are_chosen_as_the_package_does() -> None:
 
 def test_the_whole_of_the_packages_lists_is_taken(tiny: Path, tmp_path: Path) -> None:
     """Without importing the package."""
-    pytest.importorskip("clip_interrogator", reason="the word lists are in the extra judge")
+    pytest.importorskip("clip_interrogator", reason="the word lists are in the extra captioners")
     from clip_interrogator import clip_interrogator as package
 
     found = ClipInterrogator(str(tiny), Told(), cache=tmp_path)
@@ -438,7 +438,7 @@ def test_damaged_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
 
 def test_without_the_package_its_extra_is_named(tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "clip_interrogator", None)
-    with pytest.raises(UserError, match=r"im2emb\[judge\]"):
+    with pytest.raises(UserError, match=r"im2emb\[captioners\]"):
         ClipInterrogator(str(tiny), Told())
     assert ClipInterrogator(str(tiny), Told(), words=words).identity(), "other words do without it"
 

@@ -26,7 +26,7 @@ from models.runtime.towers import tower
 from tests.commands import contents
 
 for package in ("onnx", "onnxruntime", "onnxscript", "openvino", "nncf"):
-    pytest.importorskip(package, reason="graphs need the extra [graphs]")
+    pytest.importorskip(package, reason="exported models need the extra [runtimes]")
 
 E = 12
 EXACT = ("torch", "onnx", "openvino")
@@ -248,7 +248,7 @@ def test_what_is_missing_is_told_before_any_work(
     with pytest.raises(UserError, match=r"no images to verify them on; give check_images="):
         runtimes.write_runtimes(tmp_path, conv, ["torch"], [])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("nncf", "openvino") else name)
-    with pytest.raises(UserError, match=r"needs openvino, nncf, not installed here: pip install -e '\.\[graphs\]'"):
+    with pytest.raises(UserError, match=r"needs openvino, nncf, not installed here: pip install -e '\.\[runtimes\]'"):
         runtimes.write_runtimes(tmp_path, conv, ["onnx", "openvino_int8"], make_images(1))
     assert not contents(tmp_path)
 
@@ -256,7 +256,7 @@ def test_what_is_missing_is_told_before_any_work(
 @pytest.mark.parametrize(
     ("kind", "precision", "words"),
     [
-        ("openvino", "fp32", r"has no openvino graph \(it has: onnx\); export it with graphs=\[openvino\]"),
+        ("openvino", "fp32", r"has no openvino graph \(it has: onnx\); export it with runtimes=\[openvino\]"),
         ("onnx", "bf16", r"onnx does not compute in bf16; it does in fp32"),
         ("onnx", "fp32", r"model\.onnx cannot be loaded: .*; copy the bundle again"),
     ],

@@ -331,7 +331,9 @@ def test_without_validation_images_there_is_no_loader_for_them(tmp_path: Path, r
 
 
 def test_a_validation_set_of_training_prompts_is_refused(run: dict[str, Path]) -> None:
-    with pytest.raises(UserError, match=r"val: .*seen: 2 of its 3 prompts are trained on.*curate.against=\[.*seen\]"):
+    with pytest.raises(
+        UserError, match=r"val: .*seen: 2 of its 3 prompts are trained on.*curate.exclude_near=\[.*seen\]"
+    ):
         data_of([run["seeds"], run["noisy"]], val=[run["judge"], run["seen"]])
 
 

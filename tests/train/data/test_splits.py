@@ -209,7 +209,7 @@ def test_a_validation_set_that_training_has_seen_is_refused(tmp_path: Path) -> N
         refuse_seen(prompts, np.arange(4), sets)
     assert str(refused.value) == (
         "val: seen: 2 of its 3 prompts are trained on, so its score would say nothing; make the training images with "
-        "curate.against=[seen], or leave it out of val=[…]"
+        "curate.exclude_near=[seen], or leave it out of val=[…]"
     )
     refuse_seen(prompts, np.arange(1), sets)
 

@@ -157,7 +157,7 @@ def test_a_bundle_and_an_ensemble_need_only_a_bank(run: Path, data: Path, tmp_pa
     write_ensemble(tmp_path / "both", members, {})
     own = looked(cfg(f"checkpoint={run}", "baselines=[mean,retrieve]"), image)
     for name in ("bundle", "both"):
-        look = looked(cfg(f"checkpoint={tmp_path / name}", f"bank={data}"), image)
+        look = looked(cfg(f"checkpoint={tmp_path / name}", f"prompt_index={data}"), image)
         assert [(part.name, pytest.approx(part.share, abs=1e-4)) for part in own.parts] == [
             (part.name, part.share) for part in look.parts
         ]
@@ -181,8 +181,8 @@ def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Pat
     [
         (b"", "the file is empty"),
         (b"just some words", "no image of these kinds: JPEG, PNG"),
-        (bomb(12_000, 12_000), r"12,000 × 12,000 pixels are over the bound of 1,000,000 \(most_pixels\)"),
-        (bomb(30_000, 30_000), r"its pixels are over the bound of 1,000,000 \(most_pixels\)"),
+        (bomb(12_000, 12_000), r"12,000 × 12,000 pixels are over the bound of 1,000,000 \(max_pixels\)"),
+        (bomb(30_000, 30_000), r"its pixels are over the bound of 1,000,000 \(max_pixels\)"),
         (bomb(1, 60_000_000), "1 × 60,000,000 pixels a side is over the bound of 65,535"),
         (bomb(60_000_000, 1), "60,000,000 × 1 pixels a side is over the bound of 65,535"),
         (bomb(65_536, 1), "a side is over"),
@@ -257,17 +257,19 @@ def test_a_model_that_fails_is_told_and_logged(tmp_path: Path, caplog: pytest.Lo
 
 def test_settings_are_bounded_all_at_once() -> None:
     with pytest.raises(UserError) as caught:
-        cfg("neighbours=0", "port=70000", "most_mb=0", f"most_pixels={MAX_PIXELS + 1}", "baselines=[mean,mean,men]")
+        cfg(
+            "neighbours=0", "port=70000", "max_upload_mb=0", f"max_pixels={MAX_PIXELS + 1}", "baselines=[mean,mean,men]"
+        )
     for word in (
         "neighbours: 0",
         "port: 70000",
-        "most_mb: 0",
-        "most_pixels: 100,000,001",
+        "max_upload_mb: 0",
+        "max_pixels: 100,000,001",
         "'men' is none",
         "mean is named",
     ):
         assert word in str(caught.value)
-    assert cfg(f"most_pixels={MAX_PIXELS}").host == "127.0.0.1"
+    assert cfg(f"max_pixels={MAX_PIXELS}").host == "127.0.0.1"
 
 
 def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -358,7 +360,7 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = Server(run, tmp_path_factory.mktemp("uploads"), "most_mb=4", "most_pixels=1000000")
+    found = Server(run, tmp_path_factory.mktemp("uploads"), "max_upload_mb=4", "max_pixels=1000000")
     yield found
     found.close()
 
@@ -467,7 +469,7 @@ def test_an_upload_of_200_mb_is_refused(server: Server, declared: bool, about: s
     status, text = server.send("POST", "/gradio_api/upload", form(body, about), FORM | length, **how)
     assert status == 413
     assert text in (
-        "A file may be of at most 4 MB (most_mb).",
+        "A file may be of at most 4 MB (max_upload_mb).",
         "File size exceeded maximum allowed size of 4000000 bytes.",
     )
     assert server.send("GET", "/")[0] == 200

@@ -284,7 +284,7 @@ def test_wrong_settings_are_told_before_torch_is_imported(tiny_run: Path, tmp_pa
         ([f"run={tiny_run}", "knn.neighbours=0"], "knn.neighbours: 0 is below 1"),
         (["embedders=[mean,regresor]"], "'regresor' is no embedder and no folder; near it: regressor"),
         (["embedders=[mean,mean]"], "mean is named twice"),
-        (["knn.bank=prompts.txt"], "has no text tower for bank; name open_clip:MODEL/TAG"),
+        (["knn.prompt_index=prompts.txt"], "has no text tower for prompt_index; name open_clip:MODEL/TAG"),
     ):
         done = commands.run("train.evaluate", *overrides, PYTHONPROFILEIMPORTTIME="1")
         assert done.returncode == 2
@@ -348,7 +348,12 @@ def test_what_is_retrieved_and_the_blend_follow_from_the_regressors_vectors(
 ) -> None:
     out = tmp_path / "out"
     info = judge(
-        tiny_run, out, "embedders=[retrieve,blend]", "retrieve.neighbours=3", "retrieve.share=0.25", "batch_size=5"
+        tiny_run,
+        out,
+        "embedders=[retrieve,blend]",
+        "retrieve.neighbours=3",
+        "retrieve.blend_weight=0.25",
+        "batch_size=5",
     )
     assert [score["name"] for score in info["scores"]] == ["retrieve", "blend"]
     dataset = Dataset(small_data, small_dataset.ENCODER)
@@ -445,7 +450,7 @@ def test_captions_need_no_run_and_a_bank_may_be_a_file(
     (tmp_path / "prompts.txt").write_text(f"a red square\na green bird, oil painting\n{known}\n")
     clip = f"local-dir:{tiny_captioners.clip(tmp_path / 'clip')}"
     overrides = [f"dataset={glyph_dataset}", f"out={tmp_path / 'out'}", "embedders=[blip,knn]", "accelerator=cpu"]
-    overrides += [f"captions.blip={blip}", f"knn.bank={tmp_path / 'prompts.txt'}", f"knn.backbone={clip}"]
+    overrides += [f"captions.blip={blip}", f"knn.prompt_index={tmp_path / 'prompts.txt'}", f"knn.backbone={clip}"]
     info = evaluate(settings(EvaluateSettings, compose("evaluate", overrides)))
     assert [score["name"] for score in info["scores"]] == ["blip", "knn"]
     dataset = Dataset(glyph_dataset, "all-MiniLM-L6-v2")
@@ -475,7 +480,7 @@ def test_what_cannot_be_judged_is_told_before_anything_is_computed(
         (tiny_run, [f"embedders=[regressor,{other}]"], "of the target encoder all-MiniLM-L12-v2, but the vectors comp"),
         (tiny_run, ["+tta.ridge.flip=true"], r"tta\.ridge: views are for checkpoints and their like alone: regressor"),
         (tiny_run, ["embedders=[mean,ridge,ensemble]", "ensemble.folds=13"], "folds: 13, but the 12 images have 12"),
-        (tiny_run, ["embedders=[regressor,retrieve]", f"bank={tmp_path / 'none.txt'}"], "none.txt"),
+        (tiny_run, ["embedders=[regressor,retrieve]", f"prompt_index={tmp_path / 'none.txt'}"], "none.txt"),
         (None, ["embedders=[mean]", f"dataset={small_data}", f"checkpoint={alone}"], "alone is not in a run folder"),
     ):
         cfg = [f"run={run}"] if run else []

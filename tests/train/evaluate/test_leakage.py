@@ -277,7 +277,7 @@ def test_another_dataset_is_compared_and_scored_without_the_leaks(leaky_run: Pat
     (tmp_path / "prompts.txt").write_text("Nothing of it.\na stranger\n")
     asked = "embedders=[mean,regressor,retrieve]"
     bank = listed_dataset.write(tmp_path / "bank", [Row("Nothing of it."), Row("a stranger")])
-    info = scores(tmp_path / "out", f"run={leaky_run}", f"dataset={other}", asked, f"bank={bank}")
+    info = scores(tmp_path / "out", f"run={leaky_run}", f"dataset={other}", asked, f"prompt_index={bank}")
     assert counts(info) == counts(info, "mean") == (1, 1, 2, 3)
     assert counts(info, "retrieve") == (1, 2, 3, 4)
     score_n = np.load(tmp_path / "out/scores/regressor.npy")
