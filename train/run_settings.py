@@ -9,6 +9,7 @@ from typing import Any
 from core.cli import compose
 from core.errors import UserError
 from core.files import sha256, write_json
+from core.renamed_settings import with_new_names
 from datagen.dataset.reader import Dataset
 from train.config import TrainSettings
 
@@ -43,7 +44,7 @@ def of_this_run(cfg: TrainSettings, datasets: Sequence[Dataset], precision: str)
         "preprocess": PREPROCESS,
     }
     if path.exists():
-        there = flat(json.loads(path.read_text()))
+        there = flat(with_new_names("train", json.loads(path.read_text())))
         here = flat(mine)
         differ = [
             f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here"
@@ -111,7 +112,7 @@ class NotARun(Exception):  # noqa: N818 – it names the state of a folder
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """`settings.json` of a run; its `dataset` is a list of paths and URLs, also where an older version wrote one alone.
+    """`settings.json` of a run, under the names of this version; its `dataset` is a list of paths and URLs.
 
     Raises:
         UserError: there is no run.
@@ -130,7 +131,7 @@ def parse_settings(folder: Path) -> dict[str, Any]:
     if lacking:
         raise NotARun(f"settings.json is not of a run: it lacks {', '.join(lacking)}")
     given = found["dataset"]
-    return {**found, "dataset": [given] if isinstance(given, str) else [str(d) for d in given]}
+    return {**with_new_names("train", found), "dataset": [given] if isinstance(given, str) else [str(d) for d in given]}
 
 
 def read_object(path: Path) -> dict[str, Any]:

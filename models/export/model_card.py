@@ -15,6 +15,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from core.errors import UserError
+from core.renamed_settings import with_new_names
 from models.leakage_counts import LeakageCounts
 
 TITLE = (6, 50)  # characters; these are the bounds of Kaggle's own client
@@ -464,6 +465,7 @@ def _recipes(config: Mapping[str, Any], told: CardDetails) -> list[str]:
 
 def _recipe(settings: Mapping[str, Any], facts: Mapping[str, Any]) -> list[str]:
     """What a run's settings.json says of how it was trained; settings that an old run had not are left out."""
+    settings = with_new_names("train", settings)
 
     def value(path: str, default: Any = None) -> Any:
         found: Any = settings

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from core.cli import compose
 from core.errors import UserError
+from core.renamed_settings import with_new_names
 from core.settings import settings
 from datagen.dataset.format import hash_prompts
 from datagen.dataset.reader import Dataset
@@ -321,7 +322,7 @@ def _recipe(path: Path) -> dict[str, Any]:
         paths = values["dataset"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); copy the ensemble again") from error
-    return {**values, "dataset": [paths] if isinstance(paths, str) else list(paths)}
+    return {**with_new_names("train", values), "dataset": [paths] if isinstance(paths, str) else list(paths)}
 
 
 def _is_checkpoint(folder: Path) -> bool:
