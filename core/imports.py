@@ -26,21 +26,32 @@ def hidden(*packages: str) -> Iterator[None]:
 
 @contextmanager
 def lightning_without_metrics() -> Iterator[None]:
-    """Give an import of Lightning the base class of torchmetrics, which is all that it uses, without the metrics.
+    """Give an import of Lightning the base class of torchmetrics, which is all that it uses, without metrics and plots.
 
-    torchmetrics loads all of them, and with them scipy.signal, torchvision and transformers: about as many CPU seconds
-    as torch itself. An import of it after this one is the usual one.
+    torchmetrics loads all metrics, and with them scipy.signal, torchvision and transformers: about as many CPU seconds
+    as torch itself. An import of it after this one has all metrics, but none of them can plot.
     """
-    if "torchmetrics" in sys.modules or (spec := importlib.util.find_spec("torchmetrics")) is None:
+    if "torchmetrics" in sys.modules or importlib.util.find_spec("torchmetrics") is None:
         yield
         return
-    package: Any = importlib.util.module_from_spec(spec)  # with its path, but its __init__ is not run
-    package.__version__, package._logger = importlib.metadata.version("torchmetrics"), logging.getLogger("torchmetrics")
-    sys.modules["torchmetrics"] = package
-    try:
+    with _without_init("torchmetrics") as package:
+        package.__version__ = importlib.metadata.version("torchmetrics")
+        package._logger = logging.getLogger("torchmetrics")
+        with _without_init("torchmetrics.utilities"):
+            importlib.import_module("torchmetrics.utilities.imports")._MATPLOTLIB_AVAILABLE = False
         importlib.import_module("torchmetrics.utilities")  # before the class: they import each other
         package.Metric = importlib.import_module("torchmetrics.metric").Metric
         package.MetricCollection = importlib.import_module("torchmetrics.collections").MetricCollection
         yield
+
+
+@contextmanager
+def _without_init(name: str) -> Iterator[Any]:
+    """Within, `name` is a package whose modules can be imported, but whose `__init__.py` was not run."""
+    spec = importlib.util.find_spec(name)
+    assert spec is not None
+    package = sys.modules[name] = importlib.util.module_from_spec(spec)
+    try:
+        yield package
     finally:
-        del sys.modules["torchmetrics"]
+        del sys.modules[name]

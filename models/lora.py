@@ -102,9 +102,9 @@ def _called(backbone: nn.Module, names: list[str], size: int) -> list[str]:
 
 
 def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, dropout: float) -> None:
-    # peft looks for them when it is imported and at each layer; quantized layers are not adapted here, and bitsandbytes
-    # loads torch's compiler: more CPU seconds than the model of a small run takes
-    with hidden("bitsandbytes", "boto3"):
+    # peft looks for bitsandbytes when it is imported and at each layer; quantized layers are not adapted here, and
+    # bitsandbytes loads torch's compiler. transformers loads scipy for the losses of detectors.
+    with hidden("bitsandbytes", "boto3", "scipy"):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # of optional parts that it tries to import
