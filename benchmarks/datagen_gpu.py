@@ -36,7 +36,7 @@ from core.cli import compose
 from core.settings import settings
 from datagen.config import DatagenSettings
 from datagen.dataset.format import PLAN
-from datagen.dataset.image_codec import OPTIONS
+from datagen.dataset.image_encoder import OPTIONS
 from datagen.engine.worker import render_shard
 from datagen.prompts.clip_tokenizer import clip_tokenizer
 from datagen.renderers.device import matmul_tflops

@@ -31,7 +31,7 @@ from webdataset.writer import ShardWriter
 from benchmarks.harness import finish, options
 from core.paths import ROOT
 from datagen.dataset.format import PLAN
-from datagen.dataset.image_codec import OPTIONS, Resizer, encoded
+from datagen.dataset.image_encoder import OPTIONS, Resizer, encoded
 from datagen.dataset.writer import write_shard
 
 TARGET, LEAST_DB = 2.5, 40

@@ -37,7 +37,7 @@ from datagen.config import Curation, Split
 from datagen.curation import filters, near_duplicates
 from datagen.curation.journal import KEPT, Chunk, Chunks, digest
 from datagen.curation.near_duplicates import NearDuplicateIndex, VectorFile, distinct
-from datagen.dataset.normal_form import form_hash
+from datagen.dataset.prompt_normal_form import form_hash
 from datagen.dataset.reader import read_plan
 from datagen.prompts.captions import clean
 from datagen.prompts.readers import KINDS

@@ -5,21 +5,21 @@
 
 Two steps find the candidates, and the cosine of the whole vectors decides on each:
 
-* A bound. The vectors are turned so that their first P numbers hold most of their length, and the length R of the rest
-  is put beside them. By Cauchy–Schwarz a·b ≤ a_P·b_P + a_R b_R, so a short product throws out nearly all pairs and no
-  near one.
-* Cells, above `EXACT` vectors. k-means cuts the space into cells, a vector lies in the one whose centre is most like
-  it, and a question goes to every cell whose centre is nearly as like it as the best. How nearly follows from questions
-  made for it, at just the threshold from known vectors: `_FOUND` of them must find theirs.
+* An upper bound of the cosine. PCA (`datagen.curation.pca`) rotates the vectors; the first P components and the norm R
+  of the remainder are stored. By Cauchy–Schwarz a·b ≤ a_P·b_P + a_R b_R, so a short product rejects nearly all pairs
+  and no near-duplicate.
+* Cells, above `EXACT` vectors: k-means partitions the space, as in an inverted-file (IVF) index. A query visits every
+  cell whose centre is nearly as similar to it as the best centre. The margin is calibrated on synthetic queries that
+  lie exactly at the threshold from known vectors: a share of `_RECALL` of them must find their vector.
 
-On one machine the answers depend on the order in which the vectors came and not on how many were added at a time, so
-that a run begun again goes on as it would have. HNSW graphs (usearch, faiss) keep that promise only when one thread
-builds them, and took longer here: see benchmarks/LOG.md.
+On one machine the results depend on the order of the vectors and not on how many were added at a time, so that a
+resumed run gives the same result. HNSW graphs (usearch, faiss) do so only when one thread builds them, and took longer
+here: see benchmarks/LOG.md.
 
-Whole vectors and those short ones lie in files, so that memory holds what the system finds room for: in all
-2 E + 4 (Q + 2) bytes of disk for each vector kept.
+The vectors and their PCA components are in files, so that the page cache decides how much is in memory: 2 E + 4 (Q + 2)
+bytes of disk per vector.
 
-B rows of a question, N vectors held, E their width, P numbers of the bound, Q of the bound within cells, C cells.
+B rows of a query, N vectors in the index, E their width, P components of the bound, Q of that within cells, C cells.
 """
 
 import logging
@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
+from datagen.curation.pca import SLACK, fit_pca
 
 log = logging.getLogger(__name__)
 
@@ -43,18 +44,16 @@ EXACT = 50_000
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
-_BLOCK = 2048  # rows compared at once, and rows put into cells at once
-_FIRST = 1024  # vectors that decide how all are turned
+_BLOCK = 2048  # rows compared at once, and rows assigned to cells at once
+_PCA_ROWS = 1024  # first vectors, to which PCA is fitted
 _TILE = 8192  # vectors compared at once: a tile of products stays in the cache
 _PAIRS = 1 << 16  # whole vectors compared at once: 2 × 100 MB at 384 numbers
-_SLACK = 1e-3  # of a bound: vectors in half precision are of unit length within this
 _ROUNDING = 1e-6  # of a cosine
-_FOUND, _MADE = 0.998, 4096  # share of the questions made that must find their vector; how many are made
-_GROWTH = 4  # cells are built again when the vectors are so many times more
-_PROBES = 50  # about the cells that a question goes to: with it, √(50 N) cells cost least
-_TRAINING = 32  # vectors a cell that k-means sees
-_ROUNDS = 6  # of k-means
-_LET_THROUGH = 2e-4  # share of far pairs that a bound may leave to the whole cosine
+_RECALL, _QUERIES = 0.998, 4096  # share of the synthetic queries that must find their vector; number of queries
+_GROWTH = 4  # the cells are rebuilt when the number of vectors has grown by this factor
+_PROBES = 50  # cells that a query visits, about: with it, √(50 N) cells cost least
+_TRAINING = 32  # training vectors of k-means per cell
+_ROUNDS = 6  # iterations of k-means
 
 
 class VectorFile:
@@ -62,10 +61,10 @@ class VectorFile:
 
     Args:
         width: E.
-        path: the file; a folder, None being the system's temporary one, takes a file without a name, which goes with
+        path: the file; in a folder, or None for the system's temporary one, the file is anonymous and disappears with
             the process.
         rows: number of rows of an existing file to resume from; the file is truncated behind them.
-        kind: of the numbers; half precision is enough for unit vectors.
+        kind: dtype of the file; half precision is enough for unit vectors.
 
     Raises:
         UserError: the file has fewer rows.
@@ -85,7 +84,7 @@ class VectorFile:
             self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         self.close = weakref.finalize(self, os.close, self._descriptor)
         if os.fstat(self._descriptor).st_size < self._bytes(rows):
-            raise UserError(f"{path} is truncated or missing; remove {self.folder}, and curation begins anew")
+            raise UserError(f"{path} is truncated or missing; remove {self.folder} to curate again")
         self._count = rows
         os.ftruncate(self._descriptor, self._bytes(rows))
         os.lseek(self._descriptor, 0, os.SEEK_END)
@@ -98,7 +97,7 @@ class VectorFile:
         return self._count
 
     def append(self, vectors: Floats) -> None:
-        """Adds `vectors` [B, E] at the end.
+        """Append `vectors` [B, E].
 
         Raises:
             UserError: the disk is full.
@@ -117,14 +116,14 @@ class VectorFile:
         """Flush the rows to the disk (fsync)."""
         os.fsync(self._descriptor)
 
-    def __getitem__(self, cfg: slice | Ints) -> Floats:
-        """The rows `cfg`, in single precision."""
-        return self.all()[cfg].astype(np.float32)
+    def __getitem__(self, rows: slice | Ints) -> Floats:
+        """Return rows in single precision."""
+        return self.all()[rows].astype(np.float32)
 
     def all(self) -> NDArray[Any]:
-        """All rows as the file has them, not to be written to, mapped and not copied."""
+        """Return a read-only memory map of all rows, in the dtype of the file."""
         if len(self._map) < self._count:
-            # room for what comes: to map anew for each block would be to touch every page again
+            # room for later rows: a new map per block would touch every page again
             room = self._count * 5 // 4 + _BLOCK
             os.ftruncate(self._descriptor, self._bytes(room))
             mapped = mmap.mmap(self._descriptor, self._bytes(room), access=mmap.ACCESS_READ)
@@ -134,7 +133,7 @@ class VectorFile:
 
 
 def halved(vectors: Floats) -> Floats:
-    """Vectors rounded to half precision, as `VectorFile` returns them."""
+    """Round vectors to half precision, as `VectorFile` stores them."""
     return vectors.astype(np.float16).astype(np.float32)
 
 
@@ -142,15 +141,15 @@ class NearDuplicateIndex:
     """Index of unit vectors that finds, for a query vector, a vector at or above a cosine threshold.
 
     Args:
-        rows: holds the whole vectors; those already in it are in the index.
-        threshold: a cosine of this or more is near.
+        rows: file of the vectors; those already in it are in the index.
+        threshold: cosine from which two vectors are near-duplicates.
     """
 
     def __init__(self, rows: VectorFile, threshold: float) -> None:
         self.rows = rows
         self.threshold = threshold
         self._components_EQ: Floats | None = None
-        self._wide = slice(0, rows.width + 1)  # columns of the bound, and of that within cells
+        self._wide = slice(0, rows.width + 1)  # columns of the bound [P + 1], and of the bound within cells [Q + 1]
         self._narrow = slice(1, rows.width + 2)
         self._short = VectorFile(rows.width + 2, rows.folder, kind=np.float32)
         self._centres_CP: Floats | None = None
@@ -164,15 +163,15 @@ class NearDuplicateIndex:
         return len(self.rows)
 
     def add(self, vectors: Floats) -> None:
-        """Adds `vectors` [B, E]."""
+        """Add `vectors` [B, E]."""
         self.rows.append(vectors)
         self._index_new_rows()
 
     def near(self, vectors: Floats) -> tuple[Ints, Floats]:
-        """For each of `vectors` [B, E] the number of the likest vector found at the threshold or more and its cosine.
+        """Find the nearest vector at or above the threshold, and its cosine, for each of `vectors` [B, E].
 
         Returns:
-            Numbers [B], -1 where there is none, and cosines [B], 0 there.
+            Row numbers [B], -1 where there is none, and cosines [B], 0 there.
         """
         vectors = halved(vectors)
         number, cosine = np.full(len(vectors), -1, np.int64), np.zeros(len(vectors), np.float32)
@@ -193,9 +192,9 @@ class NearDuplicateIndex:
     # ------------------------------------------------------------------------------------------------- candidates
 
     def _candidates(self, block_BE: Floats) -> tuple[Ints, Ints]:
-        """Pairs of a row of the block and a vector whose bound reaches the threshold."""
+        """Find pairs of a row of the block and a vector of the index whose bound reaches the threshold."""
         short_BQ, short_NQ = self.short(block_BE), self._short.all()
-        least = self.threshold - _SLACK
+        least = self.threshold - SLACK
         asked, candidates = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         wide_BP, narrow_BQ = short_BQ[:, self._wide], short_BQ[:, self._narrow]
         for start in range(self._in_cells, len(self.rows), _TILE):
@@ -216,9 +215,9 @@ class NearDuplicateIndex:
         return np.concatenate(asked), np.concatenate(candidates)
 
     def pairs(self, block_BE: Floats) -> tuple[Ints, Ints, Floats]:
-        """Pairs of near rows of the block, the later of each first and ascending, and their cosines."""
+        """Find near-duplicates within the block: later row (ascending), earlier row, and cosine of each pair."""
         narrow_BQ = self.short(block_BE)[:, self._narrow]
-        later, earlier = np.nonzero(np.tril(narrow_BQ @ narrow_BQ.T >= self.threshold - _SLACK, -1))
+        later, earlier = np.nonzero(np.tril(narrow_BQ @ narrow_BQ.T >= self.threshold - SLACK, -1))
         parts = [slice(p, p + _PAIRS) for p in range(0, max(len(later), 1), _PAIRS)]
         cosine = np.concatenate([_cosines(block_BE[later[p]], block_BE[earlier[p]]) for p in parts])
         near = cosine >= self.threshold - _ROUNDING
@@ -231,18 +230,19 @@ class NearDuplicateIndex:
         return parts[0]
 
     def short(self, vectors_BE: Floats) -> Floats:
-        """The length of what P numbers leave, the turned vectors' first Q numbers, what those leave: [B, Q + 2]."""
+        """Return [B, Q + 2]: norm of the remainder after P components, the first Q components, norm after Q."""
         if self._components_EQ is None:
             return np.pad(vectors_BE, ((0, 0), (1, 1)))
-        turned = vectors_BE @ self._components_EQ
+        components_BQ = vectors_BE @ self._components_EQ
         whole = (vectors_BE**2).sum(1)
         rests = [
-            np.sqrt(np.maximum(whole - (part**2).sum(1), 0)) for part in (turned[:, : self._wide.stop - 1], turned)
+            np.sqrt(np.maximum(whole - (part**2).sum(1), 0))
+            for part in (components_BQ[:, : self._wide.stop - 1], components_BQ)
         ]
-        return np.concatenate([rests[0][:, None], turned, rests[1][:, None]], axis=1)
+        return np.concatenate([rests[0][:, None], components_BQ, rests[1][:, None]], axis=1)
 
     def _similarity(self, short_BQ: Floats) -> Floats:
-        """Inner products with the centres of the cells: [B, C]."""
+        """Return inner products with the cells' centres [B, C]."""
         assert self._centres_CP is not None
         return short_BQ[:, 1 : self._wide.stop] @ self._centres_CP.T
 
@@ -250,14 +250,18 @@ class NearDuplicateIndex:
 
     def _index_new_rows(self) -> None:
         """Index the rows that were added since the last call."""
-        if self._components_EQ is None and len(self.rows) >= _FIRST:
-            self._components_EQ, p = _fit_pca(self.rows[slice(0, _FIRST)], self.threshold)
+        if self._components_EQ is None and len(self.rows) >= _PCA_ROWS:
+            self._components_EQ, p = fit_pca(self.rows[slice(0, _PCA_ROWS)], self.threshold - SLACK)
             q = self._components_EQ.shape[1]
             self._wide, self._narrow = slice(0, p + 1), slice(1, q + 2)
             self._short.close()
             self._short = VectorFile(q + 2, self.rows.folder, kind=np.float32)
-        for start in range(len(self._short), len(self.rows), _TILE):
-            self._short.append(self.short(self.rows[slice(start, start + _TILE)]))
+        while len(self._short) < len(self.rows):
+            # a row always at the same place of a block of the same size: a product's last bits depend on both
+            first = len(self._short) // _BLOCK * _BLOCK
+            rows = self.rows[slice(first, first + _BLOCK)]
+            padded_BE = np.pad(rows, ((0, _BLOCK - len(rows)), (0, 0)))
+            self._short.append(self.short(padded_BE)[len(self._short) - first : len(rows)])
         if len(self.rows) >= self._level:
             while len(self.rows) >= self._level * _GROWTH:
                 self._level *= _GROWTH
@@ -266,7 +270,7 @@ class NearDuplicateIndex:
         self._fill_cells()
 
     def _make_cells(self, size: int) -> None:
-        """Cells and the margin, from the first `size` vectors alone: the same however many there are by now."""
+        """Build cells and margin from the first `size` vectors only, so that later vectors do not change them."""
         rng = np.random.default_rng(size)
         count = round((_PROBES * size) ** 0.5)
         training = np.sort(rng.choice(size, min(size, count * _TRAINING), replace=False))
@@ -276,18 +280,18 @@ class NearDuplicateIndex:
         log.info("near-duplicates: %s cells for %s vectors and more", f"{count:,}", f"{size:,}")
 
     def _find_margin(self, size: int, rng: np.random.Generator) -> float:
-        """How much less like a question than the best centre the centre of its near vector's cell may be."""
-        own, other = (self.rows[np.sort(rng.choice(size, min(size, _MADE), replace=False))] for _ in range(2))
+        """Calibrate by how much a visited cell's centre may be less similar to a query than the best centre."""
+        rows, other = (self.rows[np.sort(rng.choice(size, min(size, _QUERIES), replace=False))] for _ in range(2))
         other = rng.permutation(other)
-        aside = other - (own * other).sum(1, keepdims=True) * own  # from a vector towards another of the data
+        aside = other - (rows * other).sum(1, keepdims=True) * rows  # from a vector towards another of the data
         aside /= np.maximum(np.linalg.norm(aside, axis=1, keepdims=True), 1e-6)
-        asked = self.threshold * own + (1 - self.threshold**2) ** 0.5 * aside
-        like_BC = self._similarity(self.short(asked.astype(np.float32)))
-        cell = self._similarity(self.short(own)).argmax(1)
-        return float(np.quantile(like_BC.max(1) - like_BC[np.arange(len(cell)), cell], _FOUND))
+        queries = self.threshold * rows + (1 - self.threshold**2) ** 0.5 * aside
+        like_BC = self._similarity(self.short(queries.astype(np.float32)))
+        cell = self._similarity(self.short(rows)).argmax(1)
+        return float(np.quantile(like_BC.max(1) - like_BC[np.arange(len(cell)), cell], _RECALL))
 
     def _fill_cells(self) -> None:
-        """Puts vectors into cells, always the same ones at a time: a product's last bits depend on its shape."""
+        """Assign vectors to cells, always in the same blocks: a product's last bits depend on its shape."""
         if self._centres_CP is None:
             return
         while self._in_cells + _BLOCK <= len(self.rows):
@@ -307,7 +311,8 @@ def distinct(vectors: Floats, index: NearDuplicateIndex) -> tuple[Ints, Ints, Fl
         vectors: unit vectors [B, E].
 
     Returns:
-        The rows kept, and for every row the index's number of the one it is near (-1: kept) and their cosine, [B] each.
+        Rows without a near-duplicate; and for each row, [B], the index number of its near-duplicate (-1: none) and the
+        cosine.
     """
     vectors = halved(vectors)
     kept: list[Ints] = []
@@ -335,30 +340,13 @@ def distinct(vectors: Floats, index: NearDuplicateIndex) -> tuple[Ints, Ints, Fl
 
 
 def _cosines(a_BE: Floats, b_BE: Floats) -> Floats:
-    """Row by row: the sums of one row do not depend on how many rows there are, as those of a product may."""
+    """Compute cosines row by row, since the last bits of a matrix product may depend on the number of rows."""
     lengths = np.sqrt((a_BE * a_BE).sum(1) * (b_BE * b_BE).sum(1))
     return (a_BE * b_BE).sum(1) / np.maximum(lengths, 1e-12)
 
 
-def _fit_pca(vectors_BE: Floats, threshold: float) -> tuple[Floats, int]:
-    """Orthogonal columns [E, Q] that take as much of the vectors' length as Q numbers can, and P.
-
-    P is as small as pays among all vectors. Within a cell they are more alike: Q is twice as many.
-    """
-    width = vectors_BE.shape[1]
-    columns_EE = np.linalg.svd(vectors_BE, full_matrices=False)[2].T
-    turned = vectors_BE @ columns_EE
-    whole = vectors_BE @ vectors_BE.T
-    for p in range(32, width, 32):
-        rest = np.linalg.norm(turned[:, p:], axis=1)
-        bound = turned[:, :p] @ turned[:, :p].T + np.outer(rest, rest)
-        if ((bound >= threshold - _SLACK) & (whole < threshold - _SLACK)).mean() <= _LET_THROUGH:
-            return np.ascontiguousarray(columns_EE[:, : 2 * p]), p
-    return columns_EE, columns_EE.shape[1]
-
-
 def _k_means(vectors_NP: Floats, count: int, rng: np.random.Generator) -> Floats:
-    """`count` centres of unit length [C, P] for unequal shares of the vectors, by inner product."""
+    """Spherical k-means: return `count` unit centres [C, P]."""
     centres = vectors_NP[np.sort(rng.choice(len(vectors_NP), count, replace=False))]
     for _ in range(_ROUNDS):
         centres = centres / np.maximum(np.linalg.norm(centres, axis=1, keepdims=True), 1e-6)

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from datagen.dataset.normal_form import form_hash
+from datagen.dataset.prompt_normal_form import form_hash
 
 SCHEMA = 1
 PLAN = pa.schema(

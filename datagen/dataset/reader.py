@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from core.encoders import has_settings
+from core.encoder_identity import has_settings
 from core.errors import UserError
 from core.files import free_bytes, sha256
 from core.json_text import parse_json

@@ -19,7 +19,7 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from datagen.dataset.format import FAULTY, LEFT_OUT
-from datagen.dataset.normal_form import form_hash
+from datagen.dataset.prompt_normal_form import form_hash
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -41,7 +41,7 @@ class ImageLinks:
     owner_l: Ints
     """Image of each link, 0 … n − 1."""
     prompt_l: Ints
-    """Hash of the normal form of each link's prompt (`datagen.dataset.normal_form.form_hash`)."""
+    """Hash of the normal form of each link's prompt (`datagen.dataset.prompt_normal_form.form_hash`)."""
     content_n: Ints
     """Hash of each image's bytes (`datagen.dataset.format.content_hash`)."""
 

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from core.encoders import differences, has_settings
+from core.encoder_identity import differences, has_settings
 from core.errors import UserError
 from core.paths import Place
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from core.errors import UserError
 from core.retry import Unreachable
 from datagen.config import DatagenSettings, DiffusersRenderer, GlyphsRenderer
-from datagen.dataset.image_codec import encoded
+from datagen.dataset.image_encoder import encoded
 from datagen.dataset.writer import write_shard
 from datagen.renderers.base import Renderer
 

@@ -23,7 +23,7 @@ from datagen.config import IndexSettings
 from datagen.curation.curate import side_of_group
 from datagen.curation.near_duplicates import NearDuplicateIndex, VectorFile
 from datagen.dataset.format import LEFT_OUT, content_hash
-from datagen.dataset.normal_form import form_hash
+from datagen.dataset.prompt_normal_form import form_hash
 from datagen.dataset.splits import SHARED, TRAIN, VAL, ImageLinks, Leakage, divide, leakage, require_no_leakage
 from datagen.importers.foreign_images import ForeignImage
 

@@ -40,7 +40,7 @@ from datagen.curation.curate import Curated, curate, side_of_group
 from datagen.dataset.archive_readers import Tar, Zip, opened
 from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import FAULTY, PLAN
-from datagen.dataset.normal_form import normal_form
+from datagen.dataset.prompt_normal_form import normal_form
 from datagen.dataset.reader import Dataset, is_plan_file, missing_shards, read_info, read_plan
 from datagen.dataset.splits import leakage, plan_leakage
 from datagen.dataset.writer import write_plan, write_shard

@@ -25,7 +25,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
-from core.encoders import differences
+from core.encoder_identity import differences
 from core.errors import UserError
 from core.files import replace_folder
 from models import checkpoint

@@ -16,7 +16,7 @@ from core.paths import Location
 from core.settings import settings
 from datagen.config import ReportSettings
 from datagen.dataset.format import PLAN
-from datagen.dataset.image_codec import encode
+from datagen.dataset.image_encoder import encode
 from datagen.dataset.writer import write_plan, write_shard
 from datagen.report import page
 from tests import small_dataset

@@ -138,7 +138,7 @@ DATAGEN = Command(
     ),
     spied=(
         "datagen.renderers.sd2.networks:Networks.decode",
-        "datagen.renderers.diffusion:DiffusionRenderer._batch",
+        "datagen.renderers.diffusion_base:DiffusionRenderer._batch",
         "datagen.renderers.sd2.renderer:StableDiffusion2.draw",
         "datagen.renderers.diffusers.renderer:DiffusersModel.draw",
         "datagen.engine.local:_start",

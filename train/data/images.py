@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch.nn.functional import normalize
 from torch.utils.data import Dataset as TorchDataset
 
-from core.encoders import differences
+from core.encoder_identity import differences
 from core.errors import UserError
 from datagen.dataset.format import CorruptImage
 from datagen.dataset.reader import Dataset

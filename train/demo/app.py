@@ -115,7 +115,7 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
     """
     from models import checkpoint, loader
     from models.runtime.preprocess import Preprocessing
-    from train.data.encoders import identity_of, require_same
+    from train.data.encoder_check import identity_of, require_same
     from train.demo.explain import Demo
     from train.demo.page import Words
     from train.evaluate import prompt_index

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.encoders import differences
+from core.encoder_identity import differences
 from core.errors import UserError
 from core.progress import progress
 from models.leakage_counts import NEAR, LeakageCounts

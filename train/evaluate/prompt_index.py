@@ -28,7 +28,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from core.cache import stored
-from core.encoders import differences
+from core.encoder_identity import differences
 from core.errors import UserError
 from core.files import sha256, write_json
 from core.paths import Location, cache_folder

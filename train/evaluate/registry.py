@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from core.encoders import differences, has_settings
+from core.encoder_identity import differences, has_settings
 from core.errors import UserError
 from core.files import sha256
 from core.paths import ROOT, cache_folder
@@ -35,7 +35,7 @@ from models.retrieval.vector_index import about as bank_about
 from models.runtime.preprocess import PREPROCESS, Preprocessing
 from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
 from train.data.datamodule import ImageDataModule
-from train.data.encoders import require_same
+from train.data.encoder_check import require_same
 from train.data.feature_cache import Features, digest, features
 from train.data.images import ImageDataset
 from train.data.splits import penalty_parts

@@ -34,7 +34,7 @@ from models.regressor import Regressor
 from train import run_settings
 from train.config import TrainSettings
 from train.data.datamodule import ImageDataModule
-from train.data.encoders import check_folder
+from train.data.encoder_check import check_folder
 from train.evaluate.leakage import validation_leakage
 from train.fit import optim, resume, setup
 from train.fit.best_predictions import write_best_predictions

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from core import tensor_files
 from core.checksum import DamagedFile
-from core.encoders import has_settings
+from core.encoder_identity import has_settings
 from core.errors import UserError
 from core.files import write_atomically
 from datagen.dataset.encoder_identity import encoder_name
@@ -23,7 +23,7 @@ from models.regressor import Regressor, make
 from models.text_head import init_text
 from train.config import TrainSettings
 from train.data.datamodule import ImageDataModule
-from train.data.encoders import require_same
+from train.data.encoder_check import require_same
 from train.data.feature_cache import features
 from train.data.samplers import check_shares
 from train.data.splits import Prompts, penalty_parts

@@ -76,7 +76,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
     from core.files import write_atomically
     from models import checkpoint
     from models.runtime.preprocess import Preprocessing
-    from train.data.encoders import require_same
+    from train.data.encoder_check import require_same
     from train.evaluate.inference import predictions
     from train.evaluate.trained_on import data_of
     from train.scale.devices import device_of

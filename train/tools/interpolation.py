@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from core.encoders import differences
+from core.encoder_identity import differences
 from core.errors import UserError
 from core.paths import Location
 from models.leakage_counts import LeakageCounts
@@ -67,7 +67,7 @@ def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
     from datagen.dataset.reader import Dataset
     from models import checkpoint
     from models.runtime.preprocess import Preprocessing
-    from train.data.encoders import require_same
+    from train.data.encoder_check import require_same
     from train.data.images import ImageDataset
 
     a_config, config = (checkpoint.read_config(folder) for folder in (cfg.a, cfg.b))

@@ -29,7 +29,7 @@ from models.metrics import Interval, bootstrap
 from models.regressor import Regressor
 from train import run_settings
 from train.data.datamodule import ImageDataModule
-from train.data.encoders import check_folder
+from train.data.encoder_check import check_folder
 from train.data.feature_cache import Features, features
 from train.data.samplers import TrainBatchSampler, steps_per_epoch
 from train.data.splits import penalty_parts

@@ -24,7 +24,7 @@ from datagen.config import DiffusersRenderer
 from datagen.renderers import hub
 from datagen.renderers.device import Precision, dtype, resolve
 from datagen.renderers.diffusers import flops
-from datagen.renderers.diffusion import DiffusionRenderer
+from datagen.renderers.diffusion_base import DiffusionRenderer
 
 if TYPE_CHECKING:
     import torch

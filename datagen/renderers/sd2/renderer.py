@@ -36,7 +36,7 @@ from core.errors import UserError
 from datagen.config import StableDiffusionRenderer
 from datagen.renderers import hub
 from datagen.renderers.device import Precision, kernels, resolve
-from datagen.renderers.diffusion import DiffusionRenderer
+from datagen.renderers.diffusion_base import DiffusionRenderer
 from datagen.renderers.sd2 import weights
 from datagen.renderers.sd2.flops import evaluations, tflop_per_image
 

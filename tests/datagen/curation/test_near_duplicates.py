@@ -140,7 +140,7 @@ def test_rows_in_a_file(tmp_path: Path) -> None:
     again.append(vectors[50:60])
     assert (tmp_path / "v.f16").stat().st_size == 50 * WIDTH * 2
     np.testing.assert_array_equal(again[slice(38, 42)], vectors[[38, 39, 50, 51]])
-    with pytest.raises(UserError, match=r"v\.f16 is truncated or missing; remove .*, and curation begins anew"):
+    with pytest.raises(UserError, match=r"v\.f16 is truncated or missing; remove .* to curate again"):
         VectorFile(WIDTH, tmp_path / "v.f16", rows=51)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from core.encoders import differences
+from core.encoder_identity import differences
 from core.errors import UserError
 from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.reader import Dataset, read_encoder

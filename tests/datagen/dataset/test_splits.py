@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from datagen.dataset.format import LEFT_OUT
-from datagen.dataset.normal_form import form_hash, normal_form
+from datagen.dataset.prompt_normal_form import form_hash, normal_form
 from datagen.dataset.splits import TRAIN, VAL, Division, ImageLinks, divide, leakage, require_no_leakage
 
 Image = tuple[tuple[str, ...], int]

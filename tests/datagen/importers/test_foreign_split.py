@@ -13,7 +13,7 @@ from core.errors import UserError
 from core.settings import settings
 from datagen.config import IndexSettings
 from datagen.curation.curate import held_out
-from datagen.dataset.normal_form import normal_form
+from datagen.dataset.prompt_normal_form import normal_form
 from datagen.dataset.reader import Dataset
 from datagen.importers.foreign_images import ForeignImage
 from datagen.importers.foreign_split import split_foreign

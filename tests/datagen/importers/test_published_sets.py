@@ -22,7 +22,7 @@ from core.errors import UserError
 from core.settings import settings
 from datagen.config import PublishedSettings
 from datagen.curation import curate
-from datagen.dataset.normal_form import normal_form
+from datagen.dataset.prompt_normal_form import normal_form
 from datagen.dataset.reader import Dataset, read_info
 from datagen.importers import published_sets
 from datagen.importers.published_sets import publish

@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from datagen.dataset.normal_form import normal_form
+from datagen.dataset.prompt_normal_form import normal_form
 from datagen.dataset.reader import Dataset
 from models.head_init import EXCLUDED, FIT, HELD_OUT
 from models.runtime.preprocess import Preprocessing

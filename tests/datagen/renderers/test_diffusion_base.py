@@ -1,6 +1,6 @@
 """What every diffusion renderer does around its model: faults, memory, batch sizes.
 
-pytest tests/datagen/renderers/test_diffusion.py
+pytest tests/datagen/renderers/test_diffusion_base.py
 """
 
 import shutil
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.errors import UserError
-from datagen.renderers.diffusion import quickest
+from datagen.renderers.diffusion_base import quickest
 from datagen.renderers.sd2.renderer import StableDiffusion2
 from tests import tiny_sd2
 from tests.tiny_sd2 import TinySD2

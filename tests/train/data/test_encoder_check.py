@@ -9,7 +9,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from core.cli import compose
-from core.encoders import differences
+from core.encoder_identity import differences
 from core.errors import UserError
 from core.settings import settings
 from datagen.dataset.targets import TargetEncoder, write_missing_targets

@@ -1,8 +1,8 @@
-"""datagen/dataset/normal_form.py: which prompts are the same but for their writing."""
+"""datagen/dataset/prompt_normal_form.py: which prompts are the same but for their writing."""
 
 import pytest
 
-from datagen.dataset.normal_form import normal_form
+from datagen.dataset.prompt_normal_form import normal_form
 
 VARIANTS = [
     "A red fox",
@@ -36,6 +36,6 @@ def test_other_prompts_differ(a: str, b: str) -> None:
     assert normal_form(a) != normal_form(b)
 
 
-def test_normal_form_is_its_own_normal_form() -> None:
+def test_prompt_normal_form_is_its_own_normal_form() -> None:
     for text in ["Straße ẞ", "ǆ ͅ", "Ⅷ ﬁne ㌔", "İstanbul", *VARIANTS]:
         assert normal_form(normal_form(text)) == normal_form(text)

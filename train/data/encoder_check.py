@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from core.encoders import differences, has_settings
+from core.encoder_identity import differences, has_settings
 from core.errors import UserError
 from datagen.dataset.encoder_identity import encoder_folder, encoder_name
 from datagen.dataset.reader import Dataset

@@ -3,9 +3,8 @@
     differences(checkpoint_config["encoder_identity"], dataset.encoder_identity)    one line per difference
 
 An identity is the plain JSON that `datagen.dataset.encoder_identity.describe` returns and that encoder.json,
-checkpoints,
-ensembles and bundles carry: {"name", "width", "weights_sha256", "settings", "sha256"}. Earlier versions wrote the name,
-the width and the hash of the weights alone; the settings are then unknown.
+checkpoints, ensembles and bundles carry: {"name", "width", "weights_sha256", "settings", "sha256"}. Earlier versions
+wrote only name, width and the hash of the weights; the settings are then unknown.
 """
 
 from collections.abc import Iterator, Mapping

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from core.errors import UserError
-from datagen.dataset.image_codec import Resizer, encode, encoded
+from datagen.dataset.image_encoder import Resizer, encode, encoded
 
 FILTERS = ("lanczos", "bicubic", "bilinear", "box")
 SIDES = [(768, 512), (96, 64), (64, 96), (100, 33), (33, 100), (251, 250), (40, 7), (9, 1), (1, 5), (48, 48)]

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from datagen.dataset.image_codec import Resizer
+from datagen.dataset.image_encoder import Resizer
 from datagen.renderers.device import CPU_EFFICIENCY, CUDA_EFFICIENCY, Precision, finish, free, kernels, matmul_tflops
 
 if TYPE_CHECKING:
