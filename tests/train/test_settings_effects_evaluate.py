@@ -133,7 +133,7 @@ EVALUATE_SETTINGS: Entries = {
     "embedders": shows(table, *only("mean", "regressor")),
     "tta.*.flip": [
         shows(predictions, "tta.regressor.flip=true"),
-        refused("tta.mean: views are for checkpoints", "+tta.mean.flip=true"),
+        refused("tta.mean: only checkpoints, ensembles", "+tta.mean.flip=true"),
     ],
     "tta.*.sizes": shows(predictions, "tta.regressor.sizes=[48]"),
     "knn.neighbours": [

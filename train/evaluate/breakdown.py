@@ -1,4 +1,4 @@
-"""Scores of an evaluation by prompt source, group, length and distance to training, and retrieval recall.
+"""Breakdown of an evaluation's scores by prompt source, group, length and distance to training; retrieval recall.
 
 n images, m distinct prompts, E target width.
 """
@@ -23,7 +23,7 @@ _GROUPS = 60  # prompt groups listed by name, the largest first
 
 def count_words(places: Sequence[tuple[Dataset, int]]) -> NDArray[np.float64]:
     """Mean number of words of each image's prompts."""
-    words = [np.mean([len(text.split()) for text in dataset.prompts(own)]) for dataset, own in places]
+    words = [np.mean([len(text.split()) for text in dataset.prompts(row)]) for dataset, row in places]
     return np.array(words, np.float64)
 
 
@@ -34,13 +34,13 @@ def break_down(
     word_n: NDArray[np.float64],
     nearest_n: NDArray[np.float64],
 ) -> dict[str, list[dict[str, Any]]]:
-    """Scores by prompt source, group, length and distance to training: kind → groups with their images and scores."""
-    source_n = np.array([dataset.source(own) for dataset, own in places])
-    name_n = np.array([dataset.group(own) for dataset, own in places])
+    """Break scores down by prompt source, group, length and distance to training: kind → groups with mean scores."""
+    source_n = np.array([dataset.source(row) for dataset, row in places])
+    name_n = np.array([dataset.group(row) for dataset, row in places])
     names, counts = np.unique(name_n[name_n != ""], return_counts=True)
     largest = names[np.argsort(-counts, kind="stable")][:_GROUPS]
-    left = np.setdiff1d(names, largest)
-    others = [(f"{len(left):,} others", np.isin(name_n, left))] if len(left) else []
+    unlisted = np.setdiff1d(names, largest)
+    others = [(f"{len(unlisted):,} others", np.isin(name_n, unlisted))] if len(unlisted) else []
     kinds = {
         "source": [(str(name), source_n == name) for name in np.unique(source_n)],
         "group": [(str(name), name_n == name) for name in largest] + others if len(names) > 1 else [],
@@ -59,36 +59,36 @@ def break_down(
                     )[0].items()
                 },
             }
-            for name, mask_n in parts
+            for name, mask_n in masks
         ]
-        for kind, parts in kinds.items()
+        for kind, masks in kinds.items()
     }
 
 
 def retrieval_recall(
-    names: Sequence[str], found: Predictions, places: Sequence[tuple[Dataset, int]], index: PromptIndex | None
+    names: Sequence[str], predictions: Predictions, places: Sequence[tuple[Dataset, int]], index: PromptIndex | None
 ) -> dict[str, Any]:
-    """R@k: how often an image's own prompt is among the k nearest of all evaluated prompts and the prompt index."""
-    number: dict[str, int] = {}
-    own_n: list[list[int]] = []
+    """Recall R@k: fraction of images whose true prompt is among the k nearest of evaluated and indexed prompts."""
+    number_of: dict[str, int] = {}
+    correct_n: list[list[int]] = []
     vectors: list[NDArray[np.float32]] = []
     for dataset, row in places:
         prompts = dataset.prompts(row)
         for prompt, target_E in zip(prompts, dataset.targets(row), strict=True):
-            if number.setdefault(prompt, len(number)) == len(vectors):
+            if number_of.setdefault(prompt, len(number_of)) == len(vectors):
                 vectors.append(target_E)
-        own_n.append([number[prompt] for prompt in prompts])
+        correct_n.append([number_of[prompt] for prompt in prompts])
     evaluated_mE = np.stack(vectors)
-    count = len(number) + (len(index) - int(index.holds(list(number)).sum()) if index is not None else 0)
+    count = len(number_of) + (len(index) - int(index.holds(list(number_of)).sum()) if index is not None else 0)
     scores = []
     with progress(len(names), "embedder", "retrieval") as bar:
         for name in names:
-            near_mE = evaluated_mE
-            if index is not None:  # no other prompt of the index is among the first ten of any image
-                near_mE = np.concatenate(
-                    [evaluated_mE, index.vectors[index.nearest_distinct(found.vectors[name], max(_RANKS))]]
+            candidate_mE = evaluated_mE
+            if index is not None:  # other prompts of the index are not among the ten nearest of any image
+                candidate_mE = np.concatenate(
+                    [evaluated_mE, index.vectors[index.nearest_distinct(predictions.vectors[name], max(_RANKS))]]
                 )
-            shares = recall(found.vectors[name], near_mE, own_n, _RANKS)
-            scores.append({"name": name, **{f"r{k}": share for k, share in shares.items()}})
+            recalls = recall(predictions.vectors[name], candidate_mE, correct_n, _RANKS)
+            scores.append({"name": name, **{f"r{k}": recall_at_k for k, recall_at_k in recalls.items()}})
             bar.update()
     return {"prompts": count, "scores": scores}

@@ -5,9 +5,9 @@ python -m train.evaluate embedders=[mean,knn,ridge,regressor,ensemble]
 python -m train.evaluate embedders=[blip,coca,clip_interrogator,retrieve,regressor] run=checkpoints/vith14
 python -m train.evaluate embedders=[checkpoints/a,checkpoints/b,ensemble] dataset=data/comp out=comp_scores
 
-<out>/evaluation.json, report.html, keys.json, pictures.json       scores; the page; per image
-      predictions/NAME.npy [n, E], scores/NAME.npy [n], texts/NAME.json [n]
-      ensemble/                                                    one embedder, where its members are checkpoints
+<out>/evaluation.json, report.html, keys.json, pictures.json       scores; page; image keys; facts of each image
+      predictions/NAME.npy [n, E], scores/NAME.npy [n], texts/NAME.json [n] ensemble/
+      the ensemble as one embedder, if its members are checkpoints
 
 Without `dataset`, a run is evaluated on its own validation images: those of all its datasets, or its fold. Predictions
 are cached (train/evaluate/prediction_cache.py).
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 def evaluate(cfg: EvaluateSettings) -> dict[str, Any]:
-    """Score the embedders, write the folder and its page, and return the content of `evaluation.json`.
+    """Score the embedders, write the evaluation folder and its page, and return the content of `evaluation.json`.
 
     Raises:
         UserError: the run, a checkpoint, dataset, prompt index or embedder cannot be used.
@@ -42,8 +42,8 @@ def evaluate(cfg: EvaluateSettings) -> dict[str, Any]:
     if page:
         from train.evaluate import report
 
-        place = cfg.report or result.out / "report.html"
-        log.info("report: %s", report.write(result.out, place, result.trained_on))
+        path = cfg.report or result.out / "report.html"
+        log.info("report: %s", report.write(result.out, path, result.trained_on))
     return result.info
 
 
@@ -53,39 +53,40 @@ def _page_can_be_drawn(cfg: EvaluateSettings) -> bool:
     except UserError as error:
         if cfg.report is not None:
             raise
-        log.warning("no page: %s", error)
+        log.warning("no page is written: %s", error)
         return False
     return True
 
 
 def table(info: Mapping[str, Any]) -> str:
-    """The scores as text, best first, each with its distance from the best; below them the main embedder's scores by
-    source, and the leakage of each embedder."""
+    """Format an evaluation as text: scores, best first, with differences from the best; sources; leakage."""
     head = f"{info['images']:,} images, {info['split']}"
     ranked = sorted(info["scores"], key=lambda s: -s["mean"])
-    wide = max(12, *(len(name) for name in [s["name"] for s in ranked] + list(info["sources"])))
+    width = max(12, *(len(name) for name in [s["name"] for s in ranked] + list(info["sources"])))
     best = ranked[0]["name"]
-    behind = {pair["b"]: pair for pair in info["pairs"] if pair["a"] == best}
-    lines = [f"{'embedder':<{wide}} {'cosine':>8}   95 % interval      behind {best}, 95 % interval      {head}"]
+    pairs_with_best = {pair["b"]: pair for pair in info["pairs"] if pair["a"] == best}
+    lines = [f"{'embedder':<{width}} {'cosine':>8}   95 % interval      behind {best}, 95 % interval      {head}"]
     for score in ranked:
-        pair = behind.get(score["name"])
+        pair = pairs_with_best.get(score["name"])
         gap = f"   {pair['difference']:8.4f}   [{pair['low']:.4f}, {pair['high']:.4f}]" if pair else ""
-        lines.append(f"{score['name']:<{wide}} {scored(score)}{gap}")
+        lines.append(f"{score['name']:<{width}} {scored(score)}{gap}")
     if len(info["sources"]) > 1:
-        lines += ["", f"{'source':<{wide}} {'cosine':>8}   95 % interval      of {info['main']}"]
+        lines += ["", f"{'source':<{width}} {'cosine':>8}   95 % interval      of {info['main']}"]
         by_score = sorted(info["sources"].items(), key=lambda item: -item[1]["mean"])
-        lines += [f"{name:<{wide}} {scored(score)}   {score['images']:,} images" for name, score in by_score]
-    lines += ["", *_leakage_lines(leakage_of(info), wide)]
+        lines += [f"{name:<{width}} {scored(score)}   {score['images']:,} images" for name, score in by_score]
+    lines += ["", *_leakage_lines(leakage_of(info), width)]
     if info["ensemble"]:
         weights = ", ".join(f"{name} {weight:.2f}" for name, weight in info["ensemble"]["weights"].items())
         lines += ["", f"ensemble: {weights}; scored out of {info['ensemble']['folds']} folds"]
     return "\n".join(lines)
 
 
-def _leakage_lines(leakage: Mapping[str, LeakageCounts], wide: int) -> list[str]:
-    """A line for each embedder, also for one without leakage."""
-    lines = [f"{'leakage':<{wide}} evaluated images that share bytes or prompts with training, public weights aside"]
-    for name, own in leakage.items():
-        clean = f"; cosine of the other {own.clean['images']:,}:{scored(own.clean)}" if own.clean else ""
-        lines.append(f"{name:<{wide}} {own.text()}{clean}")
+def _leakage_lines(leakage: Mapping[str, LeakageCounts], width: int) -> list[str]:
+    """Format the leakage counts, with a line for every embedder."""
+    lines = [
+        f"{'leakage':<{width}} evaluated images that share bytes or prompts with training (without public pre-training)"
+    ]
+    for name, counts in leakage.items():
+        clean = f"; cosine of the other {counts.clean['images']:,}:{scored(counts.clean)}" if counts.clean else ""
+        lines.append(f"{name:<{width}} {counts.text()}{clean}")
     return lines

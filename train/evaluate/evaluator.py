@@ -1,4 +1,4 @@
-"""Score embedders on the same images and write the evaluation's folder: the core of `python -m train.evaluate`.
+"""Score embedders on the same images and write the evaluation folder: the core of `python -m train.evaluate`.
 
 n images, E target width.
 """
@@ -42,27 +42,29 @@ log = logging.getLogger(__name__)
 
 
 class EvaluationResult(NamedTuple):
+    """Content and folder of a finished evaluation."""
+
     info: dict[str, Any]
-    """What `evaluation.json` holds."""
+    """Content of `evaluation.json`."""
     out: Path
-    """The evaluation's folder."""
+    """Folder of the evaluation."""
     trained_on: list[tuple[Dataset, Rows]] | None
-    """Datasets and their images that the run was trained on; None without a run."""
+    """Training images of the run as (dataset, rows); None without a run."""
 
 
 def evaluate_embedders(cfg: EvaluateSettings) -> EvaluationResult:
-    """Score the embedders and write the evaluation's folder.
+    """Score the embedders and write the evaluation folder.
 
     Raises:
-        UserError: a run, checkpoint, dataset, prompt index or embedder cannot be used; before anything is computed.
+        UserError: a run, checkpoint, dataset, prompt index or embedder cannot be used; raised before any computation.
     """
     context = EvaluationContext(cfg)
     entries = [entry for entry in cfg.embedders if entry not in FROM_OTHERS]
     if {"retrieve", "blend"} & set(cfg.embedders) and "regressor" not in entries:
         entries.append("regressor")
-    known = context.registry.all(entries)
-    names = [known[entry].name if entry in known else entry for entry in cfg.embedders]
-    members = ensemble_members(cfg, {entry: embedder.name for entry, embedder in known.items()})
+    embedders = context.registry.all(entries)
+    names = [embedders[entry].name if entry in embedders else entry for entry in cfg.embedders]
+    members = ensemble_members(cfg, {entry: embedder.name for entry, embedder in embedders.items()})
     index = _build_prompt_index(cfg, context)
     if members:
         group_numbers(context, context.rows, cfg.ensemble.folds)
@@ -70,21 +72,21 @@ def evaluate_embedders(cfg: EvaluateSettings) -> EvaluationResult:
     overlaps = find_leakage(evaluated, _origins(cfg, context, members, index), context.device)
     for name in names:
         log_leakage(name, overlaps[name].counts())
-    found = predict(list(known.values()), context.images, context.rows, cfg.batch_size, cfg.workers)
-    places = [context.images.place(row) for row in found.rows]
+    predictions = predict(list(embedders.values()), context.images, context.rows, cfg.batch_size, cfg.workers)
+    places = [context.images.place(row) for row in predictions.rows]
     targets = [dataset.targets(own) for dataset, own in places]
     if {"retrieve", "blend"} & set(cfg.embedders):
         assert index is not None
-        _retrieve(cfg, found, index)
-    row_n = np.array(found.rows)
+        _retrieve(cfg, predictions, index)
+    row_n = np.array(predictions.rows)
     readable = np.flatnonzero(np.isin(context.rows, row_n))
     overlaps = {name: overlap.at(readable) for name, overlap in overlaps.items()}
     prompt_n = prompt_numbers(context, row_n)
     ensemble_info = None
     if members:
-        apart_n = group_numbers(context, row_n, cfg.ensemble.folds)
-        ensemble_info = add_ensemble(cfg, found, members, mean_targets(targets), apart_n)
-    scores = {name: cosines(found.vectors[name], targets) for name in names}
+        fold_group_n = group_numbers(context, row_n, cfg.ensemble.folds)
+        ensemble_info = add_ensemble(cfg, predictions, members, mean_targets(targets), fold_group_n)
+    scores = {name: cosines(predictions.vectors[name], targets) for name in names}
     intervals, differences = compare(scores, prompt_n)
     if ensemble_info is not None:
         ensemble_info["single"] = {name: intervals[name].mean for name in members}
@@ -101,19 +103,20 @@ def evaluate_embedders(cfg: EvaluateSettings) -> EvaluationResult:
         "checkpoint": None if context.folder is None else str(context.folder),
         "folders": {name: str(folder) for name, folder in folders.items()},
         "leakage": {"cosine": NEAR, "embedders": {name: own.to_json() for name, own in leakage.items()}},
-        "images": len(found.rows),
-        "skipped": found.skipped,
+        "images": len(predictions.rows),
+        "skipped": predictions.skipped,
         "main": main,
         "scores": [
-            {"name": name, **intervals[name]._asdict(), "seconds": round(found.seconds[name], 3)} for name in names
+            {"name": name, **intervals[name]._asdict(), "seconds": round(predictions.seconds[name], 3)}
+            for name in names
         ],
         "pairs": [difference._asdict() for difference in differences],
         "sources": {p["name"]: {**p["scores"][main], "images": p["images"]} for p in breakdown["source"]},
         "breakdown": breakdown,
-        "retrieval": retrieval_recall(names, found, places, index),
+        "retrieval": retrieval_recall(names, predictions, places, index),
         "ensemble": ensemble_info,
     }
-    _write(context, names, found, scores, word_n, nearest_n, info)
+    _write(context, names, predictions, scores, word_n, nearest_n, info)
     if ensemble_info is not None:
         try:
             ensemble_info["saved"] = save_ensemble(cfg, context, ensemble_info, info)
@@ -128,43 +131,45 @@ def evaluate_embedders(cfg: EvaluateSettings) -> EvaluationResult:
 def _origins(
     cfg: EvaluateSettings, context: EvaluationContext, members: Sequence[str], index: PromptIndex | None
 ) -> dict[str, list[Origin]]:
-    """Training sets of each embedder; under "", the training images of the run where they are known."""
-    registry, asked = context.registry, cfg.embedders
+    """Training sets of each embedder; the key "" has the training images of the run where they are known."""
+    registry, requested = context.registry, cfg.embedders
     by_run = [] if context.data is None else [_origin_of_run(context, context.data)]
-    found: dict[str, list[Origin]] = {name: [] for name in asked if name in CAPTIONERS}
-    found |= dict.fromkeys(("", *(name for name in BASELINES if name in asked)), by_run)
-    if registry.bank is not None:
-        found["knn"] = [_origin_of_index(str(cfg.knn.prompt_index), registry.bank)]
+    by_name: dict[str, list[Origin]] = {name: [] for name in requested if name in CAPTIONERS}
+    by_name |= dict.fromkeys(("", *(name for name in BASELINES if name in requested)), by_run)
+    if registry.prompt_index is not None:
+        by_name["knn"] = [_origin_of_index(str(cfg.knn.prompt_index), registry.prompt_index)]
     for name, folder in registry.folders.items():
-        each = origins(folder, context.encoder, context.device)
-        found[name] = [next((own for own in by_run if own.name == origin.name), origin) for origin in each]
-    for name in (name for name in ("retrieve", "blend") if name in asked):
+        folder_origins = origins(folder, context.encoder, context.device)
+        by_name[name] = [
+            next((shared for shared in by_run if shared.name == origin.name), origin) for origin in folder_origins
+        ]
+    for name in (name for name in ("retrieve", "blend") if name in requested):
         assert index is not None
-        regressor = found["regressor"]
-        is_held = cfg.prompt_index is None and by_run and by_run[0] in regressor
-        found[name] = [
+        regressor = by_name["regressor"]
+        is_counted = cfg.prompt_index is None and by_run and by_run[0] in regressor
+        by_name[name] = [
             *regressor,
-            *([] if is_held else [_origin_of_index(str(cfg.prompt_index or context.run), index)]),
+            *([] if is_counted else [_origin_of_index(str(cfg.prompt_index or context.run), index)]),
         ]
     if members:
-        found["ensemble"] = [origin for name in members for origin in found[name]]
-    return found
+        by_name["ensemble"] = [origin for name in members for origin in by_name[name]]
+    return by_name
 
 
 def _origin_of_run(context: EvaluationContext, data: ImageDataModule) -> Origin:
-    """Training images of the run as its datasets are now: baselines are fitted on them."""
+    """Training images of the run in the present state of its datasets, which baselines are fitted on."""
     assert context.run is not None
     values = read_settings(context.run)
-    then = run_origin(context.run, values, context.encoder, context.device, weighted=False)
+    recorded = run_origin(context.run, values, context.encoder, context.device, weighted=False)
     sha256 = values.get("dataset_sha256") or []
-    same = all(d.fingerprint() == known for d, known in zip(data.images.datasets, sha256, strict=False))
-    name = then.name if same else f"{then.name}, datasets as they are now"
+    unchanged = all(d.fingerprint() == digest for d, digest in zip(data.images.datasets, sha256, strict=False))
+    name = recorded.name if unchanged else f"{recorded.name}, present state of its datasets"
     prompts = context.prompts if data.images is context.images else data.prompts
     return Origin(name, lambda: ImageSet(data.images, data.train_rows, prompts))
 
 
 def _origin_of_index(place: str, index: PromptIndex) -> Origin:
-    return Origin(f"the prompts of {place}", lambda: PromptIndexSet(index))
+    return Origin(f"prompts of {place}", lambda: PromptIndexSet(index))
 
 
 def _leakage(
@@ -173,19 +178,19 @@ def _leakage(
     scores: Mapping[str, NDArray[np.float64]],
     prompt_n: NDArray[np.int64],
 ) -> dict[str, LeakageCounts]:
-    """Leakage counts of each embedder, with its score on unaffected images."""
-    found = {}
+    """Count leakage for each embedder, with its score on unaffected images."""
+    leakage = {}
     for name in names:
         clean_n = ~overlaps[name].affected_n
         clean = None
         if clean_n.any() and not clean_n.all():
             clean = compare({name: scores[name][clean_n]}, prompt_n[clean_n])[0][name]
-        found[name] = with_clean_score(overlaps[name].counts(), clean, int(clean_n.sum()))
-    return found
+        leakage[name] = with_clean_score(overlaps[name].counts(), clean, int(clean_n.sum()))
+    return leakage
 
 
 def _build_prompt_index(cfg: EvaluateSettings, context: EvaluationContext) -> PromptIndex | None:
-    """Prompt index to retrieve from: the one named, or the run's training prompts; None without either."""
+    """Build the prompt index from the named dataset or file, or from the run's training prompts; None without both."""
     if cfg.prompt_index is not None:
         device = device_of(cfg.accelerator).type
         return from_places(
@@ -204,51 +209,51 @@ def _build_prompt_index(cfg: EvaluateSettings, context: EvaluationContext) -> Pr
     return None
 
 
-def _retrieve(cfg: EvaluateSettings, found: Predictions, index: PromptIndex) -> None:
+def _retrieve(cfg: EvaluateSettings, predictions: Predictions, index: PromptIndex) -> None:
     """Add the embedders "retrieve" and "blend", computed from the regressor's vectors."""
     began = time.perf_counter()
-    z_nE = found.vectors["regressor"]
+    z_nE = predictions.vectors["regressor"]
     vector_nE, texts = PromptRetriever(index, cfg.retrieve.neighbours, cfg.retrieve.similarity_exponent).from_vectors(
         z_nE
     )
-    made = {"retrieve": vector_nE, "blend": blend(z_nE, vector_nE, cfg.retrieve.blend_weight)}
-    found.texts["retrieve"] = texts
-    for name, own in made.items():
-        found.vectors[name] = own
-        found.seconds[name] = found.seconds["regressor"] + time.perf_counter() - began
+    vectors = {"retrieve": vector_nE, "blend": blend(z_nE, vector_nE, cfg.retrieve.blend_weight)}
+    predictions.texts["retrieve"] = texts
+    for name, vectors_nE in vectors.items():
+        predictions.vectors[name] = vectors_nE
+        predictions.seconds[name] = predictions.seconds["regressor"] + time.perf_counter() - began
 
 
 def _write(
     context: EvaluationContext,
     names: Sequence[str],
-    found: Predictions,
+    predictions: Predictions,
     scores: Mapping[str, NDArray[np.float64]],
     word_n: NDArray[np.float64],
     nearest_n: NDArray[np.float64],
     info: Mapping[str, Any],
 ) -> None:
-    """Write the evaluation's folder; evaluation.json comes last, so every file that it names exists."""
+    """Write the evaluation folder; evaluation.json comes last, so that every file that it names exists."""
     out = context.out
     _clear(out)
     for name in names:
-        for kind, array in (("predictions", found.vectors[name]), ("scores", scores[name].astype(np.float32))):
+        for kind, array in (("predictions", predictions.vectors[name]), ("scores", scores[name].astype(np.float32))):
             write_array(out / kind / f"{name}.npy", array)
-        if name in found.texts:
-            write_json(out / "texts" / f"{name}.json", found.texts[name])
+        if name in predictions.texts:
+            write_json(out / "texts" / f"{name}.json", predictions.texts[name])
     nearest = [None if np.isnan(value) else round(value, 6) for value in nearest_n.tolist()]
     write_json(out / "pictures.json", {"words": word_n.tolist(), "nearest": nearest})
-    write_json(out / "keys.json", [context.images.key(row) for row in found.rows])
+    write_json(out / "keys.json", [context.images.key(row) for row in predictions.rows])
     write_json(out / "evaluation.json", info)
 
 
 def _clear(out: Path) -> None:
-    """Remove the files that an earlier evaluation.json in `out` names, and nothing else."""
+    """Remove only the files that an earlier evaluation.json in `out` names."""
     try:
         info = json.loads((out / "evaluation.json").read_text())
-        before, saved = [score["name"] for score in info["scores"]], (info.get("ensemble") or {}).get("saved")
+        names, saved = [score["name"] for score in info["scores"]], (info.get("ensemble") or {}).get("saved")
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return
-    for name in before:
+    for name in names:
         for file in (f"predictions/{name}.npy", f"scores/{name}.npy", f"texts/{name}.json"):
             (out / file).unlink(missing_ok=True)
     for file in ("evaluation.json", "report.html"):

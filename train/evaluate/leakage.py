@@ -2,14 +2,14 @@
 
     overlaps = find_leakage(evaluated, {"regressor": origins(folder, encoder)}, device)
     overlaps["regressor"].counts().text()       "16 of 16 images (16 with a training prompt, …)"
-    validation_leakage(cfg, data, device)       the same for a run's own validation sets, before it trains
+    validation_leakage(cfg, data, device)       leakage of a run's validation sets, before it trains
 
-Three kinds: equal bytes (crc32 and size in the index; no image is read), equal prompts (normal form), and prompts at a
-cosine of .9 or more. The last is exact, one blocked matrix product: 2 E FLOP for each pair of an evaluated and a
-training text. At a million training prompts and E = 384 that is 0.8 GFLOP an evaluated text, about what
+There are three kinds: equal bytes (crc32 and size in the index; no image is read), equal prompts (normal form), and
+prompts at a cosine of .9 or more. The last is exact, by a blocked matmul of 2 E FLOP for each pair of an evaluated and
+a training text. With a million training prompts and E = 384 that is 0.8 GFLOP per evaluated text, about as much as
 EfficientNet-Lite0 takes for an image; training vectors are read once, block by block.
 
-n evaluated images, d their distinct texts, E target width.
+n evaluated images, d distinct texts of theirs, E target width.
 """
 
 import logging
@@ -37,34 +37,34 @@ log = logging.getLogger(__name__)
 
 Mask = NDArray[np.bool_]
 
-_AT_ONCE = 4096  # evaluated texts in one matrix product
+_BLOCK = 4096  # evaluated texts per matmul
 _BAR_FROM = 2e8  # pairs of texts from which a progress bar is shown: fewer take seconds
 
 
 @dataclass(frozen=True)
 class Overlap:
-    """Evaluated images that share bytes or prompts with training images, image by image."""
+    """Masks of the evaluated images that share bytes or prompts with training images."""
 
     bytes_n: Mask
-    """Images with the bytes of a training image."""
+    """Whether each image's bytes equal those of a training image."""
     prompts_n: Mask
-    """Images with a prompt that equals a training prompt in normal form."""
+    """Whether a prompt of each image equals a training prompt in normal form."""
     near_n: Mask
-    """Images with a prompt at cosine ≥ `NEAR` to a training prompt, or an equal one."""
+    """Whether a prompt of each image equals a training prompt or is at cosine ≥ `NEAR` to one."""
     nearest_n: NDArray[np.float64]
     """Cosine of each image's prompt to the nearest training prompt; NaN where there is no training prompt."""
     is_measured: bool = True
     """Whether any training images are known."""
     unknown: tuple[str, ...] = ()
-    """A reason for each set of training images that is not known."""
+    """Reason for each training set that is unknown."""
 
     @property
     def affected_n(self) -> Mask:
-        """Images of any of the three kinds."""
+        """Whether each image has an overlap of any kind."""
         return self.bytes_n | self.near_n
 
     def at(self, places: NDArray[np.integer] | slice) -> "Overlap":
-        """The overlap of some of the images, by their places or a slice."""
+        """Select the overlap of some images, by positions or a slice."""
         return replace(
             self,
             bytes_n=self.bytes_n[places],
@@ -74,7 +74,7 @@ class Overlap:
         )
 
     def counts(self) -> LeakageCounts:
-        """The number of images of each kind."""
+        """Count the images of each kind."""
         counts = [int(mask.sum()) for mask in (self.bytes_n, self.prompts_n, self.near_n, self.affected_n)]
         return LeakageCounts(len(self.bytes_n), *(counts if self.is_measured else [None] * 4), unknown=self.unknown)
 
@@ -92,20 +92,20 @@ class Overlap:
 def find_leakage(
     evaluated: ImageSet, origins: Mapping[str, Sequence[Origin]], device: torch.device | str = "cpu"
 ) -> dict[str, Overlap]:
-    """The overlap of the evaluated images with what each embedder was trained on.
+    """Compute the overlap of the evaluated images with the training data of each embedder.
 
     Args:
-        origins: embedder → the sets that it was trained on; empty for an embedder with public weights alone.
-        device: where vectors are compared; it does not change the counts.
+        origins: embedder → its training sets; empty for an embedder with only public weights.
+        device: device that compares vectors; it does not change the counts.
     """
     vector_dE = _vectors(evaluated, device)
     measured: dict[str, Overlap] = {}
-    for origin in (origin for each in origins.values() for origin in each):
+    for origin in (origin for embedder_origins in origins.values() for origin in embedder_origins):
         if origin.name not in measured:
             measured[origin.name] = _measure(evaluated, vector_dE, origin)
     overlaps = {}
-    for name, each in origins.items():
-        parts = [measured[origin.name] for origin in each]
+    for name, embedder_origins in origins.items():
+        parts = [measured[origin.name] for origin in embedder_origins]
         overlap = replace(_none(evaluated), is_measured=not parts)
         for part in parts:
             overlap = overlap | part
@@ -114,7 +114,7 @@ def find_leakage(
 
 
 def log_leakage(name: str, leakage: LeakageCounts) -> None:
-    """Log one line; it is a warning where images are affected or training images are not known."""
+    """Log the leakage in one line, as a warning where images are affected or training images are unknown."""
     clean = leakage.is_known and not leakage.affected
     log.log(logging.INFO if clean else logging.WARNING, "leakage of %s: %s", name, leakage.text())
 
@@ -123,33 +123,33 @@ def with_clean_score(leakage: LeakageCounts, clean: Interval | None, images: int
     """Add the score of unaffected images to the counts.
 
     Args:
-        clean: that score; None leaves the counts as they are.
+        clean: score of the unaffected images; None returns the counts unchanged.
         images: number of unaffected images.
     """
     return leakage if clean is None else replace(leakage, clean={**clean._asdict(), "images": images})
 
 
 def validation_leakage(
-    cfg: TrainSettings, data: ImageDataModule, device: torch.device, known: Path | None = None
+    cfg: TrainSettings, data: ImageDataModule, device: torch.device, about_path: Path | None = None
 ) -> dict[str, LeakageCounts]:
-    """The overlap of a run's own validation sets with its training images and those of what it began from.
+    """Count and log the leakage of a run's validation sets from its training images and those of its initial weights.
 
-    Logs a line for each set. Only rank 0 counts; the result is empty on other ranks and without validation.
+    Only rank 0 counts; the result is empty on other ranks and without validation.
 
     Args:
-        data: the run's images.
-        device: where vectors are compared.
-        known: about.json of the same run where it resumes: its counts are taken, and nothing is counted again.
+        data: images of the run.
+        device: device that compares vectors.
+        about_path: about.json of the same run if it resumes: its counts are reused.
     """
     if not data.val_names or not is_rank_zero():
         return {}
-    counts = validation_counts(known) if known is not None else None
+    counts = validation_counts(about_path) if about_path is not None else None
     if counts is None or set(counts) != set(data.val_names):
         evaluated = ImageSet(data.images, np.concatenate(data.val_sets), data.prompts)
         trained = Origin("this run", lambda: ImageSet(data.images, data.train_rows, data.prompts))
         overlap = find_leakage(evaluated, {"run": [trained, *origins_of_start(cfg, device)]}, device)["run"]
         if device.type == "cuda":
-            torch.cuda.empty_cache()  # what fits on the device is measured next
+            torch.cuda.empty_cache()  # the micro-batch search, which measures free memory, is next
         ends = np.cumsum([0, *map(len, data.val_sets)])
         sets = zip(data.val_names, ends[:-1].tolist(), ends[1:].tolist(), strict=True)
         counts = {name: overlap.at(slice(begin, end)).counts() for name, begin, end in sets}
@@ -177,7 +177,7 @@ def _measure(evaluated: ImageSet, vector_dE: torch.Tensor, origin: Origin) -> Ov
     overlap.bytes_n[:] = np.isin(evaluated.content_ids, training.content_ids)
     overlap.prompts_n[evaluated.owner_c[np.isin(evaluated.hash_c, training.hash_c)]] = True
     if training.encoder is not None and differences(training.encoder, evaluated.encoder):
-        reason = f"{origin.name}: prompts at cosine ≥ {NEAR}, because its vectors are of another version of the encoder"
+        reason = f"{origin.name}: prompts at cosine ≥ {NEAR}, because another version of the encoder made its vectors"
         return replace(overlap, near_n=overlap.prompts_n, unknown=(reason,))
     best_d, near_d = _nearest_texts(vector_dE, training)
     overlap.near_n[evaluated.owner_c[near_d[evaluated.text_c]]] = True
@@ -186,18 +186,18 @@ def _measure(evaluated: ImageSet, vector_dE: torch.Tensor, origin: Origin) -> Ov
 
 
 def _nearest_texts(vector_dE: torch.Tensor, training: TrainingSet) -> tuple[NDArray[np.float64], Mask]:
-    """Cosine of each evaluated text to the nearest training text, NaN without any, [d]; whether it is near, [d]."""
+    """Cosine of each evaluated text to the nearest training text, [d] (NaN without any); whether it is near, [d]."""
     device = vector_dE.device
     best_d = torch.full((len(vector_dE),), torch.nan, device=device)
     near_d = torch.zeros(len(vector_dE), dtype=torch.bool, device=device)
-    shown = training.texts * len(vector_dE) > _BAR_FROM
-    with progress(training.texts, "prompt", "leakage", show=shown) as bar, single_precision():
+    show_bar = training.texts * len(vector_dE) > _BAR_FROM
+    with progress(training.texts, "prompt", "leakage", show=show_bar) as bar, single_precision():
         for block in training.vector_blocks():
             block_E = torch.from_numpy(block).to(device)
-            for begin in range(0, len(vector_dE), _AT_ONCE):
-                part = slice(begin, begin + _AT_ONCE)
-                cosine_d, reached_d = nearest(vector_dE[part], block_E, NEAR)
+            for begin in range(0, len(vector_dE), _BLOCK):
+                part = slice(begin, begin + _BLOCK)
+                cosine_d, is_near_d = nearest(vector_dE[part], block_E, NEAR)
                 best_d[part] = torch.fmax(best_d[part], cosine_d)
-                near_d[part] |= reached_d
+                near_d[part] |= is_near_d
             bar.update(len(block_E))
     return best_d.double().cpu().numpy(), near_d.cpu().numpy()

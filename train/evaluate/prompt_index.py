@@ -1,16 +1,16 @@
 """Prompt index: distinct prompts of datasets and files with their target vectors, for nearest-prompt retrieval.
 
     index = from_places(["data/sd2", "prompts.parquet"], "all-MiniLM-L6-v2")
-    index.nearest(z_BE, 3)                                  for each vector, three cosines and texts
-    vector_BE, texts = PromptRetriever(index).from_vectors(z_BE)    a weighted mean of the nearest prompts' vectors
+    index.nearest(z_BE, 3)                                          (cosine, prompt) of the 3 nearest, for each vector
+    vector_BE, texts = PromptRetriever(index).from_vectors(z_BE)    weighted mean of the nearest prompts' vectors
 
 <cache>/banks/<hash>/about.json, vectors.npy (core/cache.py), index-<hash>.faiss (models/retrieval/vector_index.py)
 
-A dataset gives the vectors that it has; a file's prompts are encoded once, part by part: a killed run resumes. <cache>
-is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; the hash covers the texts and who encoded them. Vectors take
-4 E bytes of disk a prompt and are mapped; texts are held in memory, each once.
+Datasets provide their stored vectors; prompts of files are encoded once, block by block, and a killed run resumes.
+<cache> is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; the hash covers texts and encoders. Vectors take 4 E
+bytes of disk per prompt and are memory-mapped; the distinct texts are in memory.
 
-B vectors of a question, n prompts, E target width, k neighbours.
+B query vectors, n prompts, E target width, k neighbours.
 """
 
 import functools
@@ -51,18 +51,19 @@ _LINES = 100_000  # prompts per block
 
 
 class Source(Protocol):
-    """Prompts of one origin."""
+    """Source of prompts and their vectors: a file or a dataset."""
 
     name: str
+    """Path, for messages."""
     prompts: pa.ChunkedArray
-    """Large strings; one may come several times."""
+    """Prompts as large strings, which may repeat."""
 
     def identity(self) -> dict[str, Any]:
-        """Whose vectors `vectors` gives."""
+        """Identity of the encoder whose vectors `vectors` returns."""
         ...
 
     def vectors(self, rows: Rows, texts: list[str]) -> Floats:
-        """The unit vectors [n, E] of these of its rows, whose prompts are `texts`."""
+        """Unit vectors [n, E] of the given rows, whose prompts are `texts`."""
         ...
 
 
@@ -70,11 +71,11 @@ class PromptIndex:
     """Distinct prompts with their unit vectors.
 
     Args:
-        sources: where they come from; of a prompt that comes several times, the first counts.
-        exact: how `index` searches, as in `models.retrieval.vector_index.Index`.
+        sources: sources of prompts; a prompt that repeats has the vector of its first source.
+        exact: whether `index` searches exactly, as in `models.retrieval.vector_index.Index`.
 
     Raises:
-        UserError: they hold no prompt.
+        UserError: the sources hold no prompt.
     """
 
     def __init__(self, sources: Sequence[Source], *, exact: bool | None = None) -> None:
@@ -82,9 +83,9 @@ class PromptIndex:
         texts = pa.chunked_array([chunk for s in sources for chunk in s.prompts.chunks], pa.large_string())
         distinct = pa.concat_arrays(texts.chunks).dictionary_encode() if texts.num_chunks else None
         if distinct is None or not len(distinct):
-            raise UserError(f"no prompt to index in {', '.join(s.name for s in sources) or 'no place'}")
+            raise UserError(f"no prompt to index in {', '.join(s.name for s in sources) or 'no file or dataset'}")
         self._texts: pa.Array = distinct.dictionary
-        first_n = np.unique(distinct.indices.to_numpy(), return_index=True)[1]  # they are numbered as they appear
+        first_n = np.unique(distinct.indices.to_numpy(), return_index=True)[1]  # numbered in order of appearance
         starts = np.cumsum([0, *(len(s.prompts) for s in sources)])
         self._source_n = np.searchsorted(starts, first_n, side="right") - 1
         self._row_n: Rows = first_n - starts[self._source_n]
@@ -94,36 +95,39 @@ class PromptIndex:
         return len(self._texts)
 
     def texts(self, rows: Rows | range) -> list[str]:
-        """The prompts of these rows."""
+        """Prompts of the given rows."""
         if isinstance(rows, range):
             return self._texts.slice(rows.start, len(rows)).to_pylist()
         return self._texts.take(pa.array(rows)).to_pylist()
 
     @property
     def exact(self) -> bool:
-        """Whether `index` looks at every vector."""
+        """Whether `index` searches exactly, over every vector."""
         return is_exact(len(self), self._exact)
 
     def holds(self, texts: Sequence[str]) -> NDArray[np.bool_]:
-        """Whether each text is one of the prompts, verbatim: leakage of evaluated prompts."""
-        found = pc.call_function("is_in", [pa.array(texts, pa.large_string())], pc.SetLookupOptions(self._texts))
-        return found.to_numpy(zero_copy_only=False)
+        """Whether each text is among the prompts verbatim, [n]."""
+        is_held = pc.call_function("is_in", [pa.array(texts, pa.large_string())], pc.SetLookupOptions(self._texts))
+        return is_held.to_numpy(zero_copy_only=False)
 
     def identity(self) -> dict[str, Any]:
-        """What the prompts and their vectors depend on, with no model loaded.
+        """Identity of the prompts and their vectors for cache keys; no model is loaded.
 
         Raises:
-            UserError: the hub cannot be asked for an encoder's commit.
+            UserError: the commit of an encoder cannot be looked up on the hub.
         """
-        used = [self._sources[n].identity() for n in np.unique(self._source_n).tolist()]
-        return {"prompts": self._digest, "encoders": [about for i, about in enumerate(used) if about not in used[:i]]}
+        encoders = [self._sources[n].identity() for n in np.unique(self._source_n).tolist()]
+        return {
+            "prompts": self._digest,
+            "encoders": [e for i, e in enumerate(encoders) if e not in encoders[:i]],
+        }
 
     @property
     def vectors(self) -> Floats:
-        """The unit vectors [n, E], mapped; made at the first use, with a bar.
+        """Unit vectors [n, E], memory-mapped; computed at the first use with a progress bar.
 
         Raises:
-            UserError: the encoder cannot be loaded, the disk is full, or the sources' vectors differ in width.
+            UserError: the encoder cannot be loaded, the disk is full, or the vectors of the sources differ in width.
         """
         return self._vectors
 
@@ -132,51 +136,51 @@ class PromptIndex:
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "about.json", self._about())
-        return stored(folder, len(self), self._made, "prompt", "bank")
+        return stored(folder, len(self), self._vector_block, "prompt", "bank")
 
     @functools.cached_property
     def index(self) -> Index:
-        """Over `vectors`; an approximate one is built once and kept beside them.
+        """Vector index over `vectors`; an approximate one is built once and cached beside them.
 
         Raises:
-            UserError: as `vectors`, or one is zero or not finite.
+            UserError: as `vectors`, or a vector is zero or not finite.
         """
         return kept(self._folder, self.vectors, exact=self._exact)
 
     def nearest(self, vector_BE: Floats, k: int) -> list[list[tuple[float, str]]]:
-        """For each vector its k nearest prompts, with their cosines, the nearest first; fewer of a smaller index.
+        """Find the k nearest prompts of each vector with their cosines, nearest first; fewer if the index is smaller.
 
         Raises:
-            UserError: the vectors are of another width, zero or not finite.
+            UserError: the vectors have another width, or one is zero or not finite.
         """
         cosine_Bk, row_Bk = self.index.search(vector_BE, k)
         texts = iter(self.texts(row_Bk.ravel()))
         return [[(cosine, next(texts)) for cosine in cosine_k] for cosine_k in cosine_Bk.tolist()]
 
     def nearest_distinct(self, vector_BE: Floats, k: int) -> Rows:
-        """Sorted rows that hold each vector's k nearest distinct vectors: of equal vectors at least one row.
+        """Sorted rows that contain the k nearest distinct vectors of each query; of equal vectors at least one row.
 
-        Prompts may have equal vectors, as those that differ in capitals have for some encoders: of the k nearest rows
-        fewer than k may differ.
+        Prompts may have equal vectors, for example where an encoder ignores case; then the k nearest rows have fewer
+        than k distinct vectors.
 
         Raises:
             UserError: as `nearest`, or k is below 1.
         """
-        found: list[Rows] = [np.zeros(0, np.int64)]
-        left, many = np.arange(len(vector_BE)), min(k, len(self))
-        while len(left):
-            row_Bm = self.index.search(vector_BE[left], many)[1]
+        nearest_rows: list[Rows] = [np.zeros(0, np.int64)]
+        remaining, count = np.arange(len(vector_BE)), min(k, len(self))
+        while len(remaining):
+            row_Bm = self.index.search(vector_BE[remaining], count)[1]
             row_u, place_Bm = np.unique(row_Bm, return_inverse=True)
             kind_Bm = _kinds(self.vectors[row_u])[place_Bm].reshape(row_Bm.shape)
             firsts = [np.sort(np.unique(kind_m, return_index=True)[1])[:k] for kind_m in kind_Bm]
-            full = np.array([many == len(self) or len(first) == k for first in firsts])
-            found += [row_Bm[b, firsts[b]] for b in np.flatnonzero(full)]
-            left, many = left[~full], min(2 * many, len(self))
-        return np.unique(np.concatenate(found))
+            full = np.array([count == len(self) or len(first) == k for first in firsts])
+            nearest_rows += [row_Bm[b, firsts[b]] for b in np.flatnonzero(full)]
+            remaining, count = remaining[~full], min(2 * count, len(self))
+        return np.unique(np.concatenate(nearest_rows))
 
     @functools.cached_property
     def _digest(self) -> str:
-        """Of the texts in their order, and of which source each is."""
+        """Hash of the texts in their order and of the source of each."""
         digest = hashlib.blake2b(self._source_n.astype(np.int64).tobytes(), digest_size=16)
         for start in range(0, len(self), _LINES):
             digest.update(json.dumps(self.texts(range(start, min(start + _LINES, len(self))))).encode())
@@ -190,19 +194,19 @@ class PromptIndex:
         named = hashlib.sha256(json.dumps(self._about(), sort_keys=True).encode()).hexdigest()[:16]
         return cache_folder() / "banks" / named
 
-    def _made(self, start: int, stop: int) -> Floats:
+    def _vector_block(self, start: int, stop: int) -> Floats:
         source_n, row_n = self._source_n[start:stop], self._row_n[start:stop]
         parts = {}
         for number in np.unique(source_n).tolist():
-            own = np.flatnonzero(source_n == number)
-            parts[number] = own, self._sources[number].vectors(row_n[own], self.texts(own + start))
+            positions = np.flatnonzero(source_n == number)
+            parts[number] = positions, self._sources[number].vectors(row_n[positions], self.texts(positions + start))
         widths = {self._sources[n].name: vectors.shape[1] for n, (_, vectors) in parts.items()}
         if len(set(widths.values())) > 1:
-            raise UserError(f"the vectors of a prompt index must be of one encoder, but their widths are {widths}")
-        found = np.empty((stop - start, next(iter(widths.values()))), np.float32)
-        for own, vectors in parts.values():
-            found[own] = vectors
-        return found
+            raise UserError(f"the vectors of a prompt index must come from one encoder, but their widths are {widths}")
+        vectors_ = np.empty((stop - start, next(iter(widths.values()))), np.float32)
+        for positions, vectors in parts.values():
+            vectors_[positions] = vectors
+        return vectors_
 
 
 class PromptRetriever:
@@ -210,15 +214,15 @@ class PromptRetriever:
 
     Args:
         index: prompts to retrieve from.
-        k: neighbours.
-        power: of the cosines; the higher, the more the nearest counts.
+        k: number of neighbours.
+        power: exponent of the cosines in the weights; the higher, the more the nearest prompt counts.
     """
 
     def __init__(self, index: PromptIndex, k: int = 20, power: float = 1.0) -> None:
         self._prompts, self._k, self._power = index, k, power
 
     def identity(self) -> dict[str, Any]:
-        """What the answers depend on beside the vectors, with nothing loaded.
+        """Identity of index and settings for cache keys; nothing is loaded.
 
         Raises:
             UserError: as `PromptIndex.identity`.
@@ -227,7 +231,7 @@ class PromptRetriever:
         return {"bank": self._prompts.identity(), "index": index, "k": self._k, "power": self._power}
 
     def from_vectors(self, z_BE: Floats) -> tuple[Floats, list[str]]:
-        """Unit vectors [B, E], and for each vector the nearest prompt.
+        """Retrieve: unit vectors [B, E] and the nearest prompt of each query.
 
         Raises:
             UserError: as `PromptIndex.nearest`.
@@ -237,10 +241,10 @@ class PromptRetriever:
 
 
 def blend(z_BE: Floats, retrieved_BE: Floats, share: float) -> Floats:
-    """`models.ensemble.weights.blend` of both, a share of what is retrieved and the rest of z.
+    """Blend predicted and retrieved vectors with weights 1 - share and share, by `models.ensemble.weights.blend`.
 
     Raises:
-        UserError: the share is not within 0 and 1; or vectors are zero, not finite, of other shapes, or cancel out.
+        UserError: share is outside 0 to 1; or vectors are zero, not finite, of different shapes, or cancel out.
     """
     if not 0 <= share <= 1:
         raise UserError(f"blend_weight: {share} is outside 0 to 1")
@@ -248,24 +252,24 @@ def blend(z_BE: Floats, retrieved_BE: Floats, share: float) -> Floats:
 
 
 def _kinds(vector_uE: Floats) -> Rows:
-    """A number for each vector [u], the same for equal ones alone."""
-    vector_uE = np.ascontiguousarray(vector_uE) + np.float32(0)  # no negative zeros: equal vectors have equal bytes
-    whole = np.dtype((np.void, vector_uE.itemsize * vector_uE.shape[1]))
-    return np.unique(vector_uE.view(whole)[:, 0], return_inverse=True)[1]
+    """Group number of each vector, [u]; equal vectors, and only these, have the same number."""
+    vector_uE = np.ascontiguousarray(vector_uE) + np.float32(0)  # without negative zeros equal vectors have equal bytes
+    row_bytes = np.dtype((np.void, vector_uE.itemsize * vector_uE.shape[1]))
+    return np.unique(vector_uE.view(row_bytes)[:, 0], return_inverse=True)[1]
 
 
-# -------------------------------------------------------------------------------------------------------- where from
+# ----------------------------------------------------------------------------------------------------------- sources
 
 
 def from_images(parts: Iterable[tuple[Dataset, Rows]], *, exact: bool | None = None) -> PromptIndex:
-    """The captions of these images, as a run has shared them out.
+    """Build a prompt index from the captions of images, such as the training images of a run.
 
     Args:
-        parts: datasets, opened with one encoder, with the numbers of the images.
+        parts: (dataset, rows) pairs; all datasets are open with the same encoder.
         exact: as in `PromptIndex`.
 
     Raises:
-        UserError: they hold no prompt.
+        UserError: the images have no prompt.
     """
     return PromptIndex([_Captions(dataset, rows) for dataset, rows in parts], exact=exact)
 
@@ -280,33 +284,33 @@ def from_places(
     exact: bool | None = None,
     identity: Mapping[str, Any] | None = None,
 ) -> PromptIndex:
-    """The prompts of dataset folders, and of files: .txt with one a line, or a column of .csv, .tsv, .jsonl, .json or
-    .parquet.
+    """Build a prompt index from dataset folders and from files of prompts.
 
-    A dataset gives the prompts of one split, unless told otherwise of `train`: those of its validation images are
-    not in the index. A file gives all that `datagen.prompts.captions` takes for text.
+    Files are .txt with one prompt per line, or a column of .csv, .tsv, .jsonl, .json or .parquet. A dataset contributes
+    the prompts of one split, by default `train`, so that the prompts of validation images are not in the index. A file
+    contributes every value that `datagen.prompts.captions` reads as text.
 
     Args:
-        encoder: a hub name or folder, as of `TargetEncoder`, or the name that a dataset has its vectors under.
-        column: of the files.
-        split: of the datasets.
-        device: that encodes a file's prompts; None takes the best there is.
+        encoder: hub name or folder, as for `TargetEncoder`, or the name that datasets store its vectors under.
+        column: column of the files.
+        split: split of the datasets.
+        device: device that encodes prompts of files; None selects the best available.
         exact: as in `PromptIndex`.
-        identity: of the encoder whose vectors the index is compared with; None where that is unknown.
+        identity: identity of the encoder whose vectors are the queries; None where it is unknown.
 
     Raises:
-        UserError: naming every place that cannot be read, lacks the column or holds no prompt, or holds vectors of
-            another encoder.
+        UserError: a file or dataset cannot be read, lacks the column, holds no prompt, or holds vectors of another
+            encoder; the message names all of them.
     """
     sources: list[Source] = []
     problems = []
-    shared = _Encoder(encoder, device, identity)
+    shared_encoder = _Encoder(encoder, device, identity)
     for place in places:
         try:
             if str(place).lower().endswith(KINDS):
                 if "://" in str(place):
-                    raise UserError(f"{place}: a file of prompts must lie on this machine; copy it here")
-                sources.append(_File(Path(str(place)), column, shared))
+                    raise UserError(f"{place}: a file of prompts must be on this machine; copy it first")
+                sources.append(_File(Path(str(place)), column, shared_encoder))
             else:
                 dataset = Dataset(place, encoder, whole=False)
                 _require_same_encoder(dataset.encoder_identity, identity, str(place))
@@ -319,10 +323,10 @@ def from_places(
 
 
 def encoder_identity(model: str) -> dict[str, Any]:
-    """What the vectors of `TargetEncoder(model)` depend on, with no model loaded: a folder's hash, or the hub's commit.
+    """Identity of `TargetEncoder(model)` without loading it: the hash of its folder, or its commit on the hub.
 
     Raises:
-        UserError: the hub cannot be asked, and its cache lacks the model.
+        UserError: the hub cannot be reached, and its cache lacks the model.
     """
     name = encoder_name(model)
     folder = encoder_folder(model) or (minilm_wheel() if name == MINILM else None)
@@ -350,7 +354,7 @@ def encoder_identity(model: str) -> dict[str, Any]:
 
 
 class _Encoder:
-    """The target encoder that the files of a prompt index share."""
+    """Target encoder that all files of a prompt index share, loaded at its first use."""
 
     def __init__(self, model: str, device: str | None, expected: Mapping[str, Any] | None) -> None:
         self.model = encoder_source(model)
@@ -371,21 +375,21 @@ class _Encoder:
 def _require_same_encoder(identity: Mapping[str, Any] | None, expected: Mapping[str, Any] | None, whose: str) -> None:
     if lines := differences(expected, identity):
         raise UserError(
-            f"the vectors of {whose} (here) are not of the encoder that those they are compared with are of (there):\n"
+            f"the vectors of {whose} (here) and those they are compared with (there) come from different encoders:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
 
 
 class _File:
-    """A file of prompts; null, NaN and empty ones are left out and counted in the log, and space around a prompt."""
+    """Prompts of a file, stripped of surrounding space; null, NaN and empty ones are skipped and counted in the log."""
 
     def __init__(self, path: Path, column: str, encoder: _Encoder) -> None:
         self.name, self._encoder = str(path), encoder
-        wanted = ReadOptions([column], None, "bank", {"column": "column"}, None)
+        options = ReadOptions([column], None, "bank", {"column": "column"}, None)
         chunks: list[pa.Array] = [pa.array([], pa.large_string())]
         texts: list[str] = []
         left_out: Counter[str] = Counter()
-        for number, row in enumerate(rows(File(path.name, path, None), wanted), 1):
+        for number, row in enumerate(rows(File(path.name, path, None), options), 1):
             captions = read_captions(row[column], column, f"{path}, row {number}", "name another: column=…")
             texts += map(str.strip, captions.texts)
             left_out.update(captions.left_out)
@@ -394,19 +398,19 @@ class _File:
                 texts = []
         self.prompts = pa.chunked_array([*chunks, pa.array(texts, pa.large_string())])
         for reason, count in left_out.items():
-            log.warning("%s: left out %s prompts: %s", path, f"{count:,}", reason)
+            log.warning("%s: skipped %s prompts: %s", path, f"{count:,}", reason)
         if not len(self.prompts):
             raise UserError(f"{path} holds no prompt; an index needs at least one")
 
     def identity(self) -> dict[str, Any]:
         return self._encoder.identity
 
-    def vectors(self, rows: Rows, texts: list[str]) -> Floats:  # noqa: ARG002 – the texts are what it encodes
+    def vectors(self, rows: Rows, texts: list[str]) -> Floats:  # noqa: ARG002 – it encodes the texts
         return self._encoder.encode(texts)
 
 
 class _Captions:
-    """The captions of some images of a dataset."""
+    """Captions of some images of a dataset."""
 
     def __init__(self, dataset: Dataset, images: Rows) -> None:
         self.name, self._dataset = str(dataset.root), dataset
@@ -416,9 +420,9 @@ class _Captions:
         self._row_n: Rows = np.repeat(starts[images], count_p) + within
         ids = [dataset.prompt_ids(i) for i in images.tolist()]
         plan = read_plan(dataset.root).select(["prompt_id", "prompt"])
-        known, first = np.unique(plan["prompt_id"].to_numpy(), return_index=True)
-        at = first[np.searchsorted(known, np.concatenate(ids))] if ids else np.zeros(0, np.int64)
-        texts = plan["prompt"].cast(pa.large_string()).take(pa.array(at))
+        ids_, first = np.unique(plan["prompt_id"].to_numpy(), return_index=True)
+        plan_rows = first[np.searchsorted(ids_, np.concatenate(ids))] if ids else np.zeros(0, np.int64)
+        texts = plan["prompt"].cast(pa.large_string()).take(pa.array(plan_rows))
         self.prompts = pa.chunked_array(texts.chunks, pa.large_string())
 
     def identity(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     registry = EmbedderRegistry(cfg, folder, encoder, targets, data, run, backbone, device)
     registry.of("regressor"), registry.of("checkpoints/vith14")
 
-Features and models are computed or loaded when they are first needed.
+Features are computed, and models loaded, at their first use.
 n training images, D feature width, E target width.
 """
 
@@ -31,7 +31,7 @@ from models.embedder import CaptionEmbedder, Encode
 from models.ensemble.ensemble import check_sizes
 from models.head_init import init_ridge
 from models.regressor import Regressor, make
-from models.retrieval.vector_index import about as bank_about
+from models.retrieval.vector_index import about as index_description
 from models.runtime.preprocess import PREPROCESS, Preprocessing
 from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
 from train.data.datamodule import ImageDataModule
@@ -45,29 +45,29 @@ from train.evaluate.trained_on import run_of
 
 
 def newest_run() -> Path:
-    """The run whose best checkpoint was written last.
+    """Find the run whose best checkpoint is the newest.
 
     Raises:
-        UserError: there is none.
+        UserError: `checkpoints/` has no run with a best checkpoint.
     """
-    found = sorted((ROOT / "checkpoints").glob("*/best/config.json"), key=lambda path: path.stat().st_mtime)
-    found = [path for path in found if (path.parents[1] / "settings.json").exists()]
-    if not found:
+    configs = sorted((ROOT / "checkpoints").glob("*/best/config.json"), key=lambda path: path.stat().st_mtime)
+    configs = [path for path in configs if (path.parents[1] / "settings.json").exists()]
+    if not configs:
         raise UserError("no run in checkpoints/: train first (python -m train +experiment=quickstart), or name run=…")
-    return found[-1].parents[1]
+    return configs[-1].parents[1]
 
 
 class EmbedderRegistry:
     """Embedders that an evaluation can name, loaded lazily.
 
     Args:
-        cfg: the settings; `cfg.embedders` names the embedders.
-        folder: of the regressor; None where none is needed.
-        encoder: the target encoder whose vectors are compared, by its name in a dataset.
+        cfg: settings of the evaluation; `cfg.embedders` names the embedders.
+        folder: folder of the regressor; None where none is needed.
+        encoder: name, in datasets, of the target encoder whose vectors are compared.
         targets: identity of that encoder in the dataset.
-        data: the run's images; None where nothing is fitted on them.
-        run: `settings.json` of the run; None, likewise.
-        backbone: of the run, and its preprocessing.
+        data: images of the run; None where no baseline is fitted on them.
+        run: `settings.json` of the run; None where no baseline is fitted.
+        backbone: backbone of the run and its preprocessing.
     """
 
     def __init__(
@@ -86,39 +86,39 @@ class EmbedderRegistry:
         self._encoder = encoder_source(encoder)
         self._targets, self._data, self._run, self._backbone = targets, data, run, backbone
         self.folders: dict[str, Path] = {}
-        """Folders of checkpoints, bundles and ensembles by name."""
-        self.bank: PromptIndex | None = None
-        """Prompt index of knn, where it has one."""
+        """Embedder name → folder of the checkpoint, bundle or ensemble."""
+        self.prompt_index: PromptIndex | None = None
+        """Prompt index of knn; None where knn uses the run's images."""
 
     def all(self, entries: Sequence[str]) -> dict[str, LazyEmbedder]:
-        """The embedders that entries of `embedders` name.
+        """Look up all entries of the setting `embedders`.
 
         Raises:
-            UserError: naming every folder and every file of weights that cannot be used.
+            UserError: one or more folders or files of weights cannot be used; the message names all of them.
         """
-        found, problems = {}, []
+        embedders, problems = {}, []
         for entry in entries:
             try:
-                found[entry] = self.of(entry)
+                embedders[entry] = self.of(entry)
             except UserError as error:
                 problems.append(str(error))
         unknown = [name for name, v in self._cfg.tta.items() if v != ViewsSettings() and name not in self.folders]
-        known = ", ".join(self.folders) or "none here"
-        problems += [f"tta.{name}: views are for checkpoints and their like alone: {known}" for name in unknown]
+        allowed = ", ".join(self.folders) or "none here"
+        problems += [f"tta.{name}: only checkpoints, ensembles and bundles have views: {allowed}" for name in unknown]
         if problems:
             raise UserError("\n".join(problems))
-        return found
+        return embedders
 
     def of(self, entry: str) -> LazyEmbedder:
-        """The embedder that an entry of `embedders` names.
+        """Look up the embedder that an entry of the setting `embedders` names.
 
         Raises:
-            UserError: its folder or weights cannot be used, or it is of another target encoder.
+            UserError: its folder or weights cannot be used, or it predicts vectors of another target encoder.
         """
         if entry == "mean":
             return LazyEmbedder(entry, self._trained_on, self._mean)
         if entry == "knn" and self._cfg.knn.prompt_index is not None:
-            self.bank = from_places(
+            self.prompt_index = from_places(
                 [self._cfg.knn.prompt_index],
                 self._encoder,
                 column=self._cfg.column,
@@ -128,9 +128,9 @@ class EmbedderRegistry:
             return LazyEmbedder(entry, cache(lambda: self._clip_knn().identity()), self._clip_knn, alone=True)
         if entry == "knn":
             cfg = self._cfg.knn
-            how = {"neighbours": cfg.neighbours, "power": cfg.similarity_exponent}
-            index = bank_about(len(self.known.train_rows), cfg.exact)
-            return LazyEmbedder(entry, lambda: {**self._frozen_on(), "knn": how, "index": index}, self._knn)
+            options = {"neighbours": cfg.neighbours, "power": cfg.similarity_exponent}
+            index = index_description(len(self.run_data.train_rows), cfg.exact)
+            return LazyEmbedder(entry, lambda: {**self._frozen_on(), "knn": options, "index": index}, self._knn)
         if entry == "ridge":
             return LazyEmbedder(entry, lambda: {**self._frozen_on(), "penalty": "judged by other prompts"}, self.ridge)
         if entry in CAPTIONERS:
@@ -146,20 +146,20 @@ class EmbedderRegistry:
             )
         folder = self._folder if entry == "regressor" else Path(entry)
         assert folder is not None
-        about = loader.embedder_config(folder)
-        recorded = has_settings(self._targets) and has_settings(about.get("encoder_identity"))
-        if about["encoder"] != self._encoder_name and not recorded:
+        config = loader.embedder_config(folder)
+        recorded = has_settings(self._targets) and has_settings(config.get("encoder_identity"))
+        if config["encoder"] != self._encoder_name and not recorded:
             raise UserError(
-                f"{folder} is of the target encoder {about['encoder']}, but the vectors compared here are of "
-                f"{self._encoder_name}; leave it out, or evaluate it alone"
+                f"{folder} predicts vectors of the target encoder {config['encoder']}, but this evaluation compares "
+                f"vectors of {self._encoder_name}; leave it out, or evaluate it alone"
             )
-        require_same(about, folder, self._targets, "the evaluated dataset")
-        name = entry if entry == "regressor" else self._named(folder)
+        require_same(config, folder, self._targets, "the evaluated dataset")
+        name = entry if entry == "regressor" else self._unique_name(folder)
         self.folders[name] = folder
         views = self._cfg.tta.get(name, ViewsSettings())
-        if views.sizes and about["kind"] != "checkpoint":
-            raise UserError(f"tta.{name}.sizes: {folder} is a {about['kind']}, whose input size cannot be changed")
-        check_sizes(about, views.sizes)
+        if views.sizes and config["kind"] != "checkpoint":
+            raise UserError(f"tta.{name}.sizes: {folder} is a {config['kind']}, whose input size cannot be changed")
+        check_sizes(config, views.sizes)
         return LazyEmbedder(
             name,
             cache(
@@ -173,44 +173,44 @@ class EmbedderRegistry:
         )
 
     def ridge(self) -> Regressor:
-        """The frozen backbone with a head fitted in closed form."""
+        """Fit the head of the frozen backbone by ridge regression on the run's training images."""
         model = self._frozen
-        found = self._features
-        init_ridge(model.head, found.batches, part_n=penalty_parts(self.known.images, found.row_n))
+        fitted = self._features
+        init_ridge(model.head, fitted.batches, part_n=penalty_parts(self.run_data.images, fitted.row_n))
         return model
 
     @property
-    def known(self) -> ImageDataModule:
-        """The run's images.
+    def run_data(self) -> ImageDataModule:
+        """Images of the run, which mean, knn and ridge are fitted on.
 
         Raises:
-            UserError: there is no run.
+            UserError: the evaluation has no run, or its vectors come from another encoder.
         """
         if self._data is None:
             raise UserError("mean, knn and ridge are fitted on the training images of a run: name run=…")
         fitted_on = self._data.images.datasets[0]
         if lines := differences(fitted_on.encoder_identity, self._targets):
             raise UserError(
-                f"mean, knn and ridge are fitted on the vectors of {fitted_on.root} (there), which are not of the "
-                "encoder that the evaluated vectors (here) are of:\n" + "\n".join(f"  {line}" for line in lines)
+                f"mean, knn and ridge are fitted on the vectors of {fitted_on.root} (there), which do not come from "
+                "the encoder of the evaluated vectors (here):\n" + "\n".join(f"  {line}" for line in lines)
             )
         return self._data
 
     @cached_property
     def _frozen(self) -> Regressor:
-        began = self._began_from()
-        torch.manual_seed(began["seed"])  # random weights are then those that the run began from
+        start = self._start_backbone()
+        torch.manual_seed(start["seed"])  # the same random weights as at the start of the run
         keys = ("resize_mode", "interpolation", "crop_pct")
         model = make(
-            *(began["backbone"], began["weights"], began["size"], self.known.images.width),
-            **{key: began[key] for key in keys if key in began},
+            *(start["backbone"], start["weights"], start["size"], self.run_data.images.width),
+            **{key: start[key] for key in keys if key in start},
         )
         return model.to(self._device).eval()
 
     @cached_property
     def _features(self) -> Features:
         assert self._run is not None
-        frozen, data = self._frozen, self.known
+        frozen, data = self._frozen, self.run_data
         images = data.images
         if frozen.spec.preprocessing != images.preprocessing:  # another backbone than the run's
             images = ImageDataset(images.datasets, frozen.spec.preprocessing)
@@ -218,15 +218,15 @@ class EmbedderRegistry:
 
     def _clip_knn(self) -> ClipKnn:
         cfg = self._cfg
-        assert self.bank is not None
+        assert self.prompt_index is not None
         clip = Clip(cfg.knn.backbone or "", self._device, key="knn.backbone")
-        bank = self.bank
+        index = self.prompt_index
         return ClipKnn(
             clip,
-            bank.texts,
-            lambda: bank.vectors,
-            len(bank),
-            bank.identity(),
+            index.texts,
+            lambda: index.vectors,
+            len(index),
+            index.identity(),
             cache_folder(),
             cfg.knn.neighbours,
             power=cfg.knn.similarity_exponent,
@@ -235,14 +235,14 @@ class EmbedderRegistry:
 
     @cached_property
     def _encode(self) -> Encode:
-        """The target encoder, for captions.
+        """Encode function of the target encoder, for captions.
 
         Raises:
-            UserError: it is not the one that the images' targets are of.
+            UserError: the encoder is not the one that wrote the dataset's targets.
         """
         encoder = TargetEncoder(self._encoder, self._device.type)
-        mine, theirs = encoder.identity(), self._targets
-        if lines := differences(theirs, mine):
+        identity, expected = encoder.identity(), self._targets
+        if lines := differences(expected, identity):
             raise UserError(
                 f"the target encoder {self._encoder} (here) is not the one that wrote the dataset's vectors (there), "
                 "or its settings were changed:\n"
@@ -253,7 +253,7 @@ class EmbedderRegistry:
         return encoder.encode
 
     def _mean(self) -> Mean:
-        return Mean(self.known.images.mean_target(self.known.train_rows)[None])
+        return Mean(self.run_data.images.mean_target(self.run_data.train_rows)[None])
 
     def _knn(self) -> Knn:
         x_nD = torch.from_numpy(self._features.all())
@@ -262,8 +262,8 @@ class EmbedderRegistry:
         return Knn(self._frozen, x_nD, y_nE, cfg.neighbours, power=cfg.similarity_exponent, exact=cfg.exact)
 
     def _trained_on(self) -> dict[str, Any]:
-        """The images that baselines are fitted on, and their vectors, as plain JSON."""
-        data = self.known
+        """Identity of the images and vectors that baselines are fitted on, as plain JSON."""
+        data = self.run_data
         return {
             "datasets": data.images.origins(data.train_rows),
             "rows": digest(data.train_rows),
@@ -271,14 +271,14 @@ class EmbedderRegistry:
             "targets": data.images.datasets[0].encoder_identity,
         }
 
-    def _began_from(self) -> dict[str, Any]:
-        """The frozen backbone: that of the run, with the weights it began from, or another."""
+    def _start_backbone(self) -> dict[str, Any]:
+        """Description of the frozen backbone: the run's with its initial weights, or knn.backbone."""
         assert self._run is not None
         assert self._backbone is not None
         name, preprocessing = self._backbone
-        other, weights = self._cfg.knn.backbone, self._cfg.knn.weights
-        if other:
-            return {"backbone": other, "weights": weights or "pretrained", "size": None, "seed": 0}
+        other_backbone, weights = self._cfg.knn.backbone, self._cfg.knn.weights
+        if other_backbone:
+            return {"backbone": other_backbone, "weights": weights or "pretrained", "size": None, "seed": 0}
         return {
             "backbone": name,
             "weights": weights or self._run["model"]["weights"],
@@ -287,13 +287,19 @@ class EmbedderRegistry:
         }
 
     def _frozen_on(self) -> dict[str, Any]:
-        began = self._began_from()
-        place = Path(began["weights"])
-        files = sorted(place.glob("*.safetensors")) if place.is_dir() else [place] if place.is_file() else []
-        # of weights on a hub their name is known, and what fetches them
+        start = self._start_backbone()
+        path = Path(start["weights"])
+        files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path] if path.is_file() else []
+        # weights on a hub are identified by their name and the library that downloads them
         libraries = {name: version(name) for name in ("timm", "transformers", "huggingface_hub")}
-        whose = {"weights_sha256": [sha256(file) for file in files]} if files else libraries
-        return {**self._trained_on(), **began, **whose, "preprocess": PREPROCESS, "device": self._device.type}
+        weights = {"weights_sha256": [sha256(file) for file in files]} if files else libraries
+        return {
+            **self._trained_on(),
+            **start,
+            **weights,
+            "preprocess": PREPROCESS,
+            "device": self._device.type,
+        }
 
     def _captioner(self, name: str) -> Any:
         from models.baselines import captioners
@@ -305,7 +311,7 @@ class EmbedderRegistry:
             return captioners.Blip2(cfg.blip2, device)
         if name == "blip":
             return captioners.Blip(cfg.blip, device)
-        # what the package of that name has its prompts begin with
+        # the package clip-interrogator begins its prompts with BLIP's caption
         blip = captioners.Blip(cfg.blip, device, beams=1, most_tokens=32, least_tokens=0)
         from models.baselines.interrogator import ClipInterrogator
 
@@ -313,8 +319,8 @@ class EmbedderRegistry:
             cfg.clip, blip, device, mode=cfg.mode, words=cfg.term_lists, cache=cache_folder() / "words"
         )
 
-    def _named(self, folder: Path) -> str:
-        """Name for an embedder folder that is valid as a file name: run name, then folder name."""
+    def _unique_name(self, folder: Path) -> str:
+        """Choose a name for an embedder folder that is unique and a valid file name: run name, then folder name."""
         folder = folder.resolve()
         run = run_of(folder)
         parts = [folder.name] if run in (None, folder) else [run.name, folder.name]

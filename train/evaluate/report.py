@@ -1,11 +1,11 @@
 """HTML page of an evaluation: scores with intervals, leakage, breakdowns, best and worst predictions.
 
-    path = write(Path("checkpoints/quickstart/evaluation"), Path("report.html"))     a page of its own
-    add(page, evaluation, images, known)                                           sections of a run's page
+    path = write(Path("checkpoints/quickstart/evaluation"), Path("report.html"))     separate page
+    add(page, evaluation, images, training)                                          sections of a run's page
 
-`python -m train.evaluate` left the folder: scores, predictions, texts and what is known of each image. No score is
-computed here. Only the means along a scale (of prompt length, of the distance to training) are taken anew, for their
-places. Without torch, so that a page is there at once.
+The folder of `python -m train.evaluate` has the scores, predictions, texts and facts of each image. This module
+computes no score, except the means along a scale (prompt length, distance to training). It does not import torch, so a
+page takes little time.
 
 N evaluated images, S of them in the matrix.
 """
@@ -32,76 +32,76 @@ if TYPE_CHECKING:
 
 Rows = NDArray[np.int64]
 
-MATRIX = 24  # images of the matrix: as many lines of text as fit beside it
-POINTS = 500  # single images drawn behind a trend
+MATRIX = 24  # images of the similarity matrix: as many lines of text as fit beside it
+POINTS = 500  # single images plotted behind a trend
 WORDS, NEAREST = "Prompt length, words", "Nearest training prompt, cosine"
 
 
 def write(
     folder: Path,
     out: Path,
-    known: Sequence[tuple[Dataset, Rows]] | None = None,
+    training: Sequence[tuple[Dataset, Rows]] | None = None,
     *,
     count: int = 8,
     nearest: int = 3,
     seed: int = 0,
 ) -> Path:
-    """Write a page about the evaluation in `folder`, and returns its absolute path.
+    """Write a page about the evaluation in `folder`, and return its absolute path.
 
     Args:
-        known: training images whose prompts are listed beside what was predicted, datasets being open with the
-            evaluation's encoder. Without any: those of the evaluated datasets that were not evaluated, or all where
-            none is left.
-        count, nearest, seed: as of `add`.
+        training: training images as (dataset, rows), whose prompts are listed beside predictions; datasets are open
+            with the evaluation's encoder. Without it, the images of the evaluated datasets that were not evaluated, or
+            all of them if every image was.
+        count, nearest, seed: as in `add`.
 
     Raises:
-        UserError: a package or an input is missing or does not fit.
+        UserError: a package or a file is missing, or files contradict each other.
     """
     require_packages("wordcloud")
     from report import Page
 
-    remedy = f"evaluate again: python -m train.evaluate out={folder}"
-    evaluation = read_evaluation(folder, remedy)
-    images = images_of(evaluation, {}, remedy)
+    hint = f"evaluate again: python -m train.evaluate out={folder}"
+    evaluation = read_evaluation(folder, hint)
+    images = images_of(evaluation, {}, hint)
     info = evaluation.info
-    names = " and ".join(str(about["path"]).rstrip("/").rpartition("/")[2] for about in info["datasets"])
-    others = len(evaluation.scores) - 1
-    beside = f" and {others} other embedder{'s' if others > 1 else ''}" if others else ""
+    names = " and ".join(str(d["path"]).rstrip("/").rpartition("/")[2] for d in info["datasets"])
+    other_count = len(evaluation.scores) - 1
+    others_text = f" and {other_count} other embedder{'s' if other_count > 1 else ''}" if other_count else ""
     page = Page(
         f"Evaluation on {names}",
-        f"{info['main']}{beside} on {len(images):,} images ({info['split']}), vectors of {info['encoder']}",
+        f"{info['main']}{others_text} on {len(images):,} images ({info['split']}), vectors of {info['encoder']}",
     )
     page.facts(headline(evaluation))
-    what = "training prompts"
-    if not known:
-        known, what = _others(images)
-    add(page, evaluation, images, known, what=what, count=count, nearest=nearest, seed=seed)
-    page.section("Settings", "What was evaluated.")
+    prompts_name = "training prompts"
+    if not training:
+        training, prompts_name = _others(images)
+    add(page, evaluation, images, training, prompts_name=prompts_name, count=count, nearest=nearest, seed=seed)
+    page.section("Settings", "Checkpoint, text encoder and datasets of this evaluation.")
     page.settings({key: info[key] for key in ("checkpoint", "encoder", "split") if key in info})
     page.table(["Dataset", "SHA-256", "Images"], [[d["path"], d["sha256"], d["images"]] for d in info["datasets"]])
     return page.write(out)
 
 
 def headline(evaluation: Evaluation) -> dict[str, str | tuple[str, str]]:
-    """The key figures, as `Page.facts` takes them."""
-    main, rival = evaluation.main, evaluation.rival
+    """Key figures of an evaluation, for `Page.facts`."""
+    main, runner_up = evaluation.main, evaluation.runner_up
     facts: dict[str, str | tuple[str, str]] = {
         "Mean cosine": (f"{main['mean']:.3f}", f"{main['name']}, 95 % interval {main['low']:.3f}–{main['high']:.3f}")
     }
-    if rival:
-        mean = next(score["mean"] for score in evaluation.ranked if score["name"] == rival)
-        facts["Next best" if mean <= main["mean"] else "Best"] = (f"{mean:.3f}", rival)
+    if runner_up:
+        mean = next(score["mean"] for score in evaluation.ranked if score["name"] == runner_up)
+        facts["Next best" if mean <= main["mean"] else "Best"] = (f"{mean:.3f}", runner_up)
         for name, difference, low, high in _differences(evaluation):
-            if name == rival:
+            if name == runner_up:
                 verdict = "significant" if _is_significant(low, high) else "not significant"
-                facts[f"Over {rival}"] = (_signed(difference), f"{_signed(low)} to {_signed(high)}, {verdict}")
+                facts[f"Over {runner_up}"] = (_signed(difference), f"{_signed(low)} to {_signed(high)}, {verdict}")
     retrieval = evaluation.info["retrieval"] or {"scores": []}
     for score in retrieval["scores"]:
         if score["name"] == main["name"]:
             prompts = retrieval["prompts"]
-            facts["R@1"] = (f"{100 * score['r1']:.1f} %", f"own prompt the first of {prompts:,}")
+            facts["R@1"] = (f"{100 * score['r1']:.1f} %", f"true prompt nearest of {prompts:,}")
     leakage = evaluation.leakage[main["name"]]
-    facts["Leakage"] = (leakage.short(), f"images of {main['name']}'s training, or with prompts of it or near it")
+    facts["Leakage"] = (leakage.short(), f"images that share bytes or prompts with the training of {main['name']}")
     skipped = len(evaluation.info["skipped"])
     facts["Images"] = (f"{len(evaluation.keys):,}", f"{skipped:,} skipped" if skipped else "")
     return facts
@@ -111,9 +111,9 @@ def add(
     page: "Page",
     evaluation: Evaluation,
     images: Sequence[Place],
-    known: Sequence[tuple[Dataset, Rows]],
+    training: Sequence[tuple[Dataset, Rows]],
     *,
-    what: str = "training prompts",
+    prompts_name: str = "training prompts",
     count: int = 8,
     nearest: int = 3,
     seed: int = 0,
@@ -121,13 +121,13 @@ def add(
     """Add the sections about an evaluation to `page`.
 
     Args:
-        images: as `images_of` gives them.
-        known: datasets, open with the evaluation's encoder, and the images whose prompts are compared with what was
-            predicted.
-        what: those prompts are called.
-        count: images shown of each kind: best, middle and worst; half as many of the others.
-        nearest: prompts of `known` listed beside each.
-        seed: draws the images of the matrix and the points behind the trends.
+        images: evaluated images, as from `images_of`.
+        training: images as (dataset, rows) whose prompts are compared with predictions; datasets are open with the
+            evaluation's encoder.
+        prompts_name: name of those prompts on the page.
+        count: number of images shown of each kind: best, middle and worst; half as many of the others.
+        nearest: number of nearest prompts of `training` listed beside each image.
+        seed: seed that draws the images of the matrix and the points behind the trends.
     """
     prompts = [dataset.prompts(row) for dataset, row in images]
     _scores(page, evaluation)
@@ -140,7 +140,7 @@ def add(
     _trends(page, evaluation, prompts, seed)
     _prompts(page, evaluation, prompts)
     _matrix(page, evaluation, images, prompts, seed)
-    _gallery(page, evaluation, images, prompts, known, what, count, nearest)
+    _gallery(page, evaluation, images, prompts, training, prompts_name, count, nearest)
     _spread(page, evaluation)
 
 
@@ -149,7 +149,7 @@ def _scores(page: "Page", evaluation: Evaluation) -> None:
 
     ranked, skipped = evaluation.ranked, evaluation.info["skipped"]
     count = len(evaluation.keys)
-    page.section("Scores", f"Mean cosine to the true prompt's vector, for every embedder on the same {count:,} images.")
+    page.section("Scores", f"Mean cosine to the vector of the true prompt, by embedder, on the same {count:,} images.")
     names, means, lows, highs = ([s[key] for s in ranked] for key in ("name", "mean", "low", "high"))
     page.figure(
         plots.intervals(names, means, lows, highs, label="Mean cosine", highlight=evaluation.info["main"]),
@@ -166,41 +166,41 @@ def _scores(page: "Page", evaluation: Evaluation) -> None:
 
 
 def leakage_table(page: "Page", leakage: Mapping[str, LeakageCounts], heading: str) -> None:
-    """Adds the overlap of training with evaluated images: a table with a row for each name, and what is not known.
+    """Add a table of leakage counts with a row for each name, and notes where training data are unknown.
 
     Args:
         leakage: embedder or validation set → its counts.
-        heading: of the column of names.
+        heading: heading of the column of names.
     """
-    clean = any(own.clean for own in leakage.values())
+    clean = any(counts.clean for counts in leakage.values())
     page.table(
-        [heading, "Images", *TITLES, *(["Mean cosine of the others", "Others"] if clean else [])],
+        [heading, "Images", *TITLES, *(["Mean cosine without leakage", "Images without leakage"] if clean else [])],
         [
             [
                 name,
-                own.images,
-                *own.counts,
-                *([_triple(own.clean), (own.clean or {}).get("images")] if clean else []),
+                counts.images,
+                *counts.counts,
+                *([_triple(counts.clean), (counts.clean or {}).get("images")] if clean else []),
             ]
-            for name, own in leakage.items()
+            for name, counts in leakage.items()
         ],
-        "Leakage: images that share bytes or prompts with training. The pre-training of public weights is not counted.",
+        "Leakage: images that share bytes or prompts with training. Public pre-training data are not counted.",
     )
-    for name, own in leakage.items():
-        if not own.is_known or own.affected:
-            page.note(f"Leakage of {name}: {own.text()}.")
+    for name, counts in leakage.items():
+        if not counts.is_known or counts.affected:
+            page.note(f"Leakage of {name}: {counts.text()}.")
 
 
 def _differences(evaluation: Evaluation) -> list[tuple[str, float, float, float]]:
-    """Each other embedder, and by how much the main one is above it: mean, low, high."""
+    """Difference of the main embedder to each other one: name, mean, low, high."""
     main = evaluation.info["main"]
-    found = []
+    differences = []
     for pair in evaluation.info["pairs"]:
         if pair["a"] == main:
-            found.append((pair["b"], pair["difference"], pair["low"], pair["high"]))
+            differences.append((pair["b"], pair["difference"], pair["low"], pair["high"]))
         elif pair["b"] == main:
-            found.append((pair["a"], -pair["difference"], -pair["high"], -pair["low"]))
-    return found
+            differences.append((pair["a"], -pair["difference"], -pair["high"], -pair["low"]))
+    return differences
 
 
 def _is_significant(low: float, high: float) -> bool:
@@ -219,18 +219,18 @@ def _pairs(page: "Page", evaluation: Evaluation) -> None:
         return
     page.section(
         "Paired differences",
-        "How far one embedder is above another on the same images. An interval that includes 0 is not significant.",
+        "Differences between embedders on the same images. A difference whose interval includes 0 is not significant.",
     )
-    found = _differences(evaluation)
-    if found:
-        names, means, lows, highs = zip(*found, strict=True)
-        apart = [name for name, _, low, high in found if _is_significant(low, high)]
+    differences = _differences(evaluation)
+    if differences:
+        names, means, lows, highs = zip(*differences, strict=True)
+        significant = [name for name, _, low, high in differences if _is_significant(low, high)]
         page.figure(
             plots.intervals(
-                names, means, lows, highs, label=f"{info['main']} minus the other", highlight=apart, zero=True
+                names, means, lows, highs, label=f"{info['main']} minus the other", highlight=significant, zero=True
             ),
-            f"Mean cosine of {info['main']} less that of each other embedder, with the 95 % interval of the "
-            "difference; in grey where it includes 0.",
+            f"Mean cosine of {info['main']} minus that of each other embedder, with the 95 % interval of the "
+            "difference; grey where it includes 0.",
             ", ".join(f"over {name}: {_signed(mean)}" for name, mean in zip(names, means, strict=True)) + ".",
         )
     page.table(
@@ -246,7 +246,7 @@ def _pairs(page: "Page", evaluation: Evaluation) -> None:
             ]
             for p in info["pairs"]
         ],
-        "Every pair.",
+        "All pairs.",
         dict.fromkeys(("Difference", "95 % low", "95 % high"), "+.3f"),
     )
 
@@ -254,35 +254,35 @@ def _pairs(page: "Page", evaluation: Evaluation) -> None:
 def _ensemble(page: "Page", evaluation: Evaluation) -> None:
     from report import plots
 
-    about = evaluation.info["ensemble"]
-    if not about:
+    ensemble = evaluation.info["ensemble"]
+    if not ensemble:
         return
     page.section(
         "Ensemble",
-        f"The weights of its members, fitted on all images. Its score is of predictions with weights fitted on the "
-        f"other folds, of {about['folds']}.",
+        "Weights of the ensemble's members, fitted on all images. Its score is cross-validated: each of "
+        f"{ensemble['folds']} folds is predicted with weights fitted on the other folds.",
     )
-    ranked = sorted(about["weights"].items(), key=lambda item: (-item[1], item[0]))
+    ranked = sorted(ensemble["weights"].items(), key=lambda item: (-item[1], item[0]))
     page.figure(
         plots.bars([name for name, _ in ranked], [w for _, w in ranked], label="Weight", form=".3f"),
         "",
         ", ".join(f"{name} {weight:.3f}" for name, weight in ranked) + ".",
     )
-    single = about.get("single", {})
+    single = ensemble.get("single", {})
     page.table(["Member", "Weight", "Mean cosine alone"], [[name, weight, single.get(name)] for name, weight in ranked])
 
 
 def _retrieval(page: "Page", evaluation: Evaluation) -> None:
-    found = evaluation.info["retrieval"]
-    if not found or not found["scores"]:
+    retrieval = evaluation.info["retrieval"]
+    if not retrieval or not retrieval["scores"]:
         return
     page.section(
         "Retrieval",
-        f"The share of images whose own prompt is the nearest of {found['prompts']:,} to the predicted vector, or "
-        "among the nearest five or ten.",
+        f"Recall: percentage of images whose true prompt is the nearest of {retrieval['prompts']:,} prompts to the "
+        "predicted vector (R@1), or among the nearest 5 or 10.",
     )
     columns = ["R@1, %", "R@5, %", "R@10, %"]
-    ranked = sorted(found["scores"], key=lambda score: (-score["r1"], -score["r5"], -score["r10"]))
+    ranked = sorted(retrieval["scores"], key=lambda score: (-score["r1"], -score["r5"], -score["r10"]))
     page.table(
         ["Embedder", *columns],
         [[score["name"], *(100 * score[key] for key in ("r1", "r5", "r10"))] for score in ranked],
@@ -295,7 +295,7 @@ def _breakdown(page: "Page", evaluation: Evaluation) -> None:
     shown = {kind: groups for kind, groups in info["breakdown"].items() if len(groups) > 1}
     if not shown:
         return
-    page.section("Breakdown", "Mean cosine with its 95 % interval, on the images of each kind.")
+    page.section("Breakdown", "Mean cosine with its 95 % interval, by groups of images.")
     names = [score["name"] for score in evaluation.ranked]
     for kind, groups in shown.items():
         count = sum(group["images"] for group in groups)
@@ -303,7 +303,7 @@ def _breakdown(page: "Page", evaluation: Evaluation) -> None:
         page.table(
             [kind.capitalize(), "Images", *names],
             [
-                [group["name"] or "not named", group["images"], *(_triple(group["scores"].get(n)) for n in names)]
+                [group["name"] or "unnamed", group["images"], *(_triple(group["scores"].get(n)) for n in names)]
                 for group in groups
             ],
             f"By {kind}{part}.",
@@ -320,9 +320,9 @@ def _trends(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str
     numbers: dict[tuple[str, ...], int] = {}
     prompt_N = np.array([numbers.setdefault(tuple(texts), len(numbers)) for texts in prompts])
 
-    names = [name for name in (evaluation.info["main"], evaluation.rival) if name]
+    names = [name for name in (evaluation.info["main"], evaluation.runner_up) if name]
     points = np.sort(np.random.default_rng(seed).permutation(len(evaluation.keys))[:POINTS])
-    behind = "each image" if len(points) == len(evaluation.keys) else f"{len(points)} images drawn at random"
+    points_text = "each image" if len(points) == len(evaluation.keys) else f"{len(points)} images drawn at random"
     for heading, lead, label, x_N in (
         ("Score by prompt length", "Do long prompts score lower?", WORDS, evaluation.words),
         (
@@ -333,17 +333,17 @@ def _trends(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str
         ),
     ):
         page.section(heading, lead)
-        at_N = np.flatnonzero(np.isfinite(x_N))
-        if not len(at_N):
-            page.note("Not known of these images.")
+        finite_N = np.flatnonzero(np.isfinite(x_N))
+        if not len(finite_N):
+            page.note("Unknown for these images.")
             continue
         drawn = points[np.isfinite(x_N[points])]
-        series = {name: trend(x_N[at_N], evaluation.scores[name][at_N], prompt_N[at_N]) for name in names}
-        unknown = len(x_N) - len(at_N)
+        series = {name: trend(x_N[finite_N], evaluation.scores[name][finite_N], prompt_N[finite_N]) for name in names}
+        unknown = len(x_N) - len(finite_N)
         page.figure(
             plots.trend(series, (x_N[drawn], evaluation.scores[names[0]][drawn]), label, "Cosine"),
-            f"Means of groups of about as many images, with 95 % intervals; behind, {names[0]}'s cosine of {behind}."
-            + (f" Images of which it is not known: {unknown:,}." if unknown else ""),
+            f"Means over groups of about equal size, with 95 % intervals; points: {names[0]}'s cosine of {points_text}."
+            + (f" Unknown for {unknown:,} images." if unknown else ""),
             f"{names[0]}: " + ", ".join(f"{m:.3f} at {x:.3g}" for x, m, *_ in zip(*series[names[0]], strict=True)),
         )
 
@@ -353,7 +353,7 @@ def _prompts(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[st
 
     from report import plots
 
-    page.section("Prompts", "How long the evaluated prompts are, and what they are about.")
+    page.section("Prompts", "Length and most frequent words of the evaluated prompts.")
     low, middle, high = np.quantile(evaluation.words, [0.05, 0.5, 0.95])
     page.figure(
         plots.histogram(evaluation.words, "Words"),
@@ -373,20 +373,20 @@ def _matrix(
     cosine_SS = similarity_matrix(evaluation.vectors[sample], targets)
     page.section(
         "Similarity matrix",
-        f"Cosine of what {evaluation.info['main']} predicts for an image (row) to every prompt (column), of "
-        f"{len(sample)} images drawn at random. The diagonal, framed, is each image with its own prompt.",
+        f"Cosine of {evaluation.info['main']}'s prediction for each image (row) to each prompt (column), for "
+        f"{len(sample)} random images. The framed diagonal has each image with its true prompt.",
     )
-    own_S = cosine_SS.diagonal()
-    first = int((own_S >= cosine_SS.max(1)).sum())
-    caption = f"Mean of the diagonal {own_S.mean():.3f}"
+    diagonal_S = cosine_SS.diagonal()
+    first = int((diagonal_S >= cosine_SS.max(1)).sum())
+    caption = f"Mean of the diagonal {diagonal_S.mean():.3f}"
     if len(sample) > 1:
-        rest = (cosine_SS.sum() - own_S.sum()) / (cosine_SS.size - len(sample))
+        rest = (cosine_SS.sum() - diagonal_S.sum()) / (cosine_SS.size - len(sample))
         caption += f", elsewhere {rest:.3f}".replace("-", "−")
     page.matrix(
         cosine_SS,
         [" / ".join(prompts[n]) for n in sample],
         "predicted for {row}; prompt {column}",
-        f"{caption}. The own prompt is the nearest of these {len(sample)} for {first} of the images.",
+        f"{caption}. The true prompt is the nearest of these {len(sample)} for {first} of the images.",
     )
 
 
@@ -395,27 +395,27 @@ def _gallery(
     evaluation: Evaluation,
     images: Sequence[Place],
     prompts: Sequence[Sequence[str]],
-    known: Sequence[tuple[Dataset, Rows]],
-    what: str,
+    training: Sequence[tuple[Dataset, Rows]],
+    prompts_name: str,
     count: int,
     nearest: int,
 ) -> None:
     kinds = kinds_of(evaluation, count)
     order = sorted(kinds, key=lambda n: -float(evaluation.scores[evaluation.info["main"]][n]))
-    pairs = nearest_prompts(known, evaluation.vectors[order], nearest)
+    pairs = nearest_prompts(training, evaluation.vectors[order], nearest)
     near = dict(zip(order, pairs, strict=True))
     unreadable: list[str] = []
     read = readable({n: images[n] for n in order}, len(order), unreadable)
-    cards = [_card(evaluation, n, data, prompts[n], kinds[n], near[n], what) for n, data in read.items()]
+    cards = [_card(evaluation, n, data, prompts[n], kinds[n], near[n], prompts_name) for n, data in read.items()]
     counted = {kind: sum(kind in card.kinds for card in cards) for kind in ("Best", "Middle", "Worst")}
     amounts = ", ".join(f"{number} {kind.lower()}" for kind, number in counted.items() if number)
-    rival = evaluation.rival
+    runner_up = evaluation.runner_up
     page.section(
-        "Right and wrong",
+        "Best and worst predictions",
         f"{len(cards)} of {len(images):,} images by the score of {evaluation.info['main']}: {amounts}"
-        + (f", and those furthest above and below {rival}" if rival else "")
-        + f". With each: its prompt, every embedder's score and text, and the {nearest} {what} nearest to what "
-        f"{evaluation.info['main']} predicts. A click on an image shows all of its text.",
+        + (f", and those furthest above and below {runner_up}" if runner_up else "")
+        + f". Each has its prompt, the score and text of every embedder, and the {nearest} {prompts_name} nearest to "
+        f"{evaluation.info['main']}'s prediction. Click an image to see its full text.",
     )
     page.gallery(cards, pixels=256, compare=list(evaluation.scores))
     if unreadable:
@@ -429,7 +429,7 @@ def _card(
     prompts: Sequence[str],
     kinds: Sequence[str],
     near: Sequence[tuple[float, str]],
-    what: str,
+    prompts_name: str,
 ) -> "Card":
     from report import Card
 
@@ -440,17 +440,17 @@ def _card(
     return Card(
         image,
         " / ".join(prompts),
-        [(_plain(score), name, _said(evaluation, name, n)) for name, score in ordered.items()],
+        [(_plain(score), name, _text(evaluation, name, n)) for name, score in ordered.items()],
         ordered[main],
-        (f"Nearest {what}", [(_plain(cosine), prompt) for cosine, prompt in near]),
-        # to six digits: what is sorted by need not tell more than was measured
+        (f"Nearest {prompts_name}", [(_plain(cosine), prompt) for cosine, prompt in near]),
+        # six digits suffice for sorting
         {name: round(score, 6) for name, score in ordered.items()}
         | {WORDS: float(evaluation.words[n]), NEAREST: None if math.isnan(nearest) else round(nearest, 6)},
         kinds,
     )
 
 
-def _said(evaluation: Evaluation, name: str, n: int) -> str:
+def _text(evaluation: Evaluation, name: str, n: int) -> str:
     return evaluation.texts[name][n] if name in evaluation.texts else ""
 
 
@@ -462,7 +462,7 @@ def _spread(page: "Page", evaluation: Evaluation) -> None:
     from report import plots
 
     main = evaluation.info["main"]
-    page.section("Scores of single images", f"How the cosines of {main} spread around their mean.")
+    page.section("Scores of single images", f"Distribution of {main}'s cosines over the images.")
     low, middle, high = np.quantile(evaluation.scores[main], [0.05, 0.5, 0.95])
     page.figure(
         plots.histogram(evaluation.scores[main], "Cosine of one image"),
@@ -471,15 +471,15 @@ def _spread(page: "Page", evaluation: Evaluation) -> None:
 
 
 def _others(images: Sequence[Place]) -> tuple[list[tuple[Dataset, Rows]], str]:
-    """The images of the same datasets that were not evaluated, or all of them where none is left; and their name."""
+    """Images of the same datasets that were not evaluated, or all if every image was; and the name of their prompts."""
     evaluated: dict[Dataset, list[int]] = {}
     for dataset, row in images:
         evaluated.setdefault(dataset, []).append(row)
-    left = []
+    unused = []
     for dataset, rows in evaluated.items():
-        own = np.arange(len(dataset))
-        good = np.setdiff1d(own, dataset.rows(FAULTY)) if FAULTY in dataset.splits else own
-        left.append((dataset, np.setdiff1d(good, rows)))
-    if any(len(rows) for _, rows in left):
-        return left, "other prompts"
+        all_rows = np.arange(len(dataset))
+        good = np.setdiff1d(all_rows, dataset.rows(FAULTY)) if FAULTY in dataset.splits else all_rows
+        unused.append((dataset, np.setdiff1d(good, rows)))
+    if any(len(rows) for _, rows in unused):
+        return unused, "other prompts"
     return [(dataset, np.array(rows, np.int64)) for dataset, rows in evaluated.items()], "evaluated prompts"

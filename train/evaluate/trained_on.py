@@ -1,13 +1,13 @@
-"""Which images and prompts an embedder was trained on: its run, and every run and ensemble that its weights come from.
+"""Training data of an embedder: the images and prompts of every run and ensemble that its weights come from.
 
     for origin in origins(Path("checkpoints/stage2/best"), encoder="all-MiniLM-L6-v2"):
-        training = origin.open()         # of stage2, then of the run that it began from
+        training = origin.open()         # of stage2, then of the run in its init_from
         training.content_ids, training.hash_c, training.vector_blocks()
 
-A checkpoint lies in its run; a member of an ensemble carries its run's settings; an interpolated checkpoint names its
-two ends. Pre-training data of public weights are not known to the project and not part of this.
+A checkpoint is in its run's folder; a member of an ensemble has its run's settings; an interpolated checkpoint names
+its two ends. The pre-training data of public weights are unknown and not included.
 
-n images, c their captions, d their distinct texts, E target width.
+n images, c captions of theirs, d distinct texts, E target width.
 """
 
 import json
@@ -38,41 +38,41 @@ from train.run_settings import read_settings
 
 Rows = NDArray[np.int64]
 
-_NO_SQUARES = Preprocessing(1)  # prompts and checksums are compared here: no image is decoded
+_UNUSED_PREPROCESSING = Preprocessing(1)  # only prompts and checksums are compared: no image is decoded
 _BLOCK = 16_384  # texts whose vectors are read at a time
 
 
 class TrainingSet(Protocol):
-    """Images, or prompts alone, that an embedder was trained on."""
+    """Images with prompts, or only prompts, that an embedder was trained on."""
 
     content_ids: NDArray[np.int64]
-    """A number for each image's encoded bytes; empty where the embedder has the prompts alone."""
+    """Hash of each image's encoded bytes, [n]; empty where the set has only prompts."""
     hash_c: NDArray[np.int64]
-    """A number for each prompt's normal form."""
+    """Hash of each prompt's normal form, [c]."""
     encoder: dict[str, Any] | None
-    """Identity of the encoder that the vectors are of, as `encoder.json` has it; None where another check holds it."""
+    """Identity of the vectors' encoder, as in `encoder.json`; None where it was checked before."""
 
     @property
     def texts(self) -> int:
-        """Number of vectors that `vector_blocks` gives."""
+        """Number of vectors that `vector_blocks` yields."""
         ...
 
     def vector_blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Unit vectors [b, E] of all distinct texts, block by block."""
+        """Iterate over blocks [b, E] of the unit vectors of all distinct texts."""
         ...
 
 
 class ImageSet:
-    """Images of datasets with their captions. No image is read.
+    """Images of datasets with their captions; no image is read.
 
     Args:
-        images: the datasets.
-        rows: numbers of the images in `images`, [n].
-        prompts: prompts of `images`, where the caller has read them; None reads them.
+        images: datasets.
+        rows: row numbers of the images in `images`, [n].
+        prompts: prompts of `images`, if the caller has read them; None reads them.
 
     Attributes:
-        owner_c: the image of each caption, as a place in `rows`.
-        text_c: the distinct text of each caption, as a place in what `vector_blocks` gives.
+        owner_c: image of each caption, as a position in `rows`.
+        text_c: distinct text of each caption, as a position in the output of `vector_blocks`.
     """
 
     def __init__(self, images: ImageDataset, rows: Rows, prompts: Prompts | None = None) -> None:
@@ -96,11 +96,11 @@ class ImageSet:
 
 
 class PromptIndexSet:
-    """Prompts of a prompt index; they have no images."""
+    """Training set of a prompt index: prompts without images."""
 
     def __init__(self, index: PromptIndex) -> None:
         self._index = index
-        self.encoder: dict[str, Any] | None = None  # of the embedder that retrieves from it
+        self.encoder: dict[str, Any] | None = None  # the same as that of the embedder that retrieves from it
         self.content_ids = np.zeros(0, np.int64)
         parts = [hash_prompts(index.texts(range(b, min(b + _BLOCK, len(index))))) for b in range(0, len(index), _BLOCK)]
         self.hash_c = np.concatenate(parts)
@@ -116,40 +116,40 @@ class PromptIndexSet:
 
 @dataclass(frozen=True)
 class Origin:
-    """One set of images or prompts that an embedder's weights or neighbours come from."""
+    """Set of images or prompts that an embedder's weights or neighbours come from, read on demand."""
 
     name: str
-    """The run's folder or the like; origins of one name are the same set."""
+    """Folder of the run or a description; origins with equal names are the same set."""
     open: Callable[[], TrainingSet]
-    """Read the set; a UserError says why it is not known."""
+    """Function that reads the set; it raises a UserError with the reason where the set is unknown."""
 
 
 def origins(folder: Path, encoder: str, device: torch.device | str = "cpu") -> list[Origin]:
-    """Training sets behind the weights of a checkpoint, run, ensemble or bundle; none is read yet.
+    """List the training sets behind the weights of a checkpoint, run, ensemble or bundle, without reading them.
 
-    Follows `init_from`, `model.weights` of our own checkpoints, both ends of an interpolation, and the members of an
-    ensemble with the images that its weights were fitted on.
+    The search follows `init_from`, `model.weights` of the project's checkpoints, both ends of an interpolation, and the
+    members of an ensemble with the images that its weights were fitted on.
 
     Args:
-        encoder: whose vectors the prompts are compared by.
-        device: where the vectors of a fold are compared.
+        encoder: target encoder whose vectors are compared.
+        device: device that compares vectors to split folds.
     """
-    found = _Lineage(encoder, device).of_folder(folder)
-    return list({origin.name: origin for origin in found}.values())
+    sources = _Lineage(encoder, device).of_folder(folder)
+    return list({origin.name: origin for origin in sources}.values())
 
 
 def origins_of_start(cfg: TrainSettings, device: torch.device | str = "cpu") -> list[Origin]:
-    """Training sets behind the weights that a run begins from; none for public and random weights."""
-    begun = {
+    """List the training sets behind the initial weights of a run; empty for public and random weights."""
+    start = {
         "init_from": None if cfg.init_from is None else str(cfg.init_from),
         "model": {"weights": cfg.model.weights},
     }
-    found = _Lineage(cfg.encoder, device).of_start(begun)
-    return list({origin.name: origin for origin in found}.values())
+    sources = _Lineage(cfg.encoder, device).of_start(start)
+    return list({origin.name: origin for origin in sources}.values())
 
 
 def run_of(folder: Path) -> Path | None:
-    """The run that a checkpoint lies in, or that `folder` is; None where there is none."""
+    """Find the run folder that is `folder` or contains it; None where there is none."""
     folder = folder.resolve()
     return next((place for place in (folder, folder.parent) if (place / "settings.json").exists()), None)
 
@@ -165,12 +165,11 @@ def data_of(
     """Open the images of a run, split as in its training.
 
     Args:
-        run: its `settings.json`; keys that an older version did not write have their defaults.
-        preprocessing: from images to the model's squares.
-        device: where the vectors of a fold are compared.
-        weighted: keep `data.sources`, `data.sample_weights` and `val`, so that images of weight 0 and those that share
-            bytes with further validation sets are left out as in training; False lets each training image count the
-            same.
+        run: `settings.json` of the run; keys that an older version did not write have their defaults.
+        preprocessing: resize and crop of the model.
+        device: device that compares vectors to split folds.
+        weighted: whether to apply `data.sources`, `data.sample_weights` and `val`, so that images of weight 0 and those
+            that share bytes with further validation sets are left out as in training; False gives all images weight 1.
 
     Raises:
         UserError: a dataset cannot be used.
@@ -184,35 +183,35 @@ def data_of(
     return ImageDataModule(datasets, vals, settings(TrainSettings, plain), preprocessing, device=device)
 
 
-def _overlaid(default: Any, own: Any) -> Any:
-    """`own` with missing keys from `default`, at every depth; keys that `default` lacks are dropped."""
-    if not isinstance(default, Mapping) or not isinstance(own, Mapping) or not default:
-        return own
-    return {k: _overlaid(v, own[k]) if k in own else v for k, v in default.items()}
+def _overlaid(default: Any, values: Any) -> Any:
+    """Fill missing keys of `values` from `default`, at every depth; drop keys that `default` lacks."""
+    if not isinstance(default, Mapping) or not isinstance(values, Mapping) or not default:
+        return values
+    return {k: _overlaid(v, values[k]) if k in values else v for k, v in default.items()}
 
 
 def has_weights(run: Mapping[str, Any]) -> bool:
-    """Whether weights or further validation sets of a run's `settings.json` may leave images out of training."""
+    """Whether sample weights or further validation sets of a run may leave images out of training."""
     data = run.get("data") or {}
     return bool(data.get("sources") or data.get("sample_weights") or run.get("val"))
 
 
 def rows_of_split(data: ImageDataModule, split: str) -> Rows:
-    """Numbers of the images of a split of a run's datasets; `train` and `val` are the run's own split.
+    """Row numbers of a split in a run's datasets; `train` and `val` are the run's own split.
 
     Raises:
         UserError: the split has no image.
     """
-    known = {"train": data.train_rows, "val": data.val_rows}
+    own_splits = {"train": data.train_rows, "val": data.val_rows}
     datasets = list(enumerate(data.images.datasets))
-    if split in known:
-        rows = known[split]
+    if split in own_splits:
+        rows = own_splits[split]
     else:
-        own = [data.images.rows(n, d.rows(split)) for n, d in datasets if d.splits.get(split)]
-        rows = np.concatenate(own) if own else np.zeros(0, np.int64)
+        rows_by_dataset = [data.images.rows(n, d.rows(split)) for n, d in datasets if d.splits.get(split)]
+        rows = np.concatenate(rows_by_dataset) if rows_by_dataset else np.zeros(0, np.int64)
     if not len(rows):
-        there = "; ".join(f"{d.root} {d.splits}" for _, d in datasets)
-        raise UserError(f"the run has no image in the split {split!r}; {there}")
+        available = "; ".join(f"{d.root} {d.splits}" for _, d in datasets)
+        raise UserError(f"the run has no image in the split {split!r}; {available}")
     return rows
 
 
@@ -241,26 +240,26 @@ class _Lineage:
             return [_unknown(str(error))]
 
     def of_start(self, run: Mapping[str, Any]) -> list[Origin]:
-        """Training sets behind the weights that a run begins from, by its `settings.json`."""
+        """List the training sets behind the initial weights of a run, given its `settings.json`."""
         if run.get("init_from"):
             return self.of_folder(Path(run["init_from"]))
         weights = (run.get("model") or {}).get("weights")
         if weights in (None, "pretrained", "random"):
             return []
         folder = Path(weights) if Path(weights).is_dir() else Path(weights).parent
-        # other files are pre-training
+        # files of others are pre-training
         return self.of_folder(folder) if Path(weights).exists() and _is_checkpoint(folder) else []
 
     def _of_checkpoint(self, folder: Path) -> list[Origin]:
         config = checkpoint.read_config(folder)
         if ends := config.get("interpolated"):
             return [*self.of_folder(Path(ends["a"])), *self.of_folder(Path(ends["b"]))]
-        if config.get("ridge_of"):  # a frozen backbone: of the run, it has the head's training images alone
+        if config.get("ridge_of"):  # a frozen backbone: only the head was fitted on the run's training images
             run = Path(config["ridge_of"])
             return [self._of_run(run, read_settings(run), weighted=False)]
         recipe = find_run_settings(folder)
         if recipe is None:
-            return [_unknown(f"{folder} lies in no run")]
+            return [_unknown(f"{folder} is not in the folder of a run")]
         run = recipe.parent if recipe.name == "settings.json" else recipe
         values = read_settings(run) if recipe.name == "settings.json" else _recipe(recipe)
         return [self._of_run(run, values), *self.of_start(values)]
@@ -269,20 +268,20 @@ class _Lineage:
         return run_origin(run, values, self._encoder, self._device, weighted=weighted)
 
     def _of_fit(self, folder: Path, config: Mapping[str, Any]) -> list[Origin]:
-        """The images that the weights of an ensemble were fitted on; none where they were set by hand."""
+        """Images that the weights of an ensemble were fitted on; empty where the weights were set by hand."""
         facts = config["facts"]
         if "datasets" not in facts:
             return []
         if "run" not in facts:
-            return [_unknown(f"the ensemble {folder} is of an older version, without the images its weights fit")]
-        split, run, paths = facts["split"], facts["run"], [about["path"] for about in facts["datasets"]]
+            return [_unknown(f"an earlier version wrote the ensemble {folder}, without the images of its weights")]
+        split, run, paths = facts["split"], facts["run"], [dataset_info["path"] for dataset_info in facts["datasets"]]
 
         def read() -> TrainingSet:
             if run is not None:
-                data = data_of(read_settings(Path(run)), self._encoder, _NO_SQUARES, self._device)
+                data = data_of(read_settings(Path(run)), self._encoder, _UNUSED_PREPROCESSING, self._device)
                 return ImageSet(data.images, rows_of_split(data, split), data.prompts)
-            images = ImageDataset([Dataset(path, self._encoder) for path in paths], _NO_SQUARES)
-            _refuse_changed(images.datasets, [about["sha256"] for about in facts["datasets"]])
+            images = ImageDataset([Dataset(path, self._encoder) for path in paths], _UNUSED_PREPROCESSING)
+            _refuse_changed(images.datasets, [dataset_info["sha256"] for dataset_info in facts["datasets"]])
             rows = [images.rows(number, dataset.rows(split)) for number, dataset in enumerate(images.datasets)]
             return ImageSet(images, np.concatenate(rows))
 
@@ -292,18 +291,18 @@ class _Lineage:
 def run_origin(
     run: Path, values: Mapping[str, Any], encoder: str, device: torch.device | str = "cpu", *, weighted: bool = True
 ) -> Origin:
-    """Training images of a run, without those of the weights that it began from.
+    """Training images of a run, without those of its initial weights.
 
     Args:
-        run: its folder, or the recipe.json of a member of an ensemble.
-        values: its `settings.json`.
-        encoder, device: as of `origins`.
-        weighted: as of `data_of`.
+        run: folder of the run, or the recipe.json of a member of an ensemble.
+        values: `settings.json` of the run.
+        encoder, device: as in `origins`.
+        weighted: as in `data_of`.
     """
     weighted = weighted and has_weights(values)
 
     def read() -> TrainingSet:
-        data = data_of(values, encoder, _NO_SQUARES, device, weighted=weighted)
+        data = data_of(values, encoder, _UNUSED_PREPROCESSING, device, weighted=weighted)
         _refuse_changed(data.images.datasets, values.get("dataset_sha256") or [])
         return ImageSet(data.images, data.train_rows, data.prompts)
 
@@ -311,7 +310,7 @@ def run_origin(
 
 
 def _refuse_changed(datasets: Sequence[Dataset], sha256: Sequence[str]) -> None:
-    changed = [d.root for d, known in zip(datasets, sha256, strict=False) if d.fingerprint() != known]
+    changed = [d.root for d, recorded in zip(datasets, sha256, strict=False) if d.fingerprint() != recorded]
     if changed:
         raise UserError(f"{', '.join(map(str, changed))} changed since training: dataset.json has another hash")
 
@@ -341,10 +340,10 @@ def _unknown(reason: str) -> Origin:
 
 
 def _text_numbers(images: ImageDataset) -> Rows:
-    """A number for each caption of all images, the same for equal texts of one dataset alone."""
+    """Text number of each caption of all images; equal numbers mean equal texts of the same dataset."""
     parts, offset = [np.zeros(0, np.int64)], 0
     for dataset in images.datasets:
-        known, number_c = np.unique(dataset.caption_prompt_ids, return_inverse=True)
+        prompt_ids, number_c = np.unique(dataset.caption_prompt_ids, return_inverse=True)
         parts.append(number_c + offset)
-        offset += len(known)
+        offset += len(prompt_ids)
     return np.concatenate(parts)

@@ -478,7 +478,11 @@ def test_what_cannot_be_judged_is_told_before_anything_is_computed(
     for run, overrides, words in (
         (None, [f"checkpoint={alone}"], r"alone is not in a run folder.*name dataset=… to evaluate it on, or run=…"),
         (tiny_run, [f"embedders=[regressor,{other}]"], "of the target encoder all-MiniLM-L12-v2, but the vectors comp"),
-        (tiny_run, ["+tta.ridge.flip=true"], r"tta\.ridge: views are for checkpoints and their like alone: regressor"),
+        (
+            tiny_run,
+            ["+tta.ridge.flip=true"],
+            "ridge: only checkpoints, ensembles and bundles have views: regressor",
+        ),
         (tiny_run, ["embedders=[mean,ridge,ensemble]", "ensemble.folds=13"], "folds: 13, but the 12 images have 12"),
         (tiny_run, ["embedders=[regressor,retrieve]", f"prompt_index={tmp_path / 'none.txt'}"], "none.txt"),
         (None, ["embedders=[mean]", f"dataset={small_data}", f"checkpoint={alone}"], "alone is not in a run folder"),

@@ -286,7 +286,7 @@ def test_another_dataset_is_compared_and_scored_without_the_leaks(leaky_run: Pat
     assert re.search(rf"^regressor .*; cosine of the other 1: +{clean['mean']:.4f} ", table(info), re.MULTILINE)
     assert info["leakage"]["embedders"]["retrieve"]["clean"] is None
     page = (tmp_path / "out/report.html").read_text()
-    assert "Mean cosine of the others" in page
+    assert "Mean cosine without leakage" in page
     assert f">{clean['mean']:.3f}" in page
 
 
@@ -410,7 +410,7 @@ def test_what_is_not_known_is_said(leaky_run: Path, leaky: Path, other: Path, tm
     )
     leaks = {name: LeakageCounts.from_json(own) for name, own in info["leakage"]["embedders"].items()}
     reasons = {name: " ".join(own.unknown) for name, own in leaks.items()}
-    assert "alone lies in no run" in reasons["alone"]
+    assert "alone is not in the folder of a run" in reasons["alone"]
     assert "does not name its training images" in reasons["bundle"]
     assert f"{leaky} changed since training" in reasons["changed"]
     assert "nowhere" in reasons["gone"]

@@ -280,7 +280,7 @@ def test_all_that_is_wrong_with_the_places_is_told_at_once(tmp_path: Path, data:
     bad_bytes.write_bytes(b"prompt\ncaf\xe9\n")
     (tmp_path / "folder.txt").mkdir()
     expected: dict[Path | str, str] = {
-        "s3://bucket/prompts.txt": "a file of prompts must lie on this machine; copy it here",
+        "s3://bucket/prompts.txt": "a file of prompts must be on this machine; copy it first",
         tmp_path / "gone.txt": "cannot be read: No such file or directory",
         tmp_path / "folder.txt": "cannot be read: Is a directory",
         tmp_path / "nowhere": "no dataset at",
@@ -313,7 +313,7 @@ def test_a_bank_of_nothing_and_vectors_of_another_width(data: Path) -> None:
     dataset = Dataset(data, small_dataset.ENCODER)
     with pytest.raises(UserError, match=rf"no prompt to index in {data}"):
         from_images([(dataset, dataset.rows("train")[:0])])
-    with pytest.raises(UserError, match="no prompt to index in no place"):
+    with pytest.raises(UserError, match="no prompt to index in no file or dataset"):
         PromptIndex([])
     with pytest.raises(UserError, match=r"shape \[2, 5\] are compared with a bank of width 384"):
         from_images([(dataset, dataset.rows("train"))]).nearest(unit(2, 5), 3)

@@ -102,8 +102,8 @@ def test_every_part_of_an_evaluation_is_on_the_page(page: Path, folder: Path) ->
     assert ["blip", "0.25", "0.5"] in rows["ensemble"]
     for name in ("score-by-prompt-length", "score-by-distance-to-training", "prompts", "scores-of-single-images"):
         assert parts[name].count("<svg") == 2, name
-    assert "Images of which it is not known: 1." in parts["score-by-distance-to-training"]
-    assert "Images of which it is not known" not in parts["score-by-prompt-length"]
+    assert "Unknown for 1 images." in parts["score-by-distance-to-training"]
+    assert "Unknown for" not in parts["score-by-prompt-length"]
     assert re.search(r'title="\d+">word<', parts["prompts"])
     assert info["datasets"][0]["sha256"] in parts["settings"]
 
@@ -191,7 +191,7 @@ def test_one_embedder_alone_has_a_page(dataset: Dataset, tmp_path: Path) -> None
     evaluated.write(tmp_path / "alone", [dataset], {"regressor": evaluated.at([dataset], 0.6)})
     parts = sections(report.write(tmp_path / "alone", tmp_path / "report.html"))
     assert not {"paired-differences", "ensemble"} & set(parts)
-    assert "Not known of these images." in parts["score-by-distance-to-training"]
+    assert "Unknown for these images." in parts["score-by-distance-to-training"]
     assert "minus" in parts["right-and-wrong"]
 
 
@@ -222,10 +222,10 @@ def test_a_folder_that_does_not_fit_together_is_refused(dataset: Dataset, tmp_pa
     with pytest.raises(UserError, match=r"60 keys, but 59 scores of mean, 1 texts of blip; evaluate again"):
         report.write(bad, out)
     (bad / "texts/blip.json").write_text('["one"')
-    with pytest.raises(UserError, match=r"blip\.json is no JSON"):
+    with pytest.raises(UserError, match=r"blip\.json is not valid JSON"):
         report.write(bad, out)
     (bad / "scores/mean.npy").write_bytes(b"no array")
-    with pytest.raises(UserError, match=r"mean\.npy is no array"):
+    with pytest.raises(UserError, match=r"mean\.npy is not a NumPy array"):
         report.write(bad, out)
     good = write(tmp_path / "good", dataset)
     np.save(good / "predictions/regressor.npy", np.ones((JUDGED, 5), np.float32))

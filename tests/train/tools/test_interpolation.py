@@ -97,7 +97,10 @@ def test_each_is_scored_where_there_is_a_dataset(ends: tuple[Path, Path], tmp_pa
         assert score == {k: found[k] for k in ("mean", "low", "high", "images", "leakage")}
         assert score["images"] == 8
     head, *lines, leakage = table(info).splitlines()
-    assert leakage == f"leakage: not known ({ends[0]} lies in no run; {ends[1]} lies in no run)"
+    assert (
+        leakage
+        == f"leakage: not known ({ends[0]} is not in the folder of a run; {ends[1]} is not in the folder of a run)"
+    )
     assert head.split()[-3:] == ["val", "of", str(data)]
     assert [line.split()[:2] for line in lines] == [
         [f"{f['alpha']:g}", f"{f['mean']:.4f}"] for f in info["checkpoints"]
