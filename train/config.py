@@ -11,12 +11,16 @@ from core.paths import Location
 
 @dataclass(frozen=True)
 class LoraSettings:
+    """Settings of LoRA adapters (`model.lora`)."""
+
     blocks: int
-    """Blocks above the frozen ones that get adapters, while their own weights stay; 0: none."""
+    """Number of blocks above the frozen ones that get LoRA adapters while their weights are frozen; 0 for none."""
     rank: int
+    """Rank of the LoRA adapters."""
     alpha: float
-    """Adapters count alpha ÷ rank."""
+    """Scale of the LoRA adapters: their output is multiplied by alpha ÷ rank."""
     dropout: float
+    """Dropout probability before the LoRA adapters, 0 to .99."""
 
     def problems(self) -> list[str]:
         found = [] if self.blocks >= 0 else [f"blocks: {self.blocks} is below 0"]
@@ -31,31 +35,34 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class ModelSettings:
+    """Settings of the model (`model`): backbone, input size, head, frozen layers and LoRA."""
+
     backbone: str
-    """A timm name, open_clip:MODEL/PRETRAINED or transformers:blip2_vision."""
+    """Name of the backbone: a timm name, open_clip:MODEL/PRETRAINED or transformers:blip2_vision."""
     weights: str
-    """pretrained, random, a .safetensors file, or a folder that holds model.safetensors."""
+    """Initial weights of the backbone: pretrained, random, a .safetensors file, or a folder with model.safetensors."""
     size: int | Literal["dataset"] | None
-    """Side of the input, pixels; null takes the backbone's own, dataset the rendered images' where it is smaller."""
+    """Side of the input, px; null takes the backbone's default, dataset the size of rendered images if smaller."""
     resize_mode: Literal["shortest", "longest", "squash"] | None
-    """Which sides are resized before the centre is cropped, or padded; null takes the backbone's own."""
+    """Sides that are resized before the centre crop or padding; null takes the backbone's default."""
     interpolation: Literal["bicubic", "bilinear"] | None
-    """Interpolation of the resizing; null takes the backbone's own."""
+    """Interpolation of the resize; null takes the backbone's default."""
     crop_pct: float | None
-    """Images are resized to size ÷ crop_pct pixels, of which the centre is kept; null takes the backbone's own."""
+    """Fraction of the resized image that the centre crop keeps, per side; null takes the backbone's default."""
     head: Literal["linear", "wide"]
+    """Kind of head: linear, or wide (one hidden layer with batch norm)."""
     head_width: int
-    """Hidden units of a wide head."""
+    """Number of hidden units of a wide head."""
     head_init: Literal["ridge", "text", "random"]
-    """ridge: the head in closed form over frozen features (one pass), before any step."""
+    """Initialisation of the head: ridge (regression on frozen features), text (CLIP's text tower) or random."""
     head_fit_images: int | None
-    """Training images, drawn at random, that the ridge head is fitted on; null: all."""
+    """Number of random training images that the ridge head is fitted on; null for all."""
     text_tower: str | None
-    """open_clip:MODEL/PRETRAINED for head_init=text; null takes the backbone's own."""
+    """Text tower for head_init=text, open_clip:MODEL/PRETRAINED; null takes the backbone's."""
     freeze: int | Literal["all"]
-    """Blocks at the bottom that stay as they are, the stem with them; 0 trains all."""
+    """Number of frozen blocks from the bottom, and with them the stem; 0 trains all, all freezes the backbone."""
     freeze_bn_stats: bool
-    """Whether batch norms keep the statistics of their pre-training."""
+    """Whether batch norms of the backbone keep the statistics of their pre-training."""
     lora: LoraSettings
 
     def problems(self) -> list[str]:
@@ -89,17 +96,20 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class LossSettings:
+    """Settings of the loss (`loss`): weights of its terms beside the cosine."""
+
     mse: float
-    """Weight of the squared distance beside the cosine."""
+    """Weight of the squared distance in the loss, relative to the cosine term."""
     contrastive: float
-    """Weight of the contrastive part."""
+    """Weight of the contrastive term in the loss, relative to the cosine term."""
     temperature: float
+    """Temperature of the contrastive term."""
     hard_fraction: float
-    """Fraction of a step's images that counts in the loss: those of the lowest cosine."""
+    """Fraction of a step's images, those of the lowest cosine, that the loss averages over; 1 for all."""
 
     @property
     def needs_whole_step(self) -> bool:
-        """Whether an image's loss depends on the others of its step, so that gradients cannot be added up."""
+        """Whether an image's loss depends on the other images of its step, so that gradients do not accumulate."""
         return self.contrastive > 0 or self.hard_fraction < 1
 
     def keywords(self) -> dict[str, float]:
@@ -128,28 +138,32 @@ class LossSettings:
 
 @dataclass(frozen=True)
 class OptimSettings:
+    """Settings of optimizer, learning-rate schedule and EMA (`optim`)."""
+
     name: Literal["adamw", "adamw8bit", "lion", "madgrad"]
+    """Name of the optimizer."""
     lr: float
     """Peak learning rate of the backbone."""
     head_lr: float
     """Peak learning rate of the head."""
     layer_decay: float
-    """Rate of a block as a share of the rate of the block above it."""
+    """Factor between the learning rates of a block and the block above it, above 0 to 1; 1 for equal rates."""
     weight_decay: float
-    """On matrices alone."""
+    """Weight decay of matrices; other parameters have none."""
     betas: tuple[float, ...]
-    """Two."""
+    """The two betas (momentum coefficients) of adamw, adamw8bit or lion."""
     schedule: Literal["cosine", "onecycle", "constant"]
+    """Learning-rate schedule after the warm-up."""
     warmup: int
-    """Most steps with a rising rate; never more than a tenth of the schedule's steps. onecycle has its own."""
+    """Number of warm-up steps, reduced to a tenth of the schedule's steps where it is more; not used by onecycle."""
     grad_clip_norm: float
-    """Largest norm of a step's gradient; 0: no clipping."""
+    """Maximum norm of a step's gradient; 0 for no clipping."""
     head_warmup_epochs: float
-    """Epochs at the start in which the head alone trains (LP-FT)."""
+    """Number of epochs at the start in which only the head trains (LP-FT)."""
     head_warmup_lr: float | None
-    """Peak learning rate of the head in these epochs, on a cosine of its own; null: head_lr on the run's schedule."""
+    """Peak learning rate of the head in the head warm-up, with its own cosine; null for head_lr in one schedule."""
     ema: float
-    """Decay of the averaged weights that are validated and saved; 0: none."""
+    """EMA decay of the weights that are validated and saved; 0 for no averaging."""
 
     def problems(self) -> list[str]:
         found = [
@@ -181,20 +195,22 @@ class OptimSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
+    """Settings of sampling, sample weights and augmentation (`data`)."""
+
     one_image_per_prompt: bool
-    """Whether one of a prompt's several images is drawn each epoch."""
+    """Whether each epoch draws one of the images that share a prompt."""
     sources: dict[str, float]
-    """How much the images of a prompt source count in the loss."""
+    """Weight in the loss of each prompt source; 1 where a source is not named."""
     sample_weights: Path | None
-    """.parquet or .csv of key and weight."""
+    """File of sample weights, .parquet or .csv with the columns key and weight; null for weight 1."""
     crop: float
-    """Smallest share of an image's area that a random crop keeps."""
+    """Minimum fraction of an image's area that a random crop keeps; 1 for no crop."""
     flip: bool
-    """Mirror every other image."""
+    """Whether to mirror images with probability .5."""
     jitter: float
-    """Largest change of brightness and of contrast, as a share."""
+    """Maximum relative change of brightness and of contrast, 0 to .9."""
     erase: float
-    """Chance to blank a rectangle."""
+    """Probability of blanking a random rectangle, 0 to 1."""
 
     def problems(self) -> list[str]:
         found = [f"sources.{name}: {value} is below 0" for name, value in self.sources.items() if not value >= 0]
@@ -205,21 +221,26 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class ScaleSettings:
+    """Settings of devices, precision and memory (`scale`), which change results by rounding at most."""
+
     accelerator: Literal["auto", "cpu", "gpu"]
+    """Kind of device; auto takes a GPU where there is one."""
     devices: int | Literal["auto"]
+    """Number of devices per machine; auto takes all."""
     nodes: int
-    """Machines."""
+    """Number of machines."""
     strategy: Literal["ddp", "fsdp"]
+    """Distributed strategy: ddp (replicated weights) or fsdp (sharded weights)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"]
-    """auto: bf16 on a GPU that has it, fp16 with loss scaling on another, fp32 on a CPU."""
+    """Precision of matmuls; auto is bf16 on a GPU that has it, fp16 with loss scaling on others, fp32 on a CPU."""
     micro_batch: int | Literal["auto"]
-    """Images a device takes at once; gradients add up to the batch."""
+    """Number of images per device at once; gradients accumulate to the batch. auto searches on a GPU."""
     activation_checkpointing: Literal["auto", "none", "selective", "full"]
-    """Activations that the backward pass recomputes."""
+    """Activation-checkpointing mode of the blocks: activations that the backward pass recomputes."""
     compile: Literal["auto"] | bool
-    """torch.compile of each block."""
+    """Whether torch.compile compiles each block; auto compiles on a GPU."""
     workers: int | None
-    """Processes that decode; null decides by the machine."""
+    """Number of decoding processes; null decides by the machine."""
 
     def problems(self) -> list[str]:
         found = [
@@ -234,43 +255,46 @@ class ScaleSettings:
 
 @dataclass(frozen=True)
 class TrainSettings:
+    """Settings of a training run."""
+
     name: str
-    """Of the run."""
+    """Name of the run; the default folder is checkpoints/<name>."""
     out: Path
-    """Run folder."""
+    """Folder of the run."""
     dataset: tuple[Location, ...]
-    """Dataset folders: local paths or fsspec URLs."""
+    """Folders of the training datasets: local paths or fsspec URLs."""
     dataset_repeats: tuple[float, ...] | None
-    """Passes over each dataset in an epoch; null: one over each."""
+    """Number of passes over each dataset in an epoch; null for one each."""
     val: tuple[Location, ...]
-    """More datasets to validate on, which training must never see."""
+    """Folders of further validation datasets; training leaves out images that share bytes with them."""
     fold: str | None
-    """i/n: validate on the i-th n-th of all prompts; null: the dataset's own split."""
+    """Cross-validation fold i/n: validate on the i-th of n parts of all prompts; null for the dataset's split."""
     fold_threshold: float
-    """Cosine to a prompt of the fold at which a training prompt is left out."""
+    """Cosine to a prompt of the fold from which a training prompt is left out."""
     encoder: str
-    """Whose target vectors to train on: a hub name or folder, or the name under `targets/`."""
+    """Text encoder of the target vectors: a hub name, a folder, or its name under `targets/`."""
     init_from: Path | None
-    """Checkpoint folder to begin from."""
+    """Checkpoint folder with the initial weights; null for model.weights."""
     seed: int
+    """Seed of initial weights, sampling, augmentation and dropout."""
     epochs: float
-    """Passes over the training images."""
+    """Number of epochs over the training images."""
     max_steps: int | None
-    """Stop the schedule after so many steps; null: epochs decide."""
+    """Number of optimizer steps of the schedule, in place of epochs; null for epochs."""
     batch_size: int
-    """Images a step, over all devices."""
+    """Number of images per optimizer step, over all devices."""
     validate_every: float
-    """Epochs between validations; the model before its first step is validated, too."""
+    """Number of epochs between validations; the model before its first step is also validated."""
     save_every: int
-    """Steps between two resume points."""
+    """Number of optimizer steps between resume checkpoints."""
     log_every: int
-    """Steps between two lines of the log."""
+    """Number of optimizer steps between lines of the log."""
     save_initial: bool
-    """Whether <out>/first is written, the model before its first step."""
+    """Whether to write <out>/first, the model before its first step."""
     wandb: Literal["auto", "online", "offline", "off"]
-    """auto: online with an account, else offline."""
+    """Mode of Weights & Biases; auto is online with an account, else offline."""
     dry_run: bool
-    """Whether to report the cost and what the learning rate will reach, and stop."""
+    """Whether to report cost and learning-rate schedule, and stop before training."""
     model: ModelSettings
     loss: LossSettings
     optim: OptimSettings
@@ -279,7 +303,7 @@ class TrainSettings:
 
     @property
     def fold_of(self) -> tuple[int, int] | None:
-        """(i, n) of `fold`, i from 1."""
+        """The setting `fold` as (i, n), i counted from 1; None without a fold."""
         if self.fold is None:
             return None
         i, _, n = self.fold.partition("/")
@@ -357,19 +381,21 @@ def _outside(settings: object, **bounds: tuple[float, float]) -> list[str]:
 
 _WITH_COLUMNS = (".csv", ".tsv", ".jsonl", ".json", ".parquet")  # suffixes of prompt files that have columns
 BASELINES = ("mean", "knn", "ridge")
-"""Fitted on the training images of the run."""
+"""Names of embedders that are fitted on the training images of the run."""
 CAPTIONERS = ("blip", "blip2", "coca", "clip_interrogator")
 FROM_OTHERS = ("retrieve", "blend", "ensemble")
-"""Made of what others predict."""
+"""Names of embedders that combine the predictions of others."""
 EMBEDDERS = (*BASELINES, "regressor", *FROM_OTHERS[:2], *CAPTIONERS, FROM_OTHERS[2])
 
 
 @dataclass(frozen=True)
 class ViewsSettings:
+    """Settings of test-time augmentation of one embedder (`tta.NAME`)."""
+
     flip: bool = False
-    """The mirrored image, too."""
+    """Whether to average with the prediction for the mirrored image."""
     sizes: tuple[int, ...] = ()
-    """Sizes to see each image at, px; none: that of training."""
+    """Input sizes to average over, px; empty for the size of training."""
 
     def problems(self) -> list[str]:
         return [f"sizes: {size} px is below 1" for size in self.sizes if size < 1]
@@ -432,10 +458,12 @@ class CaptionsSettings:
 
 @dataclass(frozen=True)
 class EnsembleSettings:
+    """Settings of the ensemble (`ensemble`)."""
+
     members: tuple[str, ...] | None
-    """Names of embedders; null takes all others."""
+    """Names of the ensemble's members; null takes all other embedders."""
     folds: int
-    """Of the cross-validation that its score is of."""
+    """Number of folds of the cross-validation that scores the ensemble."""
 
     def problems(self) -> list[str]:
         return [] if self.folds >= 2 else [f"folds: {self.folds} is below 2"]
@@ -443,17 +471,20 @@ class EnsembleSettings:
 
 @dataclass(frozen=True)
 class EvaluateSettings:
+    """Settings of an evaluation."""
+
     run: Path | None
     """Run folder: its best checkpoint, its dataset and its backbone are the defaults below; null takes the newest."""
     checkpoint: Path | None
     """Folder of the regressor: a checkpoint, a bundle or an ensemble; null takes RUN/best."""
     dataset: Location | None
-    """Dataset folder: a local path or an fsspec URL; null takes the run's."""
+    """Dataset folder to evaluate on: a local path or an fsspec URL; null takes the run's validation images."""
     split: str
+    """Split of the dataset to evaluate on."""
     embedders: tuple[str, ...]
-    """What stands in the table: names of EMBEDDERS, and folders of checkpoints, bundles, ensembles and runs."""
+    """Embedders to score: names of EMBEDDERS, and folders of checkpoints, bundles, ensembles and runs."""
     tta: dict[str, ViewsSettings]
-    """How often an embedder sees each image, by its name."""
+    """Test-time augmentation by embedder name."""
     knn: KnnSettings
     retrieve: RetrieveSettings
     captions: CaptionsSettings
@@ -463,13 +494,15 @@ class EvaluateSettings:
     column: str
     """Column of the prompts, where the file of a prompt index has columns."""
     out: Path | None
-    """Folder of the scores, predictions and evaluation.json; null: RUN/evaluation."""
+    """Folder of the scores, predictions and evaluation.json; null for RUN/evaluation."""
     report: Path | None
-    """The page to write; null: OUT/report.html."""
+    """File of the HTML page; null for OUT/report.html."""
     batch_size: int
+    """Number of images per forward pass."""
     workers: int | None
-    """Threads that decode images, and processes that decode them for the features of knn and ridge; null decides."""
+    """Number of decoding threads, and of decoding processes for the features of knn and ridge; null decides."""
     accelerator: Literal["auto", "cpu", "gpu"]
+    """Kind of device; auto takes a GPU where there is one."""
 
     def problems(self) -> list[str]:
         found = [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
