@@ -1,4 +1,4 @@
-"""What a run is: `settings.json`, which says whether a folder is this run's."""
+"""Settings of a run in `settings.json`, which decide whether a command resumes the run in a folder."""
 
 import dataclasses
 import json
@@ -13,29 +13,29 @@ from core.renamed_settings import with_new_names
 from datagen.dataset.reader import Dataset
 from train.config import TrainSettings
 
-# Settings that change how a run is carried out and not what it is: another value may resume it.
-OF_THE_MACHINE = ("dry_run", "log_every", "out", "save_every", "scale", "wandb")
+# Settings that do not change results (but for rounding): a run resumes with other values of them.
+MACHINE_SETTINGS = ("dry_run", "log_every", "out", "save_every", "scale", "wandb")
 
 
 def plain(cfg: TrainSettings) -> dict[str, Any]:
-    """The settings as JSON has them."""
+    """Settings as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(cfg), default=str))
 
 
-def of_this_run(cfg: TrainSettings, datasets: Sequence[Dataset], precision: str) -> dict[str, Any]:
-    """What `settings.json` holds, once it is checked that the one there, if any, is this run's.
+def check_run_folder(cfg: TrainSettings, datasets: Sequence[Dataset], precision: str) -> dict[str, Any]:
+    """Content of `settings.json`, after a check that the folder has no other run.
 
     Args:
-        datasets: in their order, those of val=[…] last.
-        precision: of its matrix products; of the group `scale`, it alone changes more than rounding.
+        datasets: datasets in their order, those of val=[…] last.
+        precision: precision of matmuls, the only setting of `scale` that changes results by more than rounding.
 
     Raises:
-        UserError: the folder holds another run, or this one, finished.
+        UserError: the folder has another run, or this run is finished.
     """
-    from models.runtime.preprocess import PREPROCESS  # torch: train.runs imports this file, and should start at once
+    from models.runtime.preprocess import PREPROCESS  # imports torch, which would slow down train.runs
 
     path = cfg.out / "settings.json"
-    mine = {
+    values = {
         **plain(cfg),
         "dataset_sha256": [dataset.fingerprint() for dataset in datasets],
         "encoder_sha256": [(dataset.encoder_identity or {}).get("sha256") for dataset in datasets],
@@ -44,55 +44,55 @@ def of_this_run(cfg: TrainSettings, datasets: Sequence[Dataset], precision: str)
         "preprocess": PREPROCESS,
     }
     if path.exists():
-        there = flat(with_new_names("train", json.loads(path.read_text())))
-        here = flat(mine)
-        differ = [
-            f"  {key}: {there.get(key)!r} there, {here.get(key)!r} here"
-            for key in sorted({*there, *here})
-            if there.get(key) != here.get(key)
-            and key.partition(".")[0] not in OF_THE_MACHINE
-            and not _unrecorded(key, there, here)
+        recorded = flat(with_new_names("train", json.loads(path.read_text())))
+        current = flat(values)
+        differing = [
+            f"  {key}: {recorded.get(key)!r} there, {current.get(key)!r} here"
+            for key in sorted({*recorded, *current})
+            if recorded.get(key) != current.get(key)
+            and key.partition(".")[0] not in MACHINE_SETTINGS
+            and not _unrecorded(key, recorded, current)
         ]
-        if differ:
+        if differing:
             raise UserError(
-                f"{cfg.out} holds another run:\n"
-                + "\n".join(differ)
-                + "\nGive this one another name=…, or remove that folder."
+                f"{cfg.out} has a run with other settings:\n"
+                + "\n".join(differing)
+                + "\nGive the new run another name=…, or remove the folder."
             )
         if (cfg.out / "done").exists():
             raise UserError(
-                f"{cfg.out} is finished; export it, give another name=…, or remove the folder to train anew."
+                f"{cfg.out} is finished; export it, give another name=…, or remove the folder to train it again."
             )
-    return mine
+    return values
 
 
-def _unrecorded(key: str, there: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Whether a run of an earlier version, or a dataset then, did not record the settings of its text encoder."""
-    return key == "encoder_sha256" and (None in (there.get(key) or [None]) or None in here[key])
+def _unrecorded(key: str, recorded: dict[str, Any], current: dict[str, Any]) -> bool:
+    """Whether the run or its dataset, by an earlier version, did not record the hash of its text encoder."""
+    return key == "encoder_sha256" and (None in (recorded.get(key) or [None]) or None in current[key])
 
 
-def write(out: Path, mine: dict[str, Any]) -> None:
-    """The folder is this run's from here on: call it once all that could be refused was not."""
+def write(out: Path, values: dict[str, Any]) -> None:
+    """Write `settings.json` of a new run; call it after every check of the settings."""
     path = out / "settings.json"
     if not path.exists():
-        write_json(path, mine)
+        write_json(path, values)
 
 
 def changed(cfg: TrainSettings) -> list[str]:
-    """`key=value` of every setting that is not conf/train.yaml's."""
-    default, mine = flat(compose("train", [])), flat(plain(cfg))
+    """List `key=value` of every setting that differs from conf/train.yaml."""
+    default, values = flat(compose("train", [])), flat(plain(cfg))
     default["dataset"] = [default["dataset"]]
-    # its default is made of the name
-    quiet = {"out"} if mine["out"] == default["out"].replace(default["name"], mine["name"]) else set()
-    return [f"{k}={_short(v)}" for k, v in mine.items() if default.get(k) != v and k not in quiet]
+    # the default of `out` contains the name
+    ignored = {"out"} if values["out"] == default["out"].replace(default["name"], values["name"]) else set()
+    return [f"{k}={_short(v)}" for k, v in values.items() if default.get(k) != v and k not in ignored]
 
 
-def flat(values: dict[str, Any], where: str = "") -> dict[str, Any]:
-    """Groups of keys as dotted ones: {"optim": {"lr": 1}} → {"optim.lr": 1}."""
-    found: dict[str, Any] = {}
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Flatten nested settings to dotted keys: {"optim": {"lr": 1}} → {"optim.lr": 1}."""
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{where}{key}.") if isinstance(value, dict) else {f"{where}{key}": value}
-    return found
+        flattened |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flattened
 
 
 def _weights_sha256(path: Path | None) -> str | None:
@@ -108,14 +108,14 @@ def _short(value: Any) -> str:
 
 
 class NotARun(Exception):  # noqa: N818 – it names the state of a folder
-    """A folder that is no run, and why."""
+    """Error for a folder that is not a run; the message is the reason."""
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """`settings.json` of a run, under the names of this version; its `dataset` is a list of paths and URLs.
+    """Read `settings.json` of a run, with the key names of this version; `dataset` is a list of paths and URLs.
 
     Raises:
-        UserError: there is no run.
+        UserError: the folder is not a run.
     """
     try:
         return parse_settings(folder)
@@ -126,23 +126,28 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def parse_settings(folder: Path) -> dict[str, Any]:
-    found = read_object(folder / "settings.json")
-    lacking = [key for key, kind in (("dataset", (str, list)), ("model", dict)) if not isinstance(found.get(key), kind)]
-    if lacking:
-        raise NotARun(f"settings.json is not of a run: it lacks {', '.join(lacking)}")
-    given = found["dataset"]
-    return {**with_new_names("train", found), "dataset": [given] if isinstance(given, str) else [str(d) for d in given]}
+    """Read `settings.json` of a run, as `read_settings`; raises NotARun where the folder is not a run."""
+    values = read_object(folder / "settings.json")
+    missing = [
+        key for key, kind in (("dataset", (str, list)), ("model", dict)) if not isinstance(values.get(key), kind)
+    ]
+    if missing:
+        raise NotARun(f"settings.json is not that of a run: it lacks {', '.join(missing)}")
+    dataset = values["dataset"]
+    paths = [dataset] if isinstance(dataset, str) else [str(d) for d in dataset]
+    return {**with_new_names("train", values), "dataset": paths}
 
 
 def read_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a run; raises NotARun where it cannot be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise NotARun(f"{path.name} is missing") from error
     except OSError as error:
         raise NotARun(f"{path.name} cannot be read: {error.strerror}") from error
     except ValueError as error:
-        raise NotARun(f"{path.name} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise NotARun(f"{path.name} holds no settings but a {type(found).__name__}")
-    return found
+        raise NotARun(f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise NotARun(f"{path.name} has a {type(value).__name__} in place of settings")
+    return value

@@ -336,7 +336,7 @@ PROBE_SETTINGS: Entries = {
         shows(scores, "optim.warmup=0", given=("probe.epochs=10",)),  # of a short search a tenth is no step
         refused(rf"optim.warmup: {UNUSED}with probe.heads=\[ridge\]", "optim.warmup=1", given=RIDGE),
     ],
-    "model.text_tower": refused("model.head_init: text is not for a search", "model.head_init=text"),
+    "model.text_tower": refused("model.head_init: text is not supported in a search", "model.head_init=text"),
     "optim.head_warmup_lr": refused(
         f"optim.head_warmup_lr: {UNUSED}in a search", "optim.head_warmup_lr=1", "optim.head_warmup_epochs=1"
     ),

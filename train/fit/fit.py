@@ -64,7 +64,9 @@ def fit(cfg: TrainSettings) -> int:
     vals = [Dataset(folder, cfg.encoder) for folder in cfg.val]
     check_folder(cfg.encoder, [*datasets, *vals])
     cfg = dataclasses.replace(cfg, encoder=encoder_name(cfg.encoder))
-    run_values = {} if cfg.dry_run else run_settings.of_this_run(cfg, [*datasets, *vals], machine.compute_precision)
+    run_values = (
+        {} if cfg.dry_run else run_settings.check_run_folder(cfg, [*datasets, *vals], machine.compute_precision)
+    )
     resumed_from, resumed_at = resume.newest_whole(cfg.out)
     meta_model = setup.build_on_meta(cfg, datasets)
     data = ImageDataModule(datasets, vals, cfg, meta_model.spec.preprocessing, device=machine.device)

@@ -3,7 +3,7 @@
     python -m train.hard run=checkpoints/vith14
     python -m train +experiment=vith14 name=again data.sample_weights=checkpoints/vith14/weights.parquet
 
-<out> has a row per image, the hardest first: key, dataset (its folder), score, weight. Unreadable images have no row.
+<out> has a row per readable image, hardest first, with the columns key, dataset (folder), score and weight.
 n images.
 """
 
@@ -23,28 +23,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class HardSettings:
+    """Settings of the search for hard examples."""
+
     run: Path
-    """Run folder."""
+    """Folder of the run whose training images are scored."""
     checkpoint: Path | None
-    """Checkpoint folder that scores; null takes RUN/best."""
+    """Folder of the checkpoint that scores the images; null takes RUN/best."""
     keep: float
-    """Share of the images that is hard: those of the lowest cosine."""
+    """Fraction of the images, those with the lowest cosine, that counts as hard; above 0 and below 1."""
     weight: float
-    """Of a hard image; of another 1."""
+    """Sample weight of a hard image; other images have weight 1."""
     drop: bool
-    """Whether others weigh 0, so that the hard ones alone are trained on."""
+    """Whether other images have weight 0, so that the next run trains only on hard ones."""
     out: Path
-    """The file to write, .parquet or .csv."""
+    """File of sample weights to write, .parquet or .csv."""
     batch_size: int
+    """Number of images per forward pass."""
     workers: int | None
-    """Processes that decode; null decides by the machine."""
+    """Number of decoding threads; null decides by the machine."""
     accelerator: Literal["auto", "cpu", "gpu"]
+    """Kind of device; auto takes a GPU where there is one."""
 
     def problems(self) -> list[str]:
         found = [] if 0 < self.keep < 1 else [f"keep: {self.keep} is not above 0 and below 1"]
         found += [] if self.weight > 0 else [f"weight: {self.weight} is not above 0"]
         if self.weight == 1 and not self.drop:
-            found.append("weight: 1 makes hard images count as the others; take more, or drop=true")
+            found.append("weight: 1 gives hard images the weight of the others; use more, or drop=true")
         if self.batch_size < 1:
             found.append(f"batch_size: {self.batch_size} is below 1")
         if self.out.suffix not in (".parquet", ".csv"):
@@ -53,7 +57,7 @@ class HardSettings:
 
 
 def hard_weights(score_n: NDArray[np.floating], keep: float, weight: float, *, drop: bool) -> NDArray[np.float32]:
-    """Weight of each image: `weight` for the share `keep` of the lowest scores (at least one), 1 or 0 for others.
+    """Compute sample weights: `weight` for the fraction `keep` with the lowest scores (at least one), else 1 or 0.
 
     Equal scores are ranked by position.
     """
@@ -88,7 +92,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
     for dataset in data.images.datasets:
         require_same(config, folder, dataset.encoder_identity or {}, str(dataset.root))
     images, rows = data.images, data.train_rows
-    read, scores, bad = [], [], []
+    row_blocks, scores, unreadable = [], [], []
     batches = predictions(
         checkpoint.load(folder).to(device),
         images,
@@ -99,30 +103,30 @@ def write_hard_examples(cfg: HardSettings) -> None:
         what="score",
     )
     for batch in batches:
-        read.append(batch.row_B)
+        row_blocks.append(batch.row_B)
         scores.append(batch.score_B)
-        bad += batch.bad
-    row_n, score_n = np.concatenate(read), np.concatenate(scores)
-    if bad:
-        log.warning("%d of %d images could not be read; the first: %s: %s", len(bad), len(rows), *bad[0])
+        unreadable += batch.bad
+    row_n, score_n = np.concatenate(row_blocks), np.concatenate(scores)
+    if unreadable:
+        log.warning("%d of %d images could not be read; the first: %s: %s", len(unreadable), len(rows), *unreadable[0])
     if not len(row_n):
         raise UserError("no training image could be read; python -m datagen.verify lists damaged ones")
     weight_n = hard_weights(score_n, cfg.keep, cfg.weight, drop=cfg.drop)
     order = np.argsort(score_n, kind="stable")
-    numbers = [images.dataset_of(row) for row in row_n[order].tolist()]
+    dataset_indices = [images.dataset_of(row) for row in row_n[order].tolist()]
     table = pa.table(
         {
             "key": [images.key(row) for row in row_n[order].tolist()],
-            "dataset": pa.array([str(d.root) for d in images.datasets]).take(pa.array(numbers)),
+            "dataset": pa.array([str(d.root) for d in images.datasets]).take(pa.array(dataset_indices)),
             "score": score_n[order].astype(np.float32),
             "weight": weight_n[order],
         }
     )
-    kinds = {".parquet": parquet.write_table, ".csv": csv.write_csv}
-    write_atomically(cfg.out, lambda file: kinds[cfg.out.suffix](table, file))
+    writers = {".parquet": parquet.write_table, ".csv": csv.write_csv}
+    write_atomically(cfg.out, lambda file: writers[cfg.out.suffix](table, file))
     hard = int((weight_n == np.float32(cfg.weight)).sum())
     log.info(
-        "%s hard images of %s, cosine %.4f or less, have weight %g, others %d: %s",
+        "%s hard images of %s, with cosine %.4f or less, have weight %g, others %d: %s",
         f"{hard:,}",
         f"{len(row_n):,}",
         score_n[order[hard - 1]],
@@ -130,4 +134,4 @@ def write_hard_examples(cfg: HardSettings) -> None:
         0 if cfg.drop else 1,
         cfg.out,
     )
-    log.info("train on them: python -m train … data.sample_weights=%s", cfg.out)
+    log.info("train with these weights: python -m train … data.sample_weights=%s", cfg.out)

@@ -1,9 +1,9 @@
-"""Interpolate the weights of two checkpoints of one architecture (WiSE-FT), and score each mixture.
+"""Interpolate the weights of two checkpoints of one architecture (WiSE-FT), and score each interpolation.
 
     python -m train.interpolate a=checkpoints/x/first b=checkpoints/x/best out=checkpoints/x/wise dataset=data/comp
 
 <out>/alpha-0.3, …      checkpoints of the weights (1 − alpha) · a + alpha · b
-<out>/interpolate.json  their scores, where a dataset is given
+<out>/interpolate.json  scores of the checkpoints, where a dataset is given
 
 E target width.
 """
@@ -29,28 +29,33 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class InterpolateSettings:
+    """Settings of weight interpolation."""
+
     a: Path
-    """Checkpoint folder at alpha 0."""
+    """Folder of the checkpoint at alpha 0."""
     b: Path
-    """Checkpoint folder at alpha 1; the mean vector and the probe images are its."""
+    """Folder of the checkpoint at alpha 1, which also provides the mean vector and the probe images."""
     alpha: tuple[float, ...]
-    """Shares of b."""
+    """Weights of checkpoint b, 0 to 1; each gives a new checkpoint."""
     out: Path
     """Folder of the new checkpoints."""
     dataset: Location | None
-    """Dataset folder to score each on; null: none."""
+    """Dataset folder to score the new checkpoints on; null for no scores."""
     split: str
+    """Split of the dataset to score on."""
     batch_size: int
+    """Number of images per forward pass."""
     workers: int | None
-    """Processes that decode; null decides by the machine."""
+    """Number of decoding threads; null decides by the machine."""
     accelerator: Literal["auto", "cpu", "gpu"]
+    """Kind of device; auto takes a GPU where there is one."""
 
     def problems(self) -> list[str]:
         found = [f"alpha: {alpha} is outside 0 (a) to 1 (b)" for alpha in self.alpha if not 0 <= alpha <= 1]
-        found += [] if self.alpha else ["alpha: empty; name at least one share, such as 0.5"]
-        found += ["alpha: a share is named twice"] if len(set(self.alpha)) < len(self.alpha) else []
+        found += [] if self.alpha else ["alpha: empty; give at least one weight, such as 0.5"]
+        found += ["alpha: a weight is given twice"] if len(set(self.alpha)) < len(self.alpha) else []
         found += [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
-        return found + ([f"b: {self.b} is a, too"] if self.a == self.b else [])
+        return found + ([f"b: {self.b} is the same checkpoint as a"] if self.a == self.b else [])
 
     def unused(self) -> dict[str, str]:
         scoring = ("split", "batch_size", "workers", "accelerator")
@@ -61,7 +66,7 @@ def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
     """Write the checkpoints, score them on a dataset, and return the content of `interpolate.json`.
 
     Raises:
-        UserError: the checkpoints are not of one architecture and target encoder, or the dataset cannot be used.
+        UserError: the checkpoints differ in architecture or target encoder, or the dataset cannot be used.
     """
     from core.files import write_json
     from datagen.dataset.reader import Dataset
@@ -86,29 +91,29 @@ def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
     model = checkpoint.rebuild(config).eval()
     facts = {key: value for key, value in config.items() if key not in model.description()}
     overlap = None if images is None else _overlap(images, rows, cfg, config["encoder"])
-    found = []
+    checkpoints = []
     for alpha in cfg.alpha:
         model.load_state_dict(between(a, b, alpha))
         score, skipped = (None, []) if images is None else _score(model, images, rows, overlap, cfg)
-        mixed = {"a": str(cfg.a), "b": str(cfg.b), "alpha": alpha}
+        origin = {"a": str(cfg.a), "b": str(cfg.b), "alpha": alpha}
         folder = cfg.out / f"alpha-{alpha:g}"
-        checkpoint.save(folder, model.cpu(), mean_E, probes, {**facts, "score": score, "interpolated": mixed})
-        found.append({"alpha": alpha, "checkpoint": str(folder), **(score or {}), "skipped": skipped})
+        checkpoint.save(folder, model.cpu(), mean_E, probes, {**facts, "score": score, "interpolated": origin})
+        checkpoints.append({"alpha": alpha, "checkpoint": str(folder), **(score or {}), "skipped": skipped})
     info = {
         "a": str(cfg.a),
         "b": str(cfg.b),
         "dataset": None if cfg.dataset is None else str(cfg.dataset),
         "split": cfg.split,
-        "checkpoints": found,
+        "checkpoints": checkpoints,
     }
     write_json(cfg.out / "interpolate.json", info)
-    if bad := len(found[0]["skipped"]):
+    if bad := len(checkpoints[0]["skipped"]):
         log.warning("%d images could not be read; interpolate.json lists them", bad)
     return info
 
 
 def between(a: dict[str, "torch.Tensor"], b: dict[str, "torch.Tensor"], alpha: float) -> dict[str, "torch.Tensor"]:
-    """(1 − alpha) · a + alpha · b of two state dicts; counters are b's."""
+    """Interpolate two state dicts: (1 − alpha) · a + alpha · b; integer counters come from b."""
     return {
         name: (1 - alpha) * a[name] + alpha * tensor if tensor.is_floating_point() else tensor
         for name, tensor in b.items()
@@ -129,7 +134,7 @@ def _overlap(images: Any, rows: Any, cfg: InterpolateSettings, encoder: str) -> 
 def _score(
     model: "Regressor", images: Any, rows: Any, overlap: Any, cfg: InterpolateSettings
 ) -> tuple[dict[str, Any], list[dict[str, str]]]:
-    """Mean cosine with its interval and leakage, and the images that could not be read."""
+    """Mean cosine of a checkpoint with its interval and leakage; and the unreadable images."""
     import numpy as np
 
     from models.metrics import bootstrap
@@ -151,13 +156,13 @@ def _score(
 
 
 def table(info: dict[str, Any]) -> str:
-    """The checkpoints as text, in the order of their shares, with the scores where there are any."""
+    """Format the checkpoints as text, in the order of `alpha`, with scores where they were computed."""
     lines = [f"{'alpha':>5}   {'cosine':>8}   95 % interval      {info['split']} of {info['dataset']}"]
     if info["dataset"] is None:
         lines = ["alpha"]
-    for found in info["checkpoints"]:
-        score = f"   {scored(found)}" if "mean" in found else ""
-        lines.append(f"{found['alpha']:5g}{score}   {found['checkpoint']}")
+    for entry in info["checkpoints"]:
+        score = f"   {scored(entry)}" if "mean" in entry else ""
+        lines.append(f"{entry['alpha']:5g}{score}   {entry['checkpoint']}")
     if info["dataset"] is not None:  # all checkpoints come from the same two
         lines.append(f"leakage: {LeakageCounts.from_json(info['checkpoints'][0]['leakage']).text()}")
     return "\n".join(lines)

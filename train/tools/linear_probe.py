@@ -1,4 +1,4 @@
-"""The work of `python -m train.probe`: features once, then heads on them.
+"""Search over heads on frozen features: the core of `python -m train.probe`.
 
 B images of a step, n images, N images of all datasets, D feature width, E target width.
 """
@@ -44,12 +44,12 @@ from train.tools.probe_settings import ProbeSettings
 
 log = logging.getLogger(__name__)
 
-_AT_ONCE = 8192  # images per block of scoring
+_BLOCK = 8192  # images scored at once
 
 
 @dataclass(frozen=True)
 class ValidationFeatures:
-    """Validation images: features, and the means of their captions' unit vectors."""
+    """Features of validation images, and the means of their captions' unit vectors."""
 
     x_nD: torch.Tensor  # noqa: N815
     target_nE: torch.Tensor  # noqa: N815
@@ -59,9 +59,10 @@ def search(cfg: ProbeSettings) -> dict[str, Any]:
     """Fit and score the heads, write `cfg.out`, and return the content of `probe.json`.
 
     Raises:
-        UserError: the dataset, the weights or the folder cannot be used; no validation images; every head diverged.
+        UserError: the dataset, the weights or the folder cannot be used; there are no validation images; or every head
+            diverged.
     """
-    _refuse_a_run(cfg)
+    _refuse_run_folder(cfg)
     device = Machine(cfg.scale).device
     datasets = [Dataset(folder, cfg.encoder) for folder in cfg.dataset]
     vals = [Dataset(folder, cfg.encoder) for folder in cfg.val]
@@ -70,55 +71,57 @@ def search(cfg: ProbeSettings) -> dict[str, Any]:
     model = setup.build_model(cfg, datasets, resumed=False)
     data = ImageDataModule(datasets, vals, cfg, model.spec.preprocessing, device=device)
     if not data.val_names:
-        raise UserError("a search needs validation images to choose by: give val=[…] or fold=1/5")
+        raise UserError("a search needs validation images to select the best head: give val=[…] or fold=1/5")
     model.to(device)
     leakage = validation_leakage(cfg, data, device)
 
-    def known(rows: NDArray[np.int64]) -> Features:
+    def cached_features(rows: NDArray[np.int64]) -> Features:
         return features(model, data.images, rows, cfg.batch_size, cfg.scale.workers)
 
-    def validation_features(found: Features) -> ValidationFeatures:
-        targets = torch.from_numpy(data.images.targets(found.row_n))
-        return ValidationFeatures(torch.from_numpy(found.all()).to(device), targets.to(device))
+    def validation_set(cached: Features) -> ValidationFeatures:
+        targets = torch.from_numpy(data.images.targets(cached.row_n))
+        return ValidationFeatures(torch.from_numpy(cached.all()).to(device), targets.to(device))
 
-    training = known(data.train_rows)
-    sets = {name: validation_features(known(rows)) for name, rows in zip(data.val_names, data.val_sets, strict=True)}
+    training = cached_features(data.train_rows)
+    sets = {
+        name: validation_set(cached_features(rows)) for name, rows in zip(data.val_names, data.val_sets, strict=True)
+    }
     main = data.val_names[0]
     best: tuple[float, Regressor | None, dict[str, Any]] = (-math.inf, None, {})
-    tried: list[dict[str, Any]] = []
+    results: list[dict[str, Any]] = []
     for kind, setting, make in _candidates(cfg, data, training, model):
         began = time.perf_counter()
         candidate = make()
-        scores = {name: _score(candidate, each) for name, each in sets.items()}
-        found = {
+        scores = {name: _score(candidate, val) for name, val in sets.items()}
+        result = {
             "head": kind,
             "setting": setting,
-            # JSON has no word for what is no number
+            # JSON has no NaN
             "scores": {
                 name: {k: None if math.isnan(v) else v for k, v in score._asdict().items()}
                 for name, score in scores.items()
             },
             "seconds": round(time.perf_counter() - began, 2),
         }
-        tried.append(found)
+        results.append(result)
         log.info("%s, %s: %.4f", kind, setting, scores[main].mean)
         if scores[main].mean > best[0]:
-            best = scores[main].mean, candidate, found
-    _, candidate, found = best
+            best = scores[main].mean, candidate, result
+    _, candidate, result = best
     if candidate is None:
-        raise UserError("every head diverged to no numbers: take lower probe.lrs or higher probe.penalties")
-    tried.sort(key=lambda each: math.inf if (m := each["scores"][main]["mean"]) is None else -m)
-    info = {"main": main, "sets": data.val_names, "images": len(sets[main].x_nD), "heads": tried}
-    info["leakage"] = {name: own.to_json() for name, own in leakage.items()}
+        raise UserError("every head diverged to NaN: use lower probe.lrs or higher probe.penalties")
+    results.sort(key=lambda result: math.inf if (m := result["scores"][main]["mean"]) is None else -m)
+    info = {"main": main, "sets": data.val_names, "images": len(sets[main].x_nD), "heads": results}
+    info["leakage"] = {name: counts.to_json() for name, counts in leakage.items()}
     save = Saver(cfg, datasets, data, leakage)
-    _write(cfg, [*datasets, *vals], save, candidate, found, info)
+    _write(cfg, [*datasets, *vals], save, candidate, result, info)
     return info
 
 
 def _candidates(
     cfg: ProbeSettings, data: ImageDataModule, training: Features, model: Regressor
 ) -> Iterator[tuple[str, str, Callable[[], Regressor]]]:
-    """Kind and setting of each head, and what makes it, on the model's device."""
+    """Iterate over the heads to try: kind, setting, and a function that builds the regressor on the model's device."""
     search = cfg.probe
     if "ridge" in search.heads:
         sums = Ridge(model.spec.width, model.width)
@@ -129,17 +132,17 @@ def _candidates(
     kinds = [kind for kind in search.heads if kind != "ridge"]
     if not kinds:
         return
-    lesson = _Lesson(cfg, data, training, model.device)
+    trainer = _HeadTrainer(cfg, data, training, model.device)
     for kind in kinds:
-        begun = _with_head(model, kind, cfg)
+        start = _with_head(model, kind, cfg)
         if cfg.model.head_init == "ridge":
-            init_ridge(begun.head, training.batches, part_n=penalty_parts(data.images, training.row_n))
+            init_ridge(start.head, training.batches, part_n=penalty_parts(data.images, training.row_n))
         for lr in search.lrs:
-            yield kind, f"lr {lr:g}", lambda begun=begun, lr=lr: lesson.teach(begun, lr)
+            yield kind, f"lr {lr:g}", lambda start=start, lr=lr: trainer.train(start, lr)
 
 
 def _with_head(model: Regressor, kind: str, cfg: ProbeSettings) -> Regressor:
-    """The model's backbone with a new head."""
+    """Copy the model with the same backbone and a new head."""
     torch.manual_seed(cfg.seed)
     hidden = cfg.model.head_width if kind == "wide" else 0
     candidate = Regressor(model.backbone, model.spec, model.width, kind, hidden).to(model.device)
@@ -155,8 +158,8 @@ def _ridge(model: Regressor, sums: Ridge, penalty: float) -> Regressor:
     return candidate
 
 
-class _Lesson:
-    """The features as training needs them: in memory, and by the images' numbers."""
+class _HeadTrainer:
+    """Trainer of heads on features in memory, which are looked up by image number."""
 
     def __init__(self, cfg: ProbeSettings, data: ImageDataModule, training: Features, device: torch.device) -> None:
         self._cfg, self._data, self._device = cfg, data, device
@@ -164,27 +167,27 @@ class _Lesson:
         self._target_nE = torch.from_numpy(data.images.targets(training.row_n))
         weight_N, rows = data.images.weight_N, training.row_n
         self._weight_n = torch.ones(len(rows)) if weight_N is None else torch.from_numpy(weight_N[rows])
-        self._place = np.full(len(data.images), -1)  # of an image that cannot be read
-        self._place[training.row_n] = np.arange(len(training.row_n))
+        self._position_N = np.full(len(data.images), -1)  # -1: unreadable image
+        self._position_N[training.row_n] = np.arange(len(training.row_n))
 
-    def teach(self, begun: Regressor, lr: float) -> Regressor:
-        """A copy of `begun` with its head trained."""
+    def train(self, start: Regressor, lr: float) -> Regressor:
+        """Copy `start` and train the head of the copy."""
         search = self._cfg.probe
-        candidate = _with_head(begun, begun.head_kind, self._cfg)
-        candidate.head.load_state_dict(begun.head.state_dict())
+        candidate = _with_head(start, start.head_kind, self._cfg)
+        candidate.head.load_state_dict(start.head.state_dict())
         cfg = dataclasses.replace(self._cfg.optim, head_lr=lr, head_warmup_epochs=0, head_warmup_lr=None, layer_decay=1)
         steps = max(round(search.epochs * steps_per_epoch(len(self._data.shuffled_epochs), search.batch_size)), 1)
         candidate.head.train()
         rates = optimizer(candidate, cfg)
         schedule = scheduler(rates, cfg, steps)
-        with progress(steps, "step", f"{begun.head_kind}, lr {lr:g}") as bar:
+        with progress(steps, "step", f"{start.head_kind}, lr {lr:g}") as bar:
             for rows in TrainBatchSampler(self._data.shuffled_epochs, search.batch_size, steps):
-                place_B = self._place[rows]
-                place_B = torch.from_numpy(place_B[place_B >= 0])
+                position_B = self._position_N[rows]
+                position_B = torch.from_numpy(position_B[position_B >= 0])
                 x_BD, target_BE, weight_B = (
-                    part[place_B].to(self._device) for part in (self._x_nD, self._target_nE, self._weight_n)
+                    part[position_B].to(self._device) for part in (self._x_nD, self._target_nE, self._weight_n)
                 )
-                if len(place_B) > 1:  # of fewer a batch norm has no statistics
+                if len(position_B) > 1:  # batch norm has no statistics of a single image
                     z_BE = candidate.project(x_BD, unit=False)
                     value = total_loss(z_BE, target_BE, weight_B, denominator=len(rows), **self._cfg.loss.keywords())
                     rates.zero_grad()
@@ -201,15 +204,15 @@ class _Lesson:
 @torch.inference_mode()
 def _score(candidate: Regressor, validation_features: ValidationFeatures) -> Interval:
     candidate.head.eval()
-    z_nE = torch.cat([normalize(candidate.head(x).float(), dim=-1) for x in validation_features.x_nD.split(_AT_ONCE)])
+    z_nE = torch.cat([normalize(candidate.head(x).float(), dim=-1) for x in validation_features.x_nD.split(_BLOCK)])
     score_n = (z_nE.double() * validation_features.target_nE.double()).sum(-1).cpu().numpy()
     return bootstrap(score_n)
 
 
-def _refuse_a_run(cfg: ProbeSettings) -> None:
+def _refuse_run_folder(cfg: ProbeSettings) -> None:
     path = cfg.out / "settings.json"
     if path.exists() and "probe" not in json.loads(path.read_text()):
-        raise UserError(f"{cfg.out} holds a training run; give the search another out=")
+        raise UserError(f"{cfg.out} has a training run; give the search another out=")
 
 
 def _write(
@@ -217,11 +220,11 @@ def _write(
     datasets: list[Dataset],
     save: Saver,
     candidate: Regressor,
-    found: dict[str, Any],
+    best_result: dict[str, Any],
     info: dict[str, Any],
 ) -> None:
     fingerprints = [dataset.fingerprint() for dataset in datasets]
-    scores = {name: Interval(**score) for name, score in found["scores"].items()}
+    scores = {name: Interval(**score) for name, score in best_result["scores"].items()}
     save.write(candidate.cpu().eval(), "best", scores[info["main"]], 1, 1)
     write_json(cfg.out / "settings.json", {**run_settings.plain(cfg), "dataset_sha256": fingerprints})
     write_json(cfg.out / "probe.json", info)
@@ -234,20 +237,20 @@ def _write(
 
 
 def table(info: dict[str, Any]) -> str:
-    """The heads as text, best first."""
-    others = [name for name in info["sets"] if name != info["main"]]
+    """Format the heads as text, best first."""
+    other_sets = [name for name in info["sets"] if name != info["main"]]
     lines = [
         f"{'head':<8} {'setting':<14} {'cosine':>8}   95 % interval     {'seconds':>8}"
-        + "".join(f" {name[:18]:>18}" for name in others)
+        + "".join(f" {name[:18]:>18}" for name in other_sets)
         + f"   {info['images']:,} images, {info['main']}"
     ]
-    for found in info["heads"]:
-        score = found["scores"][info["main"]]
-        shown = "diverged" + " " * 20 if score["mean"] is None else ""
-        shown = shown or scored(score)
+    for result in info["heads"]:
+        score = result["scores"][info["main"]]
+        score_text = "diverged" + " " * 20 if score["mean"] is None else ""
+        score_text = score_text or scored(score)
         lines.append(
-            f"{found['head']:<8} {found['setting']:<14} {shown} {found['seconds']:8.1f}"
-            + "".join(f" {_number(found['scores'][name]['mean']):>18}" for name in others)
+            f"{result['head']:<8} {result['setting']:<14} {score_text} {result['seconds']:8.1f}"
+            + "".join(f" {_number(result['scores'][name]['mean']):>18}" for name in other_sets)
         )
     return "\n".join(lines)
 

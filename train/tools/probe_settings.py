@@ -4,10 +4,10 @@
     python -m train init_from=checkpoints/quickstart-probe/best …
 
 The features are computed once and cached (train/data/feature_cache.py), so a second search starts at once. The command
-prints a table, best head first, and writes the best head with its backbone as a checkpoint. The validation images
-choose it, so its score is slightly too high.
+prints a table, best head first, and writes the best head with its backbone as a checkpoint. Its score is slightly too
+high, because the validation images select it.
 
-<out>/best, probe.json, settings.json, log.jsonl, done: as a run has them
+<out>/best, probe.json, settings.json, log.jsonl, done: as in a run folder
 """
 
 import logging
@@ -23,16 +23,18 @@ _CLOSED_FORM = "with probe.heads=[ridge], which is solved in closed form"
 
 @dataclass(frozen=True)
 class SearchSettings:
+    """Settings of the search over heads (`probe`)."""
+
     heads: tuple[Literal["ridge", "linear", "wide"], ...]
     """Kinds of heads to try."""
     penalties: tuple[float, ...]
-    """Of ridge, as shares of the features' mean variance."""
+    """Ridge penalties to try, relative to the mean variance of the features."""
     lrs: tuple[float, ...]
-    """Peak learning rates of linear and wide heads."""
+    """Peak learning rates to try for linear and wide heads."""
     epochs: float
-    """Passes over the features."""
+    """Number of epochs over the features."""
     batch_size: int
-    """Images a step."""
+    """Number of images per optimizer step."""
 
     def problems(self) -> list[str]:
         found = [] if self.heads else ["heads: empty; name ridge, linear or wide"]
@@ -80,12 +82,15 @@ _NOT_OF_A_SEARCH = (
 
 @dataclass(frozen=True)
 class ProbeSettings(TrainSettings):
+    """Settings of a search over heads on frozen features."""
+
     probe: SearchSettings
+    """Heads, penalties and learning rates to try."""
 
     def problems(self) -> list[str]:
         found = super().problems()
         if self.model.head_init == "text" and set(self.probe.heads) != {"ridge"}:
-            found.append("model.head_init: text is not for a search, which has images; take ridge or random")
+            found.append("model.head_init: text is not supported in a search over heads; use ridge or random")
         return found
 
     def unused(self) -> dict[str, str]:

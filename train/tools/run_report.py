@@ -2,8 +2,8 @@
 
     python -m train.report run=checkpoints/quickstart
 
-Reads what training and evaluation left on disk and the datasets; without torch for most runs, so it starts at once. No
-part of a score is computed here: the page shows what `train.evaluate` measured.
+The page is made from the folders of training and evaluation and from the datasets. For most runs this does not import
+torch, so it starts at once. All scores come from `train.evaluate`.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,20 +29,22 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ReportSettings:
+    """Settings of a run's HTML page."""
+
     run: Path
-    """Folder of the run, as `python -m train` left it."""
+    """Folder of a finished run."""
     evaluation: Path | None = None
-    """Folder that `python -m train.evaluate` wrote; None: `<run>/evaluation`."""
+    """Folder that `python -m train.evaluate` wrote; None for `<run>/evaluation`."""
     out: Path | None = None
-    """The page to write; None: `<run>/report.html`."""
+    """File of the HTML page; None for `<run>/report.html`."""
     scenes: int = 40
-    """Training images on the contact sheet."""
+    """Number of training images on the contact sheet."""
     images: int = 8
-    """Validation images shown of each kind: best, middle and worst; half as many of the others."""
+    """Number of validation images shown of each kind: best, middle and worst; half as many of the others."""
     nearest: int = 3
-    """Training prompts listed beside each validation image."""
+    """Number of nearest training prompts listed beside each validation image."""
     seed: int = 0
-    """Draws the contact sheet, the images of the matrix and the points of the plots."""
+    """Seed that draws the contact sheet, the images of the similarity matrix and the points of the plots."""
 
     def problems(self) -> list[str]:
         counts = {"scenes": self.scenes, "images": self.images, "nearest": self.nearest}
@@ -51,30 +53,30 @@ class ReportSettings:
 
 @dataclass(frozen=True)
 class Run:
-    """What a training run left on disk."""
+    """Files of a training run that its page shows."""
 
     log: list[dict[str, Any]]
-    """`log.jsonl`: step, epoch, seconds since the start, and any of train/loss, val/cosine, …"""
+    """Records of `log.jsonl`: step, epoch, seconds since the start, and any of train/loss, val/cosine, …"""
     settings: dict[str, Any]
-    """`settings.json`; its `dataset` is a list of paths and URLs."""
+    """Content of `settings.json`; its `dataset` is a list of paths and URLs."""
     checkpoint: dict[str, Any]
-    """`best/config.json`: backbone, size (px), encoder."""
+    """Content of `best/config.json`: backbone, size (px), encoder."""
     improvement: dict[str, Any] | None
-    """`improvement.json`: start → best; None of a run without validation, or that has not ended."""
+    """Content of `improvement.json`; None for a run that has no validation or has not ended."""
 
 
 def read_run(folder: Path) -> Run:
-    """The run in `folder`.
+    """Read the files of the run in `folder`.
 
     Raises:
         UserError: a file is missing or lacks a key.
     """
-    remedy = "train first: python -m train +experiment=quickstart, or name a finished run: run=…"
+    hint = "train first: python -m train +experiment=quickstart, or name a finished run: run=…"
     return Run(
-        read_log(folder / "log.jsonl", remedy),
+        read_log(folder / "log.jsonl", hint),
         read_settings(folder),
-        read_json(folder / "best/config.json", remedy, ("backbone", "size", "encoder")),
-        read_json(folder / FILE, remedy, ("start", "best", "gain", "verdict")) if (folder / FILE).exists() else None,
+        read_json(folder / "best/config.json", hint, ("backbone", "size", "encoder")),
+        read_json(folder / FILE, hint, ("start", "best", "gain", "verdict")) if (folder / FILE).exists() else None,
     )
 
 
@@ -82,20 +84,20 @@ def write_report(config: ReportSettings) -> Path:
     """Write the page and return its absolute path.
 
     Raises:
-        UserError: an input is missing or does not fit; it names the file and the command that makes it.
+        UserError: a file is missing or contradicts others; the message names it and the command that writes it.
     """
     require_packages("wordcloud")
     from report import Page
 
     run = read_run(config.run)
-    remedy = f"evaluate first: python -m train.evaluate run={config.run}"
-    evaluation = read_evaluation(config.evaluation or config.run / "evaluation", remedy)
+    hint = f"evaluate first: python -m train.evaluate run={config.run}"
+    evaluation = read_evaluation(config.evaluation or config.run / "evaluation", hint)
     encoder = evaluation.info["encoder"]
-    # a page shows few of the images: of a remote dataset, those alone are fetched
+    # the page shows few images: only these are downloaded from a remote dataset
     trained = [Dataset(folder, encoder=encoder, whole=False) for folder in run.settings["dataset"]]
     training = _training(run, trained)
     images = sum(len(rows) for _, rows in training)
-    evaluated = images_of(evaluation, {str(d.root): d for d in trained}, remedy)
+    evaluated = images_of(evaluation, {str(d.root): d for d in trained}, hint)
     last = run.log[-1]
     backbone, size = run.checkpoint["backbone"], run.checkpoint["size"]
     unreadable: list[str] = []
@@ -105,12 +107,12 @@ def write_report(config: ReportSettings) -> Path:
     page = Page(f"Run {name}", f"{backbone} at {size} px → {encoder}, trained on {names}")
     page.facts(_headline(run, evaluation, images))
 
-    # all of them would not fit into memory as pairs
+    # (dataset, row) pairs of all images would not fit into memory
     ends = np.cumsum([len(rows) for _, rows in training])
-    drawn = np.random.default_rng(config.seed).permutation(images)
-    places = {n: _place(training, ends, n) for n in drawn[: config.scenes * 10].tolist()}
+    order = np.random.default_rng(config.seed).permutation(images)
+    places = {n: _place(training, ends, n) for n in order[: config.scenes * 10].tolist()}
     scenes = readable(places, config.scenes, unreadable)
-    page.section("Training images", f"{len(scenes)} of the {images:,}, drawn at random, with their prompts.")
+    page.section("Training images", f"{len(scenes)} random ones of {images:,}, with their prompts.")
     page.contact_sheet(scenes.values(), [places[n][0].prompts(places[n][1])[0] for n in scenes])
     if unreadable:
         page.note(f"Not shown, because they could not be read: {len(unreadable)}, such as {unreadable[0]}.")
@@ -118,7 +120,7 @@ def write_report(config: ReportSettings) -> Path:
     page.section("Learning curve", "Cosine on validation images and loss on training batches, by optimiser step.")
     page.figure(
         _learning_curve(run.log),
-        "Step 0 is the model before training. Along the top: wall time since the start. Shaded: the 95 % interval.",
+        "Step 0 is the model before training. Top axis: wall time since the start. Shaded: 95 % interval.",
         f"Validation cosine and training loss over {last['step']:,} steps.",
     )
 
@@ -135,16 +137,16 @@ def write_report(config: ReportSettings) -> Path:
         nearest=config.nearest,
         seed=config.seed,
     )
-    page.section("Settings", "What the run was trained with.")
+    page.section("Settings", "All settings of the run.")
     page.settings(run.settings)
     return page.write(config.out or config.run / "report.html")
 
 
 def _leakage(page: "Page", run: Path) -> None:
-    """Overlap of the run's validation sets with its training images, as training counted it."""
+    """Add the leakage of the run's validation sets, as counted before training."""
     counts = validation_counts(run / "about.json")
     if counts is None:
-        page.note("Leakage of the validation sets: not known; the run was trained by an older version.")
+        page.note("Leakage of the validation sets: unknown, because an earlier version trained the run.")
     elif counts:
         report.leakage_table(page, counts, "Validation set")
 
@@ -160,15 +162,15 @@ def _headline(run: Run, evaluation: Evaluation, images: int) -> dict[str, str | 
 
 
 def _over_start(run: Run) -> dict[str, tuple[str, str]]:
-    """How far training came on validation, as `Page.facts` takes it."""
+    """Improvement of the validation score over the model before training, for `Page.facts`."""
     if run.improvement is None:
         return {}
     start, best, gain = (run.improvement[key] for key in ("start", "best", "gain"))
     if run.improvement["verdict"] == "the start is best":
-        return {"Over its start": ("none", f"the best model is the start, {start['mean']:.3f} on validation")}
+        return {"Gain by training": ("none", f"step 0 is best, {start['mean']:.3f} on validation")}
     zero = ", not significant" if run.improvement["verdict"] == "not significant" else ""
     scores = f"validation {start['mean']:.3f} → {best['mean']:.3f}"
-    return {"Over its start": (f"{gain['mean']:+.3f}", f"{gain['low']:+.3f} to {gain['high']:+.3f}{zero}; {scores}")}
+    return {"Gain by training": (f"{gain['mean']:+.3f}", f"{gain['low']:+.3f} to {gain['high']:+.3f}{zero}; {scores}")}
 
 
 def _learning_curve(records: Sequence[Mapping[str, Any]]) -> Any:
@@ -189,7 +191,7 @@ def _learning_curve(records: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _more_curves(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
-    """Caption and figure of what else was measured over time: validation sets, prompt sources, speed."""
+    """Iterate over captions and figures of further curves: validation sets, prompt sources, speed."""
     from report import plots
 
     series: dict[str, list[tuple[float, float]]] = {}
@@ -209,20 +211,20 @@ def _more_curves(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, An
         caption = "Cosine on validation images by the source of their prompt."
         yield caption, plots.curves(sources, "Validation cosine by source")
     for key, title, caption in (
-        ("train/images_per_s", "Images a second", "Images trained on a second, over all devices"),
-        ("train/mfu", "MFU", "Share of the devices' peak in products of matrices that training uses"),
+        ("train/images_per_s", "Images per second", "Training images per second, over all devices"),
+        ("train/mfu", "MFU", "Model FLOPs utilisation: fraction of the devices' measured matmul peak"),
     ):
         if key in series:
-            yield f"{caption}; at the right the mean.", plots.curves({"": series[key]}, title, zero=True)
+            yield f"{caption}; the figure at the right is the mean.", plots.curves({"": series[key]}, title, zero=True)
 
 
 def _training(run: Run, trained: Sequence[Dataset]) -> list[tuple[Dataset, Rows]]:
-    """The datasets with the images that were trained on."""
+    """Training images of the run as (dataset, rows)."""
     if len(trained) == 1 and not run.settings.get("fold"):
         return [(trained[0], trained[0].rows("train"))]
     from models.runtime.preprocess import Preprocessing
     from train.evaluate.trained_on import (
-        data_of,  # torch: what is too near the fold, or another's validation, was left out
+        data_of,  # imports torch; training left out images near the fold or shared with validation sets
     )
 
     data = data_of(run.settings, run.checkpoint["encoder"], Preprocessing.from_config(run.checkpoint))
@@ -230,7 +232,7 @@ def _training(run: Run, trained: Sequence[Dataset]) -> list[tuple[Dataset, Rows]
 
 
 def _place(parts: Sequence[tuple[Dataset, Rows]], ends: Rows, n: int) -> tuple[Dataset, int]:
-    """The `n`-th image of `parts`, whose numbers end at `ends`."""
+    """Find the `n`-th image of `parts` as (dataset, row); `ends` are the cumulative sizes of the parts."""
     part = int(np.searchsorted(ends, n, side="right"))
     dataset, rows = parts[part]
     return dataset, int(rows[n - (ends[part - 1] if part else 0)])

@@ -1,10 +1,10 @@
-"""Table of all runs: progress, scores, speed, and the settings in which they differ.
+"""Table of all runs: progress, scores, speed, and the settings that differ between them.
 
     python -m train.runs
     python -m train.runs sort=when csv=runs.csv json=runs.json
 
-Reads what the runs left on disk, and writes nothing there. A folder that cannot be read is listed with the reason. The
-folds of one run stand together, with the mean over all images once each fold has its out-of-fold predictions.
+The command only reads the folders of runs. It lists a folder that it cannot read with the reason. Folds of one
+cross-validation are grouped, with the mean over all images when each fold has its out-of-fold predictions.
 """
 
 import csv
@@ -24,23 +24,25 @@ from train.tools.run_records import Folds, Run, find_runs, group_folds, runs_of,
 
 log = logging.getLogger(__name__)
 
-_WIDEST, _NAME = 34, 28  # characters of a cell and of a name, at most
+_MAX_CELL, _MAX_NAME = 34, 28  # maximum width of a cell and of a name, characters
 
 
 @dataclass(frozen=True)
 class RunsSettings:
+    """Settings of the table of runs."""
+
     folder: Path = Path("checkpoints")
-    """Folder of the runs, at any depth."""
+    """Folder that contains the runs, at any depth."""
     sort: str = "score"
-    """A column or a setting: numbers from the highest, texts from A."""
+    """Column or setting to sort by: numbers from the highest, texts from A."""
     csv: Path | None = None
-    """A file for everything: a row a run, a column a setting."""
+    """CSV file to write, with a row per run and a column per setting; null for none."""
     json: Path | None = None
-    """A file for everything."""
+    """JSON file to write, with all facts of the runs; null for none."""
 
 
 def list_runs(cfg: RunsSettings, width: int = 120) -> str:
-    """Write the files that the settings name, and return the table, its lines at most `width` characters wide.
+    """Write the files that the settings name, and return the table in lines of at most `width` characters.
 
     Raises:
         UserError: the folder does not exist, no run has the sort key, or a file cannot be written.
@@ -81,7 +83,7 @@ def format_table(entries: Sequence[Run | Folds], unreadable: Mapping[str, str], 
 
 
 def write_csv(path: Path, runs: Iterable[Run], unreadable: Mapping[str, str]) -> None:
-    """A row a run with all that is known of it, its settings as `settings.optim.lr` and so on."""
+    """Write a CSV file with a row per run; settings are columns such as `settings.optim.lr`."""
     rows = []
     for run in runs:
         row = asdict(run)
@@ -97,7 +99,7 @@ def write_csv(path: Path, runs: Iterable[Run], unreadable: Mapping[str, str]) ->
 
 
 def write_json(path: Path, entries: Sequence[Run | Folds], unreadable: Mapping[str, str]) -> None:
-    """{"runs": […], "folds": […], "not_read": {name: reason}}"""
+    """Write a JSON file: {"runs": […], "folds": […], "not_read": {name: reason}}."""
     runs = runs_of(entries)
     folds = [
         {
@@ -116,9 +118,9 @@ def write_json(path: Path, entries: Sequence[Run | Folds], unreadable: Mapping[s
 
 def _results(entry: Run | Folds, sets: Sequence[str]) -> list[list[str]]:
     if isinstance(entry, Folds):
-        whole = entry.out_of_fold
+        interval = entry.out_of_fold
         state = f"{sum(r.state == 'finished' for r in entry.runs)}/{entry.of} folds"
-        row = [entry.name, state, "", "", *_interval(*(whole or (None, None, None))), "", ""]
+        row = [entry.name, state, "", "", *_interval(*(interval or (None, None, None))), "", ""]
         row += ["" for _ in sets]
         row += ["", "", f"{sum(r.hours for r in entry.runs):.1f}", max(r.when for r in entry.runs)[5:]]
         return [row, *([f"  {cells[0]}", *cells[1:]] for run in entry.runs for cells in _results(run, sets))]
@@ -142,7 +144,7 @@ def _results(entry: Run | Folds, sets: Sequence[str]) -> list[list[str]]:
 
 
 def _differing(entries: Sequence[Run | Folds], width: int) -> list[str]:
-    """The settings in which the runs differ, and a line of those, other than the default, that all share."""
+    """Format the settings that differ between runs, and a line of the changed settings that all share."""
     runs = [entry.runs[0] if isinstance(entry, Folds) else entry for entry in entries]
     columns: dict[str, list[str]] = {
         "backbone": [run.backbone for run in runs],
@@ -155,14 +157,16 @@ def _differing(entries: Sequence[Run | Folds], width: int) -> list[str]:
     }
     for key in dict.fromkeys(key for run in runs for key in run.changed):
         columns[key] = [_shown(run.settings[key]) if key in run.settings else "" for run in runs]
-    ends = [key.rpartition(".")[2] for key in columns]  # optim.ema is ema, where there is one alone
-    columns = {end if ends.count(end) == 1 else key: columns[key] for key, end in zip(columns, ends, strict=True)}
+    short_names = [key.rpartition(".")[2] for key in columns]  # optim.ema becomes ema where the name is unique
+    columns = {
+        end if short_names.count(end) == 1 else key: columns[key] for key, end in zip(columns, short_names, strict=True)
+    }
     shared = {key: cells[0] for key, cells in columns.items() if len(set(cells)) == 1}
-    own = [key for key in columns if key not in shared]
+    differing = [key for key in columns if key not in shared]
     parts = []
-    if own:
-        rows = [[entry.name, *(columns[key][i] for key in own)] for i, entry in enumerate(entries)]
-        parts += _table(["run", *own], rows, width)
+    if differing:
+        rows = [[entry.name, *(columns[key][i] for key in differing)] for i, entry in enumerate(entries)]
+        parts += _table(["run", *differing], rows, width)
     if any(shared.values()):
         line = "all runs: " if len(entries) > 1 else f"{entries[0].name}: "
         parts.append(_wrapped(line, [f"{key} {value}" for key, value in shared.items() if value], width))
@@ -170,24 +174,24 @@ def _differing(entries: Sequence[Run | Folds], width: int) -> list[str]:
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]], width: int) -> list[str]:
-    """Columns side by side as far as `width` goes, the rest below, the first column repeated; empty ones left out."""
+    """Format columns into tables of at most `width`, each beginning with the first column; drop empty columns."""
     columns = zip(head, *rows, strict=True)
-    cells = [[_cut(cell, _WIDEST if i else _NAME) for cell in column] for i, column in enumerate(columns)]
+    cells = [[_cut(cell, _MAX_CELL if i else _MAX_NAME) for cell in column] for i, column in enumerate(columns)]
     cells = [column for i, column in enumerate(cells) if i == 0 or any(column[1:])]
-    wide = [max(map(len, column)) for column in cells]
+    widths = [max(map(len, column)) for column in cells]
     blocks: list[list[int]] = [[]]
     for i in range(1, len(cells)):
-        if blocks[-1] and wide[0] + sum(2 + wide[k] for k in [*blocks[-1], i]) > width:
+        if blocks[-1] and widths[0] + sum(2 + widths[k] for k in [*blocks[-1], i]) > width:
             blocks.append([])
         blocks[-1].append(i)
     tables = []
     for block in blocks:
         lines = []
         for r in range(len(rows) + 1):
-            line = cells[0][r].ljust(wide[0])
+            line = cells[0][r].ljust(widths[0])
             for i in block:
                 number = all(_numeric(cell) for cell in cells[i][1:])
-                line += "  " + (cells[i][r].rjust(wide[i]) if number else cells[i][r].ljust(wide[i]))
+                line += "  " + (cells[i][r].rjust(widths[i]) if number else cells[i][r].ljust(widths[i]))
             lines.append(line.rstrip())
         tables.append("\n".join(lines))
     return tables
@@ -208,7 +212,7 @@ def _interval(mean: float | None, low: float | None, high: float | None) -> tupl
 
 
 def _over_start(run: Run) -> str:
-    """How far the best model is above the start; n.s.: not significant, the paired 95 % interval includes 0."""
+    """Format the gain of the best model over step 0; n.s.: the paired 95 % interval includes 0."""
     if run.gain is None:
         return ""
     if run.best_step == 0:
@@ -224,8 +228,8 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, separators=(",", ":"))
 
 
-def _cut(cell: str, most: int) -> str:
-    return cell if len(cell) <= most else f"…{cell[1 - most :]}"
+def _cut(cell: str, max_width: int) -> str:
+    return cell if len(cell) <= max_width else f"…{cell[1 - max_width :]}"
 
 
 def _numeric(cell: str) -> bool:

@@ -92,7 +92,7 @@ def test_resume_refuses_vectors_written_by_a_changed_encoder(
     (copy / "settings.json").write_text(json.dumps({**values, "dataset": [str(data)]}))
     shutil.rmtree(data / "targets")
     shutil.copytree(other / "targets", data / "targets")
-    with pytest.raises(UserError, match=r"holds another run:\n  encoder_sha256: \['\w+'\] there, \['\w+'\] here\n"):
+    with pytest.raises(UserError, match=r"other settings:\n  encoder_sha256: \['\w+'\] there, \['\w+'\] here\n"):
         training.train(data, copy, "encoder=mine", *QUICK)
 
 

@@ -147,14 +147,19 @@ def test_more_sets_weights_and_bad_images(tmp_path: Path) -> None:
 def test_mistakes_are_named_at_once(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         probe(data, tmp_path / "out", "probe.heads=[]", "probe.epochs=0", "probe.lrs=[0]", "model.head_init=text")
-    for part in ("probe.heads: empty", "probe.epochs: 0", "probe.lrs: 0", "model.head_init: text is not for a search"):
+    for part in (
+        "probe.heads: empty",
+        "probe.epochs: 0",
+        "probe.lrs: 0",
+        "model.head_init: text is not supported",
+    ):
         assert part in str(error.value)
     bare = small_dataset.write(tmp_path / "bare", train=20, val=0)
-    with pytest.raises(UserError, match=r"needs validation images to choose by"):
+    with pytest.raises(UserError, match=r"needs validation images to select the best head"):
         probe(bare, tmp_path / "out")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "settings.json").write_text("{}")
-    with pytest.raises(UserError, match="holds a training run; give the search another out="):
+    with pytest.raises(UserError, match="has a training run; give the search another out="):
         probe(data, tmp_path / "run")
 
 

@@ -109,12 +109,12 @@ def test_page_says_how_far_the_run_came_from_its_start(run: Path, verdict: str, 
     log = run / "log.jsonl"
     log.write_text('{"step": 0, "epoch": 0, "seconds": 0.5, "val/cosine": 0.5}\n' + log.read_text())
     html = run_report.write_report(ReportSettings(run)).read_text()
-    assert "Over its start" not in html
+    assert "Gain by training" not in html
     gain = {"mean": 0.25, "low": 0.2, "high": 0.3}
     found = {"start": {"mean": 0.5}, "best": {"mean": 0.75}, "gain": gain, "verdict": verdict}
     (run / "improvement.json").write_text(json.dumps(found))
     html = run_report.write_report(ReportSettings(run)).read_text()
-    assert "Over its start" in html
+    assert "Gain by training" in html
     for words in shown:
         assert words in html
     (run / "improvement.json").write_text("{}")
@@ -127,13 +127,13 @@ def test_what_was_measured_over_time_and_by_source_is_drawn(run: Path) -> None:
     for shown in (
         *("Validation cosine by set", "real 0.61", "val 0.75"),
         *("Validation cosine by source", "coco 0.62", "lexica 0.63"),
-        *("Images a second", "MFU", "By source."),
+        *("Images per second", "MFU", "By source."),
     ):
         assert shown in html, shown
     only = '{"step": 1, "epoch": 1, "seconds": 1, "train/loss": 1}\n'
     (run / "log.jsonl").write_text(only + '{"step": 1, "epoch": 1, "seconds": 1, "val/cosine": 0.5}\n')
     bare = run_report.write_report(ReportSettings(run)).read_text()
-    assert not [s for s in ("by set", "Validation cosine by source", "Images a second", "MFU") if s in bare]
+    assert not [s for s in ("by set", "Validation cosine by source", "Images per second", "MFU") if s in bare]
 
 
 def test_a_run_on_several_datasets_shows_images_of_all(run: Path, data: Path, tmp_path: Path) -> None:

@@ -166,12 +166,12 @@ def test_broken_and_foreign_folders_are_listed_with_their_reason(tmp_path: Path)
     assert [r.name for r in runs] == ["good", "sweep/lr1"]
     assert set(strangers) == {"best_cut", "bundle", "cut", "list", "other"}
     assert strangers["bundle"] == "settings.json is missing"
-    assert strangers["cut"].startswith("settings.json is no JSON")
-    assert strangers["list"] == "settings.json holds no settings but a list"
-    assert strangers["other"] == "settings.json is not of a run: it lacks dataset, model"
-    assert strangers["best_cut"].startswith("config.json is no JSON")
+    assert strangers["cut"].startswith("settings.json is not valid JSON")
+    assert strangers["list"] == "settings.json has a list in place of settings"
+    assert strangers["other"] == "settings.json is not that of a run: it lacks dataset, model"
+    assert strangers["best_cut"].startswith("config.json is not valid JSON")
     shown = format_table(runs, strangers)
-    assert "not read:\n  best_cut: config.json is no JSON" in shown
+    assert "not read:\n  best_cut: config.json is not valid JSON" in shown
     with pytest.raises(UserError, match=r"no folder .*nowhere: train first .* or name folder="):
         find_runs(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"no run at .*bundle: settings\.json is missing; train first"):
@@ -192,7 +192,7 @@ def test_files_with_anything_in_them_never_stop_the_table(tmp_path: Path) -> Non
     runs, strangers = find_runs(tmp_path)
     assert [r.name for r in runs] == ["binary", "odd", "twin"]
     assert (runs[1].epochs, runs[1].batch_size, runs[1].fold, runs[1].lr) == (None, None, None, None)
-    assert strangers == {"broken": "its files are not those of a run: could not convert string to float: 'x'"}
+    assert strangers == {"broken": "its files are not in the format of a run: could not convert string to float: 'x'"}
     assert "odd " in format_table(sort_entries(group_folds(runs, tmp_path), "score"), strangers)
     write(tmp_path / "f1", 0.5, "fold=1/2")
     write(tmp_path / "f2", 0.5, "fold=2/2")
