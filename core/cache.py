@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from core.files import CACHE_HINT, explain_disk_errors, free_bytes, write_json
+from core.files import CACHE_HINT, explain_disk_errors, free_bytes, has_room, write_json
 from core.locks import lock
 from core.progress import progress
 
@@ -34,8 +34,6 @@ Make = Callable[[int, int], NDArray[np.float32]]
 
 PART = 8192
 """Rows that are made at a time: what a kill costs."""
-
-_SHARE = 0.9  # of the free disk that a file may take
 
 
 def stored(folder: Path, rows: int, make: Make, unit: str, what: str) -> NDArray[np.float32]:
@@ -130,9 +128,8 @@ def _head(rows: int, width: int) -> bytes:
 
 
 def _refuse_no_room(folder: Path, need: int) -> None:
-    free = free_bytes(folder)
-    if need > _SHARE * free:
+    if not has_room(folder, need):
         raise UserError(
-            f"the vectors take {need / 1e9:.2f} GB, and {folder} has {free / 1e9:.2f} GB free: name a larger folder "
-            "by IM2EMB_CACHE"
+            f"the vectors take {need / 1e9:.2f} GB, and {folder} has {free_bytes(folder) / 1e9:.2f} GB free: name a "
+            "larger folder by IM2EMB_CACHE"
         )

@@ -175,6 +175,11 @@ def free_bytes(folder: Path) -> int:
     return shutil.disk_usage(folder).free
 
 
+def has_room(folder: Path, size: int) -> bool:
+    """Whether the disk of a folder can hold `size` more bytes and keeps a tenth of its free space."""
+    return size <= 0.9 * free_bytes(folder)
+
+
 def _write_local(path: Path, write: Write, hint: str) -> None:
     part = path.with_name(f".{path.name}{PART}{os.getpid()}-{secrets.token_hex(4)}")
     with explain_disk_errors(f"cannot write {path}", f"Nothing half-written is left: {hint}"):

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from core.errors import UserError, first_line
-from core.files import PART, free_bytes, remove_part, sha256, write_atomically, write_bytes
+from core.files import PART, has_room, remove_part, sha256, write_atomically, write_bytes
 from core.locks import lock
 from core.paths import Location, Place, cache_folder, file_system, located
 from core.retry import retry_store
@@ -155,7 +155,7 @@ class Files:
 
     def has_room(self, name: str) -> bool:
         """Whether the disk of the cache can hold `name` and leaves a tenth free."""
-        return (self.size(name) or 0) < 0.9 * free_bytes(cache_folder())
+        return has_room(cache_folder(), self.size(name) or 0)
 
     def _problem(self, copy: Path) -> str | None:
         """Reason why a cached copy cannot be used; None where it can."""

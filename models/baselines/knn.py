@@ -7,8 +7,6 @@ B images, n training images or prompts, D feature width, J width of CLIP's joint
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 
 from core.cache import stored
+from core.chunk_cache import identity_hash
 from core.errors import UserError
 from models.baselines.clip import Clip
 from models.regressor import Regressor
@@ -154,8 +153,7 @@ class ClipKnn:
     def _index(self) -> Index:
         """Index over the CLIP features [n, J] of the prompts."""
         key = {"format": _FORMAT, "clip": self._clip.identity(), "prompts": self._prompt_identity["prompts"]}
-        digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
-        folder = self._cache / "clip" / digest
+        folder = self._cache / "clip" / identity_hash(key)
         text_nJ = stored(folder, self._count, self._features, "prompt", "CLIP")
         return kept(folder, text_nJ, exact=self._exact)
 

@@ -1,178 +1,71 @@
-"""Frozen features of images, computed once and kept on disk: for the ridge head, for baselines and for searches.
+"""Frozen features of images, computed once and cached: for the ridge head, for baselines and for head searches.
 
-<cache>/features/<hash>/about.json      what they are of
-                        000000.npy      [n, D] fp32, those of a part of the images that could be read
-                        000000.json     where the others stand in that part, and the checksum of both; written last: it
-                                        commits the part
+<cache>/features/<hash>/000000.npy      [n, D] fp32, features of the readable images of a chunk
+                        000000.json     positions of the unreadable images, and the checksum of both; commits the chunk
 
-A part that is damaged is computed again.
-
-<cache> is the folder that IM2EMB_CACHE names, or ~/.cache/im2emb; remove what you please. The hash covers the weights,
-the preprocessing with its normalisation, the images, their order, the batches and the precision: of anything else
-than what is asked for, nothing is read. A pass that was killed goes on where it was. n images, D feature width, E
-target width.
+`core.chunk_cache` names the folder and resumes. The hash covers the weights, the preprocessing with its normalisation,
+the images and their order, the batch size and the precision. A chunk with an image that has become readable is computed
+again. n images, D feature width, E target width.
 """
 
 import hashlib
+import itertools
 import json
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
+from core.checksum import DamagedFile
+from core.chunk_cache import ChunkCache, array_hash
 from core.device import autocast_dtype
 from core.errors import UserError
-from core.files import free_bytes, sha256, write_array, write_json
+from core.files import CACHE_HINT, free_bytes, has_room, sha256, write_array, write_json
 from core.paths import cache_folder
-from core.progress import progress
 from core.tensor_files import checksum
 from models.regressor import Regressor
 from models.runtime.preprocess import PREPROCESS
-from train.data.images import ImageDataset
-from train.data.loader import loader
-from train.data.samplers import SequentialBatchSampler
+from train.data.images import ImageDataset, Rows
+from train.data.inference import MAX_BATCH_SIZE, predict_batches
 
 log = logging.getLogger(__name__)
 
-Rows = NDArray[np.int64]
+_FORMAT = 3  # version of the files and of the computation
+_CHUNK = 2048  # images at most: what a kill costs
+_LISTED = 3  # unreadable images named in the log
 
-_FORMAT = 3  # of what is kept and how it comes about
-_PART = 2048  # images, at most: what a kill costs
-_SHARE = 0.9  # of the free disk that features may take
-_NAMED = 3  # unreadable images that the log names
 
-MOST_AT_ONCE = 256  # images through a model without a backward pass: a step's may be those of many devices
+class _Chunk(NamedTuple):
+    x_nD: NDArray[np.float32]  # noqa: N815
+    unread: list[tuple[int, str]]
+    """Position in the chunk and reason of each unreadable image."""
 
 
 class Features:
-    """What `features` gives: of the readable images among some rows, in their order.
+    """Features of the backbone of `model` in evaluation mode, for the readable images among `rows`, not augmented.
 
     Attributes:
         width: D.
-        folder: where they are kept; None where the disk has no room, and each pass computes them anew.
-    """
-
-    def __init__(self, source: "_Source", folder: Path | None) -> None:
-        self._source, self.folder = source, folder
-        self.width = source.model.spec.width
-        self._unread: list[tuple[int, str]] | None = None
-
-    @property
-    def row_n(self) -> Rows:
-        """Numbers of the images that could be read."""
-        return np.delete(self._source.rows, np.array([place for place, _ in self._known()], np.int64))
-
-    @property
-    def bad(self) -> list[tuple[str, str]]:
-        """Label and reason of each that could not."""
-        rows, label = self._source.rows, self._source.images.label
-        return [(label(int(rows[place])), why) for place, why in self._known()]
-
-    def batches(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
-        """Features [n, D] and unit targets [n, E], part after part; each call is a pass over all."""
-        for row_n, x_nD in self._pass():
-            yield x_nD, normalize(torch.from_numpy(self._source.images.targets(row_n)), dim=-1).numpy()
-
-    def all(self) -> NDArray[np.float32]:
-        """All of them at once, [n, D], in memory."""
-        found, n = np.empty((len(self._source.rows), self.width), np.float32), 0
-        for row_n, x_nD in self._pass():
-            found[n : n + len(row_n)] = x_nD
-            n += len(row_n)
-        return found[:n]
-
-    def _known(self) -> list[tuple[int, str]]:
-        """Where in the rows the unreadable images stand, and why they are."""
-        if self._unread is None:
-            for _ in self._pass():
-                pass
-        assert self._unread is not None
-        return self._unread
-
-    def _pass(self) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
-        """Numbers and features of each part."""
-        source, unread = self._source, []
-        made = source.compute(source.parts) if self.folder is None else source.read()
-        for part, (x_nD, marks) in zip(source.parts, made, strict=True):
-            unread += [(part.start + at, why) for at, why in marks]
-            yield np.delete(source.rows[part.start : part.stop], np.array([at for at, _ in marks], np.int64)), x_nD
-        if self._unread is None:
-            self._unread = unread
-            self._tell()
-
-    def _tell(self) -> None:
-        bad, of = self.bad, len(self._source.rows)
-        if of and len(bad) == of:
-            raise UserError(f"none of the {of} images could be read; the first: {': '.join(bad[0])}")
-        if bad:
-            log.warning(
-                "%d of %d images could not be read, and have no features: %s%s",
-                *(len(bad), of, "; ".join(f"{key}: {why}" for key, why in bad[:_NAMED])),
-                ", …" if len(bad) > _NAMED else "",
-            )
-
-
-def features(
-    model: Regressor,
-    images: ImageDataset,
-    rows: Rows,
-    batch_size: int,
-    workers: int | None = None,
-    *,
-    precision: torch.dtype | None = None,
-) -> Features:
-    """Features of the backbone of `model`, in evaluation mode, for images that are not augmented.
+        folder: of the cache; None where the disk lacks room, and each pass computes the features again.
 
     Args:
-        model: on the device that computes them; its head does not matter.
-        rows: numbers of the images.
-        batch_size: images at a time; at most MOST_AT_ONCE.
-        workers: processes that decode, as in `train.data.loader`.
-        precision: of the products of matrices; None takes bf16 on a GPU that has it, fp16 on another, fp32 on a CPU.
+        model: on the device that computes the features; its head has no influence.
+        batch_size: images per batch; at most `MAX_BATCH_SIZE` are taken.
+        workers: DataLoader workers, as in `train.data.loader`.
+        precision: autocast dtype; None takes bf16 on a GPU that has it, fp16 on another, fp32 on a CPU.
 
     Raises:
-        UserError: none of the images can be read (where the cache has no room: at the end of the first pass), or the
-            cache cannot be written.
+        UserError: no image can be read (without room for the cache: at the end of the first pass), or the cache cannot
+            be written.
     """
-    batch_size = min(batch_size, MOST_AT_ONCE)
-    source = _Source(model, images, np.asarray(rows, np.int64), batch_size, workers, precision)
-    about = source.about()
-    folder = cache_folder() / "features" / hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
-    source.folder = folder
-    missing = source.missing()
-    need, free = sum(map(len, missing)) * model.spec.width * 4, free_bytes(folder)
-    if need > _SHARE * free:
-        log.warning(
-            "features of %s images take %.2f GB, and the cache %s has %.2f GB free: each pass computes them anew. "
-            "Name a larger folder by IM2EMB_CACHE",
-            *(f"{len(rows):,}", need / 1e9, cache_folder(), free / 1e9),
-        )
-        return Features(source, None)
-    try:
-        write_json(folder / "about.json", about)
-        source.keep(missing)
-    except UserError as error:
-        raise UserError(f"{error}\nFeatures are kept in a cache; IM2EMB_CACHE names another folder for it.") from error
-    log.info("features of %s images: %s", f"{len(rows):,}", folder)
-    found = Features(source, folder)
-    found.bad  # noqa: B018 – says at once what could not be read
-    return found
-
-
-Mark = tuple[int, str]
-"""Where in its part an image stands that could not be read, and why."""
-
-
-class _Source:
-    """The pass over the images, in parts of whole batches."""
-
-    folder: Path
 
     def __init__(
         self,
@@ -180,120 +73,156 @@ class _Source:
         images: ImageDataset,
         rows: Rows,
         batch_size: int,
-        workers: int | None,
-        precision: torch.dtype | None,
+        workers: int | None = None,
+        *,
+        precision: torch.dtype | None = None,
     ) -> None:
-        self.model, self.images, self.rows = model, images, rows
-        self._batch_size, self._workers = batch_size, workers
-        self._precision = precision or autocast_dtype(model.device)
-        length = max(_PART // batch_size, 1) * batch_size
-        self.parts = [range(at, min(at + length, len(rows))) for at in range(0, len(rows), length)]
+        self._model, self._images, self._rows = model, images, np.asarray(rows, np.int64)
+        self._batch_size, self._workers = min(batch_size, MAX_BATCH_SIZE), workers
+        self._dtype = precision or autocast_dtype(model.device)
+        self.width = model.spec.width
+        length = max(_CHUNK // self._batch_size, 1) * self._batch_size
+        self._chunks = [range(start, min(start + length, len(rows))) for start in range(0, len(rows), length)]
+        self._unread: list[tuple[int, str]] | None = None
+        self._cache = ChunkCache[_Chunk]("features", self._identity(), ".json", _save, _load)
+        self.folder: Path | None = self._cache.folder
+        self._fill()
 
-    def about(self) -> dict[str, Any]:
-        """What the features depend on, as plain JSON."""
-        datasets = self.images.by_dataset(self.rows)
+    @property
+    def row_n(self) -> Rows:
+        """Row numbers of the readable images."""
+        return np.delete(self._rows, [at for at, _ in self._known()])
+
+    @property
+    def bad(self) -> list[tuple[str, str]]:
+        """Label and reason of each unreadable image."""
+        return [(self._images.label(int(self._rows[at])), why) for at, why in self._known()]
+
+    def batches(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Features [n, D] and unit targets [n, E], chunk by chunk; each call goes through all images."""
+        for row_n, x_nD in self._pass():
+            yield x_nD, normalize(torch.from_numpy(self._images.targets(row_n)), dim=-1).numpy()
+
+    def all(self) -> NDArray[np.float32]:
+        """All features [n, D], in memory."""
+        x_nD, n = np.empty((len(self._rows), self.width), np.float32), 0
+        for _, chunk_nD in self._pass():
+            x_nD[n : n + len(chunk_nD)] = chunk_nD
+            n += len(chunk_nD)
+        return x_nD[:n]
+
+    def _fill(self) -> None:
+        """Compute and cache the missing chunks."""
+        missing = self._missing(range(len(self._chunks)))
+        need = sum(len(self._chunks[number]) for number in missing) * self.width * 4
+        if not has_room(self._cache.folder, need):
+            log.warning(
+                "features of %s images take %.2f GB, and the cache %s has %.2f GB free: each pass computes them again. "
+                "Name a larger folder by IM2EMB_CACHE",
+                *(f"{len(self._rows):,}", need / 1e9, cache_folder(), free_bytes(self._cache.folder) / 1e9),
+            )
+            self.folder = None
+            return
+        with self._cache.lock() if missing else nullcontext():
+            missing = self._missing(missing)  # another process may have computed some meanwhile
+            for number, chunk in zip(missing, self._compute(missing), strict=True):
+                self._cache.write(number, chunk)
+        log.info("features of %s images: %s", f"{len(self._rows):,}", self.folder)
+        self._known()  # reports unreadable images at once
+
+    def _missing(self, numbers: Sequence[int]) -> list[int]:
+        """Those of the chunks that are missing or damaged, or lack an image that has become readable."""
+        missing = []
+        for number in numbers:
+            chunk, start = self._cache.read(number), self._chunks[number].start
+            if chunk is None or self._images.any_readable(int(self._rows[start + at]) for at, _ in chunk.unread):
+                missing.append(number)
+        return missing
+
+    def _known(self) -> list[tuple[int, str]]:
+        """Position and reason of each unreadable image."""
+        if self._unread is None:
+            for _ in self._pass():
+                pass
+        assert self._unread is not None
+        return self._unread
+
+    def _pass(self) -> Iterator[tuple[Rows, NDArray[np.float32]]]:
+        """Row numbers and features of the readable images, chunk by chunk."""
+        numbers, unread = range(len(self._chunks)), []
+        chunks = self._compute(numbers) if self.folder is None else map(self._cache.read, numbers)
+        for places, chunk in zip(self._chunks, chunks, strict=True):
+            if chunk is None:
+                raise UserError(f"{self.folder} was changed or removed while it was in use; run the same command again")
+            unread += [(places.start + at, why) for at, why in chunk.unread]
+            yield np.delete(self._rows[places.start : places.stop], [at for at, _ in chunk.unread]), chunk.x_nD
+        if self._unread is None:
+            self._unread = unread
+            self._report()
+
+    def _compute(self, numbers: Sequence[int]) -> Iterator[_Chunk]:
+        """Features of these chunks, with a progress bar over all images."""
+        model, every = self._model, [self._rows[c.start : c.stop] for c in (self._chunks[n] for n in numbers)]
+        todo = np.concatenate([np.zeros(0, np.int64), *every])
+        options: dict[str, Any] = {"batch_size": self._batch_size, "workers": self._workers, "dtype": self._dtype}
+        options |= {"device": model.device, "description": "features", "done": len(self._rows) - len(todo)}
+        batches = predict_batches(model.features, self._images, todo, **options)
+        for rows in every:
+            was_training = model.training
+            model.eval()
+            chunk = list(itertools.islice(batches, math.ceil(len(rows) / self._batch_size)))
+            model.train(was_training)
+            unread = np.flatnonzero(~np.isin(rows, np.concatenate([batch.row_B for batch in chunk]))).tolist()
+            reasons = [why for batch in chunk for _, why in batch.bad]
+            x_nD = np.concatenate([batch.vector_BD for batch in chunk])
+            yield _Chunk(x_nD, list(zip(unread, reasons, strict=True)))
+
+    def _identity(self) -> dict[str, Any]:
+        """All that the features depend on, as plain JSON."""
+        images, parts = self._images, self._images.by_dataset(self._rows)
+        order = np.empty((len(self._rows), 2), np.int64)  # as if datasets without any of the rows were absent
+        for n, (_, mask, rows) in enumerate(parts):
+            order[mask] = np.stack([np.full(len(rows), n), rows], -1)
         return {
             "format": _FORMAT,
             "preprocess": PREPROCESS,
-            "backbone": asdict(self.model.spec),
-            "weights": checksum(self.model.backbone.state_dict()),
-            "datasets": [self.images.datasets[number].fingerprint() for number, _, _ in datasets],
-            "pictures": [digest(self.images.datasets[number].checksums[own]) for number, _, own in datasets],
-            "order": digest(self._distinct_rows()),
+            "backbone": asdict(self._model.spec),
+            "weights": checksum(self._model.backbone.state_dict()),
+            "datasets": [images.datasets[number].fingerprint() for number, _, _ in parts],
+            "pictures": [array_hash(images.datasets[number].checksums[rows]) for number, _, rows in parts],
+            "order": array_hash(order),
             "batch_size": self._batch_size,
-            "precision": str(self._precision),
-            "device": self.model.device.type,
+            "precision": str(self._dtype),
+            "device": self._model.device.type,
             "torch": torch.__version__,
         }
 
-    def _distinct_rows(self) -> Rows:
-        """The rows as if the datasets that have none of them were not there."""
-        found = np.empty((len(self.rows), 2), np.int64)
-        for n, (_, mine, own) in enumerate(self.images.by_dataset(self.rows)):
-            found[mine] = np.stack([np.full(len(own), n), own], -1)
-        return found
-
-    def missing(self) -> list[range]:
-        """The parts that are not kept, or of which an image was unreadable that is no more."""
-        return [part for number, part in enumerate(self.parts) if not self._is_kept(number, part)]
-
-    def _is_kept(self, number: int, part: range) -> bool:
-        marks = self._whole_marks(number)
-        if marks is None:
-            return False
-        rows = [int(self.rows[part.start + at]) for at, _ in marks]
-        return not any(len(self.images.__getitems__([row]).row_B) for row in rows)
-
-    def _whole_marks(self, number: int) -> list[Mark] | None:
-        """The marks of a part that is there and as it was written."""
-        if not (self.folder / f"{number:06d}.json").exists():
-            return None
-        path = self.folder / f"{number:06d}.npy"
-        try:
-            marks = self._marks(number)
-            if self._commit(number)["checksum"] == _checksum(path, marks):
-                return marks
-        except (OSError, ValueError, KeyError, TypeError):
-            pass
-        log.warning("%s is damaged: the features of its images are computed again", path)
-        return None
-
-    def _marks(self, number: int) -> list[Mark]:
-        return [(at, why) for at, why in self._commit(number)["unread"]]
-
-    def _commit(self, number: int) -> dict[str, Any]:
-        """Content of the file that commits a part."""
-        return json.loads((self.folder / f"{number:06d}.json").read_text())
-
-    def read(self) -> Iterator[tuple[NDArray[np.float32], list[Mark]]]:
-        """What `compute` gives of all parts, as it is kept."""
-        for number in range(len(self.parts)):
-            yield np.load(self.folder / f"{number:06d}.npy", allow_pickle=False), self._marks(number)
-
-    def keep(self, parts: list[range]) -> None:
-        """Computes parts and writes them."""
-        numbers = {part: number for number, part in enumerate(self.parts)}
-        for part, (x_nD, marks) in zip(parts, self.compute(parts), strict=True):
-            name = f"{numbers[part]:06d}"
-            (self.folder / f"{name}.json").unlink(missing_ok=True)  # of a part of which less could be read
-            path = self.folder / f"{name}.npy"
-            write_array(path, x_nD)
-            write_json(self.folder / f"{name}.json", {"unread": marks, "checksum": _checksum(path, marks)})
-
-    @torch.inference_mode()
-    def compute(self, parts: list[range]) -> Iterator[tuple[NDArray[np.float32], list[Mark]]]:
-        """Features [n, D] of the readable images of each part, and the others; with a bar."""
-        if not parts:
-            return
-        model, device = self.model, self.model.device
-        rows = np.concatenate([self.rows[part.start : part.stop] for part in parts])
-        order = SequentialBatchSampler(rows, self._batch_size)
-        batches = iter(loader(self.images, order, self._workers, pin=device.type == "cuda", keep=False))
-        total = len(self.rows)
-        with progress(total, "image", "features", initial=total - len(rows)) as bar:
-            for part in parts:
-                was_training = model.training
-                model.eval()
-                x, marks = [np.zeros((0, model.spec.width), np.float32)], []
-                for start in range(part.start, part.stop, self._batch_size):
-                    batch = next(batches)
-                    sent = self.rows[start : min(start + self._batch_size, part.stop)]
-                    unread = np.flatnonzero(~np.isin(sent, batch.row_B.numpy())) + start - part.start
-                    marks += [(int(at), why) for at, (_, why) in zip(unread, batch.bad, strict=True)]
-                    if len(batch.row_B):
-                        with torch.autocast(device.type, self._precision, enabled=self._precision != torch.float32):
-                            features_BD = model.features(batch.image_BCHW.to(device, non_blocking=True))
-                        x.append(features_BD.float().cpu().numpy())
-                    bar.update(len(sent))
-                model.train(was_training)
-                yield np.concatenate(x), marks
+    def _report(self) -> None:
+        bad, count = self.bad, len(self._rows)
+        if count and len(bad) == count:
+            raise UserError(f"none of the {count} images could be read; the first: {': '.join(bad[0])}")
+        if bad:
+            log.warning(
+                "%d of %d images could not be read, and have no features: %s%s",
+                *(len(bad), count, "; ".join(f"{key}: {why}" for key, why in bad[:_LISTED])),
+                ", …" if len(bad) > _LISTED else "",
+            )
 
 
-def _checksum(path: Path, marks: list[Mark]) -> str:
-    """Checksum of the file with a part's features, and of its marks."""
-    return f"{sha256(path)} {hashlib.sha256(json.dumps(marks).encode()).hexdigest()}"
+def _save(path: Path, chunk: _Chunk) -> None:
+    data = path.with_suffix(".npy")
+    write_array(data, chunk.x_nD, CACHE_HINT)
+    write_json(path, {"unread": chunk.unread, "checksum": _checksum(data, chunk.unread)}, CACHE_HINT)
 
 
-def digest(array: NDArray[Any]) -> str:
-    """A hash of the values, in their order."""
-    return hashlib.blake2b(np.ascontiguousarray(array).data, digest_size=16).hexdigest()
+def _load(path: Path) -> _Chunk:
+    record, data = json.loads(path.read_text()), path.with_suffix(".npy")
+    unread = [(at, why) for at, why in record["unread"]]
+    if record["checksum"] != _checksum(data, unread):
+        raise DamagedFile("the features or their record have changed since they were written")
+    return _Chunk(np.load(data, allow_pickle=False), unread)
+
+
+def _checksum(data: Path, unread: list[tuple[int, str]]) -> str:
+    """Checksum of the features and of the list of unreadable images."""
+    return f"{sha256(data)} {hashlib.sha256(json.dumps(unread).encode()).hexdigest()}"

@@ -5,7 +5,7 @@ B images, E target width, S side, N images of all datasets.
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,6 +138,17 @@ class ImageDataset(TorchDataset):
         """
         return decode(self.image_bytes(row))
 
+    def decoded_or_reason(self, row: int) -> torch.Tensor | str:
+        """Decode an image as `decoded`; where it cannot be read, return the reason."""
+        try:
+            return self.decoded(row)
+        except (CorruptImage, BadImage) as error:
+            return str(error)
+
+    def any_readable(self, rows: Iterable[int]) -> bool:
+        """Whether one of these images can be read."""
+        return any(not isinstance(self.decoded_or_reason(row), str) for row in rows)
+
     def target(self, row: int) -> NDArray[np.float32]:
         """Mean of the captions' unit vectors, [E]."""
         dataset, own = self.place(row)
@@ -168,11 +179,12 @@ class ImageDataset(TorchDataset):
     def __getitems__(self, rows: Sequence[int]) -> Batch:
         images, good, bad = [], [], []
         for row in rows:
-            try:
-                images.append(resize_and_crop(self.decoded(row), self.preprocessing))
+            image_CHW = self.decoded_or_reason(row)
+            if isinstance(image_CHW, str):
+                bad.append((self.label(row), image_CHW))
+            else:
+                images.append(resize_and_crop(image_CHW, self.preprocessing))
                 good.append(row)
-            except (CorruptImage, BadImage) as error:
-                bad.append((self.label(row), str(error)))
         size = self.preprocessing.size
         image_BCHW = torch.stack(images) if images else torch.zeros(0, 3, size, size, dtype=torch.uint8)
         row_B = np.array(good, np.int64)

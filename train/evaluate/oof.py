@@ -41,7 +41,7 @@ def write_oof(
     """Write the predictions of a fold batch by batch, whole or not at all; return the mean cosine with its interval.
 
     Args:
-        model: on its device; trained without the prompts of `rows`.
+        model: on its device, in evaluation mode; trained without the prompts of `rows`.
         facts: plain JSON for `fold.json`, such as the fold, the run, the checkpoint.
         workers: DataLoader workers; None chooses by the machine.
         dtype: autocast dtype, as `core.device.autocast_dtype` gives it; None: fp32.
@@ -49,18 +49,19 @@ def write_oof(
     Raises:
         UserError: no image could be read, or the disk is full; earlier predictions stay.
     """
-    from train.evaluate.inference import predictions
+    from train.data.inference import predict_batches
 
     keys: list[str] = []
     scores: list[NDArray[np.float32]] = []
     skipped: list[dict[str, str]] = []
     read: list[Rows] = []
-    batches = predictions(model, images, rows, batch_size=batch_size, workers=workers, dtype=dtype, what="out of fold")
+    options = {"device": model.device, "batch_size": batch_size, "workers": workers, "dtype": dtype}
+    batches = predict_batches(model, images, rows, description="out of fold", **options)
     with replace_folder(folder) as part:
         with (part / "predictions.npy").open("wb") as file:
             _npy_header(file, len(rows), model.width)
             for batch in batches:
-                file.write(batch.z_BE.tobytes())
+                file.write(batch.vector_BD.tobytes())
                 scores.append(batch.score_B.astype(np.float32))
                 skipped += [{"key": key, "reason": reason} for key, reason in batch.bad]
                 read.append(batch.row_B)

@@ -28,6 +28,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from core.cache import stored
+from core.chunk_cache import identity_hash
 from core.encoder_identity import differences
 from core.errors import UserError
 from core.files import sha256, write_json
@@ -191,8 +192,7 @@ class PromptIndex:
 
     @functools.cached_property
     def _folder(self) -> Path:
-        named = hashlib.sha256(json.dumps(self._about(), sort_keys=True).encode()).hexdigest()[:16]
-        return cache_folder() / "banks" / named
+        return cache_folder() / "banks" / identity_hash(self._about())
 
     def _vector_block(self, start: int, stop: int) -> Floats:
         source_n, row_n = self._source_n[start:stop], self._row_n[start:stop]

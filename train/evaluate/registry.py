@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from core.chunk_cache import array_hash
 from core.encoder_identity import differences, has_settings
 from core.errors import UserError
 from core.files import sha256
@@ -36,7 +37,7 @@ from models.runtime.preprocess import PREPROCESS, Preprocessing
 from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
 from train.data.datamodule import ImageDataModule
 from train.data.encoder_check import require_same
-from train.data.feature_cache import Features, digest, features
+from train.data.feature_cache import Features
 from train.data.images import ImageDataset
 from train.data.splits import penalty_parts
 from train.evaluate.prediction_cache import LazyEmbedder
@@ -214,7 +215,7 @@ class EmbedderRegistry:
         images = data.images
         if frozen.spec.preprocessing != images.preprocessing:  # another backbone than the run's
             images = ImageDataset(images.datasets, frozen.spec.preprocessing)
-        return features(frozen, images, data.train_rows, self._run["batch_size"], self._cfg.workers)
+        return Features(frozen, images, data.train_rows, self._run["batch_size"], self._cfg.workers)
 
     def _clip_knn(self) -> ClipKnn:
         cfg = self._cfg
@@ -266,8 +267,8 @@ class EmbedderRegistry:
         data = self.run_data
         return {
             "datasets": data.images.origins(data.train_rows),
-            "rows": digest(data.train_rows),
-            "pictures": [digest(dataset.checksums) for dataset in data.images.datasets],
+            "rows": array_hash(data.train_rows),
+            "pictures": [array_hash(dataset.checksums) for dataset in data.images.datasets],
             "targets": data.images.datasets[0].encoder_identity,
         }
 

@@ -41,7 +41,7 @@ def write_best_predictions(
         return
     from core.device import autocast_dtype
     from models import checkpoint
-    from train.evaluate.inference import predictions
+    from train.data.inference import predict_batches
 
     folder = cfg.out / "best"
     config = checkpoint.read_config(folder)
@@ -54,7 +54,9 @@ def write_best_predictions(
         interval = write_oof(cfg.out / "oof", model, data.images, data.val_rows, facts, **options)
         log.info("out of fold %s: cosine %.4f [%.4f, %.4f]: %s", cfg.fold, *interval, cfg.out / "oof")
     if logger is not None:
-        batches = list(predictions(model, data.images, data.val_rows, what="best and worst", **options))
+        batches = list(
+            predict_batches(model, data.images, data.val_rows, device=device, description="best and worst", **options)
+        )
         row_N, score_N = (np.concatenate([getattr(b, name) for b in batches]) for name in ("row_B", "score_B"))
         rows = best_and_worst(model, data.images, row_N, score_N, data.train_rows)
         log_best_table(logger, data.images, rows, step)

@@ -209,6 +209,8 @@ class Training(lightning.LightningModule):
 
     # ------------------------------------------------------------------------------------------------------ validation
 
+    # Lightning owns this loop with its ranks and precision, so it is not `train.data.inference.predict_batches`.
+
     def on_validation_epoch_start(self) -> None:
         self._scores = {}
         if self._ema is not None:

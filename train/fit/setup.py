@@ -24,7 +24,7 @@ from models.text_head import init_text
 from train.config import TrainSettings
 from train.data.datamodule import ImageDataModule
 from train.data.encoder_check import require_same
-from train.data.feature_cache import features
+from train.data.feature_cache import Features
 from train.data.samplers import check_shares
 from train.data.splits import Prompts, penalty_parts
 from train.scale import flops, micro_batch
@@ -149,7 +149,7 @@ def _ridge(model: Regressor, cfg: TrainSettings, data: ImageDataModule, device: 
             len(rows), cfg.model.head_fit_images, replace=False
         )
         rows = rows[np.sort(subset)]
-    computed = features(model.to(device).eval(), data.images, rows, cfg.batch_size, cfg.scale.workers)
+    computed = Features(model.to(device).eval(), data.images, rows, cfg.batch_size, cfg.scale.workers)
     share = init_ridge(model.head, computed.batches, RIDGE_PENALTY_SCALE, penalty_parts(data.images, computed.row_n))
     log.info("head initialised by ridge regression (relative penalty %.1e)", share)
     model.train()

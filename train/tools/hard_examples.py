@@ -81,7 +81,7 @@ def write_hard_examples(cfg: HardSettings) -> None:
     from models import checkpoint
     from models.runtime.preprocess import Preprocessing
     from train.data.encoder_check import require_same
-    from train.evaluate.inference import predictions
+    from train.data.inference import predict_batches
     from train.evaluate.trained_on import data_of
     from train.scale.devices import device_of
 
@@ -93,14 +93,15 @@ def write_hard_examples(cfg: HardSettings) -> None:
         require_same(config, folder, dataset.encoder_identity or {}, str(dataset.root))
     images, rows = data.images, data.train_rows
     row_blocks, scores, unreadable = [], [], []
-    batches = predictions(
+    batches = predict_batches(
         checkpoint.load(folder).to(device),
         images,
         rows,
+        device=device,
         batch_size=cfg.batch_size,
         workers=cfg.workers,
         dtype=autocast_dtype(device),
-        what="score",
+        description="score",
     )
     for batch in batches:
         row_blocks.append(batch.row_B)

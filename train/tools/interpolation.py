@@ -138,12 +138,13 @@ def _score(
     import numpy as np
 
     from models.metrics import bootstrap
-    from train.evaluate.inference import predictions
+    from train.data.inference import predict_batches
     from train.evaluate.leakage import with_clean_score
     from train.scale.devices import device_of
 
-    model.to(device_of(cfg.accelerator))
-    batches = list(predictions(model, images, rows, batch_size=cfg.batch_size, workers=cfg.workers))
+    device = device_of(cfg.accelerator)
+    options = {"device": device, "batch_size": cfg.batch_size, "workers": cfg.workers}
+    batches = list(predict_batches(model.to(device), images, rows, **options))
     score_n = np.concatenate([batch.score_B for batch in batches])
     skipped = [{"key": key, "reason": reason} for batch in batches for key, reason in batch.bad]
     if not len(score_n):

@@ -30,7 +30,7 @@ from models.regressor import Regressor
 from train import run_settings
 from train.data.datamodule import ImageDataModule
 from train.data.encoder_check import check_folder
-from train.data.feature_cache import Features, features
+from train.data.feature_cache import Features
 from train.data.samplers import TrainBatchSampler, steps_per_epoch
 from train.data.splits import penalty_parts
 from train.evaluate.leakage import validation_leakage
@@ -76,7 +76,7 @@ def search(cfg: ProbeSettings) -> dict[str, Any]:
     leakage = validation_leakage(cfg, data, device)
 
     def cached_features(rows: NDArray[np.int64]) -> Features:
-        return features(model, data.images, rows, cfg.batch_size, cfg.scale.workers)
+        return Features(model, data.images, rows, cfg.batch_size, cfg.scale.workers)
 
     def validation_set(cached: Features) -> ValidationFeatures:
         targets = torch.from_numpy(data.images.targets(cached.row_n))
