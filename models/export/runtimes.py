@@ -30,7 +30,7 @@ import torch
 
 from core.errors import UserError
 from core.progress import progress
-from models.runtime.backends import Graph, open_graph, send_nothing
+from models.runtime.backends import Runtime, disable_telemetry, open_runtime
 from models.runtime.model import Network
 from models.runtime.preprocess import Preprocessing, resize_and_crop
 
@@ -111,7 +111,7 @@ def write_runtimes(
     squares = [[resize_and_crop(image, square) for square in network.squares] for image in images]
     if not squares:
         raise UserError("runtimes: no images to verify them on; give check_images=")
-    send_nothing()
+    disable_telemetry()
     with (
         torch.inference_mode(),
         progress(len(squares) * (1 + len(set(kinds))), "image", "graphs", show=len(squares) > _BATCH) as bar,
@@ -158,7 +158,7 @@ def _verify(
     if kind == "torch":
         graph = _open_torch(path)
     else:
-        graph = open_graph(folder, {"graphs": {kind: {"file": file}}}, kind, torch.get_num_threads())
+        graph = open_runtime(folder, {"graphs": {kind: {"file": file}}}, kind, torch.get_num_threads())
     about: dict[str, Any] = {"file": file}
     if kind == "openvino_int8":
         about["calibrated"] = min(len(squares[::2]), _CALIBRATION)
@@ -191,7 +191,7 @@ def cosine_distance(a_NE: np.ndarray, b_NE: np.ndarray) -> np.ndarray:
         return 0.5 * ((a_NE - b_NE) ** 2).sum(1)
 
 
-def _vectors(graph: Graph, squares: _Squares, tell: Callable[[int], object]) -> np.ndarray:
+def _vectors(graph: Runtime, squares: _Squares, tell: Callable[[int], object]) -> np.ndarray:
     """Vectors z_NE: the first image alone, the others in batches."""
     rows = [[0], *([*range(i, min(i + _BATCH, len(squares)))] for i in range(1, len(squares), _BATCH))]
     found = []
@@ -256,7 +256,7 @@ def _save_torch(program: torch.export.ExportedProgram, path: Path) -> None:
         torch.export.save(program, path)
 
 
-def _open_torch(path: Path) -> Graph:
+def _open_torch(path: Path) -> Runtime:
     with _exporter_errors("torch"):
         module = torch.export.load(path).module()
     return lambda image_SBCHW: module(*map(torch.from_numpy, image_SBCHW)).numpy()

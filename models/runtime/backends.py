@@ -1,6 +1,6 @@
-"""Runs the bundle's graphs on a CPU: ONNX by onnxruntime, OpenVINO in fp32, bf16 or int8.
+"""Run the bundle's exported models on a CPU: ONNX by ONNX Runtime, OpenVINO in fp32, bf16 or int8.
 
-    z_BE = open_graph(Path("bundle"), config, "openvino", threads=4, precision="bf16")([image_BCHW])
+    z_BE = open_runtime(Path("bundle"), config, "openvino", threads=4, precision="bf16")([image_BCHW])
 
 B images, E target width.
 """
@@ -15,42 +15,47 @@ from typing import Any
 
 import numpy as np
 
-Graph = Callable[[Sequence[np.ndarray]], np.ndarray]
-"""For each input of the graph, in its order, uint8 images [B, 3, size, size] → unit z_BE in fp32."""
+Runtime = Callable[[Sequence[np.ndarray]], np.ndarray]
+"""An exported model ready to run: uint8 images [B, 3, size, size], one array per input in order → unit z_BE in fp32."""
 
-_COMPUTES_IN = {"onnx": ("fp32",), "openvino": ("fp32", "bf16"), "openvino_int8": ("fp32", "bf16")}
+_PRECISIONS_OF_BACKEND = {"onnx": ("fp32",), "openvino": ("fp32", "bf16"), "openvino_int8": ("fp32", "bf16")}
 
 
 class BundleError(ValueError):
-    """A bundle that cannot be read or run, or images that it cannot take."""
+    """The bundle cannot be read or run, or cannot take these images."""
 
 
-def open_graph(
+def open_runtime(
     folder: Path, config: Mapping[str, Any], backend: str, threads: int | None, precision: str = "fp32"
-) -> Graph:
-    """A graph of the bundle, ready to run.
+) -> Runtime:
+    """Load an exported model of the bundle.
 
     Args:
-        folder: the bundle's.
-        config: its config.json.
+        folder: bundle folder.
+        config: config.json of the bundle.
         backend: onnx, openvino or openvino_int8.
-        threads: of the CPU; None lets the runtime choose.
-        precision: fp32; or bf16, by OpenVINO on a CPU that has it; of int8, that of all that is not int8.
+        threads: number of CPU threads; None lets the runtime choose.
+        precision: fp32; or bf16, by OpenVINO on a CPU that has it; for int8, the precision of the layers that are not
+            quantised.
 
     Raises:
-        BundleError: the bundle has no such graph, its runtime is not installed, or the file is damaged.
+        BundleError: the bundle has no such model, its runtime is not installed, or the file is damaged.
     """
-    graphs = config.get("graphs", {})
-    if backend not in graphs:
-        has = ", ".join(graphs) or "none"
-        raise BundleError(f"this bundle has no {backend} graph (it has: {has}); export it with runtimes=[{backend}]")
-    if precision not in _COMPUTES_IN[backend]:
-        raise BundleError(f"{backend} does not compute in {precision}; it does in {', '.join(_COMPUTES_IN[backend])}")
-    path = folder / graphs[backend]["file"]
+    exported = config.get("graphs", {})
+    if backend not in exported:
+        available = ", ".join(exported) or "none"
+        raise BundleError(
+            f"this bundle has no {backend} model (it has: {available}); export it with runtimes=[{backend}]"
+        )
+    if precision not in _PRECISIONS_OF_BACKEND[backend]:
+        raise BundleError(
+            f"{backend} does not compute in {precision}; use {' or '.join(_PRECISIONS_OF_BACKEND[backend])}"
+        )
+    path = folder / exported[backend]["file"]
     if not path.is_file():
         raise BundleError(f"{path} is missing; copy the bundle again")
     open_file = _onnx if backend == "onnx" else functools.partial(_openvino, precision=precision)
-    send_nothing()
+    disable_telemetry()
     try:
         return open_file(path, threads)
     except ImportError as error:
@@ -60,18 +65,18 @@ def open_graph(
         raise BundleError(f"{path} cannot be loaded: {error}; copy the bundle again") from error
 
 
-def send_nothing() -> None:
-    """To be called before either runtime is imported, since from then on both send usage data over the network."""
+def disable_telemetry() -> None:
+    """Stop ONNX Runtime and OpenVINO from sending usage data; call it before either is imported."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     sys.modules.setdefault("openvino_telemetry", None)  # pyright: ignore[reportArgumentType] – as if not installed
 
 
-def _onnx(path: Path, threads: int | None) -> Graph:
+def _onnx(path: Path, threads: int | None) -> Runtime:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
-    options.log_severity_level = 3  # errors alone
+    options.log_severity_level = 3  # errors only
     session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     names = [value.name for value in session.get_inputs()]
 
@@ -82,35 +87,35 @@ def _onnx(path: Path, threads: int | None) -> Graph:
     return run
 
 
-def _openvino(path: Path, threads: int | None, precision: str) -> Graph:
+def _openvino(path: Path, threads: int | None, precision: str) -> Runtime:
     import openvino
 
-    core, one_at_a_time = openvino.Core(), threading.Lock()
+    core, lock = openvino.Core(), threading.Lock()
     model = core.read_model(path)
     names = [value.any_name for value in model.inputs]
-    about = {
+    options = {
         "INFERENCE_PRECISION_HINT": {"fp32": "f32", "bf16": "bf16"}[precision],
         **({"INFERENCE_NUM_THREADS": threads} if threads else {}),
     }
 
-    @functools.cache  # what is never asked for takes no memory
+    @functools.cache  # compiled at the first use, since each hint takes memory
     def requests(hint: str) -> list[Any]:
-        compiled = core.compile_model(model, "CPU", {**about, "PERFORMANCE_HINT": hint})
+        compiled = core.compile_model(model, "CPU", {**options, "PERFORMANCE_HINT": hint})
         count = compiled.get_property("OPTIMAL_NUMBER_OF_INFER_REQUESTS")
         return [compiled.create_infer_request() for _ in range(count)]
 
     def run(image_SBCHW: Sequence[np.ndarray]) -> np.ndarray:
         count = len(image_SBCHW[0])
-        with one_at_a_time:
-            # one image: by all threads; several: a part to each, which then need not wait for each other
+        with lock:
+            # one image runs on all threads; several are split, so that the requests need not wait for each other
             idle = requests("LATENCY" if count == 1 else "THROUGHPUT")
             parts = np.array_split(np.arange(count), min(count, len(idle)))
             started = idle[: len(parts)]
             for request, part in zip(started, parts, strict=True):
                 images = [np.ascontiguousarray(image_BCHW[part[0] : part[-1] + 1]) for image_BCHW in image_SBCHW]
                 request.start_async(dict(zip(names, images, strict=True)))
-            # Without a Python callback, hence without AsyncInferQueue: OpenVINO's threads take the GIL for a callback,
-            # and the destructor of a model holds the GIL while it joins them, so that freeing one could hang.
+            # No Python callback, hence no AsyncInferQueue: OpenVINO's threads would take the GIL in it. A model freed
+            # while one of them waits for the GIL hangs, since its destructor holds the GIL and joins the threads.
             for request in started:
                 request.wait()
             return np.concatenate([request.get_output_tensor(0).data for request in started])

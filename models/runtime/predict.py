@@ -1,15 +1,16 @@
-"""Images → submission.csv, with no network and nothing but torch, timm, safetensors, Pillow and numpy.
+"""Embed a folder of images offline: submission.csv, .npy or .parquet, with torch, timm, safetensors, Pillow and numpy.
 
     python predict.py --images test/images --out submission.csv
     python predict.py --images test/images --sample-submission sample_submission.csv --time-limit 8h30m
     python predict.py --images photos --ids path --format npy --out vectors.npy
 
 The file belongs beside config.json and the weights, as python -m models.export writes them. Each image gives E rows
-`<imgId>_<0…E-1>,val`. One that cannot be read gets the mean vector of the training targets, and is listed in
-OUT.unreadable.csv; files of other suffixes are listed in OUT.skipped.csv. What is done is kept in OUT.part/ until all
-is: after Ctrl-C, a crash or a full disk the same command goes on, to the same bytes. Exit codes: 0, OUT is written; 1,
-an error; 2, wrong arguments; 130 or 143, ended by a signal. With --time-limit OUT is written by then whatever happens,
-but for wrong arguments, wrong input and a full disk; all that was not reached has mean vectors.
+`<imgId>_<0…E-1>,val`. An unreadable image gets the mean vector of the training targets and a line in
+OUT.unreadable.csv; files with other suffixes are listed in OUT.skipped.csv. Progress is stored in OUT.part/ until OUT
+is written: after Ctrl-C, a crash or a full disk the same command resumes and gives the same bytes. Exit codes: 0, OUT
+is written; 1, an error; 2, wrong arguments; 130 or 143, ended by a signal. With --time-limit OUT is written in time
+whatever happens, except for wrong arguments, wrong input or a full disk; images that were not reached get the mean
+vector.
 """
 
 import argparse
@@ -26,7 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from .inputs import Task, by_reason, shown, task
+from .coordinator import Coordinator, Progress, WorkError
+from .inputs import Task, abbreviate, count_by_reason, read_task
 from .model import BACKENDS, PRECISIONS, BundleError, mean_vector, read_config, squares_of
 from .outputs import (
     FORMATS,
@@ -37,42 +39,36 @@ from .outputs import (
     unreadable_list,
     write_output,
 )
-from .workers import (
-    CHILD,
+from .part_folder import (
     DONE,
     UNREADABLE,
-    Coordinator,
     DiskError,
     PartFolder,
-    Progress,
-    Slot,
-    WorkError,
     bundle_sha256,
-    child,
     clear,
-    cpu_slots,
-    gpu_slots,
     has_progress,
     locked,
     open_part_folder,
 )
+from .slots import Slot, cpu_slots, gpu_slots
+from .worker import CHILD, child
 
-_LINE_INTERVAL = 10.0  # seconds, where the progress line cannot be rewritten
-_RESUME_HINT = ". What is done is kept: run the same command to go on."
+_LINE_INTERVAL = 10.0  # seconds between progress lines that cannot be rewritten
+_RESUME_HINT = ". Progress is saved: run the same command to resume."
 
 
 class _Terminated(BaseException):
-    """SIGTERM."""
+    """Raised by SIGTERM."""
 
 
 def duration(text: str) -> float:
-    """8h30m, 90m, 45s or plain seconds → seconds.
+    """Parse 8h30m, 90m, 45s or plain seconds, in seconds.
 
     Raises:
-        ValueError: it is none of these, or nought.
+        ValueError: `text` is not of this form, or is zero.
     """
-    found = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
-    seconds = sum(float(n or 0) * unit for n, unit in zip(found.groups(), (3600, 60, 1), strict=True)) if found else 0
+    match = re.fullmatch(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?", text.strip())
+    seconds = sum(float(n or 0) * unit for n, unit in zip(match.groups(), (3600, 60, 1), strict=True)) if match else 0
     if not seconds:
         raise ValueError(text)
     return seconds
@@ -80,7 +76,7 @@ def duration(text: str) -> float:
 
 def _parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Images → vectors, as a submission or an array. The same command goes on where it was ended."
+        description="Embed images as a submission or an array. The same command resumes an interrupted run."
     )
 
     def number(text: str) -> int:
@@ -91,27 +87,29 @@ def _parse_arguments() -> argparse.Namespace:
     def device(text: str) -> str:
         return re.sub(r"^cpu:\d+$", "cpu", text.lower())
 
-    parser.add_argument("--images", type=Path, required=True, help="folder of images, searched to the bottom")
+    parser.add_argument("--images", type=Path, required=True, help="folder of images, searched recursively")
     parser.add_argument("--out", type=Path, help="file to write [submission.csv, vectors.npy or vectors.parquet]")
-    parser.add_argument("--sample-submission", type=Path, metavar="FILE", help="the ids to write, in its order")
+    parser.add_argument("--sample-submission", type=Path, metavar="FILE", help="sample submission: ids and their order")
     parser.add_argument("--format", choices=FORMATS, default="csv", help="[%(default)s]")
     parser.add_argument(
         "--time-limit",
         type=duration,
         metavar="TIME",
-        help="8h30m, 90m, 45s: OUT is written by then, whatever happens",
+        help="such as 8h30m, 90m or 45s: OUT is written in time, whatever happens",
     )
     parser.add_argument(
-        "--ids", choices=("name", "path"), default="name", help="an image's id: name without suffix, or path [name]"
+        "--ids", choices=("name", "path"), default="name", help="id of an image: name without suffix, or path [name]"
     )
-    parser.add_argument("--batch-size", type=number, metavar="N", help="images a batch [as the memory allows]")
+    parser.add_argument("--batch-size", type=number, metavar="N", help="images per batch [as the memory allows]")
     parser.add_argument(
-        "--workers", type=number, metavar="N", help="batches at once on the CPU, or decoders for each GPU"
+        "--workers", type=number, metavar="N", help="batches at once on the CPU, or decoding processes per GPU"
     )
-    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 … [all GPUs, or else the CPU]")
+    parser.add_argument("--device", type=device, help="cpu, cuda, cuda:1 … [all GPUs, otherwise the CPU]")
     parser.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="[%(default)s]")
-    parser.add_argument("--backend", choices=BACKENDS, default="torch", help="but for torch: on the CPU [%(default)s]")
-    parser.add_argument("--fresh", action="store_true", help="do not go on with what is done, begin anew")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="torch", help="runtime; all but torch run on the CPU [%(default)s]"
+    )
+    parser.add_argument("--fresh", action="store_true", help="discard the progress of an interrupted run")
     options = parser.parse_args()
     if options.out is None:
         options.out = Path("submission.csv" if options.format == "csv" else f"vectors.{options.format}")
@@ -137,10 +135,10 @@ def main() -> None:
     except OSError as error:
         sys.exit(f"error: {error.filename or options.out}: {error.strerror or error}")
     except KeyboardInterrupt:
-        _log(f"\nended by Ctrl-C{_resume_hint(options)}")
+        _log(f"\ninterrupted by Ctrl-C{_resume_hint(options)}")
         sys.exit(130)
     except _Terminated:
-        _log(f"\nended by SIGTERM{_resume_hint(options)}")
+        _log(f"\ninterrupted by SIGTERM{_resume_hint(options)}")
         sys.exit(143)
 
 
@@ -157,13 +155,13 @@ def _raise_terminated(*_: Any) -> None:
 
 
 def _process_start() -> float:
-    """When this process began, by time.monotonic(): importing torch may have taken a while."""
+    """Start of this process by time.monotonic(), so that the time limit includes importing torch."""
     try:
         ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
         age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
     except (OSError, AttributeError, ValueError, IndexError):
         age = time.process_time()
-    return time.monotonic() - min(max(age, 0.0), 120.0)  # some sandboxes count from elsewhere
+    return time.monotonic() - min(max(age, 0.0), 120.0)  # some sandboxes count from another origin
 
 
 def _log(text: str) -> None:
@@ -176,43 +174,43 @@ def _predict(options: argparse.Namespace, bundle: Path, began: float) -> None:
     width = config["target_width"]
     mean_E = mean_vector(bundle, config)
     if options.out.is_dir() or not options.out.absolute().parent.is_dir():
-        raise BundleError(f"--out {options.out} is a folder, or in a folder that is not there")
-    asked = task(options.images, options.ids == "path", options.sample_submission, width)
-    check_format(options.format, [*asked.ids, *asked.paths])
+        raise BundleError(f"--out {options.out} is a folder, or its folder does not exist; name a file")
+    task = read_task(options.images, options.ids == "path", options.sample_submission, width)
+    check_format(options.format, [*task.ids, *task.paths])
     identity = {
         "bundle": bundle_sha256(bundle, config),
-        "pictures": asked.sha256,
-        **{word: str(getattr(options, word)) for word in ("batch_size", "precision", "backend", "device")},
+        "pictures": task.sha256,
+        **{name: str(getattr(options, name)) for name in ("batch_size", "precision", "backend", "device")},
     }
     folder = _part_folder(options)
     with locked(folder):
         complete = False
         try:
-            part, settings = open_part_folder(folder, identity, len(asked.paths), width, options.fresh, _log)
-            coordinator = _make_coordinator(options, bundle, config, asked, part, identity, settings)
-            complete = _run(coordinator, options, began, len(asked.ids), width)
-            outcome = _write_outputs(options, asked, part, mean_E)
+            part, settings = open_part_folder(folder, identity, len(task.paths), width, options.fresh, _log)
+            coordinator = _make_coordinator(options, bundle, config, task, part, identity, settings)
+            complete = _run(coordinator, options, began, len(task.ids), width)
+            outcome = _write_outputs(options, task, part, mean_E)
         except BaseException:
             complete = False
             raise
         finally:
             if complete or not has_progress(folder):
                 clear(folder, whole=True)
-    _log_summary(options, asked, coordinator.progress, outcome, time.monotonic() - began)
+    _log_summary(options, task, coordinator.progress, outcome, time.monotonic() - began)
 
 
 def _make_coordinator(
     options: argparse.Namespace,
     bundle: Path,
     config: dict[str, Any],
-    asked: Task,
+    task: Task,
     part: PartFolder,
     identity: dict[str, str],
     settings: dict[str, Any],
 ) -> Coordinator:
-    order = {
+    job = {
         "bundle": str(bundle),
-        "images": str(asked.folder.resolve()),
+        "images": str(task.folder.resolve()),
         "part": str(part.folder.resolve()),
         "width": config["target_width"],
         "squares": [square.to_config() for square in squares_of(config)],
@@ -225,63 +223,70 @@ def _make_coordinator(
     def on_cpu() -> list[Slot]:
         threads = settings["threads"] if settings.get("device") == "cpu" else None
         fp32_bytes = weights * (2 if config["precision"] == "fp16" else 1)
-        graph = options.backend != "torch"  # their runtimes take one batch at a time
-        return cpu_slots(len(asked.paths), options.batch_size, fp32_bytes, options.workers, threads, graph)
+        single_lane = options.backend != "torch"  # the other runtimes take one batch at a time
+        return cpu_slots(len(task.paths), options.batch_size, fp32_bytes, options.workers, threads, single_lane)
 
     if options.backend != "torch" and options.device not in (None, "cpu"):
-        _log(f"--backend {options.backend} computes on the CPU: --device {options.device} is not used")
+        _log(f"--backend {options.backend} runs on the CPU; --device {options.device} is ignored")
     gpus = [] if options.backend != "torch" or options.device == "cpu" else gpu_slots(options.device, options.workers)
-    return Coordinator(
-        bundle / "predict.py", part, asked.paths, order, gpus or on_cpu(), on_cpu, identity, settings, _log
-    )
+    return Coordinator(bundle / "predict.py", part, task.paths, job, gpus or on_cpu(), on_cpu, identity, settings, _log)
 
 
 def _run(coordinator: Coordinator, options: argparse.Namespace, began: float, count: int, width: int) -> bool:
-    """Whether every image is done; without, the time is up, or nothing works and there is a limit."""
+    """Run the coordinator.
+
+    Args:
+        coordinator: coordinator of all images.
+        options: command-line options.
+        began: start of the process by time.monotonic().
+        count: number of ids to write.
+        width: E.
+
+    Returns:
+        Whether all images are done; False: the time is up, or, with a time limit, nothing can compute.
+    """
     limit, show = options.time_limit, _ProgressLine()
     deadline = None
     if limit is not None:
         deadline = began + limit - seconds_to_write(options.format, count, width) - min(60.0, 2 + 0.02 * limit)
         if deadline <= time.monotonic():
-            _log("the time limit is too short to begin: what is not done gets the mean vector")
+            _log("--time-limit is too short to start: images that are not done get the mean vector")
     try:
         return coordinator.run(deadline, show)
     except DiskError:
         raise
-    except Exception as error:  # WorkError, or whatever else: a file is promised
+    except Exception as error:  # WorkError or any other: --time-limit promises a file
         if limit is None:
             raise
-        _log(
-            f"ERROR: {str(error) or type(error).__name__}. Nothing can compute: what is not done gets the mean vector."
-        )
+        _log(f"ERROR: {str(error) or type(error).__name__}. Images that are not done get the mean vector.")
         return False
     finally:
         show.close()
 
 
 class _ProgressLine:
-    """A line of progress, rewritten on a terminal; elsewhere a new one now and then."""
+    """Progress line: rewritten in place on a terminal, otherwise a new line every ten seconds."""
 
     def __init__(self) -> None:
         self._on_terminal = sys.stderr.isatty()
-        self._told = time.monotonic()
+        self._last_shown = time.monotonic()
 
     def __call__(self, progress: Progress) -> None:
         now = time.monotonic()
-        if now - self._told < (0.5 if self._on_terminal else _LINE_INTERVAL):
+        if now - self._last_shown < (0.5 if self._on_terminal else _LINE_INTERVAL):
             return
-        self._told = now
+        self._last_shown = now
         text = self._line(progress, now)
         sys.stderr.write(f"\r{text}\x1b[K" if self._on_terminal else f"{text}\n")
         sys.stderr.flush()
 
     def _line(self, progress: Progress, now: float) -> str:
         if not progress.facts:
-            return "the model is being loaded"
-        made = progress.done - progress.resumed_at
+            return "loading the model"
+        new = progress.done - progress.resumed_at
         text = f"{progress.done:,} of {progress.count:,} images, {100 * progress.done // progress.count} %"
-        if made:
-            rate = made / (now - progress.ready_at)
+        if new:
+            rate = new / (now - progress.ready_at)
             text += f", {rate:.3g}/s, {_format_duration((progress.count - progress.done) / rate)} left"
         return text + (f", {progress.unreadable:,} unreadable" if progress.unreadable else "")
 
@@ -300,20 +305,23 @@ def _format_duration(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class _Outcome:
-    """Of what was written."""
+    """Images whose rows hold the mean vector, by reason."""
 
-    unread: list[tuple[str, str, str]]
-    """Id, path and reason."""
+    unreadable: list[tuple[str, str, str]]
+    """Id, path and reason of each unreadable image."""
     missing: list[str]
     """Ids without an image."""
     not_reached: int
+    """Number of images that the time limit left undone."""
 
 
-def _write_outputs(options: argparse.Namespace, asked: Task, part: PartFolder, mean_E: np.ndarray) -> _Outcome:
-    """Writes the output of what is done so far."""
+def _write_outputs(options: argparse.Namespace, task: Task, part: PartFolder, mean_E: np.ndarray) -> _Outcome:
+    """Write OUT and the lists beside it from the vectors in the part folder."""
     states, reasons = part.states(), part.reasons()
-    pairs = list(zip(asked.ids, asked.rows, strict=True))
-    unread = [(name, asked.paths[row], reasons[row]) for name, row in pairs if row >= 0 and states[row] == UNREADABLE]
+    pairs = list(zip(task.ids, task.rows, strict=True))
+    unreadable = [
+        (name, task.paths[row], reasons[row]) for name, row in pairs if row >= 0 and states[row] == UNREADABLE
+    ]
     missing = [name for name, row in pairs if row < 0]
 
     def lines() -> Iterator[Line]:
@@ -321,48 +329,48 @@ def _write_outputs(options: argparse.Namespace, asked: Task, part: PartFolder, m
             if row < 0:
                 yield Line(name, "", "missing", mean_E)
             elif states[row] == DONE:
-                yield Line(name, asked.paths[row], "predicted", part.vector(row))
+                yield Line(name, task.paths[row], "predicted", part.vector(row))
             else:
                 state = "unreadable" if states[row] == UNREADABLE else "not reached"
-                yield Line(name, asked.paths[row], state, mean_E)
+                yield Line(name, task.paths[row], state, mean_E)
 
     not_reached = [pair for pair in pairs if pair[1] >= 0 and states[pair[1]] not in (DONE, UNREADABLE)]
-    listed = unread + [(name, "", "no image has this id") for name in missing]
-    listed += [(name, asked.paths[row], "not reached") for name, row in not_reached]
+    listed = unreadable + [(name, "", "no image has this id") for name in missing]
+    listed += [(name, task.paths[row], "not reached") for name, row in not_reached]
     try:
-        skipped = asked.other_files
+        skipped = task.other_files
         write_output(options.out, options.format, lines(), len(pairs), len(mean_E), listed, skipped, part.folder)
     except OSError as error:
         raise DiskError(f"{options.out}: {error.strerror or error}") from error
-    return _Outcome(unread, missing, len(not_reached))
+    return _Outcome(unreadable, missing, len(not_reached))
 
 
 def _log_summary(
-    options: argparse.Namespace, asked: Task, progress: Progress, outcome: _Outcome, seconds: float
+    options: argparse.Namespace, task: Task, progress: Progress, outcome: _Outcome, seconds: float
 ) -> None:
-    text = f"{options.out}: {len(asked.paths):,} images, {len(outcome.unread):,} of them unreadable"
+    text = f"{options.out}: {len(task.paths):,} images, {len(outcome.unreadable):,} of them unreadable"
     text += f"; {_format_duration(seconds)}"
-    facts, made = progress.facts, progress.done - progress.resumed_at
-    if facts and made:
-        text += f", {made / (progress.ended_at - progress.ready_at):.3g}/s in {facts['precision']} on {facts['name']}"
+    facts, new = progress.facts, progress.done - progress.resumed_at
+    if facts and new:
+        text += f", {new / (progress.ended_at - progress.ready_at):.3g}/s in {facts['precision']} on {facts['name']}"
     if progress.resumed_at:
-        text += f"; {progress.resumed_at:,} were done before"
+        text += f"; {progress.resumed_at:,} from the interrupted run"
     _log(text)
-    if outcome.unread:
-        reasons = [f"{path!r} ({reason})" for _, path, reason in outcome.unread]
-        _log(f"unreadable, with the mean vector, as {unreadable_list(options.out)} lists: {shown(reasons)}")
+    if outcome.unreadable:
+        reasons = [f"{path!r} ({reason})" for _, path, reason in outcome.unreadable]
+        _log(f"unreadable images get the mean vector, see {unreadable_list(options.out)}: {abbreviate(reasons)}")
     if outcome.missing:
-        _log(f"{len(outcome.missing):,} ids have no image and get the mean vector: {shown(outcome.missing)}")
-    if asked.left_out:
-        _log(f"{asked.left_out:,} images are left out: {options.sample_submission} does not ask for them")
-    if asked.other_files:
-        _log(f"files that are not read, as {skipped_list(options.out)} lists: {by_reason(asked.other_files)}")
+        _log(f"{len(outcome.missing):,} ids have no image and get the mean vector: {abbreviate(outcome.missing)}")
+    if task.not_requested:
+        _log(f"{task.not_requested:,} images are skipped: {options.sample_submission} has no rows for them")
+    if task.other_files:
+        _log(f"skipped files, see {skipped_list(options.out)}: {count_by_reason(task.other_files)}")
     if progress.redone_in_fp32:
-        _log(f"{progress.redone_in_fp32:,} batches were computed again in fp32: {facts['precision']} was not finite")
+        _log(f"{progress.redone_in_fp32:,} batches overflowed in {facts['precision']} and were computed again in fp32")
     if outcome.not_reached:
         _log(
-            f"WARNING: {outcome.not_reached:,} of {len(asked.paths):,} images were not reached and have the mean "
-            "vector. The same command goes on."
+            f"WARNING: {outcome.not_reached:,} of {len(task.paths):,} images were not reached and have the mean "
+            "vector. Run the same command to resume."
         )
 
 

@@ -1,7 +1,7 @@
-"""Image towers by name, with random weights: any of timm, open_clip's, and BLIP-2's of transformers.
+"""Image towers by name, with random weights: any of timm, those of open_clip, and BLIP-2's of transformers.
 
-The bundle carries a copy of this file (models/export/export.py), so it imports nothing of ours. image_BCHW →
-features_BD: B images, D feature width.
+The bundle carries a copy of this file (models/export/program.py), so it imports nothing else of this project.
+image_BCHW → features_BD: B images, D feature width.
 """
 
 from typing import Any
@@ -10,8 +10,8 @@ from torch import nn
 
 OPEN_CLIP = "open_clip:"
 TRANSFORMERS = "transformers:"
-# name → what differs from the tower of Salesforce/blip2-opt-2.7b. Its own way to draw weights draws all but zeros,
-# which do not train.
+# name → differences from the config of Salesforce/blip2-opt-2.7b, whose initializer_range draws weights near zero that
+# do not train
 BLIP2: dict[str, dict[str, Any]] = {
     "blip2_vision": {"initializer_range": 0.02},
     "test_blip2_vision": {
@@ -25,12 +25,14 @@ BLIP2: dict[str, dict[str, Any]] = {
 }
 
 
-def bare(name: str, size: int | None = None) -> nn.Module:
-    """A tower that has yet to be loaded and then resized: a size that position embeddings depend on is its own still.
+def create_tower(name: str, size: int | None = None) -> nn.Module:
+    """Create a tower with random weights, to be loaded and then resized by `resize_tower`.
+
+    A timm tower keeps its own input size, since its position embeddings depend on it.
 
     Args:
-        name: a timm name, `open_clip:MODEL/PRETRAINED`, or `transformers:` and a name of `BLIP2`.
-        size: side of the input, pixels; None takes the tower's own.
+        name: timm name, `open_clip:MODEL/PRETRAINED`, or `transformers:` and a name of `BLIP2`.
+        size: side of the input in pixels, for open_clip and BLIP-2; None: the tower's own.
     """
     if name.startswith(OPEN_CLIP):
         return _open_clip(name, size)
@@ -41,32 +43,32 @@ def bare(name: str, size: int | None = None) -> nn.Module:
     try:
         return timm.create_model(name, pretrained=False, num_classes=0)
     except RuntimeError:
-        # a tag names weights, which are not wanted here, and one that came later is unknown to an older timm
+        # the tag names weights, which are not needed here; an older timm does not know the newer tags
         architecture, _, tag = name.partition(".")
         if not tag:
             raise
         return timm.create_model(architecture, pretrained=False, num_classes=0)
 
 
-def resize(module: nn.Module, size: int) -> None:
-    """Makes a timm tower take `size` × `size` pixels; its position embeddings are interpolated, in place.
+def resize_tower(module: nn.Module, size: int) -> None:
+    """Interpolate the position embeddings of a timm tower in place, so that it takes `size` × `size` pixels.
 
-    Towers without any, and those that `bare` made for their size, are left as they are.
+    Towers without position embeddings, and those that `create_tower` made for this size, do not change.
     """
     trunk: Any = getattr(module, "trunk", module)  # open_clip's towers may be timm's
     if hasattr(trunk, "set_input_size") and trunk.pretrained_cfg["input_size"][-1] != size:
         trunk.set_input_size(img_size=size)
 
 
-def tower(name: str, size: int) -> nn.Module:
-    """normalised image_BCHW of `size` → pooled features_BD, or a tuple that begins with them."""
-    module = bare(name, size)
-    resize(module, size)
+def create_resized_tower(name: str, size: int) -> nn.Module:
+    """Create a tower for `size` pixels: normalised image_BCHW → pooled features_BD, or a tuple starting with them."""
+    module = create_tower(name, size)
+    resize_tower(module, size)
     return module
 
 
 def _open_clip(name: str, size: int | None) -> nn.Module:
-    """Its image tower alone: a text tower may ask the hub, and is not needed."""
+    """Create the image tower only: a text tower may access the hub, and is not needed."""
     from open_clip import get_model_config
     from open_clip.model import _build_vision_tower
 
@@ -85,5 +87,5 @@ def _blip2(name: str, size: int | None) -> nn.Module:
 
 
 def _pooled(_module: nn.Module, _arguments: Any, output: Any) -> Any:
-    """The class token after the last norm, of all that transformers returns."""
+    """Forward hook that returns the class token after the last norm."""
     return output.pooler_output

@@ -231,7 +231,7 @@ def test_a_checkpoint_from_before_images_were_cut_so(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("images", "reason"),
     [
-        ("a.jpg", "'a.jpg' is one image; give a list of them"),
+        ("a.jpg", "'a.jpg' is a single image; pass a list of images"),
         (["a\0b.png"], "1 of 1 images cannot be read:\n  a\0b.png: embedded null byte"),
         ([np.zeros((0, 5, 3), np.uint8)], "image 0: neither a path, a PIL image"),
         ([np.zeros((5, 5, 3))], "image 0: neither a path, a PIL image"),
@@ -253,7 +253,7 @@ def test_arrays_that_cannot_be_written_to_are_taken(bundle: Path) -> None:
     ("change", "reason"),
     [
         ({"backbone": "open_clip:NO-SUCH"}, "does not fit open_clip:NO-SUCH"),
-        ({"head": "tall"}, "no head 'tall'"),
+        ({"head": "tall"}, "head 'tall'"),
         ({"backbone": "test_convnext"}, "The bundle was written with timm "),
     ],
 )

@@ -17,12 +17,12 @@ import torch
 from core.errors import UserError
 from core.paths import ROOT
 from models.export import runtimes
-from models.runtime.backends import BundleError, open_graph
+from models.runtime.backends import BundleError, open_runtime
 from models.runtime.decode import decode
 from models.runtime.heads import make_head
 from models.runtime.model import Member, Network
 from models.runtime.preprocess import Preprocessing
-from models.runtime.towers import tower
+from models.runtime.towers import create_resized_tower
 from tests.commands import contents
 
 for package in ("onnx", "onnxruntime", "onnxscript", "openvino", "nncf"):
@@ -42,7 +42,7 @@ def member(backbone: str, *sizes: int, flip: bool = False, hidden: int = 0, resi
     tensors = {f"head.{k}": v for k, v in make_head(head, width, E, hidden).state_dict().items()}
     for size in sizes:
         prefix = "backbone." if size == sizes[0] else f"at-{size}.backbone."
-        tensors |= {f"{prefix}{k}": v for k, v in tower(backbone, size).state_dict().items()}
+        tensors |= {f"{prefix}{k}": v for k, v in create_resized_tower(backbone, size).state_dict().items()}
     for name, tensor in tensors.items():
         if "running" in name:
             tensor.uniform_(0.5, 1.5)
@@ -144,7 +144,7 @@ def test_each_gives_what_the_network_gives(members: list[Any], tmp_path: Path) -
 
 @pytest.mark.parametrize(("kind", "largest"), [("onnx", 1e-9), ("openvino", 1e-9), ("openvino_int8", 0.05)])
 def test_the_bundle_runs_them(kind: str, largest: float, conv: Network, written: tuple[Path, dict[str, Any]]) -> None:
-    graph = open_graph(*written, kind, 2)
+    graph = open_runtime(*written, kind, 2)
     for count in (1, 5):
         images = batch(conv, count)
         assert runtimes.cosine_distance(graph(images), own(conv, images)).max() < largest
@@ -153,7 +153,7 @@ def test_the_bundle_runs_them(kind: str, largest: float, conv: Network, written:
 def test_in_bf16_it_is_about_the_same(conv: Network, written: tuple[Path, dict[str, Any]]) -> None:
     images = batch(conv, 5)
     for kind in ("openvino", "openvino_int8"):
-        z_BE = open_graph(*written, kind, 1, "bf16")(images)
+        z_BE = open_runtime(*written, kind, 1, "bf16")(images)
         assert z_BE.dtype == np.float32
         assert runtimes.cosine_distance(z_BE, own(conv, images)).max() < 0.05
 
@@ -165,7 +165,7 @@ def test_the_loss_of_int8_is_measured_on_images_that_it_was_not_calibrated_on(
     about = config["graphs"]["openvino_int8"]
     assert (about["calibrated"], about["pictures"]) == (9, 9)
     others = [np.stack([runtimes.resize_and_crop(image, Preprocessing(32)).numpy() for image in make_images(18)[1::2]])]
-    a_NE, b_NE = own(conv, others), open_graph(folder, config, "openvino_int8", 1)(others)
+    a_NE, b_NE = own(conv, others), open_runtime(folder, config, "openvino_int8", 1)(others)
     cosine_N = (a_NE * b_NE).sum(1) / np.linalg.norm(a_NE, axis=1) / np.linalg.norm(b_NE, axis=1)
     assert about["mean_distance"] == pytest.approx(1 - cosine_N.mean(), abs=1e-6)
     assert about["max_distance"] == pytest.approx(1 - cosine_N.min(), abs=1e-6)
@@ -256,18 +256,18 @@ def test_what_is_missing_is_told_before_any_work(
 @pytest.mark.parametrize(
     ("kind", "precision", "words"),
     [
-        ("openvino", "fp32", r"has no openvino graph \(it has: onnx\); export it with runtimes=\[openvino\]"),
-        ("onnx", "bf16", r"onnx does not compute in bf16; it does in fp32"),
+        ("openvino", "fp32", r"has no openvino model \(it has: onnx\); export it with runtimes=\[openvino\]"),
+        ("onnx", "bf16", r"onnx does not compute in bf16; use fp32"),
         ("onnx", "fp32", r"model\.onnx cannot be loaded: .*; copy the bundle again"),
     ],
 )
 def test_the_bundle_says_what_is_wrong(kind: str, precision: str, words: str, tmp_path: Path) -> None:
     config = {"graphs": {"onnx": {"file": "model.onnx"}}}
     with pytest.raises(BundleError, match=r"model\.onnx is missing; copy the bundle again"):
-        open_graph(tmp_path, config, "onnx", 1)
+        open_runtime(tmp_path, config, "onnx", 1)
     (tmp_path / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(BundleError, match=words):
-        open_graph(tmp_path, config, kind, 1, precision)
+        open_runtime(tmp_path, config, kind, 1, precision)
 
 
 @pytest.mark.parametrize(("kind", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
@@ -276,7 +276,7 @@ def test_the_bundle_says_what_to_install(
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(BundleError, match=rf"{kind} needs {package}: pip install {package} "):
-        open_graph(*written, kind, 1)
+        open_runtime(*written, kind, 1)
 
 
 def test_nothing_is_sent(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -285,8 +285,8 @@ def test_nothing_is_sent(written: tuple[Path, dict[str, Any]], tmp_path: Path) -
     program = (
         "import pathlib, sys\n"
         f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from models.runtime.backends import open_graph\n"
-        f"for kind in ('onnx', 'openvino'): open_graph(pathlib.Path({str(folder)!r}), {config!r}, kind, 1)\n"
+        "from models.runtime.backends import open_runtime\n"
+        f"for kind in ('onnx', 'openvino'): open_runtime(pathlib.Path({str(folder)!r}), {config!r}, kind, 1)\n"
     )
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path)}  # no CI=true, which would turn it off, too
     subprocess.run([sys.executable, "-c", program], env=environment, check=True, timeout=120)

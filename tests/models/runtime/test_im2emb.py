@@ -259,7 +259,7 @@ def test_texts_are_the_text_encoders_own(transformer: SentenceTransformer, paths
     [
         (["{folder}/gone.png"], r"(?s)1 images cannot be read.*gone\.png: .*No such file"),
         (["a text", "{folder}/a red rose.png"], "mixes multiple modalities"),
-        (["a text", Path("a red rose.png")], "texts, such as 'a text', and images in one batch: encode them apart"),
+        (["a text", Path("a red rose.png")], "mixes images and texts, such as 'a text'; encode them separately"),
         ([np.zeros(9, np.float32)], "'audio' is not supported .* Supported modalities: image, text"),
     ],
 )
@@ -277,9 +277,9 @@ def test_code_runs_with_leave_alone(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"model_kwargs": {"dtype": "int3"}}, "a bundle takes `dtype`"),
-        ({"model_kwargs": {"attn_implementation": "eager"}}, "a bundle takes `dtype`"),
-        ({"backend": "onnx"}, "has no graph for onnx; export it with one"),
+        ({"model_kwargs": {"dtype": "int3"}}, "a bundle accepts `dtype`"),
+        ({"model_kwargs": {"attn_implementation": "eager"}}, "a bundle accepts `dtype`"),
+        ({"backend": "onnx"}, "has no onnx model; export the bundle with runtimes="),
     ],
 )
 def test_options_that_it_does_not_have(options: dict[str, Any], words: str, bundle: Path) -> None:
@@ -294,7 +294,7 @@ def test_precision_and_text_encoder_are_for_the_user_to_choose(
     coarse = SentenceTransformer(str(bundle), trust_remote_code=True, device="cpu", model_kwargs=options)
     cosine_B = (coarse.encode(paths, convert_to_tensor=True) * expected).sum(1)
     assert 1e-7 < (1 - cosine_B).max() < 1e-2
-    with pytest.raises(ValueError, match=rf"(?s)needs the text encoder {MINILM}, .*Name its folder"):
+    with pytest.raises(ValueError, match=rf"(?s)the text encoder {MINILM} cannot be loaded: .*Name its folder"):
         coarse.encode("a text")
 
 

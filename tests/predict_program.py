@@ -1,11 +1,12 @@
-"""A bundle's predict.py as its users start it, and images that hang or kill the process that decodes them.
+"""Run a bundle's predict.py as users start it, with images that hang or crash the process that decodes them.
 
-    process = predicted.start(bundle, "--images", images, "--out", out)
+    process = predict_program.start(bundle, "--images", images, "--out", out)
 
-Hostile images are read by a Pillow plugin, which processes get by `PYTHONPATH`: no part of the bundle knows of it.
+A Pillow plugin reads hostile images; processes load it through `PYTHONPATH`, and the bundle does not know it.
 """
 
 import csv
+import io
 import os
 import resource
 import signal
@@ -19,12 +20,16 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 
 from models import checkpoint
 from models.export import export
 from models.regressor import Regressor, make
+from models.runtime.part_folder import PartFolder, open_part_folder
 
 E = 6
+MEAN = np.arange(1, E + 1) / np.linalg.norm(np.arange(1, E + 1))
+"""Mean vector of `make_bundle`."""
 
 _PLUGIN = """
 import ctypes, os, resource, time
@@ -50,7 +55,7 @@ Image.register_open("HOSTILE", Hostile, lambda start: start.startswith(b"HOSTILE
 
 
 def make_bundle(folder: Path) -> tuple[Path, Regressor]:
-    """A tiny random model of E numbers, and its bundle."""
+    """Export a tiny random model of width E; return the bundle and the model."""
     torch.manual_seed(3)
     model = make("test_vit", "random", 32, E).eval()
     probes = [torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8) for _ in range(2)]
@@ -60,18 +65,31 @@ def make_bundle(folder: Path) -> tuple[Path, Regressor]:
     return folder / "bundle", model
 
 
-def hostile(word: str, seed: int = 0) -> bytes:
-    """An image that does as told, to crash, hang or be slow, and else is of 8 px."""
-    return f"HOSTILE {word}".encode().ljust(16) + pixels(seed).permute(1, 2, 0).numpy().tobytes()
+def make_image(seed: int, height: int = 40, width: int = 50) -> Image.Image:
+    """Random image."""
+    pixels_HWC = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels_HWC)
 
 
-def pixels(seed: int) -> torch.Tensor:
-    """Of a hostile image: uint8 [3, 8, 8]."""
+def make_png(seed: int) -> bytes:
+    """Bytes of a random PNG of 8 px."""
+    buffer = io.BytesIO()
+    make_image(seed, 8, 8).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def hostile_image(behaviour: str, seed: int = 0) -> bytes:
+    """Bytes of an 8 px image whose decoder behaves as named: crash, hang, slow, or mild."""
+    return f"HOSTILE {behaviour}".encode().ljust(16) + hostile_pixels(seed).permute(1, 2, 0).numpy().tobytes()
+
+
+def hostile_pixels(seed: int) -> torch.Tensor:
+    """Pixels of `hostile_image`, uint8 [3, 8, 8]."""
     return torch.randint(0, 256, (3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """In which hostile images are images; a file `cease` in `folder` ends hanging."""
+def hostile_environment(folder: Path) -> dict[str, str]:
+    """Environment whose processes read hostile images; a file `cease` in `folder` ends hanging."""
     folder.mkdir(exist_ok=True)
     (folder / "sitecustomize.py").write_text(_PLUGIN)
     return {"PYTHONPATH": str(folder), "HOSTILE_CEASE": str(folder / "cease")}
@@ -80,8 +98,13 @@ def environment(folder: Path) -> dict[str, str]:
 def start(
     bundle: Path, *arguments: object, file_bytes: int = 0, env: dict[str, str] | None = None
 ) -> "subprocess.Popen[str]":
-    """Args:
-    file_bytes: as of a disk that is full, no file can grow beyond.
+    """Start predict.py.
+
+    Args:
+        bundle: bundle folder.
+        arguments: command-line arguments.
+        file_bytes: size that no file can exceed, as on a full disk; 0: no limit.
+        env: further environment variables.
     """
 
     def prepare() -> None:
@@ -100,29 +123,30 @@ def start(
 
 
 def run(bundle: Path, *arguments: object, file_bytes: int = 0, env: dict[str, str] | None = None) -> Any:
-    """To the end: `returncode`, `stdout`, `stderr`."""
-    return ended(start(bundle, *arguments, file_bytes=file_bytes, env=env))
+    """Run predict.py to its end: `returncode`, `stdout`, `stderr`."""
+    return wait_for_exit(start(bundle, *arguments, file_bytes=file_bytes, env=env))
 
 
-def ended(process: "subprocess.Popen[str]") -> Any:
+def wait_for_exit(process: "subprocess.Popen[str]") -> Any:
+    """Wait for a process: `returncode`, `stdout`, `stderr`."""
     out, err = process.communicate(timeout=120)
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
-def children(pid: int) -> list[int]:
-    """Processes that a process has started, those of the shell and others not among them."""
-    found = []
+def child_pids(pid: int) -> list[int]:
+    """Process ids of the children of a coordinator."""
+    pids = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
             if parent == pid and b"--child" in (place / "cmdline").read_bytes():
-                found.append(int(place.name))
+                pids.append(int(place.name))
         except OSError:
             continue  # it has just ended
-    return found
+    return pids
 
 
-def at_work(bundle: Path) -> bool:
+def is_running(bundle: Path) -> bool:
     """Whether any process runs this bundle's program."""
     name = os.fsencode(bundle / "predict.py")
     for place in Path("/proc").glob("[0-9]*"):
@@ -134,23 +158,45 @@ def at_work(bundle: Path) -> bool:
     return False
 
 
-def until(condition: Callable[[], object], seconds: float = 60) -> Any:
-    """Waits for something to be true, and returns it."""
+def wait_until(condition: Callable[[], object], seconds: float = 60) -> Any:
+    """Wait until a condition is true; return its value."""
     end = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < end, "it never came"
+    while not (value := condition()):
+        assert time.monotonic() < end, "the condition never became true"
         time.sleep(0.01)
-    return found
+    return value
 
 
-def submission(path: Path) -> dict[str, NDArray[np.float64]]:
-    """Id → its vector, in the order of the file, of which every row is checked."""
+def write_sample(path: Path, ids: list[str], width: int = E) -> Path:
+    """Write a sample submission with these ids."""
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows([("imgId_eId", "val"), *((f"{n}_{e}", 0) for n in ids for e in range(width))])
+    return path
+
+
+def open_part(folder: Path, fresh: bool = False, messages: list[str] | None = None, **identity: str) -> PartFolder:
+    """Part folder of five images."""
+    log = (messages if messages is not None else []).append
+    return open_part_folder(folder, identity or {"pictures": "1"}, 5, E, fresh, log)[0]
+
+
+def unit_vector(row: int) -> NDArray[np.float32]:
+    """Unit vector that differs between rows."""
+    return np.eye(E, dtype=np.float32)[row % E]
+
+
+def raise_(error: Exception) -> None:
+    raise error
+
+
+def read_submission(path: Path) -> dict[str, NDArray[np.float64]]:
+    """Read a submission, checking every row: id → vector, in the order of the file."""
     with path.open(newline="") as file:
         header, *rows = csv.reader(file)
     assert header == ["imgId_eId", "val"]
-    found = {}
+    vectors = {}
     for i in range(0, len(rows), E):
         name = rows[i][0].rpartition("_")[0]
         assert [row[0] for row in rows[i : i + E]] == [f"{name}_{e}" for e in range(E)]
-        found[name] = np.array([float(row[1]) for row in rows[i : i + E]])
-    return found
+        vectors[name] = np.array([float(row[1]) for row in rows[i : i + E]])
+    return vectors
