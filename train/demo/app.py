@@ -1,4 +1,4 @@
-"""Demo page: upload an image, see the nearest prompts and the share that each baseline explains.
+"""Demo page: upload an image, see the nearest prompts and the share of the prediction that each baseline explains.
 
     python -m train.demo
     python -m train.demo checkpoint=bundle prompt_index=prompts.txt baselines=[mean,retrieve]
@@ -24,37 +24,40 @@ from train.run_settings import read_settings
 if TYPE_CHECKING:
     from models.baselines.mean import Mean
     from train.demo.explain import Demo
-    from train.demo.page import Words
+    from train.demo.page import PageNames
 
 log = logging.getLogger(__name__)
 
 OFFERED = (*BASELINES, "retrieve", *CAPTIONERS)
-_MOST_PIXELS = 100_000_000  # models.runtime.decode.MAX_PIXELS, which cannot be asked before torch is loaded
+_PIXEL_LIMIT = 100_000_000  # models.runtime.decode.MAX_PIXELS, repeated because its import loads torch
 
 
 @dataclass(frozen=True)
 class DemoSettings:
+    """Settings of the demo page."""
+
     checkpoint: Path | None
-    """A checkpoint, a bundle or an ensemble; null takes the newest checkpoints/*/best."""
+    """Folder of a checkpoint, a bundle or an ensemble; null takes the newest checkpoints/*/best."""
     run: Path | None
-    """Run whose prompts are searched and whose images knn compares; null: that of the checkpoint."""
+    """Folder of the run whose prompts are searched and whose images knn compares; null for the checkpoint's run."""
     prompt_index: Location | None
-    """A dataset folder or a file of prompts; null takes the run's training prompts."""
+    """Dataset folder or file of the prompts to search; null takes the run's training prompts."""
     baselines: tuple[str, ...] | None
-    """Whose shares are shown; null takes mean, knn and retrieve, without a run mean and retrieve."""
+    """Baselines whose shares are shown; null takes mean, knn and retrieve, or without a run mean and retrieve."""
     neighbours: int
-    """Prompts shown."""
+    """Number of nearest prompts shown."""
     host: str
     """Address to listen on."""
     port: int
-    """0 takes any that is free."""
+    """Port to listen on; 0 takes a free one."""
     max_upload_mb: float
-    """Largest image file, 10^6 bytes; all uploads together may take 50 times as much."""
+    """Maximum size of an image file, MB; all uploads together may take 50 times as much."""
     max_pixels: int
-    """Most pixels of an image; a larger one is refused before it is decoded."""
+    """Maximum number of pixels of an image; larger images are refused before decoding."""
     accelerator: Literal["auto", "cpu", "gpu"]
+    """Kind of device; auto takes a GPU where there is one."""
     browser: bool
-    """Opens the page in one."""
+    """Whether to open the page in a browser."""
 
     def problems(self) -> list[str]:
         found = [f"neighbours: {self.neighbours} is outside 1 to 100"] if not 1 <= self.neighbours <= 100 else []
@@ -62,21 +65,21 @@ class DemoSettings:
             found.append(f"port: {self.port} is outside 0 to 65535")
         if not 0 < self.max_upload_mb <= 1000:
             found.append(f"max_upload_mb: {self.max_upload_mb:g} is outside 0 to 1000")
-        if not 1 <= self.max_pixels <= _MOST_PIXELS:
-            found.append(f"max_pixels: {self.max_pixels:,} is outside 1 to {_MOST_PIXELS:,}")
+        if not 1 <= self.max_pixels <= _PIXEL_LIMIT:
+            found.append(f"max_pixels: {self.max_pixels:,} is outside 1 to {_PIXEL_LIMIT:,}")
         names = self.baselines or ()
         found += [f"baselines: {name!r} is none of {', '.join(OFFERED)}" for name in names if name not in OFFERED]
         return found + [f"baselines: {name} is named twice" for name in OFFERED if names.count(name) > 1]
 
     def unused(self) -> dict[str, str]:
-        fitted = self.baselines is None or {"knn", "ridge"} & set(self.baselines)
-        if fitted or self.checkpoint is None or self.prompt_index is None:
+        needs_run = self.baselines is None or {"knn", "ridge"} & set(self.baselines)
+        if needs_run or self.checkpoint is None or self.prompt_index is None:
             return {}
-        return {"run": "with checkpoint, prompt_index and no knn or ridge in baselines: nothing of a run is asked for"}
+        return {"run": "with checkpoint, prompt_index and no knn or ridge in baselines, which need no run"}
 
 
-def place_of(cfg: DemoSettings) -> tuple[Path, Path | None]:
-    """The folder of the model, and that of the run whose data are taken, if there is one.
+def model_and_run(cfg: DemoSettings) -> tuple[Path, Path | None]:
+    """Find the folder of the model and the folder of the run whose data are used, if there is one.
 
     Raises:
         UserError: there is no model, or the prompt index or a baseline needs a run.
@@ -88,27 +91,27 @@ def place_of(cfg: DemoSettings) -> tuple[Path, Path | None]:
         folder = newest_checkpoint()
     if not (folder / "config.json").is_file() and (folder / "best/config.json").is_file():
         folder = folder / "best"
-    beside = folder.absolute().parent
-    run = cfg.run or (beside if (beside / "settings.json").is_file() else None)
+    parent = folder.absolute().parent
+    run = cfg.run or (parent if (parent / "settings.json").is_file() else None)
     if not (folder / "config.json").is_file():
         raise UserError(f"checkpoint: {folder} is not a checkpoint, bundle or ensemble: it has no config.json")
     if run is None:
-        found = [f"baselines: {n} is fitted on images" for n in ("knn", "ridge") if n in (cfg.baselines or ())]
-        found += (
+        problems = [f"baselines: {n} is fitted on images" for n in ("knn", "ridge") if n in (cfg.baselines or ())]
+        problems += (
             []
             if cfg.prompt_index
             else ["prompt_index: there are no prompts; name a file or a dataset, prompt_index=prompts.txt"]
         )
-        if found:
-            raise UserError("\n".join([*found, f"{folder} is not in a run folder; name a run, run=checkpoints/NAME"]))
+        if problems:
+            raise UserError("\n".join([*problems, f"{folder} is not in a run folder; give run=checkpoints/NAME"]))
     return folder, run
 
 
-def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, Words]":
+def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, PageNames]":
     """Load the model, prompt index and baselines, and run them on one image.
 
     Args:
-        folder, run: as `place_of` gives them.
+        folder, run: folders of the model and of the run, as from `model_and_run`.
 
     Raises:
         UserError: the model, the run, the prompt index or a baseline cannot be used.
@@ -117,7 +120,7 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
     from models.runtime.preprocess import Preprocessing
     from train.data.encoder_check import identity_of, require_same
     from train.demo.explain import Demo
-    from train.demo.page import Words
+    from train.demo.page import PageNames
     from train.evaluate import prompt_index
     from train.evaluate.registry import EmbedderRegistry
     from train.evaluate.trained_on import data_of
@@ -127,22 +130,22 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
     embedder = loader.load_embedder(folder, device)
     config = json.loads((folder / "config.json").read_text())
     encoder = config["encoder"]
-    data = values = backbone = None
+    data = recipe = backbone = None
     if run is not None:
-        values, trained = read_settings(run), checkpoint.read_config(run / "best")
+        recipe, trained = read_settings(run), checkpoint.read_config(run / "best")
         backbone = trained["backbone"], Preprocessing.from_config(trained)
-        data = data_of(values, encoder, backbone[1])
+        data = data_of(recipe, encoder, backbone[1])
     targets = (data.images.datasets[0].encoder_identity if data else None) or identity_of(config)
     require_same(config, folder, targets, "the run's dataset")
     if cfg.prompt_index is not None:
-        bank, source = (
+        index, source = (
             prompt_index.from_places([cfg.prompt_index], encoder, device=device.type, identity=targets),
             str(cfg.prompt_index),
         )
     else:
         assert data is not None
         assert run is not None
-        bank = prompt_index.from_images(data.images.parts(data.train_rows))
+        index = prompt_index.from_images(data.images.parts(data.train_rows))
         source = f"the training prompts of {run.absolute().name}"
     evaluate = settings(EvaluateSettings, compose("evaluate", []))
     names = cfg.baselines if cfg.baselines is not None else ("mean", *(["knn"] if run else []), "retrieve")
@@ -152,17 +155,17 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, W
             "baselines=[mean,retrieve] starts at once",
             f"{len(data.train_rows):,}",
         )
-    registry = EmbedderRegistry(evaluate, folder, encoder, targets, data, values, backbone, device)
+    registry = EmbedderRegistry(evaluate, folder, encoder, targets, data, recipe, backbone, device)
     baselines = {n: _mean(folder) if n == "mean" else registry.of(n).make() for n in names if n != "retrieve"}
-    retrieve = prompt_index.PromptRetriever(bank, evaluate.retrieve.neighbours, evaluate.retrieve.similarity_exponent)
+    retrieve = prompt_index.PromptRetriever(index, evaluate.retrieve.neighbours, evaluate.retrieve.similarity_exponent)
     shown = {"neighbours": cfg.neighbours, "max_pixels": cfg.max_pixels}
-    demo = Demo(embedder, bank, baselines, retrieve if "retrieve" in names else None, **shown)
-    demo.look(_grey())  # mismatches fail now, and the first visitor does not wait
-    return demo, Words(str(folder), source, len(bank))
+    demo = Demo(embedder, index, baselines, retrieve if "retrieve" in names else None, **shown)
+    demo.explain(_grey())  # so that mismatches fail at the start, and the first visitor does not wait
+    return demo, PageNames(str(folder), source, len(index))
 
 
 def _mean(folder: Path) -> "Mean":
-    """The mean training vector that a checkpoint or bundle carries; of an ensemble, that of its members' means."""
+    """Mean training vector of a checkpoint or bundle; for an ensemble, the mean over its members."""
     import torch
     from safetensors import safe_open
 
@@ -191,12 +194,12 @@ def serve_demo(cfg: DemoSettings) -> None:
     """
     if not importlib.util.find_spec("gradio"):
         raise UserError("the page needs gradio: pip install -e '.[demo]'")
-    folder, place = place_of(cfg)
+    folder, run = model_and_run(cfg)
     from train.demo.page import open_port, serve
 
     with open_port(cfg.host, cfg.port) as port:
-        demo, words = prepare(cfg, folder, place)
+        demo, words = prepare(cfg, folder, run)
         try:
             serve(demo, words, port, most_bytes=round(cfg.max_upload_mb * 1e6), browser=cfg.browser)
-        except KeyboardInterrupt:  # the way to end it
+        except KeyboardInterrupt:  # the intended end
             log.info("demo: ended")

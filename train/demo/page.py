@@ -1,7 +1,7 @@
-"""The page of train.demo: a drop area and what a `Demo` says, by gradio, behind a guard that bounds what is sent.
+"""Page of train.demo by gradio: a drop area and the explanation of a `Demo`, behind a guard that limits requests.
 
 with open_port("127.0.0.1", 7860) as port:
-    serve(demo, Words(…), port, most_bytes=20_000_000)      until Ctrl-C
+    serve(demo, PageNames(…), port, most_bytes=20_000_000)      until Ctrl-C
 """
 
 import contextlib
@@ -31,87 +31,88 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _HERE = Path(__file__).resolve().parent
-_WAITING = 16  # images in the queue; a further one is turned away
-_NO_HOST = "host: {!r} is no address of this machine ({}); 127.0.0.1 is the usual one"
+_WAITING = 16  # maximum number of images in the queue; further ones are refused
+_NO_HOST = "host: {!r} is not an address of this machine ({}); 127.0.0.1 is the usual one"
 
 
 @dataclass(frozen=True)
-class Words:
+class PageNames:
     """Names of the model and the prompt index, for the page."""
 
     model: str
-    bank: str
+    prompts_from: str
     prompts: int
+    """Number of prompts in the index."""
 
 
 @contextlib.contextmanager
 def open_port(host: str, port: int) -> Iterator[socket.socket]:
-    """A socket that listens; port 0 takes any that is free.
+    """Open a listening socket; port 0 takes a free one.
 
     Raises:
-        UserError: the host is not of this machine, or the port is taken or not allowed.
+        UserError: the host is not an address of this machine, or the port is taken or not allowed.
     """
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
     except (socket.gaierror, UnicodeError) as error:
         raise UserError(_NO_HOST.format(host, error)) from error
-    with socket.socket(family, kind) as opened:
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family, kind) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            opened.bind(address)
-            opened.listen()
+            listener.bind(address)
+            listener.listen()
         except OSError as error:
             raise UserError(_refused(host, port, family, error)) from error
         if not ipaddress.ip_address(address[0]).is_loopback:
-            log.warning("host=%s: whoever reaches this machine can use the page, there is no password", host)
-        yield opened
+            log.warning("host=%s: the page has no password; everyone who can reach this machine can use it", host)
+        yield listener
 
 
 def _refused(host: str, port: int, family: int, error: OSError) -> str:
     if error.errno == errno.EADDRINUSE:
-        with socket.socket(family, socket.SOCK_STREAM) as other:
-            other.bind((host, 0))
-            return f"port: {port} is taken on {host}; port={other.getsockname()[1]} is free, port=0 takes any"
+        with socket.socket(family, socket.SOCK_STREAM) as probe:
+            probe.bind((host, 0))
+            return f"port: {port} is taken on {host}; port={probe.getsockname()[1]} is free, port=0 takes a free one"
     if error.errno == errno.EACCES:
-        return f"port: {port} is not allowed to you; take one from 1024"
+        return f"port: {port} needs more rights; use one from 1024"
     return _NO_HOST.format(host, error.strerror)
 
 
-def serve(demo: Demo, words: Words, port: socket.socket, *, most_bytes: int, browser: bool = False) -> None:
-    """Serves the page until Ctrl-C or SIGTERM; what was uploaded is deleted then, and after ten minutes before.
+def serve(demo: Demo, words: PageNames, port: socket.socket, *, most_bytes: int, browser: bool = False) -> None:
+    """Serve the page until Ctrl-C or SIGTERM; uploads are deleted then, or after ten minutes.
 
     Args:
-        port: listening.
-        most_bytes: of an uploaded file.
-        browser: opens the page in one.
+        port: listening socket.
+        most_bytes: maximum size of an uploaded file, bytes.
+        browser: whether to open the page in a browser.
     """
     with contextlib.ExitStack() as stack:
-        # beyond uvicorn, which waits for its connections, SIGTERM unwinds too, so that the uploads are deleted
+        # SIGTERM unwinds the stack also outside uvicorn, so that the uploads are deleted
         before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         stack.callback(signal.signal, signal.SIGTERM, before)
         folder = tempfile.TemporaryDirectory(prefix="im2emb-demo-", ignore_cleanup_errors=True)
         uploads = Path(stack.enter_context(folder)).resolve()
-        over = threading.Event()
-        stack.callback(over.set)
-        threading.Thread(target=sweep, args=(uploads, over), daemon=True).start()
+        stop = threading.Event()
+        stack.callback(stop.set)
+        threading.Thread(target=sweep, args=(uploads, stop), daemon=True).start()
         # read when gradio is imported
         os.environ |= {"GRADIO_TEMP_DIR": str(uploads), "GRADIO_ANALYTICS_ENABLED": "False"}
         import uvicorn
 
         address, number = port.getsockname()[:2]
         loopback = ipaddress.ip_address(address).is_loopback
-        shown = f"http://{f'[{address}]' if ':' in address else address}:{number}"
+        url = f"http://{f'[{address}]' if ':' in address else address}:{number}"
         hosts = {address, "localhost", "127.0.0.1"} if loopback else None
         app = Guard(_app(demo, words, most_bytes, uploads), most_bytes, hosts, uploads)
-        quiet = {"log_config": None, "server_header": False, "ws": "none"}  # the page uses no web socket
-        # with a page open a connection stays, and would be waited for
-        config = uvicorn.Config(app, timeout_graceful_shutdown=1, lifespan="on", **quiet)
+        options = {"log_config": None, "server_header": False, "ws": "none"}  # the page uses no web socket
+        # an open page has an open connection, which uvicorn would wait for
+        config = uvicorn.Config(app, timeout_graceful_shutdown=1, lifespan="on", **options)
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)  # otherwise it logs every connection closed at exit
-        log.info("demo: %s (Ctrl-C ends it)", shown)
+        log.info("demo: %s (Ctrl-C ends it)", url)
         if browser:
             import webbrowser
 
-            webbrowser.open(shown)
+            webbrowser.open(url)
         uvicorn.Server(config).run(sockets=[port])
 
 
@@ -124,31 +125,31 @@ def _template() -> "jinja2.Template":
     return environment.get_template("page.html.j2")
 
 
-def said(demo: Demo, words: Words, path: object, uploads: Path) -> tuple[bool, str]:
-    """Whether a file's image could be looked at, and what the page says of it, as HTML.
+def render_result(demo: Demo, words: PageNames, path: object, uploads: Path) -> tuple[bool, str]:
+    """Explain an uploaded image: whether it was usable, and the HTML for the page.
 
     Args:
-        path: as it was sent: anything.
-        uploads: the folder that the file must lie in.
+        path: path as the client sent it, which may be anything.
+        uploads: folder that the file must be in.
     """
-    found = uploaded_file(path, uploads)
+    file = uploaded_file(path, uploads)
     try:
-        if found is None:
+        if file is None:
             raise BadImage(NOT_UPLOADED)
         try:
-            data = found.read_bytes()
+            data = file.read_bytes()
         except OSError as error:
             raise BadImage("the file is no longer there; drop it again") from error
-        return True, _template().render(words=words, look=demo.look(data))
+        return True, _template().render(words=words, look=demo.explain(data))
     except (BadImage, UserError) as error:
         problem = str(error)
-    except Exception as error:  # else what was said of the image before would stay beside this one
+    except Exception as error:  # otherwise the page would still show the result of the previous image
         log.exception("demo: the model failed")
         problem = f"the model failed: {type(error).__name__}: {error}; see the terminal"
     return False, _template().render(words=words, problem=problem)
 
 
-def _app(demo: Demo, words: Words, most_bytes: int, uploads: Path) -> App:
+def _app(demo: Demo, words: PageNames, most_bytes: int, uploads: Path) -> App:
     import gradio as gr
     from fastapi import FastAPI
     from gradio import themes
@@ -156,12 +157,12 @@ def _app(demo: Demo, words: Words, most_bytes: int, uploads: Path) -> App:
     template = _template()
 
     async def taken(url_or_file_path: str | Path | None) -> str | None:
-        """The path as it is; gradio would copy the file to where it serves files from."""
+        """Return the path unchanged; gradio would copy the file to its own folder."""
         return None if url_or_file_path is None else str(url_or_file_path)
 
     def show(file: dict[str, Any] | None) -> tuple[Any, str]:
-        """The image as it is, or none in place of one that cannot be used; and what is said of it."""
-        usable, html = said(demo, words, (file or {}).get("path"), uploads)
+        """Update of the image (cleared if unusable), and the HTML of its explanation."""
+        usable, html = render_result(demo, words, (file or {}).get("path"), uploads)
         return gr.skip() if usable else None, html
 
     fonts = ["system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "Liberation Sans", "Arial", "sans-serif"]
@@ -176,11 +177,11 @@ def _app(demo: Demo, words: Words, most_bytes: int, uploads: Path) -> App:
                 buttons=[],
                 placeholder="# Drop an image here\nor choose one, or paste one",
                 elem_id="picture",
-                alt_text="The image that was looked at",
+                alt_text="The uploaded image",
                 min_width=280,
             )
-            # Else gradio would copy any file of this machine (its check is for apps that it launches), or fetch an
-            # address. A class of our own would be the clean way, but for each gradio writes a file beside ours.
+            # Otherwise gradio would copy any file of this machine (its check is for apps that it launches), or fetch an
+            # address. A subclass would be cleaner, but gradio writes a file beside the module of each subclass.
             image.async_move_resource_to_block_cache = taken
             results = gr.HTML(
                 template.render(words=words), elem_id="results", js_on_load=None, min_width=280, apply_default_css=False
@@ -190,7 +191,7 @@ def _app(demo: Demo, words: Words, most_bytes: int, uploads: Path) -> App:
             image,
             [image, results],
             api_name="look",
-            preprocess=False,  # gradio would decode the image, whatever its size
+            preprocess=False,  # gradio would decode images of any size
             concurrency_limit=1,
             show_progress="minimal",
             show_progress_on=results,

@@ -39,9 +39,9 @@ from tests import small_dataset, training
 from tests.commands import start
 from tests.effects import command_module
 from train.demo import upload_limits
-from train.demo.app import DemoSettings, place_of, prepare
-from train.demo.explain import Demo, Look, shares
-from train.demo.page import Words, open_port, said
+from train.demo.app import DemoSettings, model_and_run, prepare
+from train.demo.explain import Demo, Explanation, nnls_shares
+from train.demo.page import PageNames, open_port, render_result
 from train.demo.upload_limits import Guard, check_image
 
 if TYPE_CHECKING:
@@ -77,8 +77,8 @@ def cfg(*overrides: object) -> DemoSettings:
     return settings(DemoSettings, compose("demo", ["accelerator=cpu", *map(str, overrides)]))
 
 
-def looked(cfg: DemoSettings, image: bytes) -> Look:
-    return prepare(cfg, *place_of(cfg))[0].look(image)
+def explained(cfg: DemoSettings, image: bytes) -> Explanation:
+    return prepare(cfg, *model_and_run(cfg))[0].explain(image)
 
 
 def png(width: int = 40, height: int = 40, colour: str = "teal", kind: str = "png", **options: Any) -> bytes:
@@ -106,13 +106,13 @@ def bomb(width: int, height: int) -> bytes:
 def test_shares_of_a_vector_by_hand() -> None:
     """.48 of the first and .6 of the second fit it best: the rest stands at right angles to both."""
     z_E = np.array([0.48, 0.6, 0.64], np.float32)
-    share_K, rest = shares(z_E, np.eye(3, dtype=np.float32)[:2])
+    share_K, rest = nnls_shares(z_E, np.eye(3, dtype=np.float32)[:2])
     np.testing.assert_allclose(share_K, [0.48**2, 0.6**2], atol=1e-7)
     assert rest == pytest.approx(0.64**2, abs=1e-7)
-    share_K, rest = shares(z_E, -np.eye(3, dtype=np.float32)[:1])
+    share_K, rest = nnls_shares(z_E, -np.eye(3, dtype=np.float32)[:1])
     np.testing.assert_allclose(share_K, [0])
     assert rest == pytest.approx(1)
-    assert shares(z_E, np.zeros((0, 3), np.float32))[1] == 1
+    assert nnls_shares(z_E, np.zeros((0, 3), np.float32))[1] == 1
 
 
 def test_shares_are_those_of_another_solver_and_sum_to_one() -> None:
@@ -120,7 +120,7 @@ def test_shares_are_those_of_another_solver_and_sum_to_one() -> None:
     for _ in range(20):
         vectors = rng.normal(size=(5, 24)) + 0.7
         vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-        share_K, rest = shares(vectors[0], vectors[1:])
+        share_K, rest = nnls_shares(vectors[0], vectors[1:])
         weight_K = lsq_linear(vectors[1:].T.astype(np.float64), vectors[0].astype(np.float64), (0, np.inf), tol=1e-14).x
         np.testing.assert_allclose(share_K, weight_K * (vectors[1:] @ vectors[0]), atol=1e-5)
         assert share_K.sum() + rest == pytest.approx(1, abs=1e-6)
@@ -132,7 +132,7 @@ def test_shares_are_those_of_another_solver_and_sum_to_one() -> None:
 
 def test_look_is_what_model_bank_and_baselines_give(run: Path, data: Path) -> None:
     image = png(100, 60, "orange")
-    look = looked(cfg(f"checkpoint={run / 'best'}", "neighbours=5"), image)
+    look = explained(cfg(f"checkpoint={run / 'best'}", "neighbours=5"), image)
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("train")
     target_nE = np.stack([dataset.target(int(row)) for row in rows])
@@ -155,9 +155,9 @@ def test_a_bundle_and_an_ensemble_need_only_a_bank(run: Path, data: Path, tmp_pa
     export(run / "best", tmp_path / "bundle")
     members = [Member(name, run / "best", 0.5) for name in ("a", "b")]
     write_ensemble(tmp_path / "both", members, {})
-    own = looked(cfg(f"checkpoint={run}", "baselines=[mean,retrieve]"), image)
+    own = explained(cfg(f"checkpoint={run}", "baselines=[mean,retrieve]"), image)
     for name in ("bundle", "both"):
-        look = looked(cfg(f"checkpoint={tmp_path / name}", f"prompt_index={data}"), image)
+        look = explained(cfg(f"checkpoint={tmp_path / name}", f"prompt_index={data}"), image)
         assert [(part.name, pytest.approx(part.share, abs=1e-4)) for part in own.parts] == [
             (part.name, part.share) for part in look.parts
         ]
@@ -169,18 +169,18 @@ def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Pat
     with pytest.raises(
         UserError, match=r"knn is fitted on images\nbank: there are no prompts.*\n.*not in a run folder"
     ):
-        place_of(cfg(f"checkpoint={tmp_path / 'bundle'}", "baselines=[mean,knn]"))
-    found = place_of(cfg(f"checkpoint={tmp_path / 'bundle'}", f"run={run}"))
+        model_and_run(cfg(f"checkpoint={tmp_path / 'bundle'}", "baselines=[mean,knn]"))
+    found = model_and_run(cfg(f"checkpoint={tmp_path / 'bundle'}", f"run={run}"))
     assert found == (tmp_path / "bundle", run)
     with pytest.raises(UserError, match=r"nothing is not a checkpoint, bundle or ensemble"):
-        place_of(cfg(f"checkpoint={tmp_path / 'nothing'}"))
+        model_and_run(cfg(f"checkpoint={tmp_path / 'nothing'}"))
 
 
 @pytest.mark.parametrize(
     ("image", "problem"),
     [
         (b"", "the file is empty"),
-        (b"just some words", "no image of these kinds: JPEG, PNG"),
+        (b"just some words", "not an image of these formats: JPEG, PNG"),
         (bomb(12_000, 12_000), r"12,000 × 12,000 pixels are over the bound of 1,000,000 \(max_pixels\)"),
         (bomb(30_000, 30_000), r"its pixels are over the bound of 1,000,000 \(max_pixels\)"),
         (bomb(1, 60_000_000), "1 × 60,000,000 pixels a side is over the bound of 65,535"),
@@ -189,8 +189,8 @@ def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Pat
         (bomb(65_535, 16), "65,535 × 16 pixels are over"),
         (png(1001, 1000), "1,001 × 1,000 pixels are over"),
         (png()[:20], "damaged|no image"),
-        (png(kind="tiff"), "no image of these kinds"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "no image of these kinds"),
+        (png(kind="tiff"), "not an image of these formats"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image of these formats"),
     ],
 )
 def test_what_is_no_usable_image_is_refused_by_its_head(image: bytes, problem: str) -> None:
@@ -199,21 +199,21 @@ def test_what_is_no_usable_image_is_refused_by_its_head(image: bytes, problem: s
 
 
 def test_images_of_every_kind_are_looked_at_upright(run: Path) -> None:
-    shown = prepare(*((c := cfg(f"checkpoint={run / 'best'}", "baselines=[mean]")), *place_of(c)))[0]
+    shown = prepare(*((c := cfg(f"checkpoint={run / 'best'}", "baselines=[mean]")), *model_and_run(c)))[0]
     turned = Image.Exif()
     turned[0x0112] = 6
-    assert (shown.look(png(80, 40, kind="jpeg", exif=turned)).width) == 40
+    assert (shown.explain(png(80, 40, kind="jpeg", exif=turned)).width) == 40
     file = io.BytesIO()
     Image.new("CMYK", (30, 20)).save(file, "jpeg")
-    assert shown.look(file.getvalue()).height == 20
+    assert shown.explain(file.getvalue()).height == 20
     file = io.BytesIO()
     frames = [Image.new("RGB", (30, 20), colour) for colour in ("red", "blue")]
     frames[0].save(file, "gif", save_all=True, append_images=frames[1:])
-    moving, still = shown.look(file.getvalue()), shown.look(png(30, 20, "red"))
-    assert moving.note == "It moves: the first frame was taken"
+    moving, still = shown.explain(file.getvalue()), shown.explain(png(30, 20, "red"))
+    assert moving.note == "Animated image: only the first frame is used"
     assert moving.nearest == still.nearest
     with pytest.raises(BadImage):
-        shown.look(png()[:-20])
+        shown.explain(png()[:-20])
 
 
 class One:
@@ -238,18 +238,18 @@ class Says:
 def test_a_baseline_that_is_not_finite_is_refused_by_name() -> None:
     baselines = {"mean": Says(0, 1), "knn": Says(float("nan"), 0), "ridge": Says(float("inf"), 0)}
     with pytest.raises(UserError, match=r"of knn and of ridge is not finite.*baselines=\[mean\]"):
-        Demo(Says(1, 0), One(), baselines).look(png())
+        Demo(Says(1, 0), One(), baselines).explain(png())
 
 
 def test_a_model_that_fails_is_told_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.png").write_bytes(png())
-    words, path = Words("model", "bank", 1), str(tmp_path / "a.png")
-    usable, html = said(Demo(Says(), One(), {}), words, path, tmp_path)
+    words, path = PageNames("model", "bank", 1), str(tmp_path / "a.png")
+    usable, html = render_result(Demo(Says(), One(), {}), words, path, tmp_path)
     assert not usable
     assert "the model failed: RuntimeError: out of &lt;memory&gt;; see the terminal" in html
     assert "Traceback" in caplog.text
-    assert said(Demo(Says(1, 0), One(), {}), words, path, tmp_path)[0]
-    assert "the file is no longer there" in said(Demo(Says(1, 0), One(), {}), words, f"{path}x", tmp_path)[1]
+    assert render_result(Demo(Says(1, 0), One(), {}), words, path, tmp_path)[0]
+    assert "the file is no longer there" in render_result(Demo(Says(1, 0), One(), {}), words, f"{path}x", tmp_path)[1]
 
 
 # ----------------------------------------------------------------------------------------------------------- settings
@@ -293,13 +293,13 @@ def test_a_port_that_cannot_be_had_is_told(caplog: pytest.LogCaptureFixture) -> 
         ):
             pass
     with (
-        pytest.raises(UserError, match=r"host: '203.0.113.1' is no address of this machine"),
+        pytest.raises(UserError, match=r"host: '203.0.113.1' is not an address of this machine"),
         open_port("203.0.113.1", 0),
     ):
         pass
     assert not caplog.messages
     with caplog.at_level(logging.WARNING), open_port("0.0.0.0", 0):
-        assert "whoever reaches this machine can use the page" in caplog.text
+        assert "the page has no password" in caplog.text
 
 
 # ------------------------------------------------------------------------------------------------------------- server
@@ -378,10 +378,10 @@ FILE, FIELD = 'name="files"; filename="a.png"', 'name="files"'
 def call(server: Server, path: str | None, **more: Any) -> tuple[bool, str]:
     """Whether the page's function ran on a file of the server's, and what it gave."""
     file = {"path": path, "meta": {"_type": "gradio.FileData"}} | more
-    return look(server, path and {key: value for key, value in file.items() if value})
+    return explain(server, path and {key: value for key, value in file.items() if value})
 
 
-def look(server: Server, file: object) -> tuple[bool, str]:
+def explain(server: Server, file: object) -> tuple[bool, str]:
     body = json.dumps({"data": [file]})
     status, text = server.send("POST", "/gradio_api/call/look", body, {"Content-Type": "application/json"})
     assert status == 200, text
@@ -402,7 +402,7 @@ def say(server: Server, data: bytes) -> str:
 def test_an_image_gives_prompts_and_shares(server: Server, run: Path, data: Path) -> None:
     dataset = Dataset(data, small_dataset.ENCODER)
     image = dataset.image_bytes(int(dataset.rows("val")[0]))
-    look = looked(cfg(f"checkpoint={run / 'best'}"), image)
+    look = explained(cfg(f"checkpoint={run / 'best'}"), image)
     html = say(server, image)
     assert "<script" not in html
     assert re.findall(r'class="figure">([\d.]+)<', html) == [f"{cosine:.3f}" for cosine, _ in look.nearest]
@@ -416,7 +416,7 @@ def test_an_image_gives_prompts_and_shares(server: Server, run: Path, data: Path
         (bomb(30_000, 30_000), "its pixels are over the bound of 1,000,000"),
         (bomb(1, 60_000_000), "a side is over the bound of 65,535"),
         (bomb(60_000_000, 1), "a side is over the bound of 65,535"),
-        (b"just some words", "the file is no image of these kinds"),
+        (b"just some words", "the file is not an image of these formats"),
         (b"", "the file is empty"),
         (png()[:-20], "This image cannot be used"),
     ],
@@ -438,7 +438,7 @@ def test_what_was_not_uploaded_is_neither_read_nor_served(server: Server, data: 
         assert server.send("GET", f"/gradio_api/file={path}")[0] == 403
     for file in ({}, {"path": None}, {"path": "a\0b"}, {"url": "http://93.184.216.34/x.png"}):
         for more in ({}, {"meta": {"_type": "gradio.FileData"}}):
-            assert "it was not uploaded" in look(server, file | more)[1], file
+            assert "it was not uploaded" in explain(server, file | more)[1], file
 
 
 def test_what_the_page_does_not_send_is_refused_without_a_trace(server: Server) -> None:
@@ -469,7 +469,7 @@ def test_an_upload_of_200_mb_is_refused(server: Server, declared: bool, about: s
     status, text = server.send("POST", "/gradio_api/upload", form(body, about), FORM | length, **how)
     assert status == 413
     assert text in (
-        "A file may be of at most 4 MB (max_upload_mb).",
+        "A file may have at most 4 MB (max_upload_mb).",
         "File size exceeded maximum allowed size of 4000000 bytes.",
     )
     assert server.send("GET", "/")[0] == 200
@@ -627,7 +627,7 @@ def test_only_what_the_page_sends_is_taken(server: Server) -> None:
     assert server.send("GET", "/", headers={"Host": f"localhost:{server.port}"})[0] == 200
     for path in ("/gradio_api/file=http://93.184.216.34/x.png", "/openapi.json", "/gradio_api/openapi.json"):
         status, text = server.send("GET", path)
-        assert (status, text) == (403, "This page does not ask for that.")
+        assert (status, text) == (403, "The page does not request this address.")
 
 
 @pytest.mark.parametrize(
@@ -658,7 +658,7 @@ def test_an_image_dropped_onto_the_page_gives_its_nearest_prompts(
     server: Server, width: int, run: Path, browser: "Browser"
 ) -> None:
     image = png(64, 48, "orange")
-    look = looked(cfg(f"checkpoint={run / 'best'}"), image)
+    look = explained(cfg(f"checkpoint={run / 'best'}"), image)
     give = """([how, selector, bytes]) => {
       const sent = new DataTransfer(), away = {bubbles: true, cancelable: true};
       sent.items.add(new File([new Uint8Array(bytes)], "a.png", {type: "image/png"}));
