@@ -1,4 +1,4 @@
-"""Inputs shared by the reports of datagen and train: JSON-lines logs, and images of which some may be damaged."""
+"""Inputs shared by the reports of datagen and train: JSON-lines logs, and images that may be damaged."""
 
 import io
 import json
@@ -55,18 +55,18 @@ def decodable(
         unreadable: Gets a message for each image that cannot be decoded.
         errors: Exceptions other than OSError that `read` raises for a damaged image.
     """
-    found: dict[int, bytes] = {}
+    images: dict[int, bytes] = {}
     for i in numbers:
-        if len(found) == count:
+        if len(images) == count:
             break
         try:
             data = read(i)
             with Image.open(io.BytesIO(data)) as image:
                 image.load()
-            found[i] = data
+            images[i] = data
         except (*errors, OSError, SyntaxError) as error:  # Pillow raises SyntaxError for some broken PNGs
-            unreadable.append(re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)))  # its address differs in each run
-    return found
+            unreadable.append(re.sub(r" <_io\.BytesIO[^>]*>", "", str(error)))  # the address differs between runs
+    return images
 
 
 def duration(seconds: float) -> str:

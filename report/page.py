@@ -1,12 +1,12 @@
-"""One self-contained HTML page: figures, tables, plots and images in one file that opens anywhere, with no network.
+"""Self-contained HTML page: figures, tables, plots and images in one file that needs no network.
 
     page = Page("Quickstart", "10,000 scenes, 2 epochs")
     page.section("Scores", "Mean cosine to the true prompt's vector.")
     page.facts({"Validation cosine": ("0.726", "95 % interval 0.721–0.731")})
     page.write("report.html")
 
-All text is escaped (prompts are strangers' text), and the page's own content policy forbids every outside request and
-every script but ours. The look is in `page.html.j2`.
+All text is escaped (prompts are untrusted), and the page's content security policy forbids every external request and
+every script but its own. Layout and style are in `page.html.j2`.
 """
 
 from __future__ import annotations
@@ -36,34 +36,34 @@ if TYPE_CHECKING:
 
 Pixels: TypeAlias = "np.ndarray | bytes"  # uint8 [H, W, 3], or an encoded JPEG, PNG or WebP
 Cell: TypeAlias = "str | SupportsFloat | tuple[float, float, float] | None"
-"""A triple is a value with the ends of its interval."""
+"""Cell of a table; a triple is a value with the ends of its interval."""
 Line: TypeAlias = "str | tuple[str, str] | tuple[str, str, str]"
-"""A text; a figure and its text; or a figure, whose it is, and a text."""
+"""Line of a card: a text; a figure and a text; or a figure, its source and a text."""
 SMALL = 160  # px: an image no larger than this is embedded without loss
 
 
 @dataclass(frozen=True)
 class Card:
-    """One image of a gallery."""
+    """Image of a gallery with its texts."""
 
     image: Pixels
-    """uint8 [H, W, 3], or an encoded JPEG, PNG or WebP."""
+    """Image as uint8 [H, W, 3], or an encoded JPEG, PNG or WebP."""
     title: str
-    """What it shows, such as its prompt; also its text for readers who do not see it."""
+    """Title, such as the prompt; also the alternative text for screen readers."""
     lines: Sequence[Line] = ()
-    """Smaller lines below; figures and texts are set in two columns."""
+    """Smaller lines below the title; figures and texts are in two columns."""
     score: float | None = None
-    """Shown with three decimals."""
+    """Score, shown with three decimals."""
     more: tuple[str, Sequence[Line]] = ("", ())
-    """A heading that opens at a click, and the lines under it."""
+    """Heading that expands at a click, and the lines under it."""
     values: Mapping[str, float | None] = field(default_factory=dict)
-    """What its gallery is sorted and filtered by: the same names for every card of it."""
+    """Values to sort and filter the gallery by; all cards of a gallery have the same names."""
     kinds: Sequence[str] = ()
-    """What it is an example of: its gallery can be cut down to any of them."""
+    """Kinds that the card belongs to, by which the gallery can be filtered."""
 
 
 class Page:
-    """A page under construction: blocks go into the latest section, in order."""
+    """Builder of a page: each method adds a block to the latest section."""
 
     def __init__(self, title: str, subtitle: str = "") -> None:
         self._title, self._subtitle = title, subtitle
@@ -71,18 +71,18 @@ class Page:
         self._drawings = 0
 
     def section(self, heading: str, lead: str = "") -> None:
-        """Opens a section; `lead` is one sentence on how to read it."""
+        """Begin a section; `lead` is one sentence on how to read it."""
         slug = re.sub(r"[^a-z0-9]+", "-", heading.lower()).strip("-") or "section"
-        taken = sum(re.fullmatch(re.escape(slug) + r"(-\d+)?", s["id"]) is not None for s in self._sections)
-        anchor = f"{slug}-{taken + 1}" if taken else slug
+        same_slug = sum(re.fullmatch(re.escape(slug) + r"(-\d+)?", s["id"]) is not None for s in self._sections)
+        anchor = f"{slug}-{same_slug + 1}" if same_slug else slug
         self._sections.append({"id": anchor, "heading": heading, "lead": lead, "blocks": []})
 
     def note(self, text: str) -> None:
-        """A paragraph."""
+        """Add a paragraph."""
         self._add("note", text=text)
 
     def facts(self, facts: Mapping[str, str | tuple[str, str]]) -> None:
-        """Key figures as tiles: name → value, or name → (value, a few words on it)."""
+        """Add key figures as tiles: name → value, or name → (value, explanation)."""
         tiles = [(name, *((value, "") if isinstance(value, str) else value)) for name, value in facts.items()]
         self._add("facts", tiles=tiles)
 
@@ -93,10 +93,11 @@ class Page:
         caption: str = "",
         formats: Mapping[str, str] | None = None,
     ) -> None:
-        """A table that its readers can sort by any column.
+        """Add a table that readers can sort by any column.
 
-        A column of numbers is set right, None as a dash; a number with its interval sorts by the number. `formats` maps
-        a column to its format (`".1f"`); without one, whole numbers get thousands separators and others three decimals.
+        Columns of numbers are right-aligned, None is a dash; a number with an interval sorts by the number. `formats`
+        maps a column to its format (`".1f"`); by default integers get thousands separators, other numbers three
+        decimals.
 
         Raises:
             ValueError: a row has another number of cells than there are columns.
@@ -112,15 +113,15 @@ class Page:
         self._add("table", heads=heads, rows=body, caption=caption)
 
     def settings(self, values: Mapping[str, Any]) -> None:
-        """Nested settings, one list a group; the values are shown as they would stand in YAML or JSON."""
+        """Add nested settings, one list per group, with values as in YAML or JSON."""
         plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
         groups = [("general", plain), *((key, value) for key, value in values.items() if isinstance(value, Mapping))]
         self._add("settings", groups=[(name, list(_flat(group))) for name, group in groups if group])
 
     def figure(self, figure: Figure, caption: str = "", alt: str = "") -> None:
-        """A matplotlib figure (see `report.plots`), laid out twice: for a desk and for a phone.
+        """Add a matplotlib figure (see `report.plots`) in two layouts, for wide and narrow screens.
 
-        `alt` describes it to readers who do not see it; without one the caption does.
+        `alt` is the alternative text for screen readers; the default is the caption.
         """
         self._drawings += 1
         drawings = [
@@ -129,13 +130,13 @@ class Page:
         ]
         self._add("figure", drawings=drawings, caption=caption, alt=alt or caption)
 
-    def words(self, counts: Mapping[str, int], most: int = 120) -> None:
-        """A cloud of the `most` frequent words: larger the more often they are counted, the twelve first in colour.
+    def words(self, counts: Mapping[str, int], max_words: int = 120) -> None:
+        """Add a cloud of the `max_words` most frequent words; frequent words are larger, the first twelve coloured.
 
         The same counts give the same cloud. It is text, which wraps at any width.
         """
-        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]
-        # Between the last and the first: by the roots of the counts, since the area of a word is what is seen.
+        ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:max_words]
+        # sizes follow the roots of the counts, because readers compare areas
         low, high = (math.sqrt(ranked[k][1]) for k in (-1, 0)) if ranked else (0.0, 0.0)
         sized = [
             (
@@ -150,18 +151,18 @@ class Page:
         self._add("words", words=sized)
 
     def lists(self, groups: Mapping[str, tuple[str, Sequence[str]]], opened: int = 0) -> None:
-        """Texts under headings that open at a click: heading → (a few words beside it, its texts).
+        """Add texts under headings that expand at a click: heading → (details, texts).
 
-        The first `opened` of them are open from the start.
+        The first `opened` headings are expanded.
         """
-        shown = [(name, detail, list(texts), n < opened) for n, (name, (detail, texts)) in enumerate(groups.items())]
-        self._add("lists", groups=shown)
+        entries = [(name, detail, list(texts), n < opened) for n, (name, (detail, texts)) in enumerate(groups.items())]
+        self._add("lists", groups=entries)
 
     def matrix(self, values: ArrayLike, names: Sequence[str], reading: str, caption: str = "") -> None:
-        """A square matrix as a heatmap beside the names of its rows, which are those of its columns, too.
+        """Add a square matrix as a heatmap beside the names of its rows and columns, which are the same.
 
-        Pointing at a cell, touching it or going there with the arrow keys tells its row, column and value; `reading`
-        says what they are, such as "predicted for {row}, prompt of {column}".
+        Pointing at a cell, touching it or moving to it with the arrow keys shows its row, column and value in the
+        format `reading`, such as "predicted for {row}, prompt of {column}".
 
         Raises:
             ValueError: the matrix is not [n, n] for n names.
@@ -169,17 +170,17 @@ class Page:
         value_NN = np.asarray(values, dtype=float)
         if value_NN.shape != (len(names), len(names)):
             raise ValueError(f"a matrix of {len(names)} names is not {list(value_NN.shape)}")
-        known = value_NN[np.isfinite(value_NN)]
-        ends = (_shown(float(known.min())), _shown(float(known.max()))) if known.size else ("–", "–")
-        shown = json.dumps([[_shown(float(value)) for value in row] for row in value_NN])
+        finite = value_NN[np.isfinite(value_NN)]
+        ends = (_format(float(finite.min())), _format(float(finite.max()))) if finite.size else ("–", "–")
+        cells = json.dumps([[_format(float(value)) for value in row] for row in value_NN])
         drawing = plots.heatmap(value_NN)
-        self._add("matrix", drawing=drawing, names=names, cells=shown, ends=ends, reading=reading, caption=caption)
+        self._add("matrix", drawing=drawing, names=names, cells=cells, ends=ends, reading=reading, caption=caption)
 
     def gallery(self, cards: Iterable[Card], caption: str = "", pixels: int = 512, compare: Sequence[str] = ()) -> None:
-        """Images with their texts in a grid; a click enlarges. Larger images shrink to `pixels` a side.
+        """Add a grid of images with their texts; a click enlarges. Larger images shrink to `pixels` px per side.
 
-        Cards with `values` can be sorted and filtered by each of them, by the difference of any two that `compare`
-        names, by kind and by the words of their texts.
+        Readers can sort and filter cards with `values` by each value, by the difference of any two that `compare`
+        names, by kind and by words of their texts.
 
         Raises:
             ValueError: the cards have different names of values, or `compare` names another.
@@ -188,23 +189,23 @@ class Page:
         measures = list(cards[0].values) if cards else []
         if any(list(card.values) != measures for card in cards) or (cards and not set(compare) <= set(measures)):
             raise ValueError(f"every card needs the values {[*measures, *compare]}")
-        shown = [
-            (card, *embed(card.image, pixels), _shown(card.score) if card.score is not None else "") for card in cards
+        entries = [
+            (card, *embed(card.image, pixels), _format(card.score) if card.score is not None else "") for card in cards
         ]
         kinds = list(dict.fromkeys(kind for card in cards for kind in card.kinds))
         controls = {"measures": measures, "compare": compare, "kinds": kinds} if measures else None
-        self._add("gallery", cards=shown, caption=caption, dense=False, controls=controls)
+        self._add("gallery", cards=entries, caption=caption, dense=False, controls=controls)
 
     def contact_sheet(
         self, images: Iterable[Pixels], captions: Iterable[str], caption: str = "", pixels: int = 256
     ) -> None:
-        """Many images at a glance: a denser gallery, one caption an image."""
+        """Add a dense gallery of many images with one caption each."""
         cards = (Card(image, text) for image, text in zip(images, captions, strict=True))
-        shown = [(card, *embed(card.image, pixels), "") for card in cards]
-        self._add("gallery", cards=shown, caption=caption, dense=True, controls=None)
+        entries = [(card, *embed(card.image, pixels), "") for card in cards]
+        self._add("gallery", cards=entries, caption=caption, dense=True, controls=None)
 
     def html(self) -> str:
-        """The whole page."""
+        """Render the page as HTML."""
         import jinja2
 
         loader = jinja2.FileSystemLoader(Path(__file__).parent)
@@ -217,7 +218,7 @@ class Page:
         return template.render(title=self._title, subtitle=self._subtitle, sections=sections, small=SMALL)
 
     def write(self, path: str | Path) -> Path:
-        """Writes the page to `path`, whole or not at all, and returns its absolute path."""
+        """Write the page atomically to `path`, and return its absolute path."""
         path = Path(path).absolute()
         write_bytes(path, self.html().encode())
         return path
@@ -227,7 +228,7 @@ class Page:
 
 
 def embed(image: Pixels, pixels: int) -> tuple[str, int, int]:
-    """`image`, at most `pixels` a side, as a data URI in the smallest of the fitting formats; its width and height.
+    """Encode an image, at most `pixels` px per side, as a data URI in the smallest format; and its width and height.
 
     Raises:
         ValueError: the array is not uint8 [H, W, 3].
@@ -238,7 +239,7 @@ def embed(image: Pixels, pixels: int) -> tuple[str, int, int]:
         with Image.open(io.BytesIO(image)) as opened:
             pil_image, kind = opened.convert("RGB"), (opened.format or "").lower()
         if max(pil_image.size) <= pixels and kind in ("jpeg", "png", "webp"):
-            candidates.append((kind, image))  # as it is in the dataset, unless another coding is smaller
+            candidates.append((kind, image))  # the encoding of the dataset, unless another one is smaller
     else:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
             raise ValueError(f"an image must be uint8 [H, W, 3], got {image.dtype} {list(image.shape)}")
@@ -257,21 +258,21 @@ def embed(image: Pixels, pixels: int) -> tuple[str, int, int]:
 
 
 def _value(cell: Any) -> Any:
-    """What a cell counts as: of a value with its interval, the value."""
+    """Value of a cell, without its interval."""
     return cell[0] if isinstance(cell, tuple) else cell
 
 
 def _cell(cell: Any, form: str) -> tuple[str, str, str]:
-    """A cell's text, its smaller text, and what the page sorts it by."""
-    detail = f"{_shown(cell[1], form)} – {_shown(cell[2], form)}" if isinstance(cell, tuple) else ""
-    return _shown(_value(cell), form), detail, _sort_key(_value(cell))
+    """Format a cell: its text, its smaller text, and its sort key."""
+    detail = f"{_format(cell[1], form)} – {_format(cell[2], form)}" if isinstance(cell, tuple) else ""
+    return _format(_value(cell), form), detail, _sort_key(_value(cell))
 
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
-def _shown(value: Any, form: str = "") -> str:
+def _format(value: Any, form: str = "") -> str:
     if value is None or (_is_number(value) and math.isnan(value)):
         return "–"
     if not _is_number(value):
@@ -280,7 +281,7 @@ def _shown(value: Any, form: str = "") -> str:
 
 
 def _sort_key(value: Any) -> str:
-    """What the page sorts by: a number in full, else the text itself."""
+    """Sort key of a value: a number in full precision, or the text itself."""
     if value is None or (_is_number(value) and math.isnan(value)):
         return ""
     return repr(float(value)) if _is_number(value) else str(value)

@@ -1,10 +1,10 @@
-"""Plots with one look: plain arrays → matplotlib `Figure` → SVG that lives inside the page.
+"""Plots in one style: arrays → matplotlib `Figure` → SVG inside the page.
 
     page.figure(plots.histogram(values, "cosine"), caption="…")
 
-A figure is drawn in stand-in colours; `svg` swaps them for the page's CSS variables, so that one drawing reads in light
-and in dark. One unit of a figure is one CSS pixel. Text stays text, in the page's font. Nothing here touches pyplot or
-leaves a trace in matplotlib's settings, and the same input gives the same bytes. matplotlib is imported when needed.
+A figure is drawn in placeholder colours, which `svg` replaces by the page's CSS variables, so that one drawing works in
+light and dark mode. One unit of a figure is one CSS pixel. Text remains text, in the page's font. This module does not
+use pyplot or change matplotlib's settings, and the same input gives the same bytes. It imports matplotlib when needed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WIDE, NARROW = 936, 358  # px: the text column of the page on a desk and on a phone
+WIDE, NARROW = 936, 358  # px: width of the page's text column on a desktop and on a phone
 
-# Stand-ins: colours that nobody would choose, each with what the page puts in its place.
+# placeholder colours that no figure uses otherwise, with their replacements
 INK, MUTED, RULE, ACCENT, SECOND = "#010203", "#010204", "#010205", "#010206", "#010207"
 _CSS = {
     INK: "currentColor",
@@ -81,24 +81,23 @@ def intervals(
     highlight: str | Collection[str] | None = None,
     zero: bool = False,
 ) -> Figure:
-    """Means with their intervals: a dot and a whisker a name, the highest on top, its value at the right.
+    """Plot means with their intervals as dots and whiskers, highest on top, with values at the right.
 
-    `means`, `lows` and `highs` are [n], in the order of `names`; `label` names their unit; the rows
-    called `highlight` are drawn in the accent colour, None meaning all. `zero` is for differences: a line at zero, and
-    values with their signs.
+    `means`, `lows` and `highs` are [n], in the order of `names`; `label` is the label of the axis; rows named in
+    `highlight` have the accent colour, None means all. `zero` is for differences: it adds a line at zero and signs.
     """
-    lit = {highlight} if isinstance(highlight, str) else names if highlight is None else highlight
+    highlighted = {highlight} if isinstance(highlight, str) else names if highlight is None else highlight
     mean_N, low_N, high_N = (np.asarray(values, dtype=float) for values in (means, lows, highs))
     order: list[int] = np.argsort(mean_N, kind="stable").tolist()
     rows = np.arange(len(order))
-    labels = ["\n".join(textwrap.wrap(names[i], 22)) for i in order]  # narrow enough to leave a phone some plot
-    with _look():
+    labels = ["\n".join(textwrap.wrap(names[i], 22)) for i in order]  # narrow, to leave room for the plot on a phone
+    with _style():
         figure = _figure((34 if any("\n" in label for label in labels) else 28) * len(order) + 52)
         axes = figure.subplots()
         if zero:
             axes.axvline(0, color=INK, linewidth=1.5, linestyle=(0, (3, 2)))
         for row, i in zip(rows, order, strict=True):
-            colour = ACCENT if names[i] in lit else MUTED
+            colour = ACCENT if names[i] in highlighted else MUTED
             axes.plot([low_N[i], high_N[i]], [row, row], color=colour, linewidth=3, alpha=0.45)
             axes.plot(mean_N[i], row, "o", color=colour, markersize=8, markeredgewidth=0)
         axes.set_yticks(rows, labels)
@@ -108,7 +107,7 @@ def intervals(
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
         axes.margins(x=0.06)
-        # The values are the tick labels of a right-hand axis: they line up, and the layout makes room for them.
+        # values are tick labels of a right-hand axis, so that the layout aligns them and makes room
         values = axes.secondary_yaxis("right")
         form = "+.3f" if zero else ".3f"
         values.set_yticks(rows, [format(mean_N[i], form).replace("-", "−") for i in order])
@@ -127,14 +126,14 @@ def learning_curve(
     val_high: ArrayLike | None = None,
     seconds: ArrayLike | None = None,
 ) -> Figure:
-    """Validation cosine above training loss, both by step.
+    """Plot validation cosine above training loss, by step.
 
     `train_loss` is [n] at `steps` [n]; the `val_*` are [m] at `val_steps` [m], and `val_low` with `val_high` shade the
-    interval. `seconds` [n] is the wall time at `steps`: it puts a second scale along the top.
+    interval. `seconds` [n] is the wall time at `steps`, for a second scale along the top.
     """
     step_N, loss_N = np.asarray(steps, dtype=float), np.asarray(train_loss, dtype=float)
     val_step_M, cosine_M = np.asarray(val_steps, dtype=float), np.asarray(val_cosine, dtype=float)
-    with _look():
+    with _style():
         figure = _figure(440)
         above, below = figure.subplots(2, 1, sharex=True)
         above.set_title("Validation cosine")
@@ -172,22 +171,22 @@ def learning_curve(
 
 
 def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, *, zero: bool = False) -> Figure:
-    """Lines by step, each with its name and its last value at the right.
+    """Plot lines by step, each with its name and last value at the right.
 
     Args:
         series: name → (step, value) pairs, in order.
-        title: what the values are.
-        zero: for rates: the scale begins at 0, and the value at the right is the mean.
+        title: title of the plot: the quantity.
+        zero: for rates: begin the scale at 0, and show the mean at the right.
     """
-    shown = {name: np.asarray(pairs, dtype=float).T for name, pairs in series.items() if pairs}
+    arrays = {name: np.asarray(pairs, dtype=float).T for name, pairs in series.items() if pairs}
     dashes = (("—", "-"), ("--", (0, (4, 2))), ("··", (0, (1, 1.5))))
-    looks = [(colour, *dash) for dash in dashes for colour in (ACCENT, SECOND, INK, MUTED)]
-    looks = [looks[i % len(looks)] for i in range(len(shown))]
-    with _look():
-        figure = _figure(max(220, 20 * len(shown) + 90))
+    styles = [(colour, *dash) for dash in dashes for colour in (ACCENT, SECOND, INK, MUTED)]
+    styles = [styles[i % len(styles)] for i in range(len(arrays))]
+    with _style():
+        figure = _figure(max(220, 20 * len(arrays) + 90))
         axes = figure.subplots()
         axes.set_title(title)
-        for (colour, _, dash), (step_N, value_N) in zip(looks, shown.values(), strict=True):
+        for (colour, _, dash), (step_N, value_N) in zip(styles, arrays.values(), strict=True):
             if len(value_N) > 50:  # a long log is noise around a trend: show both
                 axes.plot(step_N, value_N, color=colour, linewidth=1, alpha=0.35)
                 axes.plot(step_N, _running_mean(value_N, len(value_N) // 25), color=colour, linestyle=dash)
@@ -199,24 +198,26 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, *, z
         axes.set_xlabel("Step")
         axes.spines["left"].set_visible(False)
         _few_ticks(axes)
-        value_S = np.array([np.nanmean(v) if zero else v[-1] for _, v in shown.values()])
+        value_S = np.array([np.nanmean(v) if zero else v[-1] for _, v in arrays.values()])
         labels = [
-            f"{mark} {_shortened(name)} " if name else "" for (_, mark, _), name in zip(looks, shown, strict=True)
+            f"{mark} {_shortened(name)} " if name else "" for (_, mark, _), name in zip(styles, arrays, strict=True)
         ]
         labels = [f"{label}{value:.3g}" for label, value in zip(labels, value_S, strict=True)]
-        _labelled_at_right(axes, value_S, labels, [colour for colour, *_ in looks])
+        _label_at_right(axes, value_S, labels, [colour for colour, *_ in styles])
     return figure
 
 
-def histogram(values: ArrayLike, label: str, *, what: str = "Images", limit: tuple[float, str] | None = None) -> Figure:
-    """The distribution of `values` [n], with their mean marked.
+def histogram(
+    values: ArrayLike, label: str, *, count_label: str = "Images", limit: tuple[float, str] | None = None
+) -> Figure:
+    """Plot a histogram of `values` [n], with their mean marked.
 
-    `label` names the values, `what` the things counted; `limit` marks a value and says what it is. Bars of whole
-    numbers begin at whole numbers.
+    `label` and `count_label` are the labels of the axes; `limit` is a further value to mark, and its text. Bins of
+    integers are centred on integers.
     """
     value_N = np.asarray(values, dtype=float).ravel()
     value_N = value_N[np.isfinite(value_N)]
-    with _look():
+    with _style():
         figure = _figure(260)
         axes = figure.subplots()
         if len(value_N):
@@ -241,7 +242,7 @@ def histogram(values: ArrayLike, label: str, *, what: str = "Images", limit: tup
                     text,
                     (x, 1),
                     xycoords=("data", "axes fraction"),
-                    xytext=(6 if right_of_it else -6, -2 - 17 * line),  # one below the other: they may be close
+                    xytext=(6 if right_of_it else -6, -2 - 17 * line),  # on separate lines, because they may be close
                     textcoords="offset points",
                     ha="left" if right_of_it else "right",
                     va="top",
@@ -252,7 +253,7 @@ def histogram(values: ArrayLike, label: str, *, what: str = "Images", limit: tup
         axes.grid(visible=False, axis="x")
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
-        axes.set_ylabel(what)
+        axes.set_ylabel(count_label)
         _few_ticks(axes)
     return figure
 
@@ -261,49 +262,51 @@ def trend(
     series: Mapping[str, tuple[ArrayLike, ArrayLike, ArrayLike, ArrayLike]],
     points: tuple[ArrayLike, ArrayLike],
     label: str,
-    what: str,
+    value_label: str,
 ) -> Figure:
-    """Means of groups along a scale, with their intervals, before the single values; names at the right.
+    """Plot group means along a scale with their intervals, over single values; names at the right.
 
     Args:
-        series: name → places, means, lows and highs of its groups, [g] each, places ascending; the first name is in
+        series: name → positions, means, lows and highs of its groups, [g] each, positions ascending; the first name has
             the accent colour.
-        points: places and values of what is drawn behind, [n] each.
-        label: names the places.
-        what: names the values.
+        points: positions and values of single points in the background, [n] each.
+        label: label of the x axis.
+        value_label: label of the y axis.
     """
-    looks = ((ACCENT, "—", "-"), (SECOND, "--", (0, (4, 2))), (INK, "··", (0, (1, 1.5))))
-    looks = [looks[i % len(looks)] for i in range(len(series))]
-    shown = {name: tuple(np.asarray(part, dtype=float) for part in parts) for name, parts in series.items()}
-    with _look():
+    styles = ((ACCENT, "—", "-"), (SECOND, "--", (0, (4, 2))), (INK, "··", (0, (1, 1.5))))
+    styles = [styles[i % len(styles)] for i in range(len(series))]
+    arrays = {name: tuple(np.asarray(part, dtype=float) for part in parts) for name, parts in series.items()}
+    with _style():
         figure = _figure(320)
         axes = figure.subplots()
         axes.plot(*points, "o", color=MUTED, markersize=4.5, markeredgewidth=0, alpha=0.3)
         # the first in front of the others
-        for (colour, _, dash), (x_G, mean_G, low_G, high_G) in reversed(list(zip(looks, shown.values(), strict=True))):
+        for (colour, _, dash), (x_G, mean_G, low_G, high_G) in reversed(
+            list(zip(styles, arrays.values(), strict=True))
+        ):
             axes.vlines(x_G, low_G, high_G, color=colour, linewidth=3, alpha=0.45)
             axes.plot(x_G, mean_G, "o", color=colour, linestyle=dash, markersize=7, markeredgewidth=0)
         axes.margins(x=0.03, y=0.06)
         axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
-        axes.set_ylabel(what)
+        axes.set_ylabel(value_label)
         _few_ticks(axes)
-        last_S = np.array([mean_G[-1] if len(mean_G) else np.nan for _, mean_G, _, _ in shown.values()])
-        labels = [f"{mark} {_shortened(name)}" for (_, mark, _), name in zip(looks, shown, strict=True)]
-        _labelled_at_right(axes, last_S, labels, [colour for colour, *_ in looks])
+        last_S = np.array([mean_G[-1] if len(mean_G) else np.nan for _, mean_G, _, _ in arrays.values()])
+        labels = [f"{mark} {_shortened(name)}" for (_, mark, _), name in zip(styles, arrays, strict=True)]
+        _label_at_right(axes, last_S, labels, [colour for colour, *_ in styles])
     return figure
 
 
 def heatmap(values: ArrayLike, cell: int = 20) -> str:
-    """A matrix [R, C] as an `<svg>` element: a square of `cell` px each, the stronger in colour the higher its value.
+    """Draw a matrix [R, C] as an `<svg>` element of squares of `cell` px, with stronger colour for higher values.
 
-    Lowest and highest lie at the ends of the scale; the diagonal is framed; NaN is empty. The element `.at`, a frame
-    that is not shown, is for the page to mark a cell with.
+    The scale goes from the lowest to the highest value; the diagonal is framed; NaN is empty. The hidden frame `.at` is
+    for the page to mark a cell.
     """
     value_RC = np.asarray(values, dtype=float)
     rows, columns = value_RC.shape
-    known = value_RC[np.isfinite(value_RC)]
-    low, high = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    finite = value_RC[np.isfinite(value_RC)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     shade_RC = np.where(np.isfinite(value_RC), (value_RC - low) / ((high - low) or 1), 0)
     squares = [
         f'<path d="M{c * cell} {r * cell}h{cell - 1}v{cell - 1}h-{cell - 1}z" fill-opacity="{shade_RC[r, c]:.2f}"/>'
@@ -331,16 +334,16 @@ def bars(
     label: str = "",
     form: str = ",.0f",
 ) -> Figure:
-    """Counts or shares as bars, the first name on top, their figures at the right.
+    """Plot counts or fractions as bars, first name on top, with figures at the right.
 
-    `parts` are [n]; `wholes` [n], of which they are parts, are drawn behind them; `label` names the unit; figures are
-    written in `form`.
+    `parts` are [n]; `wholes` [n], their totals, are bars in the background; `label` is the label of the axis; `form` is
+    the format of the figures.
     """
     part_N = np.asarray(parts, dtype=float)
     whole_N = part_N if wholes is None else np.asarray(wholes, dtype=float)
     rows = np.arange(len(names))[::-1]
     labels = ["\n".join(textwrap.wrap(name, 24)) for name in names]
-    with _look():
+    with _style():
         figure = _figure(sum(34 if "\n" in label else 28 for label in labels) + 52)
         axes = figure.subplots()
         if wholes is not None:
@@ -356,29 +359,29 @@ def bars(
         _few_ticks(axes, y=False)
         axes.xaxis.set_major_formatter("{x:" + (form if form == ",.0f" else "g") + "}")
         figures = axes.secondary_yaxis("right")
-        shown = [
+        texts = [
             format(p, form) if wholes is None else f"{p:{form}} of {w:{form}}"
             for p, w in zip(part_N, whole_N, strict=True)
         ]
-        figures.set_yticks(rows, shown)
+        figures.set_yticks(rows, texts)
         figures.tick_params(labelcolor=INK)
         figures.spines["right"].set_visible(False)
     return figure
 
 
 def rate(starts: ArrayLike, ends: ArrayLike, counts: ArrayLike, *, label: str, resumed: Sequence[float] = ()) -> Figure:
-    """Things a second over time, of work that is counted piece by piece.
+    """Plot a rate per second over time, from intervals of work.
 
-    Piece i took from `starts[i]` to `ends[i]`, seconds since the beginning, and made `counts[i]` things, evenly.
-    `resumed` marks the seconds at which a run went on after a pause.
+    Interval i is from `starts[i]` to `ends[i]`, seconds since the beginning, and has `counts[i]` items, evenly spread.
+    `resumed` are the seconds at which a run resumed after a pause.
     """
     start_N, end_N, count_N = (np.asarray(values, dtype=float) for values in (starts, ends, counts))
-    with _look():
+    with _style():
         figure = _figure(240)
         axes = figure.subplots()
         if len(start_N):
             edge_B = np.linspace(0, end_N.max(), int(np.clip(4 * len(start_N), 2, 120)) + 1)
-            # What is done by each edge: a piece's share of it, summed.
+            # items finished by each edge: the finished fraction of each interval, summed
             share_BN = np.clip((edge_B[:, None] - start_N) / np.maximum(end_N - start_N, 1e-9), 0, 1)
             rate_B = np.diff(share_BN @ count_N) / np.diff(edge_B)
             unit, name = _time_unit(float(edge_B[-1]))
@@ -396,11 +399,11 @@ def rate(starts: ArrayLike, ends: ArrayLike, counts: ArrayLike, *, label: str, r
                 va="top",
                 weight="bold",
             )
-            for moment in resumed:
-                axes.axvline(moment / unit, color=SECOND, linewidth=1.5, linestyle=(0, (1, 2)))
+            for resume_s in resumed:
+                axes.axvline(resume_s / unit, color=SECOND, linewidth=1.5, linestyle=(0, (1, 2)))
             axes.set_xlim(0, edge_B[-1] / unit)
             axes.set_ylim(0, 1.25 * rate_B.max() or 1)
-            axes.set_xlabel(f"Time of work, {name}")
+            axes.set_xlabel(f"Working time, {name}")
         axes.set_ylabel(label)
         axes.spines["left"].set_visible(False)
         _few_ticks(axes)
@@ -408,25 +411,25 @@ def rate(starts: ArrayLike, ends: ArrayLike, counts: ArrayLike, *, label: str, r
 
 
 def svg(figure: Figure, *, width: int = WIDE, prefix: str = "") -> str:
-    """`figure` laid out anew at `width` px (its height stays), as an `<svg>` element in the page's colours and font.
+    """Render a figure at `width` px, with its own height, as an `<svg>` element in the page's colours and font.
 
-    Every id starts with `prefix`: two drawings in one page need two. The figure keeps its own size.
+    Every id starts with `prefix`, which must differ between the drawings of a page. The size of the figure is restored.
     """
     width_now, height = map(float, figure.get_size_inches())
     out = io.StringIO()
-    with _look(), warnings.catch_warnings():
+    with _style(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has it
         try:
             figure.set_size_inches(width / 72, height)
-            nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-            figure.savefig(out, format="svg", transparent=True, metadata=nothing)
+            no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+            figure.savefig(out, format="svg", transparent=True, metadata=no_metadata)
         finally:
             figure.set_size_inches(width_now, height)
     text = out.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<!--.*?-->|<style.*?</style>|<defs>\s*</defs>", "", text, flags=re.S)
-    used = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
-    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used else "", text)
+    used_ids = set(re.findall(r'(?:href="|url\()#([^")]+)', text))
+    text = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}{m[1]}"' if m[1] in used_ids else "", text)
     text = re.sub(r'(?:xlink:)?href="#', f'href="#{prefix}', text).replace("url(#", f"url(#{prefix}")
     text = re.sub(r" font-family: [^;]*;|(?<=font: )([^;']*?)'[^;]*;", r"\1", text)
     for colour, css in _CSS.items():
@@ -434,13 +437,13 @@ def svg(figure: Figure, *, width: int = WIDE, prefix: str = "") -> str:
     viewbox = re.search(r'viewBox="[^"]*"', text)
     head = f'<svg {viewbox[0] if viewbox else ""} aria-hidden="true" focusable="false">'
     text = re.sub(r"<svg[^>]*>", head, text, count=1)
-    # Hundredths of a pixel are enough; only inside the tags, for the text between them holds values.
+    # hundredths of a pixel are enough; only inside tags, because the text between them has values
     text = re.sub(r"<[^>]*>", lambda tag: re.sub(r"\d+\.\d{3,}", lambda m: f"{float(m[0]):.2f}", tag[0]), text)
     return re.sub(r"\s*\n\s*", " ", text).replace("> <", "><").strip()
 
 
 @contextmanager
-def _look() -> Iterator[None]:
+def _style() -> Iterator[None]:
     import matplotlib
 
     with matplotlib.rc_context(_SETTINGS):  # pyright: ignore[reportArgumentType] - the stubs list keys one by one
@@ -457,20 +460,20 @@ def _figure(height: float) -> Figure:
     return figure
 
 
-def _labelled_at_right(axes: Axes, value_S: np.ndarray, labels: Sequence[str], colours: Sequence[str]) -> None:
-    """Each line's label beside its value; as tick labels they line up, and the layout makes room for them."""
+def _label_at_right(axes: Axes, value_S: np.ndarray, labels: Sequence[str], colours: Sequence[str]) -> None:
+    """Label each line beside its value, by tick labels, which the layout aligns and makes room for."""
     names = axes.secondary_yaxis("right")
-    names.set_yticks(_apart(value_S, *axes.get_ylim()), labels)
+    names.set_yticks(_without_overlap(value_S, *axes.get_ylim()), labels)
     names.spines["right"].set_visible(False)
     for colour, label in zip(colours, names.get_yticklabels(), strict=True):
         label.set_color(colour)
 
 
-def _apart(value_S: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Places for labels as near to `value_S` as they go without touching; a label takes some 20 px of the height."""
+def _without_overlap(value_S: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Positions of labels as near to `value_S` as possible without overlap; a label is about 20 px high."""
     room = 0.95 * (high - low) / max(len(value_S), 8)
     order = np.argsort(value_S, kind="stable")
-    # values less the room below them must not fall: those that do share their mean (pool adjacent violators)
+    # values minus the room below them must not decrease: those that do get their mean (pool adjacent violators)
     pools: list[list[float]] = []  # mean, members
     for place, i in enumerate(order):
         pools.append([float(np.nan_to_num(value_S[i], nan=low)) - place * room, 1])
@@ -484,8 +487,8 @@ def _apart(value_S: np.ndarray, low: float, high: float) -> np.ndarray:
     return place_S
 
 
-def _shortened(name: str, most: int = 20) -> str:
-    return name if len(name) <= most else f"{name[: most - 1]}…"
+def _shortened(name: str, max_length: int = 20) -> str:
+    return name if len(name) <= max_length else f"{name[: max_length - 1]}…"
 
 
 def _few_ticks(axes: Axes, *, y: bool = True) -> None:
@@ -497,7 +500,7 @@ def _few_ticks(axes: Axes, *, y: bool = True) -> None:
 
 
 def _running_mean(value_N: np.ndarray, window: int) -> np.ndarray:
-    """The mean over a centred window, which narrows at both ends instead of inventing values."""
+    """Running mean over a centred window, which narrows at both ends instead of padding."""
     sums = np.concatenate([[0.0], np.cumsum(value_N)])
     middle = np.arange(len(value_N))
     half = np.minimum(np.minimum(window, middle), len(value_N) - 1 - middle)
@@ -505,12 +508,12 @@ def _running_mean(value_N: np.ndarray, window: int) -> np.ndarray:
 
 
 def _time_ticks(second_N: np.ndarray, step_N: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """About four round wall times, as positions on the step axis and as text."""
-    longest = float(second_N[-1])
-    choices = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400, 604800]
-    every = next((c for c in choices if longest / c <= 5), choices[-1])
-    times = np.arange(every, longest + 1e-9, every)
-    unit, name = _time_unit(every)
+    """Choose about four round wall times, as positions on the step axis and as text."""
+    total = float(second_N[-1])
+    intervals = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400, 28800, 43200, 86400, 604800]
+    interval = next((c for c in intervals if total / c <= 5), intervals[-1])
+    times = np.arange(interval, total + 1e-9, interval)
+    unit, name = _time_unit(interval)
     return np.interp(times, second_N, step_N), [f"{t / unit:g} {name}" for t in times]
 
 

@@ -285,7 +285,9 @@ def _lengths_and_words(page: "Page", cfg: ReportSettings, prompts: _Prompts, cur
     else:
         cut = f"{over:,} of these ({_percent(over, len(texts))}) are" if over else "None is"
     page.figure(
-        plots.histogram(length_N, "CLIP tokens", what="Prompts", limit=(CONTEXT, f"{CONTEXT}: the rest is not read")),
+        plots.histogram(
+            length_N, "CLIP tokens", count_label="Prompts", limit=(CONTEXT, f"{CONTEXT}: the rest is not read")
+        ),
         f"{spread} {cut} longer than the {CONTEXT} that the text encoder reads.",
     )
     counts = WordCloud(collocations=False, min_word_length=2).process_text("\n".join(texts))

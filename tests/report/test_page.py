@@ -223,7 +223,7 @@ def test_bars_of_whole_numbers_begin_at_whole_numbers() -> None:
 
 def test_words_by_count_then_alphabet() -> None:
     page = Page("t")
-    page.words({"b": 4, "a": 4, "c": 100, "left": 1}, most=3)
+    page.words({"b": 4, "a": 4, "c": 100, "left": 1}, max_words=3)
     sizes = dict(re.findall(r'<li class="first" style="font-size: (\d+)px" title="\d+">(\w+)</li>', page.html()))
     assert sizes == {"13": "b", "42": "c"} or sizes == {"13": "a", "42": "c"}
     assert "left" not in page.html().partition("<body>")[2]
@@ -406,16 +406,16 @@ def test_the_gallery_is_usable_by_keyboard(sorted_page: Path, opened: "Opened") 
 
 def test_the_matrix_tells_its_cells(sorted_page: Path, opened: "Opened") -> None:
     page = opened(sorted_page)
-    told, svg = page.locator(".told"), page.locator(".grid svg")
+    reading, svg = page.locator(".reading"), page.locator(".grid svg")
     box = svg.bounding_box()
     assert box is not None
     svg.hover(position={"x": 0.75 * box["width"], "y": 0.25 * box["height"]})
-    assert told.inner_text() == "−0.125 from 1 “first” to 2 “second”"
+    assert reading.inner_text() == "−0.125 from 1 “first” to 2 “second”"
     page.locator(".grid").focus()
     page.keyboard.press("ArrowDown")
-    assert told.inner_text() == "0.800 from 2 “second” to 2 “second”"
+    assert reading.inner_text() == "0.800 from 2 “second” to 2 “second”"
     page.keyboard.press("ArrowRight")  # there is no third
     page.keyboard.press("ArrowLeft")
-    assert told.inner_text() == "0.200 from 2 “second” to 1 “first”"
+    assert reading.inner_text() == "0.200 from 2 “second” to 1 “first”"
     assert page.locator(".names .at-row").inner_text() == "second"
     assert not opened.errors
