@@ -1,4 +1,4 @@
-"""Encoding of text files: that of the byte order mark, else the one that the user names, else UTF-8; never a guess.
+"""Encoding of text files: from the byte order mark, else the one that the user names, else UTF-8; never guessed.
 
     with open_text(raw, "p.csv", None) as lines: …
     raise refusal(raw, "p.csv", None, "prompts.text_encoding")        p.csv is not UTF-8 … Likely cp1252, which reads …
@@ -45,7 +45,7 @@ _COMMON = {  # charset-normalizer's names, the commonest first: it decides betwe
 }
 _RARE = ("mac_roman", "cp437")  # read much of cp1252 without an error
 _ICONV = {"utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE", "euc_jp": "EUC-JP", "koi8_r": "KOI8-R", "mac_roman": "MAC"}
-_READINGS, _READING_LENGTH = 4, 40  # shown in a message
+_READINGS, _READING_LENGTH = 4, 40  # number and length of decoded samples in a message
 _KANA = re.compile("[\u3040-\u30ff]")
 
 
@@ -54,7 +54,7 @@ def open_text(raw: BinaryIO, name: str, encoding: str | None, newline: str | Non
 
     Args:
         name: name of the file, for the log.
-        encoding: the encoding that the user named; None for UTF-8. A byte order mark overrules both.
+        encoding: encoding that the user named; None for UTF-8. A byte order mark overrides both.
         newline: as for `open`.
 
     Raises:
@@ -65,7 +65,7 @@ def open_text(raw: BinaryIO, name: str, encoding: str | None, newline: str | Non
     if mark:
         encoding = _MARKS[mark]
         if encoding != "utf-8":
-            log.info("%s is read as %s, as its byte order mark says", name, encoding)
+            log.info("%s: reading it as %s, by its byte order mark", name, encoding)
     elif encoding is None:
         _refuse_disguised(head)
     raw.seek(len(mark))
@@ -85,7 +85,7 @@ def decode_text(data: bytes, encoding: str | None = None) -> str:
 
 
 def encoding_problem(encoding: str | None, setting: str) -> list[str]:
-    """The message for a name that is not a text encoding; empty for any other.
+    """Message for a name that is not a text encoding; empty for a valid one.
 
     Args:
         setting: name of the setting, for the message.
@@ -93,42 +93,42 @@ def encoding_problem(encoding: str | None, setting: str) -> list[str]:
     try:
         "".encode(encoding or "utf-8")
     except LookupError:
-        known = ", ".join(list(_COMMON)[:4])
-        return [f"{setting}: {encoding} is not a text encoding; known are utf-16, {known} and others"]
+        examples = ", ".join(list(_COMMON)[:4])
+        return [f"{setting}: {encoding} is not a text encoding; known are utf-16, {examples} and others"]
     return []
 
 
 def refusal(raw: BinaryIO, name: str, encoding: str | None, setting: str | None) -> UserError:
-    """The error for a file that cannot be decoded: its first undecodable line, and the likely encodings.
+    """Build the error for a file that cannot be decoded: its first undecodable line, and the likely encodings.
 
     Args:
-        encoding: the encoding that the file was read in; None for UTF-8.
-        setting: the setting that names an encoding, such as prompts.text_encoding; None where the command has none.
+        encoding: encoding that the file was read in; None for UTF-8.
+        setting: setting that names an encoding, such as prompts.text_encoding; None where the command has none.
     """
     raw.seek(0)
-    bad = _undecodable(raw, encoding)
-    where = f"{name} is not {encoding or 'UTF-8'}: line {bad.number:,}"
-    if encoding is None and bad.other_lines >= bad.lines:
+    undecodable = _undecodable(raw, encoding)
+    where = f"{name} is not {encoding or 'UTF-8'}: line {undecodable.number:,}"
+    if encoding is None and undecodable.other_lines >= undecodable.lines:
         return UserError(
-            f"{where} cannot be decoded, while {bad.other_lines:,} lines with non-ASCII letters can: the file "
-            f"is damaged there, or mixes encodings; correct the line, which begins {bad.line[:_READING_LENGTH]!r}"
+            f"{where} cannot be decoded, while {undecodable.other_lines:,} lines with non-ASCII letters can: the file "
+            f"is damaged there, or mixes encodings; correct the line, which begins {undecodable.line[:_READING_LENGTH]!r}"
         )
-    readings = likely_encodings(bad.sample)
+    readings = likely_encodings(undecodable.sample)
     if not readings:
         return UserError(f"{where} cannot be decoded, and no encoding is likely: the file is damaged, or not text")
-    names = [f"{known} ({_COMMON[known]})" if known in _COMMON else known for known, _ in readings]
-    guesses = [f"{label}, which reads {text!r}" for label, (_, text) in zip(names, readings, strict=True)]
+    labels = [f"{guess} ({_COMMON[guess]})" if guess in _COMMON else guess for guess, _ in readings]
+    guesses = [f"{label}, which reads {text!r}" for label, (_, text) in zip(labels, readings, strict=True)]
     likely, path = readings[0][0], name.partition(" ")[0]
-    remedy = (
+    hint = (
         f"{setting}={likely}"
         if setting is not None
         else f"iconv -f {_ICONV.get(likely, likely.upper())} -t UTF-8 {path} > utf8-{path.rpartition('/')[2]}"
     )
-    return UserError(f"{where} cannot be decoded. Likely {'; or '.join(guesses)}. If that is right: {remedy}")
+    return UserError(f"{where} cannot be decoded. Likely {'; or '.join(guesses)}. If that is right: {hint}")
 
 
 def likely_encodings(sample: bytes) -> list[tuple[str, str]]:
-    """Likely encodings of a text, the likeliest first, each with the first non-ASCII words as it decodes them."""
+    """List likely encodings of a text, likeliest first, each with the first non-ASCII words as decoded by it."""
     from charset_normalizer import from_bytes
 
     if b"\0" in sample:
@@ -142,20 +142,20 @@ def likely_encodings(sample: bytes) -> list[tuple[str, str]]:
     else:
         scores = {}
         for match in from_bytes(sample, cp_isolation=list(_COMMON), threshold=0.4, enable_fallback=False):
-            place, known = min((list(_COMMON).index(n), n) for n in match.could_be_from_charset if n in _COMMON)
+            rank, encoding = min((list(_COMMON).index(n), n) for n in match.could_be_from_charset if n in _COMMON)
             kana = len(_KANA.findall(str(match))) > 0.2 * sum(not c.isascii() for c in str(match))
-            scores[known] = (not kana and round(match.chaos, 1), known in _RARE, -round(match.coherence, 1), place)
-        candidates = sorted(scores, key=lambda known: scores[known])
-    if b"\0" in sample:  # of a file that is damaged, and in no encoding
-        texts = {known: sample.decode(known, "ignore") for known in candidates}
-        candidates = [known for known, text in texts.items() if text and "\0" not in text]
+            scores[encoding] = (not kana and round(match.chaos, 1), encoding in _RARE, -round(match.coherence, 1), rank)
+        candidates = sorted(scores, key=lambda encoding: scores[encoding])
+    if b"\0" in sample:  # a damaged file decodes in no encoding
+        texts = {encoding: sample.decode(encoding, "ignore") for encoding in candidates}
+        candidates = [encoding for encoding, text in texts.items() if text and "\0" not in text]
     readings = []
-    for known in candidates[:_READINGS]:
-        text = sample.decode(known, "replace").strip("\ufeff\r\n")
+    for encoding in candidates[:_READINGS]:
+        text = sample.decode(encoding, "replace").strip("\ufeff\r\n")
         start = next((i for i, c in enumerate(text) if not c.isascii()), 0)
         line = text[text.rfind("\n", 0, start) + 1 :]
         start = max(0, next((i for i, c in enumerate(line) if not c.isascii()), 0) - _READING_LENGTH // 2)
-        readings.append((known, line[start : start + _READING_LENGTH].partition("\n")[0].strip()))
+        readings.append((encoding, line[start : start + _READING_LENGTH].partition("\n")[0].strip()))
     return readings
 
 
@@ -174,20 +174,20 @@ class _Undecodable:
     """Lines of a text file that cannot be decoded."""
 
     number: int
-    """Number of the first such line, from 1."""
+    """Number of the first undecodable line, from 1."""
     line: bytes
-    """The first such line."""
+    """First undecodable line."""
     lines: int
-    """Number of such lines among those read."""
+    """Number of undecodable lines among those read."""
     other_lines: int
-    """Number of lines that can be decoded and hold non-ASCII letters."""
+    """Number of decodable lines with non-ASCII letters among those read."""
     sample: bytes
-    """Bytes of such lines, at least `_SAMPLE` of them where the file has as many."""
+    """Bytes of undecodable lines, at least `_SAMPLE` of them where the file has as many."""
 
 
 def _undecodable(raw: BinaryIO, encoding: str | None) -> _Undecodable:
-    """Read a file from its present position until 64 KiB of undecodable lines are collected."""
-    sample, first, first_line, lines, others = bytearray(), 0, b"", 0, 0
+    """Read a file from its current position until 64 KiB of undecodable lines are collected."""
+    sample, first, first_line, lines, other_lines = bytearray(), 0, b"", 0, 0
     number = 0
     while len(sample) < _SAMPLE and (line := raw.readline(_SAMPLE)):
         number += 1
@@ -198,9 +198,9 @@ def _undecodable(raw: BinaryIO, encoding: str | None) -> _Undecodable:
             if disguised:
                 raise UnicodeError
             line.decode(encoding or "utf-8")
-            others += 1
+            other_lines += 1
         except UnicodeError:
             lines += 1
             sample += line
             first, first_line = first or number, first_line or line
-    return _Undecodable(first or number, first_line, lines, others, bytes(sample))
+    return _Undecodable(first or number, first_line, lines, other_lines, bytes(sample))

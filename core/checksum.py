@@ -1,11 +1,11 @@
-"""Files that end with the SHA-256 of all bytes before it, so that a reader notices damage.
+"""Files that end with the SHA-256 of their content, so that a reader notices damage.
 
     with path.open("wb") as file:
         writer = ChecksumWriter(file)
         torch.save(state, writer)
         writer.finish()
-    damage(path)         None, or what is wrong with the file
-    read_checked(path)   the bytes without their checksum
+    damage(path)         None, or a description of the damage
+    read_checked(path)   content of the file without the checksum
 
 The checksum is part of the file, so one rename commits both, and a kill cannot leave one without the other. Zip
 archives (torch.save, npz) and .npy files stay readable by their own libraries, which ignore bytes behind the end.
@@ -23,14 +23,14 @@ _BLOCK = 8 << 20  # bytes read at a time
 
 
 class DamagedFile(Exception):  # noqa: N818 – the name says what the file is
-    """A file whose bytes are not those that were written."""
+    """Error for a file whose bytes differ from those that were written."""
 
 
 class ChecksumWriter:
-    """Binary file object that hashes what is written through it; `finish` appends the hash.
+    """Binary file object that hashes the bytes written through it; `finish` appends the hash.
 
     Args:
-        file: open for writing, at its beginning. The caller closes it.
+        file: file open for writing, at its beginning. The caller closes it.
     """
 
     def __init__(self, file: IO[bytes]) -> None:
@@ -49,16 +49,16 @@ class ChecksumWriter:
 
 
 def with_checksum(data: bytes | memoryview) -> bytes:
-    """`data` followed by its checksum: the content of a whole file."""
+    """Append the checksum to `data`, which makes the content of a complete file."""
     return b"".join((data, _trailer(hashlib.sha256(data).hexdigest())))
 
 
 def read_checked(path: Path) -> bytes:
-    """The bytes of a file without their checksum.
+    """Read the bytes of a file without their checksum.
 
     Raises:
-        DamagedFile: the bytes are not those that were written, or the file cannot be read.
-        FileNotFoundError: there is no such file.
+        DamagedFile: the bytes differ from those that were written, or the file cannot be read.
+        FileNotFoundError: the file does not exist.
     """
     try:
         data = path.read_bytes()
@@ -73,11 +73,11 @@ def read_checked(path: Path) -> bytes:
 
 
 def damage(path: Path, *, from_disk: bool = False) -> str | None:
-    """Describe the damage of a file that should end with its checksum; None where it is whole. Reads it in blocks.
+    """Describe the damage of a file that should end with its checksum; None for an intact file. Reads it in blocks.
 
     Args:
-        from_disk: ask the kernel to drop its copy of the (synced) file first, so that the disk itself is read. It is
-            only a request: some file systems keep the copy.
+        from_disk: whether to ask the kernel to drop its cached copy of the (synced) file first, so that the disk is
+            read. Some file systems ignore the request.
     """
     digest = hashlib.sha256()
     try:
@@ -103,7 +103,7 @@ def _difference(trailer: bytes, hexdigest: str) -> str | None:
     if trailer == _trailer(hexdigest):
         return None
     if len(trailer) != _LENGTH or not trailer.startswith(_MARK):
-        return "it does not end with its checksum: it was cut short, or an older version wrote it"
+        return "it does not end with its checksum: it is truncated, or an earlier version wrote it"
     stored = trailer[len(_MARK) : -1].decode(errors="replace")
-    # whole hashes: the damage may be a letter of the stored one
+    # complete hashes, because the damage may be in the stored hash
     return f"its bytes have changed since they were written: their sha256 is {hexdigest}, not {stored}"

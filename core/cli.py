@@ -1,7 +1,7 @@
-"""How a command starts and fails. Hydra is imported here and nowhere else.
+"""Command-line entry points: compose settings with Hydra, log, and report errors. Only this module imports Hydra.
 
 A command is `command("datagen", run)`: Hydra composes `conf/datagen.yaml` with the command line, and `run` gets a plain
-dict, which it converts once with `core.settings.settings`.
+dict, which it converts with `core.settings.settings`.
 """
 
 import contextlib
@@ -21,10 +21,10 @@ from core.settings import Values
 
 
 def compose(config_name: str, overrides: list[str], *, by_user: bool = False) -> dict[str, Any]:
-    """The settings that `python -m … OVERRIDES` would see, as plain values.
+    """Compose the settings of `python -m … OVERRIDES`, as plain values.
 
     Args:
-        by_user: record the overrides as written by the user, so that `settings` refuses those without an effect.
+        by_user: whether to record the overrides as the user's, so that `settings` refuses those without an effect.
 
     Raises:
         UserError: a key or a value has an old name.
@@ -35,7 +35,7 @@ def compose(config_name: str, overrides: list[str], *, by_user: bool = False) ->
     from omegaconf import OmegaConf
 
     refuse_old_names(config_name, _parsed(overrides))
-    GlobalHydra.instance().clear()  # a command may want to know another's settings, as train.runs does
+    GlobalHydra.instance().clear()  # a command may compose the settings of another, as train.runs does
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = hydra_compose(config_name, overrides)
     refuse_old_names_in_files(config_name, _unresolved(composed))
@@ -44,27 +44,27 @@ def compose(config_name: str, overrides: list[str], *, by_user: bool = False) ->
 
 
 def _unresolved(composed: Any) -> dict[str, Any]:
-    """Composed settings as plain values, `${…}` as written."""
+    """Convert composed settings to plain values, with `${…}` unresolved."""
     from omegaconf import OmegaConf
 
     return typing.cast(dict[str, Any], OmegaConf.to_container(composed))
 
 
 def _parsed(arguments: Sequence[str]) -> list[Override]:
-    """The overrides among the arguments of a command; Hydra refuses what is neither an option nor an override."""
+    """Parse the overrides among the arguments of a command; Hydra refuses other arguments later."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import OverrideParseException
 
-    parser, found = OverridesParser.create(), []
+    parser, overrides = OverridesParser.create(), []
     for argument in (a for a in arguments if not a.startswith("-")):
         with contextlib.suppress(OverrideParseException):
             (override,) = parser.parse_overrides([argument])
-            found.append(Override(override.key_or_group, override.value(), argument))
-    return found
+            overrides.append(Override(override.key_or_group, override.value(), argument))
+    return overrides
 
 
 def _written(overrides: Sequence[str]) -> set[str]:
-    """Dotted keys that Hydra's overrides set to another value than null and false; `{a: {b: 1}}` sets a.b."""
+    """Dotted keys that Hydra's overrides set to a value other than null and false; `{a: {b: 1}}` sets a.b."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
     parsed = OverridesParser.create().parse_overrides(list(overrides))
@@ -72,16 +72,16 @@ def _written(overrides: Sequence[str]) -> set[str]:
     return set(_leaves(values))
 
 
-def _leaves(values: Mapping[Any, Any], where: str = "") -> Iterator[str]:
+def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{where}{key}.")
+            yield from _leaves(value, f"{prefix}{key}.")
         elif value is not None and value is not False:
-            yield f"{where}{key}"
+            yield f"{prefix}{key}"
 
 
 def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> None:
-    """Runs `run` on the settings of `conf/<config_name>.yaml` and the command line, and exits with its code.
+    """Call `run` with the settings of `conf/<config_name>.yaml` and the command line, and exit with its code.
 
     A `UserError` is printed as one message and exits with 2; Ctrl-C exits with 130.
     """
@@ -104,7 +104,7 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
         for noisy in (
             "aiobotocore",
             "botocore",
-            "faiss",  # which instructions it was built for
+            "faiss",  # it logs its instruction set
             "httpx",
             "httpx2",
             "httpcore",
@@ -114,10 +114,10 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
             "transformers",
         ):
             logging.getLogger(noisy).setLevel(logging.WARNING)
-        logging.getLogger("huggingface_hub").propagate = False  # it has a handler of its own
-        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns, wherever it is, of kernels not used here
+        logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
+        logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that are not used here
         try:
-            refuse_old_names_in_files(config_name, _unresolved(composed))  # Hydra takes any key of an experiment
+            refuse_old_names_in_files(config_name, _unresolved(composed))  # Hydra accepts any key of an experiment
             missing = _missing(_unresolved(composed))
             if missing:
                 raise UserError("missing on the command line: " + ", ".join(f"{key}=…" for key in missing))
@@ -135,25 +135,25 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     sys.exit(code)
 
 
-def _missing(values: Any, where: str = "") -> list[str]:
-    """The keys whose value is `???`."""
-    found = []
+def _missing(values: Any, prefix: str = "") -> list[str]:
+    """List the dotted keys whose value is `???`."""
+    missing = []
     for key, value in values.items():
         if value == "???":
-            found.append(f"{where}{key}")
+            missing.append(f"{prefix}{key}")
         elif isinstance(value, dict):
-            found += _missing(value, f"{where}{key}.")
-    return found
+            missing += _missing(value, f"{prefix}{key}.")
+    return missing
 
 
 def _refuse_foreign_packages() -> None:
-    """Our package names are generic: a stranger's `models` on the path would be imported in silence."""
+    """Exit if one of our packages, whose names are generic, would be imported from another project."""
     for name in ("core", "datagen", "models", "report", "train"):
         spec = importlib.util.find_spec(name)
-        places = [*(spec.submodule_search_locations or []), spec.origin] if spec else [None]
-        home = Path(places[0]).resolve() if places[0] else None
-        if home != ROOT / name:
+        locations = [*(spec.submodule_search_locations or []), spec.origin] if spec else [None]
+        folder = Path(locations[0]).resolve() if locations[0] else None
+        if folder != ROOT / name:
             sys.exit(
-                f"error: the package '{name}' comes from {home}, not from {ROOT / name}.\n"
+                f"error: the package '{name}' comes from {folder}, not from {ROOT / name}.\n"
                 f"Run from {ROOT}, or remove the other '{name}' from PYTHONPATH ({os.environ.get('PYTHONPATH', '')})."
             )

@@ -1,4 +1,4 @@
-"""What the machine offers: the number of usable cores, and the autocast dtype of a device."""
+"""Properties of the machine: number of usable cores, and autocast dtype of a device."""
 
 import os
 from typing import TYPE_CHECKING
@@ -8,12 +8,12 @@ if TYPE_CHECKING:
 
 
 def usable_cores() -> int:
-    """Number of cores that this process may use: those of its CPU affinity, else those of the machine."""
+    """Number of cores that this process may use, by its CPU affinity or else by the machine."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def autocast_dtype(device: "torch.device") -> "torch.dtype":
-    """Return bf16 for a GPU that computes in it, fp16 for another GPU, fp32 for a CPU."""
+    """Autocast dtype of a device: bf16 for a GPU that supports it, fp16 for other GPUs, fp32 for a CPU."""
     import torch
 
     if device.type != "cuda":

@@ -1,12 +1,12 @@
-"""Write files whole or not at all, on this machine or at an fsspec URL; hash them; measure free disk space.
+"""Write files atomically, on this machine or at an fsspec URL; hash them; measure free disk space.
 
     write_json(place, value)    write_array(place, array)    write_table(place, table)    write_bytes(place, data)
-    write_atomically(place, lambda file: ...)           whatever writes to a binary file
+    write_atomically(place, lambda file: ...)           any function that writes to a binary file
     with replace_folder(folder) as part: ...            all files of a folder at once
-    remove_parts(root)                                  what killed processes left under temporary names
+    remove_parts(root)                                  temporary files of killed processes
 
-A local file gets a temporary name, is synced and renamed. A remote one is built in the local temporary folder
-(`TMPDIR`) and sent in one call, which object stores show whole or not at all; then its size is checked.
+A local file gets a temporary name, is synced and renamed. A remote file is built in the local temporary folder
+(`TMPDIR`) and uploaded in one call, which is atomic in object stores; then its size is checked.
 """
 
 import contextlib
@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 Write = Callable[[io.BufferedWriter], object]
-"""Writes the content of a file that is open for writing, at its beginning."""
+"""Function that writes the content of a file, which is open for writing at its beginning."""
 
-PART = ".part-"  # of a temporary name
+PART = ".part-"  # part of every temporary name
 HINT = "make room or choose another out=, and run the same command again."
 CACHE_HINT = "make room, or name another folder by IM2EMB_CACHE, and run the same command again."
 
@@ -50,13 +50,13 @@ _DISK_ERRORS = (
 
 
 def write_atomically(place: Place, write: Write, hint: str = HINT) -> None:
-    """Write a file that is whole or absent, whenever this process is killed.
+    """Write a file atomically: it is complete or absent, even if this process is killed.
 
     Args:
-        hint: what the user can do where the disk is full or refuses; the end of the message.
+        hint: end of the message of an error: what the user can do where the disk is full or read-only.
 
     Raises:
-        UserError: the disk or the store is full, refuses or cannot be reached. Nothing half-written is left.
+        UserError: the disk or the store is full, read-only or unreachable. No partial file is left.
     """
     place = located(place)
     if isinstance(place, Path):
@@ -79,7 +79,7 @@ def write_array(place: Place, array: NDArray[Any], hint: str = HINT, *, checksum
     """Write a .npy file atomically.
 
     Args:
-        checksum: append the SHA-256, for `core.checksum.read_checked`; numpy reads the file all the same.
+        checksum: whether to append the SHA-256, for `core.checksum.read_checked`; numpy reads the file as well.
     """
     buffer = io.BytesIO()  # np.save to a file on a full disk raises an OSError without its errno
     np.save(buffer, array)
@@ -94,13 +94,13 @@ def write_table(place: Place, table: "pa.Table", hint: str = HINT) -> None:
 
 
 def json_bytes(value: Any) -> bytes:
-    """Content of the file that `write_json` writes: the same for equal values."""
+    """Encode a value as `write_json` does: equal values give equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()
 
 
 @contextlib.contextmanager
 def explain_disk_errors(what: str, hint: str) -> Iterator[None]:
-    """Turn an OSError of a disk that is full or refuses into a UserError: `what`, the reason, `hint`."""
+    """Turn an OSError of a full or read-only disk into a UserError: `what`, the reason, `hint`."""
     try:
         yield
     except OSError as error:
@@ -111,34 +111,34 @@ def explain_disk_errors(what: str, hint: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def replace_folder(folder: Path) -> Iterator[Path]:
-    """Yield an empty folder to fill, which then replaces `folder`; after an error the old one is still there.
+    """Yield an empty folder to fill, which then replaces `folder`; after an error the old folder remains.
 
     Raises:
-        UserError: the disk is full or refuses.
+        UserError: the disk is full or read-only.
     """
     part, old = (folder.with_name(f".{folder.name}.{word}-{os.getpid()}") for word in ("part", "old"))
     try:
         part.mkdir(parents=True)
         yield part
-        for path in (*part.rglob("*"), part):  # folders too: else their names may be lost
+        for path in (*part.rglob("*"), part):  # folders as well: otherwise names may be lost
             sync(path)
         if folder.exists():
             folder.rename(old)
         part.rename(folder)
-    except (OSError, SafetensorError) as error:  # safetensors.torch.save_file has an error class of its own
+    except (OSError, SafetensorError) as error:  # safetensors.torch.save_file has its own error class
         raise UserError(
             f"cannot write {folder}: {error}. Nothing half-written is left: make room, run it again."
         ) from error
     finally:
         if old.exists() and not folder.exists():
             old.rename(folder)
-        for word in ("part", "old"):  # of this process, or of one that was killed
-            for left in folder.parent.glob(f".{glob.escape(folder.name)}.{word}-*"):
-                shutil.rmtree(left, ignore_errors=True)
+        for word in ("part", "old"):  # left by this process or by a killed one
+            for leftover in folder.parent.glob(f".{glob.escape(folder.name)}.{word}-*"):
+                shutil.rmtree(leftover, ignore_errors=True)
 
 
 def remove_parts(root: Place) -> None:
-    """Remove temporary files that killed processes left; those that live processes are writing stay."""
+    """Remove temporary files of killed processes; files that live processes are writing remain."""
     root = located(root)
     parts = root.rglob(f".*{PART}*") if isinstance(root, Path) else _temporary_folder().glob(f".im2emb{PART}*")
     for part in parts:
@@ -162,13 +162,13 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a local file's bytes, in hexadecimal."""
+    """SHA-256 of a local file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk of a folder that need not exist yet."""
+    """Free bytes on the disk of a folder, which need not exist."""
     folder = folder.absolute()
     while not folder.exists():
         folder = folder.parent
@@ -216,9 +216,9 @@ def _send(place: Location, part: Path, size: int) -> None:
         fs = file_system(place)
         fs.put_file(str(part), place.path)
         fs.invalidate_cache()
-        sent = fs.info(place.path)["size"]
-        if sent != size:
-            raise ConnectionError(f"{sent} bytes of {size} arrived")
+        stored_size = fs.info(place.path)["size"]
+        if stored_size != size:
+            raise ConnectionError(f"{stored_size} bytes of {size} arrived")
 
     try:
         retry_store(f"cannot write {place}", send)
@@ -230,12 +230,12 @@ def _send(place: Location, part: Path, size: int) -> None:
 
 @contextlib.contextmanager
 def _open_part(part: Path) -> Iterator[io.BufferedWriter]:
-    """Open a new file, locked while it is written, so that `remove_part` can tell it from one that a kill left."""
+    """Open a new file and lock it while it is written, so that `remove_part` does not remove it."""
     while True:
         with part.open("wb") as file:
-            with contextlib.suppress(OSError):  # a file system without locks: then `remove_part` cannot lock either
+            with contextlib.suppress(OSError):  # on a file system without locks, `remove_part` cannot lock either
                 lock_open_file(file)
-            if part.exists():  # else another process removed it in the moment before it was locked
+            if part.exists():  # otherwise another process removed it just before it was locked
                 yield file
                 return
 

@@ -1,4 +1,4 @@
-"""Imports of large packages without optional parts that a command does not use, for a quick start."""
+"""Faster imports of large packages, without optional parts that a command does not use."""
 
 import importlib
 import importlib.metadata
@@ -12,8 +12,8 @@ from typing import Any
 
 @contextmanager
 def hidden(*packages: str) -> Iterator[None]:
-    """Hide optional packages from the imports within, which then do without; those that are loaded stay visible."""
-    absent: Any = None  # importlib's sign for a module that cannot be imported
+    """Hide optional packages that are not loaded yet from imports within the context."""
+    absent: Any = None  # importlib's marker for a module that cannot be imported
     not_loaded = [name for name in packages if name not in sys.modules]
     for name in not_loaded:
         sys.modules[name] = absent
@@ -26,10 +26,10 @@ def hidden(*packages: str) -> Iterator[None]:
 
 @contextmanager
 def lightning_without_metrics() -> Iterator[None]:
-    """Give an import of Lightning the base class of torchmetrics, which is all that it uses, without metrics and plots.
+    """Import Lightning within the context with only the base class of torchmetrics, without metrics and plots.
 
-    torchmetrics loads all metrics, and with them scipy.signal, torchvision and transformers: about as many CPU seconds
-    as torch itself. An import of it after this one has all metrics, but none of them can plot.
+    torchmetrics loads all metrics, and with them scipy.signal, torchvision and transformers, which takes about as many
+    CPU seconds as torch itself. A later import of torchmetrics has all metrics, but no plots.
     """
     if "torchmetrics" in sys.modules or importlib.util.find_spec("torchmetrics") is None:
         yield
@@ -47,7 +47,7 @@ def lightning_without_metrics() -> Iterator[None]:
 
 @contextmanager
 def _without_init(name: str) -> Iterator[Any]:
-    """Within, `name` is a package whose modules can be imported, but whose `__init__.py` was not run."""
+    """Make the modules of package `name` importable within the context without running its `__init__.py`."""
     spec = importlib.util.find_spec(name)
     assert spec is not None
     package = sys.modules[name] = importlib.util.module_from_spec(spec)

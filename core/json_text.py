@@ -1,4 +1,4 @@
-"""JSON that others wrote, with one error for whatever is wrong with it.
+"""Parser of untrusted JSON with a single error class.
 
 parse_json('{"prompt": "a fox"}')        {"prompt": "a fox"}
 parse_json("[" * 100_000)                NotJsonError: lists or objects nested too deeply
@@ -9,19 +9,19 @@ from typing import Any
 
 
 class NotJsonError(ValueError):
-    """The text is not JSON, or not JSON that Python can hold; its message says why."""
+    """Error for a text that is not JSON, or that Python cannot represent; its message has the reason."""
 
     def __init__(self, reason: str, line: int = 1) -> None:
         super().__init__(reason)
         self.line = line
-        """Number of the line of the fault, from 1; 1 where it is not known."""
+        """Line number of the error, from 1; 1 where it is unknown."""
 
 
 def parse_json(text: str | bytes) -> Any:
-    """The value of a JSON text; bytes are UTF-8, or by their byte order mark.
+    """Parse a JSON text; bytes are decoded as UTF-8, or by their byte order mark.
 
     Raises:
-        NotJsonError: it is not JSON, nested too deeply, or has a number of thousands of digits.
+        NotJsonError: the text is not JSON, is nested too deeply, or has a number with thousands of digits.
     """
     try:
         return json.loads(text)
@@ -31,5 +31,5 @@ def parse_json(text: str | bytes) -> Any:
         raise NotJsonError("not UTF-8") from error
     except RecursionError as error:
         raise NotJsonError("lists or objects nested too deeply") from error
-    except ValueError as error:  # of int(): it refuses what would take long to read
+    except ValueError as error:  # int() refuses numbers that would take long to parse
         raise NotJsonError("a number of thousands of digits") from error

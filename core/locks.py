@@ -1,12 +1,13 @@
 """Locks between processes, by filelock; a record beside a lock names the process that holds it.
 
-    with lock(folder / ".lock"):                       wait; the log says for which process
+    with lock(folder / ".lock"):                       wait; the log names the process that holds the lock
         ...
     release = try_lock(folder / "lock")                None where another process holds it
     holder(folder / "lock")                            "process 4711 on host gpu3"
-    lock_open_file(file)                               of a file that is being written
+    lock_open_file(file)                               lock a file that is being written
 
-A lock ends with its process, however that ends. The files of a lock stay: removing them would split those who wait.
+The operating system releases a lock when its process ends. Lock files are never removed: processes that wait would hold
+locks on different files.
 """
 
 import contextlib
@@ -21,12 +22,12 @@ from typing import IO
 
 log = logging.getLogger(__name__)
 
-_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # of a file system without locks: `lock` holds none
+_NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)  # on a file system without locks, `lock` does nothing
 
 
 @contextlib.contextmanager
 def lock(path: Path) -> Iterator[None]:
-    """Hold a lock file; wait while another process holds it."""
+    """Hold a lock file within the context; wait while another process holds it."""
     release = try_lock(path)
     if release is None:
         log.info("waiting for %s, which holds %s", holder(path), path)
@@ -38,7 +39,7 @@ def lock(path: Path) -> Iterator[None]:
 
 
 def try_lock(path: Path) -> Callable[[], None] | None:
-    """Take a lock and return what releases it; None where another process holds it."""
+    """Acquire a lock and return the function that releases it; None where another process holds it."""
     from filelock import Timeout
 
     try:
@@ -52,7 +53,7 @@ def holder(path: Path) -> str:
     try:
         record = json.loads(_record(path).read_bytes())
         return f"process {record['pid']} on host {record['host']}"
-    except (OSError, ValueError, KeyError, TypeError):  # it is just being written, or the disk is full
+    except (OSError, ValueError, KeyError, TypeError):  # not yet written, or the disk is full
         return "another process"
 
 

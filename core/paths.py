@@ -1,4 +1,4 @@
-"""Folder of the project, and paths that are local or fsspec URLs (s3://, gs://, hf://)."""
+"""Folder of the project, and paths that are local or are fsspec URLs (s3://, gs://, hf://)."""
 
 import os
 from pathlib import Path
@@ -54,7 +54,7 @@ def cache_folder() -> Path:
 
 
 def beside(place: Place, suffix: str) -> Path:
-    """Local path beside a dataset's folder, named after it; for a URL in the working folder, with the bucket's name."""
+    """Local path next to a dataset folder, named after it; for a URL, in the working folder with the bucket's name."""
     location = located(place)
     if not isinstance(location, Path):  # two buckets may hold datasets of one name
         return Path.cwd() / f"{'-'.join(location.path.strip('/').split('/'))}{suffix}"

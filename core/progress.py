@@ -12,5 +12,5 @@ def progress(total: int, unit: str, what: str, initial: int = 0, *, show: bool =
     from tqdm import tqdm
 
     terminal = sys.stderr.isatty()
-    shown = {"dynamic_ncols": terminal, "mininterval": 0.2 if terminal else 10, "disable": not show}
-    return tqdm(total=total, initial=initial, unit=unit, desc=what, **shown)
+    options = {"dynamic_ncols": terminal, "mininterval": 0.2 if terminal else 10, "disable": not show}
+    return tqdm(total=total, initial=initial, unit=unit, desc=what, **options)

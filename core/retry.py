@@ -1,9 +1,9 @@
-"""Retry policy for everything that comes over a network: datasets at URLs, prompt files, weights.
+"""Retry policies for network access: datasets at URLs, prompt files, weights.
 
-    retry_store("cannot read s3://bucket/file", work)                  the policy of fsspec stores: five attempts
-    retry(work, waits_s=(1, 2), is_transient=is_transient, report=report)    another one
+    retry_store("cannot read s3://bucket/file", work)                        policy of fsspec stores: five attempts
+    retry(work, waits_s=(1, 2), is_transient=is_transient, report=report)    any other policy
 
-A mistake in the program is never retried, nor is an error that a second attempt cannot fix.
+Programming errors are never retried, and neither are errors that a second attempt cannot fix.
 """
 
 import logging
@@ -21,15 +21,14 @@ T = TypeVar("T")
 
 _STORE_WAITS_S = (0.5, 2, 8, 30)  # before each further attempt
 
-# Errors that a second attempt cannot fix, by their classes or, for those of packages that may not be installed, by
-# words in the names of their classes.
+# Errors that a second attempt cannot fix: classes, and words in the class names of packages that may not be installed.
 _PERMANENT = (PermissionError, ValueError, NotImplementedError, IsADirectoryError, NotADirectoryError)
 _PERMANENT_NAMES = ("Auth", "Credential", "Gated", "NoRegion", "Profile", "RepositoryNotFound", "Token", "Validation")
 _PERMANENT_STATUS = (401, 403, 404)
 
 
 class Unreachable(UserError):  # noqa: N818 – it names the state of a store
-    """The store did not answer any attempt; it may later, or from another machine."""
+    """Error for a store that answered no attempt; a later attempt may succeed."""
 
 
 def retry(
@@ -67,7 +66,7 @@ def retry(
 
 
 def retry_store(what: str, work: Callable[[], T]) -> T:
-    """Call `work`, which asks an fsspec store, again after errors of the network or the server, for about a minute.
+    """Call `work`, which uses an fsspec store, and retry after network and server errors for about a minute.
 
     Args:
         what: beginning of all messages, such as "cannot read s3://bucket/file".
@@ -95,7 +94,7 @@ def retry_store(what: str, work: Callable[[], T]) -> T:
             raise
         raise Unreachable(
             f"{what}, tried {len(_STORE_WAITS_S) + 1} times: {first_line(error)}\n"
-            f"Check the network and the server; then the same command goes on."
+            f"Check the network and the server; then the same command resumes."
         ) from error
 
 
@@ -107,10 +106,10 @@ def _is_permanent(error: Exception) -> bool:
     name = type(error).__name__
     response = getattr(error, "response", None)
     status = getattr(response, "status_code", None)
-    refused = isinstance(error, _PERMANENT) or status in _PERMANENT_STATUS
-    return refused or any(word in name for word in _PERMANENT_NAMES)
+    is_refused = isinstance(error, _PERMANENT) or status in _PERMANENT_STATUS
+    return is_refused or any(word in name for word in _PERMANENT_NAMES)
 
 
 def _is_external(error: Exception) -> bool:
-    """Whether the error comes from outside; other errors of Python itself are mistakes in the program."""
+    """Whether the error is external; other built-in errors are programming errors."""
     return isinstance(error, OSError | EOFError) or type(error).__module__ != "builtins"

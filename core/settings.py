@@ -1,4 +1,4 @@
-"""Strict conversion of settings: plain values, as YAML has them, to frozen dataclasses."""
+"""Strict conversion of settings from plain YAML values to frozen dataclasses."""
 
 import dataclasses
 import types
@@ -14,11 +14,11 @@ T = TypeVar("T")
 
 
 class Values(dict[str, Any]):
-    """Composed settings that remember which keys the command line wrote.
+    """Composed settings with the keys that the command line wrote.
 
     Attributes:
-        written: dotted keys that the command line sets to another value than null or false. Keys that only a file of
-            `conf/` sets, such as an experiment, are not among them.
+        written: dotted keys that the command line sets to a value other than null or false, without keys that only a
+            file of `conf/`, such as an experiment, sets.
     """
 
     def __init__(self, values: Mapping[str, Any], written: Iterable[str]) -> None:
@@ -26,56 +26,58 @@ class Values(dict[str, Any]):
         self.written = frozenset(written)
 
 
-def settings(cls: type[T], values: Mapping[str, Any], where: str = "") -> T:
-    """`values`, as read from YAML, as the frozen dataclass `cls`.
+def settings(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
+    """Convert values, as read from YAML, to the frozen dataclass `cls`.
 
-    A class may have `problems() -> list[str]`, which checks bounds once the types are right, and
-    `unused() -> dict[str, str]`: each key, dotted below the class, that has no effect under the other values, and why
-    ("with optim.schedule=onecycle"). Such a key is refused where the user wrote it (`Values.written`), and accepted
-    where a default or an experiment set it.
+    A class may have `problems() -> list[str]`, which checks bounds after the types, and `unused() -> dict[str, str]`,
+    which maps each dotted key without an effect under the other values to the reason ("with optim.schedule=onecycle").
+    Such a key is refused if the user wrote it (`Values.written`), and accepted if a default or an experiment set it.
 
     Raises:
-        UserError: naming every unknown key, missing key, value of a wrong type or out of bounds, and every written key
-            without an effect, all at once.
+        UserError: a key is unknown, missing or without an effect, or a value has a wrong type or is out of bounds; the
+            message lists all of them.
     """
     import dacite
 
     written = values.written if isinstance(values, Values) else frozenset[str]()
     values = _listed(cls, values)
-    found = _problems(cls, values, where)
-    if not found:
+    messages = _problems(cls, values, prefix)
+    if not messages:
         config = dacite.Config(strict=True, cast=[tuple], type_hooks={float: float, Path: Path, Location: Location})
-        made = dacite.from_dict(cls, values, config)
-        found = _bounds(made, where) + _without_effect(made, where, written)
-        if not found:
-            return made
-    raise UserError("settings that cannot be used:\n" + "\n".join(f"  {p}" for p in found))
+        result = dacite.from_dict(cls, values, config)
+        messages = _bounds(result, prefix) + _without_effect(result, prefix, written)
+        if not messages:
+            return result
+    raise UserError("settings that cannot be used:\n" + "\n".join(f"  {p}" for p in messages))
 
 
 def _listed(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, where a lone one stands for a list of one: dataset=data/a for dataset=[data/a]."""
+    """Wrap single values of list settings in a list: dataset=data/a becomes dataset=[data/a]."""
     hints = typing.get_type_hints(cls)
-    made = dict(values)
+    converted = dict(values)
     for key, value in values.items():
         hint = hints.get(key)
         if typing.get_origin(hint) is tuple and isinstance(value, str | int | float | Path):
-            made[key] = [value]
+            converted[key] = [value]
         elif dataclasses.is_dataclass(hint) and isinstance(hint, type) and isinstance(value, Mapping):
-            made[key] = _listed(hint, value)
-    return made
+            converted[key] = _listed(hint, value)
+    return converted
 
 
-def _bounds(made: Any, where: str) -> list[str]:
+def _bounds(config: Any, prefix: str) -> list[str]:
     return [
-        f"{place}{p}" for group, place in _groups(made, where) if hasattr(group, "problems") for p in group.problems()
+        f"{place}{p}"
+        for group, place in _groups(config, prefix)
+        if hasattr(group, "problems")
+        for p in group.problems()
     ]
 
 
-def _without_effect(made: Any, where: str, written: frozenset[str]) -> list[str]:
-    """One line for each written key that a group declares unused; a group of keys stands for all below it."""
+def _without_effect(config: Any, prefix: str, written: frozenset[str]) -> list[str]:
+    """List each written key that a group declares unused; a group of keys includes all keys below it."""
     unused = [
         (f"{place}{key}", reason)
-        for group, place in _groups(made, where)
+        for group, place in _groups(config, prefix)
         if hasattr(group, "unused")
         for key, reason in group.unused().items()
     ]
@@ -86,31 +88,31 @@ def _without_effect(made: Any, where: str, written: frozenset[str]) -> list[str]
     return [f"{key}: has no effect {reason}; leave it out" for key, reason in reasons.items() if reason]
 
 
-def _groups(made: Any, where: str) -> Iterator[tuple[Any, str]]:
-    """A settings object and all settings objects in it, each with the prefix of its keys."""
-    yield made, where
-    for field in dataclasses.fields(made):
-        value = getattr(made, field.name)
+def _groups(config: Any, prefix: str) -> Iterator[tuple[Any, str]]:
+    """Iterate over a settings object and all nested ones, each with the prefix of its keys."""
+    yield config, prefix
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
         if dataclasses.is_dataclass(value):
-            yield from _groups(value, f"{where}{field.name}.")
+            yield from _groups(value, f"{prefix}{field.name}.")
         elif isinstance(value, dict):
             for key, item in value.items():
                 if dataclasses.is_dataclass(item):
-                    yield from _groups(item, f"{where}{field.name}.{key}.")
+                    yield from _groups(item, f"{prefix}{field.name}.{key}.")
 
 
-def _problems(cls: type, values: Mapping[str, Any], where: str) -> list[str]:
-    """Every way in which `values` does not fit the dataclass `cls`, one line each."""
+def _problems(cls: type, values: Mapping[str, Any], prefix: str) -> list[str]:
+    """List every mismatch between `values` and the dataclass `cls`, one line each."""
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    found = [f"{where}{key}: unknown key; known here: {', '.join(fields)}" for key in values if key not in fields]
+    messages = [f"{prefix}{key}: unknown key; known here: {', '.join(fields)}" for key in values if key not in fields]
     for name, field in fields.items():
         if name not in values:
             if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-                found.append(f"{where}{name}: missing")
+                messages.append(f"{prefix}{name}: missing")
             continue
-        found += _mismatch(hints[name], values[name], f"{where}{name}")
-    return found
+        messages += _mismatch(hints[name], values[name], f"{prefix}{name}")
+    return messages
 
 
 def _mismatch(hint: Any, value: Any, where: str) -> list[str]:
@@ -137,22 +139,22 @@ def _mismatch(hint: Any, value: Any, where: str) -> list[str]:
         return []
     if hint is type(None):
         return [] if value is None else [f"{where}: expected null, got {value!r}"]
-    wanted: tuple[type, ...] = {float: (int, float), Path: (str, Path), Location: (str, Path)}.get(hint, (hint,))
-    if isinstance(value, wanted) and (hint is bool or not isinstance(value, bool)):
+    classes: tuple[type, ...] = {float: (int, float), Path: (str, Path), Location: (str, Path)}.get(hint, (hint,))
+    if isinstance(value, classes) and (hint is bool or not isinstance(value, bool)):
         return _bad_url(value, where) if hint is Location else []
     return [f"{where}: expected {getattr(hint, '__name__', hint)}, got {value!r}"]
 
 
-def _bad_url(value: str | Path, where: str) -> list[str]:
+def _bad_url(value: str | Path, key: str) -> list[str]:
     try:
         Location(value)
     except ValueError as error:
-        return [f"{where}: {value}: {error}; give a local path, or s3://, gs:// or hf://"]
+        return [f"{key}: {value}: {error}; give a local path, or s3://, gs:// or hf://"]
     return []
 
 
 def _named(classes: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    """Of a union of settings classes, the one whose `name: Literal[…]` is the value's own name."""
+    """Select from a union of settings classes those whose `name: Literal[…]` has the value's name."""
     name = value.get("name") if isinstance(value, Mapping) else None
     return tuple(
         c for c in classes if dataclasses.is_dataclass(c) and name in typing.get_args(typing.get_type_hints(c)["name"])

@@ -1,4 +1,4 @@
-"""Safetensors files with a checksum of their tensors in the header: every reader opens them, `read` notices damage.
+"""Safetensors files with a checksum of their tensors in the metadata, which `read` verifies.
 
 path.write_bytes(to_bytes(tensors))   or   save(tensors, path)
 tensors = read(path)
@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from core.checksum import DamagedFile
 
-_KEY = "tensors_blake2b"  # in the header's metadata
+_KEY = "tensors_blake2b"  # key of the header's metadata
 
 
 def save(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -32,11 +32,11 @@ def read(path: Path, *, required: bool = False) -> dict[str, torch.Tensor]:
     """Read all tensors of a file, on the CPU.
 
     Args:
-        required: refuse files without a checksum, which other programs and earlier versions write.
+        required: whether to refuse files without a checksum, which other programs and earlier versions write.
 
     Raises:
         DamagedFile: the file is not a safetensors file, or its tensors have changed since they were written.
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: the file does not exist.
     """
     try:
         with safe_open(path, "pt") as file:
@@ -55,7 +55,7 @@ def read(path: Path, *, required: bool = False) -> dict[str, torch.Tensor]:
 
 
 def checksum(tensors: Mapping[str, torch.Tensor]) -> str:
-    """A hash of names, types, shapes and values, whatever the order."""
+    """Hash the names, types, shapes and values of tensors, independent of their order."""
     digest = hashlib.blake2b(digest_size=16)
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
