@@ -111,7 +111,8 @@ def refusal(raw: BinaryIO, name: str, encoding: str | None, setting: str | None)
     if encoding is None and undecodable.other_lines >= undecodable.lines:
         return UserError(
             f"{where} cannot be decoded, while {undecodable.other_lines:,} lines with non-ASCII letters can: the file "
-            f"is damaged there, or mixes encodings; correct the line, which begins {undecodable.line[:_READING_LENGTH]!r}"
+            "is damaged there, or mixes encodings; correct the line, which begins "
+            f"{undecodable.line[:_READING_LENGTH]!r}"
         )
     readings = likely_encodings(undecodable.sample)
     if not readings:
