@@ -33,6 +33,11 @@ _CURATION = {
     "curate.against": "curate.exclude_near",
     "curate.against_at": "curate.exclude_threshold",
 }
+_PROMPTS = {
+    "prompts.at_most": "prompts.max_values",
+    "prompts.sources.*.most": "prompts.sources.*.max_prompts",
+    "prompts.sources.*.prompts.at_most": "prompts.sources.*.prompts.max_values",
+}
 RENAMED: dict[str, dict[str, str]] = {
     "train": _TRAIN,
     "probe": _TRAIN,
@@ -47,7 +52,7 @@ RENAMED: dict[str, dict[str, str]] = {
     "demo": {"bank": "prompt_index", "most_mb": "max_upload_mb", "most_pixels": "max_pixels"},
     "report": {"pictures": "images"},
     "export": {"graphs": "runtimes", "pictures": "check_images"},
-    "datagen": {**_CURATION, **_SPLIT},
+    "datagen": {"renderer.guided_share": "renderer.guided_fraction", **_PROMPTS, **_CURATION, **_SPLIT},
     "published": {"nsfw_at_most": "max_nsfw", **_CURATION, **_SPLIT},
     "index": _SPLIT,
     "datagen_report": {"pictures": "images"},
@@ -158,14 +163,13 @@ def _translated(
 
 
 def _renamed(table: Mapping[str, str], key: str) -> str | None:
-    """The other name of a dotted key; None where it has none."""
-    if key in table:
-        return table[key]
+    """The other name of a dotted key or of the group that it is in; None where neither has one."""
     parts = key.split(".")
     for pattern, other in table.items():
         names = pattern.split(".")
-        if "*" in names and len(names) == len(parts) and all(n in ("*", p) for n, p in zip(names, parts, strict=True)):
-            return ".".join(p if n == "*" else n for n, p in zip(other.split("."), parts, strict=True))
+        if len(names) <= len(parts) and all(name in ("*", part) for name, part in zip(names, parts, strict=False)):
+            found = [part if name == "*" else name for name, part in zip(other.split("."), parts, strict=False)]
+            return ".".join(found + parts[len(names) :])
     return None
 
 

@@ -52,7 +52,7 @@ class FilePrompts:
     """The column's text is itself JSON, a list of prompts."""
     group_column: str | None
     """Column of the group for `split.kind=holdout`; parts of a group are joined by ";"."""
-    at_most: dict[str, float]
+    max_values: dict[str, float]
     """Bounds of columns of numbers or truth values (1, 0): a row above one of them is left out, and counted."""
     shuffle: int
     """Prompts held for a local shuffle by `seed`, and row groups of a .parquet permuted; 0 keeps the files' order."""
@@ -85,13 +85,15 @@ class MixtureSource:
     weight: float
     """Share of the mixture's prompts, 0 to 1; a source of weight 0 is not opened."""
     prompts: GrammarPrompts | FilePrompts
-    most: int | None = None
+    max_prompts: int | None = None
     """Prompts drawn of it before the mixture goes on without it; null: all."""
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.weight <= 1 else [f"weight: {self.weight} is outside 0 to 1"]
-        if self.most is not None and self.most < 1:
-            found.append(f"most: {self.most} is below 1; null sets no bound, weight=0 leaves the source out")
+        if self.max_prompts is not None and self.max_prompts < 1:
+            found.append(
+                f"max_prompts: {self.max_prompts} is below 1; null sets no bound, weight=0 leaves the source out"
+            )
         return found
 
 
@@ -120,7 +122,7 @@ class MixturePrompts:
             found[f"sources.{name}.prompts.source"] = f"in a mixture, whose prompts carry the name {name}"
             if not source.weight:
                 why = f"with prompts.sources.{name}.weight=0, which does not open the source"
-                found |= dict.fromkeys((f"sources.{name}.prompts", f"sources.{name}.most"), why)
+                found |= dict.fromkeys((f"sources.{name}.prompts", f"sources.{name}.max_prompts"), why)
         return found
 
 
@@ -148,8 +150,8 @@ class StableDiffusionRenderer:
     """Denoising steps; of ddim a divisor of 1,000."""
     guidance: float
     """Classifier-free guidance scale; 1 is none."""
-    guided_share: float
-    """Share of the steps that are guided, 0 to 1; the rest follow the prompt alone, for half the work."""
+    guided_fraction: float
+    """Fraction of the steps that are guided, 0 to 1; the rest follow the prompt alone, for half the work."""
     cache_every: int
     """Steps from one computation of the UNet's deep features to the next; 1 computes them always."""
     render_size: int
@@ -182,8 +184,8 @@ class StableDiffusionRenderer:
             found.append(f"steps: {self.steps} of ddim must divide 1000, up to 500; the competition's is 50")
         if self.scheduler == "dpmsolver++" and not 1 <= self.steps <= 500:
             found.append(f"steps: {self.steps} of dpmsolver++ is outside 1 to 500; 20 to 25 are enough")
-        if not 0 <= self.guided_share <= 1:
-            found.append(f"guided_share: {self.guided_share} is outside 0 to 1; 1 guides every step")
+        if not 0 <= self.guided_fraction <= 1:
+            found.append(f"guided_fraction: {self.guided_fraction} is outside 0 to 1; 1 guides every step")
         if self.cache_every < 1:
             found.append(f"cache_every: {self.cache_every} is below 1; 1 computes all of every step")
         if self.vae_batch < 1:
@@ -197,7 +199,7 @@ class StableDiffusionRenderer:
         if not self.model.endswith(".ckpt"):
             found["allow_unknown_weights"] = f"with renderer.model={self.model}: only a .ckpt is compared with a sha256"
         if self.guidance == 1:
-            found["guided_share"] = "with renderer.guidance=1, which guides no step"
+            found["guided_fraction"] = "with renderer.guidance=1, which guides no step"
         return found
 
 

@@ -67,7 +67,7 @@ COMMANDS: dict[str, list[str] | None] = {
     "python -m datagen prompts=file prompts.path=prompts.csv out=data/prompts": FILE,
     "python -m datagen prompts=file prompts.path='hf://datasets/owner/name/data/*.parquet' prompts.column=caption "
     "out=data/hub": FILE,
-    "python -m datagen prompts.sources.coco.most=50000 out=data/less_coco": COCO,
+    "python -m datagen prompts.sources.coco.max_prompts=50000 out=data/less_coco": COCO,
     "python -m datagen engine=ray ray_address=auto num=400000 out=s3://bucket/sd2": LOCAL,
     "python -m datagen part=3/8 num=400000 out=s3://bucket/sd2": LOCAL,
     "python -m train +experiment=vith14 dataset=s3://bucket/sd2": [*TINY_TRAIN, "dataset=data/many", "name=many"],

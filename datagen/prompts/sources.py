@@ -43,7 +43,7 @@ def stream(
 ) -> Iterator[Prompt]:
     """Stream the prompts of a source in an order that `seed` decides; the grammar is endless.
 
-    Those that `at_most` leaves out are among them, with their reason: who reads the stream drops and counts them.
+    Those that `max_values` leaves out are among them, with their reason: who reads the stream drops and counts them.
 
     Args:
         held_out: the side of a part of a group; the grammar then keeps all parts of a prompt on one side.
@@ -95,7 +95,7 @@ def _from_files(cfg: FilePrompts, seed: int, key: str | None, setting: str) -> I
     source = cfg.source or files[0].stem
     extra = [cfg.group_column] if cfg.group_column else []
     rng = np.random.default_rng([seed, 3, zlib.crc32(source.encode())]) if cfg.shuffle else None
-    columns = list(dict.fromkeys([cfg.column, *extra, *cfg.at_most]))
+    columns = list(dict.fromkeys([cfg.column, *extra, *cfg.max_values]))
     settings = {name: f"{key}.{name}" for name in ("column", "records", "json_lists", "text_encoding") if key}
     options = ReadOptions(columns, cfg.records, setting, settings, rng, cfg.text_encoding)
     for file in files:
@@ -111,7 +111,7 @@ def _prompts(cfg: FilePrompts, file: download.File, options: ReadOptions, source
     for number, row in enumerate(rows(file, options), 1):
         where = f"{file.name}, row {number}"
         value = row[cfg.column]
-        above = (f"{c} above {most:g}" for c, most in cfg.at_most.items() if _above(row, c, most, file.name, number))
+        above = (f"{c} above {most:g}" for c, most in cfg.max_values.items() if _above(row, c, most, file.name, number))
         out = next(above, "")
         if out:  # such a row may hold anything
             for item in value if isinstance(value, list) else [value]:
@@ -153,7 +153,7 @@ def _above(row: Mapping[str, Any], column: str, most: float, file: str, number: 
         return float(value) > most
     except (TypeError, ValueError):
         raise UserError(
-            f"{file}, row {number}: {column} is {value!r}, no number, but at_most.{column}={most:g}"
+            f"{file}, row {number}: {column} is {value!r}, no number, but max_values.{column}={most:g}"
         ) from None
 
 
@@ -204,13 +204,13 @@ def _mixed(cfg: MixturePrompts, seed: int, held_out: HeldOut | None, key: str) -
         else:
             del open_sources[name]
             behind = dict.fromkeys(open_sources, 0.0)
-            _log_end(name, drawn[name], cfg.sources[name].most, list(open_sources), key)
+            _log_end(name, drawn[name], cfg.sources[name].max_prompts, list(open_sources), key)
 
 
 def _one(name: str, source: MixtureSource, seed: int, held_out: HeldOut | None, key: str) -> Iterator[Prompt]:
     drawn = 0
     for prompt in stream(source.prompts, seed, held_out, key):
-        if drawn == source.most:
+        if drawn == source.max_prompts:
             return
         drawn += not prompt.out
         yield replace(prompt, source=name)
@@ -219,6 +219,6 @@ def _one(name: str, source: MixtureSource, seed: int, held_out: HeldOut | None, 
 def _log_end(name: str, drawn: int, most: int | None, others: list[str], key: str) -> None:
     goes_on = f"the mixture goes on with {', '.join(others)} in their proportion" if others else "the mixture ends"
     if drawn == most:
-        log.info("%s.sources.%s.most: %s prompts are drawn; %s", key, name, f"{drawn:,}", goes_on)
+        log.info("%s.sources.%s.max_prompts: %s prompts are drawn; %s", key, name, f"{drawn:,}", goes_on)
     else:
         log.warning("%s.sources.%s ended after %s prompts; %s", key, name, f"{drawn:,}", goes_on)

@@ -277,7 +277,7 @@ DATAGEN_SETTINGS: Entries = {
     ],
     "prompts[file].json_lists": shows(prompts, "prompts.json_lists=true", given=(*CSV, "prompts.column=lists")),
     "prompts[file].group_column": shows(column("group"), "prompts.group_column=group", given=CSV),
-    "prompts[file].at_most": shows(prompts, "+prompts.at_most={nsfw: 0}", given=CSV),
+    "prompts[file].max_values": shows(prompts, "+prompts.max_values={nsfw: 0}", given=CSV),
     "prompts[file].shuffle": shows(prompts, "prompts.shuffle=100", given=(*CSV, "num=20")),
     "prompts[file].source": shows(column("source"), "prompts.source=mine", given=CSV),
     "prompts[mixture].sources.*.weight": [
@@ -296,7 +296,9 @@ DATAGEN_SETTINGS: Entries = {
         shows(prompts, "prompts.sources.coco.prompts.path={files}/two.csv", given=MIXED),
         refused(f"coco.prompts.source: {UNUSED}in a mixture", "prompts.sources.coco.prompts.source=x", given=MIXED),
     ],
-    "prompts[mixture].sources.*.most": shows(column("source"), "prompts.sources.coco.most=1", given=MIXED),
+    "prompts[mixture].sources.*.max_prompts": shows(
+        column("source"), "prompts.sources.coco.max_prompts=1", given=MIXED
+    ),
     **CURATION,
     **SPLIT,
     "renderer": shows(tars, *SD2, given=("num=3", "shard_size=3")),
@@ -319,11 +321,11 @@ DATAGEN_SETTINGS: Entries = {
                 ),
             ],
             "scheduler": shows(tars, "renderer.scheduler=dpmsolver++", given=SD2),
-            "guided_share": [
-                shows(tars, "renderer.guided_share=0.5", given=SD2),
+            "guided_fraction": [
+                shows(tars, "renderer.guided_fraction=0.5", given=SD2),
                 refused(
-                    f"guided_share: {UNUSED}with renderer.guidance=1",
-                    "renderer.guided_share=0.5",
+                    f"guided_fraction: {UNUSED}with renderer.guidance=1",
+                    "renderer.guided_fraction=0.5",
                     "renderer.guidance=1",
                     given=SD2,
                 ),

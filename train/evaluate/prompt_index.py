@@ -137,7 +137,7 @@ class PromptIndex:
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "about.json", self._about())
-        return stored(folder, len(self), self._vector_block, "prompt", "bank")
+        return stored(folder, len(self), self._vector_block, "prompt", "prompt index")
 
     @functools.cached_property
     def index(self) -> Index:
@@ -385,7 +385,7 @@ class _File:
 
     def __init__(self, path: Path, column: str, encoder: _Encoder) -> None:
         self.name, self._encoder = str(path), encoder
-        options = ReadOptions([column], None, "bank", {"column": "column"}, None)
+        options = ReadOptions([column], None, "prompt_index", {"column": "column"}, None)
         chunks: list[pa.Array] = [pa.array([], pa.large_string())]
         texts: list[str] = []
         left_out: Counter[str] = Counter()

@@ -7,9 +7,9 @@ SHALLOW_TFLOP = (0.4464, 0.5424)  # one with the deep features of an earlier ste
 DECODER_TFLOP = (5.5804, 0.1740)
 
 
-def evaluations(steps: int, guidance: float, guided_share: float) -> tuple[int, int]:
+def evaluations(steps: int, guidance: float, guided_fraction: float) -> tuple[int, int]:
     """Guided and unguided steps of an image; a guidance of 1 is none."""
-    guided = 0 if guidance == 1 else round(guided_share * steps)
+    guided = 0 if guidance == 1 else round(guided_fraction * steps)
     return guided, steps - guided
 
 
@@ -17,7 +17,7 @@ def tflop_per_image(
     steps: int = 50,
     render_size: int = 768,
     guidance: float = 9.0,
-    guided_share: float = 1.0,
+    guided_fraction: float = 1.0,
     cache_every: int = 1,
 ) -> float:
     """Forward TFLOP of one image at `render_size` pixels a side: its steps and the decoding.
@@ -28,7 +28,7 @@ def tflop_per_image(
     unet, shallow, decoder = (
         linear * area + square * area**2 for linear, square in (UNET_TFLOP, SHALLOW_TFLOP, DECODER_TFLOP)
     )
-    guided, _ = evaluations(steps, guidance, guided_share)
+    guided, _ = evaluations(steps, guidance, guided_fraction)
     total = decoder
     for step in range(steps):
         total += (2 if step < guided else 1) * (unet if step % cache_every == 0 else shallow)

@@ -17,7 +17,7 @@ once. Latents, guidance and the sampler's update are fp32 here; the host's guida
 
 `sd2_fast`: DPM-Solver++ (2M) in 25 steps as that script's `--dpm` takes them: equal steps of time from 999, and down to
 the lowest noise that was trained, not to none, as the host's DDIM too ends there (`final_sigmas_type="sigma_min"`).
-Savings that change images more are asked for and recorded: `guided_share` lets the last steps follow the prompt
+Savings that change images more are asked for and recorded: `guided_fraction` lets the last steps follow the prompt
 alone, for half their work; `cache_every` computes the UNet's deep features at every n-th step (see `deep_cache`).
 
 Shapes: B images of a batch, C latent channels, H and W latent sides, P and Q pixel sides, T tokens, D text width.
@@ -86,7 +86,7 @@ class StableDiffusion2(DiffusionRenderer):
 
     def tflop(self) -> float:
         c = self.cfg
-        return tflop_per_image(c.steps, c.render_size, c.guidance, c.guided_share, c.cache_every)
+        return tflop_per_image(c.steps, c.render_size, c.guidance, c.guided_fraction, c.cache_every)
 
     def settings(self) -> Mapping[str, Any]:
         """Plain JSON values that decide the pixels, the weights' hashes and the hub's commit among them.
@@ -106,7 +106,7 @@ class StableDiffusion2(DiffusionRenderer):
             "steps": c.steps,
             "eta": 0.0,
             "guidance": c.guidance,
-            "guided_share": c.guided_share,
+            "guided_share": c.guided_fraction,  # recorded in dataset.json, hence under its old name
             "cache_every": c.cache_every,
             "negative_prompt": "",
             "render_size": c.render_size,
@@ -203,7 +203,7 @@ class StableDiffusion2(DiffusionRenderer):
         c, count = self.cfg, len(latents_BCHW)
         scheduler = make_scheduler(c.scheduler, steps)
         on_device = [torch.full((), int(t), device=self.device) for t in scheduler.timesteps]
-        guided_steps, _ = evaluations(steps, c.guidance, c.guided_share)
+        guided_steps, _ = evaluations(steps, c.guidance, c.guided_fraction)
         text_2BTD = torch.cat([networks.empty_1TD.expand(count, -1, -1), text_BTD])
         latents_BCHW = latents_BCHW.to(self.device)
         deep: torch.Tensor | None = None

@@ -124,14 +124,14 @@ def test_rows_above_a_bound_come_with_their_reason(tmp_path: Path) -> None:
     pq.write_table(pa.table(dict(zip(("prompt", "nsfw", "spam"), columns, strict=True))), tmp_path / "p.parquet")
     (tmp_path / "p.csv").write_text("prompt,nsfw,spam\ngood,0.1,0\nbad,.9,0\nspam,0.1,1\nunknown,,\nedge,0.5,0\n")
     for name in ("p.parquet", "p.csv"):
-        found = read(tmp_path / name, at_most={"nsfw": 0.5, "spam": 0})
+        found = read(tmp_path / name, max_values={"nsfw": 0.5, "spam": 0})
         assert [p.text for p in found] == ["good", "bad", "spam", "unknown", "edge"]
         assert [p.out for p in found] == ["", "nsfw above 0.5", "spam above 0", "", ""]
 
 
 def test_a_row_left_out_may_hold_anything(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,spam\n[],0\nno list,1\n")
-    found = read(tmp_path / "p.csv", json_lists=True, at_most={"spam": 0})
+    found = read(tmp_path / "p.csv", json_lists=True, max_values={"spam": 0})
     assert [p.out for p in found] == ["empty", "spam above 0"]
 
 
@@ -196,7 +196,7 @@ def test_mixture_continues_when_a_source_ends_and_logs_it(tmp_path: Path, caplog
     messages = [(r.levelname, r.getMessage()) for r in caplog.records]
     assert messages == [
         ("WARNING", "prompts.sources.a ended after 30 prompts; the mixture goes on with b, c in their proportion"),
-        ("INFO", "prompts.sources.b.most: 20 prompts are drawn; the mixture goes on with c in their proportion"),
+        ("INFO", "prompts.sources.b.max_prompts: 20 prompts are drawn; the mixture goes on with c in their proportion"),
         ("WARNING", "prompts.sources.c ended after 100 prompts; the mixture ends"),
     ]
 
@@ -204,7 +204,7 @@ def test_mixture_continues_when_a_source_ends_and_logs_it(tmp_path: Path, caplog
 def test_left_out_prompts_do_not_count_towards_shares(tmp_path: Path) -> None:
     files = mixture(tmp_path, a=(0.5, 400, None)).sources
     (tmp_path / "b.csv").write_text("prompt,spam\n" + "".join(f"b {n},{int(n % 3 > 0)}\n" for n in range(300)))
-    b = cfg(tmp_path / "b.csv", at_most={"spam": 0})
+    b = cfg(tmp_path / "b.csv", max_values={"spam": 0})
     found = list(stream(MixturePrompts("mixture", {**files, "b": MixtureSource(0.5, b, 50)}), 0, None))
     good = [p.source for p in found if not p.out]
     assert Counter(good[:100]) == {"a": 50, "b": 50}
@@ -256,11 +256,11 @@ def test_the_default_is_the_mixture_and_its_parts_can_be_overridden() -> None:
     weights = [
         "+prompts.sources.mine.weight=0.1",
         "prompts.sources.coco.weight=0.05",
-        "prompts.sources.coco.most=50000",
+        "prompts.sources.coco.max_prompts=50000",
     ]
     mixed = settings(DatagenSettings, compose("datagen", [*added, *weights])).prompts
     assert isinstance(mixed, MixturePrompts)
-    assert mixed.sources["coco"].most == 50000
+    assert mixed.sources["coco"].max_prompts == 50000
     assert isinstance(mixed.sources["mine"].prompts, FilePrompts)
     assert mixed.sources["mine"].prompts.path == "hf://datasets/o/n@v1/*.csv"
 
@@ -281,10 +281,10 @@ def test_the_weights_in_the_message_can_be_pasted() -> None:
         (["prompts.sources.coco.weight=-0.1"], "prompts.sources.coco.weight: -0.1 is outside 0 to 1"),
         (["prompts.sources.coco.weight=0.9"], "prompts.sources: the weights sum to 1.75, not 1"),
         (["prompts.sources.coco.weight=many"], "prompts.sources.coco.weight: expected float, got 'many'"),
-        (["prompts.sources.coco.most=0"], "prompts.sources.coco.most: 0 is below 1; null"),
+        (["prompts.sources.coco.max_prompts=0"], "prompts.sources.coco.max_prompts: 0 is below 1; null"),
         (["prompts.sources.coco.prompts.shuffle=-1"], "prompts.sources.coco.prompts.shuffle: -1 is below 0"),
         (["+prompts.sources.mine.weight=0.1"], "prompts.sources.mine.prompts: missing"),
-        (["+prompts.sources.coco.prompts.at_most.x=y"], "prompts.sources.coco.prompts.at_most.x: expected float"),
+        (["+prompts.sources.coco.prompts.max_values.x=y"], "prompts.sources.coco.prompts.max_values.x: expected float"),
     ],
 )
 def test_mixtures_that_cannot_be_used(overrides: list[str], said: str) -> None:
@@ -391,8 +391,12 @@ def test_other_files_that_cannot_be_used(tmp_path: Path) -> None:
         archive.writestr("there.txt", "a fox")
     (tmp_path / "no.zip").write_bytes(b"PK")
     cases: list[tuple[str, dict[str, Any], str]] = [
-        ("p.csv", {"at_most": {"nsfw": 0.5}}, r"p\.csv, row 1: nsfw is 'high', no number, but at_most\.nsfw=0\.5"),
-        ("p.csv", {"at_most": {"age": 0.5}}, r"p\.csv lacks the column age; it has prompt, nsfw"),
+        (
+            "p.csv",
+            {"max_values": {"nsfw": 0.5}},
+            r"p\.csv, row 1: nsfw is 'high', no number, but max_values\.nsfw=0\.5",
+        ),
+        ("p.csv", {"max_values": {"age": 0.5}}, r"p\.csv lacks the column age; it has prompt, nsfw"),
         ("p.csv", {"json_lists": True}, r"p\.csv, row 1: not a JSON list of texts; .*prompts\.json_lists=false"),
         ("p.csv", {"revision": "v1"}, r"is no file of the hub .*, which alone has a revision \(v1\)"),
         ("p.json", {"records": "items"}, r"prompts\.records=items: .*p\.json has no such key, but rows"),

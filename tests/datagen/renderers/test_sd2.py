@@ -86,7 +86,7 @@ def test_timesteps_are_the_hosts() -> None:
 @pytest.mark.parametrize(("preset", "share"), [("sd2_competition", 1.0), ("sd2_fast", 1.0), ("sd2_fast", 0.4)])
 def test_images_match_a_loop_written_by_hand(weights: TinySD2, preset: str, share: float) -> None:
     steps = 50 if preset == "sd2_competition" else 25
-    got = make(weights, preset, steps=steps, guided_share=share).render(PROMPTS, SEEDS)
+    got = make(weights, preset, steps=steps, guided_fraction=share).render(PROMPTS, SEEDS)
     by_hand = _ddim_by_hand if preset == "sd2_competition" else _dpm_by_hand
     wanted = []
     for ids, seed in zip(IDS, SEEDS, strict=True):
@@ -263,7 +263,7 @@ def test_it_is_a_renderer(weights: TinySD2) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_settings_are_json_and_complete(weights: TinySD2, preset: str) -> None:
-    renderer = StableDiffusion2(tiny_sd2.renderer_settings(weights, preset, guided_share=0.5, cache_every=3))
+    renderer = StableDiffusion2(tiny_sd2.renderer_settings(weights, preset, guided_fraction=0.5, cache_every=3))
     recorded = renderer.settings()
     assert json.loads(json.dumps(recorded)) == recorded
     assert not renderer._networks  # asked for by a dry run
@@ -278,7 +278,7 @@ def test_settings_are_json_and_complete(weights: TinySD2, preset: str) -> None:
 def test_the_yaml_is_the_competitions_recipe() -> None:
     cfg = settings(StableDiffusionRenderer, compose("datagen", [])["renderer"])
     assert (cfg.render_size, cfg.size, cfg.filter) == (768, 512, "lanczos")
-    assert (cfg.guided_share, cfg.cache_every, cfg.watermark) == (1.0, 1, False)
+    assert (cfg.guided_fraction, cfg.cache_every, cfg.watermark) == (1.0, 1, False)
 
 
 @pytest.mark.slow
@@ -286,7 +286,7 @@ def test_every_bad_value_is_named_at_once() -> None:
     bad = [
         "steps=30",
         "guidance=-1",
-        "guided_share=1.5",
+        "guided_fraction=1.5",
         "cache_every=0",
         "size=1024",
         "render_size=700",
@@ -399,7 +399,7 @@ def test_deep_features_are_computed_at_every_nth_step(weights: TinySD2, preset: 
     assert 0 < np.abs(cached.astype(float) - plain).mean() < 10
     deep.clear()
     shallow.clear()
-    make(weights, preset, steps=8, cache_every=3, guided_share=0.5).render(PROMPTS, SEEDS)
+    make(weights, preset, steps=8, cache_every=3, guided_fraction=0.5).render(PROMPTS, SEEDS)
     assert (deep, shallow) == ([4, 4, 2], [4] * 4 + [2] * 4)
     for hook in hooks:
         hook.remove()
@@ -407,7 +407,7 @@ def test_deep_features_are_computed_at_every_nth_step(weights: TinySD2, preset: 
 
 def test_a_guidance_of_one_is_half_the_work(weights: TinySD2) -> None:
     """As in the host's script: e + 1 (p − e) is p."""
-    alone = make(weights, guided_share=0.0).render(PROMPTS, SEEDS)
+    alone = make(weights, guided_fraction=0.0).render(PROMPTS, SEEDS)
     assert np.array_equal(make(weights, guidance=1.0).render(PROMPTS, SEEDS), alone)
     assert tflop_per_image(50, 768, 1.0) == tflop_per_image(50, 768, 9.0, 0.0)
 
@@ -533,4 +533,4 @@ def test_the_estimate(weights: TinySD2) -> None:
     real = make(weights, render_size=768, steps=50)
     assert real.tflop() == tflop_per_image()
     assert real.seconds(2000) == pytest.approx(2 * real.seconds(1000))
-    assert make(weights, render_size=768, steps=50, guided_share=0.5, cache_every=5).tflop() < 0.5 * real.tflop()
+    assert make(weights, render_size=768, steps=50, guided_fraction=0.5, cache_every=5).tflop() < 0.5 * real.tflop()

@@ -74,7 +74,7 @@ def test_days_are_refused_and_a_forced_run_makes_a_dataset(
 
 
 def test_sd2_fast_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Path) -> None:
-    asked = cfg(weights.folder, tmp_path / "data", "renderer=sd2_fast", *TINY, "num=2", "renderer.guided_share=0.5")
+    asked = cfg(weights.folder, tmp_path / "data", "renderer=sd2_fast", *TINY, "num=2", "renderer.guided_fraction=0.5")
     assert generate(asked) == 0
     recorded = Dataset(tmp_path / "data").info["settings"]["renderer"]
     assert (recorded["name"], recorded["scheduler"], recorded["guided_share"]) == ("sd2_fast", "dpmsolver++", 0.5)

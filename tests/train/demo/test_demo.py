@@ -167,7 +167,7 @@ def test_a_bundle_and_an_ensemble_need_only_a_bank(run: Path, data: Path, tmp_pa
 def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Path) -> None:
     export(run / "best", tmp_path / "bundle")
     with pytest.raises(
-        UserError, match=r"knn is fitted on images\nbank: there are no prompts.*\n.*not in a run folder"
+        UserError, match=r"knn is fitted on images\nprompt_index: there are no prompts.*\n.*not in a run folder"
     ):
         model_and_run(cfg(f"checkpoint={tmp_path / 'bundle'}", "baselines=[mean,knn]"))
     found = model_and_run(cfg(f"checkpoint={tmp_path / 'bundle'}", f"run={run}"))
