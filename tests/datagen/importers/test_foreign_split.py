@@ -107,7 +107,7 @@ def test_missing_split_inputs_are_reported_before_reading() -> None:
     with pytest.raises(UserError) as refused:
         cfg("split.kind=holdout", "split.val_fraction=2", "seed=-1")
     assert "group_column: missing; split.kind=holdout needs each image's group" in str(refused.value)
-    assert "share: 2.0 is outside 0 to 1" in str(refused.value)
+    assert "val_fraction: 2.0 is outside 0 to 1" in str(refused.value)
     assert "seed: -1 is outside 0" in str(refused.value)
     with pytest.raises(UserError, match=r"encoder: null, but split.kind=similarity compares vectors"):
         cfg("split.kind=similarity", "encoder=null")
@@ -152,7 +152,7 @@ def test_holdout_keeps_groups_prompts_and_bytes_apart() -> None:
     assert split.extra_info["left_out"] == {REASON: 2, "no group": 1, "group on both sides": 1}
     assert split.leakage == {"train/val": {"prompts": 0, "images": 0, "affected": 0}}
     few = [image(n, f"prompt x{n}x", group=free[0]) for n in range(9)]
-    with pytest.raises(UserError, match="holds out none of the groups of g; take a larger share or another seed"):
+    with pytest.raises(UserError, match="holds out none of the groups of g; take a larger one, another seed"):
         split_foreign(few, cfg("split.kind=holdout", "group_column=g", "split.val_fraction=0.3"), no_vectors)
 
 

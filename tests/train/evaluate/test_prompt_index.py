@@ -222,7 +222,7 @@ def test_a_blend_lies_between() -> None:
     np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6)
     assert found.dtype == np.float32
     for share in (-0.1, 1.5, float("nan")):
-        with pytest.raises(UserError, match=rf"share: {share} of what is retrieved"):
+        with pytest.raises(UserError, match=rf"blend_weight: {share} is outside 0 to 1"):
             blend(a, b, share)
 
     with pytest.raises(UserError, match="members cancel out on image 0"):
