@@ -15,13 +15,13 @@ ENCODER = "all-MiniLM-L6-v2"
 class GrammarPrompts:
     name: Literal["grammar"]
     flourish: float
-    """Chance of a clause that no image shows, 0 to 1."""
+    """Probability of a clause that the image does not show, 0 to 1."""
     objects: tuple[float, ...]
-    """Chances of one, two, … different objects in a scene; they sum to 1."""
+    """Probabilities of one, two, … different objects in a scene, which sum to 1."""
     detail: float
-    """Scales the chances of a medium, place, light, look, size and count, 0 to 1."""
+    """Factor of the probabilities of a medium, place, light, look, size and count, 0 to 1."""
     names: int | None
-    """How many different objects there are; null takes all."""
+    """Number of different objects in the vocabulary; null takes all."""
 
     def problems(self) -> list[str]:
         found = [
@@ -43,7 +43,7 @@ class FilePrompts:
     revision: str | None
     """Commit, tag or branch of the hub's repository; null resolves today's commit and records it."""
     records: str | None
-    """Of a .json: key of the list of rows; null where the file is that list."""
+    """Key of the list of rows in a .json file; null where the file is the list."""
     text_encoding: str | None
     """Encoding of text files, such as cp1252; null: UTF-8, or what a byte order mark says, which overrules this."""
     column: str
@@ -53,7 +53,7 @@ class FilePrompts:
     group_column: str | None
     """Column of the group for `split.kind=holdout`; parts of a group are joined by ";"."""
     max_values: dict[str, float]
-    """Bounds of columns of numbers or truth values (1, 0): a row above one of them is left out, and counted."""
+    """Maximum values of numeric or boolean columns (1, 0); rows above one of them are skipped and counted."""
     shuffle: int
     """Prompts held for a local shuffle by `seed`, and row groups of a .parquet permuted; 0 keeps the files' order."""
     source: str | None
@@ -86,7 +86,7 @@ class MixtureSource:
     """Share of the mixture's prompts, 0 to 1; a source of weight 0 is not opened."""
     prompts: GrammarPrompts | FilePrompts
     max_prompts: int | None = None
-    """Prompts drawn of it before the mixture goes on without it; null: all."""
+    """Maximum number of prompts drawn from the source, after which the mixture continues without it; null for all."""
 
     def problems(self) -> list[str]:
         found = [] if 0 <= self.weight <= 1 else [f"weight: {self.weight} is outside 0 to 1"]
@@ -145,9 +145,9 @@ class StableDiffusionRenderer:
     allow_unknown_weights: bool
     """Load a .ckpt whose sha256 is not the published one."""
     scheduler: Literal["ddim", "dpmsolver++"]
-    """The sampler: ddim is the competition's."""
+    """Sampler of the diffusion; ddim is the competition's."""
     steps: int
-    """Denoising steps; of ddim a divisor of 1,000."""
+    """Number of denoising steps; for ddim a divisor of 1,000."""
     guidance: float
     """Classifier-free guidance scale; 1 is none."""
     guided_fraction: float
@@ -165,7 +165,7 @@ class StableDiffusionRenderer:
     device: str
     """auto, cpu, cuda or cuda:N."""
     compile: bool | None
-    """Compile the networks, once a process; null: on CUDA."""
+    """Whether to compile the networks, once per process; null compiles on CUDA."""
     batch_size: int | None
     """Images a batch; null finds it. Recorded in the dataset: another size changes float sums."""
     vae_batch: int
@@ -271,13 +271,13 @@ def _diffusion_unused(cfg: StableDiffusionRenderer | DiffusersRenderer) -> dict[
 @dataclass(frozen=True)
 class Curation:
     min_tokens: int
-    """Fewest CLIP tokens of a prompt, its start and end included."""
+    """Minimum number of CLIP tokens of a prompt, including start and end."""
     max_tokens: int | None
     """Most CLIP tokens; null keeps those over 77 whole for the target and counts them: Stable Diffusion cuts them."""
     language: str | None
-    """Drop prompts surely not in this language, an ISO 639-1 code such as en; null keeps all."""
+    """Language, as an ISO 639-1 code such as en; prompts that are surely in another are dropped. null keeps all."""
     profanity: Literal["keep", "drop"]
-    """drop: prompts with a word of an English list."""
+    """Filter of profanity: drop removes prompts with a word of an English list."""
     dedup_threshold: float | None
     """Drop a prompt whose target vector has this cosine or more to one kept before; null drops only equal texts."""
     exclude_near: tuple[Location, ...]
@@ -308,7 +308,7 @@ class Curation:
 @dataclass(frozen=True)
 class Split:
     kind: Literal["similarity", "holdout", "image"]
-    """How validation is kept apart: by cosine to training prompts, by group, or by image."""
+    """Kind of split: similarity (purge by cosine), holdout (by group) or image."""
     val_fraction: float
     """Fraction of prompts (of images with kind=image, of groups with holdout) that validates, 0 to 1."""
     threshold: float
@@ -337,7 +337,7 @@ class DatagenSettings:
     num: int
     """Number of images to render."""
     seed: int
-    """Decides prompts, split and every image's own seed."""
+    """Seed of prompts, split and the seeds of images."""
     seeds_per_prompt: int
     """Images of each prompt."""
     shard_size: int
@@ -345,21 +345,21 @@ class DatagenSettings:
     encoder: str | None
     """Target encoder: a sentence-transformers hub name or folder; null writes no targets."""
     engine: Literal["local", "ray"]
-    """Where shards are rendered: by processes of this machine, or by Ray's."""
+    """Engine that renders shards: local (processes of this machine) or ray (a cluster)."""
     ray_address: str | None
     """engine=ray: the cluster, "auto" or "host:6379"; null starts one on this machine."""
     devices: Literal["all"] | int
-    """GPUs of this machine, a process each."""
+    """Number of GPUs of this machine, with one process each."""
     workers: int | None
-    """Processes of a renderer that runs on the CPU; null takes every core."""
+    """Number of processes of a renderer that runs on the CPU; null for one per core."""
     part: str | None
     """ "i/n": render only every n-th shard, beginning with the i-th, in one job of an array of n; null: all."""
     retries: int
-    """How often a failing shard is tried again before it is set aside."""
+    """Number of retries of a failing shard before it is reported as failed."""
     dry_run: bool
-    """Tell images, time and disk, and stop."""
+    """Whether to report images, time and disk, and stop."""
     force: bool
-    """Render even where it would take days."""
+    """Whether to render even if it would take days."""
     prompts: GrammarPrompts | FilePrompts | MixturePrompts
     curate: Curation
     split: Split
@@ -417,7 +417,7 @@ def _without_groups(prompts: GrammarPrompts | FilePrompts | MixturePrompts) -> l
 
 
 def needs_vectors(curate: Curation, split: Split) -> bool:
-    """Whether curation compares prompts by their vectors."""
+    """Whether curation compares prompts by their target vectors."""
     return curate.dedup_threshold is not None or bool(curate.exclude_near) or split.kind == "similarity"
 
 
@@ -452,7 +452,7 @@ class IndexSettings:
     source: str | None
     """Name of the source of every image; null takes the name of the folder or the tars'."""
     seed: int
-    """Decides the split."""
+    """Seed of the split."""
     encoder: str | None
     """Target encoder; null writes no targets."""
     split: Split
@@ -497,7 +497,7 @@ class IndexSettings:
 @dataclass(frozen=True)
 class PublishedSettings:
     name: Literal["diffusiondb", "sd2_4m"]
-    """The set."""
+    """Name of the published dataset."""
     out: Location
     """Dataset folder: a local path or an fsspec URL."""
     num: int | None
@@ -513,7 +513,7 @@ class PublishedSettings:
     max_nsfw: float
     """diffusiondb: bound of `image_nsfw`, 0 to 1; 2 marks an image that was blurred."""
     seed: int
-    """Decides the order of the archives and the split."""
+    """Seed of the order of archives and of the split."""
     encoder: str | None
     """Target encoder; null writes no targets."""
     curate: Curation
@@ -551,7 +551,7 @@ class TargetsSettings:
     out: Location
     """Dataset folder: a local path or an fsspec URL."""
     encoder: str
-    """A sentence-transformers hub name or folder."""
+    """Target encoder: a sentence-transformers hub name or folder."""
 
 
 @dataclass(frozen=True)
@@ -565,15 +565,15 @@ class ReportSettings:
     out: Location
     """Dataset folder: a local path or an fsspec URL."""
     page: Path | None
-    """The page to write; null: `<out>.report.html`, beside the dataset or, of a URL, in the current folder."""
+    """File of the page; null for `<out>.report.html`, next to the dataset or, for a URL, in the current folder."""
     images: int
-    """Images on the contact sheet of training; half as many of every other split."""
+    """Number of training images on the contact sheet; half as many of every other split."""
     faults: int
-    """Redrawn, constant and faulty images shown of each kind."""
+    """Number of redrawn, constant and faulty images shown, each."""
     counted: int
-    """Prompts whose tokens and words are counted."""
+    """Maximum number of prompts whose tokens and words are counted."""
     seed: int
-    """Draws images and prompts."""
+    """Seed that draws images and prompts for the page."""
 
     def problems(self) -> list[str]:
         counts = {"images": self.images, "faults": self.faults, "counted": self.counted}

@@ -113,7 +113,7 @@ def curate(
 
     Raises:
         UserError: nothing is left; a filter's package is missing; `work` cannot be written; the source no longer gives
-            what `work` was begun with.
+            the same prompts as when `work` was created.
     """
     against = {str(place): _texts_at(place) for place in cfg.exclude_near}
     decides = {
@@ -194,7 +194,7 @@ class _Run:
             if digest(islice(stream, chunk.drawn)) != chunk.digest:
                 raise UserError(
                     f"{self.chunks.folder}: the source no longer gives the prompts that chunk {number} was made of; "
-                    "remove that folder, and curation begins anew"
+                    "remove that folder to start curation again"
                 )
         left = done[-1].left if done else math.ceil(self.num * 1.05)
         ended = done[-1].ended if done else False
@@ -222,9 +222,9 @@ class _Run:
 
     def _take(self, stream: Iterator[Prompt], left: int, tick: Callable[[int], object]) -> tuple[int, bool]:
         """Draw and commit one chunk; return the number of prompts still missing and whether the source ended."""
-        asked = min(left, _CHUNK)
-        prompts = list(islice(stream, asked))
-        left, ended = (left - asked, False) if len(prompts) == asked else (0, True)
+        count = min(left, _CHUNK)
+        prompts = list(islice(stream, count))
+        left, ended = (left - count, False) if len(prompts) == count else (0, True)
         drops = _Drops()
         usable, hashes, tokens = self._usable(prompts, drops)
         tick(len(prompts) - len(usable))
@@ -252,18 +252,18 @@ class _Run:
         counts = (dict(drops.counts), drops.examples, dict(sources))
         chunk = Chunk(len(prompts), digest(prompts), left, ended, len(usable), len(kept), width, *counts)
         self.chunks.commit(chunk, table, hashes)
-        at = np.searchsorted(self.seen, hashes)
-        self.seen = np.insert(self.seen, at, hashes)
+        positions = np.searchsorted(self.seen, hashes)
+        self.seen = np.insert(self.seen, positions, hashes)
         return left, ended
 
     def _usable(self, prompts: list[Prompt], drops: _Drops) -> tuple[list[Prompt], Ints, Ints]:
-        """The clean, new prompts of the right length that no filter drops; their hashes, ascending; their tokens."""
+        """Select clean, new prompts of the right length that pass the filters; their sorted hashes; their tokens."""
         texts = ["" if p.out else clean(p.text) for p in prompts]
         lengths = self.count_tokens(texts) if texts else np.zeros(0, np.int64)
         hashes = np.array([form_hash(text) for text in texts], np.int64)
         at = np.searchsorted(self.seen, hashes)
-        known = np.zeros(len(texts), bool)
-        known[at < len(self.seen)] = self.seen[at[at < len(self.seen)]] == hashes[at < len(self.seen)]
+        is_known = np.zeros(len(texts), bool)
+        is_known[at < len(self.seen)] = self.seen[at[at < len(self.seen)]] == hashes[at < len(self.seen)]
         kept: list[int] = []
         new: set[int] = set()
         least, most = self.cfg.min_tokens, self.cfg.max_tokens
@@ -277,7 +277,7 @@ class _Run:
                 reason = f"under {least} tokens"
             elif most is not None and length > most:
                 reason = f"over {most} tokens"
-            elif known[i] or key in new:
+            elif is_known[i] or key in new:
                 reason = "equal text"
             if reason:
                 drops.add(reason, 1, lambda _, text=text: [text])
@@ -285,15 +285,15 @@ class _Run:
                 new.add(key)
                 kept.append(i)
         for reason, keep in self.filters:
-            stays = keep([texts[i] for i in kept])
-            out = [texts[i] for i, stay in zip(kept, stays, strict=True) if not stay]
+            mask = keep([texts[i] for i in kept])
+            out = [texts[i] for i, stay in zip(kept, mask, strict=True) if not stay]
             drops.add(reason, len(out), lambda n, out=out: out[:n])
-            kept = [i for i, stay in zip(kept, stays, strict=True) if stay]
+            kept = [i for i, stay in zip(kept, mask, strict=True) if stay]
         usable = [Prompt(texts[i], prompts[i].source, clean(prompts[i].group)) for i in kept]
         return usable, np.sort(hashes[kept]), lengths[kept]
 
     def _distinct(self, texts: list[str], vectors: NDArray[np.float32], drops: _Drops) -> Ints:
-        """Row numbers of the prompts that are no near-duplicates; their vectors are added to the index."""
+        """Select prompts that are not near-duplicates, as row numbers, and add their vectors to the index."""
         rows = np.arange(len(texts))
         if self.against:
             others, names = self._exclusion_index(vectors.shape[1])

@@ -1,4 +1,4 @@
-"""Filters that are options of curation: the language of a prompt, and profanity. Each needs a small package.
+"""Optional filters of curation: language of a prompt, and profanity. Each needs a small package.
 
     keep = language("en")
     keep(["a red fox in the snow", "un renard rouge dans la neige"])   # [True, False]
@@ -20,7 +20,7 @@ _HARMLESS = ("balls", "bloody", "bum", "damned", "hardcore", "hell", "playboy", 
 
 
 def language(code: str) -> Keep:
-    """Keeps the texts that may be of the language `code` (ISO 639-1, such as en): chance of 0.5 % or more.
+    """Build a filter that keeps texts which may be in the language `code` (ISO 639-1): probability of 0.5 % or more.
 
     By py3langid (langid.py's model); a text with nothing to tell by stays.
 
@@ -44,7 +44,7 @@ def language(code: str) -> Keep:
 
 
 def profanity() -> Keep:
-    """Keeps the texts without a word of badwords-py's English list: whole words, so that Scunthorpe stays.
+    """Build a filter that keeps texts without a word of badwords-py's English list, by whole words.
 
     Raises:
         UserError: the package is missing.

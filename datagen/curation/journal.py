@@ -1,12 +1,12 @@
-"""What curation has done so far, in a folder, a chunk of the source at a time: a killed run goes on after the last.
+"""Journal of curation: committed chunks of the source in a folder, from which a killed run resumes.
 
 lock, lock.holder   held by the run that curates here; a second one is refused
-settings.json       what decides all else; a folder of other settings is emptied
-000000.parquet      the prompts kept of a chunk: prompt, source, group, tokens
-000000.hashes.npy   hashes of the texts that were new in it (of their normal form), sorted, for finding equal ones later
+settings.json       all settings that decide the chunks; a folder with other settings is emptied
+000000.parquet      kept prompts of a chunk: prompt, source, group, tokens
+000000.hashes.npy   sorted hashes of the new texts of the chunk (of their normal form), to find equal texts later
 000000.json         counts, examples, and the SHA-256 of these, of the files above and of the chunk's vectors; written
-                    last, so it is the commit. A chunk that is damaged is curated again, with all after it
-vectors.f16         the kept prompts' vectors, one after the other; what lies behind the last commit is cut off
+                    last, so it is the commit. A damaged chunk is curated again, with all later ones
+vectors.f16         vectors of the kept prompts in order; rows after the last commit are truncated
 """
 
 import hashlib
@@ -47,68 +47,76 @@ _OURS = re.compile(
 
 @dataclass
 class Chunk:
-    """What became of a run of prompts of the source."""
+    """Counts of a committed chunk, which is a range of consecutive prompts of the source."""
 
     drawn: int
+    """Number of prompts drawn from the source."""
     digest: str
-    """Of the prompts drawn."""
+    """Hash of the drawn prompts."""
     left: int
-    """How many the round had still to draw after it."""
+    """Number of prompts that the round had still to draw after the chunk."""
     ended: bool
-    """Whether the source ended in it."""
+    """Whether the source ended in the chunk."""
     usable: int
-    """Prompts that only their vectors could drop."""
+    """Number of prompts before deduplication by vectors."""
     kept: int
+    """Number of prompts after deduplication by vectors."""
     width: int
-    """Numbers of a vector; 0 where none is needed."""
+    """Width of a vector; 0 where no vectors are needed."""
     dropped: dict[str, int]
+    """Reason → number of dropped prompts."""
     examples: dict[str, list[str]]
+    """Reason → first dropped prompts."""
     sources: dict[str, int]
-    """Source → prompts drawn."""
+    """Source → number of drawn prompts."""
 
 
 class Chunks:
-    """The folder, opened: its committed chunks, their prompts and vectors.
+    """Journal folder with its committed chunks, their prompts and vectors.
 
     Args:
-        settings: all that decides the chunks, as plain JSON.
+        settings: all settings that decide the chunks, as plain JSON.
 
     Raises:
-        UserError: the folder holds something else, cannot be written, or another run is curating there.
+        UserError: the folder has unexpected files, cannot be written, or another run is curating there.
     """
 
     def __init__(self, folder: Path, settings: Any) -> None:
         self.folder = folder
-        strangers = [p.name for p in sorted(folder.iterdir()) if not _OURS.fullmatch(p.name)] if folder.exists() else []
-        if strangers:
-            raise UserError(f"{folder} is not curation's ({strangers[0]}, …); move it away, or choose another out=")
-        # two runs at once would cut off each other's vectors
+        unexpected = (
+            [p.name for p in sorted(folder.iterdir()) if not _OURS.fullmatch(p.name)] if folder.exists() else []
+        )
+        if unexpected:
+            raise UserError(
+                f"{folder} is not a folder of curation ({unexpected[0]}, …); move it away, or choose another out="
+            )
+        # two runs at once would truncate each other's vectors
         self._unlock = weakref.finalize(self, _lock(folder / "lock"))
-        wanted = json_bytes(settings)
-        there = folder / "settings.json"
-        if there.exists() and there.read_bytes() != wanted:
-            log.info("%s was begun with other settings or sources: curation begins anew", folder)
-            there.unlink()  # first, so that what a kill leaves is not taken for what it says
-        if not there.exists():
+        settings_bytes = json_bytes(settings)
+        settings_path = folder / "settings.json"
+        if settings_path.exists() and settings_path.read_bytes() != settings_bytes:
+            log.info("%s has other settings or sources: curation starts again", folder)
+            settings_path.unlink()  # first, so that after a kill no old chunks remain beside new settings
+        if not settings_path.exists():
             for path in folder.iterdir():
                 if path.name not in ("lock", "lock.holder"):
                     path.unlink()
-            write_bytes(there, wanted)
+            write_bytes(settings_path, settings_bytes)
         remove_parts(folder)
         self.done: list[Chunk] = []
         self.starts: list[int] = [0]
-        """Number of each chunk's first kept prompt, and of all."""
+        """Number of kept prompts before each chunk, and in total."""
         self._read_chunks(sorted(folder.glob("[0-9]*.json")))
         self._rows: VectorFile | None = None
         if self.done:
-            log.info("curation goes on after %s prompts", f"{sum(chunk.drawn for chunk in self.done):,}")
+            log.info("curation resumes after %s prompts", f"{sum(chunk.drawn for chunk in self.done):,}")
 
     def _read_chunks(self, paths: list[Path]) -> None:
-        """Takes the committed chunks up to the first damaged one; removes the commits of that and of all after it."""
+        """Read the committed chunks up to the first damaged one; remove the commits of this and all later ones."""
         for number, path in enumerate(paths):
             chunk = self._whole_chunk(number)
             if chunk is None:
-                log.warning("%s or a file beside it is damaged: this part is curated again, and all after it", path)
+                log.warning("%s or a file of its chunk is damaged: curating it and all later chunks again", path)
                 for later in reversed(paths[number:]):
                     later.unlink()
                 return
@@ -116,7 +124,7 @@ class Chunks:
             self.starts.append(self.starts[-1] + chunk.kept)
 
     def _whole_chunk(self, number: int) -> Chunk | None:
-        """A committed chunk; None of one that is missing or damaged."""
+        """Read a committed chunk; None where it is missing or damaged."""
         try:
             record = json.loads(self._path(number, "json").read_text())
             hashes = record.pop("sha256")
@@ -126,7 +134,7 @@ class Chunks:
             return None
 
     def _sha256(self, number: int, chunk: Chunk) -> dict[str, str]:
-        """SHA-256 of each file of a chunk and of its rows in vectors.f16; `starts` must hold the chunks before it."""
+        """SHA-256 of each file of a chunk and of its rows in vectors.f16; `starts` must have all earlier chunks."""
         hashes = {suffix: sha256(self._path(number, suffix)) for suffix in ("parquet", "hashes.npy")}
         if chunk.width:
             row_bytes = chunk.width * np.dtype(np.float16).itemsize
@@ -138,10 +146,11 @@ class Chunks:
 
     @property
     def kept(self) -> int:
+        """Number of kept prompts of all chunks."""
         return self.starts[-1]
 
     def rows(self, width: int) -> VectorFile:
-        """The vectors of the kept prompts."""
+        """Vectors of the kept prompts."""
         if self._rows is None:
             self._rows = VectorFile(width, self.folder / "vectors.f16", self.kept)
         return self._rows
@@ -152,12 +161,12 @@ class Chunks:
         self._unlock()
 
     def hashes(self) -> NDArray[np.int64]:
-        """Sorted, of all texts that were new."""
-        found = [np.load(self._path(n, "hashes.npy"), allow_pickle=False) for n in range(len(self.done))]
-        return np.sort(np.concatenate([*found, np.zeros(0, np.int64)]))
+        """Sorted hashes of all new texts."""
+        arrays = [np.load(self._path(n, "hashes.npy"), allow_pickle=False) for n in range(len(self.done))]
+        return np.sort(np.concatenate([*arrays, np.zeros(0, np.int64)]))
 
-    def commit(self, chunk: Chunk, kept: pa.Table, hashes: NDArray[np.int64]) -> None:
-        """Adds a chunk; its vectors are in `rows` already.
+    def commit(self, chunk: Chunk, table: pa.Table, hashes: NDArray[np.int64]) -> None:
+        """Commit a chunk, whose vectors are in `rows` already.
 
         Raises:
             UserError: the disk is full.
@@ -165,7 +174,7 @@ class Chunks:
         number = len(self.done)
         if self._rows is not None:
             self._rows.sync()
-        write_table(self._path(number, "parquet"), kept)
+        write_table(self._path(number, "parquet"), table)
         write_array(self._path(number, "hashes.npy"), hashes, checksum=True)
         write_json(self._path(number, "json"), {**asdict(chunk), "sha256": self._sha256(number, chunk)})
         self.done.append(chunk)
@@ -175,19 +184,19 @@ class Chunks:
         return pq.read_table(self._path(number, "parquet"), columns=columns and list(columns))
 
     def texts(self, numbers: Sequence[int]) -> list[str]:
-        """The kept prompts of these numbers."""
-        found = []
+        """Kept prompts of the given numbers."""
+        texts = []
         for number in numbers:
             chunk = int(np.searchsorted(self.starts, number, side="right")) - 1
-            found.append(self.table(chunk, ["prompt"])["prompt"][number - self.starts[chunk]].as_py())
-        return found
+            texts.append(self.table(chunk, ["prompt"])["prompt"][number - self.starts[chunk]].as_py())
+        return texts
 
     def _path(self, number: int, suffix: str) -> Path:
         return self.folder / f"{number:06d}.{suffix}"
 
 
 def _lock(path: Path) -> Callable[[], None]:
-    """Lock the folder of a file for this run; returns what releases it.
+    """Lock the folder of a file for this run; return the function that releases it.
 
     Raises:
         UserError: another run holds it, or it cannot be written.
@@ -205,7 +214,7 @@ def _lock(path: Path) -> Callable[[], None]:
 
 
 def digest(prompts: Iterable[Prompt]) -> str:
-    """Tells whether a source still gives the same prompts."""
+    """Hash prompts, to check that a source still gives the same ones."""
     total = hashlib.blake2b(digest_size=16)
     for p in prompts:
         total.update(f"{p.text}\0{p.source}\0{p.group}\0{p.out}\0".encode("utf-8", "surrogatepass"))

@@ -83,7 +83,7 @@ class Tar:
 
 
 def _repeats(group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
-    """The members that share a name, given by suffix in the tar's order: those of its first sample, its second, …."""
+    """Split members that share a name, by suffix in the tar's order, into those of the first sample, the second, …."""
     counts: dict[str, Counter[str]] = {}  # of the suffixes that share a name up to the last dot
     for suffix, _ in group:
         counts.setdefault(suffix.rpartition(".")[0], Counter())[suffix] += 1

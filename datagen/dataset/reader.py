@@ -88,7 +88,7 @@ def plan_matches(root: Place) -> bool:
 
 
 def is_plan_file(path: Place) -> bool:
-    """Whether a file is a plan: a run killed in its first seconds leaves nothing else."""
+    """Whether a file is a plan, which is all that a run killed in its first seconds leaves."""
     files = Files(path.parent)
     if path.name != "prompts.parquet" or files.size(path.name) is None:
         return False

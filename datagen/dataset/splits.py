@@ -66,7 +66,7 @@ class ImageLinks:
         return connected_components(graph, directed=False)[1][:count].astype(np.int64)
 
     def linked_to(self, wanted_n: Mask) -> Mask:
-        """Which images share a prompt or their bytes with one of `wanted_n`, these included: [n]."""
+        """Whether each image shares a prompt or their bytes with one of `wanted_n`, these included: [n]."""
         linked_n = np.isin(self.content_n, self.content_n[wanted_n])
         linked_n[self.owner_l[np.isin(self.prompt_l, self.prompt_l[wanted_n[self.owner_l]])]] = True
         return linked_n
@@ -94,7 +94,7 @@ class Division:
 
 
 def giant_groups(group_n: Ints) -> Mask:
-    """Which groups hold several images and more than a fifth of all, [c].
+    """Whether each group has several images and more than a fifth of all, [c].
 
     Args:
         group_n: number of each image's group, 0 … c − 1.

@@ -85,7 +85,7 @@ class TargetEncoder:
         return vectors if len(number) == len(texts) else vectors[[number[text] for text in texts]]
 
     def close(self) -> None:
-        """Gives back the model's memory; the next use loads it again."""
+        """Free the model's memory; the next use loads it again."""
         import torch
 
         self._loaded = self._encode = None

@@ -304,7 +304,7 @@ def _render(
                 if in_a_row == _MOST_FAILED_IN_A_ROW:
                     raise UserError(
                         f"{in_a_row} shards in a row failed, the last with: {error}\n"
-                        f"The whole trace is in {beside(cfg.out, '.log.jsonl')}. Mend it; the same command resumes."
+                        f"The traceback is in {beside(cfg.out, '.log.jsonl')}. Fix the cause; the same command resumes."
                     )
     remove_parts(cfg.out)  # of workers that were killed; those that live lock theirs
     for note, count in sorted(noted.items()):

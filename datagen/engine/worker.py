@@ -40,7 +40,7 @@ class Event:
 
 
 class Engine(Protocol):
-    """Where shards are rendered: this machine's processes (`local.Local`) or a cluster's (`ray.Cluster`)."""
+    """Interface of engines, which render shards in processes of this machine (`local.Local`) or of a Ray cluster."""
 
     places: int
     """Number of shards rendered at the same time."""

@@ -208,7 +208,7 @@ def read_tars(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[lis
         raise UserError(f"tars: nothing matches {cfg.tars}")
     others = [path for path in paths if not path.endswith(".tar")]
     if others:
-        raise UserError(f"tars: {others[0]} is no .tar; narrow the pattern {cfg.tars}, or unpack what is compressed")
+        raise UserError(f"tars: {others[0]} is not a .tar; narrow the pattern {cfg.tars}, or unpack compressed files")
     unnamed = [path for path in paths if not _is_utf8(Path(path).absolute())]
     if unnamed:
         raise UserError(f"tars: {unnamed[0]!r} is {NOT_UTF8}; rename it")

@@ -100,7 +100,7 @@ def publish(cfg: PublishedSettings) -> None:
     names = [archive["name"] for archive in provenance["archives"]]
     if cfg.folder is None and provenance["commit"] is None:
         raise UserError(
-            f"folder: missing; {out} was begun from a local copy of {provenance['repo']}, whose commit is unknown"
+            f"folder: missing; {out} comes from a local copy of {provenance['repo']}, whose commit is unknown"
         )
     source = download.Repository(
         provenance["repo"], None if cfg.folder else provenance["commit"], cfg.folder, tuple(names)
@@ -223,7 +223,7 @@ def _source(cfg: PublishedSettings, published: PublishedSet, work: Path) -> down
         recorded = json.loads(path.read_text())
         if recorded["wanted"] == request:
             return download.Repository(published.repo, recorded["commit"], cfg.folder, tuple(recorded["names"]))
-        log.info("%s was begun with other settings; it starts again", work)
+        log.info("%s has other settings; starting again", work)
         shutil.rmtree(work)
     source = download.repository(published.repo, cfg.revision, cfg.folder)
     write_json(path, {"wanted": request, "commit": source.commit, "names": source.names})
@@ -244,7 +244,7 @@ def _texts_of_table(
     try:
         present = pq.read_schema(path).names
     except (pa.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path} is no parquet file: {error}; copy it again") from error
+        raise UserError(f"{path} is not a Parquet file: {error}; copy it again") from error
     missing = [column for column in columns if column not in present]
     if missing:
         raise UserError(f"{path} lacks the column {', '.join(missing)}; it has {', '.join(present)}")

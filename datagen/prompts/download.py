@@ -88,7 +88,7 @@ class File:
                 try:
                     archive = stack.enter_context(zipfile.ZipFile(self.path))
                 except zipfile.BadZipFile as error:
-                    raise UserError(f"{self.path} is no zip, or cut off ({error}); copy it again") from error
+                    raise UserError(f"{self.path} is not a zip, or truncated ({error}); copy it again") from error
                 if self.member not in archive.namelist():
                     raise UserError(f"{self.path} holds no {self.member}, but {some(archive.namelist())}")
                 file = cast(BinaryIO, stack.enter_context(archive.open(self.member)))
@@ -99,59 +99,59 @@ class File:
 
 @dataclass(frozen=True)
 class Origin:
-    """Where files came from."""
+    """Origin of a set of files: URL, hub commit and local copies."""
 
     url: str
     commit: str | None
-    """Of the hub's repository."""
+    """Commit of the hub repository; None for other origins."""
     files: tuple[File, ...]
 
     def facts(self) -> dict[str, Any]:
-        """Plain JSON: the repository or URL, the hub's commit, and each file's size and sha256, a zip's whole."""
+        """Facts as plain JSON: repository or URL, hub commit, and size and sha256 of each file (of the whole zip)."""
         hub = _HUB.fullmatch(self.url.rpartition("::")[2])
-        where = {"repo": hub["repo"], "commit": self.commit} if hub else {"url": self.url}
-        found = {f.name: {"bytes": f.path.stat().st_size, "sha256": sha256(f.path)} for f in self.files}
-        return {**where, "files": found}
+        origin = {"repo": hub["repo"], "commit": self.commit} if hub else {"url": self.url}
+        file_facts = {f.name: {"bytes": f.path.stat().st_size, "sha256": sha256(f.path)} for f in self.files}
+        return {**origin, "files": file_facts}
 
 
 @cache
 def files(url: str, revision: str | None, key: str) -> Origin:
-    """The files that `url` names, fetched where they are not local, in the order of their names.
+    """Download or locate the files that `url` names, sorted by name.
 
     Args:
         url: a path, or an fsspec URL: hf://datasets/owner/name[@revision]/file, s3://…, https://…; it may hold * and ?.
             zip://member::url is one file of a zip.
-        revision: commit, tag or branch of a hub's repository; None takes the newest commit, once a process.
-        key: the setting that holds `url`, for messages.
+        revision: commit, tag or branch of a hub repository; None takes the newest commit, once per process.
+        key: name of the setting that holds `url`, for messages.
 
     Raises:
-        UserError: there is no such file, or it cannot be had: it says what was tried, what is there and what to do.
+        UserError: the file does not exist or cannot be downloaded; the message has a hint.
     """
     if url.startswith("zip://"):
         member, separator, outer = url.removeprefix("zip://").partition("::")
         if not separator or not member:
             raise UserError(f"{key}: {url} is not zip://member::path")
-        found = files(outer, revision, key)
-        return Origin(url, found.commit, tuple(File(f"{f.name}/{member}", f.path, member) for f in found.files))
+        source = files(outer, revision, key)
+        return Origin(url, source.commit, tuple(File(f"{f.name}/{member}", f.path, member) for f in source.files))
     hub = _HUB.fullmatch(url)
     if hub:
         return _hub_files(url, hub, revision, key)
     if url.startswith("hf://"):
         raise UserError(f"{key}: {url} is not hf://datasets/owner/name/file, or hf://datasets/owner/name@revision/file")
     if revision is not None:
-        raise UserError(f"{key}: {url} is no file of the hub (hf://…), which alone has a revision ({revision})")
+        raise UserError(f"{key}: {url} is not on the hub (hf://…), so it has no revision ({revision})")
     if "://" in url and not url.startswith("file://"):
         return Origin(url, None, tuple(_remote_files(url, key)))
     path = url.removeprefix("file://")
     paths = sorted(glob.glob(path, recursive=True)) if _is_glob(path) else [path]  # noqa: PTH207 – it may be absolute
-    found = [p for p in map(Path, paths) if p.is_file()]
-    if not found:
+    paths = [p for p in map(Path, paths) if p.is_file()]
+    if not paths:
         raise UserError(f"{key}: no file {path}{_beside(Path(path))}")
-    return Origin(url, None, tuple(File(n, p, None) for n, p in zip(_told(found), found, strict=True)))
+    return Origin(url, None, tuple(File(n, p, None) for n, p in zip(_relative_names(paths), paths, strict=True)))
 
 
-def _told(paths: Sequence[Path]) -> list[str]:
-    """Names of files: their paths below the folder that they share, since two folders may hold files of one name."""
+def _relative_names(paths: Sequence[Path]) -> list[str]:
+    """Name files by their paths below their common folder, because file names may repeat between folders."""
     shared = os.path.commonpath([path.parent for path in paths])
     return [path.relative_to(shared).as_posix() for path in paths]
 
@@ -161,13 +161,14 @@ def _is_glob(path: str) -> bool:
 
 
 def _beside(path: Path) -> str:
-    """What lies in the folder of a missing file."""
+    """List the folder of a missing file, for a message."""
     if not path.parent.is_dir():
         return ""
     return f"; {path.parent} holds {some(sorted(p.name for p in path.parent.iterdir()))}"
 
 
 def some(names: list[str]) -> str:
+    """Format the first names of a list, for a message."""
     return (", ".join(names[:8]) + (f", … ({len(names):,} in all)" if len(names) > 8 else "")) or "nothing"
 
 
@@ -181,59 +182,59 @@ class _NoMatchError(Exception):
 def _hub_files(url: str, hub: re.Match[str], revision: str | None, key: str) -> Origin:
     import huggingface_hub
 
-    inside = hub["revision"] and urllib.parse.unquote(hub["revision"])
-    if inside and revision and inside != revision:
-        raise UserError(f"{key}: {url} names the revision {inside}, and revision={revision} another; give one of them")
+    url_revision = hub["revision"] and urllib.parse.unquote(hub["revision"])
+    if url_revision and revision and url_revision != revision:
+        raise UserError(f"{key}: {url} has the revision {url_revision}, but revision={revision}; give one of them")
     repo, kind, name = hub["repo"], hub["kind"].removesuffix("s"), hub["name"]
-    options = {"repo_type": kind, "revision": inside or revision}
+    options = {"repo_type": kind, "revision": url_revision or revision}
     with _hub_errors(f"{key}={url}", repo, kind, options["revision"], name, _COPY_HUB_FILE):
         if not _is_glob(name):
-            path = whole_hub_file(lambda **more: huggingface_hub.hf_hub_download(repo, name, **options, **more))
+            path = whole_hub_file(lambda **extra: huggingface_hub.hf_hub_download(repo, name, **options, **extra))
             folder = path.parents[len(Path(name).parts) - 1]
-            found = [path]
+            paths = [path]
         else:
             folder = Path(huggingface_hub.snapshot_download(repo, allow_patterns=[name], **options))
-            found = sorted(p for p in folder.glob(name) if p.is_file())
-            if not found:
+            paths = sorted(p for p in folder.glob(name) if p.is_file())
+            if not paths:
                 raise _NoMatchError(f"nothing matches {name}")
-            for path in found:
+            for path in paths:
                 inner = path.relative_to(folder).as_posix()
                 commit = {"repo_type": kind, "revision": folder.name}
                 whole_hub_file(
-                    lambda inner=inner, commit=commit, **more: huggingface_hub.hf_hub_download(
-                        repo, inner, **commit, **more
+                    lambda inner=inner, commit=commit, **extra: huggingface_hub.hf_hub_download(
+                        repo, inner, **commit, **extra
                     )
                 )
-    files = tuple(File(p.relative_to(folder).as_posix(), p, None) for p in found)
+    files = tuple(File(p.relative_to(folder).as_posix(), p, None) for p in paths)
     return Origin(url, folder.name, files)
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A dataset's repository on the hub, at a commit, or a local folder with the same files."""
+    """Dataset repository on the hub at a commit, or a local folder with the same files."""
 
     repo: str
     commit: str | None
     folder: Path | None
     names: tuple[str, ...]
-    """All files."""
+    """Names of all files."""
 
     def sizes(self, names: list[str]) -> dict[str, int]:
-        """Bytes of each file."""
+        """Size of each file, bytes."""
         if self.folder is not None:
             return {name: (self.folder / name).stat().st_size for name in names}
         import huggingface_hub
 
-        api, found = huggingface_hub.HfApi(), {}
+        api, sizes = huggingface_hub.HfApi(), {}
         with _hub_errors(self.repo, self.repo, "dataset", self.commit, "sizes of files", _COPY_REPOSITORY):
             for first in range(0, len(names), 500):
                 part = names[first : first + 500]
                 infos = api.get_paths_info(self.repo, part, repo_type="dataset", revision=self.commit)
-                found |= {info.path: info.size for info in infos if isinstance(info, huggingface_hub.RepoFile)}
-        return found
+                sizes |= {info.path: info.size for info in infos if isinstance(info, huggingface_hub.RepoFile)}
+        return sizes
 
     def fetch(self, name: str, work: Path) -> Path:
-        """A file of the folder, or of the hub in `work`; what an earlier run fetched of it is not fetched again."""
+        """Return a file of the folder, or download it from the hub to `work` unless an earlier run did."""
         if self.folder is not None:
             if not (self.folder / name).is_file():
                 raise UserError(f"{self.folder} lacks {name}; copy it from the hub's dataset {self.repo}")
@@ -256,7 +257,7 @@ class Repository:
 def repository(repo: str, revision: str | None, folder: Path | None) -> Repository:
     """
     Raises:
-        UserError: there is no such folder, or the hub cannot be asked or has no such repository.
+        UserError: the folder or the repository does not exist, or the hub cannot be reached.
     """
     if folder is not None:
         if not folder.is_dir():
@@ -286,7 +287,7 @@ def whole_hub_file(
     problem = etag_mismatch(path, etag_of(path))
     if problem is None:
         return path
-    log.warning("%s is damaged: %s; it is fetched again", path, problem)
+    log.warning("%s is damaged: %s; downloading it again", path, problem)
     try:
         path = Path(download(force_download=True))
     except Exception as error:  # the hub's client has a new set of error classes in each major version
@@ -386,20 +387,22 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
         names = [f"{n:03d}-{Path(urllib.parse.urlsplit(p).path).name}" for n, p in enumerate(paths)]
         for name, source in zip(names, paths, strict=True):
             _copy(fs, source, folder / name)
-        told = dict(zip(names, _told([Path(urllib.parse.urlsplit(p).path) for p in paths]), strict=True))
-        listed = with_checksum(json.dumps(told).encode())
+        shown_names = dict(
+            zip(names, _relative_names([Path(urllib.parse.urlsplit(p).path) for p in paths]), strict=True)
+        )
+        listed = with_checksum(json.dumps(shown_names).encode())
         write_atomically(listing, lambda file: file.write(listed))
     except UserError:
         raise
     except Exception as error:  # each protocol's client has its own
-        why = first_line(_root(error))
+        reason = first_line(_root(error))
         if _is_gone(error):
-            raise UserError(f"{key}={url}: there is no such file ({why}). {_copy_it(key)}") from error
+            raise UserError(f"{key}={url}: there is no such file ({reason}). {_copy_it(key)}") from error
         if not listing.exists():
-            raise UserError(f"{key}={url}: cannot be fetched: {why}. {_copy_it(key)}") from error
-        log.warning("%s cannot be asked (%s): taking the copy in %s", url, why, folder)
-        told = _whole_copies(folder, listing, f"{key}={url}: cannot be fetched ({why})", _copy_it(key))
-    for name, shown in told.items():
+            raise UserError(f"{key}={url}: cannot be fetched: {reason}. {_copy_it(key)}") from error
+        log.warning("%s cannot be reached (%s): using the copy in %s", url, reason, folder)
+        shown_names = _whole_copies(folder, listing, f"{key}={url}: cannot be fetched ({reason})", _copy_it(key))
+    for name, shown in shown_names.items():
         yield File(shown, folder / name, None)
 
 
@@ -411,19 +414,19 @@ def _copy_it(key: str) -> str:
 
 
 def _copy(fs: Any, source: str, target: Path) -> None:
-    """Copies one file unless a whole copy of the same size and version is there; never leaves a half.
+    """Download one file atomically, unless an intact copy of the same size and version exists.
 
-    Where the server tells no version, every run copies it again.
+    Where the server reports no version, every run downloads it again.
     """
     info = _retry(lambda: fs.info(source))
-    told = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
-    version = {"bytes": info.get("size"), "version": told}
-    known = store.read_record(target)
-    if told is not None and target.exists() and known is not None and version.items() <= known.items():
-        problem = store.damage(target, known)
+    version_id = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
+    version = {"bytes": info.get("size"), "version": version_id}
+    record = store.read_record(target)
+    if version_id is not None and target.exists() and record is not None and version.items() <= record.items():
+        problem = store.damage(target, record)
         if problem is None:
             return
-        log.warning("%s, the cached copy of %s, is damaged: %s; it is fetched again", target, source, problem)
+        log.warning("%s, the cached copy of %s, is damaged: %s; downloading it again", target, source, problem)
 
     def write(file: BinaryIO) -> None:
         def copy() -> int:
@@ -433,7 +436,7 @@ def _copy(fs: Any, source: str, target: Path) -> None:
                 shutil.copyfileobj(remote, file, 1 << 20)
             size = file.tell()
             if version["bytes"] not in (None, size):
-                raise ConnectionError(f"{source} came cut off: {size} bytes of {version['bytes']}")
+                raise ConnectionError(f"{source} arrived truncated: {size} bytes of {version['bytes']}")
             return size
 
         _retry(copy)
@@ -444,16 +447,16 @@ def _copy(fs: Any, source: str, target: Path) -> None:
     write_atomically(target, write, CACHE_HINT)
 
 
-def _whole_copies(folder: Path, listing: Path, what: str, remedy: str) -> dict[str, str]:
-    """The names in `listing`, whose copies are as they were fetched.
+def _whole_copies(folder: Path, listing: Path, prefix: str, hint: str) -> dict[str, str]:
+    """Names in `listing`, after a check that all copies are intact.
 
     Raises:
-        UserError: some are not; it begins with `what`.
+        UserError: a copy is missing or damaged; the message begins with `prefix`.
     """
     try:
         names: dict[str, str] = json.loads(read_checked(listing))
     except DamagedFile as error:
-        raise UserError(f"{what}, and the list of its copies, {listing}, cannot be used: {error}. {remedy}") from error
+        raise UserError(f"{prefix}, and the list of its copies, {listing}, cannot be used: {error}. {hint}") from error
     problems = []
     for name in names:
         record = store.read_record(folder / name)
@@ -464,12 +467,12 @@ def _whole_copies(folder: Path, listing: Path, what: str, remedy: str) -> dict[s
         elif (problem := store.damage(folder / name, record)) is not None:
             problems.append(f"{folder / name} is damaged: {problem}")
     if problems:
-        raise UserError(f"{what}, and the copies on this machine cannot be used: {'; '.join(problems)}. {remedy}")
+        raise UserError(f"{prefix}, and the copies on this machine cannot be used: {'; '.join(problems)}. {hint}")
     return names
 
 
 def _retry(work: Callable[[], T]) -> T:
-    """Call `work` again after errors of the network; each protocol's client has its own classes."""
+    """Call `work`, and retry after network errors, whose classes differ between protocols."""
     return retry(
         work,
         waits_s=_WAITS_S,
@@ -485,6 +488,6 @@ def _root(error: BaseException) -> BaseException:
 
 
 def _is_gone(error: BaseException) -> bool:
-    """Whether the server said that there is no such file; fsspec raises the same class where it reached no server."""
+    """Whether the server reported a missing file; fsspec raises the same class where it cannot reach the server."""
     root = _root(error)
     return isinstance(root, FileNotFoundError) or getattr(root, "status", None) in (404, 410)

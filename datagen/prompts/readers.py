@@ -209,7 +209,7 @@ def _parquet(raw: BinaryIO, name: str, options: ReadOptions) -> Rows:
     except UnicodeDecodeError as error:  # of a column's name
         raise _damaged(name, options, error) from error
     except pa.ArrowInvalid as error:
-        raise UserError(f"{name} is no parquet file: {error}") from error
+        raise UserError(f"{name} is not a Parquet file: {error}") from error
     except (pa.ArrowException, OSError) as error:
         raise _damaged(name, options, error) from error
     _require(names, name, options)

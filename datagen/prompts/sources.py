@@ -217,8 +217,8 @@ def _one(name: str, source: MixtureSource, seed: int, held_out: HeldOut | None, 
 
 
 def _log_end(name: str, drawn: int, most: int | None, others: list[str], key: str) -> None:
-    goes_on = f"the mixture goes on with {', '.join(others)} in their proportion" if others else "the mixture ends"
+    rest = f"the mixture continues with {', '.join(others)} in their proportion" if others else "the mixture ends"
     if drawn == most:
-        log.info("%s.sources.%s.max_prompts: %s prompts are drawn; %s", key, name, f"{drawn:,}", goes_on)
+        log.info("%s.sources.%s.max_prompts: %s prompts are drawn; %s", key, name, f"{drawn:,}", rest)
     else:
-        log.warning("%s.sources.%s ended after %s prompts; %s", key, name, f"{drawn:,}", goes_on)
+        log.warning("%s.sources.%s ended after %s prompts; %s", key, name, f"{drawn:,}", rest)

@@ -8,23 +8,25 @@ from numpy.typing import NDArray
 
 
 class Renderer(Protocol):
-    """Renders images from prompts. An image depends on its prompt, its seed and `settings()` alone."""
+    """Interface of renderers, whose images depend only on prompt, seed and `settings()`."""
 
     one_core: ClassVar[bool]
-    """It runs on one CPU core, so that a machine holds a process a core; else one process has it all."""
+    """Whether a process uses one CPU core, so that a machine runs one process per core; otherwise a single process."""
 
     batch_size: int | None
-    """Images that one call of `render` gets, the last of a shard being fewer; None until it is found."""
+    """Number of images per call of `render`, except for the last of a shard; None until it is found."""
 
     notes: list[dict[str, Any]]
-    """For each image of the last `render`, what its .json shall keep beside the plan: mostly {}, else such as
-    {"redrawn": "fp32"} or {"fault": "nan"}; an image with a "fault" is kept out of every split."""
+    """Note on each image of the last `render`, which its .json records: {}, {"redrawn": "fp32"} or {"fault": "nan"}.
+
+    An image with a "fault" is left out of every split.
+    """
 
     def load(self) -> None:
         """Load weights or fonts. Idempotent; `render` calls it.
 
         Raises:
-            UserError: it is missing, or another model's.
+            UserError: weights or fonts are missing, or belong to another model.
         """
         ...
 
@@ -33,14 +35,14 @@ class Renderer(Protocol):
         ...
 
     def settings(self) -> Mapping[str, Any]:
-        """Plain JSON values that decide the pixels, but for `batch_size`, which `dataset.json` records beside them.
+        """Plain JSON values that decide the pixels, without `batch_size`, which `dataset.json` records as well.
 
         A resumed run must match them.
         """
         ...
 
     def can_draw(self, prompt: str) -> bool:
-        """Whether the prompt names anything this renderer can draw. The plan drops and counts the others."""
+        """Whether the renderer can draw something of the prompt; the plan drops and counts other prompts."""
         ...
 
     def tflop(self) -> float | None:
@@ -52,7 +54,7 @@ class Renderer(Protocol):
         ...
 
     def measured_seconds(self, num: int) -> float:
-        """As `seconds`, from the time that ten images take now: weights are loaded."""
+        """Estimated seconds for `num` images, measured with ten images; loads the weights."""
         ...
 
     def on_gpu(self) -> bool:

@@ -24,7 +24,7 @@ Select = Callable[[Sequence[str]], list[str]]
 
 @dataclass(frozen=True)
 class Source:
-    """Where the weights are and what identifies them."""
+    """Location and identity of a model's weights."""
 
     name: str
     """The hub's repository, or the base name of the folder or file: paths differ between machines."""
@@ -48,7 +48,7 @@ def find(model: str, revision: str | None, select: Select, options: str) -> Sour
         options: text that tells the user what `model` may be.
 
     Raises:
-        UserError: there is no such thing, it lacks files, or the hub cannot be asked and its cache is empty.
+        UserError: the model does not exist, lacks files, or is not in the cache while the hub cannot be reached.
     """
     path = Path(model).expanduser()
     if path.is_dir():
@@ -90,7 +90,7 @@ def _repository(model: str, revision: str | None, select: Select, options: str) 
     except LookupError as error:
         raise UserError(f"renderer.model={model}: {at} of the hub lacks {error.args[0]}.\n{options}") from error
     if info.sha is None:
-        raise UserError(f"renderer.model={model}: {at} of the hub tells no commit.\n{options}")
+        raise UserError(f"renderer.model={model}: the hub reports no commit for {at}.\n{options}")
     files = {n: lfs.sha256 for n in names if n.endswith(".safetensors") and (lfs := siblings[n].lfs)}
     return Source(model, info.sha, files, None, tuple(names))
 
@@ -119,7 +119,7 @@ def _cached(model: str, revision: str | None, select: Select, options: str) -> S
 
 
 def _damaged(folder: Path, source: Source) -> bool:
-    """Whether weights in the hub's cache are not those of the blobs that hold them; the log names them."""
+    """Whether weights in the hub's cache differ from the hashes of their blobs; damaged files are logged."""
     blobs = {name: (folder / name).resolve().name for name in source.files}
     wrong = [n for n, blob in blobs.items() if re.fullmatch(r"[0-9a-f]{64}", blob) and blob != source.files[n]]
     for name in wrong:

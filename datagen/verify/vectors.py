@@ -66,7 +66,7 @@ class VectorCheck:
                 with self._files.path(f"{folder}/{name}").open("rb") as file:
                     vector_nE = np.load(file, allow_pickle=False)
                     if file.read(1):
-                        line = f"{where} goes on after its vectors; remove it and write it again"
+                        line = f"{where} has bytes after its vectors; remove it and write it again"
                         self._problems.add("vectors are damaged", line)
             except ARRAY_ERRORS as error:
                 self._problems.add(

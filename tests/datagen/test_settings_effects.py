@@ -260,7 +260,7 @@ DATAGEN_SETTINGS: Entries = {
     "prompts[grammar].detail": shows(prompts, "prompts.detail=0"),
     "prompts[grammar].names": shows(prompts, "prompts.names=5"),
     "prompts[file].path": shows(prompts, "prompts.path={files}/p.tsv", given=CSV),
-    "prompts[file].revision": refused("is no file of the hub", "prompts.revision=v1", given=CSV),
+    "prompts[file].revision": refused("is not on the hub", "prompts.revision=v1", given=CSV),
     "prompts[file].records": [
         shows(prompts, "prompts.records=more", given=(*CSV, "prompts.path={files}/p.json", "prompts.records=rows")),
         refused(f"prompts.records: {UNUSED}with path=.*p.csv", "prompts.records=rows", given=CSV),

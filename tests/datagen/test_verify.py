@@ -293,7 +293,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "vector of zeros": (vectors(lambda a: second_row(a, 0)), "000022: its vector .* has length 0, not 1"),
     "vectors and more": (
         lambda r: (r / TARGETS / "000001.npy").write_bytes((r / TARGETS / "000001.npy").read_bytes() + b"x"),
-        "000001.npy goes on after its vectors",
+        "000001.npy has bytes after its vectors",
     ),
     "one vector for all": (vectors(lambda a: np.repeat(a[:1], len(a), axis=0)), "000001.npy has one vector for all"),
     "vectors of another shard": (lambda r: (r / TARGETS / "000009.npy").touch(), "000009.npy is unexpected: no shard"),

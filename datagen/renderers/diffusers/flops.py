@@ -18,7 +18,7 @@ def tflop(config: Callable[[str], dict[str, Any] | None], steps: int, guidance: 
     """Forward TFLOP of an image: its steps and the decoding; a multiply-add is 2.
 
     Args:
-        config: a part's name → its config.json, None where there is no such part.
+        config: name of a part → its config.json, or None where the part is missing.
         guidance: above 1, each step takes two evaluations, unless the model reads the guidance as a number.
         side: of the rendered image, pixels; None is the model's own.
 

@@ -145,7 +145,7 @@ class DiffusersModel(DiffusionRenderer):
         return self._source.path or hub.download(self._source, OPTIONS)
 
     def load(self) -> None:
-        """Loads the pipeline.
+        """Load the pipeline.
 
         Raises:
             UserError: its weights are missing, or it is not one that draws images from prompts.

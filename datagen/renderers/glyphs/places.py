@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 WIDTH = 1.5
 """Panorama width over its height: an image shows a window of it, so that one place has many views."""
 FLOATING = frozenset({"space", "underwater", "sky"})
-"""Where nothing stands on the ground and nothing casts a shadow on it."""
+"""Places without ground: objects float and cast no shadow."""
 
 Colour = tuple[int, int, int]
 Point = tuple[float, float]

@@ -128,7 +128,7 @@ class StableDiffusion2(DiffusionRenderer):
         return weights.find(self.cfg.model, self.cfg.revision, self.cfg.allow_unknown_weights)
 
     def load(self) -> None:
-        """Loads the weights, downloading them where they are the hub's, and checks that they predict v.
+        """Load the weights, downloading them from the hub if needed, and check that they predict v.
 
         Raises:
             UserError: where weights are missing, or are another model's.

@@ -58,7 +58,7 @@ class Parts:
 
 
 def find(model: str, revision: str | None, allow_unknown: bool) -> Source:
-    """What `model` names; local files are hashed, the hub is asked for its commit, nothing is loaded.
+    """Locate the weights of `model` without loading them: hash local files, or look up the commit on the hub.
 
     Raises:
         UserError: it cannot be found, lacks files, or is a `.ckpt` that is not the published one.
@@ -209,7 +209,7 @@ _IS_BASE = (
 def refuse_epsilon(
     predict: "Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]", text_1TD: "torch.Tensor", name: str
 ) -> None:
-    """Raises where the UNet predicts epsilon: the 512 and 768 models have the same tensors, so it is asked.
+    """Refuse a UNet that predicts epsilon, by running it, because the 512 and 768 models have the same tensors.
 
     Args:
         predict: latents [1, C, H, W], timestep and text [1, T, D], all on `text_1TD`'s device → its prediction.

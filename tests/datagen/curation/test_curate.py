@@ -530,11 +530,11 @@ def test_other_settings_or_sources_start_again(tmp_path: Path, caplog: pytest.Lo
     work = tmp_path / "work"
     first = run(numbered(), 50, work=work, origin={"commit": "a"})
     assert run(numbered(), 50, work=work, origin={"commit": "a"}).train == first.train
-    assert "curation goes on after 53 prompts" in caplog.text
-    assert "begun with other settings" not in caplog.text
+    assert "curation resumes after 53 prompts" in caplog.text
+    assert "has other settings" not in caplog.text
     for change in ({"origin": {"commit": "b"}}, {"dedup_threshold": 0.9}):
         run(numbered(), 50, work=work, **{"origin": {"commit": "a"}, **change})
-        assert f"{work} was begun with other settings or sources: curation begins anew" in caplog.text
+        assert f"{work} has other settings or sources: curation starts again" in caplog.text
         caplog.clear()
     with pytest.raises(UserError, match="the source no longer gives the prompts that chunk 0 was made of; remove that"):
         run(itertools.islice(numbered(), 1, 4000), 50, work=work, dedup_threshold=0.9, origin={"commit": "a"})
@@ -582,12 +582,12 @@ def test_vectors_that_are_lost_are_encoded_again(tmp_path: Path, caplog: pytest.
         caplog.clear()
         again = run(thousand(), 500, "similarity", dedup_threshold=0.9, work=tmp_path)
         assert (again.train, again.val, again.report()) == (whole.train, whole.val, whole.report())
-        assert "is damaged: this part is curated again" in caplog.text
+        assert "or a file of its chunk is damaged" in caplog.text
 
 
 def test_foreign_folder_is_not_emptied(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("mine")
-    with pytest.raises(UserError, match=r"is not curation's \(thesis.txt, …\)"):
+    with pytest.raises(UserError, match=r"is not a folder of curation \(thesis.txt, …\)"):
         run(numbered(), 10, work=tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 

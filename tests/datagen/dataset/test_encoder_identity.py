@@ -215,8 +215,8 @@ def test_interrupted_curation_starts_again_with_a_changed_encoder(
     cfg = settings(DatagenSettings, compose("datagen", [*GLYPHS, f"encoder={folder}", f"out={tmp_path / 'data'}"]))
     curated_prompts(cfg, make_renderer(cfg), tmp_path / "work")
     curated_prompts(cfg, make_renderer(cfg), tmp_path / "work")
-    assert "curation begins anew" not in caplog.text
+    assert "curation starts again" not in caplog.text
     config = json.loads((folder / "1_Pooling/config.json").read_text())
     (folder / "1_Pooling/config.json").write_text(json.dumps({**config, "pooling_mode": "cls"}))
     curated_prompts(cfg, make_renderer(cfg), tmp_path / "work")
-    assert "was begun with other settings or sources: curation begins anew" in caplog.text
+    assert "has other settings or sources: curation starts again" in caplog.text

@@ -156,7 +156,7 @@ def test_missing_inputs_are_named_at_once(tmp_path: Path) -> None:
         make(tmp_path / "data", images=folder(tmp_path / "images", ["a.png"]), csv=tmp_path / "latin.csv")
     with pytest.raises(UserError, match="tars: nothing matches"):
         make(tmp_path / "data", tars=tmp_path / "*.tar")
-    with pytest.raises(UserError, match=r"latin.csv is no .tar; narrow the pattern"):
+    with pytest.raises(UserError, match=r"latin.csv is not a .tar; narrow the pattern"):
         make(tmp_path / "data", tars=tmp_path / "*.csv")
 
 

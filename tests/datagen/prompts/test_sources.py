@@ -195,8 +195,11 @@ def test_mixture_continues_when_a_source_ends_and_logs_it(tmp_path: Path, caplog
     assert Counter(found) == {"a": 30, "b": 20, "c": 100}
     messages = [(r.levelname, r.getMessage()) for r in caplog.records]
     assert messages == [
-        ("WARNING", "prompts.sources.a ended after 30 prompts; the mixture goes on with b, c in their proportion"),
-        ("INFO", "prompts.sources.b.max_prompts: 20 prompts are drawn; the mixture goes on with c in their proportion"),
+        ("WARNING", "prompts.sources.a ended after 30 prompts; the mixture continues with b, c in their proportion"),
+        (
+            "INFO",
+            "prompts.sources.b.max_prompts: 20 prompts are drawn; the mixture continues with c in their proportion",
+        ),
         ("WARNING", "prompts.sources.c ended after 100 prompts; the mixture ends"),
     ]
 
@@ -339,7 +342,7 @@ ERRORS: dict[str, tuple[bytes | None, str]] = {
     "broken.jsonl": (b'{"prompt": "a"}\n{"prompt": \n', "broken.jsonl:2: not JSON"),
     "list.jsonl": (b'["a fox"]\n', "list.jsonl:1: expected an object .*, got list"),
     "key.jsonl": (b'{"prompt": "a"}\n{"text": "a"}\n', "key.jsonl:2 lacks the column prompt; it has text"),
-    "p.parquet": (b"PAR1 is not all", "p.parquet is no parquet file"),
+    "p.parquet": (b"PAR1 is not all", "p.parquet is not a Parquet file"),
     "object.json": (
         b'{"rows": [], "info": 1}',
         "object.json: expected a list, got dict with the keys rows, info; .*records=",
@@ -398,7 +401,7 @@ def test_other_files_that_cannot_be_used(tmp_path: Path) -> None:
         ),
         ("p.csv", {"max_values": {"age": 0.5}}, r"p\.csv lacks the column age; it has prompt, nsfw"),
         ("p.csv", {"json_lists": True}, r"p\.csv, row 1: not a JSON list of texts; .*prompts\.json_lists=false"),
-        ("p.csv", {"revision": "v1"}, r"is no file of the hub .*, which alone has a revision \(v1\)"),
+        ("p.csv", {"revision": "v1"}, r"is not on the hub .*, so it has no revision \(v1\)"),
         ("p.json", {"records": "items"}, r"prompts\.records=items: .*p\.json has no such key, but rows"),
         ("gone/*.csv", {}, r"prompts\.path: no file .*gone/\*\.csv"),
         ("gone.csv", {}, r"no file .*gone\.csv; .* holds no\.zip, p\.csv, p\.json, p\.zip"),
@@ -408,10 +411,10 @@ def test_other_files_that_cannot_be_used(tmp_path: Path) -> None:
             read(tmp_path / path, **values)
     for url, said in (
         (f"zip://gone.txt::{tmp_path}/p.zip", r"p\.zip holds no gone\.txt, but there\.txt"),
-        (f"zip://gone.txt::{tmp_path}/no.zip", r"no\.zip is no zip, or cut off"),
+        (f"zip://gone.txt::{tmp_path}/no.zip", r"no\.zip is not a zip, or truncated"),
         (f"zip://{tmp_path}/p.zip", r"is not zip://member::path"),
         ("hf://owner/name/p.csv", r"is not hf://datasets/owner/name/file"),
-        ("hf://datasets/o/n@v1/p.csv", r"names the revision v1, and revision=v2 another"),
+        ("hf://datasets/o/n@v1/p.csv", r"has the revision v1, but revision=v2"),
         ("nosuch://bucket/p.csv", r"prompts\.path=nosuch://bucket/p\.csv: .*nosuch"),
     ):
         with pytest.raises(UserError, match=said):

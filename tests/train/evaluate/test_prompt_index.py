@@ -285,7 +285,7 @@ def test_all_that_is_wrong_with_the_places_is_told_at_once(tmp_path: Path, data:
         tmp_path / "folder.txt": "cannot be read: Is a directory",
         tmp_path / "nowhere": "no dataset at",
         latin: "not UTF-8: line 1 cannot be decoded. Likely cp1252 (Western Europe), which reads 'café'",
-        damaged: "is no parquet file",
+        damaged: "is not a Parquet file",
         cut: "is damaged or truncated",
         bad_bytes: "not UTF-8: line 2 cannot be decoded. Likely cp1252",
         tmp_path / "ragged.csv": "ragged.csv:3: more fields than columns",
