@@ -20,8 +20,8 @@ from core.errors import UserError
 from core.files import sha256
 from models.backbones import pretrained_weights
 from models.backbones.layer_groups import blocks, frozen_names, layers
-from models.backbones.specs import Spec, mean_colour, own_spec, shape_of, with_own_activation
-from models.runtime.towers import OPEN_CLIP, TRANSFORMERS, create_resized_tower, create_tower, resize_tower
+from models.backbones.specs import Spec, create_tower_on_meta, mean_colour, own_spec, shape_of, with_own_activation
+from models.runtime.towers import OPEN_CLIP, TRANSFORMERS, create_tower, resize_tower
 
 __all__ = ["Spec", "blocks", "build", "build_as_named", "frozen_names", "layers"]
 
@@ -85,7 +85,8 @@ def build_as_named(name: str, weights: str, size: int | None = None) -> nn.Modul
     Arguments and errors as of `build`.
     """
     _, own_size = shape_of(name)
-    if torch.get_default_device().type == "meta":
+    is_meta = torch.get_default_device().type == "meta"
+    if is_meta:
         weights = "random"
     paths = None if weights in ("pretrained", "random") else _paths(name, weights)
     if size is not None and size != own_size:
@@ -93,7 +94,7 @@ def build_as_named(name: str, weights: str, size: int | None = None) -> nn.Modul
     if weights == "pretrained":
         module = _pretrained(name, size)
     else:
-        module = create_tower(name, size)
+        module = create_tower_on_meta(name, size) if is_meta else create_tower(name, size)
         if paths is not None:
             _put(module, paths)
     resize_tower(module, size or own_size)
@@ -121,7 +122,9 @@ def _misfit(name: str, size: int) -> str | None:
     """Why the backbone cannot take `size`, found out on shapes alone; None where it can."""
     with torch.device("meta"):
         try:
-            create_resized_tower(name, size).eval()(torch.empty(2, 3, size, size))
+            module = create_tower_on_meta(name, size)
+            resize_tower(module, size)
+            module.eval()(torch.empty(2, 3, size, size))
         except Exception as error:  # each family has its own way to refuse
             return str(error).partition("\n")[0].rstrip(".") or type(error).__name__
     return None
@@ -130,9 +133,7 @@ def _misfit(name: str, size: int) -> str | None:
 @functools.cache
 def _patch(name: str) -> int:
     """Side of the patches that a transformer cuts its input into; 1 where it cuts none."""
-    with torch.device("meta"):
-        module = create_tower(name)
-    convolutions = dict(module.named_modules())
+    convolutions = dict(create_tower_on_meta(name).named_modules())
     for path in ("patch_embed.proj", "trunk.patch_embed.proj", "embeddings.patch_embedding", "conv1"):
         found = convolutions.get(path)
         if isinstance(found, nn.Conv2d) and found.kernel_size == found.stride:

@@ -5,6 +5,7 @@
 No weights are read, and nothing is downloaded.
 """
 
+import copy
 import difflib
 import functools
 import logging
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from core.errors import UserError
 from models.runtime.preprocess import Preprocessing
@@ -114,12 +116,23 @@ def _quickgelu_of_open_clip(name: str) -> str:
     return f"{OPEN_CLIP}{model}-quickgelu/{tag}"
 
 
-@functools.cache  # a run asks several times, and each answer builds the backbone
+def create_tower_on_meta(name: str, size: int | None = None) -> nn.Module:
+    """A backbone on the meta device: shapes without weights. Arguments as of `create_tower`."""
+    # timm builds a backbone at its own size, whatever the size here
+    return copy.deepcopy(_built_on_meta(name, size if name.startswith((OPEN_CLIP, TRANSFORMERS)) else None))
+
+
+@functools.cache  # a run needs several, and a copy takes a fraction of the time
+def _built_on_meta(name: str, size: int | None) -> nn.Module:
+    with torch.device("meta"):
+        return create_tower(name, size)
+
+
+@functools.cache
 def _timm_config(name: str) -> tuple[dict[str, Any], int]:
     """timm's `pretrained_cfg`, and the width of the pooled features."""
     _refuse_unknown_of_timm(name)
-    with torch.device("meta"):
-        module: Any = create_tower(name)
+    module: Any = _built_on_meta(name, None)
     # some heads widen the pooled features before the classifier, which alone is left out
     return module.pretrained_cfg, getattr(module, "head_hidden_size", None) or module.num_features
 

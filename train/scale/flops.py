@@ -9,6 +9,7 @@ import copy
 import math
 import time
 import weakref
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,11 +85,16 @@ def measure(
         model: regressor on any device, meta included; neither compiled nor sharded. It is traced in training mode.
         mode: activation checkpointing, which changes the memory.
     """
-    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
     # fake tensors that claim to be on the CPU: the meta device has neither autocast nor fused attention
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        fake_model = _without_data(model)
+    fake_mode, cpu = FakeTensorMode(allow_non_fake_inputs=True), torch.device("cpu")
+    fake_of = {
+        id(tensor): FakeTensor(fake_mode, torch.empty_like(tensor, device="meta"), cpu)
+        for tensor in (*model.parameters(), *model.buffers())
+    }
+    with fake_mode:
+        fake_model = _without_data(model, fake_of)
         if mode != "none":
             activation_checkpointing.apply(layer_groups.blocks(fake_model.backbone), mode)
         step = _trace(fake_model, precision)
@@ -137,6 +143,8 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return func(*args)  # more than half of all calls with fake tensors
         for tensor in tree_leaves((args, kwargs)):
             self._track(tensor, created=False)
         out = func(*args, **(kwargs or {}))
@@ -230,12 +238,14 @@ def _drop(parameter: torch.Tensor) -> None:
     parameter.grad = None
 
 
-def _without_data(model: Regressor) -> Regressor:
-    """Copy of the model on fake tensors, in training mode; gradients are dropped, because `measure` counts them."""
-    memo: dict[int, Any] = {
-        id(p): nn.Parameter(torch.empty_like(p, device="cpu"), p.requires_grad) for p in model.parameters()
-    }
-    memo |= {id(b): torch.empty_like(b, device="cpu") for b in model.buffers()}
+def _without_data(model: Regressor, fake_of: Mapping[int, torch.Tensor]) -> Regressor:
+    """Copy of the model on fake tensors, in training mode; gradients are dropped, because `measure` counts them.
+
+    Args:
+        fake_of: id of each parameter and buffer → its fake tensor.
+    """
+    memo: dict[int, Any] = dict(fake_of)
+    memo |= {id(p): nn.Parameter(fake_of[id(p)], p.requires_grad) for p in model.parameters()}
     for module in model.modules():  # a wrapped forward refers to the original model
         if "forward" in module.__dict__:
             memo[id(module.__dict__["forward"])] = None
