@@ -55,3 +55,23 @@ def _without_init(name: str) -> Iterator[Any]:
         yield package
     finally:
         del sys.modules[name]
+
+
+def pyarrow_without_pandas() -> None:
+    """Keep pyarrow from loading pandas at its first conversion from or to numpy; only `to_pandas` still loads it."""
+    if "pandas" in sys.modules:
+        return
+    import pyarrow
+
+    class NoPandas:
+        @staticmethod
+        def find_spec(name: str, *_: Any) -> None:
+            if name == "pandas":
+                raise ModuleNotFoundError(name)
+
+    finder: Any = NoPandas  # `hidden` does not do: compiled code takes its sign for the module
+    sys.meta_path.insert(0, finder)
+    try:
+        pyarrow.array([0])  # looks for pandas once per process
+    finally:
+        sys.meta_path.remove(finder)

@@ -103,3 +103,19 @@ def test_training_command_loads_no_metrics_plots_or_wandb() -> None:
         loaded = {"matplotlib", "peft", "scipy", "sentence_transformers", "torchmetrics", "transformers", "wandb"}
         assert not loaded & sys.modules.keys(), loaded & sys.modules.keys()
     """)
+
+
+def test_pyarrow_converts_without_pandas_and_still_to_pandas() -> None:
+    _python("""
+        import sys
+        from core.imports import pyarrow_without_pandas
+
+        pyarrow_without_pandas()
+        import numpy as np
+        import pyarrow as pa
+
+        table = pa.table({"n": np.arange(3)})
+        assert table["n"].combine_chunks().dictionary_encode().indices.to_numpy().tolist() == [0, 1, 2]
+        assert "pandas" not in sys.modules
+        assert table.to_pandas()["n"].tolist() == [0, 1, 2]
+    """)
