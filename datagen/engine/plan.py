@@ -50,7 +50,7 @@ def recorded_settings(info: Mapping[str, Any]) -> dict[str, Any]:
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
     """A line for each setting that differs between two datasets, under the names of this version."""
-    return _differences(*(with_new_names(DATASET_FILES, settings) for settings in (there, here)))
+    return _differences(with_new_names(DATASET_FILES, there), with_new_names(DATASET_FILES, here))
 
 
 def _differences(there: dict[str, Any], here: dict[str, Any], where: str = "") -> list[str]:
