@@ -82,7 +82,7 @@ def cycle(graph: Mapping[str, Iterable[str]]) -> list[str]:
 
 
 @pytest.mark.parametrize("package", PACKAGES)
-def test_who_imports_whom(package: str) -> None:
+def test_packages_import_only_downwards(package: str) -> None:
     wrong = [
         f"{path.relative_to(ROOT)} imports {name}"
         for path in sorted((ROOT / package).rglob("*.py"))
@@ -92,12 +92,12 @@ def test_who_imports_whom(package: str) -> None:
     assert not wrong, f"{package} may import {', '.join(MAY[package])}"
 
 
-def test_no_file_imports_itself_by_way_of_others() -> None:
+def test_modules_have_no_import_cycle() -> None:
     graph = {module_name(path): {name for name in ours(path) if name != module_name(path)} for path in files()}
     assert not cycle(graph)
 
 
-def test_no_folder_imports_itself_by_way_of_others() -> None:
+def test_packages_have_no_import_cycle() -> None:
     """A folder of modules imports only folders below it; a command beside the folders is a folder of its own."""
     graph: dict[str, set[str]] = {}
     folders = {module_name(path) for path in files() if path.name == "__init__.py"}
@@ -116,13 +116,13 @@ def folder_of(name: str, folders: set[str]) -> str:
     return package if "." in package else name
 
 
-def test_a_circle_is_seen() -> None:
+def test_import_cycle_is_detected() -> None:
     assert cycle({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}})
     assert not cycle({"a": {"b", "c"}, "b": {"c"}})
 
 
 @pytest.mark.parametrize("name", ONLY)
-def test_where_the_heavy_packages_live(name: str) -> None:
+def test_heavy_packages_are_imported_only_in_their_modules(name: str) -> None:
     wrong = [
         path.relative_to(ROOT).as_posix()
         for path in files()
@@ -132,7 +132,7 @@ def test_where_the_heavy_packages_live(name: str) -> None:
     assert not wrong, f"{name} belongs in {', '.join(ONLY[name])}"
 
 
-def test_the_walk_sees_imports() -> None:
+def test_import_walk_finds_all_kinds_of_imports() -> None:
     """Else the rules above would hold of anything."""
     seen = {name for path in files() for name in imports(path)}
     assert {"datagen.dataset.format", "report", "core.errors", "hydra", "lightning.pytorch", "numpy"} <= {
@@ -143,7 +143,7 @@ def test_the_walk_sees_imports() -> None:
     assert "models.runtime.backends" in imports(ROOT / "models/runtime/model.py")  # by a relative import
 
 
-def test_no_print_no_utils_no_target() -> None:
+def test_no_print_no_utils_module_no_hydra_target() -> None:
     for path in files():
         assert path.name != "utils.py"
         calls = [line for line in map(print_line, ast.walk(ast.parse(path.read_text(encoding="utf-8")))) if line]
@@ -158,7 +158,7 @@ def print_line(node: ast.AST) -> int:
     return 0
 
 
-def test_files_open_with_their_purpose() -> None:
+def test_files_begin_with_a_docstring() -> None:
     for path in files():
         text = path.read_text(encoding="utf-8")
         assert not text or ast.get_docstring(ast.parse(text)), f"{path} has no docstring"
@@ -166,7 +166,7 @@ def test_files_open_with_their_purpose() -> None:
         assert path.read_text(encoding="utf-8").startswith("#"), f"{path} opens with no comment"
 
 
-def test_conf_holds_yaml_alone() -> None:
+def test_conf_has_only_yaml() -> None:
     strange = [path for path in (ROOT / "conf").rglob("*") if path.is_file() and path.suffix not in (".yaml", ".pyc")]
     assert not strange
 
@@ -182,14 +182,14 @@ def test_models_runtime_is_a_leaf() -> None:
         assert all(within(name, ("models.runtime",)) for name in ours(path)), path
 
 
-def test_the_bundles_program_is_models_runtime() -> None:
+def test_bundle_contains_models_runtime_verbatim() -> None:
     from models.export.program import PROGRAM
 
     left = {path.relative_to(ROOT).as_posix() for path in (ROOT / "models/runtime").glob("*.py")} - {*PROGRAM}
     assert left == {"models/runtime/__init__.py", "models/runtime/im2emb.py"}
 
 
-def test_the_list_of_image_suffixes_loads_no_torch() -> None:
+def test_image_suffixes_import_no_torch() -> None:
     assert not [name for name in imports(ROOT / "models/runtime/image_files.py") if name in ("torch", "numpy", "PIL")]
 
 

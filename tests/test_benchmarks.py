@@ -47,7 +47,7 @@ class BenchmarkHung(UserWarning):
         ("step", {"ours_s", "peer_s"}),
     ],
 )
-def test_a_benchmark_runs_at_a_tiny_size(name: str, arms: set[str], tmp_path: Path) -> None:
+def test_benchmarks_run_at_tiny_size(name: str, arms: set[str], tmp_path: Path) -> None:
     done = run_tiny(name, tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -58,7 +58,7 @@ def test_a_benchmark_runs_at_a_tiny_size(name: str, arms: set[str], tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_predictions_runs_on_a_few_images(tmp_path: Path) -> None:
+def test_prediction_benchmark_runs_on_few_images(tmp_path: Path) -> None:
     done = run("benchmarks.predict", "--images", "60", "--rounds", "1", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -68,7 +68,7 @@ def test_the_benchmark_of_predictions_runs_on_a_few_images(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_recipes_run_on_a_few_images_and_not_twice(tmp_path: Path) -> None:
+def test_recipe_benchmark_runs_each_recipe_once_on_few_images(tmp_path: Path) -> None:
     words = ("--quick", "--work", tmp_path, "--json", tmp_path / "figures.json")
     done = ended(start("benchmarks.recipes", *words), seconds=3600)
     assert done.returncode == 0, done.stderr
@@ -82,7 +82,7 @@ def test_the_recipes_run_on_a_few_images_and_not_twice(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 @pytest.mark.parametrize("name", ["datagen_gpu", "infer_gpu", "train_gpu"])
-def test_without_a_gpu_it_says_so(name: str) -> None:
+def test_gpu_benchmark_without_gpu_exits_with_message(name: str) -> None:
     done = run(f"benchmarks.{name}")
     assert done.returncode == 2
     assert "no CUDA device" in done.stdout

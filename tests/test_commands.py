@@ -23,7 +23,7 @@ def sleeping() -> "subprocess.Popen[str]":
     return process
 
 
-def test_a_forked_command_starts_as_a_new_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_forked_command_matches_new_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IM2EMB_SEEN", "yes")
     forked, fresh = (commands.run(MODULE, "a=1", "b c", fresh=fresh) for fresh in (False, True))
     assert (forked.returncode, forked.stderr) == (fresh.returncode, fresh.stderr) == (3, "to stderr\n")
@@ -41,7 +41,7 @@ def test_signals_reach_a_forked_command() -> None:
         process.communicate()
 
 
-def test_two_forked_commands_run_at_once() -> None:
+def test_forked_commands_run_concurrently() -> None:
     first, second = sleeping(), sleeping()
     first.kill()
     assert commands.ended(first).returncode == -signal.SIGKILL
@@ -51,7 +51,7 @@ def test_two_forked_commands_run_at_once() -> None:
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_command_that_hangs_shows_its_stacks_and_is_gone(fresh: bool) -> None:
+def test_hanging_command_dumps_stacks_and_is_killed(fresh: bool) -> None:
     process = commands.start(MODULE, "sleep", fresh=fresh)
     assert process.stdout is not None
     process.stdout.readline()

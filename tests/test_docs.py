@@ -24,7 +24,7 @@ EXTENDING = ROOT / "docs/extending.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_in_docs_resolve(page: Path) -> None:
     for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if "://" in target or target.startswith("reference/"):  # `make docs` writes the reference
             continue
@@ -115,7 +115,7 @@ def changed_files() -> dict[str, str]:
     return files
 
 
-def test_recipes_of_extending_fit_the_code() -> None:
+def test_extending_recipes_match_code() -> None:
     """The quick half of the test below: lines of the diffs are there, once, and the result compiles."""
     for file, text in changed_files().items():
         if file.endswith(".py"):
@@ -157,7 +157,7 @@ for module, name, overrides in json.load(sys.stdin):
 """
 
 
-def test_every_recipe_has_a_command_here() -> None:
+def test_every_extending_recipe_is_tested() -> None:
     assert set(commands(EXTENDING)) == set(RECIPES)
 
 

@@ -193,7 +193,7 @@ def count(parameters: Any) -> int:
 
 
 @pytest.mark.parametrize("name", TABLE)
-def test_an_experiment_is_what_its_table_says(name: str, rendered: Dataset) -> None:
+def test_experiments_match_their_table(name: str, rendered: Dataset) -> None:
     expected = TABLE[name]
     cfg = settings(TrainSettings, compose("train", [f"+experiment={name}"]))
     model = setup.build_on_meta(cfg, [rendered])
@@ -231,7 +231,7 @@ def test_an_experiment_is_what_its_table_says(name: str, rendered: Dataset) -> N
         ("eva02_l_clip_336", "EVA02-L-14-336/merged2b_s6b_b61k", 1024 * 768 + 768),
     ],
 )
-def test_a_tower_is_as_large_as_open_clips(name: str, twin: str, projection: int) -> None:
+def test_clip_tower_has_parameter_count_of_open_clip(name: str, twin: str, projection: int) -> None:
     with torch.device("meta"):
         module, spec = build(f"open_clip:{twin}", "random")
     assert (count(module.parameters()) - projection, spec.size) == (TABLE[name].tower, TABLE[name].size)
@@ -239,7 +239,7 @@ def test_a_tower_is_as_large_as_open_clips(name: str, twin: str, projection: int
 
 
 @pytest.mark.parametrize("name", sorted(TABLE.keys() - {"quickstart", "debug", "blip2_vision"}))
-def test_weights_are_those_of_a_clip_and_its_images_are_prepared_as_in_open_clip(name: str) -> None:
+def test_clip_weights_and_preprocessing_match_open_clip(name: str) -> None:
     """ImageNet's classifiers have no twin in open_clip. BLIP-2's tower is of EVA-CLIP; debug's weights are random."""
     cfg = settings(TrainSettings, compose("train", [f"+experiment={name}"])).model
     with torch.device("meta"):
@@ -254,12 +254,12 @@ def test_weights_are_those_of_a_clip_and_its_images_are_prepared_as_in_open_clip
     assert (spec.mean, spec.std) == (twin.mean, twin.std)
 
 
-def test_every_experiment_is_in_the_table() -> None:
+def test_table_lists_every_experiment() -> None:
     assert {file.stem for file in FILES} == set(TABLE)
 
 
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
-def test_a_header_gives_the_command_the_hardware_and_the_cost(file: Path) -> None:
+def test_experiment_header_has_command_hardware_and_cost(file: Path) -> None:
     text = file.read_text()
     header = text[: text.index("\nname:")]
     assert f"python -m train +experiment={file.stem}" in header

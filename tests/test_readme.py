@@ -139,7 +139,7 @@ def test_commands_run_in_zsh(document: Path) -> None:
         assert not re.search(r"[][*?{}~^<>]", unquoted), command
 
 
-def test_readme_is_short() -> None:
+def test_readme_length_is_bounded() -> None:
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 150
     assert max(map(len, lines)) <= 160

@@ -71,7 +71,7 @@ def test_errors_that_are_not_of_the_disk_pass() -> None:
         raise OSError(errno.EIO, "odd")
 
 
-def test_replaced_folder_is_whole_or_the_old_one(tmp_path: Path) -> None:
+def test_replace_folder_is_atomic(tmp_path: Path) -> None:
     folder = tmp_path / "made"
     (tmp_path / ".made.part-1").mkdir()  # left by a killed process
     with replace_folder(folder) as part:
@@ -84,7 +84,7 @@ def test_replaced_folder_is_whole_or_the_old_one(tmp_path: Path) -> None:
     assert [p.relative_to(tmp_path).as_posix() for p in sorted(tmp_path.rglob("*"))] == ["made", "made/b"]
 
 
-def test_left_parts_are_removed_and_those_being_written_stay(tmp_path: Path) -> None:
+def test_leftover_temporary_files_are_removed_unless_being_written(tmp_path: Path) -> None:
     (tmp_path / ".other.part-1-ab").write_bytes(b"left by a kill")
 
     def write(_: object) -> None:

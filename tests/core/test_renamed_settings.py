@@ -283,7 +283,7 @@ def test_a_yaml_file_of_the_user_is_refused_with_the_new_names(tmp_path: Path) -
     )
 
 
-def test_composing_in_a_program_is_refused_alike() -> None:
+def test_composing_in_code_refuses_old_names() -> None:
     with pytest.raises(UserError, match=r"^optim\.clip is now optim\.grad_clip_norm: write optim\.grad_clip_norm=1$"):
         compose("train", ["optim.clip=1"])
 

@@ -57,7 +57,7 @@ GOOD: dict[str, Any] = {
 }
 
 
-def test_values_become_what_the_class_says() -> None:
+def test_values_are_converted_to_class_types() -> None:
     made = settings(Outer, GOOD)
     assert made == Outer(Path("some/where"), 3, True, "b", "dataset", (1.0, 0.5), Inner(1.0))
     assert isinstance(made.inner.share, float)
@@ -65,7 +65,7 @@ def test_values_become_what_the_class_says() -> None:
     assert settings(Outer, {**GOOD, "size": 64}).size == 64
 
 
-def test_every_misfit_is_named_at_once() -> None:
+def test_every_type_mismatch_is_reported_at_once() -> None:
     wrong = {**GOOD, "count": "three", "flag": 1, "kind": "c", "size": "big", "rates": [1, "x"], "inner": 3, "typo": 1}
     del wrong["folder"]
     with pytest.raises(UserError) as error:
@@ -85,7 +85,7 @@ def test_every_misfit_is_named_at_once() -> None:
     assert len(text.splitlines()) == 9
 
 
-def test_groups_of_free_keys_are_typed() -> None:
+def test_free_keys_have_types() -> None:
     made = settings(Outer, {**GOOD, "shares": {"a": 1}, "parts": {"x": {"share": 0}}})
     assert (made.shares, made.parts) == ({"a": 1.0}, {"x": Inner(0.0)})
     assert isinstance(made.shares["a"], float)
@@ -103,12 +103,12 @@ def test_groups_of_free_keys_are_typed() -> None:
         settings(Outer, {**GOOD, "parts": {"x": {"share": 1.5}}})
 
 
-def test_true_is_no_number() -> None:
+def test_booleans_are_not_numbers() -> None:
     with pytest.raises(UserError, match="count: expected int, got True"):
         settings(Outer, {**GOOD, "count": True})
 
 
-def test_every_bound_is_named_at_once() -> None:
+def test_every_bound_is_reported_at_once() -> None:
     with pytest.raises(UserError) as error:
         settings(Outer, {**GOOD, "count": 0, "inner": {"share": 1.5}})
     assert "count: 0 is below 1" in str(error.value)
@@ -161,7 +161,7 @@ def test_a_key_without_effect_is_accepted_from_a_file() -> None:
         settings(Curves, Values(values, ["more.a.slope"]))
 
 
-def test_what_the_command_line_wrote() -> None:
+def test_written_keys_of_command_line() -> None:
     overrides = [
         *("optim.warmup=5", "+experiment=vith14", "loss={mse: 0.1, contrastive: 1}", "val=[a,b]"),
         *("init_from=null", "save_initial=false", "+data.sources={coco: 2}", "++scale.workers=0"),
@@ -234,7 +234,7 @@ def test_no_documented_command_has_a_setting_without_effect() -> None:
         assert "has no effect" not in message, command
 
 
-def test_no_file_is_forgotten() -> None:
+def test_every_conf_file_is_tested() -> None:
     assert {name for name, _, _ in COMMANDS} == set(names(".")) - {"quiet"}
 
 
@@ -341,7 +341,7 @@ def test_printing_settings_is_quick_and_loads_no_torch() -> None:
     assert not {m.partition(".")[0] for m in loaded} & {"torch", "lightning", "timm", "numpy"}
 
 
-def test_what_is_missing_on_the_command_line_is_named() -> None:
+def test_missing_command_line_keys_are_named() -> None:
     # hard's `out` is interpolated from the `run` that is missing
     code = "from core.cli import command; command('hard', print)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)

@@ -147,7 +147,7 @@ def cached(tmp_path: Path, suffix: str = "tar") -> list[Path]:
 # Writing and reading
 
 
-def test_the_command_writes_the_same_bytes_as_to_a_folder(
+def test_datagen_writes_same_bytes_to_url_and_folder(
     root: Location, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # where a URL's log goes
@@ -163,7 +163,7 @@ def test_the_command_writes_the_same_bytes_as_to_a_folder(
     assert f"no target vectors yet: python -m datagen.targets out={root}" in done.stderr
 
 
-def test_our_writers_write_the_same_bytes_as_to_a_folder(here: Path, root: Location, client: Client) -> None:
+def test_writers_write_same_bytes_to_url_and_folder(here: Path, root: Location, client: Client) -> None:
     small_dataset.write(root)
     assert client.contents() == contents(here)
     assert missing_shards(root, read_info(root)) == []
@@ -174,7 +174,7 @@ def test_our_writers_write_the_same_bytes_as_to_a_folder(here: Path, root: Locat
     assert verify(root) == []
 
 
-def test_a_dataset_there_reads_as_it_does_here(here: Path, uploaded: Location) -> None:
+def test_remote_dataset_reads_like_local_one(here: Path, uploaded: Location) -> None:
     ours, theirs = Dataset(here, small_dataset.ENCODER), Dataset(str(uploaded), small_dataset.ENCODER)
     assert read_all(theirs) == read_all(ours)
     assert [theirs.prompts(i) for i in range(len(theirs))] == [ours.prompts(i) for i in range(len(ours))]
@@ -199,14 +199,14 @@ def test_workers_read_what_their_parent_reads(here: Path, uploaded: Location, li
     assert not [r for r in line.requests if "list-type" in r]  # they have their parent's listing
 
 
-def test_few_images_are_read_one_by_one(here: Path, uploaded: Location, tmp_path: Path) -> None:
+def test_few_images_are_read_by_ranges(here: Path, uploaded: Location, tmp_path: Path) -> None:
     assert read_all(Dataset(uploaded, small_dataset.ENCODER, whole=False)) == read_all(
         Dataset(here, small_dataset.ENCODER)
     )
     assert cached(tmp_path) == []
 
 
-def test_a_cache_without_room_reads_one_by_one_and_says_so(
+def test_full_cache_falls_back_to_ranges_and_logs(
     here: Path, uploaded: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     need = sum((here / f"shards/{n:06d}.tar").stat().st_size for n in range(3))
@@ -237,7 +237,7 @@ def test_a_listing_shows_what_another_process_wrote(uploaded: Location, client: 
     assert list_folder(uploaded / "nowhere") == []
 
 
-def test_what_was_written_anew_is_not_read_from_an_old_copy(uploaded: Location, client: Client, tmp_path: Path) -> None:
+def test_rewritten_file_is_not_read_from_stale_copy(uploaded: Location, client: Client, tmp_path: Path) -> None:
     old = read_all(Dataset(uploaded, small_dataset.ENCODER))
     other = small_dataset.write(tmp_path / "other", seed=1)
     client.upload(other)
@@ -246,13 +246,13 @@ def test_what_was_written_anew_is_not_read_from_an_old_copy(uploaded: Location, 
     assert len(cached(tmp_path)) == 3  # the old copies are gone
 
 
-def test_a_folder_given_as_a_url_is_a_folder(here: Path) -> None:
+def test_file_url_is_a_local_folder(here: Path) -> None:
     dataset = Dataset(f"file://{here}", small_dataset.ENCODER)
     assert dataset.root == here
     assert read_all(dataset) == read_all(Dataset(here, small_dataset.ENCODER))
 
 
-def test_any_file_system_of_fsspec(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_fsspec_file_systems(here: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "cache"))
     root = small_dataset.write(Location(f"memory://{uuid4().hex}/data"))
     assert {name: root.joinpath(name).read_bytes() for name in contents(here)} == contents(here)
@@ -291,7 +291,7 @@ def test_training_reads_through_broken_connections(
     assert (info["datasets"][0]["path"], info["images"], info["skipped"]) == (str(root), 12, [])
 
 
-def test_a_large_file_comes_in_blocks_and_only_the_broken_ones_again(
+def test_large_download_retries_only_broken_blocks(
     root: Location, client: Client, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(store, "_BLOCK", 10_000)
@@ -304,7 +304,7 @@ def test_a_large_file_comes_in_blocks_and_only_the_broken_ones_again(
     assert 21 + 9 <= len(asked) < 21 + 9 + 8 * 3
 
 
-def test_a_store_that_is_gone_for_good(uploaded: Location, line: Line, caplog: pytest.LogCaptureFixture) -> None:
+def test_unreachable_store_is_reported(uploaded: Location, line: Line, caplog: pytest.LogCaptureFixture) -> None:
     """An outage is no corrupt image: it would be left out in silence."""
     dataset = Dataset(uploaded)
     one_by_one = Dataset(uploaded, whole=False)
@@ -334,7 +334,7 @@ def test_a_worker_that_cannot_read_ends_the_run_with_the_reason(
     assert "Traceback" not in done.stderr
 
 
-def test_what_changes_while_it_is_in_use(uploaded: Location, client: Client) -> None:
+def test_file_changed_while_in_use(uploaded: Location, client: Client) -> None:
     dataset = Dataset(uploaded)
     tar = client.get("data/shards/000001.tar")
     client.put("data/shards/000001.tar", tar[:-1] + b"x")
@@ -368,7 +368,7 @@ def fault(error: Exception) -> list[float]:
         aiohttp.ClientPayloadError("not enough data"),
     ],
 )
-def test_a_fault_is_tried_again(
+def test_transient_error_is_retried(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(retry, "_STORE_WAITS_S", (0.0, 0.0, 0.0))
@@ -376,7 +376,7 @@ def test_a_fault_is_tried_again(
     assert len([m for m in caplog.messages if m.startswith("cannot read s3://b/x: ")]) == 2
 
 
-def test_a_mistake_in_the_program_is_not_tried_again() -> None:
+def test_programming_error_is_not_retried() -> None:
     with pytest.raises(TypeError, match="ours"):
         fault(TypeError("ours"))
 
@@ -384,7 +384,7 @@ def test_a_mistake_in_the_program_is_not_tried_again() -> None:
 # Refusals
 
 
-def test_no_right_to_write_or_read(uploaded: Location, client: Client, line: Line) -> None:
+def test_permission_error_is_reported(uploaded: Location, client: Client, line: Line) -> None:
     dataset = Dataset(uploaded)
     client.deny("s3:PutObject", "s3:GetObject")
     line.requests.clear()
@@ -396,7 +396,7 @@ def test_no_right_to_write_or_read(uploaded: Location, client: Client, line: Lin
 
 
 @pytest.mark.usefixtures("line")
-def test_no_bucket() -> None:
+def test_missing_bucket_is_reported() -> None:
     root = Location("s3://nobody-made-this/data")
     with pytest.raises(UserError, match=r"s3://nobody-made-this.*: The specified bucket does not exist; check the URL"):
         Dataset(root)
@@ -406,13 +406,13 @@ def test_no_bucket() -> None:
         is_dataset(root)
 
 
-def test_no_dataset(root: Location) -> None:
+def test_missing_remote_dataset_is_reported(root: Location) -> None:
     assert not is_dataset(root)
     with pytest.raises(UserError, match=r"no dataset at s3://.*/data: dataset\.json is missing\. Make one"):
         Dataset(root)
 
 
-def test_no_credentials(uploaded: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_credentials_are_reported(uploaded: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("AWS_ACCESS_KEY_ID")
     monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
@@ -422,19 +422,19 @@ def test_no_credentials(uploaded: Location, tmp_path: Path, monkeypatch: pytest.
         Dataset(Location(str(uploaded)))
 
 
-def test_no_such_protocol() -> None:
+def test_unknown_protocol_is_refused() -> None:
     with pytest.raises(UserError, match=r"nope://x/y: .*nope.*; give a local path, or s3://, gs:// or hf://"):
         Dataset("nope://x/y")
 
 
-def test_a_protocol_whose_package_is_missing() -> None:
+def test_protocol_with_missing_package() -> None:
     packages = {"gs": "gcsfs", "abfs": "adlfs", "oci": "ocifs", "oss": "ossfs"}
     protocol, package = next((p, m) for p, m in packages.items() if find_spec(m) is None)
     with pytest.raises(UserError, match=rf"{protocol}://bucket/data: .*: pip install {package}"):
         Dataset(f"{protocol}://bucket/data")
 
 
-def test_a_tar_cut_off_missing_or_anothers(uploaded: Location, client: Client) -> None:
+def test_truncated_missing_or_foreign_tar(uploaded: Location, client: Client) -> None:
     tars = {name: data for name, data in client.contents().items() if name.endswith(".tar")}
     client.put("data/shards/000000.tar", tars["shards/000000.tar"][:5000])
     client.remove("data/shards/000001.tar")
@@ -450,7 +450,7 @@ def test_a_tar_cut_off_missing_or_anothers(uploaded: Location, client: Client) -
             Dataset(uploaded, whole=whole).image_bytes(0)
 
 
-def test_a_flipped_byte_is_found(uploaded: Location, client: Client) -> None:
+def test_flipped_byte_is_detected(uploaded: Location, client: Client) -> None:
     dataset = Dataset(uploaded)
     place = int(dataset._offsets[25]) + int(dataset._sizes[25]) // 2
     tar = bytearray(client.get("data/shards/000001.tar"))
@@ -491,9 +491,7 @@ def test_a_copy_without_its_record_is_fetched_again(uploaded: Location, tmp_path
     assert read_all(Dataset(uploaded, small_dataset.ENCODER)) == first
 
 
-def test_a_large_copy_is_hashed_where_its_time_changed_or_all_are(
-    uploaded: Location, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_copy_is_hashed_if_changed_or_requested(uploaded: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_HASHED_ALWAYS", 0)
     files = store.Files(uploaded)
     copy = files.path("shards/000000.tar")
@@ -527,7 +525,7 @@ small_dataset.write(Location(sys.argv[1]))
 """
 
 
-def test_a_killed_writer_commits_no_half_of_a_shard(
+def test_killed_writer_commits_no_partial_shard(
     here: Path, root: Location, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "tmp").mkdir()
@@ -549,7 +547,7 @@ def test_a_killed_writer_commits_no_half_of_a_shard(
     assert client.contents() == ours
 
 
-def test_parts_that_are_being_written_stay(tmp_path: Path) -> None:
+def test_temporary_files_being_written_remain(tmp_path: Path) -> None:
     (tmp_path / ".other.part-1").write_bytes(b"left by a kill")
 
     def write(file: Any) -> None:
@@ -582,7 +580,7 @@ print(store.Files(root).names())
 """
 
 
-def test_no_room_for_what_is_sent_or_fetched(tmp_path: Path) -> None:
+def test_full_disk_for_upload_or_download(tmp_path: Path) -> None:
     env = {**os.environ, "TMPDIR": str(tmp_path), "IM2EMB_CACHE": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", FULL], cwd=ROOT, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -184,7 +184,7 @@ def test_broken_images_are_skipped_and_reported(tmp_path: Path) -> None:
     assert f"could not be read: 1, such as {key}" in html or "could not be read: 1, such as cannot identify" in html
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_command_line(tmp_path: Path) -> None:
     out = tmp_path / "g"
     make(out, *BARE)
     done = run("datagen.report", f"out={out}", "images=5", f"page={tmp_path}/page.html")
@@ -199,7 +199,7 @@ def test_the_command(tmp_path: Path) -> None:
     assert "no dataset at" in nothing.stderr
 
 
-def test_settings_match_their_file() -> None:
+def test_settings_class_matches_yaml() -> None:
     assert str(settings(ReportSettings, compose("datagen_report", [])).out) == "data/sd2"
     with pytest.raises(UserError, match=r"(?s)images: 0 is below 1.*counted: -1 is below 1.*seed: -3 is below 0"):
         settings(ReportSettings, compose("datagen_report", ["images=0", "counted=-1", "seed=-3"]))

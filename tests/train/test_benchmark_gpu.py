@@ -11,7 +11,7 @@ import pytest
 from tests.commands import run
 
 
-def test_the_script_runs_on_a_tiny_model(tmp_path: Path) -> None:
+def test_gpu_training_benchmark_runs_on_tiny_model(tmp_path: Path) -> None:
     done = run("benchmarks.train_gpu", "--tiny", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())

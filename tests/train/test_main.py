@@ -58,7 +58,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 # --------------------------------------------------------------------------------------------------- what a run leaves
 
 
-def test_a_run_leaves_its_settings_log_and_checkpoints(tiny_run: Path, small_data: Path) -> None:
+def test_run_writes_settings_log_and_checkpoints(tiny_run: Path, small_data: Path) -> None:
     assert {p.name for p in tiny_run.iterdir()} == {
         *("about.json", "best", "done", "head_init.safetensors", "improvement.json", "last", "log.jsonl"),
         *("resume.ckpt", "settings.json"),
@@ -79,7 +79,7 @@ def test_a_run_leaves_its_settings_log_and_checkpoints(tiny_run: Path, small_dat
     assert all(r["val/low"] <= r["val/cosine"] <= r["val/high"] for r in judged)
 
 
-def test_best_is_the_checkpoint_that_validated_best_and_says_so(tiny_run: Path, small_data: Path) -> None:
+def test_best_checkpoint_has_best_validation_score(tiny_run: Path, small_data: Path) -> None:
     judged = max(validations(tiny_run), key=lambda r: r["val/cosine"])
     config = checkpoint.read_config(tiny_run / "best")
     assert config["step"] == judged["step"]
@@ -106,7 +106,7 @@ def test_a_checkpoint_carries_the_mean_target(tiny_run: Path, small_data: Path) 
     assert len(probes) == 8
 
 
-def test_it_learns(small_data: Path, tmp_path: Path) -> None:
+def test_training_improves_score(small_data: Path, tmp_path: Path) -> None:
     """From the ridge head over a random backbone to well above the constant mean vector."""
     train(small_data, tmp_path / "run", "epochs=8", "validate_every=8")
     dataset = Dataset(small_data, small_dataset.ENCODER)
@@ -115,7 +115,7 @@ def test_it_learns(small_data: Path, tmp_path: Path) -> None:
     assert validations(tmp_path / "run")[-1]["val/cosine"] > constant + 0.1
 
 
-def test_without_validation_images_the_last_is_the_best(tmp_path: Path) -> None:
+def test_last_checkpoint_is_best_without_validation(tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "data", train=16, val=0)
     assert train(data, tmp_path / "run", "epochs=1") == 0
     assert same_weights(tmp_path / "run/best", tmp_path / "run/last")
@@ -135,7 +135,7 @@ def test_an_image_with_several_captions_trains_on_their_mean(tmp_path: Path) -> 
 # ---------------------------------------------------------------------------------------------------- the same bits
 
 
-def test_a_seed_decides_every_bit(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_identical_weights(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     torch.rand(17)  # whatever ran before
     np.random.default_rng().random()
     train(small_data, tmp_path / "again")
@@ -146,7 +146,7 @@ def test_a_seed_decides_every_bit(small_data: Path, tiny_run: Path, tmp_path: Pa
     assert not same_weights(tmp_path / "other/last", tiny_run / "last")
 
 
-def test_without_its_callbacks_it_ends_with_the_same_weights(
+def test_callbacks_do_not_change_weights(
     small_data: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = lightning.Trainer
@@ -165,7 +165,7 @@ INTRICATE = (
 )
 
 
-def test_resumed_at_any_point_it_equals_a_run_never_stopped(
+def test_run_resumed_at_any_checkpoint_is_bitwise_equal(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every resume point that one run writes is kept and gone on from: as if killed at every step."""
@@ -195,7 +195,7 @@ def test_resumed_at_any_point_it_equals_a_run_never_stopped(
 
 
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 2), (signal.SIGINT, 3), (signal.SIGTERM, 7)])
-def test_asked_to_stop_it_stops_after_the_step_and_goes_on(
+def test_signal_stops_run_after_step_and_it_resumes(
     number: signal.Signals, at: int, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Between validations, at one, and before the last step."""
@@ -221,7 +221,7 @@ def test_asked_to_stop_it_stops_after_the_step_and_goes_on(
 
 
 @pytest.mark.parametrize("parts", [(), ("validate_every=1.4",)], ids=["a validation last", "steps after it"])
-def test_ended_after_its_last_step_it_is_finished_the_same(
+def test_run_killed_after_last_step_finishes(
     parts: tuple[str, ...], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As by a full disk: the last checkpoint is that of the averaged weights all the same, and has its score."""
@@ -244,7 +244,7 @@ def test_ended_after_its_last_step_it_is_finished_the_same(
     assert scores[0] == scores[1] is not None
 
 
-def test_a_signal_that_a_launcher_repeats_counts_once(
+def test_repeated_signal_of_launcher_counts_once(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     step = Training.training_step
@@ -261,7 +261,7 @@ def test_a_signal_that_a_launcher_repeats_counts_once(
     assert train(small_data, tmp_path / "run", "save_every=100") == 0
 
 
-def test_asked_twice_it_stops_at_once(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_second_signal_stops_at_once(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
@@ -294,7 +294,7 @@ def wait_for_line(process: "subprocess.Popen[str]", log: Path, lines: int) -> No
         time.sleep(0.002)
 
 
-def test_killed_from_outside_it_ends_the_same(small_data: Path, tmp_path: Path) -> None:
+def test_killed_run_resumes_bitwise(small_data: Path, tmp_path: Path) -> None:
     """The command itself, by SIGKILL at a random moment; the rest in this process."""
     out, moments = tmp_path / "run", random.Random(3)
     with start(small_data, out, *LONG) as killed:
@@ -313,9 +313,7 @@ def test_killed_from_outside_it_ends_the_same(small_data: Path, tmp_path: Path) 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_from_outside_it_says_so_and_goes_on(
-    number: signal.Signals, small_data: Path, tmp_path: Path
-) -> None:
+def test_interrupted_run_logs_and_resumes(number: signal.Signals, small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with start(small_data, out, *LONG) as process:
         wait_for_line(process, out / "log.jsonl", 20)
@@ -334,7 +332,7 @@ def test_interrupted_from_outside_it_says_so_and_goes_on(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("every", [1, 2, 3])
-def test_killed_three_times_it_ends_the_same(every: int, small_data: Path, tmp_path: Path) -> None:
+def test_run_killed_three_times_resumes_bitwise(every: int, small_data: Path, tmp_path: Path) -> None:
     out, moments = tmp_path / "run", random.Random(every)
     overrides = (*LONG, *INTRICATE[:3], "epochs=12", f"save_every={every}")
     for kill in range(3):
@@ -370,7 +368,7 @@ EVERYTHING = (
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 2])
-def test_killed_at_ten_random_steps_it_ends_the_same(workers: int, small_data: Path, tmp_path: Path) -> None:
+def test_run_killed_at_random_steps_resumes_bitwise(workers: int, small_data: Path, tmp_path: Path) -> None:
     out, moments = tmp_path / "run", random.Random(workers)
     parts = (*EVERYTHING, "epochs=16", "validate_every=3", "save_every=2", f"scale.workers={workers}")
     ends = sorted(moments.sample(range(4, 76), 10))
@@ -393,12 +391,12 @@ def test_killed_at_ten_random_steps_it_ends_the_same(workers: int, small_data: P
 # --------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_a_finished_run_is_not_trained_over(tiny_run: Path, small_data: Path) -> None:
+def test_finished_run_is_refused(tiny_run: Path, small_data: Path) -> None:
     with pytest.raises(UserError, match="is finished; export it, give another name"):
         train(small_data, tiny_run)
 
 
-def test_another_runs_folder_is_refused_and_what_differs_named(small_data: Path, tmp_path: Path) -> None:
+def test_folder_of_another_run_is_refused_with_differences(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "run", "max_steps=1")
     (tmp_path / "run/done").unlink()
     with pytest.raises(UserError) as refused:
@@ -410,7 +408,7 @@ def test_another_runs_folder_is_refused_and_what_differs_named(small_data: Path,
     assert not any("log_every" in line for line in lines), "how a run is carried out may change"
 
 
-def test_what_cannot_start_writes_nothing(small_data: Path, tmp_path: Path) -> None:
+def test_failed_start_writes_nothing(small_data: Path, tmp_path: Path) -> None:
     cases = {
         "no dataset at": (tmp_path / "nowhere", ()),
         "no vectors of other; write them: python -m datagen.targets": (small_data, ("encoder=other",)),
@@ -425,7 +423,7 @@ def test_what_cannot_start_writes_nothing(small_data: Path, tmp_path: Path) -> N
     assert not any(found.values()), found
 
 
-def test_a_mistake_exits_with_two_and_no_trace(
+def test_user_error_exits_with_2_without_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("logging.basicConfig", lambda **_: None)  # the tests' own handlers stay
@@ -459,7 +457,7 @@ def test_an_unreadable_image_is_skipped_counted_and_listed(tmp_path: Path) -> No
     assert len(checkpoint.load_extras(tmp_path / "run/best")[1]) == 6
 
 
-def test_images_whose_file_is_gone_are_skipped_too(tmp_path: Path) -> None:
+def test_images_of_missing_files_are_skipped(tmp_path: Path) -> None:
     """An index over loose files, one of which was deleted since."""
     data = small_dataset.write(tmp_path / "data", train=16, val=8, shard=40)
     dataset = Dataset(data)
@@ -503,7 +501,7 @@ def test_a_batch_with_no_readable_image_changes_no_weight(
 # -------------------------------------------------------------------------------------------------- parts of training
 
 
-def test_while_the_head_trains_alone_the_backbone_stays_bit_equal(small_data: Path, tmp_path: Path) -> None:
+def test_backbone_is_unchanged_in_head_warmup(small_data: Path, tmp_path: Path) -> None:
     overrides = ("model.backbone=test_efficientnet", "model.head_init=random")
     for name, steps, head_warmup_epochs in (("one", 1, 9), ("five", 5, 9), ("both", 5, 0.4)):
         train(
@@ -520,7 +518,7 @@ def test_while_the_head_trains_alone_the_backbone_stays_bit_equal(small_data: Pa
     assert not one["backbone.conv_stem.weight"].equal(both["backbone.conv_stem.weight"])
 
 
-def test_the_flagships_settings_start(small_data: Path, tmp_path: Path) -> None:
+def test_flagship_experiment_starts(small_data: Path, tmp_path: Path) -> None:
     overrides = ("+experiment=vith14", "model.size=null", "model.freeze=2", "max_steps=2", "epochs=3")
     assert train(small_data, tmp_path / "run", *overrides) == 0
     cfg = json.loads((tmp_path / "run/settings.json").read_text())
@@ -528,12 +526,12 @@ def test_the_flagships_settings_start(small_data: Path, tmp_path: Path) -> None:
     assert checkpoint.read_config(tmp_path / "run/last")["size"] == 160
 
 
-def test_the_datasets_own_size_is_taken_where_it_is_smaller(small_data: Path, tmp_path: Path) -> None:
+def test_size_dataset_uses_smaller_rendered_size(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "run", "model.backbone=test_convnext", "model.size=dataset", "max_steps=1")
     assert checkpoint.read_config(tmp_path / "run/last")["size"] == 40
 
 
-def test_a_score_that_is_not_a_number_is_never_best(small_data: Path) -> None:
+def test_nan_score_is_never_best(small_data: Path) -> None:
     cfg = training.cfg(small_data, Path("unused"))
     module = Training(make("test_vit", "random", 32, 12), cfg, Plan(steps=1, per_epoch=1))
     saved: list[float] = []
@@ -548,7 +546,7 @@ def test_a_score_that_is_not_a_number_is_never_best(small_data: Path) -> None:
     assert best.scores["best"].step == 3
 
 
-def test_a_resumed_log_drops_what_lies_beyond_and_its_clock_goes_on(tmp_path: Path) -> None:
+def test_resumed_log_drops_later_lines_and_continues_clock(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     kept = [{"step": n, "epoch": n / 4, "seconds": 10.0 * n, "train/loss": 1.0} for n in (1, 2, 3)]
     path.write_text("".join(json.dumps(record) + "\n" for record in kept) + '{"step": 4, "ep')
@@ -564,14 +562,14 @@ def test_a_resumed_log_drops_what_lies_beyond_and_its_clock_goes_on(tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_processes_that_decode_change_no_bit(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_workers_do_not_change_weights(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     finish(small_data, tmp_path / "run", *OVERRIDES, "scale.workers=2")
     assert same_weights(tmp_path / "run/last", tiny_run / "last")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["auto", "offline"])
-def test_wandb_without_an_account_writes_its_run_and_asks_nothing(
+def test_wandb_without_account_is_offline_and_never_prompts(
     mode: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     overrides = [word for word in OVERRIDES if not word.startswith("wandb=")]

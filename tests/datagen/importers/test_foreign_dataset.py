@@ -316,7 +316,7 @@ def test_the_seven_public_images(shared: Path, tmp_path: Path) -> None:
     assert max(abs(ours[key] - official[key]) for key in official) < 1e-6
 
 
-def test_the_command(tmp_path: Path) -> None:
+def test_command_line(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", ["a.png"])
     rows = table(tmp_path / "p.csv", ("id", "prompt"), ("a", "a fox"))
     done = run("datagen.index", f"out={tmp_path / 'data'}", f"images={images}", f"csv={rows}", "encoder=null")

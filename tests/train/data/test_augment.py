@@ -46,7 +46,7 @@ def splitmix64(state: int) -> Iterator[int]:
         yield z ^ (z >> 31)
 
 
-def test_chance_is_splitmix64() -> None:
+def test_counter_rng_is_splitmix64() -> None:
     assert next(splitmix64(0)) == 0xE220A8397B1DCDAF  # as its authors' code has it
     numbers = [0, 5, -3, 2**62]
     drawn_KB = uniform(torch.tensor(numbers), 4, 7, 11)
@@ -57,7 +57,7 @@ def test_chance_is_splitmix64() -> None:
         assert drawn_KB[:, column].tolist() == [(next(stream) >> 11) / 2**53 for _ in range(4)]
 
 
-def test_chance_is_even_and_no_number_tells_another() -> None:
+def test_counter_rng_is_uniform_and_uncorrelated() -> None:
     draw_KB = torch.cat([uniform(torch.arange(50_000), 3, 0, step) for step in (0, 1)]).numpy()
     for draw_B in draw_KB:
         counts, _ = np.histogram(draw_B, 20, (0, 1))
@@ -65,16 +65,16 @@ def test_chance_is_even_and_no_number_tells_another() -> None:
     assert np.abs(np.corrcoef(draw_KB) - np.eye(6)).max() < 0.02
 
 
-def test_nothing_asked_changes_nothing(images: torch.Tensor) -> None:
+def test_augment_without_settings_is_identity(images: torch.Tensor) -> None:
     assert augment(images, torch.arange(6), 3, 0, OFF) is images
 
 
-def test_no_image_is_no_error() -> None:
+def test_augment_of_empty_batch() -> None:
     none = torch.zeros(0, 3, SIDE, SIDE, dtype=torch.uint8)
     assert augment(none, torch.zeros(0, dtype=torch.int64), 0, 0, ALL).shape == none.shape
 
 
-def test_a_crop_is_pillows(images: torch.Tensor) -> None:
+def test_crop_matches_pillow(images: torch.Tensor) -> None:
     box_4B = boxes(uniform(torch.arange(6), 4, 0), (0.1, 1), (3 / 4, 4 / 3), SIDE)
     cropped = crop_and_resize(images, box_4B)
     for image, found, (top, left, height, width) in zip(images, cropped, box_4B.T.tolist(), strict=True):
@@ -88,7 +88,7 @@ def test_a_crop_is_pillows(images: torch.Tensor) -> None:
     assert crop_and_resize(images, whole).equal(images)
 
 
-def test_crops_keep_the_area_and_the_ratio_asked_for() -> None:
+def test_crops_respect_area_and_aspect_ratio() -> None:
     side = 1000  # so that rounding to pixels is small
     top_B, left_B, height_B, width_B = boxes(uniform(torch.arange(20_000), 4, 1), (0.6, 1), (3 / 4, 4 / 3), side)
     area_B = height_B * width_B / side**2
@@ -105,7 +105,7 @@ def test_crops_keep_the_area_and_the_ratio_asked_for() -> None:
         assert abs((first_B / (side - length_B).clamp(min=1)).mean() - 0.5) < 0.02
 
 
-def test_a_flip_mirrors_every_other_image(images: torch.Tensor) -> None:
+def test_flip_mirrors_half_of_the_images(images: torch.Tensor) -> None:
     row_B = torch.arange(2000)
     flipped = augment(images[:1].expand(2000, -1, -1, -1), row_B, 0, 0, replace(OFF, flip=True))
     mirrored = [bool(image.equal(images[0].flip(-1))) for image in flipped]
@@ -114,7 +114,7 @@ def test_a_flip_mirrors_every_other_image(images: torch.Tensor) -> None:
 
 
 @pytest.mark.parametrize(("brightness", "contrast"), [(1.4, 1.0), (0.6, 1.0), (1.0, 1.5), (1.0, 0.5), (1.3, 1.3)])
-def test_jitter_is_pillows_and_torchvisions(images: torch.Tensor, brightness: float, contrast: float) -> None:
+def test_jitter_matches_pillow_and_torchvision(images: torch.Tensor, brightness: float, contrast: float) -> None:
     found = jitter(images, torch.full((6,), brightness), torch.full((6,), contrast))
     for image, changed in zip(images, found, strict=True):
         brighter = ImageEnhance.Brightness(pillow(image)).enhance(brightness)
@@ -131,7 +131,7 @@ def test_jitter_stays_within_its_bound_and_reaches_it() -> None:
     assert abs(found.float().mean() - 100) < 1
 
 
-def test_a_blank_is_the_mean_colour_within_its_box_and_nothing_else(images: torch.Tensor) -> None:
+def test_erase_fills_only_its_box_with_mean_colour(images: torch.Tensor) -> None:
     box_4B = torch.tensor([[3, 10, 20, 30]] * 6).T
     found = erase(images, box_4B, torch.tensor([True] * 5 + [False]))
     for image, changed in zip(images[:5], found[:5], strict=True):
@@ -140,7 +140,7 @@ def test_a_blank_is_the_mean_colour_within_its_box_and_nothing_else(images: torc
     assert found[5].equal(images[5])
 
 
-def test_blanks_come_as_often_as_asked_for(images: torch.Tensor) -> None:
+def test_erase_has_given_probability(images: torch.Tensor) -> None:
     found = augment(images[:1].expand(3000, -1, -1, -1), torch.arange(3000), 0, 0, replace(OFF, erase=0.25))
     share_B = (found != images[0]).any(1).float().mean((1, 2))
     assert abs((share_B > 0).float().mean() - 0.25) < 0.03
@@ -149,7 +149,7 @@ def test_blanks_come_as_often_as_asked_for(images: torch.Tensor) -> None:
     assert 0.3 < erased.max() < 0.36
 
 
-def test_it_follows_from_seed_step_and_image_alone(images: torch.Tensor) -> None:
+def test_augmentation_depends_only_on_seed_step_and_image(images: torch.Tensor) -> None:
     """Not from the batch: any part of it, in any order, gives the same."""
     row_B = torch.tensor([7, 3, 900, 4, 1, 2])
     whole = augment(images, row_B, 5, 1, ALL)
@@ -161,14 +161,14 @@ def test_it_follows_from_seed_step_and_image_alone(images: torch.Tensor) -> None
     assert whole.dtype == torch.uint8
 
 
-def test_mixed_precision_outside_costs_no_grey_level(images: torch.Tensor) -> None:
+def test_augmentation_is_exact_under_autocast(images: torch.Tensor) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         mixed = augment(images, torch.arange(6), 0, 0, ALL)
     assert mixed.equal(augment(images, torch.arange(6), 0, 0, ALL))
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_it_is_the_same_to_a_grey_level(images: torch.Tensor) -> None:
+def test_augmentation_on_gpu_matches_cpu_within_one_level(images: torch.Tensor) -> None:
     row_B = torch.arange(6)
     found = augment(images.cuda(), row_B.cuda(), 4, 0, ALL).cpu()
     difference = (found.int() - augment(images, row_B, 4, 0, ALL).int()).abs()

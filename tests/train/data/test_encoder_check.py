@@ -127,7 +127,7 @@ def test_evaluation_on_vectors_of_a_changed_encoder_is_refused(
     assert "does not record the settings of its text encoder mine" in caplog.text
 
 
-def test_prompts_to_retrieve_from_need_the_same_encoder(
+def test_prompt_index_of_another_encoder_is_refused(
     dataset: Path, other: Path, encoder: Path, changed: Path, tmp_path: Path
 ) -> None:
     identity = TargetEncoder(str(encoder), "cpu").identity()

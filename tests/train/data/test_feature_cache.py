@@ -54,7 +54,7 @@ def contents(cache: Path) -> dict[str, bytes]:
     return {p.relative_to(cache).as_posix(): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
 
 
-def test_features_are_the_backbones_bit_by_bit(data: Path) -> None:
+def test_cached_features_equal_backbone_outputs_bitwise(data: Path) -> None:
     known, frozen = images(data), model()
     rows = known.datasets[0].rows("train")
     found = Features(frozen, known, rows, 8)
@@ -72,7 +72,7 @@ def test_features_are_the_backbones_bit_by_bit(data: Path) -> None:
         assert each.bad == []
 
 
-def test_a_second_call_computes_nothing(data: Path) -> None:
+def test_second_call_reads_cached_features(data: Path) -> None:
     known, frozen = images(data), model()
     passes: list[int] = []
     frozen.backbone.register_forward_hook(lambda *_: passes.append(1))
@@ -118,7 +118,7 @@ def test_cache_of_earlier_versions_is_hit(data: Path, cache: Path) -> None:
     assert contents(cache) == before
 
 
-def test_other_inputs_are_computed_again(data: Path, tmp_path: Path, cache: Path) -> None:
+def test_changed_inputs_invalidate_cache(data: Path, tmp_path: Path, cache: Path) -> None:
     known = images(data)
     rows = known.datasets[0].rows("train")
     other = small_dataset.write(tmp_path / "other", train=38, val=12, seed=1)
@@ -133,7 +133,7 @@ def test_other_inputs_are_computed_again(data: Path, tmp_path: Path, cache: Path
     assert len(list((cache / "features").iterdir())) == 7
 
 
-def test_head_folder_and_other_datasets_have_no_influence(data: Path, tmp_path: Path, cache: Path) -> None:
+def test_cache_key_ignores_head_path_and_other_datasets(data: Path, tmp_path: Path, cache: Path) -> None:
     known, frozen = images(data), model()
     rows = known.datasets[0].rows("train")
     first = Features(frozen, known, rows, 8)
@@ -159,7 +159,7 @@ def test_images_of_several_datasets_in_any_order(data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-def test_workers_change_nothing(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_features_do_not_depend_on_workers(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     known = images(data)
     rows = known.datasets[0].rows("train")
     plain = Features(model(), known, rows, 8).all()
@@ -214,7 +214,7 @@ def test_damaged_chunk_is_computed_again(data: Path, cache: Path, caplog: pytest
         assert f"{found.folder / name[:6]}.json is damaged" in caplog.text
 
 
-def test_without_room_features_are_computed_in_each_pass(
+def test_features_are_recomputed_without_disk_space(
     data: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The free space is what the operating system says; here it says little."""

@@ -66,7 +66,7 @@ def images_of(folders: Sequence[Path], size: int = 16) -> ImageDataset:
 # ------------------------------------------------------------------------------------------------------------- batches
 
 
-def test_several_datasets_have_one_numbering(two: list[Path]) -> None:
+def test_datasets_share_one_row_numbering(two: list[Path]) -> None:
     images = images_of(two)
     one, other = images.datasets
     assert len(images) == 24
@@ -81,7 +81,7 @@ def test_several_datasets_have_one_numbering(two: list[Path]) -> None:
         assert np.array_equal(images.target(row), dataset.target(own))
 
 
-def test_a_batch_holds_each_images_own_pixels_vector_number_and_weight(two: list[Path]) -> None:
+def test_batch_aligns_pixels_targets_rows_and_weights(two: list[Path]) -> None:
     images = images_of(two)
     images.weight_N = np.linspace(0.5, 1.5, 24, dtype=np.float32)
     rows = [17, 3, 23, 3, 0, 16]
@@ -106,7 +106,7 @@ def test_an_image_with_several_captions_trains_on_their_mean(two: list[Path]) ->
     np.testing.assert_allclose(images.__getitems__([20]).target_BE[0], small_dataset.encode(texts).mean(0), atol=1e-6)
 
 
-def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
+def test_unreadable_images_are_skipped_and_named(tmp_path: Path) -> None:
     roots = [small_dataset.write(tmp_path / name / "data", train=6, val=2) for name in ("a", "b")]
     keys = [small_dataset.corrupt(roots[0], 2), small_dataset.corrupt(roots[1], 2)]
     assert keys[0] == keys[1]
@@ -122,7 +122,7 @@ def test_what_cannot_be_read_is_left_out_and_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_loader_gives_what_the_images_give(two: list[Path], workers: int) -> None:
+def test_loader_matches_direct_access(two: list[Path], workers: int) -> None:
     images = images_of(two)
     images.weight_N = np.linspace(0.5, 1.5, 24, dtype=np.float32)
     batches = SequentialBatchSampler(np.arange(24)[::-1], 7)
@@ -133,7 +133,7 @@ def test_a_loader_gives_what_the_images_give(two: list[Path], workers: int) -> N
             assert getattr(found, name).equal(getattr(wanted, name)), name
 
 
-def test_a_worker_is_sent_no_image_and_no_prompt(two: list[Path]) -> None:
+def test_worker_pickle_contains_no_images_or_prompts(two: list[Path]) -> None:
     """What travels to each of 16 workers must not grow with what is mapped here."""
     images = images_of(two)
     fresh = len(pickle.dumps(images))
@@ -177,11 +177,11 @@ def weights_of(
     return kept.tolist(), None if weight_N is None else weight_N.tolist()
 
 
-def test_no_weights_are_none(sources: list[Path], tmp_path: Path) -> None:
+def test_without_sample_weights_all_weights_are_none(sources: list[Path], tmp_path: Path) -> None:
     assert weights_of(sources, None, tmp_path / "none") == ([n for n in range(20) if n % 10 != 9], None)
 
 
-def test_sources_and_keys_multiply_and_are_one_on_average(sources: list[Path], tmp_path: Path) -> None:
+def test_source_and_sample_weights_multiply_and_average_to_one(sources: list[Path], tmp_path: Path) -> None:
     table: dict[str, list[object]] = {
         "key": ["000001", "000001", "000004", "000009"],
         "dataset": [str(sources[0]), str(sources[1]), str(sources[1]), str(sources[0])],
@@ -202,7 +202,7 @@ def test_sources_and_keys_multiply_and_are_one_on_average(sources: list[Path], t
     assert np.mean(np.array(weight_N)[kept]) == pytest.approx(1)
 
 
-def test_a_csv_keeps_the_zeros_of_its_keys(sources: list[Path], tmp_path: Path) -> None:
+def test_csv_keys_keep_leading_zeros(sources: list[Path], tmp_path: Path) -> None:
     path = tmp_path / "w.csv"
     path.write_text("key,weight\n000001,9\n000003,1\n")
     images = ImageDataset([Dataset(sources[0], ENCODER)], Preprocessing(8))
@@ -211,7 +211,7 @@ def test_a_csv_keeps_the_zeros_of_its_keys(sources: list[Path], tmp_path: Path) 
     assert weight_N[1] / weight_N[3] == pytest.approx(9)
 
 
-def test_images_that_count_nothing_are_not_drawn(
+def test_images_of_weight_zero_are_not_sampled(
     sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.INFO):
@@ -222,7 +222,9 @@ def test_images_that_count_nothing_are_not_drawn(
     assert "1 of 9 training images have weight 0 and are left out" in caplog.text
 
 
-def test_keys_of_no_image_are_counted(sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unknown_keys_in_sample_weights_are_counted(
+    sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     weights_of(sources[:1], {"key": ["000002", "no", "none"], "weight": [2.0, 3.0, 1.0]}, tmp_path / "w")
     assert "2 of 3 keys are of no dataset here" in caplog.text
 
@@ -243,21 +245,21 @@ def test_keys_of_no_image_are_counted(sources: list[Path], tmp_path: Path, caplo
         ({"key": [], "weight": []}, {}, "w.parquet is empty"),
     ],
 )
-def test_weights_that_cannot_be_used(
+def test_invalid_sample_weights_are_refused(
     sources: list[Path], tmp_path: Path, table: dict[str, list[object]] | None, by_source: dict[str, float], said: str
 ) -> None:
     with pytest.raises(UserError, match=said):
         weights_of(sources[:1], table, tmp_path / "w.parquet", **by_source)
 
 
-def test_a_key_of_two_datasets_needs_the_datasets_name(sources: list[Path], tmp_path: Path) -> None:
+def test_ambiguous_key_needs_dataset_column(sources: list[Path], tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"1 keys are in several datasets, the first 000001; add a column dataset: .*two"
     ):
         weights_of(sources, {"key": ["000001"], "weight": [2.0]}, tmp_path / "w.parquet")
 
 
-def test_a_file_of_weights_that_is_none(sources: list[Path], tmp_path: Path) -> None:
+def test_invalid_sample_weights_file_is_refused(sources: list[Path], tmp_path: Path) -> None:
     images = ImageDataset([Dataset(sources[0], ENCODER)], Preprocessing(8))
     (tmp_path / "w.parquet").write_bytes(b"PAR1 no more")
     for path in (tmp_path / "w.parquet", tmp_path / "nowhere.csv"):
@@ -283,7 +285,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: listed_dataset.write(folder / name, rows) for name, rows in made.items()}
 
 
-def test_one_of_a_prompts_images_is_drawn_an_epoch(run: dict[str, Path]) -> None:
+def test_one_image_per_prompt_samples_one_image_per_epoch(run: dict[str, Path]) -> None:
     data = data_of([run["seeds"]])
     assert data.train_rows.tolist() == list(range(6, 30))
     assert data.val_rows.tolist() == list(range(6))
@@ -295,7 +297,7 @@ def test_one_of_a_prompts_images_is_drawn_an_epoch(run: dict[str, Path]) -> None
     assert sorted(every.shuffled_epochs.epoch(0).tolist()) == list(range(6, 30))
 
 
-def test_passes_say_how_often_a_dataset_is_seen(run: dict[str, Path]) -> None:
+def test_dataset_repeats_set_passes_per_epoch(run: dict[str, Path]) -> None:
     data = data_of([run["seeds"], run["noisy"]], "dataset_repeats=[2,0.5]", "batch_size=7", "max_steps=5")
     assert (len(data.shuffled_epochs), data.per_epoch, data.steps) == (2 * 8 + 5, 3, 5)
     epoch = data.shuffled_epochs.epoch(0)
@@ -312,7 +314,7 @@ def test_a_dataset_without_training_images_is_refused(run: dict[str, Path]) -> N
     assert "whole has no image in the split 'train', only {'faulty': 1, 'test': 4}" in second
 
 
-def test_validation_sets_follow_the_runs_own(run: dict[str, Path]) -> None:
+def test_further_validation_sets_follow_own_split(run: dict[str, Path]) -> None:
     """The split "val" of each, or all of it but the faulty; each under its own name."""
     data = attached(data_of([run["seeds"]], val=[run["judge"], run["whole"], run["source"]]))
     assert data.val_names == ["val", "judge", "whole", "source-set"]
@@ -323,21 +325,21 @@ def test_validation_sets_follow_the_runs_own(run: dict[str, Path]) -> None:
     assert data.images.prompts(44) == ["source 0"]
 
 
-def test_without_validation_images_there_is_no_loader_for_them(tmp_path: Path, run: dict[str, Path]) -> None:
+def test_no_validation_loader_without_validation_images(tmp_path: Path, run: dict[str, Path]) -> None:
     only = listed_dataset.write(tmp_path / "only", [Row("a"), Row("b")])
     assert attached(data_of([only])).val_dataloader() == []
     data = data_of([only], val=[run["judge"]])
     assert (data.val_names, len(data.val_rows)) == (["judge"], 0)
 
 
-def test_a_validation_set_of_training_prompts_is_refused(run: dict[str, Path]) -> None:
+def test_validation_set_with_training_prompts_is_refused(run: dict[str, Path]) -> None:
     with pytest.raises(
         UserError, match=r"val: .*seen: 2 of its 3 prompts are trained on.*curate.exclude_near=\[.*seen\]"
     ):
         data_of([run["seeds"], run["noisy"]], val=[run["judge"], run["seen"]])
 
 
-def test_what_another_dataset_validates_on_is_not_trained_on(
+def test_images_validated_by_another_dataset_are_not_trained_on(
     run: dict[str, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
     listed = [run["noisy"], run["seeds"]]
@@ -363,7 +365,7 @@ def test_a_fold_replaces_the_splits(run: dict[str, Path], caplog: pytest.LogCapt
     assert "left out, at cosine 0.6 or more to one of its prompts" in caplog.text
 
 
-def test_what_a_fold_leaves_out_is_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_left_out_by_a_fold_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """30 of 60 images share "a photo", 6 others are near it."""
     rows = [Row("a photo") if n < 30 else Row(f"near {n}" if n < 36 else f"alone {n}") for n in range(60)]
     near = {f"near {n}": ("a photo", 0.9) for n in range(30, 36)}
@@ -389,14 +391,14 @@ def test_images_of_a_validation_set_are_not_trained_on_under_other_prompts(
     assert "3 training images are left out: val=[…] has their bytes" in caplog.text
 
 
-def test_a_dataset_whose_images_all_count_nothing_is_refused(run: dict[str, Path], tmp_path: Path) -> None:
+def test_dataset_with_only_zero_weights_is_refused(run: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "w.csv"
     path.write_text("key,weight,dataset\n" + "".join(f"{n:06d},0,{run['noisy']}\n" for n in range(2, 12)))
     with pytest.raises(UserError, match=r"nothing of .*noisy is left to train on; take it out of dataset=\[…\]"):
         data_of([run["seeds"], run["noisy"]], f"data.sample_weights={path}")
 
 
-def test_weights_reach_the_batches(run: dict[str, Path], tmp_path: Path) -> None:
+def test_batches_contain_sample_weights(run: dict[str, Path], tmp_path: Path) -> None:
     path = tmp_path / "w.csv"
     path.write_text("key,weight\n000006,5\n000011,0\n")
     data = attached(data_of([run["noisy"]], f"data.sample_weights={path}", "epochs=4", "batch_size=9"))
@@ -409,7 +411,7 @@ def test_weights_reach_the_batches(run: dict[str, Path], tmp_path: Path) -> None
         assert batch.weight_B[batch.row_B == 6].item() == pytest.approx(5 * 9 / 13)
 
 
-def test_loaders_begin_at_the_trainers_step_and_cut_by_micro_batch(run: dict[str, Path]) -> None:
+def test_loaders_start_at_trainer_step_and_split_micro_batches(run: dict[str, Path]) -> None:
     data = attached(data_of([run["seeds"]], "batch_size=4", "epochs=3"))
     whole = [batch.row_B.tolist() for batch in data.train_dataloader()]
     assert len(whole) == data.steps == 6

@@ -47,7 +47,7 @@ def unit_of(subset: TrainingSubset) -> dict[int, int]:
 
 
 @pytest.mark.parametrize("case", cases())
-def test_every_unit_is_drawn_in_turn_and_so_is_every_image_of_it(case: int) -> None:
+def test_sampler_cycles_through_prompts_and_their_images(case: int) -> None:
     """After each of the first epochs: units of a subset differ by one sample at most, and images of a unit, too."""
     subsets = random_subsets(np.random.default_rng(case))
     shuffled = ShuffledEpochs(subsets, seed=case)
@@ -71,7 +71,7 @@ def test_every_unit_is_drawn_in_turn_and_so_is_every_image_of_it(case: int) -> N
     assert set(seen) <= {row for subset in subsets for row in subset.rows.tolist()}
 
 
-def test_one_pass_over_one_dataset_is_every_image_once_in_a_fresh_order() -> None:
+def test_one_repeat_is_a_new_permutation_per_epoch() -> None:
     rows = np.arange(100, 123)
     shuffled = ShuffledEpochs([TrainingSubset(rows)], seed=3)
     epochs = [shuffled.epoch(number).tolist() for number in range(5)]
@@ -87,7 +87,7 @@ def test_one_pass_over_one_dataset_is_every_image_once_in_a_fresh_order() -> Non
     ] == [[0, 1, 2]] * 2
 
 
-def test_prompts_with_one_image_each_are_drawn_as_images() -> None:
+def test_prompts_with_single_images_are_sampled_as_images() -> None:
     rows = np.arange(9)
     plain, by_prompt = (ShuffledEpochs([TrainingSubset(rows, units=units)], seed=1) for units in (None, rows[::-1] * 7))
     assert all(np.array_equal(plain.epoch(n), by_prompt.epoch(n)) for n in range(4))
@@ -102,7 +102,7 @@ def test_datasets_are_mixed_within_an_epoch() -> None:
         assert 190 < (quarter >= 3000).sum() < 310
 
 
-def test_the_order_of_a_prompts_images_is_drawn_by_lot() -> None:
+def test_order_of_images_of_a_prompt_is_random() -> None:
     """Of 6,000 prompts with three images, each of the six orders is taken by a sixth."""
     rows = np.arange(18_000)
     shuffled = ShuffledEpochs([TrainingSubset(rows, units=rows // 3)], seed=5)
@@ -113,7 +113,7 @@ def test_the_order_of_a_prompts_images_is_drawn_by_lot() -> None:
 
 
 @pytest.mark.parametrize("case", cases())
-def test_ranks_and_micro_batches_share_out_the_batches_of_one_process(case: int) -> None:
+def test_ranks_and_micro_batches_partition_single_process_batches(case: int) -> None:
     """Whatever the first step, the ranks and the micro-batches: each step's images are those of a plain walk."""
     rng = np.random.default_rng([case, 1])
     shuffled = ShuffledEpochs(random_subsets(rng), seed=case)
@@ -153,7 +153,7 @@ def plain_walk(shuffled: ShuffledEpochs, batch_size: int, steps: int) -> list[li
     raise AssertionError
 
 
-def test_any_step_can_be_the_first() -> None:
+def test_sampler_can_start_at_any_step() -> None:
     shuffled = ShuffledEpochs(
         [TrainingSubset(np.arange(23)), TrainingSubset(np.arange(23, 40), 0.4, np.arange(17) // 2)], seed=3
     )
@@ -171,7 +171,7 @@ def test_any_step_can_be_the_first() -> None:
         (30, 2, 4, "a step of 30 images does not divide by 8, its micro-batches: 4 on each of 2 devices"),
     ],
 )
-def test_a_batch_that_cannot_be_dealt_out_is_refused(batch: int, world: int, accumulate: int, said: str) -> None:
+def test_indivisible_batch_is_refused(batch: int, world: int, accumulate: int, said: str) -> None:
     for refuse in (
         lambda: check_shares(batch, world, accumulate),
         lambda: TrainBatchSampler(
@@ -185,7 +185,7 @@ def test_a_batch_that_cannot_be_dealt_out_is_refused(batch: int, world: int, acc
             refuse()
 
 
-def test_ranks_judge_every_image_once_in_as_many_batches_each() -> None:
+def test_ranks_validate_every_image_once_in_equal_batches() -> None:
     for count, batch_size, world in itertools.product(range(26), range(1, 6), range(1, 5)):
         rows: NDArray[np.int64] = np.arange(50, 50 + count)
         ranks = [SequentialBatchSampler(rows, batch_size, rank=rank, world=world) for rank in range(world)]
@@ -199,7 +199,7 @@ def test_ranks_judge_every_image_once_in_as_many_batches_each() -> None:
 
 
 @pytest.mark.slow
-def test_ten_million_images_take_a_few_arrays() -> None:
+def test_sampler_memory_for_ten_million_images() -> None:
     rows = np.arange(10_000_000)
     tracemalloc.start()
     shuffled = ShuffledEpochs(

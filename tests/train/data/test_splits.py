@@ -45,7 +45,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     )
 
 
-def test_every_prompt_is_validated_in_one_fold(images: ImageDataset) -> None:
+def test_each_prompt_is_validated_in_exactly_one_fold(images: ImageDataset) -> None:
     folds = [fold_rows(images, every(images), (i, 4), 0.7, 0) for i in range(1, 5)]
     judged = np.concatenate([fold.val for fold in folds])
     assert sorted(judged.tolist()) == every(images).tolist()
@@ -57,7 +57,7 @@ def test_every_prompt_is_validated_in_one_fold(images: ImageDataset) -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.35])
-def test_what_is_near_the_fold_is_purged_and_nothing_else(images: ImageDataset, threshold: float) -> None:
+def test_only_prompts_near_the_fold_are_purged(images: ImageDataset, threshold: float) -> None:
     """By every pair of captions, in double precision."""
     fold = fold_rows(images, every(images), (2, 4), threshold, 0)
     vectors = [
@@ -75,11 +75,11 @@ def test_what_is_near_the_fold_is_purged_and_nothing_else(images: ImageDataset, 
     assert fold.share_purged == len(near) / (len(images) - len(fold.val))
 
 
-def test_a_threshold_above_one_purges_nothing(images: ImageDataset) -> None:
+def test_threshold_above_one_purges_nothing(images: ImageDataset) -> None:
     assert not len(fold_rows(images, every(images), (1, 3), 1.01, 0).purged)
 
 
-def test_a_short_product_of_matrices_decides_nothing(images: ImageDataset) -> None:
+def test_purge_does_not_depend_on_matmul_blocks(images: ImageDataset) -> None:
     """Cosines 1e-7 apart are told from each other, also where the run takes bfloat16 for its products."""
     before = fold_rows(images, every(images), (2, 4), 0.7, 0)
     torch.set_float32_matmul_precision("medium")
@@ -90,7 +90,7 @@ def test_a_short_product_of_matrices_decides_nothing(images: ImageDataset) -> No
         torch.set_float32_matmul_precision("highest")
 
 
-def test_a_prompts_fold_follows_from_its_text_and_the_seed(tmp_path: Path) -> None:
+def test_fold_depends_only_on_text_and_seed(tmp_path: Path) -> None:
     """Not from the order, from the dataset or from what else is there."""
     prompts = [f"prompt {n}" for n in range(200)]
     one = opened(listed_dataset.write(tmp_path / "one", [Row(p) for p in prompts]))
@@ -116,7 +116,7 @@ def test_a_named_group_stays_together(tmp_path: Path) -> None:
     assert {len({rows[row].group for row in fold.val.tolist()}) > 1 for fold in folds} == {True}
 
 
-def test_a_chain_of_shared_captions_is_one(tmp_path: Path) -> None:
+def test_chained_captions_form_one_group(tmp_path: Path) -> None:
     """Each image shares a caption with the next, spelled in another way: nothing can be dealt out."""
     chain = [Row((f"caption x{n}x", f"Caption  X{n + 1}X.")) for n in range(12)]
     images = opened(listed_dataset.write(tmp_path / "data", [*chain, *[Row(f"alone {n}") for n in range(60)]]))
@@ -126,7 +126,7 @@ def test_a_chain_of_shared_captions_is_one(tmp_path: Path) -> None:
         assert not len(fold.left_out)
 
 
-def test_a_group_of_more_than_a_fifth_is_dealt_to_all_folds_and_its_neighbours_are_left_out(tmp_path: Path) -> None:
+def test_giant_group_is_spread_over_folds_and_neighbours_are_left_out(tmp_path: Path) -> None:
     """A chain of 40 of 100 images, each of which shares a caption with the next, and 10 images of one prompt."""
     rows = [Row((f"caption x{n}x", f"caption x{n + 1}x")) for n in range(40)]
     rows += [Row("a photo")] * 10 + [Row(f"alone x{n}x") for n in range(50)]
@@ -143,7 +143,7 @@ def test_a_group_of_more_than_a_fifth_is_dealt_to_all_folds_and_its_neighbours_a
     assert sum(len(fold.left_out) for fold in folds) > 40
 
 
-def test_a_ridge_penalty_is_judged_by_other_prompts(tmp_path: Path) -> None:
+def test_ridge_penalty_is_validated_on_other_prompts(tmp_path: Path) -> None:
     rows = [Row(f"{'A' if n % 2 else 'a'} prompt x{n // 4}x") for n in range(80)] + [Row("a photo")] * 40
     images = opened(listed_dataset.write(tmp_path / "data", rows))
     wanted = np.arange(4, 120)
@@ -168,7 +168,7 @@ def test_images_of_equal_bytes_share_a_fold(tmp_path: Path) -> None:
         assert {row % 60 for row in fold.val.tolist() if row < 60} == {r % 60 for r in fold.val.tolist() if r >= 60}
 
 
-def test_only_the_images_asked_for_are_dealt_out(images: ImageDataset) -> None:
+def test_folds_cover_only_given_images(images: ImageDataset) -> None:
     fold = fold_rows(images, np.arange(100, 400), (1, 2), 0.7, 0)
     assert sorted([*fold.train, *fold.val, *fold.purged]) == list(range(100, 400))
 
@@ -198,7 +198,7 @@ def test_training_images_that_another_dataset_validates_on_are_left_out(
     ]
 
 
-def test_a_validation_set_that_training_has_seen_is_refused(tmp_path: Path) -> None:
+def test_validation_set_seen_in_training_is_refused(tmp_path: Path) -> None:
     train = listed_dataset.write(tmp_path / "train", [Row("a"), Row("b"), Row("c"), Row("c")])
     clean = listed_dataset.write(tmp_path / "clean", [Row("x"), Row("z")])
     seen = listed_dataset.write(tmp_path / "seen", [Row("C."), Row(("y", "b")), Row("c")])
@@ -215,7 +215,7 @@ def test_a_validation_set_that_training_has_seen_is_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.gpu
-def test_a_gpu_purges_the_same(images: ImageDataset) -> None:
+def test_purge_on_gpu_matches_cpu(images: ImageDataset) -> None:
     for threshold in (0.7, 0.35):
         there = fold_rows(images, every(images), (2, 4), threshold, 0, device="cuda")
         assert np.array_equal(there.purged, fold_rows(images, every(images), (2, 4), threshold, 0).purged)

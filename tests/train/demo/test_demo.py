@@ -103,7 +103,7 @@ def bomb(width: int, height: int) -> bytes:
 # ------------------------------------------------------------------------------------------------------------ shares
 
 
-def test_shares_of_a_vector_by_hand() -> None:
+def test_nnls_shares_match_hand_computation() -> None:
     """.48 of the first and .6 of the second fit it best: the rest stands at right angles to both."""
     z_E = np.array([0.48, 0.6, 0.64], np.float32)
     share_K, rest = nnls_shares(z_E, np.eye(3, dtype=np.float32)[:2])
@@ -115,7 +115,7 @@ def test_shares_of_a_vector_by_hand() -> None:
     assert nnls_shares(z_E, np.zeros((0, 3), np.float32))[1] == 1
 
 
-def test_shares_are_those_of_another_solver_and_sum_to_one() -> None:
+def test_nnls_shares_match_another_solver_and_sum_to_one() -> None:
     rng = np.random.default_rng(0)
     for _ in range(20):
         vectors = rng.normal(size=(5, 24)) + 0.7
@@ -130,7 +130,7 @@ def test_shares_are_those_of_another_solver_and_sum_to_one() -> None:
 # --------------------------------------------------------------------------------------------------------------- look
 
 
-def test_look_is_what_model_bank_and_baselines_give(run: Path, data: Path) -> None:
+def test_explanation_matches_model_index_and_baselines(run: Path, data: Path) -> None:
     image = png(100, 60, "orange")
     look = explained(cfg(f"checkpoint={run / 'best'}", "neighbours=5"), image)
     dataset = Dataset(data, small_dataset.ENCODER)
@@ -150,7 +150,7 @@ def test_look_is_what_model_bank_and_baselines_give(run: Path, data: Path) -> No
     assert (look.width, look.height, look.note) == (100, 60, "")
 
 
-def test_a_bundle_and_an_ensemble_need_only_a_bank(run: Path, data: Path, tmp_path: Path) -> None:
+def test_bundle_and_ensemble_need_only_a_prompt_index(run: Path, data: Path, tmp_path: Path) -> None:
     image = png()
     export(run / "best", tmp_path / "bundle")
     members = [Member(name, run / "best", 0.5) for name in ("a", "b")]
@@ -164,7 +164,7 @@ def test_a_bundle_and_an_ensemble_need_only_a_bank(run: Path, data: Path, tmp_pa
         assert [text for _, text in look.nearest] == [text for _, text in own.nearest]
 
 
-def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Path) -> None:
+def test_baselines_need_a_run(run: Path, tmp_path: Path) -> None:
     export(run / "best", tmp_path / "bundle")
     with pytest.raises(
         UserError, match=r"knn is fitted on images\nprompt_index: there are no prompts.*\n.*not in a run folder"
@@ -193,12 +193,12 @@ def test_a_model_needs_a_run_for_what_it_does_not_carry(run: Path, tmp_path: Pat
         (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n", "not an image of these formats"),
     ],
 )
-def test_what_is_no_usable_image_is_refused_by_its_head(image: bytes, problem: str) -> None:
+def test_unusable_images_are_refused_by_header(image: bytes, problem: str) -> None:
     with pytest.raises(BadImage, match=problem):
         check_image(image, 1_000_000)
 
 
-def test_images_of_every_kind_are_looked_at_upright(run: Path) -> None:
+def test_all_formats_are_decoded_upright(run: Path) -> None:
     shown = prepare(*((c := cfg(f"checkpoint={run / 'best'}", "baselines=[mean]")), *model_and_run(c)))[0]
     turned = Image.Exif()
     turned[0x0112] = 6
@@ -241,7 +241,7 @@ def test_a_baseline_that_is_not_finite_is_refused_by_name() -> None:
         Demo(Says(1, 0), One(), baselines).explain(png())
 
 
-def test_a_model_that_fails_is_told_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_model_failure_is_shown_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "a.png").write_bytes(png())
     words, path = PageNames("model", "bank", 1), str(tmp_path / "a.png")
     usable, html = render_result(Demo(Says(), One(), {}), words, path, tmp_path)
@@ -278,13 +278,13 @@ def test_without_gradio_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         command_module("train.demo").run(compose("demo", []))
 
 
-def test_it_starts_without_torch() -> None:
+def test_command_starts_without_torch() -> None:
     code = "import sys, train.demo.__main__; assert not {'torch', 'gradio', 'hydra'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
 @pytest.mark.enable_socket
-def test_a_port_that_cannot_be_had_is_told(caplog: pytest.LogCaptureFixture) -> None:
+def test_unavailable_port_is_reported(caplog: pytest.LogCaptureFixture) -> None:
     with open_port("127.0.0.1", 0) as taken:
         number = taken.getsockname()[1]
         with (
@@ -422,14 +422,14 @@ def test_an_image_gives_prompts_and_shares(server: Server, run: Path, data: Path
     ],
     ids=["bomb", "tall", "wide", "words", "nothing", "cut"],
 )
-def test_what_is_no_image_gives_a_message(server: Server, image: bytes, problem: str) -> None:
+def test_non_image_upload_shows_a_message(server: Server, image: bytes, problem: str) -> None:
     before = server.memory()
     assert problem in say(server, image)
     assert "Nearest prompts" in say(server, png())
     assert server.memory() < before + 100e6
 
 
-def test_what_was_not_uploaded_is_neither_read_nor_served(server: Server, data: Path) -> None:
+def test_only_uploads_are_read_and_served(server: Server, data: Path) -> None:
     image = data / "a.png"
     image.write_bytes(png())
     for path in (str(image), f"{server.uploads}/../{image}", "http://127.0.0.1:9/a.png", None):
@@ -441,7 +441,7 @@ def test_what_was_not_uploaded_is_neither_read_nor_served(server: Server, data: 
             assert "it was not uploaded" in explain(server, file | more)[1], file
 
 
-def test_what_the_page_does_not_send_is_refused_without_a_trace(server: Server) -> None:
+def test_invalid_events_are_refused_without_traceback(server: Server) -> None:
     ours: dict[str, Any] = {"data": [None], "fn_index": 0, "session_hash": "a"}
     for other in (
         *({"data": data} for data in (3, {}, [], [1], ["x"], [[1]], [None, None], [{"path": 3}], [{"size": "x"}])),
@@ -513,7 +513,7 @@ class Inner:
         await send({"type": "http.response.body", "body": b""})
 
 
-def test_only_what_the_page_asks_for_reaches_gradio(tmp_path: Path) -> None:
+def test_only_allowed_routes_reach_gradio(tmp_path: Path) -> None:
     """Which would download an address of the public net, and hand it out as ours."""
     own = tmp_path / "uploads"
     own.mkdir()
@@ -541,7 +541,7 @@ def test_only_what_the_page_asks_for_reaches_gradio(tmp_path: Path) -> None:
     asyncio.run(tried())
 
 
-def test_no_other_page_may_speak_to_this_one(tmp_path: Path) -> None:
+def test_cross_origin_requests_are_refused(tmp_path: Path) -> None:
     async def tried() -> None:
         here, anywhere = (Guard(Inner(), 1000, hosts, tmp_path) for hosts in ({"127.0.0.1", "localhost"}, None))
         for guard in (here, anywhere):
@@ -566,7 +566,7 @@ def test_no_other_page_may_speak_to_this_one(tmp_path: Path) -> None:
     asyncio.run(tried())
 
 
-def test_uploads_are_bounded_in_sum(tmp_path: Path) -> None:
+def test_total_size_of_uploads_is_bounded(tmp_path: Path) -> None:
     """Those on the disk and those under way together."""
     (tmp_path / "a").mkdir()
     held = tmp_path / "a/held.png"
@@ -594,7 +594,7 @@ def test_uploads_are_bounded_in_sum(tmp_path: Path) -> None:
     asyncio.run(tried())
 
 
-def test_old_uploads_are_swept_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_expired_uploads_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(upload_limits, "_SWEEP_S", 0.01)
     (tmp_path / "a").mkdir()
     for name, age_s in (("a/old.png", 601), ("a/kept.png", 70), ("part", 61), ("coming", 0)):
@@ -613,7 +613,7 @@ def test_old_uploads_are_swept_away(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (tmp_path / "coming").exists()
 
 
-def test_only_what_the_page_sends_is_taken(server: Server) -> None:
+def test_other_methods_and_hosts_are_refused(server: Server) -> None:
     for path in ("/gradio_api/process_recording", "/gradio_api/run/look", "/gradio_api/component_server", "/login"):
         assert server.send("POST", path, b"{}")[0] == 405, path
     assert server.send("PUT", "/gradio_api/upload", b"")[0] == 405
@@ -633,7 +633,7 @@ def test_only_what_the_page_sends_is_taken(server: Server) -> None:
 @pytest.mark.parametrize(
     ("by", "code"), [(signal.SIGINT, 0), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
-def test_it_ends_cleanly_and_leaves_no_upload(
+def test_server_exits_cleanly_and_deletes_uploads(
     run: Path, tmp_path: Path, by: signal.Signals, code: int, request: pytest.FixtureRequest
 ) -> None:
     server = Server(run, tmp_path, "baselines=[]")
@@ -654,7 +654,7 @@ def test_it_ends_cleanly_and_leaves_no_upload(
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-def test_an_image_dropped_onto_the_page_gives_its_nearest_prompts(
+def test_dropped_image_shows_nearest_prompts_in_browser(
     server: Server, width: int, run: Path, browser: "Browser"
 ) -> None:
     image = png(64, 48, "orange")

@@ -49,7 +49,9 @@ def judged(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return out, judge(tiny_run, out, "knn.neighbours=3", "batch_size=5")
 
 
-def test_it_writes_what_it_returns(judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path) -> None:
+def test_evaluation_json_equals_return_value(
+    judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path
+) -> None:
     out, info = judged
     assert json.loads((out / "evaluation.json").read_text()) == info
     assert [score["name"] for score in info["scores"]] == NAMES
@@ -72,7 +74,7 @@ def test_it_writes_what_it_returns(judged: tuple[Path, dict[str, Any]], tiny_run
     assert json.loads((out / "keys.json").read_text()) == [dataset.key(row) for row in dataset.rows("val")]
 
 
-def test_its_scores_are_the_cosines_of_its_predictions(judged: tuple[Path, dict[str, Any]], small_data: Path) -> None:
+def test_scores_are_cosines_of_predictions(judged: tuple[Path, dict[str, Any]], small_data: Path) -> None:
     out, info = judged
     dataset = Dataset(small_data, small_dataset.ENCODER)
     targets = np.concatenate([dataset.targets(row) for row in dataset.rows("val")])
@@ -87,7 +89,7 @@ def test_its_scores_are_the_cosines_of_its_predictions(judged: tuple[Path, dict[
         assert score["seconds"] >= 0
 
 
-def test_the_baselines_are_those_of_the_backbone_that_the_run_began_from(
+def test_baselines_use_initial_backbone_of_the_run(
     judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path
 ) -> None:
     """By hand, with scikit-learn, on features of the same random backbone."""
@@ -120,7 +122,7 @@ def test_the_baselines_are_those_of_the_backbone_that_the_run_began_from(
     assert min(errors) < 1e-3
 
 
-def test_the_table_is_sorted_and_names_what_was_judged(judged: tuple[Path, dict[str, Any]]) -> None:
+def test_table_is_sorted_and_names_dataset(judged: tuple[Path, dict[str, Any]]) -> None:
     _, info = judged
     head, *lines = table(info).split("\n\n")[0].splitlines()
     names = [line.split()[0] for line in lines]
@@ -138,7 +140,7 @@ def test_the_table_is_sorted_and_names_what_was_judged(judged: tuple[Path, dict[
         assert shown == pytest.approx(expected, abs=6e-5)
 
 
-def test_a_part_of_the_embedders_scores_as_in_the_whole(
+def test_scores_do_not_depend_on_other_embedders(
     judged: tuple[Path, dict[str, Any]], tiny_run: Path, tmp_path: Path
 ) -> None:
     whole, _ = judged
@@ -151,9 +153,7 @@ def test_a_part_of_the_embedders_scores_as_in_the_whole(
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_a_bundle_stands_in_for_its_checkpoint(
-    judged: tuple[Path, dict[str, Any]], tiny_run: Path, tmp_path: Path
-) -> None:
+def test_bundle_scores_like_its_checkpoint(judged: tuple[Path, dict[str, Any]], tiny_run: Path, tmp_path: Path) -> None:
     export.export(tiny_run / "best", tmp_path / "bundle")
     overrides = (f"checkpoint={tmp_path / 'bundle'}", "embedders=[regressor]")
     info = judge(tiny_run, tmp_path / "out", *overrides)
@@ -162,7 +162,7 @@ def test_a_bundle_stands_in_for_its_checkpoint(
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_a_set_that_training_never_saw_with_several_captions(tiny_run: Path, tmp_path: Path) -> None:
+def test_evaluation_on_another_dataset_with_several_captions(tiny_run: Path, tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "foreign", train=1, val=9, size=70, captions=3, seed=5)
     info = judge(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[mean,regressor]")
     assert info["datasets"] == [{"path": str(data), "sha256": Dataset(data).fingerprint(), "images": 9}]
@@ -212,9 +212,7 @@ def run_on(run: Path, folder: Path, **changed: Any) -> Path:
     return folder
 
 
-def test_a_run_on_several_datasets_is_judged_on_all_and_its_baselines_fit_on_all(
-    tiny_run: Path, small_data: Path, tmp_path: Path
-) -> None:
+def test_run_on_several_datasets_is_evaluated_on_all(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     other = small_dataset.write(tmp_path / "other", train=20, val=5, seed=4)
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(small_data), str(other)])
     info = judge(run, tmp_path / "out")
@@ -232,7 +230,7 @@ def test_a_run_on_several_datasets_is_judged_on_all_and_its_baselines_fit_on_all
     )
 
 
-def test_a_fold_is_judged_on_its_own_images(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_fold_is_evaluated_on_its_own_images(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     run = run_on(tiny_run, tmp_path / "run", fold="2/4", fold_threshold=1.01)
     info = judge(run, tmp_path / "out", "embedders=[mean,regressor]")
     cfg = training.cfg(small_data, run, "fold=2/4", "fold_threshold=1.01")
@@ -268,7 +266,7 @@ def test_each_prompt_source_has_its_score_and_interval(tiny_run: Path, tmp_path:
     assert f"{info['sources']['coco']['images']} images" in table(info)
 
 
-def test_runs_of_older_versions_can_be_judged(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_runs_of_earlier_versions_can_be_evaluated(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     """Their settings name one dataset, lack what came later, and hold what is called otherwise now."""
     run = run_on(tiny_run, tmp_path / "run")
     cfg = json.loads((run / "settings.json").read_text())
@@ -278,7 +276,7 @@ def test_runs_of_older_versions_can_be_judged(tiny_run: Path, small_data: Path, 
     assert judge(run, tmp_path / "out")["images"] == 12
 
 
-def test_wrong_settings_are_told_before_torch_is_imported(tiny_run: Path, tmp_path: Path) -> None:
+def test_wrong_settings_are_reported_before_torch_import(tiny_run: Path, tmp_path: Path) -> None:
     for overrides, said in (
         ([f"run={tmp_path}"], f"error: no run at {tmp_path}: settings.json is missing; train first"),
         ([f"run={tiny_run}", "knn.neighbours=0"], "knn.neighbours: 0 is below 1"),
@@ -294,7 +292,7 @@ def test_wrong_settings_are_told_before_torch_is_imported(tiny_run: Path, tmp_pa
         assert not {"torch", "lightning", "timm"} & loaded
 
 
-def test_mistakes_name_the_remedy(tiny_run: Path, tmp_path: Path) -> None:
+def test_errors_have_hints(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"no run at .*nowhere: settings\.json is missing; train first"):
         judge(tmp_path / "nowhere", out)
@@ -308,9 +306,7 @@ def test_mistakes_name_the_remedy(tiny_run: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_paired_differences_and_breakdowns_are_those_of_the_scores(
-    judged: tuple[Path, dict[str, Any]], small_data: Path
-) -> None:
+def test_paired_differences_and_breakdowns_match_scores(judged: tuple[Path, dict[str, Any]], small_data: Path) -> None:
     out, info = judged
     scores = {name: np.load(out / f"scores/{name}.npy").astype(np.float64) for name in NAMES}
     assert len(info["pairs"]) == 6
@@ -329,9 +325,7 @@ def test_paired_differences_and_breakdowns_are_those_of_the_scores(
         assert mean == pytest.approx(scores["knn"].mean(), abs=1e-6)
 
 
-def test_retrieval_counts_how_often_the_own_prompt_is_near(
-    judged: tuple[Path, dict[str, Any]], small_data: Path
-) -> None:
+def test_retrieval_recall_matches_brute_force(judged: tuple[Path, dict[str, Any]], small_data: Path) -> None:
     out, info = judged
     dataset = Dataset(small_data, small_dataset.ENCODER)
     bank = np.concatenate([dataset.targets(row) for split in ("val", "train") for row in dataset.rows(split)])
@@ -343,7 +337,7 @@ def test_retrieval_counts_how_often_the_own_prompt_is_near(
         assert [score[f"r{k}"] for k in (1, 5, 10)] == pytest.approx(expected)
 
 
-def test_what_is_retrieved_and_the_blend_follow_from_the_regressors_vectors(
+def test_retrieve_and_blend_derive_from_regressor_vectors(
     judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
@@ -372,7 +366,7 @@ def test_what_is_retrieved_and_the_blend_follow_from_the_regressors_vectors(
     assert texts == [dataset.prompts(int(rows[best]))[0] for best in near_nk[:, 0]]
 
 
-def test_an_ensemble_is_scored_out_of_its_folds_and_saved_as_one_embedder(tiny_run: Path, tmp_path: Path) -> None:
+def test_ensemble_is_cross_validated_and_saved(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = "embedders=[mean,ridge,regressor,ensemble]"
     info = judge(tiny_run, out, asked, "ensemble.members=[ridge,regressor]", "ensemble.folds=3", "batch_size=5")
@@ -391,7 +385,7 @@ def test_an_ensemble_is_scored_out_of_its_folds_and_saved_as_one_embedder(tiny_r
     assert held_out["mean"] <= again["scores"][0]["mean"] + 1e-6, "weights of its own images are at least as good"
 
 
-def test_an_ensemble_with_a_member_that_is_no_checkpoint_says_so(
+def test_ensemble_with_non_checkpoint_member_is_reported(
     tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
@@ -404,7 +398,7 @@ def test_an_ensemble_with_a_member_that_is_no_checkpoint_says_so(
         judge(tiny_run, tmp_path / "out", "embedders=[mean,ensemble]")
 
 
-def test_members_that_are_no_checkpoints_cost_no_evaluation(tiny_run: Path, tmp_path: Path) -> None:
+def test_evaluation_completes_if_ensemble_cannot_be_saved(tiny_run: Path, tmp_path: Path) -> None:
     export.export(tiny_run / "best", tmp_path / "my bundle")
     asked = f"embedders=[ridge,regressor,{tmp_path / 'my bundle'},ensemble]"
     info = judge(tiny_run, tmp_path / "out", asked, "ensemble.folds=3")
@@ -412,7 +406,7 @@ def test_members_that_are_no_checkpoints_cost_no_evaluation(tiny_run: Path, tmp_
     assert json.loads((tmp_path / "out/evaluation.json").read_text()) == info
 
 
-def test_only_what_an_evaluation_wrote_is_removed_by_the_next(tiny_run: Path, tmp_path: Path) -> None:
+def test_evaluation_removes_only_files_of_the_previous_one(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for name in ("notes.txt", "scores/thesis.csv"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
@@ -428,7 +422,7 @@ def test_only_what_an_evaluation_wrote_is_removed_by_the_next(tiny_run: Path, tm
     assert there == expected | {"texts/retrieve.json"}
 
 
-def test_a_model_is_judged_elsewhere_without_its_training_images(
+def test_evaluation_elsewhere_needs_no_training_images(
     tiny_run: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(tmp_path / "gone")])
@@ -442,7 +436,7 @@ def test_a_model_is_judged_elsewhere_without_its_training_images(
         judge(run, tmp_path / "out", f"dataset={small_data}", "embedders=[mean]")
 
 
-def test_captions_need_no_run_and_a_bank_may_be_a_file(
+def test_captioners_need_no_run_and_prompt_index_may_be_a_file(
     glyph_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     blip = tiny_captioners.blip(tmp_path / "blip")
@@ -466,9 +460,7 @@ def test_captions_need_no_run_and_a_bank_may_be_a_file(
     assert "leakage of knn: " in caplog.text
 
 
-def test_what_cannot_be_judged_is_told_before_anything_is_computed(
-    tiny_run: Path, small_data: Path, tmp_path: Path
-) -> None:
+def test_unusable_embedders_are_reported_before_computation(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     shutil.copytree(tiny_run / "best", alone)
     other = tmp_path / "other"
@@ -494,7 +486,7 @@ def test_what_cannot_be_judged_is_told_before_anything_is_computed(
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_of_checkpoints_stand_in_the_table_by_their_names(
+def test_checkpoint_folders_are_named_in_table(
     judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
 ) -> None:
     names = [str(tiny_run), str(tiny_run / "last")]
@@ -511,7 +503,7 @@ def test_folders_of_checkpoints_stand_in_the_table_by_their_names(
     np.testing.assert_array_equal(np.load(ours), np.load(theirs))
 
 
-def test_an_image_may_be_seen_several_times(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_tta_averages_views(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     judge(tiny_run, tmp_path / "out", "embedders=[regressor]", "tta.regressor.flip=true", "tta.regressor.sizes=[32,48]")
     dataset = Dataset(small_data)
     images = [decode(dataset.image_bytes(row)) for row in dataset.rows("val")]
@@ -524,5 +516,5 @@ def test_an_image_may_be_seen_several_times(tiny_run: Path, small_data: Path, tm
     np.testing.assert_allclose(np.load(tmp_path / "out/predictions/regressor.npy"), expected, atol=1e-5)
 
 
-def test_the_page_is_drawn_beside_the_scores(judged: tuple[Path, dict[str, Any]]) -> None:
+def test_page_is_written_with_scores(judged: tuple[Path, dict[str, Any]]) -> None:
     assert "Paired differences" in (judged[0] / "report.html").read_text()

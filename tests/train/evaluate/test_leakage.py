@@ -104,7 +104,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------------------------------------ counting
 
 
-def test_counts_are_those_of_a_loop_over_all_pairs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_leakage_counts_match_brute_force(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(3)
     known = [f"training text {n}" for n in range(60)]
     near = {f"near {n}": (known[n], cosine) for n, cosine in enumerate(rng.choice([0.85, 0.899, 0.901, 0.97], 40))}
@@ -138,7 +138,7 @@ def test_counts_are_those_of_a_loop_over_all_pairs(tmp_path: Path, monkeypatch: 
     assert 0 < found.prompts_n.sum() < found.near_n.sum() < 90
 
 
-def test_sets_of_one_embedder_add_up_and_an_unknown_one_leaves_lower_bounds(other: Path, leaky: Path) -> None:
+def test_overlaps_of_training_sets_combine_and_unknown_sets_give_lower_bounds(other: Path, leaky: Path) -> None:
     evaluated, trained = image_set(other, "val"), image_set(leaky, "train")
 
     def gone() -> ImageSet:
@@ -187,9 +187,7 @@ def test_damaged_counts_are_refused() -> None:
 # -------------------------------------------------------------------------------------------- a user's own split column
 
 
-def test_training_counts_the_leaks_of_its_own_validation(
-    leaky: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_training_counts_validation_leakage(leaky: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         train(leaky, tmp_path / "dry", "dry_run=true")
     said = "leakage of validation on val: 16 of 16 images (16 with a training prompt, 16 with a prompt at cosine ≥ 0.9"
@@ -211,7 +209,7 @@ def test_training_counts_the_leaks_of_its_own_validation(
         assert LeakageCounts.from_json(score["leakage"]) == LeakageCounts(16, 0, 16, 16, 16)
 
 
-def test_a_resumed_run_does_not_count_again(
+def test_resumed_run_reuses_leakage_counts(
     leaky: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(leaky, tmp_path / "run", "save_every=1")
@@ -222,7 +220,7 @@ def test_a_resumed_run_does_not_count_again(
     assert "leakage of validation on val: 16 of 16 images" in caplog.text
 
 
-def test_leaks_stand_in_table_json_page_and_card(leaky_run: Path, tmp_path: Path) -> None:
+def test_leakage_is_in_table_json_page_and_card(leaky_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "evaluation"
     info = scores(out, f"run={leaky_run}", "embedders=[mean,knn,ridge,regressor,ensemble]", "ensemble.folds=3")
     assert json.loads((out / "evaluation.json").read_text()) == info
@@ -244,7 +242,7 @@ def test_leaks_stand_in_table_json_page_and_card(leaky_run: Path, tmp_path: Path
     assert "The score is of held-out" not in card
 
 
-def test_an_evaluation_of_another_version_is_to_be_made_again(leaky_run: Path, tmp_path: Path) -> None:
+def test_evaluation_of_another_format_is_refused(leaky_run: Path, tmp_path: Path) -> None:
     scores(tmp_path, f"run={leaky_run}", "embedders=[regressor]")
     info = json.loads((tmp_path / "evaluation.json").read_text())
     older = {key: value for key, value in info.items() if key not in ("format", "leakage")} | {"seen": {}}
@@ -260,7 +258,7 @@ def test_an_evaluation_of_another_version_is_to_be_made_again(leaky_run: Path, t
             write_report(ReportSettings(leaky_run, tmp_path, tmp_path / "run.html"))
 
 
-def test_a_run_without_leaks_says_so_everywhere(tiny_run: Path, tmp_path: Path) -> None:
+def test_zero_leakage_is_reported_everywhere(tiny_run: Path, tmp_path: Path) -> None:
     info = scores(tmp_path / "out", f"run={tiny_run}", "embedders=[ridge,regressor]")
     leaks = {name: LeakageCounts.from_json(own) for name, own in info["leakage"]["embedders"].items()}
     assert all((own.bytes, own.prompts, own.is_known) == (0, 0, True) for own in leaks.values())
@@ -273,7 +271,7 @@ def test_a_run_without_leaks_says_so_everywhere(tiny_run: Path, tmp_path: Path) 
 # ------------------------------------------------------------------------------------------------- evaluation elsewhere
 
 
-def test_another_dataset_is_compared_and_scored_without_the_leaks(leaky_run: Path, other: Path, tmp_path: Path) -> None:
+def test_clean_score_excludes_affected_images(leaky_run: Path, other: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("Nothing of it.\na stranger\n")
     asked = "embedders=[mean,regressor,retrieve]"
     bank = listed_dataset.write(tmp_path / "bank", [Row("Nothing of it."), Row("a stranger")])
@@ -299,7 +297,7 @@ def test_images_that_cannot_be_read_are_not_counted(leaky_run: Path, tmp_path: P
     assert counts(info) == (2, 0, 0, 2)
 
 
-def test_a_fold_is_judged_on_the_datasets_own_split(leaky: Path, tmp_path: Path) -> None:
+def test_leakage_of_fold_on_dataset_split(leaky: Path, tmp_path: Path) -> None:
     """The fold's own images are clean; those of the own split have trained in part."""
     run = train(leaky, tmp_path / "fold", "fold=1/4", "fold_threshold=1.01")
     own = scores(tmp_path / "own", f"run={run}", "embedders=[regressor]")
@@ -332,7 +330,7 @@ def second(leaky_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
-def test_a_second_stage_inherits_the_leaks_of_the_first(second: Path, tmp_path: Path) -> None:
+def test_second_stage_inherits_leakage(second: Path, tmp_path: Path) -> None:
     score = json.loads((second / "best/config.json").read_text())["score"]
     assert LeakageCounts.from_json(score["leakage"]).counts == (0, 6, 6, 6)
     info = scores(tmp_path / "out", f"run={second}", "embedders=[mean,ridge,regressor,blend]")
@@ -343,9 +341,7 @@ def test_a_second_stage_inherits_the_leaks_of_the_first(second: Path, tmp_path: 
     assert clean["mean"] == pytest.approx(np.load(tmp_path / "out/scores/regressor.npy")[6:].mean(), abs=1e-6)
 
 
-def test_a_folder_made_of_others_inherits_their_leaks(
-    leaky_run: Path, second: Path, other: Path, tmp_path: Path
-) -> None:
+def test_interpolation_and_ensemble_inherit_leakage(leaky_run: Path, second: Path, other: Path, tmp_path: Path) -> None:
     """Interpolated checkpoints, an ensemble that was moved, a ridge in it, weights taken as a backbone's, a cycle."""
     asked = ["accelerator=cpu", "workers=0", "alpha=[0.5]", f"dataset={other}"]
     mixed = interpolate(
@@ -379,7 +375,7 @@ def test_a_folder_made_of_others_inherits_their_leaks(
     assert by_folder[str(moved)] == (4, 4, 4, 4), "its weights were fitted on these very images"
 
 
-def test_an_ensemble_of_a_run_carries_its_ridge_and_the_images_its_weights_fit(leaky_run: Path, tmp_path: Path) -> None:
+def test_ensemble_includes_ridge_and_images_of_its_weights(leaky_run: Path, tmp_path: Path) -> None:
     asked = f"run={leaky_run}"
     info = scores(tmp_path / "out", asked, "embedders=[ridge,regressor,ensemble]", "ensemble.folds=3")
     saved = Path(info["ensemble"]["saved"])
@@ -392,7 +388,7 @@ def test_an_ensemble_of_a_run_carries_its_ridge_and_the_images_its_weights_fit(l
     assert counts(scores(tmp_path / "hand", asked, f"checkpoint={by_hand}", "embedders=[regressor]")) == (0, 16, 16, 16)
 
 
-def test_what_is_not_known_is_said(leaky_run: Path, leaky: Path, other: Path, tmp_path: Path) -> None:
+def test_unknown_training_data_is_reported(leaky_run: Path, leaky: Path, other: Path, tmp_path: Path) -> None:
     """A checkpoint without its run, a bundle, a dataset that is gone or changed, a first stage that is gone."""
     alone = shutil.copytree(leaky_run / "best", tmp_path / "alone")
     bundle = tmp_path / "bundle"
@@ -433,7 +429,7 @@ def test_images_of_weight_zero_were_not_trained_on(tmp_path: Path) -> None:
     assert counts(info, "mean")[1] == 2, "baselines are fitted on all"
 
 
-def test_images_that_a_further_validation_set_left_out_were_not_trained_on(tmp_path: Path) -> None:
+def test_images_shared_with_validation_sets_do_not_count_as_trained(tmp_path: Path) -> None:
     data = listed_dataset.write(tmp_path / "data", [Row(f"text {n}", image=colour(n)) for n in range(16)])
     judged = listed_dataset.write(
         tmp_path / "judged", [Row(f"other {n}", "val", image=colour(n + 14)) for n in range(4)]
@@ -444,7 +440,7 @@ def test_images_that_a_further_validation_set_left_out_were_not_trained_on(tmp_p
     assert counts(info, "mean") == (2, 0, 0, 2), "baselines are fitted on all"
 
 
-def test_runs_that_begin_from_each_other_end(leaky_run: Path, tmp_path: Path) -> None:
+def test_circular_init_from_terminates(leaky_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(leaky_run, tmp_path / "run")
     values = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps({**values, "init_from": str(run / "best")}))
@@ -458,7 +454,7 @@ def test_runs_that_begin_from_each_other_end(leaky_run: Path, tmp_path: Path) ->
 
 
 @pytest.mark.gpu
-def test_a_gpu_counts_the_same(other: Path, leaky: Path) -> None:
+def test_leakage_on_gpu_matches_cpu(other: Path, leaky: Path) -> None:
     evaluated, trained = image_set(other, "val"), image_set(leaky, "train")
     found = find_leakage(evaluated, {"one": [Origin("first", lambda: trained)]}, torch.device("cuda"))["one"]
     assert found.counts() == LeakageCounts(4, 1, 1, 2, 3)

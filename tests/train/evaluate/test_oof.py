@@ -45,7 +45,7 @@ def rows_of(images: ImageDataset, split: str) -> NDArray[np.int64]:
 
 
 @pytest.mark.parametrize("count", range(1, 12))
-def test_no_image_is_shown_twice(count: int) -> None:
+def test_examples_are_distinct(count: int) -> None:
     groups = extremes(np.linspace(0, 1, count, dtype=np.float32), 4)
     shown = np.concatenate(list(groups.values())).tolist()
     assert len(shown) == len(set(shown))
@@ -79,7 +79,7 @@ def test_a_prompt_of_many_images_is_named_once(small_data: Path) -> None:
     assert len({prompt for _, prompt in pairs}) == 3
 
 
-def test_the_best_and_the_worst_with_what_they_were_taken_for(model: Regressor, images: ImageDataset) -> None:
+def test_best_and_worst_have_nearest_prompts(model: Regressor, images: ImageDataset) -> None:
     rows, train = rows_of(images, "val"), rows_of(images, "train")
     scores = np.random.default_rng(1).permutation(len(rows)) / 100
     shown = best_and_worst(model, images, rows, scores, train, count=3, nearest=2)
@@ -103,7 +103,7 @@ def test_the_best_and_the_worst_with_what_they_were_taken_for(model: Regressor, 
     assert best_and_worst(model, images, rows[:0], scores[:0], train) == []
 
 
-def test_a_model_in_training_stays_in_training(model: Regressor, images: ImageDataset) -> None:
+def test_training_mode_is_restored(model: Regressor, images: ImageDataset) -> None:
     model.train()
     best_and_worst(model, images, rows_of(images, "val"), np.arange(18.0), rows_of(images, "train"))
     assert model.training

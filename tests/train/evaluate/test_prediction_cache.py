@@ -63,7 +63,7 @@ def files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache/predictions").glob("*/*.npz"))
 
 
-def test_predictions_are_the_embedders_and_computed_once(images: ImageDataset) -> None:
+def test_predictions_match_embedder_and_are_cached(images: ImageDataset) -> None:
     first = run(images, embedder("a"), embedder("b", 1, telling=True, alone=True))
     assert Colours.calls == 34
     again = run(images, embedder("other name"), embedder("b", 1, telling=True, alone=True))
@@ -78,7 +78,7 @@ def test_predictions_are_the_embedders_and_computed_once(images: ImageDataset) -
     assert again.seconds["b"] == first.seconds["b"], "the time of the first computation"
 
 
-def test_other_embedders_and_images_have_other_predictions(images: ImageDataset, tmp_path: Path) -> None:
+def test_cache_key_covers_embedder_and_images(images: ImageDataset, tmp_path: Path) -> None:
     a, b = (run(images, embedder("a", seed)).vectors["a"] for seed in (0, 1))
     assert np.abs(a - b).max() > 0.01
     other = ImageDataset(

@@ -74,7 +74,7 @@ def unit(rows: int, width: int = 384, seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("suffix", prompt_index.KINDS)
-def test_a_file_gives_its_distinct_prompts_with_the_encoders_vectors(tmp_path: Path, encoder: str, suffix: str) -> None:
+def test_file_index_has_distinct_prompts_with_encoder_vectors(tmp_path: Path, encoder: str, suffix: str) -> None:
     rough = [f"  {PROMPTS[0]} ", *PROMPTS[1:], PROMPTS[2], " "]
     bank = from_places([write(tmp_path / f"prompts{suffix}", rough)], encoder)
     assert bank.texts(range(len(bank))) == PROMPTS
@@ -88,7 +88,7 @@ def test_a_file_gives_its_distinct_prompts_with_the_encoders_vectors(tmp_path: P
     assert len(bank.nearest(query, 99)[0]) == len(PROMPTS)
 
 
-def test_a_prompt_of_several_lines_and_other_columns(tmp_path: Path, encoder: str) -> None:
+def test_multiline_prompts_and_other_columns(tmp_path: Path, encoder: str) -> None:
     path = write(tmp_path / "p.csv", ["one\nof two lines", 'with "quotes", and commas', "NA"], "caption")
     assert from_places([path], encoder, column="caption").texts(range(3)) == [
         "one\nof two lines",
@@ -100,13 +100,13 @@ def test_a_prompt_of_several_lines_and_other_columns(tmp_path: Path, encoder: st
     assert from_places([tmp_path / "p.parquet"], encoder).texts(range(2)) == ["a", "b"]
 
 
-def test_a_quotation_mark_in_a_tsv_is_a_letter(tmp_path: Path, encoder: str) -> None:
+def test_quotation_marks_in_tsv_are_literal(tmp_path: Path, encoder: str) -> None:
     texts = ['"a fox', "an owl", 'a "red" hen', '"a cat"', 'the end"']
     (tmp_path / "p.tsv").write_text("prompt\tid\n" + "".join(f"{text}\t{i}\n" for i, text in enumerate(texts)))
     assert from_places([tmp_path / "p.tsv"], encoder).texts(range(5)) == texts
 
 
-def test_a_dataset_gives_the_captions_and_vectors_it_has(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dataset_index_uses_stored_vectors(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vectors, "PART", 7)
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("train")
@@ -121,7 +121,7 @@ def test_a_dataset_gives_the_captions_and_vectors_it_has(data: Path, monkeypatch
     assert bank.holds([next(iter(wanted)), "nobody's"]).tolist() == [True, False]
 
 
-def test_images_of_several_datasets_share_one_bank(data: Path, tmp_path: Path) -> None:
+def test_images_of_several_datasets_share_one_index(data: Path, tmp_path: Path) -> None:
     other = small_dataset.write(tmp_path / "other", train=9, val=2, seed=5)
     parts = [(d, d.rows("train")[::-1][:8]) for d in (Dataset(p, small_dataset.ENCODER) for p in (data, other))]
     bank = from_images(parts)
@@ -130,7 +130,7 @@ def test_images_of_several_datasets_share_one_bank(data: Path, tmp_path: Path) -
     np.testing.assert_allclose(bank.vectors, small_dataset.encode(bank.texts(range(len(bank)))), atol=1e-6)
 
 
-def test_datasets_and_files_share_one_bank(glyph_dataset: Path, tmp_path: Path) -> None:
+def test_datasets_and_files_share_one_index(glyph_dataset: Path, tmp_path: Path) -> None:
     dataset = Dataset(glyph_dataset, MINILM)
     first = dataset.prompts(int(dataset.rows("train")[0]))[0]
     bank = from_places([write(tmp_path / "p.txt", [*PROMPTS, first]), glyph_dataset], MINILM)
@@ -142,7 +142,7 @@ def test_datasets_and_files_share_one_bank(glyph_dataset: Path, tmp_path: Path) 
     assert about == {"format": 1, **bank.identity()}
 
 
-def test_vectors_are_made_once_and_by_content(
+def test_vectors_are_cached_by_content(
     tmp_path: Path, cache: Path, data: Path, encoder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = from_places([write(tmp_path / "a.txt", PROMPTS)], encoder)
@@ -162,7 +162,7 @@ def test_vectors_are_made_once_and_by_content(
     assert len({json.dumps(i, sort_keys=True) for i in identities}) == 4
 
 
-def test_a_stopped_encoding_goes_on(tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_encoding_resumes(tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vectors, "PART", 2)
     path, asked, encode = write(tmp_path / "a.txt", PROMPTS), [], TargetEncoder.encode
 
@@ -197,7 +197,7 @@ def test_an_approximate_index_is_built_once(data: Path, monkeypatch: pytest.Monk
     assert not from_places([data], small_dataset.ENCODER).index.exact
 
 
-def test_retrieval_gives_the_weighted_mean_and_the_nearest_text(data: Path) -> None:
+def test_retriever_returns_weighted_mean_and_nearest_prompt(data: Path) -> None:
     bank = from_places([data], small_dataset.ENCODER)
     z_BE = small_dataset.encode(["square 250 10 10 on 0 0 90", "square 0 200 0 on 90 90 90", "square 5 5 5 on 9 9 9"])
     found, texts = PromptRetriever(bank, k=4, power=3).from_vectors(z_BE)
@@ -213,7 +213,7 @@ def test_retrieval_gives_the_weighted_mean_and_the_nearest_text(data: Path) -> N
     assert len({json.dumps(i, sort_keys=True) for i in identities}) == 3
 
 
-def test_a_blend_lies_between() -> None:
+def test_blend_interpolates() -> None:
     a, b = unit(6), unit(6, seed=1)
     np.testing.assert_allclose(blend(a, b, 0), a, atol=1e-6)
     np.testing.assert_allclose(blend(a, b, 1), b, atol=1e-6)
@@ -242,7 +242,7 @@ def repeated(path: Path, monkeypatch: pytest.MonkeyPatch, encoder: str, *, exact
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_rivals_are_the_nearest_different_vectors(
+def test_nearest_distinct_returns_different_vectors(
     tmp_path: Path, encoder: str, monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> None:
     bank = repeated(tmp_path, monkeypatch, encoder, exact=exact)
@@ -265,7 +265,7 @@ def test_rivals_are_the_nearest_different_vectors(
         bank.nearest_distinct(query, 0)
 
 
-def test_all_that_is_wrong_with_the_places_is_told_at_once(tmp_path: Path, data: Path) -> None:
+def test_all_unusable_sources_are_reported_at_once(tmp_path: Path, data: Path) -> None:
     latin = tmp_path / "latin.txt"
     latin.write_bytes("caf\xe9\n".encode("latin1"))
     damaged, cut = tmp_path / "damaged.parquet", tmp_path / "cut.parquet"
@@ -309,7 +309,7 @@ def _parts(text: str, paths: dict[Path | str, str]) -> list[str]:
     return ["\n".join(lines[a:b]) for a, b in zip(starts, [*starts[1:], len(lines)], strict=True)]
 
 
-def test_a_bank_of_nothing_and_vectors_of_another_width(data: Path) -> None:
+def test_empty_index_and_width_mismatch_are_refused(data: Path) -> None:
     dataset = Dataset(data, small_dataset.ENCODER)
     with pytest.raises(UserError, match=rf"no prompt to index in {data}"):
         from_images([(dataset, dataset.rows("train")[:0])])
@@ -319,7 +319,7 @@ def test_a_bank_of_nothing_and_vectors_of_another_width(data: Path) -> None:
         from_images([(dataset, dataset.rows("train"))]).nearest(unit(2, 5), 3)
 
 
-def test_an_encoders_identity_follows_its_files(tmp_path: Path) -> None:
+def test_encoder_identity_depends_on_files(tmp_path: Path) -> None:
     folder = tmp_path / "mine"
     folder.mkdir()
     (folder / "model.safetensors").write_bytes(b"weights")

@@ -84,7 +84,7 @@ def cells(section: str) -> list[list[str]]:
     return [re.findall(r'data-sort="([^"]*)"', row) for row in re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)]
 
 
-def test_every_part_of_an_evaluation_is_on_the_page(page: Path, folder: Path) -> None:
+def test_page_has_every_section(page: Path, folder: Path) -> None:
     info = json.loads((folder / "evaluation.json").read_text())
     parts = sections(page)
     rows = {name: cells(text) for name, text in parts.items()}
@@ -108,7 +108,7 @@ def test_every_part_of_an_evaluation_is_on_the_page(page: Path, folder: Path) ->
     assert info["datasets"][0]["sha256"] in parts["settings"]
 
 
-def test_a_difference_is_of_the_main_one_less_the_other(folder: Path, tmp_path: Path, dataset: Dataset) -> None:
+def test_differences_are_main_minus_other(folder: Path, tmp_path: Path, dataset: Dataset) -> None:
     """Also where the other is better."""
     write(tmp_path / "other", dataset, main="blip")
     text = sections(report.write(tmp_path / "other", tmp_path / "report.html"))["paired-differences"]
@@ -118,7 +118,7 @@ def test_a_difference_is_of_the_main_one_less_the_other(folder: Path, tmp_path: 
     assert all(text.count(f">{value}</text>") == 2 for value in over.values()), over
 
 
-def test_the_matrix_is_scikit_learns(page: Path, folder: Path, dataset: Dataset) -> None:
+def test_similarity_matrix_matches_scikit_learn(page: Path, folder: Path, dataset: Dataset) -> None:
     text = sections(page)["similarity-matrix"]
     shown = json.loads(html.unescape(re.findall(r'class="grid"[^>]*data-values="([^"]*)"', text)[0]))
     names = re.findall(r'<li title="([^"]*)"', text)
@@ -131,7 +131,7 @@ def test_the_matrix_is_scikit_learns(page: Path, folder: Path, dataset: Dataset)
     np.testing.assert_allclose([[float(v.replace("−", "-")) for v in row] for row in shown], expected, atol=6e-4)
 
 
-def test_a_trend_is_the_means_of_groups() -> None:
+def test_trend_matches_group_means() -> None:
     score_GN = np.random.default_rng(0).normal(size=(5, 20))
     x_GN = np.arange(5.0)[:, None] / 4 + np.linspace(0, 0.1, 20)
     x_G, mean_G, low_G, high_G = trend(x_GN.ravel(), score_GN.ravel(), np.arange(100))
@@ -158,7 +158,7 @@ def test_the_gallery_has_the_best_the_worst_and_the_widest_gaps(folder: Path) ->
     }
 
 
-def test_cards_tell_every_score_and_text(page: Path, folder: Path, dataset: Dataset) -> None:
+def test_cards_show_every_score_and_text(page: Path, folder: Path, dataset: Dataset) -> None:
     text = sections(page)["right-and-wrong"]
     cards = re.findall(r"<figure data-values.*?</figure>", text, re.DOTALL)
     assert 24 <= len(cards) <= 32
@@ -179,14 +179,14 @@ def test_cards_tell_every_score_and_text(page: Path, folder: Path, dataset: Data
         assert "&lt;script&gt;" in card.partition("Nearest other prompts")[2]
 
 
-def test_text_of_strangers_stays_text_and_same_input_same_bytes(page: Path, folder: Path, tmp_path: Path) -> None:
+def test_prompts_are_escaped_and_page_is_deterministic(page: Path, folder: Path, tmp_path: Path) -> None:
     assert HOSTILE not in page.read_text()
     assert page.read_text().count("<script>") == 1
     assert report.write(folder, tmp_path / "again.html").read_bytes() == page.read_bytes()
     assert page.stat().st_size < 3e6
 
 
-def test_one_embedder_alone_has_a_page(dataset: Dataset, tmp_path: Path) -> None:
+def test_page_of_a_single_embedder(dataset: Dataset, tmp_path: Path) -> None:
     """No pairs, no ensemble, no training prompts, no source twice."""
     evaluated.write(tmp_path / "alone", [dataset], {"regressor": evaluated.at([dataset], 0.6)})
     parts = sections(report.write(tmp_path / "alone", tmp_path / "report.html"))
@@ -195,7 +195,7 @@ def test_one_embedder_alone_has_a_page(dataset: Dataset, tmp_path: Path) -> None
     assert "minus" in parts["right-and-wrong"]
 
 
-def test_prompts_that_are_given_are_the_nearest(folder: Path, dataset: Dataset, tmp_path: Path) -> None:
+def test_nearest_prompts_come_from_given_images(folder: Path, dataset: Dataset, tmp_path: Path) -> None:
     known = [(dataset, dataset.rows("val"))]
     text = sections(report.write(folder, tmp_path / "report.html", known))["right-and-wrong"]
     cards = re.findall(r"<figure data-values.*?</figure>", text, re.DOTALL)
@@ -204,7 +204,7 @@ def test_prompts_that_are_given_are_the_nearest(folder: Path, dataset: Dataset, 
 
 
 @pytest.mark.parametrize("missing", ["pairs", "breakdown", "retrieval", "ensemble", "leakage"])
-def test_an_older_evaluation_is_to_be_made_again(dataset: Dataset, tmp_path: Path, missing: str) -> None:
+def test_evaluation_of_earlier_format_is_refused(dataset: Dataset, tmp_path: Path, missing: str) -> None:
     old = write(tmp_path / "old", dataset)
     info = json.loads((old / "evaluation.json").read_text())
     del info[missing]
@@ -214,7 +214,7 @@ def test_an_older_evaluation_is_to_be_made_again(dataset: Dataset, tmp_path: Pat
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_folder_that_does_not_fit_together_is_refused(dataset: Dataset, tmp_path: Path) -> None:
+def test_inconsistent_folder_is_refused(dataset: Dataset, tmp_path: Path) -> None:
     bad = write(tmp_path / "bad", dataset)
     out = tmp_path / "report.html"
     (bad / "texts/blip.json").write_text('["one"]')
@@ -255,14 +255,14 @@ def test_the_page_opens_and_sorts_in_a_browser(page: Path, folder: Path, dataset
     assert {url for url in opened.requests if not url.startswith("data:")} == {page.as_uri()}
 
 
-def test_it_is_written_without_torch() -> None:
+def test_page_is_written_without_torch() -> None:
     code = (
         "import sys, train.evaluate.report; assert not {'torch', 'matplotlib', 'hydra', 'wordcloud'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_the_evaluator_leaves_what_the_page_needs(tiny_run: Path, tmp_path: Path) -> None:
+def test_evaluator_writes_all_files_of_the_page(tiny_run: Path, tmp_path: Path) -> None:
     values = compose("evaluate", [f"run={tiny_run}", f"out={tmp_path}", "accelerator=cpu", "workers=0"])
     evaluate(settings(EvaluateSettings, values))
     page = report.write(tmp_path, tmp_path / "again.html")

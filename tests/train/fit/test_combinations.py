@@ -71,7 +71,7 @@ def test_four_micro_batches_of_eight_are_a_batch_of_32(
 
 
 @pytest.mark.parametrize("part", ["loss.contrastive=0.1", "loss.hard_fraction=0.5"])
-def test_what_compares_images_is_not_added_up(part: str, small_data: Path, tmp_path: Path) -> None:
+def test_losses_over_a_whole_step_refuse_micro_batches(part: str, small_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scale\.micro_batch: .* split into 4 micro-batches .* compares"):
         train(small_data, tmp_path / "run", part, "scale.micro_batch=2")
 
@@ -81,7 +81,7 @@ def test_a_batch_that_micro_batches_do_not_divide_is_refused(small_data: Path, t
         train(small_data, tmp_path / "run", "scale.micro_batch=3")
 
 
-def test_another_micro_batch_goes_on(small_data: Path, tmp_path: Path) -> None:
+def test_run_resumes_with_another_micro_batch(small_data: Path, tmp_path: Path) -> None:
     """As on another machine: the steps are the same ones, of the same images."""
     train(small_data, tmp_path / "whole", "optim.ema=0.9")
     parts = ("optim.ema=0.9", "save_every=1")
@@ -113,7 +113,7 @@ def test_a_fused_optimizer_clips_in_half_precision(
     assert train(small_data, tmp_path / "run", *parts) == 0
 
 
-def test_another_precision_does_not_go_on(small_data: Path, tmp_path: Path) -> None:
+def test_run_does_not_resume_with_another_precision(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "run", "max_steps=1")
     (tmp_path / "run/done").unlink()
     with pytest.raises(UserError, match="precision: 'fp32' there, 'bf16' here"):
@@ -123,7 +123,7 @@ def test_another_precision_does_not_go_on(small_data: Path, tmp_path: Path) -> N
 # -------------------------------------------------------------------------------------------------- every part at once
 
 
-def test_the_debug_experiment_takes_two_steps_of_everything(small_data: Path, tmp_path: Path) -> None:
+def test_debug_experiment_runs_two_steps(small_data: Path, tmp_path: Path) -> None:
     overrides = ["+experiment=debug", f"dataset={small_data}", f"out={tmp_path}", f"encoder={small_dataset.ENCODER}"]
     cfg = settings(TrainSettings, compose("train", [*overrides, "scale.workers=0"]))
     assert fit.fit(cfg) == 0
@@ -145,7 +145,7 @@ def test_the_debug_experiment_takes_two_steps_of_everything(small_data: Path, tm
     assert "head.0.weight" in moved
 
 
-def test_a_second_stage_begins_where_the_first_ended(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_init_from_starts_with_weights_of_first_stage(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "run", f"init_from={tiny_run / 'best'}", "save_initial=true", "max_steps=1")
     first, best = (load_file(p / "model.safetensors") for p in (tmp_path / "run/first", tiny_run / "best"))
     weights = [name for name in best if name.startswith(("backbone.", "head."))]
@@ -162,7 +162,7 @@ def test_a_second_stage_begins_where_the_first_ended(tiny_run: Path, small_data:
         ("model.head=wide", r"is of another model:\n.*head"),
     ],
 )
-def test_a_start_that_does_not_fit_is_refused(
+def test_init_from_of_another_architecture_is_refused(
     override: str, words: str, tiny_run: Path, small_data: Path, tmp_path: Path
 ) -> None:
     start = [override.format(run=tiny_run)]
@@ -172,7 +172,7 @@ def test_a_start_that_does_not_fit_is_refused(
         train(small_data, tmp_path / "run", *start)
 
 
-def test_a_start_on_other_vectors_is_refused(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_init_from_of_another_encoder_is_refused(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     other = tmp_path / "best"
     other.mkdir()
     config = json.loads((tiny_run / "best/config.json").read_text())
@@ -182,7 +182,7 @@ def test_a_start_on_other_vectors_is_refused(tiny_run: Path, small_data: Path, t
         train(small_data, tmp_path / "run", f"init_from={other}")
 
 
-def test_a_head_worked_out_before_is_taken(small_data: Path, tmp_path: Path) -> None:
+def test_initialised_head_is_reused_after_restart(small_data: Path, tmp_path: Path) -> None:
     """A run killed before its first resume point does not go over its images again."""
     head = make("test_vit", "random", 32, small_dataset.WIDTH).head
     (tmp_path / "run").mkdir()
@@ -192,7 +192,7 @@ def test_a_head_worked_out_before_is_taken(small_data: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("place", [3, 60, -5])
-def test_a_damaged_head_is_worked_out_again(
+def test_damaged_initialised_head_is_recomputed(
     place: int, small_data: Path, tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     data = bytearray((tiny_run / "head_init.safetensors").read_bytes())
@@ -218,7 +218,7 @@ def test_several_datasets_and_validation_sets(small_data: Path, tmp_path: Path) 
     assert checkpoint.read_config(tmp_path / "run/best")["score"]["images"] == 16
 
 
-def test_a_fold_keeps_its_predictions(small_data: Path, tmp_path: Path) -> None:
+def test_fold_writes_out_of_fold_predictions(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "run", "fold=2/4", "fold_threshold=1.01")
     about = json.loads((tmp_path / "run/oof/fold.json").read_text())
     keys = json.loads((tmp_path / "run/oof/keys.json").read_text())
@@ -227,7 +227,7 @@ def test_a_fold_keeps_its_predictions(small_data: Path, tmp_path: Path) -> None:
     assert about["mean"] == pytest.approx(config["score"]["mean"], abs=1e-5)
 
 
-def test_a_dry_run_tells_the_cost_and_writes_nothing(
+def test_dry_run_reports_cost_and_writes_nothing(
     small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
@@ -240,9 +240,7 @@ def test_a_dry_run_tells_the_cost_and_writes_nothing(
 # ------------------------------------------------------------------------------------------------------ what ends a run
 
 
-def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(
-    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_loss_ends_run_and_saves_batch(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite weight at step 4: the resume point is that of step 3, and the batch is kept."""
     step = Training.training_step
 
@@ -262,7 +260,7 @@ def test_a_loss_that_is_no_number_ends_the_run_with_its_batch(
     goes_on_as_one_never_stopped(small_data, tmp_path / "run", "save_every=1")
 
 
-def test_a_full_disk_leaves_the_resume_point_before(
+def test_full_disk_keeps_previous_resume_checkpoint(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -277,9 +275,7 @@ def test_a_full_disk_leaves_the_resume_point_before(
     goes_on_as_one_never_stopped(small_data, run, "save_every=1")
 
 
-def test_running_out_of_memory_names_what_to_change(
-    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_out_of_memory_error_names_settings(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def too_much(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 

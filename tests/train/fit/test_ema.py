@@ -33,7 +33,7 @@ def walk(parameter: torch.Tensor, ema: Ema, steps: int, seed: int = 0) -> list[n
 
 
 @pytest.mark.parametrize("decay", [0.9, 0.9998])
-def test_it_equals_its_closed_form(decay: float) -> None:
+def test_ema_matches_closed_form(decay: float) -> None:
     """The t-th weights count (1 - d_t) times the product of all later decays, the first ones the product of all."""
     parameter = nn.Parameter(torch.full((3, 5), 7.0))
     ema = Ema({"w": parameter}, decay)
@@ -44,7 +44,7 @@ def test_it_equals_its_closed_form(decay: float) -> None:
     np.testing.assert_allclose(ema.state_dict()["shadow"]["w"], expected, atol=1e-6)
 
 
-def test_it_keeps_up_in_a_short_run() -> None:
+def test_ema_forgets_initial_weights_in_short_run() -> None:
     parameter = nn.Parameter(torch.zeros(4))
     ema = Ema({"w": parameter}, 0.9998)
     with torch.no_grad():
@@ -54,7 +54,7 @@ def test_it_keeps_up_in_a_short_run() -> None:
     assert ema.state_dict()["shadow"]["w"].min() > 0.999, "without a warm-up .006"
 
 
-def test_swapped_in_and_back_to_the_bit() -> None:
+def test_swapped_restores_weights_bitwise() -> None:
     parameter, half = nn.Parameter(torch.randn(6)), nn.Parameter(torch.randn(6, dtype=torch.bfloat16))
     ema = Ema({"w": parameter, "h": half}, 0.9)
     before = [t.detach().clone() for t in (parameter, half)]
@@ -79,7 +79,7 @@ def test_swapped_in_and_back_to_the_bit() -> None:
     assert not shadow["h"].equal(before[1].float())
 
 
-def test_it_goes_on_from_its_state_to_the_bit(tmp_path: Path) -> None:
+def test_ema_resumes_bitwise_from_state(tmp_path: Path) -> None:
     whole, parted = nn.Parameter(torch.zeros(8)), nn.Parameter(torch.zeros(8))
     through, first = Ema({"w": whole}, 0.99), Ema({"w": parted}, 0.99)
     walk(whole, through, 5, seed=1)
@@ -93,14 +93,14 @@ def test_it_goes_on_from_its_state_to_the_bit(tmp_path: Path) -> None:
     assert second.state_dict()["shadow"]["w"].equal(through.state_dict()["shadow"]["w"])
 
 
-def test_another_models_state_is_refused() -> None:
+def test_ema_state_of_another_model_is_refused() -> None:
     state = Ema({"w": torch.zeros(3)}, 0.9).state_dict()
     for other in ({"v": torch.zeros(3)}, {"w": torch.zeros(4)}, {"w": torch.zeros(3), "v": torch.zeros(1)}):
         with pytest.raises(ValueError, match="another model"):
             Ema(other, 0.9).load_state_dict(state)
 
 
-def test_what_trains_is_averaged_and_statistics_with_it() -> None:
+def test_ema_averages_trained_parameters_and_batch_norm_statistics() -> None:
     model = make("test_efficientnet", "random", 32, 12, head="wide", hidden=8)
     model.freeze(1)
     names = averaged(model.train()).keys()
@@ -122,7 +122,7 @@ def gloo(tmp_path: Path) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("gloo")
-def test_of_shared_out_tensors_each_rank_averages_its_part() -> None:
+def test_ema_of_sharded_tensors() -> None:
     plain = nn.Parameter(torch.arange(12.0).reshape(4, 3))
     mesh = init_device_mesh("cpu", (1,))
     shared = nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(0)]))

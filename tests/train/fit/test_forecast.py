@@ -46,7 +46,7 @@ def rates(forecast: Forecast) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("images", [300, 1_000, 100_000])
 @pytest.mark.parametrize("name", EXPERIMENTS)
-def test_every_experiment_reaches_most_of_its_peak_rate(name: str, images: int) -> None:
+def test_experiments_reach_most_of_peak_rate(name: str, images: int) -> None:
     forecast = forecast_of(images, f"+experiment={name}")
     found = rates(forecast)
     assert found["backbone"].max() >= 0.8
@@ -83,14 +83,14 @@ def test_the_warm_up_is_at_most_a_tenth_of_the_schedule(overrides: tuple[str, ..
     assert (np.diff(shares[: warmup + 1]) > 0).all()
 
 
-def test_a_schedule_of_onecycle_has_its_own_rise() -> None:
+def test_onecycle_has_its_own_warmup() -> None:
     forecast = forecast_of(1280, "optim.schedule=onecycle", "epochs=10")
     assert (forecast.warmup, forecast.length.steps) == (29, 100)
     assert rates(forecast)["backbone"].argmax() == 29
     assert "warm-up 29 steps (set by onecycle)" in forecast.lines()[0]
 
 
-def test_the_lines_say_steps_warm_up_highest_rates_and_what_averaging_leaves_of_the_start() -> None:
+def test_log_lines_have_steps_warmup_rates_and_ema() -> None:
     schedule, average = forecast_of(900, "+experiment=vith14").lines()
     assert schedule == (
         "schedule: 21 steps; warm-up 2 steps (a tenth of the schedule; optim.warmup=500 is longer); highest rate: "
@@ -108,7 +108,7 @@ def test_the_lines_say_steps_warm_up_highest_rates_and_what_averaging_leaves_of_
     )
 
 
-def test_a_run_too_short_to_learn_is_reported_with_what_makes_it_long_enough() -> None:
+def test_too_short_run_is_reported_with_settings() -> None:
     images = 900
     (message,) = forecast_of(images, "+experiment=vith14").warnings(images)
     assert "too short" in message
@@ -131,7 +131,7 @@ def test_a_backbone_that_never_trains_is_reported() -> None:
 
 
 @pytest.mark.parametrize(("steps", "alone"), [(1, 0), (3, 0), (21, 0), (60, 50)])
-def test_the_share_of_the_start_in_the_average_is_that_of_the_averaged_weights(steps: int, alone: int) -> None:
+def test_initial_weight_fraction_matches_ema(steps: int, alone: int) -> None:
     """Weights that are 1 at the start and 0 after each step that trains them: what is left is the share."""
     overrides = ("batch_size=1", f"max_steps={steps}", "optim.ema=0.9998", f"optim.head_warmup_epochs={alone / 900}")
     forecast = forecast_of(900, *overrides)

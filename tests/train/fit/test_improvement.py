@@ -42,7 +42,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 # -------------------------------------------------------------------------------------------------- the start of a run
 
 
-def test_step_0_is_the_model_before_training(small_data: Path, tmp_path: Path) -> None:
+def test_validation_of_step_0_is_the_initial_model(small_data: Path, tmp_path: Path) -> None:
     """The score of `first`, which is written before the first step, counted anew; logged as step 0, once."""
     assert train(small_data, tmp_path / "run", "save_initial=true") == 0
     first, *later = validations(tmp_path / "run")
@@ -56,9 +56,7 @@ def test_step_0_is_the_model_before_training(small_data: Path, tmp_path: Path) -
     assert records(tmp_path / "run")[0] == first
 
 
-def test_the_end_of_a_run_says_start_and_best_with_the_paired_difference(
-    small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_end_of_run_logs_paired_improvement(small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert train(small_data, tmp_path / "run", *BETTER) == 0
     found = improvement_of(tmp_path / "run")
@@ -78,7 +76,7 @@ def test_the_end_of_a_run_says_start_and_best_with_the_paired_difference(
     assert not [m for m in caplog.messages if m.startswith("warning")]
 
 
-def test_where_no_step_scores_higher_best_is_the_start_and_the_run_says_so(
+def test_best_checkpoint_is_start_if_no_step_improves(
     small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
@@ -98,16 +96,14 @@ def test_where_no_step_scores_higher_best_is_the_start_and_the_run_says_so(
     assert f"best val/cosine {found['start']['mean']:.4f} (step 0): {tmp_path / 'run/best'}" in caplog.messages
 
 
-def test_a_checkpoint_that_a_run_begins_from_can_stay_its_best(
-    small_data: Path, tiny_run: Path, tmp_path: Path
-) -> None:
+def test_init_from_checkpoint_can_remain_best(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     assert train(small_data, tmp_path / "run", f"init_from={tiny_run / 'best'}", "max_steps=3", *WORSE) == 0
     assert same_weights(tmp_path / "run/best", tiny_run / "best")
     start = validations(tmp_path / "run")[0]["val/cosine"]
     assert start == pytest.approx(checkpoint.read_config(tiny_run / "best")["score"]["mean"], abs=1e-6)
 
 
-def test_averaged_weights_of_a_short_run_are_not_the_start(small_data: Path, tmp_path: Path) -> None:
+def test_ema_weights_of_short_run_differ_from_start(small_data: Path, tmp_path: Path) -> None:
     """21 steps of averaging at .9998: the average has gone nine tenths of the way that the weights themselves went."""
     parts = ("max_steps=21", "save_initial=true", "optim.lr=1e-3", "optim.head_lr=1e-3", "optim.warmup=500")
     for name, ema in (("plain", 0), ("averaged", 0.9998)):
@@ -129,7 +125,7 @@ class Killed(BaseException):
 
 
 @pytest.mark.parametrize("moment", ["before", "within", "after"])
-def test_killed_at_the_validation_of_step_0_it_ends_the_same(
+def test_run_killed_in_first_validation_resumes_bitwise(
     moment: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before it, between two of its batches, and once `best` is written and nothing else."""
@@ -160,9 +156,7 @@ def test_killed_at_the_validation_of_step_0_it_ends_the_same(
     assert [r["step"] for r in records(tmp_path / "run")] == [r["step"] for r in records(tmp_path / "whole")]
 
 
-def test_the_start_that_is_best_survives_a_resume(
-    small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_best_start_survives_resume(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked to stop within step 0's validation: it takes a step, and goes on with the scores of the start."""
     parts = ("epochs=2", *WORSE)
     train(small_data, tmp_path / "whole", *parts)
@@ -193,7 +187,7 @@ def test_the_start_that_is_best_survives_a_resume(
 
 
 @pytest.mark.slow
-def test_two_ranks_have_the_start_of_one_process(small_data: Path, tmp_path: Path) -> None:
+def test_first_validation_on_two_ranks_matches_one_process(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "one", *WORSE)
     for strategy in ("ddp", "fsdp"):
         words = (f"dataset={small_data}", f"out={tmp_path / strategy}", *OVERRIDES, *WORSE)
@@ -219,7 +213,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
     return ImageDataset([Dataset(root, small_dataset.ENCODER)], PREPROCESSING)
 
 
-def test_images_are_paired_and_those_of_one_prompt_resampled_together(
+def test_improvement_is_paired_by_image_and_resampled_by_prompt(
     images: ImageDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The rows have six prompts, three images each; one image could not be read at the end."""
@@ -247,7 +241,7 @@ def test_images_are_paired_and_those_of_one_prompt_resampled_together(
         (np.zeros(12), "the start is best", "Try a lower optim.lr"),
     ],
 )
-def test_what_to_change_where_a_run_did_not_improve(
+def test_advice_for_runs_without_improvement(
     gains: np.ndarray, verdict: str, words: str | None, images: ImageDataset
 ) -> None:
     rows, start_n = np.arange(12), np.linspace(0.2, 0.6, 12)
@@ -263,7 +257,7 @@ def test_what_to_change_where_a_run_did_not_improve(
         assert "epochs=9" in (found.advice("epochs=9 (now 3)") or "")
 
 
-def test_scores_that_are_no_numbers_are_not_compared(images: ImageDataset) -> None:
+def test_nan_scores_are_not_compared(images: ImageDataset) -> None:
     rows, fine, nan = np.arange(3), np.array([0.1, 0.2, 0.3]), np.array([0.1, np.nan, 0.3])
     start, best = scores(0, rows, fine), scores(4, rows, fine + 0.1)
     found = Improvement.of(start, best, scores(8, rows, nan), images)

@@ -59,7 +59,7 @@ def settings_of(model: Regressor, cfg: OptimSettings) -> dict[str, tuple[float, 
     return dict(found)
 
 
-def test_weight_decay_is_on_matrices_alone_and_the_head_has_its_own_rate() -> None:
+def test_weight_decay_only_on_matrices_and_head_has_own_rate() -> None:
     model = regressor()
     exempt = {"backbone.pos_embed", "backbone.cls_token", "backbone.reg_token"}
     found = settings_of(model, CHOSEN)
@@ -85,7 +85,7 @@ BACKBONES: dict[str, Callable[[], nn.Module]] = {
 
 
 @pytest.mark.parametrize("kind", BACKBONES)
-def test_layer_decay_equals_timms_scales(kind: str) -> None:
+def test_layer_decay_matches_timm(kind: str) -> None:
     """timm counts a norm that some models have after the last block as a layer more: then all is one factor lower."""
     backbone = BACKBONES[kind]()
     names = {id(p): name for name, p in backbone.named_parameters()}
@@ -107,7 +107,7 @@ def test_layer_decay_equals_timms_scales(kind: str) -> None:
     assert {name: mine[f"backbone.{name}"][0] for name in found} == {n: 1e-5 * share for n, share in found.items()}
 
 
-def test_what_is_frozen_has_no_group_and_the_top_block_comes_first() -> None:
+def test_frozen_parameters_have_no_group_and_top_block_is_first() -> None:
     model = regressor()
     model.freeze(4)
     found = settings_of(model, with_(layer_decay=0.5))
@@ -119,7 +119,7 @@ def test_what_is_frozen_has_no_group_and_the_top_block_comes_first() -> None:
     assert {part for _, _, part in settings_of(model, CHOSEN).values()} == {"head"}
 
 
-def test_adapters_have_the_rate_of_their_block() -> None:
+def test_lora_adapters_have_learning_rate_of_their_block() -> None:
     from models import lora
 
     model = regressor()
@@ -171,7 +171,7 @@ def closed(name: str, w: np.ndarray, g: np.ndarray, lr: float, decay: float, cou
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "madgrad"])
-def test_a_step_equals_its_closed_form(name: str) -> None:
+def test_optimizer_step_matches_closed_form(name: str) -> None:
     before, after, model = steps(with_(name=name, lr=0.01, head_lr=0.03))
     rates = settings_of(model, with_(lr=0.01, head_lr=0.03))
     for key, parameter in model.named_parameters():
@@ -201,7 +201,7 @@ def test_8_bit_adamw_without_its_package(monkeypatch: pytest.MonkeyPatch) -> Non
             asked()
 
 
-def test_8_bit_state_cannot_be_shared_out() -> None:
+def test_8_bit_adamw_refuses_fsdp() -> None:
     pytest.importorskip("bitsandbytes")
     with pytest.raises(UserError, match=r"optim\.name=adamw8bit does not support sharded parameters"):
         check(with_(name="adamw8bit"), "fsdp")
@@ -209,7 +209,7 @@ def test_8_bit_state_cannot_be_shared_out() -> None:
     check(with_(name="lion"), "fsdp")
 
 
-def test_fused_is_the_same_step() -> None:
+def test_fused_adamw_matches_unfused() -> None:
     plain, fused = regressor(), regressor()
     for model, made in ((plain, optimizer(plain, CHOSEN)), (fused, optimizer(fused, CHOSEN, fused=True))):
         gradients(model)

@@ -61,7 +61,7 @@ def weights_agree(one: Path, two: Path, atol: float = 1e-5) -> None:
         torch.testing.assert_close(b[name], a[name], atol=atol, rtol=0, msg=lambda said, name=name: f"{name}: {said}")
 
 
-def test_two_ranks_train_as_one_process_does(small_data: Path, tmp_path: Path) -> None:
+def test_ddp_on_two_ranks_matches_one_process(small_data: Path, tmp_path: Path) -> None:
     """An epoch is every image once, dealt out; losses, scores and log are those of one process."""
     overrides = ("epochs=2", "optim.ema=0.9", "optim.layer_decay=0.8", "data.crop=0.8", "data.flip=true")
     train(small_data, tmp_path / "one", *overrides)
@@ -77,7 +77,7 @@ def test_two_ranks_train_as_one_process_does(small_data: Path, tmp_path: Path) -
     assert len(broadcasts) == 1, "no collective of Lightning's at a step: it would ask the ranks for signals"
 
 
-def test_two_ranks_that_share_out_the_weights_train_as_one_process_does(small_data: Path, tmp_path: Path) -> None:
+def test_fsdp_on_two_ranks_matches_one_process(small_data: Path, tmp_path: Path) -> None:
     overrides = ("epochs=1", "optim.ema=0.9", "model.freeze=1")
     train(small_data, tmp_path / "one", *overrides)
     ranked(small_data, tmp_path / "two", *overrides, *FSDP)
@@ -87,7 +87,7 @@ def test_two_ranks_that_share_out_the_weights_train_as_one_process_does(small_da
 
 @pytest.mark.slow
 @pytest.mark.parametrize("batch", [8, 9])
-def test_shared_out_weights_train_as_whole_ones(batch: int, small_data: Path, tmp_path: Path) -> None:
+def test_sharded_weights_train_like_full_ones(batch: int, small_data: Path, tmp_path: Path) -> None:
     """FSDP2 against DDP, with all that it must carry; its checkpoint exports, and its bundle gives the same vectors."""
     parts = ("epochs=2", "optim.ema=0.9", "optim.layer_decay=0.8", "model.freeze=1", "optim.grad_clip_norm=0.5")
     parts += ("model.lora.blocks=2", "model.lora.rank=4", f"batch_size={batch}")
@@ -102,7 +102,7 @@ def test_shared_out_weights_train_as_whole_ones(batch: int, small_data: Path, tm
 
 
 @pytest.mark.slow
-def test_a_shared_out_run_goes_on_where_it_stopped(small_data: Path, tmp_path: Path) -> None:
+def test_fsdp_run_resumes(small_data: Path, tmp_path: Path) -> None:
     """Killed after a resume point: as if by a machine that was taken away."""
     parts: tuple[str, ...] = ("optim.ema=0.9", "model.freeze=1", "epochs=2", "save_every=2")
     ranked(small_data, tmp_path / "whole", *parts, *FSDP)
@@ -120,7 +120,7 @@ def test_a_shared_out_run_goes_on_where_it_stopped(small_data: Path, tmp_path: P
 
 
 @pytest.mark.slow
-def test_one_rank_that_is_asked_to_stop_stops_all(small_data: Path, tmp_path: Path) -> None:
+def test_stop_signal_on_one_rank_stops_all(small_data: Path, tmp_path: Path) -> None:
     """SIGTERM to the first alone: both end after the same step, resumably."""
     parts = ("epochs=40", "save_every=1000", "validate_every=1000", TWO)
     words = (f"dataset={small_data}", f"out={tmp_path / 'run'}", *OVERRIDES, *parts)
@@ -139,7 +139,7 @@ def test_one_rank_that_is_asked_to_stop_stops_all(small_data: Path, tmp_path: Pa
 
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_the_head_trains_first_on_every_rank(strategy: str, small_data: Path, tmp_path: Path) -> None:
+def test_head_warmup_on_every_rank(strategy: str, small_data: Path, tmp_path: Path) -> None:
     overrides = ("epochs=1.2", "optim.head_warmup_epochs=0.4", "optim.head_warmup_lr=1e-3")
     train(small_data, tmp_path / "one", *overrides)
     ranked(small_data, tmp_path / "two", *overrides, TWO, f"scale.strategy={strategy}")
@@ -147,7 +147,7 @@ def test_the_head_trains_first_on_every_rank(strategy: str, small_data: Path, tm
 
 
 @pytest.mark.slow
-def test_what_compares_the_images_of_a_step_sees_those_of_all_ranks(small_data: Path, tmp_path: Path) -> None:
+def test_contrastive_loss_sees_images_of_all_ranks(small_data: Path, tmp_path: Path) -> None:
     overrides = ("epochs=2", "loss.contrastive=0.1", "loss.hard_fraction=0.5", "batch_size=9")
     train(small_data, tmp_path / "one", *overrides)
     ranked(small_data, tmp_path / "two", *overrides, TWO)
@@ -156,7 +156,7 @@ def test_what_compares_the_images_of_a_step_sees_those_of_all_ranks(small_data: 
 
 
 @pytest.mark.slow
-def test_ranks_and_micro_batches_together_are_the_step(small_data: Path, tmp_path: Path) -> None:
+def test_ranks_and_micro_batches_match_single_step(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "one", "epochs=2")
     ranked(small_data, tmp_path / "two", "epochs=2", TWO, "scale.micro_batch=2")
     agree(tmp_path / "one", tmp_path / "two", "train/loss", "val/cosine")
@@ -164,7 +164,7 @@ def test_ranks_and_micro_batches_together_are_the_step(small_data: Path, tmp_pat
 
 
 @pytest.mark.slow
-def test_torchrun_starts_the_ranks_too(small_data: Path, tmp_path: Path) -> None:
+def test_torchrun_starts_ranks(small_data: Path, tmp_path: Path) -> None:
     words: list[Any] = ["--nproc-per-node=2", "--master-port=29511", "-m", "tests.noting_train"]
     done = commands.run(
         "torch.distributed.run", *words, f"dataset={small_data}", f"out={tmp_path / 'two'}", *OVERRIDES, TWO

@@ -73,9 +73,7 @@ def twenty_places(path: Path) -> list[int]:
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
-def test_a_flipped_byte_at_twenty_places_is_refused_by_name(
-    stopped_run: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_flipped_byte_in_resume_checkpoint_is_detected(stopped_run: Path, caplog: pytest.LogCaptureFixture) -> None:
     newest = stopped_run / "resume.ckpt"
     for place in twenty_places(newest):
         caplog.clear()
@@ -88,7 +86,7 @@ def test_a_flipped_byte_at_twenty_places_is_refused_by_name(
 
 
 @pytest.mark.slow
-def test_with_a_flipped_byte_at_twenty_places_the_run_goes_on_from_the_previous_point(
+def test_run_with_damaged_checkpoint_resumes_from_previous_one(
     stopped_run: Path, small_data: Path, tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Each time the run ends with the very bits of a run that was never stopped."""
@@ -119,13 +117,15 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("case", DAMAGES)
-def test_other_damage_is_refused_too(case: str, stopped_run: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_other_damage_of_resume_checkpoint_is_detected(
+    case: str, stopped_run: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     DAMAGES[case](stopped_run / "resume.ckpt")
     assert resume.newest_whole(stopped_run) == (stopped_run / "resume.previous.ckpt", 3)
     assert f"{stopped_run / 'resume.ckpt'} is damaged: it" in caplog.text
 
 
-def test_without_a_whole_point_both_are_named_with_what_to_do(stopped_run: Path, small_data: Path) -> None:
+def test_error_names_both_damaged_resume_checkpoints(stopped_run: Path, small_data: Path) -> None:
     for name, place in (("resume.ckpt", 500), ("resume.previous.ckpt", 7000)):
         flip(stopped_run / name, place)
     with pytest.raises(UserError) as error:
@@ -138,7 +138,7 @@ def test_without_a_whole_point_both_are_named_with_what_to_do(stopped_run: Path,
         assert words in str(error.value)
 
 
-def test_a_damaged_first_point_is_not_taken_for_a_new_run(
+def test_damaged_first_resume_checkpoint_is_not_a_new_run(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
@@ -148,7 +148,7 @@ def test_a_damaged_first_point_is_not_taken_for_a_new_run(
         train(small_data, run)
 
 
-def test_a_damaged_point_never_replaces_the_previous_one(
+def test_damaged_checkpoint_never_replaces_previous_one(
     stopped_run: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip(stopped_run / "resume.ckpt", 3000)
@@ -157,7 +157,7 @@ def test_a_damaged_point_never_replaces_the_previous_one(
     assert [damage(p) for p in stopped_run.glob("resume*.ckpt")] == [None, None]
 
 
-def test_keys_of_a_resume_point_are_those_of_earlier_versions(stopped_run: Path) -> None:
+def test_resume_checkpoint_has_keys_of_earlier_versions(stopped_run: Path) -> None:
     """Lightning finds a callback's state by this key; under another one the best score so far would be lost."""
     point = torch.load(stopped_run / "resume.ckpt", weights_only=True)
     assert set(point["callbacks"]) == {"KeepBest"}
@@ -168,14 +168,14 @@ def test_keys_of_a_resume_point_are_those_of_earlier_versions(stopped_run: Path)
     }
 
 
-def test_a_finished_run_keeps_no_previous_point(tiny_run: Path) -> None:
+def test_finished_run_deletes_previous_resume_checkpoint(tiny_run: Path) -> None:
     assert steps(tiny_run) == {"resume.ckpt": 10}
 
 
 # -------------------------------------------------------------------------------------------------- while it is written
 
 
-def test_bytes_that_are_read_back_otherwise_leave_both_points(
+def test_failed_verification_keeps_both_resume_checkpoints(
     stopped_run: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A disk that changes what it stores: here between the write and the read-back."""
@@ -192,7 +192,7 @@ def test_bytes_that_are_read_back_otherwise_leave_both_points(
     assert not list(stopped_run.glob(".resume*"))
 
 
-def test_ranks_that_see_different_points_are_refused() -> None:
+def test_ranks_with_different_resume_checkpoints_are_refused() -> None:
     resume.require_agreement(3, lambda step: [step, 3])
     with pytest.raises(UserError, match=r"of different steps \(3, 0; 0 means none\): out= must be a folder"):
         resume.require_agreement(3, lambda step: [step, 0])
@@ -229,9 +229,7 @@ def killed_before_each_operation(data: Path, folder: Path) -> Iterator[Path]:
 
 
 @pytest.mark.slow
-def test_killed_between_any_two_file_operations_a_run_goes_on_to_the_same_bits(
-    small_data: Path, tiny_run: Path, tmp_path: Path
-) -> None:
+def test_run_killed_between_file_operations_resumes_bitwise(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     resumed_at = []
     for run in killed_before_each_operation(small_data, tmp_path):
         resumed_at.append(resume.newest_whole(run)[1])

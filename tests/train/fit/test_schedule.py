@@ -17,7 +17,7 @@ from train.fit.optim import optimizer
 from train.fit.schedule import group_lr_multiplier, lr_multiplier, scheduler
 
 
-def test_the_rate_is_half_a_cosine_times_a_line_up() -> None:
+def test_cosine_schedule_with_linear_warmup() -> None:
     shares = np.array([lr_multiplier(step, 100, 9) for step in range(101)])
     cosine = (1 + np.cos(np.pi * np.arange(101) / 100)) / 2
     assert shares[9:] == pytest.approx(cosine[9:])
@@ -25,12 +25,12 @@ def test_the_rate_is_half_a_cosine_times_a_line_up() -> None:
     assert lr_multiplier(0, 4, 0) == 1
 
 
-def test_a_constant_rate_rises_alike() -> None:
+def test_constant_schedule_has_same_warmup() -> None:
     assert [lr_multiplier(step, 30, 3, "constant") for step in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 @pytest.mark.parametrize("total", [2, 3, 10, 57, 400])
-def test_onecycle_equals_torchs(total: int) -> None:
+def test_onecycle_matches_torch(total: int) -> None:
     weight = nn.Parameter(torch.zeros(1))
     sgd = torch.optim.SGD([weight], lr=1.0)
     peer = OneCycleLR(sgd, max_lr=2.0, total_steps=total, cycle_momentum=False)
@@ -46,7 +46,7 @@ def test_onecycle_equals_torchs(total: int) -> None:
     )
 
 
-def test_the_head_alone_has_a_cosine_of_its_own_and_then_the_schedule_begins() -> None:
+def test_head_warmup_lr_has_own_cosine_before_schedule() -> None:
     cfg = with_(head_warmup_lr=1e-2, warmup=3)
     sgd = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-2)
     peer = CosineAnnealingLR(sgd, T_max=20, eta_min=1e-4)
@@ -60,14 +60,14 @@ def test_the_head_alone_has_a_cosine_of_its_own_and_then_the_schedule_begins() -
     assert group_lr_multiplier("head", 20, 20, 20, cfg) == pytest.approx(0.1), "a run of the head alone ends so"
 
 
-def test_without_a_rate_of_its_own_the_head_alone_is_on_the_runs_schedule() -> None:
+def test_head_warmup_without_own_lr_follows_schedule() -> None:
     cfg = with_(warmup=3)
     assert [group_lr_multiplier("backbone", step, 60, 5, cfg) for step in range(5)] == [0.0] * 5
     for part, step in (("head", 0), ("head", 4), ("head", 30), ("backbone", 5), ("backbone", 59)):
         assert group_lr_multiplier(part, step, 60, 5, cfg) == lr_multiplier(step, 60, 3)
 
 
-def test_the_scheduler_sets_each_groups_rate_and_goes_on_from_its_state() -> None:
+def test_scheduler_sets_group_rates_and_resumes_from_state() -> None:
     cfg = with_(layer_decay=0.5, head_warmup_lr=1e-2, warmup=2)
 
     def made(model: Regressor) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LambdaLR]:

@@ -45,7 +45,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
 @pytest.mark.parametrize("mode", ["selective", "full"])
-def test_gradients_and_statistics_are_the_same_to_the_bit(name: str, mode: Mode) -> None:
+def test_checkpointed_gradients_and_statistics_are_bitwise_equal(name: str, mode: Mode) -> None:
     """With stochastic depth; batch norms in the last one, and in-place activations."""
     made = model(name)
     for module in made.modules():
@@ -60,7 +60,7 @@ def test_gradients_and_statistics_are_the_same_to_the_bit(name: str, mode: Mode)
         torch.testing.assert_close(twin.eval()(images()), made.eval()(images()), atol=0, rtol=0)
 
 
-def test_less_is_kept_for_the_backward_pass() -> None:
+def test_checkpointing_stores_fewer_activations() -> None:
     kept = {}
     for mode in MODES:
         made = model()
@@ -74,7 +74,7 @@ def test_less_is_kept_for_the_backward_pass() -> None:
     assert kept["full"] < 0.4 * kept["selective"]
 
 
-def test_matrix_products_are_computed_once_in_selective() -> None:
+def test_selective_mode_computes_matmuls_once() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     work = {}
@@ -87,7 +87,7 @@ def test_matrix_products_are_computed_once_in_selective() -> None:
     assert work["selective"] == work["none"] < work["full"]
 
 
-def test_blocks_below_the_first_that_trains_are_left_alone() -> None:
+def test_blocks_below_first_trainable_are_unchanged() -> None:
     made = model(freeze=4)
     blocks = layer_groups.blocks(made.backbone)
     assert activation_checkpointing.apply(blocks, "full") == 2
@@ -97,7 +97,7 @@ def test_blocks_below_the_first_that_trains_are_left_alone() -> None:
     assert not any("forward" in block.__dict__ for block in blocks), "the earlier choice is undone"
 
 
-def test_a_mode_replaces_the_one_before() -> None:
+def test_new_mode_replaces_previous_mode() -> None:
     made, fresh = model(), model()
     blocks = layer_groups.blocks(made.backbone)
     for mode in ("full", "selective", "none"):

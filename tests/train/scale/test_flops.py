@@ -48,7 +48,7 @@ def images(count: int) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "gflop"), ANCHORS)
-def test_work_of_the_recipes_backbones(name: str, size: int | None, gflop: float) -> None:
+def test_flops_of_recipe_backbones(name: str, size: int | None, gflop: float) -> None:
     found = measure(outline(name, size), CHOSEN, "bf16")
     assert found.forward_flop / 1e9 == pytest.approx(gflop, rel=0.005)
     # the backward pass computes two gradients of each product, but none of the images
@@ -85,7 +85,7 @@ def products(made: Regressor, count: int = 2) -> tuple[int, list[int]]:
     return work[0] // count, [(w + attention) // count for w in work[1:]]
 
 
-def test_work_of_a_vit_from_its_shapes() -> None:
+def test_flops_of_vit_match_shapes() -> None:
     made = real()
     stem, blocks = products(made)
     found = measure(made, CHOSEN)
@@ -108,7 +108,7 @@ def test_a_frozen_prefix_has_no_backward_pass(frozen: int | None) -> None:
     assert found.parameters == sum(p.numel() for p in made.parameters())
 
 
-def test_adapters_spare_their_blocks_own_gradients() -> None:
+def test_lora_blocks_have_no_weight_gradients() -> None:
     plain, adapted = real(), real()
     plain.freeze(2)
     adapted.freeze(2)
@@ -122,7 +122,7 @@ def test_adapters_spare_their_blocks_own_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
-def test_grouped_convolutions_count_their_groups(name: str) -> None:
+def test_flops_of_grouped_convolutions(name: str) -> None:
     found = measure(outline(name), CHOSEN)
     assert 2.7 < found.step_flop / found.forward_flop < 3
 
@@ -131,7 +131,7 @@ def test_grouped_convolutions_count_their_groups(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
-def test_activations_are_those_that_autograd_saves(name: str) -> None:
+def test_activation_bytes_match_autograd_hooks(name: str) -> None:
     """An image's share, by torch's own hooks on real tensors, against the outline's without data."""
 
     def saved(count: int) -> int:
@@ -154,7 +154,7 @@ def test_activations_are_those_that_autograd_saves(name: str) -> None:
     assert 0.98 * by_hooks < measure(outline(name), CHOSEN).image_bytes < 1.35 * by_hooks
 
 
-def test_memory_is_what_a_real_step_holds() -> None:
+def test_memory_estimate_matches_real_step() -> None:
     made = real()
     with LiveBytes() as counted:
         made(images(64)).sum().backward()
@@ -186,7 +186,7 @@ def test_recomputation_and_freezing_save_activations() -> None:
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "madgrad", "adamw8bit"])
-def test_the_optimizers_state_is_what_it_allocates(name: str) -> None:
+def test_optimizer_bytes_match_allocation(name: str) -> None:
     if name == "adamw8bit":
         pytest.importorskip("bitsandbytes")
     cfg = dataclasses.replace(CHOSEN, name=name)  # pyright: ignore[reportArgumentType]
@@ -205,7 +205,7 @@ def test_the_optimizers_state_is_what_it_allocates(name: str) -> None:
     assert shadowed.state_bytes - found.state_bytes == gradients, "one more copy in fp32"
 
 
-def test_the_model_stays_as_it_is() -> None:
+def test_measure_does_not_change_the_model() -> None:
     made = real("test_efficientnet")
     activation_checkpointing.apply(layer_groups.blocks(made.backbone), "full")
     twin = copy.deepcopy(made.state_dict())
@@ -222,7 +222,7 @@ def test_the_model_stays_as_it_is() -> None:
 # ----------------------------------------------------------------------------------------------------------------- told
 
 
-def test_one_line_and_its_sums() -> None:
+def test_cost_line() -> None:
     gib = 2**30
     found = Cost(600_000_000, 300_000_000, 1e12, 2.5e12, 10 * gib, gib, gib // 4)
     assert found.memory(64) == 27 * gib
@@ -236,7 +236,7 @@ def test_one_line_and_its_sums() -> None:
     )
 
 
-def test_the_measured_peak_is_that_of_a_product() -> None:
+def test_peak_flops_match_a_matmul() -> None:
     import time
 
     a = torch.randn(512, 512)

@@ -62,7 +62,7 @@ def test_sizes_divide_the_batch(batch: int, expected: list[int]) -> None:
 
 
 @pytest.mark.parametrize(("room", "expected"), [(64, 32), (31, 16), (3, 2), (0, 0)])
-def test_the_largest_that_survives_is_found(room: int, expected: int) -> None:
+def test_largest_fitting_micro_batch_is_found(room: int, expected: int) -> None:
     made = model("test_vit")
     step = Limited(made, room)
     assert find(step, sizes(32), made) == expected
@@ -84,7 +84,7 @@ def test_a_trial_leaves_no_trace() -> None:
     assert not any(module.training for module in made.modules())
 
 
-def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+def test_other_errors_are_raised() -> None:
     made = model()
 
     def broken(_: int) -> None:
@@ -94,7 +94,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         find(broken, [4, 2], made)
 
 
-def test_a_cpu_takes_its_whole_share() -> None:
+def test_cpu_takes_whole_batch() -> None:
     cfg = settings("batch_size=24", "scale.activation_checkpointing=auto")
     made = model("test_vit")
     needs = measure(made, cfg.optim)
@@ -151,7 +151,7 @@ def small_gpu() -> Iterator[torch.device]:
 
 
 @pytest.mark.gpu
-def test_what_was_found_fits_a_gpu_and_twice_as_much_does_not(small_gpu: torch.device) -> None:
+def test_found_micro_batch_fits_gpu_and_double_does_not(small_gpu: torch.device) -> None:
     cfg = settings("batch_size=4096", "scale.accelerator=gpu", "scale.devices=1", "scale.activation_checkpointing=none")
     machine = Machine(cfg.scale)
     made = make("vit_small_patch16_224", "random", 224, 12)

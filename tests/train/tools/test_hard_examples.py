@@ -29,14 +29,14 @@ def cfg(run: Path, *overrides: str) -> HardSettings:
     return settings(HardSettings, values)
 
 
-def test_the_lowest_share_weighs_more() -> None:
+def test_lowest_scores_get_the_weight() -> None:
     scores = np.array([0.5, 0.1, 0.9, 0.1, 0.3])
     assert hard_weights(scores, 0.4, 3, drop=False).tolist() == [1, 3, 1, 3, 1]
     assert hard_weights(scores, 0.2, 3, drop=True).tolist() == [0, 3, 0, 0, 0]
     assert hard_weights(scores, 0.01, 2, drop=False).tolist() == [1, 2, 1, 1, 1]
 
 
-def test_the_file_holds_every_score_and_training_takes_it(
+def test_file_has_every_score_and_training_accepts_it(
     tiny_run: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     out = tmp_path / "weights.parquet"
@@ -60,7 +60,7 @@ def test_the_file_holds_every_score_and_training_takes_it(
     assert [row["weight"] for row in table] == [3] * 10 + [1] * 30
     assert {row["dataset"] for row in table} == {str(small_data)}
     assert (
-        f"10 hard images of 40, cosine {sorted(expected.values())[9]:.4f} or less, have weight 3, others 1"
+        f"10 hard images of 40, with cosine {sorted(expected.values())[9]:.4f} or less, have weight 3, others 1"
         in caplog.text
     )
 
@@ -74,7 +74,7 @@ def test_the_file_holds_every_score_and_training_takes_it(
         assert weight_N[row] == pytest.approx(3 / 1.5 if dataset.key(row) in heavy else 1 / 1.5)
 
 
-def test_the_hard_ones_alone_as_csv(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_drop_writes_csv_with_only_hard_weights(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     out = tmp_path / "weights.csv"
     write_hard_examples(cfg(tiny_run, "keep=0.1", "drop=true", f"out={out}"))
     table = pyarrow.csv.read_csv(out)
@@ -103,7 +103,7 @@ def test_several_datasets_with_the_same_keys(tiny_run: Path, small_data: Path, t
     assert (data.images.weight_N[data.train_rows] > 1).sum() == 12
 
 
-def test_a_fold_is_not_mined(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
+def test_validation_images_of_fold_are_excluded(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     """The images that a fold's run was judged by are no training images."""
     run = run_on(tiny_run, tmp_path / "run", fold="1/4", fold_threshold=1.01)
     write_hard_examples(cfg(run, f"out={tmp_path / 'w.parquet'}"))
@@ -132,7 +132,7 @@ def test_images_that_cannot_be_read_have_no_row(
     assert not (tmp_path / "none.parquet").exists()
 
 
-def test_mistakes_are_all_named(tiny_run: Path, tmp_path: Path) -> None:
+def test_all_errors_are_reported(tiny_run: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         cfg(tiny_run, "keep=1", "weight=0", "batch_size=0", "out=weights.txt")
     for said in (

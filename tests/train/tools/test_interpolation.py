@@ -47,7 +47,7 @@ def run(a: Path, b: Path, out: Path, *overrides: str) -> dict[str, Any]:
     return interpolate(settings(InterpolateSettings, compose("interpolate", here)))
 
 
-def test_weights_and_statistics_are_mixed(ends: tuple[Path, Path], tmp_path: Path) -> None:
+def test_interpolation_averages_weights_and_statistics(ends: tuple[Path, Path], tmp_path: Path) -> None:
     run(*ends, tmp_path / "out", "alpha=[0.25]")
     a, b, mixed = (load_file(f / "model.safetensors") for f in (*ends, tmp_path / "out/alpha-0.25"))
     for name in (n for n in b if n.startswith(("backbone.", "head."))):
@@ -62,14 +62,14 @@ def test_weights_and_statistics_are_mixed(ends: tuple[Path, Path], tmp_path: Pat
     torch.testing.assert_close(model.embed([b["probe_image_0"]])[0], mixed["probe_vectors"][0], atol=1e-6, rtol=0)
 
 
-def test_the_ends_are_the_checkpoints_bit_by_bit(ends: tuple[Path, Path], tmp_path: Path) -> None:
+def test_alpha_0_and_1_equal_the_checkpoints_bitwise(ends: tuple[Path, Path], tmp_path: Path) -> None:
     run(*ends, tmp_path / "out", "alpha=[0,1]")
     for end, alpha in zip(ends, (0, 1), strict=True):
         expected, found = (checkpoint.load(f).state_dict() for f in (end, tmp_path / f"out/alpha-{alpha}"))
         assert all(v.equal(expected[k]) for k, v in found.items() if not k.endswith("num_batches_tracked"))
 
 
-def test_it_says_what_it_is_and_is_exported(ends: tuple[Path, Path], tmp_path: Path) -> None:
+def test_interpolated_checkpoint_is_described_and_exports(ends: tuple[Path, Path], tmp_path: Path) -> None:
     run(*ends, tmp_path / "out", "alpha=0.5")
     config = checkpoint.read_config(tmp_path / "out/alpha-0.5")
     assert config["interpolated"] == {"a": str(ends[0]), "b": str(ends[1]), "alpha": 0.5}
@@ -77,7 +77,7 @@ def test_it_says_what_it_is_and_is_exported(ends: tuple[Path, Path], tmp_path: P
     assert export.export(tmp_path / "out/alpha-0.5", tmp_path / "bundle") < 1e-5
 
 
-def test_each_is_scored_where_there_is_a_dataset(ends: tuple[Path, Path], tmp_path: Path) -> None:
+def test_interpolations_are_scored_on_dataset(ends: tuple[Path, Path], tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "data", train=2, val=9, captions=2)
     gone = small_dataset.corrupt(data, int(Dataset(data).rows("val")[4]))
     info = run(*ends, tmp_path / "out", f"dataset={data}", "alpha=[0.3,0.7]", "batch_size=4")
@@ -107,7 +107,7 @@ def test_each_is_scored_where_there_is_a_dataset(ends: tuple[Path, Path], tmp_pa
     ]
 
 
-def test_checkpoints_of_two_kinds_are_refused(tmp_path: Path) -> None:
+def test_checkpoints_of_different_architectures_are_refused(tmp_path: Path) -> None:
     a = write(tmp_path / "a", 1)
     b = write(tmp_path / "b", 2, size=64, head="wide", encoder="another")
     with pytest.raises(UserError) as refused:
@@ -122,14 +122,14 @@ def test_checkpoints_of_two_kinds_are_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_shares_out_of_bounds_are_all_named(tmp_path: Path) -> None:
+def test_alphas_out_of_bounds_are_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         run(tmp_path / "a", tmp_path / "a", tmp_path / "out", "alpha=[-0.1,1.5,1.5]")
     for words in ("alpha: -0.1 is outside 0 (a) to 1 (b)", "alpha: 1.5 is", "named twice", f"b: {tmp_path / 'a'} is a"):
         assert words in str(refused.value)
 
 
-def test_the_command(ends: tuple[Path, Path], tmp_path: Path) -> None:
+def test_command_line(ends: tuple[Path, Path], tmp_path: Path) -> None:
     done = commands.run("train.interpolate", f"a={ends[0]}", f"b={ends[1]}", f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr
     assert [line.split() for line in done.stdout.splitlines()] == [

@@ -49,7 +49,7 @@ def found(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, d
     return out, probe(data, out)
 
 
-def test_every_head_is_tried_and_the_best_stands_first(found: tuple[Path, dict[str, Any]]) -> None:
+def test_every_head_is_tried_and_best_is_first(found: tuple[Path, dict[str, Any]]) -> None:
     _, info = found
     assert {(head["head"], head["setting"]) for head in info["heads"]} == {
         ("ridge", "penalty 0.01"),
@@ -64,7 +64,7 @@ def test_every_head_is_tried_and_the_best_stands_first(found: tuple[Path, dict[s
     assert f"{means[0]:.4f}" in lines[1]
 
 
-def test_the_best_is_a_checkpoint_that_scores_as_told(found: tuple[Path, dict[str, Any]], data: Path) -> None:
+def test_best_head_checkpoint_reproduces_its_score(found: tuple[Path, dict[str, Any]], data: Path) -> None:
     out, info = found
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("val").tolist()
@@ -77,7 +77,7 @@ def test_the_best_is_a_checkpoint_that_scores_as_told(found: tuple[Path, dict[st
     assert export.export(out / "best", out.parent / "bundle") < 1e-5
 
 
-def test_a_run_can_begin_from_it(found: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
+def test_run_can_start_from_best_head(found: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
     out, info = found
     head = "wide" if info["heads"][0]["head"] == "wide" else "linear"
     begun = setup.build_model(
@@ -89,7 +89,7 @@ def test_a_run_can_begin_from_it(found: tuple[Path, dict[str, Any]], data: Path,
     assert all(tensor.equal(expected[name]) for name, tensor in begun.state_dict().items())
 
 
-def test_ridge_is_the_closed_form(data: Path, tmp_path: Path) -> None:
+def test_ridge_matches_closed_form(data: Path, tmp_path: Path) -> None:
     """Against the normal equations of centred features, in float64."""
     probe(data, tmp_path / "ridge", "probe.heads=[ridge]", "probe.penalties=[0.1]")
     model = checkpoint.load(tmp_path / "ridge" / "best")
@@ -108,14 +108,14 @@ def test_ridge_is_the_closed_form(data: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(state["bias"].double(), y.mean(0) - weight @ x.mean(0), rtol=1e-3, atol=1e-4)
 
 
-def test_the_same_seed_gives_the_same_bytes(data: Path, tmp_path: Path) -> None:
+def test_same_seed_gives_identical_bytes(data: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):
         probe(data, tmp_path / name, "probe.heads=[wide]", "model.head_init=random", "out=" + str(tmp_path / name))
     first, second = ((tmp_path / name / "best/model.safetensors").read_bytes() for name in ("a", "b"))
     assert first == second
 
 
-def test_training_a_head_teaches_it(data: Path, tmp_path: Path) -> None:
+def test_trained_head_improves(data: Path, tmp_path: Path) -> None:
     scores = [
         probe(
             data,
@@ -130,7 +130,7 @@ def test_training_a_head_teaches_it(data: Path, tmp_path: Path) -> None:
     assert scores[1] > scores[0] + 0.2
 
 
-def test_more_sets_weights_and_bad_images(tmp_path: Path) -> None:
+def test_validation_sets_weights_and_unreadable_images(tmp_path: Path) -> None:
     broken = small_dataset.write(tmp_path / "broken", train=20, val=6, seed=3)
     dataset = Dataset(broken, small_dataset.ENCODER)
     small_dataset.corrupt(broken, int(dataset.rows("train")[2]))
@@ -144,7 +144,7 @@ def test_more_sets_weights_and_bad_images(tmp_path: Path) -> None:
     assert {"val/cosine", "val/other/cosine"} <= set(record)
 
 
-def test_mistakes_are_named_at_once(data: Path, tmp_path: Path) -> None:
+def test_all_errors_are_reported_at_once(data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         probe(data, tmp_path / "out", "probe.heads=[]", "probe.epochs=0", "probe.lrs=[0]", "model.head_init=text")
     for part in (
@@ -163,7 +163,7 @@ def test_mistakes_are_named_at_once(data: Path, tmp_path: Path) -> None:
         probe(data, tmp_path / "run")
 
 
-def test_a_head_that_diverges_is_told_and_never_the_best(data: Path, tmp_path: Path) -> None:
+def test_diverged_head_is_reported_and_never_best(data: Path, tmp_path: Path) -> None:
     overrides = (
         "probe.heads=[ridge,linear]",
         "probe.lrs=[1e30]",

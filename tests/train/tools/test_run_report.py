@@ -76,7 +76,7 @@ def titles_of(html: str) -> list[str]:
     return re.findall(r'<figure data-values.*?class="title">([^<]*)<', html, re.DOTALL)
 
 
-def test_page_holds_what_was_measured(run: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_page_has_all_measurements(run: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         command_module("train.report").run({"run": str(run), "scenes": 50})
     path = run / "report.html"
@@ -105,7 +105,7 @@ def test_page_holds_what_was_measured(run: Path, data: Path, caplog: pytest.LogC
         ("the start is best", ("none", "the best model is the start, 0.500 on validation")),
     ],
 )
-def test_page_says_how_far_the_run_came_from_its_start(run: Path, verdict: str, shown: tuple[str, ...]) -> None:
+def test_page_shows_improvement_over_start(run: Path, verdict: str, shown: tuple[str, ...]) -> None:
     log = run / "log.jsonl"
     log.write_text('{"step": 0, "epoch": 0, "seconds": 0.5, "val/cosine": 0.5}\n' + log.read_text())
     html = run_report.write_report(ReportSettings(run)).read_text()
@@ -122,7 +122,7 @@ def test_page_says_how_far_the_run_came_from_its_start(run: Path, verdict: str, 
         run_report.write_report(ReportSettings(run))
 
 
-def test_what_was_measured_over_time_and_by_source_is_drawn(run: Path) -> None:
+def test_page_has_curves_by_time_and_source(run: Path) -> None:
     html = run_report.write_report(ReportSettings(run)).read_text()
     for shown in (
         *("Validation cosine by set", "real 0.61", "val 0.75"),
@@ -172,7 +172,7 @@ def test_missing_input_names_file_and_command(run: Path, missing: str, remedy: s
     assert not (run / "report.html").exists()
 
 
-def test_inputs_that_do_not_fit_are_refused(run: Path) -> None:
+def test_inconsistent_inputs_are_refused(run: Path) -> None:
     keys = run / "evaluation/keys.json"
     keys.write_text(json.dumps(["elsewhere", *json.loads(keys.read_text())[1:]]))
     with pytest.raises(UserError, match=r"1 evaluated images, such as elsewhere, are not in .*glyphs: it changed"):
@@ -188,7 +188,7 @@ def test_inputs_that_do_not_fit_are_refused(run: Path) -> None:
         run_report.write_report(ReportSettings(run))
 
 
-def test_settings_match_their_file() -> None:
+def test_settings_class_matches_yaml() -> None:
     made = settings(ReportSettings, compose("report", []))
     assert made == ReportSettings(Path("checkpoints/quickstart"))
     with pytest.raises(UserError, match="scenes: 0, but at least 1"):

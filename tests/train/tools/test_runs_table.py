@@ -64,7 +64,7 @@ def only(folder: Path) -> Run:
     return runs[0]
 
 
-def test_a_run_as_its_files_tell_it(tmp_path: Path) -> None:
+def test_run_is_read_from_its_files(tmp_path: Path) -> None:
     write(tmp_path / "a", 0.5, "optim.lr=3e-5", "dataset=[data/a,s3://b/c]", "model.freeze=14")
     found = only(tmp_path)
     assert (found.name, found.state, found.step, found.steps) == ("a", "finished", STEPS, STEPS)
@@ -79,7 +79,7 @@ def test_a_run_as_its_files_tell_it(tmp_path: Path) -> None:
     assert found.settings["optim.lr"] == 3e-5
 
 
-def test_how_far_a_run_came_from_its_start(tmp_path: Path) -> None:
+def test_gain_over_start(tmp_path: Path) -> None:
     """Of a run that goes on, by its log; once it has ended, with the interval of the paired difference."""
     gains = {"sure": (0.1, 0.08), "unsure": (0.1, -0.01), "runs_on": (0.1, None), "start": (-0.2, None), "older": None}
     for name, gain in gains.items():
@@ -109,7 +109,7 @@ def test_how_far_a_run_came_from_its_start(tmp_path: Path) -> None:
     }
 
 
-def test_states_by_the_files(tmp_path: Path) -> None:
+def test_run_state_from_files(tmp_path: Path) -> None:
     write(tmp_path / "a", done=True, age=1e6)
     write(tmp_path / "b", done=False, steps=20)
     write(tmp_path / "c", done=False, steps=20, age=400)
@@ -134,7 +134,7 @@ def test_a_run_that_logs_rarely_is_still_running(tmp_path: Path) -> None:
     assert only(tmp_path).state == "running"
 
 
-def test_a_log_cut_short_is_read_and_a_damaged_one_is_named(tmp_path: Path) -> None:
+def test_truncated_log_is_read_and_damaged_one_reported(tmp_path: Path) -> None:
     folder = write(tmp_path / "a")
     whole = (folder / "log.jsonl").read_text()
     (folder / "log.jsonl").write_text(whole + '{"step": 41, "ep')
@@ -144,14 +144,14 @@ def test_a_log_cut_short_is_read_and_a_damaged_one_is_named(tmp_path: Path) -> N
     assert "a: log.jsonl: 2 damaged lines" in format_table([only(tmp_path)], {})
 
 
-def test_scores_that_are_no_numbers_are_never_the_best(tmp_path: Path) -> None:
+def test_nan_scores_are_never_best(tmp_path: Path) -> None:
     folder = write(tmp_path / "a", 0.5)
     with (folder / "log.jsonl").open("a") as file:
         file.write('{"step": 41, "epoch": 2, "seconds": 1, "val/cosine": NaN}\n')
     assert only(tmp_path).score == 0.5
 
 
-def test_broken_and_foreign_folders_are_listed_with_their_reason(tmp_path: Path) -> None:
+def test_unreadable_folders_are_listed_with_reasons(tmp_path: Path) -> None:
     write(tmp_path / "good")
     write(tmp_path / "sweep/lr1")
     (tmp_path / "bundle").mkdir()
@@ -178,7 +178,7 @@ def test_broken_and_foreign_folders_are_listed_with_their_reason(tmp_path: Path)
         read_settings(tmp_path / "bundle")
 
 
-def test_files_with_anything_in_them_never_stop_the_table(tmp_path: Path) -> None:
+def test_table_survives_arbitrary_file_contents(tmp_path: Path) -> None:
     odd = write(tmp_path / "odd")
     values = json.loads((odd / "settings.json").read_text())
     odd_values = {**values, "epochs": "many", "batch_size": [1], "fold": "x/y", "optim": "none", "max_steps": {}}
@@ -203,12 +203,12 @@ def test_files_with_anything_in_them_never_stop_the_table(tmp_path: Path) -> Non
     assert groups[0].out_of_fold is None
 
 
-def test_settings_of_older_runs_name_one_dataset(tmp_path: Path) -> None:
+def test_settings_of_earlier_versions_with_one_dataset(tmp_path: Path) -> None:
     (tmp_path / "settings.json").write_text(json.dumps({"dataset": "data/a", "model": {}, "seed": 3}))
     assert read_settings(tmp_path) == {"dataset": ["data/a"], "model": {}, "seed": 3}
 
 
-def test_the_table_shows_what_differs_and_fits_its_width(tmp_path: Path) -> None:
+def test_table_shows_differing_settings_within_width(tmp_path: Path) -> None:
     write(tmp_path / "a", 0.5, "optim.lr=1e-5", "model.freeze=14", "optim.ema=0.999")
     write(tmp_path / "b", 0.6, "optim.lr=3e-5", "model.freeze=8", "optim.ema=0.999", "+data.sources.coco=2")
     runs, _ = find_runs(tmp_path)
@@ -257,7 +257,7 @@ def folds(folder: Path, count: int, predicted: int) -> list[np.ndarray]:
     return scores
 
 
-def test_folds_stand_together_with_the_mean_over_all_images(tmp_path: Path) -> None:
+def test_folds_are_grouped_with_out_of_fold_mean(tmp_path: Path) -> None:
     scores = np.concatenate(folds(tmp_path, 3, 3)).astype(np.float64)
     write(tmp_path / "y", 0.52, "fold=1/3")
     runs, _ = find_runs(tmp_path)
@@ -284,7 +284,7 @@ def test_a_fold_without_predictions_gives_no_mean(tmp_path: Path) -> None:
     assert format_table([group], {}).splitlines()[1].split()[:4] == ["x_fold", "3/3", "folds", "3.0"]
 
 
-def test_csv_and_json_hold_everything(tmp_path: Path) -> None:
+def test_csv_and_json_have_all_facts(tmp_path: Path) -> None:
     runs = tmp_path / "runs"
     folds(runs, 2, 2)
     write(runs / "a", 0.4, "optim.lr=2e-5")
@@ -306,7 +306,7 @@ def test_csv_and_json_hold_everything(tmp_path: Path) -> None:
         list_runs(RunsSettings(runs, csv=tmp_path / "file/runs.csv"))
 
 
-def test_the_command_starts_at_once_and_without_torch(tmp_path: Path) -> None:
+def test_command_starts_fast_without_torch(tmp_path: Path) -> None:
     for i in range(25):
         write(tmp_path / f"r{i}", 0.5 + i / 1000)
     began = time.perf_counter()
@@ -324,5 +324,5 @@ def test_the_command_starts_at_once_and_without_torch(tmp_path: Path) -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
-def test_settings_match_their_file() -> None:
+def test_settings_class_matches_yaml() -> None:
     assert settings(RunsSettings, compose("runs", [])) == RunsSettings()
