@@ -9,7 +9,7 @@ from pathlib import Path
 from tests.commands import run
 
 
-def test_the_script_runs_on_tiny_networks(tmp_path: Path) -> None:
+def test_gpu_datagen_benchmark_runs_on_tiny_networks(tmp_path: Path) -> None:
     done = run("benchmarks.datagen_gpu", "--tiny", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())

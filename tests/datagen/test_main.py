@@ -54,7 +54,7 @@ def test_a_second_run_changes_nothing(unkilled: Path) -> None:
     assert {p: p.stat().st_mtime_ns for p in unkilled.rglob("*")} == before
 
 
-def test_the_seed_decides_all(unkilled: Path, tmp_path: Path) -> None:
+def test_output_depends_on_seed(unkilled: Path, tmp_path: Path) -> None:
     make(tmp_path / "data", *SMALL, "seed=1", "num=5")
     assert Dataset(tmp_path / "data").prompts(0) != Dataset(unkilled).prompts(0)
 
@@ -71,7 +71,7 @@ def test_dataset_json_records_settings(unkilled: Path) -> None:
     assert set(recorded["versions"]) == {"numpy", "pillow", "pyarrow"}
 
 
-def test_validation_lies_in_every_part_of_a_large_dataset(unkilled: Path) -> None:
+def test_validation_images_are_in_every_shard_range(unkilled: Path) -> None:
     dataset = Dataset(unkilled)
     val = dataset.rows("val")
     assert 0 < len(val) < 60
@@ -144,7 +144,7 @@ def killed_and_resumed(out: Path, moments: int) -> int:
 
 
 @LINUX
-def test_killed_and_resumed_gives_the_same_bytes(unkilled: Path, tmp_path: Path) -> None:
+def test_killed_run_resumes_bitwise(unkilled: Path, tmp_path: Path) -> None:
     assert killed_and_resumed(tmp_path / "data", 3) >= 2
     make(tmp_path / "data", *SMALL)
     assert contents(tmp_path / "data") == contents(unkilled)
@@ -152,7 +152,7 @@ def test_killed_and_resumed_gives_the_same_bytes(unkilled: Path, tmp_path: Path)
 
 @LINUX
 @pytest.mark.slow
-def test_killed_twenty_times(unkilled: Path, tmp_path: Path) -> None:
+def test_run_killed_twenty_times_resumes_bitwise(unkilled: Path, tmp_path: Path) -> None:
     assert killed_and_resumed(tmp_path / "data", 20) >= 10
     make(tmp_path / "data", *SMALL)
     assert contents(tmp_path / "data") == contents(unkilled)
@@ -170,7 +170,7 @@ def test_killed_while_targets_are_written(glyph_dataset: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 @LINUX
-def test_ctrl_c_ends_all_quietly_and_resumes(tmp_path: Path) -> None:
+def test_ctrl_c_ends_without_traceback_and_resumes(tmp_path: Path) -> None:
     out, marker = tmp_path / "data", uuid.uuid4().hex
     process = start("datagen", *LARGE, "workers=2", f"out={out}", IM2EMB_TEST=marker)
     wait_for(lambda: list(out.glob("shards/*.parquet")), process)
@@ -188,7 +188,7 @@ def test_ctrl_c_ends_all_quietly_and_resumes(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @LINUX
-def test_sigterm_drops_the_shards_in_hand(tmp_path: Path) -> None:
+def test_sigterm_discards_unfinished_shards(tmp_path: Path) -> None:
     out, marker = tmp_path / "data", uuid.uuid4().hex
     process = start("datagen", *LARGE, "workers=2", f"out={out}", IM2EMB_TEST=marker)
     wait_for(lambda: list(out.glob("shards/*.parquet")), process)
@@ -201,7 +201,7 @@ def test_sigterm_drops_the_shards_in_hand(tmp_path: Path) -> None:
 
 
 @LINUX
-def test_a_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+def test_killed_worker_is_replaced(tmp_path: Path) -> None:
     out, marker = tmp_path / "data", uuid.uuid4().hex
     process = start("datagen", *LARGE, "workers=2", f"out={out}", IM2EMB_TEST=marker)
     wait_for(lambda: list(out.glob("shards/*.parquet")), process)
@@ -239,7 +239,7 @@ def test_failing_shard_is_retried_then_listed(
     assert contents(out) == contents(unkilled)
 
 
-def test_a_run_at_which_everything_fails_is_stopped(unkilled: Path, tmp_path: Path) -> None:
+def test_run_stops_if_every_shard_fails(unkilled: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     for number in range(12):
         (out / "shards" / f"{number:06d}.tar").mkdir(parents=True)
@@ -254,7 +254,7 @@ def test_a_run_at_which_everything_fails_is_stopped(unkilled: Path, tmp_path: Pa
 # Parts
 
 
-def test_the_parts_of_an_array_make_the_whole(unkilled: Path, tmp_path: Path) -> None:
+def test_array_parts_make_the_whole_dataset(unkilled: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     waits = start("datagen", *SMALL, "part=2/3", f"out={out}")
     assert run("datagen", *SMALL, "part=01/3", f"out={out}").returncode == 0
@@ -268,7 +268,7 @@ def test_the_parts_of_an_array_make_the_whole(unkilled: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("part", ["5/4", "0/4", "1-4"])
-def test_a_part_that_is_none_is_refused(tmp_path: Path, part: str) -> None:
+def test_invalid_part_is_refused(tmp_path: Path, part: str) -> None:
     refused(tmp_path / "data", rf"part: {part} is not i/n with i from 1 to n, such as 3/8", f"part={part}")
 
 
@@ -291,7 +291,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert said in caplog.text
 
 
-def test_another_dataset_is_refused_by_the_settings_that_differ(unkilled: Path, tmp_path: Path) -> None:
+def test_folder_of_another_dataset_is_refused_with_differences(unkilled: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(unkilled, tmp_path / "data"))
     done = run("datagen", *SMALL, "seed=1", "renderer.size=32", f"out={out}")
     assert done.returncode == 2

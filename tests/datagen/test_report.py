@@ -84,7 +84,7 @@ def sections(html: str) -> dict[str, str]:
     return {m[1]: m[2] for m in re.finditer(r"<h2>(.*?)</h2>(.*?)(?=<section id=|</main>)", html, re.S)}
 
 
-def test_a_dataset_being_rendered(rendering: Path) -> None:
+def test_report_of_unfinished_dataset(rendering: Path) -> None:
     html = page_of(rendering)
     assert HOSTILE not in html
     assert html == page_of(rendering)
@@ -125,14 +125,14 @@ def test_timing_excludes_pauses_between_runs(rendering: Path) -> None:
     assert work.rate == 40 / 290
 
 
-def test_jobs_side_by_side_add_up() -> None:
+def test_rates_of_parallel_jobs_add_up() -> None:
     record = {"event": "shard", "pictures": 10, "notes": {}}
     records = [{**record, "time": 100.0 + n, "shard": n, "seconds": 100.0} for n in range(2)]
     work = page.read_work(records, 8)
     assert (work.starts.tolist(), work.ends.tolist(), work.resumed) == ([0, 1], [100, 101], [])
 
 
-def test_a_page_of_a_dataset_without_an_image(rendering: Path, tmp_path: Path) -> None:
+def test_report_of_dataset_without_images(rendering: Path, tmp_path: Path) -> None:
     root = tmp_path / "begun"
     shutil.copytree(rendering, root, ignore=shutil.ignore_patterns("shards"))
     html = page_of(root)
@@ -141,7 +141,7 @@ def test_a_page_of_a_dataset_without_an_image(rendering: Path, tmp_path: Path) -
     assert "Rate" not in sections(html)
 
 
-def test_foreign_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_foreign_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No renderer, curation, log or seeds: their sections are left out. A page of a folder called "."."""
     root = small_dataset.write(tmp_path / "data", train=20, val=5, captions=3)
     info = json.loads((root / "dataset.json").read_text())
@@ -157,7 +157,7 @@ def test_foreign_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert re.search(r"square [\d ]+ on [\d ]+ / square [\d ]+ again / ", html)
 
 
-def test_a_remote_dataset(rendering: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_of_remote_dataset(rendering: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page and the log are in the current folder; no tar is fetched for a few images."""
     root = Location("memory://bucket/sd2")
     for name, data in contents(rendering).items():

@@ -331,7 +331,9 @@ DATAGEN_SETTINGS: Entries = {
                 ),
             ],
             "cache_every": shows(tars, "renderer.cache_every=2", given=SD2),
-            "compile": only_on_gpu("compiling takes minutes on a CPU: test_stable_diffusion.py::test_compiled, slow"),
+            "compile": only_on_gpu(
+                "compiling takes minutes on a CPU: test_stable_diffusion.py::test_compiled_networks_match, slow"
+            ),
             "vae_batch": shows(lambda r: len(r.of("decode")), "renderer.vae_batch=1", given=SD2),
             "watermark": shows(tars, "renderer.watermark=true", given=SD2)
             if importlib.util.find_spec("imwatermark")

@@ -358,7 +358,7 @@ def test_written_dataset_has_no_problem(captions: int, tmp_path: Path) -> None:
     assert verify(small_dataset.write(tmp_path / "data", captions=captions)) == []
 
 
-def test_a_faulty_image_is_no_problem(tmp_path: Path) -> None:
+def test_faulty_image_is_not_a_problem(tmp_path: Path) -> None:
     root = tmp_path / "data"
     rows = [
         {"key": f"{n}", "prompt_id": n, "prompt": f"a {n}", "source": "s", "group": "", "split": "train", "seed": n}
@@ -370,7 +370,7 @@ def test_a_faulty_image_is_no_problem(tmp_path: Path) -> None:
     assert verify(root) == []
 
 
-def test_what_a_killed_or_running_process_writes_is_no_problem(copy: Path) -> None:
+def test_temporary_files_are_not_problems(copy: Path) -> None:
     (copy / "shards/.000003.tar.part-17-abcdef01").touch()
     (copy / TARGETS / ".000001.npy.part-17-abcdef01").touch()
     assert verify(copy) == []

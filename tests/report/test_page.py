@@ -94,7 +94,7 @@ def html() -> str:
     return full_page().html()
 
 
-def test_nothing_is_fetched(html: str) -> None:
+def test_page_makes_no_requests(html: str) -> None:
     for _, attributes in Reader(html).tags:
         for name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
             assert (attributes.get(name) or "#").startswith(("#", "data:"))
@@ -104,7 +104,7 @@ def test_nothing_is_fetched(html: str) -> None:
     assert "@import" not in style
 
 
-def test_policy_allows_our_script_alone(html: str) -> None:
+def test_policy_allows_only_own_script(html: str) -> None:
     scripts = re.findall(r"<script>(.*?)</script>", html, re.S)
     assert len(scripts) == 1
     policy = next(m["content"] for m in Reader(html).all("meta") if m.get("http-equiv") == "Content-Security-Policy")
@@ -114,7 +114,7 @@ def test_policy_allows_our_script_alone(html: str) -> None:
     assert "default-src 'none'" in policy
 
 
-def test_text_is_escaped_and_whole(html: str) -> None:
+def test_text_is_escaped_and_complete(html: str) -> None:
     page = Reader(html)
     assert len(page.all("script")) == 1
     assert not [a for _, attributes in page.tags for a in attributes if a.startswith("on")]
@@ -125,7 +125,7 @@ def test_text_is_escaped_and_whole(html: str) -> None:
     assert all(image["alt"] for image in page.all("img")[:-1])  # the last is the viewer's, filled when it opens
 
 
-def test_svg_is_well_formed_themed_and_alone(html: str) -> None:
+def test_svg_is_well_formed_themed_and_self_contained(html: str) -> None:
     drawings = re.findall(r"<svg.*?</svg>", html, re.S)
     assert len(drawings) == 15  # seven figures, for a desk and for a phone, and a matrix
     ids: list[str] = []
@@ -142,11 +142,11 @@ def test_svg_is_well_formed_themed_and_alone(html: str) -> None:
         assert used in ids
 
 
-def test_same_input_same_bytes(html: str) -> None:
+def test_page_is_deterministic(html: str) -> None:
     assert full_page().html() == html
 
 
-def test_plots_leave_matplotlib_as_it_was() -> None:
+def test_plots_do_not_change_matplotlib_settings() -> None:
     before = dict(matplotlib.rcParams)
     figure = plots.histogram([1.0, 2.0], "x")
     size = tuple(figure.get_size_inches())
@@ -194,7 +194,7 @@ def test_plots_of_little_data(values: list[float]) -> None:
     ElementTree.fromstring(plots.heatmap(np.array(values)[:, None]))
 
 
-def test_the_names_beside_curves_do_not_touch() -> None:
+def test_labels_of_curves_do_not_overlap() -> None:
     same = {f"set {i}": [(0, 0.5), (1, 0.7)] for i in range(10)} | {"low": [(0, 0.1), (1, 0.2)]}
     figure = plots.curves(same, "cosine")
     FigureCanvasAgg(figure).draw()
@@ -206,7 +206,7 @@ def test_the_names_beside_curves_do_not_touch() -> None:
     assert boxes[-1].y0 <= axes.get_window_extent().y1
 
 
-def test_the_rate_is_what_was_done_in_the_time() -> None:
+def test_rate_matches_counts() -> None:
     """A shard of 60 in 30 s beside one of 30 in 60 s: 2.5 a second, then .5."""
     axes = plots.rate([0, 0], [30, 60], [60, 30], label="x").axes[0]
     edges, values = axes.patches[0].get_data().edges, axes.patches[0].get_data().values  # pyright: ignore
@@ -215,7 +215,7 @@ def test_the_rate_is_what_was_done_in_the_time() -> None:
     assert edges[-1] == 1  # minutes
 
 
-def test_bars_of_whole_numbers_begin_at_whole_numbers() -> None:
+def test_histogram_bins_of_integers() -> None:
     bars = plots.histogram([2, 2, 3, 7], "x").axes[0].patches
     assert [round(bar.get_height()) for bar in bars] == [2, 1, 0, 0, 0, 1]  # pyright: ignore
     assert bars[0].get_x() == 1.5  # pyright: ignore
@@ -250,7 +250,7 @@ def test_a_number_with_its_interval_sorts_by_the_number() -> None:
     assert '>0.50<span class="detail">0.40 – 0.62</span>' in page.html()
 
 
-def test_cards_and_matrices_that_do_not_fit_are_refused() -> None:
+def test_inconsistent_cards_and_matrices_are_refused() -> None:
     page = Page("t")
     cards = [Card(scene(8), "a", values={"x": 1.0}), Card(scene(8), "b", values={"y": 1.0})]
     with pytest.raises(ValueError, match=r"every card needs the values \['x'\]"):
@@ -279,7 +279,7 @@ def test_large_images_shrink() -> None:
     assert abs(int(np.asarray(decoded(uri).convert("L"))[32, 128]) - 100) <= 4
 
 
-def test_encoded_images_pass_as_they_are_when_that_is_smallest() -> None:
+def test_encoded_images_are_kept_if_smallest() -> None:
     out = io.BytesIO()
     Image.fromarray(scene(112)).save(out, "jpeg", quality=40)
     assert base64.b64decode(embed(out.getvalue(), 256)[0].split(",")[1]) == out.getvalue()
@@ -292,7 +292,7 @@ def test_unusable_images_are_refused() -> None:
         embed(b"no image", 256)
 
 
-def test_write_is_whole_or_not_at_all(tmp_path: Path, html: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_write_is_atomic(tmp_path: Path, html: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = full_page().write(tmp_path / "deep" / "page.html")
     assert path.is_absolute()
     assert path.read_text(encoding="utf-8") == html
@@ -313,7 +313,7 @@ def luminance(colour: str) -> float:
 @pytest.mark.parametrize("theme", [0, 1], ids=["light", "dark"])
 @pytest.mark.parametrize("text", ["ink", "muted", "accent", "second"])
 @pytest.mark.parametrize("behind", ["ground", "surface"])
-def test_contrast(html: str, theme: int, text: str, behind: str) -> None:
+def test_colours_have_sufficient_contrast(html: str, theme: int, text: str, behind: str) -> None:
     colours = {m[1]: (m[2], m[3]) for m in re.finditer(r"--(\w+): light-dark\((#\w{6}), (#\w{6})\)", html)}
     low, high = sorted(luminance(colours[name][theme]) for name in (text, behind))
     assert (high + 0.05) / (low + 0.05) >= 4.5  # WCAG 2 AA
@@ -404,7 +404,7 @@ def test_the_gallery_is_usable_by_keyboard(sorted_page: Path, opened: "Opened") 
     assert not opened.errors
 
 
-def test_the_matrix_tells_its_cells(sorted_page: Path, opened: "Opened") -> None:
+def test_matrix_shows_cell_values(sorted_page: Path, opened: "Opened") -> None:
     page = opened(sorted_page)
     reading, svg = page.locator(".reading"), page.locator(".grid svg")
     box = svg.bounding_box()

@@ -128,7 +128,7 @@ def test_every_drop_has_a_reason() -> None:
 
 
 @pytest.mark.parametrize("kind", ["similarity", "holdout", "image"])
-def test_near_identical_prompts_are_one_prompt(kind: str) -> None:
+def test_near_identical_prompts_are_deduplicated(kind: str) -> None:
     """Spelled with other case, punctuation and spaces: the first stays, whatever the vectors and the kind of split."""
     spelled = ("a fox in snow {}", "A fox, in snow {}.", "a  fox in  SNOW {}", "a fox in snow ({})!")
     source = [Prompt(text.format(n), "s", f"group {n}") for n in range(100, 140) for text in spelled]
@@ -139,7 +139,7 @@ def test_near_identical_prompts_are_one_prompt(kind: str) -> None:
     assert sorted(texts(made.train) + texts(made.val)) == sorted(f"a fox in snow {n}" for n in range(100, 140))
 
 
-def test_a_prompt_of_another_set_is_dropped_in_any_spelling(tmp_path: Path) -> None:
+def test_excluded_prompts_are_dropped_in_any_spelling(tmp_path: Path) -> None:
     """Also by an encoder that puts its spellings apart."""
     (tmp_path / "val.txt").write_text("a fox in snow\n")
     source = [Prompt(text, "s", "") for text in ("A fox, in snow.", "a boat in snow", "a house by the sea")]
@@ -167,7 +167,7 @@ def test_similarity_split_leaves_nothing_near_validation() -> None:
     assert made.dropped["cosine ≥ 0.9 to a prompt kept"] == made.drawn - len(distinct) > 0
 
 
-def test_few_rounds_fill_what_the_purge_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_few_rounds_replace_purged_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     rounds = []
     split = curation._Run._split
     monkeypatch.setattr(curation._Run, "_split", lambda run: rounds.append(1) or split(run))
@@ -196,7 +196,7 @@ def test_holdout_keeps_each_part_on_one_side() -> None:
     assert made.dropped == {"group on both sides": mixed}
 
 
-def test_holdout_drops_what_has_no_group() -> None:
+def test_holdout_drops_prompts_without_group() -> None:
     groups = ["", " ", ";", "red fox", "red fox;", "a\ud800 cat"]
     source = [Prompt(f"an image of thing {n}", "s", groups[n % 6]) for n in range(60)]
     for share in (0.0, 1.0):
@@ -206,7 +206,7 @@ def test_holdout_drops_what_has_no_group() -> None:
         assert set(side["group"].to_pylist()) == {"red fox", "red fox;", "a cat"}
 
 
-def test_held_out_takes_its_share_and_no_more() -> None:
+def test_held_out_takes_its_fraction() -> None:
     parts = [f"part {n}" for n in range(4000)]
     assert 0.23 < sum(held_out(p, 0.25, 0) for p in parts) / 4000 < 0.27
     assert not any(held_out(p, 0.0, 0) for p in parts)
@@ -217,7 +217,7 @@ def test_held_out_takes_its_share_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("kind", ["similarity", "holdout", "image"])
-def test_the_seed_decides(kind: str) -> None:
+def test_split_depends_on_seed(kind: str) -> None:
     def grouped() -> Iterator[Prompt]:
         yield from (Prompt(p.text, p.source, PARTS[n % 16]) for n, p in enumerate(numbered()))
 
@@ -233,18 +233,18 @@ def test_one_side_may_be_empty(kind: str, share: float) -> None:
     assert (len(made.train), len(made.val)) == ((50, 0) if share == 0 else (0, 50))
 
 
-def test_an_endless_source_that_runs_dry_ends() -> None:
+def test_curation_ends_if_source_has_only_duplicates() -> None:
     ten = (Prompt(f"an image of thing {n % 10}", "s", "") for n in itertools.count())
     made = run(ten, 20)
     assert len(made.train) + len(made.val) == 10
     assert 20 * 50 < made.drawn < 20 * 60
 
 
-def test_a_source_that_ends_gives_what_it_has() -> None:
+def test_finite_source_gives_all_its_prompts() -> None:
     assert len(run(itertools.islice(numbered(), 30), 100).train) == 24
 
 
-def test_nothing_left_is_an_error_that_counts() -> None:
+def test_no_prompts_left_is_an_error_with_counts() -> None:
     with pytest.raises(UserError, match=r"no prompt is left of 3: \{'under 5 tokens': 3\}"):
         run([Prompt(t, "s", "") for t in ("a", "b", "c")], 10)
     with pytest.raises(UserError, match="the source is empty"):
@@ -284,7 +284,7 @@ def test_report_counts_dropped_prompts_with_examples() -> None:
             assert f"{one @ two:.2f}" == cosine or abs(one @ two - float(cosine)) < 0.006
 
 
-def test_what_the_source_leaves_out_is_dropped_under_its_reason() -> None:
+def test_prompts_skipped_by_source_are_counted_by_reason() -> None:
     source = [dataclasses.replace(p, out="nsfw above 0.5" if n % 4 == 0 else "") for n, p in enumerate(numbered())]
     made = run(source, 300)
     assert len(made.train) + len(made.val) == 300
@@ -305,7 +305,7 @@ def test_examples_of_long_pairs_show_both_and_their_cosine() -> None:
     assert dropped[:139] == other[:139] == long[:139]
 
 
-def test_a_language_is_kept_and_what_is_unsure_too() -> None:
+def test_language_filter_keeps_unsure_prompts() -> None:
     pytest.importorskip("py3langid")
     lines = [
         "a red fox in the snow, oil on canvas 1",
@@ -322,7 +322,7 @@ def test_a_language_is_kept_and_what_is_unsure_too() -> None:
         run(numbered(), 10, language="klingon")
 
 
-def test_profanity_is_whole_words() -> None:
+def test_profanity_matches_whole_words() -> None:
     pytest.importorskip("badwords")
     lines = ["a map of Scunthorpe 1", "hell's kitchen, bloody mary, cocktail bar 2", "holy shit, a fox 3", "SHIT. 4"]
     made = run([Prompt(line, "s", "") for line in lines], 10, profanity="drop", val_fraction=0.0)
@@ -338,7 +338,7 @@ def test_profanity_is_whole_words() -> None:
         ("badwords", {"profanity": "drop"}, "curate.profanity: drop needs the package badwords-py: pip install"),
     ],
 )
-def test_a_filter_without_its_package(
+def test_filter_without_its_package_is_reported(
     missing: str, option: dict[str, str], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(__import__("sys").modules, missing, None)
@@ -356,7 +356,7 @@ def other_set(folder: Path) -> tuple[Location, Location]:
     return Location(folder / "set"), Location(folder / "more.txt")
 
 
-def test_nothing_is_left_near_another_set(tmp_path: Path) -> None:
+def test_no_prompt_remains_near_excluded_set(tmp_path: Path) -> None:
     places = other_set(tmp_path)
     made = run(itertools.islice(numbered(), 400), 1000, exclude_near=places, exclude_threshold=0.8)
     vectors, others = encode(texts(made.train) + texts(made.val)), encode([f"thing {n}" for n in range(20)])
@@ -374,7 +374,7 @@ def test_nothing_is_left_near_another_set(tmp_path: Path) -> None:
         run(numbered(), 10, exclude_near=(Location(tmp_path / "other.csv"),))
 
 
-def test_a_file_of_another_set_is_not_asked_for_a_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_excluded_file_is_not_opened_as_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a hub's file that is in the cache, where there is no network to ask."""
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path))
     asked: list[str] = []
@@ -416,7 +416,9 @@ def killed_at(call: int) -> Callable[[Sequence[str]], NDArray[np.float32]]:
 
 
 @pytest.mark.parametrize("kind", ["similarity", "holdout"])
-def test_killed_anywhere_it_decides_the_same(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_curation_killed_anywhere_gives_same_prompts(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(curation, "_CHUNK", 97)
     monkeypatch.setattr(curation, "_AT_ONCE", 40)
     again = [Prompt(p.text, p.source, PARTS[n % 16]) for n, p in enumerate(itertools.islice(numbered(), 1500))]
@@ -450,7 +452,7 @@ def test_killed_anywhere_it_decides_the_same(kind: str, tmp_path: Path, monkeypa
         ("against-*.npy", 200, None),
     ],
 )
-def test_damaged_work_is_done_again(
+def test_damaged_chunk_is_curated_again(
     name: str,
     place: int,
     chunks: int | None,
@@ -496,7 +498,7 @@ def end_at(call: int, work: Path) -> None:
     run(thousand(), 2000, "similarity", dedup_threshold=0.9, work=work, encode=encode_or_end)
 
 
-def test_a_process_killed_decides_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_process_gives_same_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curation, "_CHUNK", 97)
     for _ in range(2):
         process = multiprocessing.get_context("spawn").Process(target=end_at, args=(4, tmp_path / "work"))
@@ -510,14 +512,14 @@ def test_a_process_killed_decides_the_same(tmp_path: Path, monkeypatch: pytest.M
     assert (made.train, made.val, made.report()) == (whole.train, whole.val, whole.report())
 
 
-def test_the_size_of_a_chunk_changes_nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunk_size_does_not_change_kept_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(itertools.islice(numbered(), 700), 2000, "similarity", dedup_threshold=0.9)
     monkeypatch.setattr(curation, "_CHUNK", 31)
     parts = run(itertools.islice(numbered(), 700), 2000, "similarity", dedup_threshold=0.9)
     assert (parts.train, parts.val, parts.dropped) == (whole.train, whole.val, whole.dropped)
 
 
-def test_a_last_chunk_of_which_nothing_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_last_chunk_without_new_prompts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(curation, "_CHUNK", 50)
     source = [*itertools.islice(numbered(), 150), *itertools.islice(numbered(), 100)]
     first, again = (run(source, 1000, "similarity", dedup_threshold=0.9, work=tmp_path / "work") for _ in range(2))
@@ -574,7 +576,7 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["work"]
 
 
-def test_vectors_that_are_lost_are_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_vectors_are_encoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     whole = run(thousand(), 500, "similarity", dedup_threshold=0.9, work=tmp_path)
     path = tmp_path / "vectors.f16"
     for damage in (lambda: os.truncate(path, path.stat().st_size - 1), path.unlink):
@@ -592,7 +594,7 @@ def test_foreign_folder_is_not_emptied(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_a_source_that_has_run_dry_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exhausted_source_is_not_read_further(monkeypatch: pytest.MonkeyPatch) -> None:
     """Long before fifty times `num`: one new prompt in 100 of a million that are asked for."""
     monkeypatch.setattr(curation, "_CHUNK", 500)
     monkeypatch.setattr(curation, "_DRY_AFTER", 2000)

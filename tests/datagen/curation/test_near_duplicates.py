@@ -84,7 +84,7 @@ def test_distinct_returns_the_partner() -> None:
 
 
 @pytest.mark.parametrize("threshold", [0.7, 0.9])
-def test_cells_find_nearly_all(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_inverted_file_recall(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "EXACT", 1500)
     monkeypatch.setattr(near_duplicates, "_PROBES", 1)
     vectors = unit(12_000, 4, spread=0.3)
@@ -102,7 +102,7 @@ def test_cells_find_nearly_all(threshold: float, monkeypatch: pytest.MonkeyPatch
     assert not (ours & ~nearly).any()
 
 
-def test_the_same_however_many_are_added_at_a_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_results_do_not_depend_on_batches_of_additions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As after a kill: rows come from the file at once, and the cells are made anew."""
     monkeypatch.setattr(near_duplicates, "EXACT", 1200)
     monkeypatch.setattr(near_duplicates, "_GROWTH", 2)
@@ -125,7 +125,7 @@ def test_the_same_however_many_are_added_at_a_time(monkeypatch: pytest.MonkeyPat
             np.testing.assert_array_equal(np.concatenate([*mine, []]), np.concatenate([*its, []]))
 
 
-def test_rows_in_a_file(tmp_path: Path) -> None:
+def test_vector_file_rows(tmp_path: Path) -> None:
     vectors = unit(100, 6)
     rows = VectorFile(WIDTH, tmp_path / "v.f16")
     rows.append(vectors[:60])
@@ -144,7 +144,7 @@ def test_rows_in_a_file(tmp_path: Path) -> None:
         VectorFile(WIDTH, tmp_path / "v.f16", rows=51)
 
 
-def test_rows_that_are_read_while_the_file_grows(tmp_path: Path) -> None:
+def test_vector_file_is_readable_while_growing(tmp_path: Path) -> None:
     """Beyond the room that was mapped, and within it; in whole precision, in a file without a name."""
     vectors = np.random.default_rng(7).standard_normal((20_000, WIDTH)).astype(np.float32)
     rows = VectorFile(WIDTH, tmp_path, kind=np.float32)

@@ -111,7 +111,7 @@ def test_files_without_encoder_json_are_not_taken_for_current(plain: Path, datas
     assert write_missing_targets(dataset, TargetEncoder(str(plain), "cpu")) == 30
 
 
-def test_what_changes_no_vector_changes_no_identity(plain: Path, tmp_path: Path) -> None:
+def test_identity_ignores_settings_that_change_no_vector(plain: Path, tmp_path: Path) -> None:
     identity = TargetEncoder(str(plain), "cpu").identity()
     copy = Path(shutil.copytree(plain, tmp_path / "mine"))
     (copy / "README.md").write_text("words")
@@ -135,7 +135,7 @@ def test_wheel_and_copied_folder_have_one_identity(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_dense_weights_and_routes_count(tmp_path: Path) -> None:
+def test_identity_covers_dense_weights_and_routes(tmp_path: Path) -> None:
     one, two = (TargetEncoder(str(tiny_encoders.write(tmp_path / f"d{n}" / "m", dense=n)), "cpu") for n in (1, 2))
     assert [line.partition(":")[0] for line in differences(one.identity(), two.identity())] == ["weights_sha256"]
     query, document = (
@@ -147,7 +147,9 @@ def test_dense_weights_and_routes_count(tmp_path: Path) -> None:
     ]
 
 
-def test_encoder_takes_the_same_value_everywhere(plain: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoder_setting_is_the_same_in_all_commands(
+    plain: Path, dataset: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write_missing_targets(dataset, TargetEncoder(f"{plain}/", "cpu"))
     monkeypatch.chdir(plain.parent)
     for value in ("mine", "./mine", "mine/", str(plain), f"{plain}/", "/another/machine/mine"):

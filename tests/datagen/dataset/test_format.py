@@ -76,7 +76,7 @@ def test_webdataset_reads_our_tars(whole: Path) -> None:
         assert Image.open(io.BytesIO(sample["png"])).size == (32, 32)
 
 
-def test_random_access_is_the_sequential_read(whole: Path) -> None:
+def test_random_access_matches_sequential_read(whole: Path) -> None:
     wanted = []
     for path in sorted(whole.glob("shards/*.tar")):
         with tarfile.open(path) as tar:
@@ -108,7 +108,7 @@ def test_image_attributes(whole: Path) -> None:
         dataset.rows("test")
 
 
-def test_many_at_once_is_one_by_one(tmp_path: Path) -> None:
+def test_batched_read_matches_single_reads(tmp_path: Path) -> None:
     """Several shards, up to four captions an image: bit for bit."""
     rng = np.random.default_rng(0)
     rows = [
@@ -158,7 +158,7 @@ def _hashes(dataset: Dataset, rows: list[int]) -> list[tuple[str, float]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["spawn", "forkserver"])
-def test_a_worker_reads_what_its_parent_reads(whole: Path, method: str) -> None:
+def test_worker_reads_same_bytes_as_parent(whole: Path, method: str) -> None:
     dataset = Dataset(whole, "stand-in")
     rows = [59, 0, 31, 7]
     here = _hashes(dataset, rows)  # maps are open when it is pickled
@@ -296,7 +296,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", UNUSABLE)
-def test_a_folder_that_cannot_be_used(copy: Path, case: str) -> None:
+def test_unusable_folder_is_refused(copy: Path, case: str) -> None:
     damage, said = UNUSABLE[case]
     damage(copy)
     with pytest.raises(UserError, match=said):
@@ -319,7 +319,7 @@ def test_all_problems_are_reported_at_once(copy: Path) -> None:
 # Verifying
 
 
-def test_verify_accepts_what_we_wrote(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_verify_accepts_written_dataset(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert verify(copy) == []
     shutil.rmtree(copy / "targets")
     assert verify(copy) == []
@@ -350,7 +350,7 @@ def noted(root: Path, notes: list[dict[str, Any]]) -> None:
     write_shard(root, 0, plan, [(b"picture", note) for note in notes], ".png")
 
 
-def test_an_image_with_a_fault_is_in_no_split_that_trains_or_validates(tmp_path: Path) -> None:
+def test_faulty_image_is_in_neither_train_nor_val(tmp_path: Path) -> None:
     noted(tmp_path, [{}, {"fault": "NaN", "batch_size": 2}, {"redrawn": "black"}])
     dataset = Dataset(tmp_path)
     assert dataset.rows("train").tolist() == [0, 2]
@@ -443,12 +443,12 @@ def no_room(root: Path, limit: int, said: str) -> None:
         assert f": {said}. Nothing half-written is left: make room or choose another out=, and run" in line
 
 
-def test_a_limit_of_file_size_leaves_nothing(tmp_path: Path) -> None:
+def test_file_size_limit_leaves_no_partial_file(tmp_path: Path) -> None:
     no_room(tmp_path / "data", 8192, "File too large")
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="mounts a small disk: root only")
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_full_disk_leaves_no_partial_file(tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(

@@ -42,7 +42,7 @@ def resized(image_NHWC: NDArray[np.uint8], side: int, name: str, device: str = "
 
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize(("from_side", "to_side"), SIDES)
-def test_resize_is_pillows_to_the_bit(from_side: int, to_side: int, name: str) -> None:
+def test_resize_matches_pillow_bitwise(from_side: int, to_side: int, name: str) -> None:
     image_NHWC = images(from_side)
     ours, theirs = resized(image_NHWC, to_side, name), pillow(image_NHWC, to_side, name)
     assert ours.dtype == np.uint8
@@ -68,12 +68,12 @@ def test_resize_of_real_images(shared: Path, name: str) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", FILTERS)
 @pytest.mark.parametrize(("from_side", "to_side"), SIDES)
-def test_resize_is_pillows_to_the_bit_on_cuda(from_side: int, to_side: int, name: str) -> None:
+def test_resize_on_cuda_matches_pillow_bitwise(from_side: int, to_side: int, name: str) -> None:
     image_NHWC = images(from_side)
     assert np.array_equal(resized(image_NHWC, to_side, name, "cuda"), pillow(image_NHWC, to_side, name))
 
 
-def test_a_batch_changes_no_image() -> None:
+def test_batched_resize_matches_single_images() -> None:
     resize = Resizer(48, 32, "lanczos", "cpu")
     image_NCPP = torch.from_numpy(images(48)).permute(0, 3, 1, 2)
     together = resize(image_NCPP)
@@ -81,7 +81,7 @@ def test_a_batch_changes_no_image() -> None:
     assert torch.equal(together, resize(image_NCPP.contiguous()))
 
 
-def test_what_cannot_be_resized() -> None:
+def test_invalid_resize_is_refused() -> None:
     with pytest.raises(UserError, match=r"(?s)from_side: 0 is below 1.*to_side: -4 is below.*'cubic' is not one of"):
         Resizer(0, -4, "cubic", "cpu")
     resize = Resizer(8, 4, "box", "cpu")
@@ -99,7 +99,7 @@ def decoded(data: bytes) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize("image_format", ["png", "webp"])
-def test_png_and_webp_lose_nothing(image_format: str) -> None:
+def test_png_and_webp_are_lossless(image_format: str) -> None:
     for image_HWC in images(96):
         data = encode(image_HWC, image_format)
         assert np.array_equal(decoded(data), image_HWC)
@@ -108,20 +108,20 @@ def test_png_and_webp_lose_nothing(image_format: str) -> None:
     assert np.array_equal(decoded(encode(turned, image_format)), turned)
 
 
-def test_webp_of_real_images_loses_nothing_and_beats_png(shared: Path) -> None:
+def test_webp_of_real_images_is_lossless_and_smaller_than_png(shared: Path) -> None:
     image_HWC = np.asarray(Image.open(sorted((shared / "competition").glob("*.png"))[0]).convert("RGB"))
     data = encode(image_HWC, "webp")
     assert np.array_equal(decoded(data), image_HWC)
     assert len(data) < len(encode(image_HWC, "png"))
 
 
-def test_jpg_is_near() -> None:
+def test_jpg_error_is_small() -> None:
     smooth = images(96)[1]
     error = decoded(encode(smooth, "jpg")).astype(float) - smooth
     assert 10 * np.log10(255**2 / np.mean(error**2)) > 40
 
 
-def test_what_cannot_be_encoded() -> None:
+def test_unencodable_images_are_refused() -> None:
     with pytest.raises(UserError, match="image_format: 'gif' is not one of png, webp, jpg"):
         encode(images(8)[0], "gif")
     with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\], got float64 \[8, 8, 3\]"):
@@ -144,7 +144,7 @@ def test_threads_keep_order_notes_and_bytes(threads: int | None) -> None:
     assert not encoders()
 
 
-def test_reading_ahead_is_bounded() -> None:
+def test_prefetch_is_bounded() -> None:
     read = 0
 
     def source() -> Source:
@@ -163,7 +163,7 @@ def test_reading_ahead_is_bounded() -> None:
     list(made)
 
 
-def test_errors_of_either_side_come_through_and_end_the_threads() -> None:
+def test_errors_propagate_and_end_threads() -> None:
     def broken() -> Source:
         yield from numbered(5)
         raise KeyboardInterrupt
@@ -182,7 +182,7 @@ def test_errors_of_either_side_come_through_and_end_the_threads() -> None:
     assert not encoders()
 
 
-def test_closing_ends_the_threads_and_the_source() -> None:
+def test_closing_ends_threads_and_source() -> None:
     ended = []
 
     def source() -> Source:

@@ -56,7 +56,7 @@ def test_byte_equal_images_are_on_one_side() -> None:
     assert not division.left_out_n.any()
 
 
-def test_of_a_giant_group_a_share_validates_and_its_neighbours_are_left_out() -> None:
+def test_giant_group_is_subsampled_for_validation_and_neighbours_left_out() -> None:
     """A chain of 100 images, each sharing a caption with the next, beside 100 images of their own."""
     chain: list[Image] = [((f"chain x{n}x", f"chain x{n + 1}x"), n) for n in range(100)]
     images: list[Image] = [*chain, *(((f"alone x{n}x",), 100 + n) for n in range(100))]
@@ -68,7 +68,7 @@ def test_of_a_giant_group_a_share_validates_and_its_neighbours_are_left_out() ->
     assert (division.groups, division.largest) == (101, 100)
 
 
-def test_of_a_prompt_of_most_images_only_validation_is_left() -> None:
+def test_prompt_of_most_images_leaves_only_validation() -> None:
     """60 of 100 images have one prompt: its share validates, and all its others are left out."""
     images: list[Image] = [(("a photo",) if n < 60 else (f"photo x{n}x",), n) for n in range(100)]
     division = divide(links_of(images), 0.1, 0)
@@ -77,7 +77,7 @@ def test_of_a_prompt_of_most_images_only_validation_is_left() -> None:
     assert (division.val_n[60:].sum(), division.left_out_n[60:].sum()) == (4, 0)
 
 
-def test_a_group_of_a_fifth_is_drawn_whole_and_a_larger_one_is_not() -> None:
+def test_only_groups_up_to_a_fifth_are_drawn_whole() -> None:
     fifths: list[Image] = [((f"prompt {'abcde'[n // 4]}",), n) for n in range(20)]
     division = divide(links_of(fifths), 0.1, 0)
     assert (division.val_n.sum(), division.left_out_n.sum()) == (4, 0)
@@ -88,7 +88,7 @@ def test_a_group_of_a_fifth_is_drawn_whole_and_a_larger_one_is_not() -> None:
 
 
 @pytest.mark.parametrize(("count", "share", "val"), [(1, 0.1, 0), (2, 0.1, 0), (2, 0.5, 1), (10, 0, 0), (10, 1, 10)])
-def test_small_sets_and_whole_shares(count: int, share: float, val: int) -> None:
+def test_small_datasets_and_fractions_of_0_and_1(count: int, share: float, val: int) -> None:
     images: list[Image] = [((f"prompt {chr(65 + n)}",), n) for n in range(count)]
     division = divide(links_of(images), share, 0)
     assert (division.val_n.sum(), division.left_out_n.any()) == (val, False)
@@ -97,14 +97,14 @@ def test_small_sets_and_whole_shares(count: int, share: float, val: int) -> None
     assert not divide(links_of(shared), 0, 0).val_n.any()
 
 
-def test_groups_that_are_all_larger_than_the_share_still_give_validation() -> None:
+def test_large_groups_still_give_validation_images() -> None:
     images: list[Image] = [((f"prompt {chr(65 + n // 100)}",), n) for n in range(2000)]
     division = divide(links_of(images), 0.01, 0)
     check(images, division)
     assert division.val_n.sum() == 100
 
 
-def test_the_seed_and_what_images_hold_decide_not_their_order() -> None:
+def test_split_does_not_depend_on_image_order() -> None:
     rng = np.random.default_rng(0)
     images: list[Image] = [((f"prompt x{rng.integers(40)}x", f"word x{n % 9}x"), n) for n in range(60)]
     images += [((f"alone x{n // 2}x",), 60 + n) for n in range(200)]
@@ -118,7 +118,7 @@ def test_the_seed_and_what_images_hold_decide_not_their_order() -> None:
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_random_sets_share_nothing(seed: int) -> None:
+def test_random_datasets_have_no_leakage(seed: int) -> None:
     """Captions and bytes drawn from pools of many sizes: chains, giants and images of their own."""
     rng = np.random.default_rng(seed)
     pool = int(rng.integers(3, 400))
@@ -130,7 +130,7 @@ def test_random_sets_share_nothing(seed: int) -> None:
         check(images, divide(links_of(images), share, seed))
 
 
-def test_leakage_counts_prompts_images_and_what_is_affected() -> None:
+def test_leakage_counts() -> None:
     images: list[Image] = [
         (("a fox",), 0),
         (("A fox.", "a cat"), 1),
@@ -152,7 +152,7 @@ def test_leakage_counts_prompts_images_and_what_is_affected() -> None:
 
 
 @pytest.mark.slow
-def test_a_million_images_take_seconds() -> None:
+def test_split_of_a_million_images_takes_seconds() -> None:
     rng = np.random.default_rng(0)
     count = 1_000_000
     links = ImageLinks(np.repeat(np.arange(count), 2), rng.integers(0, 3 * count, 2 * count), np.arange(count))

@@ -29,9 +29,7 @@ def copy(glyph_dataset: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(glyph_dataset, tmp_path / "data"))
 
 
-def test_the_wheel_holds_the_hubs_weights_and_they_give_the_official_vectors(
-    shared: Path, encoder: TargetEncoder
-) -> None:
+def test_minilm_wheel_reproduces_official_vectors(shared: Path, encoder: TargetEncoder) -> None:
     import csv
 
     with (shared / "competition" / "prompts.csv").open(encoding="utf-8") as file:
@@ -45,7 +43,7 @@ def test_the_wheel_holds_the_hubs_weights_and_they_give_the_official_vectors(
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
 
 
-def test_dataset_gets_the_vectors_of_its_prompts(glyph_dataset: Path, encoder: TargetEncoder) -> None:
+def test_targets_are_vectors_of_the_prompts(glyph_dataset: Path, encoder: TargetEncoder) -> None:
     dataset = Dataset(glyph_dataset, MINILM)
     assert dataset.width == 384
     rows = list(range(0, 60, 7))
@@ -56,7 +54,7 @@ def test_dataset_gets_the_vectors_of_its_prompts(glyph_dataset: Path, encoder: T
     assert identity["name"] == MINILM
 
 
-def test_nothing_to_encode(encoder: TargetEncoder) -> None:
+def test_targets_without_prompts(encoder: TargetEncoder) -> None:
     assert encoder.encode([]).shape == (0, 384)
     assert TargetEncoder(MINILM, fast=True).encode([]).shape == (0, 384)
 
@@ -68,7 +66,7 @@ def test_equal_texts_are_encoded_once_and_each_gets_its_vector(encoder: TargetEn
     assert len({vector.tobytes() for vector in encoder.encode(texts)}) == 3
 
 
-def test_fast_vectors_are_for_curation_and_never_stored(copy: Path, encoder: TargetEncoder) -> None:
+def test_fast_vectors_are_never_stored_as_targets(copy: Path, encoder: TargetEncoder) -> None:
     fast = TargetEncoder(MINILM, fast=True)
     texts = ["a fox", "an oil painting of two cats at night, trending on artstation", "a fox and a red house " * 40]
     assert (fast.encode(texts) * encoder.encode(texts)).sum(1).min() >= 0.999
@@ -78,7 +76,7 @@ def test_fast_vectors_are_for_curation_and_never_stored(copy: Path, encoder: Tar
     assert contents(copy) == before
 
 
-def test_only_what_is_missing_is_written_again(copy: Path, encoder: TargetEncoder) -> None:
+def test_only_missing_targets_are_written(copy: Path, encoder: TargetEncoder) -> None:
     before = contents(copy)
     folder = copy / "targets" / MINILM
     (folder / "000001.npy").unlink()
@@ -134,7 +132,7 @@ def test_minilm_of_other_weights_is_refused(tmp_path: Path) -> None:
         TargetEncoder(str(folder)).encode(["a"])
 
 
-def test_a_model_that_cannot_be_had(tmp_path: Path) -> None:
+def test_unavailable_encoder_is_reported(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error:
         TargetEncoder("nobody/no-such-model").encode(["a"])
     assert str(error.value).startswith("cannot load the target encoder 'nobody/no-such-model': ")

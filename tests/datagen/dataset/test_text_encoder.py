@@ -51,7 +51,7 @@ def ways(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 @pytest.mark.slow
 @bf16
-def test_fast_vectors_are_near_the_fp32_ones_for_every_text(
+def test_fast_vectors_are_close_to_fp32(
     minilm: SentenceTransformer, wanted: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -63,7 +63,7 @@ def test_fast_vectors_are_near_the_fp32_ones_for_every_text(
     np.testing.assert_array_equal(encode(TEXTS, False), found)
 
 
-def test_exact_vectors_are_the_plain_ones(
+def test_exact_vectors_match_sentence_transformers(
     minilm: SentenceTransformer, wanted: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
@@ -75,7 +75,7 @@ def test_exact_vectors_are_the_plain_ones(
 
 
 @pytest.mark.slow
-def test_without_bf16_instructions_fast_is_exact(
+def test_fast_falls_back_to_exact_without_bf16(
     minilm: SentenceTransformer, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
@@ -84,7 +84,7 @@ def test_without_bf16_instructions_fast_is_exact(
 
 
 @pytest.mark.slow
-def test_more_texts_than_a_chunk(
+def test_more_texts_than_one_chunk(
     minilm: SentenceTransformer, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(text_encoder, "_CHUNK", 20)
@@ -94,7 +94,7 @@ def test_more_texts_than_a_chunk(
         assert lowest_cosine(found, wanted) >= (text_encoder.LOWEST_COSINE if fast else 0.999999)
 
 
-def test_batches_hold_every_row_once_and_little_padding(minilm: SentenceTransformer) -> None:
+def test_batches_cover_rows_once_with_little_padding(minilm: SentenceTransformer) -> None:
     features = text_encoder._features(minilm, TEXTS)
     batches = list(text_encoder._batches(features, 512, torch.device("cpu")))
     rows = np.concatenate([part for part, _ in batches])
@@ -107,7 +107,7 @@ def test_batches_hold_every_row_once_and_little_padding(minilm: SentenceTransfor
     assert max(mask.shape[1] for mask in masks) == minilm.max_seq_length == 256
 
 
-def test_attention_of_a_row_is_that_of_each_text_alone() -> None:
+def test_packed_attention_matches_single_texts() -> None:
     groups, spare, heads, width = [(2, 30), (3, 7), (1, 1)], 5, 4, 8
     tokens = sum(n * length for n, length in groups) + spare
     generator = torch.Generator().manual_seed(0)
@@ -162,7 +162,7 @@ def tiny(folder: Path, kind: str) -> SentenceTransformer:
     "kind", ["cls, no Normalize", "max", "two poolings", "a prompt", "shortened", "mpnet", "static"]
 )
 @pytest.mark.parametrize("fast", [False, True])
-def test_any_model(kind: str, fast: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_packing_of_other_models(kind: str, fast: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     model = tiny(tmp_path, kind)
     found = text_encoder.quick(model, fast)(TEXTS, False)
@@ -179,7 +179,7 @@ def test_any_model(kind: str, fast: bool, tmp_path: Path, caplog: pytest.LogCapt
 
 
 @bf16
-def test_a_way_that_gives_other_vectors_is_refused(
+def test_faster_path_with_other_vectors_is_rejected(
     minilm: SentenceTransformer, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Attention that mixes neighbours, as a wrong mask would: the self-check finds it and the next way is taken."""

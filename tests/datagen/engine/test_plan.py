@@ -28,7 +28,7 @@ def curated(train: int, val: int) -> Curated:
     return Curated(side("train", train), side("val", val), drawn=train + val)
 
 
-def test_a_row_an_image() -> None:
+def test_plan_has_one_row_per_image() -> None:
     table = plan_table(cfg(100, 3), curated(30, 6))
     assert table.schema == PLAN
     rows = table.to_pylist()
@@ -49,13 +49,13 @@ def test_a_row_an_image() -> None:
     assert plan_table(cfg(100, 3, seed=1), curated(30, 6))["prompt"] != table["prompt"]
 
 
-def test_a_plan_made_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_plan_is_identical(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = plan_table(cfg(50, 2), curated(30, 6))
     monkeypatch.setattr("datagen.engine.plan._ROWS", 7)
     assert plan_table(cfg(50, 2), curated(30, 6)).combine_chunks() == whole.combine_chunks()
 
 
-def test_seeds_count() -> None:
+def test_plan_with_several_seeds_per_prompt() -> None:
     seeds = image_seeds(5, 2000, 3)
     assert seeds.shape == (2000, 3)
     assert 0 <= seeds.min() < 2**31 * 0.01

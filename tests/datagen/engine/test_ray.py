@@ -20,7 +20,7 @@ LARGE = (*SMALL, "renderer.size=256", "num=120")
 RAY = ("engine=ray", "workers=2")
 
 
-def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_ray_engine_gives_same_bytes(tmp_path: Path) -> None:
     done = run("datagen", *SMALL, *RAY, f"out={tmp_path / 'ray'}")
     assert done.returncode == 0, done.stderr
     assert "ray: 60 images, " in done.stderr.splitlines()[-1]
@@ -30,7 +30,7 @@ def test_ray_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 @LINUX
-def test_a_ray_worker_that_is_killed_loses_nothing(tmp_path: Path) -> None:
+def test_killed_ray_worker_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "ray"
     process = start("datagen", *LARGE, *RAY, f"out={out}")
     wait_for(lambda: list(out.glob("shards/*.parquet")), process)
@@ -57,7 +57,7 @@ def test_a_killed_driver_resumes(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "local")
 
 
-def test_sigterm_ends_quietly(tmp_path: Path) -> None:
+def test_sigterm_ends_without_traceback(tmp_path: Path) -> None:
     out = tmp_path / "ray"
     process = start("datagen", *LARGE, *RAY, f"out={out}")
     wait_for(lambda: list(out.glob("shards/*.parquet")), process)
@@ -68,7 +68,7 @@ def test_sigterm_ends_quietly(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_cluster_in_use_renders_with_what_is_left(tmp_path: Path) -> None:
+def test_busy_cluster_uses_free_cpus(tmp_path: Path) -> None:
     """Its other place is held for good: no shard may wait for it."""
     command = [sys.executable, "-c", HELD, *SMALL, f"out={tmp_path / 'ray'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
@@ -91,7 +91,7 @@ sys.exit(generate(settings(DatagenSettings, compose("datagen", [*sys.argv[1:], "
 """
 
 
-def test_a_cluster_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_unreachable_cluster_is_named(tmp_path: Path) -> None:
     done = run("datagen", *SMALL, "engine=ray", "ray_address=127.0.0.1:1", f"out={tmp_path / 'ray'}")
     assert done.returncode == 2
     assert "error: ray_address=127.0.0.1:1: nobody answers there: Connection refused" in done.stderr

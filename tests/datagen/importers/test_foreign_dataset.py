@@ -53,7 +53,7 @@ def log(out: Path) -> list[tuple[str, str]]:
     return [(line["key"], line["reason"]) for line in lines]
 
 
-def test_the_competitions_layout(tmp_path: Path) -> None:
+def test_competition_layout(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", ["b.png", "a.png", "c.jpg"])
     rows = table(tmp_path / "p.csv", ("imgId", "prompt"), ("c", "a fox"), ("a", "a  cat, on a mat"), ("b", "a boat"))
     dataset = make(tmp_path / "data", images=images, csv=rows, split__val_fraction=1.0)
@@ -65,7 +65,7 @@ def test_the_competitions_layout(tmp_path: Path) -> None:
     assert verify(tmp_path / "data") == []
 
 
-def test_several_captions_and_names_with_suffix_or_folder(tmp_path: Path) -> None:
+def test_several_captions_and_file_names_with_suffix_or_folder(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", ["a.png", "deep/b.v2.webp", "c.JPG"])
     rows = table(
         tmp_path / "p.csv",
@@ -108,7 +108,7 @@ def test_equal_images_are_on_one_side(tmp_path: Path) -> None:
     assert all(len({4 * n + k in val for k in range(4)}) == 1 for n in range(10))
 
 
-def test_an_index_names_links_not_what_they_point_to(tmp_path: Path) -> None:
+def test_index_has_symlinks_not_their_targets(tmp_path: Path) -> None:
     """The hub's cache: names with a suffix that point to files named by their hash."""
     webdataset_tar(tmp_path / "blob", {"k": {"png": image(1), "txt": b"a fox"}})
     (tmp_path / "tars").mkdir()
@@ -140,7 +140,7 @@ FOLDERS: dict[str, tuple[list[str], list[tuple[str, ...]], dict[str, str], str]]
 
 
 @pytest.mark.parametrize("case", FOLDERS)
-def test_folders_that_cannot_be_used(tmp_path: Path, case: str) -> None:
+def test_unusable_folders_are_refused(tmp_path: Path, case: str) -> None:
     names, rows, values, said = FOLDERS[case]
     images = folder(tmp_path / "images", names)
     with pytest.raises(UserError, match=said):
@@ -160,7 +160,7 @@ def test_missing_inputs_are_named_at_once(tmp_path: Path) -> None:
         make(tmp_path / "data", tars=tmp_path / "*.csv")
 
 
-def test_an_output_that_exists_is_refused(tmp_path: Path) -> None:
+def test_existing_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match=r"data is there already; choose another out=.*datagen.targets"):
         make(tmp_path / "data", tars="x.tar")
@@ -214,14 +214,14 @@ def test_rows_of_one_image_agree_on_its_split(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [True, 3.5, [1], {"id": 1}])
-def test_a_group_is_text_or_a_whole_number(tmp_path: Path, value: object) -> None:
+def test_group_is_text_or_integer(tmp_path: Path, value: object) -> None:
     sample = {"png": image(0), "txt": b"a fox", "json": json.dumps({"kind": value}).encode()}
     path = webdataset_tar(tmp_path / "0.tar", {"k": sample})
     with pytest.raises(UserError, match=r"0\.tar, sample k: 'kind' holds .*, but a name is text or a whole number"):
         read(tars=path, group_column="kind")
 
 
-def test_prompt_column_names_the_field_of_a_tars_json(tmp_path: Path) -> None:
+def test_prompt_column_selects_field_of_tar_json(tmp_path: Path) -> None:
     fields = {
         "one": {"long": "one fox", "prompt": "no"},
         "two": {"long": ["a cat", None, "one cat"]},
@@ -253,7 +253,7 @@ def webdataset_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
     return path
 
 
-def test_webdatasets_own_tars(tmp_path: Path) -> None:
+def test_tars_of_webdataset(tmp_path: Path) -> None:
     webdataset_tar(
         tmp_path / "0.tar",
         {
@@ -288,7 +288,7 @@ def test_truncated_tar_is_refused(tmp_path: Path, where: str) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.tar"]
 
 
-def test_a_tar_with_a_hole_is_refused(tmp_path: Path) -> None:
+def test_sparse_tar_is_refused(tmp_path: Path) -> None:
     path = webdataset_tar(tmp_path / "0.tar", {f"k{n}": {"png": image(n), "txt": b"a fox"} for n in range(5)})
     with tarfile.open(path) as tar:
         middle = tar.getmembers()[4]
@@ -300,7 +300,7 @@ def test_a_tar_with_a_hole_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_seven_public_images(shared: Path, tmp_path: Path) -> None:
+def test_public_competition_images(shared: Path, tmp_path: Path) -> None:
     """The target encoder gives the official sample_submission.csv."""
     from datagen.dataset.targets import TargetEncoder, write_missing_targets
 

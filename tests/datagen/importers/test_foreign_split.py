@@ -60,7 +60,7 @@ def test_no_validation_prompt_is_in_training(tmp_path: Path, reader: str, varied
     assert not (tmp_path / "data.log.jsonl").exists()
 
 
-def test_giant_group_is_split_and_left_out_images_are_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_giant_group_is_split_and_left_out_images_listed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """60 of 100 images share "a photo"."""
     images = folder(tmp_path / "images", [f"{n:03d}.png" for n in range(100)])
     rows = [(f"{n:03d}", "a photo" if n < 60 else f"a photo of x{n}x") for n in range(100)]
@@ -156,7 +156,7 @@ def test_holdout_keeps_groups_prompts_and_bytes_apart() -> None:
         split_foreign(few, cfg("split.kind=holdout", "group_column=g", "split.val_fraction=0.3"), no_vectors)
 
 
-def test_similarity_leaves_out_what_is_near_a_validation_prompt() -> None:
+def test_similarity_leaves_out_prompts_near_validation() -> None:
     """By every pair of captions: prompts in pairs at cosines on either side of .7."""
     near = {f"far x{n}x": (f"prompt x{n}x", 0.6 + 0.2 * (n / 199)) for n in range(200)}
     images = [image(n, f"prompt x{n}x", f"second x{n}x") for n in range(200)]
@@ -178,7 +178,7 @@ def test_similarity_leaves_out_what_is_near_a_validation_prompt() -> None:
     assert split.extra_info["left_out"] == {line["reason"]: len(split.left_out)}
 
 
-def test_similarity_by_the_real_encoder(tmp_path: Path) -> None:
+def test_similarity_split_with_real_encoder(tmp_path: Path) -> None:
     things = ["fox", "violin", "bridge", "teapot", "volcano", "bicycle", "cactus", "lighthouse", "octopus", "castle"]
     images = folder(tmp_path / "images", [f"{n}{k}.png" for n in range(10) for k in range(2)])
     rows = [(f"{n}0", f"a photo of a {thing}") for n, thing in enumerate(things)]
@@ -198,7 +198,7 @@ def test_similarity_by_the_real_encoder(tmp_path: Path) -> None:
 # A column of the user's
 
 
-def test_a_split_of_the_users_own_is_honoured_and_its_leaks_are_counted(caplog: pytest.LogCaptureFixture) -> None:
+def test_user_split_is_kept_and_leakage_counted(caplog: pytest.LogCaptureFixture) -> None:
     values = ["train", "Training", "val", "validation", "valid", " dev ", "test"]
     images = [image(n, f"prompt x{n}x", split=value) for n, value in enumerate(values)]
     images += [image(10, "Prompt x2x.", split="train"), image(11, "own", content=3, split="train")]
@@ -240,7 +240,7 @@ def test_columns_of_split_source_and_group_reach_the_dataset(tmp_path: Path, rea
     assert [(dataset.source(i), dataset.group(i)) for i in (0, 7)] == [("s0", "g0"), ("s3", "g1")]
 
 
-def test_values_that_are_no_split_are_refused_with_their_counts() -> None:
+def test_invalid_split_values_are_refused_with_counts() -> None:
     values = ["train"] * 5 + ["restval"] * 3 + ["2"] + ["", " "]
     images = [image(n, f"prompt x{n}x", split=value) for n, value in enumerate(values)]
     with pytest.raises(UserError) as refused:

@@ -91,7 +91,7 @@ def shards_plan(root: Path) -> Any:
     return read_plan(root)
 
 
-def test_num_takes_archives_in_an_order_that_the_seed_decides(tmp_path: Path) -> None:
+def test_num_takes_archives_in_seeded_order(tmp_path: Path) -> None:
     tiny_published.diffusiondb(tmp_path / "copy", archives=5, images=4)
     archives = {}
     for seed in range(4):
@@ -116,7 +116,7 @@ def test_sd2_4m_from_a_folder_by_its_clusters(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_prompts_are_curated_as_datagen_does(tmp_path: Path) -> None:
+def test_published_prompts_are_curated_like_datagen(tmp_path: Path) -> None:
     """By similarity, with the real encoder: no training prompt is near a validation prompt, and targets are written."""
     tiny_published.sd2_4m(tmp_path / "copy", archives=4, images=9)
     overrides = (
@@ -140,7 +140,7 @@ def rewritten(path: Path, change: Callable[[int, str], str | None]) -> None:
     pq.write_table(table.set_column(table.schema.get_field_index("prompt"), "prompt", prompts), path)
 
 
-def test_an_image_keeps_the_spelling_of_its_prompt(tmp_path: Path) -> None:
+def test_image_keeps_spelling_of_its_prompt(tmp_path: Path) -> None:
     expected = tiny_published.diffusiondb(tmp_path / "copy", archives=4, images=12)
     rewritten(tmp_path / "copy" / "metadata.parquet", lambda n, p: p.title() if n >= 36 else p)
     dataset = make("diffusiondb", tmp_path / "out", tmp_path / "copy")
@@ -201,7 +201,7 @@ def test_an_image_without_a_prompt_is_left_out_and_counted(tmp_path: Path) -> No
     assert read_info(tmp_path / "out")["curation"]["dropped"] == {"empty": 1}
 
 
-def test_holdout_leaves_out_what_has_no_cluster(tmp_path: Path) -> None:
+def test_holdout_leaves_out_images_without_cluster(tmp_path: Path) -> None:
     tiny_published.sd2_4m(tmp_path / "copy", archives=1, images=9)
     tar = next((tmp_path / "copy").rglob("*.tar"))
     tar.write_bytes(tar.read_bytes().replace(b'"cluster": 0', b'"another": 0'))
@@ -230,7 +230,7 @@ def end_at(values: dict[str, Any], module: str, function: str, call: int) -> Non
 
 
 @pytest.mark.parametrize("name", ["diffusiondb", "sd2_4m"])
-def test_killed_anywhere_and_started_again_it_gives_the_same_bytes(tmp_path: Path, name: str) -> None:
+def test_import_killed_anywhere_resumes_bitwise(tmp_path: Path, name: str) -> None:
     getattr(tiny_published, name)(tmp_path / "copy", archives=12, images=10)
     make(name, tmp_path / "whole", tmp_path / "copy")
     out = tmp_path / "out"
@@ -314,7 +314,7 @@ def test_diffusiondb_from_the_hub_killed_and_offline(tmp_path: Path) -> None:
 # What cannot be used
 
 
-def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
+def test_folder_with_unexpected_files_is_refused(tmp_path: Path) -> None:
     tiny_published.sd2_4m(tmp_path / "copy", archives=2, images=3)
     make("sd2_4m", tmp_path / "out", tmp_path / "copy")
     (tmp_path / "full").mkdir()
@@ -329,7 +329,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path: Path) -> None:
             make("sd2_4m", tmp_path / out, tmp_path / folder, *overrides)
 
 
-def test_archives_and_tables_that_cannot_be_used(tmp_path: Path) -> None:
+def test_unusable_archives_and_tables_are_refused(tmp_path: Path) -> None:
     tiny_published.sd2_4m(tmp_path / "sd", archives=1, images=3)
     tar = tmp_path / "sd" / "cc" / "sd-4.4M-cc-000.tar"
     tar.write_bytes(tar.read_bytes()[:3000])

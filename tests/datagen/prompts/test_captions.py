@@ -131,7 +131,7 @@ BAD: dict[str, tuple[Callable[[], pa.Array], str]] = {
 
 @pytest.mark.parametrize("case", GOOD)
 @pytest.mark.parametrize("reader", ["prompts", "bank"])
-def test_columns_of_a_parquet_that_hold_text(tmp_path: Path, case: str, reader: str) -> None:
+def test_parquet_columns_with_text(tmp_path: Path, case: str, reader: str) -> None:
     array, texts, left_out = GOOD[case]
     pq.write_table(pa.table({"prompt": array()}), tmp_path / "p.parquet")
     if reader == "prompts":
@@ -145,7 +145,7 @@ def test_columns_of_a_parquet_that_hold_text(tmp_path: Path, case: str, reader: 
 
 @pytest.mark.parametrize("case", BAD)
 @pytest.mark.parametrize("reader", [read_prompts, read_bank])
-def test_columns_of_a_parquet_that_hold_none(tmp_path: Path, case: str, reader: Callable[[Path], Read]) -> None:
+def test_parquet_columns_without_text_are_refused(tmp_path: Path, case: str, reader: Callable[[Path], Read]) -> None:
     array, message = BAD[case]
     pq.write_table(pa.table({"prompt": array()}), tmp_path / "p.parquet")
     with pytest.raises(UserError, match=rf"p\.parquet.*{message}.*column=…"):
@@ -153,7 +153,7 @@ def test_columns_of_a_parquet_that_hold_none(tmp_path: Path, case: str, reader: 
 
 
 @pytest.mark.parametrize("reader", [read_prompts, read_bank])
-def test_strings_of_a_parquet_that_are_not_utf_8(tmp_path: Path, reader: Callable[[Path], Read]) -> None:
+def test_invalid_utf8_in_parquet(tmp_path: Path, reader: Callable[[Path], Read]) -> None:
     starts = pa.array([0, 5, 9], pa.int32()).buffers()[1]
     strings = pa.Array.from_buffers(pa.string(), 2, [None, starts, pa.py_buffer(b"a foxcaf\xe9")])
     pq.write_table(pa.table({"prompt": strings}), tmp_path / "p.parquet")
@@ -161,13 +161,13 @@ def test_strings_of_a_parquet_that_are_not_utf_8(tmp_path: Path, reader: Callabl
         reader(tmp_path / "p.parquet")
 
 
-def test_a_column_that_a_parquet_has_twice(tmp_path: Path) -> None:
+def test_duplicate_parquet_column_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_arrays([VIEWS, VIEWS], names=["prompt", "prompt"]), tmp_path / "p.parquet")
     with pytest.raises(UserError, match="several columns prompt; rename"):
         read_prompts(tmp_path / "p.parquet")
 
 
-def test_types_of_all_files_are_looked_at_before_the_first_is_read(tmp_path: Path) -> None:
+def test_column_types_are_checked_before_reading(tmp_path: Path) -> None:
     pq.write_table(pa.table({"prompt": [FOX]}), tmp_path / "0.parquet")
     pq.write_table(pa.table({"prompt": [1]}), tmp_path / "1.parquet")
     download.files.cache_clear()
@@ -203,7 +203,7 @@ JSON_BAD = {
 
 @pytest.mark.parametrize("case", [*JSON_GOOD, *JSON_BAD])
 @pytest.mark.parametrize("reader", [".jsonl", ".json", ".tar", "bank"])
-def test_values_of_json(tmp_path: Path, case: str, reader: str) -> None:
+def test_json_values(tmp_path: Path, case: str, reader: str) -> None:
     value = (JSON_GOOD.get(case) or JSON_BAD[case])[0]
     rows = ['{"prompt": "first"}', f'{{"prompt": {value}}}']
     if reader == ".tar":
@@ -239,7 +239,7 @@ def test_values_of_json(tmp_path: Path, case: str, reader: str) -> None:
     ("value", "message"), [("[" * 100_000, "nested too deep"), ("9" * 5000, "thousands of digits")]
 )
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".tar", ".csv"])
-def test_json_that_python_cannot_hold(tmp_path: Path, value: str, message: str, suffix: str) -> None:
+def test_json_beyond_python_limits_is_refused(tmp_path: Path, value: str, message: str, suffix: str) -> None:
     path = tmp_path / f"p{suffix}"
     row = f'{{"prompt": {value}}}'
     if suffix == ".tar":
@@ -290,7 +290,7 @@ TABLES: dict[str, tuple[str, str, list[str] | str]] = {
 
 @pytest.mark.parametrize("case", TABLES)
 @pytest.mark.parametrize("reader", ["prompts", "bank", "index"])
-def test_quotes(tmp_path: Path, case: str, reader: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_csv_quotes(tmp_path: Path, case: str, reader: str, caplog: pytest.LogCaptureFixture) -> None:
     suffix, text, expected = TABLES[case]
     path = tmp_path / f"p{suffix}"
     path.write_text(text, newline="")
@@ -316,7 +316,7 @@ def test_quotes(tmp_path: Path, case: str, reader: str, caplog: pytest.LogCaptur
     assert ("1 rows hold line breaks within quotes, the first from line 2" in caplog.text) == (case == "two lines")
 
 
-def test_rows_that_are_left_out_of_a_table_are_listed(tmp_path: Path) -> None:
+def test_skipped_table_rows_are_listed(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     for n, name in enumerate("abcd"):
         (tmp_path / "images" / f"{name}.png").write_bytes(image(n))
@@ -348,7 +348,7 @@ ENCODINGS = {
 
 @pytest.mark.parametrize("encoding", MARKS)
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.txt", "p.jsonl", "p.json"])
-def test_a_byte_order_mark_is_certain(tmp_path: Path, encoding: str, name: str) -> None:
+def test_byte_order_mark_decides_encoding(tmp_path: Path, encoding: str, name: str) -> None:
     text = {"p.txt": f"{CAT}\n", "p.jsonl": f'{{"prompt": "{CAT}"}}\n', "p.json": f'[{{"prompt": "{CAT}"}}]'}
     data = MARKS[encoding] + text.get(name, f"prompt\n{CAT}\n").encode(encoding)
     (tmp_path / name).write_bytes(data)
@@ -357,9 +357,7 @@ def test_a_byte_order_mark_is_certain(tmp_path: Path, encoding: str, name: str) 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.txt", "p.jsonl"])
-def test_another_encoding_is_refused_by_its_likely_name_which_reads_it(
-    tmp_path: Path, encoding: str, name: str
-) -> None:
+def test_wrong_encoding_error_names_likely_encoding(tmp_path: Path, encoding: str, name: str) -> None:
     text = ENCODINGS[encoding]
     lines = {"p.txt": f"{text}\n", "p.jsonl": f'{{"prompt": "{text}"}}\n'}.get(name, f"prompt\n{text}\n")
     (tmp_path / name).write_bytes((lines if name != "p.txt" else lines * 2).encode(encoding))
@@ -369,20 +367,20 @@ def test_another_encoding_is_refused_by_its_likely_name_which_reads_it(
     assert [t.strip() for t in read_prompts(tmp_path / name, text_encoding=likely)[0]] in ([text], [text] * 2)
 
 
-def test_where_no_setting_exists_iconv_is_named_for_the_right_encoding(tmp_path: Path) -> None:
+def test_wrong_encoding_error_suggests_iconv_without_setting(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_bytes("prompt\nun château\n".encode("cp1252"))
     with pytest.raises(UserError, match=r"reads 'un château'.*iconv -f CP1252 -t UTF-8 .*p\.csv > utf8-p\.csv"):
         read_bank(tmp_path / "p.csv")
 
 
-def test_a_damaged_line_of_utf_8_is_not_taken_for_an_encoding(tmp_path: Path) -> None:
+def test_damaged_utf8_line_is_not_another_encoding(tmp_path: Path) -> None:
     data = "".join(f"{CAT} {n}\n" for n in range(9)).encode()
     (tmp_path / "p.txt").write_bytes(data + b"a fo\xff\n" + data)
     with pytest.raises(UserError, match=r"line 10 cannot be decoded, while 18 lines .*damaged there"):
         read_prompts(tmp_path / "p.txt")
 
 
-def test_an_encoding_that_is_none_is_refused() -> None:
+def test_unknown_encoding_is_refused() -> None:
     for encoding in ("cp12520", "base64"):
         with pytest.raises(UserError, match=rf"text_encoding: {encoding} is not a text encoding"):
             index_settings(tars="x.tar", text_encoding=encoding)
@@ -488,7 +486,7 @@ def test_names_that_are_not_utf_8_are_listed(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["folder", "link to nowhere"])
-def test_a_tar_that_cannot_be_opened(tmp_path: Path, kind: str) -> None:
+def test_unreadable_tar_is_refused(tmp_path: Path, kind: str) -> None:
     if kind == "folder":
         (tmp_path / "0.tar").mkdir()
     else:
@@ -497,7 +495,7 @@ def test_a_tar_that_cannot_be_opened(tmp_path: Path, kind: str) -> None:
         read_index(index_settings(tars=tmp_path / "0.tar"))
 
 
-def test_files_of_a_folder_that_are_not_read_are_listed(tmp_path: Path) -> None:
+def test_ignored_files_of_a_folder_are_listed(tmp_path: Path) -> None:
     for n, name in enumerate(["a.bmp", "b.gif", "c.tif", "d.jfif", "e.AVIF", "f.v1.png", "f.v2.png"]):
         (tmp_path / "images").mkdir(exist_ok=True)
         (tmp_path / "images" / name).write_bytes(image(n))
@@ -516,7 +514,7 @@ def test_files_of_a_folder_that_are_not_read_are_listed(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ["parquet", "tar", "csv"])
-def test_commands_end_with_2_and_write_nothing(tmp_path: Path, case: str) -> None:
+def test_commands_exit_with_2_and_write_nothing(tmp_path: Path, case: str) -> None:
     if case == "parquet":
         pq.write_table(pa.table({"prompt": [1.5]}), tmp_path / "p.parquet")
         bare = ("renderer=glyphs", "encoder=null", "curate.dedup_threshold=null", "split.kind=image")
@@ -538,7 +536,7 @@ def test_commands_end_with_2_and_write_nothing(tmp_path: Path, case: str) -> Non
     assert not (tmp_path / "o").exists()
 
 
-def test_a_name_in_several_folders_of_a_zip(tmp_path: Path) -> None:
+def test_duplicate_names_in_folders_of_a_zip(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         for name, data in (("x/a.png", b"1"), ("y/a.png", b"2"), ("x/b.png", b"3"), ("y/b.png", b"3"), ("c.png", b"4")):
             archive.writestr(name, data)

@@ -109,7 +109,7 @@ def simple() -> Any:
     return module.SimpleTokenizer()
 
 
-def test_ids_are_open_clips(simple: Any) -> None:
+def test_token_ids_match_open_clip(simple: Any) -> None:
     """All of them: `clean` fixes, unescapes and lowers as open_clip does. Only literal special tokens are left out."""
     texts = _texts()
     assert len(texts) >= 200
@@ -121,7 +121,7 @@ def test_ids_are_open_clips(simple: Any) -> None:
     assert not wrong
 
 
-def test_without_clean_plain_texts_agree_and_others_may_not(simple: Any) -> None:
+def test_plain_texts_need_no_cleaning(simple: Any) -> None:
     """transformers' own cleaning is NFC, white space and lower case; ftfy and entities are open_clip's alone."""
 
     def differs(text: str) -> bool:
@@ -152,7 +152,7 @@ def test_special_tokens_and_padding() -> None:
     assert first == [49406, 320, 2368] + [49407] * 74
 
 
-def test_counts_are_open_clips_untruncated(simple: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_token_counts_match_untruncated_open_clip(simple: Any, caplog: pytest.LogCaptureFixture) -> None:
     texts = _texts()
     # left in the state that would truncate and pad the counts
     clip_tokenizer()(["a"], padding="max_length", truncation=True, max_length=77)
@@ -164,7 +164,7 @@ def test_counts_are_open_clips_untruncated(simple: Any, caplog: pytest.LogCaptur
     assert token_counts([]).shape == (0,)
 
 
-def test_the_short_cut_for_plain_ascii_changes_nothing() -> None:
+def test_ascii_fast_path_gives_same_ids() -> None:
     import html
 
     import ftfy
@@ -193,7 +193,7 @@ def test_without_open_clip_the_hint_names_the_package(monkeypatch: pytest.Monkey
         clip_tokenizer(pad_token="a</w>")  # a padding that no cache holds
 
 
-def test_importing_it_imports_nothing_heavy() -> None:
+def test_import_loads_no_heavy_package() -> None:
     code = (
         "import sys, datagen.prompts.clip_tokenizer\n"
         "sys.exit(', '.join({'torch', 'transformers', 'open_clip', 'ftfy'} & sys.modules.keys()) or 0)"

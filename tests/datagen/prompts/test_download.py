@@ -88,7 +88,7 @@ def test_a_file_of_the_hub_is_fetched_once_and_its_commit_recorded(tmp_path: Pat
 
 
 @pytest.mark.slow  # the hub's client tries five times
-def test_the_cache_serves_when_the_hub_is_gone(tmp_path: Path, repo: Path) -> None:
+def test_hub_cache_is_used_offline(tmp_path: Path, repo: Path) -> None:
     with TinyHub({"owner/name": repo}) as hub:
         env = hub.environment(tmp_path)
         first = found(read(path("all.txt"), **env))
@@ -121,7 +121,7 @@ def test_a_member_of_a_zip_of_the_hub(tmp_path: Path, repo: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_lost_connection_is_taken_up_again(tmp_path: Path, repo: Path) -> None:
+def test_lost_connection_is_retried(tmp_path: Path, repo: Path) -> None:
     (repo / "all.txt").write_text("a prompt\n" * 100_000)
     with TinyHub({"owner/name": repo}) as hub:
         hub.drops.append("all.txt")
@@ -129,7 +129,7 @@ def test_a_lost_connection_is_taken_up_again(tmp_path: Path, repo: Path) -> None
         assert hub.drops == []
 
 
-def test_what_the_hub_does_not_have_is_told_with_what_it_has(tmp_path: Path, repo: Path) -> None:
+def test_missing_hub_file_error_lists_files(tmp_path: Path, repo: Path) -> None:
     with TinyHub({"owner/name": repo}) as hub:
         env = hub.environment(tmp_path)
         for overrides, said in (
@@ -148,7 +148,7 @@ def test_what_the_hub_does_not_have_is_told_with_what_it_has(tmp_path: Path, rep
             assert said in done.stderr
 
 
-def test_without_a_network_the_message_says_what_to_do(tmp_path: Path) -> None:
+def test_offline_error_has_a_hint(tmp_path: Path) -> None:
     done = read(path("all.txt"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 1
     for part in ("tried the hub's dataset owner/name", "HF_HUB_OFFLINE=1", "copy the file", "prompts=grammar"):

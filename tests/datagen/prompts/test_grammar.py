@@ -54,7 +54,7 @@ def test_parse_inverts_every_line():
     assert len(wrong) <= drawn * 0.002, wrong[:5]
 
 
-def test_every_object_is_read_back_alone_and_in_the_plural():
+def test_parse_reads_every_object_in_singular_and_plural():
     for name, item in objects().items():
         assert parse(name) == Scene((Thing(name),)), name
         many = parse(f"three {item.plural}")
@@ -65,7 +65,7 @@ def test_every_object_is_read_back_alone_and_in_the_plural():
             assert read.things[0].name == name
 
 
-def test_a_line_and_its_group_agree_with_its_scene():
+def test_prompt_and_group_match_scene():
     for line in take(2500, flourish=0.5):
         scene = parse(line.prompt)
         assert scene is not None
@@ -88,7 +88,7 @@ def test_lines_are_mostly_distinct_and_varied():
     assert sum(len(scene.things) == 1 for scene in scenes) == pytest.approx(0.6 * len(scenes), rel=0.1)
 
 
-def test_flourish_is_a_chance():
+def test_flourish_is_a_probability():
     plain = " ".join(line.prompt for line in take(500, flourish=0.0))
     assert "artstation" not in plain
     assert "in the style of" not in plain
@@ -111,7 +111,7 @@ def test_the_same_seed_gives_the_same_lines_in_any_process():
     assert take(50, 3) != take(50, 4)
 
 
-def test_side_never_mixes_and_keeps_its_share():
+def test_holdout_sides_never_mix_and_keep_fraction():
     found = take(4000, side=is_held_out, objects=(0.3, 0.4, 0.3))
     held = 0
     for line in found:
@@ -149,7 +149,7 @@ def test_almost_empty_side_still_terminates():
         ("", None),
     ],
 )
-def test_free_text(prompt: str, scene: Scene | None):
+def test_parse_of_free_text(prompt: str, scene: Scene | None):
     assert parse(prompt) == scene
 
 
@@ -169,7 +169,7 @@ def test_articles():
         ({"flourish": 1.5}, r"flourish 1.5 is not within 0 … 1"),
     ],
 )
-def test_settings_that_cannot_be_used_are_refused(wrong: dict, said: str):
+def test_invalid_settings_are_refused(wrong: dict, said: str):
     with pytest.raises(UserError, match=said):
         take(1, **wrong)
 

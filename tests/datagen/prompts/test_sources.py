@@ -67,7 +67,7 @@ def write_table(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.jsonl", "p.json", "p.parquet", "P.TSV"])
-def test_tables(tmp_path: Path, name: str) -> None:
+def test_table_formats(tmp_path: Path, name: str) -> None:
     write_table(tmp_path / name)
     rows = [(p.replace("\n", " "), g) for p, g in ROWS] if name.lower() == "p.tsv" else ROWS
     assert read(tmp_path / name, group_column="group") == [Prompt(p, name[0], g) for p, g in rows]
@@ -81,7 +81,7 @@ def test_tables(tmp_path: Path, name: str) -> None:
         assert read(packed, group_column="group") == [Prompt(p, name[0], g) for p, g in rows]
 
 
-def test_a_glob_reads_its_files_in_the_order_of_their_names(tmp_path: Path) -> None:
+def test_glob_reads_files_sorted_by_name(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.csv"):
         (tmp_path / name).write_text(f"from {name}")
     assert texts(tmp_path / "*.txt") == ["from a.txt", "from b.txt"]
@@ -129,7 +129,7 @@ def test_rows_above_a_bound_come_with_their_reason(tmp_path: Path) -> None:
         assert [p.out for p in found] == ["", "nsfw above 0.5", "spam above 0", "", ""]
 
 
-def test_a_row_left_out_may_hold_anything(tmp_path: Path) -> None:
+def test_skipped_rows_may_have_any_value(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,spam\n[],0\nno list,1\n")
     found = read(tmp_path / "p.csv", json_lists=True, max_values={"spam": 0})
     assert [p.out for p in found] == ["empty", "spam above 0"]
@@ -138,7 +138,7 @@ def test_a_row_left_out_may_hold_anything(tmp_path: Path) -> None:
 # The order
 
 
-def test_a_shuffle_is_a_permutation_that_the_seed_decides(tmp_path: Path) -> None:
+def test_shuffle_is_a_seeded_permutation(tmp_path: Path) -> None:
     lines = [f"prompt {n}" for n in range(3000)]
     (tmp_path / "p.txt").write_text("\n".join(lines))
     pq.write_table(pa.table({"prompt": lines}), tmp_path / "p.parquet", row_group_size=100)
@@ -154,7 +154,7 @@ def test_a_shuffle_is_a_permutation_that_the_seed_decides(tmp_path: Path) -> Non
     assert max(int(text.split()[1]) for text in texts(tmp_path / "p.txt", shuffle=500)[:100]) < 600
 
 
-def test_the_local_shuffle_holds_no_more_than_its_size() -> None:
+def test_shuffle_buffer_is_bounded() -> None:
     items = iter(range(10_000))
     source = shuffled(items, 1000, np.random.default_rng(0))
     next(source)
@@ -178,7 +178,7 @@ def mixture(tmp_path: Path, **sources: tuple[float, int, int | None]) -> Mixture
     return MixturePrompts("mixture", made)
 
 
-def test_a_mixture_keeps_its_shares_at_every_length(tmp_path: Path) -> None:
+def test_mixture_keeps_proportions_at_every_length(tmp_path: Path) -> None:
     cfg = mixture(tmp_path, a=(0.5, 900, None), b=(0.3, 900, None), c=(0.2, 900, None), off=(0, 0, None))
     found = [p.source for p in islice(stream(cfg, 0, None), 1000)]
     for length in (10, 100, 1000):
@@ -204,7 +204,7 @@ def test_mixture_continues_when_a_source_ends_and_logs_it(tmp_path: Path, caplog
     ]
 
 
-def test_left_out_prompts_do_not_count_towards_shares(tmp_path: Path) -> None:
+def test_skipped_prompts_do_not_count_in_proportions(tmp_path: Path) -> None:
     files = mixture(tmp_path, a=(0.5, 400, None)).sources
     (tmp_path / "b.csv").write_text("prompt,spam\n" + "".join(f"b {n},{int(n % 3 > 0)}\n" for n in range(300)))
     b = cfg(tmp_path / "b.csv", max_values={"spam": 0})
@@ -290,7 +290,7 @@ def test_the_weights_in_the_message_can_be_pasted() -> None:
         (["+prompts.sources.coco.prompts.max_values.x=y"], "prompts.sources.coco.prompts.max_values.x: expected float"),
     ],
 )
-def test_mixtures_that_cannot_be_used(overrides: list[str], said: str) -> None:
+def test_invalid_mixtures_are_refused(overrides: list[str], said: str) -> None:
     with pytest.raises(UserError, match=re.escape(said)):
         settings(DatagenSettings, compose("datagen", overrides))
 
@@ -301,7 +301,7 @@ def test_an_unknown_source_is_refused() -> None:
     assert "cocoo" in done.stderr
 
 
-def test_text_is_a_prompt_a_line(tmp_path: Path) -> None:
+def test_text_file_has_one_prompt_per_line(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("a red fox, in snow\n\n  \nçà\r\nlast", encoding="utf-8")
     assert [p.text.strip() for p in read(tmp_path / "mine.txt")] == ["a red fox, in snow", "çà", "last"]
 
@@ -311,7 +311,7 @@ def test_spreadsheets_mark_their_utf8(tmp_path: Path) -> None:
     assert [p.text for p in read(tmp_path / "p.csv")] == ["a red fox"]
 
 
-def test_null_is_no_prompt_of_that_name(tmp_path: Path) -> None:
+def test_null_is_not_the_prompt_null(tmp_path: Path) -> None:
     (tmp_path / "p.jsonl").write_text('{"prompt": null}\n{"prompt": "a fox"}\n')
     pq.write_table(pa.table({"prompt": [None, "a fox"]}), tmp_path / "p.parquet")
     for name in ("p.jsonl", "p.parquet"):
@@ -354,7 +354,7 @@ ERRORS: dict[str, tuple[bytes | None, str]] = {
 
 
 @pytest.mark.parametrize("name", ERRORS)
-def test_files_that_cannot_be_used(tmp_path: Path, name: str) -> None:
+def test_unusable_files_are_refused(tmp_path: Path, name: str) -> None:
     data, said = ERRORS[name]
     if data is not None:
         (tmp_path / name).write_bytes(data)
@@ -362,7 +362,7 @@ def test_files_that_cannot_be_used(tmp_path: Path, name: str) -> None:
         read(tmp_path / name)
 
 
-def test_files_damaged_within(tmp_path: Path) -> None:
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
     lines = [f"prompt {n} {np.random.default_rng(n).bytes(9).hex()}" for n in range(3000)]
     pq.write_table(pa.table({"prompt": lines}), tmp_path / "p.parquet", compression="zstd", use_dictionary=False)
     (tmp_path / "p.txt.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
@@ -387,7 +387,7 @@ def test_groups_need_columns(tmp_path: Path) -> None:
         read(tmp_path / "p.txt", group_column="group")
 
 
-def test_other_files_that_cannot_be_used(tmp_path: Path) -> None:
+def test_other_unusable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,nsfw\na fox,high\n")
     (tmp_path / "p.json").write_text('{"rows": []}')
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:

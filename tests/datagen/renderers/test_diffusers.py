@@ -157,7 +157,7 @@ def make(model: Path | str, **changes: Any) -> DiffusersModel:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", BUILDERS)
-def test_images_match_the_models_own_pipeline(models: dict[str, Path], name: str) -> None:
+def test_images_match_diffusers_pipeline(models: dict[str, Path], name: str) -> None:
     from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
     renderer = make(models[name])
@@ -189,7 +189,7 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(models: dict[str, Path], 
     assert np.abs(other_seed[0].astype(int) - together[5]).max() > 10
 
 
-def test_an_ancestral_sampler_takes_its_noise_from_each_images_seed(models: dict[str, Path], tmp_path: Path) -> None:
+def test_ancestral_sampler_uses_per_image_seed(models: dict[str, Path], tmp_path: Path) -> None:
     """As SDXL turbo's, without guidance."""
     from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
@@ -204,7 +204,7 @@ def test_an_ancestral_sampler_takes_its_noise_from_each_images_seed(models: dict
     assert np.abs(renderer.render(PROMPTS[1:], SEEDS[1:])[0].astype(int) - together[1]).max() <= 1
 
 
-def test_the_models_own_size(models: dict[str, Path]) -> None:
+def test_native_size_of_model(models: dict[str, Path]) -> None:
     assert make(models["sdxl"], render_size=None, size=40).render(PROMPTS, SEEDS).shape == (2, 40, 40, 3)
     with pytest.raises(UserError, match=r"renderer.size=512: above the 64 px that are rendered"):
         make(models["sdxl"], render_size=None, size=512).render(PROMPTS, SEEDS)
@@ -219,9 +219,7 @@ def test_long_prompts_are_truncated(models: dict[str, Path]) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["sdxl", "sd3"])
-def test_an_image_that_overflows_in_half_precision_is_drawn_again(
-    models: dict[str, Path], name: str, tmp_path: Path
-) -> None:
+def test_overflow_in_half_precision_is_rerendered(models: dict[str, Path], name: str, tmp_path: Path) -> None:
     shutil.copytree(models[name], tmp_path / "model")
     path = tmp_path / "model" / "text_encoder" / "model.safetensors"
     tensors = load_file(path)
@@ -254,7 +252,7 @@ def test_out_of_memory_halves_the_batch(models: dict[str, Path]) -> None:
 # Settings and weights
 
 
-def test_it_is_a_renderer_and_is_made_by_its_name(models: dict[str, Path]) -> None:
+def test_renderer_is_built_by_name(models: dict[str, Path]) -> None:
     overrides = ["renderer=diffusers", f"renderer.model={models['sd3']}", "renderer.device=cpu"]
     made: Renderer = make_renderer(settings(DatagenSettings, compose("datagen", overrides)))
     assert isinstance(made, DiffusersModel)
@@ -271,7 +269,7 @@ def test_it_is_a_renderer_and_is_made_by_its_name(models: dict[str, Path]) -> No
     } <= (recorded["files"].keys())
 
 
-def test_every_bad_value_is_named_at_once() -> None:
+def test_every_invalid_value_is_reported_at_once() -> None:
     bad = ["steps=0", "guidance=-0.5", "size=1024", "render_size=763", "batch_size=0"]
     overrides = [f"renderer.{override}" for override in bad]
     with pytest.raises(UserError) as refused:
@@ -283,7 +281,7 @@ def test_every_bad_value_is_named_at_once() -> None:
     assert settings(DiffusersRenderer, turbo).guidance == 0
 
 
-def test_pickled_weights_are_not_taken(models: dict[str, Path], tmp_path: Path) -> None:
+def test_pickled_weights_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["sdxl"], tmp_path / "model")
     for path in (tmp_path / "model").rglob("*.safetensors"):
         path.rename(path.with_suffix(".bin"))
@@ -295,7 +293,7 @@ def test_pickled_weights_are_not_taken(models: dict[str, Path], tmp_path: Path) 
         make(tmp_path / "model").render(PROMPTS, SEEDS)
 
 
-def test_what_does_not_draw_from_prompts_alone_is_refused(models: dict[str, Path], tmp_path: Path) -> None:
+def test_pipelines_with_other_inputs_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the folder lacks model_index.json"):
         make(models["sd2"] / "unet").settings()
     shutil.copytree(models["sd2"], tmp_path / "model")
@@ -306,13 +304,13 @@ def test_what_does_not_draw_from_prompts_alone_is_refused(models: dict[str, Path
         make(tmp_path / "model").render(PROMPTS, SEEDS)
 
 
-def test_what_the_pipeline_refuses_is_a_users_error(models: dict[str, Path]) -> None:
+def test_pipeline_errors_become_user_errors(models: dict[str, Path]) -> None:
     renderer = make(models["sd3"], render_size=72)  # of SD 3 it must be a multiple of 16
     with pytest.raises(UserError, match=r"StableDiffusion3Pipeline of .* refuses these settings: .*divisible"):
         renderer.render(PROMPTS, SEEDS)
 
 
-def test_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_model_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     import huggingface_hub.constants
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
@@ -325,7 +323,7 @@ def test_a_model_that_is_not_there(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             make(model).settings()
 
 
-def test_of_a_repository_only_what_is_needed_is_loaded(
+def test_only_needed_files_of_repository_are_downloaded(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import huggingface_hub
@@ -387,7 +385,7 @@ def test_the_cost_is_counted_from_the_configs(models: dict[str, Path]) -> None:
     assert make(models["sdxl"], steps=2, guidance=0.0).tflop() < estimated
 
 
-def test_real_models_cost_what_they_are_known_to() -> None:
+def test_flops_of_real_models() -> None:
     sd2 = {
         name: json.loads((ROOT / "datagen/renderers/sd2/config" / name / "config.json").read_text())
         for name in ("unet", "vae")

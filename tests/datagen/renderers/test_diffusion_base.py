@@ -54,9 +54,7 @@ def altered(weights: TinySD2, tmp_path: Path) -> Callable[..., str]:
 # Faults
 
 
-def test_an_image_that_overflows_in_half_precision_is_drawn_again(
-    weights: TinySD2, altered: Callable[..., str]
-) -> None:
+def test_overflow_in_half_precision_is_rerendered(weights: TinySD2, altered: Callable[..., str]) -> None:
     """One word's embedding is too large for fp16: the prompts with it overflow, as SD 2's attention does, to NaN."""
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].mul_(1e6 / t[CAT].abs().max())})
     renderer = make(weights, model=model, precision="fp16")
@@ -80,9 +78,7 @@ def test_without_redraw_faults_are_only_reported(weights: TinySD2, altered: Call
 
 
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
-def test_an_image_that_is_nan_in_fp32_too_is_grey_and_faulty(
-    weights: TinySD2, altered: Callable[..., str], precision: str
-) -> None:
+def test_image_nan_in_fp32_is_grey_with_fault(weights: TinySD2, altered: Callable[..., str], precision: str) -> None:
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].fill_(torch.nan)})
     renderer = make(weights, model=model, precision=precision)
     images = renderer.render(PROMPTS, SEEDS)
@@ -91,7 +87,7 @@ def test_an_image_that_is_nan_in_fp32_too_is_grey_and_faulty(
     assert images[1:].std() > 5
 
 
-def test_an_image_that_is_nan_only_once_decoded_is_found(weights: TinySD2, altered: Callable[..., str]) -> None:
+def test_nan_after_decoding_is_detected(weights: TinySD2, altered: Callable[..., str]) -> None:
     """Infinite, not NaN: an overflow in the decoder's last layer."""
     model = altered(VAE, **{"decoder.conv_out.weight": lambda t: t.mul_(1e38).mul_(10)})
     renderer = make(weights, model=model)
@@ -155,7 +151,7 @@ def test_the_smallest_batch_is_noted_where_halves_are_halved(weights: TinySD2) -
     assert renderer.notes == [{"batch_size": 1}] * 4
 
 
-def test_not_one_image_fits(weights: TinySD2) -> None:
+def test_single_image_out_of_memory_is_reported(weights: TinySD2) -> None:
     renderer = make(weights)
     renderer.load()
     full_above(renderer._networks["fp32"].vae.decoder.conv_in, 0)
@@ -174,7 +170,7 @@ def test_out_of_memory_in_fp32_is_reported_and_not_fatal(weights: TinySD2, alter
 # Batch size and cost
 
 
-def test_the_quickest_batch_size() -> None:
+def test_fastest_batch_size() -> None:
     gains = {1: 1.0, 2: 1.8, 4: 2.4, 8: 2.6, 16: 2.7, 32: 4.0}
     asked = []
 

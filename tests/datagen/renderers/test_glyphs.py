@@ -59,7 +59,7 @@ def test_every_word_of_the_grammar_has_a_drawing():
     assert set(module._SIDES) == {None, *grammar.SIZES}
 
 
-def test_it_is_a_renderer(small: Glyphs):
+def test_implements_renderer(small: Glyphs):
     renderer: Renderer = small
     settings = renderer.settings()
     assert settings["name"] == "glyphs"
@@ -135,7 +135,7 @@ def test_every_word_changes_the_image_in_its_own_way(table: str):
 
 
 @pytest.mark.parametrize("name", [name for name in RGB if name not in ("white", "grey", "black", "beige", "brown")])
-def test_the_said_colour_is_in_the_image(small: Glyphs, name: str):
+def test_named_colour_is_in_the_image(small: Glyphs, name: str):
     """In flat media most saturated pixels of a large object have its hue."""
     wanted = colorsys.rgb_to_hsv(*(c / 255 for c in RGB[name]))[0]
     for ending in ("", ", pixel art", ", a low poly render", ", oil painting"):
@@ -146,7 +146,7 @@ def test_the_said_colour_is_in_the_image(small: Glyphs, name: str):
         assert min(off, 1 - off) < 0.06, ending
 
 
-def test_light_and_dark_colours_stand_off_the_ground(small: Glyphs):
+def test_light_and_dark_colours_contrast_with_background(small: Glyphs):
     for name in ("white", "black"):
         image = one(small, f"a huge {name} heart", 1).astype(float)
         assert abs(image[28:36, 28:36].mean() - image[:6, :6].mean()) > 40
@@ -164,7 +164,7 @@ def test_size_words_order_the_object():
 
 
 @pytest.mark.slow
-def test_all_objects_draw(small: Glyphs):
+def test_every_object_can_be_drawn(small: Glyphs):
     images = small.render([f"a huge red {name}" for name in objects()], [0] * len(objects()))
     assert min(image.std() for image in images) > 10
 
@@ -205,7 +205,7 @@ def test_a_size_out_of_bounds_is_refused(size: int):
         Glyphs(size)
 
 
-def test_prompts_that_name_nothing_are_refused(small: Glyphs):
+def test_prompts_without_object_are_refused(small: Glyphs):
     with pytest.raises(UserError, match=r"1 of 2 prompts name no object it can draw: 'mere dread'\. Drop"):
         small.render(["a cat", "mere dread"], [0, 1])
 

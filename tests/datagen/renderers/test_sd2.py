@@ -70,7 +70,7 @@ def assert_close(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> None:
 # The recipe
 
 
-def test_timesteps_are_the_hosts() -> None:
+def test_timesteps_match_competition_script() -> None:
     """`txt2img.py` without arguments: DDIM, 50 steps, --scale 9.0."""
     cfg = settings(StableDiffusionRenderer, compose("datagen", [])["renderer"])
     assert (cfg.name, cfg.scheduler, cfg.steps, cfg.guidance) == ("sd2_competition", "ddim", 50, 9.0)
@@ -180,7 +180,7 @@ def test_truncation_not_rounding() -> None:
     assert sd.to_uint8(image_BCPQ)[0, 1, 0].tolist()[3:] == [126, 254, 254, 255, 255, 0]
 
 
-def test_fp16_is_finished_as_in_the_hosts_script() -> None:
+def test_fp16_postprocessing_matches_competition_script() -> None:
     decoded = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0)).half()
     x = torch.clamp((decoded + 1.0) / 2.0, min=0.0, max=1.0).numpy()
     assert x.dtype == np.float16
@@ -188,7 +188,7 @@ def test_fp16_is_finished_as_in_the_hosts_script() -> None:
 
 
 @pytest.mark.parametrize("name", ["lanczos", "bicubic"])
-def test_resized_as_by_pillow(weights: TinySD2, name: str) -> None:
+def test_output_resize_matches_pillow(weights: TinySD2, name: str) -> None:
     full = make(weights).render(PROMPTS, SEEDS)
     small = make(weights, size=48, filter=name).render(PROMPTS, SEEDS)
     wanted = [Image.fromarray(f).resize((48, 48), getattr(Image.Resampling, name.upper())) for f in full]
@@ -226,7 +226,7 @@ def test_half_precision(weights: TinySD2, precision: str, apart: float) -> None:
 
 
 @pytest.mark.parametrize("preset", PRESETS)
-def test_an_image_is_the_same_alone_and_among_eight(weights: TinySD2, preset: str) -> None:
+def test_image_does_not_depend_on_batch(weights: TinySD2, preset: str) -> None:
     prompts = [f"{PROMPTS[0]} number {n}" for n in range(8)]
     together = make(weights, preset, steps=10, batch_size=8, size=48).render(prompts, list(range(8)))
     for i in (0, 5):
@@ -255,7 +255,7 @@ def test_the_same_request_gives_the_same_bytes(weights: TinySD2) -> None:
 # Settings
 
 
-def test_it_is_a_renderer(weights: TinySD2) -> None:
+def test_implements_renderer(weights: TinySD2) -> None:
     renderer: Renderer = make(weights)
     assert not renderer.one_core  # torch uses every core itself
     assert not renderer.on_gpu()
@@ -282,7 +282,7 @@ def test_the_yaml_is_the_competitions_recipe() -> None:
 
 
 @pytest.mark.slow
-def test_every_bad_value_is_named_at_once() -> None:
+def test_every_invalid_value_is_reported_at_once() -> None:
     bad = [
         "steps=30",
         "guidance=-1",
@@ -308,7 +308,7 @@ def test_every_bad_value_is_named_at_once() -> None:
     assert settings(StableDiffusionRenderer, values).guidance == 0
 
 
-def test_a_device_that_is_not_there_is_refused(weights: TinySD2) -> None:
+def test_missing_device_is_refused(weights: TinySD2) -> None:
     for device in ("gpu", "cuda"):
         if device == "cuda" and torch.cuda.is_available():
             continue
@@ -362,7 +362,7 @@ def test_importing_the_renderer_imports_no_torch() -> None:
 # The savings
 
 
-def test_the_unet_in_two_depths_is_the_unet(weights: TinySD2) -> None:
+def test_whole_and_shallow_unet_match_full_unet(weights: TinySD2) -> None:
     renderer = make(weights)
     renderer.load()
     unet = renderer._networks["fp32"].unet
@@ -405,14 +405,14 @@ def test_deep_features_are_computed_at_every_nth_step(weights: TinySD2, preset: 
         hook.remove()
 
 
-def test_a_guidance_of_one_is_half_the_work(weights: TinySD2) -> None:
+def test_guidance_of_one_halves_the_flops(weights: TinySD2) -> None:
     """As in the host's script: e + 1 (p − e) is p."""
     alone = make(weights, guided_fraction=0.0).render(PROMPTS, SEEDS)
     assert np.array_equal(make(weights, guidance=1.0).render(PROMPTS, SEEDS), alone)
     assert tflop_per_image(50, 768, 1.0) == tflop_per_image(50, 768, 9.0, 0.0)
 
 
-def test_decoded_in_slices(weights: TinySD2) -> None:
+def test_vae_decodes_in_slices(weights: TinySD2) -> None:
     prompts, seeds = PROMPTS * 2, [1, 2, 3, 4]
     at_once = make(weights, batch_size=4, vae_batch=4).render(prompts, seeds)
     for vae_batch in (1, 3):
@@ -423,7 +423,7 @@ def test_decoded_in_slices(weights: TinySD2) -> None:
 
 
 def test_a_short_batch_is_filled_up_for_compiled_networks(weights: TinySD2, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the compiler itself, which `test_compiled` runs."""
+    """All but the compiler itself, which `test_compiled_networks_match` runs."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     renderer = make(weights, compile=True, batch_size=4, vae_batch=3, steps=2)
     renderer.load()
@@ -446,7 +446,7 @@ def test_a_short_batch_is_filled_up_for_compiled_networks(weights: TinySD2, monk
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("cache_every", [1, 2])
-def test_compiled(weights: TinySD2, cache_every: int) -> None:
+def test_compiled_networks_match(weights: TinySD2, cache_every: int) -> None:
     """The compiler itself, some minutes on two cores."""
     compiled = make(weights, compile=True, steps=2, cache_every=cache_every)
     plain = make(weights, steps=2, cache_every=cache_every)
@@ -472,7 +472,7 @@ def test_no_step_waits_for_the_device(weights: TinySD2, preset: str) -> None:
 
 
 @pytest.mark.gpu
-def test_cuda_in_half_precision_is_near_the_cpu(weights: TinySD2) -> None:
+def test_cuda_half_precision_is_close_to_cpu(weights: TinySD2) -> None:
     on_cpu = make(weights).render(PROMPTS, SEEDS).astype(float)
     for compiled in (False, True):
         on_cuda = make(weights, device="cuda", compile=compiled).render(PROMPTS, SEEDS).astype(float)
@@ -482,13 +482,13 @@ def test_cuda_in_half_precision_is_near_the_cpu(weights: TinySD2) -> None:
 # The real sizes, on the meta device
 
 
-def test_our_configs_are_sd_2s() -> None:
+def test_configs_match_sd2() -> None:
     counts = {type(m).__name__: sum(p.numel() for p in m.parameters()) for m in _real()}
     # as published: 866 M, 84 M and 340 M
     assert counts == {"UNet2DConditionModel": 865_910_724, "AutoencoderKL": 83_653_863, "CLIPTextModel": 340_387_840}
 
 
-def test_the_flop_anchors_are_counted_again() -> None:
+def test_flop_constants_match_counting() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
     unet, vae, _ = _real()
@@ -527,7 +527,7 @@ def _real() -> tuple[Any, Any, Any]:
         )
 
 
-def test_the_estimate(weights: TinySD2) -> None:
+def test_time_estimate(weights: TinySD2) -> None:
     assert tflop_per_image() == pytest.approx(221, abs=0.5)
     assert tflop_per_image(25) == pytest.approx(113, abs=0.5)  # as conf/renderer/sd2_fast.yaml says
     real = make(weights, render_size=768, steps=50)

@@ -44,7 +44,7 @@ def eight(weights: tiny_sd2.TinySD2, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
-def test_days_are_refused_and_a_forced_run_makes_a_dataset(
+def test_long_runs_are_refused_unless_forced(
     weights: tiny_sd2.TinySD2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = cfg(weights.folder, tmp_path / "data", *TINY, "num=5", "force=false")
@@ -80,14 +80,14 @@ def test_sd2_fast_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Path) -> 
     assert (recorded["name"], recorded["scheduler"], recorded["guided_share"]) == ("sd2_fast", "dpmsolver++", 0.5)
 
 
-def test_any_model_of_diffusers_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Path) -> None:
+def test_diffusers_model_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Path) -> None:
     few = (*PLAIN, "renderer.device=cpu", "renderer.size=48", "renderer.steps=2", "num=2", "force=true")
     asked = cfg(weights.folder, tmp_path / "data", "renderer=diffusers", *few)
     assert generate(asked) == 0
     assert verify(tmp_path / "data") == []
 
 
-def test_killed_and_resumed_gives_the_same_bytes(weights: tiny_sd2.TinySD2, eight: Path, tmp_path: Path) -> None:
+def test_killed_run_resumes_bitwise(weights: tiny_sd2.TinySD2, eight: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     command = (*EIGHT, f"renderer.model={weights.folder}", f"out={out}")
     for shards in (1, 2):
@@ -100,7 +100,7 @@ def test_killed_and_resumed_gives_the_same_bytes(weights: tiny_sd2.TinySD2, eigh
     assert contents(out) == contents(eight)
 
 
-def test_ray_gives_the_same_bytes(weights: tiny_sd2.TinySD2, eight: Path, tmp_path: Path) -> None:
+def test_ray_engine_gives_same_bytes(weights: tiny_sd2.TinySD2, eight: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     done = run("datagen", *EIGHT, "engine=ray", "workers=2", f"renderer.model={weights.folder}", f"out={out}")
     assert done.returncode == 0, done.stderr

@@ -55,7 +55,7 @@ def test_folder_and_single_files_give_the_same_images(
         assert renderer.settings()["files"] == {path.name: sha256}
 
 
-def test_a_foreign_ckpt_is_refused(weights: TinySD2) -> None:
+def test_ckpt_with_unknown_hash_is_refused(weights: TinySD2) -> None:
     renderer = make(weights, model=str(weights.ckpt))
     with pytest.raises(UserError) as refused:
         renderer.render(PROMPTS, SEEDS)
@@ -63,7 +63,7 @@ def test_a_foreign_ckpt_is_refused(weights: TinySD2) -> None:
         assert part in str(refused.value)
 
 
-def test_a_pickle_is_never_run(weights: TinySD2, tmp_path: Path) -> None:
+def test_pickle_is_never_executed(weights: TinySD2, tmp_path: Path) -> None:
     evil = tmp_path / "evil.ckpt"
     torch.save({"state_dict": {"x": _Evil(tmp_path / "ran")}}, evil)
     with pytest.raises(UserError, match=r"cannot be loaded: .* holds more than tensors"):
@@ -95,7 +95,7 @@ def test_the_512_model_and_lost_tensors_are_refused(weights: TinySD2, tmp_path: 
         make(weights, model=str(folder)).load()
 
 
-def test_a_unet_that_predicts_epsilon_is_refused_whatever_its_folder_says(weights: TinySD2, tmp_path: Path) -> None:
+def test_epsilon_unet_is_refused_despite_its_config(weights: TinySD2, tmp_path: Path) -> None:
     """The 512 model's tensors have the 768 model's names and shapes. This one gives its input back."""
     folder = tmp_path / "sd"
     _copy(weights.folder, folder)
@@ -160,7 +160,7 @@ def _copy(source: Path, target: Path) -> None:
             (target / file.relative_to(source)).write_bytes(file.read_bytes())
 
 
-def test_a_missing_model_says_what_there_is(weights: TinySD2, offline: Path, tmp_path: Path) -> None:
+def test_missing_model_error_lists_options(weights: TinySD2, offline: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").touch()
     for model, tried in (
@@ -233,7 +233,7 @@ def test_weights_damaged_in_the_hubs_cache_are_not_used(
         hub.download(source, "")
 
 
-def test_a_filled_cache_serves_without_the_hub(weights: TinySD2, offline: Path) -> None:
+def test_cached_weights_are_used_offline(weights: TinySD2, offline: Path) -> None:
     commit = "d" * 40
     repository = offline / "models--some--mirror"
     _copy(weights.folder, repository / "snapshots" / commit)
