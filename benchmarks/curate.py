@@ -59,7 +59,7 @@ TAGS = (
 
 
 def edited(text: str, rng: random.Random) -> str:
-    """One or two small edits: two words swapped, a letter changed, a word left out, a tag appended."""
+    """Apply one or two small edits: two words swapped, a letter changed, a word left out, a tag appended."""
     for _ in range(rng.choice((1, 1, 2))):
         words = text.split()
         kind = rng.randrange(4)
@@ -79,7 +79,7 @@ def edited(text: str, rng: random.Random) -> str:
 
 
 def prompts() -> list[str]:
-    """The real prompts in random order, two edits behind each."""
+    """Real prompts in random order, each followed by two edits."""
     texts = [(FOLDER / f"{name}.txt").read_text(encoding="utf-8").splitlines() for name in FILES]
     lines = [line for text in texts for line in text if line.strip()]
     rng = random.Random("curate")
@@ -88,7 +88,7 @@ def prompts() -> list[str]:
 
 
 def encoded(texts: list[str]) -> Path:
-    """The vectors [N, E] as a .npy, from the cache or made now; what a stopped run has encoded is not lost."""
+    """Encode prompts to a .npy of vectors [N, E], or take it from the cache; a stopped run resumes."""
     from datagen.dataset.targets import TargetEncoder
 
     name = hashlib.blake2b("\n".join(texts).encode(), digest_size=8).hexdigest()
@@ -115,7 +115,7 @@ def encoded(texts: list[str]) -> Path:
 
 
 def greedy(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The peer: rows kept by brute force."""
+    """Peer: rows kept by brute force."""
     index = np.empty_like(vectors)
     kept: list[int] = []
     for start in range(0, len(vectors), BLOCK):
@@ -143,7 +143,7 @@ def ours(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
 
 
 def greedy_purge(vectors: NDArray[np.float32]) -> NDArray[np.int64]:
-    """The peer: rows, behind the tenth that validates, at 0.7 to none of it."""
+    """Peer: training rows at cosine 0.7 to none of the first tenth, which validates."""
     val = vectors[: len(vectors) // 10]
     near = [(block @ val.T).max(1) >= PURGE_AT for block in np.split(vectors, range(BLOCK, len(vectors), BLOCK))]
     return np.flatnonzero(~np.concatenate(near))
@@ -161,7 +161,7 @@ WORK = {"ours": ours, "brute": greedy, "our_purge": our_purge, "brute_purge": gr
 
 
 def shuffled(path: Path, rows: int) -> NDArray[np.float32]:
-    """The first `rows` vectors, whole triples, in random order: a quarter is as full of near-duplicates as all."""
+    """First `rows` vectors, in complete triples and random order, so that a part has as many near-duplicates as all."""
     with path.open("rb") as file:
         np.lib.format.read_magic(file)
         width = np.lib.format.read_array_header_1_0(file)[0][1]
@@ -171,7 +171,7 @@ def shuffled(path: Path, rows: int) -> NDArray[np.float32]:
 
 
 def peak_mb() -> float:
-    """The most memory that this process has held, mapped files included."""
+    """Peak memory of this process, mapped files included."""
     status = Path("/proc/self/status")
     if status.exists():  # getrusage would tell the parent's, if that is more
         return int(status.read_text().partition("VmHWM:")[2].split()[0]) * 1024 / 1e6
@@ -179,7 +179,7 @@ def peak_mb() -> float:
 
 
 def measure(name: str, path: Path, rows: int, kept: Path) -> None:
-    """In a process of its own: does the work, writes the rows kept, and prints seconds and peak memory."""
+    """Run one measurement in its own process: write the kept rows, print seconds and peak memory."""
     vectors = shuffled(path, rows)
     import datagen.curation.near_duplicates  # noqa: F401 – its import is not timed
 
@@ -207,7 +207,7 @@ def dropped(kept: NDArray[np.int64], rows: int) -> NDArray[np.bool_]:
 
 
 def left_share(path: Path, rows: int, kept: NDArray[np.int64]) -> float:
-    """Of the rows kept, the share with a near-duplicate kept before it: by brute force."""
+    """Fraction of the kept rows with an earlier near-duplicate, by brute force."""
     vectors = shuffled(path, rows)[kept]
     near = 0
     for start in range(0, len(vectors), BLOCK):

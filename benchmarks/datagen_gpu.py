@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Images a second of Stable Diffusion 2 on a GPU. `python -m benchmarks.datagen_gpu [--json FILE] [--tiny]`
+"""Images per second of Stable Diffusion 2 on a GPU. `python -m benchmarks.datagen_gpu [--json FILE] [--tiny]`
 
 Needs a CUDA device and no network: the networks have SD 2.0's full size and random weights, the same for all, written
 once to a temporary folder (2.6 GB). --tiny runs the same script on a CPU with tiny networks, to see that it works.
@@ -55,7 +55,7 @@ PROMPTS = [
 
 
 def full_size(out: Path) -> Path:
-    """A diffusers folder with SD 2.0's networks in fp16 and random weights."""
+    """Write a diffusers folder with SD 2.0's networks in fp16 and random weights."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel
@@ -109,7 +109,7 @@ def plan(images: int, first_seed: int) -> pa.Table:
 
 
 def noise(seed: int, side: int) -> torch.Tensor:
-    """What the renderer draws from this seed: [1, 4, side/8, side/8]."""
+    """Initial noise of the renderer for a seed, [1, 4, side/8, side/8]."""
     return torch.randn(4, side // 8, side // 8, generator=torch.Generator().manual_seed(seed))[None]
 
 
@@ -127,7 +127,7 @@ def peer_pipeline(model: Path, renderer: StableDiffusion2) -> Any:
 
 
 def peer_images(pipeline: Any, cfg: DatagenSettings, seeds: list[int], out: Path) -> list[Image.Image]:
-    """One by one: drawn, resized, saved."""
+    """Images of the peer, rendered, resized and saved one by one."""
     renderer: Any = cfg.renderer
     images = []
     for n, seed in enumerate(seeds):
@@ -147,7 +147,7 @@ def peer_images(pipeline: Any, cfg: DatagenSettings, seeds: list[int], out: Path
 
 
 def rate(images: int, work: Callable[[], object]) -> float:
-    """Images a second on the clock."""
+    """Images per second of wall time."""
     start = time.perf_counter()
     work()
     return images / (time.perf_counter() - start)

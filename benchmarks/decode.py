@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""From a file's bytes to the model's square: `python -m benchmarks.decode [--json FILE] [--tiny]`, one core.
+"""Image decoding and resizing: `python -m benchmarks.decode [--json FILE] [--tiny]`, one core.
 
 Ours is `resize_and_crop(decode(data), 224)`: uint8 [3, 224, 224]. The peer does the same with Pillow alone: decode,
 resize (bicubic), to a uint8 tensor. Images are 512 px JPEGs of 40 to 60 kB; reported beside that: lossless WebP and PNG

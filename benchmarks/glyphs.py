@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""How many scenes a second one core draws at 128 px. `python -m benchmarks.glyphs [--json FILE]`, about half a minute.
+"""Scenes per second of one core at 128 px. `python -m benchmarks.glyphs [--json FILE]`, about half a minute.
 
 The peer is Pillow writing the very same images as PNG files in memory: a dataset of scenes pays for both, so their
 ratio tells which of the two binds it. Rounds of the two alternate, and medians are compared.

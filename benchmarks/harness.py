@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""The form that every benchmark has: `--json FILE` for all figures, and a last line with ratio, target and peer."""
+"""Common form of all benchmarks: `--json FILE` for all figures, and a last line with ratio, target and peer."""
 
 import argparse
 import json
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds on this core: of the process, since the machine may be shared."""
+    """CPU seconds of this process, because other processes may share the machine."""
     start = time.process_time()
     work()
     return time.process_time() - start
@@ -33,7 +33,7 @@ def noise(count: int, size: int) -> "list[Image.Image]":
 
 
 def options(doc: str | None, **switches: str) -> argparse.Namespace:
-    """`switches`: more flags, name → help."""
+    """Parse the command line; `switches` are further flags, name → help."""
     parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
     parser.add_argument("--json", type=Path, help="write all figures here")
     for name, what in switches.items():
@@ -42,7 +42,7 @@ def options(doc: str | None, **switches: str) -> argparse.Namespace:
 
 
 def finish(name: str, ratio: float, target: float, peer: str, figures: dict[str, Any], path: Path | None) -> None:
-    """Prints the last line, with those figures that are single numbers, and writes all of them."""
+    """Print the last line with all figures that are single numbers, and write all figures to the JSON file."""
     if path:
         values = {"name": name, "ratio": ratio, "target": target, "peer": peer, **figures}
         path.write_text(json.dumps(values, indent=1) + "\n")

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Images a second of a bundle's graphs on a CPU. `python -m benchmarks.infer_cpu [--json FILE] [--tiny]`, minutes.
+"""Images per second of exported models on a CPU. `python -m benchmarks.infer_cpu [--json FILE] [--tiny]`, minutes.
 
 The model alone: ViT-B/32 at 224 px with random weights and a linear head, exported to a bundle with its graphs in a
 temporary folder (1.5 GB). Ours is `Predictor.embed_squares` of the bundle: ONNX Runtime and OpenVINO in fp32, OpenVINO
@@ -44,7 +44,7 @@ KINDS = ("onnx", "openvino", "openvino_int8")
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """Size of the measurement."""
 
     model: str
     size: int
@@ -58,7 +58,7 @@ TINY = Scale("test_efficientnet", size=32, images=4, batches=(1, 4), rounds=1)
 
 
 def exported(scale: Scale, images: list[torch.Tensor], root: Path) -> tuple[Regressor, Path]:
-    """A regressor with random weights, and the folder of its bundle with the graphs."""
+    """Export a regressor with random weights as a bundle with runtimes; return both."""
     torch.manual_seed(0)
     model = make(scale.model, "random", scale.size, WIDTH).eval()
     mean_E = normalize(torch.ones(WIDTH), dim=0)
@@ -72,7 +72,7 @@ def exported(scale: Scale, images: list[torch.Tensor], root: Path) -> tuple[Regr
 
 
 def peer(name: str, model: Regressor) -> torch.nn.Module:
-    """timm's own model, with `model`'s weights."""
+    """Peer: timm's model with the weights of `model`."""
     import timm
 
     peer: Any = timm.create_model(name, num_classes=WIDTH)
@@ -121,7 +121,7 @@ def main() -> None:
 
 
 def compared(arms: dict[str, Callable[[slice], torch.Tensor]], scale: Scale) -> dict[str, Any]:
-    """Figures of all arms, of which the first is the peer."""
+    """Measure all arms; the first is the peer."""
     vectors, rounds = {}, {}
     for arm, work in arms.items():  # warms up at each batch size: memory and kernels depend on it
         for size in scale.batches:

@@ -1,11 +1,11 @@
 # ruff: noqa: T201
-"""Images a second of a bundle on a GPU. `python -m benchmarks.infer_gpu [--json FILE] [--large] [--huge] [--tiny]`
+"""Images per second of a bundle on a GPU. `python -m benchmarks.infer_gpu [--json FILE] [--large] [--huge] [--tiny]`
 
 Needs a CUDA device and no network: ViT-L/14 and ViT-H/14 at 224 px have random weights, and are exported to a bundle
 in a temporary folder (up to 5 GB). --large and --huge take one of the two. --tiny runs the same script on a CPU with a
 tiny model, to see that it works.
 
-Ours is `Predictor.embed_squares` of the bundle, in the precision that it finds for the device. Told, each with its
+Ours is `Predictor.embed_squares` of the bundle, in the precision of the device. Reported, each with its
 target:
   against what a user would write (≥ 1.10): the same timm model with the same weights, eager, channels last, under
     inference_mode and autocast to the same precision. Its images are normalised beforehand, ours are not;
@@ -44,18 +44,18 @@ WIDTH = 384
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """Size of the measurement."""
 
     models: dict[str, str]
-    """Name → timm's."""
+    """Name → timm model."""
     size: int
     batch: int
     rounds: int
     skipped: int
     timed: int
-    """Batches."""
+    """Number of timed batches."""
     side: int | None
-    """Of the matrices whose product is the peak."""
+    """Side of the matrices whose matmul gives the peak rate."""
 
 
 FULL = Scale(
@@ -71,7 +71,7 @@ TINY = Scale({"tiny": "test_vit"}, size=32, batch=4, rounds=1, skipped=1, timed=
 
 
 def exported(name: str, size: int, device: torch.device, root: Path) -> tuple[Regressor, Path]:
-    """A regressor with random weights, on the CPU, and the folder of its bundle."""
+    """Export a regressor with random weights as a bundle; return the regressor, on the CPU, and the folder."""
     torch.manual_seed(0)
     with device:  # drawing the weights of a ViT-H takes a CPU long
         model = make(name, "random", size, WIDTH)
@@ -84,7 +84,7 @@ def exported(name: str, size: int, device: torch.device, root: Path) -> tuple[Re
 
 
 def peer(name: str, model: Regressor, device: torch.device) -> torch.nn.Module:
-    """timm's own model, with `model`'s weights."""
+    """Peer: timm's model with the weights of `model`."""
     import timm
 
     peer: Any = timm.create_model(name, num_classes=WIDTH, img_size=model.spec.size)
@@ -95,17 +95,17 @@ def peer(name: str, model: Regressor, device: torch.device) -> torch.nn.Module:
 
 
 def flop(model: Regressor) -> float:
-    """Floating-point operations of the tower and the head for one image."""
+    """FLOPs of backbone and head for one image."""
     with torch.device("meta"):
-        twin = make(model.spec.name, "random", model.spec.size, WIDTH).eval()
+        meta_model = make(model.spec.name, "random", model.spec.size, WIDTH).eval()
         image_BCHW = torch.zeros(1, 3, model.spec.size, model.spec.size)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        twin.project(twin.features(image_BCHW))
+        meta_model.project(meta_model.features(image_BCHW))
     return float(counter.get_total_flops())
 
 
 def rate(work: Callable[[], object], batch: int, skipped: int, timed: int) -> float:
-    """Images a second on the clock; `work` waits for the device."""
+    """Images per second of wall time; `work` waits for the device."""
     for _ in range(skipped):
         work()
     began = time.perf_counter()
@@ -115,7 +115,7 @@ def rate(work: Callable[[], object], batch: int, skipped: int, timed: int) -> fl
 
 
 def measured(kind: str, name: str, scale: Scale, device: torch.device, root: Path) -> dict[str, Any]:
-    """Figures of one model."""
+    """Measure one model."""
     model, bundle = exported(name, scale.size, device, root)
     predictor: Any = load_bundle(bundle, str(device))
     theirs = peer(name, model, device)

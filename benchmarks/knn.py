@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""The nearest 20 of a million prompts, against brute force. `python -m benchmarks.knn [--json FILE] [--tiny]`, minutes.
+"""Search of the 20 nearest of a million prompts. `python -m benchmarks.knn [--json FILE] [--tiny]`, minutes.
 
 The bank: the 86 k real prompts of ../shared/data/prompts (20 k of the grammar's where they are missing) but for 1,000;
 then prompts drawn from these with two small edits each, up to a million: an edit is the difference of vectors between
@@ -48,7 +48,7 @@ Floats = NDArray[np.float32]
 
 
 def texts(tiny: bool) -> list[str]:
-    """Prompts, two edits behind each."""
+    """Prompts, each followed by two edits."""
     if curate.FOLDER.is_dir() and not tiny:
         return curate.prompts()
     from datagen.prompts.grammar import lines
@@ -64,7 +64,7 @@ def unit(vectors: NDArray[Any]) -> Floats:
 
 
 def write(folder: Path, triples: Path, rows: int, questions: int) -> None:
-    """bank.npy [rows, E], and held.npy and predicted.npy [questions, E], of the vectors of prompts and their edits."""
+    """Write bank.npy [rows, E], held.npy and predicted.npy [queries, E] from vectors of prompts and edits."""
     own, *edits = np.load(triples).reshape(-1, 3, 384).swapaxes(0, 1)
     differences = np.concatenate([edit - own for edit in edits])
     rng = np.random.default_rng(0)
@@ -84,7 +84,7 @@ def write(folder: Path, triples: Path, rows: int, questions: int) -> None:
 
 
 def brute(bank: Floats, query: Floats) -> NDArray[np.int64]:
-    """The peer."""
+    """Peer: brute force."""
     import torch
 
     cosine, row = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
@@ -96,7 +96,7 @@ def brute(bank: Floats, query: Floats) -> NDArray[np.int64]:
 
 
 def memory_mb() -> dict[str, float]:
-    """Of this process, by the kernel; nothing where it does not tell."""
+    """Memory of this process as the kernel reports it; empty where it does not."""
     status = Path("/proc/self/status")
     if not status.exists():
         return {}
@@ -109,7 +109,7 @@ def memory_mb() -> dict[str, float]:
 
 
 def measure(work: str, folder: Path) -> None:
-    """In a process of its own: does the work and prints its seconds and memory."""
+    """Run one measurement in its own process; print seconds and memory."""
     importlib.import_module("torch" if work == "brute" else "faiss")  # which is not timed
     from models.retrieval.vector_index import Index
 

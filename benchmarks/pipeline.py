@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Images a second into the model, from one process. `python -m benchmarks.pipeline [--json FILE] [--tiny]`, minutes.
+"""Images per second of the input pipeline. `python -m benchmarks.pipeline [--json FILE] [--tiny]`, minutes.
 
 Ours is the loader of a training run: random order over all shards, uint8 batches of 224 px with their target vectors;
 the model normalises them on its own device. The first peer is the loop that a user of the same tars would write:
@@ -42,7 +42,7 @@ warnings.filterwarnings("ignore", category=ResourceWarning)  # webdataset leaves
 
 
 def write_random_targets(root: Path) -> Dataset:
-    """Random unit vectors to the dataset."""
+    """Write random unit vectors as targets of the dataset."""
 
     def encode(texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
         rows_nE = torch.randn(len(texts), WIDTH, generator=torch.Generator().manual_seed(len(texts)))

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""A submission on two cores, from the images to the CSV. `python -m benchmarks.predict [--json FILE]`, half an hour.
+"""Submission on two cores, from images to CSV. `python -m benchmarks.predict [--json FILE]`, half an hour.
 
 Ours is the quickstart's bundle, or, where `checkpoints/quickstart` is not there, the same backbone with random weights:
 `python predict.py --images … --out …`. The peer is what one would write with timm: one process, Pillow,
@@ -42,7 +42,7 @@ QUICKSTART = ROOT / "checkpoints/quickstart/best"
 
 
 def image(seed: int) -> "NDArray[np.uint8]":
-    """[512, 512, 3]: octaves of noise, each of less weight than the coarser one."""
+    """Random image [512, 512, 3]: octaves of noise, with less weight for finer ones."""
     import torch
 
     random = torch.Generator().manual_seed(seed)
@@ -55,7 +55,7 @@ def image(seed: int) -> "NDArray[np.uint8]":
 
 
 def make_images(folder: Path, count: int) -> float:
-    """Writes them, and returns their mean size in bytes."""
+    """Write random images; return their mean size, bytes."""
     from PIL import Image
 
     folder.mkdir()
@@ -84,7 +84,7 @@ def make_bundle(folder: Path) -> None:
 
 
 def peer(bundle: Path, images: Path, out: Path) -> None:
-    """The plain way, in this process."""
+    """Peer: a straightforward loop in this process."""
     import json
 
     import pandas as pd
@@ -123,7 +123,7 @@ def peer(bundle: Path, images: Path, out: Path) -> None:
 
 
 class Peak(threading.Thread):
-    """The largest sum, in GB, over a process and all that descend from it, of a few samples a second."""
+    """Peak memory of a process and all its descendants, GB, sampled a few times per second."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
@@ -165,7 +165,7 @@ def start(command: Sequence[object]) -> "subprocess.Popen[bytes]":
 
 
 def measured(command: Sequence[object]) -> tuple[float, Peak]:
-    """Seconds, and memory."""
+    """Measure seconds and memory."""
     began = time.perf_counter()
     process = start(command)
     peak = Peak(process.pid)
@@ -179,7 +179,7 @@ def measured(command: Sequence[object]) -> tuple[float, Peak]:
 
 
 def kill_midway(command: Sequence[object], part: Path, count: int) -> int:
-    """Kills a run when half of the images are done; returns how many were."""
+    """Kill a run when half of the images are done; return the number of finished images."""
     process = start(command)
     done = 0
     while done < count / 2:
@@ -194,7 +194,7 @@ def kill_midway(command: Sequence[object], part: Path, count: int) -> int:
 
 
 def cosine(ours: Path, theirs: Path) -> float:
-    """The mean over the images of two submissions."""
+    """Mean cosine between two submissions."""
     import pandas as pd
 
     a, b = (pd.read_csv(path)["val"].to_numpy().reshape(-1, WIDTH) for path in (ours, theirs))

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Samples a second in random order from one process. `python -m benchmarks.reader [--json FILE] [--tiny]`, a minute.
+"""Samples per second in random order from one process. `python -m benchmarks.reader [--json FILE] [--tiny]`, a minute.
 
 Ours is `Dataset.image_bytes` at random numbers: a global shuffle. The peer is the loop that a user of the same tars
 would write, `WebDataset(tars, shardshuffle=…).shuffle(1000)`: a local one. Both give every image's key and encoded
@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", category=ResourceWarning)  # webdataset leaves
 
 
 def make(root: Path, count: int = IMAGES, shard: int = SHARD) -> float:
-    """Writes a dataset of `count` JPEGs of 40 to 60 kB, `shard` to a tar; returns their mean size in bytes."""
+    """Write a dataset of `count` JPEGs of 40 to 60 kB, `shard` per tar; return their mean size, bytes."""
     distinct = []
     for image in noise(min(DISTINCT, count), SIZE):
         buffer = io.BytesIO()

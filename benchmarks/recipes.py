@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""The podium's recipes and ours at equal cost. `python -m benchmarks.recipes [--work DIR] [--json FILE]`, half an hour.
+"""Recipes of the best teams and ours at equal cost. `python -m benchmarks.recipes [--work DIR] [--json FILE]`, half an hour.
 
 A run is `train.fit.fit` with a recipe's settings, which is `python -m train` with them: RECIPES is all that differs
 between two rows. Common to them are the images (glyph scenes; training never shows validation's pairs of object and
@@ -70,24 +70,24 @@ COMMON = (
 class Recipe:
     name: str
     about: str
-    """For the table."""
+    """Description for the table."""
     settings: tuple[str, ...]
     rates: tuple[float, float, float]
-    """Of the backbone."""
+    """Learning rates of the backbone to try."""
     head_alone: bool = False
-    """Whether the first epoch is of the head alone, which costs what "probe" does."""
+    """Whether only the head trains in the first epoch, which costs as much as "probe"."""
     costs_as: str | None = None
-    """An earlier recipe whose steps are the same work."""
+    """Name of an earlier recipe whose steps cost the same."""
     fitted: bool = False
-    """Whether a pass over HEAD_FIT_IMAGES comes first, which costs what "probe" does."""
+    """Whether the head is fitted on HEAD_FIT_IMAGES first, which costs as much as "probe"."""
 
     def overrides(self, rate: float, seed: int, epochs: float) -> list[str]:
-        """What `python -m train` takes for one run, but for the folders."""
+        """Overrides of `python -m train` for one run, without folders."""
         rates = [f"optim.lr={rate:g}", f"optim.head_lr={rate:g}"]
         return [*COMMON, f"epochs={epochs:.3f}", *self.settings, *rates, f"seed={seed}"]
 
     def epochs(self, seconds: dict[str, float], images: int) -> float:
-        """Passes over the training images that the budget pays for.
+        """Number of epochs within the budget.
 
         Args:
             seconds: CPU time of an image, by recipe.
@@ -141,14 +141,14 @@ RECIPES = (
 
 
 class Runs:
-    """Trains in processes of one thread, so many at once; figures stay in `<work>/NAME.json`."""
+    """Train in parallel processes of one thread; figures are cached in `<work>/NAME.json`."""
 
     def __init__(self, work: Path, processes: int) -> None:
         self._work = work
         self._pool = ThreadPoolExecutor(processes)
 
     def train(self, wanted: list[tuple[Recipe, float, int]], epochs: dict[str, float]) -> list[dict[str, Any]]:
-        """Figures of each (recipe, rate, seed), in order."""
+        """Train each (recipe, rate, seed), and return the figures in order."""
         named = [
             (f"{recipe.name}-{rate:g}-{seed}", recipe, rate, recipe.overrides(rate, seed, epochs[recipe.name]))
             for recipe, rate, seed in wanted
@@ -159,7 +159,7 @@ class Runs:
         ]
 
     def seconds_an_image(self) -> dict[str, float]:
-        """CPU time of a training image by recipe, without its first phase: of a long run less that of a short one."""
+        """CPU seconds per training image by recipe, without its first phase: long run minus short run."""
         seen = {}
         for recipe in (r for r in RECIPES if r.costs_as is None):
             about = [o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_epochs" not in o]
@@ -207,7 +207,7 @@ class Runs:
 
 
 def one(overrides: list[str]) -> None:
-    """In a process of its own: trains, and prints what came of it."""
+    """Train in its own process, and print the figures."""
     import torch
 
     from train.config import TrainSettings
@@ -241,7 +241,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def measured(runs: Runs, images: int, seeds: tuple[int, ...], rates: int) -> list[dict[str, Any]]:
-    """A row for each recipe: the search, then its best rate on every seed.
+    """Measure each recipe: search its learning rate, then train its best rate on every seed.
 
     Args:
         images: for training.
@@ -281,7 +281,7 @@ def measured(runs: Runs, images: int, seeds: tuple[int, ...], rates: int) -> lis
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, best first."""
+    """Format the results as Markdown, best first."""
     lines = [
         "| recipe | | mean cosine ± std | 95 % interval of the mean | images seen | CPU minutes | rate |",
         "|---|---|---|---|---|---|---|",

@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""A training step on a CPU against a loop written by hand. `python -m benchmarks.step [--json FILE] [--tiny]`, minutes.
+"""Training step on a CPU, against a loop written by hand. `python -m benchmarks.step [--json FILE] [--tiny]`, minutes.
 
 Ours is `train.fit.fit`, which is `python -m train`, with all that a step of it does: seeds, draws, losses logged and
 checked, progress, resume points. The peer is what a user would write for the same run: a DataLoader over the same
@@ -42,7 +42,7 @@ SIZE, BATCH, LR, WARMUP, CLIP = 96, 16, 3e-4, 10, 1.0
 
 
 class Stopwatch(Callback):
-    """Seconds of a clock from the end of step `first` to that of step `last`."""
+    """Timer from the end of step `first` to the end of step `last`."""
 
     def __init__(self, first: int, last: int, clock: Callable[[], float]) -> None:
         self._first, self._last, self._clock = first, last, clock
@@ -56,7 +56,7 @@ class Stopwatch(Callback):
 
 
 def ours(data: Path, out: Path, skipped: int, timed: int) -> tuple[float, Regressor]:
-    """Seconds a step, of the `timed` after the `skipped`, and the trained model."""
+    """Train by `train`: seconds per step, over `timed` steps after `skipped`, and the trained model."""
     watch = Stopwatch(skipped, skipped + timed, time.process_time)
     whole = lightning.Trainer
 
@@ -92,7 +92,7 @@ def ours(data: Path, out: Path, skipped: int, timed: int) -> tuple[float, Regres
 
 
 def by_hand(data: Path, skipped: int, timed: int) -> tuple[float, Regressor]:
-    """The same run, written by hand."""
+    """Peer: the same run, written by hand."""
     torch.manual_seed(0)
     dataset = Dataset(data, small_dataset.ENCODER)
     model = make("tf_efficientnet_lite0", "random", SIZE, dataset.width).train()

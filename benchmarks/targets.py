@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Prompts encoded a second, curation's way. `python -m benchmarks.targets [--json FILE]`, some minutes.
+"""Prompts encoded per second in curation. `python -m benchmarks.targets [--json FILE]`, some minutes.
 
 Ours is `TargetEncoder(all-MiniLM-L6-v2, fast=True).encode`; the peer is `SentenceTransformer.encode` with its defaults
 (batches of 32, fp32) on the same texts: prompts and captions from ../shared/data, the grammar's where that is missing.
@@ -30,7 +30,7 @@ FILES = ("prompts/user_a.txt", "prompts/competition_style.txt", "captions/coco_v
 
 
 def texts() -> tuple[list[str], str]:
-    """Different texts, in random order, and where they come from."""
+    """Distinct texts in random order, and their origin."""
     paths = [ROOT.parent / "shared" / "data" / name for name in FILES]
     if not all(path.exists() for path in paths):
         return list(dict.fromkeys(line.prompt for line in itertools.islice(lines(0), TEXTS))), "grammar"
@@ -39,7 +39,7 @@ def texts() -> tuple[list[str], str]:
 
 
 def ratio(ours: list[float], peers: list[float]) -> float:
-    """Within a round the machine's other load is about the same for both."""
+    """Median ratio over rounds; within a round, other load of the machine is about equal for both."""
     return statistics.median(a / b for a, b in zip(ours, peers, strict=True))
 
 

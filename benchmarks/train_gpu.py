@@ -1,12 +1,12 @@
 # ruff: noqa: T201
-"""Training steps on a GPU. `python -m benchmarks.train_gpu [--json FILE] [--large] [--huge] [--tiny]`
+"""Training steps per second on a GPU. `python -m benchmarks.train_gpu [--json FILE] [--large] [--huge] [--tiny]`
 
 Needs a CUDA device and no network: ViT-L/14 and ViT-H/14 at 224 px have random weights, and the shards hold 2,000 JPEGs
 of noise at 512 px. --large and --huge take one of the two. --tiny runs the same script on a CPU with a tiny model, to
 see that it works.
 
 Ours is the step of `python -m train`: `Training` under Lightning, with the micro-batch, recomputation, precision,
-compilation and optimizer that its settings find for the device. Told, each with its target:
+compilation and optimizer that its settings find for the device. Reported, each with its target:
   against what a user would write (≥ 1.15): the same timm model, eager, under autocast, with torch's AdamW;
   MFU (≥ 0.55): the share of the device's matrix peak, a product measured in each round, that the FLOPs which an
     image's gradients need make up;
@@ -62,18 +62,18 @@ WIDTH = 384
 
 @dataclasses.dataclass(frozen=True)
 class Scale:
-    """How much is measured."""
+    """Size of the measurement."""
 
     models: dict[str, str]
-    """Name → timm's."""
+    """Name → timm model."""
     size: int
     batch: int
     rounds: int
     skipped: int
     timed: int
-    """Steps."""
+    """Number of timed steps."""
     queue: int
-    """Steps before the clock starts where a queue feeds them; one and a half times as many, and one, are timed."""
+    """Number of warm-up steps with a queue; 1.5 times as many plus one are timed."""
 
 
 FULL = Scale(
@@ -89,7 +89,7 @@ TINY = Scale({"tiny": "test_vit"}, size=32, batch=4, rounds=1, skipped=1, timed=
 
 
 class Resident:
-    """The same micro-batch, again and again."""
+    """Loader that repeats one micro-batch on the device."""
 
     def __init__(self, batch: Batch) -> None:
         self._batch = batch
@@ -101,7 +101,7 @@ class Resident:
 
 @dataclasses.dataclass
 class Ours:
-    """A model as `python -m train` trains it."""
+    """Model and step as in `python -m train`."""
 
     cfg: TrainSettings
     machine: Machine
@@ -116,7 +116,7 @@ class Ours:
         return self.cfg.batch_size // self.plan.accumulate
 
     def rate(self, feed: Resident | ImageDataModule, skipped: int, timed: int) -> float:
-        """Images a second."""
+        """Images per second."""
         watch = Stopwatch(skipped, skipped + timed, lambda: clock(self.machine.device))
         trainer = lightning.Trainer(
             accelerator=self.cfg.scale.accelerator,
@@ -183,7 +183,7 @@ def resident(ours: Ours) -> Resident:
 
 
 def peer_rate(name: str, ours: Ours, skipped: int, timed: int) -> float:
-    """Images a second of a loop by hand: normalised images on the device, autocast, AdamW as torch makes it."""
+    """Peer: hand-written loop with normalised images on the device, autocast and torch AdamW; images per second."""
     import timm
 
     device, half, size = ours.machine.device, DTYPES[ours.machine.compute_precision], ours.model.spec.size
@@ -213,7 +213,7 @@ def peer_rate(name: str, ours: Ours, skipped: int, timed: int) -> float:
 
 
 def loader_rate(ours: Ours, scale: Scale) -> float:
-    """Images a second that the loader gives with nobody training."""
+    """Images per second of the loader without training."""
     batches = TrainBatchSampler(ours.data.shuffled_epochs, scale.batch, 2 * scale.queue + 1)
     began = 0.0
     for number, _ in enumerate(loader(ours.data.images, batches, None, keep=False)):
@@ -236,7 +236,7 @@ def write_shards(root: Path, tiny: bool) -> Path:
 
 
 def measured(kind: str, name: str, scale: Scale, data_root: Path, tiny: bool) -> dict[str, Any]:
-    """Figures of one model."""
+    """Measure one model."""
     ours = prepare(data_root, name, scale, tiny)
     half = prepare(data_root, name, scale, tiny, freeze=len(layer_groups.blocks(ours.model.backbone)) // 2)
     mode = ours.plan.activation_checkpointing
@@ -286,7 +286,7 @@ def measured(kind: str, name: str, scale: Scale, data_root: Path, tiny: bool) ->
 
 
 def clock(device: torch.device) -> float:
-    """Seconds, once the device has done all it was given."""
+    """Wall time after all queued work of the device is done."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

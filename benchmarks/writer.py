@@ -1,12 +1,12 @@
 # ruff: noqa: T201
-"""Images a second from a renderer's memory to a shard. `python -m benchmarks.writer [--json FILE]`, some two minutes.
+"""Images per second from a renderer's memory to a shard. `python -m benchmarks.writer [--json FILE]`, some two minutes.
 
 A renderer gives batches of uint8 images of 768 px; a shard holds them at 512 px. Ours: `Resizer`, `encoded` and
 `write_shard`, which syncs the file and writes its index too. The peer is the loop that a user would write: Pillow's
 Lanczos and `save`, then webdataset's `ShardWriter`. Wall-clock time, rounds of the two alternate, medians are compared;
 the first round of each is not counted. The ratio is that of lossless WebP, the default format, against Pillow's own
 effort, which ours undercuts: the bytes of both are reported. Also reported: WebP at the same effort, png, jpg. Every
-image of ours must reach 40 dB against the peer's; it is told whether all are equal.
+image of ours must reach 40 dB against the peer's; the output says whether all are equal.
 """
 
 import io
@@ -42,11 +42,11 @@ PEERS: dict[str, tuple[str, dict[str, Any]]] = {
     "png": ("png", {}),
     "jpg": ("jpg", OPTIONS["jpg"]),  # else the images would not compare
 }
-"""Name → the format of both sides, and what the user tells Pillow."""
+"""Name → image format, and options for Pillow."""
 
 
 def rendered() -> tuple[str, list[torch.Tensor]]:
-    """What the images are, and batches of them as a renderer gives them: uint8 [B, 3, 768, 768]."""
+    """Description of the images, and batches of them as from a renderer: uint8 [B, 3, 768, 768]."""
     files = sorted((ROOT.parent / "shared/data/competition").glob("*.png"))
     if files:
         what = f"the {len(files)} images of the competition, enlarged"
@@ -109,7 +109,7 @@ def written(tar: Path, image_format: str) -> dict[str, bytes]:
 
 
 def decibels(ours_bytes: bytes, their_bytes: bytes) -> float:
-    """PSNR; infinite if they are equal."""
+    """PSNR in dB; infinite for equal images."""
     ours_HWC, theirs_HWC = (
         np.asarray(Image.open(io.BytesIO(b)).convert("RGB"), float) for b in (ours_bytes, their_bytes)
     )
@@ -118,7 +118,7 @@ def decibels(ours_bytes: bytes, their_bytes: bytes) -> float:
 
 
 def wall(work: Callable[[], object]) -> float:
-    """Seconds on the clock: ours uses every core."""
+    """Wall time, because ours uses every core."""
     start = time.perf_counter()
     work()
     return time.perf_counter() - start
