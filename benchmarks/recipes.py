@@ -1,5 +1,5 @@
 # ruff: noqa: T201
-"""Recipes of the best teams and ours at equal cost. `python -m benchmarks.recipes [--work DIR] [--json FILE]`, half an hour.
+"""Podium recipes and ours at equal cost. `python -m benchmarks.recipes [--work DIR] [--json FILE]`, half an hour.
 
 A run is `train.fit.fit` with a recipe's settings, which is `python -m train` with them: RECIPES is all that differs
 between two rows. Common to them are the images (glyph scenes; training never shows validation's pairs of object and
