@@ -24,14 +24,14 @@ class GrammarPrompts:
     """Number of different objects in the vocabulary; null takes all."""
 
     def problems(self) -> list[str]:
-        found = [
+        problems = [
             f"{name}: {getattr(self, name)} is outside 0 to 1"
             for name in ("flourish", "detail")
             if not 0 <= getattr(self, name) <= 1
         ]
         if not self.objects or min(self.objects) < 0 or abs(sum(self.objects) - 1) > 1e-6:
-            found.append(f"objects: the chances {list(self.objects)} do not sum to 1")
-        return found
+            problems.append(f"objects: the chances {list(self.objects)} do not sum to 1")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -41,41 +41,41 @@ class FilePrompts:
     """A path or glob, hf://datasets/owner/name/file, another fsspec URL, or zip://member::path; .txt (one prompt a
     line), .csv, .tsv, .jsonl (each also .gz), .json or .parquet."""
     revision: str | None
-    """Commit, tag or branch of the hub's repository; null resolves today's commit and records it."""
+    """Commit, tag or branch of the hub repository; null resolves the latest commit and records it."""
     records: str | None
     """Key of the list of rows in a .json file; null where the file is the list."""
     text_encoding: str | None
-    """Encoding of text files, such as cp1252; null: UTF-8, or what a byte order mark says, which overrules this."""
+    """Encoding of text files, such as cp1252; null is UTF-8. A byte order mark overrides the setting."""
     column: str
-    """Column of the prompt; a list there is several prompts. A .txt has none."""
+    """Column of the prompt; a list in it holds several prompts. A .txt has no columns."""
     json_lists: bool
-    """The column's text is itself JSON, a list of prompts."""
+    """Whether the column's text is itself JSON, a list of prompts."""
     group_column: str | None
     """Column of the group for `split.kind=holdout`; parts of a group are joined by ";"."""
     max_values: dict[str, float]
     """Maximum values of numeric or boolean columns (1, 0); rows above one of them are skipped and counted."""
     shuffle: int
-    """Prompts held for a local shuffle by `seed`, and row groups of a .parquet permuted; 0 keeps the files' order."""
+    """Size of the shuffle buffer, in prompts; row groups of a .parquet are permuted too. 0 keeps the files' order."""
     source: str | None
-    """Name kept with each prompt; null takes the file's name."""
+    """Source name recorded with each prompt; null takes the file's name."""
 
     def problems(self) -> list[str]:
-        found = [f"shuffle: {self.shuffle} is below 0; 0 keeps the files' order"] if self.shuffle < 0 else []
-        return found + encoding_problem(self.text_encoding, "text_encoding")
+        problems = [f"shuffle: {self.shuffle} is below 0; 0 keeps the files' order"] if self.shuffle < 0 else []
+        return problems + encoding_problem(self.text_encoding, "text_encoding")
 
     def unused(self) -> dict[str, str]:
         kind = self.kind()
-        found = {"column": f"with path={self.path}: a .txt has no columns, each line is a prompt"}
+        reasons = {"column": f"with path={self.path}: a .txt has no columns, each line is a prompt"}
         if kind != ".txt":
-            del found["column"]
+            del reasons["column"]
         if kind not in ("", ".json"):
-            found["records"] = f"with path={self.path}: only a .json has a key above its list of rows"
+            reasons["records"] = f"with path={self.path}: only a .json has a key above its list of rows"
         if kind == ".parquet":
-            found["text_encoding"] = f"with path={self.path}: a .parquet is not a text file"
-        return found
+            reasons["text_encoding"] = f"with path={self.path}: a .parquet is not a text file"
+        return reasons
 
     def kind(self) -> str:
-        """Suffix that decides how the files are read, such as .csv; empty where the path does not tell."""
+        """Return the suffix that selects the reader, such as .csv; empty if the path has none."""
         name = self.path.removeprefix("zip://").partition("::")[0].lower().removesuffix(".gz")
         return PurePosixPath(name).suffix
 
@@ -89,41 +89,41 @@ class MixtureSource:
     """Maximum number of prompts drawn from the source, after which the mixture continues without it; null for all."""
 
     def problems(self) -> list[str]:
-        found = [] if 0 <= self.weight <= 1 else [f"weight: {self.weight} is outside 0 to 1"]
+        problems = [] if 0 <= self.weight <= 1 else [f"weight: {self.weight} is outside 0 to 1"]
         if self.max_prompts is not None and self.max_prompts < 1:
-            found.append(
+            problems.append(
                 f"max_prompts: {self.max_prompts} is below 1; null sets no bound, weight=0 leaves the source out"
             )
-        return found
+        return problems
 
 
 @dataclass(frozen=True)
 class MixturePrompts:
     name: Literal["mixture"]
     sources: dict[str, MixtureSource]
-    """Name, kept with each prompt → its share and where it comes from."""
+    """Source name, recorded with each prompt → weight and settings of the source."""
 
     def problems(self) -> list[str]:
         weights = {name: source.weight for name, source in self.sources.items()}
         total = sum(weights.values())
         if abs(total - 1) < 1e-3:
             return []
-        found = f"sources: the weights sum to {total:.4g}, not 1"
+        message = f"sources: the weights sum to {total:.4g}, not 1"
         if not 0 < total < float("inf") or min(weights.values()) < 0:
-            return [found]
+            return [message]
         scaled = {name: round(weight / total, 4) for name, weight in weights.items()}
         largest = max(scaled, key=lambda name: scaled[name])
         scaled[largest] = round(scaled[largest] + 1 - sum(scaled.values()), 4)
-        return [f"{found}; scaled: " + " ".join(f"prompts.sources.{n}.weight={w:g}" for n, w in scaled.items())]
+        return [f"{message}; scaled: " + " ".join(f"prompts.sources.{n}.weight={w:g}" for n, w in scaled.items())]
 
     def unused(self) -> dict[str, str]:
-        found = {}
+        reasons = {}
         for name, source in self.sources.items():
-            found[f"sources.{name}.prompts.source"] = f"in a mixture, whose prompts carry the name {name}"
+            reasons[f"sources.{name}.prompts.source"] = f"in a mixture, whose prompts carry the name {name}"
             if not source.weight:
                 why = f"with prompts.sources.{name}.weight=0, which does not open the source"
-                found |= dict.fromkeys((f"sources.{name}.prompts", f"sources.{name}.max_prompts"), why)
-        return found
+                reasons |= dict.fromkeys((f"sources.{name}.prompts", f"sources.{name}.max_prompts"), why)
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ class GlyphsRenderer:
     size: int
     """Side of the square image, pixels."""
     image_format: Literal["png", "webp", "jpg"]
-    """png and webp are lossless, jpg is quality 95."""
+    """Format of the image files: png and webp are lossless, jpg has quality 95."""
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class StableDiffusionRenderer:
     model: str
     """Hub repository, diffusers folder, or the single file 768-v-ema.ckpt or .safetensors."""
     revision: str | None
-    """Commit of the hub repository; null resolves today's and records it."""
+    """Commit of the hub repository; null resolves the latest and records it."""
     allow_unknown_weights: bool
     """Load a .ckpt whose sha256 is not the published one."""
     scheduler: Literal["ddim", "dpmsolver++"]
@@ -153,54 +153,56 @@ class StableDiffusionRenderer:
     guided_fraction: float
     """Fraction of the steps that are guided, 0 to 1; the rest follow the prompt alone, for half the work."""
     cache_every: int
-    """Steps from one computation of the UNet's deep features to the next; 1 computes them always."""
+    """DeepCache interval: steps from one computation of the UNet's deep features to the next; 1 disables the cache."""
     render_size: int
-    """Side at which the image is diffused, pixels, a multiple of 64."""
+    """Side of the generated image before resizing, pixels, a multiple of 64."""
     size: int
-    """Side at which it is saved, pixels."""
+    """Side of the saved image, pixels."""
     filter: Literal["lanczos", "bicubic", "bilinear", "box"]
-    """Pillow's filter from the one to the other."""
+    """Pillow's resize filter from `render_size` to `size`."""
     precision: Literal["auto", "fp32", "fp16", "bf16"]
-    """auto is fp16 on CUDA and fp32 elsewhere."""
+    """Precision of the networks; auto is fp16 on CUDA and fp32 elsewhere."""
     device: str
-    """auto, cpu, cuda or cuda:N."""
+    """Torch device: auto, cpu, cuda or cuda:N."""
     compile: bool | None
     """Whether to compile the networks, once per process; null compiles on CUDA."""
     batch_size: int | None
-    """Images a batch; null finds it. Recorded in the dataset: another size changes float sums."""
+    """Images per batch; null finds the fastest. The dataset records it: another size changes float sums."""
     vae_batch: int
-    """Images decoded at once."""
+    """Images per VAE decoder batch."""
     redraw: bool
-    """Draw a NaN or constant image again in fp32; else it is only told."""
+    """Render a NaN or constant image again in fp32; false only reports it."""
     watermark: bool
     """Add the host script's invisible watermark."""
     image_format: Literal["png", "webp", "jpg"]
-    """png and webp are lossless, jpg is quality 95."""
+    """Format of the image files: png and webp are lossless, jpg has quality 95."""
 
     def problems(self) -> list[str]:
-        found = _diffusion_problems(self)
+        problems = _diffusion_problems(self)
         if self.scheduler == "ddim" and not (1 <= self.steps <= 500 and 1000 % self.steps == 0):
             # Asked for 30, the host's script takes 31 and diffusers 30: only divisors mean the same to both.
-            found.append(f"steps: {self.steps} of ddim must divide 1000, up to 500; the competition's is 50")
+            problems.append(f"steps: {self.steps} of ddim must divide 1000, up to 500; the competition's is 50")
         if self.scheduler == "dpmsolver++" and not 1 <= self.steps <= 500:
-            found.append(f"steps: {self.steps} of dpmsolver++ is outside 1 to 500; 20 to 25 are enough")
+            problems.append(f"steps: {self.steps} of dpmsolver++ is outside 1 to 500; 20 to 25 are enough")
         if not 0 <= self.guided_fraction <= 1:
-            found.append(f"guided_fraction: {self.guided_fraction} is outside 0 to 1; 1 guides every step")
+            problems.append(f"guided_fraction: {self.guided_fraction} is outside 0 to 1; 1 guides every step")
         if self.cache_every < 1:
-            found.append(f"cache_every: {self.cache_every} is below 1; 1 computes all of every step")
+            problems.append(f"cache_every: {self.cache_every} is below 1; 1 computes all of every step")
         if self.vae_batch < 1:
-            found.append(f"vae_batch: {self.vae_batch} is below 1")
+            problems.append(f"vae_batch: {self.vae_batch} is below 1")
         if self.render_size < 64 or self.render_size % 64:
-            found.append(f"render_size: {self.render_size} is not a multiple of 64 pixels; 768 is right")
-        return found
+            problems.append(f"render_size: {self.render_size} is not a multiple of 64 pixels; 768 is right")
+        return problems
 
     def unused(self) -> dict[str, str]:
-        found = _diffusion_unused(self)
+        reasons = _diffusion_unused(self)
         if not self.model.endswith(".ckpt"):
-            found["allow_unknown_weights"] = f"with renderer.model={self.model}: only a .ckpt is compared with a sha256"
+            reasons["allow_unknown_weights"] = (
+                f"with renderer.model={self.model}: only a .ckpt is compared with a sha256"
+            )
         if self.guidance == 1:
-            found["guided_fraction"] = "with renderer.guidance=1, which guides no step"
-        return found
+            reasons["guided_fraction"] = "with renderer.guidance=1, which guides no step"
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -209,63 +211,65 @@ class DiffusersRenderer:
     model: str
     """Hub repository or folder of any text-to-image model, in diffusers' layout with .safetensors weights."""
     revision: str | None
-    """Commit of the hub repository; null resolves today's and records it."""
+    """Commit of the hub repository; null resolves the latest and records it."""
     variant: str | None
-    """Of weights that are there in several, such as fp16; null takes those without one."""
+    """Variant of the weights, such as fp16; null takes the files without a variant."""
     steps: int
-    """Denoising steps."""
+    """Number of denoising steps."""
     guidance: float
     """Guidance scale; 0 is right for turbo models."""
     render_size: int | None
-    """Side at which the image is diffused, pixels; null: the model's own."""
+    """Side of the generated image before resizing, pixels; null: the model's default."""
     size: int
-    """Side at which it is saved, pixels."""
+    """Side of the saved image, pixels."""
     filter: Literal["lanczos", "bicubic", "bilinear", "box"]
-    """Pillow's filter from the one to the other."""
+    """Pillow's resize filter from `render_size` to `size`."""
     precision: Literal["auto", "fp32", "fp16", "bf16"]
-    """auto is bf16 on a CUDA device that has it, else fp16, and fp32 on a CPU."""
+    """Precision of the networks; auto is bf16 on a CUDA device that supports it, else fp16; fp32 on a CPU."""
     device: str
-    """auto, cpu, cuda or cuda:N."""
+    """Torch device: auto, cpu, cuda or cuda:N."""
     batch_size: int | None
-    """Images a batch; null finds it. Recorded in the dataset: another size changes float sums."""
+    """Images per batch; null finds the fastest. The dataset records it: another size changes float sums."""
     redraw: bool
-    """Draw a NaN or constant image again in fp32; else it is only told."""
+    """Render a NaN or constant image again in fp32; false only reports it."""
     image_format: Literal["png", "webp", "jpg"]
-    """png and webp are lossless, jpg is quality 95."""
+    """Format of the image files: png and webp are lossless, jpg has quality 95."""
 
     def problems(self) -> list[str]:
-        found = _diffusion_problems(self)
+        problems = _diffusion_problems(self)
         if self.steps < 1:
-            found.append(f"steps: {self.steps} is below 1")
+            problems.append(f"steps: {self.steps} is below 1")
         if self.render_size is not None and (self.render_size < 8 or self.render_size % 8):
-            found.append(f"render_size: {self.render_size} is not a multiple of 8 pixels; null is the model's own")
-        return found
+            problems.append(f"render_size: {self.render_size} is not a multiple of 8 pixels; null is the model's own")
+        return problems
 
     def unused(self) -> dict[str, str]:
         return _diffusion_unused(self)
 
 
 def _diffusion_problems(cfg: StableDiffusionRenderer | DiffusersRenderer) -> list[str]:
-    found = []
+    problems = []
     if not 0 <= cfg.guidance < float("inf"):
-        found.append(f"guidance: {cfg.guidance} is below 0 or no number; the competition's is 9, a turbo model's 0")
+        problems.append(f"guidance: {cfg.guidance} is negative or NaN; the competition's is 9, a turbo model's 0")
     most = cfg.render_size
     if cfg.size < 1 or (most is not None and cfg.size > most):
-        found.append(f"size: {cfg.size} is outside 1 to render_size={most} pixels")
+        problems.append(f"size: {cfg.size} is outside 1 to render_size={most} pixels")
     if cfg.batch_size is not None and cfg.batch_size < 1:
-        found.append(f"batch_size: {cfg.batch_size} is below 1; null finds the quickest")
-    return found
+        problems.append(f"batch_size: {cfg.batch_size} is below 1; null finds the quickest")
+    return problems
 
 
 def _diffusion_unused(cfg: StableDiffusionRenderer | DiffusersRenderer) -> dict[str, str]:
-    found = {}
+    reasons = {}
     if Path(cfg.model).expanduser().exists():
-        found["revision"] = f"with renderer.model={cfg.model}, a local path; only a repository of the hub has one"
+        reasons["revision"] = f"with renderer.model={cfg.model}, a local path; only a repository of the hub has one"
     if cfg.size == cfg.render_size:
-        found["filter"] = f"with renderer.size={cfg.size} equal to renderer.render_size: nothing is resized"
+        reasons["filter"] = f"with renderer.size={cfg.size} equal to renderer.render_size: no image is resized"
     if cfg.precision == "fp32":
-        found["redraw"] = "with renderer.precision=fp32, the highest: there is none to draw again in"
-    return found
+        reasons["redraw"] = (
+            "with renderer.precision=fp32, the highest: a faulty image has no higher precision to be rendered in"
+        )
+    return reasons
 
 
 @dataclass(frozen=True)
@@ -273,36 +277,32 @@ class Curation:
     min_tokens: int
     """Minimum number of CLIP tokens of a prompt, including start and end."""
     max_tokens: int | None
-    """Most CLIP tokens; null keeps those over 77 whole for the target and counts them: Stable Diffusion cuts them."""
+    """Maximum number of CLIP tokens of a prompt; null sets none. Those of over 77, which SD truncates, are counted."""
     language: str | None
     """Language, as an ISO 639-1 code such as en; prompts that are surely in another are dropped. null keeps all."""
     profanity: Literal["keep", "drop"]
     """Filter of profanity: drop removes prompts with a word of an English list."""
     dedup_threshold: float | None
-    """Drop a prompt whose target vector has this cosine or more to one kept before; null drops only equal texts."""
+    """Drop a prompt whose target vector has at least this cosine to an earlier one; null drops only equal texts."""
     exclude_near: tuple[Location, ...]
-    """Dataset folders or files of prompts (column prompt) that no prompt here may be near, such as a validation set."""
+    """Dataset folders or prompt files (column prompt) to keep away from, such as a validation set."""
     exclude_threshold: float
-    """Cosine to a prompt of `exclude_near` at which a prompt is dropped."""
+    """Cosine to a prompt of `exclude_near` from which a prompt is dropped."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if self.min_tokens < 2:
-            found.append(f"min_tokens: {self.min_tokens} is below 2, a prompt's start and end")
+            problems.append(f"min_tokens: {self.min_tokens} is below 2, a prompt's start and end")
         if self.max_tokens is not None and self.max_tokens < self.min_tokens:
-            found.append(f"max_tokens: {self.max_tokens} is below min_tokens={self.min_tokens}; null sets no bound")
+            problems.append(f"max_tokens: {self.max_tokens} is below min_tokens={self.min_tokens}; null sets no bound")
         if self.dedup_threshold is not None and not 0 < self.dedup_threshold <= 1:
-            found.append(f"dedup_threshold: {self.dedup_threshold} is outside 0 to 1")
+            problems.append(f"dedup_threshold: {self.dedup_threshold} is outside 0 to 1")
         if not 0 < self.exclude_threshold <= 1:
-            found.append(f"exclude_threshold: {self.exclude_threshold} is outside 0 to 1")
-        return found
+            problems.append(f"exclude_threshold: {self.exclude_threshold} is outside 0 to 1")
+        return problems
 
     def unused(self) -> dict[str, str]:
-        return (
-            {}
-            if self.exclude_near
-            else {"exclude_threshold": "with curate.exclude_near=[]: there is nothing to be near"}
-        )
+        return {} if self.exclude_near else {"exclude_threshold": "with curate.exclude_near=[], which excludes nothing"}
 
 
 @dataclass(frozen=True)
@@ -310,21 +310,21 @@ class Split:
     kind: Literal["similarity", "holdout", "image"]
     """Kind of split: similarity (purge by cosine), holdout (by group) or image."""
     val_fraction: float
-    """Fraction of prompts (of images with kind=image, of groups with holdout) that validates, 0 to 1."""
+    """Validation fraction of the prompts (kind=image: of the images, holdout: of the groups), 0 to 1."""
     threshold: float
-    """similarity: training prompts at this cosine or more to a validation prompt are purged."""
+    """Cosine to a validation prompt from which kind=similarity purges a training prompt."""
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if not 0 <= self.val_fraction <= 1:
-            found.append(f"val_fraction: {self.val_fraction} is outside 0 to 1")
+            problems.append(f"val_fraction: {self.val_fraction} is outside 0 to 1")
         if not 0 < self.threshold <= 1:
-            found.append(f"threshold: {self.threshold} is outside 0 to 1")
-        return found
+            problems.append(f"threshold: {self.threshold} is outside 0 to 1")
+        return problems
 
 
 def _unused_threshold(split: Split, curate: Curation | None = None) -> dict[str, str]:
-    """`split.threshold` where it decides nothing, also not by `curate.exclude_threshold`, whose default it is."""
+    """Report `split.threshold` if it has no effect, not even as the default of `curate.exclude_threshold`."""
     if split.kind == "similarity" or (curate and curate.exclude_near and curate.exclude_threshold == split.threshold):
         return {}
     return {"split.threshold": f"with split.kind={split.kind}: only similarity purges by cosine"}
@@ -339,21 +339,21 @@ class DatagenSettings:
     seed: int
     """Seed of prompts, split and the seeds of images."""
     seeds_per_prompt: int
-    """Images of each prompt."""
+    """Number of images per prompt."""
     shard_size: int
-    """Images a shard, the unit of work and of resume."""
+    """Images per shard, the unit of work and of resume."""
     encoder: str | None
     """Target encoder: a sentence-transformers hub name or folder; null writes no targets."""
     engine: Literal["local", "ray"]
     """Engine that renders shards: local (processes of this machine) or ray (a cluster)."""
     ray_address: str | None
-    """engine=ray: the cluster, "auto" or "host:6379"; null starts one on this machine."""
+    """Address of the Ray cluster for engine=ray, "auto" or "host:6379"; null starts Ray on this machine."""
     devices: Literal["all"] | int
     """Number of GPUs of this machine, with one process each."""
     workers: int | None
     """Number of processes of a renderer that runs on the CPU; null for one per core."""
     part: str | None
-    """ "i/n": render only every n-th shard, beginning with the i-th, in one job of an array of n; null: all."""
+    """Part "i/n" for job i of an array of n jobs: every n-th shard, beginning with the i-th; null: all."""
     retries: int
     """Number of retries of a failing shard before it is reported as failed."""
     dry_run: bool
@@ -366,50 +366,50 @@ class DatagenSettings:
     renderer: GlyphsRenderer | StableDiffusionRenderer | DiffusersRenderer
 
     def problems(self) -> list[str]:
-        found = [
+        problems = [
             f"{name}: {getattr(self, name)} is below 1"
             for name in ("num", "seeds_per_prompt", "shard_size")
             if getattr(self, name) < 1
         ]
         if self.workers is not None and self.workers < 1:
-            found.append(f"workers: {self.workers} is below 1; null takes every core")
+            problems.append(f"workers: {self.workers} is below 1; null takes every core")
         if isinstance(self.devices, int) and self.devices < 1:
-            found.append(f"devices: {self.devices} is below 1; all takes every GPU")
+            problems.append(f"devices: {self.devices} is below 1; all takes every GPU")
         device = getattr(self.renderer, "device", "")
         if self.engine == "ray" and (self.devices != "all" or ":" in device):
-            found.append("devices, renderer.device: engine=ray gives each worker a GPU of its own; leave them out")
+            problems.append("devices, renderer.device: engine=ray gives each worker a GPU of its own; leave them out")
         if self.retries < 0:
-            found.append(f"retries: {self.retries} is below 0")
+            problems.append(f"retries: {self.retries} is below 0")
         if self.part is not None and not _is_part(self.part):
-            found.append(f"part: {self.part} is not i/n with i from 1 to n, such as 3/8")
+            problems.append(f"part: {self.part} is not i/n with i from 1 to n, such as 3/8")
         if not 0 <= self.seed < 2**31:
-            found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
+            problems.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
         if self.encoder is None and needs_vectors(self.curate, self.split):
-            found.append(
+            problems.append(
                 "encoder: null, but curate.dedup_threshold, curate.exclude_near or split.kind=similarity needs one"
             )
         lacking = _without_groups(self.prompts)
         if self.split.kind == "holdout" and lacking:
             lack = f"{', '.join(lacking)} {'have' if len(lacking) > 1 else 'has'} no group_column"
-            found.append(f"split.kind: holdout needs groups, and {lack}; similarity needs none")
-        return found
+            problems.append(f"split.kind: holdout needs groups, and {lack}; similarity needs none")
+        return problems
 
     def unused(self) -> dict[str, str]:
-        found = _unused_threshold(self.split, self.curate)
+        reasons = _unused_threshold(self.split, self.curate)
         name, device = self.renderer.name, getattr(self.renderer, "device", "cpu")
         if self.engine == "local":
-            found["ray_address"] = "with engine=local, which asks no cluster"
+            reasons["ray_address"] = "with engine=local, which uses no cluster"
             if name != "glyphs":
-                found["workers"] = f"with renderer={name}, which takes all cores or a process for each GPU"
+                reasons["workers"] = f"with renderer={name}, which takes all cores or a process for each GPU"
         if device == "cpu":
-            found["devices"] = f"with renderer={name} on the CPU; workers says how many processes take its cores"
+            reasons["devices"] = f"with renderer={name} on the CPU; workers sets the number of processes"
         elif ":" in device:
-            found["devices"] = f"with renderer.device={device}, which names one GPU by itself"
-        return found
+            reasons["devices"] = f"with renderer.device={device}, which names one GPU by itself"
+        return reasons
 
 
 def _without_groups(prompts: GrammarPrompts | FilePrompts | MixturePrompts) -> list[str]:
-    """The settings of files whose prompts have no group."""
+    """List the settings of prompt files without a group column."""
     sources = {"prompts": prompts}
     if isinstance(prompts, MixturePrompts):
         sources = {f"prompts.sources.{n}.prompts": s.prompts for n, s in prompts.sources.items() if s.weight}
@@ -417,13 +417,13 @@ def _without_groups(prompts: GrammarPrompts | FilePrompts | MixturePrompts) -> l
 
 
 def needs_vectors(curate: Curation, split: Split) -> bool:
-    """Whether curation compares prompts by their target vectors."""
+    """Return whether curation compares prompts by their target vectors."""
     return curate.dedup_threshold is not None or bool(curate.exclude_near) or split.kind == "similarity"
 
 
 def _is_part(part: str) -> bool:
-    found = re.fullmatch(r"(\d+)/(\d+)", part)
-    return found is not None and 1 <= int(found[1]) <= int(found[2])
+    match = re.fullmatch(r"(\d+)/(\d+)", part)
+    return match is not None and 1 <= int(match[1]) <= int(match[2])
 
 
 @dataclass(frozen=True)
@@ -431,26 +431,25 @@ class IndexSettings:
     out: Path
     """Dataset folder to write, a local path; the images stay where they are."""
     images: Path | None
-    """Folder of images, with `csv`."""
+    """Folder of images; `csv` holds their prompts."""
     csv: Path | None
-    """CSV of prompts; several rows of one image are its several captions."""
+    """CSV of prompts; an image may have several rows, one per caption."""
     file_column: str | None
-    """Column of the file name or its stem; null finds the usual ones."""
+    """Column of the file name or its stem; null tries common names."""
     prompt_column: str | None
-    """Column of the prompt, of a tar's .json the field; null finds the usual ones, and takes a tar's .txt first."""
+    """Column of the prompt, for tars the field of the .json; null tries common names, for tars the .txt first."""
     source_column: str | None
-    """Column of each image's source, of a tar's .json the field; null gives all images the name in `source`."""
+    """Column of each image's source, for tars the field of the .json; null gives all images the name in `source`."""
     group_column: str | None
     """Column of each image's group, for split.kind=holdout; parts of a group are joined by ";"."""
     split_column: str | None
     """Column of each image's split: "train", "val" or "test"; null draws it by `split`."""
     text_encoding: str | None
-    """Encoding of `csv`, or of the .txt in `tars`, such as cp1252; null: UTF-8, or what a byte order mark says, which
-    overrules this."""
+    """Encoding of `csv`, or of the .txt in `tars`, such as cp1252; null is UTF-8. A byte order mark overrides it."""
     tars: str | None
     """Glob of WebDataset tars, instead of `images` and `csv`."""
     source: str | None
-    """Name of the source of every image; null takes the name of the folder or the tars'."""
+    """Source name of every image; null takes the name of the folder or of the tars."""
     seed: int
     """Seed of the split."""
     encoder: str | None
@@ -458,40 +457,42 @@ class IndexSettings:
     split: Split
 
     def problems(self) -> list[str]:
-        found = []
+        problems = []
         if (self.tars is None) == (self.images is None):
-            found.append("images, tars: give one of the two, either a folder with csv=… or tars='…/*.tar'")
+            problems.append("images, tars: give one of the two, either a folder with csv=… or tars='…/*.tar'")
         if self.images is not None and self.csv is None:
-            found.append("csv: missing; it holds the prompts of the images in images=…")
+            problems.append("csv: missing; it holds the prompts of the images in images=…")
         if self.tars is not None and self.csv is not None:
-            found.append(f"csv: {self.csv} is for images=…; a sample of tars has its prompt in its .txt or .json")
+            problems.append(f"csv: {self.csv} is for images=…; a sample of tars has its prompt in its .txt or .json")
         if self.tars is not None and self.file_column is not None:
-            found.append("file_column: is for csv=…; in tars the names of members say what belongs together")
-        found += encoding_problem(self.text_encoding, "text_encoding")
+            problems.append("file_column: is for csv=…; in tars the member names group the files of a sample")
+        problems += encoding_problem(self.text_encoding, "text_encoding")
         if not 0 <= self.seed < 2**31:
-            found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
+            problems.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
         if self.split_column is not None and self.split.kind != "image":
-            found.append(
-                f"split_column, split.kind: {self.split.kind} draws a split, {self.split_column} has one; "
+            problems.append(
+                f"split_column, split.kind: {self.split.kind} draws a split, and {self.split_column} holds one; "
                 "leave one of them out"
             )
         if self.split.kind == "similarity" and self.encoder is None:
-            found.append("encoder: null, but split.kind=similarity compares vectors of prompts; name an encoder")
+            problems.append("encoder: null, but split.kind=similarity compares vectors of prompts; name an encoder")
         if self.split.kind == "holdout" and self.group_column is None:
-            found.append(
+            problems.append(
                 "group_column: missing; split.kind=holdout needs each image's group. Name its column (of tars, the "
                 "field of the .json), or take split.kind=similarity or image, which need none"
             )
-        return found
+        return problems
 
     def unused(self) -> dict[str, str]:
-        found = _unused_threshold(self.split) if self.split_column is None else {}
+        reasons = _unused_threshold(self.split) if self.split_column is None else {}
         if self.split_column is not None:
             for name in ("split.val_fraction", "split.threshold", "seed"):
-                found[name] = f"with split_column={self.split_column}, which holds each image's split"
+                reasons[name] = f"with split_column={self.split_column}, which holds each image's split"
         if self.tars is not None and self.prompt_column is not None:
-            found["text_encoding"] = f"with prompt_column={self.prompt_column}: a .json has its own encoding"
-        return found
+            reasons["text_encoding"] = (
+                f"with prompt_column={self.prompt_column}, a field of the .json, to which text_encoding does not apply"
+            )
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -501,17 +502,18 @@ class PublishedSettings:
     out: Location
     """Dataset folder: a local path or an fsspec URL."""
     num: int | None
-    """Images taken from the set before curation; null: all."""
+    """Number of images taken from the set before curation; null: all."""
     folder: Path | None
-    """A local copy of the repository; null asks the hub."""
+    """Local copy of the hub repository; null downloads from the hub."""
     revision: str | None
-    """Commit, tag or branch of the hub's repository; null resolves today's commit and records it."""
+    """Commit, tag or branch of the hub repository; null resolves the latest commit and records it."""
     work: Path | None
-    """Folder of <out>.published, which is removed at the end; null: that of `out`, for a URL the current one."""
+    """Parent of the work folder <out>.published, which is removed at the end; null: that of `out`, for a URL the
+    current folder."""
     hold_archives: bool
-    """sd2_4m: an archive read for its prompts stays until its images are taken; false fetches it twice."""
+    """Keep each archive of sd2_4m from reading its prompts until reading its images; false downloads it twice."""
     max_nsfw: float
-    """diffusiondb: bound of `image_nsfw`, 0 to 1; 2 marks an image that was blurred."""
+    """Upper bound of diffusiondb's `image_nsfw`, 0 to 1; 2 marks a blurred image."""
     seed: int
     """Seed of the order of archives and of the split."""
     encoder: str | None
@@ -520,30 +522,30 @@ class PublishedSettings:
     split: Split
 
     def problems(self) -> list[str]:
-        found = [] if self.num is None or self.num >= 1 else [f"num: {self.num} is below 1; null takes all"]
+        problems = [] if self.num is None or self.num >= 1 else [f"num: {self.num} is below 1; null takes all"]
         if not 0 <= self.seed < 2**31:
-            found.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
+            problems.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
         if self.max_nsfw < 0:
-            found.append(f"max_nsfw: {self.max_nsfw} is below 0, and leaves no image")
+            problems.append(f"max_nsfw: {self.max_nsfw} is below 0, which leaves no image")
         if self.folder is not None and self.revision is not None:
-            found.append(f"folder, revision: {self.folder} has no revision; give one of the two")
+            problems.append(f"folder, revision: {self.folder} has no revision; give one of the two")
         if self.encoder is None and needs_vectors(self.curate, self.split):
-            found.append(
+            problems.append(
                 "encoder: null, but curate.dedup_threshold, curate.exclude_near or split.kind=similarity needs one"
             )
         if self.name == "diffusiondb" and self.split.kind == "holdout":
-            found.append("split.kind: holdout needs groups, and diffusiondb has none; similarity or image")
-        return found
+            problems.append("split.kind: holdout needs groups, and diffusiondb has none; similarity or image")
+        return problems
 
     def unused(self) -> dict[str, str]:
-        found = _unused_threshold(self.split, self.curate)
+        reasons = _unused_threshold(self.split, self.curate)
         if self.name != "diffusiondb":
-            found["max_nsfw"] = f"with name={self.name}: only diffusiondb has an estimate for each image"
+            reasons["max_nsfw"] = f"with name={self.name}: only diffusiondb has an estimate for each image"
         if self.name != "sd2_4m":
-            found["hold_archives"] = f"with name={self.name}, whose prompts lie in a table"
+            reasons["hold_archives"] = f"with name={self.name}, whose prompts are in a table"
         elif self.folder is not None:
-            found["hold_archives"] = f"with folder={self.folder}, of which nothing is fetched or removed"
-        return found
+            reasons["hold_archives"] = f"with folder={self.folder}, from which no archive is downloaded or removed"
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -577,5 +579,5 @@ class ReportSettings:
 
     def problems(self) -> list[str]:
         counts = {"images": self.images, "faults": self.faults, "counted": self.counted}
-        found = [f"{name}: {value} is below 1" for name, value in counts.items() if value < 1]
-        return found if self.seed >= 0 else [*found, f"seed: {self.seed} is below 0"]
+        problems = [f"{name}: {value} is below 1" for name, value in counts.items() if value < 1]
+        return problems if self.seed >= 0 else [*problems, f"seed: {self.seed} is below 0"]

@@ -1,4 +1,4 @@
-"""`python -m datagen.index`: index images that lie elsewhere as a dataset, without copying them."""
+"""`python -m datagen.index`: index existing images as a dataset, without copying them."""
 
 from typing import Any
 

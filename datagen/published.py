@@ -1,4 +1,4 @@
-"""`python -m datagen.published`: make a dataset of a published set of images (DiffusionDB, SD 2 4.4M)."""
+"""`python -m datagen.published`: import a published set of images (DiffusionDB, SD 2 4.4M) as a dataset."""
 
 from typing import Any
 

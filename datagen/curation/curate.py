@@ -46,17 +46,17 @@ from datagen.prompts.sources import Prompt, read_file
 log = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
-"""n texts → unit vectors [n, E]."""
+"""Text encoder: n texts → unit vectors [n, E]."""
 Ints = NDArray[np.int64]
 
 CONTEXT = 77  # tokens that Stable Diffusion reads
 _CHUNK = 50_000  # prompts of the source between two commits
 _AT_ONCE = 8192  # texts encoded, or vectors compared, between two ticks of a bar
 _SURPLUS = "more than num asks for"
-_MOST_DRAWN = 50  # a source that yields less than one new prompt in 50 has run dry
-_DRY_AFTER = 4 * _CHUNK  # prompts over which that is looked at
+_MOST_DRAWN = 50  # a source that yields less than one new prompt in 50 is exhausted
+_DRY_AFTER = 4 * _CHUNK  # prompts over which that yield is measured
 _EXAMPLES, _EXAMPLE_LENGTH = 10, 300
-_HALF_LENGTH = 140  # of a pair, so that it is no longer than an example
+_HALF_LENGTH = 140  # of either text of a pair, so that the pair is at most as long as an example
 _NO_GROUP, _BOTH_SIDES = "no group", "group on both sides"
 _BAR_FROM = 2000  # prompts that take longer than seconds
 
@@ -64,23 +64,23 @@ _BAR_FROM = 2000  # prompts that take longer than seconds
 @dataclass
 class Curated:
     train: pa.Table
-    """Prompts with their source and group: columns prompt, source, group."""
+    """Training prompts: columns prompt, source, group."""
     val: pa.Table
     drawn: int = 0
-    """Prompts taken from the source."""
+    """Number of prompts taken from the source."""
     dropped: Counter[str] = field(default_factory=Counter)
-    """Reason → prompts dropped for it."""
+    """Reason → number of prompts dropped for it."""
     examples: dict[str, list[str]] = field(default_factory=dict)
     """Reason → the first prompts dropped for it."""
     sources: dict[str, dict[str, int]] = field(default_factory=dict)
-    """Source → {"drawn", "kept"}."""
+    """Source → counts of prompts, {"drawn", "kept"}."""
     over_context: int = 0
-    """Prompts of more than 77 tokens among those left: the target has all of it, Stable Diffusion truncates it."""
+    """Number of curated prompts of more than 77 tokens, which Stable Diffusion truncates and the target does not."""
     against: dict[str, int] = field(default_factory=dict)
-    """Location → prompts there that none here may be near."""
+    """Location of `curate.exclude_near` → number of its prompts."""
 
     def report(self) -> dict[str, Any]:
-        """Counts and examples as plain JSON, without the prompts."""
+        """Return counts and examples as plain JSON, without the prompts."""
         return {
             "drawn": self.drawn,
             "dropped": dict(sorted(self.dropped.items())),
@@ -107,9 +107,10 @@ def curate(
     """Curate prompts of `source` until `num` remain, the source ends, or almost all of its prompts are duplicates.
 
     Args:
-        work: folder of what is done, from which a killed run goes on; the caller removes it. None keeps nothing.
-        origin: what else decides the result, as plain JSON: the source, its versions, the encoder. A `work` of another
-            origin or of other settings starts again.
+        work: folder of the committed chunks, from which a killed run resumes; the caller removes it. None: a temporary
+            folder.
+        origin: further inputs that decide the result, as plain JSON: the source, its versions, the encoder. If `work`
+            has another origin or other settings, curation starts from scratch.
 
     Raises:
         UserError: nothing is left; a filter's package is missing; `work` cannot be written; the source no longer gives
@@ -193,7 +194,7 @@ class _Run:
         for number, chunk in enumerate(done):
             if digest(islice(stream, chunk.drawn)) != chunk.digest:
                 raise UserError(
-                    f"{self.chunks.folder}: the source no longer gives the prompts that chunk {number} was made of; "
+                    f"{self.chunks.folder}: the source no longer gives the prompts of its chunk {number}; "
                     "remove that folder to start curation again"
                 )
         left = done[-1].left if done else math.ceil(self.num * 1.05)
@@ -203,18 +204,18 @@ class _Run:
             while True:
                 while left > 0 and not ended:
                     left, ended = self._take(stream, left, bar.update)
-                drawn, usable, kept = (sum(getattr(c, k) for c in done) for k in ("drawn", "usable", "kept"))
+                drawn, usable, kept_count = (sum(getattr(c, k) for c in done) for k in ("drawn", "usable", "kept"))
                 last = ended or drawn > self.num * _MOST_DRAWN or self._dry()
-                # to split more than the exact search holds takes minutes, for nothing while too few are kept
-                if last or kept >= self.num or kept <= near_duplicates.EXACT:
+                # above the exact search's limit a split takes minutes, in vain while too few prompts are kept
+                if last or kept_count >= self.num or kept_count <= near_duplicates.EXACT:
                     sides = self._split()
-                    have = len(sides.train) + len(sides.val)
-                    if last or have >= self.num:
+                    remaining = len(sides.train) + len(sides.val)
+                    if last or remaining >= self.num:
                         break
                 else:
-                    have = kept
-                # for each that lacks, as many as one left has taken so far: the purge may have most of them
-                left = math.ceil((self.num - have) * 1.2 * min(usable / max(have, 1), 5)) + 16
+                    remaining = kept_count
+                # draw per missing prompt as many as a remaining one has cost so far: the purge may drop most
+                left = math.ceil((self.num - remaining) * 1.2 * min(usable / max(remaining, 1), 5)) + 16
                 bar.total += left
         return self._curated(sides, drawn)
 
@@ -228,7 +229,7 @@ class _Run:
         drops = _Drops()
         usable, hashes, tokens = self._usable(prompts, drops)
         tick(len(prompts) - len(usable))
-        kept, width = np.arange(len(usable)), 0
+        kept_rows, width = np.arange(len(usable)), 0
         if self.needs_vectors and usable:
             texts = [p.text for p in usable]
             parts = []
@@ -236,21 +237,21 @@ class _Run:
                 parts.append(self.encode(texts[start : start + _AT_ONCE]))
                 tick(len(parts[-1]))
             vectors = np.concatenate(parts)
-            kept, width = self._distinct(texts, vectors, drops), vectors.shape[1]
+            kept_rows, width = self._distinct(texts, vectors, drops), vectors.shape[1]
         else:
             tick(len(usable))
         table = pa.table(
             {
-                "prompt": [usable[i].text for i in kept],
-                "source": [usable[i].source for i in kept],
-                "group": [usable[i].group for i in kept],
-                "tokens": tokens[kept],
+                "prompt": [usable[i].text for i in kept_rows],
+                "source": [usable[i].source for i in kept_rows],
+                "group": [usable[i].group for i in kept_rows],
+                "tokens": tokens[kept_rows],
             },
             schema=KEPT,
         )
         sources = Counter(p.source for p in prompts)
         counts = (dict(drops.counts), drops.examples, dict(sources))
-        chunk = Chunk(len(prompts), digest(prompts), left, ended, len(usable), len(kept), width, *counts)
+        chunk = Chunk(len(prompts), digest(prompts), left, ended, len(usable), len(kept_rows), width, *counts)
         self.chunks.commit(chunk, table, hashes)
         positions = np.searchsorted(self.seen, hashes)
         self.seen = np.insert(self.seen, positions, hashes)
@@ -264,7 +265,7 @@ class _Run:
         at = np.searchsorted(self.seen, hashes)
         is_known = np.zeros(len(texts), bool)
         is_known[at < len(self.seen)] = self.seen[at[at < len(self.seen)]] == hashes[at < len(self.seen)]
-        kept: list[int] = []
+        kept_rows: list[int] = []
         new: set[int] = set()
         least, most = self.cfg.min_tokens, self.cfg.max_tokens
         for i, (text, length, key) in enumerate(zip(texts, lengths.tolist(), hashes.tolist(), strict=True)):
@@ -283,14 +284,14 @@ class _Run:
                 drops.add(reason, 1, lambda _, text=text: [text])
             else:
                 new.add(key)
-                kept.append(i)
+                kept_rows.append(i)
         for reason, keep in self.filters:
-            mask = keep([texts[i] for i in kept])
-            out = [texts[i] for i, stay in zip(kept, mask, strict=True) if not stay]
+            mask = keep([texts[i] for i in kept_rows])
+            out = [texts[i] for i, stay in zip(kept_rows, mask, strict=True) if not stay]
             drops.add(reason, len(out), lambda n, out=out: out[:n])
-            kept = [i for i, stay in zip(kept, mask, strict=True) if stay]
-        usable = [Prompt(texts[i], prompts[i].source, clean(prompts[i].group)) for i in kept]
-        return usable, np.sort(hashes[kept]), lengths[kept]
+            kept_rows = [i for i, stay in zip(kept_rows, mask, strict=True) if stay]
+        usable = [Prompt(texts[i], prompts[i].source, clean(prompts[i].group)) for i in kept_rows]
+        return usable, np.sort(hashes[kept_rows]), lengths[kept_rows]
 
     def _distinct(self, texts: list[str], vectors: NDArray[np.float32], drops: _Drops) -> Ints:
         """Select prompts that are not near-duplicates, as row numbers, and add their vectors to the index."""
@@ -316,21 +317,21 @@ class _Run:
         if self._index is None:
             self._index = NearDuplicateIndex(store, self.cfg.dedup_threshold)
         base = len(self._index)
-        kept, number, cosine = distinct(vectors[rows], self._index)
+        kept_rows, number, cosine = distinct(vectors[rows], self._index)
         out = np.flatnonzero(number >= 0)
 
         def examples(n: int) -> list[str]:
             pairs = []
             for i, k in zip(out[:n].tolist(), number[out[:n]].tolist(), strict=True):
-                partner = texts[rows[kept[k - base]]] if k >= base else self.chunks.texts([k])[0]
+                partner = texts[rows[kept_rows[k - base]]] if k >= base else self.chunks.texts([k])[0]
                 pairs.append(_pair(texts[rows[i]], partner, float(cosine[i])))
             return pairs
 
         drops.add(f"cosine ≥ {self.cfg.dedup_threshold} to a prompt kept", len(out), examples)
-        return rows[kept]
+        return rows[kept_rows]
 
     def _exclusion_index(self, width: int) -> tuple[NearDuplicateIndex, list[str]]:
-        """Index of the prompts of `curate.exclude_near`, encoded once."""
+        """Return the index and the texts of the prompts of `curate.exclude_near`; they are encoded once."""
         names = list(dict.fromkeys(text for texts in self.against.values() for text in texts))
         if self._exclusions is None:
             path = self.chunks.folder / f"against-{_digest(names)}.npy"
@@ -350,11 +351,11 @@ class _Run:
         return self._exclusions, names
 
     def _dry(self) -> bool:
-        drawn = kept = 0
+        drawn = kept_count = 0
         for chunk in reversed(self.chunks.done):
-            drawn, kept = drawn + chunk.drawn, kept + chunk.kept
+            drawn, kept_count = drawn + chunk.drawn, kept_count + chunk.kept
             if drawn >= _DRY_AFTER:
-                return kept * _MOST_DRAWN < drawn
+                return kept_count * _MOST_DRAWN < drawn
         return False
 
     # ------------------------------------------------------------------------------------------------------- the split
@@ -388,7 +389,7 @@ class _Run:
         drops.add(_SURPLUS, len(rows), lambda n: self.chunks.texts(rows[:n].tolist()))
 
     def _purge(self, train: Ints, val: Ints, drops: _Drops) -> Ints:
-        """Purge: training prompts below the cosine threshold to every validation prompt."""
+        """Return the training prompts below the cosine threshold to every validation prompt; count the others."""
         store = self.chunks.rows(max(chunk.width for chunk in self.chunks.done))
         index = NearDuplicateIndex(VectorFile(store.width, self.chunks.folder), self.split.threshold)
         stays, reason = [], f"cosine ≥ {self.split.threshold} to a validation prompt"
@@ -420,7 +421,7 @@ class _Run:
                 sources.setdefault(name, {"drawn": 0, "kept": 0})["drawn"] += number
         drops.merge(sides.drops.counts, sides.drops.examples)
         if not len(sides.train) + len(sides.val):
-            raise UserError(f"no prompt is left of {drawn}: {dict(drops.counts) or 'the source is empty'}")
+            raise UserError(f"no prompt remains of {drawn}: {dict(drops.counts) or 'the source is empty'}")
         tables: dict[str, list[pa.Table]] = {"train": [], "val": []}
         over = 0
         for number, start in enumerate(self.chunks.starts[:-1]):
@@ -429,8 +430,8 @@ class _Run:
                 first, last = np.searchsorted(rows, [start, end])
                 part = table.take(rows[first:last] - start)
                 over += int((part["tokens"].to_numpy() > CONTEXT).sum())
-                for source, kept in Counter(part["source"].to_pylist()).items():
-                    sources[source]["kept"] += kept
+                for source, count in Counter(part["source"].to_pylist()).items():
+                    sources[source]["kept"] += count
                 tables[name].append(part.drop_columns(["tokens"]))
         excluded = {place: len(texts) for place, texts in self.against.items()}
         train, val = (pa.concat_tables(parts) for parts in tables.values())
@@ -440,7 +441,7 @@ class _Run:
 @dataclass
 class _Sides:
     train: Ints
-    """Row numbers of the curated prompts, ascending."""
+    """Row numbers of the curated training prompts, ascending."""
     val: Ints
     drops: _Drops
 
@@ -454,12 +455,12 @@ def _digest(texts: Iterable[str]) -> str:
 
 
 def _texts_at(place: Place) -> list[str]:
-    """The clean prompts of a dataset folder, or of a file of prompts.
+    """Read the clean, distinct prompts of a dataset folder or of a file of prompts.
 
     Raises:
-        UserError: it is neither.
+        UserError: the path is neither.
     """
-    # a file is not asked whether it holds a dataset.json: that takes a network where the file is in the cache
+    # no look for dataset.json below a file: that needs a network even if the file is in the cache
     is_file = place.name.lower().removesuffix(".gz").endswith(KINDS)
     texts = None
     try:
@@ -476,12 +477,12 @@ def _texts_at(place: Place) -> list[str]:
 
 
 def held_out(part: str, share: float, seed: int) -> bool:
-    """Whether `holdout` keeps a part of a group for validation: the same answer everywhere."""
+    """Return whether split.kind=holdout puts a part of a group into validation: a hash of part and seed decides."""
     digest = hashlib.blake2b(f"{seed}:{part}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
 
 def side_of_group(group: str, share: float, seed: int) -> bool | str:
-    """Whether a group is held out for validation, or why it is on neither side."""
+    """Return whether a group is held out for validation, or the reason why it is in neither split."""
     sides = {held_out(part, share, seed) for part in group.split(";") if part}
     return _NO_GROUP if not sides else sides.pop() if len(sides) == 1 else _BOTH_SIDES

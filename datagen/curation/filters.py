@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from core.errors import UserError
 
 Keep = Callable[[Sequence[str]], list[bool]]
-"""n texts → whether each stays."""
+"""Filter: n texts → n booleans, True to keep a text."""
 
 _UNLIKELY = 0.005  # a prompt stays unless its language has less than this chance
 # Words of the list that mean something else in most prompts: 298 of the 415 of those prompts that it would drop.
@@ -22,7 +22,7 @@ _HARMLESS = ("balls", "bloody", "bum", "damned", "hardcore", "hell", "playboy", 
 def language(code: str) -> Keep:
     """Build a filter that keeps texts which may be in the language `code` (ISO 639-1): probability of 0.5 % or more.
 
-    By py3langid (langid.py's model); a text with nothing to tell by stays.
+    py3langid (langid.py's model) classifies; the filter keeps a text without any evidence.
 
     Raises:
         UserError: the package is missing, or does not know the language.
@@ -60,4 +60,4 @@ def profanity() -> Keep:
     words.add_whitelist(_HARMLESS)
     # phrases hold "girl on" and "big black"
     options = Options(match_mode="token", split_on_punctuation=True, phrases=False)
-    return lambda texts: [not found for found in words.is_profane_many(texts, options)]
+    return lambda texts: [not is_profane for is_profane in words.is_profane_many(texts, options)]

@@ -177,9 +177,9 @@ class NearDuplicateIndex:
         number, cosine = np.full(len(vectors), -1, np.int64), np.zeros(len(vectors), np.float32)
         for start in range(0, len(vectors), _BLOCK):
             block = vectors[start : start + _BLOCK]
-            asked, candidates = self._candidates(block)
-            for part in range(0, len(asked), _PAIRS):
-                i, j = asked[part : part + _PAIRS], candidates[part : part + _PAIRS]
+            queries, candidates = self._candidates(block)
+            for part in range(0, len(queries), _PAIRS):
+                i, j = queries[part : part + _PAIRS], candidates[part : part + _PAIRS]
                 cosines = _cosines(block[i], self.rows[j])
                 hit = cosines >= self.threshold - _ROUNDING
                 i, j, cosines = i[hit], j[hit], cosines[hit]
@@ -195,24 +195,24 @@ class NearDuplicateIndex:
         """Find pairs of a row of the block and a vector of the index whose bound reaches the threshold."""
         short_BQ, short_NQ = self.short(block_BE), self._short.all()
         least = self.threshold - SLACK
-        asked, candidates = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
+        queries, candidates = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
         wide_BP, narrow_BQ = short_BQ[:, self._wide], short_BQ[:, self._narrow]
         for start in range(self._in_cells, len(self.rows), _TILE):
             tile_NP = short_NQ[start : start + _TILE, self._wide]
             i, j = np.nonzero(wide_BP @ tile_NP.T >= least)
-            asked.append(i)
+            queries.append(i)
             candidates.append(j + start)
         if self._centres_CP is not None:
             like_BC = self._similarity(short_BQ)
             cells, rows = np.nonzero((like_BC >= like_BC.max(1, keepdims=True) - self._margin).T)
             starts = np.flatnonzero(np.diff(cells, prepend=-1))
-            for cell, rows_there in zip(cells[starts].tolist(), np.split(rows, starts[1:]), strict=True):
+            for cell, cell_queries in zip(cells[starts].tolist(), np.split(rows, starts[1:]), strict=True):
                 if self._cells[cell]:
                     members = self._members(cell)
-                    i, j = np.nonzero(narrow_BQ[rows_there] @ short_NQ[members, self._narrow].T >= least)
-                    asked.append(rows_there[i])
+                    i, j = np.nonzero(narrow_BQ[cell_queries] @ short_NQ[members, self._narrow].T >= least)
+                    queries.append(cell_queries[i])
                     candidates.append(members[j])
-        return np.concatenate(asked), np.concatenate(candidates)
+        return np.concatenate(queries), np.concatenate(candidates)
 
     def pairs(self, block_BE: Floats) -> tuple[Ints, Ints, Floats]:
         """Find near-duplicates within the block: later row (ascending), earlier row, and cosine of each pair."""
@@ -315,7 +315,7 @@ def distinct(vectors: Floats, index: NearDuplicateIndex) -> tuple[Ints, Ints, Fl
         cosine.
     """
     vectors = halved(vectors)
-    kept: list[Ints] = []
+    kept_rows: list[Ints] = []
     partner, cosine = np.full(len(vectors), -1, np.int64), np.zeros(len(vectors), np.float32)
     for start in range(0, len(vectors), _BLOCK):
         block = vectors[start : start + _BLOCK]
@@ -330,13 +330,13 @@ def distinct(vectors: Floats, index: NearDuplicateIndex) -> tuple[Ints, Ints, Fl
             if alive[i] and like.max() >= 0:
                 alive[i] = False
                 first_of[i] = (int(earlier[pairs][like.argmax()]), float(like.max()))
-        place = np.cumsum(alive) - 1 + len(index)  # its number in the index, once it is there
+        place = np.cumsum(alive) - 1 + len(index)  # number in the index after `add`
         for i, (j, like) in first_of.items():
             numbers[i], cosines[i] = place[j], like
         partner[start : start + len(block)], cosine[start : start + len(block)] = numbers, cosines
         index.add(block[alive])
-        kept.append(start + np.flatnonzero(alive))
-    return np.concatenate([*kept, np.zeros(0, np.int64)]), partner, cosine
+        kept_rows.append(start + np.flatnonzero(alive))
+    return np.concatenate([*kept_rows, np.zeros(0, np.int64)]), partner, cosine
 
 
 def _cosines(a_BE: Floats, b_BE: Floats) -> Floats:

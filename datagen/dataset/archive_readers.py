@@ -11,11 +11,11 @@ from models.runtime.image_files import IMAGE_SUFFIXES, suffix_of, why_not_image
 
 TEXT_SUFFIXES = (".txt", ".json")
 Members = dict[str, tarfile.TarInfo]
-"""Suffix, in small letters → member."""
+"""Lower-case suffix → member."""
 
 
 class Tar:
-    """A WebDataset tar: a sample is the members that share a name up to the first dot of its last part.
+    """Random access to a WebDataset tar; members with equal names up to the file name's first dot are one sample.
 
     Two kinds of tars that others write keep all of their samples, too. Names with dots: of 22.05.png, 22.05.txt,
     22.06.png and 22.06.txt, each image that has a text of its name up to the last dot is a sample. Repeated members:
@@ -47,7 +47,7 @@ class Tar:
                 suffix = f".{suffixes}"[: -len(last) or None] + last
                 groups.setdefault(f"{folder}/{stem}".lstrip("/"), []).append((suffix, member))
             file.seek(tar.offset)
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself ends there in silence
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):  # tarfile itself raises no error there
                 raise tarfile.ReadError(f"no end mark at {tar.offset}")
         self.samples: dict[str, Members] = {}
         """Key → its members by suffix."""
@@ -76,7 +76,7 @@ class Tar:
         return data
 
     def image(self, name: str) -> bytes | None:
-        """The member key.suffix; None where there is none."""
+        """Return the bytes of the member key.suffix; None if the tar has none."""
         key, dot, suffix = name.rpartition(".")
         member = self.samples.get(key, {}).get(f"{dot}{suffix}".lower())
         return None if member is None else self.read(member)
@@ -99,10 +99,10 @@ def _repeats(group: list[tuple[str, tarfile.TarInfo]]) -> list[Members]:
 
 
 def _split_dotted(members: Members) -> tuple[dict[str, Members], list[tuple[str, str]]]:
-    """Samples among the members that share a name up to its first dot, and the name and reason of each image that
-    belongs to none.
+    """Find the samples among the members of one name up to its first dot, and the images that belong to no sample.
 
-    A sample's key here is what follows the first dot of its name, such as ".05"; "" is the sample of that name itself.
+    The first result maps the part of a sample's name after the first dot, such as ".05" or "", to its members; the
+    second lists the name and reason of each such image.
     """
     dotted: dict[str, Members] = {}
     for suffix, member in members.items():
@@ -110,17 +110,17 @@ def _split_dotted(members: Members) -> tuple[dict[str, Members], list[tuple[str,
         if last in IMAGE_SUFFIXES + TEXT_SUFFIXES and suffix != last:
             dotted.setdefault(suffix.removesuffix(last), {})[last] = member
     dotted = {stem: m for stem, m in dotted.items() if _first(m, IMAGE_SUFFIXES) and _first(m, TEXT_SUFFIXES)}
-    own_names = {f"{stem}{last}" for stem, sample in dotted.items() for last in sample}
-    rest = {suffix: member for suffix, member in members.items() if suffix not in own_names}
-    images = [suffix for suffix in rest if suffix_of(f"name{suffix}") in IMAGE_SUFFIXES]
-    image, text = _first(rest, IMAGE_SUFFIXES), _first(rest, TEXT_SUFFIXES)
+    sample_names = {f"{stem}{last}" for stem, sample in dotted.items() for last in sample}
+    undotted = {suffix: member for suffix, member in members.items() if suffix not in sample_names}
+    images = [suffix for suffix in undotted if suffix_of(f"name{suffix}") in IMAGE_SUFFIXES]
+    image, text = _first(undotted, IMAGE_SUFFIXES), _first(undotted, TEXT_SUFFIXES)
     if image is None and text is not None and len(images) == 1:  # such as 0001.rgb.png with 0001.txt
         image = images[0]
-        rest[suffix_of(f"name{image}")] = rest.pop(image)
+        undotted[suffix_of(f"name{image}")] = undotted.pop(image)
     reason = "further image of a sample" if image else "image without a text of its name"
     left_out = [(members[suffix].name, reason) for suffix in images if suffix != image]
-    if rest and (image or text or not (dotted or images)):
-        return {"": rest, **dotted}, left_out
+    if undotted and (image or text or not (dotted or images)):
+        return {"": undotted, **dotted}, left_out
     return dotted, left_out
 
 
@@ -129,7 +129,7 @@ def _first(members: Members, suffixes: tuple[str, ...]) -> str | None:
 
 
 class Zip:
-    """A zip of images, in folders or not.
+    """Random access to a zip of images by file name, whatever their folders.
 
     Raises:
         zipfile.BadZipFile: the file is not a zip, or is truncated.
@@ -148,8 +148,8 @@ class Zip:
         self._zip.close()
 
     def image(self, name: str) -> bytes | None:
-        """The file of that name, in whatever folder; None where there is none, several differ, or it does not match its
-        checksum."""
+        """Return the bytes of the file of that name in any folder; None if there is none, if several differ, or if its
+        checksum does not match."""
         members = self._members.get(name, [])
         if len({(member.CRC, member.file_size) for member in members}) != 1:
             return None
@@ -160,14 +160,15 @@ class Zip:
 
 
 def opened(path: Path) -> Tar | Zip:
-    """
+    """Open an archive by its suffix, .zip or .tar.
+
     Raises:
-        UserError: the file is truncated, or no archive.
+        UserError: the file is truncated or not an archive.
     """
     try:
         return Zip(path) if path.suffix == ".zip" else Tar(path)
     except (tarfile.TarError, zipfile.BadZipFile) as error:
         kind = path.suffix.removeprefix(".")
         raise UserError(
-            f"{path} is truncated or no {kind}: {error}; remove it, and run the same command again"
+            f"{path} is truncated or not a {kind}: {error}; remove it, and run the same command again"
         ) from error

@@ -34,13 +34,13 @@ _TEXTS = ("a Fox, 8K", "Ça va? 東京 🦊", "  two\tspaces ", "don't re-enter"
 
 
 def encoder_folder(encoder: str) -> Path | None:
-    """The folder that a value of `encoder=` names; None where it is the name of a model."""
+    """Return the folder that a value of `encoder=` names; None if the value is a model name."""
     folder = Path(encoder).expanduser() if encoder.startswith("~/") else Path(encoder)
     return folder if folder.is_dir() else None
 
 
 def encoder_name(encoder: str) -> str:
-    """The encoder's name under `targets/`: the last part of a folder, or a hub name with "--" for "/".
+    """Return the encoder's name under `targets/`: the last part of a folder, or a hub name with "--" for "/".
 
     Every command resolves `encoder=` by this function: a hub name with or without `sentence-transformers/`, a folder
     (absolute, relative, with a trailing slash), and the name under `targets/` itself give the same.
@@ -55,13 +55,13 @@ def encoder_name(encoder: str) -> str:
 
 
 def encoder_source(encoder: str) -> str:
-    """Folder or hub name that sentence-transformers loads for a value of `encoder=`."""
+    """Return the folder or hub name that sentence-transformers loads for a value of `encoder=`."""
     folder = encoder_folder(encoder)
     return str(folder) if folder is not None else encoder.rstrip("/").replace("--", "/")
 
 
 def describe(model: "SentenceTransformer", name: str) -> dict[str, Any]:
-    """The identity of an encoder, plain JSON: {"name", "width", "weights_sha256", "settings", "sha256"}.
+    """Describe an encoder as plain JSON: {"name", "width", "weights_sha256", "settings", "sha256"}.
 
     `sha256` covers the width, the weights and the settings, not the name.
     """
@@ -79,12 +79,12 @@ def describe(model: "SentenceTransformer", name: str) -> dict[str, Any]:
 
 
 def identity_sha256(identity: Mapping[str, Any]) -> str:
-    """Hash of width, weights and settings, as `describe` gives them; other keys do not count."""
+    """Hash the width, weights and settings of an identity by `describe`; other keys do not count."""
     return _sha256({key: identity.get(key) for key in ("width", "weights_sha256", "settings")})
 
 
 def weights_sha256(model: "nn.Module") -> str:
-    """Hash of the parameters in the order of their names: the same wherever the model came from."""
+    """Hash the parameters in the order of their names, so that the hash does not depend on the model's origin."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -93,7 +93,7 @@ def weights_sha256(model: "nn.Module") -> str:
 
 
 def _modules(parent: "nn.Module", *, top: bool = False) -> list[dict[str, Any]]:
-    """Records of the sentence-transformers modules within `parent`, in order; those in a Router have names."""
+    """List records of the sentence-transformers modules within `parent`, in order; those in a Router have names."""
     from sentence_transformers.base.modules import Module
     from torch import nn
 
@@ -114,7 +114,7 @@ def _modules(parent: "nn.Module", *, top: bool = False) -> list[dict[str, Any]]:
 
 
 def _module(module: "nn.Module") -> dict[str, Any]:
-    """Settings of one module, without its class and weights."""
+    """Record the settings of one module, without its class and weights."""
     record: dict[str, Any] = {}
     config: dict[str, Any] = getattr(module, "get_config_dict", dict)()
     transformer = getattr(module, "auto_model", None)
@@ -142,7 +142,7 @@ def _module(module: "nn.Module") -> dict[str, Any]:
 
 
 def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A transformer's configuration without what changes no vector."""
+    """Return a transformer's configuration without the keys that change no vector."""
     return {
         key: _effective(value) if isinstance(value, Mapping) else _readable(_plain(value))
         for key, value in sorted(config.items())
@@ -151,16 +151,16 @@ def _effective(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _tokenizer(tokenizer: Any) -> dict[str, Any]:
-    """Settings that decide a text's token ids, the same for every class and version of the tokenizer."""
+    """Record the settings that decide token ids, the same for every class and version of the tokenizer."""
     record: dict[str, Any] = {}
     backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
     if hasattr(backend, "to_str"):
         state = json.loads(backend.to_str())
         record |= {key: _readable(state.get(key)) for key in ("normalizer", "pre_tokenizer", "post_processor")}
         record |= {"vocabulary": _sha256(state.get("model")), "added_tokens": _sha256(state.get("added_tokens"))}
-        if backend is tokenizer:  # else each call sets them
+        if backend is tokenizer:  # otherwise each call sets truncation and padding
             record |= {key: _readable(state.get(key)) for key in ("truncation", "padding")}
-    elif hasattr(tokenizer, "special_tokens_map"):  # of transformers, in Python
+    elif hasattr(tokenizer, "special_tokens_map"):  # a transformers tokenizer in Python
         ids = [tokenizer(text)["input_ids"] for text in _TEXTS]
         record |= {"vocabulary": _sha256(sorted(tokenizer.get_vocab().items())), "token_ids": _sha256(_plain(ids))}
     else:
@@ -174,7 +174,7 @@ def _tokenizer(tokenizer: Any) -> dict[str, Any]:
 
 
 def _foreign_code(cls: type) -> str | None:
-    """SHA-256 of the source file of a class that no library defines, such as one beside the model; None for others."""
+    """Hash the source file of a class that no library defines, such as a model's custom code; None for others."""
     import inspect
 
     if cls.__module__.split(".")[0] in ("sentence_transformers", "torch", "transformers"):

@@ -51,8 +51,8 @@ INDEX = pa.schema(
         ("crc32", pa.uint32()),
     ]
 )
-FAULTY = "faulty"  # the split of images that no training and no validation takes
-LEFT_OUT = "left_out"  # the split of images that share too much with validation to be trained on; folds use them
+FAULTY = "faulty"  # split of images that neither training nor validation uses
+LEFT_OUT = "left_out"  # split of images too close to validation images to train on; cross-validation folds use them
 
 
 ARRAY_ERRORS = (OSError, ValueError, EOFError, SyntaxError, TokenError)
@@ -64,7 +64,7 @@ class CorruptImage(Exception):  # noqa: N818 – it names the state of an image
 
 
 def run_starts(keys: pa.ChunkedArray) -> NDArray[np.int64]:
-    """First row of each run of equal keys, and the number of rows at the end."""
+    """Return the first row of each run of equal keys, with the number of rows appended."""
     if len(keys) == 0:
         return np.zeros(1, np.int64)
     codes = keys.combine_chunks().dictionary_encode().indices.to_numpy()
@@ -72,10 +72,10 @@ def run_starts(keys: pa.ChunkedArray) -> NDArray[np.int64]:
 
 
 def content_hash(crc32: NDArray[np.integer], size: NDArray[np.integer]) -> NDArray[np.int64]:
-    """Hash of each image's bytes from crc32 and size: [n]."""
+    """Combine crc32 and size into one hash of each image's bytes: [n]."""
     return (crc32.astype(np.int64) << 32) ^ size.astype(np.int64)
 
 
 def hash_prompts(prompts: Sequence[str]) -> NDArray[np.int64]:
-    """Hash of the normal form of each prompt, as `Dataset.prompt_hashes` returns it."""
+    """Hash the normal form of each prompt, as `Dataset.prompt_hashes` does."""
     return np.fromiter(map(form_hash, prompts), np.int64, len(prompts))

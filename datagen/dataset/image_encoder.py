@@ -3,8 +3,8 @@
     resize = Resizer(768, 512, "lanczos", "cuda")
     for data, note in encoded(images, "webp"): …
 
-Letters of shapes: N images, C channels, M of both, P side before, S side after, H height, W width; K pixels that B
-others are made of.
+Shapes: N images, C channels, M = N · C planes, P side before, S side after, H height, W width; K input pixels of B
+output pixels.
 """
 
 import io
@@ -24,7 +24,7 @@ from core.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-_BLOCK = 32  # pixels of a product: of a wider one more weights are zero, of narrower ones there are more
+_BLOCK = 32  # pixels of a product: of a wider one more weights are zero, narrower ones are more numerous
 _BITS = 22  # Pillow rounds its coefficients to this many binary places
 _AHEAD = 64  # images encoded or waiting for it: 50 MB at 512 px, and more than any batch
 _MOST_THREADS = 8  # one writes some 100 images of 512 px a second, which no GPU renders
@@ -59,7 +59,7 @@ _FILTERS: dict[str, tuple[Callable[[float], float], float]] = {
     "bilinear": (_bilinear, 1.0),
     "box": (_box, 0.5),
 }
-"""Name → Pillow's kernel and how far it reaches, in pixels of the smaller image."""
+"""Filter name → Pillow's kernel and its support, in pixels of the smaller image."""
 
 
 class _Band(NamedTuple):
@@ -68,7 +68,7 @@ class _Band(NamedTuple):
     source: slice
     result: slice
     weights: "torch.Tensor"
-    """[source, result], fp64."""
+    """Resize weights, [source pixels, output pixels], fp64."""
 
 
 class Resizer:
@@ -80,10 +80,10 @@ class Resizer:
     shows in the result. (The products do run on a CPU, but other work on its cores stalls torch's threads.)
 
     Args:
-        from_side: of the images given, pixels.
-        to_side: of the images returned, pixels.
+        from_side: side of the input images, pixels.
+        to_side: side of the output images, pixels.
         filter: lanczos, bicubic, bilinear or box, widened when the image shrinks.
-        device: where the images are.
+        device: device of the images.
 
     Raises:
         UserError: a side is below 1, or the filter is unknown.
@@ -97,15 +97,15 @@ class Resizer:
         if filter not in _FILTERS:
             problems.append(f"filter: {filter!r} is not one of {', '.join(_FILTERS)}")
         if problems:
-            raise UserError("images cannot be resized so:\n" + "\n".join(f"  {p}" for p in problems))
+            raise UserError("cannot resize images:\n" + "\n".join(f"  {p}" for p in problems))
         self.from_side, self.to_side, self.filter = from_side, to_side, filter
         self.device = torch.device(device)
 
     def __call__(self, image_NCPP: "torch.Tensor") -> "torch.Tensor":
-        """uint8 [N, C, P, P] on the device → uint8 [N, C, S, S] on it, in fresh memory unless the sides are equal.
+        """Resize uint8 [N, C, P, P] to uint8 [N, C, S, S] on the device, in new memory unless the sides are equal.
 
         Raises:
-            ValueError: of another type, shape or device.
+            ValueError: the images have another type, shape or device.
         """
         import torch
 
@@ -131,7 +131,7 @@ class Resizer:
             small = plane.resize((self.to_side, self.to_side), Image.Resampling[self.filter.upper()])
             small_MSS[number] = np.asarray(small)
 
-        with ThreadPoolExecutor(torch.get_num_threads(), "resize") as pool:  # Pillow lets go of the interpreter
+        with ThreadPoolExecutor(torch.get_num_threads(), "resize") as pool:  # Pillow releases the GIL
             list(pool.map(resize, range(len(plane_MPP))))
         return torch.from_numpy(small_MSS).unflatten(0, image_NCPP.shape[:2])
 
@@ -163,16 +163,16 @@ class Resizer:
 
 
 def _grey(value: "torch.Tensor") -> "torch.Tensor":
-    """Rounded half up and clipped, as uint8; in place."""
+    """Round half up, clip and convert to uint8; overwrites `value`."""
     import torch
 
     return value.add_(0.5).clamp_(0, 255).to(torch.uint8)
 
 
 def _taps(from_side: int, to_side: int, name: str) -> list[tuple[int, list[float]]]:
-    """For each pixel after resizing, the first that it is made of and the weights of that one and the next.
+    """Compute, for each output pixel, its first input pixel and the weights of it and the following ones.
 
-    As `precompute_coeffs` and `normalize_coeffs_8bpc` of Pillow's `Resample.c`, operation by operation.
+    The same as `precompute_coeffs` and `normalize_coeffs_8bpc` of Pillow's `Resample.c`, operation by operation.
     """
     kernel, reach = _FILTERS[name]
     scale = from_side / to_side
@@ -197,14 +197,14 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "webp": {"lossless": True, "method": 0, "quality": 20},
     "jpg": {"quality": 95, "subsampling": 0},
 }
-"""Format → Pillow's options."""
+"""Image format → Pillow's options of `save`."""
 
 
 def encode(image_HWC: NDArray[np.uint8], image_format: str) -> bytes:
-    """An RGB image as file bytes: png and webp lossless, jpg at quality 95 without chroma subsampling.
+    """Encode an RGB image: png and webp lossless, jpg at quality 95 without chroma subsampling.
 
     Args:
-        picture_HWC: uint8 [H, W, 3].
+        image_HWC: uint8 [H, W, 3].
         image_format: png, webp or jpg.
 
     Raises:
@@ -226,15 +226,14 @@ def encode(image_HWC: NDArray[np.uint8], image_format: str) -> bytes:
 def encoded(
     images: Iterable[tuple[NDArray[np.uint8], dict[str, Any]]], image_format: str, threads: int | None = None
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Images with their notes → file bytes with the same notes, in order, encoded in threads behind the renderer.
+    """Encode images in threads while the renderer works: (image, note) → (file bytes, note), in order.
 
-    What is done is handed on at once, and the next image is asked for as long as no more than 64 are under way: a
-    renderer waits only for an encoder that is that far behind. Closing the iterator, an error of either side or Ctrl-C
-    ends the threads.
+    Yields each image as soon as it is encoded, and reads ahead while fewer than 64 are in progress: the renderer waits
+    only if the encoder is that far behind. Closing the iterator, an error of either side or Ctrl-C ends the threads.
 
     Args:
         images: uint8 [H, W, 3] each; read in the caller's thread.
-        threads: null takes the cores of this process, at most 8.
+        threads: number of threads; None takes the cores of this process, at most 8.
     """
     pool = ThreadPoolExecutor(threads or min(usable_cores(), _MOST_THREADS), "encode")
     waiting: deque[tuple[Future[bytes], dict[str, Any]]] = deque()

@@ -18,9 +18,9 @@ _INVISIBLE |= {0x115F, 0x1160, 0x17B4, 0x17B5, 0x3164, 0xFFA0}  # fillers
 
 
 def normal_form(prompt: str) -> str:
-    """The prompt in NFKC and folded case, without punctuation, white space and invisible characters.
+    """Normalise a prompt: NFKC, case folding, no punctuation, white space or invisible characters.
 
-    A prompt of nothing else, such as "!!!", keeps these characters, so that it differs from other such prompts.
+    A prompt of such characters alone, such as "!!!", keeps them, so that it differs from other such prompts.
     """
     if prompt.isascii():
         folded = prompt.lower()
@@ -30,7 +30,7 @@ def normal_form(prompt: str) -> str:
 
 
 def form_hash(prompt: str) -> int:
-    """64 bits of the prompt's normal form, signed: equal for prompts that are near-identical."""
+    """Hash the prompt's normal form to a signed 64-bit number: equal for near-identical prompts."""
     digest = hashlib.blake2b(normal_form(prompt).encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
@@ -42,9 +42,12 @@ def _folded(prompt: str) -> str:
 
 @cache
 def _ignored() -> dict[int, None]:
-    """Punctuation (P), separators (Z), control and invisible characters (C), accents that stand alone (Sk); all of
-    ASCII's punctuation, some of which Unicode counts as symbols; and the apostrophes and invisible characters that
-    Unicode counts as letters or marks."""
+    """Build the table of removed characters for `str.translate`.
+
+    Punctuation (P), separators (Z), control and invisible characters (C), accents that stand alone (Sk); all of ASCII's
+    punctuation, some of which Unicode counts as symbols; and the apostrophes and invisible characters that Unicode
+    counts as letters or marks.
+    """
     every = {c for c in range(sys.maxunicode + 1) if _is_ignored(chr(c))}
     return dict.fromkeys(every | set(map(ord, string.punctuation)) | _APOSTROPHES | _INVISIBLE)
 

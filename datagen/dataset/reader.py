@@ -45,28 +45,28 @@ _MAX_MAPPED_TARGETS = 256  # files of vectors, likewise
 
 
 def is_committed(root: Place, number: int) -> bool:
-    """Whether shard `number` is committed now."""
+    """Return whether shard `number` is committed now."""
     return exists(root / f"shards/{number:06d}.parquet")
 
 
 def is_dataset(root: Place) -> bool:
-    """Whether `root` holds a committed plan now."""
+    """Return whether `root` holds a committed plan now."""
     return exists(root / "dataset.json")
 
 
 def list_folder(root: Place) -> list[str]:
-    """Sorted names in the dataset folder; empty if the folder does not exist."""
+    """List the names in the dataset folder, sorted; empty if the folder does not exist."""
     return Files(root).names()
 
 
 def list_encoders(root: Place) -> list[str]:
-    """Sorted names of the encoders with target vectors in the dataset."""
+    """List the names of the encoders with target vectors in the dataset, sorted."""
     files = Files(root)
     return [name for name in files.names("targets") if files.size(f"targets/{name}/encoder.json") is not None]
 
 
 def read_encoder(root: Place, name: str) -> dict[str, Any]:
-    """Identity of the encoder that wrote `targets/<name>`.
+    """Read the identity of the encoder that wrote `targets/<name>`.
 
     Raises:
         UserError: the dataset has no vectors of this encoder.
@@ -82,13 +82,13 @@ def read_plan(root: Place) -> pa.Table:
 
 
 def plan_matches(root: Place) -> bool:
-    """Whether `prompts.parquet` is the plan that `dataset.json` was written with."""
+    """Return whether `prompts.parquet` is the plan that `dataset.json` was written with."""
     files = Files(root)
     return sha256(_present(files, "prompts.parquet")) == _info(files)["plan_sha256"]
 
 
 def is_plan_file(path: Place) -> bool:
-    """Whether a file is a plan, which is all that a run killed in its first seconds leaves."""
+    """Return whether a file is a plan, which is all that a run killed in its first seconds leaves."""
     files = Files(path.parent)
     if path.name != "prompts.parquet" or files.size(path.name) is None:
         return False
@@ -116,14 +116,14 @@ class Dataset:
 
     Args:
         root: the dataset folder, a local path or an fsspec URL.
-        encoder: text encoder of the target vectors to read: a hub name or folder, as of `TargetEncoder`, or the
+        encoder: text encoder of the target vectors to read: a hub name or folder, as for `TargetEncoder`, or the
             name under `targets/`; None reads none.
         whole: False reads single images of a remote folder without fetching whole tars.
         files: listing of the folder that another process made.
         partial: True also opens an unfinished dataset, with the images of its committed shards.
 
     Raises:
-        UserError: lists everything that is missing, truncated or does not match, each with a hint.
+        UserError: lists every missing, truncated or mismatched file, each with a hint.
     """
 
     def __init__(
@@ -213,8 +213,8 @@ class Dataset:
     def group_hashes(self) -> NDArray[np.int64]:
         """Hash of each image's group name, [len]; 0 for an image without a group."""
         names, codes = _codes(self._groups, self._row_starts[:-1])
-        known = np.array([_text_hash(name) if name else 0 for name in names], np.int64)
-        return known[codes]
+        hash_of_code = np.array([_text_hash(name) if name else 0 for name in names], np.int64)
+        return hash_of_code[codes]
 
     @property
     def splits(self) -> dict[str, int]:
@@ -253,7 +253,7 @@ class Dataset:
         return range(int(self._row_starts[i]), int(self._row_starts[i + 1]))
 
     def prompts(self, i: int) -> list[str]:
-        """The captions of image `i`."""
+        """Captions of image `i`."""
         if self._prompts is None:
             plan = load_plan(self._files)
             texts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
@@ -265,12 +265,12 @@ class Dataset:
 
     @property
     def caption_prompt_ids(self) -> NDArray[np.int64]:
-        """The prompt_id of each index row; index rows of one id have the same text."""
+        """prompt_id of each index row; rows of one id have the same text."""
         return self._prompt_ids
 
     @property
     def caption_starts(self) -> NDArray[np.int64]:
-        """The first index row of each image, and the number of rows at the end: [len + 1]."""
+        """First index row of each image, with the number of rows appended: [len + 1]."""
         return self._row_starts
 
     def prompt_hashes(self) -> NDArray[np.int64]:
@@ -279,10 +279,10 @@ class Dataset:
         _present(self._files, "prompts.parquet")
         with pq.ParquetFile(self._files.path("prompts.parquet")) as plan:
             for batch in plan.iter_batches(columns=["prompt_id", "prompt"]):
-                texts = batch["prompt"].dictionary_encode()  # a prompt's several images lie side by side
-                known = hash_prompts(texts.dictionary.to_pylist())
+                texts = batch["prompt"].dictionary_encode()  # images of one prompt are adjacent
+                hash_of_code = hash_prompts(texts.dictionary.to_pylist())
                 ids.append(batch["prompt_id"].to_numpy())
-                hashes.append(known[texts.indices.to_numpy()])
+                hashes.append(hash_of_code[texts.indices.to_numpy()])
         all_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
         return np.concatenate(hashes)[firsts][np.searchsorted(all_ids, self._prompt_ids)]
 
@@ -290,7 +290,7 @@ class Dataset:
         """Hash of each image's set of prompts, [len]."""
         if len(self._prompt_ids) == len(self):
             return self._prompt_ids
-        # a sum of numbers drawn for each prompt does not ask for the captions' order
+        # a sum of random numbers, one per prompt, does not depend on the captions' order
         ids, prompt_of = np.unique(self._prompt_ids, return_inverse=True)
         drawn = np.random.default_rng(0).integers(-(2**63), 2**63, len(ids))
         return np.add.reduceat(drawn[prompt_of], self._row_starts[:-1])
@@ -303,7 +303,7 @@ class Dataset:
         return np.array(self._vectors(shard)[first : first + len(rows)])
 
     def caption_targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
-        """The unit vectors of these index rows, [n, E]."""
+        """Unit vectors of the given index rows, [n, E]."""
         vectors = np.empty((len(rows), self._width), np.float32)
         shard_of = np.searchsorted(self._shard_rows, rows, side="right") - 1
         for shard in np.unique(shard_of).tolist():
@@ -312,11 +312,11 @@ class Dataset:
         return vectors
 
     def mean_targets(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
-        """Mean target of each of these images, [n, E]; equals `target` of each."""
+        """Mean target of each of the given images, [n, E]; equals `target` of each."""
         firsts = self._row_starts[images]
         counts = self._row_starts[images + 1] - firsts
         total = self.caption_targets(firsts)
-        for n in range(1, int(counts.max(initial=1))):  # caption after caption: the very sums that a mean takes
+        for n in range(1, int(counts.max(initial=1))):  # caption after caption, to get the same sums as mean()
             more = counts > n
             total[more] += self.caption_targets(firsts[more] + n)
         return total / counts[:, None].astype(np.float32)
@@ -332,18 +332,18 @@ class Dataset:
         return vectors
 
     def target(self, i: int) -> NDArray[np.float32]:
-        """The mean of image `i`'s captions' unit vectors, [E], itself not of unit length.
+        """Mean of the unit vectors of image `i`'s captions, [E], not of unit length.
 
-        Its dot product with a prediction is the image's score, the average cosine; its direction is what trains.
+        Its dot product with a prediction is the image's score, the average cosine; training uses its direction.
         """
         return self.targets(i).mean(0)
 
     def image_bytes(self, i: int) -> bytes:
-        """The encoded image `i`.
+        """Encoded bytes of image `i`.
 
         Raises:
-            CorruptImage: its file is gone or shorter than the index says.
-            UserError: a remote file cannot be fetched, was changed since it was listed, or is another dataset's.
+            CorruptImage: its file is missing or shorter than the index says.
+            UserError: a remote file cannot be fetched, has changed since it was listed, or belongs to another dataset.
         """
         path, offset, size = self._paths[self._path_of[i]], int(self._offsets[i]), int(self._sizes[i])
         tar = self._maps.get(path)
@@ -356,7 +356,7 @@ class Dataset:
                 data = self._map(path, i)[offset : offset + size]
             else:
                 data = self._from_store(path, i)
-        except OSError as error:  # of this machine's files: what fails on the way to a store is a UserError
+        except OSError as error:  # from local files only: an error of the store is a UserError
             raise CorruptImage(f"{self.key(i)}: {self.root / path}: {error.strerror}") from error
         if len(data) != size or not size:
             raise CorruptImage(f"{self.key(i)}: {self.root / path} holds {len(data)} bytes of {size}")
@@ -396,7 +396,7 @@ class Dataset:
         return [f"{self.root / path} does not match its index: {where}; {self._hint(path)}"]
 
     def _cache_has_room(self) -> bool:
-        """Whether the missing tars fit into the cache; True for a local folder."""
+        """Return whether the missing tars fit into the cache; True for a local folder."""
         missing = [path for path in self._paths if path.endswith(".tar") and not self._files.is_here(path)]
         if not missing:
             return True
@@ -405,7 +405,7 @@ class Dataset:
         if need > free:
             log.warning(
                 "%s: %s do not fit into the cache %s, which has %.2f GB free: images are read from the store one by "
-                "one, which is slower. Name a larger folder by IM2EMB_CACHE",
+                "one, which is slower. Set IM2EMB_CACHE to a larger folder",
                 *(self.root, sizes, cache_folder(), free / 1e9),
             )
             return False
@@ -423,12 +423,12 @@ class Dataset:
             names = ", ".join(f"{n:06d}" for n in missing[:5]) + (", …" if len(missing) > 5 else "")
             problems.append(
                 f"{len(missing)} of {self.info['shards']} shards are missing ({names}): "
-                f"finish it by the python -m datagen command that began it"
+                f"repeat the python -m datagen command that started the dataset"
             )
         elif table.num_rows > self.info["captions"] or (table.num_rows < self.info["captions"] and not self.partial):
             problems.append(
                 f"its index has {table.num_rows} rows, but dataset.json says {self.info['captions']}: "
-                f"shards of another dataset lie in it; copy it again"
+                f"it contains shards of another dataset; copy it again"
             )
         for code, path in enumerate(self._paths):
             if not path.endswith(".tar"):
@@ -456,7 +456,7 @@ class Dataset:
         return []
 
     def _hint(self, tar: str) -> str:
-        """How to repair a tar that is missing, truncated or of another dataset."""
+        """Hint on how to repair a tar that is missing, truncated or from another dataset."""
         if tar.startswith("shards/"):
             index = self.root / f"{tar.removesuffix('.tar')}.parquet"
             return f"copy it again, or remove {index} and repeat the python -m datagen command"
@@ -468,7 +468,7 @@ class Dataset:
         identity = find_encoder(self._files, encoder)
         if identity is None:
             others = ", ".join(self._files.names("targets"))
-            return [f"no vectors of {encoder}; write them: {hint}" + (f" (there are: {others})" if others else "")]
+            return [f"no vectors of {encoder}; write them: {hint}" + (f" (available: {others})" if others else "")]
         self._identity, self._width = identity, identity["width"]
         targets = [f"{folder}/{target_name(name)}" for name in index_names(self._files)]
         existing = {f"{folder}/{name}" for name in self._files.names(folder)}
@@ -494,10 +494,10 @@ class Dataset:
 
 @functools.cache
 def _report_unknown_settings(root: str, encoder: str) -> None:
-    """Warn once per dataset and process."""
+    """Warn, once per dataset and process, of vectors whose encoder settings are not recorded."""
     log.warning(
         "%s/targets/%s: encoder.json does not record the encoder's settings (an earlier version wrote it), so nothing "
-        "shows whether these vectors are what the encoder gives now. Check and record it: python -m datagen.targets "
+        "shows whether the encoder still gives these vectors. Check and record it: python -m datagen.targets "
         "out=%s encoder=%s",
         *(root, encoder, root, encoder),
     )
@@ -533,7 +533,7 @@ def read_notes(root: Place, number: int) -> dict[str, dict[str, Any]]:
 
 
 def missing_shards(root: Place, info: Mapping[str, Any]) -> list[int]:
-    """Numbers of the planned shards that are not committed yet."""
+    """List the numbers of planned shards that are not committed yet."""
     return _missing(Files(root), info)
 
 
@@ -582,8 +582,8 @@ def _json(files: Files, name: str, hint: str) -> dict[str, Any]:
 def _present(files: Files, name: str) -> Path:
     if files.size(name) is None:
         raise UserError(
-            f"no dataset at {files.root}: {name} is missing. Make one (python -m datagen out={files.root}) "
-            f"or index what you have (python -m datagen.index out={files.root} …)."
+            f"no dataset at {files.root}: {name} is missing. Create one (python -m datagen out={files.root}) "
+            f"or index existing images (python -m datagen.index out={files.root} …)."
         )
     return files.path(name)
 
@@ -608,5 +608,5 @@ def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str],
 
 
 def _text_hash(text: str) -> int:
-    """64 bits of a text, signed."""
+    """Hash a text to a signed 64-bit number."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

@@ -1,6 +1,6 @@
-"""Draw validation images so that no prompt and no image bytes are on both sides, and count leakage.
+"""Draw validation images so that no prompt and no image bytes are in both splits, and count leakage.
 
-    division = divide(links, share=0.1, seed=0)        which images validate, and which are left out
+    division = divide(links, share=0.1, seed=0)        validation images, and images left out
     leakage(split_n, links.owner_l, links.prompt_l)    prompts that any two splits share
 
 Images that share a prompt (in normal form) or their bytes are linked, and images linked by a chain of others are one
@@ -24,14 +24,14 @@ from datagen.dataset.prompt_normal_form import form_hash
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 Leakage = dict[str, dict[str, int]]
-""" "train/val" → {"prompts", "images", "affected"}: prompts and image contents that are in both splits, and images of
-the second split that share one of either with the first."""
+"""Pair of splits, such as "train/val" → {"prompts", "images", "affected"}: number of prompts and of image contents in
+both splits, and number of images of the second split that share a prompt or content with the first."""
 
 TRAIN, VAL = "train", "val"
 GIANT = 0.2
-"""Share of all images above which a group is too large for one side."""
+"""Share of all images above which a group is too large to be wholly in one split."""
 SHARED = "shares a prompt or its bytes with a validation image"
-"""Reason of an image that is left out of training."""
+"""Reason recorded for an image that is left out of training."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class ImageLinks:
     """Hash of each image's bytes (`datagen.dataset.format.content_hash`)."""
 
     def groups(self, *others: tuple[Ints, Ints]) -> Ints:
-        """The number of each image's group, 0 … c − 1: [n].
+        """Number the groups of linked images: group of each image, 0 … c − 1, [n].
 
         Args:
             others: further links that join images to a group, as (image of each link, hash of the shared value).
@@ -65,16 +65,16 @@ class ImageLinks:
         graph = coo_array((np.ones(len(edges[0]), np.int8), edges), shape=(nodes, nodes))
         return connected_components(graph, directed=False)[1][:count].astype(np.int64)
 
-    def linked_to(self, wanted_n: Mask) -> Mask:
-        """Whether each image shares a prompt or their bytes with one of `wanted_n`, these included: [n]."""
-        linked_n = np.isin(self.content_n, self.content_n[wanted_n])
-        linked_n[self.owner_l[np.isin(self.prompt_l, self.prompt_l[wanted_n[self.owner_l]])]] = True
+    def linked_to(self, mask_n: Mask) -> Mask:
+        """Mask of the images that share a prompt or their bytes with one of `mask_n`, these included: [n]."""
+        linked_n = np.isin(self.content_n, self.content_n[mask_n])
+        linked_n[self.owner_l[np.isin(self.prompt_l, self.prompt_l[mask_n[self.owner_l]])]] = True
         return linked_n
 
     def shuffled(self, images: Ints, seed: int) -> Ints:
-        """`images` in an order that follows from the seed, their prompts and bytes; equal prompts side by side."""
+        """Shuffle `images` by the seed, independently of their given order; images of equal prompts are adjacent."""
         set_n = np.zeros(len(self.content_n), np.uint64)
-        np.add.at(set_n, self.owner_l, self.prompt_l.view(np.uint64))  # a sum does not ask for the captions' order
+        np.add.at(set_n, self.owner_l, self.prompt_l.view(np.uint64))  # a sum does not depend on the captions' order
         distinct, set_of = np.unique(set_n[images], return_inverse=True)
         place = np.random.default_rng([seed, 5]).permutation(len(distinct))
         return images[np.lexsort((self.content_n[images], place[set_of]))]
@@ -94,7 +94,7 @@ class Division:
 
 
 def giant_groups(group_n: Ints) -> Mask:
-    """Whether each group has several images and more than a fifth of all, [c].
+    """Mask of the groups with several images and more than a fifth of all, [c].
 
     Args:
         group_n: number of each image's group, 0 … c − 1.
@@ -122,20 +122,21 @@ def divide(links: ImageLinks, share: float, seed: int) -> Division:
     val_n[links.shuffled(giants, seed)[: round(share * len(giants))]] = True
     missing = round(share * count) - int(val_n.sum())
     others = np.unique(group_n[~in_giant_n])
-    least_c = np.full(len(size_c), np.iinfo(np.int64).max)  # a name that follows from what the group holds
+    least_c = np.full(len(size_c), np.iinfo(np.int64).max)  # an id that depends on the group's content alone
     np.minimum.at(least_c, group_n, links.content_n)
     others = others[np.argsort(least_c[others])]
     order = others[np.random.default_rng([seed, 6]).permutation(len(others))]
-    taken = np.zeros(len(size_c), bool)
+    drawn_c = np.zeros(len(size_c), bool)
     for group, size in zip(order.tolist(), size_c[order].tolist(), strict=True):
         if size <= 2 * missing:
-            taken[group] = True
+            drawn_c[group] = True
             missing -= size
         if missing <= 0:
             break
-    if missing > 0 and len(order) > 1 and not taken.any() and not val_n.any():
-        taken[order[size_c[order].argmin()]] = True  # every group is too large, and no validation is worse
-    val_n |= taken[group_n]
+    if missing > 0 and len(order) > 1 and not drawn_c.any() and not val_n.any():
+        # every group is too large, and an empty validation split is worse
+        drawn_c[order[size_c[order].argmin()]] = True
+    val_n |= drawn_c[group_n]
     return Division(val_n, links.linked_to(val_n) & ~val_n, len(size_c), int(size_c.max(initial=0)))
 
 
@@ -144,8 +145,8 @@ def leakage(split_n: Sequence[str], owner_l: Ints, prompt_l: Ints, content_n: In
 
     Args:
         split_n: split of each image.
-        owner_l, prompt_l: as of `ImageLinks`.
-        content_n: as of `ImageLinks`; None before images exist, and "images" is then not counted.
+        owner_l, prompt_l: as in `ImageLinks`.
+        content_n: as in `ImageLinks`; None before images exist, and "images" is then not counted.
     """
     split = np.asarray(split_n, object)
     names = sorted({*split.tolist()} - {FAULTY, LEFT_OUT}, key=lambda name: (name != TRAIN, name != VAL, name))
@@ -165,7 +166,7 @@ def leakage(split_n: Sequence[str], owner_l: Ints, prompt_l: Ints, content_n: In
 
 
 def plan_leakage(plan: pa.Table) -> Leakage:
-    """Leakage of a plan that datagen drew, one prompt a row, for dataset.json.
+    """Compute the leakage of a plan that datagen drew, one prompt per row, for dataset.json.
 
     Raises:
         RuntimeError: a prompt is in two splits.
@@ -173,14 +174,14 @@ def plan_leakage(plan: pa.Table) -> Leakage:
     hashes = [np.zeros(0, np.int64)]
     for batch in plan.select(["prompt"]).to_batches():
         texts = batch["prompt"].dictionary_encode()
-        known = np.fromiter(map(form_hash, texts.dictionary.to_pylist()), np.int64, len(texts.dictionary))
-        hashes.append(known[texts.indices.to_numpy()])
+        hash_of_code = np.fromiter(map(form_hash, texts.dictionary.to_pylist()), np.int64, len(texts.dictionary))
+        hashes.append(hash_of_code[texts.indices.to_numpy()])
     prompt_l = np.concatenate(hashes)
     return require_no_leakage(leakage(plan["split"].to_pylist(), np.arange(len(prompt_l)), prompt_l))
 
 
 def require_no_leakage(counts: Leakage) -> Leakage:
-    """Return the counts of a split that datagen drew.
+    """Return `counts`, those of a split that datagen drew, unless they show leakage.
 
     Raises:
         RuntimeError: two splits share a prompt or an image, which is a defect of datagen.

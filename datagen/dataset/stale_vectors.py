@@ -1,8 +1,8 @@
-"""Refuse to extend stored vectors that differ from what the encoder gives now.
+"""Refuse to extend stored vectors that differ from the encoder's current ones.
 
-`write_targets` calls this before it adds vectors to a folder whose encoder.json differs from the encoder at hand.
+`write_targets` calls this before it adds vectors to a folder whose encoder.json differs from the current encoder.
 Where both record the encoder's settings, the differences decide. Where encoder.json is missing, or an earlier version
-wrote it without the settings, prompts of every stored file are encoded again and compared with what is stored.
+wrote it without the settings, prompts of every stored file are encoded again and compared with the stored vectors.
 """
 
 import logging
@@ -26,17 +26,17 @@ log = logging.getLogger(__name__)
 
 def refuse_stale_vectors(
     root: Place,
-    there: Mapping[str, Any] | None,
-    here: Mapping[str, Any],
+    recorded: Mapping[str, Any] | None,
+    identity: Mapping[str, Any],
     stored: Iterable[tuple[str, Path, Path]],
     prompts: Mapping[int, str],
     encode: Callable[[list[str]], NDArray[np.float32]],
 ) -> None:
-    """Check that the vectors stored under `targets/` are those that the encoder gives now.
+    """Check that the vectors stored under `targets/` equal the encoder's current ones.
 
     Args:
-        there: content of the folder's encoder.json; None where there is none.
-        here: identity of the encoder at hand.
+        recorded: content of the folder's encoder.json; None if the file is missing.
+        identity: identity of the current encoder.
         stored: name, file of vectors and file of index rows of each shard that has vectors.
         prompts: prompt_id → text.
         encode: n texts → unit vectors [n, E].
@@ -44,18 +44,18 @@ def refuse_stale_vectors(
     Raises:
         UserError: the settings or the vectors differ, or a file of vectors cannot be read.
     """
-    folder = root / "targets" / here["name"]
+    folder = root / "targets" / identity["name"]
     hint = (
         f"Remove {folder} and repeat this command: it writes the vectors again. Models trained on the old vectors do "
         "not fit the new ones. To keep both, rename the encoder's folder: vectors are stored under its name."
     )
-    if lines := differences(there, here):
+    if lines := differences(recorded, identity):
         raise UserError(
             f"{folder} holds vectors of another encoder, or of other settings of it:\n"
             + "\n".join(f"  {line}" for line in lines)
             + f"\n{hint}"
         )
-    if has_settings(there) and has_settings(here):
+    if has_settings(recorded) and has_settings(identity):
         return
     count, files = 0, 0
     for name, vectors_file, index_file in stored:
@@ -68,22 +68,22 @@ def refuse_stale_vectors(
         worst = int(difference_n.argmax())
         if difference_n[worst] > _LARGEST_DIFFERENCE:
             raise UserError(
-                f"{root / name} holds vectors that {here['name']} does not give now: the one of {texts[worst][:80]!r} "
+                f"{root / name} holds other vectors than {identity['name']} gives now: that of {texts[worst][:80]!r} "
                 f"differs by {difference_n[worst]:.3g}; up to {_LARGEST_DIFFERENCE:g} is rounding. The encoder or its "
                 f"settings were changed.\n{hint}"
             )
         count, files = count + len(texts), files + 1
     if files:
         log.info(
-            "%s: encoder.json did not record the encoder's settings; %d prompts of %d files, encoded again, have the "
-            "stored vectors: the settings are recorded now",
+            "%s: encoder.json did not record the encoder's settings; %d prompts of %d files, encoded again, match the "
+            "stored vectors, so the settings are now recorded",
             *(folder, count, files),
         )
 
 
 def _sample(index_file: Path, prompts: Mapping[int, str]) -> tuple[list[str], NDArray[np.int64]]:
-    """Prompts of a shard, and a row of each: the longest, whose vectors change with the limit of tokens; those with
-    most capitals, whose vectors change with the tokenizer; and others at even distances."""
+    """Sample prompts of a shard, with a row of each: the longest, which depend on the token limit; those with most
+    capitals, which depend on the tokenizer; and others at even distances."""
     ids, rows = np.unique(pq.read_table(index_file, columns=["prompt_id"])["prompt_id"].to_numpy(), return_index=True)
     texts = [prompts[i] for i in ids.tolist()]
     capitals = [sum(a != b for a, b in zip(text, text.lower(), strict=False)) for text in texts]
@@ -98,7 +98,7 @@ def _sample(index_file: Path, prompts: Mapping[int, str]) -> tuple[list[str], ND
 
 
 def _differences(stored: NDArray[np.float32], now: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Largest absolute difference of a component, [n]; infinite where the widths differ or a value is NaN."""
+    """Compute the largest absolute difference of a component, [n]; infinite if the widths differ or a value is NaN."""
     if stored.shape != now.shape:
         return np.full(len(now), np.inf, np.float32)
     return np.nan_to_num(np.abs(stored - now).max(1), nan=np.inf)

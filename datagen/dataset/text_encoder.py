@@ -1,13 +1,13 @@
 """Fast inference of sentence-transformers models: batches by length and, on request, half precision.
 
-`quick(model, fast)` gives the first of these ways that a self-check finds equal to `SentenceTransformer.encode`:
+`quick(model, fast)` returns the first of these paths that a self-check finds equal to `SentenceTransformer.encode`:
 
     packed   fast, BERT, a CPU that multiplies bf16: a batch is one row of tokens without padding, in bf16
     half     fast, CUDA or such a CPU: any model that reads token ids, under bf16 or fp16 autocast
     sorted   any model that reads token ids, in fp32: batches are sorted by token count and cut by a number of tokens
     plain    every other model
 
-Letters: n texts of a batch, L tokens of a text, T tokens of a batch, H heads; widths: d of a head, D of a token, E of
+Shapes: n texts of a batch, L tokens of a text, T tokens of a batch, H heads; widths: d of a head, D of a token, E of
 a vector.
 """
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
 LOWEST_COSINE = 0.999  # of a fast vector to its fp32 one, for every text
-_CHECKED_COSINE = 0.9995  # what the self-check asks, since it sees a few texts only; bf16 MiniLM has .9999
+_CHECKED_COSINE = 0.9995  # threshold of the self-check, which sees a few texts only; bf16 MiniLM has .9999
 _CHECKED_DIFFERENCE = 1e-6  # of fp32 vectors, any component
 _CHUNK = 4096  # texts tokenized at once: their ids take some MB
 _TOKENS_CPU = 2048  # of a batch: the activations stay in the caches; 512 and 4096 are slower
@@ -54,7 +54,7 @@ log = logging.getLogger(__name__)
 
 
 def quick(model: "SentenceTransformer", fast: bool) -> Encode:
-    """Fastest path of `model` that gives correct vectors: `(texts, show a bar) → unit vectors [n, E]`, fp32, in order.
+    """Return the fastest correct encode function of `model`: (texts, show a bar) → unit vectors [n, E], fp32, in order.
 
     A text's vector depends on the texts around it, by rounding alone: they decide the batch, and so the order of
     float sums. The same texts in the same order give the same vectors on the same machine and number of threads.
@@ -63,21 +63,21 @@ def quick(model: "SentenceTransformer", fast: bool) -> Encode:
         fast: also half precision, at a cosine ≥ LOWEST_COSINE to fp32; else vectors equal the plain ones within 1e-6.
 
     Raises:
-        UserError: the model fails on a long text: it states no limit of tokens that it can take.
+        UserError: the model fails on a long text, because it states no usable token limit.
     """
     model.eval()
     plain = _plain(model)
     probes = list(_PROBES)
     expected = _encode_probes(plain)
-    for name, way in _ways(model, fast):
-        vectors = way(probes, False)
+    for name, encode in _fast_paths(model, fast):
+        vectors = encode(probes, False)
         cosine = float((vectors * expected).sum(1).min()) if vectors.shape == expected.shape else 0.0
         exact = vectors.shape == expected.shape and float(np.abs(vectors - expected).max()) <= _CHECKED_DIFFERENCE
         if exact or (name != "sorted" and cosine >= _CHECKED_COSINE):
-            log.info("texts are encoded the %s way: cosine to the plain one %.6f", name, cosine)
-            return way
-        log.warning("not encoding texts the %s way: its vectors differ from the plain ones (cosine %.6f)", name, cosine)
-    log.info("texts are encoded the plain way")
+            log.info("text encoder path %s: cosine to SentenceTransformer.encode %.6f", name, cosine)
+            return encode
+        log.warning("text encoder path %s refused: its vectors differ from the plain ones (cosine %.6f)", name, cosine)
+    log.info("text encoder path plain")
     return plain
 
 
@@ -102,7 +102,7 @@ def limit_tokens(model: "SentenceTransformer") -> None:
 
 
 def _positions(network: "torch.nn.Module") -> int | None:
-    """Maximum length of a network with learned absolute position embeddings; None for other networks."""
+    """Return the maximum length of a network with learned absolute position embeddings; None for other networks."""
     import torch
 
     limits = []
@@ -121,7 +121,7 @@ def _encode_probes(encode: Encode) -> NDArray[np.float32]:
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError) as error:
-        encode(list(_PROBES[:-1]), False)  # raises where the length is not the cause
+        encode(list(_PROBES[:-1]), False)  # raises if the length is not the cause
         raise UserError(
             f"the encoder fails on a text of {len(_PROBES[-1].split())} words ({str(error).splitlines()[0]}): it "
             'states no limit of tokens. Write one into its folder: {"max_seq_length": 512} in '
@@ -129,7 +129,7 @@ def _encode_probes(encode: Encode) -> NDArray[np.float32]:
         ) from error
 
 
-def _ways(model: "SentenceTransformer", fast: bool) -> Iterator[tuple[str, Encode]]:
+def _fast_paths(model: "SentenceTransformer", fast: bool) -> Iterator[tuple[str, Encode]]:
     if not _reads_tokens(model):
         return
     tokens = _TOKENS_GPU if model.device.type == "cuda" else _TOKENS_CPU
@@ -141,7 +141,7 @@ def _ways(model: "SentenceTransformer", fast: bool) -> Iterator[tuple[str, Encod
 
 
 def _reads_tokens(model: "SentenceTransformer") -> bool:
-    """Whether a batch is tensors [n, L] with an attention mask: it can then be sorted and split."""
+    """Return whether a batch is tensors [n, L] with an attention mask, so that it can be sorted and split."""
     features = _features(model, ["a", "a fox"])
     mask = features.get("attention_mask")
     if mask is None or mask.ndim != 2:
@@ -160,7 +160,7 @@ def _plain(model: "SentenceTransformer") -> Encode:
 
 
 def _batched(model: "SentenceTransformer", forward: Forward, tokens: int) -> Encode:
-    """Encode long texts first, so that an out-of-memory error comes at once."""
+    """Build an encode function that takes long texts first, so that an out-of-memory error comes at once."""
     import torch
 
     def encode(texts: Sequence[str], show: bool) -> NDArray[np.float32]:
@@ -184,7 +184,7 @@ def _batched(model: "SentenceTransformer", forward: Forward, tokens: int) -> Enc
 
 
 def _batches(features: Features, tokens: int, device: "torch.device") -> Iterator[tuple[NDArray[np.int64], Features]]:
-    """Row numbers and features of batches of about `tokens` tokens, padded to their own longest text."""
+    """Yield row numbers and features of batches of about `tokens` tokens, each padded to its longest text."""
     mask_nL = features["attention_mask"]
     lengths = mask_nL.sum(1).numpy()
     order = np.argsort(-lengths, kind="stable")
@@ -204,13 +204,13 @@ def _batches(features: Features, tokens: int, device: "torch.device") -> Iterato
 
 
 def _features(model: "SentenceTransformer", texts: list[Any]) -> Features:
-    """Token ids [n, L] and the rest that the model reads, as `encode` makes them: with the model's default prompt."""
+    """Tokenize texts as `encode` does, with the model's default prompt: token ids [n, L] and other model inputs."""
     prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
     return model.preprocess(texts, prompt=prompt)
 
 
 def _bf16_instructions() -> bool:
-    """Whether this x86 CPU has bf16 instructions; on other CPUs, oneDNN's bf16 is not known to be faster."""
+    """Return whether this is an x86 CPU with bf16 instructions; on others, oneDNN's bf16 is not known to be faster."""
     import torch
 
     has = torch.cpu.get_capabilities()
@@ -239,7 +239,7 @@ def _half(model: "SentenceTransformer") -> Forward:
 
 
 def _packable(model: "SentenceTransformer") -> bool:
-    """Whether the model is a BERT: positions from 0, attention by transformers' interface; a self-check follows."""
+    """Return whether the model is a BERT: positions from 0, attention by transformers' interface. A check follows."""
     from sentence_transformers.base.modules import Transformer
 
     first = model[0]
@@ -252,7 +252,7 @@ def _packable(model: "SentenceTransformer") -> bool:
 
 
 def _packed(model: "SentenceTransformer") -> Forward:
-    """The transformer in bf16 on all tokens of a batch in one row; pooling and what follows as they are, in fp32."""
+    """Build a forward pass in bf16 on all tokens of a batch in one row; pooling and later modules run in fp32."""
     import torch
     from transformers import AttentionInterface
 
@@ -274,22 +274,22 @@ def _packed(model: "SentenceTransformer") -> Forward:
         ids["position_ids"] = (mask_nL.cumsum(1) - 1).clamp(min=0)
         row = {k: torch.nn.functional.pad(v[mask_nL], (0, spare))[None] for k, v in ids.items()}
         hidden_TD = bert(**row, groups=groups).last_hidden_state[0].float()
-        found, start = [], 0
+        embeddings, start = [], 0
         for n, L in groups:  # pooling sees whole texts without padding
             pooled: Features = {k: v for k, v in features.items() if not hasattr(v, "shape")}
             pooled["token_embeddings"] = hidden_TD[start : start + n * L].view(n, L, -1)
             pooled["attention_mask"] = torch.ones(n, L, dtype=torch.long)
             for module in rest:
                 pooled = module(pooled)
-            found.append(pooled["sentence_embedding"])
+            embeddings.append(pooled["sentence_embedding"])
             start += n * L
-        return torch.cat(found)
+        return torch.cat(embeddings)
 
     return forward
 
 
 def _attention(
-    module: "torch.nn.Module",  # noqa: ARG001 the interface's
+    module: "torch.nn.Module",  # noqa: ARG001 part of the interface
     query_1HTd: "torch.Tensor",
     key_1HTd: "torch.Tensor",
     value_1HTd: "torch.Tensor",
@@ -299,7 +299,7 @@ def _attention(
     groups: list[tuple[int, int]],
     **more: Any,  # noqa: ARG001
 ) -> "tuple[torch.Tensor, None]":
-    """Attention within each text: a group is n texts of L tokens, one after the other. Returns [1, T, H, d]."""
+    """Compute attention within each text, [1, T, H, d]; a group is n consecutive texts of L tokens."""
     import torch
 
     _, H, T, d = query_1HTd.shape

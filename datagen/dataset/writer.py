@@ -79,7 +79,7 @@ def write_shard(
                     (f"{key}.txt", row["prompt"].encode()),
                     (f"{key}.json", json_bytes(meta)),
                 ):
-                    header = tarfile.TarInfo(member)  # its time, owner and mode are constants: the bytes must not vary
+                    header = tarfile.TarInfo(member)  # constant time, owner and mode, for reproducible bytes
                     header.size = len(data)
                     tar.addfile(header, io.BytesIO(data))
 

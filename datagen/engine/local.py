@@ -23,7 +23,7 @@ from datagen.renderers.base import Renderer
 
 T = TypeVar("T")
 _SPAWN = multiprocessing.get_context("spawn")  # the parent may hold torch's threads, which a fork would break
-_LONGEST_STOP_S = 20  # for a worker to drop its shard
+_LONGEST_STOP_S = 20  # time for a worker to drop its shard
 
 
 @dataclass
@@ -42,11 +42,11 @@ class Local:
         self.on_gpu = renderer.on_gpu()
         if not self.on_gpu and cfg.devices != "all":
             raise UserError(
-                f"devices: {cfg.devices} GPUs are asked for, and renderer={cfg.renderer.name} runs on the CPU "
-                "here; leave devices out"
+                f"devices: {cfg.devices} GPUs requested, but renderer={cfg.renderer.name} runs on the CPU "
+                "of this machine; leave devices out"
             )
         self._environments: list[dict[str, str]] = [{}]
-        if self.on_gpu and ":" not in getattr(cfg.renderer, "device", ""):  # cuda:1 names one by itself
+        if self.on_gpu and ":" not in getattr(cfg.renderer, "device", ""):  # cuda:1 already names one
             self._environments = [{"CUDA_VISIBLE_DEVICES": gpu} for gpu in _gpus(cfg)]
         elif renderer.one_core:
             self._environments *= cfg.workers or usable_cores()
@@ -75,7 +75,7 @@ class Local:
         except EOFError as error:
             worker.process.join()
             raise UserError(
-                f"the process that tried the renderer ended with exit code {worker.process.exitcode}, perhaps out "
+                f"the process that tested the renderer ended with exit code {worker.process.exitcode}, perhaps out "
                 f"of memory"
             ) from error
         finally:
@@ -113,7 +113,7 @@ class Local:
                 for pipe in wait([w.pipe for w in workers]):
                     worker = next(w for w in workers if w.pipe is pipe)
                     event = _receive(worker)
-                    if event is None:  # it died with nothing to do
+                    if event is None:  # an idle worker died
                         workers.remove(worker)
                         continue
                     if isinstance(event, tuple):
@@ -136,13 +136,13 @@ def _start(cfg: DatagenSettings, environment: Mapping[str, str]) -> _Worker:
     ours, theirs = _SPAWN.Pipe()
     process = _SPAWN.Process(target=_run, args=(cfg, dict(environment), theirs), daemon=True)
     process.start()
-    theirs.close()  # so that its end is the only one: the pipe closes with the process
+    theirs.close()  # the process holds the only copy of its end, so the pipe closes with it
     return _Worker(process, ours, environment)
 
 
 def _send(worker: _Worker, number: int, rows: pa.Table) -> None:
     worker.shard = number
-    with contextlib.suppress(OSError):  # it has died: `_receive` sees the closed pipe
+    with contextlib.suppress(OSError):  # the process has died: `_receive` sees the closed pipe
         worker.pipe.send((number, rows))
 
 
@@ -179,13 +179,13 @@ def _stop(workers: Sequence[_Worker]) -> None:
 def _start_process(environment: Mapping[str, str]) -> None:
     os.environ.update(environment)  # before torch is imported, which reads CUDA_VISIBLE_DEVICES once
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group: the parent answers for all
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # not killed outright: a shard half written is dropped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # unwind instead of dying, to drop a half-written shard
     parent = multiprocessing.parent_process()
     if parent is None:
         raise RuntimeError("not a child process")
 
     def die_with_parent() -> None:
-        parent.join()  # a killed parent cannot end its workers: each ends itself
+        parent.join()  # a killed parent cannot end its workers, so each ends itself
         os._exit(1)
 
     threading.Thread(target=die_with_parent, daemon=True).start()
@@ -219,10 +219,10 @@ def _run(cfg: DatagenSettings, environment: dict[str, str], pipe: Connection) ->
 
 
 def _gpus(cfg: DatagenSettings) -> list[str]:
-    """The GPUs to use, by the names that CUDA_VISIBLE_DEVICES takes.
+    """List the GPUs to use, by their names in CUDA_VISIBLE_DEVICES.
 
     Raises:
-        UserError: fewer are there than asked for.
+        UserError: the machine has fewer GPUs than requested.
     """
     import torch
 
@@ -232,5 +232,7 @@ def _gpus(cfg: DatagenSettings) -> list[str]:
     if cfg.devices == "all":
         return names
     if cfg.devices > available:
-        raise UserError(f"devices: {cfg.devices} GPUs are asked for, and {available} are here; devices=all takes them")
+        raise UserError(
+            f"devices: {cfg.devices} GPUs requested, but this machine has {available}; devices=all takes all"
+        )
     return names[: cfg.devices]

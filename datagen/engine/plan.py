@@ -1,6 +1,6 @@
 """Plan of a dataset: prompts, splits, seeds and order, decided before any image is rendered.
 
-The plan holds a row an image: its key, prompt, split and seed. Everything after it is a function of the plan.
+The plan has one row per image with its key, prompt, split and seed. All later steps are functions of the plan.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from datagen.renderers.base import Renderer
 
 log = logging.getLogger(__name__)
 
-_ROWS = 1 << 20  # rows of the plan made at a time: a column of strings holds no more than 2 GB
+_ROWS = 1 << 20  # rows of the plan per table part: a column of strings holds no more than 2 GB
 
 
 def identity(cfg: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
-    """Settings that decide the bytes of the dataset, as plain JSON under the names that dataset.json holds."""
+    """Return the settings that decide the bytes of the dataset, as plain JSON under the names in dataset.json."""
     keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
     values = {k: v for k, v in dataclasses.asdict(cfg).items() if k in keys}
     values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
@@ -43,24 +43,24 @@ def identity(cfg: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
 
 
 def recorded_settings(info: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings in `dataset.json`, under the names there. Earlier versions recorded `encoder=` as it was typed."""
+    """Return the settings in `dataset.json`, under the names there. Earlier versions recorded `encoder=` as typed."""
     values = dict(info.get("settings", {}))
     return {**values, "encoder": encoder_name(values["encoder"])} if values.get("encoder") else values
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """A line for each setting that differs between two datasets, under the names of this version."""
-    return _differences(with_new_names(DATASET_FILES, there), with_new_names(DATASET_FILES, here))
+def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
+    """Describe each setting that differs between two datasets, one line each, under the names of this version."""
+    return _differences(with_new_names(DATASET_FILES, recorded), with_new_names(DATASET_FILES, current))
 
 
-def _differences(there: dict[str, Any], here: dict[str, Any], where: str = "") -> list[str]:
+def _differences(recorded: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
     lines = []
-    for key in sorted({*there, *here}):
-        a, b = there.get(key), here.get(key)
+    for key in sorted({*recorded, *current}):
+        a, b = recorded.get(key), current.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            lines += _differences(a, b, f"{where}{key}.")
+            lines += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{where}{key}: {a!r} there, {b!r} here")
+            lines.append(f"{prefix}{key}: {a!r} there, {b!r} here")
     return lines
 
 
@@ -68,7 +68,8 @@ def curated_prompts(cfg: DatagenSettings, renderer: Renderer, work: Path | None 
     """Curate the prompts of the dataset and split them.
 
     Args:
-        work: folder of what is done, from which a killed run goes on; the caller removes it once the plan is committed.
+        work: folder of the committed chunks, from which a killed run resumes; the caller removes it once the plan is
+            committed.
     """
     from datagen.prompts.clip_tokenizer import token_counts
 
@@ -106,7 +107,7 @@ def count(cfg: DatagenSettings, curated: Curated) -> int:
 
 
 def plan_table(cfg: DatagenSettings, curated: Curated) -> pa.Table:
-    """Plan with one row per image; validation is spread evenly, so that every shard has its share of both splits."""
+    """Build the plan, one row per image; validation is spread evenly, so that every shard holds both splits."""
     prompts = pa.concat_tables([curated.train, curated.val]).combine_chunks()
     order = np.random.default_rng([cfg.seed, 1]).permutation(len(prompts))
     is_val = order >= len(curated.train)
@@ -131,9 +132,9 @@ def plan_table(cfg: DatagenSettings, curated: Curated) -> pa.Table:
 
 
 def image_seeds(seed: int, prompts: int, per_prompt: int) -> NDArray[np.int64]:
-    """Seed of every image, 0 to 2³¹ − 1: [prompts, per_prompt].
+    """Draw the seed of every image, 0 to 2³¹ − 1: [prompts, per_prompt].
 
-    Philox counts: the n-th prompt's k-th seed depends on `seed`, n and k alone, not on how many there are of either.
+    Philox is a counter-based rng: the n-th prompt's k-th seed depends on `seed`, n and k alone, not on their number.
     """
     drawn = [np.random.Philox(key=(seed << 64) + k).random_raw(prompts) >> np.uint64(33) for k in range(per_prompt)]
     return np.stack(drawn, axis=1).astype(np.int64)
@@ -154,9 +155,9 @@ def log_plan(cfg: DatagenSettings, curated: Curated) -> None:
             CONTEXT,
             CONTEXT,
         )
-    have = count(cfg, curated)
-    if have < cfg.num:
+    images = count(cfg, curated)
+    if images < cfg.num:
         log.warning(
-            "only %s images of the num=%s wanted: the %s prompts drawn hold no more that can be used",
-            *map("{:,}".format, (have, cfg.num, curated.drawn)),
+            "only %s of num=%s images: the %s prompts drawn hold no more usable ones; add prompts or relax curate",
+            *map("{:,}".format, (images, cfg.num, curated.drawn)),
         )

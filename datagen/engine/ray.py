@@ -1,10 +1,10 @@
-"""Ray engine: renders shards on a cluster, or on a Ray that is started on this machine.
+"""Ray engine: render shards on a cluster, or on a Ray instance started on this machine.
 
-    python -m datagen engine=ray                                         Ray on this machine, an actor a GPU or core
+    python -m datagen engine=ray                                         Ray on this machine, one actor per GPU or core
     python -m datagen engine=ray ray_address=auto out=s3://bucket/sd2    the cluster that this machine belongs to
 
-Each node needs the project's dependencies; our code travels with the job. `out` is a URL, or a folder that all share.
-An actor that dies, with its node too, is replaced, and its shard tried again elsewhere.
+Each node needs the project's dependencies; Ray ships this project's code with the job. `out` is a URL, or a folder that
+all nodes share. If an actor or its node dies, the engine replaces the actor and retries the shard elsewhere.
 """
 
 import dataclasses
@@ -34,17 +34,17 @@ T = TypeVar("T")
 _POLL_S = 1.0  # between two polls of the actors' progress
 _NO_PLACE_S = 60  # without any running actor before a warning
 log = logging.getLogger(__name__)
-# what of the project's folder the nodes do not need
+# parts of the project's folder that the nodes do not need
 _NOT_SENT = [".git", ".venv", "data", "checkpoints", "bundle", "tests", "wandb", "*.ckpt", "*.safetensors", "*.tar"]
 
 
 class _Actor:
-    """Ray actor that renders shards; reports its progress concurrently."""
+    """Ray actor that renders shards and reports its progress concurrently."""
 
     def __init__(self, cfg: DatagenSettings) -> None:
         self._render_shard = ShardRenderer(cfg)
         self._rendered = 0
-        remove_parts(cfg.out)  # of an actor that was killed on this machine
+        remove_parts(cfg.out)  # left by an actor killed on this machine
 
     def render(self, number: int, rows: pa.Table) -> Event | UserError:
         self._rendered = 0
@@ -63,16 +63,16 @@ class _Actor:
 class _Worker:
     actor: Any
     starts: Any
-    """Reference that is ready once the cluster has scheduled the actor; then None."""
+    """Ray reference that becomes ready when the cluster has scheduled the actor; then None."""
     shard: int | None = None
-    seen: int = 0
-    """Images of the current shard that the progress bar has counted."""
+    counted: int = 0
+    """Number of images of the current shard that the progress bar has counted."""
     poll: Any = None
-    """Pending progress request."""
+    """Pending progress request, a Ray reference."""
 
 
 class Cluster:
-    """The engine `ray`.
+    """Engine of a Ray cluster: one actor per GPU, core or node.
 
     Raises:
         UserError: the cluster cannot be reached, or has no place for a worker.
@@ -83,10 +83,12 @@ class Cluster:
         _connect(cfg)
         resources = ray.cluster_resources()
         gpus = int(resources.get("GPU", 0))
-        # the machine that started the run may have no GPU itself, but a renderer of one core never wants one
+        # the machine that started the run may have no GPU, and a single-core renderer needs none
         self.on_gpu = gpus > 0 and not renderer.one_core and getattr(cfg.renderer, "device", "cpu") != "cpu"
         if self.on_gpu and cfg.workers is not None:
-            raise UserError(f"workers: {cfg.workers} is for CPUs, and each of the cluster's {gpus} GPUs has a worker")
+            raise UserError(
+                f"workers: {cfg.workers} is for CPUs, but the cluster has {gpus} GPUs, one worker each; leave it out"
+            )
         cores = int(resources.get("CPU", 1))
         nodes = sum(node["Alive"] for node in ray.nodes())
         self.places = gpus if self.on_gpu else cfg.workers or (cores if renderer.one_core else nodes)
@@ -100,7 +102,7 @@ class Cluster:
         return {"num_cpus": self._cores, "num_gpus": 1 if self.on_gpu else 0}
 
     def _start(self) -> _Worker:
-        remote: Any = ray.remote  # its annotations know no option of these
+        remote: Any = ray.remote  # its annotations lack these options
         actor = remote(concurrency_groups={"progress": 1})(_Actor)
         started = actor.options(**self._needs()).remote(self._cfg)
         return _Worker(started, started.rendered.remote())
@@ -115,9 +117,9 @@ class Cluster:
         began, warned = time.monotonic(), False
         try:
             while queue or running:
-                for worker in workers:  # a shard waits for no actor that waits for a place
+                for worker in workers:  # give shards only to actors that are scheduled
                     if queue and worker.shard is None and worker.starts is None:
-                        worker.shard, worker.seen = queue.next(), 0
+                        worker.shard, worker.counted = queue.next(), 0
                         running[worker.actor.render.remote(worker.shard, rows_of(worker.shard))] = worker
                 if not running and not warned and time.monotonic() - began > _NO_PLACE_S:
                     log.warning("the cluster has not scheduled any worker yet; each needs %s", self._needs())
@@ -126,7 +128,7 @@ class Cluster:
                 ended, _ = ray.wait([*running, *starting], timeout=_POLL_S)
                 for worker in workers:
                     if worker.starts in ended:
-                        worker.starts = None  # one that could not start fails at its first shard
+                        worker.starts = None  # an actor that could not start fails at its first shard
                 for worker in running.values():
                     _poll_progress(worker, ticks)
                 for reference in [r for r in ended if r in running]:
@@ -142,23 +144,23 @@ class Cluster:
                 ray.kill(worker.actor)
 
     def _event(self, reference: Any, worker: _Worker, ticks: ProgressCounter) -> Event:
-        """Event of a finished shard; corrects the progress bar."""
+        """Return the event of a finished shard and correct the progress bar."""
         number = worker.shard
         if number is None:
             raise ValueError("a worker without a shard")
         try:
             event: Any = ray.get(reference)
-        except RayError as error:  # its process or its node is gone
+        except RayError as error:  # its process or its node died
             event = Event("failed", number, error=f"{type(error).__name__}: {str(error).splitlines()[0]}")
         if isinstance(event, UserError):
             raise event
         if event.kind == "done" and not is_committed(self._cfg.out, number):
             raise UserError(
-                f"shard {number:06d} was written on another machine, and {self._cfg.out} does not show it here: "
+                f"shard {number:06d} was written on another machine and is missing in {self._cfg.out} on this one: "
                 f"give out= a URL, or a folder that all nodes share"
             )
         if event.kind == "done":
-            ticks.add(number, event.report["pictures"] - worker.seen)
+            ticks.add(number, event.report["pictures"] - worker.counted)
         else:
             ticks.take_back(number)
         worker.shard, worker.poll = None, None
@@ -174,9 +176,9 @@ def _poll_progress(worker: _Worker, ticks: ProgressCounter) -> None:
             rendered: Any = ray.get(worker.poll)
         except RayError:
             return  # `_event` reports it
-        if rendered > worker.seen:
-            ticks.add(worker.shard, rendered - worker.seen)
-            worker.seen = rendered
+        if rendered > worker.counted:
+            ticks.add(worker.shard, rendered - worker.counted)
+            worker.counted = rendered
     worker.poll = worker.actor.rendered.remote()
 
 
@@ -200,17 +202,17 @@ def _connect(cfg: DatagenSettings) -> None:
             logging_level=logging.ERROR,
             runtime_env=environment,
         )
-    except (ConnectionError, RuntimeError, ValueError) as error:  # ValueError: a port that is no number
+    except (ConnectionError, RuntimeError, ValueError) as error:  # ValueError: the port is not a number
         raise UserError(
             f"ray_address={cfg.ray_address}: {str(error).splitlines()[0]}\n"
-            f"Start a cluster (ray start --head), or leave ray_address out for a Ray of this machine's own."
+            f"Start a cluster (ray start --head), or leave ray_address out to start Ray on this machine."
         ) from error
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has put its own there
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray has replaced the handler
 
 
 def _absolute(cfg: DatagenSettings) -> DatagenSettings:
-    """Settings with absolute paths, so that actors in other working directories find the files."""
+    """Return the settings with absolute paths, so that actors in other working directories find the files."""
     renderer = cfg.renderer
     model = getattr(renderer, "model", None)
     if model is not None and Path(model).expanduser().exists():
@@ -219,10 +221,10 @@ def _absolute(cfg: DatagenSettings) -> DatagenSettings:
 
 
 def _reach(address: str | None) -> None:
-    """Ray itself would try for minutes.
+    """Check that the cluster's address answers; Ray itself would try for minutes.
 
     Raises:
-        ConnectionError: nobody answers there.
+        ConnectionError: no server answers at the address.
     """
     host, _, port = (address or "").rpartition(":")
     if not host:
@@ -230,7 +232,7 @@ def _reach(address: str | None) -> None:
     try:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
-        raise ConnectionError(f"nobody answers there: {error.strerror or error}") from error
+        raise ConnectionError(f"no server answers: {error.strerror or error}") from error
 
 
 def _get(reference: Any) -> Any:

@@ -1,8 +1,8 @@
-"""Run of `python -m datagen`: plan, render, commit, resume.
+"""Run `python -m datagen`: plan, render, commit, resume.
 
-The plan decides everything before any pixel. A shard is the unit of work: it is rendered, written and committed whole,
-so a run killed at any moment and started again gives the same bytes as one never killed. Timings and failures go to
-`<out>.log.jsonl`, beside the folder and not in it; of a URL, into the current folder.
+The plan fixes prompts, splits and seeds before rendering. A shard is the unit of work, committed as a whole, so a run
+killed at any moment and started again gives the same bytes as an uninterrupted one. Timings and failures go to
+`<out>.log.jsonl`, next to the folder; for a URL, in the current folder.
 """
 
 import dataclasses
@@ -40,16 +40,16 @@ from datagen.renderers.base import Renderer
 
 log = logging.getLogger(__name__)
 
-_GPU_TFLOPS = 240  # assumed of a GPU that is not here: .30 of an H100's 790 in a large bf16 matrix product
-_LONGEST_UNASKED_S = 24 * 3600  # without a GPU, a run longer than this wants force=true
+_GPU_TFLOPS = 240  # assumed without a GPU: .30 of an H100's 790 in a large bf16 matmul
+_LONGEST_UNASKED_S = 24 * 3600  # without a GPU, a longer run needs force=true
 _MOST_FAILED_IN_A_ROW = 5  # shards that failed with no success between them: the rest would fail too
 _WAIT_S, _LOG_EVERY_S = 5, 600  # between two checks for the plan of part 1; between two log lines
 _NOTES = {
-    "redrawn": "black, constant or NaN at first, good when drawn again at higher precision",
+    "redrawn": "black, constant or NaN at first, good when rendered again at higher precision",
     "constant": "constant at the highest precision too, and kept",
     "fault": "NaN at the highest precision too: in no split",
-    "redraw": "not drawn again, for want of memory",
-    "batch_size": "drawn in smaller batches, for want of memory",
+    "redraw": "not rendered again, out of memory",
+    "batch_size": "rendered in smaller batches, out of memory",
 }
 
 
@@ -70,21 +70,21 @@ def generate(cfg: DatagenSettings) -> int:
 def _generate(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> int:
     plenty = not isinstance(cfg.prompts, FilePrompts) or "://" in cfg.prompts.path
     if plenty and not is_dataset(cfg.out):
-        # The cost is known before prompts are fetched and curated, and before the hub is asked for weights.
+        # The cost is known before prompts are downloaded and curated, and before the hub resolves the weights.
         _refuse_days(cfg, engine, cfg.num)
     info = _open_or_plan(cfg, renderer, engine)
     part, parts = _part(cfg)
-    own_shards = list(range(part - 1, info["shards"], parts))
+    part_shards = list(range(part - 1, info["shards"], parts))
     missing = set(missing_shards(cfg.out, info))
-    todo = [n for n in own_shards if n in missing]
+    todo = [n for n in part_shards if n in missing]
     failed: dict[int, str] = {}
     if todo:
         _refuse_days(cfg, engine, sum(_shard_length(info, cfg, n) for n in todo))
         renderer.batch_size = info["batch_size"]
         cfg = _with_recorded_settings(cfg, info)
-        failed = _render(cfg, _engine(cfg, renderer), info, own_shards, todo)
+        failed = _render(cfg, _engine(cfg, renderer), info, part_shards, todo)
     if cfg.encoder is not None:
-        write_missing_targets(cfg.out, TargetEncoder(cfg.encoder), set(own_shards))
+        write_missing_targets(cfg.out, TargetEncoder(cfg.encoder), set(part_shards))
     _log_end(cfg, info, failed)
     return 1 if failed else 0
 
@@ -121,7 +121,7 @@ def _open_or_plan(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> d
     """Return the committed `dataset.json`; plan the dataset and write it if there is none.
 
     Raises:
-        UserError: the folder holds something else.
+        UserError: the folder holds another dataset or other files.
     """
     out = cfg.out
     if _part(cfg)[0] != 1:
@@ -172,7 +172,7 @@ def _batch_size(_: DatagenSettings, renderer: Renderer) -> int:
 
 
 def _with_recorded_settings(cfg: DatagenSettings, info: dict[str, Any]) -> DatagenSettings:
-    """Settings with the automatic values (batch size, device, precision, revision) that `dataset.json` records."""
+    """Return settings with the automatic values (batch size, device, precision, revision) from `dataset.json`."""
     recorded = info["settings"]["renderer"] | {"batch_size": info["batch_size"]}
     left_open = {
         key: recorded[key]
@@ -205,14 +205,14 @@ def _log_cost(cfg: DatagenSettings, engine: Engine, images: int) -> None:
     log.info("images: %s of %d px", f"{images:,}", cfg.renderer.size)
     if engine.on_gpu:
         seconds = engine.ask(partial(_measured_seconds, images))
-        log.info("GPU hours: %.2f, from ten images rendered now", seconds / 3600)
+        log.info("GPU hours: %.2f, measured on ten images", seconds / 3600)
     else:
         seconds = engine.ask(partial(_seconds, images))
         tflop = engine.ask(_tflop)
         if tflop is not None:
             hours = images * tflop / _GPU_TFLOPS / 3600
             log.info("GPU hours: %.1f at %d TFLOP/s, %.0f TFLOP an image", hours, _GPU_TFLOPS, tflop)
-    log.info("time: about %s on %d at once", _duration(seconds / engine.places), engine.places)
+    log.info("time: about %s with %d shards in parallel", _duration(seconds / engine.places), engine.places)
     free = _free(cfg.out)
     free_text = "" if free is None else f", {free / 1e9:.1f} GB free"
     log.info("disk: about %.2f GB%s", _disk_bytes(cfg, images) / 1e9, free_text)
@@ -251,13 +251,13 @@ def _measured_seconds(images: int, _: DatagenSettings, renderer: Renderer) -> fl
 
 
 def _disk_bytes(cfg: DatagenSettings, images: int) -> float:
-    # of busy images; drawn ones take less
+    # measured on detailed images; drawings take less
     bits_a_pixel = {"png": 13, "webp": 10, "jpg": 4}[cfg.renderer.image_format]
     return images * (cfg.renderer.size**2 * bits_a_pixel / 8 + 4096)
 
 
 def _free(out: Location) -> int | None:
-    """Free bytes at the location of the dataset; None for a URL."""
+    """Return the free bytes at the location of the dataset; None for a URL."""
     place = located(out)
     return free_bytes(place) if isinstance(place, Path) else None
 
@@ -273,16 +273,16 @@ def _duration(seconds: float) -> str:
 
 
 def _render(
-    cfg: DatagenSettings, engine: Engine, info: dict[str, Any], mine: list[int], todo: list[int]
+    cfg: DatagenSettings, engine: Engine, info: dict[str, Any], part_shards: list[int], todo: list[int]
 ) -> dict[int, str]:
     """Render the shards `todo`; return failed shard → error."""
     plan = read_plan(cfg.out)
 
     def rows_of(number: int) -> pa.Table:
         rows = plan.slice(number * cfg.shard_size, cfg.shard_size)
-        return rows.take(pa.array(range(rows.num_rows)))  # a slice alone would take the whole plan to another process
+        return rows.take(pa.array(range(rows.num_rows)))  # pickling a slice would send the whole plan
 
-    total = sum(_shard_length(info, cfg, n) for n in mine)
+    total = sum(_shard_length(info, cfg, n) for n in part_shards)
     left = sum(_shard_length(info, cfg, n) for n in todo)
     failed: dict[int, str] = {}
     in_a_row = 0
@@ -306,7 +306,7 @@ def _render(
                         f"{in_a_row} shards in a row failed, the last with: {error}\n"
                         f"The traceback is in {beside(cfg.out, '.log.jsonl')}. Fix the cause; the same command resumes."
                     )
-    remove_parts(cfg.out)  # of workers that were killed; those that live lock theirs
+    remove_parts(cfg.out)  # left by killed workers; live workers lock theirs
     for note, count in sorted(noted.items()):
         log.info("%s images: %s", f"{count:,}", _NOTES.get(note, note))
     _log(cfg, "ended", failed=sorted(failed))

@@ -1,7 +1,6 @@
-"""Render one shard: draw its images, encode them, write and commit the shard. Every engine runs this code.
+"""Render one shard: render its images, encode them, write and commit the shard. Every engine runs this code.
 
-A shard is a function of its plan rows and the renderer's settings: not of the process, the machine, or where a run
-resumed.
+A shard depends on its plan rows and the renderer's settings alone, not on the process, the machine or a resume.
 """
 
 import dataclasses
@@ -34,9 +33,9 @@ class Event:
     report: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Return value of `render_shard` (kind "done")."""
     error: str = ""
-    """Traceback, the error in its last line (kind "failed")."""
+    """Traceback, with the error in its last line (kind "failed")."""
     last: bool = False
-    """Whether no retry follows (kind "failed")."""
+    """True after the last retry (kind "failed")."""
 
 
 class Engine(Protocol):
@@ -54,7 +53,7 @@ class Engine(Protocol):
 
         Args:
             todo: numbers of the shards.
-            rows_of: a shard's rows of the plan.
+            rows_of: shard number → its rows of the plan.
             tick: called with the number of images just rendered; negative if a shard failed.
 
         Raises:
@@ -168,7 +167,7 @@ def render_shard(
             yield from zip(image_NHWC, notes, strict=True)
             tick(len(image_NHWC))
 
-    # A renderer of one core has its neighbours on the others: it encodes by itself.
+    # Other processes use the other cores beside a single-core renderer, so it encodes in one thread.
     threads = 1 if renderer.one_core else None
     image_format = cfg.renderer.image_format
     write_shard(cfg.out, number, rows, encoded(images(), image_format, threads), f".{image_format}")

@@ -3,9 +3,10 @@
     python -m datagen.index out=data/comp images=competition csv=competition/prompts.csv split.val_fraction=1
     python -m datagen.index out=data/laion tars='laion/*.tar'
 
-Nothing is copied. Images without a prompt and prompts without an image are counted and listed in `<out>.log.jsonl`,
-as are images that no split takes because they share a prompt or their bytes with a validation image. What two splits
-have in common is counted in dataset.json ("leakage"); only a split of the user's own (split_column=) has anything.
+The index refers to the images in place. Images without a prompt, prompts without an image, and images left out of
+training because they share a prompt or their bytes with a validation image are counted and listed in `<out>.log.jsonl`.
+dataset.json counts the prompts and images that two splits share ("leakage"); only the user's own split (split_column=)
+can have any.
 """
 
 import dataclasses
@@ -40,7 +41,7 @@ def index(cfg: IndexSettings) -> None:
     """Write the dataset folder `cfg.out` atomically."""
     if cfg.out.exists():
         raise UserError(
-            f"{cfg.out} is there already; choose another out=, or remove it. If only its vectors are missing: "
+            f"{cfg.out} exists; choose another out=, or remove it. If only its vectors are missing: "
             f"python -m datagen.targets out={cfg.out}"
         )
     skipped: list[dict[str, str]] = []
@@ -62,7 +63,7 @@ def index(cfg: IndexSettings) -> None:
             data = "".join(json.dumps(line) + "\n" for line in lines).encode()
             write_bytes(listing, data)
         else:
-            listing.unlink(missing_ok=True)  # of a dataset that was there before
+            listing.unlink(missing_ok=True)  # left by an earlier dataset
     if skipped:
         log.warning("skipped: %s; listed in %s", _summary(skipped), listing)
     if split.left_out:
@@ -74,7 +75,7 @@ def index(cfg: IndexSettings) -> None:
 
 
 class _Encoder:
-    """Text encoder for comparing prompts, loaded at the first use."""
+    """Text encoder for prompt similarity, loaded at the first use."""
 
     def __init__(self, model: str | None) -> None:
         self._model = model

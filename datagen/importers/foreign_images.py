@@ -1,7 +1,7 @@
 """Read foreign images in place: a folder with a table of prompts, or WebDataset tars.
 
-Nothing is copied. Images without a prompt, prompts without an image and values that are left out are appended to
-`skipped`, each with its reason.
+No file is copied. Images without a prompt, prompts without an image and unusable values are appended to `skipped`, each
+with its reason.
 """
 
 import glob
@@ -29,7 +29,7 @@ _PROMPT_COLUMNS = ("prompt", "caption", "text")
 NO_PROMPT = "sample without a prompt"
 EMPTY_FILE = "empty file"
 NOT_UTF8 = "a name that is not UTF-8"
-"""A dataset's tables are UTF-8; Python holds the other bytes of such a name as lone surrogates."""
+"""Reason to skip a file name that is not UTF-8: tables are UTF-8, and Python holds other bytes as lone surrogates."""
 UNDECODED = ".txt in another text encoding"
 
 log = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ _SHOWN = 3  # items of a list in a message
 
 @dataclass(frozen=True)
 class ForeignImage:
-    """An image and its captions; path and offset say where its bytes lie."""
+    """Image and its captions, with the path, offset and size of its bytes."""
 
     key: str
     captions: tuple[str, ...]
@@ -50,11 +50,11 @@ class ForeignImage:
     size: int
     crc32: int
     source: str = ""
-    """Value of `source_column`; empty where the user named none, and where the value is missing."""
+    """Value of `source_column`; empty if the setting is null or the value is missing."""
     group: str = ""
-    """Value of `group_column`, empty in the same cases."""
+    """Value of `group_column`; empty if the setting is null or the value is missing."""
     split: str = ""
-    """Value of `split_column`, empty in the same cases."""
+    """Value of `split_column`; empty if the setting is null or the value is missing."""
 
 
 class _Row(NamedTuple):
@@ -62,11 +62,11 @@ class _Row(NamedTuple):
 
     captions: tuple[str, ...]
     labels: dict[str, str]
-    """Source, group and split, where the user named their columns."""
+    """Source, group and split, those whose columns the settings name."""
 
 
 def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[list[ForeignImage]]:
-    """Images of a folder and its table of prompts, sorted by name, in batches of an index file each.
+    """Read the images of a folder and its table of prompts, sorted by name, in batches of one index file each.
 
     Raises:
         UserError: the folder or the table cannot be read, or rows of one image name different sources, groups or
@@ -85,7 +85,7 @@ def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[l
     twice = [stem for stem, n in Counter(p.stem for p in files).items() if n > 1]
     if twice:
         raise UserError(
-            f"{folder}: {len(twice)} names stand for several files ({', '.join(twice[:3])}, …); rename them"
+            f"{folder}: {len(twice)} names belong to several files ({', '.join(twice[:3])}, …); rename them"
         )
     batch: list[ForeignImage] = []
     used = set()
@@ -124,7 +124,7 @@ def read_folder(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[l
 
 
 def _image_files(folder: Path, table: Path, skipped: list[dict[str, str]]) -> Iterator[Path]:
-    """Images below a folder, sorted; adds every other file but the table to `skipped`, with the reason."""
+    """List the images below a folder, sorted; add all other files but the table to `skipped`, with the reason."""
     for path in sorted(folder.rglob("*")):
         if path.is_dir() or (path.suffix == table.suffix and path.samefile(table)):
             continue
@@ -138,7 +138,7 @@ def _image_files(folder: Path, table: Path, skipped: list[dict[str, str]]) -> It
 
 
 def _rows_by_name(cfg: IndexSettings, table: Path, skipped: list[dict[str, str]]) -> dict[str, list[_Row]]:
-    """File name or stem → its rows with captions, in the table's order."""
+    """Map each file name or stem to its rows with captions, in the table's order."""
     rows_of: dict[str, list[_Row]] = defaultdict(list)
     header = next(iter(read_csv(table, [], cfg.text_encoding)), None)
     if header is None:
@@ -173,13 +173,13 @@ def _column(named: str | None, usual: tuple[str, ...], row: Mapping[str, Any], t
 
 
 def _label_columns(cfg: IndexSettings) -> dict[str, str]:
-    """source, group and split → the column that the user named for it."""
+    """Map source, group and split to the column that the settings name; without those of null."""
     named = {"source": cfg.source_column, "group": cfg.group_column, "split": cfg.split_column}
     return {label: column for label, column in named.items() if column is not None}
 
 
 def _require(labels: Mapping[str, str], present: Sequence[str], where: str) -> None:
-    """Refuse columns that the user named and the file lacks.
+    """Refuse columns that the settings name and the file lacks.
 
     Args:
         labels: source, group, split or prompt → column.
@@ -187,7 +187,7 @@ def _require(labels: Mapping[str, str], present: Sequence[str], where: str) -> N
         where: setting and file, for the message.
 
     Raises:
-        UserError: naming every column that is missing.
+        UserError: a column is missing; the message names all.
     """
     missing = [f"{label}_column={column}" for label, column in labels.items() if column not in present]
     if missing:
@@ -198,14 +198,14 @@ def _require(labels: Mapping[str, str], present: Sequence[str], where: str) -> N
 
 
 def read_tars(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[list[ForeignImage]]:
-    """Images of the samples of WebDataset tars, an index file a tar.
+    """Read the images of WebDataset tars, in one batch and index file per tar.
 
     Raises:
-        UserError: a tar cannot be read; a prompt is not text; no sample has a field that the user named.
+        UserError: a tar cannot be read; a prompt is not text; no sample has a field that the settings name.
     """
     paths = sorted(glob.glob(str(cfg.tars)))  # noqa: PTH207 – the pattern is the user's and may be absolute
     if not paths:
-        raise UserError(f"tars: nothing matches {cfg.tars}")
+        raise UserError(f"tars: no file matches {cfg.tars}")
     others = [path for path in paths if not path.endswith(".tar")]
     if others:
         raise UserError(f"tars: {others[0]} is not a .tar; narrow the pattern {cfg.tars}, or unpack compressed files")
@@ -218,8 +218,8 @@ def read_tars(cfg: IndexSettings, skipped: list[dict[str, str]]) -> Iterator[lis
         try:
             batch = list(_samples(cfg, Path(path), skipped, fields, undecoded))
         except tarfile.TarError as error:
-            raise UserError(f"{path} is truncated or no tar: {error}; copy it again") from error
-        except OSError as error:  # such as of a folder of that name, or a link that leads nowhere
+            raise UserError(f"{path} is truncated or not a tar: {error}; copy it again") from error
+        except OSError as error:  # such as a folder of that name, or a broken link
             raise UserError(f"tars: {path} cannot be read: {error.strerror or error}") from error
         if len(paths) > 1:  # WebDataset keys need only be distinct within a tar
             batch = [replace(image, key=f"{Path(path).stem}/{image.key}") for image in batch]
@@ -246,7 +246,7 @@ def _samples(
     fields: set[str],
     undecoded: list[tuple[str, bytes]],
 ) -> Iterator[ForeignImage]:
-    """Image and captions of each sample of a tar; adds the fields of its .json to `fields`, and a .txt in another
+    """Yield the image and captions of each sample of a tar; add its .json fields to `fields`, and each .txt in another
     encoding to `undecoded`."""
     labels = _label_columns(cfg)
     with Tar(path) as tar:
@@ -270,7 +270,7 @@ def _samples(
                 skipped.append({"key": key, "reason": NOT_UTF8 if image.size else EMPTY_FILE})
                 continue
             crc = zlib.crc32(tar.read(image))
-            place = str(path.absolute())  # not resolved: a link's target may lack the suffix that says how to read
+            place = str(path.absolute())  # not resolved: a link's target may lack the suffix that selects the reader
             values = {label: read_label(sample.fields.get(column), column, where) for label, column in labels.items()}
             captions = distinct(sample.captions.texts)
             yield ForeignImage(key, captions, place, image.offset_data, image.size, crc, **values)
@@ -282,18 +282,18 @@ class SampleText:
 
     captions: Captions
     fields: dict[str, Any]
-    """Fields of the .json; empty where the sample has none."""
+    """Fields of the .json; empty if the sample has none."""
     problem: str = ""
-    """Why the sample has no captions, where no value that was left out explains it."""
+    """Reason why the sample has no captions; empty if `captions.left_out` holds it."""
 
 
 def read_sample(
     texts: Mapping[str, bytes], where: str, prompt_column: str | None = None, text_encoding: str | None = None
 ) -> SampleText:
-    """Read a sample's captions: the .json field that the user named; else the .txt, else a usual field of the .json.
+    """Read a sample's captions: from the .json field `prompt_column`, else the .txt, else a common field of the .json.
 
     Args:
-        texts: ".txt" and ".json" → bytes of the member, where the sample has one.
+        texts: ".txt" and ".json" → bytes of the member, if the sample has it.
         where: the tar and the sample, for messages.
         text_encoding: encoding of the .txt; None for UTF-8.
 

@@ -3,7 +3,7 @@
     image      whole groups of images that share a prompt or bytes (datagen/dataset/splits.py)
     similarity   as image; then training images at cosine ≥ split.threshold to a validation prompt are left out
     holdout      by group: the same groups as datagen holds out
-    split_column as the user says; leakage between the splits is counted and stays
+    split_column the user's own split; leakage between the splits is counted, not removed
 
 n images, d distinct prompts, E width of their vectors.
 """
@@ -30,7 +30,7 @@ from datagen.importers.foreign_images import ForeignImage
 log = logging.getLogger(__name__)
 
 Encode = Callable[[Sequence[str]], NDArray[np.float32]]
-"""d texts → unit vectors [d, E]."""
+"""Text encoder: d texts → unit vectors [d, E]."""
 
 _SPLITS = {"train": TRAIN, "training": TRAIN, "val": VAL, "valid": VAL, "validation": VAL, "dev": VAL, "test": "test"}
 _AT_ONCE = 8192  # prompts encoded and compared at a time
@@ -39,29 +39,29 @@ _NAMED = 5  # values or keys that a message names
 
 @dataclass(frozen=True)
 class ForeignSplit:
-    """Split of each image, and what was counted."""
+    """Split of each image, with leakage and other counts."""
 
     split_n: list[str]
-    """ "train", "val", "left_out"; "test" by the user's own column alone."""
+    """Split of each image: "train", "val", "left_out"; "test" only from the user's own column."""
     left_out: list[dict[str, Any]]
-    """A line for each image that is left out: key, reason and, with split.kind=similarity, both prompts."""
+    """Record of each image that is left out: key, reason and, with split.kind=similarity, both prompts."""
     leakage: Leakage
     extra_info: dict[str, Any] = field(default_factory=dict)
-    """More counts for dataset.json."""
+    """Further counts for dataset.json."""
 
 
 def split_foreign(images: Sequence[ForeignImage], cfg: IndexSettings, encode: Encode) -> ForeignSplit:
-    """Split images as `cfg` says.
+    """Split images by `cfg.split_column` or `cfg.split`.
 
     Args:
         encode: encodes by `cfg.encoder`; called for split.kind=similarity alone.
 
     Raises:
-        UserError: a value of the user's column is not a split; or one side would be empty.
+        UserError: a value of the user's column is not a split, or one split would be empty.
     """
     links = _links(images)
     if cfg.split_column is not None:
-        split_n = _own_splits(images, cfg.split_column)
+        split_n = _column_splits(images, cfg.split_column)
         leakage_of_pairs = leakage(split_n, links.owner_l, links.prompt_l, links.content_n)
         _log_leakage(leakage_of_pairs)
         return ForeignSplit(split_n, [], leakage_of_pairs)
@@ -94,11 +94,11 @@ def _links(images: Sequence[ForeignImage]) -> ImageLinks:
     return ImageLinks(np.repeat(np.arange(len(images)), counts), prompts, content_hash(crc32, size))
 
 
-def _own_splits(images: Sequence[ForeignImage], column: str) -> list[str]:
-    """The split of each image, as the user's column says.
+def _column_splits(images: Sequence[ForeignImage], column: str) -> list[str]:
+    """Read the split of each image from the user's column.
 
     Raises:
-        UserError: naming every value that is not a split, with its count.
+        UserError: values that are not a split; the message counts each.
     """
     split_n = [_SPLITS.get(image.split.strip().casefold()) for image in images]
     others = Counter(image.split.strip() for image, split in zip(images, split_n, strict=True) if split is None)
@@ -119,7 +119,7 @@ def _log_leakage(leakage_of_pairs: Leakage) -> None:
         first, second = pair.split("/")
         if counts["affected"]:
             log.warning(
-                "leakage: %s prompts and %s images (by their bytes) are in both %s and %s, as your column has them; "
+                "leakage: %s prompts and %s images (by their bytes) are in both %s and %s of your split_column; "
                 "%s images of %s are affected, and its score is too high",
                 *(f"{counts['prompts']:,}", f"{counts['images']:,}", first, second, f"{counts['affected']:,}", second),
             )
@@ -128,11 +128,11 @@ def _log_leakage(leakage_of_pairs: Leakage) -> None:
 def _hold_out(
     images: Sequence[ForeignImage], links: ImageLinks, cfg: IndexSettings
 ) -> tuple[dict[int, dict[str, Any]], NDArray[np.bool_]]:
-    """Draw whole groups for validation; leave out images whose group is on no side, or that share a prompt or bytes
+    """Draw whole groups for validation; leave out images whose group is in no split, or that share a prompt or bytes
     with a validation image.
 
     Returns:
-        image → why it is left out; and which images validate, [n].
+        image → record with the reason why it is left out; and the mask of validation images, [n].
     """
     sides = {
         group: side_of_group(group, cfg.split.val_fraction, cfg.seed) for group in {image.group for image in images}
@@ -151,7 +151,7 @@ def _near_validation(
     threshold: float,
     encode: Encode,
 ) -> dict[int, dict[str, Any]]:
-    """Training images with a caption at cosine ≥ threshold to a validation image's caption → why they are left out."""
+    """Find training images with a caption at cosine ≥ threshold to a validation caption: image → record of the pair."""
     train_prompts = list(dict.fromkeys(c for i in np.flatnonzero(in_training_n).tolist() for c in images[i].captions))
     val_prompts = list(dict.fromkeys(c for i in np.flatnonzero(is_val_n).tolist() for c in images[i].captions))
     near: dict[str, dict[str, Any]] = {}
@@ -188,7 +188,7 @@ def _refuse_an_empty_side(split_n: Sequence[str], left_out: Sequence[dict[str, A
         reasons = Counter(line["reason"] for line in left_out).most_common()
         why = ", ".join(f"{count:,}: {reason}" for reason, count in reasons) or "the set is too small"
         raise UserError(
-            f"split.val_fraction: {share:g} leaves none of {len(split_n):,} images to train on ({counts[VAL]:,} for "
+            f"split.val_fraction: {share:g} leaves none of {len(split_n):,} images for training ({counts[VAL]:,} for "
             f"validation; {why}). Take split.val_fraction=0 to train on all, 1 to validate on all, or name a "
             "split_column of your own"
         )

@@ -3,9 +3,9 @@
     python -m datagen.published name=sd2_4m out=data/sd2_4m num=100000
     python -m datagen.published name=diffusiondb out=data/diffusiondb num=100000 folder=/copies/diffusiondb
 
-First the plan: prompts from the set's table (diffusiondb) or from its archives (sd2_4m), curated. Then an archive a
-shard: fetched, its images decoded once to see that they are whole, written, and removed. A run killed at any moment
-and started again gives the same bytes. Images that are missing or broken are in the split "faulty" and listed in
+The plan comes first: prompts from the set's table (diffusiondb) or from its archives (sd2_4m), curated. Then one shard
+per archive: download it, decode its images once to check them, write the shard, remove the archive. A run killed at any
+moment and started again gives the same bytes. Missing or broken images are in the split "faulty" and listed in
 `<out>.log.jsonl`.
 """
 
@@ -61,24 +61,24 @@ TEXTS = pa.schema(
         ("seed", pa.int64()),
     ]
 )
-"""Schema with one row per image: its archive, its name there, and its metadata in the set."""
+"""Schema of the texts table, one row per image: archive, file name in it, and metadata of the set."""
 
-_TEXTS_FORMAT = 2  # of the tables of texts in the work folder
+_TEXTS_FORMAT = 2  # format version of the texts tables in the work folder
 _CHECKED_AT_ONCE = 64  # images held, decoded in threads
-_MARGIN = 1 << 30  # bytes that a disk keeps free beside an archive
-_ABSENT = b"\0"  # stands for the bytes of an image that its archive lacks
+_MARGIN = 1 << 30  # bytes to leave free on the disk
+_ABSENT = b"\0"  # placeholder for an image that its archive lacks
 
 
 @dataclass(frozen=True)
 class PublishedSet:
     repo: str
-    """Dataset repository of the hub."""
+    """Name of the dataset repository on the hub."""
     archives: str
-    """Pattern of its archives' names."""
+    """Glob pattern of the archives' names."""
     suffix: str
     """Suffix of the image files."""
     table: str | None
-    """Parquet of all prompts; None where only the archives hold them."""
+    """Parquet file of all prompts; None if only the archives hold them."""
 
 
 PUBLISHED_SETS = {
@@ -100,7 +100,7 @@ def publish(cfg: PublishedSettings) -> None:
     names = [archive["name"] for archive in provenance["archives"]]
     if cfg.folder is None and provenance["commit"] is None:
         raise UserError(
-            f"folder: missing; {out} comes from a local copy of {provenance['repo']}, whose commit is unknown"
+            f"folder: missing; {out} was started from a local copy of {provenance['repo']}; set folder= to it"
         )
     source = download.Repository(
         provenance["repo"], None if cfg.folder else provenance["commit"], cfg.folder, tuple(names)
@@ -133,7 +133,7 @@ def publish(cfg: PublishedSettings) -> None:
 
 
 def _log_equal_images(dataset: Dataset) -> None:
-    """Warn of image bytes in both splits: the plan divides prompts, before any image is read."""
+    """Warn of image bytes that are in both splits: the plan splits by prompts, before any image is read."""
     names, split_of = dataset.split_codes()
     contents = dataset.content_ids
     split_n = [names[code] for code in split_of.tolist()]
@@ -146,7 +146,7 @@ def _log_equal_images(dataset: Dataset) -> None:
 
 
 def _identity(cfg: PublishedSettings) -> dict[str, Any]:
-    """Settings that decide the bytes of the dataset, under the names that dataset.json holds.
+    """Return the settings that decide the bytes of the dataset, under the names in dataset.json.
 
     The commit of the hub is recorded separately.
     """
@@ -193,7 +193,7 @@ def _plan(cfg: PublishedSettings, work: Path) -> None:
     else:
         texts = _texts_of_archives(cfg, source, order, published.suffix, work, lost)
     curated = _curated(cfg, source, texts, work)
-    plan, kept = _plan_table(cfg, texts, curated, lost)
+    plan, archives_in_plan = _plan_table(cfg, texts, curated, lost)
     for counts, what in ((+lost, "images"), (curated.dropped, "prompts")):
         for reason, number in counts.most_common():
             shown = with_new_names_in_text(DATASET_FILES, reason)
@@ -202,16 +202,16 @@ def _plan(cfg: PublishedSettings, work: Path) -> None:
     log.info("%s of %s images, of %s prompts", *map("{:,}".format, (plan.num_rows, texts.num_rows, prompts)))
     info = {
         "settings": _identity(cfg),
-        "shards": len(kept),
+        "shards": len(archives_in_plan),
         "curation": {**curated.report(), "pictures_left_out": dict(sorted((+lost).items()))},
-        "provenance": {"repo": published.repo, "commit": source.commit, "archives": kept},
+        "provenance": {"repo": published.repo, "commit": source.commit, "archives": archives_in_plan},
         "leakage": plan_leakage(plan),
     }
     write_plan(cfg.out, plan, info)
 
 
 def _source(cfg: PublishedSettings, published: PublishedSet, work: Path) -> download.Repository:
-    """The repository; its commit and names as they were when the work began, if it was interrupted."""
+    """Open the repository; an interrupted run keeps the commit and file names that it started with."""
     path = work / "source.json"
     request = {
         "identity": _identity(cfg),
@@ -238,7 +238,7 @@ def _texts_of_table(
     work: Path,
     lost: Counter[str],
 ) -> pa.Table:
-    """The first `num` rows of diffusiondb's table, archive after archive in that order."""
+    """Read the first `num` rows of diffusiondb's table, archive by archive in `order`."""
     columns = ["image_name", "prompt", "part_id", "seed", "image_nsfw"]
     path = source.fetch(table_name, work / "table")
     try:
@@ -257,14 +257,14 @@ def _texts_of_table(
     rows = np.flatnonzero((place >= 0) & shown)
     lost[f"image_nsfw above {cfg.max_nsfw:g}"] += int((~shown & (place >= 0)).sum())
     rows = rows[np.argsort(place[rows], kind="stable")][: cfg.num]
-    taken = table.take(rows)
+    selected = table.take(rows)
     return pa.table(
         {
             "archive": pa.array([order[i] for i in place[rows].tolist()], pa.string()),
-            "file": taken["image_name"],
-            "prompt": pc.fill_null(taken["prompt"], ""),
+            "file": selected["image_name"],
+            "prompt": pc.fill_null(selected["prompt"], ""),
             "group": pa.array([""] * len(rows), pa.string()),
-            "seed": taken["seed"].cast(pa.int64()),
+            "seed": selected["seed"].cast(pa.int64()),
         },
         schema=TEXTS,
     )
@@ -278,9 +278,9 @@ def _texts_of_archives(
     work: Path,
     lost: Counter[str],
 ) -> pa.Table:
-    """Rows of the archives, read one after another until there are `num`; each archive's are kept in `work`."""
+    """Read rows of the archives one after another up to `num`; `work` caches the rows of each archive."""
     tables: list[pa.Table] = []
-    have = 0
+    row_count = 0
     with progress(len(order), "archive", "prompts") as bar:
         for number, name in enumerate(order):
             path = work / "texts" / f"{number:06d}.parquet"
@@ -293,17 +293,17 @@ def _texts_of_archives(
                     source.release(name, work / "archives")
             table = pq.read_table(path)
             lost.update(json.loads(table.schema.metadata[b"lost"]))
-            table = table.replace_schema_metadata(None).slice(0, None if cfg.num is None else cfg.num - have)
+            table = table.replace_schema_metadata(None).slice(0, None if cfg.num is None else cfg.num - row_count)
             tables.append(table)
-            have += table.num_rows
+            row_count += table.num_rows
             bar.update()
-            if have == cfg.num:
+            if row_count == cfg.num:
                 break
     return pa.concat_tables(tables)
 
 
 def _texts_of_tar(archive: Tar, name: str, suffix: str) -> pa.Table:
-    """A row for each sample with a prompt and an image; the samples left out are counted in the schema's metadata."""
+    """Read a row for each sample with a prompt and an image; the schema's metadata counts the samples left out."""
     rows: list[dict[str, Any]] = []
     lost = Counter(reason for _, reason in archive.left_out)
     for key, members in archive.samples.items():
@@ -353,11 +353,11 @@ def _curated(cfg: PublishedSettings, source: download.Repository, texts: pa.Tabl
 def _plan_table(
     cfg: PublishedSettings, texts: pa.Table, curated: Curated, lost: Counter[str]
 ) -> tuple[pa.Table, list[dict[str, Any]]]:
-    """The plan, and the archives with the number of their images in it, a shard each.
+    """Build the plan, and the list of archives with their number of images in it, one shard each.
 
-    A key is the archive's name and the image's, so that it tells where the image came from. Prompts that differ in
-    case, punctuation or spaces alone are one to curation and on one side; each image keeps its own. With holdout, an
-    image whose group is on another side than its prompt is left out and counted in `lost`.
+    A key joins the names of the archive and the image. Curation treats prompts that differ only in case, punctuation or
+    spaces as one, so they are in one split; each image keeps its own text. With holdout, an image whose group is in
+    another split than its prompt is left out and counted in `lost`.
     """
     side_of = {normal_form(text): s for s in ("train", "val") for text in getattr(curated, s)["prompt"].to_pylist()}
     by_group = cfg.split.kind == "holdout"
@@ -395,19 +395,19 @@ def _plan_table(
 
 
 def _fetched(source: download.Repository, name: str, work: Path) -> Path:
-    """An archive as a local file.
+    """Download an archive, if necessary, and return its local path.
 
     Raises:
-        UserError: it cannot be had, or the disk has no room for it.
+        UserError: the download fails, or the disk has no room for it.
     """
     folder = work / "archives"
     if source.folder is None and not (folder / name).exists():
         need, free = source.sizes([name])[name], free_bytes(folder)
         if need + _MARGIN > free:
             raise UserError(
-                f"{folder}: {name} takes {need / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free, of which "
-                f"{_MARGIN / 1e9:.1f} are to stay. Make room, name another folder by work=…, take fewer by num=…, or "
-                f"hold one archive at a time by hold_archives=false; the same command goes on."
+                f"{folder}: {name} needs {need / 1e9:.2f} GB and {_MARGIN / 1e9:.1f} GB of reserve, but only "
+                f"{free / 1e9:.2f} GB are free. Make room, set work=… to another folder, lower num=…, or set "
+                f"hold_archives=false to hold one archive at a time; the same command resumes."
             )
     return source.fetch(name, folder)
 
@@ -426,7 +426,7 @@ def _write(
 def _images(
     cfg: PublishedSettings, archive: Tar | Zip, where: str, names: Sequence[str]
 ) -> Iterator[tuple[bytes, dict[str, str]]]:
-    """The bytes of each image, with a note of its fault if it has one."""
+    """Yield the bytes of each image, with a note of its fault if it has one."""
     with ThreadPoolExecutor() as pool:
         for first in range(0, len(names), _CHECKED_AT_ONCE):
             part = names[first : first + _CHECKED_AT_ONCE]
@@ -438,7 +438,7 @@ def _images(
 
 
 def _fault(data: bytes | None) -> str | None:
-    """Reason why an image cannot be used, or None. Pillow decodes without the interpreter's lock."""
+    """Return the reason why an image cannot be used, or None. Pillow decodes without the GIL."""
     from PIL import Image
 
     if not data:
@@ -446,7 +446,7 @@ def _fault(data: bytes | None) -> str | None:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-    except Exception as error:  # Pillow's decoders raise whatever they meet
+    except Exception as error:  # Pillow's decoders raise errors of many classes
         return f"cannot be decoded: {type(error).__name__}"
     return None
 

@@ -216,7 +216,7 @@ def test_full_cache_falls_back_to_ranges_and_logs(
     assert cached(tmp_path) == []
     (said,) = [m for m in caplog.messages if "do not fit into the cache" in m]
     assert said.startswith(f"{uploaded}: 0.00 GB in 3 tars do not fit into the cache {tmp_path / 'cache'}, which has ")
-    assert said.endswith("read from the store one by one, which is slower. Name a larger folder by IM2EMB_CACHE")
+    assert said.endswith("read from the store one by one, which is slower. Set IM2EMB_CACHE to a larger folder")
     monkeypatch.setattr(reader, "free_bytes", lambda _: need)
     Dataset(uploaded).image_bytes(0)
     assert len(cached(tmp_path)) == 1
@@ -408,7 +408,7 @@ def test_missing_bucket_is_reported() -> None:
 
 def test_missing_remote_dataset_is_reported(root: Location) -> None:
     assert not is_dataset(root)
-    with pytest.raises(UserError, match=r"no dataset at s3://.*/data: dataset\.json is missing\. Make one"):
+    with pytest.raises(UserError, match=r"no dataset at s3://.*/data: dataset\.json is missing\. Create one"):
         Dataset(root)
 
 

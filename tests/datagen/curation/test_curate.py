@@ -245,7 +245,7 @@ def test_finite_source_gives_all_its_prompts() -> None:
 
 
 def test_no_prompts_left_is_an_error_with_counts() -> None:
-    with pytest.raises(UserError, match=r"no prompt is left of 3: \{'under 5 tokens': 3\}"):
+    with pytest.raises(UserError, match=r"no prompt remains of 3: \{'under 5 tokens': 3\}"):
         run([Prompt(t, "s", "") for t in ("a", "b", "c")], 10)
     with pytest.raises(UserError, match="the source is empty"):
         run([], 10)
@@ -538,7 +538,7 @@ def test_other_settings_or_sources_start_again(tmp_path: Path, caplog: pytest.Lo
         run(numbered(), 50, work=work, **{"origin": {"commit": "a"}, **change})
         assert f"{work} has other settings or sources: curation starts again" in caplog.text
         caplog.clear()
-    with pytest.raises(UserError, match="the source no longer gives the prompts that chunk 0 was made of; remove that"):
+    with pytest.raises(UserError, match="the source no longer gives the prompts of its chunk 0; remove that"):
         run(itertools.islice(numbered(), 1, 4000), 50, work=work, dedup_threshold=0.9, origin={"commit": "a"})
 
 

@@ -106,7 +106,7 @@ def test_files_without_encoder_json_are_not_taken_for_current(plain: Path, datas
     (dataset / "targets/mine/encoder.json").unlink()
     (dataset / "targets/mine/000001.npy").unlink()
     changed = tiny_encoders.write(tmp_path / "mine", prompt="query: ")
-    with pytest.raises(UserError, match=r"000000\.npy holds vectors that mine does not give now: .* differs by"):
+    with pytest.raises(UserError, match=r"000000\.npy holds other vectors than mine gives now: .* differs by"):
         write_missing_targets(dataset, TargetEncoder(str(changed), "cpu"))
     assert write_missing_targets(dataset, TargetEncoder(str(plain), "cpu")) == 30
 
@@ -159,7 +159,7 @@ def test_encoder_setting_is_the_same_in_all_commands(
         assert encoder_name(value) == MINILM
     assert encoder_name("some/hub-model") == encoder_name("some--hub-model") == "some--hub-model"
     with pytest.raises(
-        UserError, match=r"no vectors of all-MiniLM-L6-v2; .*encoder=all-MiniLM-L6-v2 \(there are: mine\)"
+        UserError, match=r"no vectors of all-MiniLM-L6-v2; .*encoder=all-MiniLM-L6-v2 \(available: mine\)"
     ):
         Dataset(dataset, MINILM)
 

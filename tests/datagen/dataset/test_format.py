@@ -268,7 +268,7 @@ def another_index(root: Path) -> None:
 
 
 UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no folder": (shutil.rmtree, r"no dataset at .*data: dataset.json is missing. Make one \(python -m datagen out="),
+    "no folder": (shutil.rmtree, r"no dataset at .*data: dataset.json is missing. Create one \(python -m datagen out="),
     "unknown schema": (schema, "schema 99, but this version reads 1; create the dataset again"),
     "broken json": (lambda r: (r / "dataset.json").write_text('{"schema": 1'), "dataset.json is damaged .*copy it"),
     "broken index": (lambda r: os.truncate(r / "shards/000001.parquet", 900), "000001.parquet is damaged .*copy it"),

@@ -56,7 +56,7 @@ def test_fast_vectors_are_close_to_fp32(
 ) -> None:
     caplog.set_level(logging.INFO)
     encode = text_encoder.quick(minilm, True)
-    assert [line.split(":")[0] for line in ways(caplog)] == ["texts are encoded the packed way"]
+    assert [line.split(":")[0] for line in ways(caplog)] == ["text encoder path packed"]
     found = encode(TEXTS, False)
     assert lowest_cosine(found, wanted) >= text_encoder.LOWEST_COSINE
     assert np.abs(found - wanted).max() > 1e-6, "then it was not half precision"
@@ -68,7 +68,7 @@ def test_exact_vectors_match_sentence_transformers(
 ) -> None:
     caplog.set_level(logging.INFO)
     encode = text_encoder.quick(minilm, False)
-    assert [line.split(":")[0] for line in ways(caplog)] == ["texts are encoded the sorted way"]
+    assert [line.split(":")[0] for line in ways(caplog)] == ["text encoder path sorted"]
     found = encode(TEXTS, False)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     np.testing.assert_array_equal(encode(TEXTS, False), found)
@@ -79,7 +79,7 @@ def test_fast_falls_back_to_exact_without_bf16(
     minilm: SentenceTransformer, wanted: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
-    assert [name for name, _ in text_encoder._ways(minilm, True)] == ["sorted"]
+    assert [name for name, _ in text_encoder._fast_paths(minilm, True)] == ["sorted"]
     np.testing.assert_allclose(text_encoder.quick(minilm, True)(TEXTS, False), wanted, atol=1e-6)
 
 
@@ -175,7 +175,7 @@ def test_packing_of_other_models(kind: str, fast: bool, tmp_path: Path, caplog: 
     expected = "plain" if kind == "static" else "sorted"
     if fast and kind != "static" and text_encoder._bf16_instructions():
         expected = "half" if kind == "mpnet" else "packed"
-    assert [line.split(":")[0] for line in ways(caplog)] == [f"texts are encoded the {expected} way"]
+    assert [line.split(":")[0] for line in ways(caplog)] == [f"text encoder path {expected}"]
 
 
 @bf16
@@ -192,8 +192,8 @@ def test_faster_path_with_other_vectors_is_rejected(
     monkeypatch.setattr(text_encoder, "_attention", wrong)
     encode = text_encoder.quick(minilm, True)
     first, second = ways(caplog)
-    assert first.startswith("not encoding texts the packed way: its vectors differ from the plain ones (cosine 0.")
-    assert second.startswith("texts are encoded the half way")
+    assert first.startswith("text encoder path packed refused: its vectors differ from the plain ones (cosine 0.")
+    assert second.startswith("text encoder path half")
     assert lowest_cosine(encode(TEXTS, False), wanted) >= text_encoder.LOWEST_COSINE
 
 

@@ -73,4 +73,4 @@ def test_prompts_over_77_tokens_are_reported(caplog: pytest.LogCaptureFixture) -
     log_plan(cfg(10, 1), made)
     assert "1,234 prompts over 77 tokens: Stable Diffusion reads the first 77" in caplog.text
     assert "dropped 1 (25.0 %): empty" in caplog.text
-    assert "only 4 images of the num=10 wanted" in caplog.text
+    assert "only 4 of num=10 images" in caplog.text

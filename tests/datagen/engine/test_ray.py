@@ -94,5 +94,5 @@ sys.exit(generate(settings(DatagenSettings, compose("datagen", [*sys.argv[1:], "
 def test_unreachable_cluster_is_named(tmp_path: Path) -> None:
     done = run("datagen", *SMALL, "engine=ray", "ray_address=127.0.0.1:1", f"out={tmp_path / 'ray'}")
     assert done.returncode == 2
-    assert "error: ray_address=127.0.0.1:1: nobody answers there: Connection refused" in done.stderr
+    assert "error: ray_address=127.0.0.1:1: no server answers: Connection refused" in done.stderr
     assert "Start a cluster (ray start --head), or leave ray_address out" in done.stderr

@@ -119,7 +119,7 @@ def test_index_has_symlinks_not_their_targets(tmp_path: Path) -> None:
 
 
 FOLDERS: dict[str, tuple[list[str], list[tuple[str, ...]], dict[str, str], str]] = {
-    "one stem twice": (["a.png", "a.jpg"], [("id", "prompt"), ("a", "x")], {}, r"1 names stand for several .*\(a, …\)"),
+    "one stem twice": (["a.png", "a.jpg"], [("id", "prompt"), ("a", "x")], {}, r"1 names belong to several .*\(a, …\)"),
     "no file column": (["a.png"], [("name", "prompt"), ("a", "x")], {}, "columns name, prompt; .*: file_column=… "),
     "no prompt column": (["a.png"], [("id", "words"), ("a", "x")], {}, "columns id, words; .*: prompt_column=… "),
     "named wrongly": (
@@ -154,7 +154,7 @@ def test_missing_inputs_are_named_at_once(tmp_path: Path) -> None:
     (tmp_path / "latin.csv").write_bytes("id,prompt\na,caf\xe9\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"latin.csv is not UTF-8"):
         make(tmp_path / "data", images=folder(tmp_path / "images", ["a.png"]), csv=tmp_path / "latin.csv")
-    with pytest.raises(UserError, match="tars: nothing matches"):
+    with pytest.raises(UserError, match="tars: no file matches"):
         make(tmp_path / "data", tars=tmp_path / "*.tar")
     with pytest.raises(UserError, match=r"latin.csv is not a .tar; narrow the pattern"):
         make(tmp_path / "data", tars=tmp_path / "*.csv")
@@ -162,7 +162,7 @@ def test_missing_inputs_are_named_at_once(tmp_path: Path) -> None:
 
 def test_existing_output_is_refused(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match=r"data is there already; choose another out=.*datagen.targets"):
+    with pytest.raises(UserError, match=r"data exists; choose another out=.*datagen.targets"):
         make(tmp_path / "data", tars="x.tar")
 
 
@@ -283,7 +283,7 @@ def test_truncated_tar_is_refused(tmp_path: Path, where: str) -> None:
         last = tar.getmembers()[-2]
     at = {"in an image": last.offset_data + 20, "in a header": last.offset + 100, "between members": last.offset}
     os.truncate(path, at[where])
-    with pytest.raises(UserError, match=r"0\.tar is truncated or no tar: .*; copy it again"):
+    with pytest.raises(UserError, match=r"0\.tar is truncated or not a tar: .*; copy it again"):
         make(tmp_path / "data", tars=path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0.tar"]
 
@@ -295,7 +295,7 @@ def test_sparse_tar_is_refused(tmp_path: Path) -> None:
     with path.open("r+b") as file:
         file.seek(middle.offset)
         file.write(b"\xff" * 512)
-    with pytest.raises(UserError, match=r"0\.tar is truncated or no tar"):
+    with pytest.raises(UserError, match=r"0\.tar is truncated or not a tar"):
         make(tmp_path / "data", tars=path)
 
 

@@ -79,7 +79,7 @@ def test_one_prompt_for_all_images_is_refused(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", [f"{n}.png" for n in range(10)])
     rows = table(tmp_path / "p.csv", ("id", "prompt"), *((str(n), "a photo") for n in range(10)))
     with pytest.raises(
-        UserError, match=r"split.val_fraction: 0.1 leaves none of 10 images to train on .*9: shares a prompt"
+        UserError, match=r"split.val_fraction: 0.1 leaves none of 10 images for training .*9: shares a prompt"
     ):
         make(tmp_path / "data", images=images, csv=rows)
     assert make(tmp_path / "train", images=images, csv=rows, split__val_fraction=0.0).splits == {"train": 10}
@@ -111,7 +111,7 @@ def test_missing_split_inputs_are_reported_before_reading() -> None:
     assert "seed: -1 is outside 0" in str(refused.value)
     with pytest.raises(UserError, match=r"encoder: null, but split.kind=similarity compares vectors"):
         cfg("split.kind=similarity", "encoder=null")
-    with pytest.raises(UserError, match=r"split_column, split.kind: similarity draws a split, fold has one"):
+    with pytest.raises(UserError, match=r"split_column, split.kind: similarity draws a split, and fold holds one"):
         cfg("split.kind=similarity", "split_column=fold")
 
 

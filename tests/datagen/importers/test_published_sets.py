@@ -333,13 +333,13 @@ def test_unusable_archives_and_tables_are_refused(tmp_path: Path) -> None:
     tiny_published.sd2_4m(tmp_path / "sd", archives=1, images=3)
     tar = tmp_path / "sd" / "cc" / "sd-4.4M-cc-000.tar"
     tar.write_bytes(tar.read_bytes()[:3000])
-    with pytest.raises(UserError, match=r"sd-4\.4M-cc-000\.tar is truncated or no tar"):
+    with pytest.raises(UserError, match=r"sd-4\.4M-cc-000\.tar is truncated or not a tar"):
         make("sd2_4m", tmp_path / "out", tmp_path / "sd")
     tiny_published.diffusiondb(tmp_path / "db", archives=1, images=5)
     zipped = tmp_path / "db" / "images" / "part-000001.zip"
     data = zipped.read_bytes()
     zipped.write_bytes(data[:-30])
-    with pytest.raises(UserError, match=r"part-000001\.zip is truncated or no zip"):
+    with pytest.raises(UserError, match=r"part-000001\.zip is truncated or not a zip"):
         make("diffusiondb", tmp_path / "out", tmp_path / "db")
     zipped.write_bytes(data)  # repaired: the same command resumes
     assert make("diffusiondb", tmp_path / "out", tmp_path / "db").splits["faulty"] == 2
@@ -362,5 +362,7 @@ def test_full_disk_is_reported_before_the_download(tmp_path: Path, monkeypatch: 
             return {name: (tmp_path / "copy" / name).stat().st_size for name in names}
 
     monkeypatch.setattr(published_sets, "free_bytes", lambda _: 1 << 30)
-    with pytest.raises(UserError, match=r"archives: cc/sd-4\.4M-cc-000\.tar takes 0\.00 GB, and 1\.07 GB are free, of"):
+    with pytest.raises(
+        UserError, match=r"archives: cc/sd-4\.4M-cc-000\.tar needs 0\.00 GB and 1\.1 GB of reserve, but only"
+    ):
         published_sets._fetched(FromAfar("jamarju/sd-4.4M", COMMIT, None, (name,)), name, tmp_path / "work")
