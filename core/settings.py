@@ -29,7 +29,7 @@ class Values(dict[str, Any]):
 def settings(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Convert values, as read from YAML, to the frozen dataclass `cls`.
 
-    A class may have `problems() -> list[str]`, which checks bounds after the types, and `unused() -> dict[str, str]`,
+    A class may have `validate() -> list[str]`, which checks bounds after the types, and `unused() -> dict[str, str]`,
     which maps each dotted key without an effect under the other values to the reason ("with optim.schedule=onecycle").
     Such a key is refused if the user wrote it (`Values.written`), and accepted if a default or an experiment set it.
 
@@ -68,8 +68,8 @@ def _bounds(config: Any, prefix: str) -> list[str]:
     return [
         f"{place}{p}"
         for group, place in _groups(config, prefix)
-        if hasattr(group, "problems")
-        for p in group.problems()
+        if hasattr(group, "validate")
+        for p in group.validate()
     ]
 
 

@@ -23,7 +23,7 @@ class GrammarPrompts:
     names: int | None
     """Number of different objects in the vocabulary; null takes all."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = [
             f"{name}: {getattr(self, name)} is outside 0 to 1"
             for name in ("flourish", "detail")
@@ -59,7 +59,7 @@ class FilePrompts:
     source: str | None
     """Source name recorded with each prompt; null takes the file's name."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = [f"shuffle: {self.shuffle} is below 0; 0 keeps the files' order"] if self.shuffle < 0 else []
         return problems + encoding_problem(self.text_encoding, "text_encoding")
 
@@ -88,7 +88,7 @@ class MixtureSource:
     max_prompts: int | None = None
     """Maximum number of prompts drawn from the source, after which the mixture continues without it; null for all."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = [] if 0 <= self.weight <= 1 else [f"weight: {self.weight} is outside 0 to 1"]
         if self.max_prompts is not None and self.max_prompts < 1:
             problems.append(
@@ -103,7 +103,7 @@ class MixturePrompts:
     sources: dict[str, MixtureSource]
     """Source name, recorded with each prompt → weight and settings of the source."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         weights = {name: source.weight for name, source in self.sources.items()}
         total = sum(weights.values())
         if abs(total - 1) < 1e-3:
@@ -177,7 +177,7 @@ class StableDiffusionRenderer:
     image_format: Literal["png", "webp", "jpg"]
     """Format of the image files: png and webp are lossless, jpg has quality 95."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = _diffusion_problems(self)
         if self.scheduler == "ddim" and not (1 <= self.steps <= 500 and 1000 % self.steps == 0):
             # Asked for 30, the host's script takes 31 and diffusers 30: only divisors mean the same to both.
@@ -235,7 +235,7 @@ class DiffusersRenderer:
     image_format: Literal["png", "webp", "jpg"]
     """Format of the image files: png and webp are lossless, jpg has quality 95."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = _diffusion_problems(self)
         if self.steps < 1:
             problems.append(f"steps: {self.steps} is below 1")
@@ -289,7 +289,7 @@ class Curation:
     exclude_threshold: float
     """Cosine to a prompt of `exclude_near` from which a prompt is dropped."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = []
         if self.min_tokens < 2:
             problems.append(f"min_tokens: {self.min_tokens} is below 2, a prompt's start and end")
@@ -314,7 +314,7 @@ class Split:
     threshold: float
     """Cosine to a validation prompt from which kind=similarity purges a training prompt."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = []
         if not 0 <= self.val_fraction <= 1:
             problems.append(f"val_fraction: {self.val_fraction} is outside 0 to 1")
@@ -365,7 +365,7 @@ class DatagenSettings:
     split: Split
     renderer: GlyphsRenderer | StableDiffusionRenderer | DiffusersRenderer
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = [
             f"{name}: {getattr(self, name)} is below 1"
             for name in ("num", "seeds_per_prompt", "shard_size")
@@ -456,7 +456,7 @@ class IndexSettings:
     """Target encoder; null writes no targets."""
     split: Split
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = []
         if (self.tars is None) == (self.images is None):
             problems.append("images, tars: give one of the two, either a folder with csv=… or tars='…/*.tar'")
@@ -521,7 +521,7 @@ class PublishedSettings:
     curate: Curation
     split: Split
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         problems = [] if self.num is None or self.num >= 1 else [f"num: {self.num} is below 1; null takes all"]
         if not 0 <= self.seed < 2**31:
             problems.append(f"seed: {self.seed} is outside 0 to {2**31 - 1}")
@@ -577,7 +577,7 @@ class ReportSettings:
     seed: int
     """Seed that draws images and prompts for the page."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         counts = {"images": self.images, "faults": self.faults, "counted": self.counted}
         problems = [f"{name}: {value} is below 1" for name, value in counts.items() if value < 1]
         return problems if self.seed >= 0 else [*problems, f"seed: {self.seed} is below 0"]

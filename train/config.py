@@ -22,7 +22,7 @@ class LoraSettings:
     dropout: float
     """Dropout probability before the LoRA adapters, 0 to .99."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [] if self.blocks >= 0 else [f"blocks: {self.blocks} is below 0"]
         found += [] if self.rank >= 1 else [f"rank: {self.rank} is below 1"]
         found += [] if self.alpha > 0 else [f"alpha: {self.alpha} is not above 0"]
@@ -65,7 +65,7 @@ class ModelSettings:
     """Whether batch norms of the backbone keep the statistics of their pre-training."""
     lora: LoraSettings
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = []
         if isinstance(self.size, int) and self.size < 8:
             found.append(f"size: {self.size} is below 8 pixels")
@@ -121,7 +121,7 @@ class LossSettings:
             "hard_fraction": self.hard_fraction,
         }
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [
             f"{name}: {getattr(self, name)} is below 0" for name in ("mse", "contrastive") if getattr(self, name) < 0
         ]
@@ -165,7 +165,7 @@ class OptimSettings:
     ema: float
     """EMA decay of the weights that are validated and saved; 0 for no averaging."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [
             f"{name}: {getattr(self, name)} is not above 0; freeze=all or head_warmup_epochs trains the head alone"
             for name in ("lr", "head_lr")
@@ -212,7 +212,7 @@ class DataSettings:
     erase: float
     """Probability of blanking a random rectangle, 0 to 1."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [f"sources.{name}: {value} is below 0" for name, value in self.sources.items() if not value >= 0]
         if self.sample_weights is not None and self.sample_weights.suffix not in (".parquet", ".csv"):
             found.append(f"sample_weights: {self.sample_weights} is neither .parquet nor .csv")
@@ -242,7 +242,7 @@ class ScaleSettings:
     workers: int | None
     """Number of decoding processes; null decides by the machine."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [
             f"{name}: {getattr(self, name)} is below 1"
             for name in ("devices", "nodes", "micro_batch")
@@ -309,7 +309,7 @@ class TrainSettings:
         i, _, n = self.fold.partition("/")
         return int(i), int(n)
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [
             f"{name}: {getattr(self, name)} is below 1"
             for name in ("batch_size", "save_every", "log_every")
@@ -397,7 +397,7 @@ class ViewsSettings:
     sizes: tuple[int, ...] = ()
     """Input sizes to average over, px; empty for the size of training."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         return [f"sizes: {size} px is below 1" for size in self.sizes if size < 1]
 
 
@@ -415,7 +415,7 @@ class KnnSettings:
     exact: bool | None
     """Every vector is compared; null decides by their number."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
         found += (
             [] if self.similarity_exponent >= 0 else [f"similarity_exponent: {self.similarity_exponent} is below 0"]
@@ -433,7 +433,7 @@ class RetrieveSettings:
     blend_weight: float
     """Weight of the retrieved vector in blend, 0 to 1; the regressor's vector has the rest."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
         found += (
             [] if self.similarity_exponent >= 0 else [f"similarity_exponent: {self.similarity_exponent} is below 0"]
@@ -465,7 +465,7 @@ class EnsembleSettings:
     folds: int
     """Number of folds of the cross-validation that scores the ensemble."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         return [] if self.folds >= 2 else [f"folds: {self.folds} is below 2"]
 
 
@@ -504,7 +504,7 @@ class EvaluateSettings:
     accelerator: Literal["auto", "cpu", "gpu"]
     """Kind of device; auto takes a GPU where there is one."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
         if not self.embedders:
             found.append(f"embedders: empty; name some of {', '.join(EMBEDDERS)}, or folders of checkpoints")

@@ -22,7 +22,7 @@ class WheelsSettings:
         """Python version as text; YAML reads 3.10 as the number 3.1."""
         return "3.10" if self.python == 3.1 else str(self.python)
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         return target_problems(self.version(), self.platform) if self.python is not None else []
 
     def unused(self) -> dict[str, str]:
@@ -61,7 +61,7 @@ class ExportSettings:
     public: bool
     """Make a new upload public."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = address_problems(self.push) if self.push is not None else []
         if "openvino_int8" in self.runtimes and self.check_images is None:
             found.append(
@@ -76,7 +76,7 @@ class ExportSettings:
             found.append(
                 "public, dry_run: they are for push=, which is not there; name hub:USER/NAME or kaggle:USER/SLUG"
             )
-        return found + self.card_details().problems()
+        return found + self.card_details().validate()
 
     def unused(self) -> dict[str, str]:
         # false without push= is refused by `problems`

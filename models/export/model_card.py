@@ -116,7 +116,7 @@ class CardDetails:
     files: Mapping[str, int] = field(default_factory=dict)
     """Path in the bundle → bytes."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = []
         if self.title is not None:
             found += _outside("title", self.title, TITLE)
@@ -211,7 +211,7 @@ def _encoder(config: Mapping[str, Any]) -> str:
 
 
 def _title(config: Mapping[str, Any], told: CardDetails) -> str:
-    found = told.problems()
+    found = told.validate()
     if found:
         raise UserError("a card that cannot be written:\n" + "\n".join(f"  {problem}" for problem in found))
     if told.title is not None:

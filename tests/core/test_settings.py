@@ -25,7 +25,7 @@ from tests.test_readme import CONFIGS
 class Inner:
     share: float
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         return [] if 0 <= self.share <= 1 else [f"share: {self.share} is outside 0 to 1"]
 
 
@@ -42,7 +42,7 @@ class Outer:
     shares: dict[str, float] = dataclasses.field(default_factory=dict)
     parts: dict[str, Inner] = dataclasses.field(default_factory=dict)
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         return [] if self.count > 0 else [f"count: {self.count} is below 1"]
 
 
@@ -121,7 +121,7 @@ class Curve:
     slope: float | None
     rounded: bool
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         return [] if self.slope is None or self.slope > 0 else [f"slope: {self.slope} is not above 0"]
 
     def unused(self) -> dict[str, str]:

@@ -59,7 +59,7 @@ class DemoSettings:
     browser: bool
     """Whether to open the page in a browser."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [f"neighbours: {self.neighbours} is outside 1 to 100"] if not 1 <= self.neighbours <= 100 else []
         if not 0 <= self.port <= 65535:
             found.append(f"port: {self.port} is outside 0 to 65535")

@@ -44,7 +44,7 @@ class HardSettings:
     accelerator: Literal["auto", "cpu", "gpu"]
     """Kind of device; auto takes a GPU where there is one."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [] if 0 < self.keep < 1 else [f"keep: {self.keep} is not above 0 and below 1"]
         found += [] if self.weight > 0 else [f"weight: {self.weight} is not above 0"]
         if self.weight == 1 and not self.drop:

@@ -50,7 +50,7 @@ class InterpolateSettings:
     accelerator: Literal["auto", "cpu", "gpu"]
     """Kind of device; auto takes a GPU where there is one."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [f"alpha: {alpha} is outside 0 (a) to 1 (b)" for alpha in self.alpha if not 0 <= alpha <= 1]
         found += [] if self.alpha else ["alpha: empty; give at least one weight, such as 0.5"]
         found += ["alpha: a weight is given twice"] if len(set(self.alpha)) < len(self.alpha) else []

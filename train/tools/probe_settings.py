@@ -36,7 +36,7 @@ class SearchSettings:
     batch_size: int
     """Number of images per optimizer step."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         found = [] if self.heads else ["heads: empty; name ridge, linear or wide"]
         if "ridge" in self.heads and not self.penalties:
             found.append("penalties: empty; give ridge at least one")
@@ -87,8 +87,8 @@ class ProbeSettings(TrainSettings):
     probe: SearchSettings
     """Heads, penalties and learning rates to try."""
 
-    def problems(self) -> list[str]:
-        found = super().problems()
+    def validate(self) -> list[str]:
+        found = super().validate()
         if self.model.head_init == "text" and set(self.probe.heads) != {"ridge"}:
             found.append("model.head_init: text is not supported in a search over heads; use ridge or random")
         return found

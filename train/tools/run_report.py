@@ -46,7 +46,7 @@ class ReportSettings:
     seed: int = 0
     """Seed that draws the contact sheet, the images of the similarity matrix and the points of the plots."""
 
-    def problems(self) -> list[str]:
+    def validate(self) -> list[str]:
         counts = {"scenes": self.scenes, "images": self.images, "nearest": self.nearest}
         return [f"{name}: {value}, but at least 1 is needed" for name, value in counts.items() if value < 1]
 
