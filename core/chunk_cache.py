@@ -18,7 +18,7 @@ reported and computed again.
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -34,6 +34,7 @@ from core.paths import cache_folder
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Identity = dict[str, Any]  # plain JSON
 
 
 class ChunkCache(Generic[T]):
@@ -50,7 +51,7 @@ class ChunkCache(Generic[T]):
     def __init__(
         self,
         kind: str,
-        identity: Mapping[str, Any],
+        identity: dict[str, Any],
         suffix: str,
         save: Callable[[Path, T], None],
         load: Callable[[Path], T],
@@ -93,7 +94,7 @@ class ChunkCache(Generic[T]):
         return self.folder / f"{number:06d}{self._suffix}"
 
 
-def identity_hash(identity: Mapping[str, Any]) -> str:
+def identity_hash(identity: Identity) -> str:
     """Name of the folder for results that depend on `identity`, plain JSON."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

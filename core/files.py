@@ -93,6 +93,13 @@ def write_table(place: Place, table: "pa.Table", hint: str = HINT) -> None:
     write_atomically(place, lambda file: pq.write_table(table, file, compression="zstd"), hint)
 
 
+def npy_header(rows: int, width: int) -> bytes:
+    """Header of a .npy file of float32 [rows, width]; numpy pads it, so its length does not depend on `rows`."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"descr": "<f4", "fortran_order": False, "shape": (rows, width)})
+    return buffer.getvalue()
+
+
 def json_bytes(value: Any) -> bytes:
     """Encode a value as `write_json` does: equal values give equal bytes."""
     return (json.dumps(value, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode()

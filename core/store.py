@@ -2,8 +2,8 @@
 
 A remote file is fetched whole into a cache, the folder that `IM2EMB_CACHE` names, or ~/.cache/im2emb. The name of a
 copy holds the size and version (ETag, else time of change) that the store reports of the object: after the object was
-rewritten, the old copy is not read. Any number of processes share the cache; remove the folder when you please. Beside
-each copy lies its record: size, time of change and SHA-256 as it was fetched. A process hashes a copy before its first
+rewritten, the old copy is not read. Any number of processes share the cache; it may be removed at any time. Beside each
+copy lies its record: size, time of change and SHA-256 as it was fetched. A process hashes a copy before its first
 use; one of more than 64 MiB only where its size or time differs from the record (`datagen.verify` always hashes). A
 copy that is damaged or without a record is fetched again.
 
@@ -33,20 +33,20 @@ from core.retry import retry_store
 
 log = logging.getLogger(__name__)
 
-_BLOCK, _AT_ONCE = 8 << 20, 8  # bytes of a request, requests at a time: 64 MiB are held
-_THREADS = 16  # that fetch small files
-_DIGEST = 12  # letters of a hash in a name of the cache
-_HASHED_ALWAYS = 64 << 20  # bytes up to which a cached copy is hashed once a process
-_whole_copies: dict[Path, tuple[int, int]] = {}  # that this process has checked: size and time of change
+_BLOCK, _AT_ONCE = 8 << 20, 8  # bytes per request, requests at a time: 64 MiB in memory
+_THREADS = 16  # for small files
+_DIGEST = 12  # hexadecimal digits of a hash in a file name of the cache
+_HASHED_ALWAYS = 64 << 20  # bytes up to which each process hashes a cached copy once
+_whole_copies: dict[Path, tuple[int, int]] = {}  # copies that this process has checked: size and time of change
 
 _NO_CONTAINER = ("NoSuchBucket", "RepositoryNotFoundError", "BucketNotFoundError", "RevisionNotFoundError")
-# What a store may tell of an object's content, else when it was changed: the first of these that it has.
+# Fields of a store's answer that change with the content of an object, by preference.
 _VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "blob_id", "generation")
 _VERSIONS += ("mtime", "modified", "modify", "last_modified", "LastModified", "created")
 
 
 def exists(place: Place) -> bool:
-    """Whether there is a file, as of now."""
+    """Whether a file exists; a store is asked at each call."""
     place = located(place)
     if isinstance(place, Path):
         try:
@@ -62,16 +62,18 @@ def exists(place: Place) -> bool:
 
 
 class Entry(NamedTuple):
+    """A remote file."""
+
     size: int
     version: str
-    """What the store tells of the content: an ETag or the like; empty where it tells nothing."""
+    """ETag or the like, which changes with the content; empty where the store reports none."""
 
 
 class Files:
-    """The files under a root as they were when first listed, each as a file of this machine.
+    """Files under a root as first listed, each available as a local file.
 
-    Names are relative to the root, with "/"; an absolute one means a file of this machine. It may be pickled: a worker
-    then sees the same files as its parent.
+    Names are relative to the root, with "/"; an absolute name is that of a local file. A worker that receives a pickled
+    copy sees the same files as its parent.
 
     Args:
         root: the folder.
@@ -81,14 +83,14 @@ class Files:
     def __init__(self, root: Place | str, *, hash_all: bool = False) -> None:
         self.root = located(root)
         self._hash_all = hash_all
-        self._folders: dict[str, dict[str, Entry | None]] = {}  # of a remote root: a folder's names, None of a folder
+        self._folders: dict[str, dict[str, Entry | None]] = {}  # of a remote root: folder → its names; None: a folder
 
     @property
     def remote(self) -> bool:
         return not isinstance(self.root, Path)
 
     def names(self, folder: str = "") -> list[str]:
-        """Names in a folder of the root, sorted; none where there is no such folder.
+        """Sorted names in a folder of the root; none where the folder does not exist.
 
         Raises:
             UserError: the store refuses or cannot be reached.
@@ -99,23 +101,23 @@ class Files:
         return sorted(p.name for p in path.iterdir()) if path.is_dir() else []
 
     def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
+        """Bytes of a file; None where it does not exist."""
         entry = self._entry(name)
         if entry is not None:
             return entry.size
-        path = self._here(name)
+        path = self._local(name)
         return path.stat().st_size if path is not None and path.is_file() else None
 
     def path(self, name: str) -> Path:
-        """A file on this machine with the content of `name`, fetched if need be.
+        """Local path of the content of `name`, which is fetched unless it is cached.
 
         Raises:
-            FileNotFoundError: there was no such file when its folder was listed.
+            FileNotFoundError: the file did not exist when its folder was listed.
             UserError: it cannot be fetched, or was changed or removed since.
         """
-        here = self._here(name)
-        if here is not None:
-            return here
+        local = self._local(name)
+        if local is not None:
+            return local
         entry = self._entry(name)
         if entry is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(self.root / name))
@@ -135,7 +137,7 @@ class Files:
             return list(pool.map(self.path, names))
 
     def read(self, name: str, first: int, end: int) -> bytes:
-        """Bytes `first` to `end` of a remote file, from the store; fewer where it ends before.
+        """Bytes `first` to `end` of a remote file, from the store; fewer where the file ends before.
 
         Raises:
             UserError: the store refuses or cannot be reached.
@@ -148,8 +150,8 @@ class Files:
         except FileNotFoundError as error:
             raise self._changed(name) from error
 
-    def is_here(self, name: str) -> bool:
-        """Whether `path` needs to fetch nothing."""
+    def is_cached(self, name: str) -> bool:
+        """Whether `path` has nothing to fetch."""
         entry = self._entry(name)
         return entry is None or self._problem(self._copy(name, entry)) is None
 
@@ -158,26 +160,23 @@ class Files:
         return has_room(cache_folder(), self.size(name) or 0)
 
     def _problem(self, copy: Path) -> str | None:
-        """Reason why a cached copy cannot be used; None where it can."""
+        """As `copy_problem`; a large copy with the recorded size and time of change is not hashed."""
         try:
             stat = copy.stat()
         except OSError:
             return "is missing"
-        if _whole_copies.get(copy) == (stat.st_size, stat.st_mtime_ns):
+        seen = stat.st_size, stat.st_mtime_ns
+        if _whole_copies.get(copy) == seen:
             return None
-        known = read_record(copy)
-        if known is None:
-            return "has no record of its checksum"
-        if stat.st_size != known["size"]:
-            return f"is damaged: it has {stat.st_size} bytes of {known['size']}"
-        trusted = stat.st_size > _HASHED_ALWAYS and stat.st_mtime_ns == known["mtime_ns"] and not self._hash_all
-        if not trusted and (problem := damage(copy, known)) is not None:
-            return f"is damaged: {problem}"
-        _whole_copies[copy] = (stat.st_size, stat.st_mtime_ns)
-        return None
+        record = read_record(copy) or {}
+        trusted = seen[0] > _HASHED_ALWAYS and seen == (record.get("size"), record.get("mtime_ns"))
+        problem = None if trusted and not self._hash_all else copy_problem(copy)
+        if problem is None:
+            _whole_copies[copy] = seen
+        return problem
 
-    def _here(self, name: str) -> Path | None:
-        """The file itself, where it lies on this machine."""
+    def _local(self, name: str) -> Path | None:
+        """Path of a local file; None of a remote one."""
         if isinstance(self.root, Path):
             return self.root / name
         return Path(name) if name.startswith("/") else None
@@ -188,8 +187,8 @@ class Files:
         return self.root / name if name else self.root
 
     def _entry(self, name: str) -> Entry | None:
-        """Of a remote file; None of one that is not there, or not remote."""
-        if self._here(name) is not None:
+        """Entry of a remote file; None where it is missing, or local."""
+        if self._local(name) is not None:
             return None
         folder, _, name = name.rpartition("/")
         return self._listed(folder).get(name)
@@ -213,7 +212,7 @@ class Files:
         return self._folders[folder]
 
     def _copy(self, name: str, entry: Entry) -> Path:
-        """Where the cache holds this version of a file."""
+        """Path of the cached copy of this version of a file."""
         url = str(self.root)
         readable = re.sub(r"[^A-Za-z0-9.]+", "-", url)[-60:].strip("-")
         folder, _, file = name.rpartition("/")
@@ -236,12 +235,12 @@ class Files:
             now = _entry(retry_store(f"cannot look for {place}", lambda: _info(place)))
             if now.size != entry.size or (now.version and entry.version and now.version != entry.version):
                 raise self._changed(name)
-            file.flush()  # then its time of change is final
+            file.flush()  # makes its time of change final
             write_record(copy, os.fstat(file.fileno()), digest.hexdigest())
 
         try:
             copy.parent.mkdir(parents=True, exist_ok=True)
-            # of a small file a second copy costs less than a lock
+            # to fetch a small file twice costs less than a lock
             lock_path = copy.with_name(f".{name.rpartition('/')[2]}.lock")
             with lock(lock_path) if entry.size > _BLOCK else contextlib.nullcontext():
                 if self._problem(copy) is None:
@@ -267,7 +266,7 @@ class Files:
 
 
 def _groups(size: int) -> Iterator[list[tuple[int, int]]]:
-    """The ranges of a file, as many together as are asked for at once."""
+    """Byte ranges of a file, grouped by what is requested at once."""
     for first in range(0, size, _BLOCK * _AT_ONCE):
         last = min(first + _BLOCK * _AT_ONCE, size)
         yield [(start, min(start + _BLOCK, last)) for start in range(first, last, _BLOCK)]
@@ -296,11 +295,11 @@ def _info(place: Location) -> dict[str, Any]:
 
 def _entry(info: dict[str, Any]) -> Entry:
     if info.get("size") is None:
-        raise UserError(f"{info['name']}: its server tells no size of it; copy the dataset to this machine")
-    told = next((info[key] for key in _VERSIONS if info.get(key)), "")
-    if isinstance(told, datetime):  # which a listing may tell as a number
-        told = told.timestamp()
-    return Entry(info["size"], str(told).strip('"'))
+        raise UserError(f"{info['name']}: its server reports no size; copy the dataset to this machine")
+    version = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    if isinstance(version, datetime):  # a listing may report a number instead
+        version = version.timestamp()
+    return Entry(info["size"], str(version).strip('"'))
 
 
 def write_record(copy: Path, stat: os.stat_result, sha256: str, **facts: Any) -> None:
@@ -320,11 +319,16 @@ def read_record(copy: Path) -> dict[str, Any] | None:
     return record if whole else None
 
 
-def damage(copy: Path, record: dict[str, Any]) -> str | None:
-    """Hash a copy and describe its difference from the record; None where there is none."""
+def copy_problem(copy: Path) -> str | None:
+    """Reason why a fetched copy cannot be used, by its record and its hash; None where it can."""
+    record = read_record(copy)
+    if not copy.is_file() or record is None:
+        return "has no record of its checksum" if copy.is_file() else "is missing"
+    if (size := copy.stat().st_size) != record["size"]:
+        return f"is damaged: it has {size} bytes of {record['size']}"
     digest = sha256(copy)
     same = digest == record["sha256"]
-    return None if same else f"its sha256 is {digest[:12]}…, but {str(record['sha256'])[:12]}… was fetched"
+    return None if same else f"is damaged: its sha256 is {digest[:12]}…, but {str(record['sha256'])[:12]}… was fetched"
 
 
 def _record(copy: Path) -> Path:
@@ -336,6 +340,6 @@ def _digest(text: str) -> str:
 
 
 def _refuse_no_container(place: Location, error: FileNotFoundError) -> None:
-    """A path that does not exist may begin to; a bucket or repository does not by itself."""
+    """Refuse a missing bucket or repository, which nobody creates by writing; a missing path is no error."""
     if type(error.__cause__).__name__ in _NO_CONTAINER:
         raise UserError(f"{place}: {first_line(error)}; check the URL, or make the bucket or repository") from error

@@ -7,6 +7,8 @@ settings.json       all settings that decide the chunks; a folder with other set
 000000.json         counts, examples, and the SHA-256 of these, of the files above and of the chunk's vectors; written
                     last, so it is the commit. A damaged chunk is curated again, with all later ones
 vectors.f16         vectors of the kept prompts in order; rows after the last commit are truncated
+
+Not a `core.chunk_cache`: a chunk depends on all before it, and all of them share one file of vectors.
 """
 
 import hashlib

@@ -352,7 +352,7 @@ class Dataset:
                 data = tar[offset : offset + size]
             elif not path.endswith(".tar"):
                 data = self._files.path(path).read_bytes()
-            elif self._whole or self._files.is_here(path):
+            elif self._whole or self._files.is_cached(path):
                 data = self._map(path, i)[offset : offset + size]
             else:
                 data = self._from_store(path, i)
@@ -397,7 +397,7 @@ class Dataset:
 
     def _cache_has_room(self) -> bool:
         """Return whether the missing tars fit into the cache; True for a local folder."""
-        missing = [path for path in self._paths if path.endswith(".tar") and not self._files.is_here(path)]
+        missing = [path for path in self._paths if path.endswith(".tar") and not self._files.is_cached(path)]
         if not missing:
             return True
         need, free = sum(self._files.size(path) or 0 for path in missing), free_bytes(cache_folder())
@@ -516,7 +516,7 @@ def read_notes(root: Place, number: int) -> dict[str, dict[str, Any]]:
         UserError: the tar is damaged.
     """
     files, name = Files(root), f"shards/{number:06d}.tar"
-    if files.size(name) is None or not files.is_here(name):
+    if files.size(name) is None or not files.is_cached(name):
         return {}
     notes = {}
     try:

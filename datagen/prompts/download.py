@@ -29,8 +29,8 @@ from typing import Any, BinaryIO, TypeVar, cast
 
 from core import store
 from core.checksum import DamagedFile, read_checked, with_checksum
-from core.errors import UserError
-from core.files import CACHE_HINT, sha256, write_atomically
+from core.errors import UserError, first_line
+from core.files import CACHE_HINT, sha256, write_atomically, write_bytes
 from core.paths import cache_folder
 from core.retry import retry
 
@@ -261,7 +261,7 @@ def repository(repo: str, revision: str | None, folder: Path | None) -> Reposito
     """
     if folder is not None:
         if not folder.is_dir():
-            raise UserError(f"folder: no folder {folder}; it is to hold a copy of the hub's dataset {repo}")
+            raise UserError(f"folder: no folder {folder}; give a copy of the hub's dataset {repo}")
         names = sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
         return Repository(repo, None, folder, tuple(names))
     import huggingface_hub
@@ -358,10 +358,6 @@ def _numberless(name: str) -> str:
     return re.sub(r"\d{3,}", "…", name.partition("/")[2])
 
 
-def first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
 # ---------------------------------------------------------------------------------------------------------- elsewhere
 
 
@@ -390,8 +386,7 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
         shown_names = dict(
             zip(names, _relative_names([Path(urllib.parse.urlsplit(p).path) for p in paths]), strict=True)
         )
-        listed = with_checksum(json.dumps(shown_names).encode())
-        write_atomically(listing, lambda file: file.write(listed))
+        write_bytes(listing, with_checksum(json.dumps(shown_names).encode()))
     except UserError:
         raise
     except Exception as error:  # each protocol's client has its own
@@ -419,14 +414,13 @@ def _copy(fs: Any, source: str, target: Path) -> None:
     Where the server reports no version, every run downloads it again.
     """
     info = _retry(lambda: fs.info(source))
-    version_id = next((str(info[key]) for key in _VERSIONS if info.get(key)), None)
-    version = {"bytes": info.get("size"), "version": version_id}
-    record = store.read_record(target)
-    if version_id is not None and target.exists() and record is not None and version.items() <= record.items():
-        problem = store.damage(target, record)
+    version = {"bytes": info.get("size"), "version": next((str(info[k]) for k in _VERSIONS if info.get(k)), None)}
+    record = store.read_record(target) or {}
+    if version["version"] is not None and target.exists() and version.items() <= record.items():
+        problem = store.copy_problem(target)
         if problem is None:
             return
-        log.warning("%s, the cached copy of %s, is damaged: %s; downloading it again", target, source, problem)
+        log.warning("%s, the cached copy of %s, %s; downloading it again", target, source, problem)
 
     def write(file: BinaryIO) -> None:
         def copy() -> int:
@@ -457,15 +451,7 @@ def _whole_copies(folder: Path, listing: Path, prefix: str, hint: str) -> dict[s
         names: dict[str, str] = json.loads(read_checked(listing))
     except DamagedFile as error:
         raise UserError(f"{prefix}, and the list of its copies, {listing}, cannot be used: {error}. {hint}") from error
-    problems = []
-    for name in names:
-        record = store.read_record(folder / name)
-        if not (folder / name).is_file():
-            problems.append(f"{folder / name} is missing")
-        elif record is None:
-            problems.append(f"{folder / name} has no record of its checksum")
-        elif (problem := store.damage(folder / name, record)) is not None:
-            problems.append(f"{folder / name} is damaged: {problem}")
+    problems = [f"{folder / name} {problem}" for name in names if (problem := store.copy_problem(folder / name))]
     if problems:
         raise UserError(f"{prefix}, and the copies on this machine cannot be used: {'; '.join(problems)}. {hint}")
     return names

@@ -17,10 +17,10 @@ from typing import Any, BinaryIO, Literal
 import numpy as np
 
 from core.charset import open_text, refusal
-from core.errors import UserError
+from core.errors import UserError, first_line
 from core.json_text import NotJsonError, parse_json
 from datagen.prompts.captions import is_caption_type, shown
-from datagen.prompts.download import File, first_line
+from datagen.prompts.download import File
 
 log = logging.getLogger(__name__)
 

@@ -19,12 +19,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from core.errors import first_line
 from core.files import sha256
 from core.paths import Place
 from core.store import Files
 from datagen.dataset.format import FAULTY, INDEX, PLAN
 from datagen.dataset.reader import read_info
-from datagen.prompts.download import first_line
 from datagen.verify.images import ImageCheck, Rows, rows_of
 from datagen.verify.problems import HIDDEN_PART, Problems
 from datagen.verify.vectors import VectorCheck

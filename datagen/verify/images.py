@@ -187,7 +187,7 @@ class ImageCheck:
 
     def _open(self, path: str) -> io.BufferedReader:
         """Open a local file, or the cached copy of a remote one; without room there, read the store by ranges."""
-        if not self._files.remote or self._files.is_here(path) or self._files.has_room(path):
+        if not self._files.remote or self._files.is_cached(path) or self._files.has_room(path):
             return self._files.path(path).open("rb")
         return io.BufferedReader(_Ranges(self._files, path), 8 << 20)
 

@@ -12,12 +12,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from core.errors import first_line
 from core.json_text import parse_json
 from core.paths import Place
 from core.store import Files
 from datagen.dataset.encoder_identity import identity_sha256
 from datagen.dataset.format import ARRAY_ERRORS
-from datagen.prompts.download import first_line
 from datagen.verify.problems import HIDDEN_PART, Problems
 
 _LENGTH_TOLERANCE = 1e-4  # of a vector's length, which must be 1

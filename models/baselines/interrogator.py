@@ -22,7 +22,7 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 
-from core.cache import PART, stored
+from core.cache import PART, cached_rows
 from core.errors import UserError
 from core.progress import progress
 from models.baselines.clip import Clip
@@ -212,7 +212,7 @@ class ClipInterrogator:
         unit, what = "term", "CLIP's vectors of words"
         if self._cache is not None:
             folder = self._cache / _hash([_FORMAT, self._clip.identity(), words])
-            z_WD = np.array(stored(folder, len(words), make, unit, what))
+            z_WD = np.array(cached_rows(folder, len(words), make, unit, what))
         else:
             parts = []
             with progress(len(words), unit, what) as bar:

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from core.cache import stored
+from core.cache import cached_rows
 from core.chunk_cache import identity_hash
 from core.errors import UserError
 from models.baselines.clip import Clip
 from models.regressor import Regressor
-from models.retrieval.vector_index import Floats, Index, Rows, about, kept, weighted_mean
+from models.retrieval.vector_index import Floats, Index, Rows, cached_index, index_identity, weighted_mean
 from models.runtime.preprocess import resize_and_crop
 
 _FORMAT = 1  # of the cached features
@@ -126,7 +126,7 @@ class ClipKnn:
         return {
             "clip": self._clip.identity(),
             "bank": self._prompt_identity,
-            "index": about(self._count, self._exact),
+            "index": index_identity(self._count, self._exact),
             "k": self._k,
             "power": self._power,
         }
@@ -154,8 +154,8 @@ class ClipKnn:
         """Index over the CLIP features [n, J] of the prompts."""
         key = {"format": _FORMAT, "clip": self._clip.identity(), "prompts": self._prompt_identity["prompts"]}
         folder = self._cache / "clip" / identity_hash(key)
-        text_nJ = stored(folder, self._count, self._features, "prompt", "CLIP")
-        return kept(folder, text_nJ, exact=self._exact)
+        text_nJ = cached_rows(folder, self._count, self._features, "prompt", "CLIP")
+        return cached_index(folder, text_nJ, exact=self._exact)
 
     def _features(self, start: int, stop: int) -> Floats:
         return self._clip.texts(self._texts(range(start, stop))).cpu().numpy()

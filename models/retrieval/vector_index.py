@@ -1,11 +1,14 @@
-"""Unit vectors that are asked for those nearest to others, by FAISS: among all of them, or quicker and nearly so.
+"""Search for the nearest of many unit vectors by FAISS: exact, or approximate and faster.
 
     cosine_Bk, row_Bk = Index(vector_nD).search(query_BD, 20)
 
-FAISS finds rows; their cosines are then taken from the vectors themselves, and ties go to the lower row: a question's
-answer does not depend on the others asked with it, and both ways tell the same cosines.
+FAISS finds candidates; their cosines are then computed from the vectors themselves, and ties go to the lower row. So
+the answer to a query does not depend on the others of its batch, and both kinds of search give the same cosines.
 
-B questions, n vectors held, D their width, k neighbours, m candidates, E target width.
+`cached_index` keeps an approximate index in one file: FAISS trains and writes it whole, so it has no chunks to resume
+(`core.chunk_cache`).
+
+B queries, n vectors, D their width, k neighbours, m candidates, E target width.
 """
 
 import hashlib
@@ -28,41 +31,42 @@ Floats = NDArray[np.float32]
 Rows = NDArray[np.int64]
 
 EXACT = 200_000
-"""Vectors up to which all are looked at, unless told otherwise: 1,000 questions then take about 2 s on two cores."""
+"""Vectors up to which search is exact by default: 1,000 queries then take about 2 s on two cores."""
 
-_BLOCK = 65_536  # vectors checked, or put into cells, at a time
-_ASKED, _COMPARED = 1024, 64  # at most, questions searched at a time, and those whose candidates are compared
-_BYTES = 1 << 28  # that a search may take beside its answer
-_PER_CANDIDATE = 48  # of them, while candidates are put into order
-_SPARE = 8  # beyond k, for cosines that are the same but for rounding
-_UNIT = 1e-3  # that a length may be off 1
+_BLOCK = 65_536  # vectors that are checked or added to the index at a time
+_QUERIES, _COMPARED = 1024, 64  # queries at most per search, and per comparison of candidates
+_BYTES = 1 << 28  # memory of a search beside its answer
+_PER_CANDIDATE = 48  # bytes of it, while candidates are sorted
+_SPARE = 8  # candidates beyond k, for cosines that differ by rounding only
+_UNIT = 1e-3  # tolerance of a unit length
 
-_FORMAT = 1  # of searches: raised where other neighbours may come of the same vectors
-_DIGEST = 32  # bytes of blake2b behind an index in its file
+_FORMAT = 1  # version of the search: raised where equal vectors may get other neighbours
+_DIGEST = 32  # bytes of blake2b at the end of the file
 
 # Cells, measured by benchmarks/knn.py; what else was tried is in benchmarks/LOG.md.
 _CODES = "RaBitQfs"
-_LOOKED_AT, _LEAST_CELLS = 3 / 16, 192  # of the cells; at least so many
-_CANDIDATES, _FEWEST = 15, 100  # of k, whose own vectors are compared; at least so many
-_TRAINING, _ROUNDS = 40, 8  # vectors a cell that k-means sees, and its rounds
+_PROBED, _MIN_PROBED = 3 / 16, 192  # share of the cells that a query probes; at least so many
+_CANDIDATES, _MIN_CANDIDATES = 15, 100  # candidates as a multiple of k; at least so many
+_TRAINING, _ROUNDS = 40, 8  # training vectors of k-means per cell, and its iterations
 
 
 class Index:
-    """
+    """Nearest-neighbour index over unit vectors.
+
     Args:
         vector_nD: unit vectors, in memory or mapped; they are not copied.
-        exact: True looks at every vector; False only at those of the likeliest cells. To make the cells takes about as
-            long as 1,000 exact questions: it pays where they are kept. None: exact up to `EXACT` vectors.
-        seed: of the cells.
+        exact: True compares every vector; False those of the nearest cells (IVF). Building the cells takes about as
+            long as 1,000 exact queries and pays where they are saved. None: exact up to `EXACT` vectors.
+        seed: of k-means.
 
     Raises:
-        UserError: a vector is zero, not finite or not of unit length, or there is none.
+        UserError: no vector, or one is zero, not finite or not of unit length.
     """
 
     def __init__(self, vector_nD: Floats, *, exact: bool | None = None, seed: int = 0) -> None:
         self._hold(vector_nD, is_exact(len(vector_nD), exact))
         if not self.exact:
-            self._cells = _built(self._vector_nD, seed)
+            self._cells = _build_cells(self._vector_nD, seed)
 
     def _hold(self, vector_nD: Floats, exact: bool) -> None:
         _refuse_unfit(vector_nD)
@@ -74,55 +78,53 @@ class Index:
         return len(self._vector_nD)
 
     def search(self, query_BD: Floats, k: int) -> tuple[Floats, Rows]:
-        """Cosines and rows [B, k] of the vectors nearest to each question, the nearest first; of ties, the lower row.
+        """Cosines and rows [B, k] of the vectors nearest to each query, the nearest first; of ties, the lower row.
 
-        k is at most n. Questions need not be of unit length.
+        k is at most n. Queries need not be of unit length.
 
         Raises:
-            UserError: k is below 1; a question is zero or not finite, or of another width than the vectors.
+            UserError: k is below 1; a query is zero or not finite, or of another width than the vectors.
         """
         if k < 1:
             raise UserError(f"k: {k} neighbours; at least 1")
-        query_BD = self._questions(query_BD)
+        query_BD = self._unit_queries(query_BD)
         k = min(k, len(self))
         cosine_Bk = np.empty((len(query_BD), k), np.float32)
         row_Bk = np.empty((len(query_BD), k), np.int64)
-        asked = min(max(_BYTES // (_PER_CANDIDATE * self._candidates(k)), 1), _ASKED)
-        for start in range(0, len(query_BD), asked):
-            part = slice(start, start + asked)
+        step = min(max(_BYTES // (_PER_CANDIDATE * self._candidates(k)), 1), _QUERIES)
+        for start in range(0, len(query_BD), step):
+            part = slice(start, start + step)
             cosine_Bk[part], row_Bk[part] = self._nearest(query_BD[part], k)
         return cosine_Bk, row_Bk
 
-    def _questions(self, query_BD: Floats) -> Floats:
+    def _unit_queries(self, query_BD: Floats) -> Floats:
         width = self._vector_nD.shape[1]
         if query_BD.ndim != 2 or query_BD.shape[1] != width:
             raise UserError(
-                f"vectors of shape {list(query_BD.shape)} are compared with a bank of width {width}; both must come of "
-                "one encoder"
+                f"vectors of shape {list(query_BD.shape)} are compared with an index of width {width}; both must come "
+                "from one encoder"
             )
         query_BD = np.ascontiguousarray(query_BD, np.float32)
         length_B = np.linalg.norm(query_BD, axis=1, keepdims=True)
-        _refuse_rows(
-            ~(np.isfinite(length_B[:, 0]) & (length_B[:, 0] > 0)), "zero or not finite", "compared with a bank"
-        )
+        _refuse_rows(~(np.isfinite(length_B[:, 0]) & (length_B[:, 0] > 0)), "zero or not finite", "queries of an index")
         return query_BD / length_B
 
     def _nearest(self, query_BD: Floats, k: int) -> tuple[Floats, Rows]:
         if self._cells is None:
-            found_Bm = self._all(query_BD, self._candidates(k))
+            row_Bm = self._search_all(query_BD, self._candidates(k))
         else:
-            found_Bm = self._likely(query_BD, k)
-            few = np.flatnonzero((found_Bm >= 0).sum(1) < k)  # the cells that were looked at hold no more
+            row_Bm = self._search_cells(query_BD, k)
+            few = np.flatnonzero((row_Bm >= 0).sum(1) < k)  # the probed cells hold no more
             if len(few):
-                found_Bm[few, :k] = self._all(query_BD[few], k)
-                found_Bm[few, k:] = -1
-        cosine_Bm = self._cosines(query_BD, found_Bm)
-        cosine_Bm[found_Bm < 0] = -np.inf
-        order_Bk = np.lexsort((found_Bm, -cosine_Bm))[:, :k]
-        return np.take_along_axis(cosine_Bm, order_Bk, 1), np.take_along_axis(found_Bm, order_Bk, 1)
+                row_Bm[few, :k] = self._search_all(query_BD[few], k)
+                row_Bm[few, k:] = -1
+        cosine_Bm = self._cosines(query_BD, row_Bm)
+        cosine_Bm[row_Bm < 0] = -np.inf
+        order_Bk = np.lexsort((row_Bm, -cosine_Bm))[:, :k]
+        return np.take_along_axis(cosine_Bm, order_Bk, 1), np.take_along_axis(row_Bm, order_Bk, 1)
 
     def _cosines(self, query_BD: Floats, row_Bm: Rows) -> Floats:
-        """[B, m], by blocks of questions and candidates whose vectors are `_BYTES` at most."""
+        """Cosines [B, m], by blocks of queries and candidates whose vectors take `_BYTES` at most."""
         cosine_Bm = np.empty(row_Bm.shape, np.float32)
         room = max(_BYTES // (4 * query_BD.shape[1]), 1)
         many = min(row_Bm.shape[1], room)
@@ -130,88 +132,82 @@ class Index:
         for start in range(0, len(query_BD), few):
             for first in range(0, row_Bm.shape[1], many):
                 part = slice(start, start + few), slice(first, first + many)
-                # not a matrix product: its last bits depend on how many questions there are
+                # not a matrix product: its last bits depend on the number of queries
                 cosine_Bm[part] = np.einsum("bd,bmd->bm", query_BD[part[0]], self._vector_nD[row_Bm[part]])
         return cosine_Bm
 
     def _candidates(self, k: int) -> int:
-        """Rows whose own vectors are compared for each question."""
-        return min(k + _SPARE if self._cells is None else max(_CANDIDATES * k, _FEWEST), len(self))
+        """Number of candidates per query whose cosines are computed."""
+        return min(k + _SPARE if self._cells is None else max(_CANDIDATES * k, _MIN_CANDIDATES), len(self))
 
-    def _all(self, query_BD: Floats, k: int) -> Rows:
+    def _search_all(self, query_BD: Floats, k: int) -> Rows:
         import faiss
 
         return faiss.knn(query_BD, self._vector_nD, k, metric=faiss.METRIC_INNER_PRODUCT)[1]
 
-    def _likely(self, query_BD: Floats, k: int) -> Rows:
+    def _search_cells(self, query_BD: Floats, k: int) -> Rows:
         return self._cells.search(query_BD, self._candidates(k))[1]
 
     def save(self, path: Path) -> None:
-        """Writes the cells of an approximate index, whole or not at all; the vectors are not in it.
+        """Write the cells of an approximate index atomically, without the vectors.
 
         Raises:
-            UserError: the index is exact: it has nothing to keep. Or the disk is full.
+            UserError: the index is exact and has no cells, or the disk is full.
         """
         import faiss
 
         if self._cells is None:
-            raise UserError(f"{path}: an exact index has nothing to keep but its vectors; exact=false builds one")
+            raise UserError(f"{path}: an exact index has nothing to save but its vectors; exact=false builds cells")
         data = faiss.serialize_index(self._cells).data
         digest = hashlib.blake2b(data, digest_size=_DIGEST).digest()
         write_atomically(path, lambda file: (file.write(data), file.write(digest)), CACHE_HINT)
 
     @classmethod
     def load(cls, path: Path, vector_nD: Floats) -> Self:
-        """An index that `save` wrote, over the same vectors.
+        """Load an index that `save` wrote, over the same vectors.
 
         Raises:
-            UserError: there is no such file, it is damaged, or it is of other vectors.
+            UserError: the file is missing, damaged, or of other vectors.
         """
         import faiss
 
         try:
             read = np.fromfile(path, np.uint8)
             data, digest = read[:-_DIGEST], read[-_DIGEST:].tobytes()
-            # FAISS itself may take changed bytes, and crash in a search
+            # FAISS itself may accept changed bytes, and crash in a search
             if hashlib.blake2b(data.data, digest_size=_DIGEST).digest() != digest:
-                raise UserError(f"{path} is no whole index (its bytes are not those that were written); remove it")
+                raise UserError(f"{path} is damaged (its bytes have changed since they were written); remove it")
             cells = faiss.deserialize_index(data)
-            found = (cells.ntotal, cells.d)
+            shape = (cells.ntotal, cells.d)
         except (OSError, RuntimeError) as error:
-            raise UserError(f"{path} is no whole index ({str(error).splitlines()[0]}); remove it") from error
-        if found != vector_nD.shape:
-            raise UserError(
-                f"{path} is of {found[0]} vectors of width {found[1]}, not {list(vector_nD.shape)}; remove it"
-            )
-        made = cls.__new__(cls)
-        made._hold(vector_nD, exact=False)
-        made._cells = cells
-        return made
+            raise UserError(f"{path} is damaged or missing ({str(error).splitlines()[0]}); remove it") from error
+        if shape != vector_nD.shape:
+            raise UserError(f"{path} is of vectors {list(shape)}, not {list(vector_nD.shape)}; remove it")
+        index = cls.__new__(cls)
+        index._hold(vector_nD, exact=False)
+        index._cells = cells
+        return index
 
 
 def is_exact(rows: int, exact: bool | None) -> bool:
-    """Whether an `Index` over so many vectors looks at all of them."""
+    """Whether an `Index` over `rows` vectors is exact."""
     return rows <= EXACT if exact is None else exact
 
 
-def about(rows: int, exact: bool | None = None) -> dict[str, Any]:
-    """What the neighbours that an `Index` finds depend on beside its vectors, as plain JSON.
-
-    Args:
-        rows, exact: as of the index.
-    """
+def index_identity(rows: int, exact: bool | None = None) -> dict[str, Any]:
+    """All that the answers of an `Index` over `rows` vectors depend on beside the vectors, as plain JSON."""
     import faiss
 
     exact = is_exact(rows, exact)
-    cells = [_CODES, _LOOKED_AT, _LEAST_CELLS, _CANDIDATES, _FEWEST, _TRAINING, _ROUNDS]
+    cells = [_CODES, _PROBED, _MIN_PROBED, _CANDIDATES, _MIN_CANDIDATES, _TRAINING, _ROUNDS]
     return {"format": _FORMAT, "faiss": faiss.__version__, "exact": exact, **({} if exact else {"cells": cells})}
 
 
-def kept(folder: Path, vector_nD: Floats, *, exact: bool | None = None) -> Index:
-    """The index over these vectors; an approximate one from `folder`, where it is built at the first call.
+def cached_index(folder: Path, vector_nD: Floats, *, exact: bool | None = None) -> Index:
+    """Index over these vectors; an approximate one is built at the first call and saved in `folder`.
 
     Args:
-        folder: these vectors' own; the index is `index-HASH.faiss` there, by the hash of what `about` tells.
+        folder: for these vectors only; the file is `index-<hash of index_identity>.faiss`.
         exact: as in `Index`.
 
     Raises:
@@ -219,50 +215,50 @@ def kept(folder: Path, vector_nD: Floats, *, exact: bool | None = None) -> Index
     """
     if is_exact(len(vector_nD), exact):
         return Index(vector_nD, exact=True)
-    told = json.dumps(about(len(vector_nD), exact), sort_keys=True).encode()
-    path = folder / f"index-{hashlib.blake2b(told, digest_size=8).hexdigest()}.faiss"
+    identity = json.dumps(index_identity(len(vector_nD), exact), sort_keys=True).encode()
+    path = folder / f"index-{hashlib.blake2b(identity, digest_size=8).hexdigest()}.faiss"
     path.parent.mkdir(parents=True, exist_ok=True)
     with lock(path.with_name(f".{path.name}.lock")):  # another process may be building it
         if path.exists():
             try:
                 return Index.load(path, vector_nD)
             except UserError as error:
-                log.warning("%s; it is built anew", error)
+                log.warning("%s; it is built again", error)
         index = Index(vector_nD, exact=False)
         index.save(path)
         return index
 
 
 def weighted_mean(vector_nE: Floats, cosine_Bk: Floats, row_Bk: Rows, power: float) -> Floats:
-    """Unit vectors [B, E]: the mean of each question's neighbours, weighted by their cosines to a power.
+    """Unit vectors [B, E]: mean of each query's neighbours, weighted by a power of their cosines.
 
-    Cosines below 0 count as 0; where none is above it, all neighbours count the same.
+    Cosines below 0 count as 0; where none is above 0, all neighbours have equal weights.
 
     Args:
-        vector_nE: of the bank; may be mapped.
-        cosine_Bk, row_Bk: as `Index.search` gives them.
-        power: 0 counts all above 0 alike.
+        vector_nE: vectors of the rows; may be mapped.
+        cosine_Bk, row_Bk: as from `Index.search`.
+        power: 0 gives equal weights to all cosines above 0.
 
     Raises:
-        UserError: the power is below 0, or a question's neighbours cancel each other out.
+        UserError: the power is below 0, or the neighbours of a query cancel out.
     """
     if not power >= 0:
         raise UserError(f"power: {power} of the cosines, but it must be at least 0")
     weight_Bk = cosine_Bk.astype(np.float64).clip(min=0)
     best_B1 = weight_Bk.max(1, keepdims=True)
     weight_Bk[best_B1[:, 0] == 0] = 1
-    # over the best, or a high power would make them all 0
+    # relative to the best, or a high power would make all 0
     weight_Bk = (weight_Bk / np.where(best_B1 > 0, best_B1, 1)) ** power * (weight_Bk > 0)
     mean_BE = np.empty((len(row_Bk), vector_nE.shape[1]))
     for b, (weight_k, row_k) in enumerate(zip(weight_Bk, row_Bk, strict=True)):
         mean_BE[b] = weight_k @ vector_nE[row_k]
     length_B = np.linalg.norm(mean_BE, axis=1, keepdims=True)
-    _refuse_rows(length_B[:, 0] == 0, "zero", "the mean of a question's neighbours")
+    _refuse_rows(length_B[:, 0] == 0, "zero", "the mean of a query's neighbours")
     return (mean_BE / length_B).astype(np.float32)
 
 
-def _built(vector_nD: Floats, seed: int) -> Any:
-    """Cells, in which each vector has one bit a number, and their rows."""
+def _build_cells(vector_nD: Floats, seed: int) -> Any:
+    """Inverted lists of row numbers and of codes of one bit per component."""
     import faiss
 
     rows, width = vector_nD.shape
@@ -270,7 +266,7 @@ def _built(vector_nD: Floats, seed: int) -> Any:
     cells: Any = faiss.index_factory(width, f"IVF{lists},{_CODES}", faiss.METRIC_INNER_PRODUCT)
     cells.cp.seed, cells.cp.niter = seed, _ROUNDS
     cells.cp.min_points_per_centroid, cells.cp.max_points_per_centroid = 1, _TRAINING
-    cells.nprobe = min(lists, max(round(lists * _LOOKED_AT), _LEAST_CELLS))
+    cells.nprobe = min(lists, max(round(lists * _PROBED), _MIN_PROBED))
     sample = np.sort(np.random.default_rng(seed).choice(rows, min(rows, lists * _TRAINING), replace=False))
     cells.train(vector_nD[sample])
     with progress(rows, "vector", "index", show=rows > EXACT) as bar:
@@ -283,11 +279,11 @@ def _built(vector_nD: Floats, seed: int) -> Any:
 
 def _refuse_unfit(vector_nD: Floats) -> None:
     if vector_nD.ndim != 2 or not len(vector_nD) or vector_nD.dtype != np.float32:
-        raise UserError(f"a bank needs float32 vectors [n, D], at least one, not {vector_nD.dtype} {vector_nD.shape}")
+        raise UserError(f"an index needs float32 vectors [n, D], at least one, not {vector_nD.dtype} {vector_nD.shape}")
     blocks = (vector_nD[start : start + _BLOCK] for start in range(0, len(vector_nD), _BLOCK))
     length_n = np.concatenate([np.linalg.norm(block, axis=1) for block in blocks])
-    _refuse_rows(~(np.isfinite(length_n) & (length_n > 0)), "zero or not finite", "of a bank")
-    _refuse_rows(np.abs(length_n - 1) > _UNIT, "not of unit length", "of a bank; divide each by its length")
+    _refuse_rows(~(np.isfinite(length_n) & (length_n > 0)), "zero or not finite", "of an index")
+    _refuse_rows(np.abs(length_n - 1) > _UNIT, "not of unit length", "of an index; divide each by its length")
 
 
 def _refuse_rows(bad_n: NDArray[np.bool_], what: str, where: str) -> None:

@@ -1,9 +1,9 @@
-"""Light augmentation of a batch, on the device that the model is on: crop, mirror, brightness and contrast, a blank.
+"""Augmentation of a batch on the model's device: random crop, flip, brightness and contrast, erasing.
 
-What happens to an image follows from the run's seed, the step and the image's number alone, computed where the
-batch lies: workers, ranks, micro-batches and resuming change nothing, and nothing waits for the device.
+Each image's augmentation is a function of seed, step and row number: workers, ranks, micro-batches and resuming change
+nothing, and no step waits for the device.
 
-B images, C colours, H = W pixels a side, K numbers drawn an image.
+B images, C channels, H = W pixels, K random numbers per image.
 """
 
 import math
@@ -14,21 +14,21 @@ from train.config import DataSettings
 from train.data.counter_rng import uniform
 
 _CROP_RATIO = (3 / 4, 4 / 3)  # width ÷ height, log-uniform, as in torchvision's RandomResizedCrop
-_ERASE_SHARE, _ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)  # as in its RandomErasing
+_ERASE_SHARE, _ERASE_RATIO = (0.02, 0.33), (0.3, 3.3)  # as in torchvision's RandomErasing
 _GREY = (0.299, 0.587, 0.114)
-_CUBIC = -0.5  # Pillow's bicubic, and torch's when antialiased
+_CUBIC = -0.5  # as in Pillow's bicubic, and torch's with antialiasing
 
-_CROP, _MIRROR, _BRIGHTNESS, _CONTRAST, _ERASE = 0, 4, 5, 6, 7  # where each begins among the numbers of an image
+_CROP, _MIRROR, _BRIGHTNESS, _CONTRAST, _ERASE = 0, 4, 5, 6, 7  # first of the random numbers of each
 _DRAWN = 12
 
 
 @torch.no_grad()
 def augment(image_BCHW: torch.Tensor, row_B: torch.Tensor, step: int, seed: int, cfg: DataSettings) -> torch.Tensor:
-    """The images, changed at random as `cfg` says; the very tensor where it asks for nothing.
+    """Augment square images by `cfg`; return the same tensor where it asks for no augmentation.
 
     Args:
         image_BCHW: uint8, square.
-        row_B: number of each image, int64 on the same device.
+        row_B: row number of each image, int64 on the same device.
 
     Returns:
         uint8 [B, C, H, W].
@@ -53,12 +53,12 @@ def augment(image_BCHW: torch.Tensor, row_B: torch.Tensor, step: int, seed: int,
 
 
 def boxes(draw_KB: torch.Tensor, share: tuple[float, float], ratio: tuple[float, float], side: int) -> torch.Tensor:
-    """Rectangles within a square of `side` pixels, int64 [4, B]: top, left, height, width.
+    """Random boxes within a square of `side` pixels, int64 [4, B]: top, left, height, width.
 
     Args:
-        draw_KB: four numbers from 0 to 1 for each: area, ratio, top, left.
-        share: of the square's area, before sides are rounded: uniform.
-        ratio: width ÷ height, log-uniform, as far as the area leaves room.
+        draw_KB: four numbers from 0 to 1 per image, for area, ratio, top and left.
+        share: range of the area relative to the square's, uniform before the sides are rounded.
+        ratio: range of width ÷ height, log-uniform as far as the area permits.
     """
     area_B = share[0] + (share[1] - share[0]) * draw_KB[0]
     room_B = -torch.log(area_B)
@@ -72,20 +72,20 @@ def boxes(draw_KB: torch.Tensor, share: tuple[float, float], ratio: tuple[float,
 
 
 def crop_and_resize(image_BCHW: torch.Tensor, box_4B: torch.Tensor) -> torch.Tensor:
-    """Each image's box, bicubically enlarged to the image's size; what lies outside has no influence."""
+    """Crop each image to its box and resize it bicubically to the image's size; pixels outside have no influence."""
     side = image_BCHW.shape[-1]
     top_B, left_B, height_B, width_B = box_4B
-    # as a product of matrices, for which every image may have its own box; mixed precision would cost grey levels
+    # as a matrix product, which permits a box per image; mixed precision would lose grey levels
     with torch.autocast(image_BCHW.device.type, enabled=False):
-        rows_B1HH = _enlarging(top_B, height_B, side)[:, None]
-        columns_B1WW = _enlarging(left_B, width_B, side)[:, None]
-        # first along the rows, and bytes in between, as Pillow does
+        rows_B1HH = _resize_weights(top_B, height_B, side)[:, None]
+        columns_B1WW = _resize_weights(left_B, width_B, side)[:, None]
+        # first along the rows, rounded in between, as in Pillow
         wide_BCHW = (image_BCHW.float() @ columns_B1WW.transpose(-1, -2)).round_().clamp_(0, 255)
         return _to_bytes(rows_B1HH @ wide_BCHW)
 
 
-def _enlarging(first_B: torch.Tensor, length_B: torch.Tensor, side: int) -> torch.Tensor:
-    """Weights of the `side` old pixels (last) in each of the `side` new ones, float32 [B, side, side]."""
+def _resize_weights(first_B: torch.Tensor, length_B: torch.Tensor, side: int) -> torch.Tensor:
+    """Weights of the `side` input pixels (last) in each of the `side` output pixels, float32 [B, side, side]."""
     pixel = torch.arange(side, device=first_B.device)
     centre_BN = first_B[:, None] + (pixel + 0.5) * (length_B / side)[:, None] - 0.5
     distance_BNO = (pixel - centre_BN[..., None]).abs()
@@ -98,7 +98,7 @@ def _enlarging(first_B: torch.Tensor, length_B: torch.Tensor, side: int) -> torc
 
 
 def jitter(image_BCHW: torch.Tensor, brightness_B: torch.Tensor, contrast_B: torch.Tensor) -> torch.Tensor:
-    """Images times `brightness_B`, then `contrast_B` times their distance from their mean grey."""
+    """Scale images by `brightness_B`, then their distance from their mean grey by `contrast_B`."""
     brighter_BCHW = (image_BCHW * _over_pixels(brightness_B)).clamp(0, 255)
     weight_C = torch.tensor(_GREY, device=image_BCHW.device)
     grey_B = (brighter_BCHW.mean((-1, -2)) * weight_C).sum(-1)
@@ -107,7 +107,7 @@ def jitter(image_BCHW: torch.Tensor, brightness_B: torch.Tensor, contrast_B: tor
 
 
 def erase(image_BCHW: torch.Tensor, box_4B: torch.Tensor, chosen_B: torch.Tensor) -> torch.Tensor:
-    """The boxes of the chosen images filled with the image's mean colour."""
+    """Fill the boxes of the images in `chosen_B` with the mean colour of the image."""
     pixel = torch.arange(image_BCHW.shape[-1], device=image_BCHW.device)
     top_B1, left_B1, height_B1, width_B1 = box_4B[..., None]
     in_rows_BH = (pixel >= top_B1) & (pixel < top_B1 + height_B1)

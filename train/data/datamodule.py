@@ -1,6 +1,7 @@
 """LightningDataModule of a run: training images, validation sets, and their loaders.
 
-N images of all datasets."""
+N images of all datasets.
+"""
 
 import json
 import logging
@@ -13,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from core.errors import UserError
-from core.files import write_atomically
+from core.files import write_bytes
 from datagen.dataset.format import FAULTY
 from datagen.dataset.reader import Dataset
 from models.runtime.preprocess import Preprocessing
@@ -27,34 +28,32 @@ from train.data.splits import Prompts, fold_rows, refuse_seen, without_others_va
 log = logging.getLogger(__name__)
 
 _ELSEWHERE = "its prompt or bytes are validated on in another dataset"
-
-
-_METRICS = ("cosine", "high", "low", "source", "val")  # names that a set of validation images cannot have
+_METRICS = ("cosine", "high", "low", "source", "val")  # names that a validation set cannot have
 
 
 class ImageDataModule(lightning.LightningDataModule):
     """Training and validation images of a run, and their loaders.
 
     Attributes:
-        images: of `datasets`, then of `val`, numbered consecutively.
+        images: images of `datasets`, then of `val`, numbered consecutively.
         train_rows: training images.
         val_rows: validation images of the datasets or the fold; may be none.
-        purged_rows: those that are neither, being too near the fold's or sharing a prompt or bytes with them.
-        left_out: reason → images that are neither for it.
-        val_names: of the validation loaders, in order: "val" for `val_rows` if there are any, then one for each of
-            `val`, by its folder.
-        val_sets: rows of each, in the same order.
-        prompts: prompts of `images`, where they were read; None where the split did not ask for them.
+        purged_rows: images in neither, too similar to the fold's or with a prompt or bytes of them.
+        left_out: reason → images that neither train nor validate.
+        val_names: names of the validation sets: "val" for `val_rows` if there are any, then the folder name of each of
+            `val`.
+        val_sets: rows of the validation sets, in the same order.
+        prompts: prompts of `images`; None where the split does not need them.
         shuffled_epochs: row numbers of every epoch.
         length: steps of an epoch, of the run, and of the head alone.
-        per_epoch, steps: of `length`.
-        accumulate: micro-batches a step on each device; may be set until training begins.
+        per_epoch, steps: the same as in `length`.
+        accumulate: micro-batches per step on each device; may be set until training begins.
 
     Args:
-        datasets: to train on.
-        val: more to validate on: the split "val" of each, or all of one that has no such split.
-        preprocessing: of the model; its size is S.
-        device: where the vectors of a fold are compared.
+        datasets: datasets to train on.
+        val: further datasets to validate on: the split "val" of each, or all images where it has no such split.
+        preprocessing: of the model.
+        device: that compares the vectors of a fold.
 
     Raises:
         UserError: a dataset with nothing to train on; vectors of several encoders; weights that cannot be used; a set
@@ -76,7 +75,7 @@ class ImageDataModule(lightning.LightningDataModule):
         self._cfg = cfg
         self.images = images = ImageDataset([*datasets, *val], preprocessing)
         trained, others = range(len(datasets)), range(len(datasets), len(datasets) + len(val))
-        # reading every prompt takes a while, and one dataset by its own split has no need of it
+        # reading all prompts takes a while, and a single dataset with its own split does not need them
         self.prompts = prompts = Prompts(images) if cfg.fold or len(images.datasets) > 1 else None
         self.purged_rows = np.zeros(0, np.int64)
         self.left_out: dict[str, Rows] = {}
@@ -113,7 +112,7 @@ class ImageDataModule(lightning.LightningDataModule):
             images, self.train_rows, cfg.data.sources, cfg.data.sample_weights
         )
         own = ["val"] if len(self.val_rows) else []
-        self.val_names = [*own, *_beside(images.names[len(datasets) :])]
+        self.val_names = [*own, *_set_names(images.names[len(datasets) :])]
         self.val_sets = [*[self.val_rows for _ in own], *sets]
         self.shuffled_epochs = ShuffledEpochs(self._parts(trained), cfg.seed)
         self.length = run_length(len(self.shuffled_epochs), cfg)
@@ -132,8 +131,7 @@ class ImageDataModule(lightning.LightningDataModule):
         rows = [(row, reason) for reason, rows in self.left_out.items() for row in rows.tolist()]
         lines = [json.dumps({"key": self.images.label(row), "reason": reason}) + "\n" for row, reason in rows]
         if lines:
-            data = "".join(lines).encode()
-            write_atomically(path, lambda file: file.write(data))
+            write_bytes(path, "".join(lines).encode())
 
     def _parts(self, trained: range) -> list[TrainingSubset]:
         rows_of = {number: own for number, _, own in self.images.by_dataset(self.train_rows)}
@@ -141,7 +139,7 @@ class ImageDataModule(lightning.LightningDataModule):
         if left_out:
             raise UserError(
                 f"nothing of {', '.join(map(str, left_out))} is left to train on; take it out of dataset=[…], or give "
-                f"its images weights above 0"
+                "its images weights above 0"
             )
         parts = []
         for number in trained:
@@ -152,7 +150,7 @@ class ImageDataModule(lightning.LightningDataModule):
         return parts
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002
-        return batch.to(device, non_blocking=device.type == "cuda")  # Lightning's own way waits for each copy
+        return batch.to(device, non_blocking=device.type == "cuda")  # Lightning's default waits for each copy
 
     def train_dataloader(self) -> DataLoader:
         trainer = self._attached()
@@ -170,10 +168,10 @@ class ImageDataModule(lightning.LightningDataModule):
     def val_dataloader(self) -> list[DataLoader]:
         trainer = self._attached()
         size, rank, world = self._cfg.batch_size, trainer.global_rank, trainer.world_size
-        # a step may be more than a device can hold at once
+        # the batch of a step may not fit on a device
         size = max(size // (world * self.accumulate), 1)
         batches = [SequentialBatchSampler(rows, size, rank=rank, world=world) for rows in self.val_sets]
-        # processes that wait for the next validation hold memory: one set's may
+        # workers that wait for the next validation take memory: only those of the first set stay
         return [self._loader(each, keep=number == 0) for number, each in enumerate(batches)]
 
     def _loader(self, batches: Sampler[list[int]], *, keep: bool = True) -> DataLoader:
@@ -184,12 +182,12 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def _attached(self) -> lightning.Trainer:
         if self.trainer is None:
-            raise RuntimeError("loaders need a trainer: its step is where the run begins, its ranks share the images")
+            raise RuntimeError("loaders need a trainer: they begin at its step and split the images by its ranks")
         return self.trainer
 
 
 def _own_splits(images: ImageDataset, trained: range) -> tuple[Rows, Rows]:
-    """The rows of "train", and of "val" where there is one, over all datasets that are trained on."""
+    """Rows of the split "train", and of "val" where it exists, of all training datasets."""
     train, val, problems = [], [], []
     for number in trained:
         dataset = images.datasets[number]
@@ -209,21 +207,21 @@ def _validation_rows(dataset: Dataset) -> Rows:
 
 
 def _sound(dataset: Dataset) -> Rows:
-    """All images but the faulty: also those that the dataset's own split left out, since a fold draws another one.
+    """All images but the faulty, including those that the dataset's own split left out: a fold is another split.
 
     Raises:
-        UserError: there is none.
+        UserError: no image is left.
     """
-    found = [dataset.rows(split) for split in dataset.splits if split != FAULTY]
-    if not found:
+    rows = [dataset.rows(split) for split in dataset.splits if split != FAULTY]
+    if not rows:
         raise UserError(f"{dataset.root} has no image that could be drawn, only {dataset.splits}")
-    return np.sort(_joined(found))
+    return np.sort(_joined(rows))
 
 
 def _joined(rows: Sequence[Rows]) -> Rows:
     return np.concatenate([np.zeros(0, np.int64), *rows])
 
 
-def _beside(names: Sequence[str]) -> list[str]:
-    """Names of sets beside "val", so that val/<name>/cosine is nothing else's."""
+def _set_names(names: Sequence[str]) -> list[str]:
+    """Names of the sets beside "val" that no metric val/<name> has."""
     return [f"{name}-set" if name in _METRICS else name for name in names]

@@ -101,8 +101,8 @@ class ImageDataset(TorchDataset):
     def by_dataset(self, rows: Rows) -> list[tuple[int, NDArray[np.bool_], Rows]]:
         """Group `rows` by dataset: its position, a mask over `rows`, and the row numbers there."""
         numbers = np.searchsorted(self.offsets, rows, side="right") - 1
-        found = [(n, numbers == n) for n in np.unique(numbers).tolist()]
-        return [(n, mine, rows[mine] - self.offsets[n]) for n, mine in found]
+        masks = [(n, numbers == n) for n in np.unique(numbers).tolist()]
+        return [(n, mask, rows[mask] - self.offsets[n]) for n, mask in masks]
 
     def parts(self, rows: Rows) -> list[tuple[Dataset, Rows]]:
         """Datasets that have some of `rows`, each with the row numbers there."""
@@ -156,10 +156,10 @@ class ImageDataset(TorchDataset):
 
     def targets(self, rows: Rows) -> NDArray[np.float32]:
         """`target` of each of these images, [n, E]."""
-        found = np.empty((len(rows), self.width), np.float32)
-        for number, mine, own in self.by_dataset(rows):
-            found[mine] = self.datasets[number].mean_targets(own)
-        return found
+        target_nE = np.empty((len(rows), self.width), np.float32)
+        for number, mask, dataset_rows in self.by_dataset(rows):
+            target_nE[mask] = self.datasets[number].mean_targets(dataset_rows)
+        return target_nE
 
     def mean_target(self, rows: Rows) -> torch.Tensor:
         """Normalised mean of the images' targets, [E]."""
@@ -218,5 +218,5 @@ def _refuse_other_vectors(datasets: Sequence[Dataset]) -> None:
             "datasets with vectors of different encoders, or of other settings of one:\n"
             + "\n".join(problems)
             + "\nWhere a value is not recorded, python -m datagen.targets out=… encoder=… checks the vectors and "
-            "records it. Where vectors are wrong, remove their folder in targets/ first: it then writes them anew."
+            "records it. Where vectors are wrong, remove their folder in targets/ first: it then writes them again."
         )

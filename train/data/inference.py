@@ -1,4 +1,4 @@
-"""One pass of a predict function over images, batch by batch: for predictions, frozen features and scores.
+"""One pass of a predict function over images, batch by batch.
 
     for batch in predict_batches(model, images, rows, device=model.device, batch_size=128, workers=None):
         batch.row_B, batch.vector_BD, batch.score_B, batch.bad
@@ -22,7 +22,7 @@ from train.data.loader import loader
 from train.data.samplers import SequentialBatchSampler
 
 MAX_BATCH_SIZE = 256
-"""Images per forward pass. The batch of a training step may be larger: it is spread over many devices."""
+"""Images per forward pass; the batch of a training step may be larger, spread over many devices."""
 
 
 @dataclass(frozen=True)

@@ -29,19 +29,19 @@ _COLUMNS = {"key": pa.string(), "weight": pa.float64(), "dataset": pa.string()}
 def image_weights(
     images: "ImageDataset", rows: NDArray[np.int64], sources: Mapping[str, float], path: Path | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-    """The rows that count at all, and the weights [N]: 1 on average over those rows, 1 elsewhere; None where all are 1.
+    """Rows of weight above 0, and the weights [N] with mean 1 over these rows; None where all weights are equal.
 
-    An image's weight is its source's times its own in the file; what neither names counts 1.
+    The weight of an image is that of its source times that of its key; either is 1 by default.
 
     Args:
-        rows: images to train on.
-        sources: of prompts, and their weights.
-        path: .parquet or .csv with the columns key and weight, and dataset (the folder, as it was given) where a key
-            is in several datasets.
+        rows: training images.
+        sources: prompt source → weight.
+        path: .parquet or .csv with the columns key and weight, and dataset (the folder as given in dataset=) where
+            several datasets have the key.
 
     Raises:
-        UserError: a source that no image to train on has; a file that cannot be read, or names none of them, or one
-            twice, or has a weight below 0; nothing left.
+        UserError: a source without training images; a file that cannot be read, names no training image or one twice,
+            or has a weight below 0; all weights are 0.
     """
     if not sources and path is None:
         return rows, None
@@ -57,8 +57,7 @@ def image_weights(
     if len(weighted) < len(rows):
         log.info(
             "%s of %s training images have weight 0 and are left out",
-            f"{len(rows) - len(weighted):,}",
-            f"{len(rows):,}",
+            *(f"{len(rows) - len(weighted):,}", f"{len(rows):,}"),
         )
     weights_N = np.ones(len(images), np.float32)
     weights_N[weighted] = weight_N[weighted] / weight_N[weighted].mean()
@@ -70,14 +69,14 @@ def _by_source(
 ) -> list[str]:
     if not sources:
         return []
-    there: set[str] = set()
+    present: set[str] = set()
     for number, mine, own in images.by_dataset(rows):
         names, source_of = images.datasets[number].sources()
         codes = source_of[own]
-        there |= {names[code] for code in np.unique(codes).tolist()}
+        present |= {names[code] for code in np.unique(codes).tolist()}
         weight_N[rows[mine]] *= np.array([sources.get(name, 1) for name in names], np.float64)[codes]
-    unknown = sorted(set(sources) - there)
-    return [f"data.sources: {name}: no image is of it, only of {', '.join(sorted(there))}" for name in unknown]
+    unknown, known = sorted(set(sources) - present), ", ".join(sorted(present))
+    return [f"data.sources: {name}: no training image has this source, only {known}" for name in unknown]
 
 
 def _by_key(images: "ImageDataset", rows: NDArray[np.int64], path: Path, weight_N: NDArray[np.float64]) -> list[str]:
@@ -86,8 +85,8 @@ def _by_key(images: "ImageDataset", rows: NDArray[np.int64], path: Path, weight_
     wrong = np.flatnonzero(~(weights >= 0) | np.isinf(weights))
     if len(wrong):
         first = f"{table['key'][int(wrong[0])]}: {weights[wrong[0]]}"
-        return [f"{path}: {len(wrong):,} weights are no number from 0 up, the first {first}"]
-    # the image that each line names, in each dataset
+        return [f"{path}: {len(wrong):,} weights are not numbers of 0 or more, the first {first}"]
+    # row of the image that each line names, by dataset; -1: none
     keys = table["key"].combine_chunks()
     folders = table["dataset"].to_numpy(zero_copy_only=False) if "dataset" in table.column_names else None
     trained = [number for number, _, _ in images.by_dataset(rows)]
@@ -95,17 +94,17 @@ def _by_key(images: "ImageDataset", rows: NDArray[np.int64], path: Path, weight_
     for number in trained:
         dataset = images.datasets[number]
         own = dataset.find(keys)
-        there = own >= 0 if folders is None else (own >= 0) & (folders == str(dataset.root))
-        row_of.append(np.where(there, images.rows(number, own), -1))
-    found = np.stack(row_of)
-    several = np.flatnonzero((found >= 0).sum(0) > 1)
+        is_named = own >= 0 if folders is None else (own >= 0) & (folders == str(dataset.root))
+        row_of.append(np.where(is_named, images.rows(number, own), -1))
+    rows_of_lines = np.stack(row_of)
+    several = np.flatnonzero((rows_of_lines >= 0).sum(0) > 1)
     roots = ", ".join(str(images.datasets[n].root) for n in trained)
     if len(several):
         first = keys[int(several[0])]
         return [
             f"{path}: {len(several):,} keys are in several datasets, the first {first}; add a column dataset: {roots}"
         ]
-    row = found.max(0)
+    row = rows_of_lines.max(0)
     named, counts = np.unique(row[row >= 0], return_counts=True)
     if (counts > 1).any():
         twice = images.label(int(named[counts > 1][0]))
@@ -113,10 +112,10 @@ def _by_key(images: "ImageDataset", rows: NDArray[np.int64], path: Path, weight_
     if not np.isin(named, rows).any():
         of = "" if folders is None else f" in {', '.join(map(str, table['dataset'].unique().to_pylist()[:3]))}"
         return [
-            f"{path}: none of its {len(keys):,} keys{of} is an image to train on in {roots}; write it for this dataset"
+            f"{path}: none of its {len(keys):,} keys{of} is a training image of {roots}; write weights of this dataset"
         ]
     if len(named) < len(keys):
-        log.warning("%s: %s of %s keys are of no dataset here", path, f"{len(keys) - len(named):,}", f"{len(keys):,}")
+        log.warning("%s: %s of %s keys are in no dataset", path, f"{len(keys) - len(named):,}", f"{len(keys):,}")
     weight_N[row[row >= 0]] *= weights[row >= 0]
     return []
 

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Rows = NDArray[np.int64]
 
-_ASKED, _HELD = 4096, 16384  # prompts of both sides per matrix product
+_QUERIES, _HELD = 4096, 16384  # prompts of both sides per matrix product
 _ROUNDING = 1e-5  # rounding error of a cosine in single precision
 _MAX_HELD_OUT = 5000  # held-out images for the choice of a penalty
 _BAR_FROM = 50_000  # prompts from which a progress bar is shown: fewer take seconds
@@ -66,12 +66,10 @@ class Prompts:
         begins = [starts[:-1] + offset for starts, offset in zip(each, self._offsets[:-1], strict=True)]
         self._starts_N = np.concatenate([*begins, self._offsets[-1:]])
         self._hash_c = np.concatenate([dataset.prompt_hashes() for dataset in images.datasets])
-        contents = [dataset.content_ids for dataset in images.datasets]
-        self._content_N = np.concatenate(contents)
+        self._content_N = np.concatenate([dataset.content_ids for dataset in images.datasets])
 
     def of(self, rows: Rows) -> tuple[NDArray[np.int64], Rows, NDArray[np.int64]]:
-        """The captions of images, side by side: the number of each text, whose it is (as a place in `rows`), and
-        where `vectors` finds it."""
+        """Hash of each caption of `rows`, the position of its image in `rows`, and its caption number."""
         firsts = self._starts_N[rows]
         counts = self._starts_N[rows + 1] - firsts
         owner_c = np.repeat(np.arange(len(rows)), counts)
@@ -80,25 +78,25 @@ class Prompts:
 
     def vectors(self, caption_c: NDArray[np.int64]) -> NDArray[np.float32]:
         """Unit vectors of captions, [c, E]."""
-        found = np.empty((len(caption_c), self._images.width), np.float32)
+        vectors = np.empty((len(caption_c), self._images.width), np.float32)
         dataset_of = np.searchsorted(self._offsets, caption_c, side="right") - 1
         for number in np.unique(dataset_of).tolist():
-            mine = dataset_of == number
-            found[mine] = self._images.datasets[number].caption_targets(caption_c[mine] - self._offsets[number])
-        return found
+            mask = dataset_of == number
+            vectors[mask] = self._images.datasets[number].caption_targets(caption_c[mask] - self._offsets[number])
+        return vectors
 
     def links(self, rows: Rows) -> ImageLinks:
-        """Prompts and bytes of `rows`, each image by its place there."""
+        """Prompts and bytes of `rows`, each image by its position there."""
         hash_c, owner_c, _ = self.of(rows)
         return ImageLinks(owner_c, hash_c, self._content_N[rows])
 
     def shared(self, rows: Rows, others: Rows) -> NDArray[np.bool_]:
-        """Which of the images `rows` share a caption or their bytes with one of `others`."""
+        """Whether each image of `rows` shares a caption or its bytes with one of `others`."""
         every = np.concatenate([rows, others])
         return self.links(every).linked_to(np.arange(len(every)) >= len(rows))[: len(rows)]
 
     def equal_bytes(self, rows: Rows, others: Rows) -> NDArray[np.bool_]:
-        """Which of the images `rows` have the bytes of one of `others`."""
+        """Whether each image of `rows` has the bytes of one of `others`."""
         return np.isin(self._content_N[rows], self._content_N[others])
 
 
@@ -124,10 +122,10 @@ def fold_rows(
         threshold: a training image with a caption of this cosine or more to one of the fold's is purged; above 1
             purges none.
         device: where the vectors are compared; it does not change the answer.
-        prompts: of `images`, where they were read before.
+        prompts: of `images`, if they were read before.
 
     Raises:
-        UserError: the fold, or what is left beside it, is empty.
+        UserError: the fold or its training set is empty.
     """
     number, count = fold
     prompts = prompts or Prompts(images)
@@ -172,17 +170,15 @@ def penalty_parts(images: "ImageDataset", rows: Rows) -> NDArray[np.int8]:
 def without_others_validation(images: "ImageDataset", prompts: Prompts, train: Rows, val: Rows) -> Rows:
     """Drop training images that share a prompt or bytes with another dataset's validation; log how many."""
     seen = np.zeros(len(train), bool)
-    for number, mine, own in images.by_dataset(train):
-        others = [images.rows(n, theirs) for n, _, theirs in images.by_dataset(val) if n != number]
+    for number, mask, dataset_rows in images.by_dataset(train):
+        others = [images.rows(n, other_rows) for n, _, other_rows in images.by_dataset(val) if n != number]
         if not others:
             continue
-        seen[mine] = prompts.shared(train[mine], np.concatenate(others))
-        if seen[mine].any():
+        seen[mask] = prompts.shared(train[mask], np.concatenate(others))
+        if seen[mask].any():
             log.warning(
                 "%s: %s of %s training images are left out: another dataset validates on their prompts or bytes",
-                images.datasets[number].root,
-                f"{seen[mine].sum():,}",
-                f"{len(own):,}",
+                *(images.datasets[number].root, f"{seen[mask].sum():,}", f"{len(dataset_rows):,}"),
             )
     return train[~seen]
 
@@ -197,26 +193,26 @@ def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None
         UserError: naming each set that has prompts of training.
     """
     trained = prompts.of(train)[0]
-    found = []
+    problems = []
     for name, rows in sets.items():
         hashes = np.unique(prompts.of(rows)[0])
         shared = int(np.isin(hashes, trained).sum())
         if shared:
-            found.append(
+            problems.append(
                 f"val: {name}: {shared:,} of its {len(hashes):,} prompts are trained on, so its score would say "
                 f"nothing; make the training images with curate.exclude_near=[{name}], or leave it out of val=[…]"
             )
-    if found:
-        raise UserError("\n".join(found))
+    if problems:
+        raise UserError("\n".join(problems))
 
 
 def _labels(images: "ImageDataset", prompts: Prompts, rows: Rows) -> NDArray[np.int64]:
     """Number of each image, [n], equal for images linked by a caption, bytes or a group."""
     group_n = np.zeros(len(rows), np.int64)
-    for number, mine, own in images.by_dataset(rows):
-        group_n[mine] = images.datasets[number].group_hashes()[own]
+    for number, mask, dataset_rows in images.by_dataset(rows):
+        group_n[mask] = images.datasets[number].group_hashes()[dataset_rows]
     grouped = np.flatnonzero(group_n)
-    # groups are the negative numbers: the least of an image's names is its group, where it has one
+    # names of groups are negative, of prompts positive: the least name of an image is its group, if it has one
     links, group_name = prompts.links(rows), group_n[grouped] | -(2**63)
     tied_n = links.groups((grouped, group_name))
     least = np.full(tied_n.max(initial=-1) + 1, 2**63 - 1)
@@ -236,34 +232,33 @@ def _near(prompts: Prompts, train: Rows, val: Rows, threshold: float, device: to
     hash_c, owner_c, caption_c = prompts.of(train)
     _, first_d, prompt_of_c = np.unique(hash_c, return_index=True, return_inverse=True)
     near_d = np.zeros(len(first_d), bool)
-    order = np.argsort(first_d)  # as they lie on the disk
+    order = np.argsort(first_d)  # as on the disk
     with progress(len(order), "prompt", "fold", show=len(order) > _BAR_FROM) as bar, single_precision():
-        for begin in range(0, len(order), _ASKED):
-            asked = order[begin : begin + _ASKED]
-            asked_E = torch.from_numpy(prompts.vectors(caption_c[first_d[asked]])).to(device)
-            near_d[asked] = nearest(asked_E, held_VE, threshold)[1].cpu().numpy()
-            bar.update(len(asked))
+        for start in range(0, len(order), _QUERIES):
+            block = order[start : start + _QUERIES]
+            query_dE = torch.from_numpy(prompts.vectors(caption_c[first_d[block]])).to(device)
+            near_d[block] = nearest(query_dE, held_VE, threshold)[1].cpu().numpy()
+            bar.update(len(block))
     near = np.zeros(len(train), bool)
     near[owner_c[near_d[prompt_of_c]]] = True
     return near
 
 
-def nearest(asked_dE: torch.Tensor, held_VE: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine of each asked vector to the nearest held vector, [d], and whether it reaches the threshold, [d].
+def nearest(query_dE: torch.Tensor, held_VE: torch.Tensor, threshold: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosine of each query to the nearest held vector, [d], and whether it reaches the threshold, [d].
 
-    Single precision decides all but those within its rounding of the threshold, which double precision decides: use it
-    within `single_precision()`.
+    Double precision decides cosines within the rounding error of the threshold; call this within `single_precision()`.
 
     Args:
-        asked_dE, held_VE: unit vectors; V of at least 1.
+        query_dE, held_VE: unit vectors; V is at least 1.
     """
-    best_d = torch.full((len(asked_dE),), -torch.inf, device=asked_dE.device)
-    near_d = torch.zeros(len(asked_dE), dtype=torch.bool, device=asked_dE.device)
+    best_d = torch.full((len(query_dE),), -torch.inf, device=query_dE.device)
+    near_d = torch.zeros(len(query_dE), dtype=torch.bool, device=query_dE.device)
     for held_E in held_VE.split(_HELD):
-        part_d = (asked_dE @ held_E.T).amax(1)
+        part_d = (query_dE @ held_E.T).amax(1)
         near_d |= part_d >= threshold + _ROUNDING
         unsure = (~near_d & (part_d >= threshold - _ROUNDING)).nonzero()[:, 0]
-        near_d[unsure] = (asked_dE[unsure].double() @ held_E.double().T).amax(1) >= threshold
+        near_d[unsure] = (query_dE[unsure].double() @ held_E.double().T).amax(1) >= threshold
         best_d = torch.maximum(best_d, part_d)
     return best_d, near_d
 

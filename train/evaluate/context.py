@@ -84,15 +84,9 @@ class EvaluationContext:
         inside = [place for place in named if ensemble_folder in (place.resolve(), *place.resolve().parents)]
         if inside:
             raise UserError(f"out: {self.out} would overwrite {inside[0]}, which is evaluated; name another out=")
+        targets = self.images.datasets[0].encoder_identity or {}
         self.registry = EmbedderRegistry(
-            cfg,
-            self.folder,
-            self.encoder,
-            self.images.datasets[0].encoder_identity or {},
-            self.data,
-            settings_of_run,
-            backbone,
-            device,
+            cfg, self.folder, self.encoder, targets, self.data, settings_of_run, backbone, device
         )
 
     @cached_property

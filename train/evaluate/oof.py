@@ -9,13 +9,13 @@ N images that were scored, E target width.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
-from core.files import json_bytes, replace_folder
+from core.files import json_bytes, npy_header, replace_folder
 from models.metrics import Interval, bootstrap
 
 if TYPE_CHECKING:
@@ -43,8 +43,7 @@ def write_oof(
     Args:
         model: on its device, in evaluation mode; trained without the prompts of `rows`.
         facts: plain JSON for `fold.json`, such as the fold, the run, the checkpoint.
-        workers: DataLoader workers; None chooses by the machine.
-        dtype: autocast dtype, as `core.device.autocast_dtype` gives it; None: fp32.
+        batch_size, workers, dtype: as for `predict_batches`.
 
     Raises:
         UserError: no image could be read, or the disk is full; earlier predictions stay.
@@ -59,7 +58,7 @@ def write_oof(
     batches = predict_batches(model, images, rows, description="out of fold", **options)
     with replace_folder(folder) as part:
         with (part / "predictions.npy").open("wb") as file:
-            _npy_header(file, len(rows), model.width)
+            file.write(npy_header(len(rows), model.width))
             for batch in batches:
                 file.write(batch.vector_BD.tobytes())
                 scores.append(batch.score_B.astype(np.float32))
@@ -69,7 +68,7 @@ def write_oof(
             if not keys:
                 raise UserError(f"none of the {len(rows)} images of the fold could be read; the first: {skipped[:1]}")
             file.seek(0)
-            _npy_header(file, len(keys), model.width)  # now with the number of readable images
+            file.write(npy_header(len(keys), model.width))  # now with the number of readable images
         score_N = np.concatenate(scores)
         interval = bootstrap(score_N.astype(np.float64))
         np.save(part / "scores.npy", score_N)
@@ -78,8 +77,3 @@ def write_oof(
         for name, value in (("keys.json", keys), ("fold.json", info)):
             (part / name).write_bytes(json_bytes(value))
     return interval
-
-
-def _npy_header(file: BinaryIO, count: int, width: int) -> None:
-    """Write the header of a .npy file of float32 [count, width]; numpy pads it, so every count has the same length."""
-    np.lib.format.write_array_header_1_0(file, {"descr": "<f4", "fortran_order": False, "shape": (count, width)})

@@ -27,7 +27,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from core.cache import stored
+from core.cache import cached_rows
 from core.chunk_cache import identity_hash
 from core.encoder_identity import differences
 from core.errors import UserError
@@ -40,7 +40,7 @@ from datagen.prompts.captions import read_captions
 from datagen.prompts.download import File
 from datagen.prompts.readers import KINDS, ReadOptions, rows
 from models.ensemble import weights
-from models.retrieval.vector_index import Index, about, is_exact, kept, weighted_mean
+from models.retrieval.vector_index import Index, cached_index, index_identity, is_exact, weighted_mean
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class PromptIndex:
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "about.json", self._about())
-        return stored(folder, len(self), self._vector_block, "prompt", "prompt index")
+        return cached_rows(folder, len(self), self._vector_block, "prompt", "prompt index")
 
     @functools.cached_property
     def index(self) -> Index:
@@ -146,7 +146,7 @@ class PromptIndex:
         Raises:
             UserError: as `vectors`, or a vector is zero or not finite.
         """
-        return kept(self._folder, self.vectors, exact=self._exact)
+        return cached_index(self._folder, self.vectors, exact=self._exact)
 
     def nearest(self, vector_BE: Floats, k: int) -> list[list[tuple[float, str]]]:
         """Find the k nearest prompts of each vector with their cosines, nearest first; fewer if the index is smaller.
@@ -227,7 +227,7 @@ class PromptRetriever:
         Raises:
             UserError: as `PromptIndex.identity`.
         """
-        index = about(len(self._prompts), self._prompts.exact)
+        index = index_identity(len(self._prompts), self._prompts.exact)
         return {"bank": self._prompts.identity(), "index": index, "k": self._k, "power": self._power}
 
     def from_vectors(self, z_BE: Floats) -> tuple[Floats, list[str]]:

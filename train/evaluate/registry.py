@@ -32,7 +32,7 @@ from models.embedder import CaptionEmbedder, Encode
 from models.ensemble.ensemble import check_sizes
 from models.head_init import init_ridge
 from models.regressor import Regressor, make
-from models.retrieval.vector_index import about as index_description
+from models.retrieval.vector_index import index_identity
 from models.runtime.preprocess import PREPROCESS, Preprocessing
 from train.config import CAPTIONERS, EMBEDDERS, EvaluateSettings, ViewsSettings
 from train.data.datamodule import ImageDataModule
@@ -130,7 +130,7 @@ class EmbedderRegistry:
         if entry == "knn":
             cfg = self._cfg.knn
             options = {"neighbours": cfg.neighbours, "power": cfg.similarity_exponent}
-            index = index_description(len(self.run_data.train_rows), cfg.exact)
+            index = index_identity(len(self.run_data.train_rows), cfg.exact)
             return LazyEmbedder(entry, lambda: {**self._frozen_on(), "knn": options, "index": index}, self._knn)
         if entry == "ridge":
             return LazyEmbedder(entry, lambda: {**self._frozen_on(), "penalty": "judged by other prompts"}, self.ridge)

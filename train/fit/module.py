@@ -209,8 +209,6 @@ class Training(lightning.LightningModule):
 
     # ------------------------------------------------------------------------------------------------------ validation
 
-    # Lightning owns this loop with its ranks and precision, so it is not `train.data.inference.predict_batches`.
-
     def on_validation_epoch_start(self) -> None:
         self._scores = {}
         if self._ema is not None:
@@ -220,6 +218,7 @@ class Training(lightning.LightningModule):
             self._swap.__enter__()
 
     def validation_step(self, batch: Batch, _: int, dataloader_idx: int = 0) -> None:
+        # Lightning owns the loop with its ranks and precision, so it is not `train.data.inference.predict_batches`
         self.skipped.update(batch.bad)
         z_BE = self._with_placeholder(batch.image_BCHW, self.model)
         score_B = (z_BE * batch.target_BE).sum(-1)

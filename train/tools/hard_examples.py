@@ -128,11 +128,6 @@ def write_hard_examples(cfg: HardSettings) -> None:
     hard = int((weight_n == np.float32(cfg.weight)).sum())
     log.info(
         "%s hard images of %s, with cosine %.4f or less, have weight %g, others %d: %s",
-        f"{hard:,}",
-        f"{len(row_n):,}",
-        score_n[order[hard - 1]],
-        cfg.weight,
-        0 if cfg.drop else 1,
-        cfg.out,
+        *(f"{hard:,}", f"{len(row_n):,}", score_n[order[hard - 1]], cfg.weight, 0 if cfg.drop else 1, cfg.out),
     )
     log.info("train with these weights: python -m train … data.sample_weights=%s", cfg.out)

@@ -322,7 +322,7 @@ def test_folder_with_unexpected_files_is_refused(tmp_path: Path) -> None:
     for out, folder, overrides, said in (
         ("out", "copy", ["seed=1"], r"(?s)out holds another dataset:\n  seed: 0 there, 1 here\nChoose another out="),
         ("full", "copy", [], r"full is not empty and holds no dataset \(mine\.txt"),
-        ("new", "gone", [], r"folder: no folder .*gone; it is to hold a copy of the hub's dataset jamarju/sd-4\.4M"),
+        ("new", "gone", [], r"folder: no folder .*gone; give a copy of the hub's dataset jamarju/sd-4\.4M"),
         ("new", "full", [], r"full holds no \*/sd-4\.4M-\*\.tar, but mine\.txt"),
     ):
         with pytest.raises(UserError, match=said):

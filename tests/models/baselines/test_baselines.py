@@ -20,7 +20,7 @@ from models.baselines.clip import CONFIG, WEIGHTS, Clip
 from models.baselines.knn import ClipKnn, Knn
 from models.baselines.mean import Mean
 from models.regressor import Regressor, make
-from models.retrieval.vector_index import about
+from models.retrieval.vector_index import index_identity
 from models.runtime.preprocess import resize_and_crop
 
 N, E, K = 40, 6, 5
@@ -208,12 +208,12 @@ def test_what_clip_says_is_named_without_loading_it(
     assert json.dumps(clip_knn(clip, Prompts(), tmp_path / "x", K).identity(), sort_keys=True) in identities
     told = made[0].identity()
     assert told["clip"]["open_clip_torch"] == open_clip.__version__
-    assert told["index"] == about(N)
-    assert made[-1].identity()["index"] == about(N, exact=False)
+    assert told["index"] == index_identity(N)
+    assert made[-1].identity()["index"] == index_identity(N, exact=False)
 
 
 def test_features_that_tell_nothing_are_refused(model: Regressor) -> None:
-    with pytest.raises(UserError, match="8 of 8 vectors are zero or not finite, the first is row 0: of a bank"):
+    with pytest.raises(UserError, match="8 of 8 vectors are zero or not finite, the first is row 0: of an index"):
         Knn(model, torch.ones(8, 64), unit(8, E, 1))
     bank_nD = unit(N, 64, 0)
     knn = Knn(model, bank_nD, unit(N, E, 1), K)

@@ -1,4 +1,4 @@
-"""The index of a bank, and rows kept in parts, against scikit-learn and against what a kill leaves."""
+"""Vector index against scikit-learn, and the row cache against what a kill leaves."""
 
 import inspect
 import json
@@ -16,11 +16,11 @@ import pytest
 from sklearn.neighbors import NearestNeighbors
 
 from core import cache
-from core.cache import stored
+from core.cache import cached_rows
 from core.errors import UserError
 from core.paths import ROOT
 from models.retrieval import vector_index
-from models.retrieval.vector_index import Index, kept, weighted_mean
+from models.retrieval.vector_index import Index, cached_index, weighted_mean
 
 N, D, K = 6000, 32, 10
 
@@ -61,7 +61,7 @@ def test_approximate_search_finds_nearly_all_and_tells_true_cosines() -> None:
 
 
 @pytest.mark.parametrize("exact", [True, False])
-def test_an_answer_does_not_depend_on_the_questions_beside_it(exact: bool) -> None:
+def test_answer_does_not_depend_on_other_queries(exact: bool) -> None:
     index, query_BD = Index(unit(N, 0), exact=exact), unit(64, 1)
     together = index.search(query_BD, K)
     for start, stop in ((0, 1), (1, 33), (33, 64)):
@@ -76,7 +76,7 @@ def test_equal_vectors_come_in_the_order_of_their_rows() -> None:
     assert Index(vector_nD).search(vector_nD[17:18], 4)[1].tolist() == [[4, 9, 17, 25]]
 
 
-def test_a_bank_smaller_than_k_and_cells_with_fewer_than_k() -> None:
+def test_index_smaller_than_k_and_cells_with_fewer_than_k() -> None:
     assert Index(unit(3, 0)).search(unit(2, 1), 20)[0].shape == (2, 3)
     index, query_BD = Index(unit(N, 0), exact=False), unit(5, 1)
     index._cells.nprobe = 1
@@ -86,7 +86,7 @@ def test_a_bank_smaller_than_k_and_cells_with_fewer_than_k() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_many_neighbours_take_bounded_memory_and_are_the_same(exact: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of the design: 64 questions with 15 candidates a neighbour, k = 1000, 1024 wide, are 4 GB at once."""
+    """Those of the design: 64 queries with 15 candidates a neighbour, k = 1000, 1024 wide, are 4 GB at once."""
     index, query_BD, k = Index(unit(N, 0), exact=exact), unit(70, 1), 300
     whole = index.search(query_BD, k)
     bound = 1 << 20
@@ -120,57 +120,59 @@ def test_the_same_seed_gives_the_same_cells_with_any_number_of_threads() -> None
     assert built(1, 0) == built(2, 0) != built(1, 1)
 
 
-def test_an_index_is_saved_and_loaded(tmp_path: Path) -> None:
+def test_index_is_saved_and_loaded(tmp_path: Path) -> None:
     vector_nD, query_BD, own = unit(N, 0), unit(20, 1), tmp_path / "own"
-    index = kept(own, vector_nD, exact=False)
+    index = cached_index(own, vector_nD, exact=False)
     (path,) = own.glob("*.faiss")
     wrote = path.stat().st_mtime_ns
-    for a, b in zip(kept(own, vector_nD, exact=False).search(query_BD, K), index.search(query_BD, K), strict=True):
+    for a, b in zip(
+        cached_index(own, vector_nD, exact=False).search(query_BD, K), index.search(query_BD, K), strict=True
+    ):
         np.testing.assert_array_equal(a, b)
     assert path.stat().st_mtime_ns == wrote, "it was not built again"
-    assert kept(tmp_path / "none", vector_nD).exact
-    assert not (tmp_path / "none").exists(), "an exact index keeps nothing"
-    with pytest.raises(UserError, match=r"is of 6000 vectors of width 32, not \[5000, 32\]; remove it"):
+    assert cached_index(tmp_path / "none", vector_nD).exact
+    assert not (tmp_path / "none").exists(), "an exact index saves nothing"
+    with pytest.raises(UserError, match=r"is of vectors \[6000, 32\], not \[5000, 32\]; remove it"):
         Index.load(path, vector_nD[:5000])
-    with pytest.raises(UserError, match="exact index has nothing to keep"):
+    with pytest.raises(UserError, match="exact index has nothing to save"):
         Index(vector_nD).save(path)
 
 
-def test_a_damaged_index_is_built_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_index_is_built_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     vector_nD = unit(N, 0)
-    kept(tmp_path, vector_nD, exact=False)
+    cached_index(tmp_path, vector_nD, exact=False)
     (path,) = tmp_path.glob("*.faiss")
     whole = path.read_bytes()
     places = (0, 40, len(whole) // 3, len(whole) // 2, len(whole) - 40, len(whole) - 1)
     changed = [whole[:at] + bytes([whole[at] ^ 0xFF]) + whole[at + 1 :] for at in places]
     for damaged in (whole[: len(whole) // 2], b"", b"not an index at all", whole + b"\0", *changed):
         path.write_bytes(damaged)
-        with pytest.raises(UserError, match=r"no whole index \(.*; remove it"):
+        with pytest.raises(UserError, match=r"is damaged( or missing)? \(.*; remove it"):
             Index.load(path, vector_nD)
-        kept(tmp_path, vector_nD, exact=False)
+        cached_index(tmp_path, vector_nD, exact=False)
         assert path.read_bytes() == whole
-    assert "it is built anew" in caplog.text
+    assert "it is built again" in caplog.text
 
 
-def test_an_index_of_other_ways_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    vector_nD, told = unit(N, 0), [vector_index.about(N, exact=False)]
-    kept(tmp_path, vector_nD, exact=False)
-    for name, value in (("_LEAST_CELLS", 7), ("_CANDIDATES", 16), ("_ROUNDS", 2)):
+def test_other_settings_or_versions_build_another_index(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    vector_nD, told = unit(N, 0), [vector_index.index_identity(N, exact=False)]
+    cached_index(tmp_path, vector_nD, exact=False)
+    for name, value in (("_MIN_PROBED", 7), ("_CANDIDATES", 16), ("_ROUNDS", 2)):
         monkeypatch.setattr(vector_index, name, value)
-        told.append(vector_index.about(N, exact=False))
-        kept(tmp_path, vector_nD, exact=False)
+        told.append(vector_index.index_identity(N, exact=False))
+        cached_index(tmp_path, vector_nD, exact=False)
     monkeypatch.setattr(faiss, "__version__", "99.0")
-    told += [vector_index.about(N, exact=False), vector_index.about(N)]
+    told += [vector_index.index_identity(N, exact=False), vector_index.index_identity(N)]
     assert len({json.dumps(one, sort_keys=True) for one in told}) == len(told) == 6
     assert len(list(tmp_path.glob("*.faiss"))) == 4
-    assert vector_index.about(N) == vector_index.about(5, exact=True)
+    assert vector_index.index_identity(N) == vector_index.index_identity(5, exact=True)
 
 
 def test_unfit_vectors_are_refused() -> None:
     for value, what in ((0, "zero or not finite"), (np.nan, "zero or not finite"), (0.5, "not of unit length")):
         bad = unit(100, 0)
         bad[[7, 30]] = value
-        with pytest.raises(UserError, match=rf"2 of 100 vectors are {what}, the first is row 7: of a bank"):
+        with pytest.raises(UserError, match=rf"2 of 100 vectors are {what}, the first is row 7: of an index"):
             Index(bad)
     with pytest.raises(UserError, match=r"at least one, not float32 \(0, 32\)"):
         Index(unit(100, 0)[:0])
@@ -183,7 +185,7 @@ def test_unfit_vectors_are_refused() -> None:
         query_BD[3] = value
         with pytest.raises(UserError, match="1 of 5 vectors are zero or not finite, the first is row 3"):
             index.search(query_BD, K)
-    with pytest.raises(UserError, match=r"shape \[5, 16\] are compared with a bank of width 32"):
+    with pytest.raises(UserError, match=r"shape \[5, 16\] are compared with an index of width 32"):
         index.search(unit(5, 1, 16), K)
     with pytest.raises(UserError, match="k: 0 neighbours; at least 1"):
         index.search(unit(5, 1), 0)
@@ -208,7 +210,7 @@ def test_the_weighted_mean_is_the_one_by_hand() -> None:
         weighted_mean(opposite, np.ones((1, 2), np.float32), np.array([[0, 1]]), 1)
 
 
-# ------------------------------------------------------------------------------------------------------ kept in parts
+# ------------------------------------------------------------------------------------------------------- row cache
 
 
 def rows_of(start: int, stop: int) -> np.ndarray:
@@ -224,7 +226,7 @@ def test_rows_are_made_once_and_mapped(tmp_path: Path) -> None:
 
     count = cache.PART + 5
     for _ in range(2):
-        found = stored(tmp_path / "own", count, make, "row", "rows")
+        found = cached_rows(tmp_path / "own", count, make, "row", "rows")
         np.testing.assert_array_equal(found, rows_of(0, count))
         assert isinstance(found, np.memmap)
     assert asked == [(0, cache.PART), (cache.PART, count)]
@@ -240,12 +242,12 @@ def test_a_failed_pass_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
         return rows_of(start, stop)
 
     with pytest.raises(RuntimeError, match="no more"):
-        stored(tmp_path / "a", count, failing, "row", "rows")
+        cached_rows(tmp_path / "a", count, failing, "row", "rows")
     with (tmp_path / "a" / "vectors.part").open("ab") as file:
         file.write(b"half a part")
     began = []
-    stored(tmp_path / "a", count, lambda *at: began.append(at[0]) or rows_of(*at), "row", "rows")
-    stored(tmp_path / "b", count, rows_of, "row", "rows")
+    cached_rows(tmp_path / "a", count, lambda *at: began.append(at[0]) or rows_of(*at), "row", "rows")
+    cached_rows(tmp_path / "b", count, rows_of, "row", "rows")
     assert began == [2 * cache.PART]
     assert (tmp_path / "a" / "vectors.npy").read_bytes() == (tmp_path / "b" / "vectors.npy").read_bytes()
 
@@ -257,24 +259,24 @@ def test_what_does_not_count_is_made_again(tmp_path: Path) -> None:
         folder.mkdir()
         (folder / "vectors.part").write_bytes(b"short")
         (folder / "rows.json").write_text(json.dumps(told) if told else "{")
-        np.testing.assert_array_equal(stored(folder, count, rows_of, "row", "rows"), rows_of(0, count))
+        np.testing.assert_array_equal(cached_rows(folder, count, rows_of, "row", "rows"), rows_of(0, count))
     (tmp_path / "cut" / "vectors.npy").write_bytes(b"short")
-    np.testing.assert_array_equal(stored(tmp_path / "cut", count, rows_of, "row", "rows"), rows_of(0, count))
+    np.testing.assert_array_equal(cached_rows(tmp_path / "cut", count, rows_of, "row", "rows"), rows_of(0, count))
 
 
 @pytest.mark.parametrize("place", [9, 200, 40_000, -2])
 def test_damaged_rows_are_made_again(place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A flipped byte in the file, or in what a killed process left of it."""
     count = 2 * cache.PART
-    stored(tmp_path, count, rows_of, "row", "rows")
+    cached_rows(tmp_path, count, rows_of, "row", "rows")
     whole = tmp_path / "vectors.npy"
     for path in (whole, tmp_path / "vectors.part"):
         data = bytearray(whole.read_bytes())
         data[place] ^= 1
         whole.rename(path)
         path.write_bytes(data)
-        np.testing.assert_array_equal(stored(tmp_path, count, rows_of, "row", "rows"), rows_of(0, count))
-    assert caplog.messages == [f"{whole} is damaged or of an earlier version: it is made again"]
+        np.testing.assert_array_equal(cached_rows(tmp_path, count, rows_of, "row", "rows"), rows_of(0, count))
+    assert caplog.messages == [f"{whole} is damaged or of an earlier version: computed again"]
 
 
 def test_rows_that_are_not_finite_are_refused_and_the_part_before_is_kept(tmp_path: Path) -> None:
@@ -288,15 +290,15 @@ def test_rows_that_are_not_finite_are_refused_and_the_part_before_is_kept(tmp_pa
 
     what = rf"2 of {cache.PART} row vectors are NaN or infinite, the first is row {cache.PART + 3}; .*{tmp_path}"
     with pytest.raises(UserError, match=what):
-        stored(tmp_path, count, bad, "row", "rows")
-    found = stored(tmp_path, count, lambda *at: began.append(at[0]) or rows_of(*at), "row", "rows")
+        cached_rows(tmp_path, count, bad, "row", "rows")
+    found = cached_rows(tmp_path, count, lambda *at: began.append(at[0]) or rows_of(*at), "row", "rows")
     assert began == [cache.PART]
     np.testing.assert_array_equal(found, rows_of(0, count))
 
 
 def test_a_full_disk_is_told_before_the_work(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"the vectors take .* GB, and .* GB free: name a larger folder"):
-        stored(tmp_path, 10**15, rows_of, "row", "rows")
+        cached_rows(tmp_path, 10**15, rows_of, "row", "rows")
 
 
 def test_a_killed_process_loses_a_part_at_most(tmp_path: Path) -> None:
@@ -312,7 +314,7 @@ def test_a_killed_process_loses_a_part_at_most(tmp_path: Path) -> None:
             return rows_of(start, stop)
 
         PROGRAM
-        cache.stored(Path({str(tmp_path / "own")!r}), 6 * cache.PART, make, "row", "rows")
+        cache.cached_rows(Path({str(tmp_path / "own")!r}), 6 * cache.PART, make, "row", "rows")
     """).replace("PROGRAM", inspect.getsource(rows_of))
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -340,7 +342,7 @@ def test_two_processes_make_the_rows_once(tmp_path: Path) -> None:
             print("made", flush=True)
             return np.ones((10, 3))
 
-        cache.stored(Path({str(tmp_path / "own")!r}), 10, make, "row", "rows")
+        cache.cached_rows(Path({str(tmp_path / "own")!r}), 10, make, "row", "rows")
     """)
     command = [sys.executable, "-c", program]
     quiet = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}

@@ -226,18 +226,22 @@ def test_unknown_keys_in_sample_weights_are_counted(
     sources: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     weights_of(sources[:1], {"key": ["000002", "no", "none"], "weight": [2.0, 3.0, 1.0]}, tmp_path / "w")
-    assert "2 of 3 keys are of no dataset here" in caplog.text
+    assert "2 of 3 keys are in no dataset" in caplog.text
 
 
 @pytest.mark.parametrize(
     ("table", "by_source", "said"),
     [
-        (None, {"x": 2.0, "c": 2.0}, r"data.sources: c: no image is of it, only of a, b\n.*data.sources: x: no"),
-        ({"key": ["000001"], "weight": [-1.0]}, {}, "1 weights are no number from 0 up, the first 000001: -1.0"),
+        (
+            None,
+            {"x": 2.0, "c": 2.0},
+            r"c: no training image has this source, only a, b\n.*data.sources: x: no",
+        ),
+        ({"key": ["000001"], "weight": [-1.0]}, {}, "1 weights are not numbers of 0 or more, the first 000001: -1.0"),
         ({"key": ["000001"], "weight": [float("nan")]}, {}, "the first 000001: nan"),
         ({"key": ["000001"], "weight": [None]}, {}, "the first 000001: nan"),
-        ({"key": ["1"], "weight": [1.0]}, {}, "none of its 1 keys is an image to train on in .*one; write it"),
-        ({"key": ["000001"], "weight": [1.0], "dataset": ["data/x"]}, {}, "none of its 1 keys in data/x is an image"),
+        ({"key": ["1"], "weight": [1.0]}, {}, "none of its 1 keys is a training image of .*one; write weights"),
+        ({"key": ["000001"], "weight": [1.0], "dataset": ["data/x"]}, {}, "none of its 1 keys in data/x is a training image"),
         ({"key": ["000001", "000001"], "weight": [1.0, 2.0]}, {}, "1 images are named twice, the first 000001"),
         ({"key": ["000001"], "share": [1.0]}, {}, "has the columns key, share; weight must be among them"),
         ({"key": ["000001"], "weight": ["much"]}, {}, "w.parquet cannot be read: .*much"),

@@ -187,7 +187,7 @@ def test_out_of_fold_predictions_are_those_of_the_model(
     def full_disk(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(oof, "_npy_header", full_disk)
+    monkeypatch.setattr(oof, "npy_header", full_disk)
     with pytest.raises(UserError, match=r"cannot write .*oof: .*No space left"):
         oof.write_oof(tmp_path / "oof", model, images, rows, {"fold": "9/9"}, batch_size=5, workers=0)
     assert (tmp_path / "oof/predictions.npy").read_bytes() == before

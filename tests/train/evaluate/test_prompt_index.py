@@ -315,7 +315,7 @@ def test_empty_index_and_width_mismatch_are_refused(data: Path) -> None:
         from_images([(dataset, dataset.rows("train")[:0])])
     with pytest.raises(UserError, match="no prompt to index in no file or dataset"):
         PromptIndex([])
-    with pytest.raises(UserError, match=r"shape \[2, 5\] are compared with a bank of width 384"):
+    with pytest.raises(UserError, match=r"shape \[2, 5\] are compared with an index of width 384"):
         from_images([(dataset, dataset.rows("train"))]).nearest(unit(2, 5), 3)
 
 

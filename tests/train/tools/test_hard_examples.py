@@ -142,7 +142,7 @@ def test_all_errors_are_reported(tiny_run: Path, tmp_path: Path) -> None:
         "out: weights.txt is neither .parquet nor .csv",
     ):
         assert said in str(error.value)
-    with pytest.raises(UserError, match="weight: 1 makes hard images count as the others"):
+    with pytest.raises(UserError, match="weight: 1 gives hard images the weight of the others"):
         cfg(tiny_run, "weight=1")
     with pytest.raises(UserError, match=r"no run at .*: settings\.json is missing; train first"):
         write_hard_examples(cfg(tmp_path))
