@@ -1,4 +1,4 @@
-"""A TCP relay in front of a server, which breaks the connections it is told to, in the midst of a transfer.
+"""TCP relay in front of a server that breaks given connections in the middle of a transfer.
 
     line = Line(server_port)
     line.cut("GET .*000001.tar", after=5000, times=2)   # 5,000 bytes of the answer, then the connection is reset

@@ -1,4 +1,4 @@
-"""Headless Chromium, to open the pages that we write. A test that wants it skips, with the reason, where it is missing.
+"""Headless Chromium for tests of HTML pages; a test skips, with the reason, where it is missing.
 
 A test file says `pytest_plugins = ["tests.browser"]`; it must not import this module.
 """

@@ -1,4 +1,4 @@
-"""Our commands as a user starts them: `python -m …` in a process of its own.
+"""Start commands as a user does: `python -m …` in a separate process.
 
 Most of them are forked from one process that has imported the heavy packages (tests/fork_server.py): their imports take
 several CPU seconds, and most tests are not about them. IM2EMB_TEST_FRESH=1 starts a new interpreter for each.

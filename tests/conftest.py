@@ -1,4 +1,4 @@
-"""What the tests share: no hub, the data folder beside the project, and one small dataset."""
+"""Shared fixtures: no hub, the data folder beside the project, and one small dataset."""
 
 import os
 import sys

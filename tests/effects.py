@@ -1,4 +1,4 @@
-"""What a setting changes: a command runs in this process with and without one change, and both runs are compared.
+"""Effect of a setting: run a command in this process with and without one change, and compare.
 
     SETTINGS = {
         "seed": shows(prompts, "seed=1"),                                  the prompts differ

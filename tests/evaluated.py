@@ -1,4 +1,4 @@
-"""The folder that `train.evaluate` leaves, of vectors that a test chooses: real scores, real intervals, no model.
+"""Write an evaluation folder from given vectors, with real scores and intervals and without a model.
 
     evaluated.write(tmp_path / "evaluation", [dataset], {"regressor": evaluated.at([dataset], 0.7), "blip": …})
 

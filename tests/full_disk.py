@@ -1,4 +1,4 @@
-"""A disk that fills up: from here on this process can write no file beyond a size.
+"""Full disk: from here on this process can write no file beyond a size.
 
 with full_disk.beyond(100_000):
     checkpoint.save(…)

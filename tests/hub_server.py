@@ -1,4 +1,4 @@
-"""A hub on loopback that takes uploads: the endpoints that huggingface_hub asks for a new repository and a commit.
+"""Hub on loopback that accepts uploads: the endpoints of huggingface_hub for a new repository and a commit.
 
     with HubServer() as hub:
         subprocess.run(…, env=hub.environment(tmp_path))

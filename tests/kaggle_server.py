@@ -1,4 +1,4 @@
-"""Kaggle on loopback: the endpoints that its own client asks for a dataset and for the versions of one.
+"""Kaggle on loopback: the endpoints of its client for a dataset and its versions.
 
     with KaggleServer() as kaggle:
         subprocess.run(…, env=kaggle.environment())

@@ -1,4 +1,4 @@
-"""A dataset of just these prompts, one image a row, with vectors that follow from the texts.
+"""Dataset of given prompts, one image per row, with vectors derived from the texts.
 
 root = listed_dataset.write(tmp_path / "data", [Row("a red square"), Row("a dog", split="val", source="real")])
 """

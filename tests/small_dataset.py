@@ -1,4 +1,4 @@
-"""A small dataset with no renderer and no encoder: a coloured square on a coloured ground, and vectors that say which.
+"""Small dataset without renderer and encoder: a coloured square on a coloured ground, with matching vectors.
 
     root = small_dataset.write(tmp_path / "data", train=40, val=12)   # some 50 ms
 

@@ -1,4 +1,4 @@
-"""Layering of the packages: who may import whom, where heavy packages live, and that no import runs in a circle."""
+"""Layering of the packages: allowed imports, places of heavy packages, no import cycles."""
 
 import ast
 from collections.abc import Iterable, Iterator, Mapping

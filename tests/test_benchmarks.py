@@ -1,4 +1,4 @@
-"""Benchmarks from end to end at a tiny size: that they run, and what their last line says.
+"""Benchmarks run end to end at tiny size, with the expected last line.
 
 pytest tests/test_benchmarks.py; the recipes' takes minutes: -m slow
 """

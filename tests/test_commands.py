@@ -1,4 +1,4 @@
-"""Forked commands behave as new interpreters do, and a command that hangs shows where.
+"""Forked commands behave like new interpreters, and a hanging command dumps its stacks.
 
 pytest tests/test_commands.py
 """

@@ -1,4 +1,4 @@
-"""The pages of docs/: names in them exist, links lead somewhere, the recipes of extending.md work, the site builds.
+"""Pages of docs/: names exist, links resolve, recipes of extending.md work, the site builds.
 
 python -m pytest tests/test_docs.py
 """

@@ -1,4 +1,4 @@
-"""Every experiment as it will train, on the meta device: its size, parameters, blocks, and which of them train.
+"""Every experiment on the meta device: size, parameters, blocks, and trainable parts.
 
 The expected numbers come from the architectures' published widths and depths, written out here, and for whole towers
 from open_clip, too.

@@ -1,4 +1,4 @@
-"""README's three commands in a row, in a copy of the project: a dataset, a run that fine-tunes, a bundle.
+"""The first three commands of the README in a copy of the project: dataset, fine-tuning run, bundle.
 
     pytest tests/test_first_run.py -m slow     two minutes
 

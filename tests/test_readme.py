@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/ is run here, on tiny data and models.
+"""Every command of the README and of docs/ runs on tiny data and models.
 
 python -m pytest tests/test_readme.py
 """

@@ -1,4 +1,4 @@
-"""BLIP, BLIP-2, CoCa and CLIP with tiny random weights, in the folders that their libraries write: quick on a CPU.
+"""BLIP, BLIP-2, CoCa and CLIP with tiny random weights, in the folder layouts of their libraries.
 
 The real classes and real tokenizers, built from configs. Weights are drawn wide, so that captions differ by image,
 and those of the end token wider, so that captions end.

@@ -1,4 +1,4 @@
-"""Tiny text encoders of random weights in folders, as sentence-transformers loads them.
+"""Tiny text encoders with random weights in folders, as sentence-transformers loads them.
 
 folder = tiny_encoders.write(tmp_path / "mine")                              BERT, mean pooling, Normalize
 folder = tiny_encoders.write(tmp_path / "mine", pooling="cls", prompt="query: ")

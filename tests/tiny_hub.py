@@ -1,4 +1,4 @@
-"""A hub on loopback: the few endpoints that huggingface_hub asks, over folders of files.
+"""Hub on loopback: the endpoints that huggingface_hub uses, over folders of files.
 
     with TinyHub({"owner/name": folder}) as hub:
         run("datagen", …, **hub.environment(tmp_path))

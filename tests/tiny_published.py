@@ -1,4 +1,4 @@
-"""Tiny copies of the published sets, in the layout of the real ones: `diffusiondb(folder)`, `sd2_4m(folder)`.
+"""Tiny copies of the published datasets, in their real layout: `diffusiondb(folder)`, `sd2_4m(folder)`.
 
 Each returns what its archives hold: image's name → its bytes and its prompt.
 """

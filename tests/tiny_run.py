@@ -1,4 +1,4 @@
-"""A finished tiny run and its dataset, made once a session.
+"""Finished tiny run and its dataset, built once per session.
 
 A test file that wants them says `pytest_plugins = ["tests.tiny_run"]`; it must not import this module.
 """

@@ -1,4 +1,4 @@
-"""A tiny Stable Diffusion 2 with random weights: SD 2.0's layout at a hundredth of its widths, in every form it is had.
+"""Tiny Stable Diffusion 2 with random weights: the layout of SD 2.0 at a hundredth of its widths, in all file formats.
 
     weights = tiny_sd2.build(tmp_path)   # a second or two; for a fixture of a module
     StableDiffusion2(tiny_sd2.renderer_settings(weights, steps=2))

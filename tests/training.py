@@ -1,4 +1,4 @@
-"""Training that takes half a second: its settings, and what to ask of the run it leaves."""
+"""Training that takes half a second: its settings, and helpers to read the run."""
 
 import json
 from pathlib import Path

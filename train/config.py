@@ -403,17 +403,20 @@ class ViewsSettings:
 
 @dataclass(frozen=True)
 class KnnSettings:
+    """Settings of the baseline knn (`knn`), partly shared with ridge."""
+
     neighbours: int
+    """Number of nearest neighbours that are averaged."""
     similarity_exponent: float
     """Exponent of the cosine similarities that weight the neighbours; 0 weights all alike."""
     backbone: str | None
-    """Whose features knn compares and ridge takes; null: the run's. With `prompt_index`: open_clip:MODEL/TAG."""
+    """Backbone whose features knn and ridge use; null takes the run's. With `prompt_index`: open_clip:MODEL/TAG."""
     weights: str | None
-    """Of that backbone, and of ridge's; null takes those that the run began from."""
+    """Weights of the backbone of knn and ridge; null takes the run's initial weights."""
     prompt_index: Location | None
-    """Dataset or file of prompts to retrieve by CLIP's text tower; null: compare with the training images."""
+    """Dataset or file of prompts to retrieve by CLIP's text tower; null compares with the training images."""
     exact: bool | None
-    """Every vector is compared; null decides by their number."""
+    """Whether the search compares every vector; null decides by their number."""
 
     def validate(self) -> list[str]:
         found = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
@@ -427,7 +430,10 @@ class KnnSettings:
 
 @dataclass(frozen=True)
 class RetrieveSettings:
+    """Settings of the embedders retrieve and blend (`retrieve`)."""
+
     neighbours: int
+    """Number of nearest prompts that are averaged."""
     similarity_exponent: float
     """Exponent of the cosine similarities that weight the prompts; 0 weights all alike."""
     blend_weight: float
@@ -443,15 +449,18 @@ class RetrieveSettings:
 
 @dataclass(frozen=True)
 class CaptionsSettings:
+    """Settings of the captioners (`captions`)."""
+
     blip: str
-    """Hub name or folder."""
+    """BLIP model: a hub name or folder."""
     blip2: str
+    """BLIP-2 model: a hub name or folder."""
     coca: str
-    """open_clip's MODEL/TAG, or a folder."""
+    """CoCa model: open_clip's MODEL/TAG, or a folder."""
     clip: str
     """CLIP model that ranks the terms of clip_interrogator: open_clip's MODEL/TAG, or a folder."""
     mode: Literal["fast", "classic", "best"]
-    """Of clip_interrogator."""
+    """Mode of clip_interrogator."""
     term_lists: Path | None
     """Folder with artists.txt, flavors.txt, mediums.txt, movements.txt for clip_interrogator; null: the package's."""
 
@@ -474,7 +483,7 @@ class EvaluateSettings:
     """Settings of an evaluation."""
 
     run: Path | None
-    """Run folder: its best checkpoint, its dataset and its backbone are the defaults below; null takes the newest."""
+    """Run folder, whose best checkpoint, dataset and backbone are the defaults below; null takes the newest run."""
     checkpoint: Path | None
     """Folder of the regressor: a checkpoint, a bundle or an ensemble; null takes RUN/best."""
     dataset: Location | None
@@ -511,7 +520,7 @@ class EvaluateSettings:
         for name in self.embedders:
             if name not in EMBEDDERS and not Path(name).is_dir():
                 near = difflib.get_close_matches(name, EMBEDDERS, 3, 0.4) or EMBEDDERS
-                found.append(f"embedders: {name!r} is no embedder and no folder; near it: {', '.join(near)}")
+                found.append(f"embedders: {name!r} is neither an embedder nor a folder; did you mean {', '.join(near)}")
         found += [
             f"embedders: {name} is named twice"
             for name in sorted(set(self.embedders))

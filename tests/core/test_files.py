@@ -1,4 +1,4 @@
-"""Atomic writes: whole or absent, a full disk, folders that replace others, parts left by a kill."""
+"""Atomic writes: complete or absent files, full disks, replaced folders, leftovers of killed processes."""
 
 import errno
 import os

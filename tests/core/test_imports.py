@@ -1,4 +1,4 @@
-"""Imports without optional parts: what they leave out is not loaded, and what they load works."""
+"""Imports without optional parts: hidden packages are not loaded, and the others work."""
 
 import importlib
 import importlib.util

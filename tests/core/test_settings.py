@@ -1,4 +1,4 @@
-"""Settings: their files compose, convert strictly, and say all that is wrong with them at once."""
+"""Settings: conf files compose, convert strictly, and report all errors at once."""
 
 import dataclasses
 import importlib

@@ -1,4 +1,4 @@
-"""Datasets on an S3 server (moto's, on loopback), through connections that break, and every way it can be refused."""
+"""Datasets on an S3 server (moto on loopback), through broken connections, with every kind of refusal."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""The shared HTML page: nothing from outside, everything escaped, same input same bytes, readable by all.
+"""The shared HTML page: no external requests, escaped text, deterministic bytes, accessible to all readers.
 
 What a browser does with it is tried in headless Chromium, where there is one.
 """

@@ -1,4 +1,4 @@
-"""The GPU benchmark's script, from end to end on a CPU with a tiny model.
+"""GPU benchmark of training, end to end on a CPU with a tiny model.
 
 pytest tests/train/test_benchmark_gpu.py
 """

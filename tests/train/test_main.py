@@ -1,4 +1,4 @@
-"""A run from settings to checkpoints: the same bits whether it was stopped, killed or watched, or not.
+"""Runs from settings to checkpoints: bitwise equal when stopped, killed or resumed.
 
 The slow ones start commands: `pytest tests/train/test_main.py -m slow`.
 """

@@ -1,4 +1,4 @@
-"""Every setting of `train` and `train.probe` has an effect, is refused with a reason, or is shown by a GPU alone.
+"""Every setting of `train` and `train.probe` has an effect, is refused with a reason, or needs a GPU to show it.
 
 python -m pytest tests/train/test_settings_effects_train.py
 """

@@ -1,4 +1,4 @@
-"""Augmentation against Pillow and torchvision, and as a function of seed, step and image alone."""
+"""Augmentation matches Pillow and torchvision, and depends only on seed, step and image."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Frozen features: they equal the backbone's, a killed pass resumes, and a cache is hit for equal inputs alone."""
+"""Frozen features: equal to the backbone's outputs, resumable after a kill, and cached by their inputs."""
 
 import hashlib
 import json

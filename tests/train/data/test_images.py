@@ -1,4 +1,4 @@
-"""Batches, weights and the images of a run, over one dataset and several."""
+"""Batches, sample weights and images of a run over one or several datasets."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Which image at which step, against a reference that walks from the start and remembers all it drew."""
+"""Samplers, against a reference that walks all steps and records every draw."""
 
 import itertools
 import math

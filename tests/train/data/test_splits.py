@@ -1,4 +1,4 @@
-"""Folds against a reference that looks at every pair of prompts, and no prompt on both sides."""
+"""Folds, against a brute-force reference over all pairs of prompts; no prompt is on both sides."""
 
 import logging
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The demo page: what it shows, what it refuses, and that its server outlives what it is sent."""
+"""Demo page: explanations, refused images and requests, and a server that survives them."""
 
 import asyncio
 import http.client

@@ -1,4 +1,4 @@
-"""Any embedder on a dataset: the table, the JSON and the arrays agree with each other and with the scores by hand."""
+"""Evaluation of embedders: table, JSON and arrays agree with each other and with scores computed by hand."""
 
 import json
 import re
@@ -38,21 +38,21 @@ pytest_plugins = ["tests.tiny_run"]
 NAMES = ["mean", "knn", "ridge", "regressor"]
 
 
-def judge(run: Path, out: Path, *overrides: str) -> dict[str, Any]:
+def evaluate_run(run: Path, out: Path, *overrides: str) -> dict[str, Any]:
     values = compose("evaluate", [f"run={run}", f"out={out}", "accelerator=cpu", "workers=0", *overrides])
     return evaluate(settings(EvaluateSettings, values))
 
 
 @pytest.fixture(scope="module")
-def judged(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    out = tmp_path_factory.mktemp("judged") / "evaluation"
-    return out, judge(tiny_run, out, "knn.neighbours=3", "batch_size=5")
+def evaluated(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    out = tmp_path_factory.mktemp("evaluated") / "evaluation"
+    return out, evaluate_run(tiny_run, out, "knn.neighbours=3", "batch_size=5")
 
 
 def test_evaluation_json_equals_return_value(
-    judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path
+    evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path
 ) -> None:
-    out, info = judged
+    out, info = evaluated
     assert json.loads((out / "evaluation.json").read_text()) == info
     assert [score["name"] for score in info["scores"]] == NAMES
     dataset = Dataset(small_data, small_dataset.ENCODER)
@@ -74,8 +74,8 @@ def test_evaluation_json_equals_return_value(
     assert json.loads((out / "keys.json").read_text()) == [dataset.key(row) for row in dataset.rows("val")]
 
 
-def test_scores_are_cosines_of_predictions(judged: tuple[Path, dict[str, Any]], small_data: Path) -> None:
-    out, info = judged
+def test_scores_are_cosines_of_predictions(evaluated: tuple[Path, dict[str, Any]], small_data: Path) -> None:
+    out, info = evaluated
     dataset = Dataset(small_data, small_dataset.ENCODER)
     targets = np.concatenate([dataset.targets(row) for row in dataset.rows("val")])
     for score in info["scores"]:
@@ -90,10 +90,10 @@ def test_scores_are_cosines_of_predictions(judged: tuple[Path, dict[str, Any]], 
 
 
 def test_baselines_use_initial_backbone_of_the_run(
-    judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path
+    evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path
 ) -> None:
     """By hand, with scikit-learn, on features of the same random backbone."""
-    out, _ = judged
+    out, _ = evaluated
     torch.manual_seed(json.loads((tiny_run / "settings.json").read_text())["seed"])
     frozen = make("test_vit", "random", 32, small_dataset.WIDTH).eval()
     dataset = Dataset(small_data, small_dataset.ENCODER)
@@ -122,8 +122,8 @@ def test_baselines_use_initial_backbone_of_the_run(
     assert min(errors) < 1e-3
 
 
-def test_table_is_sorted_and_names_dataset(judged: tuple[Path, dict[str, Any]]) -> None:
-    _, info = judged
+def test_table_is_sorted_and_names_dataset(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    _, info = evaluated
     head, *lines = table(info).split("\n\n")[0].splitlines()
     names = [line.split()[0] for line in lines]
     assert "12 images, val" in head
@@ -141,30 +141,32 @@ def test_table_is_sorted_and_names_dataset(judged: tuple[Path, dict[str, Any]]) 
 
 
 def test_scores_do_not_depend_on_other_embedders(
-    judged: tuple[Path, dict[str, Any]], tiny_run: Path, tmp_path: Path
+    evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, tmp_path: Path
 ) -> None:
-    whole, _ = judged
+    whole, _ = evaluated
     for names in (["mean"], ["knn"], ["regressor"]):
         out = tmp_path / names[0]
-        info = judge(tiny_run, out, f"embedders=[{','.join(names)}]", "knn.neighbours=3", "batch_size=5")
+        info = evaluate_run(tiny_run, out, f"embedders=[{','.join(names)}]", "knn.neighbours=3", "batch_size=5")
         assert info["main"] == names[0]
         assert sorted(p.stem for p in (out / "predictions").iterdir()) == names
         ours, theirs = (np.load(folder / f"predictions/{names[0]}.npy") for folder in (out, whole))
         np.testing.assert_array_equal(ours, theirs)
 
 
-def test_bundle_scores_like_its_checkpoint(judged: tuple[Path, dict[str, Any]], tiny_run: Path, tmp_path: Path) -> None:
+def test_bundle_scores_like_its_checkpoint(
+    evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, tmp_path: Path
+) -> None:
     export.export(tiny_run / "best", tmp_path / "bundle")
     overrides = (f"checkpoint={tmp_path / 'bundle'}", "embedders=[regressor]")
-    info = judge(tiny_run, tmp_path / "out", *overrides)
+    info = evaluate_run(tiny_run, tmp_path / "out", *overrides)
     assert info["checkpoint"] == str(tmp_path / "bundle")
-    ours, theirs = (np.load(folder / "predictions/regressor.npy") for folder in (tmp_path / "out", judged[0]))
+    ours, theirs = (np.load(folder / "predictions/regressor.npy") for folder in (tmp_path / "out", evaluated[0]))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
 def test_evaluation_on_another_dataset_with_several_captions(tiny_run: Path, tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "foreign", train=1, val=9, size=70, captions=3, seed=5)
-    info = judge(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[mean,regressor]")
+    info = evaluate_run(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[mean,regressor]")
     assert info["datasets"] == [{"path": str(data), "sha256": Dataset(data).fingerprint(), "images": 9}]
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("val")
@@ -184,7 +186,7 @@ def test_unreadable_images_are_left_out_counted_and_listed(
     dataset = Dataset(data)
     rows = [int(row) for row in dataset.rows("val")[[0, 1, 7]]]
     keys = [small_dataset.corrupt(data, row) for row in rows]
-    info = judge(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[regressor]", "batch_size=2")
+    info = evaluate_run(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[regressor]", "batch_size=2")
     assert info["images"] == 7
     assert [line["key"] for line in info["skipped"]] == keys
     assert all("cannot identify" in line["reason"] for line in info["skipped"])
@@ -200,7 +202,7 @@ def test_unreadable_training_images_do_not_stop_the_baselines(tiny_run: Path, tm
     small_dataset.corrupt(data, int(Dataset(data).rows("train")[0]))
     cfg = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps({**cfg, "dataset": [str(data)]}))
-    info = judge(run, tmp_path / "out")
+    info = evaluate_run(run, tmp_path / "out")
     assert [score["name"] for score in info["scores"]] == NAMES
 
 
@@ -215,7 +217,7 @@ def run_on(run: Path, folder: Path, **changed: Any) -> Path:
 def test_run_on_several_datasets_is_evaluated_on_all(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     other = small_dataset.write(tmp_path / "other", train=20, val=5, seed=4)
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(small_data), str(other)])
-    info = judge(run, tmp_path / "out")
+    info = evaluate_run(run, tmp_path / "out")
     assert [(d["path"], d["images"]) for d in info["datasets"]] == [(str(small_data), 12), (str(other), 5)]
     sets = [Dataset(root, small_dataset.ENCODER) for root in (small_data, other)]
     assert json.loads((tmp_path / "out/keys.json").read_text()) == [d.key(row) for d in sets for row in d.rows("val")]
@@ -232,7 +234,7 @@ def test_run_on_several_datasets_is_evaluated_on_all(tiny_run: Path, small_data:
 
 def test_fold_is_evaluated_on_its_own_images(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     run = run_on(tiny_run, tmp_path / "run", fold="2/4", fold_threshold=1.01)
-    info = judge(run, tmp_path / "out", "embedders=[mean,regressor]")
+    info = evaluate_run(run, tmp_path / "out", "embedders=[mean,regressor]")
     cfg = training.cfg(small_data, run, "fold=2/4", "fold_threshold=1.01")
     data = ImageDataModule([Dataset(small_data, small_dataset.ENCODER)], [], cfg, Preprocessing(32))
     assert 0 < info["images"] == len(data.val_rows) < 52
@@ -249,7 +251,7 @@ def test_each_prompt_source_has_its_score_and_interval(tiny_run: Path, tmp_path:
         index = pq.read_table(path)
         sources = ["coco" if int(key) % 3 else "lexica" for key in index["key"].to_pylist()]
         pq.write_table(index.set_column(index.column_names.index("source"), "source", pa.array(sources)), path)
-    info = judge(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[regressor]")
+    info = evaluate_run(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[regressor]")
     keys = json.loads((tmp_path / "out/keys.json").read_text())
     scores = np.load(tmp_path / "out/scores/regressor.npy").astype(np.float64)
     assert set(info["sources"]) == {"coco", "lexica"}
@@ -273,14 +275,14 @@ def test_runs_of_earlier_versions_can_be_evaluated(tiny_run: Path, small_data: P
     old = {k: cfg[k] for k in ("seed", "encoder", "epochs", "batch_size")}
     old |= {"dataset": str(small_data), "model": {"weights": "random", "freeze": 0}, "accelerator": "cpu"}
     (run / "settings.json").write_text(json.dumps(old))
-    assert judge(run, tmp_path / "out")["images"] == 12
+    assert evaluate_run(run, tmp_path / "out")["images"] == 12
 
 
 def test_wrong_settings_are_reported_before_torch_import(tiny_run: Path, tmp_path: Path) -> None:
     for overrides, said in (
         ([f"run={tmp_path}"], f"error: no run at {tmp_path}: settings.json is missing; train first"),
         ([f"run={tiny_run}", "knn.neighbours=0"], "knn.neighbours: 0 is below 1"),
-        (["embedders=[mean,regresor]"], "'regresor' is no embedder and no folder; near it: regressor"),
+        (["embedders=[mean,regresor]"], "'regresor' is neither an embedder nor a folder; did you mean regressor"),
         (["embedders=[mean,mean]"], "mean is named twice"),
         (["knn.prompt_index=prompts.txt"], "has no text tower for prompt_index; name open_clip:MODEL/TAG"),
     ):
@@ -295,19 +297,21 @@ def test_wrong_settings_are_reported_before_torch_import(tiny_run: Path, tmp_pat
 def test_errors_have_hints(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(UserError, match=r"no run at .*nowhere: settings\.json is missing; train first"):
-        judge(tmp_path / "nowhere", out)
+        evaluate_run(tmp_path / "nowhere", out)
     with pytest.raises(UserError, match=r"has no image in the split 'test'; .*data \{'train': 40, 'val': 12\}"):
-        judge(tiny_run, out, "split=test")
+        evaluate_run(tiny_run, out, "split=test")
     data = small_dataset.write(tmp_path / "data", train=1, val=2)
     for row in range(3):
         small_dataset.corrupt(data, row)
     with pytest.raises(UserError, match=r"none of the 2 images of .* could be read; the first: "):
-        judge(tiny_run, out, f"dataset={data}", "embedders=[regressor]")
+        evaluate_run(tiny_run, out, f"dataset={data}", "embedders=[regressor]")
     assert not out.exists()
 
 
-def test_paired_differences_and_breakdowns_match_scores(judged: tuple[Path, dict[str, Any]], small_data: Path) -> None:
-    out, info = judged
+def test_paired_differences_and_breakdowns_match_scores(
+    evaluated: tuple[Path, dict[str, Any]], small_data: Path
+) -> None:
+    out, info = evaluated
     scores = {name: np.load(out / f"scores/{name}.npy").astype(np.float64) for name in NAMES}
     assert len(info["pairs"]) == 6
     for pair in info["pairs"]:
@@ -325,8 +329,8 @@ def test_paired_differences_and_breakdowns_match_scores(judged: tuple[Path, dict
         assert mean == pytest.approx(scores["knn"].mean(), abs=1e-6)
 
 
-def test_retrieval_recall_matches_brute_force(judged: tuple[Path, dict[str, Any]], small_data: Path) -> None:
-    out, info = judged
+def test_retrieval_recall_matches_brute_force(evaluated: tuple[Path, dict[str, Any]], small_data: Path) -> None:
+    out, info = evaluated
     dataset = Dataset(small_data, small_dataset.ENCODER)
     bank = np.concatenate([dataset.targets(row) for split in ("val", "train") for row in dataset.rows(split)])
     assert info["retrieval"]["prompts"] == 52
@@ -338,10 +342,10 @@ def test_retrieval_recall_matches_brute_force(judged: tuple[Path, dict[str, Any]
 
 
 def test_retrieve_and_blend_derive_from_regressor_vectors(
-    judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
+    evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "out"
-    info = judge(
+    info = evaluate_run(
         tiny_run,
         out,
         "embedders=[retrieve,blend]",
@@ -353,7 +357,7 @@ def test_retrieve_and_blend_derive_from_regressor_vectors(
     dataset = Dataset(small_data, small_dataset.ENCODER)
     rows = dataset.rows("train")
     bank = np.concatenate([dataset.targets(row) for row in rows])
-    z_nE = np.load(judged[0] / "predictions/regressor.npy")
+    z_nE = np.load(evaluated[0] / "predictions/regressor.npy")
     cosine_nm = z_nE @ bank.T
     near_nk = np.argsort(-cosine_nm, 1)[:, :3]
     mean_nE = (np.take_along_axis(cosine_nm, near_nk, 1)[..., None] * bank[near_nk]).sum(1)
@@ -369,7 +373,7 @@ def test_retrieve_and_blend_derive_from_regressor_vectors(
 def test_ensemble_is_cross_validated_and_saved(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = "embedders=[mean,ridge,regressor,ensemble]"
-    info = judge(tiny_run, out, asked, "ensemble.members=[ridge,regressor]", "ensemble.folds=3", "batch_size=5")
+    info = evaluate_run(tiny_run, out, asked, "ensemble.members=[ridge,regressor]", "ensemble.folds=3", "batch_size=5")
     told = info["ensemble"]
     assert told["members"] == ["ridge", "regressor"]
     assert sum(told["weights"].values()) == pytest.approx(1)
@@ -379,7 +383,9 @@ def test_ensemble_is_cross_validated_and_saved(tiny_run: Path, tmp_path: Path) -
     vectors = [np.load(out / f"predictions/{name}.npy") for name in told["members"]]
     whole_nE = sum(weight * v for weight, v in zip(told["weights"].values(), vectors, strict=True))
     whole_nE /= np.linalg.norm(whole_nE, axis=1, keepdims=True)
-    again = judge(tiny_run, tmp_path / "again", f"checkpoint={told['saved']}", "embedders=[regressor]", "batch_size=5")
+    again = evaluate_run(
+        tiny_run, tmp_path / "again", f"checkpoint={told['saved']}", "embedders=[regressor]", "batch_size=5"
+    )
     np.testing.assert_allclose(np.load(tmp_path / "again/predictions/regressor.npy"), whole_nE, atol=1e-5)
     held_out = next(score for score in info["scores"] if score["name"] == "ensemble")
     assert held_out["mean"] <= again["scores"][0]["mean"] + 1e-6, "weights of its own images are at least as good"
@@ -389,19 +395,19 @@ def test_ensemble_with_non_checkpoint_member_is_reported(
     tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        info = judge(tiny_run, tmp_path / "out", "embedders=[mean,knn,ensemble]")
+        info = evaluate_run(tiny_run, tmp_path / "out", "embedders=[mean,knn,ensemble]")
     assert info["ensemble"]["saved"] is None
     assert "is not saved as one embedder" in caplog.text
     with pytest.raises(UserError, match=r"ensemble\.members: 'blip' is not among the embedders"):
-        judge(tiny_run, tmp_path / "out", "embedders=[mean,knn,ensemble]", "ensemble.members=[mean,blip]")
+        evaluate_run(tiny_run, tmp_path / "out", "embedders=[mean,knn,ensemble]", "ensemble.members=[mean,blip]")
     with pytest.raises(UserError, match="name at least two embedders"):
-        judge(tiny_run, tmp_path / "out", "embedders=[mean,ensemble]")
+        evaluate_run(tiny_run, tmp_path / "out", "embedders=[mean,ensemble]")
 
 
 def test_evaluation_completes_if_ensemble_cannot_be_saved(tiny_run: Path, tmp_path: Path) -> None:
     export.export(tiny_run / "best", tmp_path / "my bundle")
     asked = f"embedders=[ridge,regressor,{tmp_path / 'my bundle'},ensemble]"
-    info = judge(tiny_run, tmp_path / "out", asked, "ensemble.folds=3")
+    info = evaluate_run(tiny_run, tmp_path / "out", asked, "ensemble.folds=3")
     assert info["ensemble"]["members"] == ["ridge", "regressor", "my-bundle"]
     assert json.loads((tmp_path / "out/evaluation.json").read_text()) == info
 
@@ -411,11 +417,11 @@ def test_evaluation_removes_only_files_of_the_previous_one(tiny_run: Path, tmp_p
     for name in ("notes.txt", "scores/thesis.csv"):
         (out / name).parent.mkdir(parents=True, exist_ok=True)
         (out / name).write_text("mine")
-    judge(tiny_run, out, "embedders=[ridge,regressor,ensemble]", "ensemble.folds=3")
+    evaluate_run(tiny_run, out, "embedders=[ridge,regressor,ensemble]", "ensemble.folds=3")
     assert (out / "ensemble/config.json").exists()
     with pytest.raises(UserError, match=r"would overwrite .*ensemble, which is evaluated; name another out="):
-        judge(tiny_run, out, f"embedders=[mean,{out / 'ensemble'}]")
-    judge(tiny_run, out, "embedders=[mean,retrieve]")
+        evaluate_run(tiny_run, out, f"embedders=[mean,{out / 'ensemble'}]")
+    evaluate_run(tiny_run, out, "embedders=[mean,retrieve]")
     there = {path.relative_to(out).as_posix() for path in out.rglob("*") if path.is_file()}
     expected = {"notes.txt", "scores/thesis.csv", "evaluation.json", "keys.json", "pictures.json", "report.html"}
     expected |= {f"{kind}/{name}.npy" for kind in ("scores", "predictions") for name in ("mean", "retrieve")}
@@ -426,14 +432,14 @@ def test_evaluation_elsewhere_needs_no_training_images(
     tiny_run: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(tmp_path / "gone")])
-    info = judge(run, tmp_path / "out", f"dataset={small_data}", "embedders=[regressor]")
+    info = evaluate_run(run, tmp_path / "out", f"dataset={small_data}", "embedders=[regressor]")
     assert info["images"] == 12
     leakage = info["leakage"]["embedders"]["regressor"]
     assert [leakage[key] for key in ("bytes", "prompts", "near", "affected", "clean")] == [None] * 5
     assert re.search(r"^regressor +not known \(.*gone", table(info), re.MULTILINE)
     assert "cannot read the training images" in caplog.text
     with pytest.raises(UserError, match="gone"):
-        judge(run, tmp_path / "out", f"dataset={small_data}", "embedders=[mean]")
+        evaluate_run(run, tmp_path / "out", f"dataset={small_data}", "embedders=[mean]")
 
 
 def test_captioners_need_no_run_and_prompt_index_may_be_a_file(
@@ -487,7 +493,7 @@ def test_unusable_embedders_are_reported_before_computation(tiny_run: Path, smal
 
 
 def test_checkpoint_folders_are_named_in_table(
-    judged: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
+    evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
 ) -> None:
     names = [str(tiny_run), str(tiny_run / "last")]
     overrides = [
@@ -499,12 +505,14 @@ def test_checkpoint_folders_are_named_in_table(
     info = evaluate(settings(EvaluateSettings, compose("evaluate", [*overrides, "batch_size=5"])))
     assert [score["name"] for score in info["scores"]] == ["tiny", "tiny-last"]
     assert info["main"] == "tiny"
-    ours, theirs = (tmp_path / "out/predictions/tiny.npy", judged[0] / "predictions/regressor.npy")
+    ours, theirs = (tmp_path / "out/predictions/tiny.npy", evaluated[0] / "predictions/regressor.npy")
     np.testing.assert_array_equal(np.load(ours), np.load(theirs))
 
 
 def test_tta_averages_views(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
-    judge(tiny_run, tmp_path / "out", "embedders=[regressor]", "tta.regressor.flip=true", "tta.regressor.sizes=[32,48]")
+    evaluate_run(
+        tiny_run, tmp_path / "out", "embedders=[regressor]", "tta.regressor.flip=true", "tta.regressor.sizes=[32,48]"
+    )
     dataset = Dataset(small_data)
     images = [decode(dataset.image_bytes(row)) for row in dataset.rows("val")]
     views = []
@@ -516,5 +524,5 @@ def test_tta_averages_views(tiny_run: Path, small_data: Path, tmp_path: Path) ->
     np.testing.assert_allclose(np.load(tmp_path / "out/predictions/regressor.npy"), expected, atol=1e-5)
 
 
-def test_page_is_written_with_scores(judged: tuple[Path, dict[str, Any]]) -> None:
-    assert "Paired differences" in (judged[0] / "report.html").read_text()
+def test_page_is_written_with_scores(evaluated: tuple[Path, dict[str, Any]]) -> None:
+    assert "Paired differences" in (evaluated[0] / "report.html").read_text()

@@ -1,4 +1,4 @@
-"""Leakage: counts by brute force, what weights come from, and where evaluation, training, page and card report it."""
+"""Leakage: brute-force counts, lineage of weights, and reports in evaluation, training, page and card."""
 
 import json
 import re

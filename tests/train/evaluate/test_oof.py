@@ -1,4 +1,4 @@
-"""Tables of single images: who stands in them, what was near, what wandb keeps, and what a fold leaves behind."""
+"""Best and worst predictions: selected images, nearest prompts, the wandb table, and out-of-fold files."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Predictions on disk: computed once for equal inputs, and again where a file is lost or damaged."""
+"""Prediction cache: computed once for equal inputs, and again where a file is lost or damaged."""
 
 import hashlib
 import io

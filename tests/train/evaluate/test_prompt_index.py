@@ -1,4 +1,4 @@
-"""Banks of prompts: what they hold, whose vectors they have, and what a stopped encoding leaves."""
+"""Prompt index: prompts, vectors, nearest-prompt search, and resume of an interrupted encoding."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The page of an evaluation: what it tells agrees with the folder, opens in a browser, and asks for nothing outside."""
+"""Page of an evaluation: agrees with the folder, opens in a browser, and makes no external requests."""
 
 import html
 import json

@@ -1,4 +1,4 @@
-"""The parts of a recipe together, through `python -m train`: what adds up, what is refused, what ends a run."""
+"""Combinations of settings through `python -m train`: micro-batches, resume, init_from, folds, NaN loss, full disk."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""Averaged weights: their closed form, to and fro, saved and gone on with, shared out over ranks.
+"""EMA: closed form, swapping in and out, save and resume, sharded tensors.
 
 pytest tests/train/fit/test_ema.py
 """

@@ -1,4 +1,4 @@
-"""What the learning rate of a run reaches: the bound on the warm-up, every experiment, what is said of short runs."""
+"""Forecast of a run: bound of the warm-up, learning rates of every experiment, warnings about short runs."""
 
 import dataclasses
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Start → best of a run: step 0 is validated, can be best, survives kills, and the end says how far training came."""
+"""Improvement of a run: step 0 is validated, can be best and survives kills; the end reports start → best."""
 
 import json
 import signal

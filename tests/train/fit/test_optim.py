@@ -1,4 +1,4 @@
-"""Parameter groups with layer-wise learning-rate decay, and one step of each optimizer against its closed form.
+"""Parameter groups with layer-wise learning-rate decay, and one step of each optimizer in closed form.
 
 pytest tests/train/fit/test_optim.py
 """

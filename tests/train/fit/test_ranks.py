@@ -1,4 +1,4 @@
-"""Two processes train as one does: DDP, FSDP2, what compares the images of a whole step, resuming, exporting.
+"""Two ranks train like one process: DDP, FSDP2, losses over a whole step, resume, export.
 
 Processes of their own, over gloo on the CPU: `pytest tests/train/fit/test_ranks.py -m slow`. One of DDP and one of
 FSDP2 run by default.

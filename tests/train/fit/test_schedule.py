@@ -1,4 +1,4 @@
-"""Learning-rate schedule: each form against its closed form or torch's, and the scheduler's state.
+"""Learning-rate schedules, against closed forms and torch, and the state of the scheduler.
 
 pytest tests/train/fit/test_schedule.py
 """

@@ -1,4 +1,4 @@
-"""Activations computed again: the same gradients, less memory, also when compiled.
+"""Activation checkpointing: equal gradients and less memory, compiled as well.
 
 pytest tests/train/scale/test_activation_checkpointing.py
 """

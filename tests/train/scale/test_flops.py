@@ -1,4 +1,4 @@
-"""What a run will take: parameters, work and memory, told before anything is computed.
+"""Cost estimate of a run before it starts: parameters, FLOPs and memory.
 
 pytest tests/train/scale/test_flops.py
 """

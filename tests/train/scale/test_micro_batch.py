@@ -1,4 +1,4 @@
-"""How many images fit: found by trying, and said when a run is out of memory.
+"""Micro-batch search by trial steps, and advice after an out-of-memory error.
 
 pytest tests/train/scale/test_micro_batch.py; on a GPU: pytest tests/train/scale/test_micro_batch.py -m gpu
 """

@@ -1,4 +1,4 @@
-"""Hard examples: the lowest scores weigh more, the file says all, and training reads it."""
+"""Hard examples: weights of the lowest scores, the file that is written, and its use in training."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""Between two checkpoints: the weights by hand, the ends bit by bit, the scores by scikit-learn."""
+"""Interpolation of checkpoints: weights by hand, ends bitwise, scores by scikit-learn."""
 
 import json
 from pathlib import Path

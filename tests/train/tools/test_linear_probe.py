@@ -1,4 +1,4 @@
-"""The search over heads on frozen features: its scores are those of its models, and its best is a checkpoint."""
+"""Search over heads on frozen features: its scores match its models, and its best head is a checkpoint."""
 
 import json
 import math

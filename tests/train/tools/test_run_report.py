@@ -1,4 +1,4 @@
-"""The report of a run, from the files that training and evaluation leave and a dataset in memory."""
+"""Report of a run, from files of training and evaluation and a dataset in memory."""
 
 import json
 import logging

@@ -1,4 +1,4 @@
-"""The table of runs, from folders as training leaves them, whole, cut off, foreign and broken."""
+"""Table of runs, from folders of runs that are complete, truncated, foreign or damaged."""
 
 import csv
 import json
