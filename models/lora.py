@@ -1,19 +1,17 @@
-"""Low-rank adapters on the linear layers of chosen blocks, through peft; and how they become plain weights again.
+"""Low-rank adapters on the linear layers of chosen blocks, and how they become plain weights again.
 
 W stays, and W + alpha/rank · B A computes: A is [rank, in], B [out, rank] and zero at first. The first team's recipe:
 the blocks at the bottom frozen, adapters in the middle, the top trained whole.
 """
 
 import logging
-import re
-import warnings
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import nn
 
 from core.errors import UserError
-from core.imports import hidden
 from models.backbones.layer_groups import layers
 
 log = logging.getLogger(__name__)
@@ -101,19 +99,36 @@ def _called(backbone: nn.Module, names: list[str], size: int) -> list[str]:
     return [name for name in names if name in found]
 
 
+class LoraLinear(nn.Module):
+    """A linear layer with an adapter: W x + alpha/rank · B A dropout(x).
+
+    Parameter names and initial values are those of peft's adapter "default", so that resume checkpoints of earlier
+    versions load. peft itself would import transformers: a quarter of the CPU seconds that a small run needs to start.
+    """
+
+    def __init__(self, base_layer: nn.Linear, rank: int, alpha: float, dropout: float) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        a = nn.Linear(base_layer.in_features, rank, bias=False)
+        b = nn.Linear(rank, base_layer.out_features, bias=False)
+        nn.init.kaiming_uniform_(a.weight, a=math.sqrt(5))
+        nn.init.zeros_(b.weight)
+        self.lora_A, self.lora_B = (nn.ModuleDict({"default": part.to(base_layer.weight)}) for part in (a, b))
+        self.dropout = nn.Dropout(dropout) if dropout else nn.Identity()
+        self.scaling = alpha / rank
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.base_layer(x)
+        x = x.to(self.lora_A["default"].weight.dtype)
+        return (y + self.lora_B["default"](self.lora_A["default"](self.dropout(x))) * self.scaling).to(y.dtype)
+
+
 def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, dropout: float) -> None:
-    # peft looks for bitsandbytes when it is imported and at each layer; quantized layers are not adapted here, and
-    # bitsandbytes loads torch's compiler. transformers loads scipy for the losses of detectors.
-    with hidden("bitsandbytes", "boto3", "scipy"):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of optional parts that it tries to import
-                from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise UserError("model.lora needs peft: pip install 'im2emb[lora]'") from error
-        whole = "|".join(map(re.escape, names))  # a list would also match the ends of other names
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=whole, bias="none")  # type: ignore[arg-type]
-        inject_adapter_in_model(config, backbone)
-    for name, module in backbone.named_modules():
-        if ".lora_" in name:
-            module.training = backbone.training
+    for name in names:
+        layer = backbone.get_submodule(name)
+        assert isinstance(layer, nn.Linear)
+        adapted = LoraLinear(layer, rank, alpha, dropout)
+        for part in (adapted, *adapted.lora_A.modules(), *adapted.lora_B.modules(), adapted.dropout):
+            part.training = backbone.training
+        parent, _, attribute = name.rpartition(".")
+        setattr(backbone.get_submodule(parent), attribute, adapted)
