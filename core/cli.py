@@ -63,6 +63,16 @@ def _parsed(arguments: Sequence[str]) -> list[Override]:
     return overrides
 
 
+def defaults(config_name: str) -> dict[str, Any]:
+    """Return the values of `conf/<config_name>.yaml`, a file without groups; ten times as fast as `compose`."""
+    from omegaconf import OmegaConf
+
+    values = typing.cast(
+        dict[str, Any], OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{config_name}.yaml"), resolve=True)
+    )
+    return {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
+
+
 def _written(overrides: Sequence[str]) -> set[str]:
     """Dotted keys that Hydra's overrides set to a value other than null and false; `{a: {b: 1}}` sets a.b."""
     from hydra.core.override_parser.overrides_parser import OverridesParser

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from core.cli import compose
+from core.cli import defaults
 from core.errors import UserError
 from core.files import sha256, write_json
 from core.renamed_settings import with_new_names
@@ -80,7 +80,7 @@ def write(out: Path, values: dict[str, Any]) -> None:
 
 def changed(cfg: TrainSettings) -> list[str]:
     """List `key=value` of every setting that differs from conf/train.yaml."""
-    default, values = flat(compose("train", [])), flat(plain(cfg))
+    default, values = flat(defaults("train")), flat(plain(cfg))
     default["dataset"] = [default["dataset"]]
     # the default of `out` contains the name
     ignored = {"out"} if values["out"] == default["out"].replace(default["name"], values["name"]) else set()

@@ -1,6 +1,7 @@
 """Adapters: they begin as nothing, train alone in their blocks, and merge into plain weights."""
 
 import logging
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -157,3 +158,39 @@ def test_blocks_of_convolutions_have_nothing_to_adapt() -> None:
     model = make("test_efficientnet", "random", 32, E)
     with pytest.raises(UserError, match=r"blocks 1 to 2 of EfficientNet have no linear layer to adapt; use"):
         lora.insert(model.backbone, 1, 2, RANK, ALPHA, 0.0, size=32)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_layer_equals_pefts_to_the_bit(dropout: float, dtype: torch.dtype | None) -> None:
+    """Names, initial values, outputs and gradients, and the random numbers that they take."""
+    peft = pytest.importorskip("peft")
+    results = []
+    for of_peft in (False, True):
+        torch.manual_seed(0)
+        layers = {"fc1": torch.nn.Linear(12, 8), "act": torch.nn.GELU(), "fc2": torch.nn.Linear(8, 5, bias=False)}
+        linears = torch.nn.Sequential(OrderedDict(layers))
+        if of_peft:
+            config = peft.LoraConfig(
+                r=4, lora_alpha=8, lora_dropout=dropout, target_modules=["fc1", "fc2"], bias="none"
+            )
+            peft.inject_adapter_in_model(config, linears)
+        else:
+            lora._inject(linears, ["fc1", "fc2"], 4, 8.0, dropout)
+        with torch.no_grad():
+            for name, parameter in linears.named_parameters():
+                if ".lora_B." in name:  # zero at first, and then A has no gradient
+                    parameter += torch.arange(parameter.numel()).reshape(parameter.shape) / 100
+        with torch.autocast("cpu", dtype, enabled=dtype is not None):
+            y = linears(torch.linspace(-1, 1, 36).reshape(3, 12))
+        y.float().square().sum().backward()
+        gradients = {name: p.grad for name, p in linears.named_parameters() if ".lora_" in name and p.grad is not None}
+        results.append((dict(linears.state_dict()), y, gradients, torch.random.get_rng_state()))
+    ours, theirs = results
+    for tensors, reference in ((ours[0], theirs[0]), (ours[2], theirs[2])):
+        assert any(".lora_B." in name for name in tensors)
+        assert tensors.keys() == reference.keys()
+        assert all(tensors[name].equal(reference[name]) for name in tensors)
+    assert ours[1].dtype == theirs[1].dtype
+    assert ours[1].equal(theirs[1])
+    assert ours[3].equal(theirs[3])

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from core.cli import compose
+from core.cli import defaults
 from core.errors import UserError
 from core.renamed_settings import with_new_names
 from core.settings import settings
@@ -174,7 +174,7 @@ def data_of(
     Raises:
         UserError: a dataset cannot be used.
     """
-    default = compose("train", [])
+    default = defaults("train")
     plain = {k: _overlaid(v, run[k]) if k in run else v for k, v in default.items()}
     if not weighted:
         plain["data"] = {**plain["data"], "sources": {}, "sample_weights": None}

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from core.cli import compose
+from core.cli import defaults
 from core.errors import UserError
 from models.metrics import Interval
 from train.evaluate.results import validation_counts
@@ -113,13 +113,13 @@ def find_runs(folder: Path) -> tuple[list[Run], dict[str, str]]:
         raise UserError(f"no folder {folder}: train first (python -m train +experiment=quickstart), or name folder=…")
     runs: list[Run] = []
     unreadable: dict[str, str] = {}
-    defaults = flat(compose("train", []))
+    default_values = flat(defaults("train"))
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         folders = [path] if (path / "settings.json").exists() else sorted(p.parent for p in path.rglob("settings.json"))
         for run in folders or [path]:
             name = run.relative_to(folder).as_posix()
             try:
-                runs.append(_read(run, name, defaults))
+                runs.append(_read(run, name, default_values))
             except NotARun as error:
                 unreadable[name] = str(error)
             except (ValueError, TypeError, OSError) as error:
