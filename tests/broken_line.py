@@ -24,7 +24,7 @@ class Cut:
 
 
 class Line:
-    """Listens on `port` of 127.0.0.1 until it is closed."""
+    """Server that listens on `port` of 127.0.0.1 until it is closed."""
 
     def __init__(self, server_port: int) -> None:
         self._server_port = server_port
@@ -42,7 +42,7 @@ class Line:
         self._cuts.append(Cut(re.compile(pattern), after, times))
 
     def close(self) -> None:
-        """Refuses new connections and breaks all that are open."""
+        """Refuse new connections and breaks all that are open."""
         self._end(self._listener)
         self._end(*tuple(self._open))
 

@@ -193,7 +193,7 @@ class _Forked(subprocess.Popen[str]):
         )
 
     def _execute_child(self, args: list[str], *others: Any) -> None:
-        """In place of fork and exec; the order of `others` is that of Python 3.11 to 3.14."""
+        """Replacement of fork and exec; the order of `others` is that of Python 3.11 to 3.14."""
         out, _, err = others[12:15]
         self._answers, theirs = os.pipe()
         request = {
@@ -209,7 +209,7 @@ class _Forked(subprocess.Popen[str]):
         self._child_created = True
 
     def _try_wait(self, wait_flags: int) -> tuple[int, int]:
-        """In place of waitpid."""
+        """Replacement of waitpid."""
         if wait_flags & os.WNOHANG and not select.select([self._answers], [], [], 0)[0]:
             return 0, 0
         status = os.read(self._answers, ANSWER.size)

@@ -29,7 +29,7 @@ def pytest_sessionfinish() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """What is fetched and computed is kept for this session alone."""
+    """Folder of downloads and caches, for this session only."""
     os.environ["IM2EMB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
@@ -43,8 +43,11 @@ def shared() -> Path:
 
 @pytest.fixture
 def one_thread() -> Iterator[None]:
-    """As the commands here run: another number changes float sums, and a tiny network on two waits for the other (20 ms
-    a step became 500 on a busy machine)."""
+    """Run torch in a single thread, as the commands of the tests do.
+
+    Other numbers change float sums, and two threads of a tiny network wait for each other: a step of 20 ms took 500 on a
+    busy machine.
+    """
     import torch
 
     before = torch.get_num_threads()

@@ -35,10 +35,10 @@ _TIMES = ("seconds", "train/images_per_s", "time")
 
 @dataclass(frozen=True)
 class Result:
-    """What a run of a command left."""
+    """Result of a command's run."""
 
     folder: Path
-    """Its folder; `out` is in it."""
+    """Folder of the run, which contains `out`."""
     log: str
     """Lines of the log, each with its level."""
     stdout: str
@@ -113,7 +113,7 @@ class OnlyOnGpu:
 
 @dataclass(frozen=True)
 class Slow:
-    """As `entry`, which takes many seconds."""
+    """Wrapper of an entry that takes many seconds."""
 
     entry: Shows | Refused
 
@@ -172,10 +172,10 @@ class Command:
         self._spied, self._replaced, self._own_cache = spied, replaced or {}, own_cache
         self._runs: dict[Any, Result] = {}
         self.places: dict[str, Path] = {}
-        """What {name} stands for in overrides, beside {here}, the folder of a run."""
+        """Replacements of {name} in overrides, beside {here}, the folder of a run."""
 
     def run(self, folder: Path, overrides: Sequence[str], prepare: Callable[[Path], object] | None = None) -> Result:
-        """Runs it in a new folder."""
+        """Run the command in a new folder."""
         folder.mkdir(parents=True)
         if prepare is not None:
             prepare(folder)
@@ -230,7 +230,7 @@ class Command:
         assert entry.see(changed) != entry.see(base), "the change shows nowhere"
 
     def steady(self, entries: "Entries", tmp: Path) -> None:
-        """Fails where two runs without any change differ in what an entry looks at: it would show no effect."""
+        """Fail where two runs without any change differ in what an entry looks at: it would show no effect."""
         again = self.run(tmp / "again", ())
         first = self.base_run(tmp, ())
         assert (first.error, again.error) == (None, None)
@@ -300,7 +300,7 @@ def _each(entries: Entries) -> list[Entry]:
 
 
 def complete(cls: type, entries: Entries) -> None:
-    """Fails where a setting has no entry, or an entry no setting."""
+    """Fail where a setting has no entry, or an entry no setting."""
     known = set(leaves(cls))
     assert known == set(entries), f"without an entry: {known - set(entries)}; without a setting: {set(entries) - known}"
 

@@ -43,7 +43,7 @@ def write(
     main: str = "regressor",
     leakage: Mapping[str, LeakageCounts] | None = None,
 ) -> Path:
-    """Writes the folder and returns it. Every third image's prompt is said to be of coco, the others of lexica.
+    """Write the folder and return it. Every third image's prompt is said to be of coco, the others of lexica.
 
     An embedder has no leakage, unless `leakage` says otherwise.
     """

@@ -28,7 +28,7 @@ Answer = tuple[int, Any, dict[str, str]]
 
 
 class Loopback:
-    """Answers requests by `answer(method, path, body, headers)`; `faults` come first."""
+    """Server that answers requests by `answer(method, path, body, headers)`; `faults` come first."""
 
     def __init__(self) -> None:
         self.asked: list[str] = []
@@ -99,7 +99,7 @@ class Repo:
     private: bool
     files: dict[str, bytes] = field(default_factory=lambda: {".gitattributes": b"*.safetensors filter=lfs"})
     commits: list[str] = field(default_factory=list)
-    """Their messages."""
+    """Messages of the commits."""
 
     @property
     def sha(self) -> str:
@@ -114,7 +114,7 @@ class HubServer(Loopback):
         self._large: dict[str, bytes] = {}
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Of a process that takes this for the hub and has its token there."""
+        """Environment of a process that uses this server as the hub, with a token."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home / "hf"),

@@ -24,7 +24,7 @@ class Dataset:
     about: dict[str, Any]
     """The request that made it."""
     page: dict[str, Any]
-    """What its owner may change on its page."""
+    """Facts of the dataset's page that its owner may change."""
     versions: list[dict[str, bytes]] = field(default_factory=list)
 
 
@@ -40,7 +40,7 @@ class KaggleServer(Loopback):
         self._blobs: dict[str, bytes] = {}
 
     def environment(self) -> dict[str, str]:
-        """Of a process that takes this for Kaggle."""
+        """Environment of a process that uses this server as Kaggle."""
         return {"KAGGLE_API_ENVIRONMENT": "LOCALHOST", "HTTP_PROXY": self.url, "http_proxy": self.url}
 
     def answer(self, method: str, path: str, body: bytes, headers: dict[str, str]) -> Answer:

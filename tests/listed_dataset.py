@@ -23,12 +23,12 @@ ENCODER, WIDTH = "texts", 64
 @dataclass(frozen=True)
 class Row:
     prompts: str | tuple[str, ...]
-    """Of one image; equal texts are one prompt."""
+    """Prompts of one image; equal texts are one prompt."""
     split: str = "train"
     source: str = "made"
     group: str = ""
     image: str | None = None
-    """As `small_dataset.image` draws it, equal texts being equal bytes; None: colours of its own."""
+    """Text that `small_dataset.image` draws, with equal bytes for equal texts; None draws unique colours."""
 
 
 def encode(texts: list[str], near: Mapping[str, tuple[str, float]] | None = None) -> NDArray[np.float32]:
@@ -66,7 +66,7 @@ def write(
     near: Mapping[str, tuple[str, float]] | None = None,
     identity: Mapping[str, object] | None = None,
 ) -> Path:
-    """Writes the dataset with its vectors and returns its folder."""
+    """Write the dataset with its vectors and return its folder."""
     ids: dict[str, int] = {}
     plan = [  # a list an image, of a row a caption
         [

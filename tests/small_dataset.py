@@ -45,7 +45,7 @@ def image(text: str, size: int) -> bytes:
 def write(
     root: T, *, train: int = 40, val: int = 12, size: int = 40, captions: int = 1, shard: int = 20, seed: int = 0
 ) -> T:
-    """Writes the dataset with its vectors, validation images spread among the others, and returns its folder."""
+    """Write the dataset with its vectors, with validation images spread among the others; return its folder."""
     rng = np.random.default_rng(seed)
     count = train + val
     splits = rng.permutation(["train"] * train + ["val"] * val).tolist()
@@ -79,7 +79,7 @@ def write(
 
 
 def corrupt(root: Path, row: int) -> str:
-    """Overwrites image `row` with zeros; returns its key. The dataset has one caption an image."""
+    """Overwrite image `row` with zeros; return its key. The dataset has one caption an image."""
     indices = [pq.read_table(path) for path in sorted((root / "shards").glob("*.parquet"))]
     image = pa.concat_tables(indices).slice(row, 1).to_pylist()[0]
     with (root / image["path"]).open("r+b") as tar:

@@ -172,7 +172,7 @@ def test_conf_has_only_yaml() -> None:
 
 
 def test_models_runtime_is_a_leaf() -> None:
-    """It imports only itself, by relative imports: the bundle carries its files."""
+    """models.runtime imports only itself, by relative imports, because bundles contain its files."""
     assert not (ROOT / "models/__init__.py").read_text()
     assert not (ROOT / "models/runtime/__init__.py").read_text()
     for path in (ROOT / "models/runtime").glob("*.py"):

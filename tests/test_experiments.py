@@ -36,7 +36,7 @@ def vit_block(width: int, feed_forward: int) -> int:
 
 
 def eva_block(width: int, feed_forward: int) -> int:
-    """As a ViT's, with SwiGLU's third matrix, a norm inside each of its two parts, and no bias on keys."""
+    """Parameters of an EVA block: a ViT's, with SwiGLU's third matrix, two inner norms, and no bias on keys."""
     return 6 * width + 4 * width**2 + 3 * width + 3 * width * feed_forward + 4 * feed_forward + width
 
 
@@ -52,13 +52,13 @@ def vit(width: int, feed_forward: int, depth: int, patch: int, size: int, *, nor
 
 
 def mbconv(width: int, out: int, kernel: int) -> int:
-    """Without biases: 1 × 1 to six times the width, depthwise, 1 × 1 to `out`; a norm after each."""
+    """Parameters of an MBConv block without biases: 1 × 1 to six times the width, depthwise, 1 × 1, each with a norm."""
     wide = 6 * width
     return width * wide + kernel**2 * wide + wide * out + 2 * (wide + wide + out)
 
 
 def adapters(*layers_: tuple[int, int], rank: int = 16) -> int:
-    """Of one block: a pair of matrices for each linear layer of (in, out)."""
+    """Parameters of one block's adapters: two matrices for each linear layer of (in, out)."""
     return sum(rank * (i + o) for i, o in layers_)
 
 
@@ -79,7 +79,7 @@ class Expected:
     trained: int
     """Parameters of the backbone that train, adapters among them."""
     adapted: int = 0
-    """Blocks with adapters."""
+    """Parameters of blocks with adapters."""
     head: int = 0
 
 

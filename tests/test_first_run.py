@@ -26,7 +26,7 @@ SMALL = ("renderer.render_size=64", "renderer.size=64", "renderer.steps=2", "pro
 
 
 def python(tree: Path, module: str, *overrides: str) -> str:
-    """Runs the command of the copied project to its end; returns what it said."""
+    """Run a command of the copied project; return its output."""
     env = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "WANDB_MODE", "WANDB_API_KEY")}
     words = [sys.executable, "-m", module, *overrides]
     home = {"HOME": str(tree), "OMP_NUM_THREADS": "1"}  # nobody's account of W&B

@@ -103,7 +103,7 @@ class TinyHub:
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def environment(self, home: Path) -> dict[str, str]:
-        """Of a process that takes this for the hub and `home` for its caches."""
+        """Environment of a process that uses this server as the hub and `home` for its caches."""
         return {
             "HF_ENDPOINT": self.url,
             "HF_HOME": str(home / "hf"),

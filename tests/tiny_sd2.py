@@ -80,7 +80,7 @@ class TinySD2:
 
 
 def build(out: Path, seed: int = 0) -> TinySD2:
-    """Writes the folder and both single files below `out`."""
+    """Write the folder and both single files below `out`."""
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler

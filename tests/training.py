@@ -29,7 +29,7 @@ OVERRIDES = (
     "wandb=off",
 )
 PREPROCESSING = Preprocessing(32, crop_pct=0.95)
-"""Of these settings: test_vit's own."""
+"""Preprocessing of these settings, which is test_vit's."""
 
 
 def cfg(dataset: Path, out: Path, *overrides: str) -> TrainSettings:
@@ -38,7 +38,7 @@ def cfg(dataset: Path, out: Path, *overrides: str) -> TrainSettings:
 
 
 def train(dataset: Path, out: Path, *overrides: str) -> int:
-    """Trains in this process; returns the exit code."""
+    """Train in this process; return the exit code."""
     from train.fit.fit import fit
 
     return fit(cfg(dataset, out, *overrides))

@@ -42,7 +42,7 @@ def cache(**identity: int) -> ChunkCache[Chunk]:
 
 
 def fill(squares: ChunkCache[Chunk]) -> list[int]:
-    """Computes what is missing, and returns the numbers of these chunks."""
+    """Compute the missing chunks, and return the numbers of these chunks."""
     computed = []
     with squares.lock():
         for number in range(COUNT):
@@ -71,7 +71,7 @@ def test_chunks_are_computed_once_per_identity(cache_folder: Path) -> None:
 
 
 def test_names_of_folders_stay(cache_folder: Path) -> None:
-    """Caches of earlier versions are found."""
+    """Chunks of earlier versions are found under unchanged folder names."""
     assert identity_hash({"b": [1, None], "a": "é"}) == "8920de3941419361"
     assert array_hash(np.arange(6)[::2]) == array_hash(np.array([0, 2, 4])) == "39d9249dec21f938d6891c11c8e4658f"
     assert cache(seed=1).folder == cache_folder / "squares/a4bbadc1c78966d2"

@@ -119,7 +119,7 @@ def client(server: int) -> Client:
 
 @pytest.fixture
 def root(line: Line, client: Client) -> Location:
-    """Where a dataset can be written."""
+    """Folder or URL for a dataset."""
     assert line.port
     return Location(f"s3://{client.bucket}/data")
 
@@ -305,7 +305,7 @@ def test_large_download_retries_only_broken_blocks(
 
 
 def test_unreachable_store_is_reported(uploaded: Location, line: Line, caplog: pytest.LogCaptureFixture) -> None:
-    """An outage is no corrupt image: it would be left out in silence."""
+    """An outage is not treated as a corrupt image, which would be skipped silently."""
     dataset = Dataset(uploaded)
     one_by_one = Dataset(uploaded, whole=False)
     line.close()
@@ -346,7 +346,7 @@ def test_file_changed_while_in_use(uploaded: Location, client: Client) -> None:
 
 
 def fault(error: Exception) -> list[float]:
-    """Raises it twice, then does its work."""
+    """Raise the error twice, then work."""
     calls: list[float] = []
 
     def work() -> list[float]:

@@ -30,7 +30,7 @@ LINUX = pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="look
 
 @pytest.fixture(scope="module")
 def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What SMALL gives when nothing happens, in one process."""
+    """Dataset of SMALL from one uninterrupted process."""
     out = tmp_path_factory.mktemp("unkilled") / "data"
     make(out, *SMALL)
     return out
@@ -121,7 +121,7 @@ def kill(process: "Popen[str]") -> None:
 
 
 def killed_and_resumed(out: Path, moments: int) -> int:
-    """Starts the command again and again with two workers, each time killed at a random moment; returns the kills."""
+    """Start the command repeatedly with two workers, killed at random moments; return the number of kills."""
     rng = random.Random(0)
     kills = 0
     for n in range(moments):

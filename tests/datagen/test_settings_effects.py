@@ -34,7 +34,7 @@ UNUSED = "has no effect "
 
 @pytest.fixture(scope="module", autouse=True)
 def places(tmp_path_factory: pytest.TempPathFactory, weights: tiny_sd2.TinySD2) -> dict[str, Path]:
-    """What the entries name: prompts, models, images and datasets, all tiny."""
+    """Files that the entries name: prompts, models, images and datasets, all tiny."""
     root = tmp_path_factory.mktemp("places")
     found = {"files": _prompts(root / "files"), "data": small_dataset.write(root / "data", train=16, val=6)}
     found["damaged"] = small_dataset.write(root / "damaged", train=4, val=2)
@@ -96,7 +96,7 @@ def failures(result: Result) -> int:
 
 
 def shard_is_blocked(folder: Path) -> None:
-    """Leaves a dataset in `folder` whose second shard cannot be written."""
+    """Leave a dataset in `folder` whose second shard cannot be written."""
     made = DATAGEN.run(folder / "made", ()).out
     (folder / "out/shards/000001.tar").mkdir(parents=True)
     for name in ("dataset.json", "prompts.parquet"):
@@ -151,7 +151,7 @@ def batches(result: Result) -> list[int]:
 
 
 def diffusion(given: tuple[str, ...]) -> dict[str, Entry | list[Entry]]:
-    """What both diffusion renderers have."""
+    """Entries of both diffusion renderers."""
     return {
         "model": shows(tars, "renderer.model={sd2_other}", given=given),
         "revision": [
@@ -596,7 +596,7 @@ def _table(path: Path, rows: list[dict[str, Any]], separator: str = ",") -> None
 
 
 def _make_profane(table: Path) -> None:
-    """Gives one prompt of the table a word of the list of `curate.profanity`."""
+    """Give one prompt of the table a word of the list of `curate.profanity`."""
     rows = pq.read_table(table)
     texts = [*rows["prompt"].to_pylist()[:-1], "a photo of the fucking ugly castle by the sea"]
     pq.write_table(rows.set_column(rows.column_names.index("prompt"), "prompt", pa.array(texts)), table)

@@ -332,7 +332,7 @@ def test_damage_is_reported_by_name(case: str, copy: Path) -> None:
 
 
 def test_a_damaged_header_in_the_middle_of_a_tar_is_reported(copy: Path) -> None:
-    """Where tarfile itself ends without an error."""
+    """tarfile itself stops at such a header without an error."""
     path = copy / "shards/000001.tar"
     with tarfile.open(path) as tar:
         header = tar.getmember(f"{K}.txt").offset

@@ -36,7 +36,7 @@ ACCELERATOR = without_gpu(refused("accelerator: gpu, but torch finds none", "acc
 
 @pytest.fixture(scope="module", autouse=True)
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the entries name: two datasets with MiniLM's vectors, two runs, captioners and files of prompts."""
+    """Files that the entries name: two datasets with MiniLM's vectors, two runs, captioners and files of prompts."""
     root = tmp_path_factory.mktemp("places")
     found: dict[str, Path] = {"runs": root / "runs"}
     for seed, name in enumerate(("data", "data2")):
@@ -362,7 +362,7 @@ def test_each_setting_of_hard_and_interpolate_has_an_entry(tmp_path: Path) -> No
 
 
 def served(demo: Any, words: Any, port: Any, *, most_bytes: int, browser: bool) -> dict[str, Any]:
-    """In place of the server, which would not return: what a visitor would see of a small and of a large image."""
+    """Replacement of the blocking server: results for a small and a large image."""
     found: dict[str, Any] = {"words": words, "host": port.getsockname()[0], "most": most_bytes, "browser": browser}
     for side in (40, 400):
         file = io.BytesIO()

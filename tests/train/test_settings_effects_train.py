@@ -43,7 +43,7 @@ UNUSED = "has no effect "
 
 @pytest.fixture(scope="module", autouse=True)
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """What the entries name: datasets, weights and checkpoints, all tiny."""
+    """Files that the entries name: datasets, weights and checkpoints, all tiny."""
     root = tmp_path_factory.mktemp("places")
     found = {
         "data": small_dataset.write(root / "data", train=16, val=6),
@@ -94,12 +94,12 @@ def files(result: Result) -> list[str]:
 
 
 def of_loader(result: Result) -> list[int]:
-    """Processes that decode, of each loader."""
+    """Number of decoding processes of each loader."""
     return [kwargs["num_workers"] for _, kwargs in result.of("ResumableLoader.__init__")]
 
 
 def introduction(result: Result) -> list[str]:
-    """What the run, dry or not, reports of its model, steps and devices."""
+    """Log lines of the run about model, steps and devices."""
     return result.lines(" → ") + result.lines("training images") + result.lines("micro-batches")
 
 

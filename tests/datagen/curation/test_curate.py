@@ -140,7 +140,7 @@ def test_near_identical_prompts_are_deduplicated(kind: str) -> None:
 
 
 def test_excluded_prompts_are_dropped_in_any_spelling(tmp_path: Path) -> None:
-    """Also by an encoder that puts its spellings apart."""
+    """Excluded prompts are dropped even if the encoder separates their spellings."""
     (tmp_path / "val.txt").write_text("a fox in snow\n")
     source = [Prompt(text, "s", "") for text in ("A fox, in snow.", "a boat in snow", "a house by the sea")]
 
@@ -375,7 +375,7 @@ def test_no_prompt_remains_near_excluded_set(tmp_path: Path) -> None:
 
 
 def test_excluded_file_is_not_opened_as_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As of a hub's file that is in the cache, where there is no network to ask."""
+    """A cached hub file needs no network."""
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path))
     asked: list[str] = []
     exists = storage.exists
@@ -486,7 +486,7 @@ def thousand() -> Iterator[Prompt]:
 
 
 def end_at(call: int, work: Path) -> None:
-    """In a process of its own: curates until the n-th call of the encoder, and is killed there."""
+    """Curate in a separate process that is killed at the n-th call of the encoder."""
     curation._CHUNK = 97
     calls = itertools.count(1)
 
@@ -543,7 +543,7 @@ def test_other_settings_or_sources_start_again(tmp_path: Path, caplog: pytest.Lo
 
 
 def curated_in(work: Path, begun: Any, end: Any) -> None:
-    """In a process of its own: curates, and waits in the encoder until `end`."""
+    """Curate in a separate process that waits in the encoder until `end`."""
 
     def encode_later(lines: Sequence[str]) -> NDArray[np.float32]:
         begun.set()

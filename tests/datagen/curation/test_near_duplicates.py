@@ -103,7 +103,7 @@ def test_inverted_file_recall(threshold: float, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_results_do_not_depend_on_batches_of_additions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """As after a kill: rows come from the file at once, and the cells are made anew."""
+    """As after a kill, all rows are read from the file at once, and the cells are rebuilt."""
     monkeypatch.setattr(near_duplicates, "EXACT", 1200)
     monkeypatch.setattr(near_duplicates, "_GROWTH", 2)
     vectors = unit(9000, 5, spread=0.6)

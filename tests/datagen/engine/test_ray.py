@@ -69,7 +69,7 @@ def test_sigterm_ends_without_traceback(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_busy_cluster_uses_free_cpus(tmp_path: Path) -> None:
-    """Its other place is held for good: no shard may wait for it."""
+    """No shard waits for a CPU of the cluster that another job holds."""
     command = [sys.executable, "-c", HELD, *SMALL, f"out={tmp_path / 'ray'}"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr

@@ -215,7 +215,7 @@ def test_holdout_leaves_out_images_without_cluster(tmp_path: Path) -> None:
 
 
 def end_at(values: dict[str, Any], module: str, function: str, call: int) -> None:
-    """In a process of its own: publishes, and is killed at the n-th call of a function."""
+    """Import in a separate process that is killed at the n-th call of a function."""
     curate._CHUNK = 15
     place, calls = importlib.import_module(module), itertools.count(1)
     whole = getattr(place, function)
@@ -254,7 +254,7 @@ def test_import_killed_anywhere_resumes_bitwise(tmp_path: Path, name: str) -> No
 
 
 def killed(overrides: list[str], env: dict[str, str], when: Callable[[], bool]) -> bool:
-    """Starts the command and kills it as soon as `when`; whether it was still running."""
+    """Start the command and kill it as soon as `when`; whether it was still running."""
     process = start("datagen.published", *overrides, fresh=True, **env)
     deadline = time.monotonic() + 120
     while not when() and process.poll() is None and time.monotonic() < deadline:

@@ -40,7 +40,7 @@ Read = tuple[list[str], Counter[str]]
 
 
 def read_prompts(path: Path, **values: Any) -> Read:
-    """As `python -m datagen prompts=file prompts.path=…`."""
+    """Read prompts as `python -m datagen prompts=file prompts.path=…`."""
     download.files.cache_clear()
     cfg = settings(DatagenSettings, compose("datagen", ["prompts=file", "prompts.path=x.txt"])).prompts
     assert isinstance(cfg, FilePrompts)
@@ -50,7 +50,7 @@ def read_prompts(path: Path, **values: Any) -> Read:
 
 
 def read_bank(path: Path) -> Read:
-    """As `prompt_index=…` of `train.evaluate`."""
+    """Read prompts as `prompt_index=…` of `train.evaluate`."""
     from train.evaluate.prompt_index import from_places
 
     bank = from_places([path], "all-MiniLM-L6-v2")

@@ -163,7 +163,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 
 
 def damage(path: Path, case: str) -> None:
-    """Changes a file, and its time of change back."""
+    """Change a file, and restore its modification time."""
     stat = path.stat()
     DAMAGES[case](path)
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
@@ -213,7 +213,7 @@ def test_a_damaged_copy_of_a_file_of_another_server_is_fetched_again_or_refused(
 
 
 def test_a_copy_without_a_record_of_its_checksum_is_not_trusted(tmp_path: Path, repo: Path) -> None:
-    """As earlier versions left it."""
+    """Earlier versions left copies without a checksum."""
     with TinyHub({"owner/name": repo}) as hub:
         env = hub.environment(tmp_path)
         url = f"prompts.path={hub.url}/datasets/owner/name/resolve/main/all.txt"

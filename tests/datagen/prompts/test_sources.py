@@ -44,7 +44,7 @@ def read(path: object, seed: int = 0, **values: Any) -> list[Prompt]:
 
 
 def texts(path: object, **values: Any) -> list[str]:
-    """Of the prompts that are not left out."""
+    """Texts of the prompts that are not skipped."""
     return [prompt.text for prompt in read(path, **values) if not prompt.out]
 
 

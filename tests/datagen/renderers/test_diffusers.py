@@ -190,7 +190,7 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(models: dict[str, Path], 
 
 
 def test_ancestral_sampler_uses_per_image_seed(models: dict[str, Path], tmp_path: Path) -> None:
-    """As SDXL turbo's, without guidance."""
+    """The sampler is that of SDXL turbo, without guidance."""
     from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
 
     shutil.copytree(models["sdxl"], tmp_path / "turbo")

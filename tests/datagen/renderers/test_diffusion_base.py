@@ -1,4 +1,4 @@
-"""What every diffusion renderer does around its model: faults, memory, batch sizes.
+"""Common parts of diffusion renderers: faults, memory, batch sizes.
 
 pytest tests/datagen/renderers/test_diffusion_base.py
 """

@@ -406,7 +406,7 @@ def test_deep_features_are_computed_at_every_nth_step(weights: TinySD2, preset: 
 
 
 def test_guidance_of_one_halves_the_flops(weights: TinySD2) -> None:
-    """As in the host's script: e + 1 (p − e) is p."""
+    """As in the competition's script, e + 1 (p − e) is p."""
     alone = make(weights, guided_fraction=0.0).render(PROMPTS, SEEDS)
     assert np.array_equal(make(weights, guidance=1.0).render(PROMPTS, SEEDS), alone)
     assert tflop_per_image(50, 768, 1.0) == tflop_per_image(50, 768, 9.0, 0.0)

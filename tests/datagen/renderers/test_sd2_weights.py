@@ -1,4 +1,4 @@
-"""Where Stable Diffusion 2's weights come from, and which are refused.
+"""Sources of Stable Diffusion 2's weights, and refused ones.
 
 pytest tests/datagen/renderers/test_sd2_weights.py
 """

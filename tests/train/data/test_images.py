@@ -43,7 +43,7 @@ def data_of(folders: Sequence[Path], *overrides: str, val: Sequence[Path] = (), 
 
 
 def attached(data: ImageDataModule) -> ImageDataModule:
-    """With a trainer, as in training."""
+    """Attach a trainer to a data module, as in training."""
     trainer = lightning.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
     data.trainer = trainer
     return data
@@ -134,7 +134,7 @@ def test_loader_matches_direct_access(two: list[Path], workers: int) -> None:
 
 
 def test_worker_pickle_contains_no_images_or_prompts(two: list[Path]) -> None:
-    """What travels to each of 16 workers must not grow with what is mapped here."""
+    """The pickle that each of 16 workers gets must not grow with the mapped data."""
     images = images_of(two)
     fresh = len(pickle.dumps(images))
     images.__getitems__(list(range(24)))

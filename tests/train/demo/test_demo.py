@@ -224,7 +224,7 @@ class One:
 
 
 class Says:
-    """Gives one vector, or fails."""
+    """Embedder that returns one vector, or fails."""
 
     def __init__(self, *z_E: float) -> None:
         self._z_E = z_E
@@ -391,7 +391,7 @@ def explain(server: Server, file: object) -> tuple[bool, str]:
 
 
 def say(server: Server, data: bytes) -> str:
-    """What the page shows of a file that is uploaded."""
+    """Upload a file and return the page's result."""
     status, text = server.send("POST", "/gradio_api/upload", b"".join(form([data], FILE)), FORM)
     assert status == 200, text
     ran, html = call(server, json.loads(text)[0])
@@ -461,7 +461,7 @@ def test_invalid_events_are_refused_without_traceback(server: Server) -> None:
 @pytest.mark.parametrize("declared", [True, False], ids=["declared", "chunked"])
 @pytest.mark.parametrize("about", [FILE, FIELD], ids=["file", "field"])
 def test_an_upload_of_200_mb_is_refused(server: Server, declared: bool, about: str) -> None:
-    """Whether its length is told or not, as a file or as a field, which gradio alone would hold in memory."""
+    """Whether its length is declared or not, as a file or as a field, which gradio alone would hold in memory."""
     before, files = server.memory(), server.files()
     body = [bytes(1_000_000)] * 200
     length = {"Content-Length": str(sum(map(len, form(body, about))))} if declared else {}
@@ -514,7 +514,7 @@ class Inner:
 
 
 def test_only_allowed_routes_reach_gradio(tmp_path: Path) -> None:
-    """Which would download an address of the public net, and hand it out as ours."""
+    """Other routes of gradio would download any address and serve it."""
     own = tmp_path / "uploads"
     own.mkdir()
     (own / "away").symlink_to(tmp_path)
@@ -567,7 +567,7 @@ def test_cross_origin_requests_are_refused(tmp_path: Path) -> None:
 
 
 def test_total_size_of_uploads_is_bounded(tmp_path: Path) -> None:
-    """Those on the disk and those under way together."""
+    """The limit covers uploads on the disk and in progress together."""
     (tmp_path / "a").mkdir()
     held = tmp_path / "a/held.png"
     held.touch()

@@ -92,7 +92,7 @@ def test_scores_are_cosines_of_predictions(evaluated: tuple[Path, dict[str, Any]
 def test_baselines_use_initial_backbone_of_the_run(
     evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path
 ) -> None:
-    """By hand, with scikit-learn, on features of the same random backbone."""
+    """Baselines match scikit-learn on features of the same random backbone."""
     out, _ = evaluated
     torch.manual_seed(json.loads((tiny_run / "settings.json").read_text())["seed"])
     frozen = make("test_vit", "random", 32, small_dataset.WIDTH).eval()
@@ -269,7 +269,7 @@ def test_each_prompt_source_has_its_score_and_interval(tiny_run: Path, tmp_path:
 
 
 def test_runs_of_earlier_versions_can_be_evaluated(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
-    """Their settings name one dataset, lack what came later, and hold what is called otherwise now."""
+    """Old settings have one dataset, lack later keys, and use old names."""
     run = run_on(tiny_run, tmp_path / "run")
     cfg = json.loads((run / "settings.json").read_text())
     old = {k: cfg[k] for k in ("seed", "encoder", "epochs", "batch_size")}

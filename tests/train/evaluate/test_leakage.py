@@ -51,7 +51,7 @@ def train(data: Path, out: Path, *overrides: str) -> Path:
 
 
 def scores(out: Path, *overrides: str) -> dict[str, Any]:
-    """What `evaluation.json` holds."""
+    """Content of `evaluation.json`."""
     values = compose("evaluate", [f"out={out}", "accelerator=cpu", "workers=0", *overrides])
     return evaluate(settings(EvaluateSettings, values))
 

@@ -35,7 +35,7 @@ def model(tiny_run: Path) -> Regressor:
 
 @pytest.fixture(scope="module")
 def images(small_data: Path, tmp_path_factory: pytest.TempPathFactory) -> ImageDataset:
-    """Of two datasets with the same keys; the second's images have two captions."""
+    """Images of two datasets with the same keys; those of the second have two captions."""
     other = small_dataset.write(tmp_path_factory.mktemp("two") / "other", train=9, val=6, captions=2, seed=8)
     return ImageDataset([Dataset(root, small_dataset.ENCODER) for root in (small_data, other)], training.PREPROCESSING)
 

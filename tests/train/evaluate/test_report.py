@@ -50,7 +50,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def write(folder: Path, dataset: Dataset, **more: Any) -> Path:
-    """Of a regressor, BLIP with hostile captions, and the mean; the nearest of the first image is not known."""
+    """Write an evaluation of a regressor, BLIP with hostile captions, and the mean."""
     rng = np.random.default_rng(3)
     vectors = {
         name: evaluated.at([dataset], np.clip(rng.normal(share, 0.15, JUDGED), -1, 1), seed)
@@ -80,7 +80,7 @@ def sections(page: Path) -> dict[str, str]:
 
 
 def cells(section: str) -> list[list[str]]:
-    """What the rows of a section's tables sort by."""
+    """Sort keys of the rows of a section's tables."""
     return [re.findall(r'data-sort="([^"]*)"', row) for row in re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)]
 
 
@@ -109,7 +109,7 @@ def test_page_has_every_section(page: Path, folder: Path) -> None:
 
 
 def test_differences_are_main_minus_other(folder: Path, tmp_path: Path, dataset: Dataset) -> None:
-    """Also where the other is better."""
+    """The sign is correct if the other embedder is better."""
     write(tmp_path / "other", dataset, main="blip")
     text = sections(report.write(tmp_path / "other", tmp_path / "report.html"))["paired-differences"]
     mean = {score["name"]: score["mean"] for score in json.loads((folder / "evaluation.json").read_text())["scores"]}

@@ -28,7 +28,7 @@ pytest_plugins = ["tests.tiny_run"]
 
 @pytest.fixture
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
-    """Of every step, as the optimizer will see them."""
+    """Gradients of every step, as the optimizer sees them."""
     found: list[dict[str, torch.Tensor]] = []
 
     def noted(self: Training, *args: Any, **kwargs: Any) -> None:  # noqa: ARG001
@@ -82,7 +82,7 @@ def test_a_batch_that_micro_batches_do_not_divide_is_refused(small_data: Path, t
 
 
 def test_run_resumes_with_another_micro_batch(small_data: Path, tmp_path: Path) -> None:
-    """As on another machine: the steps are the same ones, of the same images."""
+    """As on another machine, the steps have the same images."""
     train(small_data, tmp_path / "whole", "optim.ema=0.9")
     parts = ("optim.ema=0.9", "save_every=1")
     with pytest.MonkeyPatch.context() as patch:
@@ -106,7 +106,7 @@ def _stop_at(step: int) -> Any:
 def test_a_fused_optimizer_clips_in_half_precision(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on a GPU, where both are the default."""
+    """Both are the default on a GPU."""
     plan = start.make_plan
     monkeypatch.setattr(start, "make_plan", lambda *about: dataclasses.replace(plan(*about), fused=True))
     parts = ("scale.precision=bf16", "optim.grad_clip_norm=0.5", "max_steps=2")

@@ -25,10 +25,10 @@ pytest_plugins = ["tests.tiny_run"]
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 WORSE = ("optim.lr=0.3", "optim.head_lr=0.3", "optim.grad_clip_norm=0")
-"""Rates at which every step does harm."""
+"""Learning rates at which every step reduces the score."""
 
 BETTER = ("model.head_init=random", "optim.lr=1e-3", "optim.head_lr=1e-2", "epochs=10", "validate_every=5")
-"""From a random head, which training leaves far behind."""
+"""Settings with a random head, which training improves a lot."""
 
 
 def improvement_of(run: Path) -> dict[str, Any]:

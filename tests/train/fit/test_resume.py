@@ -218,7 +218,7 @@ train(Path(sys.argv[3]), Path(folder), *sys.argv[4:])
 
 
 def killed_before_each_operation(data: Path, folder: Path) -> Iterator[Path]:
-    """Runs that were killed before their n-th opening, renaming or removal of a resume file; up to the third point."""
+    """Runs killed before their n-th open, rename or removal of a resume file, up to the third resume checkpoint."""
     for number in range(1, 17):
         run = folder / f"killed_{number}"
         done = subprocess.run(

@@ -104,7 +104,7 @@ def test_several_datasets_with_the_same_keys(tiny_run: Path, small_data: Path, t
 
 
 def test_validation_images_of_fold_are_excluded(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
-    """The images that a fold's run was judged by are no training images."""
+    """Validation images of a fold are not training images."""
     run = run_on(tiny_run, tmp_path / "run", fold="1/4", fold_threshold=1.01)
     write_hard_examples(cfg(run, f"out={tmp_path / 'w.parquet'}"))
     fold = training.cfg(small_data, run, "fold=1/4", "fold_threshold=1.01")

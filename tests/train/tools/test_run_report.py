@@ -30,7 +30,7 @@ HOSTILE = '<script>alert("x")</script>'
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of its 50 training images, with hostile prompts, one does not decode."""
+    """Dataset of 50 training images with hostile prompts, of which one does not decode."""
     root = small_dataset.write(tmp_path_factory.mktemp("data") / "glyphs", train=TRAINED, val=JUDGED, size=32)
     small_dataset.corrupt(root, int(Dataset(root).rows("train")[7]))
     plan = pq.read_table(root / "prompts.parquet")
@@ -72,7 +72,7 @@ def run(tmp_path: Path, data: Path) -> Path:
 
 
 def titles_of(html: str) -> list[str]:
-    """Of the cards of the gallery that can be sorted, in its order."""
+    """Titles of the cards of the sortable gallery, in order."""
     return re.findall(r'<figure data-values.*?class="title">([^<]*)<', html, re.DOTALL)
 
 
@@ -137,7 +137,7 @@ def test_page_has_curves_by_time_and_source(run: Path) -> None:
 
 
 def test_a_run_on_several_datasets_shows_images_of_all(run: Path, data: Path, tmp_path: Path) -> None:
-    """Their images have the same keys; those of the second score best."""
+    """The datasets have the same keys; images of the second score best."""
     other = small_dataset.write(tmp_path / "other", train=4, val=JUDGED, size=32, seed=9)
     values = json.loads((run / "settings.json").read_text())
     (run / "settings.json").write_text(json.dumps({**values, "dataset": [str(data), str(other)]}))

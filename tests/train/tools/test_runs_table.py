@@ -80,7 +80,7 @@ def test_run_is_read_from_its_files(tmp_path: Path) -> None:
 
 
 def test_gain_over_start(tmp_path: Path) -> None:
-    """Of a run that goes on, by its log; once it has ended, with the interval of the paired difference."""
+    """The gain of a running run comes from its log, that of a finished run with its paired interval."""
     gains = {"sure": (0.1, 0.08), "unsure": (0.1, -0.01), "runs_on": (0.1, None), "start": (-0.2, None), "older": None}
     for name, gain in gains.items():
         folder = write(tmp_path / name, 0.5, done=name != "runs_on")
