@@ -45,8 +45,8 @@ def shared() -> Path:
 def one_thread() -> Iterator[None]:
     """Run torch in a single thread, as the commands of the tests do.
 
-    Other numbers change float sums, and two threads of a tiny network wait for each other: a step of 20 ms took 500 on a
-    busy machine.
+    Other numbers change float sums, and two threads of a tiny network wait for each other: a step of 20 ms took 500 on
+        a busy machine.
     """
     import torch
 

@@ -52,7 +52,7 @@ def vit(width: int, feed_forward: int, depth: int, patch: int, size: int, *, nor
 
 
 def mbconv(width: int, out: int, kernel: int) -> int:
-    """Parameters of an MBConv block without biases: 1 × 1 to six times the width, depthwise, 1 × 1, each with a norm."""
+    """Size of an MBConv block without biases: 1 × 1 to six times the width, depthwise, 1 × 1, each with a norm."""
     wide = 6 * width
     return width * wide + kernel**2 * wide + wide * out + 2 * (wide + wide + out)
 
