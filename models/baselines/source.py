@@ -1,8 +1,8 @@
-"""Where a pretrained model's files are, and what identifies them: a folder's hashes, a hub repository's commit.
+"""Files of a pretrained model and their identity: SHA-256 of the files of a folder, commit of a hub repository.
 
     Source("captions.blip", "Salesforce/blip-image-captioning-large", None, NAMES).folder()
 
-Of a repository, only the files that are named are fetched: a pickle is never on this machine unless it is asked for.
+Of a repository, only the named files are downloaded, so pickles stay off this machine unless a pattern names them.
 """
 
 import functools
@@ -18,13 +18,14 @@ from core.files import sha256
 
 
 class Source:
-    """
+    """A folder or a repository of the hub with the files of a model.
+
     Args:
-        key: the setting that named the model, for messages.
-        model: a folder, or a repository of the hub, owner/name.
-        revision: of a repository: commit, branch or tag; None is the newest commit.
-        names: patterns of the names of files that the model may be made of (`config.json`, `model*.safetensors`).
-        needed: tuples of names, of each of which one file has to be there.
+        key: setting that names the model, for messages.
+        model: folder, or repository of the hub (owner/name).
+        revision: commit, branch or tag of a repository; None: the newest commit.
+        names: patterns of the file names that the model uses (`config.json`, `model*.safetensors`).
+        needed: tuples of names; one file of each tuple is required.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class Source:
 
     @functools.cached_property
     def identity(self) -> dict[str, Any]:
-        """The sha256 of a folder's files, or a repository and its commit: looked up once, no weights are fetched.
+        """SHA-256 of the files of a folder, or repository and commit; looked up once, without downloading weights.
 
         Raises:
-            UserError: there is no such folder or repository, a folder lacks files, or the hub cannot be asked and its
-                cache lacks the repository.
+            UserError: the folder or repository does not exist, a folder lacks files, or the hub cannot be reached and
+                its cache lacks the repository.
         """
         if self.local is not None:
             if self.revision is not None:
@@ -55,42 +56,42 @@ class Source:
                 )
             self._check(self.local)
             return {"files": {path.name: sha256(path) for path in self._files(self.local)}}
-        # The small files bring the commit with them, and note it in the cache for a machine that is cut off later.
+        # downloading the small files records the commit in the hub's cache, for later use without a network
         small = [name for name in self.names if name.endswith((".json", ".txt"))]
         return {"repository": self.model, "commit": self._fetch(self.revision, small).name}
 
     def folder(self) -> Path:
-        """The folder that holds the files, fetched where they are the hub's and not in its cache.
+        """Folder with the files; those of a repository are downloaded into the hub's cache.
 
         Raises:
-            UserError: as `identity`, and where a repository lacks files.
+            UserError: as for `identity`, or a repository lacks files.
         """
         folder = self.local or self._fetch(self.identity["commit"], self.names)
         self._check(folder)
         return folder
 
     def also(self, name: str, needed: Sequence[tuple[str, ...]]) -> "Source":
-        """The same, with one more file and other needs; a repository stays at the commit that this one found."""
+        """A copy with one more file name and other required files; a repository stays at the same commit."""
         commit = self.revision if self.local else self.identity["commit"]
         return Source(self.key, self.model, commit, (*self.names, name), needed)
 
     def json(self, name: str) -> dict[str, Any]:
-        """What a file of the folder says.
+        """Content of a JSON file of the folder.
 
         Raises:
-            UserError: as `folder`, and where the file is no JSON.
+            UserError: as for `folder`, or the file is not JSON.
         """
         try:
             return json.loads((self.folder() / name).read_text(encoding="utf-8"))
         except ValueError as error:
-            raise UserError(f"{self.key}={self.model}: {name} is no JSON ({error}); get it anew") from error
+            raise UserError(f"{self.key}={self.model}: {name} is not JSON ({error}); download it again") from error
 
     def _check(self, folder: Path) -> None:
         lacks = [" or ".join(names) for names in self.needed if not any((folder / name).is_file() for name in names)]
         if lacks:
-            there = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
+            present = ", ".join(sorted(path.name for path in folder.iterdir())) or "nothing"
             raise UserError(
-                f"{self.key}={self.model}: lacks {'; '.join(lacks)}. It holds {there}.\n"
+                f"{self.key}={self.model}: lacks {'; '.join(lacks)}. It holds {present}.\n"
                 "Pickled weights (.bin, .pt, .pth) are not loaded: take the .safetensors of the same model, or convert "
                 "the file where you trust it: safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)"
             )
@@ -110,9 +111,9 @@ class Source:
             return Path(huggingface_hub.snapshot_download(self.model, revision=revision, allow_patterns=list(names)))
         except Exception as error:  # the hub's client has a new set of error classes in each major version
             at = f"revision {revision}" if revision else "its newest commit"
-            told = str(error).strip()
+            message = str(error).strip()
             raise UserError(
                 f"{self.key}={self.model}: tried the hub at {at}, then its cache on this machine: "
-                f"{type(error).__name__}: {told.splitlines()[0] if told else 'no message'}\n"
-                "Check the name and the network, or fetch the model where there is one and give its folder."
+                f"{type(error).__name__}: {message.splitlines()[0] if message else 'no message'}\n"
+                "Check the name and the network, or download the model elsewhere and give its folder."
             ) from error

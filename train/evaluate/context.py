@@ -29,8 +29,8 @@ class EvaluationContext:
     """Images to score on, and the embedders to score.
 
     Attributes:
-        run: folder of the run; None where none is needed.
-        folder: of the regressor; None where none is needed.
+        run: folder of the run; None without a run.
+        folder: checkpoint folder of the regressor; None where no embedder needs it.
         encoder: name of the target encoder.
         data: the run's images, split as in its training; None without a run.
         images, rows: images to score on, and their row numbers.
@@ -43,9 +43,9 @@ class EvaluationContext:
     """
 
     def __init__(self, cfg: EvaluateSettings) -> None:
-        asked, folders = set(cfg.embedders), [Path(name) for name in cfg.embedders if name not in EMBEDDERS]
-        regressed = bool(asked & {"regressor", "retrieve", "blend"})
-        fitted = bool(asked & ({*BASELINES} - ({"knn"} if cfg.knn.prompt_index is not None else set())))
+        names, folders = set(cfg.embedders), [Path(name) for name in cfg.embedders if name not in EMBEDDERS]
+        regressed = bool(names & {"regressor", "retrieve", "blend"})
+        fitted = bool(names & ({*BASELINES} - ({"knn"} if cfg.knn.prompt_index is not None else set())))
         named = [folder for folder in (cfg.checkpoint, *folders) if folder is not None]
         self.device = device = device_of(cfg.accelerator)
         self.run = cfg.run or next((run for folder in named if (run := run_of(folder))), None)
@@ -58,13 +58,13 @@ class EvaluationContext:
             self.run = newest_run()
             log.info("run: %s, the newest", self.run)
         self.folder = (cfg.checkpoint or (self.run / "best" if self.run else None)) if regressed else None
-        about = self.folder or (folders[0] if folders else None) or (self.run / "best" if self.run else None)
-        self.encoder = loader.embedder_config(about)["encoder"] if about is not None else _only_encoder(cfg.dataset)
+        first = self.folder or (folders[0] if folders else None) or (self.run / "best" if self.run else None)
+        self.encoder = loader.embedder_config(first)["encoder"] if first is not None else _only_encoder(cfg.dataset)
         settings_of_run = backbone = self.data = None
         if self.run is not None:
             settings_of_run = read_settings(self.run)
-            own = checkpoint.read_config(self.run / "best")
-            backbone = own["backbone"], Preprocessing.from_config(own)
+            config = checkpoint.read_config(self.run / "best")
+            backbone = config["backbone"], Preprocessing.from_config(config)
             try:
                 self.data = data_of(settings_of_run, self.encoder, backbone[1], device)
             except UserError as error:
@@ -99,10 +99,10 @@ class EvaluationContext:
 def _only_encoder(dataset: Location | None) -> str:
     """Name of the only target encoder of a dataset, for evaluations without a checkpoint."""
     assert dataset is not None
-    found = list_encoders(dataset)
-    if len(found) != 1:
+    encoders = list_encoders(dataset)
+    if len(encoders) != 1:
         raise UserError(
-            f"{dataset} has vectors of {', '.join(found) or 'no encoder'}, and no checkpoint names one; "
-            "name checkpoint=… or run=…" + ("" if found else ", or encode them: python -m datagen.targets out=…")
+            f"{dataset} has vectors of {', '.join(encoders) or 'no encoder'}, and no checkpoint names one; "
+            "name checkpoint=… or run=…" + ("" if encoders else ", or encode them: python -m datagen.targets out=…")
         )
-    return found[0]
+    return encoders[0]

@@ -111,9 +111,9 @@ def prompt_numbers(context: EvaluationContext, rows: Rows, *, group: bool = Fals
     hash_c, owner_c, _ = context.prompts.of(rows)
     code_2n = np.zeros((2, len(rows)), np.int64)
     np.add.at(code_2n[0], owner_c, hash_c)  # a sum does not depend on the order of captions
-    for number, mine, own in context.images.by_dataset(rows) if group else []:
-        group_o = context.images.datasets[number].group_hashes()[own]
-        code_2n[:, mine] = np.where(group_o != 0, np.stack([group_o, np.ones_like(group_o)]), code_2n[:, mine])
+    for number, mask, dataset_rows in context.images.by_dataset(rows) if group else []:
+        group_o = context.images.datasets[number].group_hashes()[dataset_rows]
+        code_2n[:, mask] = np.where(group_o != 0, np.stack([group_o, np.ones_like(group_o)]), code_2n[:, mask])
     _, first, number_n = np.unique(code_2n, axis=1, return_index=True, return_inverse=True)
     return np.argsort(np.argsort(first))[number_n.reshape(-1)]  # numbered by first appearance: hashes have no effect
 
@@ -125,9 +125,8 @@ def group_numbers(context: EvaluationContext, rows: Rows, folds: int) -> NDArray
         UserError: there are fewer prompts than folds.
     """
     group_n, prompt_n = prompt_numbers(context, rows, group=True), prompt_numbers(context, rows)
-    found_n = group_n if len(np.unique(group_n)) >= folds else prompt_n
-    if len(np.unique(found_n)) < folds:
-        raise UserError(
-            f"ensemble.folds: {folds}, but the {len(rows)} images have {len(np.unique(found_n))} different prompts"
-        )
-    return found_n
+    number_n = group_n if len(np.unique(group_n)) >= folds else prompt_n
+    count = len(np.unique(number_n))
+    if count < folds:
+        raise UserError(f"ensemble.folds: {folds}, but the {len(rows)} images have {count} different prompts")
+    return number_n

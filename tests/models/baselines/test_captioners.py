@@ -494,5 +494,5 @@ def test_open_clip_models_that_cannot_caption(
     with pytest.raises(UserError, match=told):
         Coca(str(folder)).caption(make_images(1))
     (folder / "open_clip_config.json").write_text("{")
-    with pytest.raises(UserError, match=r"open_clip_config.json is no JSON"):
+    with pytest.raises(UserError, match=r"open_clip_config.json is not JSON"):
         Coca(str(folder)).caption(make_images(1))
