@@ -1,11 +1,11 @@
-"""Read the captions in a value of a file; every reader of prompts decides by these functions what is text.
+"""Read the captions in a value of a file; every reader of prompts uses these functions to decide what is text.
 
     read_captions("a fox", "prompt", "p.jsonl, row 1").texts          ("a fox",)
     read_captions(["a fox", None], "prompt", …)                       one text, and the reason "null" for the other
     read_captions(3.5, "prompt", …)                                   UserError: it holds a number (3.5), not text
 
 Text is a string, or bytes of UTF-8; a list holds several captions. Null, NaN and empty values are left out, each with
-its reason. Whatever else a file holds is refused: no prompt is ever the Python representation of a value.
+its reason. Other values are an error, so that no prompt is the Python representation of a value.
 """
 
 import math
@@ -74,14 +74,14 @@ def read_label(value: Any, column: str, where: str) -> str:
     """Read a source, group or split, which is text or a whole number, as clean text; "" for null, NaN and empty values.
 
     Args:
-        column, where: as of `read_captions`.
+        column, where: as in `read_captions`.
 
     Raises:
         UserError: the value is neither text nor a whole number.
     """
     if reason_to_leave_out(value):
         return ""
-    if isinstance(value, float) and value.is_integer():  # pandas writes whole numbers so where some are missing
+    if isinstance(value, float) and value.is_integer():  # pandas writes whole numbers as floats if some are missing
         value = int(value)
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else as_text(value)
     if text is None:
@@ -90,14 +90,14 @@ def read_label(value: Any, column: str, where: str) -> str:
 
 
 def reason_to_leave_out(value: Any) -> str:
-    """`NULL` or `NAN` for a value that stands for a missing one; "" for any other."""
+    """Return `NULL` or `NAN` for a missing value; "" for any other."""
     if value is None:
         return NULL
     return NAN if isinstance(value, float) and math.isnan(value) else ""
 
 
 def as_text(value: Any) -> str | None:
-    """A string, or bytes of UTF-8, as a string; None for any other value."""
+    """Return a string, or bytes of UTF-8, as a string; None for any other value."""
     if isinstance(value, bytes):
         try:
             return value.decode("utf-8-sig")
@@ -107,7 +107,7 @@ def as_text(value: Any) -> str | None:
 
 
 def type_of(value: Any) -> str:
-    """Type of a value, in the words of a message."""
+    """Describe the type of a value, for a message."""
     if isinstance(value, bytes):
         return f"bytes that are not UTF-8 ({shown(value)})"
     if isinstance(value, bool):
@@ -122,14 +122,16 @@ def type_of(value: Any) -> str:
 
 
 def shown(value: object) -> str:
-    """The value as text of at most 60 characters, for a message."""
+    """Format a value as text of at most 60 characters, for a message."""
     text = str(value)
     return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}…"
 
 
 def is_caption_type(kind: "pa.DataType") -> bool:
-    """Whether a column of this Arrow type can hold captions: text, bytes or nulls, dictionary-encoded or not, or lists
-    of these."""
+    """Return whether a column of this Arrow type can hold captions.
+
+    Such are text, bytes or nulls, dictionary-encoded or not, and lists of these.
+    """
     import pyarrow as pa
 
     list_kinds = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
@@ -145,7 +147,7 @@ def is_caption_type(kind: "pa.DataType") -> bool:
 
 
 def clean(text: str) -> str:
-    """Unicode in composed form, without control and invisible characters, white space folded."""
+    """Normalise a text: NFC, no control or invisible characters, single spaces."""
     if text.isascii() and text.isprintable():
         return " ".join(text.split())
     text = unicodedata.normalize("NFC", text)
@@ -154,5 +156,5 @@ def clean(text: str) -> str:
 
 
 def distinct(texts: Sequence[str]) -> tuple[str, ...]:
-    """The clean texts, each once, in their order."""
+    """Clean the texts and return the distinct ones, in their order."""
     return tuple(dict.fromkeys(map(clean, texts)))

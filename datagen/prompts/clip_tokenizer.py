@@ -1,4 +1,4 @@
-"""CLIP's byte-pair tokenizer, built with no download from the vocabulary that the open_clip package carries.
+"""CLIP's byte-pair tokenizer, built without a download from the vocabulary in the open_clip package.
 
     from datagen.prompts.clip_tokenizer import token_counts
     token_counts(["a photo of a cat"])  # array([7]): five words, start and end
@@ -6,7 +6,7 @@
 Stable Diffusion 2 reads 77 tokens of a prompt, start and end included, and drops the rest. Lengths are counted in these
 tokens because prompts cut at 77 characters lost a team most of their text.
 
-`clean` does what open_clip does to a text before it cuts it up (ftfy, HTML entities, white space, lower case), so that
+`clean` does what open_clip does to a text before tokenization (ftfy, HTML entities, white space, lower case), so that
 `ids of clean(text)` are the ids that the host's script fed to the text encoder. transformers' own cleaning is only NFC,
 white space and lower case: without `clean`, mojibake, entities, curly quotes, ligatures and full-width letters differ.
 Two texts still differ, on purpose: open_clip reads a literal `<start_of_text>` or `<end_of_text>` in a prompt as a
@@ -36,7 +36,7 @@ CHUNK = 8192  # texts at a time: bounds the memory that the words of a large lis
 
 
 def clean(text: str) -> str:
-    """`text` as open_clip sees it: fixed by ftfy, entities resolved twice, white space single, lower case."""
+    """Clean a text as open_clip does: ftfy, entities resolved twice, single spaces, lower case."""
     # ftfy takes most of the time, and has nothing to fix in printable ASCII without an entity.
     if not (text.isascii() and text.isprintable() and "&" not in text):
         import ftfy
@@ -47,13 +47,13 @@ def clean(text: str) -> str:
 
 @lru_cache(maxsize=4)
 def clip_tokenizer(pad_token: str = "!") -> "CLIPTokenizer":
-    """transformers' `CLIPTokenizer` with CLIP's 49,408 tokens; give it texts from `clean`.
+    """Build transformers' `CLIPTokenizer` with CLIP's 49,408 tokens; give it texts from `clean`.
 
     Args:
         pad_token: Stable Diffusion 2 pads with "!" (id 0), as open_clip does; the first CLIP with the end token.
 
     Raises:
-        UserError: where open_clip, whose vocabulary this is, is not installed.
+        UserError: open_clip, which holds the vocabulary, is not installed.
 
     The tokenizer is shared between callers of one `pad_token`; calls with `padding` or `truncation` set them again.
     Saved and loaded again it differs: transformers then makes a special token of the padding, see below.
@@ -79,12 +79,12 @@ def clip_tokenizer(pad_token: str = "!") -> "CLIPTokenizer":
 
 
 def token_counts(texts: list[str]) -> NDArray[np.int64]:
-    """Number of CLIP tokens of each text, start and end included, untruncated: int64 [N]. 77 is what SD 2 can read.
+    """Count the CLIP tokens of each text, start and end included, untruncated: int64 [N]. SD 2 reads up to 77.
 
     Texts are cleaned as open_clip cleans them; the empty text counts 2.
 
     Raises:
-        UserError: where open_clip, whose vocabulary this is, is not installed.
+        UserError: open_clip, which holds the vocabulary, is not installed.
     """
     counter = _counter()
     # No token spans white space, so a text's count is the sum of its words', and the words of 100,000 prompts are few:
@@ -101,7 +101,7 @@ def token_counts(texts: list[str]) -> NDArray[np.int64]:
 
 @lru_cache(maxsize=1)
 def _counter() -> Any:
-    """A `tokenizers.Tokenizer` of its own: the shared one may have been left with truncation or padding set."""
+    """Build a separate `tokenizers.Tokenizer` for counting: the shared one may have truncation or padding set."""
     from tokenizers import Tokenizer
 
     counter = Tokenizer.from_str(clip_tokenizer().backend_tokenizer.to_str())
@@ -125,7 +125,7 @@ def _vocabulary_path() -> Path:
 
 
 def _merges() -> list[tuple[str, str]]:
-    """CLIP's merges, most frequent first. The file's first line is a version, and CLIP leaves its tail unused."""
+    """Read CLIP's merges, most frequent first. The file's first line is a version, and CLIP does not use its tail."""
     with gzip.open(_vocabulary_path(), "rt", encoding="utf-8") as lines:
         header = next(lines)
         if "#version: 0.2" not in header:
@@ -137,6 +137,6 @@ def _merges() -> list[tuple[str, str]]:
 
 
 def _byte_alphabet() -> list[str]:
-    """A printable character for each of the 256 bytes, in the order of their ids: the printable bytes stand first."""
+    """List a printable character for each of the 256 bytes, in the order of their ids: printable bytes come first."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     return [*map(chr, printable), *(chr(256 + i) for i in range(256 - len(printable)))]

@@ -1,8 +1,8 @@
-"""Grammar of scenes: an endless prompt source. The glyph renderer can draw every prompt of it.
+"""Grammar of scenes: an endless prompt source. The glyph renderer can draw all of its prompts.
 
-`lines(seed)` writes prompts, `parse(prompt)` reads them back: the renderer draws what `parse` finds, so a line is only
-written when it parses to the very scene it was made from. An attribute that is not said is None; the renderer then
-draws nothing for it (a place, a light, a medium) or chooses from the seed (a size).
+`lines(seed)` writes prompts, `parse(prompt)` reads them back: the renderer draws the result of `parse`, so `lines` only
+yields a line that parses to the scene that it was written from. An attribute that the prompt does not mention is None;
+the renderer then draws nothing for it (a place, a light, a medium) or chooses from the seed (a size).
 """
 
 import json
@@ -25,15 +25,15 @@ class Thing:
     """One kind of object in a scene."""
 
     name: str
-    """A name of `icon_names.objects()`."""
+    """Name of the object, a key of `icon_names.objects()`."""
     colour: str | None = None
-    """A key of `COLOURS`; None is drawn in the object's neutral tone."""
+    """Colour, a key of `COLOURS`; None is drawn in the object's neutral tone."""
     count: int = 1
-    """1 … 4 copies."""
+    """Number of copies, 1 … 4."""
     size: str | None = None
-    """A key of `SIZES`."""
+    """Size, a key of `SIZES`."""
     look: str | None = None
-    """A key of `LOOKS`: a pattern, a material or a state."""
+    """Look, a key of `LOOKS`: a pattern, a material or a state."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Line:
-    """A prompt and the group that a hold-out split keeps on one side: its "colour object" pairs joined by ";"."""
+    """Prompt with its group for hold-out splits: its "colour object" pairs joined by ";"."""
 
     prompt: str
     group: str
@@ -69,19 +69,19 @@ _PHRASES = _phrases()
 COLOURS = _tuples(_PHRASES["colours"])
 SIZES = _tuples(_PHRASES["sizes"])
 LOOKS = {value: (tuple(forms["before"]), tuple(forms["after"])) for value, forms in _PHRASES["looks"].items()}
-"""Phrases before the noun, and after it."""
+"""Look → phrases before the noun, and phrases after it."""
 RELATIONS = _tuples(_PHRASES["relations"])
 PLACES = _tuples(_PHRASES["places"])
-"""Whole clauses; `parse` recognises the words in brackets."""
+"""Place → whole clauses; `parse` recognises the words in brackets."""
 LIGHTS = _tuples(_PHRASES["lights"])
 MEDIA = _tuples(_PHRASES["media"])
-""""a …" takes an article, "… *" follows a comma only, the others take no article."""
+"""Medium → phrases: "a …" takes an article, "… *" follows a comma only, the others take no article."""
 COLOURLESS = frozenset({"charcoal", "blueprint"})
 """Media that cannot show a colour: their prompts name none."""
 PLACELESS = frozenset({"neon sign"})
 """Media that cannot show a place or a light: their prompts name none."""
 
-# Clauses that our images cannot show: noise that a regressor also meets in real prompts.
+# Clauses that the images cannot show: noise that real prompts have too.
 _ARTISTS: list[str] = _PHRASES["artists"]
 _MOVEMENTS: list[str] = _PHRASES["movements"]
 _FLOURISHES: list[str] = _PHRASES["flourishes"]
@@ -99,15 +99,16 @@ def lines(
     """Generate endless lines; the same arguments give the same lines on any machine.
 
     Args:
-        flourish: the chance of artist, mood or quality clauses, which the image cannot show.
-        objects: the weights of scenes with 1, 2 and 3 kinds of objects.
-        detail: scales the chances of a medium, place, light, look, size and count; 0 says objects and colours alone.
-        names: how many different objects there are; None takes all of them.
-        side: tells which side of a split a pair such as "red fox" is on; a line's pairs are all on one side, that of
-            the first, so that held-out lines are as common as held-out pairs.
+        flourish: probability of artist, mood or quality clauses, which the image cannot show.
+        objects: weights of scenes with 1, 2 and 3 kinds of objects.
+        detail: factor of the probabilities of a medium, place, light, look, size and count; 0 gives objects and colours
+            alone.
+        names: number of different objects in the vocabulary; None takes all.
+        side: split of a pair such as "red fox", True if held out; the pairs of a line are all in the split of the
+            first, so that held-out lines are as common as held-out pairs.
 
     Raises:
-        UserError: on the first line, when the weights or the chance cannot be used.
+        UserError: at the first line, if a weight or probability is out of bounds.
     """
     if not 1 <= len(objects) <= 3 or min(objects) < 0 or sum(objects) <= 0:
         raise UserError(
@@ -125,7 +126,7 @@ def lines(
     rng = _Rng(seed)
     while True:
         scene = _draw(rng, table, objects, side, detail)
-        for _ in range(8):  # some words make another scene of a name, as in "a broken heart": try other words
+        for _ in range(8):  # a word may change the meaning of a name, as in "a broken heart": try other words
             prompt = _say(scene, rng, rng.chance(flourish))
             if 5 <= len(prompt.split()) <= 40 and parse(prompt) == scene:
                 yield Line(prompt, group(scene))
@@ -133,19 +134,19 @@ def lines(
 
 
 def group(scene: Scene) -> str:
-    """The scene's "colour object" pairs, "plain object" without a colour, joined by ";"."""
+    """Return the scene's "colour object" pairs, "plain object" without a colour, joined by ";"."""
     return ";".join(_pair(thing.colour, thing.name) for thing in scene.things)
 
 
 def parse(prompt: str) -> Scene | None:
     """Parse a prompt into the scene that can be drawn; None if it names no known object.
 
-    At each word the longest known phrase is taken. Words before an object describe it, up to an article.
+    At each word, the parser takes the longest known phrase. Words before an object describe it, up to an article.
     """
     lexicon, reach = _lexicon()
     words = _words(prompt)
     things: list[Thing] = []
-    found: dict[str, str] = {}
+    clauses: dict[str, str] = {}
     pending: dict[str, str] = {}
     count = 1
     i = 0
@@ -176,15 +177,15 @@ def parse(prompt: str) -> Scene | None:
                 things[-1] = Thing(last.name, last.colour, last.count, last.size, value)
         elif kind == "relation":
             if len(things) == 1:
-                found.setdefault(kind, value)
+                clauses.setdefault(kind, value)
             count, pending = 1, {}
         else:
-            found.setdefault(kind, value)
+            clauses.setdefault(kind, value)
             count, pending = 1, {}
     if not things:
         return None
-    relation = found.get("relation") if len(things) > 1 else None
-    return Scene(tuple(things), relation, found.get("place"), found.get("light"), found.get("medium"))
+    relation = clauses.get("relation") if len(things) > 1 else None
+    return Scene(tuple(things), relation, clauses.get("place"), clauses.get("light"), clauses.get("medium"))
 
 
 class _Rng:
@@ -249,7 +250,7 @@ def _words(text: str) -> list[str]:
 
 @cache
 def _lexicon() -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
-    """Phrase → its kind and canonical value; first word → words in the longest phrase that it opens."""
+    """Build the maps phrase → (kind, canonical value) and first word → number of words of its longest phrase."""
     entries: dict[str, tuple[str, str]] = {}
 
     def add(kind: str, value: str, phrases: Iterable[str]) -> None:
@@ -284,7 +285,7 @@ def _lexicon() -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
         add("count", value, phrases)
     for item in objects().values():
         add("object", item.name, (item.name, *item.others, *item.read))
-    for item in objects().values():  # after all singulars, and giving way to them: "glasses" are spectacles
+    for item in objects().values():  # after all singulars, which take precedence: "glasses" are spectacles
         for many in (item.plural, *map(plural, item.others)):
             key = " ".join(_words(many))
             entries.setdefault(key, ("objects", item.name))
@@ -317,7 +318,7 @@ def _draw(
                 held = side(_pair(thing.colour, thing.name))
             else:
                 same = _same_side(rng, table, thing, side, held)
-                if same is None:  # so few pairs on this side that a smaller scene is the way out
+                if same is None:  # too few pairs on this side, so make the scene smaller
                     break
                 thing = same
         if all(thing.name != other.name for other in things):
@@ -343,7 +344,7 @@ def _draw_thing(rng: _Rng, table: _Words, medium: str | None, detail: float) -> 
 
 
 def _same_side(rng: _Rng, table: _Words, thing: Thing, side: Callable[[str], bool], held: bool) -> Thing | None:
-    """`thing` with its colour, or else its name, redrawn until its pair is on the `held` side."""
+    """Redraw the colour of `thing`, then its name, until its pair is on the `held` side; None after 400 attempts."""
     for attempt in range(400):
         if side(_pair(thing.colour, thing.name)) == held:
             return thing
@@ -354,16 +355,16 @@ def _same_side(rng: _Rng, table: _Words, thing: Thing, side: Callable[[str], boo
 
 
 def _say(scene: Scene, rng: _Rng, flourish: bool) -> str:
-    """Write a prompt for a scene, one of many."""
+    """Write one of the many prompts for a scene."""
     table = _tables()
-    said = [_say_thing(thing, rng) for thing in scene.things]
-    core = said[0]
-    if len(said) > 1:
-        others = " and ".join(said[1:])
+    phrases = [_say_thing(thing, rng) for thing in scene.things]
+    core = phrases[0]
+    if len(phrases) > 1:
+        others = " and ".join(phrases[1:])
         if scene.relation:
             comma = "," if rng.chance(0.15) else ""
             core += f"{comma} {rng.pick(RELATIONS[scene.relation])} {others}"
-        elif len(said) == 2:
+        elif len(phrases) == 2:
             core += rng.pick((" and ", " with ", " and ", " together with ")) + others
         else:
             core += ", " + others if rng.chance(0.6) else " with " + others
@@ -433,6 +434,6 @@ def _say_thing(thing: Thing, rng: _Rng) -> str:
 
 
 def _with_article(text: str) -> str:
-    """ "owl" → "an owl". By sound: a unicorn, a ukiyo-e print, an hourglass, an 8 bit image."""
+    """Prepend "a" or "an" by sound: "owl" → "an owl"; a unicorn, a ukiyo-e print, an hourglass, an 8 bit image."""
     vowel = text[0] in "aeiou8" and not text.startswith(("uni", "uk", "ufo", "eu", "one", "use"))
     return f"{'an' if vowel or text.startswith('hour') else 'a'} {text}"

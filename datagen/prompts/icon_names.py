@@ -1,8 +1,8 @@
-"""Objects of the grammar's scenes: icons of the Material Design Icons font with their English names.
+"""Vocabulary of the grammar's scenes: icons of the Material Design Icons font with their English names.
 
 A line of icon_names.txt reads `icon: name`. `/ plural` follows if the rule of `plural` fails. `= other, names` follows
-with synonyms that prompts use now and then; `grammar.parse` reads those that begin with `~`, but no prompt uses them.
-The icons were picked by eye: concrete things that look different; of similar icons, the list holds one.
+with synonyms that some prompts use; `grammar.parse` reads those that begin with `~`, but no prompt uses them. The icons
+were selected by eye: concrete things that look different, one of similar icons.
 """
 
 from functools import cache
@@ -19,7 +19,7 @@ class Object(NamedTuple):
 
 
 def plural(name: str) -> str:
-    """The plural of a regular English noun; its last word is the noun."""
+    """Form the plural of a regular English noun; the last word is the noun."""
     if name.endswith("y") and name[-2] not in "aeiou":
         return name[:-1] + "ies"
     return name + ("es" if name.endswith(("s", "x", "z", "ch", "sh")) else "s")
@@ -27,7 +27,7 @@ def plural(name: str) -> str:
 
 @cache
 def objects() -> dict[str, Object]:
-    """Name → object, in the order of icon_names.txt."""
+    """Read the objects by name, in the order of icon_names.txt."""
     text = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8")
     named = {}
     for line in text.splitlines():
@@ -37,7 +37,7 @@ def objects() -> dict[str, Object]:
         rest, _, others = rest.partition(" = ")
         name, _, many = rest.partition(" / ")
         synonyms = [word for word in others.split(", ") if word]
-        said = tuple(word for word in synonyms if not word.startswith("~"))
+        written = tuple(word for word in synonyms if not word.startswith("~"))
         read = tuple(word[1:] for word in synonyms if word.startswith("~"))
-        named[name] = Object(name, many or plural(name), said, read, icon)
+        named[name] = Object(name, many or plural(name), written, read, icon)
     return named

@@ -35,16 +35,16 @@ class ReadOptions:
     columns: Sequence[str]
     """Names of the columns, the prompt's first."""
     records: str | None
-    """.json: key of the list of rows; None where the file is that list."""
+    """Key of the list of rows in a .json; None if the file itself is the list."""
     setting: str
     """Setting that names the file, such as `prompts.path`, for messages."""
     settings: Mapping[str, str]
     """Full names of the settings `column`, `records`, `json_lists` and `text_encoding`, for messages; without those
     that the command lacks."""
     rng: np.random.Generator | None
-    """Permutes a parquet's row groups; None reads in the file's order."""
+    """Random generator that permutes a parquet's row groups; None reads in the file's order."""
     encoding: str | None = None
-    """Encoding of a text file; None for UTF-8. A byte order mark overrules it."""
+    """Encoding of a text file; None for UTF-8. A byte order mark overrides it."""
 
 
 def rows(file: File, options: ReadOptions) -> Rows:
@@ -55,8 +55,8 @@ def rows(file: File, options: ReadOptions) -> Rows:
             column of prompts can hold no text; a quotation mark of a .csv is never closed.
     """
     if file.suffix not in KINDS:
-        known = f"{file.suffix or 'without suffix'}; known: {', '.join(KINDS)}"
-        raise UserError(f"{options.setting}: {_name(file)} is {known}")
+        kind = f"{file.suffix or 'without suffix'}; known: {', '.join(KINDS)}"
+        raise UserError(f"{options.setting}: {_name(file)} is {kind}")
     empty = True
     for row in _read(file, options, _READERS[file.suffix]):
         empty = False
@@ -66,10 +66,10 @@ def rows(file: File, options: ReadOptions) -> Rows:
 
 
 def read_csv(path: Path, columns: Sequence[str], encoding: str | None = None) -> Iterator[Mapping[str, str]]:
-    """Rows of a .tsv, or of a .csv of whatever name, that must have `columns`; of the setting `csv`, for messages.
+    """Read the rows of a .tsv, or of a .csv of any name, that must have `columns`; messages name the setting `csv`.
 
     Raises:
-        UserError: as `rows`; a file without a row gives none.
+        UserError: as in `rows`, except that a file may have no rows.
     """
     reader = _READERS[".tsv" if path.suffix.lower() == ".tsv" else ".csv"]
     options = ReadOptions(columns, None, "csv", {"text_encoding": "text_encoding"}, None, encoding)
@@ -103,7 +103,7 @@ _Reader = Callable[[BinaryIO, str, ReadOptions], Rows]
 def _lines(raw: BinaryIO, name: str, options: ReadOptions) -> Rows:
     column, *others = options.columns
     if others:
-        raise UserError(f"{options.setting}: the column {others[0]!r} is asked for, but a .txt such as {name} has none")
+        raise UserError(f"{options.setting}: the column {others[0]!r} is required, but a .txt such as {name} has none")
     with open_text(raw, name, options.encoding) as lines:
         for line in lines:
             if line.strip():
@@ -111,7 +111,7 @@ def _lines(raw: BinaryIO, name: str, options: ReadOptions) -> Rows:
 
 
 def _csv(raw: BinaryIO, name: str, options: ReadOptions, separator: str, quoting: Literal[0, 3]) -> Rows:
-    """Rows of a .csv, whose quotation marks are checked, or of a .tsv, which has no quoting.
+    """Read the rows of a .csv, checking its quotation marks, or of a .tsv, which has no quoting.
 
     An open quotation mark makes the following rows one field. Where another one follows, or the file ends, the strict
     reader refuses it; rows that hold line breaks within quotes are therefore counted in the log.
@@ -148,7 +148,7 @@ def _csv(raw: BinaryIO, name: str, options: ReadOptions, separator: str, quoting
 
 
 def _lines_of_csv(lines: Iterable[str]) -> Iterator[str]:
-    """The lines of a file, ended as the first: where that is by a line feed, carriage returns alone end none."""
+    """Join lines split at a carriage return alone, if the first line of the file ends with a line feed."""
     pending, by_line_feed = "", None
     for line in lines:
         if by_line_feed is None:
@@ -230,17 +230,17 @@ def _parquet(raw: BinaryIO, name: str, options: ReadOptions) -> Rows:
 
 
 def _values(array: Any, column: str, name: str) -> list[Any]:
-    """A column as Python values. Parquet does not check that its strings are text.
+    """Convert a column to Python values. Parquet does not check that its strings are text.
 
     Raises:
-        UserError: one is not UTF-8.
+        UserError: a string is not UTF-8.
     """
     try:
         return array.to_pylist()
     except UnicodeDecodeError as error:
         raise UserError(
             f"{name}: the column {column!r} holds a string that is not UTF-8 ({shown(error.object)}): write the file "
-            "again, from text that is decoded"
+            "again, with decoded text"
         ) from error
 
 
@@ -252,9 +252,9 @@ def _require(present: Sequence[str], where: str, options: ReadOptions) -> None:
     missing = [column for column in options.columns if column not in present]
     if missing:
         near = difflib.get_close_matches(missing[0], present)
-        known = ", ".join(present[:_SHOWN_COLUMNS]) + (", …" if len(present) > _SHOWN_COLUMNS else "")
+        columns = ", ".join(present[:_SHOWN_COLUMNS]) + (", …" if len(present) > _SHOWN_COLUMNS else "")
         lacks = f"{where} lacks the column {', '.join(missing)}; "
-        lacks += (f"near: {', '.join(near)}; " if near else "") + f"it has {known or 'none'}"
+        lacks += (f"near: {', '.join(near)}; " if near else "") + f"it has {columns or 'none'}"
         if "column" not in options.settings:
             raise UserError(f"{options.setting}: {lacks}; rename the column to {missing[0]}")
         raise UserError(f"{lacks}. Name the right one: {options.settings['column']}=…")
@@ -267,10 +267,10 @@ def _require_one(present: Sequence[str], name: str, options: ReadOptions) -> Non
 
 
 def require_text_column(file: File, options: ReadOptions) -> None:
-    """Look at a .parquet's types alone, which takes no time, to refuse it before the files before it are read.
+    """Check the column type of a .parquet, which is quick, before any file is read.
 
     Raises:
-        UserError: the column of prompts is of numbers, objects or nested lists.
+        UserError: the column of prompts holds numbers, objects or nested lists.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -280,7 +280,7 @@ def require_text_column(file: File, options: ReadOptions) -> None:
             schema = pq.read_schema(file.path)
             names = schema.names
         except (pa.ArrowException, OSError, UnicodeDecodeError):
-            return  # the reader says what is wrong with it
+            return  # the reader reports the problem
         if all(names.count(column) == 1 for column in options.columns):
             _require_text(schema, _name(file), options)
 

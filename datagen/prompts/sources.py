@@ -31,7 +31,7 @@ class Prompt:
     text: str
     source: str
     group: str
-    """What `split.kind=holdout` keeps apart: parts joined by ";", such as "red fox;blue boat"; may be empty."""
+    """Group for `split.kind=holdout`: parts joined by ";", such as "red fox;blue boat"; may be empty."""
     out: str = ""
     """Reason to drop and count the prompt, such as "prompt_nsfw above 0.5" or "null"; empty for nearly all."""
     where: str = ""
@@ -43,14 +43,14 @@ def stream(
 ) -> Iterator[Prompt]:
     """Stream the prompts of a source in an order that `seed` decides; the grammar is endless.
 
-    Those that `max_values` leaves out are among them, with their reason: who reads the stream drops and counts them.
+    The stream includes prompts to drop, with their reason in `out`; the reader drops and counts them.
 
     Args:
         held_out: the side of a part of a group; the grammar then keeps all parts of a prompt on one side.
         key: the settings' place, for messages.
 
     Raises:
-        UserError: a file cannot be had or read, or lacks a column.
+        UserError: a file cannot be downloaded or read, or lacks a column.
     """
     if isinstance(cfg, GrammarPrompts):
         from datagen.prompts import grammar
@@ -67,10 +67,10 @@ def stream(
 def provenance(cfg: GrammarPrompts | FilePrompts | MixturePrompts, key: str = "prompts") -> dict[str, Any]:
     """Provenance of the prompts as plain JSON: each source's repository or URL, commit, files, sizes and sha256.
 
-    The hub's commit is asked for once a process: `stream` reads what this tells.
+    The process resolves the hub's commit once, so `stream` reads the same commit.
 
     Raises:
-        UserError: a file cannot be had.
+        UserError: a file cannot be downloaded or read.
     """
     if isinstance(cfg, MixturePrompts):
         sources = {n: s.prompts for n, s in cfg.sources.items() if s.weight}
@@ -107,7 +107,7 @@ def _from_files(cfg: FilePrompts, seed: int, key: str | None, setting: str) -> I
 
 
 def _prompts(cfg: FilePrompts, file: download.File, options: ReadOptions, source: str) -> Iterator[Prompt]:
-    """Read the prompts of a file; prompts that are left out have a reason in `out`."""
+    """Read the prompts of a file; prompts to drop have a reason in `out`."""
     for number, row in enumerate(rows(file, options), 1):
         where = f"{file.name}, row {number}"
         value = row[cfg.column]
@@ -145,7 +145,7 @@ def _captions(value: Any, cfg: FilePrompts, where: str, options: ReadOptions) ->
 
 
 def _above(row: Mapping[str, Any], column: str, most: float, file: str, number: int) -> bool:
-    """Whether a number or truth value is above its bound; an empty one is not."""
+    """Return whether a number or boolean is above its bound; an empty value is not."""
     value = row[column]
     if value is None or value == "":
         return False

@@ -16,10 +16,10 @@ log = logging.getLogger(__name__)
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
-# Share of the rate of a large matrix product that a whole recipe reaches.
+# Share of the rate of a large matmul that a whole image reaches.
 CPU_EFFICIENCY = 0.7  # measured on SD 2 at real size, fp32, 2 cores: .78 for a guided step, .79 for the decoding
 CUDA_EFFICIENCY = 0.30  # assumed from public timings of such UNets on an A100, not measured here
-_PRODUCTS = 8  # between two waits for the device
+_PRODUCTS = 8  # matmuls between two synchronizations
 
 
 def resolve(device: str, precision: str, half: Precision) -> tuple[str, Precision]:
@@ -41,7 +41,7 @@ def resolve(device: str, precision: str, half: Precision) -> tuple[str, Precisio
     except RuntimeError as error:
         raise UserError(f"renderer.device={device}: not a device of torch; auto, cpu, cuda or cuda:0") from error
     if kind not in ("cpu", "cuda"):
-        raise UserError(f"renderer.device={device}: neither cpu nor cuda, and images were never tried on others")
+        raise UserError(f"renderer.device={device}: neither cpu nor cuda; other devices are not tested")
     available = torch.cuda.device_count() if kind == "cuda" else 1
     if kind == "cuda" and not torch.cuda.is_available():
         raise UserError(f"renderer.device={device}: torch {torch.__version__} sees no CUDA device here; auto or cpu")
@@ -69,7 +69,7 @@ def kernels(device: str) -> Iterator[None]:
 
     cuDNN's convolutions are timed and the quickest kept (shapes are fixed, so each is timed once). On Hopper, attention
     prefers cuDNN to FlashAttention: huggingface/transformers#48163 measured it 1.7 to 2.3 times as fast there, and
-    slower on Ampere and Blackwell. TF32 is off: fp32 is asked for where half precision failed.
+    slower on Ampere and Blackwell. TF32 is off: the renderer uses fp32 where half precision failed.
     """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -91,7 +91,7 @@ def kernels(device: str) -> Iterator[None]:
 
 @lru_cache
 def _cudnn_attends(device: str) -> bool:
-    """Whether cuDNN's attention runs: torch asks it by shapes alone, and where it then fails takes no other."""
+    """Return whether cuDNN's attention runs: torch selects it by shapes alone, without a fallback if it fails."""
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -128,7 +128,7 @@ def matmul_tflops(device: str, precision: Precision, side: int | None = None) ->
     import torch
 
     side = side or (4096 if device.startswith("cuda") else 1024)
-    # random: of constants, a GPU multiplies faster
+    # random values: a GPU multiplies constants faster
     a = torch.randn(side, side, generator=torch.Generator(device).manual_seed(0), device=device, dtype=dtype(precision))
     best, count = float("inf"), 0
     until = time.perf_counter() + 0.4

@@ -25,20 +25,20 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CPU_BATCH = 4
-GREY = 128  # of an image that is NaN even in fp32
-_WORTHWHILE = 1.05  # gain in images a second for which a batch is doubled
+GREY = 128  # level of an image that is NaN even in fp32
+_WORTHWHILE = 1.05  # smallest gain in images per second for doubling the batch
 _PROBE_STEPS = (2, 4)
-_PROBED = 10  # images that are timed to estimate a run
+_PROBED = 10  # images timed to estimate a run
 _PROMPT = "a photograph of a lighthouse on a rocky coast at dusk"
 
 
 class DiffusionRenderer(ABC):
-    """A renderer whose model draws a batch of prompts and seeds; implements `datagen.renderers.base.Renderer`.
+    """Base class of renderers that draw batches with a model; implements `datagen.renderers.base.Renderer`.
 
     Args:
         device: a device of torch.
-        precision: of the networks.
-        batch_size: images a batch; None until it is found.
+        precision: precision of the networks.
+        batch_size: images per batch; None until `find_batch_size` sets it.
         size: side of the saved images, pixels.
         filter: Pillow's name of the filter for resizing.
         redraw: whether a NaN or constant image is drawn again in fp32.
@@ -62,9 +62,9 @@ class DiffusionRenderer(ABC):
         self.size, self.filter, self.redraw = size, filter, redraw
         self.notes: list[dict[str, Any]] = []
         self._resizers: dict[int, Resizer] = {}
-        self._room: int | None = None  # images that fit, once a batch did not
+        self._room: int | None = None  # batch size that fits, after an out-of-memory error
 
-    # What a model gives
+    # Implemented by subclasses
 
     @abstractmethod
     def settings(self) -> Mapping[str, Any]: ...
@@ -80,24 +80,24 @@ class DiffusionRenderer(ABC):
     @property
     @abstractmethod
     def pads(self) -> bool:
-        """Whether batches of another size cost a compilation, so that a short one is filled up."""
+        """Whether to pad a short batch, because another batch size would need a compilation."""
 
     @abstractmethod
     def tflop(self) -> float:
-        """Forward TFLOP of an image; it loads no weights."""
+        """Forward TFLOP of an image, without loading weights."""
 
     @abstractmethod
     def draw(
         self, prompts: list[str], seeds: list[int], steps: int, precision: Precision, compiled: bool
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """A batch as it comes from the model, on the device.
+        """Draw a batch on the device with the model.
 
         Args:
             precision: `self.precision`, or fp32 to draw again.
             compiled: whether compiled networks may be used.
 
         Returns:
-            uint8 [B, 3, P, P], and bool [B]: whether all of an image's numbers were finite.
+            uint8 [B, 3, P, P], and bool [B]: whether all values of an image were finite.
         """
 
     def finished(self, levels_BCPP: "torch.Tensor") -> "torch.Tensor":
@@ -105,7 +105,7 @@ class DiffusionRenderer(ABC):
         return levels_BCPP
 
     def can_draw(self, prompt: str) -> bool:  # noqa: ARG002 — the protocol's
-        """Always: any text is a prompt, and what stands beyond what the model reads is not read."""
+        """Return True: any text is a prompt; the model truncates long ones."""
         return True
 
     def on_gpu(self) -> bool:
@@ -115,20 +115,20 @@ class DiffusionRenderer(ABC):
     # Images
 
     def render(self, prompts: list[str], seeds: list[int]) -> NDArray[np.uint8]:
-        """`prompts` and `seeds`, N of each → uint8 RGB images [N, size, size, 3]; `notes` then tells of each.
+        """Render N prompts with N seeds to uint8 RGB images [N, size, size, 3]; set `notes`, one per image.
 
-        They are drawn `batch_size` at a time in the order given: on one machine's CPU the same lists give the same
-        bytes; on a GPU kernels are chosen by timing. An image's noise depends on its seed alone, its batch changes
-        sums. Once drawing has begun, the only wait for the device is at the end of a batch, seconds of its work.
+        Batches of `batch_size` are drawn in the order given: on one machine's CPU the same lists give the same bytes;
+        on a GPU, cuDNN chooses kernels by timing. An image's noise depends on its seed alone; its batch changes float
+        sums. The only synchronization with the device is at the end of a batch.
 
-        `notes` hold nothing of most images; else
-            redrawn: "fp32", since at first it was NaN or constant;
-            constant: true, in fp32 too, and kept since it may be meant;
-            fault: "nan", in fp32 too: the image is grey;
-            batch_size: of its smaller batch, for want of memory.
+        The note of most images is empty; others hold
+            redrawn: "fp32", if the image was NaN or constant at first;
+            constant: true, if it is constant in fp32 too; it is kept, since the prompt may ask for it;
+            fault: "nan", if it is NaN in fp32 too; the image is grey;
+            batch_size: size of its smaller batch, after an out-of-memory error.
 
         Raises:
-            UserError: the weights cannot be had, or not one image fits in the device's memory.
+            UserError: the weights cannot be loaded, or the device's memory cannot hold one image.
         """
         if len(prompts) != len(seeds):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
@@ -153,7 +153,7 @@ class DiffusionRenderer(ABC):
                 return batch_notes
         if room == 1:
             raise UserError(
-                f"not one image fits in the memory of {self.device} at {self.precision}: free it of other programs, "
+                f"the memory of {self.device} cannot hold one image at {self.precision}: stop other programs on it, "
                 "lower renderer.render_size, or take renderer.precision=fp16 or a larger GPU"
             )
         half = (room + 1) // 2
@@ -177,7 +177,7 @@ class DiffusionRenderer(ABC):
 
         with contextlib.suppress(torch.OutOfMemoryError):
             return work()
-        free(self.device)  # only now: the error's trace held the tensors
+        free(self.device)  # after the except block: the traceback held the tensors
         return None
 
     def _batch(
@@ -204,7 +204,7 @@ class DiffusionRenderer(ABC):
     ) -> "tuple[torch.Tensor, dict[str, Any]]":
         """Draw a NaN or constant image again in fp32, if that may help; return it with its note.
 
-        In one go from fp16 as from bf16: bf16 reaches as far as fp32, but has an eighth of fp16's precision.
+        fp16 is not retried in bf16, which has the range of fp32 but an eighth of fp16's precision.
         """
         note: dict[str, Any] = {}
         if self.redraw and self.precision != "fp32":
@@ -236,9 +236,9 @@ class DiffusionRenderer(ABC):
     # Batch size and cost
 
     def find_batch_size(self) -> int:
-        """`batch_size`, found if it is None: 4 on a CPU; on CUDA doubled while it fits and gains 5 % images a second.
+        """Return `batch_size`; if None, set it: 4 on a CPU; on CUDA doubled while that gains 5 % images per second.
 
-        It is timed without compilation, from a few steps and the decoding at each size.
+        Timed without compilation, from a few steps and the decoding at each size.
         """
         if self.batch_size is None:
             self.load()
@@ -251,10 +251,10 @@ class DiffusionRenderer(ABC):
         return self.batch_size
 
     def _rate(self, count: int) -> float:
-        """Images a second in batches of `count`, uncompiled, from runs of a few steps.
+        """Measure images per second in batches of `count`, uncompiled, from runs of a few steps.
 
         Raises:
-            torch.OutOfMemoryError: they do not fit.
+            torch.OutOfMemoryError: the batch does not fit.
         """
         few, more = _PROBE_STEPS
         try:
@@ -272,7 +272,7 @@ class DiffusionRenderer(ABC):
         return time.perf_counter() - start
 
     def seconds(self, num: int) -> float:
-        """Estimated seconds for `num` images on this machine, from their FLOPs and the rate of a matrix product.
+        """Estimate the seconds for `num` images on this machine from their FLOPs and the rate of a matmul.
 
         The rate is measured in under a second, once; CPU_EFFICIENCY or CUDA_EFFICIENCY of it is assumed.
         """
@@ -280,7 +280,7 @@ class DiffusionRenderer(ABC):
         return num * self.tflop() / (self._matmul_tflops * efficiency)
 
     def measured_seconds(self, num: int) -> float:
-        """As `seconds`, from the time of ten images, a batch at least, after one more that warms up and compiles."""
+        """Estimate the seconds for `num` images by timing ten images, at least one batch, after a warm-up batch."""
         batch_size = self.find_batch_size()
         batches = -(-_PROBED // batch_size)
         prompts, seeds = [_PROMPT] * batch_size, list(range(batch_size))
@@ -296,13 +296,13 @@ class DiffusionRenderer(ABC):
 
 
 def quickest(rate: Callable[[int], float]) -> int:
-    """The batch size from which doubling gains less than 5 %, or does not fit.
+    """Find the batch size from which doubling gains less than 5 %, or does not fit.
 
     Args:
-        rate: batch size → images a second; raises torch.OutOfMemoryError where it does not fit.
+        rate: batch size → images per second; raises torch.OutOfMemoryError if the batch does not fit.
 
     Raises:
-        UserError: not one image fits.
+        UserError: the memory cannot hold one image.
     """
     import torch
 
@@ -314,7 +314,7 @@ def quickest(rate: Callable[[int], float]) -> int:
         except torch.OutOfMemoryError as error:
             if size == 0:
                 raise UserError(
-                    "not one image fits in the device's memory: free it of other programs, lower "
+                    "the device's memory cannot hold one image: stop other programs on it, lower "
                     "renderer.render_size, or take a larger GPU"
                 ) from error
             return size
@@ -325,6 +325,6 @@ def quickest(rate: Callable[[int], float]) -> int:
 
 
 def _constant(levels_BCPP: "torch.Tensor") -> "torch.Tensor":
-    """Whether each image has one colour all over, black among them: bool [B]."""
+    """Return whether each image has a single colour, such as black: bool [B]."""
     flat_BCX = levels_BCPP.flatten(2)
     return (flat_BCX.amax(2) == flat_BCX.amin(2)).all(1)

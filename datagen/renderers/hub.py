@@ -1,6 +1,6 @@
 """Locate the files of a model and identify them: by the commit of a hub repository, or by hashes of local files.
 
-Nothing is downloaded here but by `download`, and no file is opened but to be hashed.
+Only `download` downloads weights; other functions open files for hashing alone.
 """
 
 import contextlib
@@ -96,10 +96,10 @@ def _repository(model: str, revision: str | None, select: Select, options: str) 
 
 
 def _cached(model: str, revision: str | None, select: Select, options: str) -> Source | None:
-    """The repository as an earlier run left it in the hub's cache, for machines without network later.
+    """Find the repository in the hub's cache, for machines without a network.
 
-    Its snapshots are looked through: the client's own search wants every file of the repository, and a name for the
-    commit, which a download by commit does not leave.
+    This searches the snapshots itself: the client's search needs every file of the repository and a ref for the commit,
+    which a download by commit does not create.
     """
     import huggingface_hub
     from huggingface_hub.errors import CacheNotFound
@@ -111,7 +111,7 @@ def _cached(model: str, revision: str | None, select: Select, options: str) -> S
     snapshots = [s for repo in cached if (repo.repo_type, repo.repo_id) == ("model", model) for s in repo.revisions]
     for snapshot in sorted(snapshots, key=lambda s: s.last_modified, reverse=True):
         if revision in (None, snapshot.commit_hash, *snapshot.refs):
-            with contextlib.suppress(UserError):  # one that was left unfinished
+            with contextlib.suppress(UserError):  # an incomplete download
                 source = _folder(snapshot.snapshot_path, model, snapshot.commit_hash, select, options)
                 if not _damaged(snapshot.snapshot_path, source):
                     return source
@@ -128,7 +128,7 @@ def _damaged(folder: Path, source: Source) -> bool:
 
 
 def download(source: Source, options: str) -> Path:
-    """The folder of a repository's files, got from the hub or its cache; damaged ones are downloaded again.
+    """Download a repository's files from the hub or its cache and return their folder; replace damaged files.
 
     Raises:
         UserError: the download failed.
@@ -156,7 +156,7 @@ def download(source: Source, options: str) -> Path:
 
 
 def download_one(source: Source, name: str, options: str) -> Path:
-    """A single small file of a repository.
+    """Download a single small file of a repository.
 
     Raises:
         UserError: the download failed.
@@ -178,7 +178,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def quiet(advice: bool = False) -> Iterator[None]:
-    """Without diffusers' and transformers' bars and outdated calls, and without their advice unless it is wanted."""
+    """Context without progress bars and deprecation warnings of diffusers and transformers; `advice` keeps logs."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 

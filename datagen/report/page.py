@@ -2,8 +2,8 @@
 
     python -m datagen.report out=data/sd2
 
-Reads `dataset.json`, the plan, the index and the log that rendering left beside the dataset; of the images only those
-that it shows. What a dataset does not tell, since it was indexed or made by an older version, is left out.
+Reads `dataset.json`, the plan, the index, the log next to the dataset, and the images that it shows. Sections without
+data, as for an indexed dataset or one of an older version, are left out.
 """
 
 import logging
@@ -45,7 +45,7 @@ class _Prompts:
 
     def __init__(self, root: Place) -> None:
         plan = read_plan(root)
-        # A caption's rows, one for each of its images, are one prompt.
+        # Rows of one prompt_id, one per image, are one prompt.
         self._ids, firsts = np.unique(plan["prompt_id"].to_numpy(), return_index=True)
         self._texts = plan["prompt"].take(firsts)
         self._sources = plan["source"].take(firsts)
@@ -66,7 +66,7 @@ class _Prompts:
 
 @dataclass(frozen=True)
 class Work:
-    """Timing of the rendering from the log; the clock stops between runs; S shards."""
+    """Timing of the rendering from the log of S shards; the clock stops between runs."""
 
     starts: NDArray[np.float64]
     """Second of work at which each shard started, [S]."""
@@ -87,15 +87,15 @@ class Work:
 
     @property
     def rate(self) -> float:
-        """Images a second."""
+        """Images per second."""
         return float(self.images.sum()) / self.seconds if self.seconds else 0.0
 
 
 def read_work(records: Sequence[Mapping[str, Any]], shard_count: int) -> Work:
     """Convert log records of any number of runs and parallel jobs into `Work`.
 
-    A shard was at work from its end less its seconds; the time in which none was is no work. What stands before a run
-    that had all `shard_count` shards to do is of another dataset, which lay there before.
+    A shard's work starts at its end minus its seconds; time without work on any shard does not count. Records before a
+    run with all `shard_count` shards to do belong to an earlier dataset of the same name.
     """
     done: dict[int, Mapping[str, Any]] = {}
     failed: dict[int, str] = {}
@@ -131,7 +131,7 @@ def write_report(cfg: ReportSettings) -> Path:
     """Write the page, log its absolute path and return it.
 
     Raises:
-        UserError: there is no dataset, it is damaged, or a package is missing.
+        UserError: the dataset is missing or damaged, or a package is missing.
     """
     require_packages("wordcloud")
     from report import Page
@@ -143,13 +143,13 @@ def write_report(cfg: ReportSettings) -> Path:
     log_path = beside(root, ".log.jsonl")
     records = read_log(log_path, "remove it, or fix the line") if log_path.exists() else []
     work = read_work(records, info["shards"]) if records else None
-    shards_there = info["shards"] - len(missing_shards(root, info))
+    shards_done = info["shards"] - len(missing_shards(root, info))
 
     page = Page(f"Dataset {_name(root)}", _subtitle(info))
-    page.facts(_headline(dataset, prompts, work, shards_there))
-    if shards_there < info["shards"]:
+    page.facts(_headline(dataset, prompts, work, shards_done))
+    if shards_done < info["shards"]:
         page.note(
-            f"{shards_there:,} of {info['shards']:,} shards are done: the page shows what is rendered so far, and the "
+            f"{shards_done:,} of {info['shards']:,} shards are done: the page shows what is rendered so far, and the "
             f"prompts of the whole plan."
         )
     _images(page, cfg, dataset, prompts)
@@ -192,10 +192,10 @@ def _subtitle(info: Mapping[str, Any]) -> str:
     return f"indexed from {next(iter(origin.values()))}" if origin else ""
 
 
-def _headline(dataset: Dataset, prompts: _Prompts, work: Work | None, there: int) -> dict[str, tuple[str, str]]:
+def _headline(dataset: Dataset, prompts: _Prompts, work: Work | None, shards_done: int) -> dict[str, tuple[str, str]]:
     info, splits = dataset.info, dataset.splits
     planned = info["pictures"]
-    complete = there == info["shards"]
+    complete = shards_done == info["shards"]
     shown = (f"{planned:,}", "") if complete else (f"{len(dataset):,}", f"of {planned:,} planned")
     facts = {"Images": shown, "Prompts": (f"{len(prompts):,}", _seeds(planned, len(prompts)))}
     sides = [(_SPLITS.get(name, name), f"{splits[name]:,}") for name in _in_order(splits) if name != LEFT_OUT]
@@ -209,8 +209,8 @@ def _headline(dataset: Dataset, prompts: _Prompts, work: Work | None, there: int
         facts["Leakage"] = (f"{sum(leaks.values()):,}", "images with a prompt or bytes of another split")
     curation = info.get("curation", {})
     if curation.get("drawn"):
-        gone = sum(curation.get("dropped", {}).values())
-        facts["Prompts dropped"] = (_percent(gone, curation["drawn"]), f"{gone:,} of {curation['drawn']:,} drawn")
+        dropped = sum(curation.get("dropped", {}).values())
+        facts["Prompts dropped"] = (_percent(dropped, curation["drawn"]), f"{dropped:,} of {curation['drawn']:,} drawn")
     if work and work.rate:
         facts["Rate"] = (f"{work.rate:.3g} /s", f"{duration(work.seconds)} of work")
     if work or FAULTY in splits:
@@ -228,7 +228,7 @@ def _percent(part: int, whole: int) -> str:
 
 
 def _in_order(splits: Iterable[str]) -> list[str]:
-    """Training first, then the others by name; the faulty images are in no split."""
+    """Sort split names, training first, without the faulty images."""
     return sorted((name for name in splits if name != FAULTY), key=lambda name: (name != "train", name))
 
 
@@ -255,7 +255,7 @@ def _images(page: "Page", cfg: ReportSettings, dataset: Dataset, prompts: _Promp
         captions = [_captions(dataset, prompts, i) for i in images]
         page.contact_sheet(images.values(), captions, f"{_SPLITS.get(name, name)}: {len(images):,} of {len(rows):,}")
         if len(unreadable) > cfg.images:
-            break  # a disk that is gone: not a million lines
+            break  # the disk may be gone: do not list a million images
     if unreadable:
         page.note(
             f"Not shown, because they could not be read: {len(unreadable)}, such as {unreadable[0]}. "
@@ -279,9 +279,9 @@ def _lengths_and_words(page: "Page", cfg: ReportSettings, prompts: _Prompts, cur
     page.section("Prompt lengths", f"CLIP tokens of {sampled}, start and end included.")
     low, middle, high = np.quantile(length_N, [0.05, 0.5, 0.95])
     spread = f"Half of the prompts have up to {middle:.0f} tokens, nine in ten {low:.0f} to {high:.0f}."
-    known = curation.get("over_77_tokens")
-    if known is not None:
-        cut = f"{known:,} of the whole plan are"
+    over_context = curation.get("over_77_tokens")
+    if over_context is not None:
+        cut = f"{over_context:,} of the whole plan are"
     else:
         cut = f"{over:,} of these ({_percent(over, len(texts))}) are" if over else "None is"
     page.figure(
@@ -345,7 +345,7 @@ def _dropped(page: "Page", curation: Mapping[str, Any]) -> None:
 
 
 def _splits(page: "Page", info: Mapping[str, Any]) -> None:
-    """Section on images outside of the splits and on leakage between splits."""
+    """Add the section on images outside the splits and the section on leakage between splits."""
     left_out: Mapping[str, int] = info.get("left_out", {})
     leaks: Mapping[str, Mapping[str, int]] = info.get("leakage", {})
     if left_out:
@@ -380,13 +380,13 @@ def _rate(page: "Page", work: Work) -> None:
 
 
 def _faults(page: "Page", cfg: ReportSettings, dataset: Dataset, prompts: _Prompts, work: Work | None) -> None:
-    """Section on renderer notes: counts and example images."""
+    """Add the section on renderer notes: counts and example images."""
     splits = dataset.splits
     counts = Counter(
         {note: sum(shards.values()) for note, shards in work.notes.items() if note in _NOTES} if work else {}
     )
     if FAULTY in splits:
-        counts["fault"] = splits[FAULTY]  # the index knows, with a log or without
+        counts["fault"] = splits[FAULTY]  # from the index, which needs no log
     if not counts:
         if work:
             page.section("Black and broken images", "None: no image was black, constant or NaN.")
@@ -407,7 +407,7 @@ def _faults(page: "Page", cfg: ReportSettings, dataset: Dataset, prompts: _Promp
 
 
 def _noted(cfg: ReportSettings, dataset: Dataset, work: Work | None) -> dict[str, list[int]]:
-    """Note → example images, read from the shards that the log names."""
+    """Find example images of each note, read from the shards that the log names."""
     images_of: dict[str, list[int]] = {note: [] for note in _NOTES}
     shards_of = {note: list(shards) for note, shards in work.notes.items() if note in _NOTES} if work else {}
     if FAULTY in dataset.splits:  # the index names them all

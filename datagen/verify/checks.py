@@ -86,7 +86,7 @@ class _Check:
     # ------------------------------------------------------------------------------------------------------- the plan
 
     def _table(self, name: str, schema: pa.Schema) -> pa.Table | None:
-        """Read a parquet file of this schema without nulls; None, and a problem, where it is anything else."""
+        """Read a parquet file of this schema without nulls; otherwise add a problem and return None."""
         path = self.root / name
         if self.files.size(name) is None:
             self._add("a file is missing", f"{path} is missing; copy it again")
@@ -171,7 +171,7 @@ class _Check:
         if planned is not None and len(numbers) < planned:
             missing = (f"{n:06d}" for n in range(planned) if f"{n:06d}" not in set(numbers))
             line = f"{planned - len(numbers)} of {planned} shards are missing ({', '.join(islice(missing, 5))}, …): "
-            self._add("shards are missing", f"{line}finish it by the command that began it")
+            self._add("shards are missing", f"{line}finish it by the command that started it")
             self._whole_index = False
         for number in numbers:
             table = self._table(f"shards/{number}.parquet", INDEX)
@@ -249,7 +249,7 @@ class _Check:
 
 
 def _row_numbers(keys: pa.ChunkedArray, among: pa.ChunkedArray) -> Rows:
-    """The first row of `among` that has each key, -1 where none has."""
+    """Find the first row of `among` with each key; -1 if none has it."""
     options = pc.SetLookupOptions(value_set=among.combine_chunks())
     row_n = pc.call_function("index_in", [keys.combine_chunks()], options)
     return row_n.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)

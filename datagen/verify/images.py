@@ -46,18 +46,18 @@ class ImageCheck:
             table: its index.
             plan_row_n: the first row of the plan that has the key of each index row, -1 where none has, [n].
         """
-        own_tar = f"shards/{number}.tar"
+        shard_tar = f"shards/{number}.tar"
         rows = list(rows_of(table))
         firsts = [n for n, row in enumerate(rows) if n == 0 or row["key"] != rows[n - 1]["key"]]
-        inside = [n for n in firsts if rows[n]["path"] == own_tar]
+        inside = [n for n in firsts if rows[n]["path"] == shard_tar]
         if inside:
-            self._check_tar(own_tar, [rows[n] for n in inside], plan_row_n[inside])
-        elif self._files.size(own_tar) is not None:
+            self._check_tar(shard_tar, [rows[n] for n in inside], plan_row_n[inside])
+        elif self._files.size(shard_tar) is not None:
             self._problems.add(
-                "an unexpected file", f"{self._root / own_tar} is unexpected: its index names other files"
+                "an unexpected file", f"{self._root / shard_tar} is unexpected: its index names other files"
             )
         for n in firsts:
-            if rows[n]["path"] == own_tar:
+            if rows[n]["path"] == shard_tar:
                 continue
             if rows[n]["path"].startswith("shards/"):
                 line = f"{rows[n]['key']}: its index shards/{number}.parquet names {rows[n]['path']}, not its own tar"
@@ -224,10 +224,10 @@ class _Ranges(io.RawIOBase):
 
 
 def _members(file: io.BufferedReader) -> Iterator[tuple[tarfile.TarInfo, bytes]]:
-    """Every member of a tar with its bytes.
+    """Yield every member of a tar with its bytes.
 
     Raises:
-        tarfile.TarError: it is cut off, or one of its headers is damaged.
+        tarfile.TarError: the tar is truncated, or one of its headers is damaged.
     """
     with tarfile.open(fileobj=file, mode="r:") as tar:
         for member in tar:
@@ -246,7 +246,7 @@ def _members(file: io.BufferedReader) -> Iterator[tuple[tarfile.TarInfo, bytes]]
 
 
 def _header_size(header: bytes) -> int | None:
-    """Bytes of the member that a tar's header announces; None where it is not one."""
+    """Return the size of the member that a tar header announces, in bytes; None if it is not a header."""
     try:
         return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
     except tarfile.HeaderError:
@@ -254,6 +254,6 @@ def _header_size(header: bytes) -> int | None:
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """The rows of a table, converted in blocks to bound the memory."""
+    """Yield the rows of a table, converted in blocks to bound the memory."""
     for batch in table.to_batches(max_chunksize=65_536):
         yield from batch.to_pylist()

@@ -80,10 +80,10 @@ class VectorCheck:
             self._check_vectors(encoder, where, table, vector_nE, first)
 
     def _width(self, folder: str, encoder: str) -> int | None:
-        """Width of the vectors by encoder.json; None, and a problem, where encoder.json cannot be used."""
+        """Read the width of the vectors from encoder.json; if it is unusable, add a problem and return None."""
         where = self._root / folder / "encoder.json"
         if self._files.size(f"{folder}/encoder.json") is None:
-            line = f"{where} is missing: nothing says whose vectors these are; copy it again"
+            line = f"{where} is missing: the encoder of these vectors is unknown; copy it again"
             self._problems.add("vectors without encoder.json", line)
             return None
         try:

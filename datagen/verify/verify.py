@@ -7,7 +7,7 @@ Not checked: that an image can be decoded (its bytes are those that were indexed
 vector is its encoder's for the prompt (`python -m datagen.targets` writes vectors again once their folder is removed).
 
 Of a remote dataset (out=s3://…) the copy in the cache is read: it is hashed first, and fetched where it is missing,
-damaged or not the store's version. Where the cache has no room for a tar, it is read from the store.
+damaged or not the store's version. If the cache has no room for a tar, it is read from the store.
 """
 
 import logging
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 def verify(root: Place) -> list[str]:
-    """A line for each file or row that is missing or does not match; beyond twenty of a kind, their number.
+    """List each file or row that is missing or does not match, one line each; beyond twenty of a kind, their number.
 
     Raises:
         UserError: the folder is not a dataset, or a store cannot be reached.
@@ -29,7 +29,7 @@ def verify(root: Place) -> list[str]:
 
 
 def _verify(root: Place) -> tuple[int, list[str]]:
-    """Number of problems, and their lines."""
+    """Return the number of problems, and their lines."""
     from datagen.verify.checks import check
 
     images = read_info(root).get("pictures")

@@ -299,7 +299,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "vectors of another shard": (lambda r: (r / TARGETS / "000009.npy").touch(), "000009.npy is unexpected: no shard"),
     "no encoder.json": (
         lambda r: (r / TARGETS / "encoder.json").unlink(),
-        "encoder.json is missing: nothing says whose",
+        "encoder.json is missing: the encoder of these vectors is unknown",
     ),
     "encoder.json cut": (lambda r: os.truncate(r / TARGETS / "encoder.json", 9), "encoder.json is damaged"),
     "encoder.json of another": (

@@ -10,26 +10,26 @@ from typing import Any
 
 log = logging.getLogger(__name__)
 
-_USUAL_SAMPLE = 128  # latent side of a transformer whose config tells none: 1,024 pixels
+_USUAL_SAMPLE = 128  # latent side of a transformer whose config has none: 1,024 pixels
 _TOKENS = 77
 
 
 def tflop(config: Callable[[str], dict[str, Any] | None], steps: int, guidance: float, side: int | None) -> float:
-    """Forward TFLOP of an image: its steps and the decoding; a multiply-add is 2.
+    """Compute the forward TFLOP of an image: its steps and the decoding; a multiply-add counts 2.
 
     Args:
         config: name of a part → its config.json, or None where the part is missing.
         guidance: above 1, each step takes two evaluations, unless the model reads the guidance as a number.
-        side: of the rendered image, pixels; None is the model's own.
+        side: side of the rendered image, pixels; None is the model's default.
 
     Returns:
-        NaN, and a line in the log, where the denoiser is neither `unet` nor `transformer`.
+        TFLOP; NaN, with a warning, if the denoiser is neither `unet` nor `transformer`.
     """
     vae = config("vae")
     scale = _scale(vae)
     denoiser = config("unet") or config("transformer")
     if denoiser is None:
-        log.warning("the model has neither a unet nor a transformer: its cost is known only once it renders")
+        log.warning("the model has neither a unet nor a transformer: its cost cannot be estimated before rendering")
         return math.nan
     latent = side // scale if side else denoiser.get("sample_size") or _USUAL_SAMPLE
     evaluations = steps * (2 if guidance > 1 and not denoiser.get("guidance_embeds") else 1)

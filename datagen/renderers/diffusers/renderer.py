@@ -38,13 +38,13 @@ _VARIANT = re.compile(r"[^.]+\.([^.-]+)(-\d+-of-\d+)?\.safetensors")
 
 
 class DiffusersModel(DiffusionRenderer):
-    """The renderer `diffusers`.
+    """Renderer `diffusers`: any text-to-image pipeline of the diffusers library.
 
-    Nothing is read, hashed or asked of the hub until `settings()` or `seconds()`, and no weights are loaded until
-    `load()`, which the first `render()` calls.
+    `settings()` and `seconds()` first read or hash files or query the hub; `load()`, which the first `render()` calls,
+    loads the weights.
 
     Raises:
-        UserError: diffusers is missing, or the device.
+        UserError: diffusers or the device is missing.
     """
 
     def __init__(self, cfg: DiffusersRenderer) -> None:
@@ -79,12 +79,12 @@ class DiffusersModel(DiffusionRenderer):
         return flops.tflop(self._config, self.cfg.steps, self.cfg.guidance, self.cfg.render_size)
 
     def settings(self) -> Mapping[str, Any]:
-        """Plain JSON values that decide the pixels, the weights' hashes and the hub's commit among them.
+        """Return the plain JSON values that decide the pixels, with the weights' hashes and the hub's commit.
 
-        The first call hashes a local folder or asks the hub for its commit; it loads nothing.
+        The first call hashes a local folder or gets the hub's commit; it loads no weights.
 
         Raises:
-            UserError: where the model cannot be found.
+            UserError: the model cannot be found.
         """
         source, c = self._source, self.cfg
         return {
@@ -112,7 +112,7 @@ class DiffusersModel(DiffusionRenderer):
         return hub.find(self.cfg.model, self.cfg.revision, self._select, OPTIONS)
 
     def _select(self, names: Sequence[str]) -> list[str]:
-        """Configs and vocabularies of each part, and its safetensors: of the variant where the part has one."""
+        """Select the configs and vocabularies of each part, and its safetensors, of the variant if the part has it."""
         if INDEX not in names:
             raise LookupError(INDEX)
         parts: dict[str, list[str]] = {}
@@ -130,7 +130,7 @@ class DiffusersModel(DiffusionRenderer):
         return selected
 
     def _config(self, part: str) -> dict[str, Any] | None:
-        """A part's `config.json`; None where the model has no such part."""
+        """Read a part's `config.json`; None if the model has no such part."""
         source, name = self._source, f"{part}/config.json"
         if source.path is None:
             if name not in source.names:
@@ -148,7 +148,7 @@ class DiffusersModel(DiffusionRenderer):
         """Load the pipeline.
 
         Raises:
-            UserError: its weights are missing, or it is not one that draws images from prompts.
+            UserError: its weights are missing, or the pipeline does not draw images from prompts alone.
         """
         if self.precision not in self._pipelines:
             self._pipelines[self.precision] = self._load(self.precision).to(self.device)
@@ -180,10 +180,10 @@ class DiffusersModel(DiffusionRenderer):
         self._refuse(pipeline)
         pipeline.set_progress_bar_config(disable=True)
         if hasattr(pipeline, "watermark"):
-            pipeline.watermark = None  # SDXL's comes with a package: images must not depend on what is installed
+            pipeline.watermark = None  # SDXL's needs a package: images must not depend on installed packages
         vae: Any = getattr(pipeline, "vae", None)
         if hasattr(vae, "enable_slicing"):
-            vae.enable_slicing()  # images decoded one at a time: a batch of them would take its memory
+            vae.enable_slicing()  # decode one image at a time, to save memory
         return pipeline
 
     def _refuse(self, pipeline: Any) -> None:
@@ -210,7 +210,7 @@ class DiffusersModel(DiffusionRenderer):
         precision: Precision,
         compiled: bool,  # noqa: ARG002 — nothing is
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """See `DiffusionRenderer.draw`. A number that is not finite shows as NaN behind the decoder's norms."""
+        """Draw a batch with the pipeline. The decoder's norms turn a value that is not finite into NaN."""
         import torch
 
         if precision not in self._pipelines:
@@ -236,7 +236,7 @@ class DiffusersModel(DiffusionRenderer):
                     f"{type(pipeline).__name__} of {c.model} refuses these settings: {hub.first_line(error)}"
                 ) from error
             finally:
-                if precision != self.precision:  # seldom wanted: its memory is the batches'
+                if precision != self.precision:  # rarely used, so its memory goes to the batches
                     pipeline.to("cpu")
         finite_B = unit_B3PP.isfinite().flatten(1).all(1)
         # rounded, as diffusers does before it saves an image

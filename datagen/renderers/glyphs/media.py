@@ -685,7 +685,7 @@ MEDIA: dict[str, Callable[[Canvas], Array]] = {
 
 
 def light_back(light: str, back_HWC: Array, m: Maps, rng: random.Random) -> Array:
-    """The place [H, W, C] under the light: its sky, its sun or moon."""
+    """Light the place [H, W, C]: its sky, its sun or moon."""
     x, y = m.x_W[None], m.y_H1
     sky = (1.25 - y * 1.6).clip(0, 1) * np.ones_like(x)
     if light in ("sunset", "dawn"):
@@ -724,13 +724,13 @@ def light_back(light: str, back_HWC: Array, m: Maps, rng: random.Random) -> Arra
         out = blur(back_HWC, 0.03) * 0.7
         for _ in range(16):
             cx, cy, r = rng.random(), rng.random(), 0.03 + 0.06 * rng.random()
-            here = m.window(cx, cy, r + 0.02)
+            box = m.window(cx, cy, r + 0.02)
             tint = (colour(255, 210, 130), colour(255, 150, 160), colour(150, 210, 255), colour(255, 245, 220))[
                 int(rng.random() * 4)
             ]
-            d = np.hypot(x[:, here[1]] - cx, y[here[0]] - cy)
+            d = np.hypot(x[:, box[1]] - cx, y[box[0]] - cy)
             disc = ((r - d) * 90).clip(0, 1) * (0.26 + 0.22 * (d > r * 0.82))
-            out[here] += tint * disc[..., None]
+            out[box] += tint * disc[..., None]
         return out
     if light == "studio":
         d = np.hypot((x - 0.5) * 1.0, (y - 0.5) * 0.9)
@@ -739,7 +739,7 @@ def light_back(light: str, back_HWC: Array, m: Maps, rng: random.Random) -> Arra
 
 
 def light_all(light: str, rgb_HWC: Array, cover_HW: Array, m: Maps, rng: random.Random) -> Array:
-    """The whole image under the light. Objects keep more of their colour than the place does."""
+    """Light the whole image. Objects keep more of their colour than the place does."""
     x, y = m.x_W[None], m.y_H1
     keep = 0.45 * cover_HW[..., None]
     if light == "sunset":
@@ -749,8 +749,8 @@ def light_all(light: str, rgb_HWC: Array, cover_HW: Array, m: Maps, rng: random.
     if light == "moonlight":
         return rgb_HWC * (colour(170, 184, 236) * (1 - cover_HW[..., None] * 0.0)) * (0.86 + keep * 0.3)
     if light == "fog":
-        bank = (0.42 + 0.4 * m.noise(5) + 0.12 * m.noise(13, 1) + 0.2 * (y - 0.5)).clip(0, 0.88) * (1 - 0.55 * cover_HW)
-        return mix(vivid(rgb_HWC, 0.8), colour(222, 226, 230), bank)
+        fog = (0.42 + 0.4 * m.noise(5) + 0.12 * m.noise(13, 1) + 0.2 * (y - 0.5)).clip(0, 0.88) * (1 - 0.55 * cover_HW)
+        return mix(vivid(rgb_HWC, 0.8), colour(222, 226, 230), fog)
     if light == "studio":
         return rgb_HWC * (1.06 + 0.14 * (0.5 - y))[..., None]
     if light == "neon":
@@ -785,9 +785,9 @@ def light_all(light: str, rgb_HWC: Array, cover_HW: Array, m: Maps, rng: random.
         out = rgb_HWC * (colour(120, 140, 150) * 0.95 + keep * 0.7)
         for _ in range(22):
             cx, cy, r = rng.random(), rng.random(), 0.006 + 0.01 * rng.random()
-            here = m.window(cx, cy, 9 * r)
-            d2 = (x[:, here[1]] - cx) ** 2 + (y[here[0]] - cy) ** 2
-            out[here] += (
+            box = m.window(cx, cy, 9 * r)
+            d2 = (x[:, box[1]] - cx) ** 2 + (y[box[0]] - cy) ** 2
+            out[box] += (
                 colour(255, 244, 120) * (np.exp(-d2 / (2 * r * r)) + 0.35 * np.exp(-d2 / (18 * r * r)))[..., None]
             )
         return out

@@ -119,20 +119,20 @@ class Glyphs:
         _font_folder()
 
     def find_batch_size(self) -> int:
-        """Fixed: images are drawn one by one."""
+        """Return the fixed batch size; images are drawn one by one."""
         self.batch_size = 50
         return 50
 
     def settings(self) -> Mapping[str, Any]:
-        """Name, version of the drawing, size, version of the font package."""
+        """Return name, drawing version, size and version of the font package."""
         _font_folder()
         return {"name": "glyphs", "version": 1, "size": self._size, "font": importlib.metadata.version(PACKAGE)}
 
     def tflop(self) -> None:
-        """None: it draws on a CPU core."""
+        """Return None: the renderer draws on a CPU core."""
 
     def measured_seconds(self, num: int) -> float:
-        """`seconds`: there are no weights whose speed on this machine could surprise."""
+        """Return the estimate of `seconds`: there are no weights to measure."""
         return self.seconds(num)
 
     def seconds(self, num: int) -> float:
@@ -143,15 +143,15 @@ class Glyphs:
         return False
 
     def can_draw(self, prompt: str) -> bool:
-        """Whether the prompt names an object of the vocabulary."""
+        """Return whether the prompt names an object of the vocabulary."""
         return grammar.parse(prompt) is not None
 
     def render(self, prompts: list[str], seeds: list[int]) -> NDArray[np.uint8]:
-        """Prompts and seeds, N of each → uint8 RGB [N, size, size, 3].
+        """Render N prompts with N seeds to uint8 RGB [N, size, size, 3].
 
         Raises:
-            UserError: for prompts that name nothing we can draw, all of them at once; when the icon font is missing.
-            ValueError: when there are not as many seeds as prompts.
+            UserError: prompts name no object of the vocabulary (the message counts them), or the icon font is missing.
+            ValueError: the numbers of seeds and prompts differ.
         """
         scenes = [grammar.parse(prompt) for prompt in prompts]
         unknown = [prompt for prompt, scene in zip(prompts, scenes, strict=True) if scene is None]
@@ -193,7 +193,7 @@ class Glyphs:
         return (rgb * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
     def _place(self, scene: Scene, rng: random.Random) -> Array:
-        """The empty place [H, W, C], a window of its panorama; a plain backdrop where none is said."""
+        """Draw the empty place [H, W, C], a window of its panorama; a plain backdrop if the prompt names no place."""
         m = self._maps
         if scene.place is None:
             near = colour(*_tone(scene.things[0]))
@@ -276,7 +276,7 @@ class Glyphs:
     def _texture(
         self, look: str | None, tone: Array, u: Array, v: Array, rng: random.Random
     ) -> tuple[Array, Array | None]:
-        """The colours of a thing's body over its own box (u across, v down), and its opacity where not whole."""
+        """Compute the colours of a thing's body over its box (u across, v down), and its opacity if it is below 1."""
         shape = (v.shape[0], u.shape[1], 3)
         other = mix(tone, colour(255, 255, 250), 0.78) if float(tone @ media.LUMA) < 0.62 else tone * 0.34
         shift = rng.random()
@@ -344,7 +344,7 @@ class Glyphs:
         return noise[rows, columns]
 
     def _stamp(self, thing: Thing, side: float, rng: random.Random) -> _Stamp:
-        """The thing's icon, its longer side `side` of the image's."""
+        """Return the thing's icon; `side` is its longer side as a fraction of the image's."""
         master = self._keep(("icon", thing.name), lambda: self._master(objects()[thing.name].icon))
         scale = side * self._size / max(master.size) * (1 + 2 * _PAD)
         image = master.resize(
@@ -361,7 +361,7 @@ class Glyphs:
         return _Stamp(layers[..., 0], layers[..., 1], layers[..., 2], layers[..., 3])
 
     def _master(self, icon: str) -> Image.Image:
-        """An icon's ink, cover, relief and halo as the bands of a CMYK image: Pillow resizes them together, unmixed."""
+        """Draw an icon's ink, cover, relief and halo as bands of a CMYK image, which Pillow resizes together."""
         font = self._font
         glyph = _codepoint(icon)
         box = font.getbbox(glyph)
@@ -432,7 +432,7 @@ def _codepoint(icon: str) -> str:
 
 
 def _fill_holes(image: Image.Image) -> NDArray[np.uint8]:
-    """The icon's coverage with enclosed holes filled: what cannot be reached from the border."""
+    """Fill the enclosed holes of an icon's coverage, those that cannot be reached from the border."""
     factor = max(1, round(max(image.size) / 96))
     small = np.asarray(image.reduce(factor)) > 70
     small = np.pad(small, 1)
@@ -497,7 +497,7 @@ def _layout(scene: Scene, rng: random.Random) -> list[_Spot]:
 
 
 def _group(things: tuple[Thing, ...], x: float, y: float, room: float, rng: random.Random) -> list[_Spot]:
-    """Things side by side within a box of `room`; their said sizes still show."""
+    """Place things side by side within a box of `room`, keeping their relative sizes."""
     spots = []
     for i, thing in enumerate(things):
         factor = {"tiny": 0.5, "small": 0.75, None: 1.0, "large": 1.15, "huge": 1.3}[thing.size]
@@ -508,7 +508,7 @@ def _group(things: tuple[Thing, ...], x: float, y: float, room: float, rng: rand
 
 
 def _copies(thing: Thing, x: float, y: float, side: float, rng: random.Random) -> list[_Spot]:
-    """A thing's 1 … 4 copies about a point, within a box a little larger than one thing would fill."""
+    """Place a thing's 1 … 4 copies around a point, in a box a little larger than that of one thing."""
     if thing.count == 1:
         return [_Spot(thing, x, y, side)]
     span = min(1.0, side * 1.45)

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def whole(
     unet: "UNet2DConditionModel", latents_NCHW: "torch.Tensor", timestep: "torch.Tensor", text_NTD: "torch.Tensor"
 ) -> "tuple[torch.Tensor, torch.Tensor]":
-    """The UNet's prediction [N, C, H, W], as its own forward gives it, and its deep features [N, F, H, W].
+    """Run the whole UNet: return its prediction [N, C, H, W], equal to its forward's, and deep features [N, F, H, W].
 
     Args:
         timestep: a tensor of no dimension, on the latents' device.
@@ -45,13 +45,13 @@ def shallow(
     text_NTD: "torch.Tensor",
     deep_NFHW: "torch.Tensor",
 ) -> "torch.Tensor":
-    """The prediction [N, C, H, W] of the first level down and the last level up, around deep features given."""
+    """Predict [N, C, H, W] from given deep features, running the first level down and the last level up only."""
     time, _, skips = _enter(unet, latents_NCHW, timestep, text_NTD)
     return _leave(unet, deep_NFHW, time, text_NTD, skips)
 
 
 def _enter(unet: Any, latents_NCHW: Any, timestep: Any, text_NTD: Any) -> tuple[Any, Any, tuple[Any, ...]]:
-    """Time embedding, features and skips of the first level down, short of its downsampling."""
+    """Run the first level down without its downsampling: return time embedding, features and skips."""
     time = unet.time_embedding(unet.get_time_embed(sample=latents_NCHW, timestep=timestep))
     hidden = unet.conv_in(latents_NCHW)
     skips = (hidden,)

@@ -1,14 +1,14 @@
 """FLOPs of one image of Stable Diffusion 2, counted without rendering."""
 
 # Forward TFLOP (a multiply-add is 2) at 96×96 latents, counted with torch's FlopCounterMode; a test counts them again.
-# The first number grows with the pixels (convolutions, linear layers), the second with their square (self-attention).
+# The first value grows with the pixels (convolutions, linear layers), the second with their square (self-attention).
 UNET_TFLOP = (1.5380, 0.6112)  # one evaluation; a guided step takes two
 SHALLOW_TFLOP = (0.4464, 0.5424)  # one with the deep features of an earlier step
 DECODER_TFLOP = (5.5804, 0.1740)
 
 
 def evaluations(steps: int, guidance: float, guided_fraction: float) -> tuple[int, int]:
-    """Guided and unguided steps of an image; a guidance of 1 is none."""
+    """Count the guided and unguided steps of an image; guidance 1 disables guidance."""
     guided = 0 if guidance == 1 else round(guided_fraction * steps)
     return guided, steps - guided
 
@@ -20,7 +20,7 @@ def tflop_per_image(
     guided_fraction: float = 1.0,
     cache_every: int = 1,
 ) -> float:
-    """Forward TFLOP of one image at `render_size` pixels a side: its steps and the decoding.
+    """Compute the forward TFLOP of one image at `render_size` pixels a side: its steps and the decoding.
 
     221 for 50 guided steps at 768; the text tower's 0.1 is left out.
     """

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
     import torch
 
 _INDUCTOR = {"conv_1x1_as_mm": True}  # the resnets' shortcuts: matrix products in channels-last
-_SHAPES = 64  # compiled of one function: each halving for want of memory brings new ones
+_SHAPES = 64  # limit of compiled shapes per function: each out-of-memory halving adds some
 
 
 class Networks:
-    """The three networks, wholly in `precision`; what goes in and comes out is fp32.
+    """Text encoder, UNet and VAE decoder in `precision`; inputs and outputs are fp32.
 
     Args:
         parts: the weights in fp32; taken over, not copied.
-        quick: weights channels-last and the attentions' projections fused. Another order of sums, so that it goes with
-            the device's kind and `compile` alone.
+        quick: use channels-last weights and fused attention projections. This changes the order of sums, so it must
+            depend on the kind of device and `compile` alone.
     """
 
     def __init__(self, parts: Parts, device: str, precision: Precision, quick: bool) -> None:
         import torch
 
         self.device, self.dtype = device, dtype(precision)
-        # Any: diffusers' and transformers' `to` are annotated as no methods
+        # Any: annotations of diffusers and transformers do not declare `to` as a method
         self.unet: Any = parts.unet
         self.vae: Any = parts.vae
         self.text_encoder: Any = parts.text_encoder
@@ -52,7 +52,7 @@ class Networks:
         """Move the weights to another device."""
         if device == self.device:
             return
-        self.device = device  # before: a move that memory ends half-way can be taken back
+        self.device = device  # set first, so that a move interrupted by an out-of-memory error can be undone
         self.__dict__.pop("empty_1TD", None)
         with hub.quiet():
             for part in (self.unet, self.vae, self.text_encoder):
@@ -61,7 +61,7 @@ class Networks:
     # Text
 
     def states(self, prompts: list[str]) -> "torch.Tensor":
-        """The text tower's states [B, T, D]."""
+        """Encode prompts to the text encoder's hidden states [B, T, D]."""
         ids_BT = tokens(prompts).to(self.device)
         # The config's layers end one before OpenCLIP's last, so the final states are the penultimate ones, normalised.
         # "!" is attended to like any token: the model was trained so.
@@ -69,7 +69,7 @@ class Networks:
 
     @cached_property
     def empty_1TD(self) -> "torch.Tensor":  # noqa: N802 — a shape
-        """The empty prompt's states."""
+        """Hidden states of the empty prompt."""
         return self.states([""])
 
     # UNet
@@ -77,14 +77,14 @@ class Networks:
     def predict(
         self, latents_NCHW: "torch.Tensor", timestep: "torch.Tensor", text_NTD: "torch.Tensor", compiled: bool
     ) -> "torch.Tensor":
-        """v [N, C, H, W]."""
+        """Predict v [N, C, H, W]."""
         run = self._compiled_predict if compiled else self._predict
         return run(self._ready(latents_NCHW), timestep, text_NTD).float()
 
     def predict_whole(
         self, latents_NCHW: "torch.Tensor", timestep: "torch.Tensor", text_NTD: "torch.Tensor", compiled: bool
     ) -> "tuple[torch.Tensor, torch.Tensor]":
-        """v, and the deep features [N, F, H, W] for `predict_shallow`."""
+        """Predict v; also return the deep features [N, F, H, W] for `predict_shallow`."""
         run = self._compiled_whole if compiled else self._whole
         v_NCHW, deep_NFHW = run(self._ready(latents_NCHW), timestep, text_NTD)
         return v_NCHW.float(), deep_NFHW
@@ -97,7 +97,7 @@ class Networks:
         deep_NFHW: "torch.Tensor",
         compiled: bool,
     ) -> "torch.Tensor":
-        """v, around an earlier step's deep features."""
+        """Predict v from an earlier step's deep features."""
         run = self._compiled_shallow if compiled else self._shallow
         return run(self._ready(latents_NCHW), timestep, text_NTD, deep_NFHW).float()
 
@@ -113,7 +113,7 @@ class Networks:
     # Decoder
 
     def decode(self, latents_BCHW: "torch.Tensor", compiled: bool) -> "torch.Tensor":
-        """Clean latents → images [B, 3, P, P] in about −1 … 1, in the precision of the decoding."""
+        """Decode clean latents to images [B, 3, P, P] in about −1 … 1, in `self.dtype`."""
         run = self._compiled_decode if compiled else self._decode
         return run(self._ready(latents_BCHW / self.vae.config["scaling_factor"]))
 
@@ -143,7 +143,7 @@ class Networks:
 
 
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
-    """`function`, compiled at its first call of each shape; nothing is saved with the weights.
+    """Wrap `function` so that torch compiles it at the first call of each shape, apart from the weights.
 
     No CUDA graphs: with latents of 96×96 a kernel takes longer than its launch.
 
@@ -168,14 +168,14 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
                 raise cause from None
             raise UserError(
                 f"renderer.compile: torch cannot compile here: {hub.first_line(error)}\n"
-                "It needs a C++ compiler and, on CUDA, triton. renderer.compile=false does without, more slowly."
+                "It needs a C++ compiler and, on CUDA, triton. renderer.compile=false runs without it, more slowly."
             ) from error
 
     return call
 
 
 def tokens(texts: list[str]) -> "torch.Tensor":
-    """Token ids, int64 [N, 77]: cut to 75 between start and end, padded with "!" (id 0), as open_clip does."""
+    """Tokenize texts as open_clip does, int64 [N, 77]: 75 tokens between start and end, padded with "!" (id 0)."""
     cleaned = [clean(text) for text in texts]
     encoded = clip_tokenizer()(cleaned, padding="max_length", truncation=True, max_length=CONTEXT, return_tensors="pt")
     return encoded["input_ids"]

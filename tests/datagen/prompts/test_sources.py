@@ -383,7 +383,7 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
 
 def test_groups_need_columns(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a fox")
-    with pytest.raises(UserError, match=r"the column 'group' is asked for, but a .txt"):
+    with pytest.raises(UserError, match=r"the column 'group' is required, but a .txt"):
         read(tmp_path / "p.txt", group_column="group")
 
 

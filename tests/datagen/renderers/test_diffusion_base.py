@@ -155,7 +155,7 @@ def test_single_image_out_of_memory_is_reported(weights: TinySD2) -> None:
     renderer = make(weights)
     renderer.load()
     full_above(renderer._networks["fp32"].vae.decoder.conv_in, 0)
-    with pytest.raises(UserError, match=r"not one image fits in the memory of cpu at fp32: .*lower renderer"):
+    with pytest.raises(UserError, match=r"the memory of cpu cannot hold one image at fp32: .*lower renderer"):
         renderer.render(PROMPTS, SEEDS)
 
 
@@ -187,7 +187,7 @@ def test_fastest_batch_size() -> None:
         return float(size)
 
     assert quickest(full_at_eight) == 4
-    with pytest.raises(UserError, match="not one image fits"):
+    with pytest.raises(UserError, match="cannot hold one image"):
         quickest(lambda size: full_at_eight(size + 7))
 
 
