@@ -478,7 +478,7 @@ def test_damaged_chunk_is_curated_again(
         assert bytes(data) != path.read_bytes()
     else:
         first = commits[chunks if chunks is not None else -1]
-        assert f"{first} or a file beside it is damaged" in caplog.text
+        assert f"{first} or a file of its chunk is damaged" in caplog.text
 
 
 def thousand() -> Iterator[Prompt]:

@@ -285,7 +285,7 @@ def test_a_file_of_another_server_is_fetched_once(tmp_path: Path, repo: Path) ->
         assert "there is no such file" in missing.stderr
     done = read(url, **env)  # the server is gone
     assert [t.strip() for t in found(done)["texts"]] == ["three, and more"]
-    assert "taking the copy in" in done.stderr
+    assert "using the copy in" in done.stderr
     lost = read(url, **{**env, "IM2EMB_CACHE": str(tmp_path / "empty")})
     assert "cannot be fetched" in lost.stderr
     assert "Copy the file to this machine and give prompts.path=FILE" in lost.stderr

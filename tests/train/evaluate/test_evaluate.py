@@ -475,7 +475,7 @@ def test_unusable_embedders_are_reported_before_computation(tiny_run: Path, smal
     (other / "config.json").write_text(json.dumps({**about, "encoder": "all-MiniLM-L12-v2"}))
     for run, overrides, words in (
         (None, [f"checkpoint={alone}"], r"alone is not in a run folder.*name dataset=… to evaluate it on, or run=…"),
-        (tiny_run, [f"embedders=[regressor,{other}]"], "of the target encoder all-MiniLM-L12-v2, but the vectors comp"),
+        (tiny_run, [f"embedders=[regressor,{other}]"], "of the target encoder all-MiniLM-L12-v2, but this evaluation"),
         (
             tiny_run,
             ["+tta.ridge.flip=true"],

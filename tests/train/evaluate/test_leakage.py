@@ -173,7 +173,7 @@ def test_vectors_of_another_encoder_are_not_compared(tmp_path: Path) -> None:
     evaluated = image_set(listed_dataset.write(tmp_path / "val", judged, near=near, identity=new), "val")
     found = find_leakage(evaluated, {"a": [Origin("old", lambda: image_set(data, "train"))]})["a"].counts()
     assert found.counts == (1, 1, 1, 2)
-    assert found.unknown == ("old: prompts at cosine ≥ 0.9, because its vectors are of another version of the encoder",)
+    assert found.unknown == ("old: prompts at cosine ≥ 0.9, because another version of the encoder made its vectors",)
 
 
 def test_damaged_counts_are_refused() -> None:

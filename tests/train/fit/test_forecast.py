@@ -127,7 +127,7 @@ def test_a_backbone_that_never_trains_is_reported() -> None:
     assert "the backbone never trains: optim.head_warmup_epochs=3 epochs are all 21 steps" in message
     assert forecast_of(900, "optim.head_warmup_epochs=3").backbone == 0
     (message,) = forecast_of(900, "model.freeze=all").warnings(900)
-    assert "the head's rate is at half its peak or more in 10 of 21 steps" in message
+    assert "the head's learning rate is half its peak or more in only 10 of 21 steps" in message
 
 
 @pytest.mark.parametrize(("steps", "alone"), [(1, 0), (3, 0), (21, 0), (60, 50)])

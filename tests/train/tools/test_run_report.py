@@ -102,7 +102,7 @@ def test_page_has_all_measurements(run: Path, data: Path, caplog: pytest.LogCapt
     [
         ("improved", ("+0.250", "+0.200 to +0.300; validation 0.500 → 0.750")),
         ("not significant", ("+0.250", "+0.200 to +0.300, not significant; validation 0.500 → 0.750")),
-        ("the start is best", ("none", "the best model is the start, 0.500 on validation")),
+        ("the start is best", ("none", "step 0 is best, 0.500 on validation")),
     ],
 )
 def test_page_shows_improvement_over_start(run: Path, verdict: str, shown: tuple[str, ...]) -> None:
