@@ -184,9 +184,9 @@ def measure(name: str, path: Path, rows: int, kept: Path) -> None:
     import datagen.curation.near_duplicates  # noqa: F401 – its import is not timed
 
     before = peak_mb()
-    found: list[NDArray[np.int64]] = []
-    measured = {"seconds": timed(lambda: found.append(WORK[name](vectors))), "peak_mb": peak_mb()}
-    np.save(kept, found[0])
+    results: list[NDArray[np.int64]] = []
+    measured = {"seconds": timed(lambda: results.append(WORK[name](vectors))), "peak_mb": peak_mb()}
+    np.save(kept, results[0])
     print(json.dumps({**measured, "above_vectors_mb": measured["peak_mb"] - before}))
 
 

@@ -190,7 +190,7 @@ def measure(root: Path, tiny: bool, file: Path | None) -> int:
     peers, count = (2, 1) if tiny else (PEERS, ROUNDS)
 
     def shard(renderer: StableDiffusion2, settings: DatagenSettings, number: int) -> None:
-        # the seeds go on where the round before ended; round 0 warms up
+        # the seeds continue after the previous round's; round 0 warms up
         report = render_shard(settings, renderer, number, plan(images, 1000 * number), lambda _: None)
         notes.update(report["notes"])
 
@@ -206,8 +206,8 @@ def measure(root: Path, tiny: bool, file: Path | None) -> int:
         }
         if k == 0:
             theirs = np.stack([np.asarray(p) for p in peer_images(pipeline, our_cfg, list(range(peers)), root)])
-            mine = ours.render([PROMPTS[n % len(PROMPTS)] for n in range(peers)], list(range(peers)))
-            apart = float(np.abs(mine.astype(float) - theirs).mean())
+            our_images = ours.render([PROMPTS[n % len(PROMPTS)] for n in range(peers)], list(range(peers)))
+            apart = float(np.abs(our_images.astype(float) - theirs).mean())
             print(f"warmed up; ours and the peer's images are {apart:.2f} grey levels apart on average")
             continue
         for name, value in got.items():

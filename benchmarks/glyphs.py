@@ -2,7 +2,7 @@
 """Scenes per second of one core at 128 px. `python -m benchmarks.glyphs [--json FILE]`, about half a minute.
 
 The peer is Pillow writing the very same images as PNG files in memory: a dataset of scenes pays for both, so their
-ratio tells which of the two binds it. Rounds of the two alternate, and medians are compared.
+ratio shows which of the two limits it. Rounds of the two alternate, and medians are compared.
 """
 
 import io

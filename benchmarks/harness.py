@@ -25,11 +25,11 @@ def noise(count: int, size: int) -> "list[Image.Image]":
     from PIL import Image, ImageFilter
 
     rng = np.random.default_rng(0)
-    found = []
+    images = []
     for _ in range(count):
         small = Image.fromarray(rng.integers(0, 256, (size // 4, size // 4, 3), np.uint8))
-        found.append(small.resize((size, size), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(3)))
-    return found
+        images.append(small.resize((size, size), Image.Resampling.BICUBIC).filter(ImageFilter.GaussianBlur(3)))
+    return images
 
 
 def options(doc: str | None, **switches: str) -> argparse.Namespace:

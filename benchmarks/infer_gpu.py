@@ -148,7 +148,7 @@ def measured(kind: str, name: str, scale: Scale, device: torch.device, root: Pat
             rounds[arm].append(work())
         print(f"{kind} round {k + 1}: " + ", ".join(f"{arm} {values[-1]:.4g}" for arm, values in rounds.items()))
     medians = {arm: statistics.median(values) for arm, values in rounds.items()}
-    shares = [made * needed / (1e12 * peak) for made, peak in zip(rounds["ours"], rounds["peak_tflops"], strict=True)]
+    shares = [speed * needed / (1e12 * peak) for speed, peak in zip(rounds["ours"], rounds["peak_tflops"], strict=True)]
     return {
         "ours_per_s": medians["ours"],
         "peer_per_s": medians["peer"],
@@ -185,15 +185,15 @@ def main() -> int:
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    for kind, found in figures.items():
+    for kind, row in figures.items():
         print(
-            f"{kind}: {found['ours_per_s']:.4g} images/s, {found['ratio']:.2f} times eager (target {TARGET}), "
-            f"{found['peak_share']:.2f} of the peak (target {PEAK_TARGET}), vectors up to {found['apart']:.1e} apart"
+            f"{kind}: {row['ours_per_s']:.4g} images/s, {row['ratio']:.2f} times eager (target {TARGET}), "
+            f"{row['peak_share']:.2f} of the peak (target {PEAK_TARGET}), vectors up to {row['apart']:.1e} apart"
         )
-    flat = {f"{kind}_{key}": value for kind, found in figures.items() for key, value in found.items()}
+    flat = {f"{kind}_{key}": value for kind, row in figures.items() for key, value in row.items()}
     finish(
         "infer_gpu",
-        min(found["ratio"] for found in figures.values()),
+        min(row["ratio"] for row in figures.values()),
         TARGET,
         f"timm-{version('timm')}-eager-autocast",
         {**flat, "peak_target": PEAK_TARGET, "device": device_name, "torch": torch.__version__},

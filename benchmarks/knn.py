@@ -65,16 +65,16 @@ def unit(vectors: NDArray[Any]) -> Floats:
 
 def write(folder: Path, triples: Path, rows: int, questions: int) -> None:
     """Write bank.npy [rows, E], held.npy and predicted.npy [queries, E] from vectors of prompts and edits."""
-    own, *edits = np.load(triples).reshape(-1, 3, 384).swapaxes(0, 1)
-    differences = np.concatenate([edit - own for edit in edits])
+    originals, *edits = np.load(triples).reshape(-1, 3, 384).swapaxes(0, 1)
+    differences = np.concatenate([edit - originals for edit in edits])
     rng = np.random.default_rng(0)
-    own = unit(rng.permutation(own))
-    held, base = own[:questions], own[questions:]
-    bank = np.lib.format.open_memmap(folder / "bank.npy", "w+", np.float32, (rows, own.shape[1]))
+    originals = unit(rng.permutation(originals))
+    held, base = originals[:questions], originals[questions:]
+    vectors = np.lib.format.open_memmap(folder / "bank.npy", "w+", np.float32, (rows, originals.shape[1]))
     count = min(len(base), rows)
-    bank[:count] = base[:count]
+    vectors[:count] = base[:count]
     for start in range(count, rows, BLOCK):
-        block = bank[start : start + BLOCK]
+        block = vectors[start : start + BLOCK]
         two = sum(differences[rng.integers(0, len(differences), len(block))] for _ in range(2))
         block[:] = unit(base[rng.integers(0, len(base), len(block))] + two)
     other = base[rng.integers(0, len(base), questions)]
@@ -83,13 +83,13 @@ def write(folder: Path, triples: Path, rows: int, questions: int) -> None:
     np.save(folder / "predicted.npy", unit(PREDICTED_AT * held + (1 - PREDICTED_AT**2) ** 0.5 * aside))
 
 
-def brute(bank: Floats, query: Floats) -> NDArray[np.int64]:
+def brute(vectors: Floats, query: Floats) -> NDArray[np.int64]:
     """Peer: brute force."""
     import torch
 
     cosine, row = torch.empty(len(query), 0), torch.empty(len(query), 0, dtype=torch.long)
-    for start in range(0, len(bank), BLOCK):
-        near, at = (torch.from_numpy(query) @ torch.from_numpy(bank[start : start + BLOCK]).T).topk(K)
+    for start in range(0, len(vectors), BLOCK):
+        near, at = (torch.from_numpy(query) @ torch.from_numpy(vectors[start : start + BLOCK]).T).topk(K)
         cosine, best = torch.cat([cosine, near], 1).topk(K)
         row = torch.cat([row, at + start], 1).gather(1, best)
     return row.numpy()
@@ -113,25 +113,25 @@ def measure(work: str, folder: Path) -> None:
     importlib.import_module("torch" if work == "brute" else "faiss")  # which is not timed
     from models.retrieval.vector_index import Index
 
-    bank, file = np.load(folder / "bank.npy", mmap_mode="c"), folder / "index.faiss"
+    vectors, file = np.load(folder / "bank.npy", mmap_mode="c"), folder / "index.faiss"
     measured: dict[str, Any] = {}
 
     def timed(name: str, doing: Any) -> Any:
         wall, processor = time.perf_counter(), time.process_time()
-        made = doing()
+        result = doing()
         measured[f"{name}_s"] = time.perf_counter() - wall
         measured[f"{name}_processor_s"] = time.process_time() - processor
-        return made
+        return result
 
     if work == "build":
-        timed("build", lambda: Index(bank, exact=False)).save(file)
+        timed("build", lambda: Index(vectors, exact=False)).save(file)
     else:
-        index = None if work == "brute" else Index(bank, exact=True) if work == "exact" else None
+        index = None if work == "brute" else Index(vectors, exact=True) if work == "exact" else None
         if work == "ours":
-            index = timed("load", lambda: Index.load(file, bank))
+            index = timed("load", lambda: Index.load(file, vectors))
         for kind in ("held", "predicted"):
             query = np.load(folder / f"{kind}.npy")
-            ask = (lambda q=query: brute(bank, q)) if index is None else (lambda q=query: index.search(q, K)[1])
+            ask = (lambda q=query: brute(vectors, q)) if index is None else (lambda q=query: index.search(q, K)[1])
             np.save(folder / f"{work}.{kind}.npy", timed(kind, ask))
     print(json.dumps({**measured, **memory_mb()}))
 

@@ -119,8 +119,8 @@ def main() -> None:
                 rounds.setdefault(name, []).append(expected / timed(what))
             print(f"round {k}: " + ", ".join(f"{name} {rounds[name][-1]:,.0f}" for name in work))
     medians = {name: statistics.median(rates) for name, rates in rounds.items()}
-    own = medians["images_per_s"] / medians["own_decoder_per_s"]
-    figures = {**medians, "own_decoder_ratio": own, "own_decoder_target": OWN_DECODER_TARGET}
+    own_decoder_ratio = medians["images_per_s"] / medians["own_decoder_per_s"]
+    figures = {**medians, "own_decoder_ratio": own_decoder_ratio, "own_decoder_target": OWN_DECODER_TARGET}
     figures |= {"mean_bytes": mean_bytes, "pictures": count, "batch": BATCH}
     ratio = medians["images_per_s"] / medians["usual_per_s"]
     finish("pipeline", ratio, TARGET, f"webdataset-{version('webdataset')}", {**figures, "rounds": rounds}, cfg.json)

@@ -94,22 +94,22 @@ def peer(bundle: Path, images: Path, out: Path) -> None:
     from safetensors.torch import load_file
     from timm.data.transforms_factory import create_transform
 
-    about = json.loads((bundle / "config.json").read_text())["members"][0]
-    tensors = load_file(bundle / about["file"])
+    member_config = json.loads((bundle / "config.json").read_text())["members"][0]
+    tensors = load_file(bundle / member_config["file"])
 
     def part(name: str) -> dict[str, torch.Tensor]:
         return {key.removeprefix(name): value for key, value in tensors.items() if key.startswith(name)}
 
-    backbone = timm.create_model(about["backbone"], num_classes=0)
+    backbone = timm.create_model(member_config["backbone"], num_classes=0)
     backbone.load_state_dict(part("backbone."))
-    head = torch.nn.Linear(about["width"], WIDTH)
+    head = torch.nn.Linear(member_config["width"], WIDTH)
     head.load_state_dict(part("head."))
     model = torch.nn.Sequential(backbone, head).eval()
     transform: Any = create_transform(
-        (3, about["size"], about["size"]),
+        (3, member_config["size"], member_config["size"]),
         interpolation="bicubic",
-        mean=about["mean"],
-        std=about["std"],
+        mean=member_config["mean"],
+        std=member_config["std"],
         crop_pct=1.0,
     )
     files = sorted(images.iterdir())
@@ -154,10 +154,10 @@ def _family(pid: int) -> list[int]:
             parents[int(place.name)] = int((place / "stat").read_text().rpartition(")")[2].split()[1])
         except OSError:
             continue
-    found = [pid]
-    for member in found:
-        found += [child for child, parent in parents.items() if parent == member]
-    return found
+    pids = [pid]
+    for member in pids:
+        pids += [child for child, parent in parents.items() if parent == member]
+    return pids
 
 
 def start(command: Sequence[object]) -> "subprocess.Popen[bytes]":

@@ -3,7 +3,7 @@
 
 Ours is `Dataset.image_bytes` at random numbers: a global shuffle. The peer is the loop that a user of the same tars
 would write, `WebDataset(tars, shardshuffle=…).shuffle(1000)`: a local one. Both give every image's key and encoded
-bytes once a round. Also reported: the peer when it is also told to skip the .txt and .json members, and both with
+bytes once a round. Also reported: the peer when it also skips the .txt and .json members, and both with
 the images decoded, which binds either. The tars are in the page cache; rounds alternate, and medians are compared.
 """
 

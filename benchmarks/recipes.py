@@ -17,8 +17,8 @@ first or last of the three, the table says so.
 The interval of a mean over seeds is Student's t, 95 %. The ratio is the distance from the next best mean to ours over
 the sum of the two intervals' halves: above 1, they lie apart. CPU minutes are those of training, validation and the
 ridge head's pass in a process of one thread; two such processes run at once. What is done is kept in the work folder
-and not repeated; a run that was stopped begins anew, so that its minutes are whole. `--quick`: all of it on a few
-images, to see that it works.
+and not repeated; an interrupted run starts from scratch, so that its minutes are complete. `--quick`: all of it on
+a few images, to see that it works.
 """
 
 import argparse
@@ -154,28 +154,30 @@ class Runs:
             for recipe, rate, seed in wanted
         ]
         return [
-            {**found, "recipe": recipe.name, "rate": rate}
-            for (_, recipe, rate, _), found in zip(named, self._all([(n, o) for n, _, _, o in named]), strict=True)
+            {**figures, "recipe": recipe.name, "rate": rate}
+            for (_, recipe, rate, _), figures in zip(named, self._all([(n, o) for n, _, _, o in named]), strict=True)
         ]
 
     def seconds_an_image(self) -> dict[str, float]:
         """CPU seconds per training image by recipe, without its first phase: long run minus short run."""
         seen = {}
         for recipe in (r for r in RECIPES if r.costs_as is None):
-            about = [o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_epochs" not in o]
+            overrides = [
+                o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_epochs" not in o
+            ]
             for steps in (SHORT, LONG):
                 for again in range(2):
                     seen[recipe.name, steps, again] = (
                         f"cost-{recipe.name}-{steps}-{again}",
-                        [*about, f"max_steps={steps}"],
+                        [*overrides, f"max_steps={steps}"],
                     )
-        found = dict(zip(seen, self._all(list(seen.values())), strict=True))
+        figures = dict(zip(seen, self._all(list(seen.values())), strict=True))
         cost: dict[str, float] = {}
         for recipe in RECIPES:
             if recipe.costs_as is not None:
                 cost[recipe.name] = cost[recipe.costs_as]
                 continue
-            few, many = (min(found[recipe.name, steps, n]["cpu_s"] for n in range(2)) for steps in (SHORT, LONG))
+            few, many = (min(figures[recipe.name, steps, n]["cpu_s"] for n in range(2)) for steps in (SHORT, LONG))
             cost[recipe.name] = (many - few) / (LONG - SHORT) / BATCH
         return cost
 
@@ -185,9 +187,9 @@ class Runs:
     def _run(self, name: str, overrides: list[str]) -> dict[str, Any]:
         path = self._work / f"{name}.json"
         if path.exists():
-            found = json.loads(path.read_text())
-            if found["overrides"] == overrides:
-                return found
+            figures = json.loads(path.read_text())
+            if figures["overrides"] == overrides:
+                return figures
         folder = self._work / "runs" / name
         shutil.rmtree(folder, ignore_errors=True)
         # a cache of its own: the pass over the images that a head takes is done and counted in each run
@@ -198,12 +200,15 @@ class Runs:
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
             sys.exit(f"{name} failed:\n{done.stderr}")
-        found = {"overrides": overrides, **json.loads(done.stdout.splitlines()[-1])}
-        path.write_text(json.dumps(found, indent=1) + "\n")
+        figures = {"overrides": overrides, **json.loads(done.stdout.splitlines()[-1])}
+        path.write_text(json.dumps(figures, indent=1) + "\n")
         shutil.rmtree(folder)  # its checkpoints would fill the disk
         minutes = (time.perf_counter() - began) / 60
-        print(f"{name}: {found['cosine']:.4f}, {found['cpu_s'] / 60:.2f} CPU minutes, {minutes:.1f} in all", flush=True)
-        return found
+        print(
+            f"{name}: {figures['cosine']:.4f}, {figures['cpu_s'] / 60:.2f} CPU minutes, {minutes:.1f} in all",
+            flush=True,
+        )
+        return figures
 
 
 def one(overrides: list[str]) -> None:
@@ -256,8 +261,8 @@ def measured(runs: Runs, images: int, seeds: tuple[int, ...], rates: int) -> lis
     final = runs.train([(recipe, best[recipe.name]["rate"], seed) for recipe in RECIPES for seed in seeds], epochs)
     rows = []
     for recipe in RECIPES:
-        mine = [f for f in final if f["recipe"] == recipe.name]
-        mean, deviation, half = interval([f["cosine"] for f in mine])
+        results = [f for f in final if f["recipe"] == recipe.name]
+        mean, deviation, half = interval([f["cosine"] for f in results])
         rows.append(
             {
                 "recipe": recipe.name,
@@ -265,16 +270,16 @@ def measured(runs: Runs, images: int, seeds: tuple[int, ...], rates: int) -> lis
                 "mean": mean,
                 "std": deviation,
                 "half": half,
-                "pictures": mine[0]["pictures"] + (min(HEAD_FIT_IMAGES, images) if recipe.fitted else 0),
+                "pictures": results[0]["pictures"] + (min(HEAD_FIT_IMAGES, images) if recipe.fitted else 0),
                 "ms_a_picture": 1000 * seconds[recipe.name],
-                "cpu_minutes": statistics.mean(f["cpu_s"] for f in mine) / 60,
+                "cpu_minutes": statistics.mean(f["cpu_s"] for f in results) / 60,
                 "rate": best[recipe.name]["rate"],
                 "at_the_edge": best[recipe.name]["rate"] in (recipe.rates[0], recipe.rates[-1]),
                 "command": " ".join(
                     ["python -m train", *recipe.overrides(best[recipe.name]["rate"], seeds[0], epochs[recipe.name])]
                 ),
                 "search": {f"{s['rate']:g}": s["cosine"] for s in search if s["recipe"] == recipe.name},
-                "seeds": mine,
+                "seeds": results,
             }
         )
     return rows
@@ -315,7 +320,7 @@ def main() -> None:
         return
     work = cfg.work.resolve() / ("quick" if cfg.quick else "full")
     data = [*DATA, *(QUICK if cfg.quick else FULL), f"out={work / 'data'}"]
-    subprocess.run([sys.executable, "-m", "datagen", *data], cwd=ROOT, check=True)  # goes on, or is done already
+    subprocess.run([sys.executable, "-m", "datagen", *data], cwd=ROOT, check=True)  # resumes, or has nothing left to do
     runs = Runs(work, cfg.processes)
     from datagen.dataset.reader import read_info
 

@@ -34,8 +34,8 @@ def texts() -> tuple[list[str], str]:
     paths = [ROOT.parent / "shared" / "data" / name for name in FILES]
     if not all(path.exists() for path in paths):
         return list(dict.fromkeys(line.prompt for line in itertools.islice(lines(0), TEXTS))), "grammar"
-    found = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
-    return random.Random(0).sample(sorted(set(found)), TEXTS), "prompts and captions"
+    prompts = [line for path in paths for line in path.read_text(encoding="utf-8").splitlines()]
+    return random.Random(0).sample(sorted(set(prompts)), TEXTS), "prompts and captions"
 
 
 def ratio(ours: list[float], peers: list[float]) -> float:
@@ -45,26 +45,26 @@ def ratio(ours: list[float], peers: list[float]) -> float:
 
 def main() -> None:
     cfg = options(__doc__)
-    found, source = texts()
+    prompts, source = texts()
     fast, exact = TargetEncoder(MINILM, "cpu", fast=True), TargetEncoder(MINILM, "cpu")
     plain = TargetEncoder(MINILM, "cpu").transformer
     work = {
-        "fast_per_s": lambda: fast.encode(found),
-        "fp32_per_s": lambda: exact.encode(found),
-        "plain_per_s": lambda: plain.encode(found, normalize_embeddings=True, show_progress_bar=False),
+        "fast_per_s": lambda: fast.encode(prompts),
+        "fp32_per_s": lambda: exact.encode(prompts),
+        "plain_per_s": lambda: plain.encode(prompts, normalize_embeddings=True, show_progress_bar=False),
     }
     for encoder in (fast, exact):
-        encoder.encode(found[:100])  # loads, checks itself
+        encoder.encode(prompts[:100])  # loads, checks itself
     rounds: dict[str, list[float]] = {name: [] for name in work}
     vectors: dict[str, Any] = {}
     for k in range(ROUNDS):
         for name, what in work.items():
             start = time.perf_counter()
             vectors[name] = what()
-            rounds[name].append(len(found) / (time.perf_counter() - start))
+            rounds[name].append(len(prompts) / (time.perf_counter() - start))
         print(f"round {k}: " + ", ".join(f"{name} {rates[-1]:,.0f}" for name, rates in rounds.items()))
     cosines = (vectors["fast_per_s"] * vectors["plain_per_s"]).sum(1)
-    print(f"{len(found)} texts ({source}), {torch.get_num_threads()} threads; cosine min {cosines.min():.6f}")
+    print(f"{len(prompts)} texts ({source}), {torch.get_num_threads()} threads; cosine min {cosines.min():.6f}")
     assert cosines.min() >= LOWEST_COSINE
     figures = {
         **{name: statistics.median(rates) for name, rates in rounds.items()},
@@ -72,7 +72,7 @@ def main() -> None:
         "fp32_difference": float(np.abs(vectors["fp32_per_s"] - vectors["plain_per_s"]).max()),
         "cosine_min": float(cosines.min()),
         "cosine_mean": float(cosines.mean()),
-        "texts": len(found),
+        "texts": len(prompts),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
     }

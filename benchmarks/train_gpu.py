@@ -319,16 +319,16 @@ def main() -> int:
         for kind in wanted:
             figures[kind] = measured(kind, scale.models[kind], scale, data_root, cfg.tiny)
             free()
-    for kind, found in figures.items():
+    for kind, row in figures.items():
         print(
-            f"{kind}: {found['ours_per_s']:.4g} images/s, {found['ratio']:.2f} times eager (target {TARGET}), "
-            f"MFU {found['mfu']:.2f} (target {MFU_TARGET}), half frozen {found['half_ratio']:.2f} times (target "
-            f"{HALF_TARGET}), from shards {found['shards_ratio']:.3f} (target {SHARDS_TARGET}; the loader alone "
-            f"{found['loader_per_s']:.4g} images/s)"
+            f"{kind}: {row['ours_per_s']:.4g} images/s, {row['ratio']:.2f} times eager (target {TARGET}), "
+            f"MFU {row['mfu']:.2f} (target {MFU_TARGET}), half frozen {row['half_ratio']:.2f} times (target "
+            f"{HALF_TARGET}), from shards {row['shards_ratio']:.3f} (target {SHARDS_TARGET}; the loader alone "
+            f"{row['loader_per_s']:.4g} images/s)"
         )
-    flat = {f"{kind}_{key}": value for kind, found in figures.items() for key, value in found.items()}
+    flat = {f"{kind}_{key}": value for kind, row in figures.items() for key, value in row.items()}
     targets = {"mfu_target": MFU_TARGET, "half_target": HALF_TARGET, "shards_target": SHARDS_TARGET}
-    least = min(found["ratio"] for found in figures.values())
+    least = min(row["ratio"] for row in figures.values())
     peer = f"timm-{version('timm')}-eager-autocast-adamw"
     finish(
         "train_gpu", least, TARGET, peer, {**flat, **targets, "device": device, "torch": torch.__version__}, cfg.json

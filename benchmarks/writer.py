@@ -86,7 +86,9 @@ def ours(root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format: 
     write_shard(root, 0, rows, encoded(images(), image_format), f".{image_format}")
 
 
-def theirs(root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format: str, told: dict[str, Any]) -> None:
+def theirs(
+    root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format: str, save_options: dict[str, Any]
+) -> None:
     records = iter(rows.to_pylist())
     kind = "jpeg" if image_format == "jpg" else image_format
     with ShardWriter(str(root / "%06d.tar"), verbose=0) as writer:
@@ -95,7 +97,7 @@ def theirs(root: Path, rows: pa.Table, batches: list[torch.Tensor], image_format
                 row = next(records)
                 image = Image.fromarray(image_CPP.permute(1, 2, 0).contiguous().numpy())
                 buffer = io.BytesIO()
-                image.resize((TO, TO), Image.Resampling.LANCZOS).save(buffer, kind, **told)
+                image.resize((TO, TO), Image.Resampling.LANCZOS).save(buffer, kind, **save_options)
                 meta = {key: row[key] for key in ("prompt_id", "source", "group", "split", "seed")}
                 writer.write(
                     {"__key__": row["key"], image_format: buffer.getvalue(), "txt": row["prompt"], "json": meta}
@@ -133,11 +135,11 @@ def main() -> None:
     print(f"{count} images a round: {what}; {FROM} → {TO} px; {cores} cores")
     figures: dict[str, Any] = {"pictures": count, "cores": cores, "rounds": {}}
     with tempfile.TemporaryDirectory() as folder:
-        for name, (image_format, told) in PEERS.items():
+        for name, (image_format, save_options) in PEERS.items():
             our_root, their_root = Path(folder, name, "ours"), Path(folder, name, "theirs")
             their_root.mkdir(parents=True)
             our_work = partial(ours, our_root, rows, batches, image_format)
-            their_work = partial(theirs, their_root, rows, batches, image_format, told)
+            their_work = partial(theirs, their_root, rows, batches, image_format, save_options)
             our_rates, their_rates = [], []
             for k in range(ROUNDS + 1):
                 work = (our_work, our_rates), (their_work, their_rates)
@@ -151,7 +153,7 @@ def main() -> None:
             worst = min(decibels(our_bytes[key], their_bytes[key]) for key in our_bytes)
             assert worst >= LEAST_DB, f"{name}: {worst:.1f} dB against the peer's image, {LEAST_DB} are due"
             rate, peer = statistics.median(our_rates[1:]), statistics.median(their_rates[1:])
-            size, peer_size = (sum(map(len, made.values())) / count for made in (our_bytes, their_bytes))
+            size, peer_size = (sum(map(len, files.values())) / count for files in (our_bytes, their_bytes))
             print(
                 f"{name}: ours {rate:.1f} images/s of {size / 1e3:.0f} kB, peer {peer:.1f} of "
                 f"{peer_size / 1e3:.0f} kB, ratio {rate / peer:.2f}, "

@@ -109,12 +109,12 @@ def _head_length(lines: list[str]) -> int:
 
 
 def settings_of(lines: list[str]) -> Iterator[Setting]:
-    """The leaves of a YAML file with their comments; a comment goes on in lines that hold nothing else."""
-    found: list[Setting] = []
+    """Yield the leaves of a YAML file with their comments; a comment continues in lines that hold nothing else."""
+    leaves: list[Setting] = []
     groups: list[tuple[int, str]] = []
     for line in lines[_head_length(lines) :]:
-        if re.match(r"\s+#", line) and found:
-            found[-1] = Setting(found[-1].key, found[-1].default, f"{found[-1].comment} {line.strip(' #')}".strip())
+        if re.match(r"\s+#", line) and leaves:
+            leaves[-1] = Setting(leaves[-1].key, leaves[-1].default, f"{leaves[-1].comment} {line.strip(' #')}".strip())
             continue
         match = re.match(r"( *)([\w-]+):(?:\s+(.*))?$", line)
         if not match:
@@ -126,26 +126,26 @@ def settings_of(lines: list[str]) -> Iterator[Setting]:
         if dotted.split(".")[0] in ("defaults", "hydra"):
             groups.append((indent, key))
         elif value:
-            found.append(Setting(dotted, value, comment))
+            leaves.append(Setting(dotted, value, comment))
         else:
             groups.append((indent, key))
-    yield from found
+    yield from leaves
 
 
 def _split_comment(rest: str) -> tuple[str, str]:
-    """`value  # comment` → both; a # within quotes belongs to the value."""
+    """Split `value  # comment` in two; a # within quotes belongs to the value."""
     match = re.match(r"""((?:"[^"]*"|'[^']*'|[^#"'])*?)\s*(?:#\s*(.*))?$""", rest)
     return (match[1].strip(), match[2] or "") if match else (rest, "")
 
 
 def settings_classes() -> list[SettingsClass]:
-    """All dataclasses of the packages."""
-    found = []
+    """List all dataclasses of the packages."""
+    classes = []
     for path in source_files():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.ClassDef) and "dataclass" in " ".join(map(ast.unparse, node.decorator_list)):
-                found += [_settings_class(node, path)]
-    return found
+                classes += [_settings_class(node, path)]
+    return classes
 
 
 def _settings_class(node: ast.ClassDef, path: Path) -> SettingsClass:
@@ -160,7 +160,7 @@ def _settings_class(node: ast.ClassDef, path: Path) -> SettingsClass:
 
 
 def class_of(path: Path, classes: list[SettingsClass]) -> SettingsClass:
-    """The class whose fields are the top-level keys of a command's file.
+    """Find the class whose fields are the top-level keys of a command's file.
 
     A file that extends another command's (`defaults: [train]`) has groups of its own, each with a class.
 
@@ -186,20 +186,20 @@ def _with_fields(keys: set[str], path: Path, classes: list[SettingsClass]) -> Se
 
 
 def choice_of(path: Path, classes: list[SettingsClass]) -> SettingsClass | None:
-    """The class whose field `name` admits the `name` of a choice; None where the file inherits its name."""
+    """Find the class whose field `name` admits the `name` of a choice; None if the file inherits its name."""
     name = (yaml.safe_load(path.read_text(encoding="utf-8")) or {}).get("name")
     fits = [cls for cls in classes if f"'{name}'" in cls.types.get("name", "")]
     return fits[0] if len(fits) == 1 else None
 
 
 def top_keys(values: Mapping[str, Any]) -> set[str]:
-    """Top-level keys of a command's settings, the groups of its defaults list included."""
+    """List the top-level keys of a command's settings, including the groups of its defaults list."""
     groups = {str(group) for entry in values["defaults"] if isinstance(entry, dict) for group in entry}
     return (set(values) | groups) - {"defaults", "hydra"}
 
 
 def _field(key: str, cls: SettingsClass | None, classes: list[SettingsClass]) -> tuple[str, str]:
-    """Type and docstring of a dotted key, followed through the classes of its groups."""
+    """Find the type and docstring of a dotted key through the classes of its groups."""
     result = "", ""
     for part in key.split("."):
         if cls is None:
@@ -227,13 +227,13 @@ def source_files() -> list[Path]:
 
 
 def folders() -> dict[str, list[str]]:
-    """Dotted folder → its modules that have a docstring; command modules and empty files are left out."""
-    found: dict[str, list[str]] = {}
+    """Map each dotted folder to its modules with a docstring, without command modules and empty files."""
+    modules: dict[str, list[str]] = {}
     for path in source_files():
         module = ".".join(path.relative_to(ROOT).with_suffix("").parts)
         if path.name not in ("__init__.py", "__main__.py") and _docstring(path):
-            found.setdefault(module.rpartition(".")[0], []).append(module)
-    return found
+            modules.setdefault(module.rpartition(".")[0], []).append(module)
+    return modules
 
 
 def api_page(folder: str, modules: list[str]) -> str:

@@ -117,7 +117,7 @@ def test_epsilon_unet_is_refused_despite_its_config(weights: TinySD2, tmp_path: 
     for c in range(width):
         tensors["up_blocks.3.resnets.2.conv_shortcut.weight"][c, width + c] = 1
     save_file(tensors, path, metadata={"format": "pt"})
-    with pytest.raises(UserError, match=r"answers with that noise \(cosine 1\.00\): it predicts epsilon"):
+    with pytest.raises(UserError, match=r"its UNet predicts that noise \(cosine 1\.00\), so it predicts epsilon"):
         make(weights, model=str(folder)).load()
 
 
