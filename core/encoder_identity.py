@@ -21,7 +21,9 @@ def has_settings(identity: Mapping[str, Any] | None) -> bool:
     return bool((identity or {}).get("settings"))
 
 
-def differences(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None, *, strict: bool = False) -> list[str]:
+def differences(
+    stored: Mapping[str, Any] | None, current: Mapping[str, Any] | None, *, strict: bool = False
+) -> list[str]:
     """Compare two identities; return one line per difference, such as "default_prompt: '' there, 'query: ' here".
 
     Where both record the settings, the encoders' names do not count. Otherwise the names must agree, and so must every
@@ -30,9 +32,9 @@ def differences(there: Mapping[str, Any] | None, here: Mapping[str, Any] | None,
     Args:
         strict: also report a value that only one side records.
     """
-    there, here = there or {}, here or {}
-    left, right = dict(_flat(there)), dict(_flat(here))
-    if has_settings(there) and has_settings(here):
+    stored, current = stored or {}, current or {}
+    left, right = dict(_flat(stored)), dict(_flat(current))
+    if has_settings(stored) and has_settings(current):
         del left["name"], right["name"]
     elif not strict:
         common = left.keys() & right.keys()

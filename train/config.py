@@ -23,10 +23,10 @@ class LoraSettings:
     """Dropout probability before the LoRA adapters, 0 to .99."""
 
     def validate(self) -> list[str]:
-        found = [] if self.blocks >= 0 else [f"blocks: {self.blocks} is below 0"]
-        found += [] if self.rank >= 1 else [f"rank: {self.rank} is below 1"]
-        found += [] if self.alpha > 0 else [f"alpha: {self.alpha} is not above 0"]
-        return found + _outside(self, dropout=(0, 0.99))
+        problems = [] if self.blocks >= 0 else [f"blocks: {self.blocks} is below 0"]
+        problems += [] if self.rank >= 1 else [f"rank: {self.rank} is below 1"]
+        problems += [] if self.alpha > 0 else [f"alpha: {self.alpha} is not above 0"]
+        return problems + _outside(self, dropout=(0, 0.99))
 
     def unused(self) -> dict[str, str]:
         names = ("rank", "alpha", "dropout")
@@ -66,32 +66,32 @@ class ModelSettings:
     lora: LoraSettings
 
     def validate(self) -> list[str]:
-        found = []
+        problems = []
         if isinstance(self.size, int) and self.size < 8:
-            found.append(f"size: {self.size} is below 8 pixels")
+            problems.append(f"size: {self.size} is below 8 pixels")
         if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 2:
-            found.append(f"crop_pct: {self.crop_pct} is not from 0.1 to 2; null takes the backbone's own")
+            problems.append(f"crop_pct: {self.crop_pct} is not from 0.1 to 2; null takes the backbone's own")
         if isinstance(self.freeze, int) and self.freeze < 0:
-            found.append(f"freeze: {self.freeze} is below 0")
+            problems.append(f"freeze: {self.freeze} is below 0")
         if self.head_width < 1:
-            found.append(f"head_width: {self.head_width} is below 1")
+            problems.append(f"head_width: {self.head_width} is below 1")
         if self.head_fit_images is not None and self.head_fit_images < 2:
-            found.append(f"head_fit_images: {self.head_fit_images} is below 2; null takes all")
+            problems.append(f"head_fit_images: {self.head_fit_images} is below 2; null takes all")
         if self.freeze == "all" and self.lora.blocks:
-            found.append(f"lora.blocks: {self.lora.blocks}, but freeze=all leaves no block above; freeze fewer")
+            problems.append(f"lora.blocks: {self.lora.blocks}, but freeze=all leaves no block above; freeze fewer")
         if self.head_init == "text" and self.head == "wide":
-            found.append("head_init: text gives a linear map, so it needs head=linear")
+            problems.append("head_init: text gives a linear map, so it needs head=linear")
         if self.text_tower is not None and self.head_init != "text":
-            found.append(f"text_tower: {self.text_tower} serves head_init=text, and head_init is {self.head_init}")
-        return found
+            problems.append(f"text_tower: {self.text_tower} serves head_init=text, and head_init is {self.head_init}")
+        return problems
 
     def unused(self) -> dict[str, str]:
-        found = {}
+        reasons = {}
         if self.head_init != "ridge":
-            found["head_fit_images"] = f"with model.head_init={self.head_init}: only ridge is fitted on images"
+            reasons["head_fit_images"] = f"with model.head_init={self.head_init}: only ridge is fitted on images"
         if self.freeze == "all":
-            found["freeze_bn_stats"] = "with model.freeze=all, which keeps all of the backbone as it is"
-        return found
+            reasons["freeze_bn_stats"] = "with model.freeze=all, which keeps all of the backbone as it is"
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ class LossSettings:
         }
 
     def validate(self) -> list[str]:
-        found = [
+        problems = [
             f"{name}: {getattr(self, name)} is below 0" for name in ("mse", "contrastive") if getattr(self, name) < 0
         ]
-        found += [
+        problems += [
             f"{name}: {getattr(self, name)} is not above 0"
             for name in ("temperature", "hard_fraction")
             if not getattr(self, name) > 0
         ]
-        return found + ([f"hard_fraction: {self.hard_fraction} is above 1"] if self.hard_fraction > 1 else [])
+        return problems + ([f"hard_fraction: {self.hard_fraction} is above 1"] if self.hard_fraction > 1 else [])
 
     def unused(self) -> dict[str, str]:
         return {} if self.contrastive else {"temperature": "with loss.contrastive=0: no other part of the loss has one"}
@@ -166,31 +166,33 @@ class OptimSettings:
     """EMA decay of the weights that are validated and saved; 0 for no averaging."""
 
     def validate(self) -> list[str]:
-        found = [
+        problems = [
             f"{name}: {getattr(self, name)} is not above 0; freeze=all or head_warmup_epochs trains the head alone"
             for name in ("lr", "head_lr")
             if not getattr(self, name) > 0
         ]
-        found += [
+        problems += [
             f"{name}: {getattr(self, name)} is below 0"
             for name in ("weight_decay", "warmup", "grad_clip_norm", "head_warmup_epochs")
             if not getattr(self, name) >= 0
         ]
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
-            found.append(f"betas: {list(self.betas)} are not two numbers from 0 to 1")
+            problems.append(f"betas: {list(self.betas)} are not two numbers from 0 to 1")
         if self.head_warmup_lr is not None and not (self.head_warmup_lr > 0 and self.head_warmup_epochs):
-            found.append(f"head_warmup_lr: {self.head_warmup_lr} needs a rate above 0 and head_warmup_epochs above 0")
+            problems.append(
+                f"head_warmup_lr: {self.head_warmup_lr} needs a rate above 0 and head_warmup_epochs above 0"
+            )
         if not 0 < self.layer_decay <= 1:
-            found.append(f"layer_decay: {self.layer_decay} is not above 0 and at most 1")
-        return found + ([] if 0 <= self.ema < 1 else [f"ema: {self.ema} is not from 0 to below 1"])
+            problems.append(f"layer_decay: {self.layer_decay} is not above 0 and at most 1")
+        return problems + ([] if 0 <= self.ema < 1 else [f"ema: {self.ema} is not from 0 to below 1"])
 
     def unused(self) -> dict[str, str]:
-        found = {}
+        reasons = {}
         if self.name == "madgrad":
-            found["betas"] = "with optim.name=madgrad, whose momentum is 0.9"
+            reasons["betas"] = "with optim.name=madgrad, whose momentum is 0.9"
         if self.schedule == "onecycle":
-            found["warmup"] = "with optim.schedule=onecycle, whose own warm-up is three tenths of the run"
-        return found
+            reasons["warmup"] = "with optim.schedule=onecycle, whose own warm-up is three tenths of the run"
+        return reasons
 
 
 @dataclass(frozen=True)
@@ -213,10 +215,10 @@ class DataSettings:
     """Probability of blanking a random rectangle, 0 to 1."""
 
     def validate(self) -> list[str]:
-        found = [f"sources.{name}: {value} is below 0" for name, value in self.sources.items() if not value >= 0]
+        problems = [f"sources.{name}: {value} is below 0" for name, value in self.sources.items() if not value >= 0]
         if self.sample_weights is not None and self.sample_weights.suffix not in (".parquet", ".csv"):
-            found.append(f"sample_weights: {self.sample_weights} is neither .parquet nor .csv")
-        return found + _outside(self, crop=(0.05, 1), jitter=(0, 0.9), erase=(0, 1))
+            problems.append(f"sample_weights: {self.sample_weights} is neither .parquet nor .csv")
+        return problems + _outside(self, crop=(0.05, 1), jitter=(0, 0.9), erase=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -243,14 +245,14 @@ class ScaleSettings:
     """Number of decoding processes; null decides by the machine."""
 
     def validate(self) -> list[str]:
-        found = [
+        problems = [
             f"{name}: {getattr(self, name)} is below 1"
             for name in ("devices", "nodes", "micro_batch")
             if isinstance(getattr(self, name), int) and getattr(self, name) < 1
         ]
         if self.workers is not None and self.workers < 0:
-            found.append(f"workers: {self.workers} is below 0; null decides by the machine")
-        return found
+            problems.append(f"workers: {self.workers} is below 0; null decides by the machine")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -310,64 +312,64 @@ class TrainSettings:
         return int(i), int(n)
 
     def validate(self) -> list[str]:
-        found = [
+        problems = [
             f"{name}: {getattr(self, name)} is below 1"
             for name in ("batch_size", "save_every", "log_every")
             if getattr(self, name) < 1
         ]
-        found += [
+        problems += [
             f"{name}: {getattr(self, name)} is not above 0"
             for name in ("epochs", "validate_every")
             if not getattr(self, name) > 0
         ]
         if self.seed < 0:
-            found.append(f"seed: {self.seed} is below 0")
+            problems.append(f"seed: {self.seed} is below 0")
         if self.max_steps is not None and self.max_steps < 1:
-            found.append(f"max_steps: {self.max_steps} is below 1; null lets epochs decide")
+            problems.append(f"max_steps: {self.max_steps} is below 1; null lets epochs decide")
         if not self.dataset:
-            found.append("dataset: empty; name at least one folder")
+            problems.append("dataset: empty; name at least one folder")
         if len(set(map(str, self.dataset))) < len(self.dataset):
-            found.append("dataset: a folder is named twice; dataset_repeats=[…] says how often each is seen")
+            problems.append("dataset: a folder is named twice; dataset_repeats=[…] says how often each is seen")
         if self.dataset_repeats is not None:
             if len(self.dataset_repeats) != len(self.dataset):
-                found.append(
+                problems.append(
                     f"dataset_repeats: {len(self.dataset_repeats)} numbers for {len(self.dataset)} datasets; "
                     "give one each"
                 )
-            found += [
+            problems += [
                 f"dataset_repeats: {p} is not above 0; leave that dataset out"
                 for p in self.dataset_repeats
                 if not p > 0
             ]
-        found += [f"val: {v} is trained on, too" for v in self.val if v in self.dataset]
+        problems += [f"val: {v} is trained on, too" for v in self.val if v in self.dataset]
         if self.fold is not None:
             fits = re.fullmatch(r"(\d+)/(\d+)", self.fold)
             if not fits or not 1 <= int(fits[1]) <= int(fits[2]) or int(fits[2]) < 2:
-                found.append(f"fold: {self.fold!r} is not i/n with 1 ≤ i ≤ n and n at least 2, such as 1/5")
-        return found + _outside(self, fold_threshold=(0.1, 1.01))
+                problems.append(f"fold: {self.fold!r} is not i/n with 1 ≤ i ≤ n and n at least 2, such as 1/5")
+        return problems + _outside(self, fold_threshold=(0.1, 1.01))
 
     def unused(self) -> dict[str, str]:
-        found = {}
+        reasons = {}
         if self.fold is None:
-            found["fold_threshold"] = "without fold=i/n: the dataset's own split is kept"
+            reasons["fold_threshold"] = "without fold=i/n: the dataset's own split is kept"
         if self.max_steps is not None:
-            found["epochs"] = f"with max_steps={self.max_steps}, which ends the run"
+            reasons["epochs"] = f"with max_steps={self.max_steps}, which ends the run"
         if self.model.head == "linear":
-            found["model.head_width"] = "with model.head=linear, which has no hidden units"
+            reasons["model.head_width"] = "with model.head=linear, which has no hidden units"
         if self.init_from is not None:
-            why = f"with init_from={self.init_from}, whose head is taken"
-            found |= dict.fromkeys(("model.head_init", "model.head_fit_images"), why)
+            reason = f"with init_from={self.init_from}, whose head is taken"
+            reasons |= dict.fromkeys(("model.head_init", "model.head_fit_images"), reason)
         elif self.model.weights == "random":
-            why = "with model.weights=random: batch norms without pre-training learn their statistics"
-            found["model.freeze_bn_stats"] = why
+            reason = "with model.weights=random: batch norms without pre-training learn their statistics"
+            reasons["model.freeze_bn_stats"] = reason
         if self.model.freeze == "all":
-            why = "with model.freeze=all: the backbone does not train"
-            found |= dict.fromkeys(("optim.lr", "optim.layer_decay"), why)
+            reason = "with model.freeze=all: the backbone does not train"
+            reasons |= dict.fromkeys(("optim.lr", "optim.layer_decay"), reason)
             if self.optim.head_warmup_lr is None:
-                found["optim.head_warmup_epochs"] = (
+                reasons["optim.head_warmup_epochs"] = (
                     "with model.freeze=all and no optim.head_warmup_lr: the head trains alone anyway"
                 )
-        return found
+        return reasons
 
 
 def _outside(settings: object, **bounds: tuple[float, float]) -> list[str]:
@@ -419,13 +421,13 @@ class KnnSettings:
     """Whether the search compares every vector; null decides by their number."""
 
     def validate(self) -> list[str]:
-        found = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
-        found += (
+        problems = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
+        problems += (
             [] if self.similarity_exponent >= 0 else [f"similarity_exponent: {self.similarity_exponent} is below 0"]
         )
         if self.prompt_index is not None and not (self.backbone or "").startswith(("open_clip:", "local-dir:")):
-            found.append(f"backbone: {self.backbone} has no text tower for prompt_index; name open_clip:MODEL/TAG")
-        return found
+            problems.append(f"backbone: {self.backbone} has no text tower for prompt_index; name open_clip:MODEL/TAG")
+        return problems
 
 
 @dataclass(frozen=True)
@@ -440,11 +442,13 @@ class RetrieveSettings:
     """Weight of the retrieved vector in blend, 0 to 1; the regressor's vector has the rest."""
 
     def validate(self) -> list[str]:
-        found = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
-        found += (
+        problems = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
+        problems += (
             [] if self.similarity_exponent >= 0 else [f"similarity_exponent: {self.similarity_exponent} is below 0"]
         )
-        return found + ([] if 0 <= self.blend_weight <= 1 else [f"blend_weight: {self.blend_weight} is outside 0 to 1"])
+        return problems + (
+            [] if 0 <= self.blend_weight <= 1 else [f"blend_weight: {self.blend_weight} is outside 0 to 1"]
+        )
 
 
 @dataclass(frozen=True)
@@ -514,25 +518,27 @@ class EvaluateSettings:
     """Kind of device; auto takes a GPU where there is one."""
 
     def validate(self) -> list[str]:
-        found = [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
+        problems = [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
         if not self.embedders:
-            found.append(f"embedders: empty; name some of {', '.join(EMBEDDERS)}, or folders of checkpoints")
+            problems.append(f"embedders: empty; name some of {', '.join(EMBEDDERS)}, or folders of checkpoints")
         for name in self.embedders:
             if name not in EMBEDDERS and not Path(name).is_dir():
                 near = difflib.get_close_matches(name, EMBEDDERS, 3, 0.4) or EMBEDDERS
-                found.append(f"embedders: {name!r} is neither an embedder nor a folder; did you mean {', '.join(near)}")
-        found += [
+                problems.append(
+                    f"embedders: {name!r} is neither an embedder nor a folder; did you mean {', '.join(near)}"
+                )
+        problems += [
             f"embedders: {name} is named twice"
             for name in sorted(set(self.embedders))
             if self.embedders.count(name) > 1
         ]
-        return found
+        return problems
 
     def unused(self) -> dict[str, str]:
-        asked = set(self.embedders)
+        requested = set(self.embedders)
         on_features = {"ridge"} | ({"knn"} if self.knn.prompt_index is None else set())
         prompt_files = [
-            str(place) for place in (self.prompt_index, self.knn.prompt_index if "knn" in asked else None) if place
+            str(place) for place in (self.prompt_index, self.knn.prompt_index if "knn" in requested else None) if place
         ]
         needs = [
             (("knn.neighbours", "knn.similarity_exponent", "knn.prompt_index", "knn.exact"), {"knn"}),
@@ -548,14 +554,14 @@ class EvaluateSettings:
         ]
         if self.run is not None:  # else it says which run is meant
             needs.append((("checkpoint",), {"regressor", "retrieve", "blend"}))
-        found = {
+        reasons = {
             key: f"without {' or '.join(sorted(embedders))} in embedders"
             for keys, embedders in needs
-            if not embedders & asked
+            if not embedders & requested
             for key in keys
         }
         if not any(place.lower().endswith(_WITH_COLUMNS) for place in prompt_files):
-            found["column"] = (
+            reasons["column"] = (
                 f"without a file of columns ({', '.join(_WITH_COLUMNS)}) in prompt_index or knn.prompt_index"
             )
-        return found
+        return reasons

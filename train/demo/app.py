@@ -60,16 +60,16 @@ class DemoSettings:
     """Whether to open the page in a browser."""
 
     def validate(self) -> list[str]:
-        found = [f"neighbours: {self.neighbours} is outside 1 to 100"] if not 1 <= self.neighbours <= 100 else []
+        problems = [f"neighbours: {self.neighbours} is outside 1 to 100"] if not 1 <= self.neighbours <= 100 else []
         if not 0 <= self.port <= 65535:
-            found.append(f"port: {self.port} is outside 0 to 65535")
+            problems.append(f"port: {self.port} is outside 0 to 65535")
         if not 0 < self.max_upload_mb <= 1000:
-            found.append(f"max_upload_mb: {self.max_upload_mb:g} is outside 0 to 1000")
+            problems.append(f"max_upload_mb: {self.max_upload_mb:g} is outside 0 to 1000")
         if not 1 <= self.max_pixels <= _PIXEL_LIMIT:
-            found.append(f"max_pixels: {self.max_pixels:,} is outside 1 to {_PIXEL_LIMIT:,}")
+            problems.append(f"max_pixels: {self.max_pixels:,} is outside 1 to {_PIXEL_LIMIT:,}")
         names = self.baselines or ()
-        found += [f"baselines: {name!r} is none of {', '.join(OFFERED)}" for name in names if name not in OFFERED]
-        return found + [f"baselines: {name} is named twice" for name in OFFERED if names.count(name) > 1]
+        problems += [f"baselines: {name!r} is none of {', '.join(OFFERED)}" for name in names if name not in OFFERED]
+        return problems + [f"baselines: {name} is named twice" for name in OFFERED if names.count(name) > 1]
 
     def unused(self) -> dict[str, str]:
         needs_run = self.baselines is None or {"knn", "ridge"} & set(self.baselines)

@@ -74,7 +74,7 @@ def evaluate_embedders(cfg: EvaluateSettings) -> EvaluationResult:
         log_leakage(name, overlaps[name].counts())
     predictions = predict(list(embedders.values()), context.images, context.rows, cfg.batch_size, cfg.workers)
     places = [context.images.place(row) for row in predictions.rows]
-    targets = [dataset.targets(own) for dataset, own in places]
+    targets = [dataset.targets(dataset_row) for dataset, dataset_row in places]
     if {"retrieve", "blend"} & set(cfg.embedders):
         assert index is not None
         _retrieve(cfg, predictions, index)
@@ -102,7 +102,10 @@ def evaluate_embedders(cfg: EvaluateSettings) -> EvaluationResult:
         "encoder": context.encoder,
         "checkpoint": None if context.folder is None else str(context.folder),
         "folders": {name: str(folder) for name, folder in folders.items()},
-        "leakage": {"cosine": NEAR, "embedders": {name: own.to_json() for name, own in leakage.items()}},
+        "leakage": {
+            "cosine": NEAR,
+            "embedders": {name: dataset_row.to_json() for name, dataset_row in leakage.items()},
+        },
         "images": len(predictions.rows),
         "skipped": predictions.skipped,
         "main": main,

@@ -327,5 +327,5 @@ class EmbedderRegistry:
         parts = [folder.name] if run in (None, folder) else [run.name, folder.name]
         name = re.sub(r"[^A-Za-z0-9._-]+", "-", "-".join(part for part in parts if part != "best") or folder.name)
         name = name.strip("._-")[:90] or "embedder"
-        taken = {*EMBEDDERS, *self.folders}
-        return next(n for n in [name, *(f"{name}-{k}" for k in range(2, 1000))] if n not in taken)
+        used_names = {*EMBEDDERS, *self.folders}
+        return next(n for n in [name, *(f"{name}-{k}" for k in range(2, 1000))] if n not in used_names)

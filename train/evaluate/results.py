@@ -128,13 +128,13 @@ def leakage_of(info: Mapping[str, Any]) -> dict[str, LeakageCounts]:
     return {score["name"]: LeakageCounts.from_json(embedders[score["name"]]) for score in info["scores"]}
 
 
-def validation_counts(about: Path) -> dict[str, LeakageCounts] | None:
+def validation_counts(path: Path) -> dict[str, LeakageCounts] | None:
     """Read the leakage counts of each validation set from a run's about.json; None where they are not in it.
 
     Earlier versions did not write them.
     """
     try:
-        values = json.loads(about.read_text(encoding="utf-8"))["leakage"]
+        values = json.loads(path.read_text(encoding="utf-8"))["leakage"]
         return {name: LeakageCounts.from_json(value) for name, value in values.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -201,10 +201,10 @@ def trend(x_N: NDArray[np.floating], score_N: NDArray[np.floating], prompt_N: ND
     Args:
         prompt_N: prompt number of each image; intervals resample prompts, because images of one prompt are dependent.
     """
-    whole = bool((x_N == np.rint(x_N)).all())
+    is_integer = bool((x_N == np.rint(x_N)).all())
     groups = [
         (x_N[group.mask_n].mean(), *bootstrap(score_N[group.mask_n].astype(np.float64), group_n=prompt_N[group.mask_n]))
-        for group in bins(x_N, int(np.clip(len(x_N) // 20, 1, 8)), whole=whole, least=10)
+        for group in bins(x_N, int(np.clip(len(x_N) // 20, 1, 8)), whole=is_integer, least=10)
     ]
     x_G, mean_G, low_G, high_G = np.array(groups, dtype=np.float64).T
     return x_G, mean_G, low_G, high_G

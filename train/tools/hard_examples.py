@@ -45,15 +45,15 @@ class HardSettings:
     """Kind of device; auto takes a GPU where there is one."""
 
     def validate(self) -> list[str]:
-        found = [] if 0 < self.keep < 1 else [f"keep: {self.keep} is not above 0 and below 1"]
-        found += [] if self.weight > 0 else [f"weight: {self.weight} is not above 0"]
+        problems = [] if 0 < self.keep < 1 else [f"keep: {self.keep} is not above 0 and below 1"]
+        problems += [] if self.weight > 0 else [f"weight: {self.weight} is not above 0"]
         if self.weight == 1 and not self.drop:
-            found.append("weight: 1 gives hard images the weight of the others; use more, or drop=true")
+            problems.append("weight: 1 gives hard images the weight of the others; use more, or drop=true")
         if self.batch_size < 1:
-            found.append(f"batch_size: {self.batch_size} is below 1")
+            problems.append(f"batch_size: {self.batch_size} is below 1")
         if self.out.suffix not in (".parquet", ".csv"):
-            found.append(f"out: {self.out} is neither .parquet nor .csv")
-        return found
+            problems.append(f"out: {self.out} is neither .parquet nor .csv")
+        return problems
 
 
 def hard_weights(score_n: NDArray[np.floating], keep: float, weight: float, *, drop: bool) -> NDArray[np.float32]:

@@ -51,11 +51,11 @@ class InterpolateSettings:
     """Kind of device; auto takes a GPU where there is one."""
 
     def validate(self) -> list[str]:
-        found = [f"alpha: {alpha} is outside 0 (a) to 1 (b)" for alpha in self.alpha if not 0 <= alpha <= 1]
-        found += [] if self.alpha else ["alpha: empty; give at least one weight, such as 0.5"]
-        found += ["alpha: a weight is given twice"] if len(set(self.alpha)) < len(self.alpha) else []
-        found += [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
-        return found + ([f"b: {self.b} is the same checkpoint as a"] if self.a == self.b else [])
+        problems = [f"alpha: {alpha} is outside 0 (a) to 1 (b)" for alpha in self.alpha if not 0 <= alpha <= 1]
+        problems += [] if self.alpha else ["alpha: empty; give at least one weight, such as 0.5"]
+        problems += ["alpha: a weight is given twice"] if len(set(self.alpha)) < len(self.alpha) else []
+        problems += [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
+        return problems + ([f"b: {self.b} is the same checkpoint as a"] if self.a == self.b else [])
 
     def unused(self) -> dict[str, str]:
         scoring = ("split", "batch_size", "workers", "accelerator")

@@ -37,23 +37,23 @@ class SearchSettings:
     """Number of images per optimizer step."""
 
     def validate(self) -> list[str]:
-        found = [] if self.heads else ["heads: empty; name ridge, linear or wide"]
+        problems = [] if self.heads else ["heads: empty; name ridge, linear or wide"]
         if "ridge" in self.heads and not self.penalties:
-            found.append("penalties: empty; give ridge at least one")
+            problems.append("penalties: empty; give ridge at least one")
         if {"linear", "wide"} & set(self.heads) and not self.lrs:
-            found.append("lrs: empty; give linear and wide at least one")
-        found += [f"penalties: {p} is below 0" for p in self.penalties if not p >= 0]
-        found += [f"lrs: {lr} is not above 0" for lr in self.lrs if not lr > 0]
-        found += [] if self.epochs > 0 else [f"epochs: {self.epochs} is not above 0"]
-        return found + ([] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"])
+            problems.append("lrs: empty; give linear and wide at least one")
+        problems += [f"penalties: {p} is below 0" for p in self.penalties if not p >= 0]
+        problems += [f"lrs: {lr} is not above 0" for lr in self.lrs if not lr > 0]
+        problems += [] if self.epochs > 0 else [f"epochs: {self.epochs} is not above 0"]
+        return problems + ([] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"])
 
     def unused(self) -> dict[str, str]:
-        found = {}
+        reasons = {}
         if "ridge" not in self.heads:
-            found["penalties"] = "without ridge in probe.heads"
+            reasons["penalties"] = "without ridge in probe.heads"
         if set(self.heads) == {"ridge"}:
-            found |= dict.fromkeys(("lrs", "epochs", "batch_size"), _CLOSED_FORM)
-        return found
+            reasons |= dict.fromkeys(("lrs", "epochs", "batch_size"), _CLOSED_FORM)
+        return reasons
 
 
 _NOT_OF_A_SEARCH = (
@@ -88,19 +88,19 @@ class ProbeSettings(TrainSettings):
     """Heads, penalties and learning rates to try."""
 
     def validate(self) -> list[str]:
-        found = super().validate()
+        problems = super().validate()
         if self.model.head_init == "text" and set(self.probe.heads) != {"ridge"}:
-            found.append("model.head_init: text is not supported in a search over heads; use ridge or random")
-        return found
+            problems.append("model.head_init: text is not supported in a search over heads; use ridge or random")
+        return problems
 
     def unused(self) -> dict[str, str]:
-        shared = {key: why for key, why in super().unused().items() if key == "fold_threshold"}
-        found = shared | dict.fromkeys(_NOT_OF_A_SEARCH, "in a search over heads on frozen features")
+        shared = {key: reason for key, reason in super().unused().items() if key == "fold_threshold"}
+        reasons = shared | dict.fromkeys(_NOT_OF_A_SEARCH, "in a search over heads on frozen features")
         if self.wandb != "off":
-            found["wandb"] = "in a search over heads, which writes no log of steps"
+            reasons["wandb"] = "in a search over heads, which writes no log of steps"
         if "wide" in self.probe.heads:
-            found.pop("model.head_width", None)
+            reasons.pop("model.head_width", None)
         if set(self.probe.heads) == {"ridge"}:
             by_steps = ("loss", "optim", "model.head_init", "data.one_image_per_prompt", "dataset_repeats")
-            found |= dict.fromkeys(by_steps, _CLOSED_FORM)
-        return found
+            reasons |= dict.fromkeys(by_steps, _CLOSED_FORM)
+        return reasons
