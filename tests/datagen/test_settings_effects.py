@@ -242,7 +242,7 @@ DATAGEN_SETTINGS: Entries = {
     ],
     "devices": [
         refused(f"devices: {UNUSED}with renderer=glyphs on the CPU", "devices=2"),
-        without_gpu(refused("devices: 2 GPUs .* runs on the CPU here", *TWO_GPUS, given=SD2)),
+        without_gpu(refused("devices: 2 GPUs .* runs on the CPU of this machine", *TWO_GPUS, given=SD2)),
         refused(f"devices: {UNUSED}with renderer.device=cuda:1", "devices=2", "renderer.device=cuda:1", given=SD2),
         only_on_gpu("each device is a GPU"),
     ],

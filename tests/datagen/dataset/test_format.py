@@ -274,7 +274,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken index": (lambda r: os.truncate(r / "shards/000001.parquet", 900), "000001.parquet is damaged .*copy it"),
     "missing shard": (
         lambda r: (r / "shards/000001.parquet").unlink(),
-        r"1 of 2 shards are missing \(000001\): finish it by the python -m datagen command",
+        r"1 of 2 shards are missing \(000001\): repeat the python -m datagen command",
     ),
     "another index": (another_index, "its index has 50 rows, but dataset.json says 60: .*copy it again"),
     "missing tar": (lambda r: tar(r).unlink(), "000001.tar is missing; copy it again, or remove .*000001.parquet and"),
