@@ -2,7 +2,7 @@
 """Training step on a CPU, against a loop written by hand. `python -m benchmarks.step [--json FILE] [--tiny]`, minutes.
 
 Ours is `train.fit.fit`, which is `python -m train`, with all that a step of it does: seeds, draws, losses logged and
-checked, progress, resume points. The peer is what a user would write for the same run: a DataLoader over the same
+checked, progress, resume checkpoints. The peer is what a user would write for the same run: a DataLoader over the same
 images in the same order, loss, backward pass, gradient clipping, AdamW, LambdaLR. That both do the same work is
 checked: their weights are the same at the end, to the bit. The model is the quickstart's, EfficientNet-Lite0 with
 random weights, at 96 px and 16 images a step; the first steps are left out. Both run on one thread; rounds alternate,

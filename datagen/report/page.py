@@ -370,11 +370,11 @@ def _splits(page: "Page", info: Mapping[str, Any]) -> None:
 def _rate(page: "Page", work: Work) -> None:
     from report import plots
 
-    page.section("Rate", "Images a second over the time of work; pauses between runs are left out.")
+    page.section("Rate", "Images per second of working time; pauses between runs are left out.")
     pauses = " Dotted: where a run went on after a pause." if work.resumed else ""
     shards_done = len(work.starts)
     page.figure(
-        plots.rate(work.starts, work.ends, work.images, label="Images a second", resumed=work.resumed),
+        plots.rate(work.starts, work.ends, work.images, label="Images per second", resumed=work.resumed),
         f"{work.images.sum():,} images in {shards_done:,} shards, {duration(work.seconds)} of work.{pauses}",
     )
 

@@ -168,7 +168,7 @@ INTRICATE = (
 def test_run_resumed_at_any_checkpoint_is_bitwise_equal(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every resume point that one run writes is kept and gone on from: as if killed at every step."""
+    """Resume from every checkpoint that one run writes, as if it was killed at every step."""
     points: list[tuple[Path, int]] = []
     write = ResumeCheckpoint._save
 

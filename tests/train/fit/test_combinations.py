@@ -183,7 +183,7 @@ def test_init_from_of_another_encoder_is_refused(tiny_run: Path, small_data: Pat
 
 
 def test_initialised_head_is_reused_after_restart(small_data: Path, tmp_path: Path) -> None:
-    """A run killed before its first resume point does not go over its images again."""
+    """A run killed before its first resume checkpoint does not compute its features again."""
     head = make("test_vit", "random", 32, small_dataset.WIDTH).head
     (tmp_path / "run").mkdir()
     tensor_files.save(dict(head.state_dict()), tmp_path / "run/head_init.safetensors")
@@ -241,7 +241,7 @@ def test_dry_run_reports_cost_and_writes_nothing(
 
 
 def test_nan_loss_ends_run_and_saves_batch(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An infinite weight at step 4: the resume point is that of step 3, and the batch is kept."""
+    """An infinite weight at step 4 leaves the resume checkpoint of step 3 and saves the batch."""
     step = Training.training_step
 
     def broken(self: Training, batch: Any, number: int) -> Any:

@@ -103,7 +103,7 @@ def test_sharded_weights_train_like_full_ones(batch: int, small_data: Path, tmp_
 
 @pytest.mark.slow
 def test_fsdp_run_resumes(small_data: Path, tmp_path: Path) -> None:
-    """Killed after a resume point: as if by a machine that was taken away."""
+    """Kill a run after a resume checkpoint, as if the machine was lost."""
     parts: tuple[str, ...] = ("optim.ema=0.9", "model.freeze=1", "epochs=2", "save_every=2")
     ranked(small_data, tmp_path / "whole", *parts, *FSDP)
     process = commands.start(

@@ -1,5 +1,4 @@
-"""Resume points: written with a checksum, read back, and refused by name when damaged; a kill or a full disk at any
-moment leaves a whole one.
+"""Resume checkpoints: checksums, verification after writing, damage, and an intact one after any kill or full disk.
 
 The slow ones start commands: `pytest tests/train/fit/test_resume.py -m slow`.
 """
@@ -32,7 +31,7 @@ EACH_STEP = "save_every=1"
 
 @pytest.fixture
 def stopped_run(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that was stopped after step 4 of 10: resume points of steps 4 and 3."""
+    """Run stopped after step 4 of 10, with resume checkpoints of steps 4 and 3."""
     run = tmp_path / "run"
     stop_at(4, small_data, run, monkeypatch)
     assert steps(run) == {"resume.ckpt": 4, "resume.previous.ckpt": 3}
