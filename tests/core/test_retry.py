@@ -26,8 +26,10 @@ def test_retry_waits_as_given_and_reports_each_wait(times: int, monkeypatch: pyt
     reported: list[tuple[str, float]] = []
     monkeypatch.setattr(time, "sleep", slept.append)
     calls, work = failing(times, OSError("slow"))
-    found = retry(work, waits_s=(0.5, 2), is_transient=lambda _: True, report=lambda e, s: reported.append((str(e), s)))
-    assert found == "done"
+    actual = retry(
+        work, waits_s=(0.5, 2), is_transient=lambda _: True, report=lambda e, s: reported.append((str(e), s))
+    )
+    assert actual == "done"
     assert len(calls) == times + 1
     assert slept == [0.5, 2][:times]
     assert reported == [("slow", wait_s) for wait_s in slept]

@@ -75,8 +75,8 @@ class Client:
 
     def contents(self, prefix: str = "data") -> dict[str, bytes]:
         """Every object below the prefix."""
-        found = self._s3.list_objects_v2(Bucket=self.bucket, Prefix=f"{prefix}/").get("Contents", [])
-        names = [o["Key"] for o in found]
+        actual = self._s3.list_objects_v2(Bucket=self.bucket, Prefix=f"{prefix}/").get("Contents", [])
+        names = [o["Key"] for o in actual]
         return {name.removeprefix(f"{prefix}/"): self.get(name) for name in names}
 
     def get(self, key: str) -> bytes:
@@ -102,13 +102,13 @@ class Client:
 @pytest.fixture
 def line(server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     """The way to the server of this process and those it starts; an empty cache; no long waits."""
-    found = Line(server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{found.port}")
+    actual = Line(server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{actual.port}")
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(retry, "_STORE_WAITS_S", (0.01, 0.01, 0.01, 0.01))
     S3FileSystem.clear_instance_cache()
-    yield found
-    found.close()
+    yield actual
+    actual.close()
     S3FileSystem.clear_instance_cache()
 
 
@@ -194,8 +194,8 @@ def test_workers_read_what_their_parent_reads(here: Path, uploaded: Location, li
     dataset, ours = Dataset(uploaded, small_dataset.ENCODER), Dataset(here, small_dataset.ENCODER)
     line.requests.clear()
     with multiprocessing.get_context("spawn").Pool(2) as pool:
-        found = pool.map(dataset.image_bytes, range(52), chunksize=13)
-    assert found == [ours.image_bytes(i) for i in range(52)]
+        actual = pool.map(dataset.image_bytes, range(52), chunksize=13)
+    assert actual == [ours.image_bytes(i) for i in range(52)]
     assert not [r for r in line.requests if "list-type" in r]  # they have their parent's listing
 
 

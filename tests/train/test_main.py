@@ -101,8 +101,8 @@ def test_best_checkpoint_has_best_validation_score(tiny_run: Path, small_data: P
 def test_a_checkpoint_carries_the_mean_target(tiny_run: Path, small_data: Path) -> None:
     dataset = Dataset(small_data, small_dataset.ENCODER)
     mean_E = np.mean([dataset.target(row) for row in dataset.rows("train")], axis=0)
-    found, probes, _ = checkpoint.load_extras(tiny_run / "best")
-    np.testing.assert_allclose(found, mean_E / np.linalg.norm(mean_E), atol=1e-6)
+    actual, probes, _ = checkpoint.load_extras(tiny_run / "best")
+    np.testing.assert_allclose(actual, mean_E / np.linalg.norm(mean_E), atol=1e-6)
     assert len(probes) == 8
 
 
@@ -415,12 +415,12 @@ def test_failed_start_writes_nothing(small_data: Path, tmp_path: Path) -> None:
         "timm has no 'test_vitt'": (small_data, ("model.backbone=test_vitt",)),
         "model.freeze: 99 is over the 6 blocks": (small_data, ("model.freeze=99",)),
     }
-    found = {}
+    actual = {}
     for words, (data, overrides) in cases.items():
         with pytest.raises(UserError, match=words):
             train(data, tmp_path / "run", *overrides)
-        found[words] = sorted(p.name for p in tmp_path.rglob("*"))
-    assert not any(found.values()), found
+        actual[words] = sorted(p.name for p in tmp_path.rglob("*"))
+    assert not any(actual.values()), actual
 
 
 def test_user_error_exits_with_2_without_traceback(

@@ -77,13 +77,13 @@ def test_augment_of_empty_batch() -> None:
 def test_crop_matches_pillow(images: torch.Tensor) -> None:
     box_4B = boxes(uniform(torch.arange(6), 4, 0), (0.1, 1), (3 / 4, 4 / 3), SIDE)
     cropped = crop_and_resize(images, box_4B)
-    for image, found, (top, left, height, width) in zip(images, cropped, box_4B.T.tolist(), strict=True):
+    for image, actual, (top, left, height, width) in zip(images, cropped, box_4B.T.tolist(), strict=True):
         box = (left, top, left + width, top + height)
-        assert apart(found, pillow(image).crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) <= 1
+        assert apart(actual, pillow(image).crop(box).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) <= 1
         reference = vision.resized_crop(
             image, top, left, height, width, [SIDE, SIDE], vision.InterpolationMode.BICUBIC, antialias=True
         )
-        assert (found.int() - reference.int()).abs().max() <= 2
+        assert (actual.int() - reference.int()).abs().max() <= 2
     whole = torch.tensor([[0], [0], [SIDE], [SIDE]]).expand(4, 6)
     assert crop_and_resize(images, whole).equal(images)
 
@@ -115,8 +115,8 @@ def test_flip_mirrors_half_of_the_images(images: torch.Tensor) -> None:
 
 @pytest.mark.parametrize(("brightness", "contrast"), [(1.4, 1.0), (0.6, 1.0), (1.0, 1.5), (1.0, 0.5), (1.3, 1.3)])
 def test_jitter_matches_pillow_and_torchvision(images: torch.Tensor, brightness: float, contrast: float) -> None:
-    found = jitter(images, torch.full((6,), brightness), torch.full((6,), contrast))
-    for image, changed in zip(images, found, strict=True):
+    actual = jitter(images, torch.full((6,), brightness), torch.full((6,), contrast))
+    for image, changed in zip(images, actual, strict=True):
         brighter = ImageEnhance.Brightness(pillow(image)).enhance(brightness)
         assert apart(changed, ImageEnhance.Contrast(brighter).enhance(contrast)) <= 2
         reference = vision.adjust_contrast(vision.adjust_brightness(image, brightness), contrast)
@@ -126,23 +126,23 @@ def test_jitter_matches_pillow_and_torchvision(images: torch.Tensor, brightness:
 def test_jitter_stays_within_its_bound_and_reaches_it() -> None:
     """A mid-grey image shows the brightness alone."""
     grey = torch.full((3000, 3, 2, 2), 100, dtype=torch.uint8)
-    found = augment(grey, torch.arange(3000), 0, 0, replace(OFF, jitter=0.2))[:, 0, 0, 0]
-    assert (found.min(), found.max()) == (80, 120)
-    assert abs(found.float().mean() - 100) < 1
+    actual = augment(grey, torch.arange(3000), 0, 0, replace(OFF, jitter=0.2))[:, 0, 0, 0]
+    assert (actual.min(), actual.max()) == (80, 120)
+    assert abs(actual.float().mean() - 100) < 1
 
 
 def test_erase_fills_only_its_box_with_mean_colour(images: torch.Tensor) -> None:
     box_4B = torch.tensor([[3, 10, 20, 30]] * 6).T
-    found = erase(images, box_4B, torch.tensor([True] * 5 + [False]))
-    for image, changed in zip(images[:5], found[:5], strict=True):
+    actual = erase(images, box_4B, torch.tensor([True] * 5 + [False]))
+    for image, changed in zip(images[:5], actual[:5], strict=True):
         colour = image.float().mean((1, 2)).round().to(torch.uint8)
         assert changed.equal(vision.erase(image, 3, 10, 20, 30, colour[:, None, None]))
-    assert found[5].equal(images[5])
+    assert actual[5].equal(images[5])
 
 
 def test_erase_has_given_probability(images: torch.Tensor) -> None:
-    found = augment(images[:1].expand(3000, -1, -1, -1), torch.arange(3000), 0, 0, replace(OFF, erase=0.25))
-    share_B = (found != images[0]).any(1).float().mean((1, 2))
+    actual = augment(images[:1].expand(3000, -1, -1, -1), torch.arange(3000), 0, 0, replace(OFF, erase=0.25))
+    share_B = (actual != images[0]).any(1).float().mean((1, 2))
     assert abs((share_B > 0).float().mean() - 0.25) < 0.03
     erased = share_B[share_B > 0]
     assert erased.min() > 0.01
@@ -170,6 +170,6 @@ def test_augmentation_is_exact_under_autocast(images: torch.Tensor) -> None:
 @pytest.mark.gpu
 def test_augmentation_on_gpu_matches_cpu_within_one_level(images: torch.Tensor) -> None:
     row_B = torch.arange(6)
-    found = augment(images.cuda(), row_B.cuda(), 4, 0, ALL).cpu()
-    difference = (found.int() - augment(images, row_B, 4, 0, ALL).int()).abs()
+    actual = augment(images.cuda(), row_B.cuda(), 4, 0, ALL).cpu()
+    difference = (actual.int() - augment(images, row_B, 4, 0, ALL).int()).abs()
     assert difference.max() <= 2

@@ -57,13 +57,13 @@ def contents(cache: Path) -> dict[str, bytes]:
 def test_cached_features_equal_backbone_outputs_bitwise(data: Path) -> None:
     known, frozen = images(data), model()
     rows = known.datasets[0].rows("train")
-    found = Features(frozen, known, rows, 8)
+    actual = Features(frozen, known, rows, 8)
     with torch.inference_mode():
         batches = [known.__getitems__(rows[i : i + 8].tolist()) for i in range(0, len(rows), 8)]
         expected = torch.cat([frozen.eval().features(batch.image_BCHW) for batch in batches]).numpy()
     targets = normalize(torch.cat([batch.target_BE for batch in batches]), dim=-1).numpy()
     again = Features(model(), known, rows, 8)
-    for each in (found, again):
+    for each in (actual, again):
         assert np.array_equal(each.all(), expected)
         assert np.array_equal(each.row_n, rows)
         x, y = (np.concatenate(part) for part in zip(*each.batches(), strict=True))
@@ -111,10 +111,10 @@ def test_cache_of_earlier_versions_is_hit(data: Path, cache: Path) -> None:
         (folder / f"{number:06d}.json").write_text(json.dumps(record, indent=1) + "\n")
     before = contents(cache)
     frozen.backbone.register_forward_hook(lambda *_: pytest.fail("nothing is to be computed"))
-    found = Features(frozen, known, rows, 8)
-    assert found.folder == folder
-    assert np.array_equal(found.all(), x_nD)
-    assert found.bad == [(bad, "a reason")]
+    actual = Features(frozen, known, rows, 8)
+    assert actual.folder == folder
+    assert np.array_equal(actual.all(), x_nD)
+    assert actual.bad == [(bad, "a reason")]
     assert contents(cache) == before
 
 
@@ -152,10 +152,10 @@ def test_cache_key_ignores_head_path_and_other_datasets(data: Path, tmp_path: Pa
 def test_images_of_several_datasets_in_any_order(data: Path, tmp_path: Path) -> None:
     known = images(data, small_dataset.write(tmp_path / "other", seed=1))
     rows = np.random.default_rng(0).permutation(len(known))
-    found = Features(model(), known, rows, 8)
+    actual = Features(model(), known, rows, 8)
     with torch.inference_mode():
         each = [model().eval().features(known.__getitems__([row]).image_BCHW) for row in rows.tolist()]
-    torch.testing.assert_close(torch.from_numpy(found.all()), torch.cat(each), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(torch.from_numpy(actual.all()), torch.cat(each), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -174,10 +174,10 @@ def test_unreadable_images_are_listed_until_they_are_fixed(data: Path, caplog: p
     keys = [small_dataset.corrupt(data, row) for row in bad]
     for _ in range(2):
         caplog.clear()
-        found = Features(model(), images(data), rows, 8)
-        assert [key for key, _ in found.bad] == keys
-        assert np.array_equal(found.row_n, np.setdiff1d(rows, bad))
-        assert len(found.all()) == len(rows) - 2
+        actual = Features(model(), images(data), rows, 8)
+        assert [key for key, _ in actual.bad] == keys
+        assert np.array_equal(actual.row_n, np.setdiff1d(rows, bad))
+        assert len(actual.all()) == len(rows) - 2
         assert f"2 of 38 images could not be read, and have no features: {keys[0]}: " in caplog.text
     for path, content in tars.items():
         path.write_bytes(content)
@@ -197,21 +197,21 @@ def test_no_readable_image_is_refused(data: Path) -> None:
 def test_damaged_chunk_is_computed_again(data: Path, cache: Path, caplog: pytest.LogCaptureFixture) -> None:
     known = images(data)
     rows = known.datasets[0].rows("train")
-    found = Features(model(), known, rows, 8)
+    actual = Features(model(), known, rows, 8)
     before = contents(cache)
-    assert found.folder is not None
-    (found.folder / "000001.npy").write_bytes(b"\x93NUMPY")
-    (found.folder / "000002.json").unlink()
+    assert actual.folder is not None
+    (actual.folder / "000001.npy").write_bytes(b"\x93NUMPY")
+    (actual.folder / "000002.json").unlink()
     Features(model(), known, rows, 8)
     assert contents(cache) == before
     for name, place in (("000001.npy", 70), ("000001.npy", -3), ("000000.json", 20), ("000000.json", -5)):
-        content = bytearray((found.folder / name).read_bytes())
+        content = bytearray((actual.folder / name).read_bytes())
         content[place] ^= 1
-        (found.folder / name).write_bytes(content)
+        (actual.folder / name).write_bytes(content)
         caplog.clear()
         Features(model(), known, rows, 8)
         assert contents(cache) == before, (name, place)
-        assert f"{found.folder / name[:6]}.json is damaged" in caplog.text
+        assert f"{actual.folder / name[:6]}.json is damaged" in caplog.text
 
 
 def test_features_are_recomputed_without_disk_space(
@@ -226,15 +226,15 @@ def test_features_are_recomputed_without_disk_space(
     monkeypatch.setenv("IM2EMB_CACHE", str(cache.with_name("full")))
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(10**9, 10**9, 10_000))
     caplog.clear()
-    found = Features(model(), known, rows, 8)
+    actual = Features(model(), known, rows, 8)
     assert "0.00 GB free: each pass computes them again. Name a larger folder by IM2EMB_CACHE" in caplog.text
-    assert found.folder is None
-    for (x, y), (x2, y2) in zip(found.batches(), expected.batches(), strict=True):
+    assert actual.folder is None
+    for (x, y), (x2, y2) in zip(actual.batches(), expected.batches(), strict=True):
         assert np.array_equal(x, x2)
         assert np.array_equal(y, y2)
-    assert [key for key, _ in found.bad] == [bad]
-    assert np.array_equal(found.row_n, expected.row_n)
-    assert np.array_equal(found.all(), expected.all())
+    assert [key for key, _ in actual.bad] == [bad]
+    assert np.array_equal(actual.row_n, expected.row_n)
+    assert np.array_equal(actual.all(), expected.all())
     assert not cache.with_name("full").exists()
 
 
@@ -281,7 +281,7 @@ def test_killed_pass_resumes(data: Path, tmp_path: Path, monkeypatch: pytest.Mon
     frozen = model()
     passes: list[int] = []
     frozen.backbone.register_forward_hook(lambda *_: passes.append(1))
-    found = Features(frozen, known, rows, 8)
-    assert np.array_equal(found.all(), expected)
+    actual = Features(frozen, known, rows, 8)
+    assert np.array_equal(actual.all(), expected)
     assert 0 < len(passes) < 5, "written chunks are not computed again"
     assert contents(cache) == contents(tmp_path / "whole")

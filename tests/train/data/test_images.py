@@ -126,11 +126,11 @@ def test_loader_matches_direct_access(two: list[Path], workers: int) -> None:
     images = images_of(two)
     images.weight_N = np.linspace(0.5, 1.5, 24, dtype=np.float32)
     batches = SequentialBatchSampler(np.arange(24)[::-1], 7)
-    for found, rows in zip(loader(images, batches, workers), batches, strict=True):
-        assert isinstance(found, Batch)
+    for actual, rows in zip(loader(images, batches, workers), batches, strict=True):
+        assert isinstance(actual, Batch)
         wanted = images.__getitems__(rows)
         for name in ("image_BCHW", "target_BE", "row_B", "weight_B"):
-            assert getattr(found, name).equal(getattr(wanted, name)), name
+            assert getattr(actual, name).equal(getattr(wanted, name)), name
 
 
 def test_worker_pickle_contains_no_images_or_prompts(two: list[Path]) -> None:

@@ -170,8 +170,8 @@ def test_baselines_need_a_run(run: Path, tmp_path: Path) -> None:
         UserError, match=r"knn is fitted on images\nprompt_index: there are no prompts.*\n.*not in a run folder"
     ):
         model_and_run(cfg(f"checkpoint={tmp_path / 'bundle'}", "baselines=[mean,knn]"))
-    found = model_and_run(cfg(f"checkpoint={tmp_path / 'bundle'}", f"run={run}"))
-    assert found == (tmp_path / "bundle", run)
+    actual = model_and_run(cfg(f"checkpoint={tmp_path / 'bundle'}", f"run={run}"))
+    assert actual == (tmp_path / "bundle", run)
     with pytest.raises(UserError, match=r"nothing is not a checkpoint, bundle or ensemble"):
         model_and_run(cfg(f"checkpoint={tmp_path / 'nothing'}"))
 
@@ -317,9 +317,9 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         assert self._ready.wait(120), self.told
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", self.told)
-        assert found, self.told
-        self.port = int(found[1])
+        actual = re.search(r"http://127\.0\.0\.1:(\d+)", self.told)
+        assert actual, self.told
+        self.port = int(actual[1])
 
     def _read(self) -> None:
         assert self.process.stderr
@@ -360,9 +360,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    found = Server(run, tmp_path_factory.mktemp("uploads"), "max_upload_mb=4", "max_pixels=1000000")
-    yield found
-    found.close()
+    actual = Server(run, tmp_path_factory.mktemp("uploads"), "max_upload_mb=4", "max_pixels=1000000")
+    yield actual
+    actual.close()
 
 
 def form(data: Iterable[bytes], about: str) -> Iterator[bytes]:

@@ -117,8 +117,8 @@ def test_baselines_use_initial_backbone_of_the_run(
     by_hand = unit(((1 - far_Bk)[..., None] * y_nE[row_Bk]).sum(1))
     np.testing.assert_allclose(np.load(out / "predictions/knn.npy"), by_hand, atol=1e-4)
     ridges = [TheirRidge(alpha=share * x_nD.var(0).sum() * len(x_nD) / x_nD.shape[1]) for share in PENALTIES]
-    found = np.load(out / "predictions/ridge.npy")
-    errors = [np.abs(unit(ridge.fit(x_nD, y_nE).predict(new_BD)) - found).max() for ridge in ridges]
+    actual = np.load(out / "predictions/ridge.npy")
+    errors = [np.abs(unit(ridge.fit(x_nD, y_nE).predict(new_BD)) - actual).max() for ridge in ridges]
     assert min(errors) < 1e-3
 
 

@@ -120,7 +120,7 @@ def test_leakage_counts_match_brute_force(tmp_path: Path, monkeypatch: pytest.Mo
     evaluated, trained = image_set(judged, "val"), image_set(data, "train")
     monkeypatch.setattr(leakage, "_AT_ONCE", 7)
     monkeypatch.setattr("train.evaluate.trained_on._BLOCK", 11)
-    found = find_leakage(evaluated, {"a": [Origin("train", lambda: trained)]})["a"]
+    actual = find_leakage(evaluated, {"a": [Origin("train", lambda: trained)]})["a"]
 
     theirs = Dataset(data, listed_dataset.ENCODER)
     mine = Dataset(judged, listed_dataset.ENCODER)
@@ -130,12 +130,12 @@ def test_leakage_counts_match_brute_force(tmp_path: Path, monkeypatch: pytest.Mo
     for place, row in enumerate(range(len(mine))):
         equal = any("".join(c for c in text.lower() if c.isalnum()) in plain for text in mine.prompts(row))
         nearest = (mine.targets(row).astype(np.float64) @ vectors.T).max()
-        assert found.bytes_n[place] == (mine.image_bytes(row) in known_bytes)
-        assert found.prompts_n[place] == equal
-        assert found.near_n[place] == (equal or nearest >= 0.9)
-        assert found.nearest_n[place] == pytest.approx(nearest, abs=1e-6)
-    assert 0 < found.bytes_n.sum() < found.affected_n.sum() < 90
-    assert 0 < found.prompts_n.sum() < found.near_n.sum() < 90
+        assert actual.bytes_n[place] == (mine.image_bytes(row) in known_bytes)
+        assert actual.prompts_n[place] == equal
+        assert actual.near_n[place] == (equal or nearest >= 0.9)
+        assert actual.nearest_n[place] == pytest.approx(nearest, abs=1e-6)
+    assert 0 < actual.bytes_n.sum() < actual.affected_n.sum() < 90
+    assert 0 < actual.prompts_n.sum() < actual.near_n.sum() < 90
 
 
 def test_overlaps_of_training_sets_combine_and_unknown_sets_give_lower_bounds(other: Path, leaky: Path) -> None:
@@ -149,18 +149,18 @@ def test_overlaps_of_training_sets_combine_and_unknown_sets_give_lower_bounds(ot
         Origin("second", lambda: image_set(other, "val")),
         Origin("unknown", gone),
     )
-    found = find_leakage(
+    actual = find_leakage(
         evaluated, {"one": [first], "both": [first, second], "part": [first, unknown], "dark": [unknown], "none": []}
     )
-    assert found["one"].counts() == LeakageCounts(4, 1, 1, 2, 3)
-    assert found["both"].counts() == LeakageCounts(4, 4, 4, 4, 4)
-    assert found["part"].counts() == LeakageCounts(4, 1, 1, 2, 3, ("it is gone",))
-    assert found["dark"].counts() == LeakageCounts(4, None, None, None, None, ("it is gone",))
-    assert found["none"].counts() == LeakageCounts(4, 0, 0, 0, 0)
-    held_out = {name: overlap.counts().held_out for name, overlap in found.items()}
+    assert actual["one"].counts() == LeakageCounts(4, 1, 1, 2, 3)
+    assert actual["both"].counts() == LeakageCounts(4, 4, 4, 4, 4)
+    assert actual["part"].counts() == LeakageCounts(4, 1, 1, 2, 3, ("it is gone",))
+    assert actual["dark"].counts() == LeakageCounts(4, None, None, None, None, ("it is gone",))
+    assert actual["none"].counts() == LeakageCounts(4, 0, 0, 0, 0)
+    held_out = {name: overlap.counts().held_out for name, overlap in actual.items()}
     assert held_out == {"one": False, "both": False, "part": False, "dark": False, "none": True}
-    assert found["none"].counts().text() == "none of 4 images"
-    assert found["part"].counts().text().endswith("as far as is known; not known: it is gone")
+    assert actual["none"].counts().text() == "none of 4 images"
+    assert actual["part"].counts().text().endswith("as far as is known; not known: it is gone")
 
 
 def test_vectors_of_another_encoder_are_not_compared(tmp_path: Path) -> None:
@@ -171,9 +171,9 @@ def test_vectors_of_another_encoder_are_not_compared(tmp_path: Path) -> None:
     near = {"almost a dog": ("a dog", 0.95)}
     new = {"weights_sha256": "new"}
     evaluated = image_set(listed_dataset.write(tmp_path / "val", judged, near=near, identity=new), "val")
-    found = find_leakage(evaluated, {"a": [Origin("old", lambda: image_set(data, "train"))]})["a"].counts()
-    assert found.counts == (1, 1, 1, 2)
-    assert found.unknown == ("old: prompts at cosine ≥ 0.9, because another version of the encoder made its vectors",)
+    actual = find_leakage(evaluated, {"a": [Origin("old", lambda: image_set(data, "train"))]})["a"].counts()
+    assert actual.counts == (1, 1, 1, 2)
+    assert actual.unknown == ("old: prompts at cosine ≥ 0.9, because another version of the encoder made its vectors",)
 
 
 def test_damaged_counts_are_refused() -> None:
@@ -456,5 +456,5 @@ def test_circular_init_from_terminates(leaky_run: Path, tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_leakage_on_gpu_matches_cpu(other: Path, leaky: Path) -> None:
     evaluated, trained = image_set(other, "val"), image_set(leaky, "train")
-    found = find_leakage(evaluated, {"one": [Origin("first", lambda: trained)]}, torch.device("cuda"))["one"]
-    assert found.counts() == LeakageCounts(4, 1, 1, 2, 3)
+    actual = find_leakage(evaluated, {"one": [Origin("first", lambda: trained)]}, torch.device("cuda"))["one"]
+    assert actual.counts() == LeakageCounts(4, 1, 1, 2, 3)

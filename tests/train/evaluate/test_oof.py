@@ -67,9 +67,9 @@ def test_nearest_prompts_match_brute_force(images: ImageDataset, monkeypatch: py
         for z_E in query_NE
     ]
     expected = [sorted(((c, p) for p, c in kept.items()), reverse=True)[:4] for kept in best]
-    found = nearest_prompts(parts, query_NE, 4)
-    assert [[p for _, p in pairs] for pairs in found] == [[p for _, p in pairs] for pairs in expected]
-    assert np.allclose([[c for c, _ in pairs] for pairs in found], [[c for c, _ in pairs] for pairs in expected])
+    actual = nearest_prompts(parts, query_NE, 4)
+    assert [[p for _, p in pairs] for pairs in actual] == [[p for _, p in pairs] for pairs in expected]
+    assert np.allclose([[c for c, _ in pairs] for pairs in actual], [[c for c, _ in pairs] for pairs in expected])
 
 
 def test_a_prompt_of_many_images_is_named_once(small_data: Path) -> None:
@@ -115,11 +115,11 @@ def test_wandb_keeps_the_table_offline(
 ) -> None:
     rows, train = rows_of(images, "val"), rows_of(images, "train")
     shown = best_and_worst(model, images, rows, np.arange(len(rows)) / 20, train, count=2)
-    found = logged(tmp_path, monkeypatch, lambda logger: log_best_table(logger, images, shown, side=24))
-    assert found["columns"] == ["picture", "kind", "cosine", "prompt", "nearest training prompts", "key"]
-    assert [row[1:4] for row in found["data"]] == [[s.kind, s.score, s.prompt] for s in shown]
-    assert found["data"][0][4].splitlines() == [f"{cosine:.2f} {prompt}" for cosine, prompt in shown[0].near]
-    image = found["data"][0][0]
+    actual = logged(tmp_path, monkeypatch, lambda logger: log_best_table(logger, images, shown, side=24))
+    assert actual["columns"] == ["picture", "kind", "cosine", "prompt", "nearest training prompts", "key"]
+    assert [row[1:4] for row in actual["data"]] == [[s.kind, s.score, s.prompt] for s in shown]
+    assert actual["data"][0][4].splitlines() == [f"{cosine:.2f} {prompt}" for cosine, prompt in shown[0].near]
+    image = actual["data"][0][0]
     assert (image["_type"], image["width"], image["height"]) == ("image-file", 24, 24)
 
 
@@ -147,16 +147,16 @@ def test_run_end_writes_oof_and_best_table(
     data = ImageDataModule([Dataset(small_data, small_dataset.ENCODER)], [], cfg, training.PREPROCESSING)
     cpu = torch.device("cpu")
     with caplog.at_level(logging.INFO):
-        found = logged(tmp_path, monkeypatch, lambda logger: write_best_predictions(cfg, data, cpu, logger))
+        actual = logged(tmp_path, monkeypatch, lambda logger: write_best_predictions(cfg, data, cpu, logger))
     info = json.loads((run / "oof/fold.json").read_text())
     step = checkpoint.read_config(run / "best")["step"]
     assert (info["fold"], info["images"], info["step"]) == ("1/4", len(data.val_rows), step)
     assert f"out of fold 1/4: cosine {info['mean']:.4f} [{info['low']:.4f}, {info['high']:.4f}]" in caplog.text
     scores = np.load(run / "oof/scores.npy")
-    kinds = [row[1] for row in found["data"]]
+    kinds = [row[1] for row in actual["data"]]
     assert kinds == ["best"] * (len(kinds) // 2) + ["worst"] * (len(kinds) // 2)
-    assert found["data"][0][2] == pytest.approx(scores.max(), abs=1e-6)
-    assert found["data"][-1][2] == pytest.approx(scores.min(), abs=1e-6)
+    assert actual["data"][0][2] == pytest.approx(scores.max(), abs=1e-6)
+    assert actual["data"][-1][2] == pytest.approx(scores.min(), abs=1e-6)
     whole = training.cfg(small_data, tmp_path / "none")
     write_best_predictions(whole, ImageDataModule(data.images.datasets, [], whole, training.PREPROCESSING), cpu)
     assert not (tmp_path / "none").exists(), "there is no fold and no wandb"

@@ -70,10 +70,10 @@ def test_predictions_match_embedder_and_are_cached(images: ImageDataset) -> None
     assert Colours.calls == 34, "neither the name nor the other embedders are part of the identity"
     rows = images.datasets[0].rows("train").tolist()
     decoded = [images.decoded(row) for row in rows]
-    for found in (first, again):
-        assert found.rows == rows
-        np.testing.assert_allclose(found.vectors["b"], Colours(1).embed(decoded), atol=1e-6)
-        assert found.texts == {"b": [f"{image.float().mean():.1f}" for image in decoded]}
+    for actual in (first, again):
+        assert actual.rows == rows
+        np.testing.assert_allclose(actual.vectors["b"], Colours(1).embed(decoded), atol=1e-6)
+        assert actual.texts == {"b": [f"{image.float().mean():.1f}" for image in decoded]}
     np.testing.assert_array_equal(first.vectors["a"], again.vectors["other name"])
     assert again.seconds["b"] == first.seconds["b"], "the time of the first computation"
 
@@ -116,13 +116,13 @@ def test_image_that_became_readable_is_predicted(images: ImageDataset) -> None:
     tar = Path(str(dataset.root)) / "shards/000000.tar"
     sound = tar.read_bytes()
     key = small_dataset.corrupt(Path(str(dataset.root)), row)
-    found = run(images, embedder("a"))
-    assert [line["key"] for line in found.skipped] == [key]
-    assert len(found.vectors["a"]) == 16
+    actual = run(images, embedder("a"))
+    assert [line["key"] for line in actual.skipped] == [key]
+    assert len(actual.vectors["a"]) == 16
     tar.write_bytes(sound)
-    found = run(ImageDataset([Dataset(dataset.root, small_dataset.ENCODER)], Preprocessing(32)), embedder("a"))
-    assert not found.skipped
-    assert len(found.vectors["a"]) == 17
+    actual = run(ImageDataset([Dataset(dataset.root, small_dataset.ENCODER)], Preprocessing(32)), embedder("a"))
+    assert not actual.skipped
+    assert len(actual.vectors["a"]) == 17
 
 
 def test_vectors_that_cannot_be_scored_are_refused_by_name(images: ImageDataset) -> None:
@@ -169,18 +169,18 @@ def test_cache_of_earlier_versions_is_hit(images: ImageDataset, tmp_path: Path) 
         trailer = f"\nsha256 {hashlib.sha256(buffer.getvalue()).hexdigest()}\n".encode()
         (folder / f"{number:06d}.npz").write_bytes(buffer.getvalue() + trailer)
     before = {path: path.read_bytes() for path in files(tmp_path)}
-    found = run(images, embedder("a", telling=True))
+    actual = run(images, embedder("a", telling=True))
     assert Colours.calls == 0
-    np.testing.assert_array_equal(found.vectors["a"], z_nE)
-    assert found.texts == {"a": [f"text {at}" for at in range(16)]}
-    assert found.skipped == [{"key": key, "reason": "a reason"}]
-    assert found.seconds == {"a": 2.5}
+    np.testing.assert_array_equal(actual.vectors["a"], z_nE)
+    assert actual.texts == {"a": [f"text {at}" for at in range(16)]}
+    assert actual.skipped == [{"key": key, "reason": "a reason"}]
+    assert actual.seconds == {"a": 2.5}
     assert {path: path.read_bytes() for path in files(tmp_path)} == before
 
 
 def test_two_names_of_one_embedder_share_a_folder(images: ImageDataset, tmp_path: Path) -> None:
-    found = run(images, embedder("a"), embedder("b"))
-    np.testing.assert_array_equal(found.vectors["a"], found.vectors["b"])
+    actual = run(images, embedder("a"), embedder("b"))
+    np.testing.assert_array_equal(actual.vectors["a"], actual.vectors["b"])
     assert len({path.parent for path in files(tmp_path)}) == 1
 
 

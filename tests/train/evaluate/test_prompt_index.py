@@ -176,10 +176,10 @@ def test_interrupted_encoding_resumes(tmp_path: Path, encoder: str, monkeypatch:
     monkeypatch.setattr(TargetEncoder, "encode", stopping)
     with pytest.raises(KeyboardInterrupt):
         from_places([path], encoder).vectors  # noqa: B018
-    found = from_places([path], encoder).vectors
+    actual = from_places([path], encoder).vectors
     assert asked == [PROMPTS[:2], PROMPTS[2:4], "stopped", PROMPTS[4:]]
     monkeypatch.undo()
-    np.testing.assert_allclose(found, TargetEncoder(encoder).encode(PROMPTS), atol=1e-6)
+    np.testing.assert_allclose(actual, TargetEncoder(encoder).encode(PROMPTS), atol=1e-6)
 
 
 def test_an_approximate_index_is_built_once(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,12 +200,12 @@ def test_an_approximate_index_is_built_once(data: Path, monkeypatch: pytest.Monk
 def test_retriever_returns_weighted_mean_and_nearest_prompt(data: Path) -> None:
     bank = from_places([data], small_dataset.ENCODER)
     z_BE = small_dataset.encode(["square 250 10 10 on 0 0 90", "square 0 200 0 on 90 90 90", "square 5 5 5 on 9 9 9"])
-    found, texts = PromptRetriever(bank, k=4, power=3).from_vectors(z_BE)
+    actual, texts = PromptRetriever(bank, k=4, power=3).from_vectors(z_BE)
     cosine = z_BE.astype(np.float64) @ bank.vectors.T.astype(np.float64)
     rows = np.argsort(-cosine, axis=1)[:, :4]
     near = np.take_along_axis(cosine, rows, 1).clip(min=0) ** 3
     wanted = np.einsum("bk,bke->be", near, bank.vectors[rows])
-    np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-5)
+    np.testing.assert_allclose(actual, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-5)
     assert texts == bank.texts(rows[:, 0])
     one, _ = PromptRetriever(bank, k=1).from_vectors(z_BE)
     np.testing.assert_allclose(one, bank.vectors[rows[:, 0]], atol=1e-6)
@@ -218,9 +218,9 @@ def test_blend_interpolates() -> None:
     np.testing.assert_allclose(blend(a, b, 0), a, atol=1e-6)
     np.testing.assert_allclose(blend(a, b, 1), b, atol=1e-6)
     wanted = 0.75 * a + 0.25 * b
-    found = blend(a, b, 0.25)
-    np.testing.assert_allclose(found, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6)
-    assert found.dtype == np.float32
+    actual = blend(a, b, 0.25)
+    np.testing.assert_allclose(actual, wanted / np.linalg.norm(wanted, axis=1, keepdims=True), atol=1e-6)
+    assert actual.dtype == np.float32
     for share in (-0.1, 1.5, float("nan")):
         with pytest.raises(UserError, match=rf"blend_weight: {share} is outside 0 to 1"):
             blend(a, b, share)
@@ -250,10 +250,10 @@ def test_nearest_distinct_returns_different_vectors(
     different = np.unique(bank.vectors, axis=0)
     for k in (1, 5, 30, len(different), 1000):
         order = np.argsort(-(query.astype(np.float64) @ different.T.astype(np.float64)), axis=1)[:, :k]
-        found = bank.nearest_distinct(query, k)
-        assert (found.dtype, found.tolist()) == (np.int64, sorted(set(found.tolist())))
+        actual = bank.nearest_distinct(query, k)
+        assert (actual.dtype, actual.tolist()) == (np.int64, sorted(set(actual.tolist())))
         if exact:
-            np.testing.assert_array_equal(np.unique(bank.vectors[found], axis=0), different[np.unique(order)])
+            np.testing.assert_array_equal(np.unique(bank.vectors[actual], axis=0), different[np.unique(order)])
         else:
             each = [np.unique(bank.vectors[bank.nearest_distinct(one[None], k)], axis=0) for one in query]
             assert {len(vectors) for vectors in each} == {min(k, len(different))}

@@ -75,8 +75,8 @@ def page(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def sections(page: Path) -> dict[str, str]:
-    found = re.findall(r'<section id="([^"]+)">(.*?)\n</section>', page.read_text(), re.DOTALL)
-    return dict(found)
+    actual = re.findall(r'<section id="([^"]+)">(.*?)\n</section>', page.read_text(), re.DOTALL)
+    return dict(actual)
 
 
 def cells(section: str) -> list[list[str]]:
@@ -93,8 +93,8 @@ def test_page_has_every_section(page: Path, folder: Path) -> None:
     for pair in info["pairs"]:
         numbers = [repr(pair[k]) for k in ("difference", "low", "high")]
         assert [pair["a"], pair["b"], *numbers, "yes" if pair["low"] > 0 else "no"] in rows["paired-differences"]
-    for found in info["retrieval"]["scores"]:
-        assert [found["name"], *(repr(100 * found[k]) for k in ("r1", "r5", "r10"))] in rows["retrieval"]
+    for actual in info["retrieval"]["scores"]:
+        assert [actual["name"], *(repr(100 * actual[k]) for k in ("r1", "r5", "r10"))] in rows["retrieval"]
     for kind in ("prompt length", "source"):
         for group in info["breakdown"][kind]:
             means = [repr(group["scores"][name]["mean"]) for name in ("regressor", "blip", "mean")]

@@ -29,13 +29,13 @@ pytest_plugins = ["tests.tiny_run"]
 @pytest.fixture
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """Gradients of every step, as the optimizer sees them."""
-    found: list[dict[str, torch.Tensor]] = []
+    actual: list[dict[str, torch.Tensor]] = []
 
     def noted(self: Training, *args: Any, **kwargs: Any) -> None:  # noqa: ARG001
-        found.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+        actual.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
 
     monkeypatch.setattr(Training, "configure_gradient_clipping", noted)
-    return found
+    return actual
 
 
 def losses(run: Path) -> list[float]:

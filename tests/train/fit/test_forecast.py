@@ -48,12 +48,12 @@ def rates(forecast: Forecast) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_reach_most_of_peak_rate(name: str, images: int) -> None:
     forecast = forecast_of(images, f"+experiment={name}")
-    found = rates(forecast)
-    assert found["backbone"].max() >= 0.8
-    assert found["head"].max() >= 0.8
-    assert forecast.backbone == pytest.approx(found["backbone"].max())
-    assert forecast.working_steps == (found["backbone"] >= 0.5 - 1e-9).sum()
-    assert forecast.peak_step == found["backbone"].argmax() + 1
+    actual = rates(forecast)
+    assert actual["backbone"].max() >= 0.8
+    assert actual["head"].max() >= 0.8
+    assert forecast.backbone == pytest.approx(actual["backbone"].max())
+    assert forecast.working_steps == (actual["backbone"] >= 0.5 - 1e-9).sum()
+    assert forecast.peak_step == actual["backbone"].argmax() + 1
     assert forecast.warmup <= forecast.length.steps / 10
 
 

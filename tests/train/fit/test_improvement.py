@@ -59,14 +59,14 @@ def test_validation_of_step_0_is_the_initial_model(small_data: Path, tmp_path: P
 def test_end_of_run_logs_paired_improvement(small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert train(small_data, tmp_path / "run", *BETTER) == 0
-    found = improvement_of(tmp_path / "run")
+    actual = improvement_of(tmp_path / "run")
     scored = {r["step"]: r["val/cosine"] for r in validations(tmp_path / "run")}
     best = max(scored, key=scored.__getitem__)
-    assert found["verdict"] == "improved"
-    assert (found["start"]["step"], found["best"]["step"], found["last"]["step"]) == (0, best, 50)
+    assert actual["verdict"] == "improved"
+    assert (actual["start"]["step"], actual["best"]["step"], actual["last"]["step"]) == (0, best, 50)
     for name in ("start", "best", "last"):
-        assert found[name]["mean"] == pytest.approx(scored[found[name]["step"]])
-    gain = found["gain"]
+        assert actual[name]["mean"] == pytest.approx(scored[actual[name]["step"]])
+    gain = actual["gain"]
     assert gain["mean"] == pytest.approx(scored[best] - scored[0])
     assert 0 < gain["low"] < gain["mean"] < gain["high"]
     (line,) = [m for m in caplog.messages if m.startswith("validation, start → best")]
@@ -83,17 +83,18 @@ def test_best_checkpoint_is_start_if_no_step_improves(
         assert train(small_data, tmp_path / "run", "save_initial=true", "epochs=10", *WORSE) == 0
     assert same_weights(tmp_path / "run/best", tmp_path / "run/first")
     assert checkpoint.read_config(tmp_path / "run/best")["step"] == 0
-    found = improvement_of(tmp_path / "run")
-    assert (found["verdict"], found["best"]["step"], found["gain"]["mean"]) == ("the start is best", 0, 0)
-    assert found["last_gain"]["high"] < 0
+    actual = improvement_of(tmp_path / "run")
+    assert (actual["verdict"], actual["best"]["step"], actual["gain"]["mean"]) == ("the start is best", 0, 0)
+    assert actual["last_gain"]["high"] < 0
     (line,) = [m for m in caplog.messages if m.startswith("validation, start → best")]
     assert (
-        f"{found['start']['mean']:.4f} (step 0) is the best, the last is {found['last']['mean']:.4f} (step 50)" in line
+        f"{actual['start']['mean']:.4f} (step 0) is the best, the last is {actual['last']['mean']:.4f} (step 50)"
+        in line
     )
-    assert f"paired difference {found['last_gain']['mean']:+.4f} [" in line
+    assert f"paired difference {actual['last_gain']['mean']:+.4f} [" in line
     (message,) = [m for m in caplog.messages if "the start is best" in m]
     assert "optim.lr" in message
-    assert f"best val/cosine {found['start']['mean']:.4f} (step 0): {tmp_path / 'run/best'}" in caplog.messages
+    assert f"best val/cosine {actual['start']['mean']:.4f} (step 0): {tmp_path / 'run/best'}" in caplog.messages
 
 
 def test_init_from_checkpoint_can_remain_best(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
@@ -222,15 +223,15 @@ def test_improvement_is_paired_by_image_and_resampled_by_prompt(
     hash_c = np.repeat(np.arange(21), 3)[: len(images)]
     monkeypatch.setattr(Dataset, "prompt_hashes", lambda _: hash_c)
     before, after = rng.uniform(0.3, 0.5, 18), rng.uniform(0.35, 0.55, 18)
-    found = Improvement.of(scores(0, rows, before), scores(7, rows, after), scores(9, rows[1:], after[1:]), images)
-    assert found is not None
-    assert (found.images, found.prompts, found.best_step, found.last_step) == (17, 6, 7, 9)
+    actual = Improvement.of(scores(0, rows, before), scores(7, rows, after), scores(9, rows[1:], after[1:]), images)
+    assert actual is not None
+    assert (actual.images, actual.prompts, actual.best_step, actual.last_step) == (17, 6, 7, 9)
     named = {"start": before[1:], "best": after[1:], "last": after[1:]}
     intervals, differences = compare(named, hash_c[1:18])
     (gain,) = [d for d in differences if {d.a, d.b} == {"start", "best"}]
-    assert (found.start, found.best) == (intervals["start"], intervals["best"])
-    assert found.gain == (gain.difference, gain.low, gain.high)
-    assert found.gain == found.last_gain
+    assert (actual.start, actual.best) == (intervals["start"], intervals["best"])
+    assert actual.gain == (gain.difference, gain.low, gain.high)
+    assert actual.gain == actual.last_gain
 
 
 @pytest.mark.parametrize(
@@ -247,20 +248,20 @@ def test_advice_for_runs_without_improvement(
     rows, start_n = np.arange(12), np.linspace(0.2, 0.6, 12)
     step = 0 if verdict == "the start is best" else 5
     last = scores(10, rows, start_n - 0.05)
-    found = Improvement.of(scores(0, rows, start_n), scores(step, rows, start_n + gains), last, images)
-    assert found is not None
-    assert found.verdict == verdict
-    assert found.last_gain == pytest.approx((-0.05, -0.05, -0.05))
-    advice = found.advice(None)
+    actual = Improvement.of(scores(0, rows, start_n), scores(step, rows, start_n + gains), last, images)
+    assert actual is not None
+    assert actual.verdict == verdict
+    assert actual.last_gain == pytest.approx((-0.05, -0.05, -0.05))
+    advice = actual.advice(None)
     assert words in advice if words and advice else advice is words
     if words:
-        assert "epochs=9" in (found.advice("epochs=9 (now 3)") or "")
+        assert "epochs=9" in (actual.advice("epochs=9 (now 3)") or "")
 
 
 def test_nan_scores_are_not_compared(images: ImageDataset) -> None:
     rows, fine, nan = np.arange(3), np.array([0.1, 0.2, 0.3]), np.array([0.1, np.nan, 0.3])
     start, best = scores(0, rows, fine), scores(4, rows, fine + 0.1)
-    found = Improvement.of(start, best, scores(8, rows, nan), images)
-    assert found is not None
-    assert (found.last, found.last_gain, found.facts()["last"]) == (None, None, None)
+    actual = Improvement.of(start, best, scores(8, rows, nan), images)
+    assert actual is not None
+    assert (actual.last, actual.last_gain, actual.facts()["last"]) == (None, None, None)
     assert Improvement.of(scores(0, rows, nan), best, best, images) is None

@@ -54,21 +54,21 @@ def settings_of(model: Regressor, cfg: OptimSettings) -> dict[str, tuple[float, 
     """(rate, weight decay, part) by name of parameter."""
     names = {id(p): name for name, p in model.named_parameters()}
     groups = parameter_groups(model, cfg)
-    found = [(names[id(p)], (g["lr"], g["weight_decay"], g["part"])) for g in groups for p in g["params"]]
-    assert len(dict(found)) == len(found), "none is in two groups"
-    return dict(found)
+    actual = [(names[id(p)], (g["lr"], g["weight_decay"], g["part"])) for g in groups for p in g["params"]]
+    assert len(dict(actual)) == len(actual), "none is in two groups"
+    return dict(actual)
 
 
 def test_weight_decay_only_on_matrices_and_head_has_own_rate() -> None:
     model = regressor()
     exempt = {"backbone.pos_embed", "backbone.cls_token", "backbone.reg_token"}
-    found = settings_of(model, CHOSEN)
-    assert found.keys() == dict(model.named_parameters()).keys()
+    actual = settings_of(model, CHOSEN)
+    assert actual.keys() == dict(model.named_parameters()).keys()
     for name, parameter in model.named_parameters():
         decays = parameter.ndim >= 2 and name not in exempt
         part, rate = ("head", 1e-3) if name.startswith("head.") else ("backbone", 1e-5)
-        assert found[name] == (rate, 0.1 if decays else 0.0, part), name
-    assert exempt & found.keys(), "it has some of these"
+        assert actual[name] == (rate, 0.1 if decays else 0.0, part), name
+    assert exempt & actual.keys(), "it has some of these"
     assert len(parameter_groups(model, CHOSEN)) == 4, "equal ones are one group: few kernels"
 
 
@@ -93,27 +93,27 @@ def test_layer_decay_matches_timm(kind: str) -> None:
     groups = param_groups_layer_decay(backbone, 0.1, listed, layer_decay=0.7)  # pyright: ignore[reportArgumentType]
     scale = {names[id(p)]: g["lr_scale"] for g in groups for p in g["params"]}
     decays = {names[id(p)]: g["weight_decay"] for g in groups for p in g["params"]}
-    found = layer_lr_multipliers(backbone, 0.7)
-    assert found.keys() == scale.keys()
-    factors = {name: scale[name] / share for name, share in found.items()}
+    actual = layer_lr_multipliers(backbone, 0.7)
+    assert actual.keys() == scale.keys()
+    factors = {name: scale[name] / share for name, share in actual.items()}
     own = {name for name in factors if name.startswith(("fc_norm", "head."))}
     assert {factors[name] for name in own} <= {1.0}
     assert {round(factors[name], 9) for name in factors.keys() - own} == {0.7 if own else 1.0}
-    assert max(found.values()) == 1.0
-    assert len(set(found.values())) > 3
+    assert max(actual.values()) == 1.0
+    assert len(set(actual.values())) > 3
     model = Regressor(backbone, Spec(kind, 8, Preprocessing(32), (0.0,) * 3, (1.0,) * 3), 12)
     mine = settings_of(model, with_(layer_decay=0.7))
     assert {name: mine[f"backbone.{name}"][1] for name in decays} == decays
-    assert {name: mine[f"backbone.{name}"][0] for name in found} == {n: 1e-5 * share for n, share in found.items()}
+    assert {name: mine[f"backbone.{name}"][0] for name in actual} == {n: 1e-5 * share for n, share in actual.items()}
 
 
 def test_frozen_parameters_have_no_group_and_top_block_is_first() -> None:
     model = regressor()
     model.freeze(4)
-    found = settings_of(model, with_(layer_decay=0.5))
-    assert found.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
-    assert found["backbone.blocks.5.mlp.fc1.weight"] == (1e-5, 0.1, "backbone")
-    assert found["backbone.blocks.4.mlp.fc1.weight"] == (0.5e-5, 0.1, "backbone")
+    actual = settings_of(model, with_(layer_decay=0.5))
+    assert actual.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
+    assert actual["backbone.blocks.5.mlp.fc1.weight"] == (1e-5, 0.1, "backbone")
+    assert actual["backbone.blocks.4.mlp.fc1.weight"] == (0.5e-5, 0.1, "backbone")
     assert parameter_groups(model, with_(layer_decay=0.5))[0]["lr"] == 1e-5
     model.freeze(None)
     assert {part for _, _, part in settings_of(model, CHOSEN).values()} == {"head"}
@@ -125,10 +125,10 @@ def test_lora_adapters_have_learning_rate_of_their_block() -> None:
     model = regressor()
     model.freeze(2)
     lora.insert(model.backbone, 2, 2, 4, 4, 0.0, size=32)
-    found = settings_of(model, with_(layer_decay=0.5))
-    adapters = {name: rate for name, (rate, _, _) in found.items() if "lora" in name}
+    actual = settings_of(model, with_(layer_decay=0.5))
+    adapters = {name: rate for name, (rate, _, _) in actual.items() if "lora" in name}
     assert {("blocks.2" in name, rate) for name, rate in adapters.items()} == {(True, 0.125e-5), (False, 0.25e-5)}
-    assert not [name for name in found if "base_layer" in name]
+    assert not [name for name in actual if "base_layer" in name]
 
 
 # ----------------------------------------------------------------------------------------------------------- optimizers

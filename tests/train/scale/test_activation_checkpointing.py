@@ -124,8 +124,8 @@ def test_compiled_blocks_give_the_same_gradients(mode: Mode) -> None:
 
     for block in blocks:
         block.compile(backend=backend)
-    found = step(made)
+    actual = step(made)
     assert sum("checkpoint" in target for target in traced) >= 1
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(actual[name], value, atol=1e-5, rtol=1e-4)
     assert step(made).keys() == expected.keys()

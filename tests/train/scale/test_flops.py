@@ -49,10 +49,10 @@ def images(count: int) -> torch.Tensor:
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "size", "gflop"), ANCHORS)
 def test_flops_of_recipe_backbones(name: str, size: int | None, gflop: float) -> None:
-    found = measure(outline(name, size), CHOSEN, "bf16")
-    assert found.forward_flop / 1e9 == pytest.approx(gflop, rel=0.005)
+    actual = measure(outline(name, size), CHOSEN, "bf16")
+    assert actual.forward_flop / 1e9 == pytest.approx(gflop, rel=0.005)
     # the backward pass computes two gradients of each product, but none of the images
-    assert 2.99 < found.step_flop / found.forward_flop < 3
+    assert 2.99 < actual.step_flop / actual.forward_flop < 3
 
 
 def products(made: Regressor, count: int = 2) -> tuple[int, list[int]]:
@@ -88,9 +88,9 @@ def products(made: Regressor, count: int = 2) -> tuple[int, list[int]]:
 def test_flops_of_vit_match_shapes() -> None:
     made = real()
     stem, blocks = products(made)
-    found = measure(made, CHOSEN)
-    assert found.forward_flop == stem + sum(blocks)
-    assert found.step_flop == 3 * found.forward_flop - stem, "images need no gradient"
+    actual = measure(made, CHOSEN)
+    assert actual.forward_flop == stem + sum(blocks)
+    assert actual.step_flop == 3 * actual.forward_flop - stem, "images need no gradient"
 
 
 @pytest.mark.parametrize("frozen", [3, 6, None])
@@ -98,14 +98,14 @@ def test_a_frozen_prefix_has_no_backward_pass(frozen: int | None) -> None:
     made = real()
     stem, blocks = products(made)
     made.freeze(frozen)
-    found = measure(made, CHOSEN)
+    actual = measure(made, CHOSEN)
     head = 2 * made.spec.width * 12
     above = {3: sum(blocks[3:]), 6: head}.get(frozen or -1, head)
     # of the head alone its weight's gradient
     backward = 2 * above if frozen == 3 else head
-    assert found.step_flop == stem + sum(blocks) + backward
-    assert found.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
-    assert found.parameters == sum(p.numel() for p in made.parameters())
+    assert actual.step_flop == stem + sum(blocks) + backward
+    assert actual.trained == sum(p.numel() for p in made.parameters() if p.requires_grad)
+    assert actual.parameters == sum(p.numel() for p in made.parameters())
 
 
 def test_lora_blocks_have_no_weight_gradients() -> None:
@@ -123,8 +123,8 @@ def test_lora_blocks_have_no_weight_gradients() -> None:
 
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
 def test_flops_of_grouped_convolutions(name: str) -> None:
-    found = measure(outline(name), CHOSEN)
-    assert 2.7 < found.step_flop / found.forward_flop < 3
+    actual = measure(outline(name), CHOSEN)
+    assert 2.7 < actual.step_flop / actual.forward_flop < 3
 
 
 # --------------------------------------------------------------------------------------------------------------- memory
@@ -158,9 +158,9 @@ def test_memory_estimate_matches_real_step() -> None:
     made = real()
     with LiveBytes() as counted:
         made(images(64)).sum().backward()
-    found = measure(outline("test_vit"), CHOSEN)
+    actual = measure(outline("test_vit"), CHOSEN)
     gradients = sum(p.nbytes for p in made.parameters())
-    assert found.fixed_bytes + 64 * found.image_bytes == pytest.approx(counted.peak, abs=gradients)
+    assert actual.fixed_bytes + 64 * actual.image_bytes == pytest.approx(counted.peak, abs=gradients)
 
 
 def test_lower_precision_halves_activations_and_copies_weights() -> None:
@@ -173,16 +173,16 @@ def test_lower_precision_halves_activations_and_copies_weights() -> None:
 
 def test_recomputation_and_freezing_save_activations() -> None:
     modes: tuple[activation_checkpointing.Mode, ...] = ("none", "selective", "full")
-    found = [measure(outline("test_vit"), CHOSEN, "bf16", mode) for mode in modes]
-    kept = [f.image_bytes for f in found]
+    actual = [measure(outline("test_vit"), CHOSEN, "bf16", mode) for mode in modes]
+    kept = [f.image_bytes for f in actual]
     assert kept[1] < 0.9 * kept[0]
     assert kept[2] < 0.7 * kept[1]
-    assert {f.step_flop for f in found} == {found[0].step_flop}, "what is computed again does not count"
+    assert {f.step_flop for f in actual} == {actual[0].step_flop}, "what is computed again does not count"
     made = outline("test_vit")
     made.freeze(3)
     half = measure(made, CHOSEN, "bf16")
     assert half.image_bytes < 0.6 * kept[0]
-    assert half.state_bytes < found[0].state_bytes
+    assert half.state_bytes < actual[0].state_bytes
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion", "madgrad", "adamw8bit"])
@@ -199,10 +199,10 @@ def test_optimizer_bytes_match_allocation(name: str) -> None:
     state = {id(t): t.nbytes for k, t in held if "qmap" not in k}
     weights = sum(t.nbytes for t in (*made.parameters(), *made.buffers()))
     gradients = sum(p.nbytes for p in made.parameters())
-    found = measure(made, cfg)
-    assert found.state_bytes == pytest.approx(weights + gradients + sum(state.values()), rel=0.002)
+    actual = measure(made, cfg)
+    assert actual.state_bytes == pytest.approx(weights + gradients + sum(state.values()), rel=0.002)
     shadowed = measure(made, dataclasses.replace(cfg, ema=0.99))
-    assert shadowed.state_bytes - found.state_bytes == gradients, "one more copy in fp32"
+    assert shadowed.state_bytes - actual.state_bytes == gradients, "one more copy in fp32"
 
 
 def test_measure_does_not_change_the_model() -> None:
@@ -224,13 +224,13 @@ def test_measure_does_not_change_the_model() -> None:
 
 def test_cost_line() -> None:
     gib = 2**30
-    found = Cost(600_000_000, 300_000_000, 1e12, 2.5e12, 10 * gib, gib, gib // 4)
-    assert found.memory(64) == 27 * gib
-    assert found.memory(64, shards=4) == 19.5 * gib
-    assert found.fitting(27 * gib) == 64
-    assert found.fitting(5 * gib) == 0
-    assert found.mfu(100, 500e12) == pytest.approx(0.5)
-    assert found.line(64) == (
+    actual = Cost(600_000_000, 300_000_000, 1e12, 2.5e12, 10 * gib, gib, gib // 4)
+    assert actual.memory(64) == 27 * gib
+    assert actual.memory(64, shards=4) == 19.5 * gib
+    assert actual.fitting(27 * gib) == 64
+    assert actual.fitting(5 * gib) == 0
+    assert actual.mfu(100, 500e12) == pytest.approx(0.5)
+    assert actual.line(64) == (
         "600.0 M parameters, 300.0 M trained; 2,500.0 GFLOP per image; about 27.0 GiB per device: "
         "11.0 for weights and their state, 16.0 for activations of 64 images"
     )

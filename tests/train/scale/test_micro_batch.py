@@ -114,9 +114,9 @@ def test_advice_names_the_setting_and_the_size() -> None:
     error = error_of(made)
     cfg = settings("batch_size=64")
     step = Limited(made, 5)
-    found = advice(error, cfg, Plan(steps=1, per_epoch=1, accumulate=2), lambda among: find(step, among, made))
-    assert isinstance(found, UserError)
-    said = str(found)
+    actual = advice(error, cfg, Plan(steps=1, per_epoch=1, accumulate=2), lambda among: find(step, among, made))
+    assert isinstance(actual, UserError)
+    said = str(actual)
     assert "out of memory with 32 images at once" in said
     assert "Tried to allocate 2.00 GiB" in said
     assert "scale.micro_batch=4 (which fits here; 16 of them make the same step)" in said
@@ -158,8 +158,8 @@ def test_found_micro_batch_fits_gpu_and_double_does_not(small_gpu: torch.device)
     needs = dataclasses.replace(
         measure(made, cfg.optim, machine.compute_precision), state_bytes=0
     )  # of a card this small
-    found = fitting(made, cfg, needs, machine, "none", sizes(4096))
-    assert 1 <= found < 4096
+    actual = fitting(made, cfg, needs, machine, "none", sizes(4096))
+    assert 1 <= actual < 4096
     with_less = fitting(made, cfg, needs, machine, "full", sizes(4096))
-    assert with_less > found
+    assert with_less > actual
     assert next(made.parameters()).device == small_gpu

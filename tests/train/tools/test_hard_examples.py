@@ -109,9 +109,9 @@ def test_validation_images_of_fold_are_excluded(tiny_run: Path, small_data: Path
     write_hard_examples(cfg(run, f"out={tmp_path / 'w.parquet'}"))
     fold = training.cfg(small_data, run, "fold=1/4", "fold_threshold=1.01")
     data = ImageDataModule([Dataset(small_data, small_dataset.ENCODER)], [], fold, training.PREPROCESSING)
-    found = set(pq.read_table(tmp_path / "w.parquet")["key"].to_pylist())
-    assert found == {data.images.key(row) for row in data.train_rows}
-    assert not found & {data.images.key(row) for row in data.val_rows}
+    actual = set(pq.read_table(tmp_path / "w.parquet")["key"].to_pylist())
+    assert actual == {data.images.key(row) for row in data.train_rows}
+    assert not actual & {data.images.key(row) for row in data.val_rows}
 
 
 def test_images_that_cannot_be_read_have_no_row(

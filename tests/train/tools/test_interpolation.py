@@ -65,8 +65,8 @@ def test_interpolation_averages_weights_and_statistics(ends: tuple[Path, Path], 
 def test_alpha_0_and_1_equal_the_checkpoints_bitwise(ends: tuple[Path, Path], tmp_path: Path) -> None:
     run(*ends, tmp_path / "out", "alpha=[0,1]")
     for end, alpha in zip(ends, (0, 1), strict=True):
-        expected, found = (checkpoint.load(f).state_dict() for f in (end, tmp_path / f"out/alpha-{alpha}"))
-        assert all(v.equal(expected[k]) for k, v in found.items() if not k.endswith("num_batches_tracked"))
+        expected, actual = (checkpoint.load(f).state_dict() for f in (end, tmp_path / f"out/alpha-{alpha}"))
+        assert all(v.equal(expected[k]) for k, v in actual.items() if not k.endswith("num_batches_tracked"))
 
 
 def test_interpolated_checkpoint_is_described_and_exports(ends: tuple[Path, Path], tmp_path: Path) -> None:
@@ -84,17 +84,17 @@ def test_interpolations_are_scored_on_dataset(ends: tuple[Path, Path], tmp_path:
     assert json.loads((tmp_path / "out/interpolate.json").read_text()) == info
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = [row for row in dataset.rows("val").tolist() if dataset.key(row) != gone]
-    for found in info["checkpoints"]:
-        model = checkpoint.load(Path(found["checkpoint"]))
+    for actual in info["checkpoints"]:
+        model = checkpoint.load(Path(actual["checkpoint"]))
         images = [decode(dataset.image_bytes(row)) for row in rows]
         scores = [
             cosine_similarity(model.embed([i]), dataset.targets(r)).mean() for i, r in zip(images, rows, strict=True)
         ]
-        assert found["mean"] == pytest.approx(np.mean(scores), abs=1e-5)
-        assert found["low"] < found["mean"] < found["high"]
-        assert [line["key"] for line in found["skipped"]] == [gone]
-        score = checkpoint.read_config(Path(found["checkpoint"]))["score"]
-        assert score == {k: found[k] for k in ("mean", "low", "high", "images", "leakage")}
+        assert actual["mean"] == pytest.approx(np.mean(scores), abs=1e-5)
+        assert actual["low"] < actual["mean"] < actual["high"]
+        assert [line["key"] for line in actual["skipped"]] == [gone]
+        score = checkpoint.read_config(Path(actual["checkpoint"]))["score"]
+        assert score == {k: actual[k] for k in ("mean", "low", "high", "images", "leakage")}
         assert score["images"] == 8
     head, *lines, leakage = table(info).splitlines()
     assert (

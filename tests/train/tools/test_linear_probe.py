@@ -44,13 +44,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def found(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+def search_result(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     out = tmp_path_factory.mktemp("out") / "found"
     return out, probe(data, out)
 
 
-def test_every_head_is_tried_and_best_is_first(found: tuple[Path, dict[str, Any]]) -> None:
-    _, info = found
+def test_every_head_is_tried_and_best_is_first(search_result: tuple[Path, dict[str, Any]]) -> None:
+    _, info = search_result
     assert {(head["head"], head["setting"]) for head in info["heads"]} == {
         ("ridge", "penalty 0.01"),
         ("ridge", "penalty 1"),
@@ -64,8 +64,8 @@ def test_every_head_is_tried_and_best_is_first(found: tuple[Path, dict[str, Any]
     assert f"{means[0]:.4f}" in lines[1]
 
 
-def test_best_head_checkpoint_reproduces_its_score(found: tuple[Path, dict[str, Any]], data: Path) -> None:
-    out, info = found
+def test_best_head_checkpoint_reproduces_its_score(search_result: tuple[Path, dict[str, Any]], data: Path) -> None:
+    out, info = search_result
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("val").tolist()
     model = checkpoint.load(out / "best")
@@ -77,8 +77,8 @@ def test_best_head_checkpoint_reproduces_its_score(found: tuple[Path, dict[str, 
     assert export.export(out / "best", out.parent / "bundle") < 1e-5
 
 
-def test_run_can_start_from_best_head(found: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
-    out, info = found
+def test_run_can_start_from_best_head(search_result: tuple[Path, dict[str, Any]], data: Path, tmp_path: Path) -> None:
+    out, info = search_result
     head = "wide" if info["heads"][0]["head"] == "wide" else "linear"
     begun = setup.build_model(
         cfg(data, tmp_path / "run", f"init_from={out / 'best'}", f"model.head={head}", "model.head_width=16"),

@@ -66,17 +66,17 @@ def only(folder: Path) -> Run:
 
 def test_run_is_read_from_its_files(tmp_path: Path) -> None:
     write(tmp_path / "a", 0.5, "optim.lr=3e-5", "dataset=[data/a,s3://b/c]", "model.freeze=14")
-    found = only(tmp_path)
-    assert (found.name, found.state, found.step, found.steps) == ("a", "finished", STEPS, STEPS)
-    assert (found.score, found.low, found.high, found.best_step) == (0.5, 0.49, 0.52, 30)
-    assert found.sets == {"real": {"cosine": 0.3, "low": 0.2, "high": 0.4}}
-    assert found.sources == {"coco": 0.6}
-    assert (found.images_per_s, found.mfu, found.hours) == (120.5, 0.4, 1.0)
-    assert (found.epoch, found.epochs, found.batch_size, found.lr, found.size) == (2.0, 3, 128, 3e-5, 224)
-    assert (found.parameters, found.trained) == (1000, 0.25)
-    assert found.dataset == ["data/a", "s3://b/c"]
-    assert found.changed == {"model.freeze": 14}, "what has a column, and what is of the machine, is not repeated"
-    assert found.settings["optim.lr"] == 3e-5
+    actual = only(tmp_path)
+    assert (actual.name, actual.state, actual.step, actual.steps) == ("a", "finished", STEPS, STEPS)
+    assert (actual.score, actual.low, actual.high, actual.best_step) == (0.5, 0.49, 0.52, 30)
+    assert actual.sets == {"real": {"cosine": 0.3, "low": 0.2, "high": 0.4}}
+    assert actual.sources == {"coco": 0.6}
+    assert (actual.images_per_s, actual.mfu, actual.hours) == (120.5, 0.4, 1.0)
+    assert (actual.epoch, actual.epochs, actual.batch_size, actual.lr, actual.size) == (2.0, 3, 128, 3e-5, 224)
+    assert (actual.parameters, actual.trained) == (1000, 0.25)
+    assert actual.dataset == ["data/a", "s3://b/c"]
+    assert actual.changed == {"model.freeze": 14}, "what has a column, and what is of the machine, is not repeated"
+    assert actual.settings["optim.lr"] == 3e-5
 
 
 def test_gain_over_start(tmp_path: Path) -> None:
@@ -90,8 +90,8 @@ def test_gain_over_start(tmp_path: Path) -> None:
         start = {"step": 0, "epoch": 0, "seconds": 1, "val/cosine": 0.5 - gain[0], "val/low": 0.3, "val/high": 0.7}
         log.write_text(json.dumps(start) + "\n" + log.read_text())
         if gain[1] is not None:
-            found = {"start": {}, "best": {}, "gain": {"mean": 0.1, "low": gain[1], "high": 0.2}, "verdict": ""}
-            (folder / "improvement.json").write_text(json.dumps(found))
+            actual = {"start": {}, "best": {}, "gain": {"mean": 0.1, "low": gain[1], "high": 0.2}, "verdict": ""}
+            (folder / "improvement.json").write_text(json.dumps(actual))
     runs = {run.name: run for run in find_runs(tmp_path)[0]}
     assert (runs["sure"].start, runs["sure"].gain) == (0.4, pytest.approx(0.1))
     assert (runs["sure"].gain_low, runs["sure"].gain_high) == (0.08, 0.2)
@@ -296,11 +296,11 @@ def test_csv_and_json_have_all_facts(tmp_path: Path) -> None:
     assert (float(rows["a"]["score"]), float(rows["a"]["settings.optim.lr"])) == (0.4, 2e-5)
     assert rows["a"]["sets.real.cosine"] == "0.3"
     assert (rows["foreign"]["state"], rows["foreign"]["note"]) == ("not read", "settings.json is missing")
-    found = json.loads((tmp_path / "out/runs.json").read_text())
-    assert {r["name"] for r in found["runs"]} == {"a", "x_fold1", "x_fold2"}
-    assert found["folds"][0]["runs"] == ["x_fold1", "x_fold2"]
-    assert found["folds"][0]["images"] == 403
-    assert found["not_read"] == {"foreign": "settings.json is missing"}
+    actual = json.loads((tmp_path / "out/runs.json").read_text())
+    assert {r["name"] for r in actual["runs"]} == {"a", "x_fold1", "x_fold2"}
+    assert actual["folds"][0]["runs"] == ["x_fold1", "x_fold2"]
+    assert actual["folds"][0]["images"] == 403
+    assert actual["not_read"] == {"foreign": "settings.json is missing"}
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*file/runs\.csv"):
         list_runs(RunsSettings(runs, csv=tmp_path / "file/runs.csv"))
