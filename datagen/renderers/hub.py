@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import UserError
+from core.errors import UserError, describe
 from core.files import sha256
 from datagen.prompts.download import whole_hub_file
 
@@ -78,11 +78,13 @@ def _repository(model: str, revision: str | None, select: Select, options: str) 
         cached = _cached(model, revision, select, options)
         if cached:
             log.warning(
-                "the hub cannot be asked (%s): taking commit %s from its cache", first_line(error), cached.revision
+                "the hub cannot be asked (%s): taking commit %s from its cache",
+                describe(error),
+                cached.revision,
             )
             return cached
         raise UserError(
-            f"renderer.model={model}: tried the hub for {at}, then its local cache: {first_line(error)}\n{options}"
+            f"renderer.model={model}: tried the hub for {at}, then its local cache: {describe(error)}\n{options}"
         ) from error
     siblings = {s.rfilename: s for s in info.siblings or ()}
     try:
@@ -141,7 +143,7 @@ def download(source: Source, options: str) -> Path:
         )
     except Exception as error:  # see _repository
         raise UserError(
-            f"renderer.model={source.name}: the download of commit {source.revision} failed: {first_line(error)}\n"
+            f"renderer.model={source.name}: the download of commit {source.revision} failed: {describe(error)}\n"
             f"The same command resumes it. {options}"
         ) from error
     for name in source.names:
@@ -167,13 +169,8 @@ def download_one(source: Source, name: str, options: str) -> Path:
         return Path(huggingface_hub.hf_hub_download(source.name, name, revision=source.revision))
     except Exception as error:  # see _repository
         raise UserError(
-            f"renderer.model={source.name}: the download of {name} failed: {first_line(error)}\n{options}"
+            f"renderer.model={source.name}: the download of {name} failed: {describe(error)}\n{options}"
         ) from error
-
-
-def first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0] if text else 'no message'}"
 
 
 @contextmanager

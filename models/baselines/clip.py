@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from core.errors import UserError
+from core.errors import UserError, describe
 from models.baselines.source import Source
 from models.runtime.preprocess import crop_strip
 
@@ -157,7 +157,7 @@ class Clip:
                 model: Any = open_clip.create_model(**options)
         except (KeyError, OSError, RuntimeError, SafetensorError, TypeError, ValueError) as error:
             raise UserError(
-                f"{self._source.key}={self.name}: cannot be loaded: {_first_line(error)}\n"
+                f"{self._source.key}={self.name}: cannot be loaded: {describe(error)}\n"
                 f"Get its files anew, or name {_FOLDER}."
             ) from error
         return model.eval().requires_grad_(False)
@@ -219,7 +219,7 @@ def _config(source: Source) -> dict[str, Any]:
         return {**found, "embed_dim": int(found["embed_dim"]), "text_cfg": dict(found["text_cfg"])}
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{source.key}={source.model}: {CONFIG} describes no CLIP: {_first_line(error)}; get it anew"
+            f"{source.key}={source.model}: {CONFIG} describes no CLIP: {describe(error)}; get it anew"
         ) from error
 
 
@@ -232,7 +232,3 @@ def _refuse_other_kinds(name: str, config: dict[str, Any], key: str) -> None:
             f"{key}={name}: its texts are of another kind ({', '.join(others)}); take one with CLIP's own, such as "
             "ViT-L-14/openai or ViT-H-14/laion2b_s32b_b79k"
         )
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

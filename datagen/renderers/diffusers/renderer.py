@@ -19,7 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import UserError
+from core.errors import UserError, describe
 from datagen.config import DiffusersRenderer
 from datagen.renderers import hub
 from datagen.renderers.device import Precision, dtype, resolve
@@ -175,7 +175,7 @@ class DiffusersModel(DiffusionRenderer):
             except (OSError, RuntimeError, ValueError, KeyError, AttributeError) as error:
                 raise UserError(
                     f"renderer.model={self.cfg.model}: {index.get('_class_name')} cannot be loaded: "
-                    f"{hub.first_line(error)}\n{OPTIONS}"
+                    f"{describe(error)}\n{OPTIONS}"
                 ) from error
         self._refuse(pipeline)
         pipeline.set_progress_bar_config(disable=True)
@@ -233,7 +233,7 @@ class DiffusersModel(DiffusionRenderer):
                 unit_B3PP = pipeline(**arguments).images
             except ValueError as error:
                 raise UserError(
-                    f"{type(pipeline).__name__} of {c.model} refuses these settings: {hub.first_line(error)}"
+                    f"{type(pipeline).__name__} of {c.model} refuses these settings: {describe(error)}"
                 ) from error
             finally:
                 if precision != self.precision:  # rarely used, so its memory goes to the batches

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from core.errors import UserError
+from core.errors import UserError, describe
 from datagen.prompts.clip_tokenizer import CONTEXT, clean, clip_tokenizer
 from datagen.renderers import hub
 from datagen.renderers.device import Precision, dtype
@@ -167,7 +167,7 @@ def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:
             if isinstance(cause, torch.OutOfMemoryError):
                 raise cause from None
             raise UserError(
-                f"renderer.compile: torch cannot compile here: {hub.first_line(error)}\n"
+                f"renderer.compile: torch cannot compile here: {describe(error)}\n"
                 "It needs a C++ compiler and, on CUDA, triton. renderer.compile=false runs without it, more slowly."
             ) from error
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from core.errors import UserError
+from core.errors import UserError, describe
 from core.files import sha256
 from datagen.prompts.clip_tokenizer import clip_tokenizer
 from datagen.renderers import hub
@@ -104,7 +104,7 @@ def load(source: Source, config: Path = CONFIG) -> Parts:
             parts = _load_file(path, config) if path.is_file() else _load_folder(path)
         except (OSError, RuntimeError, ValueError, KeyError) as error:
             raise UserError(
-                f"renderer.model={source.name}: its weights cannot be loaded: {hub.first_line(error)}\n{OPTIONS}"
+                f"renderer.model={source.name}: its weights cannot be loaded: {describe(error)}\n{OPTIONS}"
             ) from error
     for part in (parts.unet, parts.vae, parts.text_encoder):
         # A tensor that the weights lack stays on the meta device.
