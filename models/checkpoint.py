@@ -1,7 +1,7 @@
-"""A checkpoint: a folder with `model.safetensors` and `config.json`, enough to predict and to export anywhere.
+"""Checkpoint folders with `model.safetensors` and `config.json`, enough to predict and to export on any machine.
 
-Beside the weights the file carries the training mean vector (for images that cannot be read) and eight decoded
-validation images with their vectors (so that export can prove parity without the dataset).
+Beside the weights, model.safetensors holds the mean training vector (for unreadable images) and eight decoded
+validation images with their vectors (so that export can check parity without the dataset).
 """
 
 import json
@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 FORMAT = 1
 FILES = ("config.json", "model.safetensors")
 PROBES = 8
+"""Number of probe images in a checkpoint."""
 ARCHITECTURE = ("backbone", "mean", "std", "target_width", "head", "head_width")
-"""What of `config.json` must agree for weights to fit."""
+"""Keys of `config.json` that must be equal for weights to fit."""
 PREPROCESSING = ("size", "resize_mode", "interpolation", "crop_pct")
 """Keys of `config.json` that describe the preprocessing."""
 
@@ -37,15 +38,17 @@ PREPROCESSING = ("size", "resize_mode", "interpolation", "crop_pct")
 def save(
     folder: Path, model: Regressor, mean_E: torch.Tensor, probes: list[torch.Tensor], facts: Mapping[str, Any]
 ) -> None:
-    """Writes the checkpoint, whole or not at all.
+    """Write a checkpoint atomically.
 
     Args:
-        mean_E: the normalised mean of the training targets.
-        probes: up to eight decoded uint8 images [3, H, W]; their vectors are computed here, in fp32.
-        facts: plain JSON for `config.json`: target encoder, dataset hash, score, step, …
+        folder: Folder to write; an earlier checkpoint there is replaced.
+        model: Model to save.
+        mean_E: Normalised mean of the training targets.
+        probes: Up to `PROBES` decoded uint8 images [3, H, W]; their vectors are computed here in fp32.
+        facts: Plain JSON for `config.json`: target encoder, dataset hash, score, step, …
 
     Raises:
-        UserError: the disk is full or refuses; the old checkpoint is there still.
+        UserError: The disk is full or not writable; an earlier checkpoint is unchanged.
     """
     tensors = {k.replace("_orig_mod.", ""): v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     tensors["mean_E"] = mean_E.float().cpu().contiguous()
@@ -58,10 +61,10 @@ def save(
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """`config.json`.
+    """Read `config.json` of a checkpoint.
 
     Raises:
-        UserError: the folder is no checkpoint of this version.
+        UserError: The folder is not a checkpoint of this version.
     """
     path = folder / "config.json"
     if not path.is_file() or not (folder / "model.safetensors").is_file():
@@ -71,75 +74,78 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(path.read_text())
     except ValueError as error:
-        raise UserError(f"{path} is no JSON: {error}; copy the checkpoint again") from error
+        raise UserError(f"{path} is not JSON: {error}; copy the checkpoint again") from error
     if config.get("format") != FORMAT:
         raise UserError(f"{path}: format {config.get('format')!r}, but this version reads {FORMAT}")
     return config
 
 
-def rebuild(about: Mapping[str, Any]) -> Regressor:
-    """The regressor of a `Regressor.description`, with random weights, on the CPU.
+def rebuild(config: Mapping[str, Any]) -> Regressor:
+    """Build the regressor of a `Regressor.description`, with random weights, on the CPU.
 
-    Older descriptions without a head mean a linear one, and those without resize_mode the preprocessing of their
+    Older descriptions without a head mean a linear one; those without resize_mode mean the preprocessing of their
     version (`Preprocessing.from_config`).
 
     Raises:
-        UserError: there is no such backbone, it cannot take that size, or the preprocessing is unknown to this version.
+        UserError: The backbone is unknown, it cannot take this size, or the preprocessing is unknown to this version.
     """
     try:
-        preprocessing = Preprocessing.from_config(about)
+        preprocessing = Preprocessing.from_config(config)
     except (TypeError, ValueError) as error:
         raise UserError(f"the preprocessing of this checkpoint is unknown to this version: {error}") from error
-    spec = Spec(about["backbone"], about["width"], preprocessing, tuple(about["mean"]), tuple(about["std"]))
-    with torch.random.fork_rng(devices=[]):  # what is drawn is not kept
+    spec = Spec(config["backbone"], config["width"], preprocessing, tuple(config["mean"]), tuple(config["std"]))
+    head, hidden = config.get("head", "linear"), config.get("head_width", 0)
+    with torch.random.fork_rng(devices=[]):  # the random weights are replaced later
         module = build_as_named(spec.name, "random", spec.size)
-        return Regressor(module, spec, about["target_width"], about.get("head", "linear"), about.get("head_width", 0))
+        return Regressor(module, spec, config["target_width"], head, hidden)
 
 
 def load(folder: Path, size: int | None = None) -> Regressor:
-    """The regressor of a checkpoint, on the CPU, in evaluation mode.
+    """Load the regressor of a checkpoint on the CPU, in evaluation mode.
 
     Args:
-        size: of its input, pixels; position embeddings are interpolated as timm does. None: that of training.
+        folder: Checkpoint folder.
+        size: Side of the input in pixels; position embeddings are interpolated as timm does. None: the size of
+            training.
 
     Raises:
-        UserError: the folder is no checkpoint of this version, its weights are damaged, or the backbone cannot take
-            that size.
+        UserError: The folder is not a checkpoint of this version, its weights are damaged, or the backbone cannot take
+            this size.
     """
-    about = read_config(folder)
-    model = rebuild({**about, "size": about["size"] if size is None else size})
-    _fill(model, folder, str(folder))
+    config = read_config(folder)
+    model = rebuild({**config, "size": config["size"] if size is None else size})
+    _load_weights(model, folder, str(folder))
     return model.eval()
 
 
 def load_into(model: Regressor, folder: Path) -> None:
-    """Gives `model` the weights of a checkpoint of the same architecture, of another input size perhaps.
+    """Copy the weights of a checkpoint of the same architecture into `model`.
 
-    Position embeddings are then interpolated as timm does.
+    For another input size, position embeddings are interpolated as timm does.
 
     Raises:
-        UserError: it is no checkpoint of ours, of another architecture, or has another head; `model` is as it was.
+        UserError: The folder is not a checkpoint, or has another architecture or head; `model` is unchanged.
     """
     if folder.is_file():
         raise UserError(
             f"init_from: {folder} is a file, but a checkpoint is a folder (config.json, model.safetensors), such as "
-            "checkpoints/NAME/best. A pickle (.ckpt, .pt, .bin) could run anything when it is read, so it never is; "
-            "the weights of a backbone go in as model.weights=FILE.safetensors"
+            "checkpoints/NAME/best. Pickles (.ckpt, .pt, .bin) can run code when they are read and are never loaded; "
+            "give weights of a backbone as model.weights=FILE.safetensors"
         )
     if not (folder / "config.json").exists() and (folder / "best/config.json").exists():
         raise UserError(f"init_from: {folder} is a run; name one of its checkpoints, such as {folder / 'best'}")
     config = read_config(folder)
     differ = differences(config, model.description(), ARCHITECTURE)
     if differ:
-        raise UserError(f"init_from: {folder} is of another model:\n" + "\n".join(differ))
+        raise UserError(f"init_from: {folder} has another architecture:\n" + "\n".join(differ))
     other = differences(config, model.description(), PREPROCESSING)
     if other:
-        log.info("init_from: %s was trained on images prepared in another way:\n%s", folder, "\n".join(other))
-    _fill(model, folder, f"init_from: {folder}")
+        log.info("init_from: %s was trained with another preprocessing:\n%s", folder, "\n".join(other))
+    _load_weights(model, folder, f"init_from: {folder}")
 
 
-def _fill(model: Regressor, folder: Path, where: str) -> None:
-    """The weights of `folder` into a model of its architecture, of another input size perhaps."""
+def _load_weights(model: Regressor, folder: Path, where: str) -> None:
+    """Load the weights of a checkpoint into a model of its architecture; `where` begins error messages."""
     try:
         tensors = tensor_files.read(folder / "model.safetensors")
         backbone, head = (
@@ -153,21 +159,22 @@ def _fill(model: Regressor, folder: Path, where: str) -> None:
 
 
 def differences(there: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """Where two descriptions differ, a line each; of a backbone's name the tag does not count, which names weights."""
-    absent = {"head": "linear", "head_width": 0}  # keys that older checkpoints lack
-    absent |= {"resize_mode": "shortest_even", "interpolation": "bicubic", "crop_pct": 1.0}
-    pairs = [(key, {**absent, **there}.get(key), {**absent, **here}.get(key)) for key in keys]
-    return [f"  {key}: {a!r} there, {b!r} here" for key, a, b in pairs if _same(key, a) != _same(key, b)]
+    """List the differing keys of two descriptions, one line each; the tag of a backbone's name is ignored."""
+    defaults = {"head": "linear", "head_width": 0}  # keys that older checkpoints lack
+    defaults |= {"resize_mode": "shortest_even", "interpolation": "bicubic", "crop_pct": 1.0}
+    pairs = [(key, {**defaults, **there}.get(key), {**defaults, **here}.get(key)) for key in keys]
+    return [f"  {key}: {a!r} there, {b!r} here" for key, a, b in pairs if _comparable(key, a) != _comparable(key, b)]
 
 
-def _same(key: str, value: Any) -> Any:
+def _comparable(key: str, value: Any) -> Any:
+    """Value in a form that compares equal for equal architectures."""
     if key == "backbone":
         return value.partition("/" if ":" in value else ".")[0]
     return tuple(value) if isinstance(value, list) else value
 
 
 def load_extras(folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """The training mean vector [E], the probe images, and their vectors [8, E]."""
+    """Read the mean training vector [E], the probe images, and their vectors [probes, E]."""
     with safe_open(folder / "model.safetensors", "pt") as file:
         count = sum(key.startswith("probe_image_") for key in file.keys())  # noqa: SIM118 – not a mapping
         probes = [file.get_tensor(f"probe_image_{i}") for i in range(count)]
@@ -175,16 +182,16 @@ def load_extras(folder: Path) -> tuple[torch.Tensor, list[torch.Tensor], torch.T
 
 
 def best_of_run(folder: Path) -> Path:
-    """The best checkpoint of a run's folder; any other folder as it is."""
+    """Best checkpoint of a training run's folder; any other folder is returned unchanged."""
     is_run = not (folder / "config.json").exists() and (folder / "best/config.json").exists()
     return folder / "best" if is_run else folder
 
 
 def newest_checkpoint() -> Path:
-    """Folder of the best checkpoint that was written last, among checkpoints/*/best.
+    """Newest folder among checkpoints/*/best.
 
     Raises:
-        UserError: There is none.
+        UserError: There is no checkpoint.
     """
     configs = sorted((ROOT / "checkpoints").glob("*/best/config.json"), key=lambda p: p.stat().st_mtime)
     if not configs:

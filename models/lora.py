@@ -1,7 +1,11 @@
+<<<<<<< HEAD
 """Low-rank adapters on the linear layers of chosen blocks, and how they become plain weights again.
+=======
+"""LoRA adapters on the linear layers of some blocks, through peft, and merging them into the weights.
+>>>>>>> a4b81b7 (Checkpoints, backbones, LoRA, text head and captioners: names, docstrings and messages in the field's words)
 
-W stays, and W + alpha/rank · B A computes: A is [rank, in], B [out, rank] and zero at first. The first team's recipe:
-the blocks at the bottom frozen, adapters in the middle, the top trained whole.
+A layer computes with W + alpha/rank · B A, where W is frozen, A is [rank, in], and B [out, rank] starts at zero. The
+winning solution froze the bottom blocks, put adapters into the middle ones, and trained the top ones in full.
 """
 
 import logging
@@ -22,27 +26,33 @@ _A, _B, _BASE = ".lora_A.default.weight", ".lora_B.default.weight", ".base_layer
 def insert(
     backbone: nn.Module, first: int, count: int, rank: int, alpha: float, dropout: float, *, size: int
 ) -> list[str]:
-    """Puts adapters into blocks `first` … `first + count − 1`, in place; returns the names of the adapted layers.
+    """Insert adapters into blocks `first` … `first + count − 1`, in place.
 
-    Of these blocks the adapters alone train from here on; what trains elsewhere stays as it was. Their initial values
-    are drawn by torch's generator, and change nothing that the backbone computes.
+    Of these blocks only the adapters train afterwards; other parameters do not change. The initial values come from
+    torch's generator and do not change the output of the backbone.
 
     Args:
-        first: blocks below, as `model.freeze` counts them.
-        dropout: on what goes into an adapter.
-        size: side of the input, pixels: one empty image shows which layers are called. A layer whose weight is read
-            past it (in torch's own multi-head attention, in fused attention with biases of its own) would leave its
-            adapter unused.
+        backbone: Backbone to adapt.
+        first: Number of blocks below, as `model.freeze` counts them.
+        count: Number of blocks to adapt.
+        rank: Rank of the adapters.
+        alpha: Scale of the adapters; the update is multiplied by alpha ÷ rank.
+        dropout: Dropout probability on the input of an adapter.
+        size: Side of the input in pixels. A blank image shows which layers are called: an adapter has no effect on a
+            layer whose weight is used without calling it, as in torch's multi-head attention.
+
+    Returns:
+        Names of the adapted layers.
 
     Raises:
-        UserError: the backbone has fewer blocks, their order is not known, or they hold no such layer.
+        UserError: The backbone has fewer blocks, their order is not known, or they hold no linear layer.
     """
     by_depth = layers(backbone)
     most = len(by_depth) - 1 - first
     if count > most:
         raise UserError(
-            f"model.lora.blocks: {count} above the {first} frozen ones are over the {most + first} blocks of "
-            f"{type(backbone).__name__}; at most {most}, or freeze fewer"
+            f"model.lora.blocks={count} above {first} frozen blocks exceeds the {most + first} blocks of "
+            f"{type(backbone).__name__}; use at most {most}, or freeze fewer"
         )
     inside = {name for names in by_depth[first + 1 : first + 1 + count] for name in names}
     linear = [n for n, m in backbone.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" in inside]
@@ -53,8 +63,8 @@ def insert(
             "layer to adapt; use model.lora.blocks=0"
         )
     if len(called) < len(linear):
-        past = [name for name in linear if name not in called]
-        log.warning("no adapters for %d layers whose weights are read past them, such as %s", len(past), past[0])
+        uncalled = [name for name in linear if name not in called]
+        log.warning("no adapters for %d layers whose forward is never called, such as %s", len(uncalled), uncalled[0])
     trains = {name for name, p in backbone.named_parameters() if p.requires_grad}
     _inject(backbone, called, rank, alpha, dropout)
     for name, parameter in backbone.named_parameters():
@@ -64,10 +74,10 @@ def insert(
 
 
 def merge(state: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.Tensor]:
-    """A state dict with the adapters added to the weights they adapt, under the plain model's names.
+    """Merge the adapters of a state dict into the weights, under the names of the model without adapters.
 
     Args:
-        state: of a model with adapters, gathered if it was shared out.
+        state: Full (unsharded) state dict of a model with adapters.
         scaling: alpha ÷ rank.
     """
     merged = {k.replace(_BASE, "."): v for k, v in state.items() if not k.endswith((_A, _B))}
@@ -82,21 +92,21 @@ def merge(state: Mapping[str, torch.Tensor], scaling: float) -> dict[str, torch.
 
 @torch.no_grad()
 def _called(backbone: nn.Module, names: list[str], size: int) -> list[str]:
-    """Those of the layers whose `forward` runs."""
-    found: set[str] = set()
+    """Names of the layers whose `forward` is called."""
+    called: set[str] = set()
     hooks = [
-        backbone.get_submodule(name).register_forward_hook(lambda *_, name=name: found.add(name)) for name in names
+        backbone.get_submodule(name).register_forward_hook(lambda *_, name=name: called.add(name)) for name in names
     ]
     modes = {module: module.training for module in backbone.modules()}
     try:
-        some = next(backbone.parameters())
-        backbone.eval()(torch.zeros(1, 3, size, size, device=some.device, dtype=some.dtype))
+        parameter = next(backbone.parameters())
+        backbone.eval()(torch.zeros(1, 3, size, size, device=parameter.device, dtype=parameter.dtype))
     finally:
         for module, mode in modes.items():
             module.training = mode
         for hook in hooks:
             hook.remove()
-    return [name for name in names if name in found]
+    return [name for name in names if name in called]
 
 
 class LoraLinear(nn.Module):
@@ -124,6 +134,7 @@ class LoraLinear(nn.Module):
 
 
 def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, dropout: float) -> None:
+<<<<<<< HEAD
     for name in names:
         layer = backbone.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -132,3 +143,20 @@ def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, drop
             part.training = backbone.training
         parent, _, attribute = name.rpartition(".")
         setattr(backbone.get_submodule(parent), attribute, adapted)
+=======
+    # peft looks for bitsandbytes when it is imported and at each layer; quantized layers are not adapted here, and
+    # bitsandbytes loads torch's compiler. transformers loads scipy for the losses of detectors.
+    with hidden("bitsandbytes", "boto3", "scipy"):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # warnings about optional imports
+                from peft import LoraConfig, inject_adapter_in_model
+        except ImportError as error:
+            raise UserError("model.lora needs peft: pip install 'im2emb[lora]'") from error
+        pattern = "|".join(map(re.escape, names))  # a list would also match the ends of other names
+        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")  # type: ignore[arg-type]
+        inject_adapter_in_model(config, backbone)
+    for name, module in backbone.named_modules():
+        if ".lora_" in name:
+            module.training = backbone.training
+>>>>>>> a4b81b7 (Checkpoints, backbones, LoRA, text head and captioners: names, docstrings and messages in the field's words)

@@ -1,4 +1,4 @@
-"""The model: image → backbone → head → unit vector. B images, D backbone width, E target width."""
+"""Regressor: image → backbone → head → unit vector. B images, D backbone width, E target width."""
 
 from typing import Any, Self
 
@@ -15,11 +15,11 @@ class Regressor(nn.Module):
     """Maps uint8 images to unit vectors.
 
     Args:
-        backbone: normalised image_BCHW → features_BD.
-        spec: of that backbone.
-        width: E, of the target vectors.
-        head: linear or wide, as in `models.runtime.heads`.
-        hidden: units of a wide head.
+        backbone: Module that maps normalised image_BCHW to features_BD.
+        spec: Description of the backbone.
+        width: Target width E.
+        head: Kind of head, "linear" or "wide", as in `models.runtime.heads`.
+        hidden: Hidden units of a wide head.
     """
 
     mean: torch.Tensor
@@ -32,7 +32,7 @@ class Regressor(nn.Module):
         self.head = make_head(head, spec.width, width, hidden)
         self.spec = spec
         self.width = width
-        """E, of the target vectors."""
+        """Target width E."""
         self.head_kind, self.hidden = head, hidden if head == "wide" else 0
         self.freeze_bn_stats = False
         """Whether the backbone's batch norms keep their statistics in training."""
@@ -44,12 +44,15 @@ class Regressor(nn.Module):
         return self.mean.device
 
     def freeze(self, blocks: int | None) -> None:
-        """Trains all but the backbone's stem and first `blocks` blocks; None freezes the whole backbone, 0 nothing.
+        """Freeze the backbone's stem and first `blocks` blocks, with their batch norm statistics.
 
-        What is frozen keeps its batch statistics too, and costs no backward pass. Adapters (models/lora.py) come after.
+        Frozen layers cost no backward pass. Insert adapters (models/lora.py) afterwards.
+
+        Args:
+            blocks: Number of blocks; None freezes the whole backbone, 0 nothing.
 
         Raises:
-            UserError: the backbone has fewer blocks.
+            UserError: The backbone has fewer blocks.
         """
         names = frozen_names(self.backbone, blocks) if blocks else []
         self.requires_grad_(True)
@@ -65,35 +68,36 @@ class Regressor(nn.Module):
             parameters = list(module.parameters(recurse=False))
             frozen = parameters and not any(p.requires_grad for p in parameters)
             if frozen or (self.freeze_bn_stats and isinstance(module, nn.modules.batchnorm._BatchNorm)):
-                module.training = False  # of itself alone: what it holds may train
+                module.training = False  # not module.eval(): its children may train
         return self
 
     def normalise(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 image_BCHW → what the backbone takes, on the model's device."""
+        """Normalise uint8 image_BCHW for the backbone, on the model's device."""
         normal_BCHW = (image_BCHW.to(self.mean) - self.mean) / self.std
         return normal_BCHW.contiguous(memory_format=torch.channels_last)
 
     def features(self, image_BCHW: torch.Tensor) -> torch.Tensor:
-        """uint8 image_BCHW of the spec's size → features_BD."""
+        """Backbone features_BD of uint8 image_BCHW of the spec's size."""
         features_BD = self.backbone(self.normalise(image_BCHW))
         return features_BD[0] if isinstance(features_BD, tuple) else features_BD
 
     def project(self, features_BD: torch.Tensor, *, unit: bool = True) -> torch.Tensor:
-        """features_BD → z_BE in fp32, of unit length, or as long as the head makes it."""
+        """Apply the head to features_BD: z_BE in fp32, normalised if `unit`."""
         z_BE = self.head(features_BD).float()
         return nn.functional.normalize(z_BE, dim=-1) if unit else z_BE
 
     def forward(self, image_BCHW: torch.Tensor, *, unit: bool = True) -> torch.Tensor:
-        """uint8 image_BCHW of the spec's size → z_BE in fp32, of unit length, or as long as the head makes it."""
+        """Embed uint8 image_BCHW of the spec's size: z_BE in fp32, normalised if `unit`."""
         return self.project(self.features(image_BCHW), unit=unit)
 
     @torch.inference_mode()
     def embed(self, images: list[torch.Tensor], *, flip: bool = False) -> torch.Tensor:
-        """Decoded uint8 images [3, H, W] of any size → unit z_BE, fp32, on the CPU.
+        """Embed decoded uint8 images [3, H, W] of any size: unit z_BE, fp32, on the CPU.
 
         Args:
-            flip: mirror the squares, as bundles and training do: mirrored before it is cropped, an image would show up
-                to a pixel more of one side.
+            images: Decoded images.
+            flip: Mirror the cropped squares, as bundles and training do. Mirroring before the crop could shift the crop
+                by a pixel.
         """
         image_BCHW = torch.stack([resize_and_crop(image, self.spec.preprocessing) for image in images])
         if flip:
@@ -101,7 +105,7 @@ class Regressor(nn.Module):
         return self.eval()(image_BCHW.to(self.device)).cpu()
 
     def description(self) -> dict[str, Any]:
-        """What `models.checkpoint.rebuild` needs, as plain JSON."""
+        """Description from which `models.checkpoint.rebuild` builds the model again, as plain JSON."""
         spec = self.spec
         return {
             "backbone": spec.name,
@@ -127,7 +131,7 @@ def make(
     interpolation: str | None = None,
     crop_pct: float | None = None,
 ) -> Regressor:
-    """A regressor with a random head; see `models.backbones.build`."""
+    """Build a regressor with a random head; arguments as for `models.backbones.registry.build`."""
     module, spec = build(
         backbone, weights, size, resize_mode=resize_mode, interpolation=interpolation, crop_pct=crop_pct
     )

@@ -1,8 +1,8 @@
-"""A head from prompts alone, with no image: CLIP's text tower stands in for the image.
+"""Initialise a linear head from prompts without images, through CLIP's text tower.
 
-CLIP puts a prompt u and its image P f + c at the same place of a joint space: f are the pooled features, P the
-projection of its vision tower. So the map W from unit text features to target vectors, a ridge regression without
-bias, makes a head for f: weight W P, bias W c. A backbone whose output is in the joint space already needs no P.
+CLIP maps a prompt to u and its image to P f + c, close to u in the joint space; f are the pooled features and P the
+projection of the vision tower. Ridge regression without bias maps u to target vectors by W; the head for f then has
+weight W P and bias W c. A backbone whose output is in the joint space needs no P.
 n prompts, D feature width, J width of the joint space, E target width.
 """
 
@@ -26,7 +26,7 @@ from models.head_init import RidgeHead
 from models.regressor import Regressor
 
 _BATCH = 256
-# timm's own copies of towers, whose names do not tell open_clip's. SigLIP's and those of one hub repository do.
+# timm's towers whose open_clip model cannot be derived from the hub repository or the name
 _TOWERS = {
     "vit_base_patch32_clip_224.laion2b": "ViT-B-32/laion2b_s34b_b79k",
     "vit_base_patch16_clip_224.laion2b": "ViT-B-16/laion2b_s34b_b88k",
@@ -48,24 +48,31 @@ def init_text(
     target_nE: NDArray[np.float32],
     device: torch.device | str = "cpu",
 ) -> float:
-    """Sets the linear head of `model` from prompts and their unit targets; returns the penalty's share.
+    """Set the linear head of `model` from prompts and their unit targets; duplicate prompts count once.
 
-    A prompt that comes several times counts once. Arguments as `text_head`'s.
+    Args:
+        model: Regressor with a linear head.
+        text_tower: As for `text_head`; None: the open_clip model that the backbone is the vision tower of.
+        weights, prompts, target_nE, device: As for `text_head`.
+
+    Returns:
+        The relative ridge penalty.
 
     Raises:
-        UserError: no text tower is known, can be loaded, or fits; the head is as it was.
+        UserError: No text tower is known, or it cannot be loaded or does not fit; the head is unchanged.
     """
     first = list(dict(zip(reversed(prompts), range(len(prompts) - 1, -1, -1), strict=True)).values())[::-1]
     tower = text_tower or tower_of(model.spec.name)
     unique = [prompts[row] for row in first]
     joint = model.spec.name.startswith(OPEN_CLIP)
-    found = text_head(tower, weights, unique, target_nE[first], model.spec.width, joint=joint, device=device)
-    weight_ED, bias_E, share = found
+    weight_ED, bias_E, penalty = text_head(
+        tower, weights, unique, target_nE[first], model.spec.width, joint=joint, device=device
+    )
     assert isinstance(model.head, nn.Linear)
     with torch.no_grad():
         model.head.weight.copy_(weight_ED)
         model.head.bias.copy_(bias_E)
-    return share
+    return penalty
 
 
 def text_head(
@@ -78,17 +85,22 @@ def text_head(
     joint: bool,
     device: torch.device | str = "cpu",
 ) -> tuple[torch.Tensor, torch.Tensor, float]:
-    """Weight [E, D] and bias [E] of a head, and the share of the penalty that scored best on held-out prompts.
+    """Fit a linear head for a vision tower on the text features of prompts.
 
     Args:
         text_tower: open_clip:MODEL/PRETRAINED, or open_clip:MODEL/ and the path of a .safetensors file of both towers.
-        weights: as `model.weights`: pretrained, random, or a path; a path in `text_tower` goes before it.
-        target_nE: unit vectors.
-        width: D, of the backbone.
-        joint: whether the backbone's output is in the joint space, as that of an open_clip tower is.
+        weights: Value of `model.weights`: pretrained, random, or a path; a path in `text_tower` has priority.
+        prompts: Prompts.
+        target_nE: Unit target vectors of the prompts.
+        width: Feature width D of the backbone.
+        joint: Whether the output of the backbone is in the joint space, as for an open_clip tower.
+        device: Device of the text tower.
+
+    Returns:
+        Weight [E, D], bias [E], and the relative penalty that scored best on held-out prompts.
 
     Raises:
-        UserError: the tower cannot be loaded, its projection is not linear, or not of D features.
+        UserError: The tower cannot be loaded, or its projection is not linear or does not have D features.
     """
     clip, tokenize = _load(text_tower, weights)
     projection = None if joint else _projection(clip.visual, text_tower)
@@ -105,27 +117,27 @@ def text_head(
             bar.update(len(batch))
     if ridge is None:
         raise UserError("model.head_init: text needs prompts, and the dataset's training split has none")
-    weight, _, share = ridge.solve()
+    weight, _, penalty = ridge.solve()
     weight_EJ = torch.from_numpy(weight)
     if projection is None:
-        return weight_EJ, torch.zeros(len(weight_EJ)), share
+        return weight_EJ, torch.zeros(len(weight_EJ)), penalty
     projection_JD, shift_J = projection
-    return weight_EJ @ projection_JD, weight_EJ @ shift_J, share
+    return weight_EJ @ projection_JD, weight_EJ @ shift_J, penalty
 
 
-def _check_width(found: int, width: int, text_tower: str) -> None:
-    if found != width:
+def _check_width(tower_width: int, width: int, text_tower: str) -> None:
+    if tower_width != width:
         raise UserError(
-            f"model.text_tower: the vision tower of {text_tower} has {found} features, but the backbone {width}; name "
-            "the model that the backbone is of, or use head_init=ridge"
+            f"model.text_tower: the vision tower of {text_tower} has {tower_width} features, but the backbone {width}; "
+            "name the open_clip model of this backbone, or use head_init=ridge"
         )
 
 
 def tower_of(backbone: str) -> str:
-    """The open_clip model whose vision tower a backbone is.
+    """Find the open_clip model that a backbone is the vision tower of.
 
     Raises:
-        UserError: none is known.
+        UserError: No model is known.
     """
     if backbone.startswith(OPEN_CLIP):
         return backbone
@@ -138,22 +150,22 @@ def tower_of(backbone: str) -> str:
     config = timm.get_pretrained_cfg(backbone) if timm.is_model(base) else None
     hub = config and config.hf_hub_id
     for model, pretrained in open_clip.list_pretrained():
-        theirs = open_clip.get_pretrained_cfg(model, pretrained)
-        quick = bool(theirs.get("quick_gelu")) == model.endswith("-quickgelu")
-        if hub and quick and theirs.get("hf_hub", "").rstrip("/") == hub:
+        tag_config = open_clip.get_pretrained_cfg(model, pretrained)
+        same_activation = bool(tag_config.get("quick_gelu")) == model.endswith("-quickgelu")
+        if hub and same_activation and tag_config.get("hf_hub", "").rstrip("/") == hub:
             return f"{OPEN_CLIP}{model}/{pretrained}"
         vision = open_clip.get_model_config(model)["vision_cfg"]
         same = isinstance(vision, dict) and vision.get("timm_model_name") == base and vision.get("timm_pool") == "map"
         if same and pretrained == tag.removeprefix("v2_") and ("SigLIP2" in model) == tag.startswith("v2_"):
             return f"{OPEN_CLIP}{model}/{pretrained}"
     raise UserError(
-        f"model.text_tower: no open_clip model is known of which {backbone} is the vision tower; name it, such as "
+        f"model.text_tower: no open_clip model is known that has {backbone} as its vision tower; name it, such as "
         "model.text_tower=open_clip:ViT-H-14/laion2b_s32b_b79k, or use model.head_init=ridge"
     )
 
 
 def _load(text_tower: str, weights: str) -> tuple[Any, Any]:
-    """Both towers and the tokenizer."""
+    """Load a CLIP model with both towers, and its tokenizer."""
     open_clip = _open_clip()
     if text_tower.startswith(OPEN_CLIP) and text_tower in _listed(open_clip):
         text_tower = with_own_activation(text_tower)
@@ -161,19 +173,19 @@ def _load(text_tower: str, weights: str) -> tuple[Any, Any]:
     if not text_tower.startswith(OPEN_CLIP) or model not in open_clip.list_models():
         near = difflib.get_close_matches(model, open_clip.list_models(), n=5)
         raise UserError(
-            f"model.text_tower: {text_tower!r} is not open_clip:MODEL/PRETRAINED of a model that open_clip has"
+            f"model.text_tower: {text_tower!r} is not open_clip:MODEL/PRETRAINED with a model of open_clip"
             + (f"; near: {', '.join(near)}" if near else "")
         )
     path = _file(tag) or (None if weights in ("pretrained", "random") else _file(weights))
     tags = open_clip.list_pretrained_tags_by_model(model)
-    have = ", ".join(tags) or "none"
+    available = ", ".join(tags) or "none"
     if path is None and weights not in ("pretrained", "random"):
         raise UserError(
-            f"model.weights: {weights!r} has no text tower: a .safetensors file of both towers, or a folder that holds "
-            f"open_clip_model.safetensors. Or name one: model.text_tower=open_clip:{model}/FILE.safetensors"
+            f"model.weights={weights!r} has no text tower; name a .safetensors file of both towers, a folder with "
+            f"open_clip_model.safetensors, or model.text_tower=open_clip:{model}/FILE.safetensors"
         )
     if path is None and weights == "pretrained" and tag not in tags:
-        raise UserError(f"model.text_tower: open_clip's {model} has no weights {tag!r}, only {have}")
+        raise UserError(f"model.text_tower: open_clip's {model} has no weights {tag!r}, only {available}")
     try:
         with _quiet():
             clip = open_clip.create_model(model, pretrained=tag if path is None and weights == "pretrained" else None)
@@ -183,7 +195,7 @@ def _load(text_tower: str, weights: str) -> tuple[Any, Any]:
     except (OSError, RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot load the text tower of {text_tower}: {str(error).splitlines()[0]}\n"
-            f"With no network: model.text_tower=open_clip:{model}/FILE.safetensors (a download of its "
+            f"Without network: model.text_tower=open_clip:{model}/FILE.safetensors (a download of its "
             "open_clip_model.safetensors) or model.head_init=ridge."
         ) from error
 
@@ -193,7 +205,7 @@ def _listed(open_clip: Any) -> set[str]:
 
 
 def _file(name: str) -> Path | None:
-    """The file of both towers that a path names."""
+    """Path of the .safetensors file of both towers that `name` means; None if it means no file."""
     path = Path(name)
     if name and path.is_dir():
         path = path / "open_clip_model.safetensors"
@@ -201,7 +213,7 @@ def _file(name: str) -> Path | None:
 
 
 def _projection(visual: Any, text_tower: str) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """P [J, D] and c [J]; None where pooled features are in the joint space as they are."""
+    """Projection P [J, D] and c [J]; None if pooled features are in the joint space already."""
     if isinstance(getattr(visual, "proj", None), nn.Parameter):
         return visual.proj.detach().T, torch.zeros(visual.proj.shape[1])
     if hasattr(visual, "trunk"):
@@ -228,7 +240,7 @@ def _open_clip() -> Any:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """open_clip tells every step on the root logger."""
+    """Silence open_clip, which logs every step on the root logger."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

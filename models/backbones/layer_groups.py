@@ -1,7 +1,6 @@
-"""The order of a backbone's parameters from its input to its output: what freezing, layer decay, LoRA and the
-wrapping of single blocks go by.
+"""Order of a backbone's parameters from input to output, for freezing, layer decay, LoRA and wrapping of blocks.
 
-timm groups its own models; what it does not group is listed in `_MATCHERS` in timm's form.
+timm groups its own models; `_MATCHERS` lists other towers in timm's form.
 """
 
 import re
@@ -12,8 +11,8 @@ from torch import nn
 
 from core.errors import UserError
 
-# Class → timm's matcher: regular expressions of the stem and of the blocks, which are sorted by the numbers they catch,
-# with a suffix of numbers where they catch fewer than their neighbours. What matches neither follows the last block.
+# Class → timm's matcher: regular expressions of the stem and of the blocks. Blocks are sorted by the numbers that they
+# capture, with a suffix of numbers where they capture fewer. Parameters that match neither follow the last block.
 _MATCHERS: dict[str, dict[str, Any]] = {
     "VisionTransformer": {  # open_clip's; timm's groups itself
         "stem": r"^(?:conv1|class_embedding|positional_embedding|ln_pre)",
@@ -30,35 +29,35 @@ _MATCHERS: dict[str, dict[str, Any]] = {
         "blocks": [(r"^transformers\.(\d+)\.pool", (0,)), (r"^transformers\.(\d+)\.blocks\.(\d+)", None)],
     },
 }
-_FOLLOWS = "?"  # a name that no matcher knows
-# What all blocks of a transformer read, or the first, and timm, or an older timm, counts to the last
+_FOLLOWS = "?"  # a name that no matcher matches
+# Parameters read by all blocks of a transformer, or by the first, which some versions of timm assign to the last block
 _FEEDS = re.compile(r"(?:rope|shared_rel_pos|norm_pre|reg_token)\b")
 
 
 def layers(module: nn.Module) -> list[list[str]]:
     """Names of all parameters by depth, by timm's fine grouping.
 
-    [0] is the stem with its embeddings, [k] the k-th block from the bottom. What follows the last block belongs to it:
-    timm gives a norm that only some backbones have there a group of its own.
+    [0] is the stem with its embeddings, [k] the k-th block from the bottom. Parameters after the last block are counted
+    to it, since only some backbones have a norm there.
 
     Raises:
-        UserError: the order of its blocks is not known.
+        UserError: The order of the blocks is not known.
     """
     grouped, following = _grouped(module)
     return [*grouped[:-1], grouped[-1] + following]
 
 
 def blocks(module: nn.Module) -> list[nn.Module]:
-    """The blocks themselves, bottom first: of each layer above the stem the largest module that it holds whole.
+    """Blocks, bottom first: for each layer above the stem the largest module with parameters of this layer only.
 
     Raises:
-        UserError: the order of its blocks is not known.
+        UserError: The order of the blocks is not known.
     """
     grouped, _ = _grouped(module)
     # by identity: some backbones use a module in two places
     layer_of = {id(module.get_parameter(name)): layer for layer, names in enumerate(grouped) for name in names}
     largest: dict[int, tuple[int, nn.Module]] = {}
-    for layer, part in _whole(module, layer_of):
+    for layer, part in _single_layer_modules(module, layer_of):
         size = sum(p.numel() for p in part.parameters())
         if layer and size > largest.get(layer, (0, part))[0]:
             largest[layer] = size, part
@@ -69,16 +68,19 @@ def frozen_names(module: nn.Module, count: int) -> list[str]:
     """Names of the parameters of the stem and the first `count` blocks.
 
     Raises:
-        UserError: the backbone has fewer blocks, or their order is not known.
+        UserError: The backbone has fewer blocks, or their order is not known.
     """
     by_depth = layers(module)
     if count >= len(by_depth):
-        raise UserError(f"model.freeze: {count} is over the {len(by_depth) - 1} blocks of {type(module).__name__}")
+        raise UserError(
+            f"model.freeze={count} exceeds the {len(by_depth) - 1} blocks of {type(module).__name__}; freeze fewer, or "
+            "use model.freeze=all"
+        )
     return [name for names in by_depth[: count + 1] for name in names]
 
 
 def _grouped(module: nn.Module) -> tuple[list[list[str]], list[str]]:
-    """Names of the parameters by depth, and of those that follow the last block."""
+    """Names of the parameters by depth, and names of the parameters after the last block."""
     from timm.models._manipulate import group_with_matcher
 
     trunk: Any = getattr(module, "trunk", module)  # open_clip's TimmModel
@@ -88,7 +90,7 @@ def _grouped(module: nn.Module) -> tuple[list[list[str]], list[str]]:
         matcher = _MATCHERS[kind]
     else:
         raise UserError(
-            f"the order of {kind}'s blocks is not known: with this backbone model.freeze=0 or all, "
+            f"the order of {kind}'s blocks is not known; with this backbone use model.freeze=0 or all, "
             "model.lora.blocks=0, optim.layer_decay=1, scale.activation_checkpointing=none and scale.compile=false"
         )
     prefix = "" if trunk is module else "trunk."
@@ -100,21 +102,21 @@ def _grouped(module: nn.Module) -> tuple[list[list[str]], list[str]]:
     stem, *grouped, following = (groups[layer] for layer in sorted(groups))
     following.remove(_FOLLOWS)
     following += [name for name, _ in module.named_parameters() if trunk is not module and not name.startswith(prefix)]
-    return [stem + [own for _, own in feeding], *grouped], following
+    return [stem + [name for _, name in feeding], *grouped], following
 
 
-def _whole(module: nn.Module, layer_of: dict[int, int]) -> Iterator[tuple[int, nn.Module]]:
-    """The modules, largest first, all of whose parameters are of one layer, with that layer."""
-    found = {layer_of.get(id(p), -1) for p in module.parameters()}
-    if len(found) == 1 and -1 not in found:
-        yield found.pop(), module
+def _single_layer_modules(module: nn.Module, layer_of: dict[int, int]) -> Iterator[tuple[int, nn.Module]]:
+    """Yield the outermost modules all of whose parameters belong to one layer, with that layer."""
+    layers_inside = {layer_of.get(id(p), -1) for p in module.parameters()}
+    if len(layers_inside) == 1 and -1 not in layers_inside:
+        yield layers_inside.pop(), module
     else:
         for child in module.children():
-            yield from _whole(child, layer_of)
+            yield from _single_layer_modules(child, layer_of)
 
 
 def _callable(module: nn.Module) -> list[nn.Module]:
-    """`module`, or what is in it where it only holds a list of others."""
+    """`module` itself, or its children if it is a container without a forward of its own."""
     if isinstance(module, nn.ModuleList) or (isinstance(module, nn.Sequential) and len(module) == 1):
         return [block for child in module for block in _callable(child)]
     return [module]

@@ -1,4 +1,4 @@
-"""Weights from files: safetensors alone. A pickle can run code when it is loaded, so none is.
+"""Load weights from .safetensors files; pickles are refused, since loading one can run code.
 
 N tokens of a position embedding, C channels.
 """
@@ -19,13 +19,15 @@ INDEX = "model.safetensors.index.json"
 
 
 def files(weights: str, names: Sequence[str] = ("model.safetensors",), prefixes: Sequence[str] = ()) -> list[Path]:
-    """The files that `weights` means: itself, or of a folder the first of `names`, or the parts that its index lists.
+    """List the .safetensors files that a path means.
 
     Args:
-        prefixes: of the tensors that are wanted; parts that hold none of them are left out.
+        weights: File; or folder with one of `names`, or with an index that lists parts.
+        names: File names to look for in a folder, in this order.
+        prefixes: Prefixes of the required tensors; parts without such tensors are skipped. Empty: all parts.
 
     Raises:
-        UserError: there is no such file, or it is a pickle.
+        UserError: There is no such file, or it is a pickle.
     """
     path = Path(weights)
     if path.is_file() and path.suffix == ".safetensors":
@@ -35,16 +37,16 @@ def files(weights: str, names: Sequence[str] = ("model.safetensors",), prefixes:
             return [path / name]
     if (path / INDEX).is_file():
         parts = [path / part for part in parts_of(path / INDEX, prefixes)]
-        gone = [part.name for part in parts if not part.is_file()]
-        if gone:
-            raise UserError(f"model.weights: {path / INDEX} lists {', '.join(gone)}, which is not there; download it")
+        missing = [part.name for part in parts if not part.is_file()]
+        if missing:
+            raise UserError(f"model.weights: {path / INDEX} lists {', '.join(missing)}, which is missing; download it")
         return parts
-    found = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
-    pickles = [file.name for file in found if file.suffix in _PICKLES]
+    candidates = [path] if path.is_file() else sorted(path.glob("*")) if path.is_dir() else []
+    pickles = [file.name for file in candidates if file.suffix in _PICKLES]
     if pickles:
         raise UserError(
-            f"model.weights: {weights} holds {pickles[0]}, a pickle, which can run code when it is loaded, so it never "
-            "is. Take the .safetensors of the same model, or convert the file where you trust it: "
+            f"model.weights: {weights} holds the pickle {pickles[0]}, which can run code when it is loaded, so it is "
+            "refused. Use the .safetensors of the same model, or convert the file if you trust it: "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), 'model.safetensors')"
         )
     raise UserError(
@@ -54,16 +56,20 @@ def files(weights: str, names: Sequence[str] = ("model.safetensors",), prefixes:
 
 
 def parts_of(index: Path, prefixes: Sequence[str]) -> list[str]:
-    """Of a model in several files, the names of those that hold tensors under one of `prefixes`; none: of all."""
-    held = json.loads(index.read_text())["weight_map"]
-    return sorted({file for key, file in held.items() if not prefixes or key.startswith(tuple(prefixes))})
+    """Names of the parts in an index that hold tensors with one of `prefixes`; without prefixes, all parts."""
+    part_of_tensor = json.loads(index.read_text())["weight_map"]
+    return sorted({file for key, file in part_of_tensor.items() if not prefixes or key.startswith(tuple(prefixes))})
 
 
 def read(paths: Sequence[Path], prefixes: Sequence[str] = ()) -> dict[str, torch.Tensor]:
-    """The tensors of `paths`; where some have one of `prefixes`, those alone, without it.
+    """Read the tensors of files.
+
+    Args:
+        paths: .safetensors files.
+        prefixes: If some tensors of a file have one of these prefixes, only those are read, and the prefix is removed.
 
     Raises:
-        UserError: a file is cut off, or no safetensors.
+        UserError: A file is truncated, or not a .safetensors file.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -75,46 +81,50 @@ def read(paths: Sequence[Path], prefixes: Sequence[str] = ()) -> dict[str, torch
                 prefix = next((p for p in prefixes if any(key.startswith(p) for key in keys)), "")
                 tensors |= {key.removeprefix(prefix): file.get_tensor(key) for key in keys if key.startswith(prefix)}
         except SafetensorError as error:
-            raise UserError(f"model.weights: {path} is no whole safetensors file ({error}); get it anew") from error
+            raise UserError(
+                f"model.weights: {path} is not a complete .safetensors file ({error}); download it again"
+            ) from error
     return tensors
 
 
 def put(module: nn.Module, tensors: dict[str, torch.Tensor], where: object) -> None:
-    """Loads `tensors` into `module`; position embeddings of another size are interpolated as timm does it.
+    """Load `tensors` into `module`; position embeddings of another size are interpolated as timm does.
 
-    What the module has no place for, such as a classifier, is left out.
+    Tensors that the module does not have, such as those of a classifier, are ignored.
 
     Args:
-        where: they are from, for the message.
+        module: Backbone.
+        tensors: Tensors by name.
+        where: Source of the tensors, for messages.
 
     Raises:
-        UserError: a tensor is missing, or of another shape.
+        UserError: A tensor is missing, or has another shape.
     """
-    own = module.state_dict()
-    fitting = {name: _resampled(name, tensor, own[name]) for name, tensor in tensors.items() if name in own}
-    other = [name for name, tensor in fitting.items() if own[name].shape != tensor.shape]
+    state = module.state_dict()
+    fitting = {name: _resample(name, tensor, state[name]) for name, tensor in tensors.items() if name in state}
+    other = [name for name, tensor in fitting.items() if state[name].shape != tensor.shape]
     if other:
-        is_, wanted = (list(t[other[0]].shape) for t in (fitting, own))
-        raise UserError(f"{where} is not of this backbone: {other[0]} is {is_} there and {wanted} here")
+        shape, expected = (list(t[other[0]].shape) for t in (fitting, state))
+        raise UserError(f"{where} does not fit this backbone: {other[0]} has shape {shape}, not {expected}")
     missing, _ = module.load_state_dict(fitting, strict=False)
     if missing:
         raise UserError(f"{where} lacks {len(missing)} tensors of this backbone ({', '.join(missing[:3])}, …)")
 
 
-def _resampled(name: str, tensor: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
-    """A position embedding [(1,) N, C] for the grid of `own`; anything else as it is."""
+def _resample(name: str, tensor: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+    """Interpolate a position embedding [(1,) N, C] to the grid of `target`; return other tensors unchanged."""
     if (
         name.rpartition(".")[2] not in _POSITIONS
-        or tensor.shape == own.shape
-        or (tensor.ndim, tensor.shape[-1]) != (own.ndim, own.shape[-1])
+        or tensor.shape == target.shape
+        or (tensor.ndim, tensor.shape[-1]) != (target.ndim, target.shape[-1])
     ):
         return tensor
     from timm.layers.pos_embed import resample_abs_pos_embed
 
-    tokens, wanted = tensor.shape[-2], own.shape[-2]
-    for prefix in range(8):  # class and register tokens, which have no place on the grid
-        new, old = (math.isqrt(max(count - prefix, 0)) for count in (wanted, tokens))
-        if new and old and (new**2 + prefix, old**2 + prefix) == (wanted, tokens):
+    tokens, target_tokens = tensor.shape[-2], target.shape[-2]
+    for prefix in range(8):  # number of class and register tokens, which are not on the grid
+        new, old = (math.isqrt(max(count - prefix, 0)) for count in (target_tokens, tokens))
+        if new and old and (new**2 + prefix, old**2 + prefix) == (target_tokens, tokens):
             table_1NC = tensor.reshape(1, tokens, -1)
-            return resample_abs_pos_embed(table_1NC, [new, new], num_prefix_tokens=prefix).reshape(own.shape)
+            return resample_abs_pos_embed(table_1NC, [new, new], num_prefix_tokens=prefix).reshape(target.shape)
     return tensor

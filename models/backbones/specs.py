@@ -1,4 +1,4 @@
-"""Backbones as their own library describes them: width, input size, activation, preprocessing and normalisation.
+"""Descriptions of backbones from their library: width, input size, activation, preprocessing and normalisation.
 
     spec = own_spec(with_own_activation("vit_large_patch14_clip_336.openai"))
 
@@ -21,8 +21,7 @@ from models.runtime.towers import BLIP2, OPEN_CLIP, TRANSFORMERS, create_tower
 
 log = logging.getLogger(__name__)
 
-# timm's notes leave these out, though they are QuickGELU's too (open_clip: ViT-B-16/dfn2b), and timm has no other name
-# for them: timm name → name in open_clip
+# timm name → open_clip name of weights trained with QuickGELU that timm's notes do not mention and timm cannot build
 _QUICKGELU_IN_OPEN_CLIP_ALONE = {"vit_base_patch16_clip_224.dfn2b": "open_clip:ViT-B-16-quickgelu/dfn2b"}
 
 _TIMM_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
@@ -30,29 +29,31 @@ _TIMM_MODES = {"center": "shortest", "squash": "squash", "border": "longest"}
 
 @dataclass(frozen=True)
 class Spec:
-    """Description of a backbone from which it can be built again and fed."""
+    """Description of a backbone: how to build it, and how to prepare its input."""
 
     name: str
+    """timm name, `open_clip:MODEL/PRETRAINED`, or `transformers:` and a name of `BLIP2`."""
     width: int
-    """D of its pooled features."""
+    """Width D of the pooled features."""
     preprocessing: Preprocessing
-    """From an image of any size to its square input."""
+    """Preprocessing from an image of any size to the square input."""
     mean: tuple[float, ...]
-    """Of each channel, of values from 0 to 1."""
+    """Mean of each channel, for values from 0 to 1."""
     std: tuple[float, ...]
-    """Of each channel, of values from 0 to 1."""
+    """Standard deviation of each channel, for values from 0 to 1."""
 
     @property
     def size(self) -> int:
-        """Side of its square input, pixels."""
+        """Side of the square input, pixels."""
         return self.preprocessing.size
 
 
 def own_spec(name: str) -> Spec:
-    """The backbone as its library describes it, for the weights that `name` says.
+    """Description of a backbone by its library, for the weights in its name.
 
     Raises:
-        UserError: the library has no such name (with the nearest names), or its preprocessing is not implemented here.
+        UserError: The library has no such name (the message lists the nearest), or its preprocessing is not
+            implemented.
     """
     if name.startswith(OPEN_CLIP):
         return _open_clip_spec(name)
@@ -66,7 +67,7 @@ def shape_of(name: str) -> tuple[int, int]:
     """Width of a backbone's pooled features, and its own input size in pixels.
 
     Raises:
-        UserError: the library has no such name; with the nearest names.
+        UserError: The library has no such name; the message lists the nearest.
     """
     if name.startswith(OPEN_CLIP):
         config, _, _ = _open_clip_config(name)
@@ -79,12 +80,12 @@ def shape_of(name: str) -> tuple[int, int]:
 
 
 def with_own_activation(name: str) -> str:
-    """The name under which a backbone computes with the activation that its weights were trained with.
+    """Name under which a backbone has the activation that its weights were trained with.
 
     timm and open_clip list some weights under two names, one of them with another activation than in training.
 
     Raises:
-        UserError: the library has no such name for these weights; the message names one of another library.
+        UserError: The library has no such name for these weights; the message names that of another library.
     """
     other = name
     if name.startswith(OPEN_CLIP):
@@ -94,15 +95,15 @@ def with_own_activation(name: str) -> str:
 
         if name in _QUICKGELU_IN_OPEN_CLIP_ALONE:
             raise UserError(
-                f"model.backbone: timm computes {name} with GELU, but its weights were trained with QuickGELU; take "
+                f"model.backbone: timm builds {name} with GELU, but its weights were trained with QuickGELU; use "
                 f"{_QUICKGELU_IN_OPEN_CLIP_ALONE[name]}"
             )
-        _refuse_unknown_of_timm(name)
+        _check_timm_name(name)
         cfg = timm.get_pretrained_cfg(name)
         if cfg is not None and "QuickGELU" in str(cfg.notes) and "quickgelu" not in name:
             other = name.replace("_clip_", "_clip_quickgelu_")
     if other != name:
-        log.info("%s: its weights were trained with QuickGELU, so the model is %s", name, other)
+        log.info("%s: weights trained with QuickGELU, using model %s", name, other)
     return other
 
 
@@ -112,17 +113,17 @@ def _quickgelu_of_open_clip(name: str) -> str:
 
     cfg: Any = open_clip.get_pretrained_cfg(model, tag) if tag else {}
     if not cfg.get("quick_gelu") or config.get("quick_gelu"):
-        return name  # a model whose own config says QuickGELU was trained so, whatever the list of weights leaves out
+        return name  # the config of the model says QuickGELU even where the list of weights does not
     return f"{OPEN_CLIP}{model}-quickgelu/{tag}"
 
 
 def create_tower_on_meta(name: str, size: int | None = None) -> nn.Module:
-    """A backbone on the meta device: shapes without weights. Arguments as of `create_tower`."""
-    # timm builds a backbone at its own size, whatever the size here
+    """Create a backbone on the meta device: shapes without weights. Arguments as for `create_tower`."""
+    # timm builds a backbone at its own size, whatever `size` is
     return copy.deepcopy(_built_on_meta(name, size if name.startswith((OPEN_CLIP, TRANSFORMERS)) else None))
 
 
-@functools.cache  # a run needs several, and a copy takes a fraction of the time
+@functools.cache  # a run builds several, and a copy takes a fraction of the time
 def _built_on_meta(name: str, size: int | None) -> nn.Module:
     with torch.device("meta"):
         return create_tower(name, size)
@@ -130,14 +131,14 @@ def _built_on_meta(name: str, size: int | None) -> nn.Module:
 
 @functools.cache
 def _timm_config(name: str) -> tuple[dict[str, Any], int]:
-    """timm's `pretrained_cfg`, and the width of the pooled features."""
-    _refuse_unknown_of_timm(name)
+    """`pretrained_cfg` of timm, and the width of the pooled features."""
+    _check_timm_name(name)
     module: Any = _built_on_meta(name, None)
-    # some heads widen the pooled features before the classifier, which alone is left out
+    # some heads widen the pooled features before the classifier; num_classes=0 removes the classifier only
     return module.pretrained_cfg, getattr(module, "head_hidden_size", None) or module.num_features
 
 
-def _refuse_unknown_of_timm(name: str) -> None:
+def _check_timm_name(name: str) -> None:
     import timm
 
     base, _, tag = name.partition(".")
@@ -162,7 +163,7 @@ def _timm_preprocessing(
 
 
 def mean_colour(mean: tuple[float, ...]) -> tuple[int, int, int]:
-    """RGB, 0 to 255, of the channels' means: what timm pads with."""
+    """RGB colour (0 to 255) of the channel means, which timm pads with."""
     red, green, blue = (round(255 * value) for value in mean)
     return red, green, blue
 
@@ -173,24 +174,24 @@ def _preprocessing(
     """Build a preprocessing from a library's config.
 
     Raises:
-        UserError: the library resizes in a way that is not implemented here.
+        UserError: The library's resizing is not implemented.
     """
-    interpolation = "bicubic" if config["interpolation"] == "random" else config["interpolation"]  # as the libraries
+    interpolation = "bicubic" if config["interpolation"] == "random" else config["interpolation"]  # as the libraries do
     try:
         return Preprocessing(size, mode, interpolation, config.get("crop_pct", 1.0), fill_color)
     except ValueError as error:
         raise UserError(
-            f"model.backbone: images for {name} are prepared in a way that is not implemented: {error}; take other "
-            "weights of it, or another backbone"
+            f"model.backbone: the preprocessing of {name} is not implemented: {error}; use other weights of it, or "
+            "another backbone"
         ) from error
 
 
 def _open_clip_config(name: str) -> tuple[dict[str, Any], str, str]:
-    """open_clip's config of the model, the model's name, and the tag of its weights or ""."""
+    """Config of an open_clip model, the model's name, and the tag of its weights or ""."""
     try:
         import open_clip
     except ImportError as error:
-        raise UserError("open_clip backbones need it: pip install 'im2emb[clip]'") from error
+        raise UserError("open_clip backbones need open_clip: pip install 'im2emb[clip]'") from error
     model, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
     config: Any = open_clip.get_model_config(model) if model in open_clip.list_models() else None
     if config is None:
@@ -208,7 +209,7 @@ def _open_clip_spec(name: str) -> Spec:
     config, model, tag = _open_clip_config(name)
     tags = [tag] if tag else open_clip.list_pretrained_tags_by_model(model)
     listed: list[Any] = [open_clip.get_pretrained_cfg(model, each) for each in tags]
-    if not tag:  # weights of another activation are this model's under another name
+    if not tag:  # weights with another activation belong to a model of another name
         listed = [cfg for cfg in listed if bool(cfg.get("quick_gelu")) == bool(config.get("quick_gelu"))]
     size = config["vision_cfg"].get("image_size", 224)
     specs = []
@@ -218,7 +219,9 @@ def _open_clip_spec(name: str) -> Spec:
         preprocessing = _preprocessing(name, size, merged["resize_mode"], merged, (grey, grey, grey))
         specs.append(Spec(name, config["embed_dim"], preprocessing, tuple(merged["mean"]), tuple(merged["std"])))
     if len(set(specs)) > 1:
-        raise UserError(f"model.backbone: the weights of {name} take images differently; name one: {', '.join(tags)}")
+        raise UserError(
+            f"model.backbone: the weights of {name} differ in preprocessing; name one of them: {', '.join(tags)}"
+        )
     return specs[0]
 
 
@@ -226,7 +229,7 @@ def _blip2_spec(name: str) -> Spec:
     """Preprocessing of `BlipImageProcessor`: both sides resized, bicubic."""
     known = [TRANSFORMERS + kind for kind in BLIP2]
     if name not in known:
-        raise UserError(f"model.backbone: no {name!r}; of transformers there are {', '.join(known)}")
+        raise UserError(f"model.backbone: {name!r} is unknown; transformers has {', '.join(known)}")
     from transformers import Blip2VisionConfig
     from transformers.utils.constants import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 

@@ -1,9 +1,9 @@
-"""Beam search over any `next_logits(tokens) -> logits`: a batch of images at once, no cache.
+"""Beam search over any `next_logits(tokens) -> logits`, for a batch of images, without a key-value cache.
 
-The rules are those of transformers' `generate(num_beams=…, early_stopping=False)`, which open_clip's `CoCa.generate`
-was built on and which it cannot call any more: transformers 5 dropped the class that it imports.
+The rules are those of transformers' `generate(num_beams=…, early_stopping=False)`. open_clip's `CoCa.generate` follows
+the same rules but does not run with transformers 5, which removed a class that it imports.
 
-B images, K beams, V vocabulary, T tokens so far, M most tokens.
+B images, K beams, k candidates, V vocabulary, T tokens so far, M maximum number of tokens.
 """
 
 import math
@@ -13,7 +13,7 @@ import torch
 from torch.nn.functional import log_softmax
 
 NextLogits = Callable[[torch.Tensor], torch.Tensor]
-"""Tokens [B * K, T], the beams of an image side by side → logits of the token that follows [B * K, V]."""
+"""Function from tokens [B * K, T], the beams of an image adjacent, to the logits [B * K, V] of the next token."""
 
 
 def beam_search(
@@ -28,26 +28,32 @@ def beam_search(
     length_penalty: float = 1.0,
     device: torch.device | str = "cpu",
 ) -> list[list[int]]:
-    """The best sequence of each image, without `start` and `end`.
+    """Find the best sequence of each image, without `start` and `end`.
 
-    A finished sequence scores the sum of its log probabilities / (its tokens, the end counted) ** length_penalty. Of
-    the 2 K best continuations, those among the K best that end are finished, and the K best others go on. An image is
-    done once K sequences are finished and its best open one, scored at its present length, is below them all; what it
-    gets does not depend on the images beside it.
+    The score of a finished sequence is the sum of its log probabilities / (number of its tokens with the end) **
+    length_penalty. Of the 2 K best continuations, those among the best K that end are finished, and the best K others
+    are continued. An image is done when K sequences are finished and its best open one, scored at its current length,
+    is below all of them; its result does not depend on other images of the batch.
 
     Args:
-        most_tokens: a sequence is cut after so many, the end counted.
-        least_tokens: before the end may come.
-        length_penalty: 0 takes the most probable sequence; the larger, the longer the sequences that win.
+        next_logits: Decoder.
+        batch: Number of images B.
+        start: Start token.
+        end: End token.
+        beams: Number of beams K.
+        most_tokens: Maximum number of tokens, including the end; longer sequences are truncated.
+        least_tokens: Minimum number of tokens before the end.
+        length_penalty: 0 selects the most probable sequence; larger values favour longer sequences.
+        device: Device of the tokens.
 
     Raises:
-        ValueError: a bound is out of range.
+        ValueError: A bound is out of range.
     """
     if batch < 0 or beams < 1 or most_tokens < 1 or not 0 <= least_tokens < most_tokens:
         raise ValueError(f"{batch=}, {beams=}, {most_tokens=}, {least_tokens=}")
     open_BKT = torch.full((batch, beams, 1), start, device=device)
     open_BK = torch.full((batch, beams), -math.inf, device=device)
-    open_BK[:, 0] = 0  # the beams begin alike: one alone may give the first tokens
+    open_BK[:, 0] = 0  # all beams start equal: only the first proposes the first tokens
     best_BKM = torch.full((batch, beams, most_tokens), end, device=device)
     best_BK = torch.full((batch, beams), -math.inf, device=device)
     done_B = torch.zeros(batch, dtype=torch.bool, device=device)
@@ -80,7 +86,7 @@ def beam_search(
 
 
 def _rows(of_BKN: torch.Tensor, index_Bk: torch.Tensor) -> torch.Tensor:
-    """Of each image, the rows that `index_Bk` names."""
+    """Select rows `index_Bk` of each image."""
     return of_BKN.gather(1, index_Bk[..., None].expand(-1, -1, of_BKN.shape[-1]))
 
 

@@ -1,12 +1,12 @@
-"""Images → captions by BLIP, BLIP-2 and CoCa, as `models.embedder.CaptionEmbedder` wants them.
+"""Captioners BLIP, BLIP-2 and CoCa for `models.embedder.CaptionEmbedder`.
 
     CaptionEmbedder(Blip(), TargetEncoder("all-MiniLM-L6-v2").encode).embed(images)
 
-Nothing is loaded before the first caption. Weights come from the hub, or from a folder in the layout that
-`save_pretrained` (BLIP, BLIP-2) or open_clip's `local-dir:` (CoCa) has. A caption depends on its own image; its
-companions in a batch change rounding alone.
+Models are loaded at the first caption. Weights come from the hub, or from a folder in the layout of `save_pretrained`
+(BLIP, BLIP-2) or of open_clip's `local-dir:` (CoCa). A caption depends on its image only; other images of the batch
+change nothing but rounding.
 
-B images (with each of its beams: B × beams), T tokens, N image tokens, D width, V vocabulary.
+B images (B × beams in the decoder), T tokens, N image tokens, D width, V vocabulary.
 """
 
 import functools
@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 import torch
 
 from core.device import autocast_dtype
-from core.errors import UserError
+from core.errors import UserError, describe
 from models.baselines.beam_search import beam_search
 from models.baselines.source import Source
 from models.runtime.preprocess import crop_strip
 
-BATCH = 16  # images at once
+BATCH = 16  # images per batch
 _TOKENIZER = ("tokenizer.json", "vocab.txt", "vocab.json")
 _TRANSFORMERS = (
     "config.json",
@@ -39,31 +39,35 @@ _TRANSFORMERS = (
     "model.safetensors.index.json",
     "model*.safetensors",
 )
-_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")  # what it looks for first
+_OPEN_CLIP_WEIGHTS = (
+    "open_clip_model.safetensors",
+    "open_clip_pytorch_model.safetensors",
+)  # in the order in which open_clip looks for them
 _OPEN_CLIP = ("open_clip_config.json", *_OPEN_CLIP_WEIGHTS)
-_LOCAL, _HUB = "local-dir:", "hf-hub:"  # as open_clip writes them
+_LOCAL, _HUB = "local-dir:", "hf-hub:"  # prefixes of open_clip
 _OPEN_CLIP_PICKLE = "open_clip_pytorch_model.bin"
 
 
 class _Captioner(ABC):
-    """What they share: checked settings, the time of loading, batches.
+    """Base of the captioners: validates settings, loads the model at the first caption, splits batches.
 
     Args:
-        model: a folder, or what the class names.
-        device: that it runs on: bf16 on a GPU that has it, fp16 on another, fp32 on a CPU.
-        beams: of the beam search; 1 takes the most probable token each time.
-        most_tokens: of a caption, the end counted.
-        least_tokens: of a caption before the end may come.
-        revision: of the hub's repository: commit, branch or tag; None is the newest commit.
+        model: Folder, or a name as described by the subclass.
+        device: Device to run on: bf16 on a GPU that supports it, fp16 on another, fp32 on a CPU.
+        beams: Number of beams; 1 is greedy decoding.
+        most_tokens: Maximum number of tokens of a caption, including the end.
+        least_tokens: Minimum number of tokens of a caption before the end.
+        revision: Commit, branch or tag of the hub's repository; None: the newest commit.
 
     Raises:
-        UserError: a setting is out of its bounds; later, from `identity` and `caption`: the model is not there, or
-            its files are not a model of this kind.
+        UserError: A setting is out of bounds. `identity` and `caption` raise it if the model is missing or its files
+            are not a model of this kind.
     """
 
     name: ClassVar[str]
-    """Of the settings' group, for messages."""
+    """Name of the settings group, for messages."""
     library: ClassVar[str]
+    """Package that runs the model."""
 
     def __init__(
         self,
@@ -76,11 +80,11 @@ class _Captioner(ABC):
     ) -> None:
         problems = []
         if beams < 1:
-            problems.append(f"beams={beams}: take 1 or more")
+            problems.append(f"beams={beams}: use 1 or more")
         if most_tokens < 1:
-            problems.append(f"most_tokens={most_tokens}: take 1 or more")
+            problems.append(f"most_tokens={most_tokens}: use 1 or more")
         if not 0 <= least_tokens < max(most_tokens, 1):
-            problems.append(f"least_tokens={least_tokens}: take 0 or more, and less than most_tokens={most_tokens}")
+            problems.append(f"least_tokens={least_tokens}: use 0 or more, and less than most_tokens={most_tokens}")
         if problems:
             raise UserError("\n".join(f"{self.name}.{problem}" for problem in problems))
         self.model, self.revision = model, revision
@@ -91,14 +95,14 @@ class _Captioner(ABC):
 
     @functools.cached_property
     def _source(self) -> Source:
-        _version(self.library)  # before anything imports it
-        return self._find()
+        _version(self.library)  # checked before the first import
+        return self._make_source()
 
     def identity(self) -> dict[str, Any]:
         """All that the captions depend on, as plain JSON; the model is not loaded.
 
         Raises:
-            UserError: see the class.
+            UserError: As for the class.
         """
         return {
             "captioner": self.name,
@@ -112,10 +116,10 @@ class _Captioner(ABC):
 
     @torch.inference_mode()
     def caption(self, images: list[torch.Tensor]) -> list[str]:
-        """Decoded uint8 images [3, H, W] of any size → a text for each; it may be empty.
+        """Caption decoded uint8 images [3, H, W] of any size; a caption may be empty.
 
         Raises:
-            UserError: see the class.
+            UserError: As for the class.
         """
         if images and not self._loaded:
             self._load()
@@ -123,41 +127,46 @@ class _Captioner(ABC):
         batches = (images[first : first + BATCH] for first in range(0, len(images), BATCH))
         return [text.strip() for batch in batches for text in self._caption(batch)]
 
-    def _room(self, places: int) -> None:
-        """Refuses captions that are longer than the decoder has places for."""
-        if self.most_tokens > places:
+    def _check_length(self, context: int) -> None:
+        """Check that the decoder's context holds `most_tokens`.
+
+        Raises:
+            UserError: It does not.
+        """
+        if self.most_tokens > context:
             raise UserError(
-                f"{self.name}.most_tokens={self.most_tokens}: {self.model} has room for {places}; take no more"
+                f"{self.name}.most_tokens={self.most_tokens}: {self.model} supports at most {context}; use fewer"
             )
 
-    def _refused(self, why: str) -> UserError:
-        return UserError(f"captions.{self.name}={self.model}: {why}")
+    def _error(self, reason: str) -> UserError:
+        return UserError(f"captions.{self.name}={self.model}: {reason}")
 
-    def _broken(self, error: Exception) -> UserError:
-        told = str(error).strip()
-        return self._refused(
-            f"cannot be loaded: {type(error).__name__}: {told.splitlines()[0] if told else 'no message'}\n"
-            "Its files are of another model, or cut off: get them anew."
+    def _load_error(self, error: Exception) -> UserError:
+        return self._error(
+            f"cannot be loaded: {describe(error)}\nThe files are truncated or of another model; download them again."
         )
 
     @abstractmethod
-    def _find(self) -> Source:
-        """Where the model is to be found; asks nobody yet."""
+    def _make_source(self) -> Source:
+        """Source of the model's files; does not access the hub."""
 
     @abstractmethod
-    def _load(self) -> None: ...
+    def _load(self) -> None:
+        """Load the model."""
 
     @abstractmethod
-    def _caption(self, images: list[torch.Tensor]) -> list[str]: ...
+    def _caption(self, images: list[torch.Tensor]) -> list[str]:
+        """Caption one batch."""
 
 
 class _Transformers(_Captioner):
-    """A captioner of transformers: its model, its processor, its `generate`."""
+    """Captioner of transformers, by its model, processor and `generate`."""
 
     library = "transformers"
     model_type: ClassVar[str]
+    """`model_type` of config.json."""
 
-    def _find(self) -> Source:
+    def _make_source(self) -> Source:
         return Source(
             f"captions.{self.name}",
             self.model,
@@ -175,30 +184,30 @@ class _Transformers(_Captioner):
         from safetensors import SafetensorError
 
         folder = self._source.folder()
-        found = self._source.json("config.json").get("model_type")
-        if found != self.model_type:
-            raise self._refused(f"its config.json tells model_type {found!r}; {self.name} is {self.model_type!r}")
+        model_type = self._source.json("config.json").get("model_type")
+        if model_type != self.model_type:
+            raise self._error(f"config.json has model_type {model_type!r}; {self.name} is {self.model_type!r}")
         try:
-            of_model, of_processor = self._classes()
-            model, told = of_model.from_pretrained(
+            model_class, processor_class = self._classes()
+            model, report = model_class.from_pretrained(
                 folder, dtype=self._dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
-            self._processor: Any = of_processor.from_pretrained(folder, local_files_only=True)
+            self._processor: Any = processor_class.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
-            raise self._broken(error) from error
-        absent = sorted({*told["missing_keys"], *(key for key, *_ in told["mismatched_keys"])})
-        if absent:
-            raise self._refused(
-                f"{len(absent)} tensors are missing, or of another shape than config.json tells "
-                f"({', '.join(absent[:3])}{', …' if absent[3:] else ''}); get the weights of this model"
+            raise self._load_error(error) from error
+        wrong = sorted({*report["missing_keys"], *(key for key, *_ in report["mismatched_keys"])})
+        if wrong:
+            raise self._error(
+                f"{len(wrong)} tensors are missing or do not have the shape that config.json implies "
+                f"({', '.join(wrong[:3])}{', …' if wrong[3:] else ''}); download the weights of this model"
             )
-        self._room(self._places(model.config))
+        self._check_length(self._context(model.config))
         self._model: Any = model.to(self._device).eval()
 
     def _caption(self, images: list[torch.Tensor]) -> list[str]:
         pixels_BCHW = self._processor.image_processor(images, input_data_format="channels_first", return_tensors="pt")
         pixels_BCHW = pixels_BCHW["pixel_values"].to(self._device, self._dtype)
-        # All that decides the text is said here, since a repository may bring settings of its own.
+        # every generation setting is explicit, since a repository may bring others
         token_BT = self._model.generate(
             pixel_values=pixels_BCHW,
             num_beams=self.beams,
@@ -214,15 +223,15 @@ class _Transformers(_Captioner):
 
     @abstractmethod
     def _classes(self) -> tuple[Any, Any]:
-        """The model's and its processor's."""
+        """Classes of the model and of its processor."""
 
     @abstractmethod
-    def _places(self, config: Any) -> int:
-        """Tokens that a caption may have, the end counted: what is read to tell the last is as long."""
+    def _context(self, config: Any) -> int:
+        """Maximum number of tokens of a caption, including the end."""
 
 
 class Blip(_Transformers):
-    """BLIP (https://arxiv.org/abs/2201.12086) with the beams and lengths of its authors' captions of COCO."""
+    """BLIP (https://arxiv.org/abs/2201.12086), by default with beams and lengths of the authors' COCO captions."""
 
     name, model_type = "blip", "blip"
 
@@ -243,12 +252,12 @@ class Blip(_Transformers):
 
         return BlipForConditionalGeneration, BlipProcessor
 
-    def _places(self, config: Any) -> int:
+    def _context(self, config: Any) -> int:
         return config.text_config.max_position_embeddings
 
 
 class Blip2(_Transformers):
-    """BLIP-2 (https://arxiv.org/abs/2301.12597) with the beams and lengths of its authors' `generate`."""
+    """BLIP-2 (https://arxiv.org/abs/2301.12597), by default with beams and lengths of the authors' `generate`."""
 
     name, model_type = "blip2", "blip-2"
 
@@ -269,21 +278,22 @@ class Blip2(_Transformers):
 
         return Blip2ForConditionalGeneration, Blip2Processor
 
-    def _places(self, config: Any) -> int:
+    def _context(self, config: Any) -> int:
         return config.text_config.max_position_embeddings - config.num_query_tokens
 
 
 class Coca(_Captioner):
-    """CoCa (https://arxiv.org/abs/2205.01917) of open_clip, with a beam search of our own.
+    """CoCa (https://arxiv.org/abs/2205.01917) of open_clip, with `beam_search`.
 
-    open_clip's `generate` has the same defaults (it counts the start token: 30 and 5) and the same rules but two: it
-    adds up raw logits, which are not comparable between beams, where this adds up log probabilities; and it searches
-    in three groups of two beams that nothing drives apart, where this has one group of six.
+    open_clip's `generate` has the same defaults (30 and 5, since it counts the start token) and differs in two rules:
+    it sums raw logits, which are not comparable between beams, instead of log probabilities; and it searches in three
+    groups of two beams without a diversity penalty, instead of one group of six.
 
     Args:
-        model: NAME/TAG of open_clip's list, a repository of the hub (hf-hub:owner/name), or a folder that holds
-            open_clip_config.json and open_clip_model.safetensors. A pickle is read for a NAME/TAG alone, where its
-            repository has no .safetensors, and by `torch.load(weights_only=True)`, which runs no code.
+        model: NAME/TAG of open_clip's list, a repository of the hub (hf-hub:owner/name), or a folder with
+            open_clip_config.json and open_clip_model.safetensors. A pickle is read only for a NAME/TAG whose repository
+            has no .safetensors, by `torch.load(weights_only=True)`, which runs no code.
+        device, beams, most_tokens, least_tokens, revision: As for `_Captioner`.
     """
 
     name, library = "coca", "open_clip_torch"
@@ -302,22 +312,22 @@ class Coca(_Captioner):
 
     @functools.cached_property
     def _tag(self) -> tuple[str, dict[str, Any]] | None:
-        """The name and the tag's settings in open_clip's list; None where the model is a folder or a repository."""
+        """Model name and settings of the tag in open_clip's list; None for a folder or a repository."""
         if self.model.startswith((_HUB, _LOCAL)) or Path(self.model).expanduser().is_dir():
             return None
         from open_clip import get_pretrained_cfg, list_pretrained
 
         name, _, tag = self.model.partition("/")
-        told: dict[str, Any] = dict(get_pretrained_cfg(name, tag))
-        if not told.get("hf_hub") or not name.startswith("coca_"):
+        tag_config: dict[str, Any] = dict(get_pretrained_cfg(name, tag))
+        if not tag_config.get("hf_hub") or not name.startswith("coca_"):
             known = ", ".join("/".join(pair) for pair in list_pretrained() if pair[0].startswith("coca_"))
-            raise self._refused(
-                f"neither a folder nor a CoCa of open_clip's list; give one of them ({known}), or a repository of the "
-                f"hub as {_HUB}owner/name"
+            raise self._error(
+                f"neither a folder nor a CoCa of open_clip's list; use one of {known}, or a repository of the hub as "
+                f"{_HUB}owner/name"
             )
-        return name, told
+        return name, tag_config
 
-    def _find(self) -> Source:
+    def _make_source(self) -> Source:
         place = self._tag[1]["hf_hub"].rstrip("/") if self._tag else self.model.removeprefix(_LOCAL).removeprefix(_HUB)
         needed = () if self._tag else (("open_clip_config.json",), _OPEN_CLIP_WEIGHTS)
         return Source(f"captions.{self.name}", place, self.revision, _OPEN_CLIP, needed)
@@ -337,15 +347,15 @@ class Coca(_Captioner):
             cfg = merge_preprocess_dict(PreprocessCfg(), {**preprocess, "size": model.visual.image_size})
             self._preprocess: Any = image_transform_v2(PreprocessCfg(**cfg), is_train=False)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, UnpicklingError, SafetensorError) as error:
-            raise self._broken(error) from error
-        self._room(min(config["text_cfg"]["context_length"], config["multimodal_cfg"]["context_length"]))
+            raise self._load_error(error) from error
+        self._check_length(min(config["text_cfg"]["context_length"], config["multimodal_cfg"]["context_length"]))
         self._model: Any = model.to(self._device).eval()
-        # Its decoder would project every position on the vocabulary, where the last alone is asked for.
+        # the decoder would project every position on the vocabulary, but only the last is needed
         self._head_DV = self._model.text_decoder.text_projection
         self._model.text_decoder.text_projection = None
 
     def _files(self) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-        """The weights' file, the model's settings and those of its preprocessing."""
+        """Path of the weights, config of the model, and config of its preprocessing."""
         folder, names = self._source.folder(), _OPEN_CLIP_WEIGHTS
         if self._tag:
             from open_clip import get_model_config
@@ -355,20 +365,22 @@ class Coca(_Captioner):
                 folder = self._source.also(_OPEN_CLIP_PICKLE, [names]).folder()
             config, preprocess = get_model_config(self._tag[0]), self._tag[1]
         else:
-            told = self._source.json("open_clip_config.json")
-            config, preprocess = told.get("model_cfg"), told.get("preprocess_cfg", {})
+            description = self._source.json("open_clip_config.json")
+            config, preprocess = description.get("model_cfg"), description.get("preprocess_cfg", {})
         weights = next(folder / name for name in names if (folder / name).is_file())
         return weights, config or {}, preprocess
 
     def _check(self, config: dict[str, Any], tokens: int) -> None:
-        """Refuses what is no CoCa, and what speaks other tokens than CLIP's."""
+        """Check that a config describes a CoCa with CLIP's tokenizer.
+
+        Raises:
+            UserError: It does not.
+        """
         text, decoder = config.get("text_cfg", {}), config.get("multimodal_cfg")
         if decoder is None:
-            raise self._refused("its settings have no multimodal_cfg, so it is no CoCa")
+            raise self._error("its config has no multimodal_cfg, so it is not a CoCa")
         if text.get("hf_model_name") or text.get("hf_tokenizer_name") or text.get("vocab_size") != tokens:
-            raise self._refused(
-                f"it has another tokenizer than CLIP's of {tokens:,} tokens; take a CoCa that has that one"
-            )
+            raise self._error(f"its tokenizer is not CLIP's with {tokens:,} tokens; use a CoCa with that tokenizer")
 
     def _caption(self, images: list[torch.Tensor]) -> list[str]:
         from PIL import Image
@@ -377,16 +389,16 @@ class Coca(_Captioner):
         pixels_BCHW = torch.stack([self._preprocess(pil_image) for pil_image in pil_images])
         start, end = self._tokenizer.sot_token_id, self._tokenizer.eot_token_id
         with torch.autocast(self._device.type, self._dtype, enabled=self._dtype != torch.float32):
-            seen = self._model(pixels_BCHW.to(self._device))
+            image_features = self._model(pixels_BCHW.to(self._device))
             latent_BD, embs_BND = (
-                seen[key].repeat_interleave(self.beams, 0) for key in ("image_features", "image_embs")
+                image_features[key].repeat_interleave(self.beams, 0) for key in ("image_features", "image_embs")
             )
 
             def next_logits(token_BT: torch.Tensor) -> torch.Tensor:
-                told = self._model(None, token_BT, image_latent=latent_BD, image_embs=embs_BND, output_labels=False)
-                return told["logits"][:, -1] @ self._head_DV
+                output = self._model(None, token_BT, image_latent=latent_BD, image_embs=embs_BND, output_labels=False)
+                return output["logits"][:, -1] @ self._head_DV
 
-            found = beam_search(
+            sequences = beam_search(
                 next_logits,
                 len(images),
                 start,
@@ -396,7 +408,7 @@ class Coca(_Captioner):
                 least_tokens=self.least_tokens,
                 device=self._device,
             )
-        return [self._tokenizer.decode([token for token in tokens if token != start]) for tokens in found]
+        return [self._tokenizer.decode([token for token in tokens if token != start]) for tokens in sequences]
 
 
 def _version(library: str) -> str:

@@ -1,13 +1,13 @@
-"""CLIP Interrogator: a caption, and the words of long lists that CLIP finds nearest to the image.
+"""CLIP Interrogator: a caption followed by the terms of long lists that CLIP finds most similar to the image.
 
     ClipInterrogator("ViT-L-14/openai", Blip(), "cuda", cache=folder).caption(images)
 
-The lists are those of the package clip-interrogator 0.6.0 (https://github.com/pharmapsychotic/clip-interrogator), and
-so are the rules, in all that is not said to differ. The package's own code is not run: with open_clip 3 it loads
-OpenAI's weights into a model of another activation, and only warns; it fetches features of its words from a place of
-its own; and what it tells may depend on Python's random order of sets.
+Lists and rules are those of the package clip-interrogator 0.6.0 (https://github.com/pharmapsychotic/clip-interrogator),
+except for the differences listed below. The package's code is not run: with open_clip 3 it loads OpenAI's weights into
+a model with another activation and only warns; it downloads features of its terms from another site; and its output can
+depend on Python's random order of sets.
 
-z_D is an image's vector, z_WD those of the words: W words, D width of CLIP's space, n of some of them.
+z_D is the vector of an image, z_WD those of the terms: W terms, D width of CLIP's space, n some of the terms.
 """
 
 import hashlib
@@ -31,58 +31,62 @@ from models.embedder import Captioner
 Mode = Literal["fast", "classic", "best"]
 
 LISTS = ("artists", "flavors", "mediums", "movements")
-"""The files, NAME.txt with a term a line, of a folder of words."""
+"""Names of the files NAME.txt, one term per line, in a folder of term lists."""
 SITES = (
     *("Artstation", "behance", "cg society", "cgsociety", "deviantart", "dribble", "flickr", "instagram", "pexels"),
     *("pinterest", "pixabay", "pixiv", "polycount", "reddit", "shutterstock", "tumblr", "unsplash", "zbrush central"),
 )
 TERMS = {"fast": 32, "classic": 3, "best": 32}
-"""Terms after the caption at most: all of fast, the flavors of classic, the steps of best's chain."""
+"""Largest number of terms after the caption, by mode: all terms of fast, flavors of classic, steps of best."""
 LEAST = 8
-"""Steps of the chain that are taken even where they make the prompt less like the image."""
+"""Number of steps of the chain that are taken even if they lower the similarity to the image."""
 SHORTLIST = 2048
-"""Terms that the chain chooses from, and terms of a part of the lists when they are ranked."""
+"""Number of terms that the chain chooses from, and number of terms ranked at once."""
 
-_FORMAT = 1  # of the rules: other rules need another number, or old predictions would stand for new ones
+_FORMAT = 1  # version of the rules; part of the key of cached predictions
 
 
 class Identified(Captioner, Protocol):
-    """A captioner that tells what its captions depend on."""
+    """Captioner with an identity."""
 
-    def identity(self) -> dict[str, Any]: ...
+    def identity(self) -> dict[str, Any]:
+        """All that the captions depend on, as plain JSON."""
+        ...
 
 
 class ClipInterrogator:
-    """Prompts as people wrote them for Stable Diffusion. Nothing is loaded before the first image.
+    """Captioner that writes prompts in the style of Stable Diffusion users. Models are loaded at the first image.
 
-    The modes, as the package has them:
+    Modes, as in the package:
 
-    * fast: caption, then the 32 terms of all lists that are nearest to the image.
-    * classic: caption, nearest medium (unless the caption begins with it) and artist, site, movement, three flavors.
-    * best: a chain that begins with the caption and adds, of the nearest 2,048 terms, the one whose prompt is nearest
-      to the image, and goes on while that is an improvement, for 8 steps at least and 32 at most, or until the
-      prompt fills CLIP's tokens; then the nearest of: the caption, classic with 32 flavors, fast, the chain's best.
+    * fast: caption, then the 32 terms of all lists most similar to the image.
+    * classic: caption, most similar medium (unless the caption begins with it) and artist, site, movement, three
+      flavors.
+    * best: a greedy chain. It begins with the caption and adds the term, of the 2,048 most similar ones, whose prompt
+      is most similar to the image. It stops when no term improves the prompt (after 8 steps or more), after 32 steps,
+      or when the prompt fills CLIP's context. The result is the best of the caption, classic with 32 flavors, fast,
+      and the chain's best prompt.
 
-    Classic and fast leave off at the first term that would fill CLIP's tokens. Vectors of words are rounded to half
-    precision. The nearest terms are looked for in parts of 2,048, as many in each (37 of some 111,000 terms), so that
-    the chain chooses from a few less than 2,048.
+    Classic and fast stop at the first term that would fill CLIP's context. Term vectors are rounded to half precision.
+    Terms are ranked in parts of 2,048, and each part contributes equally many (37 for about 111,000 terms), so that the
+    chain chooses from slightly fewer than 2,048.
 
-    What differs: captions come from `captioner`; equally near terms stand in the order of the lists, and the chain
-    tries them in the order of their nearness; blank lines of the lists are left out; an empty caption leaves no comma
-    behind; on a GPU similarities are added up in fp32; one image goes through CLIP at a time, so that its prompt
-    does not depend on its companions; the chain ends where it has used all terms.
+    Differences from the package: captions come from `captioner`; ties are broken by the order of the lists, and the
+    chain tries terms in the order of their similarity; blank lines of the lists are skipped; an empty caption leaves no
+    comma; on a GPU similarities are summed in fp32; images go through CLIP one by one, so that a prompt does not depend
+    on its batch; the chain stops when it has used all terms.
 
     Args:
-        clip: see `models.baselines.clip.Clip`: `ViT-L-14/openai`, which Stable Diffusion 1 has its text encoder from,
-            or `ViT-H-14/laion2b_s32b_b79k`, which Stable Diffusion 2 has.
-        captioner: of the first part of a prompt; the package's is BLIP.
-        device: of CLIP: half precision on a GPU.
+        clip: Name for `models.baselines.clip.Clip`: `ViT-L-14/openai` has the text encoder of Stable Diffusion 1,
+            `ViT-H-14/laion2b_s32b_b79k` that of Stable Diffusion 2.
+        captioner: Captioner for the first part of a prompt; the package uses BLIP.
+        device: Device of CLIP; half precision on a GPU.
         mode: fast, classic or best.
-        words: a folder with artists.txt, flavors.txt, mediums.txt, movements.txt; None is the package's.
-        cache: a folder that the vectors of the words are kept in: 4 D bytes a term; None computes them anew each time.
+        words: Folder with artists.txt, flavors.txt, mediums.txt, movements.txt; None: the package's lists.
+        cache: Folder for the term vectors, 4 D bytes per term; None: compute them in each process.
 
     Raises:
-        UserError: an unknown mode, words that are not there or empty, a CLIP that there is not; all at once.
+        UserError: Lists all problems: unknown mode, missing or empty term lists, unknown CLIP model.
     """
 
     def __init__(
@@ -97,7 +101,7 @@ class ClipInterrogator:
     ) -> None:
         problems = []
         if mode not in get_args(Mode):
-            problems.append(f"captions.mode={mode}: take one of {', '.join(get_args(Mode))}")
+            problems.append(f"captions.mode={mode}: use one of {', '.join(get_args(Mode))}")
         try:
             self._lists = _lists(words)
         except UserError as error:
@@ -112,10 +116,10 @@ class ClipInterrogator:
         self._words = [word for terms in self._lists.values() for word in terms]
 
     def identity(self) -> dict[str, Any]:
-        """All that its prompts depend on, as plain JSON; no model is loaded.
+        """All that the prompts depend on, as plain JSON; no model is loaded.
 
         Raises:
-            UserError: CLIP's or the captioner's weights are not there.
+            UserError: The weights of CLIP or of the captioner are missing.
         """
         return {
             "interrogator": _FORMAT,
@@ -126,118 +130,118 @@ class ClipInterrogator:
         }
 
     def caption(self, images: list[torch.Tensor]) -> list[str]:
-        """Decoded uint8 images [3, H, W] of any size → a prompt for each.
+        """Write a prompt for each decoded uint8 image [3, H, W] of any size.
 
         Raises:
-            UserError: weights are not there or not of such a model; the disk refuses the vectors of the words.
+            UserError: Weights are missing or of another model, or the term vectors cannot be written to the disk.
         """
         captions = self._captioner.caption(images)
         return [self._prompt(image, text.strip()) for image, text in zip(images, captions, strict=True)]
 
     def _prompt(self, image: torch.Tensor, caption: str) -> str:
         z_D = self._clip.embed_image(image)
-        near_W = (self._vectors @ z_D).cpu()
+        cosine_W = (self._vectors @ z_D).cpu()
         if self._mode == "fast":
-            return self._fast(near_W, caption)
+            return self._fast(cosine_W, caption)
         if self._mode == "classic":
-            return self._classic(near_W, caption, TERMS["classic"])
-        terms = [self._words[i] for i in nearest(near_W, SHORTLIST)]
-        tries = [
+            return self._classic(cosine_W, caption, TERMS["classic"])
+        terms = [self._words[i] for i in nearest(cosine_W, SHORTLIST)]
+        candidates = [
             caption,
-            self._classic(near_W, caption, TERMS["best"]),
-            self._fast(near_W, caption),
+            self._classic(cosine_W, caption, TERMS["best"]),
+            self._fast(cosine_W, caption),
             self._chain(z_D, caption, terms),
         ]
-        tries = [prompt for prompt in tries if prompt]
-        return tries[int(self._near(z_D, tries).argmax())]
+        candidates = [prompt for prompt in candidates if prompt]
+        return candidates[int(self._cosines(z_D, candidates).argmax())]
 
-    def _fast(self, near_W: torch.Tensor, caption: str) -> str:
-        terms = [self._words[i] for i in nearest(near_W, TERMS["fast"])]
-        return self._fitting([caption, *terms])
+    def _fast(self, cosine_W: torch.Tensor, caption: str) -> str:
+        terms = [self._words[i] for i in nearest(cosine_W, TERMS["fast"])]
+        return self._truncate([caption, *terms])
 
-    def _classic(self, near_W: torch.Tensor, caption: str, flavors: int) -> str:
-        near = dict(zip(self._lists, near_W.split([len(terms) for terms in self._lists.values()]), strict=True))
+    def _classic(self, cosine_W: torch.Tensor, caption: str, flavors: int) -> str:
+        sizes = [len(terms) for terms in self._lists.values()]
+        cosines = dict(zip(self._lists, cosine_W.split(sizes), strict=True))
 
         def top(kind: str, count: int = 1) -> list[str]:
-            return [self._lists[kind][i] for i in nearest(near[kind], count)]
+            return [self._lists[kind][i] for i in nearest(cosines[kind], count)]
 
         (medium,), (artist,), (site,), (movement,) = (top(k) for k in ("mediums", "artists", "sites", "movements"))
         begin = [f"{caption} {artist}"] if caption.startswith(medium) else [caption, f"{medium} {artist}"]
-        return self._fitting([*begin, site, movement, *top("flavors", flavors)])
+        return self._truncate([*begin, site, movement, *top("flavors", flavors)])
 
     def _chain(self, z_D: torch.Tensor, caption: str, terms: Sequence[str]) -> str:
-        left = list(dict.fromkeys(terms))
-        current = caption or left.pop(int(self._near(z_D, left).argmax()))
-        best, (near,) = current, self._near(z_D, [current])
-        nearest_yet = near
+        remaining = list(dict.fromkeys(terms))
+        current = caption or remaining.pop(int(self._cosines(z_D, remaining).argmax()))
+        best, (cosine,) = current, self._cosines(z_D, [current])
+        best_cosine = cosine
         for step in range(TERMS["best"]):
-            if not left:
+            if not remaining:
                 break
-            near_n = self._near(z_D, [f"{current}, {term}" for term in left])
-            at = int(near_n.argmax())  # the first of equal ones
-            if near_n[at] <= near and step >= LEAST:
+            cosine_n = self._cosines(z_D, [f"{current}, {term}" for term in remaining])
+            at = int(cosine_n.argmax())  # the first in a tie
+            if cosine_n[at] <= cosine and step >= LEAST:
                 break
-            current, near = f"{current}, {left.pop(at)}", near_n[at]
-            if near > nearest_yet:
-                best, nearest_yet = current, near
+            current, cosine = f"{current}, {remaining.pop(at)}", cosine_n[at]
+            if cosine > best_cosine:
+                best, best_cosine = current, cosine
             if self._clip.fills(current):
                 break
         return best
 
-    def _near(self, z_D: torch.Tensor, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
-        """Cosine of the image to each text."""
+    def _cosines(self, z_D: torch.Tensor, texts: Sequence[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
+        """Cosine similarity of the image to each text."""
         return (self._clip.texts(texts) @ z_D).cpu().numpy()
 
-    def _fitting(self, parts: Sequence[str]) -> str:
-        """The parts with commas between, cut before the one that would fill CLIP's tokens.
+    def _truncate(self, parts: Sequence[str]) -> str:
+        """Join the parts with commas, up to the one that would fill CLIP's context.
 
-        As in the package, a part is any run without a comma and a space, and is measured without the comma before it.
+        As in the package, the text is split at every comma with a space, and a part is measured without its comma.
         """
-        first, *others = ", ".join(part for part in parts if part).split(", ")
-        kept = first
+        prompt, *others = ", ".join(part for part in parts if part).split(", ")
         for part in others:
-            if self._clip.fills(kept + part):
+            if self._clip.fills(prompt + part):
                 break
-            kept = f"{kept}, {part}"
-        return kept
+            prompt = f"{prompt}, {part}"
+        return prompt
 
     @cached_property
     def _vectors(self) -> torch.Tensor:
-        """z_WD of all words in half precision's values, on the device: computed once, and kept on disk."""
+        """Vectors z_WD of all terms, rounded to half precision, on the device; computed once and cached on disk."""
         words = self._words
 
-        def make(start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+        def encode(start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
             return self._clip.texts(words[start:stop]).half().float().cpu().numpy()
 
         unit, what = "term", "CLIP's vectors of words"
         if self._cache is not None:
             folder = self._cache / _hash([_FORMAT, self._clip.identity(), words])
-            z_WD = np.array(cached_rows(folder, len(words), make, unit, what))
+            z_WD = np.array(cached_rows(folder, len(words), encode, unit, what))
         else:
             parts = []
             with progress(len(words), unit, what) as bar:
                 for start in range(0, len(words), PART):
-                    parts.append(make(start, min(start + PART, len(words))))
+                    parts.append(encode(start, min(start + PART, len(words))))
                     bar.update(len(parts[-1]))
             z_WD = np.concatenate(parts)
         return torch.from_numpy(z_WD).to(self._clip.device)
 
 
-def nearest(near_n: torch.Tensor, count: int, part: int = SHORTLIST) -> list[int]:
-    """The places of the `count` highest of `near_n`, highest first, of equal ones the first.
+def nearest(cosine_n: torch.Tensor, count: int, part: int = SHORTLIST) -> list[int]:
+    """Indices of the `count` largest values, largest first, ties in order.
 
-    Of more than `part` numbers, only so many of each run of `part` come into question that all runs together give
-    `part` of them; it may be less than `count`.
+    More than `part` values are ranked in runs of `part`, each of which contributes equally many candidates, together
+    about `part`; the result may have fewer than `count` indices.
     """
 
     def order(values_n: torch.Tensor) -> torch.Tensor:
         return values_n.argsort(descending=True, stable=True)
 
-    if len(near_n) <= part:
-        return order(near_n)[:count].tolist()
-    kept = max(part // math.ceil(len(near_n) / part), 1)
-    places = torch.cat([first + order(run_p)[:kept] for first, run_p in _runs(near_n, part)])
-    return places[order(near_n[places])][:count].tolist()
+    if len(cosine_n) <= part:
+        return order(cosine_n)[:count].tolist()
+    per_run = max(part // math.ceil(len(cosine_n) / part), 1)
+    indices = torch.cat([first + order(run_p)[:per_run] for first, run_p in _runs(cosine_n, part)])
+    return indices[order(cosine_n[indices])][:count].tolist()
 
 
 def _runs(values_n: torch.Tensor, length: int) -> list[tuple[int, torch.Tensor]]:
@@ -245,25 +249,27 @@ def _runs(values_n: torch.Tensor, length: int) -> list[tuple[int, torch.Tensor]]
 
 
 def _lists(words: Path | None) -> dict[str, list[str]]:
-    """Kind → terms, in the order of the package's merged table.
+    """Read the terms by kind, in the order of the package's merged table.
 
     Raises:
-        UserError: files that are absent or empty; all of them.
+        UserError: Lists all missing or empty files.
     """
     folder = _packaged() if words is None else words
-    absent = [f"{name}.txt" for name in LISTS if not (folder / f"{name}.txt").is_file()]
-    if absent:
-        raise UserError(f"captions.term_lists: {folder} lacks {', '.join(absent)}; each holds a term a line")
+    missing = [f"{name}.txt" for name in LISTS if not (folder / f"{name}.txt").is_file()]
+    if missing:
+        raise UserError(f"captions.term_lists: {folder} lacks {', '.join(missing)}; each file needs one term per line")
     raw = {name: _terms(folder / f"{name}.txt") for name in LISTS}
     empty = [f"{name}.txt" for name, terms in raw.items() if not terms]
     if empty:
-        raise UserError(f"captions.term_lists: {folder} holds no term in {', '.join(empty)}; each holds a term a line")
-    sites = [begin + site + end for begin, end in _ABOUT_SITES for site in SITES]
+        raise UserError(
+            f"captions.term_lists: {', '.join(empty)} in {folder} hold no term; each file needs one term per line"
+        )
+    sites = [begin + site + end for begin, end in _SITE_PHRASES for site in SITES]
     artists = [f"{begin} {artist}" for begin in ("by", "inspired by") for artist in raw["artists"]]
     return {**raw, "artists": artists, "sites": sites}
 
 
-_ABOUT_SITES = (("", ""), ("trending on ", ""), ("featured on ", ""), ("", " contest winner"))
+_SITE_PHRASES = (("", ""), ("trending on ", ""), ("featured on ", ""), ("", " contest winner"))
 
 
 def _terms(path: Path) -> list[str]:
@@ -272,15 +278,15 @@ def _terms(path: Path) -> list[str]:
 
 
 def _packaged() -> Path:
-    """The lists of clip-interrogator, found without importing it: that would import all that it could run."""
+    """Folder of the term lists of clip-interrogator, found without importing the package and its dependencies."""
     spec = importlib.util.find_spec("clip_interrogator")
-    places = list(spec.submodule_search_locations or ()) if spec else []
-    if not places:
+    folders = list(spec.submodule_search_locations or ()) if spec else []
+    if not folders:
         raise UserError(
             "captions.term_lists: the lists of CLIP Interrogator are in another package: pip install "
             f"'im2emb[captioners]', or name a folder with {', '.join(f'{name}.txt' for name in LISTS)}"
         )
-    return Path(places[0]) / "data"
+    return Path(folders[0]) / "data"
 
 
 def _hash(value: Any) -> str:

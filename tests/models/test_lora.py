@@ -119,7 +119,7 @@ def test_a_layer_whose_weight_is_read_past_it_gets_none(caplog: pytest.LogCaptur
     assert [name for name in names if name.startswith("blocks.1.")] == [
         f"blocks.1.{part}" for part in ("attn.proj", "mlp.fc1", "mlp.fc2")
     ]
-    assert "no adapters for 3 layers whose weights are read past them, such as blocks.0.attn.qkv" in caplog.text
+    assert "no adapters for 3 layers whose forward is never called, such as blocks.0.attn.qkv" in caplog.text
     backbone(torch.randn(2, 3, 28, 28)).sum().backward()
     unused = [n for n, p in backbone.named_parameters() if p.requires_grad and p.grad is None]
     assert not unused
@@ -149,7 +149,7 @@ def test_adapters_on_the_meta_device() -> None:
 
 def test_more_blocks_than_there_are() -> None:
     model = make("test_vit", "random", 32, E)
-    with pytest.raises(UserError, match=r"lora\.blocks: 3 above the 4 frozen ones are over the 6 blocks .* at most 2"):
+    with pytest.raises(UserError, match=r"lora\.blocks=3 above 4 frozen blocks exceeds the 6 blocks .* at most 2"):
         lora.insert(model.backbone, 4, 3, RANK, ALPHA, 0.0, size=32)
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
 

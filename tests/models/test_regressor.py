@@ -119,7 +119,7 @@ def test_blocks_above_the_frozen_ones_are_in_training_mode() -> None:
 
 
 def test_more_frozen_blocks_than_there_are() -> None:
-    with pytest.raises(UserError, match=r"model\.freeze: 7 is over the 6 blocks"):
+    with pytest.raises(UserError, match=r"model\.freeze=7 exceeds the 6 blocks"):
         make("test_vit", "random", 32, E).freeze(7)
 
 

@@ -413,7 +413,7 @@ def test_failed_start_writes_nothing(small_data: Path, tmp_path: Path) -> None:
         "no dataset at": (tmp_path / "nowhere", ()),
         "no vectors of other; write them: python -m datagen.targets": (small_data, ("encoder=other",)),
         "timm has no 'test_vitt'": (small_data, ("model.backbone=test_vitt",)),
-        "model.freeze: 99 is over the 6 blocks": (small_data, ("model.freeze=99",)),
+        "model.freeze=99 exceeds the 6 blocks": (small_data, ("model.freeze=99",)),
     }
     actual = {}
     for words, (data, overrides) in cases.items():

@@ -134,7 +134,7 @@ def test_a_frozen_prefix_needs_no_gradient_and_all_above_does(name: str) -> None
 
 
 def test_too_many_frozen_blocks_and_an_unknown_order_are_refused() -> None:
-    with pytest.raises(UserError, match=r"model\.freeze: 99 is over the 6 blocks of VisionTransformer"):
+    with pytest.raises(UserError, match=r"model\.freeze=99 exceeds the 6 blocks of VisionTransformer"):
         frozen_names(shapes("test_vit")[0], 99)
     for ask in (layers, blocks):
         with pytest.raises(UserError, match=r"order of CSATv2's blocks is not known: .*model\.freeze=0 or all"):

@@ -126,7 +126,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     save_file(source.state_dict(), file)
     file.write_bytes(file.read_bytes()[:5000])
-    with pytest.raises(UserError, match=r"model\.safetensors is no whole safetensors file .*get it anew"):
+    with pytest.raises(UserError, match=r"model\.safetensors is not a complete \.safetensors file .*download it again"):
         build("test_vit", str(file))
 
 
@@ -151,7 +151,7 @@ def test_a_pickle_is_never_loaded(tmp_path: Path, name: str, folder: bool) -> No
         (
             "open_clip:ViT-B-32-quickgelu",
             "pretrained",
-            r"names no weights; open_clip:ViT-B-32-quickgelu/TAG with .*openai",
+            r"names no weights; use open_clip:ViT-B-32-quickgelu/TAG with .*openai",
         ),
         (
             "vit_base_patch16_clip_224.dfn2b",
@@ -159,7 +159,7 @@ def test_a_pickle_is_never_loaded(tmp_path: Path, name: str, folder: bool) -> No
             r"with QuickGELU; take open_clip:ViT-B-16-quickgelu/dfn2b",
         ),
         ("transformers:blip3", "random", r"no 'transformers:blip3'; .*transformers:blip2_vision"),
-        (BLIP2, "pretrained", r"test_blip2_vision has no weights; model\.weights=random"),
+        (BLIP2, "pretrained", r"test_blip2_vision has no pretrained weights; use model\.weights=random"),
     ],
 )
 def test_mistakes_name_the_value_and_the_remedy(name: str, weights: str, words: str) -> None:
@@ -215,11 +215,11 @@ def test_a_file_of_another_size_is_interpolated_as_it_is_loaded(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("name", "size", "words"),
     [
-        ("test_vit", 150, r"test_vit cannot take 150 pixels: no multiple of its patches' 16\. .*fit: 144, 160"),
-        ("open_clip:ViT-B-32", 250, r"cannot take 250 pixels: no multiple of its patches' 32.*fit: 224, 256"),
-        (BLIP2, 60, r"cannot take 60 pixels: no multiple of its patches' 14.*fit: 56, 70"),
-        ("levit_128s", 256, r"levit_128s cannot take 256 pixels: .*Nearest that fit: 224$"),
-        ("test_convnext", 8, r"test_convnext cannot take 8 pixels: .*Nearest that fit: 32"),
+        ("test_vit", 150, r"test_vit cannot take 150 pixels: not a multiple of the patch size 16\. .*fit: 144, 160"),
+        ("open_clip:ViT-B-32", 250, r"cannot take 250 pixels: not a multiple of the patch size 32.*fit: 224, 256"),
+        (BLIP2, 60, r"cannot take 60 pixels: not a multiple of the patch size 14.*fit: 56, 70"),
+        ("levit_128s", 256, r"levit_128s cannot take 256 pixels: .*Nearest sizes that fit: 224$"),
+        ("test_convnext", 8, r"test_convnext cannot take 8 pixels: .*Nearest sizes that fit: 32"),
     ],
 )
 def test_a_size_that_does_not_fit_is_refused_with_those_that_do(name: str, size: int, words: str) -> None:
@@ -366,7 +366,7 @@ def test_blip2_from_the_hub_reads_only_the_parts_of_its_image_tower(
     # the same folder, given by hand
     assert features(build("transformers:blip2_vision", str(snapshot))[0], 56).equal(pooled(whole, 56))
     (snapshot / "model-00002-of-00003.safetensors").unlink()
-    with pytest.raises(UserError, match=r"lists model-00002-of-00003\.safetensors, which is not there"):
+    with pytest.raises(UserError, match=r"lists model-00002-of-00003\.safetensors, which is missing"):
         build("transformers:blip2_vision", str(snapshot))
 
 

@@ -229,7 +229,7 @@ def test_the_name_that_computes_is_logged_and_saved(caplog: pytest.LogCaptureFix
     with caplog.at_level("INFO"), torch.device("meta"):
         model = make("vit_base_patch32_clip_224.openai", "random", None, 8)
     assert model.spec.name == model.description()["backbone"] == "vit_base_patch32_clip_quickgelu_224.openai"
-    assert "vit_base_patch32_clip_224.openai: its weights were trained with QuickGELU" in caplog.text
+    assert "vit_base_patch32_clip_224.openai: weights trained with QuickGELU" in caplog.text
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])

@@ -433,7 +433,7 @@ def test_settings_out_of_bounds_are_told_at_once(name: str) -> None:
 def test_a_caption_as_long_as_there_is_room(folders: dict[str, Path], name: str, room: int) -> None:
     full = make(folders, name, most_tokens=room, least_tokens=room - 1, beams=2)
     assert full.caption(make_images(1))[0]
-    with pytest.raises(UserError, match=rf"{name}.most_tokens={room + 1}: .* has room for {room}"):
+    with pytest.raises(UserError, match=rf"{name}.most_tokens={room + 1}: .* supports at most {room}"):
         make(folders, name, most_tokens=room + 1).caption(make_images(1))
 
 
@@ -480,8 +480,8 @@ def test_weights_of_another_model(folders: dict[str, Path], tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"multimodal_cfg": None}, "it is no CoCa"),
-        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "another tokenizer than CLIP's of 49,408"),
+        ({"multimodal_cfg": None}, "it is not a CoCa"),
+        ({"text_cfg": {"hf_model_name": "roberta-base"}}, "its tokenizer is not CLIP's with 49,408 tokens"),
     ],
 )
 def test_open_clip_models_that_cannot_caption(

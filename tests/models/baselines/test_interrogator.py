@@ -397,7 +397,7 @@ def test_what_cannot_be_used_is_refused(tiny: Path, words: Path, tmp_path: Path)
     refused("artists.txt, flavors.txt, mediums.txt, movements.txt", words=tmp_path)
     refused("ViT-L-14", "near: ", clip="ViT-L14/openai")
     refused("no weights 'opnai'", "openai", clip="ViT-L-14/opnai")
-    refused("texts are of another kind", "ViT-L-14/openai", clip="ViT-B-16-SigLIP/webli")
+    refused("text tower is not CLIP's", "ViT-L-14/openai", clip="ViT-B-16-SigLIP/webli")
     refused("a pickle", "folder", clip="ViTamin-S/datacomp1b")
     refused("mode=x", "lacks artists.txt", "no/such", clip="no/such", mode="x", words=tmp_path)
     empty = shutil.copytree(words, tmp_path / "empty")
@@ -422,7 +422,7 @@ def test_messages_name_the_setting_that_named_the_clip(tiny: Path, tmp_path: Pat
             ask()
         assert "captions" not in str(caught.value)
     (folder / CONFIG).write_text("[]")
-    with pytest.raises(UserError, match=rf"^knn\.backbone={folder}: .* no CLIP"):
+    with pytest.raises(UserError, match=rf"^knn\.backbone={folder}: .* does not describe a CLIP"):
         Clip(f"local-dir:{folder}", key="knn.backbone")
 
 

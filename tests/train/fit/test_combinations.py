@@ -158,8 +158,8 @@ def test_init_from_starts_with_weights_of_first_stage(tiny_run: Path, small_data
     [
         ("init_from={run}/resume.ckpt", "is a file, but a checkpoint is a folder"),
         ("init_from={run}", "is a run; name one of its checkpoints"),
-        ("model.backbone=test_convnext", r"is of another model:\n.*test_vit.*test_convnext"),
-        ("model.head=wide", r"is of another model:\n.*head"),
+        ("model.backbone=test_convnext", r"has another architecture:\n.*test_vit.*test_convnext"),
+        ("model.head=wide", r"has another architecture:\n.*head"),
     ],
 )
 def test_init_from_of_another_architecture_is_refused(
