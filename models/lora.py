@@ -1,8 +1,4 @@
-<<<<<<< HEAD
-"""Low-rank adapters on the linear layers of chosen blocks, and how they become plain weights again.
-=======
-"""LoRA adapters on the linear layers of some blocks, through peft, and merging them into the weights.
->>>>>>> a4b81b7 (Checkpoints, backbones, LoRA, text head and captioners: names, docstrings and messages in the field's words)
+"""LoRA adapters on the linear layers of some blocks, and merging them into the weights.
 
 A layer computes with W + alpha/rank · B A, where W is frozen, A is [rank, in], and B [out, rank] starts at zero. The
 winning solution froze the bottom blocks, put adapters into the middle ones, and trained the top ones in full.
@@ -134,7 +130,6 @@ class LoraLinear(nn.Module):
 
 
 def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, dropout: float) -> None:
-<<<<<<< HEAD
     for name in names:
         layer = backbone.get_submodule(name)
         assert isinstance(layer, nn.Linear)
@@ -143,20 +138,3 @@ def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, drop
             part.training = backbone.training
         parent, _, attribute = name.rpartition(".")
         setattr(backbone.get_submodule(parent), attribute, adapted)
-=======
-    # peft looks for bitsandbytes when it is imported and at each layer; quantized layers are not adapted here, and
-    # bitsandbytes loads torch's compiler. transformers loads scipy for the losses of detectors.
-    with hidden("bitsandbytes", "boto3", "scipy"):
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # warnings about optional imports
-                from peft import LoraConfig, inject_adapter_in_model
-        except ImportError as error:
-            raise UserError("model.lora needs peft: pip install 'im2emb[lora]'") from error
-        pattern = "|".join(map(re.escape, names))  # a list would also match the ends of other names
-        config = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=pattern, bias="none")  # type: ignore[arg-type]
-        inject_adapter_in_model(config, backbone)
-    for name, module in backbone.named_modules():
-        if ".lora_" in name:
-            module.training = backbone.training
->>>>>>> a4b81b7 (Checkpoints, backbones, LoRA, text head and captioners: names, docstrings and messages in the field's words)
