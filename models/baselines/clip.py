@@ -201,8 +201,8 @@ def _tag(name: str, key: str) -> _Tag:
     repository, _, file = tag_config.get("hf_hub", "").rpartition("/")
     if not repository or file:  # repositories without a file name hold .safetensors
         raise UserError(
-            f"{key}={name}: these weights are a pickle, which can run code when it is loaded. Convert them if you trust "
-            f"them, and name {_FOLDER}."
+            f"{key}={name}: these weights are a pickle, which can run code when it is loaded. Convert them if you "
+            f"trust them, and name {_FOLDER}."
         )
     keys = ("mean", "std", "interpolation", "resize_mode")
     preprocess = {key: tag_config[key] for key in keys if key in tag_config}

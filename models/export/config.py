@@ -62,28 +62,26 @@ class ExportSettings:
     """Make a new upload public."""
 
     def validate(self) -> list[str]:
-        found = address_problems(self.push) if self.push is not None else []
+        problems = address_problems(self.push) if self.push is not None else []
         if "openvino_int8" in self.runtimes and self.check_images is None:
-            found.append(
+            problems.append(
                 "runtimes: openvino_int8 is calibrated and measured on images; name some hundreds, check_images=FOLDER"
             )
         if self.check_images is not None and not self.runtimes:
-            found.append(
+            problems.append(
                 f"check_images: {self.check_images} are for exported models, and runtimes is empty; name some, "
                 "runtimes=[onnx]"
             )
         if self.push is None and (self.public or not self.dry_run):
-            found.append(
-                "public, dry_run: they are for push=, which is not there; name hub:USER/NAME or kaggle:USER/SLUG"
+            problems.append(
+                "public, dry_run: need push=, which is null; set push=hub:USER/NAME or push=kaggle:USER/SLUG"
             )
-        return found + self.card_details().validate()
+        return problems + self.card_details().validate()
 
     def unused(self) -> dict[str, str]:
-        # false without push= is refused by `problems`
-        alone = self.push is None and self.dry_run
-        return (
-            {"dry_run": "without push: the bundle is written all the same, and nothing is published"} if alone else {}
-        )
+        # dry_run=false without push= is refused by `validate`
+        without_push = self.push is None and self.dry_run
+        return {"dry_run": "without push: the bundle is written, and nothing is uploaded"} if without_push else {}
 
     def card_details(self) -> CardDetails:
         return CardDetails(self.title, self.licence, self.author)

@@ -28,7 +28,8 @@ from models import checkpoint
 from models.ensemble.ensemble import check_sizes, find_run_settings, read_ensemble_config
 from models.export.check_images import read_check_images
 from models.export.config import ExportSettings, WheelsSettings
-from models.export.model_card import CardDetails, dataset_metadata, format_distance, render_card
+from models.export.kaggle_metadata import dataset_metadata
+from models.export.model_card import CardDetails, format_distance, render_card
 from models.export.notebook import notebook
 from models.export.program import predict_source
 from models.export.runtimes import (
@@ -102,17 +103,17 @@ def export_and_upload(cfg: ExportSettings, arguments: Sequence[str]) -> None:
         )
     if cfg.wheels.python is None and (more := set(required_packages(config)) - _USUALLY_INSTALLED):
         log.info(
-            "predict.py needs %s beside torch and timm; for a machine without network: wheels.python=3.11",
+            "predict.py needs %s beside torch and timm; for a machine without network set wheels.python=3.11",
             ", ".join(sorted(more)),
         )
     if cfg.push is None:
         log.info("predict: python %s/predict.py --images FOLDER --out submission.csv", cfg.out)
         return
-    again = [word for word in arguments if not word.lstrip("+").startswith(("dry_run=", "checkpoint="))]
-    again += [f"checkpoint={source}", "dry_run=false"]
-    command = shlex.join(["python", "-m", "models.export", *again])
+    overrides = [word for word in arguments if not word.lstrip("+").startswith(("dry_run=", "checkpoint="))]
+    overrides += [f"checkpoint={source}", "dry_run=false"]
+    command = shlex.join(["python", "-m", "models.export", *overrides])
     page = push(cfg.out, cfg.push, dry_run=cfg.dry_run, public=cfg.public, command=command)
-    log.info("%s%s", "would be " if cfg.dry_run else "", page)
+    log.info("%s%s", "dry run for " if cfg.dry_run else "", page)
 
 
 def export(
@@ -199,15 +200,17 @@ def _refuse_other_folder(out: Path) -> None:
     try:
         config = json.loads((out / "config.json").read_text())
         # bundles of version 0.1 have no kind, but the keys of a checkpoint
-        ours = (out / "predict.py").is_file() and config.get("kind", "bundle") == "bundle" and "target_width" in config
+        is_bundle = (
+            (out / "predict.py").is_file() and config.get("kind", "bundle") == "bundle" and "target_width" in config
+        )
     except (OSError, ValueError, AttributeError, TypeError):
-        ours = False
-    if not ours:
+        is_bundle = False
+    if not is_bundle:
         raise UserError(f"{out} holds something that is not a bundle; choose another out=")
-    strange = sorted(path.name for path in out.iterdir() if not _BUNDLE_FILE.fullmatch(path.name))
-    if strange:
+    unexpected = sorted(path.name for path in out.iterdir() if not _BUNDLE_FILE.fullmatch(path.name))
+    if unexpected:
         raise UserError(
-            f"{out} holds {', '.join(strange[:3])}, which is not part of a bundle; move it, or choose another out="
+            f"{out} holds {', '.join(unexpected[:3])}, which is not part of a bundle; move it, or choose another out="
         )
 
 
@@ -222,8 +225,8 @@ def _check_bundle(
     probes = _probe_images(members)
     expected = load_embedder(source, flip=flip, sizes=sizes).embed(probes)
     predictor = load_bundle(folder)
-    found = torch.cat([predictor.embed([probe]) for probe in probes])
-    difference = _max_difference(found, expected)
+    vectors = torch.cat([predictor.embed([probe]) for probe in probes])
+    difference = _max_difference(vectors, expected)
     if precision == "fp32":
         if not difference <= _TOLERANCE:
             raise UserError(
@@ -231,12 +234,12 @@ def _check_bundle(
                 "nothing is written"
             )
         return difference, {}
-    distance_N = cosine_distance(found.numpy(), expected.numpy())
+    distance_N = cosine_distance(vectors.numpy(), expected.numpy())
     largest = distance_N.max()
     if not largest <= _MAX_FP16_DISTANCE:
         raise UserError(
             f"weights in fp16 cost up to {largest:.1e} of cosine on {len(probes)} images, more than "
-            f"{_MAX_FP16_DISTANCE:.0e}; nothing is written. Leave precision=fp32"
+            f"{_MAX_FP16_DISTANCE:.0e}; nothing is written. Use precision=fp32"
         )
     return difference, {"half_distance": distance_summary(distance_N)}
 
@@ -249,9 +252,9 @@ def _probe_images(members: Sequence[_ExportMember]) -> list[Any]:
 def _write_runtimes(
     folder: Path, config: Mapping[str, Any], kinds: Sequence[str], images: Iterable[Any]
 ) -> dict[str, Any]:
-    """The members of config.json that describe the graphs."""
-    graphs = write_runtimes(folder, network(folder, config), kinds, images, half=config["precision"] == "fp16")
-    return {"graphs": graphs, "inputs": runtime_inputs(squares_of(config))}
+    """Write exported models; return the entries of config.json that describe them."""
+    entries = write_runtimes(folder, network(folder, config), kinds, images, fp16=config["precision"] == "fp16")
+    return {"graphs": entries, "inputs": runtime_inputs(squares_of(config))}
 
 
 def _list_members(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[list[_ExportMember], dict[str, Any]]:
@@ -265,15 +268,15 @@ def _list_members(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[lis
         return [_ExportMember("model", folder, 1.0, flip, sizes or (config["size"],))], {}
     if flip or sizes:
         raise UserError(
-            f"{folder} is an ensemble, whose members have their own views: leave out flip and sizes, and set "
+            f"{folder} is an ensemble, whose members have their own views; leave out flip and sizes, and set "
             "tta.NAME in train.evaluate, which fits the weights to them"
         )
     config = read_ensemble_config(folder)
     members = []
     for member in config["members"]:
-        place = folder / "members" / member["name"]
-        own = tuple(member["sizes"]) or (checkpoint.read_config(place)["size"],)
-        members.append(_ExportMember(member["name"], place, member["weight"], member["flip"], own))
+        member_folder = folder / "members" / member["name"]
+        sizes = tuple(member["sizes"]) or (checkpoint.read_config(member_folder)["size"],)
+        members.append(_ExportMember(member["name"], member_folder, member["weight"], member["flip"], sizes))
     return members, config["facts"]
 
 
@@ -282,26 +285,25 @@ def _write_member(folder: Path, member: _ExportMember, precision: str, *, only: 
     config = checkpoint.read_config(member.folder)
     mean_E, probes, expected = checkpoint.load_extras(member.folder)
     model = checkpoint.load(member.folder)
-    found = torch.cat([model.embed([probe]) for probe in probes])
-    difference = _max_difference(found, expected)
+    vectors = torch.cat([model.embed([probe]) for probe in probes])
+    difference = _max_difference(vectors, expected)
     # checkpoints before PREPROCESS 2 cropped images that are not square differently, by a pixel
     if config.get("preprocess", 0) >= 2 and not difference <= _TOLERANCE:
         raise UserError(
             f"{member.folder} differs by {difference:.1e} from the probe vectors stored in training, more than "
-            f"{_TOLERANCE:.0e}; nothing is written. Is timm another version than in training?"
+            f"{_TOLERANCE:.0e}; nothing is written. Was it trained with another version of timm?"
         )
     tensors = _cast_weights(model.state_dict(), precision)
     for size in member.sizes:
         if size != config["size"]:
             resized = _cast_weights(checkpoint.load(member.folder, size).state_dict(), precision)
-            other = {name: tensor for name, tensor in resized.items() if not torch.equal(tensor, tensors[name])}
-            tensors |= {f"at-{size}.{name}": tensor for name, tensor in other.items()}
+            changed = {name: tensor for name, tensor in resized.items() if not torch.equal(tensor, tensors[name])}
+            tensors |= {f"at-{size}.{name}": tensor for name, tensor in changed.items()}
     file = "model.safetensors" if only else f"model-{member.name}.safetensors"
     save_file({**tensors, "mean_E": mean_E}, folder / file)
     (folder / file).chmod(0o644)  # safetensors makes it readable by the owner only
-    about = {key: config[key] for key in ("backbone", "width", "mean", "std", "target_width")}
     return {
-        **about,
+        **{key: config[key] for key in ("backbone", "width", "mean", "std", "target_width")},
         **Preprocessing.from_config(config).to_config(),
         "name": member.name,
         "file": file,
@@ -316,23 +318,23 @@ def _write_member(folder: Path, member: _ExportMember, precision: str, *, only: 
 
 def _public_facts(facts: Mapping[str, Any]) -> dict[str, Any]:
     """Facts without the paths of data and weights, which are private."""
-    found = {key: facts[key] for key in _PUBLIC_FACTS if key in facts}
-    for key in found.keys() & {"dataset", "datasets"}:
-        found[key] = [{**each, "path": Path(each["path"]).name} for each in found[key]]
+    public = {key: facts[key] for key in _PUBLIC_FACTS if key in facts}
+    for key in public.keys() & {"dataset", "datasets"}:
+        public[key] = [{**dataset, "path": Path(dataset["path"]).name} for dataset in public[key]]
     leakage = (facts.get("score") or {}).get("leakage")
     if leakage and leakage.get("unknown"):
-        found["score"] = {**facts["score"], "leakage": {**leakage, "unknown": ["some training images"]}}
+        public["score"] = {**facts["score"], "leakage": {**leakage, "unknown": ["some training images"]}}
     if "weights" in facts:
-        found["weights"] = facts["weights"] if facts["weights"] in ("pretrained", "random") else "file"
-    return found
+        public["weights"] = facts["weights"] if facts["weights"] in ("pretrained", "random") else "file"
+    return public
 
 
 def _cast_weights(tensors: Mapping[str, Any], precision: str) -> dict[str, Any]:
     """Cast matrices to `precision`; vectors stay in fp32, since a variance may be too small for fp16."""
 
     def cast(tensor: torch.Tensor) -> torch.Tensor:
-        half = precision == "fp16" and tensor.is_floating_point() and tensor.ndim > 1
-        return (tensor.half() if half else tensor).contiguous()
+        to_fp16 = precision == "fp16" and tensor.is_floating_point() and tensor.ndim > 1
+        return (tensor.half() if to_fp16 else tensor).contiguous()
 
     return {name: cast(tensor) for name, tensor in tensors.items()}
 

@@ -28,17 +28,17 @@ def predict_source() -> str:
         nodes = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
         docstring = text[: text.index(ast.get_source_segment(text, nodes[0]) or "")]
         for node in nodes:
-            given = {ast.unparse(alias) for alias in node.names}
+            aliases = {ast.unparse(alias) for alias in node.names}
             if isinstance(node, ast.Import):
-                plain |= given
+                plain |= aliases
             elif node.module and not node.level:
-                names.setdefault(node.module, set()).update(given)
+                names.setdefault(node.module, set()).update(aliases)
         stem = Path(place).stem
-        own = "".join(text.splitlines(True)[nodes[-1].end_lineno or 0 :]).strip("\n")
-        about = (ast.get_docstring(tree) or "").splitlines()[0]
-        bodies.append(f"# {stem} {'-' * (117 - len(stem))}\n# {about}\n\n\n{own}")
+        body = "".join(text.splitlines(True)[nodes[-1].end_lineno or 0 :]).strip("\n")
+        summary = (ast.get_docstring(tree) or "").splitlines()[0]
+        bodies.append(f"# {stem} {'-' * (117 - len(stem))}\n# {summary}\n\n\n{body}")
     lines = [f"import {name}" for name in sorted(plain)]
-    lines += [f"from {module} import {', '.join(sorted(given))}" for module, given in sorted(names.items())]
+    lines += [f"from {module} import {', '.join(sorted(aliases))}" for module, aliases in sorted(names.items())]
     standard = [line for line in lines if line.split()[1].split(".")[0] in sys.stdlib_module_names]
     others = [line for line in lines if line not in standard]
     head = "\n\n".join("\n".join(group) for group in (standard, others))

@@ -1,6 +1,6 @@
 """Export the bundle's network for runtimes without Python or without torch.
 
-    config["graphs"] = write(folder, network, ["onnx", "openvino"], images)
+    config["graphs"] = write_runtimes(folder, network, ["onnx", "openvino"], images)
 
 onnx           graphs/model.onnx          ONNX Runtime, and most others
 openvino       graphs/openvino.xml        OpenVINO: fp32, or bf16 where the CPU has it
@@ -9,10 +9,10 @@ torch          graphs/model.pt2           torch.export, for AOTInductor (C++) an
 
 An exported model holds all members, views and the blend. Its inputs, `image_SIZE` by ascending SIZE, are resized and
 cropped squares, uint8 RGB [B, 3, SIZE, SIZE] with any B; `inputs` of config.json describes their preprocessing. The
-model normalises them. Its output `z` is [B, E] in fp32, of unit length. Each is run on images as it is written, and
-refused if it differs from the network.
+model normalises them. Its output `z` is [B, E] in fp32, of unit length. Each exported model is run on images, and
+refused if its vectors differ from those of the network.
 
-N images, B of a batch, S squares of each, E target width.
+N images, B images of a batch, S squares per image, E target width.
 """
 
 import contextlib
@@ -40,7 +40,7 @@ BOUND = 1e-3
 INT8_BOUND = 0.05
 """Largest mean cosine distance of int8."""
 
-# not in folders of the packages' names: beside predict.py they would be imported in their place
+# not in folders named after the packages, which Python would import beside predict.py
 _FILE = {
     "onnx": "graphs/model.onnx",
     "openvino": "graphs/openvino.xml",
@@ -54,9 +54,9 @@ _PACKAGES = {
     "torch": (),
 }
 _OPSET = 20
-_ONE_FILE = 2_000_000_000  # bytes of weights, beyond which ONNX, a protobuf, needs a second file
-_BATCH = 16  # images of a batch
-_CALIBRATION = 300  # images; more change nothing
+_ONE_FILE = 2_000_000_000  # bytes of weights above which ONNX, a protobuf, needs a second file
+_BATCH = 16  # images per batch
+_CALIBRATION = 300  # images for calibration; more do not change the result
 
 _Squares = Sequence[Sequence[torch.Tensor]]
 """For each image and each square of the network: uint8 [3, size, size]."""
@@ -67,7 +67,7 @@ def check_runtimes(kinds: Iterable[str]) -> None:
     kinds = list(kinds)
     wrong = [kind for kind in kinds if kind not in KINDS]
     if wrong:
-        raise UserError(f"runtimes: {', '.join(map(repr, wrong))}: there are {', '.join(KINDS)}")
+        raise UserError(f"runtimes: {', '.join(map(repr, wrong))} unknown; use {', '.join(KINDS)}")
     needed = dict.fromkeys(package for kind in kinds for package in _PACKAGES[kind])
     missing = [package for package in needed if importlib.util.find_spec(package) is None]
     if missing:
@@ -79,7 +79,7 @@ def check_runtimes(kinds: Iterable[str]) -> None:
 def runtime_inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
     """Describe the inputs of exported models for `config["inputs"]`: name and preprocessing of each, in order.
 
-    Of several squares of one size the second is named image_SIZE_2, and so on.
+    The second square of the same size is named image_SIZE_2, and so on.
     """
     sizes = [square.size for square in squares]
     counts = [sizes[: n + 1].count(size) for n, size in enumerate(sizes)]
@@ -88,16 +88,16 @@ def runtime_inputs(squares: Sequence[Preprocessing]) -> list[dict[str, Any]]:
 
 
 def write_runtimes(
-    folder: Path, network: Network, kinds: Sequence[str], images: Iterable[torch.Tensor], *, half: bool = False
+    folder: Path, network: Network, kinds: Sequence[str], images: Iterable[torch.Tensor], *, fp16: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """Write exported models below `folder`, and run each on the images, one alone and then in batches.
+    """Write exported models below `folder`, and check each on the images, the first alone and the rest in batches.
 
     Args:
         folder: Bundle folder.
         network: Network in fp32, on the CPU, in evaluation mode.
         kinds: Kinds from `KINDS`.
         images: Decoded uint8 images [3, H, W]. int8 is calibrated on every other image and measured on the rest.
-        half: Store the weights of OpenVINO in fp16, as in an fp16 bundle.
+        fp16: Store the weights of OpenVINO in fp16, as in an fp16 bundle.
 
     Returns:
         For `config["graphs"]`, by kind: file, pictures (number of images), mean_distance and max_distance (cosine
@@ -110,7 +110,7 @@ def write_runtimes(
     check_runtimes(kinds)
     squares = [[resize_and_crop(image, square) for square in network.squares] for image in images]
     if not squares:
-        raise UserError("runtimes: no images to verify them on; give check_images=")
+        raise UserError("runtimes: no images to check them on; name some by check_images=")
     disable_telemetry()
     with (
         torch.inference_mode(),
@@ -120,14 +120,14 @@ def write_runtimes(
         reference_NE = _vectors(
             lambda image_SBCHW: network(*map(torch.from_numpy, image_SBCHW)).numpy(), squares, bar.update
         )
-        found = {}
-        for kind, path in _write_each(folder, Path(scratch), network, kinds, squares, half):
-            found[kind] = _verify(kind, folder, path, squares, reference_NE, bar.update)
-    return found
+        entries = {}
+        for kind, path in _write_each(folder, Path(scratch), network, kinds, squares, fp16):
+            entries[kind] = _verify(kind, folder, path, squares, reference_NE, bar.update)
+    return entries
 
 
 def _write_each(
-    folder: Path, scratch: Path, network: Network, kinds: Sequence[str], squares: _Squares, half: bool
+    folder: Path, scratch: Path, network: Network, kinds: Sequence[str], squares: _Squares, fp16: bool
 ) -> Iterator[tuple[str, Path]]:
     """Write each kind; yield its name and file as soon as it is written."""
     for kind in kinds:
@@ -139,43 +139,48 @@ def _write_each(
     if set(kinds) == {"torch"}:
         return
     onnx = folder / _FILE["onnx"] if "onnx" in kinds else scratch / "model.onnx"
-    _save_onnx(program, [each["name"] for each in runtime_inputs(network.squares)], onnx)
+    _save_onnx(program, [entry["name"] for entry in runtime_inputs(network.squares)], onnx)
     del program
     if "onnx" in kinds:
         yield "onnx", onnx
     if "openvino" in kinds:
-        _save_openvino(_openvino_of(onnx), folder / _FILE["openvino"], half=half)
+        _save_openvino(_openvino_of(onnx), folder / _FILE["openvino"], fp16=fp16)
         yield "openvino", folder / _FILE["openvino"]
     if "openvino_int8" in kinds:
-        _save_openvino(_quantize(_openvino_of(onnx), squares[::2]), folder / _FILE["openvino_int8"], half=half)
+        _save_openvino(_quantize(_openvino_of(onnx), squares[::2]), folder / _FILE["openvino_int8"], fp16=fp16)
         yield "openvino_int8", folder / _FILE["openvino_int8"]
 
 
 def _verify(
-    kind: str, folder: Path, path: Path, squares: _Squares, reference_NE: np.ndarray, tell: Callable[[int], object]
+    kind: str, folder: Path, path: Path, squares: _Squares, reference_NE: np.ndarray, advance: Callable[[int], object]
 ) -> dict[str, Any]:
+    """Compare an exported model with the network; return its entry for config.json.
+
+    Raises:
+        UserError: Its vectors differ by more than the bound.
+    """
     file = path.relative_to(folder).as_posix()
     if kind == "torch":
-        graph = _open_torch(path)
+        runtime = _open_torch(path)
     else:
-        graph = open_runtime(folder, {"graphs": {kind: {"file": file}}}, kind, torch.get_num_threads())
-    about: dict[str, Any] = {"file": file}
+        runtime = open_runtime(folder, {"graphs": {kind: {"file": file}}}, kind, torch.get_num_threads())
+    entry: dict[str, Any] = {"file": file}
     if kind == "openvino_int8":
-        about["calibrated"] = min(len(squares[::2]), _CALIBRATION)
-        if len(squares) > 1:  # on its calibration images the loss would look smaller
+        entry["calibrated"] = min(len(squares[::2]), _CALIBRATION)
+        if len(squares) > 1:  # the distance on the calibration images would be too small
             squares, reference_NE = squares[1::2], reference_NE[1::2]
-    distance_N = cosine_distance(_vectors(graph, squares, tell), reference_NE)
+    distance_N = cosine_distance(_vectors(runtime, squares, advance), reference_NE)
     mean, largest = float(distance_N.mean()), float(distance_N.max())
     value, bound, which = (mean, INT8_BOUND, "mean") if kind == "openvino_int8" else (largest, BOUND, "largest")
-    if not value <= bound:  # nan, too
+    if not value <= bound:  # also for NaN
         hint = f"try another version of {' and '.join(_PACKAGES[kind]) or 'torch'}"
         if kind == "openvino_int8":
-            hint = f"calibrate it on more images than {about['calibrated']}: check_images="
+            hint = f"calibrate it on more images than {entry['calibrated']}: check_images="
         raise UserError(
-            f"the {kind} graph differs from the network: its {which} cosine distance on {len(squares)} images is "
+            f"the {kind} model differs from the network: its {which} cosine distance on {len(squares)} images is "
             f"{value:.1e}, more than {bound:g}; nothing is written. Leave {kind} out of runtimes, or {hint}"
         )
-    return about | distance_summary(distance_N)
+    return entry | distance_summary(distance_N)
 
 
 def distance_summary(distance_N: np.ndarray) -> dict[str, Any]:
@@ -191,17 +196,17 @@ def cosine_distance(a_NE: np.ndarray, b_NE: np.ndarray) -> np.ndarray:
         return 0.5 * ((a_NE - b_NE) ** 2).sum(1)
 
 
-def _vectors(graph: Runtime, squares: _Squares, tell: Callable[[int], object]) -> np.ndarray:
-    """Vectors z_NE: the first image alone, the others in batches."""
-    rows = [[0], *([*range(i, min(i + _BATCH, len(squares)))] for i in range(1, len(squares), _BATCH))]
-    found = []
-    for batch in rows:
-        each = zip(*(squares[i] for i in batch), strict=True)
-        found.append(graph([torch.stack(of_a_size).numpy() for of_a_size in each]))
-        tell(len(batch))
-    if len(squares) == 1:  # any number of images, all the same
-        found = [graph([torch.stack([square] * 2).numpy() for square in squares[0]])[1:]]
-    return np.concatenate(found)
+def _vectors(runtime: Runtime, squares: _Squares, advance: Callable[[int], object]) -> np.ndarray:
+    """Vectors z_NE of an exported model: the first image alone, the others in batches."""
+    batches = [[0], *([*range(i, min(i + _BATCH, len(squares)))] for i in range(1, len(squares), _BATCH))]
+    vectors = []
+    for batch in batches:
+        by_size = zip(*(squares[i] for i in batch), strict=True)
+        vectors.append(runtime([torch.stack(images).numpy() for images in by_size]))
+        advance(len(batch))
+    if len(squares) == 1:  # a batch of two checks the dynamic batch size
+        vectors = [runtime([torch.stack([square] * 2).numpy() for square in squares[0]])[1:]]
+    return np.concatenate(vectors)
 
 
 @contextlib.contextmanager
@@ -209,7 +214,7 @@ def _exporter_errors(kind: str) -> Iterator[None]:
     """Silence warnings and output of an exporter, and turn its errors into a `UserError`.
 
     Raises:
-        UserError: instead of an exporter's errors; those of the disk are let through.
+        UserError: Instead of an exporter's errors, except those of the disk.
     """
     loggers = [logging.getLogger(name) for name in ("onnx_ir", "onnxscript", "torch.onnx", "nncf", "openvino")]
     levels = [logger.level for logger in loggers]
@@ -221,11 +226,11 @@ def _exporter_errors(kind: str) -> Iterator[None]:
             yield
         except OSError:
             raise
-        except Exception as error:  # each exporter has classes of its own
+        except Exception as error:  # each exporter has its own classes
             reason = str(error).strip().splitlines() or [""]
             raise UserError(
-                f"the {kind} graph cannot be made of this network: {type(error).__name__}: {reason[0]}; leave {kind} "
-                "out of runtimes"
+                f"this network cannot be exported as {kind}: {type(error).__name__}: {reason[0]}; leave {kind} out of "
+                "runtimes"
             ) from error
         finally:
             for logger, level in zip(loggers, levels, strict=True):
@@ -248,10 +253,10 @@ def _export(network: Network) -> torch.export.ExportedProgram:
 
 
 def _save_torch(program: torch.export.ExportedProgram, path: Path) -> None:
-    for name, tensor in program.state_dict.items():  # each by itself and contiguous, as they are stored
-        own = tensor.detach().clone(memory_format=torch.contiguous_format)
+    for name, tensor in program.state_dict.items():  # not shared and contiguous, as they are stored
+        copy = tensor.detach().clone(memory_format=torch.contiguous_format)
         parameter = isinstance(tensor, torch.nn.Parameter)
-        program.state_dict[name] = torch.nn.Parameter(own, requires_grad=False) if parameter else own
+        program.state_dict[name] = torch.nn.Parameter(copy, requires_grad=False) if parameter else copy
     with _exporter_errors("torch"):
         torch.export.save(program, path)
 
@@ -270,11 +275,11 @@ def _save_onnx(program: torch.export.ExportedProgram, names: Sequence[str], path
         import onnx_ir
         from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
-        made = torch.onnx.export(
+        onnx_program = torch.onnx.export(
             program, (), dynamo=True, opset_version=_OPSET, input_names=list(names), output_names=["z"], verbose=False
         )
-        assert made is not None
-        model = made.model
+        assert onnx_program is not None
+        model = onnx_program.model
         ClearMetadataAndDocStringPass()(model)  # stack traces
         (symbol,) = {value.shape[0] for value in model.graph.inputs if value.shape is not None}
         values = [*model.graph.inputs, *(value for node in model.graph.all_nodes() for value in node.outputs)]
@@ -296,13 +301,13 @@ def _openvino_of(onnx: Path) -> Any:
         return openvino.convert_model(onnx)
 
 
-def _save_openvino(model: Any, path: Path, *, half: bool) -> None:
+def _save_openvino(model: Any, path: Path, *, fp16: bool) -> None:
     import openvino
 
     for number, node in enumerate(model.get_ordered_ops()):
-        if node.get_type_name() not in ("Parameter", "Result"):  # else numbered on from all that this process made
+        if node.get_type_name() not in ("Parameter", "Result"):  # default names count all nodes of this process
             node.set_friendly_name(f"{node.get_type_name()}_{number}")
-    openvino.save_model(model, path, compress_to_fp16=half)
+    openvino.save_model(model, path, compress_to_fp16=fp16)
 
 
 def _quantize(model: Any, squares: _Squares) -> Any:
@@ -311,12 +316,12 @@ def _quantize(model: Any, squares: _Squares) -> Any:
         import nncf
 
     names = [node.any_name for node in model.inputs]
-    attends = any(op.get_type_name() in ("Softmax", "ScaledDotProductAttention") for op in model.get_ops())
-    items = [dict(zip(names, (square[None].numpy() for square in each), strict=True)) for each in squares]
+    is_transformer = any(op.get_type_name() in ("Softmax", "ScaledDotProductAttention") for op in model.get_ops())
+    items = [dict(zip(names, (square[None].numpy() for square in image), strict=True)) for image in squares]
     with _exporter_errors("openvino_int8"):
         return nncf.quantize(
             model,
             nncf.Dataset(items),
-            model_type=nncf.ModelType.TRANSFORMER if attends else None,
+            model_type=nncf.ModelType.TRANSFORMER if is_transformer else None,
             subset_size=min(len(items), _CALIBRATION),
         )

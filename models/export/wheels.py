@@ -2,10 +2,10 @@
 
     names = collect_wheels(folder, config, "3.11", "manylinux_2_28_x86_64")
 
-pip's own resolver chooses, at the versions installed here, which are those that the bundle was checked with. torch and
-torchvision are never among them: the machine has its own (a build for CUDA 13 would drop the P100). For the resolver
-they are two empty wheels, so that what they alone need stays away too. requirements.txt beside the wheels names what
-to install: `pip install --no-index --find-links wheels -r wheels/requirements.txt`.
+pip resolves the dependencies at the versions installed here, with which the bundle was checked. torch and torchvision
+are excluded, since the target machine has its own (a build for CUDA 13 would drop the P100); empty stub wheels stand
+for them in the resolver, so that their dependencies are excluded as well. requirements.txt beside the wheels lists the
+packages to install: `pip install --no-index --find-links wheels -r wheels/requirements.txt`.
 """
 
 import importlib.metadata
@@ -39,20 +39,20 @@ _OLD_NAMES = {17: "manylinux2014", 12: "manylinux2010", 5: "manylinux1"}  # glib
 
 def target_problems(python: str, platform: str) -> list[str]:
     """Problems of a Python version and a platform name, one line each."""
-    found = []
+    problems = []
     if not re.fullmatch(r"3\.\d{1,2}", python):
-        found.append(f"python: {python!r} is not a Python version; write two numbers, such as 3.11")
+        problems.append(f"python: {python!r} is not a Python version; write two numbers, such as 3.11")
     elif int(python.partition(".")[2]) < _MIN_MINOR:
-        found.append(
+        problems.append(
             f"python: {python!r} is older than 3.{_MIN_MINOR}, which predict.py and the packages it was checked with "
             f"need; write 3.{_MIN_MINOR} or a later one"
         )
     if not _glibc(platform):
-        found.append(
+        problems.append(
             f"platform: {platform!r} is not supported by predict.py; write manylinux_2_28_x86_64 (Kaggle), "
             "manylinux_2_28_aarch64, or another manylinux_2_N_ARCH with N of 5 or more"
         )
-    return found
+    return problems
 
 
 def required_packages(config: Mapping[str, Any]) -> list[str]:
@@ -60,13 +60,13 @@ def required_packages(config: Mapping[str, Any]) -> list[str]:
     from models.runtime.towers import OPEN_CLIP, TRANSFORMERS  # torch
 
     backbones = [member["backbone"] for member in config["members"]]
-    graphs = config.get("graphs", {})
+    runtimes = config.get("graphs", {})
     by_need = {
         "timm": True,
         "open_clip_torch": any(name.startswith(OPEN_CLIP) for name in backbones),
         "transformers": any(name.startswith(TRANSFORMERS) for name in backbones),
-        "onnxruntime": "onnx" in graphs,
-        "openvino": any(name.startswith("openvino") for name in graphs),
+        "onnxruntime": "onnx" in runtimes,
+        "openvino": any(name.startswith("openvino") for name in runtimes),
     }
     return sorted([name for name, needed in by_need.items() if needed] + list(_UNPINNED))
 
@@ -81,14 +81,14 @@ def check_wheels(config: Mapping[str, Any], python: str, platform: str) -> None:
         UserError: python or platform is malformed or too old, a package that the bundle needs is not installed here,
             or there is no pip.
     """
-    found = target_problems(python, platform)
+    problems = target_problems(python, platform)
     missing = [name for name in required_packages(config) if _installed(name) is None]
     if missing:
-        found.append(f"{', '.join(missing)}: not installed here, so the bundle was not checked with it; install it")
+        problems.append(f"{', '.join(missing)}: not installed, so the bundle was not checked with it; install it")
     if _installed("pip") is None:
-        found.append(f"{sys.executable} has no pip, which resolves wheels; run {sys.executable} -m ensurepip")
-    if found:
-        raise UserError("wheels cannot be collected:\n" + "\n".join(f"  {problem}" for problem in found))
+        problems.append(f"{sys.executable} has no pip, which resolves wheels; run {sys.executable} -m ensurepip")
+    if problems:
+        raise UserError("wheels cannot be collected:\n" + "\n".join(f"  {problem}" for problem in problems))
 
 
 def collect_wheels(folder: Path, config: Mapping[str, Any], python: str, platform: str) -> list[str]:
@@ -111,38 +111,38 @@ def collect_wheels(folder: Path, config: Mapping[str, Any], python: str, platfor
     versions = {name: importlib.metadata.version(name) for name in required_packages(config)}
     roots = [f"{name}=={version}" for name, version in versions.items()]
     with tempfile.TemporaryDirectory(prefix="im2emb-wheels-") as scratch:
-        cfg = _resolve(Path(scratch), roots, python, platform)
+        wheels = _resolve(Path(scratch), roots, python, platform)
         folder.mkdir(parents=True, exist_ok=True)
-        for wheel in cfg:
+        for wheel in wheels:
             shutil.copyfile(wheel, folder / wheel.name)
     pinned = [name if name in _UNPINNED else root for name, root in zip(versions, roots, strict=True)]
     (folder / REQUIREMENTS).write_text(
-        f"# What predict.py needs beside torch, for Python {python} on {platform}; what fits already stays.\n"
+        f"# Packages that predict.py needs beside torch, for Python {python} on {platform}\n"
         + "".join(f"{line}\n" for line in pinned)
     )
     size = sum(wheel.stat().st_size for wheel in folder.glob("*.whl"))
-    log.info("%d wheels for Python %s on %s: %.1f MB", len(cfg), python, platform, size / 1e6)
-    return [wheel.name for wheel in cfg]
+    log.info("%d wheels for Python %s on %s: %.1f MB", len(wheels), python, platform, size / 1e6)
+    return [wheel.name for wheel in wheels]
 
 
 def _resolve(scratch: Path, roots: list[str], python: str, platform: str) -> list[Path]:
-    """The wheels of `roots` and of all they need there, below `scratch`, sorted by name.
+    """Download the wheels of `roots` and of their dependencies to `scratch`; return them sorted by name.
 
-    pip evaluates `; python_version < "3.12"` by the Python that it runs on, not by the one it resolves for. So what its
-    wheels need there is read from them: what pip left out is asked for, what it took in vain is dropped.
+    pip evaluates markers such as `; python_version < "3.12"` for the Python that it runs on, not for the target. So the
+    requirements are read from the wheels: missing ones are requested in another attempt, superfluous ones dropped.
     """
     stubs = [_stub(scratch, name, _installed(name) or "0") for name in _PREINSTALLED]
     environment = _environment(python, platform)
-    asked = list(roots)
-    for attempt in range(10):  # each asks for more than the last; two do for all that is known
+    requested = list(roots)
+    for attempt in range(10):  # each attempt requests more; two have always been enough
         target = scratch / str(attempt)
-        _download(target, [*asked, *map(str, stubs)], python, platform, scratch)
+        _download(target, [*requested, *map(str, stubs)], python, platform, scratch)
         wheels = {parse_wheel_filename(wheel.name)[0]: wheel for wheel in target.glob("*.whl")}
         needed, absent = _closure(wheels, roots, environment)
         if not absent:
             return sorted(wheels[name] for name in needed if name not in _PREINSTALLED)
-        asked += absent
-    raise UserError(f"wheels: what {', '.join(asked)} need on Python {python} has no end; report this")
+        requested += absent
+    raise UserError(f"wheels: requirements of {', '.join(requested)} on Python {python} do not converge; report this")
 
 
 def _closure(
@@ -181,7 +181,7 @@ def _download(target: Path, requirements: list[str], python: str, platform: str,
     """Let pip resolve and download into `target`; pip checks the hashes of the registry.
 
     Raises:
-        UserError: by pip's own words.
+        UserError: pip fails; the message quotes it.
     """
     constraints = scratch / "constraints.txt"
     constraints.write_text("".join(f"{line}\n" for line in _constraints() if line not in requirements))
@@ -201,34 +201,35 @@ def _download(target: Path, requirements: list[str], python: str, platform: str,
     if not pip.returncode:
         return
     why = "".join(lines).partition("The conflict is caused by:\n")[2].partition("\n\n")[0].splitlines()
-    said = why or [line for line in lines if line.startswith("ERROR:")] or lines[-10:]
+    output = why or [line for line in lines if line.startswith("ERROR:")] or lines[-10:]
     broken = [line for line in lines if "connection broken by" in line]
     if broken:
-        hint, said = "the package registry cannot be reached: export where it can, or without wheels", broken[-1:]
-    elif why or any("No matching distribution" in line or "conflicting dependencies" in line for line in said):
+        hint, output = "the package registry cannot be reached; export with network, or without wheels", broken[-1:]
+    elif why or any("No matching distribution" in line or "conflicting dependencies" in line for line in output):
         hint = (
-            f"there are no such wheels for Python {python} on {platform}: name the Python and the platform that the "
-            "bundle will run on, or install other versions here and export again"
+            f"there are no such wheels for Python {python} on {platform}; set wheels.python and wheels.platform to "
+            "those of the machine that predicts, or install other versions here and export again"
         )
     else:
-        hint = "pip could not fetch them"
-    raise UserError(f"wheels: {hint}. pip said:\n" + "\n".join(f"  {line.rstrip()}" for line in said))
+        hint = "pip could not download them"
+    raise UserError(f"wheels: {hint}. pip said:\n" + "\n".join(f"  {line.rstrip()}" for line in output))
 
 
 def _constraints() -> list[str]:
     """Constraints: installed packages at their versions, except torch and local builds."""
-    found = {canonicalize_name(d.metadata["Name"]): Version(d.version) for d in importlib.metadata.distributions()}
-    return [f"{name}=={found[name]}" for name in sorted(found) if name not in _PREINSTALLED and not found[name].local]
+    versions = {canonicalize_name(d.metadata["Name"]): Version(d.version) for d in importlib.metadata.distributions()}
+    names = [name for name in sorted(versions) if name not in _PREINSTALLED and not versions[name].local]
+    return [f"{name}=={versions[name]}" for name in names]
 
 
 def _stub(folder: Path, name: str, version: str) -> Path:
     """Write an empty wheel without requirements, which the resolver takes for an installed package."""
     version = Version(version).public
-    wheel, about = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
+    wheel, dist_info = folder / f"{name}-{version}-py3-none-any.whl", f"{name}-{version}.dist-info"
     with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr(f"{about}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
-        archive.writestr(f"{about}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        archive.writestr(f"{about}/RECORD", "")
+        archive.writestr(f"{dist_info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        archive.writestr(f"{dist_info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        archive.writestr(f"{dist_info}/RECORD", "")
     return wheel
 
 

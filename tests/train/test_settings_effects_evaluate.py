@@ -458,7 +458,7 @@ EXPORT_SETTINGS: Entries = {
     ],
     "public": [
         shows(lambda r: r.lines("public") + r.lines("private"), "public=true", given=PUSH),
-        refused("public, dry_run: they are for push=", "public=true"),
+        refused("public, dry_run: need push=", "public=true"),
     ],
 }
 

@@ -70,15 +70,15 @@ def test_a_damaged_tar_is_warned_of_and_the_others_are_read(tmp_path: Path, capl
     (tmp_path / "packed.tar").write_bytes(gzip.compress(data))
     assert [int(image.float().mean()) for image in read_check_images(tmp_path, 100)] == [0, 0, 1, 2]
     for name in ("garbage", "packed"):
-        assert f"{name}.tar is damaged, and 0 images before that are taken" in caplog.text
+        assert f"{name}.tar is damaged; its first 0 images are used" in caplog.text
     assert "1 of 5 images" in caplog.text
 
 
 def test_a_folder_without_any_is_refused_at_once(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no image \(\.jpg, \.jpeg, .*, \.avif\) below"):
         read_check_images(tmp_path, 5)
-    with pytest.raises(UserError, match="is no folder"):
+    with pytest.raises(UserError, match="is not a folder"):
         read_check_images(tmp_path / "missing", 5)
     (tmp_path / "bad.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"none of the 1 images chosen below .* can be read; name others"):
+    with pytest.raises(UserError, match=r"none of 1 images below .* can be read; name another folder"):
         list(read_check_images(tmp_path, 5))

@@ -307,7 +307,7 @@ def test_a_version_that_was_read_as_a_number(written: str | float, meant: str) -
 
 def test_settings_that_do_nothing_are_refused() -> None:
     values = compose("export", ["check_images=x", "public=true", "runtimes=[]", "push=null"])
-    with pytest.raises(UserError, match=r"images: x are for exported models(.|\n)*public, dry_run: they are for push="):
+    with pytest.raises(UserError, match=r"images: x are for exported models(.|\n)*public, dry_run: need push="):
         settings(ExportSettings, {k: v for k, v in values.items() if k != "hydra"})
 
 

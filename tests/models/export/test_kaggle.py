@@ -166,7 +166,7 @@ def test_the_notebook_runs_end_to_end(
     said = {cell.id: "".join(out.text for out in cell.outputs) for cell in executed.cells if cell.cell_type == "code"}
     assert "7 images" in said["predict"]
     assert said["check"].startswith(f"submission.csv: 7 images × {E} rows, in the order of sample_submission.csv\n")
-    assert said["check"].endswith("Every image was read.\n")
+    assert said["check"].endswith("All images were read.\n")
 
 
 def test_its_wheels_install_without_network(

@@ -9,7 +9,8 @@ from huggingface_hub import ModelCard
 
 from core.errors import UserError
 from models.export import model_card
-from models.export.model_card import CardDetails, dataset_metadata
+from models.export.kaggle_metadata import dataset_metadata, metadata_problems
+from models.export.model_card import CardDetails
 from models.leakage_counts import LeakageCounts
 
 NONE = LeakageCounts(810, 0, 0, 0, 0)
@@ -108,14 +109,14 @@ def test_a_base_model_that_is_not_known_is_not_named(backbone: str, weights: str
 def test_an_open_clip_model_is_named_by_its_repository() -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install -e '.[clip]'")
     known = open_clip.get_pretrained_cfg("ViT-H-14", "laion2b_s32b_b79k")["hf_hub"].strip("/")
-    made = config(member("model", "open_clip:ViT-H-14/laion2b_s32b_b79k", weights="pretrained"))
-    assert front_matter(model_card.render_card(made, CardDetails()))["base_model"] == [known]
+    bundle_config = config(member("model", "open_clip:ViT-H-14/laion2b_s32b_b79k", weights="pretrained"))
+    assert front_matter(model_card.render_card(bundle_config, CardDetails()))["base_model"] == [known]
 
 
 def test_without_a_licence_it_says_so() -> None:
     text = model_card.render_card(ONE, CardDetails())
     assert front_matter(text)["license"] == "other"
-    assert "nobody has said yet" in text
+    assert "no licence was given" in text
     assert "licence=apache-2.0" in text
     assert dataset_metadata(ONE, CardDetails())["licenses"] == [{"name": "other"}]
 
@@ -125,15 +126,15 @@ def test_without_a_licence_it_says_so() -> None:
     [("apache-2.0", "apache-2.0"), ("cc0-1.0", "CC0-1.0"), ("cc-by-nc-4.0", "CC-BY-NC-4.0"), ("openrail", "other")],
 )
 def test_kaggles_names_of_licences(licence: str, kaggle: str) -> None:
-    made = dataset_metadata(ONE, CardDetails(licence=licence))
-    assert made["licenses"] == [{"name": kaggle}]
-    assert f"The weights: {licence}." in made["description"]
+    metadata = dataset_metadata(ONE, CardDetails(licence=licence))
+    assert metadata["licenses"] == [{"name": kaggle}]
+    assert f"Weights: {licence}." in metadata["description"]
 
 
 def test_members_and_score() -> None:
     text = model_card.render_card(TWO, CardDetails())
     assert "Mean cosine on 1,234 held-out images: **0.700**, 95 % interval 0.690 – 0.710" in text
-    assert "weights of the blend by 5-fold cross-validation" in text
+    assert "ensemble weights by 5-fold cross-validation" in text
     backbone = "`vit_huge_patch14_clip_224.laion2b`"
     assert row(text, "a") == ["a", backbone, "linear", "224", "no", "0.750", "0.681", "0.673 – 0.689", "810", "none"]
     assert row(text, "b")[5] == "0.250"
@@ -158,8 +159,14 @@ def test_held_out_is_said_of_scores_without_leakage_alone() -> None:
         (LeakageCounts(810, 10, 0, 0, 10), "10 of 810 images (10 with the bytes of a training image)."),
         (LeakageCounts(810, 0, 400, 410, 410, clean=clean), "training prompt). Mean cosine on the other 400: 0.610."),
         (LeakageCounts(810, 0, 0, 0, 0, ("checkpoints/gone",)), "none of 810 images. More may be shared: not all"),
-        (LeakageCounts(810, None, None, None, None, ("no run",)), "prompts occur in training is not known."),
-        (None, "prompts occur in training is not known."),  # of a version that did not count
+        (
+            LeakageCounts(810, None, None, None, None, ("no run",)),
+            "Leakage: unknown, whether",
+        ),
+        (
+            None,
+            "Leakage: unknown, whether",
+        ),  # an older version
     ]
     for leakage, words in cases:
         score = {**SCORE, "leakage": None if leakage is None else leakage.to_json()}
@@ -183,27 +190,27 @@ def test_held_out_is_said_of_scores_without_leakage_alone() -> None:
 def test_the_score_of_one_view_is_said_to_be_that() -> None:
     about = member("model", "tf_efficientnet_lite0") | {"flip": True, "sizes": [224, 280]}
     text = model_card.render_card(config(about), CardDetails())
-    assert "0.673 – 0.689, of one view at 224 px each." in text
+    assert "0.673 – 0.689, with one view per image at 224 px." in text
     assert "| linear | 224, 280 | yes | 1.000 |" in text
 
 
 def test_the_recipe() -> None:
     text = model_card.render_card(ONE, CardDetails(recipes={"model": SETTINGS}))
     for words in (
-        "3 epochs, 32 images a step, seed 7, bf16; the best of 672 steps is 600",
+        "3 epochs, 32 images per step, seed 7, bf16; best step 600 of 672",
         "backbone from another checkpoint of the same architecture, its lowest 14 blocks frozen",
-        "LoRA of rank 16 in 4 blocks, merged here; wide (2048) head of that checkpoint",
-        "loss: 1 − cosine + 0.01 × mean squared error, of the 50% of lowest cosine",
-        "adamw, peak rates 4e-05 (backbone) and 0.0004 (head), cosine schedule, warm-up of at most 500 steps",
-        "layer decay 0.9, gradients clipped at 1, averaged weights (decay 0.9998)",
-        "images: crops of at least 90%, mirrored, brightness and contrast ± 10%",
+        "LoRA of rank 16 in 4 blocks, merged; wide (2048) head of that checkpoint",
+        "loss: 1 − cosine + 0.01 × mean squared error, on the 50% with the lowest cosine",
+        "adamw, peak learning rates 4e-05 (backbone) and 0.0004 (head), cosine schedule, warm-up of at most 500 steps",
+        "layer decay 0.9, gradient norm clipped at 1, EMA of the weights (decay 0.9998)",
+        "augmentation: crops of at least 90%, mirrored, brightness and contrast ± 10%",
     ):
         assert words in text
     text = model_card.render_card(ONE, CardDetails(recipes={"model": SETTINGS | {"init_from": None}}))
     assert "backbone from weights of a file, its" in text
-    assert "wide (2048) head, begun from ridge\n" in text
+    assert "wide (2048) head initialised by ridge\n" in text
     untrained = config(member("model", "vit_huge_patch14_clip_224.laion2b", step=0))
-    assert "; none of 672 steps scored above the start, which this model is" in model_card.render_card(
+    assert "; the model is the initial one, since none of 672 steps improved the score" in model_card.render_card(
         untrained, CardDetails(recipes={"model": SETTINGS})
     )
     assert "## Recipe" not in model_card.render_card(ONE, CardDetails())
@@ -223,7 +230,7 @@ def test_each_member_has_its_recipe() -> None:
     assert first.startswith("- 3 epochs, ")
     assert second.startswith("- 5 epochs, ")
     assert (
-        "- validated on fold 2/5 of the prompts\n- backbone from random weights; linear head, begun from random"
+        "- validated on fold 2/5 of the prompts\n- backbone from random weights; linear head initialised by random"
         in second
     )
     assert all(line.startswith("- ") for line in (first + "\n" + second).splitlines())
@@ -240,7 +247,7 @@ def test_each_member_has_its_recipe() -> None:
 )
 def test_it_names_the_packages_that_its_members_ask_for(backbone: str, packages: str) -> None:
     text = model_card.render_card(config(member("model", backbone), graphs=GRAPHS), CardDetails())
-    assert f"\nWith {packages}; no network is asked." in text
+    assert f"\nNeeds {packages}, and no network." in text
 
 
 @pytest.mark.parametrize(
@@ -261,22 +268,22 @@ def test_distances_in_words(value: float, words: str) -> None:
 def test_what_half_precision_costs() -> None:
     half = {"mean_distance": 2.4e-6, "max_distance": 8.1e-6, "pictures": 1200}
     assert (
-        "Weights in fp16 cost 2.4e-06 of cosine on the average, and 8.1e-06 at worst, against fp32, on 1,200 images."
+        "Cosine distance of fp16 weights from fp32: 2.4e-06 on average, 8.1e-06 at most, on 1,200 images."
         in model_card.render_card(ONE | {"half_distance": half}, CardDetails())
     )
-    assert "Weights in fp16 cost" not in model_card.render_card(ONE, CardDetails())
+    assert "Cosine distance of fp16" not in model_card.render_card(ONE, CardDetails())
 
 
 def test_graphs_and_what_int8_costs() -> None:
     text = model_card.render_card(ONE | {"graphs": GRAPHS}, CardDetails())
     assert row(text, "`onnx`") == ["`onnx`", "`graphs/model.onnx`", "\\< 1e-7", "3.4e-07", "500"]
-    assert "int8 costs 0.0012 of cosine on the average, and 0.0345 at worst." in text
-    assert "`predict.py` runs one on the CPU by `--backend onnx` or `--backend openvino_int8`, with" in text
-    assert "with onnxruntime and openvino installed." in text
+    assert "Cosine distance of int8: 0.0012 on average, 0.0345 at most." in text
+    assert "`predict.py` runs one on the CPU by `--backend onnx` or `--backend openvino_int8`; this needs" in text
+    assert "this needs onnxruntime and openvino." in text
     alone = model_card.render_card(ONE | {"graphs": {"onnx": GRAPHS["onnx"]}}, CardDetails())
-    assert "`predict.py` runs it on the CPU by `--backend onnx`, with onnxruntime installed." in alone
+    assert "`predict.py` runs it on the CPU by `--backend onnx`; this needs onnxruntime." in alone
     assert "--backend" not in model_card.render_card(ONE | {"graphs": {"torch": GRAPHS["onnx"]}}, CardDetails())
-    assert "## Graphs" not in model_card.render_card(ONE, CardDetails())
+    assert "## Exported models" not in model_card.render_card(ONE, CardDetails())
 
 
 def test_files_and_sizes() -> None:
@@ -290,20 +297,22 @@ def test_files_and_sizes() -> None:
 
 
 def test_it_holds_no_path_of_this_machine_and_no_date_and_is_the_same_again() -> None:
-    told = CardDetails(recipes={"model": SETTINGS}, files=FILES)
-    for made in (model_card.render_card(ONE, told), json.dumps(dataset_metadata(ONE, told))):
-        assert not re.search(r"/place|somebody|20[2-9]\d-", made)
-    assert model_card.render_card(ONE, told) == model_card.render_card(json.loads(json.dumps(ONE)), told)
+    details = CardDetails(recipes={"model": SETTINGS}, files=FILES)
+    for text in (model_card.render_card(ONE, details), json.dumps(dataset_metadata(ONE, details))):
+        assert not re.search(r"/place|somebody|20[2-9]\d-", text)
+    assert model_card.render_card(ONE, details) == model_card.render_card(json.loads(json.dumps(ONE)), details)
 
 
-@pytest.mark.parametrize("made", [ONE, TWO, ONE | {"encoder": "BAAI--bge-small-en-v1.5"}, ONE | {"encoder": "x" * 99}])
+@pytest.mark.parametrize(
+    "bundle_config", [ONE, TWO, ONE | {"encoder": "BAAI--bge-small-en-v1.5"}, ONE | {"encoder": "x" * 99}]
+)
 @pytest.mark.parametrize(
     "title", [None, "Bilder → Sätze", "→→→→→→", "A title of just as many characters as they take.."]
 )
-def test_the_metadata_is_within_the_bounds_of_kaggles_client(made: dict[str, Any], title: str | None) -> None:
-    """Those in its source; in test_publish.py it looks itself."""
-    metadata = dataset_metadata(made, CardDetails(title=title))
-    assert model_card.metadata_problems(metadata) == []
+def test_the_metadata_is_within_the_bounds_of_kaggles_client(bundle_config: dict[str, Any], title: str | None) -> None:
+    """Bounds from the client's source; test_upload.py runs the client."""
+    metadata = dataset_metadata(bundle_config, CardDetails(title=title))
+    assert metadata_problems(metadata) == []
     assert 6 <= len(metadata["title"]) <= 50
     assert 20 <= len(metadata["subtitle"]) <= 80
     owner, slug = metadata["id"].split("/")
@@ -315,15 +324,15 @@ def test_the_metadata_is_within_the_bounds_of_kaggles_client(made: dict[str, Any
 
 
 def test_what_it_refuses() -> None:
-    with pytest.raises(UserError) as told:
+    with pytest.raises(UserError) as error:
         model_card.render_card(ONE, CardDetails(title="No", licence="Apache 2.0", author="\n"))
-    for words in ("title: 'No' has 2 characters, not 6 to 50", "licence: 'Apache 2.0' is no short name", "author: "):
-        assert words in str(told.value)
+    for words in ("title: 'No' has 2 characters, not 6 to 50", "licence: 'Apache 2.0' is not a short name", "author: "):
+        assert words in str(error.value)
     wrong = {"title": "T", "id": "x", "licenses": [{"name": "mine"}], "subtitle": "short"}
-    assert [problem.partition(":")[0] for problem in model_card.metadata_problems(wrong)] == [
+    assert [problem.partition(":")[0] for problem in metadata_problems(wrong)] == [
         "title", "id", "licenses", "subtitle",
     ]  # fmt: skip
-    assert model_card.metadata_problems({}) == ["title: missing", "id: missing", "licenses: missing"]
+    assert metadata_problems({}) == ["title: missing", "id: missing", "licenses: missing"]
 
 
 def test_names_cannot_break_its_tables() -> None:

@@ -86,7 +86,7 @@ def test_it_names_the_members_of_an_ensemble() -> None:
         {**MEMBER, "backbone": "open_clip:RN50", "weight": 0.25, "sizes": [224, 280]},
     ]
     about = nbformat.reads(notebook({**CONFIG, "members": members}), 4).cells[0].source
-    assert "* `vit_large_patch14_clip_224` at 224 px, mirrored too, weight 0.750\n" in about
+    assert "* `vit_large_patch14_clip_224` at 224 px, with mirrored view, weight 0.750\n" in about
     assert "* `open_clip:RN50` at 224 px, 280 px, weight 0.250\n" in about
 
 
@@ -105,17 +105,14 @@ def test_it_predicts_and_checks(kaggle: Path, capfd: pytest.CaptureFixture[str])
     assert f"called with {options} --time-limit 8h30m --out submission.csv\n" in out
     assert "submission.csv: 2 images × 2 rows, in the order of sample_submission.csv\n" in out
     assert "imgId_eId,val\n  b_0,0\n" in out
-    assert (
-        "1 of 2 images have the mean vector, as submission.unreadable.csv lists:\n\n  a, , no image has this id\n"
-        in out
-    )
-    assert "Every image was read." not in out
+    assert "1 of 2 images have the mean vector, see submission.unreadable.csv:\n\n  a, , no image has this id\n" in out
+    assert "All images were read." not in out
 
 
 def test_every_image_was_read(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle(kaggle / "datasets/someone/im2emb", MADE, unreadable="")
     execute()
-    assert capfd.readouterr().out.endswith("\nEvery image was read.\n")
+    assert capfd.readouterr().out.endswith("\nAll images were read.\n")
 
 
 @pytest.mark.parametrize(
@@ -127,9 +124,9 @@ def test_a_submission_that_was_made_of_no_image_stops_it(
     made: str, unreadable: str, kaggle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bundle(kaggle / "datasets/someone/im2emb", made, unreadable)
-    with pytest.raises(ValueError, match=r"all 2 vectors of submission\.csv are the same, made of no image"):
+    with pytest.raises(ValueError, match=r"all 2 vectors of submission\.csv are equal, so no image was embedded"):
         execute()
-    assert "Every image was read." not in capfd.readouterr().out
+    assert "All images were read." not in capfd.readouterr().out
 
 
 def test_one_image_may_be_unreadable(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -159,7 +156,7 @@ def test_names_of_any_bytes_and_many_of_them(kaggle: Path) -> None:
     )
     assert done.returncode == 0, done.stderr.decode()
     out = done.stdout.decode("utf-8")
-    assert "32 of 33 images have the mean vector, as submission.unreadable.csv lists:\n" in out
+    assert "32 of 33 images have the mean vector, see submission.unreadable.csv:\n" in out
     assert "\n  \ufffd, \ufffd.png, cut off\n  ü, ü.png, cut off\n" in out
     assert out.endswith("\n  016, 016.png, cut off\n")
 
@@ -188,7 +185,7 @@ def test_another_data_set_that_has_a_predict_py_does_not_stop_it(
 
 def test_a_failure_of_predict_stops_it(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle(kaggle / "datasets/someone/im2emb", MADE, code=3)
-    with pytest.raises(RuntimeError, match=r"predict\.py .* ended with 3: the reason is above"):
+    with pytest.raises(RuntimeError, match=r"predict\.py .* failed with exit code 3; see its output above"):
         execute()
     assert "called with" in capfd.readouterr().out
 
@@ -196,11 +193,11 @@ def test_a_failure_of_predict_stops_it(kaggle: Path, capfd: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("made", "message"),
     [
-        (SAMPLE.replace("b_1", "a_1"), r"row 2 of submission.csv is \['a_1', '0'\], and of .* \['b_1', '0'\]"),
-        (SAMPLE + "c_0,0\n", r"row 5 of submission.csv is \['c_0', '0'\], and of .* None"),
-        (SAMPLE.removesuffix("a_1,0\n"), r"row 4 of submission.csv is None, and of .* \['a_1', '0'\]"),
+        (SAMPLE.replace("b_1", "a_1"), r"row 2 of submission.csv is \['a_1', '0'\], but that of .* is \['b_1', '0'\]"),
+        (SAMPLE + "c_0,0\n", r"row 5 of submission.csv is \['c_0', '0'\], but that of .* is None"),
+        (SAMPLE.removesuffix("a_1,0\n"), r"row 4 of submission.csv is None, but that of .* is \['a_1', '0'\]"),
         (SAMPLE.replace("a_0,0", "a_0,nan"), r"row 3 of submission.csv is \['a_0', 'nan'\]"),
-        (SAMPLE.replace("a_0,0", "a_0"), r"row 3 of submission.csv is \['a_0'\], and of .* \['a_0', '0'\]"),
+        (SAMPLE.replace("a_0,0", "a_0"), r"row 3 of submission.csv is \['a_0'\], but that of .* is \['a_0', '0'\]"),
         ("imgId_eId,val\n", r"row 1 of submission.csv is None"),
     ],
 )
@@ -214,18 +211,18 @@ def test_a_sample_of_another_width_stops_it(kaggle: Path) -> None:
     odd = SAMPLE.removesuffix("a_1,0\n")
     (kaggle / "competitions/image-to-prompts/sample_submission.csv").write_text(odd)
     bundle(kaggle / "datasets/someone/im2emb", odd)
-    with pytest.raises(ValueError, match=r"submission.csv has 3 rows, which is no multiple of 2"):
+    with pytest.raises(ValueError, match=r"submission.csv has 3 rows, which is not a multiple of 2"):
         execute()
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("no bundle", "there must be one bundle, and there is: none. See Add Input"),
-        ("another kind", "there must be one bundle, and there is: none. See Add Input"),
-        ("two bundles", "there must be one bundle, and there is: .*someone/im2emb, .*someone/other"),
-        ("no sample", "there must be one sample_submission.csv with images/ beside it, and there is: none"),
-        ("no images", "there must be one sample_submission.csv with images/ beside it, and there is: none"),
+        ("no bundle", "expected one bundle below .*, found: none. See Add Input"),
+        ("another kind", "expected one bundle below .*, found: none. See Add Input"),
+        ("two bundles", "expected one bundle below .*, found: .*someone/im2emb, .*someone/other"),
+        ("no sample", "expected one sample_submission.csv with images/ beside it below .*, found: none"),
+        ("no images", "expected one sample_submission.csv with images/ beside it below .*, found: none"),
     ],
 )
 def test_an_input_that_is_not_there_is_named(kaggle: Path, change: str, message: str) -> None:

@@ -189,7 +189,7 @@ def test_one_image_is_enough(conv: Network, tmp_path: Path) -> None:
 
 
 def test_half_the_bytes_where_asked(conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
-    about = runtimes.write_runtimes(tmp_path, conv, ["openvino"], make_images(2), half=True)
+    about = runtimes.write_runtimes(tmp_path, conv, ["openvino"], make_images(2), fp16=True)
     assert about["openvino"]["max_distance"] < 1e-5
     sizes = [(folder / "graphs/openvino.bin").stat().st_size for folder in (tmp_path, written[0])]
     assert sizes[0] < 0.6 * sizes[1]
@@ -224,28 +224,28 @@ class Branching(Network):
 @pytest.mark.parametrize("kind", EXACT)
 def test_a_graph_that_differs_is_refused(kind: str, tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Other)
-    with pytest.raises(UserError, match=rf"the {kind} graph differs .* on 3 images is \d\.\de.*, more than 0\.001"):
+    with pytest.raises(UserError, match=rf"the {kind} model differs .* on 3 images is \d\.\de.*, more than 0\.001"):
         runtimes.write_runtimes(tmp_path, model, [kind], make_images(3))
 
 
 def test_int8_that_is_no_model_is_refused(tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Other)
-    with pytest.raises(UserError, match=r"openvino_int8 graph differs .*mean cosine distance .*, more than 0\.05"):
+    with pytest.raises(UserError, match=r"openvino_int8 model differs .*mean cosine distance .*, more than 0\.05"):
         runtimes.write_runtimes(tmp_path, model, ["openvino_int8"], make_images(4))
 
 
 def test_a_network_that_has_no_graph_is_refused(tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Branching)
-    with pytest.raises(UserError, match=r"the torch graph cannot be made of this network: .*; leave torch out"):
+    with pytest.raises(UserError, match=r"this network cannot be exported as torch: .*; leave torch out"):
         runtimes.write_runtimes(tmp_path, model, ["torch"], make_images(2))
 
 
 def test_what_is_missing_is_told_before_any_work(
     conv: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(UserError, match=r"'tflite': there are onnx, openvino, openvino_int8, torch"):
+    with pytest.raises(UserError, match=r"'tflite' unknown; use onnx, openvino, openvino_int8, torch"):
         runtimes.write_runtimes(tmp_path, conv, ["tflite"], make_images(1))
-    with pytest.raises(UserError, match=r"no images to verify them on; give check_images="):
+    with pytest.raises(UserError, match=r"no images to check them on; name some by check_images="):
         runtimes.write_runtimes(tmp_path, conv, ["torch"], [])
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("nncf", "openvino") else name)
     with pytest.raises(UserError, match=r"needs openvino, nncf, not installed here: pip install -e '\.\[runtimes\]'"):

@@ -15,7 +15,8 @@ from huggingface_hub import ModelCard
 from core.errors import UserError
 from core.paths import ROOT
 from models.export import upload
-from models.export.model_card import CardDetails, dataset_metadata, render_card
+from models.export.kaggle_metadata import dataset_metadata
+from models.export.model_card import CardDetails, render_card
 from tests import hub_server, kaggle_server
 from tests.commands import contents
 from tests.hub_server import HubServer, Repo
@@ -157,7 +158,7 @@ def test_only_a_whole_bundle_is_published(lacking: str, bundle: Path) -> None:
 
 def test_a_checkpoint_is_no_bundle(bundle: Path) -> None:
     (bundle / "config.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match="is not a bundle, and only bundles are published"):
+    with pytest.raises(UserError, match="is not a bundle; only bundles are uploaded"):
         upload.push(bundle, "kaggle:user/some-bundle", command="")
 
 
@@ -166,7 +167,7 @@ def test_a_dry_run_tells_all_and_sends_nothing(tmp_path: Path, bundle: Path, hub
     assert done.stdout.strip() == f"{hub.url}/user/name"
     for words in (
         "nothing is sent",
-        "not there yet; it would be made, private",
+        "does not exist; it would be made, private",
         "7,000 B  model.safetensors",
         "7 files",
         "AGAIN",
@@ -181,9 +182,9 @@ def test_without_a_token_a_dry_run_asks_nobody(tmp_path: Path, bundle: Path, hub
     env = hub.environment(tmp_path) | {"HF_TOKEN": ""}
     done = push(tmp_path, bundle, "hub:user/name", "public", **env)
     assert done.returncode == 0
-    assert "whether it is there is not known: no token of the hub: hf auth login" in done.stderr
-    assert "public, for all to see" in done.stderr
-    assert "error: no token of the hub: hf auth login" in refused(
+    assert "unknown whether it exists: no token of the hub: run hf auth login" in done.stderr
+    assert "public; unknown whether" in done.stderr
+    assert "error: no token of the hub: run hf auth login" in refused(
         push(tmp_path, bundle, "hub:user/name", "earnest", **env)
     )
     assert hub.asked == []
@@ -211,7 +212,7 @@ def test_a_later_bundle_takes_the_place_of_the_earlier(tmp_path: Path, bundle: P
     dry = push(tmp_path, bundle, "hub:user/name", **env)
     for name in ("model-old.safetensors", "wheels/old.whl", "graphs/model.onnx"):
         assert f"removed  {name}\n" in dry.stderr
-    assert "there already, private" in dry.stderr
+    assert "exists, private" in dry.stderr
     assert len(repo.commits) == 1
     assert push(tmp_path, bundle, "hub:user/name", "earnest", **env).returncode == 0
     assert len(repo.commits) == 2
@@ -225,10 +226,10 @@ def test_what_is_there_is_not_spoilt(tmp_path: Path, bundle: Path, hub: HubServe
     hub.repos["user/hidden"] = Repo(private=True)
     told = refused(push(tmp_path, bundle, "hub:user/bert", "earnest", **env))
     assert "hub:user/bert holds something that is not a bundle (config.json, model.safetensors)" in told
-    assert "is public, and what is added is too: say public=true" in refused(
+    assert "is public, so the upload would be public; set public=true" in refused(
         push(tmp_path, bundle, "hub:user/shown", "earnest", **env)
     )
-    assert "is private: make it public on its page's settings" in refused(
+    assert "is private; make it public in the settings of its page" in refused(
         push(tmp_path, bundle, "hub:user/hidden", "earnest", "public", **env)
     )
     assert not [line for line in hub.asked if line.startswith(("POST", "PUT"))]
@@ -237,11 +238,11 @@ def test_what_is_there_is_not_spoilt(tmp_path: Path, bundle: Path, hub: HubServe
 @pytest.mark.parametrize(
     ("fault", "status", "words"),
     [
-        ("GET /api/whoami-v2", 401, "the hub does not take the token (401); no token of the hub: hf auth login"),
-        ("POST /api/repos/create", 403, "the token may not do that (403): 403 Forbidden"),
-        ("POST /api/repos/create", 409, "was changed meanwhile (409)"),
-        ("POST /api/models/user/name/commit", 404, "not found (404); is there a user or organisation user?"),
-        ("POST /api/models/user/name/commit", 412, "was changed meanwhile (412); run it again"),
+        ("GET /api/whoami-v2", 401, "the hub does not accept the token (401); no token of the hub: run hf auth login"),
+        ("POST /api/repos/create", 403, "the token has no permission (403): 403 Forbidden"),
+        ("POST /api/repos/create", 409, "was changed by another upload (409)"),
+        ("POST /api/models/user/name/commit", 404, "not found (404); does the user or organisation user exist?"),
+        ("POST /api/models/user/name/commit", 412, "was changed by another upload (412); run it again"),
         ("POST /api/models/user/name/commit", 500, "the hub cannot be reached, or fails: HfHubHTTPError"),
         ("POST /api/validate-yaml", 400, "the hub refuses the card: no: … (the licence is set by licence=…)"),
         ("POST /api/validate-yaml", 500, "the hub cannot be reached, or fails: HfHubHTTPError"),
@@ -279,9 +280,9 @@ def test_the_export_command_publishes(tiny_run: Path, tmp_path: Path, hub: HubSe
     dry = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert dry.returncode == 0, dry.stderr
     assert hub.repos == {}
-    (line,) = [line for line in (dry.stdout + dry.stderr).splitlines() if "in earnest: " in line]
+    (line,) = [line for line in (dry.stdout + dry.stderr).splitlines() if "to upload: " in line]
     done = subprocess.run(
-        line.partition("in earnest: ")[2], shell=True, cwd=ROOT, env=env, capture_output=True, text=True, check=False,
+        line.partition("to upload: ")[2], shell=True, cwd=ROOT, env=env, capture_output=True, text=True, check=False,
         timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -292,25 +293,23 @@ def test_the_export_command_publishes(tiny_run: Path, tmp_path: Path, hub: HubSe
     )
     readme = repo.files["README.md"].decode()
     assert ModelCard(readme).data.to_dict()["license"] == "apache-2.0"
-    for words_there in ("# Images, to sentences (tiny)\n", "By Somebody Else.", "The weights: apache-2.0."):
+    for words_there in ("# Images, to sentences (tiny)\n", "By Somebody Else.", "Weights: apache-2.0."):
         assert words_there in readme
     assert hub_server.TOKEN not in dry.stdout + dry.stderr + done.stdout + done.stderr
 
 
 def test_who_may_write(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     env = hub.environment(tmp_path)
-    assert "the token is of user, which may write for user, team alone" in refused(
-        push(tmp_path, bundle, "hub:other/name", **env)
-    )
+    assert "the token of user can write only for user, team" in refused(push(tmp_path, bundle, "hub:other/name", **env))
     hub.role = "read"
-    assert "the token of user may only read" in refused(push(tmp_path, bundle, "hub:user/name", "earnest", **env))
+    assert "the token of user is read-only" in refused(push(tmp_path, bundle, "hub:user/name", "earnest", **env))
 
 
 def test_a_hub_out_of_reach(tmp_path: Path, bundle: Path) -> None:
     with HubServer() as gone:
         env = gone.environment(tmp_path)
     dry = push(tmp_path, bundle, "hub:user/name", **env)
-    assert "whether it is there is not known: the hub cannot be reached, or fails: ConnectError" in dry.stderr
+    assert "unknown whether it exists: the hub cannot be reached, or fails: ConnectError" in dry.stderr
     assert "error: the hub cannot be reached" in refused(push(tmp_path, bundle, "hub:user/name", "earnest", **env))
     offline = push(tmp_path, bundle, "hub:user/name", "earnest", **env | {"HF_HUB_OFFLINE": "1"})
     assert "HF_HUB_OFFLINE is set; unset it" in refused(offline)
@@ -322,13 +321,13 @@ def test_kaggle_gets_a_dataset_and_then_its_next_version(
 ) -> None:
     env = {**kaggle.environment(), **token, "VERBOSE": "1"}  # which prints each request with its headers
     dry = push(tmp_path, bundle, "kaggle:user/some-bundle", **env)
-    assert "not there yet" in dry.stderr
+    assert "does not exist" in dry.stderr
     assert kaggle.datasets == {}
     assert not [line for line in kaggle.asked if "Blob" in line]
     done = push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "https://www.kaggle.com/datasets/user/some-bundle"
-    assert "keywords that Kaggle does not know are left out: deep learning" in done.stderr
+    assert "keywords unknown to Kaggle are ignored: deep learning" in done.stderr
     made = kaggle.datasets["user/some-bundle"]
     assert made.private
     assert made.versions == [sent(bundle, "dataset-metadata.json")]
@@ -339,10 +338,10 @@ def test_kaggle_gets_a_dataset_and_then_its_next_version(
     metadata = json.loads((bundle / "dataset-metadata.json").read_text())
     metadata |= {"title": "A better title", "licenses": [{"name": "apache-2.0"}]}
     (bundle / "dataset-metadata.json").write_text(json.dumps(metadata))
-    assert "there already, private" in push(tmp_path, bundle, "kaggle:user/some-bundle", **env).stderr
+    assert "exists, private" in push(tmp_path, bundle, "kaggle:user/some-bundle", **env).stderr
     done = push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
     assert done.returncode == 0, done.stderr
-    assert "the page keeps its title" not in done.stderr
+    assert "title and licence of the page are unchanged" not in done.stderr
     assert made.versions[1:] == [sent(bundle, "dataset-metadata.json")]
     assert made.private, "the client's own default is public"
     assert (made.page["title"], made.page["licenses"]) == ("A better title", [{"name": "apache-2.0"}])
@@ -367,7 +366,7 @@ def test_a_title_that_kaggle_keeps_is_told(
     kaggle.faults["POST /api/v1/datasets.DatasetApiService/UpdateDatasetMetadata"] = (*answer, {})
     done = push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
     assert done.returncode == 0
-    assert "the page keeps its title and licence; set them to 'Image to all-MiniLM-L6-v2, test_vit' and oth" in (
+    assert "title and licence of the page are unchanged; set them to 'Image to all-MiniLM-L6-v2, test_vit' and oth" in (
         done.stderr
     )
     assert "at https://www.kaggle.com/datasets/user/some-bundle/settings: " in done.stderr
@@ -381,7 +380,7 @@ def test_nothing_follows_where_a_dataset_has_become_public(tmp_path: Path, bundl
     made.page["title"] = "Renamed by hand"
     kaggle.opens = True
     told = refused(push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env))
-    assert "kaggle:user/some-bundle has become public; make it private on https://www.kaggle.com/" in told
+    assert "kaggle:user/some-bundle has become public; make it private at https://www.kaggle.com/" in told
     assert len(made.versions) == 1
 
 
@@ -389,7 +388,7 @@ def test_kaggle_public(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> No
     env = {**kaggle.environment(), **LEGACY}
     assert push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", "public", **env).returncode == 0
     assert not kaggle.datasets["user/some-bundle"].private
-    assert "is public, and what is added is too" in refused(
+    assert "is public, so the upload would be public" in refused(
         push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
     )
 
@@ -397,11 +396,11 @@ def test_kaggle_public(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> No
 def test_kaggle_without_a_token_that_works(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     env = kaggle.environment()
     dry = push(tmp_path, bundle, "kaggle:user/some-bundle", **env)
-    assert "not known: no token of Kaggle that works: kaggle auth login" in dry.stderr
+    assert "exists: no valid token of Kaggle: run kaggle auth login" in dry.stderr
     assert kaggle.asked == []
     kaggle.accepts = "another"
     told = refused(push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env, **MODERN))
-    assert "error: no token of Kaggle that works" in told
+    assert "error: no valid token of Kaggle" in told
 
 
 def test_kaggle_keeps_what_is_no_bundle(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
@@ -420,12 +419,16 @@ def test_kaggle_makes_nothing_of_half_an_upload(tmp_path: Path, bundle: Path, ka
 @pytest.mark.parametrize(
     ("fault", "answer", "words"),
     [
-        ("GetDataset", (401, {"code": 401, "message": "no"}), "Kaggle does not take the token (401)"),
-        ("CreateDataset", (403, {"code": 403, "message": f"no {SECRETS[2]}"}), "the token may not do that (403): no …"),
+        ("GetDataset", (401, {"code": 401, "message": "no"}), "Kaggle does not accept the token (401)"),
+        (
+            "CreateDataset",
+            (403, {"code": 403, "message": f"no {SECRETS[2]}"}),
+            "the token has no permission (403): no …",
+        ),
         (
             "CreateDataset",
             (200, {"status": "error", "error": "The title is in use"}),
-            "refuses it: The title is in use",
+            "refuses the upload: The title is in use",
         ),
     ],
 )
@@ -451,6 +454,6 @@ def test_kaggle_out_of_reach(token: dict[str, str], tmp_path: Path, bundle: Path
     with KaggleServer() as gone:
         env = {**gone.environment(), **token}
     dry = push(tmp_path, bundle, "kaggle:user/some-bundle", **env)
-    assert "whether it is there is not known: Kaggle cannot be reached, or fails: ProxyError" in dry.stderr
+    assert "unknown whether it exists: Kaggle cannot be reached, or fails: ProxyError" in dry.stderr
     told = refused(push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env))
     assert "error: Kaggle cannot be reached, or fails" in told

@@ -209,7 +209,7 @@ def test_a_wheel_that_does_not_exist_there_is_named(registry: Path, tmp_path: Pa
     with pytest.raises(UserError) as refused:
         wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", "manylinux_2_28_aarch64")
     message = str(refused.value)
-    assert "there are no such wheels for Python 3.11 on manylinux_2_28_aarch64: name the Python" in message
+    assert "there are no such wheels for Python 3.11 on manylinux_2_28_aarch64; set wheels.python" in message
     assert f"numpy=={version('numpy')}" in message
     assert [path.name for path in tmp_path.iterdir()] == ["registry"]
     (registry / f"filelock-{version('filelock')}-py3-none-any.whl").unlink()  # of one that another asks for
@@ -232,7 +232,7 @@ def test_a_registry_that_cannot_be_reached_is_told(
 
 def test_a_package_that_is_not_installed_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
-    words = r"timm: not installed here, so the bundle was not checked with it; install it"
+    words = r"timm: not installed, so the bundle was not checked with it; install it"
     with pytest.raises(UserError, match=words):
         wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", LINUX)
     with pytest.raises(UserError, match=rf"python: '3' is no(.|\n)*onnxruntime, .*{words}"):  # before any work, too

@@ -59,4 +59,4 @@ def test_samples_of_a_folder_are_of_every_suffix(tmp_path: Path, caplog: pytest.
         (tmp_path / name).touch()
     with caplog.at_level("INFO"):
         assert len(list(read_check_images(tmp_path, 99))) == len(FORMATS) - 1
-    assert "other files: 2 × suffix .heic, 1 × system file" in caplog.text
+    assert "skipped files: 2 × suffix .heic, 1 × system file" in caplog.text
