@@ -34,7 +34,7 @@ def mean_vector() -> torch.Tensor:
     return torch.nn.functional.normalize(torch.arange(1.0, E + 1), dim=-1)
 
 
-def test_a_checkpoint_comes_back_bit_by_bit(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
+def test_checkpoint_round_trip_is_bit_identical(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "runs/best", model, mean_vector(), probes, FACTS)
     loaded = checkpoint.load(tmp_path / "runs/best")
     assert not loaded.training
@@ -45,9 +45,7 @@ def test_a_checkpoint_comes_back_bit_by_bit(model: Regressor, probes: list[torch
     assert loaded.embed(probes).equal(model.embed(probes))
 
 
-def test_its_config_is_plain_json_that_says_what_it_is(
-    model: Regressor, probes: list[torch.Tensor], tmp_path: Path
-) -> None:
+def test_config_is_plain_json(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "best", model, mean_vector(), probes, FACTS)
     config = json.loads((tmp_path / "best/config.json").read_text())
     assert config == {
@@ -69,9 +67,7 @@ def test_its_config_is_plain_json_that_says_what_it_is(
     }
 
 
-def test_it_carries_the_mean_vector_and_probes_with_their_vectors(
-    model: Regressor, probes: list[torch.Tensor], tmp_path: Path
-) -> None:
+def test_checkpoint_holds_mean_vector_and_probes(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "best", model, mean_vector(), probes, FACTS)
     mean_E, images, vectors = checkpoint.load_extras(tmp_path / "best")
     assert mean_E.equal(mean_vector())
@@ -79,7 +75,7 @@ def test_it_carries_the_mean_vector_and_probes_with_their_vectors(
     torch.testing.assert_close(vectors, model.embed(probes), atol=1e-6, rtol=0)
 
 
-def test_a_save_that_fails_leaves_the_old_checkpoint(
+def test_failed_save_keeps_the_old_checkpoint(
     model: Regressor, probes: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "best"
@@ -124,7 +120,7 @@ def test_weights_with_a_flipped_byte_are_refused(
         checkpoint.load(tmp_path / "best")
 
 
-def test_a_full_disk_is_said_plainly(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
+def test_full_disk_is_reported(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
     folder = tmp_path / "best"
     checkpoint.save(folder, model, mean_vector(), probes, {**FACTS, "step": 1})
     words = r"cannot write .*best: .*too large.*Nothing half-written is left"
@@ -134,9 +130,7 @@ def test_a_full_disk_is_said_plainly(model: Regressor, probes: list[torch.Tensor
     assert [p.name for p in tmp_path.iterdir()] == ["best"]
 
 
-def test_what_a_killed_save_left_behind_goes_with_the_next(
-    model: Regressor, probes: list[torch.Tensor], tmp_path: Path
-) -> None:
+def test_leftovers_of_a_killed_save_are_removed(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
     (tmp_path / ".best.part-1").mkdir()
     (tmp_path / ".bestiary").mkdir()
     checkpoint.save(tmp_path / "best", model, mean_vector(), probes, FACTS)
@@ -157,7 +151,7 @@ def test_loading_never_unpickles(
     checkpoint.load_extras(tmp_path / "best")
 
 
-def test_a_compiled_backbone_is_saved_under_its_own_names(
+def test_compiled_backbone_is_saved_under_plain_names(
     model: Regressor, probes: list[torch.Tensor], tmp_path: Path
 ) -> None:
     names = set(model.state_dict())
@@ -169,7 +163,7 @@ def test_a_compiled_backbone_is_saved_under_its_own_names(
     torch.testing.assert_close(checkpoint.load(tmp_path / "best").embed(probes), expected, atol=1e-6, rtol=0)
 
 
-def test_what_is_no_checkpoint_is_refused(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
+def test_other_folders_are_refused(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no checkpoint at .*nothing: it needs config\.json and model\.safetensors"):
         checkpoint.load(tmp_path / "nothing")
     checkpoint.save(tmp_path / "best", model, mean_vector(), probes, FACTS)
@@ -179,7 +173,7 @@ def test_what_is_no_checkpoint_is_refused(model: Regressor, probes: list[torch.T
         checkpoint.load(tmp_path / "best")
 
 
-def test_a_wide_head_comes_back(probes: list[torch.Tensor], tmp_path: Path) -> None:
+def test_wide_head_round_trip(probes: list[torch.Tensor], tmp_path: Path) -> None:
     model = make("test_vit", "random", 32, E, head="wide", hidden=7)
     norm = model.head.get_submodule("1")
     norm.get_buffer("running_mean").copy_(torch.randn(7))
@@ -189,9 +183,7 @@ def test_a_wide_head_comes_back(probes: list[torch.Tensor], tmp_path: Path) -> N
     assert checkpoint.load(tmp_path / "best").embed(probes).equal(model.embed(probes))
 
 
-def test_a_checkpoint_from_before_there_were_other_heads(
-    model: Regressor, probes: list[torch.Tensor], tmp_path: Path
-) -> None:
+def test_checkpoint_without_head_keys_loads(model: Regressor, probes: list[torch.Tensor], tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "best", model, mean_vector(), probes, FACTS)
     path = tmp_path / "best/config.json"
     config = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("head", "head_width")}
@@ -206,7 +198,7 @@ def saved(name: str, size: int, probes: list[torch.Tensor], folder: Path) -> Reg
     return model
 
 
-def test_training_begins_from_a_checkpoint(probes: list[torch.Tensor], tmp_path: Path) -> None:
+def test_load_into_copies_weights(probes: list[torch.Tensor], tmp_path: Path) -> None:
     source = saved("test_vit.r160_in1k", 32, probes, tmp_path / "best")
     model = make("test_vit", "random", 32, E)  # the tag names weights that are not loaded
     checkpoint.load_into(model, tmp_path / "best")
@@ -214,7 +206,7 @@ def test_training_begins_from_a_checkpoint(probes: list[torch.Tensor], tmp_path:
 
 
 @pytest.mark.parametrize(("was", "size"), [(32, 48), (48, 32)])
-def test_position_embeddings_are_interpolated_as_timm_does(
+def test_position_embeddings_are_interpolated_as_timm(
     was: int, size: int, probes: list[torch.Tensor], tmp_path: Path
 ) -> None:
     """timm's own way from a file of one size to a model of another."""
@@ -247,7 +239,9 @@ def test_rotary_embeddings_follow_the_size(probes: list[torch.Tensor], tmp_path:
         torch.testing.assert_close(model.backbone.eval()(image_BCHW), theirs.eval()(image_BCHW), atol=1e-5, rtol=0)
 
 
-def test_open_clips_position_embeddings_are_interpolated_as_it_does(probes: list[torch.Tensor], tmp_path: Path) -> None:
+def test_open_clip_position_embeddings_are_interpolated_as_open_clip(
+    probes: list[torch.Tensor], tmp_path: Path
+) -> None:
     open_clip = pytest.importorskip("open_clip")
     from open_clip.model import resize_pos_embed
 
@@ -270,7 +264,7 @@ def test_open_clips_position_embeddings_are_interpolated_as_it_does(probes: list
     )
 
 
-def test_blip_2s_position_embeddings_are_interpolated_as_timm_does(probes: list[torch.Tensor], tmp_path: Path) -> None:
+def test_blip2_position_embeddings_are_interpolated_as_timm(probes: list[torch.Tensor], tmp_path: Path) -> None:
     from timm.layers import resample_abs_pos_embed  # type: ignore[attr-defined]
 
     name, positions = "transformers:test_blip2_vision", "embeddings.position_embedding"
@@ -283,7 +277,7 @@ def test_blip_2s_position_embeddings_are_interpolated_as_timm_does(probes: list[
     assert all(tensor.equal(own[key]) for key, tensor in theirs.items() if key != positions)
 
 
-def test_what_training_cannot_begin_from(probes: list[torch.Tensor], tmp_path: Path) -> None:
+def test_invalid_init_from_is_refused(probes: list[torch.Tensor], tmp_path: Path) -> None:
     saved("test_vit", 32, probes, tmp_path / "run/best")
     model = make("test_vit2", "random", 32, E + 1, head="wide", hidden=3)
     before = {k: v.clone() for k, v in model.state_dict().items()}

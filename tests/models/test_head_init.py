@@ -23,7 +23,7 @@ def problem(noise: float, seed: int = 0, n: int = N) -> tuple[np.ndarray, np.nda
 
 
 @pytest.mark.parametrize("share", [1e-4, 1e-1, 1e2])
-def test_ridge_is_scikit_learns(share: float) -> None:
+def test_ridge_equals_scikit_learn(share: float) -> None:
     x_nD, y_nE = (part.astype(np.float64) for part in problem(noise=0.5))
     penalty = share * N * x_nD.var(0).mean()
     theirs = TheirRidge(alpha=penalty, solver="cholesky").fit(x_nD, y_nE)
@@ -34,7 +34,7 @@ def test_ridge_is_scikit_learns(share: float) -> None:
     np.testing.assert_allclose(bias_E, theirs.intercept_, atol=1e-6)
 
 
-def test_batches_and_their_order_do_not_matter() -> None:
+def test_batch_order_does_not_matter() -> None:
     x_nD, y_nE = problem(noise=0.5)
     whole, parts = Ridge(D, E), Ridge(D, E)
     whole.add(x_nD, y_nE)
@@ -50,7 +50,7 @@ def score(weight_ED: np.ndarray, bias_E: np.ndarray, x_nD: np.ndarray, y_nE: np.
     return float(((z_nE * y_nE).sum(1) / np.linalg.norm(z_nE, axis=1)).mean())
 
 
-def test_the_chosen_penalty_beats_the_extremes_on_new_data() -> None:
+def test_selected_penalty_beats_extremes() -> None:
     """150 features and 400 noisy images: too little penalty fits the noise, too much gives the mean vector."""
     features = 150
     rng = np.random.default_rng(0)
@@ -70,7 +70,7 @@ def test_the_chosen_penalty_beats_the_extremes_on_new_data() -> None:
     np.testing.assert_allclose(weight_ED, plain.solve(share)[0], atol=1e-5)
 
 
-def test_rows_that_judge_the_penalty_share_no_prompt_with_those_that_fit() -> None:
+def test_held_out_rows_share_no_prompt_with_fitted_rows() -> None:
     """Ten images a prompt: a judge that has the prompts of the fit prefers what memorises them."""
     features = 150
     rng = np.random.default_rng(0)
@@ -95,7 +95,7 @@ def test_rows_that_judge_the_penalty_share_no_prompt_with_those_that_fit() -> No
         np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
-def test_a_constant_feature_does_no_harm() -> None:
+def test_constant_feature_is_harmless() -> None:
     x_nD, y_nE = problem(noise=0.5)
     x_nD[:, 3] = 7
     ridge = Ridge(D, E)
@@ -105,7 +105,7 @@ def test_a_constant_feature_does_no_harm() -> None:
     assert np.abs(weight_ED[:, 3]).max() < 1e-4
 
 
-def test_a_linear_head_is_set_to_it() -> None:
+def test_linear_head_is_set_to_ridge() -> None:
     head = make_head("linear", 64, E)
     generator = torch.Generator().manual_seed(0)
     features_nD = torch.randn(200, 64, generator=generator)
@@ -120,7 +120,7 @@ def test_a_linear_head_is_set_to_it() -> None:
 
 
 @pytest.mark.parametrize("share", [1e-4, 1e-1])
-def test_without_an_intercept_it_is_scikit_learns(share: float) -> None:
+def test_ridge_without_intercept_equals_scikit_learn(share: float) -> None:
     x_nD, y_nE = (part.astype(np.float64) for part in problem(noise=0.5))
     penalty = share * N * (x_nD**2).mean()
     theirs = TheirRidge(alpha=penalty, solver="cholesky", fit_intercept=False).fit(x_nD, y_nE)
@@ -131,7 +131,7 @@ def test_without_an_intercept_it_is_scikit_learns(share: float) -> None:
     assert not bias_E.any()
 
 
-def test_a_wide_head_is_the_ridge_on_its_hidden_units() -> None:
+def test_wide_head_is_ridge_on_hidden_units() -> None:
     """By numpy and scikit-learn; batches of unlike sizes, one of them empty, streamed twice."""
     hidden = 40
     torch.manual_seed(0)
@@ -161,7 +161,7 @@ def test_a_wide_head_is_the_ridge_on_its_hidden_units() -> None:
     assert np.log10(share / 3) * 2 == pytest.approx(round(np.log10(share / 3) * 2)), "thrice one of the tried penalties"
 
 
-def test_a_wide_head_goes_on_training_as_it_was() -> None:
+def test_wide_head_stays_in_training_mode() -> None:
     head = make_head("wide", D, E, 10).train()
     x_nD, y_nE = problem(noise=0.5)
     init_ridge(head, lambda: [(x_nD, y_nE)])

@@ -36,7 +36,7 @@ def stir(model: Regressor) -> None:
                 parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
 
 
-def test_adapters_begin_as_nothing() -> None:
+def test_initial_adapters_do_not_change_the_output() -> None:
     torch.manual_seed(0)
     plain = make("test_vit", "random", 32, E).eval()
     with torch.inference_mode():
@@ -47,7 +47,7 @@ def test_adapters_begin_as_nothing() -> None:
     ("name", "size"),
     [("test_vit", 32), ("test_convnext", 32), ("eva02_tiny_patch14_224", 28), ("transformers:test_blip2_vision", 28)],
 )
-def test_merged_is_unmerged(name: str, size: int) -> None:
+def test_merged_weights_equal_adapters(name: str, size: int) -> None:
     torch.manual_seed(0)
     module, spec = build(name, "random", size)
     model = Regressor(module, spec, E).eval()
@@ -64,7 +64,7 @@ def test_merged_is_unmerged(name: str, size: int) -> None:
     assert all(state[k].equal(kept[k]) for k in kept), "the state that went in is as it was"
 
 
-def test_only_adapters_the_blocks_above_and_the_head_train() -> None:
+def test_only_adapters_upper_blocks_and_head_train() -> None:
     model = adapted(first=1, count=2)
     trains = {name for name, p in model.named_parameters() if p.requires_grad}
     by_hand = set()
@@ -84,7 +84,7 @@ def test_only_adapters_the_blocks_above_and_the_head_train() -> None:
     assert {k for k in by_hand if ".lora_" in k} <= changed <= by_hand
 
 
-def test_names_of_what_is_adapted() -> None:
+def test_names_of_adapted_layers() -> None:
     model = make("test_vit", "random", 32, E)
     names = lora.insert(model.backbone, 0, 1, RANK, ALPHA, 0.0, size=32)
     assert names == [f"blocks.0.{part}" for part in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
@@ -92,7 +92,7 @@ def test_names_of_what_is_adapted() -> None:
     assert (tuple(a.shape), tuple(b.shape)) == ((RANK, 64), (192, RANK))
 
 
-def test_dropout_acts_in_training_alone() -> None:
+def test_dropout_acts_in_training_only() -> None:
     model = adapted(dropout=0.5)
     stir(model)
     still = [model(images()) for _ in range(2)]
@@ -106,7 +106,7 @@ def test_dropout_acts_in_training_alone() -> None:
     assert model(images()).equal(one)
 
 
-def test_a_layer_whose_weight_is_read_past_it_gets_none(caplog: pytest.LogCaptureFixture) -> None:
+def test_layer_without_forward_call_gets_no_adapter(caplog: pytest.LogCaptureFixture) -> None:
     """Fused attention of EVA with biases of its own calls F.linear(x, qkv.weight, …): its adapter would be unused."""
     import timm
 
@@ -125,7 +125,7 @@ def test_a_layer_whose_weight_is_read_past_it_gets_none(caplog: pytest.LogCaptur
     assert not unused
 
 
-def test_looking_for_layers_leaves_modes_and_statistics_alone() -> None:
+def test_probing_keeps_modes_and_statistics() -> None:
     model = make("test_convnext", "random", 32, E).train()
     model.freeze(1)
     modes = {name: module.training for name, module in model.backbone.named_modules()}
@@ -147,14 +147,14 @@ def test_adapters_on_the_meta_device() -> None:
     assert all(p.is_meta for p in model.parameters())
 
 
-def test_more_blocks_than_there_are() -> None:
+def test_too_many_blocks_are_refused() -> None:
     model = make("test_vit", "random", 32, E)
     with pytest.raises(UserError, match=r"lora\.blocks=3 above 4 frozen blocks exceeds the 6 blocks .* at most 2"):
         lora.insert(model.backbone, 4, 3, RANK, ALPHA, 0.0, size=32)
     assert not [name for name, _ in model.named_parameters() if "lora" in name]
 
 
-def test_blocks_of_convolutions_have_nothing_to_adapt() -> None:
+def test_convolutional_blocks_are_refused() -> None:
     model = make("test_efficientnet", "random", 32, E)
     with pytest.raises(UserError, match=r"blocks 1 to 2 of EfficientNet have no linear layer to adapt; use"):
         lora.insert(model.backbone, 1, 2, RANK, ALPHA, 0.0, size=32)

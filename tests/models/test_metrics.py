@@ -16,21 +16,21 @@ def unit(rows: int, seed: int) -> np.ndarray:
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
 
-def test_an_images_score_is_its_average_cosine_to_its_captions() -> None:
+def test_score_is_the_mean_cosine_to_the_captions() -> None:
     vectors = unit(3, 0)
     captions = [unit(1, 1), unit(4, 2), unit(2, 3)]
     expected = [cosine_similarity(v[None], c).mean() for v, c in zip(vectors, captions, strict=True)]
     np.testing.assert_allclose(cosines(vectors, captions), expected, atol=1e-6)
 
 
-def test_the_score_is_the_dot_product_with_the_mean_of_the_captions() -> None:
+def test_score_equals_dot_product_with_mean_target() -> None:
     """What training maximises is what is scored: the mean itself, not of unit length."""
     vectors, captions = unit(2, 0), [unit(5, 1), unit(3, 2)]
     expected = (vectors * mean_targets(captions)).sum(1)
     np.testing.assert_allclose(cosines(vectors, captions), expected, atol=1e-6)
 
 
-def test_as_many_targets_as_vectors() -> None:
+def test_number_of_targets_must_equal_vectors() -> None:
     with pytest.raises(ValueError, match="zip"):
         cosines(unit(2, 0), [unit(1, 0)])
 
@@ -46,21 +46,21 @@ def scipys(*samples: np.ndarray, statistic: Any = np.mean) -> Any:
     return stats.bootstrap(samples, statistic, n_resamples=4000, method="percentile", paired=True, rng=rng)
 
 
-def test_on_many_images_the_interval_is_the_percentile_bootstrap() -> None:
+def test_interval_on_many_images_equals_percentile_bootstrap() -> None:
     scores = np.random.default_rng(0).beta(8, 3, 400)
     found = bootstrap(scores, rounds=4000)
     assert found.mean == pytest.approx(scores.mean())
     close_to(found[1:], scipys(scores))
 
 
-def test_the_interval_does_not_change_from_call_to_call() -> None:
+def test_interval_is_deterministic() -> None:
     scores = np.random.default_rng(0).random(50)
     assert bootstrap(scores) == bootstrap(scores)
     assert bootstrap(np.full(5, 0.25)) == pytest.approx((0.25, 0.25, 0.25))
     assert bootstrap(np.array([0.5])) == (0.5, 0.5, 0.5)
 
 
-def test_every_pair_once_with_the_interval_of_its_differences() -> None:
+def test_compare_lists_every_pair_once() -> None:
     rng = np.random.default_rng(0)
     base = rng.beta(8, 3, 300)
     scores = {"low": base - 0.1, "high": base + 0.1 * rng.normal(size=300), "mid": base - 0.05 * rng.random(300)}
@@ -75,7 +75,7 @@ def test_every_pair_once_with_the_interval_of_its_differences() -> None:
         close_to((found.low, found.high), theirs)
 
 
-def test_images_of_one_prompt_are_drawn_together() -> None:
+def test_groups_are_resampled_together() -> None:
     """The ratio of sums over prompts, as scipy draws prompts."""
     rng = np.random.default_rng(0)
     prompt_n = rng.permutation(np.repeat(np.arange(150), rng.integers(1, 9, 150)))
@@ -90,7 +90,7 @@ def test_images_of_one_prompt_are_drawn_together() -> None:
     assert bootstrap(score_n, 4000, group_n=names) == found
 
 
-def test_the_paired_interval_covers_a_known_difference() -> None:
+def test_paired_interval_covers_a_known_difference() -> None:
     """Skewed scores of shared difficulty, n = 200: the truth lies within in at least 930 of 1,000 trials."""
     rng = np.random.default_rng(0)
     truth, covered = 0.02, 0
@@ -103,14 +103,14 @@ def test_the_paired_interval_covers_a_known_difference() -> None:
     assert 930 <= covered <= 970
 
 
-def test_the_interval_of_seven_images_covers_too() -> None:
+def test_interval_of_seven_images_has_coverage() -> None:
     """As many as the competition published. The plain percentile interval holds the mean in some 870 of 1,000."""
     rng = np.random.default_rng(0)
     found = [bootstrap(rng.normal(size=7), rounds=1000) for _ in range(1000)]
     assert 920 <= sum(one.low <= 0 <= one.high for one in found) <= 975
 
 
-def test_scores_that_cannot_be_compared() -> None:
+def test_incomparable_scores_are_refused() -> None:
     scores = {"a": np.array([0.5, np.nan, np.inf]), "b": np.ones(2)}
     with pytest.raises(UserError) as refused:
         compare(scores, group_n=np.zeros(2))
@@ -127,7 +127,7 @@ def sizes(found: list) -> list[tuple[str, int]]:
     return [(one.name, int(one.mask_n.sum())) for one in found]
 
 
-def test_counts_go_into_bins_that_name_both_ends() -> None:
+def test_bins_of_counts_name_both_ends() -> None:
     words = np.array([1, 5, 5.4, 6, 10, 11, 12, 40])
     found = bins(words, [6, 11, 12], unit="words", whole=True, least=1)
     names = ["up to 5 words", "6–10 words", "11 words", "12 or more words"]
@@ -135,13 +135,13 @@ def test_counts_go_into_bins_that_name_both_ends() -> None:
     assert found[0].mask_n.tolist() == [True, True, True] + 5 * [False]
 
 
-def test_cosines_go_into_bins_from_one_edge_to_below_the_next() -> None:
+def test_bins_of_cosines_are_half_open() -> None:
     near = np.array([0.2, 0.49, 0.5, 0.59, 0.6, 0.95, 1.0, np.nan])
     found = bins(near, [0.5, 0.6, 0.95], least=1)
     assert sizes(found) == [("below .5", 2), (".5–.6", 2), (".6–.95", 1), (".95 or more", 2), ("unknown", 1)]
 
 
-def test_small_bins_join_the_smaller_neighbour_and_no_image_is_lost() -> None:
+def test_small_bins_are_merged() -> None:
     value = np.repeat([0.5, 1.5, 2.5, 3.5], [30, 3, 12, 20])
     assert sizes(bins(value, [1, 2, 3], least=10)) == [("below 1", 30), ("1–3", 15), ("3 or more", 20)]
     assert sizes(bins(value, [1, 2, 3], least=40)) == [("all", 65)]
@@ -160,13 +160,13 @@ def test_bins_of_about_equal_size() -> None:
     assert edges == [round(edge, 2) for edge in edges], "a name tells the very edge"
 
 
-def test_the_matrix_by_hand() -> None:
+def test_similarity_matrix_by_hand() -> None:
     vectors = np.array([[1, 0], [0.6, 0.8]], np.float32)
     targets = [np.array([[0, 1], [1, 0]], np.float32), np.array([[0.8, 0.6]], np.float32)]
     np.testing.assert_allclose(similarity_matrix(vectors, targets), [[0.5, 0.8], [0.7, 0.96]], atol=1e-7)
 
 
-def test_the_matrix_is_that_of_scikit_learn_and_its_diagonal_the_scores() -> None:
+def test_similarity_matrix_equals_scikit_learn() -> None:
     vectors, captions = unit(5, 0), [unit(1 + i % 3, 10 + i) for i in range(5)]
     found = similarity_matrix(vectors, captions)
     expected = np.stack([cosine_similarity(vectors, c).mean(1) for c in captions], 1)
@@ -174,7 +174,7 @@ def test_the_matrix_is_that_of_scikit_learn_and_its_diagonal_the_scores() -> Non
     np.testing.assert_allclose(np.diag(found), cosines(vectors, captions), atol=1e-6)
 
 
-def test_the_matrix_refuses_what_is_no_vector() -> None:
+def test_similarity_matrix_refuses_invalid_vectors() -> None:
     vectors = unit(4, 0)
     vectors[1] = 0
     vectors[2:, 0] = np.nan
@@ -198,7 +198,7 @@ def test_recall_by_hand() -> None:
     assert recall(vectors, bank, [[0], [3, 1], [0, 1], [2, 0]], (1, 2)) == {1: 0.5, 2: 1.0}, "any caption counts"
 
 
-def test_equal_prompts_do_not_count_against_each_other() -> None:
+def test_recall_counts_equal_prompts_once() -> None:
     bank = unit(50, 0)
     vectors = (bank + unit(50, 1)).astype(np.float32)
     alone = recall(vectors, bank, np.arange(50))
@@ -211,7 +211,7 @@ def test_equal_prompts_do_not_count_against_each_other() -> None:
     assert recall(np.array([[1, 0.9]], np.float32), signed, [2], (2,)) == {2: 1.0}, "zeros have no sign here"
 
 
-def test_recall_over_several_blocks_is_what_sorting_gives() -> None:
+def test_recall_over_blocks_equals_sorting() -> None:
     bank, vectors = unit(40_000, 0), unit(1500, 1)
     true_n = np.random.default_rng(0).integers(0, len(bank), len(vectors))
     near_nm = vectors.astype(np.float64) @ bank.T.astype(np.float64)
@@ -222,7 +222,7 @@ def test_recall_over_several_blocks_is_what_sorting_gives() -> None:
     assert found[10_000] > 0.2
 
 
-def test_what_recall_refuses() -> None:
+def test_recall_refuses_invalid_inputs() -> None:
     bank = unit(3, 0)
     bank[1] = np.nan
     with pytest.raises(UserError) as refused:

@@ -18,7 +18,7 @@ def make_images(*sizes: tuple[int, int], seed: int = 0) -> list[torch.Tensor]:
     return [torch.randint(0, 256, (3, *size), dtype=torch.uint8, generator=generator) for size in sizes]
 
 
-def test_it_is_backbone_head_and_unit_length() -> None:
+def test_forward_is_backbone_head_and_normalisation() -> None:
     model = make("test_convnext", "random", 32, E).eval()
     (image,) = make_images((32, 32))
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (model.spec.mean, model.spec.std))
@@ -31,7 +31,7 @@ def test_it_is_backbone_head_and_unit_length() -> None:
     torch.testing.assert_close(found, z_BE / z_BE.norm(dim=-1, keepdim=True), atol=1e-6, rtol=0)
 
 
-def test_images_of_mixed_sizes_embed_as_each_alone() -> None:
+def test_mixed_sizes_embed_as_single_images() -> None:
     model = make("test_vit", "random", 32, E)
     images = make_images((32, 32), (50, 41), (17, 90), (200, 33))
     together = model.embed(images)
@@ -41,7 +41,7 @@ def test_images_of_mixed_sizes_embed_as_each_alone() -> None:
     torch.testing.assert_close(together, alone, atol=1e-6, rtol=0)
 
 
-def test_embedding_is_evaluation() -> None:
+def test_embed_uses_evaluation_mode() -> None:
     """Batch statistics and the mode of the model that trains are not the image's business."""
     model = make("test_efficientnet", "random", 32, E).train()
     images = make_images((32, 32), (40, 40))
@@ -51,7 +51,7 @@ def test_embedding_is_evaluation() -> None:
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext", "test_vit"])
-def test_channels_last_computes_what_contiguous_does(name: str) -> None:
+def test_channels_last_equals_contiguous(name: str) -> None:
     module, spec = build(name, "random", 32)
     model = Regressor(module, spec, E).eval()
     image_BCHW = torch.stack(make_images((32, 32), (32, 32)))
@@ -62,7 +62,7 @@ def test_channels_last_computes_what_contiguous_does(name: str) -> None:
         torch.testing.assert_close(last, model(image_BCHW.contiguous(memory_format=torch.channels_last)))
 
 
-def test_a_backbone_that_also_returns_tokens_gives_its_first() -> None:
+def test_first_output_of_a_tuple_backbone_is_used() -> None:
     class Both(nn.Module):
         def forward(self, image_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
             return image_BCHW.mean((2, 3)), image_BCHW.flatten(2)
@@ -83,7 +83,7 @@ def step(model: Regressor) -> set[str]:
     return {k for k, v in model.state_dict().items() if not v.equal(before[k])}
 
 
-def test_frozen_blocks_stay_bit_equal_and_the_others_train() -> None:
+def test_frozen_blocks_stay_bit_identical() -> None:
     model = make("test_efficientnet", "random", 32, E)
     model.freeze(2)
     changed = step(model)
@@ -97,7 +97,7 @@ def test_frozen_blocks_stay_bit_equal_and_the_others_train() -> None:
     assert {"backbone.conv_stem.weight", "backbone.bn1.running_mean"} <= step(model)
 
 
-def test_fixed_statistics_stay_while_their_block_trains() -> None:
+def test_freeze_bn_stats_keeps_statistics() -> None:
     model = make("test_efficientnet", "random", 32, E)
     model.freeze_bn_stats = True
     model.freeze(0)
@@ -118,7 +118,7 @@ def test_blocks_above_the_frozen_ones_are_in_training_mode() -> None:
     assert not model.eval().backbone.get_submodule("blocks.5").training
 
 
-def test_more_frozen_blocks_than_there_are() -> None:
+def test_too_many_frozen_blocks_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.freeze=7 exceeds the 6 blocks"):
         make("test_vit", "random", 32, E).freeze(7)
 
@@ -131,7 +131,7 @@ def test_width_and_device_do_not_depend_on_the_head() -> None:
         assert model.to("meta").device == torch.device("meta")
 
 
-def test_features_are_the_backbones_of_the_normalised_image() -> None:
+def test_features_are_backbone_of_normalised_image() -> None:
     model = make("test_vit", "random", 32, E).eval()
     image_BCHW = torch.stack(make_images((32, 32), (32, 32)))
     with torch.inference_mode():
@@ -149,7 +149,7 @@ def test_features_are_the_backbones_of_the_normalised_image() -> None:
         ("transformers:test_blip2_vision", 2),
     ],
 )
-def test_a_frozen_prefix_gives_the_gradients_of_the_full_backward_bit_by_bit(name: str, frozen: int) -> None:
+def test_frozen_prefix_keeps_gradients_bit_identical(name: str, frozen: int) -> None:
     """And keeps no activation for it, nor of the embeddings: nothing is saved before the first block that trains."""
     size = 28 if name.startswith(("eva", "transformers:")) else 32
     model = make(name, "random", size, E).eval()  # dropout and batch statistics apart

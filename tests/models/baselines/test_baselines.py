@@ -51,7 +51,7 @@ def test_mean_is_the_direction_of_the_mean_target() -> None:
     assert (found[:1] @ targets_nE.T).mean() > max(scores), "no constant vector scores higher"
 
 
-def test_knn_weighs_the_nearest_by_their_similarity(model: Regressor) -> None:
+def test_knn_weights_neighbours_by_similarity(model: Regressor) -> None:
     bank_nD, targets_nE = unit(N, 64, 0) + 3, unit(N, E, 1)
     query_BD = unit(9, 64, 2) + 3
     centre_D = bank_nD.numpy().mean(0)
@@ -68,7 +68,7 @@ def test_knn_weighs_the_nearest_by_their_similarity(model: Regressor) -> None:
     np.testing.assert_allclose(near, expected, atol=1e-5, err_msg="of so few, all cells are looked at")
 
 
-def test_knn_copies_its_bank_once(model: Regressor) -> None:
+def test_knn_copies_features_once(model: Regressor) -> None:
     """Of 400,000 images each copy is gigabytes."""
     bank_nD, targets_nE = unit(4000, 64, 0), unit(4000, E, 1)
     before_nD, made = bank_nD.clone(), set()
@@ -87,7 +87,7 @@ def test_knn_copies_its_bank_once(model: Regressor) -> None:
     assert np.shares_memory(knn._target_nE, targets_nE.numpy())
 
 
-def test_knn_embeds_images_by_the_models_features(model: Regressor) -> None:
+def test_knn_embeds_by_backbone_features(model: Regressor) -> None:
     generator = torch.Generator().manual_seed(0)
     images = [torch.randint(0, 256, (3, 32 + i, 40), dtype=torch.uint8, generator=generator) for i in range(8)]
     with torch.inference_mode():
@@ -152,7 +152,7 @@ def by_hand(folder: Path, images: list[torch.Tensor], bank: Prompts, power: floa
 
 
 @pytest.mark.parametrize("power", [1, 4])
-def test_clip_finds_the_prompts_that_fit_an_image(
+def test_clip_knn_finds_matching_prompts(
     clip_folder: Path, images: list[torch.Tensor], tmp_path: Path, power: float
 ) -> None:
     knn = clip_knn(Clip(str(clip_folder)), Prompts(), tmp_path, K, power=power)
@@ -164,7 +164,7 @@ def test_clip_finds_the_prompts_that_fit_an_image(
     torch.testing.assert_close(knn.embed(images[:1]), z_BE[:1], rtol=0, atol=1e-6)
 
 
-def test_the_prompts_are_encoded_once_and_part_by_part(
+def test_prompt_features_are_cached_in_parts(
     clip_folder: Path, images: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cache, "PART", 16)
@@ -188,9 +188,7 @@ def test_the_prompts_are_encoded_once_and_part_by_part(
     np.testing.assert_allclose(found, by_hand(clip_folder, images, Prompts(), 1)[0], atol=1e-4)
 
 
-def test_what_clip_says_is_named_without_loading_it(
-    clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_clip_knn_identity_loads_no_model(clip_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
@@ -212,7 +210,7 @@ def test_what_clip_says_is_named_without_loading_it(
     assert made[-1].identity()["index"] == index_identity(N, exact=False)
 
 
-def test_features_that_tell_nothing_are_refused(model: Regressor) -> None:
+def test_degenerate_features_are_refused(model: Regressor) -> None:
     with pytest.raises(UserError, match="8 of 8 vectors are zero or not finite, the first is row 0: of an index"):
         Knn(model, torch.ones(8, 64), unit(8, E, 1))
     bank_nD = unit(N, 64, 0)

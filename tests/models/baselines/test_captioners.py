@@ -86,7 +86,7 @@ def best_of_all(next_logits: Any, start: int, end: int, vocabulary: int, most: i
 
 @pytest.mark.parametrize(("least", "penalty"), [(0, 1.0), (0, 0.0), (2, 1.0), (1, 2.0), (0, -0.5)])
 @pytest.mark.parametrize("seed", range(4))
-def test_a_wide_beam_finds_what_trying_every_sequence_finds(seed: int, least: int, penalty: float) -> None:
+def test_wide_beam_equals_exhaustive_search(seed: int, least: int, penalty: float) -> None:
     vocabulary, most, start, end, count = 4, 4, 0, 3, 3
     beams = vocabulary**most
     found = beam_search(
@@ -111,7 +111,7 @@ def test_a_wide_beam_finds_what_trying_every_sequence_finds(seed: int, least: in
 @pytest.mark.parametrize(
     ("beams", "least", "penalty"), [(1, 0, 1.0), (1, 5, 1.0), (2, 0, 1.0), (3, 5, 1.0), (6, 0, 0.0), (6, 0, 2.0)]
 )
-def test_it_decodes_as_transformers_does(folders: dict[str, Path], beams: int, least: int, penalty: float) -> None:
+def test_beam_search_equals_transformers(folders: dict[str, Path], beams: int, least: int, penalty: float) -> None:
     """Over BLIP's own scores, where transformers runs its beam search, for images side by side."""
     captioner = make(folders, "blip")
     images = make_images(12)
@@ -140,14 +140,14 @@ def test_it_decodes_as_transformers_does(folders: dict[str, Path], beams: int, l
     assert {len(tokens) for tokens in ours} != {14}, "none ended, so that the end is not tested"
 
 
-def test_beam_search_refuses_bounds_that_make_no_sense() -> None:
+def test_beam_search_refuses_invalid_bounds() -> None:
     for wrong in ({"beams": 0}, {"most_tokens": 0}, {"least_tokens": 4}):
         bounds: dict[str, Any] = {"beams": 1, "most_tokens": 4} | wrong
         with pytest.raises(ValueError, match="beams="):
             beam_search(lambda token_BT: token_BT, 1, 0, 1, **bounds)
 
 
-def test_no_images_have_no_captions() -> None:
+def test_no_images_give_no_captions() -> None:
     assert beam_search(lambda token_BT: torch.zeros(len(token_BT), 5), 0, 0, 1, beams=2, most_tokens=3) == []
     assert Blip("nowhere/at-all").caption([]) == []
 
@@ -207,7 +207,7 @@ REFERENCES = {"blip": reference_blip, "blip2": reference_blip2, "coca": referenc
 
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
-def test_a_caption_is_what_decoding_by_hand_gives(folders: dict[str, Path], name: str) -> None:
+def test_captions_equal_manual_decoding(folders: dict[str, Path], name: str) -> None:
     """The likeliest token each time, over the whole sequence anew, with no `generate`."""
     captioner = make(folders, name, beams=1)
     logits, start, end, decode = REFERENCES[name](folders[name])
@@ -226,7 +226,7 @@ def test_a_caption_is_what_decoding_by_hand_gives(folders: dict[str, Path], name
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_caption_depends_on_its_own_image(folders: dict[str, Path], name: str) -> None:
+def test_caption_does_not_depend_on_the_batch(folders: dict[str, Path], name: str) -> None:
     captioner = make(folders, name, most_tokens=7)
     images = make_images(BATCH + 3)
     together = captioner.caption(images)
@@ -238,7 +238,7 @@ def test_a_caption_depends_on_its_own_image(folders: dict[str, Path], name: str)
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_half_precision_says_much_the_same(folders: dict[str, Path], name: str) -> None:
+def test_half_precision_captions_are_similar(folders: dict[str, Path], name: str) -> None:
     """As on a GPU, on a CPU: rounding alone may change a word."""
     images = make_images(10)
     half = make(folders, name)
@@ -250,7 +250,7 @@ def test_half_precision_says_much_the_same(folders: dict[str, Path], name: str) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", KINDS)
-def test_on_a_gpu(folders: dict[str, Path], name: str) -> None:
+def test_captions_on_a_gpu(folders: dict[str, Path], name: str) -> None:
     images = make_images(10)
     gpu = make(folders, name, device="cuda")
     same = sum(a == b for a, b in zip(gpu.caption(images), make(folders, name).caption(images), strict=True))
@@ -258,7 +258,7 @@ def test_on_a_gpu(folders: dict[str, Path], name: str) -> None:
     assert gpu.identity()["precision"] in ("bfloat16", "float16")
 
 
-def test_a_strip_is_not_resized_whole(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_elongated_image_is_cropped(folders: dict[str, Path], tmp_path: Path) -> None:
     """At the 224 px of the default, 2 × 16,000 pixels would be 224 × 1,792,000 before the middle is cut out."""
     folder = Path(shutil.copytree(folders["coca"], tmp_path / "shortest"))
     settings = json.loads((folder / "open_clip_config.json").read_text())
@@ -275,7 +275,7 @@ def test_a_strip_is_not_resized_whole(folders: dict[str, Path], tmp_path: Path) 
     assert [told] == captioner.caption([strip[:, :, 7984:8016]]), "what is kept is the middle"
 
 
-def test_coca_sees_an_image_once(folders: dict[str, Path]) -> None:
+def test_coca_encodes_an_image_once(folders: dict[str, Path]) -> None:
     captioner = make(folders, "coca")
     captioner.caption(make_images(1))
     seen: list[int] = []
@@ -284,7 +284,7 @@ def test_coca_sees_an_image_once(folders: dict[str, Path]) -> None:
     assert seen == [4]
 
 
-def test_the_vector_is_minilms_of_the_caption(folders: dict[str, Path]) -> None:
+def test_caption_embedder_encodes_captions_by_minilm(folders: dict[str, Path]) -> None:
     from transformers import AutoModel, AutoTokenizer
 
     images = make_images(3)
@@ -310,7 +310,7 @@ def test_the_vector_is_minilms_of_the_caption(folders: dict[str, Path]) -> None:
         ("a4e1c55a9", "a drawing of a toy robot with scissors on it", 0.458),
     ],
 )
-def test_two_captions_score_what_the_public_notebooks_say(shared: Path, key: str, caption: str, score: float) -> None:
+def test_caption_scores_equal_public_notebooks(shared: Path, key: str, caption: str, score: float) -> None:
     with (shared / "competition" / "prompts.csv").open(encoding="utf-8", newline="") as file:
         prompts = {row["imgId"]: row["prompt"] for row in csv.DictReader(file)}
     said, meant = TargetEncoder("all-MiniLM-L6-v2", "cpu").encode([caption, prompts[key]])
@@ -320,16 +320,14 @@ def test_two_captions_score_what_the_public_notebooks_say(shared: Path, key: str
 # ------------------------------------------------------------------------------------------------ weights and identity
 
 
-def test_the_hubs_models_by_default() -> None:
+def test_default_models() -> None:
     assert (Blip().model, Blip2().model) == ("Salesforce/blip-image-captioning-large", "Salesforce/blip2-opt-2.7b")
     assert Coca().model == "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k"
     assert Coca()._source.model == "laion/mscoco_finetuned_CoCa-ViT-L-14-laion2B-s13B-b90k"
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_without_a_network_a_message_says_what_to_do(
-    name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_error_without_network_names_a_hint(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for ask in (KINDS[name]().identity, lambda: KINDS[name]().caption(make_images(1))):
         with pytest.raises(
@@ -339,7 +337,7 @@ def test_without_a_network_a_message_says_what_to_do(
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_identity_is_of_the_files_and_the_decoding(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
+def test_identity_covers_files_and_decoding(folders: dict[str, Path], name: str, tmp_path: Path) -> None:
     here = make(folders, name).identity()
     assert json.loads(json.dumps(here)) == here
     elsewhere = {name: Path(shutil.copytree(folders[name], tmp_path / "copy"))}
@@ -364,7 +362,7 @@ def in_hub_cache(folder: Path, cache: Path, repository: str) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_repository_is_known_by_its_commit(
+def test_identity_of_a_repository_is_its_commit(
     folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -390,7 +388,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
-def test_a_tag_of_open_clip(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_open_clip_tag(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its weights as safetensors, as a pickle of tensors, and as one that runs code, which is refused."""
     import open_clip.factory
     import open_clip.pretrained
@@ -422,7 +420,7 @@ def test_a_tag_of_open_clip(folders: dict[str, Path], monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_settings_out_of_bounds_are_told_at_once(name: str) -> None:
+def test_all_settings_out_of_bounds_are_listed(name: str) -> None:
     with pytest.raises(UserError) as refused:
         KINDS[name]("anywhere", beams=0, most_tokens=0, least_tokens=-1)
     for word in (f"{name}.beams=0", f"{name}.most_tokens=0", f"{name}.least_tokens=-1"):
@@ -430,7 +428,7 @@ def test_settings_out_of_bounds_are_told_at_once(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "room"), [("blip", 32), ("blip2", 36), ("coca", 32)])
-def test_a_caption_as_long_as_there_is_room(folders: dict[str, Path], name: str, room: int) -> None:
+def test_caption_length_is_limited_by_the_context(folders: dict[str, Path], name: str, room: int) -> None:
     full = make(folders, name, most_tokens=room, least_tokens=room - 1, beams=2)
     assert full.caption(make_images(1))[0]
     with pytest.raises(UserError, match=rf"{name}.most_tokens={room + 1}: .* supports at most {room}"):
@@ -438,7 +436,7 @@ def test_a_caption_as_long_as_there_is_room(folders: dict[str, Path], name: str,
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_folder_without_its_files(name: str, tmp_path: Path) -> None:
+def test_incomplete_folder_is_refused(name: str, tmp_path: Path) -> None:
     (tmp_path / "pytorch_model.bin").write_bytes(pickle.dumps(Trap(tmp_path / "sprung")))
     with pytest.raises(UserError, match=r"(?s)lacks .*config.json; .*\.safetensors.*It holds pytorch_model.bin.*conv"):
         KINDS[name](str(tmp_path)).identity()
@@ -448,21 +446,21 @@ def test_a_folder_without_its_files(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_a_name_that_is_nothing(name: str, tmp_path: Path) -> None:
+def test_unknown_name_is_refused(name: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=f"captions.{name}=.*neither a folder nor"):
         KINDS[name](str(tmp_path / "gone")).identity()
     with pytest.raises(UserError, match="a folder has no revision=v1"):
         KINDS[name](str(tmp_path), revision="v1").identity()
 
 
-def test_coca_names_the_tags_there_are() -> None:
+def test_coca_error_lists_tags() -> None:
     with pytest.raises(UserError, match="coca_ViT-L-14/laion2b_s13b_b90k"):
         Coca("coca_ViT-L-14/typo").identity()
     with pytest.raises(UserError, match="nor a CoCa of open_clip's list"):
         Coca("ViT-B-32/openai").identity()
 
 
-def test_weights_of_another_model(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_weights_of_another_model_are_refused(folders: dict[str, Path], tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     with pytest.raises(UserError, match="model_type 'blip-2'; blip is 'blip'"):
@@ -484,7 +482,7 @@ def test_weights_of_another_model(folders: dict[str, Path], tmp_path: Path) -> N
         ({"text_cfg": {"hf_model_name": "roberta-base"}}, "its tokenizer is not CLIP's with 49,408 tokens"),
     ],
 )
-def test_open_clip_models_that_cannot_caption(
+def test_open_clip_models_without_captioning_are_refused(
     folders: dict[str, Path], tmp_path: Path, change: dict[str, Any], told: str
 ) -> None:
     folder = Path(shutil.copytree(folders["coca"], tmp_path / "other"))

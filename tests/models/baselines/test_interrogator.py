@@ -158,7 +158,7 @@ class Slow:
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_each_mode_follows_the_rules_done_by_hand(
+def test_each_mode_equals_a_reference_implementation(
     tiny: Path, words: Path, images: list[torch.Tensor], mode: Mode, tmp_path: Path
 ) -> None:
     slow = Slow(tiny, words)
@@ -211,7 +211,7 @@ def test_each_mode_equals_the_package(
     assert ours.caption([image for image, _ in shown]) == expected
 
 
-def test_terms_of_long_lists_are_chosen_as_the_package_does() -> None:
+def test_nearest_terms_of_long_lists_equal_the_package() -> None:
     package = pytest.importorskip("clip_interrogator.clip_interrogator", reason="it is in the extra captioners")
     vectors_nD = torch.nn.functional.normalize(torch.randn(1000, 8, generator=torch.Generator().manual_seed(0)), dim=1)
     table = package.LabelTable.__new__(package.LabelTable)
@@ -226,7 +226,7 @@ def test_terms_of_long_lists_are_chosen_as_the_package_does() -> None:
     assert nearest(torch.tensor([0.5, 0.7, 0.5, 0.7]), 3) == [1, 3, 0], "of equal ones the first comes first"
 
 
-def test_the_whole_of_the_packages_lists_is_taken(tiny: Path, tmp_path: Path) -> None:
+def test_all_terms_of_the_package_are_used(tiny: Path, tmp_path: Path) -> None:
     """Without importing the package."""
     pytest.importorskip("clip_interrogator", reason="the word lists are in the extra captioners")
     from clip_interrogator import clip_interrogator as package
@@ -239,13 +239,13 @@ def test_the_whole_of_the_packages_lists_is_taken(tiny: Path, tmp_path: Path) ->
     assert not any(tmp_path.iterdir()), "nothing is computed before an image asks for it"
 
 
-def test_an_image_alone_and_in_a_batch(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
+def test_prompt_does_not_depend_on_the_batch(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
     found = ClipInterrogator(str(tiny), Told(), mode="best", words=words)
     assert [found.caption([image])[0] for image in images[2:4]] == found.caption(images[2:4])
     assert found.caption([]) == []
 
 
-def test_texts_have_open_clips_own_vectors(tiny: Path, words: Path) -> None:
+def test_text_vectors_equal_open_clip(tiny: Path, words: Path) -> None:
     model: Any = open_clip.create_model(f"local-dir:{tiny}").eval()
     tokenizer = open_clip.get_tokenizer(f"local-dir:{tiny}")
     flavors = (words / "flavors.txt").read_text(encoding="utf-8").split("\n")
@@ -263,7 +263,7 @@ def test_texts_have_open_clips_own_vectors(tiny: Path, words: Path) -> None:
     assert [clip.fills(text) for text in texts] == [bool(row[-1] != 0) for row in tokenizer(texts)]
 
 
-def test_images_of_any_shape_have_open_clips_own_vectors(tiny: Path, images: list[torch.Tensor]) -> None:
+def test_image_vectors_equal_open_clip(tiny: Path, images: list[torch.Tensor]) -> None:
     made: Any = open_clip.create_model_and_transforms(f"local-dir:{tiny}")
     clip, model, preprocess = Clip(str(tiny)), made[0].eval(), made[2]
     for image in images:
@@ -276,7 +276,7 @@ def test_images_of_any_shape_have_open_clips_own_vectors(tiny: Path, images: lis
     assert torch.isfinite(clip.embed_image(strip)).all()
 
 
-def test_words_are_encoded_once(
+def test_term_vectors_are_cached(
     tiny: Path, words: Path, images: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[int] = []
@@ -312,7 +312,7 @@ def test_words_are_encoded_once(
     assert asked, "other words too"
 
 
-def test_identity_names_all_that_a_prompt_depends_on(tiny: Path, words: Path, tmp_path: Path) -> None:
+def test_identity_covers_everything_that_prompts_depend_on(tiny: Path, words: Path, tmp_path: Path) -> None:
     def identity(clip: Path = tiny, mode: Mode = "best", words: Path = words) -> str:
         return json.dumps(ClipInterrogator(str(clip), Told(), mode=mode, words=words).identity(), sort_keys=True)
 
@@ -328,7 +328,7 @@ def test_identity_names_all_that_a_prompt_depends_on(tiny: Path, words: Path, tm
     assert len(set(different)) == 4
 
 
-def test_the_captions_vector_is_that_of_the_prompt(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
+def test_caption_embedder_encodes_the_prompt(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
     def encode(texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
         return np.array([[len(text), 1] for text in texts], np.float32)
 
@@ -345,7 +345,7 @@ def test_the_captions_vector_is_that_of_the_prompt(tiny: Path, words: Path, imag
         ("ViT-H-14/laion2b_s32b_b79k", "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", False),
     ],
 )
-def test_the_names_are_the_hubs(
+def test_default_names_exist_on_the_hub(
     name: str, repository: str, quick: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # an empty cache
@@ -357,7 +357,7 @@ def test_the_names_are_the_hubs(
     assert "folder" in str(caught.value)
 
 
-def test_weights_of_the_hub_are_taken_from_its_cache_with_their_own_activation(
+def test_cached_hub_weights_use_their_activation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: list[torch.Tensor]
 ) -> None:
     """open_clip's list tells what the weights of a tag were trained with; its model of that name has another."""
@@ -386,7 +386,7 @@ def test_weights_of_the_hub_are_taken_from_its_cache_with_their_own_activation(
     assert not torch.allclose(clip.texts(CAPTIONS), Clip(str(snapshot)).texts(CAPTIONS), atol=1e-4)
 
 
-def test_what_cannot_be_used_is_refused(tiny: Path, words: Path, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(tiny: Path, words: Path, tmp_path: Path) -> None:
     def refused(*parts: str, clip: str = str(tiny), mode: Any = "best", words: Path | None = words) -> None:
         with pytest.raises(UserError) as caught:
             ClipInterrogator(clip, Told(), mode=mode, words=words)
@@ -412,7 +412,7 @@ def test_what_cannot_be_used_is_refused(tiny: Path, words: Path, tmp_path: Path)
         refused(told, CONFIG, clip=str(pickled))
 
 
-def test_messages_name_the_setting_that_named_the_clip(tiny: Path, tmp_path: Path) -> None:
+def test_errors_name_the_setting(tiny: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny, tmp_path / "clip")
     (folder / WEIGHTS).write_bytes(b"")
     names = ("ViT-L14/openai", "open_clip:ViT-L-14/opnai", "ViTamin-S/datacomp1b", "ViT-B-16-SigLIP/webli")
@@ -436,7 +436,7 @@ def test_damaged_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
         Clip(str(folder)).texts(["a"])
 
 
-def test_without_the_package_its_extra_is_named(tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_its_extra(tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "clip_interrogator", None)
     with pytest.raises(UserError, match=r"im2emb\[captioners\]"):
         ClipInterrogator(str(tiny), Told())
@@ -444,9 +444,7 @@ def test_without_the_package_its_extra_is_named(tiny: Path, words: Path, monkeyp
 
 
 @pytest.mark.gpu
-def test_a_gpu_in_half_precision_gives_nearly_the_same_vectors(
-    tiny: Path, words: Path, images: list[torch.Tensor]
-) -> None:
+def test_fp16_vectors_on_a_gpu_are_close(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
     half, whole = Clip(str(tiny), "cuda"), Clip(str(tiny))
     assert (half.identity()["precision"], whole.identity()["precision"]) == ("fp16", "fp32")
     torch.testing.assert_close(half.texts(CAPTIONS).cpu(), whole.texts(CAPTIONS), rtol=0, atol=5e-3)

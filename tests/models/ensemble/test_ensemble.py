@@ -59,7 +59,7 @@ def brute_force(vectors: list[NDArray[np.float32]], target_nE: NDArray[Any]) -> 
 
 
 @pytest.mark.parametrize("noise", [(1.0, 2.0), (1.0, 1.5, 2.0), (0.5, 30.0, 0.7)])
-def test_weights_are_those_of_brute_force(noise: tuple[float, ...]) -> None:
+def test_weights_equal_brute_force(noise: tuple[float, ...]) -> None:
     targets = [unit(1 + i % 3, i) for i in range(60)]  # of one caption, two or three
     target_nE = mean_targets(targets)
     vectors = [noisy(target_nE.astype(np.float32), much, 100 + i) for i, much in enumerate(noise)]
@@ -72,7 +72,7 @@ def test_weights_are_those_of_brute_force(noise: tuple[float, ...]) -> None:
     assert fit_weights(vectors, target_nE).tobytes() == found.tobytes()
 
 
-def test_of_two_hills_the_higher_is_found() -> None:
+def test_weights_search_escapes_local_maximum() -> None:
     """Both ends and a point between can be local maxima: a search from equal weights alone stays on the wrong one."""
     several = 0
     for seed in range(40):
@@ -85,20 +85,20 @@ def test_of_two_hills_the_higher_is_found() -> None:
     assert several >= 5, "the test must hold such cases"
 
 
-def test_on_many_images_a_sample_shows_the_way_and_all_decide() -> None:
+def test_weights_search_starts_on_a_sample_and_ends_on_all_images() -> None:
     target_nE = unit(9000, 0, 4)
     vectors = [noisy(target_nE, much, 1 + i) for i, much in enumerate((1.0, 1.2, 1.4))]
     np.testing.assert_allclose(fit_weights(vectors, target_nE), brute_force(vectors, target_nE), atol=1e-3)
 
 
-def test_members_that_are_the_same_or_alone() -> None:
+def test_weights_of_equal_or_single_members() -> None:
     target_nE = unit(30, 0)
     one = noisy(target_nE, 1, 1)
     assert fit_weights([one], target_nE).tolist() == [1]
     np.testing.assert_allclose(fit_weights([one, 5 * one], target_nE), [0.5, 0.5], atol=1e-3)  # length is no quality
 
 
-def test_the_nested_score_of_three_noisy_copies_is_above_each() -> None:
+def test_out_of_fold_blend_of_noisy_copies_beats_each() -> None:
     target_nE = unit(400, 0)
     targets = list(target_nE[:, None])
     vectors = [noisy(target_nE, 1.0, 1 + i) for i in range(3)]
@@ -128,7 +128,7 @@ def test_each_fold_is_blended_by_weights_fitted_without_it() -> None:
     assert again.vector_nE.tobytes() == found.vector_nE.tobytes()
 
 
-def test_the_nested_score_of_noise_is_no_better_than_chance() -> None:
+def test_out_of_fold_score_of_noise_is_at_chance() -> None:
     """Weights fitted on the very images that they are scored on would find something in nothing."""
     fooled, honest = [], []
     for seed in range(5):
@@ -140,7 +140,7 @@ def test_the_nested_score_of_noise_is_no_better_than_chance() -> None:
     assert abs(np.mean(honest)) < 0.015  # two standard errors
 
 
-def test_vectors_that_cannot_be_blended_are_named() -> None:
+def test_invalid_vectors_are_refused_by_name() -> None:
     target_nE = unit(6, 0)
     bad, zero = unit(6, 1), unit(6, 2)
     bad[2:4, 1], zero[5] = np.nan, 0
@@ -182,7 +182,7 @@ def make_images(count: int = 4) -> list[torch.Tensor]:
     return [torch.randint(0, 256, (3, 40 + i, 50), dtype=torch.uint8, generator=generator) for i in range(count)]
 
 
-def test_an_ensemble_embeds_as_its_members_vectors_blend() -> None:
+def test_ensemble_embeds_the_blend_of_its_members() -> None:
     vectors = [3 * unit(4, 0), unit(4, 1), unit(4, 2)]
     found = Ensemble([Constant(v) for v in vectors], [2, 1, 1]).embed(make_images())
     expected = sum(w * normalize(torch.from_numpy(v), dim=-1) for w, v in zip((2, 1, 1), vectors, strict=True))
@@ -214,7 +214,7 @@ def mirrored(model: Regressor, images: list[torch.Tensor]) -> torch.Tensor:
         return model(torch.from_numpy(np.ascontiguousarray(square_BCHW.numpy()[..., ::-1])))
 
 
-def test_views_are_the_normalised_mean_over_mirror_images_and_sizes(three: list[Path]) -> None:
+def test_views_average_mirror_images_and_sizes(three: list[Path]) -> None:
     images = make_images()
     views = Views(lambda size: checkpoint.load(three[0], size), flip=True, sizes=(32, 64))
     small, large = checkpoint.load(three[0]), checkpoint.load(three[0], 64)
@@ -229,7 +229,7 @@ def test_views_are_the_normalised_mean_over_mirror_images_and_sizes(three: list[
         Views(lambda _: small, sizes=(32, 0, 32))
 
 
-def test_it_comes_back_from_one_folder_alone(
+def test_ensemble_loads_from_its_folder_alone(
     three: list[Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     copies = [shutil.copytree(place, tmp_path / "from" / str(i)) for i, place in enumerate(three)]
@@ -275,7 +275,7 @@ def test_it_comes_back_from_one_folder_alone(
     assert loader.embedder_config(folder)["encoder"] == "colours"
 
 
-def test_what_is_in_folders_below_reaches_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_member_files_are_synced_to_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     fsync = os.fsync
 
@@ -292,7 +292,7 @@ def test_what_is_in_folders_below_reaches_the_disk(tmp_path: Path, monkeypatch: 
     assert ends == {"", "/file", "/members", "/members/a", "/members/a/file"}
 
 
-def test_members_that_do_not_agree_are_all_named(three: list[Path], tmp_path: Path) -> None:
+def test_incompatible_members_are_all_named(three: list[Path], tmp_path: Path) -> None:
     other = save(tmp_path / "other", 4, width=E + 1, encoder="shapes")
     export(three[0], tmp_path / "bundle")
     members = [
@@ -327,7 +327,7 @@ def test_members_that_do_not_agree_are_all_named(three: list[Path], tmp_path: Pa
     assert not (tmp_path / "out").exists()
 
 
-def test_nothing_but_an_ensemble_is_overwritten(three: list[Path], tmp_path: Path) -> None:
+def test_only_an_ensemble_is_overwritten(three: list[Path], tmp_path: Path) -> None:
     member = Member("a", three[0], 1)
     for name in ("first", "second"):
         write_ensemble(tmp_path / "whole", [member], {"name": name})
@@ -339,7 +339,7 @@ def test_nothing_but_an_ensemble_is_overwritten(three: list[Path], tmp_path: Pat
     assert (tmp_path / "file").read_text() == "notes"
 
 
-def test_any_folder_that_embeds(three: list[Path], tmp_path: Path) -> None:
+def test_load_embedder_accepts_every_kind_of_folder(three: list[Path], tmp_path: Path) -> None:
     images = make_images()
     model = checkpoint.load(three[0])
     expected = model.embed(images)
@@ -360,7 +360,7 @@ def test_any_folder_that_embeds(three: list[Path], tmp_path: Path) -> None:
             loader.load_embedder(folder, sizes=(64,))
 
 
-def test_a_folder_is_known_by_what_its_vectors_depend_on(three: list[Path], tmp_path: Path) -> None:
+def test_embedder_identity_hashes_the_files_behind_the_vectors(three: list[Path], tmp_path: Path) -> None:
     copy = shutil.copytree(three[0], tmp_path / "copy")
     (copy / "notes.txt").write_text("not a part of it")
     known = loader.embedder_identity(copy)
@@ -383,7 +383,7 @@ def test_a_folder_is_known_by_what_its_vectors_depend_on(three: list[Path], tmp_
         loader.embedder_identity(tmp_path / "whole")
 
 
-def test_what_holds_no_embedder_is_refused(three: list[Path], tmp_path: Path) -> None:
+def test_folder_without_embedder_is_refused(three: list[Path], tmp_path: Path) -> None:
     (tmp_path / "model.ckpt").write_bytes(b"a pickle that would run")
     with pytest.raises(UserError, match=r"model\.ckpt is a file; name the folder"):
         loader.load_embedder(tmp_path / "model.ckpt")
@@ -418,7 +418,9 @@ def test_what_holds_no_embedder_is_refused(three: list[Path], tmp_path: Path) ->
         ({"members": None}, "is damaged: TypeError"),
     ],
 )
-def test_an_ensembles_config_is_checked(change: dict[str, Any], said: str, three: list[Path], tmp_path: Path) -> None:
+def test_damaged_ensemble_config_is_refused(
+    change: dict[str, Any], said: str, three: list[Path], tmp_path: Path
+) -> None:
     write_ensemble(tmp_path / "whole", [Member("a", three[0], 1)], {})
     path = tmp_path / "whole/config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
@@ -429,7 +431,7 @@ def test_an_ensembles_config_is_checked(change: dict[str, Any], said: str, three
 
 
 @pytest.mark.parametrize("backbone", ["test_vit", "test_efficientnet", "eva02_tiny_patch14_224"])
-def test_a_checkpoint_at_another_size_is_as_training_would_begin_there(backbone: str, tmp_path: Path) -> None:
+def test_checkpoint_at_another_size_equals_init_from(backbone: str, tmp_path: Path) -> None:
     """`load_into`, which is tested against timm."""
     save(tmp_path / "best", 0, backbone, 56 if "14" in backbone else 48)
     size = 84 if "14" in backbone else 96

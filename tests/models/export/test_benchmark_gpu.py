@@ -14,7 +14,7 @@ from models.regressor import make
 from tests.commands import run
 
 
-def test_the_script_runs_on_a_tiny_model(tmp_path: Path) -> None:
+def test_gpu_benchmark_runs_on_a_tiny_model(tmp_path: Path) -> None:
     done = run("benchmarks.infer_gpu", "--tiny", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr
     figures = json.loads((tmp_path / "figures.json").read_text())
@@ -28,7 +28,7 @@ def test_the_script_runs_on_a_tiny_model(tmp_path: Path) -> None:
     assert figures["tiny_precision"] == "fp32"
 
 
-def test_the_work_of_vit_l_14() -> None:
+def test_flops_of_vit_l_14() -> None:
     """By hand: 24 blocks of 1024, 257 tokens of 14 px."""
     with torch.device("meta"):
         model = make("vit_large_patch14_clip_224", "random", 224, 384)

@@ -20,7 +20,7 @@ def make_image(value: int) -> bytes:
     return buffer.getvalue()
 
 
-def test_they_come_from_files_and_tars(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_images_come_from_files_and_tars(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for i in range(4):
         (tmp_path / f"deeper/{i}.PNG").parent.mkdir(exist_ok=True)
         (tmp_path / f"deeper/{i}.PNG").write_bytes(make_image(i))
@@ -42,7 +42,7 @@ def test_they_come_from_files_and_tars(tmp_path: Path, caplog: pytest.LogCapture
     ]  # the first of three is bad.jpg
 
 
-def test_one_is_held_at_a_time(tmp_path: Path) -> None:
+def test_one_image_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """Of large photographs some hundreds would fill the memory."""
     for i in range(3):
         (tmp_path / f"{i}.png").write_bytes(make_image(i))
@@ -57,7 +57,7 @@ def test_one_is_held_at_a_time(tmp_path: Path) -> None:
         assert [each() for each in held] == [None] * len(held)
 
 
-def test_a_damaged_tar_is_warned_of_and_the_others_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_damaged_tar_is_logged_and_others_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     for name in ("cut", "whole"):
         with tarfile.open(tmp_path / f"{name}.tar", "w") as tar:
             for i in range(3):
@@ -74,7 +74,7 @@ def test_a_damaged_tar_is_warned_of_and_the_others_are_read(tmp_path: Path, capl
     assert "1 of 5 images" in caplog.text
 
 
-def test_a_folder_without_any_is_refused_at_once(tmp_path: Path) -> None:
+def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no image \(\.jpg, \.jpeg, .*, \.avif\) below"):
         read_check_images(tmp_path, 5)
     with pytest.raises(UserError, match="is not a folder"):

@@ -61,9 +61,7 @@ def save(folder: Path, backbone: str, size: int, seed: int = 0, head: str = "lin
     return folder
 
 
-def test_it_holds_weights_without_probes_and_says_nothing_of_where_data_lay(
-    bundle: Path, tiny_run: Path, small_data: Path
-) -> None:
+def test_bundle_has_no_probes_and_no_data_paths(bundle: Path, tiny_run: Path, small_data: Path) -> None:
     assert not [name for name in load_file(bundle / "model.safetensors") if name.startswith("probe")]
     assert (bundle / "model.safetensors").stat().st_mode & 0o444 == 0o444
     config = json.loads((bundle / "config.json").read_text())
@@ -75,7 +73,7 @@ def test_it_holds_weights_without_probes_and_says_nothing_of_where_data_lay(
     assert (member["backbone"], member["sizes"], config["encoder"]) == (theirs["backbone"], [32], theirs["encoder"])
 
 
-def test_weights_from_a_file_do_not_tell_where_it_lay(tmp_path: Path) -> None:
+def test_bundle_has_no_path_of_weights(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 32)
     path = tmp_path / "best/config.json"
     told = {"weights": "/disk/alice/clip.safetensors", "interpolated": {"a": "/disk/alice/a"}, "step": 3}
@@ -87,7 +85,7 @@ def test_weights_from_a_file_do_not_tell_where_it_lay(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0.5, 0.99])
-def test_damaged_weights_of_a_bundle_are_refused(bundle: Path, tmp_path: Path, place: float) -> None:
+def test_damaged_bundle_weights_are_refused(bundle: Path, tmp_path: Path, place: float) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     path = tmp_path / "bundle/model.safetensors"
     data = bytearray(path.read_bytes())
@@ -97,7 +95,7 @@ def test_damaged_weights_of_a_bundle_are_refused(bundle: Path, tmp_path: Path, p
         load(tmp_path / "bundle", "cpu")
 
 
-def test_names_of_its_program_are_unique(bundle: Path) -> None:
+def test_names_in_predict_py_are_unique(bundle: Path) -> None:
     """Of files that are joined, a name that two of them give would be the second's."""
     body = ast.parse((bundle / "predict.py").read_text()).body
     names = Counter(node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef))
@@ -111,7 +109,7 @@ def test_names_of_its_program_are_unique(bundle: Path) -> None:
     assert not [name for name, count in names.items() if count > 1]
 
 
-def test_views_are_those_of_evaluation(tmp_path: Path) -> None:
+def test_bundle_views_equal_evaluation(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 64)
     assert export.export(tmp_path / "best", tmp_path / "bundle", flip=True, sizes=(64, 96)) < 1e-5
     images = drawn(6, 1)
@@ -125,7 +123,7 @@ def test_views_are_those_of_evaluation(tmp_path: Path) -> None:
         export.export(tmp_path / "best", tmp_path / "other", sizes=(0,))
 
 
-def test_an_ensemble_of_three_backbones_and_sizes_is_what_evaluation_blends(tiny_run: Path, tmp_path: Path) -> None:
+def test_ensemble_bundle_equals_evaluation(tiny_run: Path, tmp_path: Path) -> None:
     """By `train.evaluate`, on its images, with views."""
     members = [Member("regressor", tiny_run, 0.5, sizes=(32, 48))]
     for name, backbone, size, weight in (("conv", "test_efficientnet", 48, 0.3), ("large", "test_convnext", 64, 0.2)):
@@ -151,7 +149,7 @@ def test_an_ensemble_of_three_backbones_and_sizes_is_what_evaluation_blends(tiny
         export.export(saved, tmp_path / "other", flip=True)
 
 
-def test_an_image_that_cannot_be_read_gets_the_blended_mean(tmp_path: Path) -> None:
+def test_unreadable_image_gets_the_blended_mean(tmp_path: Path) -> None:
     places = [save(tmp_path / name, "test_vit", 32, seed) for seed, name in enumerate("ab")]
     members = [Member(place.name, place, weight) for place, weight in zip(places, (3, 1), strict=True)]
     write_ensemble(tmp_path / "both", members, {})
@@ -165,7 +163,7 @@ def test_an_image_that_cannot_be_read_gets_the_blended_mean(tmp_path: Path) -> N
     torch.testing.assert_close(found[1:], predictor.embed(drawn(1)), atol=1e-6, rtol=0)
 
 
-def test_half_the_bytes_cost_little(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_fp16_weights_halve_the_size(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
     export.export(tiny_run / "best", tmp_path / "half", precision="fp16")
     small, large = ((folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", bundle))
     assert small < 0.55 * large
@@ -191,7 +189,7 @@ def scaled(folder: Path, factor: float) -> Regressor:
     return model
 
 
-def test_variances_that_fp16_cannot_hold_stay(tmp_path: Path) -> None:
+def test_batch_norm_variances_stay_fp32(tmp_path: Path) -> None:
     model = scaled(tmp_path / "best", 1e3)
     export.export(tmp_path / "best", tmp_path / "bundle")
     exact = model.embed(drawn(5, 2))
@@ -201,7 +199,7 @@ def test_variances_that_fp16_cannot_hold_stay(tmp_path: Path) -> None:
         assert half.redone == 0
 
 
-def test_what_overflows_in_fp16_is_computed_again_from_the_files(tmp_path: Path) -> None:
+def test_fp16_overflow_is_computed_again_in_fp32(tmp_path: Path) -> None:
     model = scaled(tmp_path / "best", 1e7)
     export.export(tmp_path / "best", tmp_path / "bundle")
     half = load(tmp_path / "bundle", "cpu", "fp16")
@@ -209,7 +207,7 @@ def test_what_overflows_in_fp16_is_computed_again_from_the_files(tmp_path: Path)
     assert half.redone == 1
 
 
-def test_sizes_share_their_weights(tmp_path: Path) -> None:
+def test_sizes_share_weights(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 64)
     export.export(tmp_path / "best", tmp_path / "bundle", sizes=(64, 96))
     for precision in ("fp32", "bf16"):
@@ -218,7 +216,7 @@ def test_sizes_share_their_weights(tmp_path: Path) -> None:
         assert one.pos_embed.data_ptr() != other.pos_embed.data_ptr()
 
 
-def test_a_checkpoint_from_before_images_were_cut_so(tmp_path: Path) -> None:
+def test_checkpoint_of_an_older_preprocess_version_exports(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 32)
     tensors = load_file(tmp_path / "best/model.safetensors")
     tensors["probe_vectors"] += 0.1  # as if of other crops
@@ -237,12 +235,12 @@ def test_a_checkpoint_from_before_images_were_cut_so(tmp_path: Path) -> None:
         ([np.zeros((5, 5, 3))], "image 0: neither a path, a PIL image"),
     ],
 )
-def test_what_is_no_list_of_images_is_refused(images: Any, reason: str, bundle: Path) -> None:
+def test_invalid_image_lists_are_refused(images: Any, reason: str, bundle: Path) -> None:
     with pytest.raises(ValueError, match=re.escape(reason)):
         load(bundle, "cpu").embed(images)
 
 
-def test_arrays_that_cannot_be_written_to_are_taken(bundle: Path) -> None:
+def test_read_only_arrays_are_accepted(bundle: Path) -> None:
     pixels_HWC = np.random.default_rng(0).integers(0, 256, (30, 40, 3), np.uint8)
     pixels_HWC.flags.writeable = False
     found = load(bundle, "cpu").embed(image for image in [pixels_HWC])
@@ -257,7 +255,7 @@ def test_arrays_that_cannot_be_written_to_are_taken(bundle: Path) -> None:
         ({"backbone": "test_convnext"}, "The bundle was written with timm "),
     ],
 )
-def test_a_bundle_that_does_not_fit_what_is_installed(
+def test_bundle_that_does_not_fit_installed_packages_is_refused(
     change: dict[str, str], reason: str, bundle: Path, tmp_path: Path
 ) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
@@ -268,7 +266,7 @@ def test_a_bundle_that_does_not_fit_what_is_installed(
         load(tmp_path / "bundle")
 
 
-def test_a_tower_that_looks_at_values_as_it_is_made(bundle: Path, tmp_path: Path) -> None:
+def test_tower_that_reads_values_in_its_constructor(bundle: Path, tmp_path: Path) -> None:
     """As timm's did before 1.0.21: on the device meta there are none."""
     shutil.copytree(bundle, tmp_path / "bundle")
     program = (tmp_path / "bundle/predict.py").read_text()
@@ -279,7 +277,7 @@ def test_a_tower_that_looks_at_values_as_it_is_made(bundle: Path, tmp_path: Path
     torch.testing.assert_close(load(tmp_path / "bundle", "cpu").embed(drawn(2)), expected)
 
 
-def test_a_tag_that_came_after_the_installed_timm_is_not_needed(bundle: Path, tmp_path: Path) -> None:
+def test_unknown_timm_tag_is_ignored(bundle: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "bundle")
     config = json.loads((bundle / "config.json").read_text())
     config["members"][0]["backbone"] += ".of_next_year"
@@ -288,7 +286,7 @@ def test_a_tag_that_came_after_the_installed_timm_is_not_needed(bundle: Path, tm
     torch.testing.assert_close(load(tmp_path / "bundle", "cpu").embed(drawn(2)), expected)
 
 
-def test_fp16_that_costs_too_much_is_refused(tmp_path: Path) -> None:
+def test_too_large_fp16_error_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 32)
     tensors = load_file(tmp_path / "best/model.safetensors")
     tensors["head.weight"] *= 1e-7  # below what fp16 can tell apart
@@ -301,22 +299,22 @@ def test_fp16_that_costs_too_much_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("written", "meant"), [(3.11, "3.11"), (3.1, "3.10"), ("3.12", "3.12"), (3.9, "3.9")])
-def test_a_version_that_was_read_as_a_number(written: str | float, meant: str) -> None:
+def test_python_version_read_as_a_number(written: str | float, meant: str) -> None:
     assert WheelsSettings(written, "manylinux_2_28_x86_64").version() == meant
 
 
-def test_settings_that_do_nothing_are_refused() -> None:
+def test_settings_without_effect_are_refused() -> None:
     values = compose("export", ["check_images=x", "public=true", "runtimes=[]", "push=null"])
     with pytest.raises(UserError, match=r"images: x are for exported models(.|\n)*public, dry_run: need push="):
         settings(ExportSettings, {k: v for k, v in values.items() if k != "hydra"})
 
 
-def test_a_bundle_is_not_exported_again(bundle: Path, tmp_path: Path) -> None:
+def test_bundle_cannot_be_exported_again(bundle: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is already a bundle; name the checkpoint or the ensemble"):
         export.export(bundle, tmp_path / "out")
 
 
-def test_it_imports_nothing_of_ours(bundle: Path) -> None:
+def test_bundle_imports_nothing_of_the_project(bundle: Path) -> None:
     tree = ast.parse((bundle / "predict.py").read_text())
 
     def roots(nodes: list[ast.stmt]) -> set[str]:
@@ -338,14 +336,14 @@ def test_it_imports_nothing_of_ours(bundle: Path) -> None:
     assert roots(everywhere) <= {"torch", "timm", "safetensors", "PIL", "numpy"} | others
 
 
-def test_exported_again_it_has_the_same_bytes(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_export_is_reproducible(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
     export.export(tiny_run / "best", tmp_path / "again")
     export.export(tiny_run / "best", tmp_path / "again")
     assert contents(tmp_path / "again") == contents(bundle)
     assert [p.name for p in tmp_path.iterdir()] == ["again"]
 
 
-def test_parity_is_refused_when_a_probe_vector_differs(tiny_run: Path, tmp_path: Path) -> None:
+def test_differing_probe_vector_refuses_the_export(tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run / "best", tmp_path / "altered")
     tensors = load_file(tmp_path / "altered/model.safetensors")
     tensors["probe_vectors"][5, 7] += 3e-5
@@ -355,7 +353,7 @@ def test_parity_is_refused_when_a_probe_vector_differs(tiny_run: Path, tmp_path:
     assert [p.name for p in tmp_path.iterdir()] == ["altered"]
 
 
-def test_a_strangers_folder_is_not_overwritten(tiny_run: Path, tmp_path: Path) -> None:
+def test_other_folders_are_not_overwritten(tiny_run: Path, tmp_path: Path) -> None:
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis/chapter1.tex").write_text("It was a dark and stormy night")
     (tmp_path / "file").write_text("a file")
@@ -375,7 +373,7 @@ def test_a_strangers_folder_is_not_overwritten(tiny_run: Path, tmp_path: Path) -
     assert (tmp_path / "empty/submission.csv").read_text() == "mine"
 
 
-def test_a_full_disk_leaves_the_old_bundle(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
+def test_full_disk_keeps_the_old_bundle(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(bundle, tmp_path / "out")
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
@@ -388,7 +386,7 @@ def test_a_full_disk_leaves_the_old_bundle(bundle: Path, tiny_run: Path, tmp_pat
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
-def test_the_newest_best_checkpoint_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_newest_best_checkpoint_is_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     with pytest.raises(UserError, match=r"no checkpoints/\*/best: train first"):
         checkpoint.newest_checkpoint()
@@ -403,7 +401,7 @@ def test_the_newest_best_checkpoint_is_the_default(tmp_path: Path, monkeypatch: 
 
 @pytest.mark.parametrize("head", ["linear", "wide"])
 @pytest.mark.parametrize("backbone", ["test_vit", "test_efficientnet", "test_convnext", "test_vit3"])
-def test_a_bundle_gives_the_checkpoints_vectors(backbone: str, head: str, tmp_path: Path) -> None:
+def test_bundle_gives_the_vectors_of_the_checkpoint(backbone: str, head: str, tmp_path: Path) -> None:
     """Also of towers that compute what they need at a size, which no file holds."""
     save(tmp_path / "best", backbone, 64, head=head)
     assert export.export(tmp_path / "best", tmp_path / "bundle") < 1e-5
@@ -412,7 +410,7 @@ def test_a_bundle_gives_the_checkpoints_vectors(backbone: str, head: str, tmp_pa
     torch.testing.assert_close(found, checkpoint.load(tmp_path / "best").embed(images), atol=1e-5, rtol=0)
 
 
-def test_a_checkpoint_from_before_there_were_other_heads(tiny_run: Path, tmp_path: Path) -> None:
+def test_checkpoint_without_head_keys_exports(tiny_run: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_run / "best", tmp_path / "best")
     path = tmp_path / "best/config.json"
     config = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("head", "head_width")}
@@ -420,6 +418,6 @@ def test_a_checkpoint_from_before_there_were_other_heads(tiny_run: Path, tmp_pat
     assert export.export(tmp_path / "best", tmp_path / "bundle") < 1e-5
 
 
-def test_a_bundle_is_an_embedder(bundle: Path, tiny_run: Path) -> None:
+def test_bundle_is_an_embedder(bundle: Path, tiny_run: Path) -> None:
     _, probes, vectors = checkpoint.load_extras(tiny_run / "best")
     torch.testing.assert_close(loader.load_bundle(bundle).embed(probes), vectors, atol=1e-5, rtol=0)

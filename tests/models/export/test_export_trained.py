@@ -60,11 +60,11 @@ def exported(run: Path, data: Path) -> dict[str, torch.Tensor]:
     [TWO, FSDP, COMPILED, (*TWO, *COMPILED, *LORA, *EMA), (*FSDP, *LORA, *EMA)],
     ids=["ddp", "fsdp2", "compiled", "ddp-compiled-lora-ema", "fsdp2-lora-ema"],
 )
-def test_trained_at_scale(overrides: tuple[str, ...], small_data: Path, tmp_path: Path) -> None:
+def test_distributed_runs_export(overrides: tuple[str, ...], small_data: Path, tmp_path: Path) -> None:
     exported(trained(small_data, tmp_path / "run", *overrides), small_data)
 
 
-def test_adapters_are_merged(small_data: Path, tmp_path: Path) -> None:
+def test_lora_adapters_are_merged(small_data: Path, tmp_path: Path) -> None:
     """The bundle's weights are those of training with B·A, scaled, added."""
     assert train(small_data, tmp_path / "run", *LORA) == 0
     tensors = exported(tmp_path / "run", small_data)
@@ -76,7 +76,7 @@ def test_adapters_are_merged(small_data: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(tensors[f"{name}.weight"], merged, atol=1e-6, rtol=0)
 
 
-def test_averaged_weights_are_those_exported(small_data: Path, tmp_path: Path) -> None:
+def test_ema_weights_are_exported(small_data: Path, tmp_path: Path) -> None:
     assert train(small_data, tmp_path / "run", *EMA) == 0
     tensors = exported(tmp_path / "run", small_data)
     resume = torch.load(tmp_path / "run/resume.ckpt", weights_only=True)

@@ -152,7 +152,7 @@ def agrees(made: Path, model_folder: Path, shared: Path) -> None:
     np.testing.assert_allclose(values.reshape(7, E), expected, atol=1e-5)
 
 
-def test_the_notebook_runs_end_to_end(
+def test_notebook_runs_end_to_end(
     isolation: list[str], fresh_python: Callable[..., Path], tiny_run: Path, shared: Path, tmp_path: Path
 ) -> None:
     export.export(tiny_run / "best", tmp_path / "bundle")
@@ -169,7 +169,7 @@ def test_the_notebook_runs_end_to_end(
     assert said["check"].endswith("All images were read.\n")
 
 
-def test_its_wheels_install_without_network(
+def test_wheels_install_without_network(
     isolation: list[str], fresh_python: Callable[..., Path], shared: Path, tmp_path: Path
 ) -> None:
     """A bundle that asks for open_clip, in a Python that has torch and torchvision alone: the notebook's own cells."""

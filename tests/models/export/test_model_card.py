@@ -84,7 +84,7 @@ def row(text: str, first: str) -> list[str]:
     return [cell.strip() for cell in found[0].strip("|").split("|")]
 
 
-def test_the_hub_reads_its_front_matter() -> None:
+def test_hub_reads_the_front_matter() -> None:
     data = front_matter(model_card.render_card(ONE, CardDetails(licence="apache-2.0")))
     assert data["license"] == "apache-2.0"
     assert data["pipeline_tag"] == "image-feature-extraction"
@@ -100,20 +100,20 @@ def test_the_hub_reads_its_front_matter() -> None:
         ("tf_efficientnet_lite0", "pretrained"),
     ],
 )
-def test_a_base_model_that_is_not_known_is_not_named(backbone: str, weights: str) -> None:
+def test_unknown_base_model_is_omitted(backbone: str, weights: str) -> None:
     assert "base_model" not in front_matter(
         model_card.render_card(config(member("model", backbone, weights=weights)), CardDetails())
     )
 
 
-def test_an_open_clip_model_is_named_by_its_repository() -> None:
+def test_open_clip_base_model_is_its_repository() -> None:
     open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed: pip install -e '.[clip]'")
     known = open_clip.get_pretrained_cfg("ViT-H-14", "laion2b_s32b_b79k")["hf_hub"].strip("/")
     bundle_config = config(member("model", "open_clip:ViT-H-14/laion2b_s32b_b79k", weights="pretrained"))
     assert front_matter(model_card.render_card(bundle_config, CardDetails()))["base_model"] == [known]
 
 
-def test_without_a_licence_it_says_so() -> None:
+def test_missing_licence_is_stated() -> None:
     text = model_card.render_card(ONE, CardDetails())
     assert front_matter(text)["license"] == "other"
     assert "no licence was given" in text
@@ -125,7 +125,7 @@ def test_without_a_licence_it_says_so() -> None:
     ("licence", "kaggle"),
     [("apache-2.0", "apache-2.0"), ("cc0-1.0", "CC0-1.0"), ("cc-by-nc-4.0", "CC-BY-NC-4.0"), ("openrail", "other")],
 )
-def test_kaggles_names_of_licences(licence: str, kaggle: str) -> None:
+def test_kaggle_names_of_licences(licence: str, kaggle: str) -> None:
     metadata = dataset_metadata(ONE, CardDetails(licence=licence))
     assert metadata["licenses"] == [{"name": kaggle}]
     assert f"Weights: {licence}." in metadata["description"]
@@ -141,7 +141,7 @@ def test_members_and_score() -> None:
     assert row(text, "quickstart") == ["quickstart", "7,190", "810", f"`{'64' * 32}`"]
 
 
-def test_a_model_that_was_not_judged_has_no_score() -> None:
+def test_model_without_evaluation_has_no_score() -> None:
     text = model_card.render_card(config(member("ridge", "tf_efficientnet_lite0", score=None)), CardDetails())
     assert "Mean cosine on" not in text
     assert "No score on held-out images is known" in text
@@ -150,7 +150,7 @@ def test_a_model_that_was_not_judged_has_no_score() -> None:
     assert row(text, "ridge")[-4:] == ["–", "–", "–", "–"]
 
 
-def test_held_out_is_said_of_scores_without_leakage_alone() -> None:
+def test_only_scores_without_leakage_are_held_out() -> None:
     clean = {"mean": 0.61, "low": 0.6, "high": 0.62, "images": 400}
     near = LeakageCounts(810, 0, 0, 5, 5)
     cases: list[tuple[LeakageCounts | None, str]] = [
@@ -187,14 +187,14 @@ def test_held_out_is_said_of_scores_without_leakage_alone() -> None:
     assert "Not every score above is of held-out images" in text
 
 
-def test_the_score_of_one_view_is_said_to_be_that() -> None:
+def test_single_view_score_is_labelled() -> None:
     about = member("model", "tf_efficientnet_lite0") | {"flip": True, "sizes": [224, 280]}
     text = model_card.render_card(config(about), CardDetails())
     assert "0.673 – 0.689, with one view per image at 224 px." in text
     assert "| linear | 224, 280 | yes | 1.000 |" in text
 
 
-def test_the_recipe() -> None:
+def test_recipe_lines() -> None:
     text = model_card.render_card(ONE, CardDetails(recipes={"model": SETTINGS}))
     for words in (
         "3 epochs, 32 images per step, seed 7, bf16; best step 600 of 672",
@@ -245,7 +245,7 @@ def test_each_member_has_its_recipe() -> None:
         ("transformers:blip2_vision", "torch, numpy, pillow, safetensors, timm and transformers"),
     ],
 )
-def test_it_names_the_packages_that_its_members_ask_for(backbone: str, packages: str) -> None:
+def test_card_lists_required_packages(backbone: str, packages: str) -> None:
     text = model_card.render_card(config(member("model", backbone), graphs=GRAPHS), CardDetails())
     assert f"\nNeeds {packages}, and no network." in text
 
@@ -261,11 +261,11 @@ def test_it_names_the_packages_that_its_members_ask_for(backbone: str, packages:
         (0.0345, "0.0345"),
     ],
 )
-def test_distances_in_words(value: float, words: str) -> None:
+def test_format_distance(value: float, words: str) -> None:
     assert model_card.format_distance(value) == words
 
 
-def test_what_half_precision_costs() -> None:
+def test_fp16_cost() -> None:
     half = {"mean_distance": 2.4e-6, "max_distance": 8.1e-6, "pictures": 1200}
     assert (
         "Cosine distance of fp16 weights from fp32: 2.4e-06 on average, 8.1e-06 at most, on 1,200 images."
@@ -274,7 +274,7 @@ def test_what_half_precision_costs() -> None:
     assert "Cosine distance of fp16" not in model_card.render_card(ONE, CardDetails())
 
 
-def test_graphs_and_what_int8_costs() -> None:
+def test_exported_models_and_int8_cost() -> None:
     text = model_card.render_card(ONE | {"graphs": GRAPHS}, CardDetails())
     assert row(text, "`onnx`") == ["`onnx`", "`graphs/model.onnx`", "\\< 1e-7", "3.4e-07", "500"]
     assert "Cosine distance of int8: 0.0012 on average, 0.0345 at most." in text
@@ -296,7 +296,7 @@ def test_files_and_sizes() -> None:
     assert "## Files" not in model_card.render_card(ONE, CardDetails())
 
 
-def test_it_holds_no_path_of_this_machine_and_no_date_and_is_the_same_again() -> None:
+def test_card_is_reproducible_without_paths_and_dates() -> None:
     details = CardDetails(recipes={"model": SETTINGS}, files=FILES)
     for text in (model_card.render_card(ONE, details), json.dumps(dataset_metadata(ONE, details))):
         assert not re.search(r"/place|somebody|20[2-9]\d-", text)
@@ -309,7 +309,7 @@ def test_it_holds_no_path_of_this_machine_and_no_date_and_is_the_same_again() ->
 @pytest.mark.parametrize(
     "title", [None, "Bilder → Sätze", "→→→→→→", "A title of just as many characters as they take.."]
 )
-def test_the_metadata_is_within_the_bounds_of_kaggles_client(bundle_config: dict[str, Any], title: str | None) -> None:
+def test_metadata_fits_the_bounds_of_the_kaggle_client(bundle_config: dict[str, Any], title: str | None) -> None:
     """Bounds from the client's source; test_upload.py runs the client."""
     metadata = dataset_metadata(bundle_config, CardDetails(title=title))
     assert metadata_problems(metadata) == []
@@ -323,7 +323,7 @@ def test_the_metadata_is_within_the_bounds_of_kaggles_client(bundle_config: dict
     assert not metadata["description"].startswith("---")
 
 
-def test_what_it_refuses() -> None:
+def test_invalid_details_are_refused() -> None:
     with pytest.raises(UserError) as error:
         model_card.render_card(ONE, CardDetails(title="No", licence="Apache 2.0", author="\n"))
     for words in ("title: 'No' has 2 characters, not 6 to 50", "licence: 'Apache 2.0' is not a short name", "author: "):
@@ -335,7 +335,7 @@ def test_what_it_refuses() -> None:
     assert metadata_problems({}) == ["title: missing", "id: missing", "licenses: missing"]
 
 
-def test_names_cannot_break_its_tables() -> None:
+def test_names_are_escaped_in_tables() -> None:
     text = model_card.render_card(config(member("a|b", "tf_efficientnet_lite0")), CardDetails(author="<script>"))
     assert "| a\\|b |" in text
     assert "By \\<script\\>." in text

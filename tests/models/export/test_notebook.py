@@ -64,7 +64,7 @@ def execute() -> None:
         exec(source, names)
 
 
-def test_it_is_a_valid_notebook_for_kaggle() -> None:
+def test_notebook_is_valid_for_kaggle() -> None:
     document = nbformat.reads(notebook(CONFIG), 4)
     nbformat.validate(document)
     assert (document.nbformat, document.nbformat_minor) == (4, 5)
@@ -76,11 +76,11 @@ def test_it_is_a_valid_notebook_for_kaggle() -> None:
     assert 'Path("/kaggle/input")' in document.cells[1].source
 
 
-def test_the_same_config_gives_the_same_text() -> None:
+def test_equal_configs_give_equal_notebooks() -> None:
     assert notebook(CONFIG) == notebook(json.loads(json.dumps(CONFIG)))
 
 
-def test_it_names_the_members_of_an_ensemble() -> None:
+def test_notebook_lists_ensemble_members() -> None:
     members = [
         {**MEMBER, "weight": 0.75, "flip": True},
         {**MEMBER, "backbone": "open_clip:RN50", "weight": 0.25, "sizes": [224, 280]},
@@ -90,14 +90,14 @@ def test_it_names_the_members_of_an_ensemble() -> None:
     assert "* `open_clip:RN50` at 224 px, 280 px, weight 0.250\n" in about
 
 
-def test_its_cells_ask_for_pythons_own_library_alone() -> None:
+def test_cells_import_the_standard_library_only() -> None:
     nodes = [node for source in cells().values() for node in ast.walk(ast.parse(source))]
     found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     found |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
     assert found <= sys.stdlib_module_names
 
 
-def test_it_predicts_and_checks(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_cells_predict_and_check(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     execute()
     out = capfd.readouterr().out
     competition = kaggle / "competitions/image-to-prompts"
@@ -109,7 +109,7 @@ def test_it_predicts_and_checks(kaggle: Path, capfd: pytest.CaptureFixture[str])
     assert "All images were read." not in out
 
 
-def test_every_image_was_read(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_all_images_read(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle(kaggle / "datasets/someone/im2emb", MADE, unreadable="")
     execute()
     assert capfd.readouterr().out.endswith("\nAll images were read.\n")
@@ -120,7 +120,7 @@ def test_every_image_was_read(kaggle: Path, capfd: pytest.CaptureFixture[str]) -
     [(SAMPLE, ""), (MADE, "id,path,reason\nb,b.png,not reached\na,a.png,cut off\n")],
     ids=["all the same", "all listed"],
 )
-def test_a_submission_that_was_made_of_no_image_stops_it(
+def test_submission_of_mean_vectors_only_fails(
     made: str, unreadable: str, kaggle: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     bundle(kaggle / "datasets/someone/im2emb", made, unreadable)
@@ -129,14 +129,14 @@ def test_a_submission_that_was_made_of_no_image_stops_it(
     assert "All images were read." not in capfd.readouterr().out
 
 
-def test_one_image_may_be_unreadable(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_single_unreadable_image_is_accepted(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (kaggle / "competitions/image-to-prompts/sample_submission.csv").write_text("imgId_eId,val\na_0,0\na_1,0\n")
     bundle(kaggle / "datasets/someone/im2emb", "imgId_eId,val\na_0,1\na_1,0\n")
     execute()
     assert "submission.csv: 1 images × 2 rows" in capfd.readouterr().out
 
 
-def test_names_of_any_bytes_and_many_of_them(kaggle: Path) -> None:
+def test_arbitrary_file_names(kaggle: Path) -> None:
     """In a kernel whose locale is C, too: the files are read as UTF-8. A long list is cut."""
     names = ["\udcff", "ü", "two\nlines", *(f"{i:03d}" for i in range(30))]
     head = "imgId_eId,val\n"
@@ -161,7 +161,7 @@ def test_names_of_any_bytes_and_many_of_them(kaggle: Path) -> None:
     assert out.endswith("\n  016, 016.png, cut off\n")
 
 
-def test_elsewhere_it_looks_beside_itself(
+def test_notebook_searches_its_own_folder(
     kaggle: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.delenv("IM2EMB_INPUT")
@@ -171,7 +171,7 @@ def test_elsewhere_it_looks_beside_itself(
 
 
 @pytest.mark.parametrize("config", [b"[]", b'"bundle"', b"kind = bundle", b"", b"\xff\xfe", None])
-def test_another_data_set_that_has_a_predict_py_does_not_stop_it(
+def test_other_dataset_with_a_predict_py_is_ignored(
     kaggle: Path, config: bytes | None, capfd: pytest.CaptureFixture[str]
 ) -> None:
     other = kaggle / "datasets/another/model"
@@ -183,7 +183,7 @@ def test_another_data_set_that_has_a_predict_py_does_not_stop_it(
     assert "submission.csv: 2 images" in capfd.readouterr().out
 
 
-def test_a_failure_of_predict_stops_it(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_failure_of_predict_stops_the_notebook(kaggle: Path, capfd: pytest.CaptureFixture[str]) -> None:
     bundle(kaggle / "datasets/someone/im2emb", MADE, code=3)
     with pytest.raises(RuntimeError, match=r"predict\.py .* failed with exit code 3; see its output above"):
         execute()
@@ -196,18 +196,18 @@ def test_a_failure_of_predict_stops_it(kaggle: Path, capfd: pytest.CaptureFixtur
         (SAMPLE.replace("b_1", "a_1"), r"row 2 of submission.csv is \['a_1', '0'\], but that of .* is \['b_1', '0'\]"),
         (SAMPLE + "c_0,0\n", r"row 5 of submission.csv is \['c_0', '0'\], but that of .* is None"),
         (SAMPLE.removesuffix("a_1,0\n"), r"row 4 of submission.csv is None, but that of .* is \['a_1', '0'\]"),
-        (SAMPLE.replace("a_0,0", "a_0,nan"), r"row 3 of submission.csv is \['a_0', 'nan'\]"),
+        (SAMPLE.replace("a_0,0", "a_0,nan"), r"row 3 of submission.csv is not finite: \['a_0', 'nan'\]"),
         (SAMPLE.replace("a_0,0", "a_0"), r"row 3 of submission.csv is \['a_0'\], but that of .* is \['a_0', '0'\]"),
         ("imgId_eId,val\n", r"row 1 of submission.csv is None"),
     ],
 )
-def test_a_submission_that_would_score_nothing_stops_it(kaggle: Path, made: str, message: str) -> None:
+def test_invalid_submission_stops_the_notebook(kaggle: Path, made: str, message: str) -> None:
     bundle(kaggle / "datasets/someone/im2emb", made)
     with pytest.raises(ValueError, match=message):
         execute()
 
 
-def test_a_sample_of_another_width_stops_it(kaggle: Path) -> None:
+def test_sample_of_another_width_stops_the_notebook(kaggle: Path) -> None:
     odd = SAMPLE.removesuffix("a_1,0\n")
     (kaggle / "competitions/image-to-prompts/sample_submission.csv").write_text(odd)
     bundle(kaggle / "datasets/someone/im2emb", odd)
@@ -225,7 +225,7 @@ def test_a_sample_of_another_width_stops_it(kaggle: Path) -> None:
         ("no images", "expected one sample_submission.csv with images/ beside it below .*, found: none"),
     ],
 )
-def test_an_input_that_is_not_there_is_named(kaggle: Path, change: str, message: str) -> None:
+def test_missing_input_is_named(kaggle: Path, change: str, message: str) -> None:
     found = kaggle / "datasets/someone/im2emb"
     if change == "no bundle":
         shutil.rmtree(found)

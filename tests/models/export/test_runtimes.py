@@ -108,7 +108,7 @@ def written(conv: Network, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     ],
     ids=["vit", "convnext", "blip2", "ensemble", "two ways to resize"],
 )
-def test_each_gives_what_the_network_gives(members: list[Any], tmp_path: Path) -> None:
+def test_exported_models_equal_the_network(members: list[Any], tmp_path: Path) -> None:
     import onnxruntime
     import openvino
 
@@ -143,14 +143,16 @@ def test_each_gives_what_the_network_gives(members: list[Any], tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("kind", "largest"), [("onnx", 1e-9), ("openvino", 1e-9), ("openvino_int8", 0.05)])
-def test_the_bundle_runs_them(kind: str, largest: float, conv: Network, written: tuple[Path, dict[str, Any]]) -> None:
+def test_open_runtime_runs_exported_models(
+    kind: str, largest: float, conv: Network, written: tuple[Path, dict[str, Any]]
+) -> None:
     graph = open_runtime(*written, kind, 2)
     for count in (1, 5):
         images = batch(conv, count)
         assert runtimes.cosine_distance(graph(images), own(conv, images)).max() < largest
 
 
-def test_in_bf16_it_is_about_the_same(conv: Network, written: tuple[Path, dict[str, Any]]) -> None:
+def test_bf16_is_close(conv: Network, written: tuple[Path, dict[str, Any]]) -> None:
     images = batch(conv, 5)
     for kind in ("openvino", "openvino_int8"):
         z_BE = open_runtime(*written, kind, 1, "bf16")(images)
@@ -158,7 +160,7 @@ def test_in_bf16_it_is_about_the_same(conv: Network, written: tuple[Path, dict[s
         assert runtimes.cosine_distance(z_BE, own(conv, images)).max() < 0.05
 
 
-def test_the_loss_of_int8_is_measured_on_images_that_it_was_not_calibrated_on(
+def test_int8_is_measured_on_images_without_calibration_images(
     conv: Network, written: tuple[Path, dict[str, Any]]
 ) -> None:
     folder, config = written
@@ -173,7 +175,7 @@ def test_the_loss_of_int8_is_measured_on_images_that_it_was_not_calibrated_on(
     assert (folder / "graphs/openvino-int8.bin").stat().st_size < (folder / "graphs/openvino.bin").stat().st_size
 
 
-def test_the_same_bytes_again_and_no_path_of_this_machine(
+def test_exported_models_are_reproducible_without_paths(
     conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     assert {"graphs": runtimes.write_runtimes(tmp_path, conv, runtimes.KINDS, make_images(18))} == written[1]
@@ -184,18 +186,20 @@ def test_the_same_bytes_again_and_no_path_of_this_machine(
             assert str(place).encode() not in data, f"{name} names {place}"
 
 
-def test_one_image_is_enough(conv: Network, tmp_path: Path) -> None:
+def test_one_image_suffices(conv: Network, tmp_path: Path) -> None:
     assert runtimes.write_runtimes(tmp_path, conv, ["torch"], make_images(1))["torch"]["pictures"] == 1
 
 
-def test_half_the_bytes_where_asked(conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_fp16_option_halves_openvino_weights(
+    conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
     about = runtimes.write_runtimes(tmp_path, conv, ["openvino"], make_images(2), fp16=True)
     assert about["openvino"]["max_distance"] < 1e-5
     sizes = [(folder / "graphs/openvino.bin").stat().st_size for folder in (tmp_path, written[0])]
     assert sizes[0] < 0.6 * sizes[1]
 
 
-def test_large_weights_have_a_file_of_their_own(conv: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_onnx_weights_go_to_a_second_file(conv: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "_ONE_FILE", 100_000)
     runtimes.write_runtimes(tmp_path, conv, ["onnx", "openvino"], make_images(2))
     sizes = {name: len(data) for name, data in contents(tmp_path).items()}
@@ -222,25 +226,25 @@ class Branching(Network):
 
 
 @pytest.mark.parametrize("kind", EXACT)
-def test_a_graph_that_differs_is_refused(kind: str, tmp_path: Path) -> None:
+def test_model_that_differs_is_refused(kind: str, tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Other)
     with pytest.raises(UserError, match=rf"the {kind} model differs .* on 3 images is \d\.\de.*, more than 0\.001"):
         runtimes.write_runtimes(tmp_path, model, [kind], make_images(3))
 
 
-def test_int8_that_is_no_model_is_refused(tmp_path: Path) -> None:
+def test_int8_model_that_differs_is_refused(tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Other)
     with pytest.raises(UserError, match=r"openvino_int8 model differs .*mean cosine distance .*, more than 0\.05"):
         runtimes.write_runtimes(tmp_path, model, ["openvino_int8"], make_images(4))
 
 
-def test_a_network_that_has_no_graph_is_refused(tmp_path: Path) -> None:
+def test_network_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Branching)
     with pytest.raises(UserError, match=r"this network cannot be exported as torch: .*; leave torch out"):
         runtimes.write_runtimes(tmp_path, model, ["torch"], make_images(2))
 
 
-def test_what_is_missing_is_told_before_any_work(
+def test_missing_packages_and_images_are_refused_first(
     conv: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(UserError, match=r"'tflite' unknown; use onnx, openvino, openvino_int8, torch"):
@@ -261,7 +265,7 @@ def test_what_is_missing_is_told_before_any_work(
         ("onnx", "fp32", r"model\.onnx cannot be loaded: .*; copy the bundle again"),
     ],
 )
-def test_the_bundle_says_what_is_wrong(kind: str, precision: str, words: str, tmp_path: Path) -> None:
+def test_open_runtime_errors_name_a_hint(kind: str, precision: str, words: str, tmp_path: Path) -> None:
     config = {"graphs": {"onnx": {"file": "model.onnx"}}}
     with pytest.raises(BundleError, match=r"model\.onnx is missing; copy the bundle again"):
         open_runtime(tmp_path, config, "onnx", 1)
@@ -271,7 +275,7 @@ def test_the_bundle_says_what_is_wrong(kind: str, precision: str, words: str, tm
 
 
 @pytest.mark.parametrize(("kind", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
-def test_the_bundle_says_what_to_install(
+def test_missing_runtime_package_is_named(
     kind: str, package: str, written: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -279,7 +283,7 @@ def test_the_bundle_says_what_to_install(
         open_runtime(*written, kind, 1)
 
 
-def test_nothing_is_sent(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_runtimes_send_no_telemetry(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Both runtimes would keep a number of this machine, and what is yet to be sent, in the home folder."""
     folder, config = written
     program = (
@@ -297,7 +301,7 @@ def test_nothing_is_sent(written: tuple[Path, dict[str, Any]], tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_on_500_real_images(shared: Path, tmp_path: Path) -> None:
+def test_exported_models_on_500_real_images(shared: Path, tmp_path: Path) -> None:
     files = sorted((shared / "flickr8k_1000").rglob("*.jpg"))[:500]
     if len(files) < 500:
         pytest.skip("../shared/data/flickr8k_1000 holds fewer than 500 images")

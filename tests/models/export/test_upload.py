@@ -131,13 +131,13 @@ def refused(done: "subprocess.CompletedProcess[str]") -> str:
         "kaggle:user/a--bundle", f"kaggle:user/{'x' * 51}", "kaggle:bundle", "hub:https://host/a",
     ],
 )  # fmt: skip
-def test_a_bad_address_is_refused_before_anything(address: str, tmp_path: Path) -> None:
+def test_invalid_address_is_refused_first(address: str, tmp_path: Path) -> None:
     assert len(upload.address_problems(address)) == 1
     with pytest.raises(UserError, match="push: "):
         upload.push(tmp_path / "nowhere", address, command="")
 
 
-def test_good_addresses() -> None:
+def test_valid_addresses() -> None:
     for address in (
         "hub:user/name",
         "hub:Some-Org/im2emb_v1.2",
@@ -150,19 +150,19 @@ def test_good_addresses() -> None:
 @pytest.mark.parametrize(
     "lacking", ["config.json", "model.safetensors", "graphs/model.onnx", "README.md", "predict.py"]
 )
-def test_only_a_whole_bundle_is_published(lacking: str, bundle: Path) -> None:
+def test_incomplete_bundle_is_refused(lacking: str, bundle: Path) -> None:
     (bundle / lacking).unlink()
     with pytest.raises(UserError, match="is not a bundle" if lacking == "config.json" else f"lacks {lacking}"):
         upload.push(bundle, "hub:user/name", command="")
 
 
-def test_a_checkpoint_is_no_bundle(bundle: Path) -> None:
+def test_checkpoint_is_refused(bundle: Path) -> None:
     (bundle / "config.json").write_text('{"format": 1}')
     with pytest.raises(UserError, match="is not a bundle; only bundles are uploaded"):
         upload.push(bundle, "kaggle:user/some-bundle", command="")
 
 
-def test_a_dry_run_tells_all_and_sends_nothing(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
+def test_dry_run_logs_and_sends_nothing(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     done = push(tmp_path, bundle, "hub:user/name", **hub.environment(tmp_path))
     assert done.stdout.strip() == f"{hub.url}/user/name"
     for words in (
@@ -178,7 +178,7 @@ def test_a_dry_run_tells_all_and_sends_nothing(tmp_path: Path, bundle: Path, hub
     assert hub.repos == {}
 
 
-def test_without_a_token_a_dry_run_asks_nobody(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
+def test_dry_run_without_token_stays_offline(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     env = hub.environment(tmp_path) | {"HF_TOKEN": ""}
     done = push(tmp_path, bundle, "hub:user/name", "public", **env)
     assert done.returncode == 0
@@ -191,7 +191,7 @@ def test_without_a_token_a_dry_run_asks_nobody(tmp_path: Path, bundle: Path, hub
 
 
 @pytest.mark.parametrize("visibility", ["private", "public"])
-def test_one_commit_holds_it_all(visibility: str, tmp_path: Path, bundle: Path, hub: HubServer) -> None:
+def test_hub_upload_is_one_commit(visibility: str, tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     done = push(tmp_path, bundle, "hub:team/name", "earnest", visibility, **hub.environment(tmp_path))
     assert done.returncode == 0, done.stderr
     repo = hub.repos["team/name"]
@@ -201,7 +201,7 @@ def test_one_commit_holds_it_all(visibility: str, tmp_path: Path, bundle: Path, 
     assert f"{hub.url}/team/name, commit {repo.sha}, {visibility}" in done.stderr
 
 
-def test_a_later_bundle_takes_the_place_of_the_earlier(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
+def test_new_bundle_replaces_the_old_one(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     env = hub.environment(tmp_path)
     push(tmp_path, bundle, "hub:user/name", "earnest", **env)
     repo = hub.repos["user/name"]
@@ -219,7 +219,7 @@ def test_a_later_bundle_takes_the_place_of_the_earlier(tmp_path: Path, bundle: P
     assert repo.files == {**sent(bundle), "picture.jpg": b"the user's", ".gitattributes": repo.files[".gitattributes"]}
 
 
-def test_what_is_there_is_not_spoilt(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
+def test_other_repositories_are_not_overwritten(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     env = hub.environment(tmp_path)
     hub.repos["user/bert"] = Repo(private=True, files={"config.json": b"{}", "model.safetensors": b"months of work"})
     hub.repos["user/shown"] = Repo(private=False)
@@ -248,7 +248,7 @@ def test_what_is_there_is_not_spoilt(tmp_path: Path, bundle: Path, hub: HubServe
         ("POST /api/validate-yaml", 500, "the hub cannot be reached, or fails: HfHubHTTPError"),
     ],
 )
-def test_what_the_hub_refuses(
+def test_hub_errors_are_explained(
     fault: str, status: int, words: str, tmp_path: Path, bundle: Path, hub: HubServer
 ) -> None:
     said = f"no: {hub_server.TOKEN}"  # a server that repeats what it should not
@@ -258,7 +258,7 @@ def test_what_the_hub_refuses(
     assert not hub.repos or "commit" in fault, "an empty repository is left"
 
 
-def test_a_card_that_the_hub_refuses_leaves_nothing_there(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
+def test_refused_card_creates_no_repository(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     card_text = (bundle / "README.md").read_text()
     for text, words in (
         (card_text.replace('license: "other"', 'license: "apache-2"'), 'the hub refuses the card: "license" must be'),
@@ -270,7 +270,7 @@ def test_a_card_that_the_hub_refuses_leaves_nothing_there(tmp_path: Path, bundle
     assert hub.repos == {}
 
 
-def test_the_export_command_publishes(tiny_run: Path, tmp_path: Path, hub: HubServer) -> None:
+def test_export_command_uploads(tiny_run: Path, tmp_path: Path, hub: HubServer) -> None:
     """The dry run's own line, as a shell takes it."""
     env = {**os.environ, **hub.environment(tmp_path), "OMP_NUM_THREADS": "1"}
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
@@ -298,14 +298,14 @@ def test_the_export_command_publishes(tiny_run: Path, tmp_path: Path, hub: HubSe
     assert hub_server.TOKEN not in dry.stdout + dry.stderr + done.stdout + done.stderr
 
 
-def test_who_may_write(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
+def test_write_access_is_checked(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     env = hub.environment(tmp_path)
     assert "the token of user can write only for user, team" in refused(push(tmp_path, bundle, "hub:other/name", **env))
     hub.role = "read"
     assert "the token of user is read-only" in refused(push(tmp_path, bundle, "hub:user/name", "earnest", **env))
 
 
-def test_a_hub_out_of_reach(tmp_path: Path, bundle: Path) -> None:
+def test_unreachable_hub(tmp_path: Path, bundle: Path) -> None:
     with HubServer() as gone:
         env = gone.environment(tmp_path)
     dry = push(tmp_path, bundle, "hub:user/name", **env)
@@ -316,7 +316,7 @@ def test_a_hub_out_of_reach(tmp_path: Path, bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("token", [LEGACY, MODERN], ids=["key", "token"])
-def test_kaggle_gets_a_dataset_and_then_its_next_version(
+def test_kaggle_upload_creates_a_dataset_and_then_a_version(
     token: dict[str, str], tmp_path: Path, bundle: Path, kaggle: KaggleServer
 ) -> None:
     env = {**kaggle.environment(), **token, "VERBOSE": "1"}  # which prints each request with its headers
@@ -357,7 +357,7 @@ def test_kaggle_gets_a_dataset_and_then_its_next_version(
 @pytest.mark.parametrize(
     "answer", [(200, {"errors": [f"not {SECRETS[2]}"]}), (403, {"code": 403, "message": f"no {SECRETS[2]}"})]
 )
-def test_a_title_that_kaggle_keeps_is_told(
+def test_title_that_kaggle_keeps_is_logged(
     answer: tuple[int, Any], tmp_path: Path, bundle: Path, kaggle: KaggleServer
 ) -> None:
     env = {**kaggle.environment(), **LEGACY}
@@ -373,7 +373,7 @@ def test_a_title_that_kaggle_keeps_is_told(
     assert len(kaggle.datasets["user/some-bundle"].versions) == 2
 
 
-def test_nothing_follows_where_a_dataset_has_become_public(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
+def test_dataset_that_became_public_stops_the_upload(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     env = {**kaggle.environment(), **LEGACY}
     push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
     made = kaggle.datasets["user/some-bundle"]
@@ -384,7 +384,7 @@ def test_nothing_follows_where_a_dataset_has_become_public(tmp_path: Path, bundl
     assert len(made.versions) == 1
 
 
-def test_kaggle_public(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
+def test_public_kaggle_dataset(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     env = {**kaggle.environment(), **LEGACY}
     assert push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", "public", **env).returncode == 0
     assert not kaggle.datasets["user/some-bundle"].private
@@ -393,7 +393,7 @@ def test_kaggle_public(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> No
     )
 
 
-def test_kaggle_without_a_token_that_works(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
+def test_invalid_kaggle_token(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     env = kaggle.environment()
     dry = push(tmp_path, bundle, "kaggle:user/some-bundle", **env)
     assert "exists: no valid token of Kaggle: run kaggle auth login" in dry.stderr
@@ -403,13 +403,13 @@ def test_kaggle_without_a_token_that_works(tmp_path: Path, bundle: Path, kaggle:
     assert "error: no valid token of Kaggle" in told
 
 
-def test_kaggle_keeps_what_is_no_bundle(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
+def test_other_kaggle_datasets_are_not_overwritten(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     kaggle.datasets["user/some-bundle"] = Dataset(True, {}, {}, [{"train.csv": b"", "test.csv": b""}])
     told = refused(push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **kaggle.environment(), **LEGACY))
     assert "holds something that is not a bundle (test.csv, train.csv)" in told
 
 
-def test_kaggle_makes_nothing_of_half_an_upload(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
+def test_failed_file_creates_no_kaggle_version(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     kaggle.faults["PUT /upload/2"] = (400, {}, {})
     told = refused(push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **kaggle.environment(), **LEGACY))
     assert "1 of its uploads failed" in told
@@ -432,7 +432,7 @@ def test_kaggle_makes_nothing_of_half_an_upload(tmp_path: Path, bundle: Path, ka
         ),
     ],
 )
-def test_what_kaggle_refuses(
+def test_kaggle_errors_are_explained(
     fault: str, answer: tuple[int, Any], words: str, tmp_path: Path, bundle: Path, kaggle: KaggleServer
 ) -> None:
     kaggle.faults[f"POST /api/v1/datasets.DatasetApiService/{fault}"] = (*answer, {})
@@ -441,7 +441,7 @@ def test_what_kaggle_refuses(
     assert kaggle.datasets == {}
 
 
-def test_metadata_that_kaggle_would_refuse(bundle: Path) -> None:
+def test_invalid_metadata_is_refused(bundle: Path) -> None:
     path = bundle / "dataset-metadata.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"title": "Short", "subtitle": "Too short"}))
     with pytest.raises(UserError, match=r"title: 'Short' has 5 .*\n.*subtitle: 'Too short' has 9"):
@@ -449,7 +449,7 @@ def test_metadata_that_kaggle_would_refuse(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("token", [LEGACY, MODERN], ids=["key", "token"])
-def test_kaggle_out_of_reach(token: dict[str, str], tmp_path: Path, bundle: Path) -> None:
+def test_unreachable_kaggle(token: dict[str, str], tmp_path: Path, bundle: Path) -> None:
     pytest.importorskip("kagglesdk", reason="Kaggle's client is not installed: pip install -e '.[kaggle]'")
     with KaggleServer() as gone:
         env = {**gone.environment(), **token}

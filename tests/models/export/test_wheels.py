@@ -70,7 +70,7 @@ def names(found: list[str]) -> list[str]:
     return [name.partition("-")[0] for name in found]
 
 
-def test_what_a_bundle_asks_for() -> None:
+def test_required_packages_of_a_bundle() -> None:
     common = ["numpy", "pillow", "safetensors", "timm"]
     assert wheels.required_packages(TIMM) == common
     members = [{"backbone": "open_clip:ViT-H-14"}, {"backbone": "transformers:blip2_vision"}]
@@ -79,9 +79,7 @@ def test_what_a_bundle_asks_for() -> None:
     assert wheels.required_packages({**TIMM, "graphs": graphs}) == sorted([*common, "onnxruntime", "openvino"])
 
 
-def test_all_that_timm_needs_and_nothing_that_torch_alone_does(
-    registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_dependencies_of_torch_are_excluded(registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "models.export.wheels"):
         found = wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", LINUX)
     assert f"9 wheels for Python 3.11 on {LINUX}: 0.0 MB" in caplog.text
@@ -99,7 +97,7 @@ def test_all_that_timm_needs_and_nothing_that_torch_alone_does(
     assert contents(tmp_path / "again") == made
 
 
-def test_versions_are_those_installed_here(registry: Path, tmp_path: Path) -> None:
+def test_wheels_have_installed_versions(registry: Path, tmp_path: Path) -> None:
     """Newer ones are there to take."""
     for name in ("timm", "filelock", "safetensors"):
         wheel(registry, name, "999.0")
@@ -123,12 +121,12 @@ def test_versions_are_those_installed_here(registry: Path, tmp_path: Path) -> No
         ("win_amd64", "manylinux_2_28_x86_64", False),
     ],
 )
-def test_wheels_that_run_on_the_platform_are_taken(tag: str, platform: str, taken: bool) -> None:
+def test_wheels_of_older_glibc_are_accepted(tag: str, platform: str, taken: bool) -> None:
     """By the standards' own rule: a glibc runs what was built for an older one."""
     assert (tag in wheels._tags(platform)) is taken
 
 
-def test_needs_are_those_of_the_other_python(registry: Path, tmp_path: Path) -> None:
+def test_markers_are_evaluated_for_the_target_python(registry: Path, tmp_path: Path) -> None:
     """pip judges markers by the Python that it runs on; `late` is for another one, and brings `later`."""
     other = "3.12" if sys.version_info >= (3, 14) else "3.14"
     here, there = (f"python_version == '{v}'" for v in ("{}.{}".format(*sys.version_info[:2]), other))
@@ -144,7 +142,7 @@ def test_needs_are_those_of_the_other_python(registry: Path, tmp_path: Path) -> 
     assert not {"early", "arm"} & set(found)
 
 
-def test_pip_installs_them_with_no_index(registry: Path, tmp_path: Path) -> None:
+def test_pip_installs_the_wheels_with_no_index(registry: Path, tmp_path: Path) -> None:
     """Into a Python that has a torch of its own, which stays, as does what fits already."""
     here = "{}.{}".format(*sys.version_info[:2])
     for name in ("numpy", "pillow", "pyyaml"):
@@ -171,7 +169,7 @@ def test_pip_installs_them_with_no_index(registry: Path, tmp_path: Path) -> None
     assert {"torch-2.6.0.dist-info", "torchvision-2.6.0.dist-info", "numpy-1.26.4.dist-info"} <= places
 
 
-def test_mistakes_are_named_at_once(tmp_path: Path) -> None:
+def test_all_problems_are_listed(tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         wheels.collect_wheels(tmp_path / "wheels", TIMM, "3", "linux")
     message = str(refused.value)
@@ -182,17 +180,17 @@ def test_mistakes_are_named_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.14"])
 @pytest.mark.parametrize("platform", [LINUX, "manylinux_2_17_aarch64", "manylinux_2_35_ppc64le"])
-def test_names_that_are_right(python: str, platform: str) -> None:
+def test_valid_targets(python: str, platform: str) -> None:
     assert wheels.target_problems(python, platform) == []
 
 
 @pytest.mark.parametrize("python", ["", "3", "311", "cp311", "3.11.4", "4.0", "3.x", " 3.11", "3.111"])
-def test_no_version_of_python(python: str) -> None:
+def test_invalid_python_version_is_refused(python: str) -> None:
     assert len(wheels.target_problems(python, LINUX)) == 1
 
 
 @pytest.mark.parametrize("python", ["3.10", "3.9", "3.1"])
-def test_a_python_that_is_too_old_is_refused_at_once(python: str, tmp_path: Path) -> None:
+def test_too_old_python_is_refused(python: str, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=rf"python: '{python}' is older than 3\.11, which predict\.py and"):
         wheels.collect_wheels(tmp_path / "wheels", TIMM, python, LINUX)
     assert not list(tmp_path.iterdir())
@@ -201,11 +199,11 @@ def test_a_python_that_is_too_old_is_refused_at_once(python: str, tmp_path: Path
 @pytest.mark.parametrize(
     "platform", ["", "linux_x86_64", "manylinux_2_28", "manylinux_2_4_x86_64", "win_amd64", "manylinux_2_28_x86_64 "]
 )
-def test_no_platform(platform: str) -> None:
+def test_invalid_platform_is_refused(platform: str) -> None:
     assert len(wheels.target_problems("3.11", platform)) == 1
 
 
-def test_a_wheel_that_does_not_exist_there_is_named(registry: Path, tmp_path: Path) -> None:
+def test_missing_wheel_is_named(registry: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", "manylinux_2_28_aarch64")
     message = str(refused.value)
@@ -218,9 +216,7 @@ def test_a_wheel_that_does_not_exist_there_is_named(registry: Path, tmp_path: Pa
     assert [path.name for path in tmp_path.iterdir()] == ["registry"]
 
 
-def test_a_registry_that_cannot_be_reached_is_told(
-    registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unreachable_registry_is_reported(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry
     monkeypatch.delenv("PIP_NO_INDEX")
     monkeypatch.delenv("PIP_FIND_LINKS")
@@ -230,7 +226,7 @@ def test_a_registry_that_cannot_be_reached_is_told(
     assert [path.name for path in tmp_path.iterdir()] == ["registry"]
 
 
-def test_a_package_that_is_not_installed_here_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_package_that_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", [entry for entry in sys.path if "site-packages" not in entry])
     words = r"timm: not installed, so the bundle was not checked with it; install it"
     with pytest.raises(UserError, match=words):
@@ -239,5 +235,5 @@ def test_a_package_that_is_not_installed_here_is_named(tmp_path: Path, monkeypat
         wheels.check_wheels({"members": [{"backbone": "test_vit"}], "graphs": ["onnx"]}, "3", LINUX)
 
 
-def test_what_can_be_collected_is_not_refused_before() -> None:
+def test_check_accepts_what_can_be_collected() -> None:
     wheels.check_wheels(TIMM, "3.11", LINUX)

@@ -43,7 +43,7 @@ def hwc(image_CHW: torch.Tensor) -> NDArray[np.uint8]:
 
 
 @pytest.mark.parametrize(("kind", "options"), [("png", {}), ("webp", {"lossless": True}), ("jpeg", {"quality": 90})])
-def test_decodes_what_pillow_reads(kind: str, options: dict[str, Any]) -> None:
+def test_decode_equals_pillow(kind: str, options: dict[str, Any]) -> None:
     data = encoded(scene(), kind, **options)
     image_CHW = decode(data)
     assert image_CHW.dtype == torch.uint8
@@ -122,7 +122,7 @@ def damaged(data: bytes, rng: np.random.Generator) -> bytes:
 
 
 @pytest.mark.usefixtures("no_pillow")
-def test_plain_files_are_pillows_bit_by_bit_without_it(decoder: str) -> None:
+def test_fast_decoders_are_bit_identical_to_pillow(decoder: str) -> None:
     rng = np.random.default_rng(1)
     files = [some_file(rng) for _ in range(200)]
     kinds = {"torchcodec": {"jpeg", "png", "webp"}, "torchvision": {"jpeg", "webp"}}[decoder]
@@ -134,13 +134,13 @@ def test_plain_files_are_pillows_bit_by_bit_without_it(decoder: str) -> None:
 
 
 @pytest.mark.usefixtures("no_pillow")
-def test_a_colour_profile_keeps_a_jpeg_plain(decoder: str) -> None:
+def test_jpeg_with_colour_profile_uses_the_fast_decoder(decoder: str) -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     data = encoded(scene(), "jpeg", icc_profile=profile)
     assert np.array_equal(hwc(decode(data)), by_pillow(data)), decoder
 
 
-def test_damage_is_judged_by_pillow_alone(decoder: str) -> None:
+def test_damaged_files_are_decoded_by_pillow(decoder: str) -> None:
     """Whatever is done to a file: the image that Pillow makes of it, or refused where Pillow refuses it."""
     rng = np.random.default_rng(2)
     refused = quick = 0
@@ -159,7 +159,7 @@ def test_damage_is_judged_by_pillow_alone(decoder: str) -> None:
     assert quick > 50, "damage that leaves the headers alone must be among it"
 
 
-def test_a_png_whose_pixels_are_short_is_refused_though_its_checksums_hold(decoder: str) -> None:
+def test_png_with_missing_pixels_and_valid_checksums_is_refused(decoder: str) -> None:
     def chunk(name: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
@@ -175,7 +175,7 @@ def test_a_png_whose_pixels_are_short_is_refused_though_its_checksums_hold(decod
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
-def test_a_turned_jpeg_is_not_plain(orientation: int) -> None:
+def test_jpeg_with_orientation_is_decoded_by_pillow(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     data = encoded(scene(), "jpeg", exif=exif)
@@ -183,7 +183,7 @@ def test_a_turned_jpeg_is_not_plain(orientation: int) -> None:
     assert decode(data).shape[1:] == ((HEIGHT, WIDTH) if orientation < 5 else (WIDTH, HEIGHT))
 
 
-def test_files_that_decoders_read_differently_are_not_plain() -> None:
+def test_ambiguous_files_are_decoded_by_pillow() -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     several = {"save_all": True, "append_images": frames[1:]}
     deep = Image.fromarray(np.full((9, 9), 40_000, np.uint16))
@@ -206,7 +206,7 @@ def test_files_that_decoders_read_differently_are_not_plain() -> None:
         assert decode(data).dtype == torch.uint8
 
 
-def test_a_decoder_that_differs_from_pillow_is_not_used() -> None:
+def test_decoder_that_differs_from_pillow_is_not_used() -> None:
     def off_by_one(data_N: torch.Tensor) -> torch.Tensor:
         return decoding._torchvision()["jpeg"](data_N) ^ 1
 
@@ -226,13 +226,13 @@ def test_real_images(shared: Path, decoder: str) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "1", "P", "CMYK"])
-def test_other_colours_become_rgb(mode: str) -> None:
+def test_other_colour_modes_become_rgb(mode: str) -> None:
     kind = "tiff" if mode == "CMYK" else "png"
     data = encoded(scene().convert(mode), kind)
     assert np.array_equal(hwc(decode(data)), np.array(Image.open(io.BytesIO(data)).convert("RGB")))
 
 
-def test_transparency_lies_on_white() -> None:
+def test_transparency_is_composited_on_white() -> None:
     rgba_HWC = np.dstack([np.array(scene()), np.tile(np.arange(WIDTH) * 5, (HEIGHT, 1))]).astype(np.uint8)
     alpha = rgba_HWC[..., 3:] / 255
     expected = rgba_HWC[..., :3] * alpha + 255 * (1 - alpha)
@@ -245,7 +245,7 @@ def test_transparency_lies_on_white() -> None:
     assert (hwc(decode(data))[0, 0] == 255).all()
 
 
-def test_sixteen_bits_keep_the_upper_eight() -> None:
+def test_16_bit_images_keep_the_upper_eight_bits() -> None:
     grey_HW = np.linspace(0, 65535, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint16)
     for kind in ("png", "tiff"):
         found = hwc(decode(encoded(Image.fromarray(grey_HW), kind)))
@@ -253,7 +253,7 @@ def test_sixteen_bits_keep_the_upper_eight() -> None:
 
 
 @pytest.mark.parametrize("orientation", [3, 6, 8])
-def test_cameras_images_stand_upright(orientation: int) -> None:
+def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()
     exif[0x0112] = orientation
     turn = {3: 180, 6: 270, 8: 90}[orientation]
@@ -262,7 +262,7 @@ def test_cameras_images_stand_upright(orientation: int) -> None:
 
 
 @pytest.mark.parametrize("kind", ["gif", "webp", "png"])
-def test_an_animation_is_its_first_frame(kind: str) -> None:
+def test_animation_gives_its_first_frame(kind: str) -> None:
     frames = [Image.new("RGB", (16, 16), colour) for colour in ("red", "blue")]
     options = {"lossless": True} if kind == "webp" else {}
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], duration=100, **options)
@@ -270,7 +270,7 @@ def test_an_animation_is_its_first_frame(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["png", "jpeg", "webp"])
-def test_a_cut_off_image_is_refused(kind: str) -> None:
+def test_truncated_image_is_refused(kind: str) -> None:
     data = encoded(scene(200, 200), kind)
     for share in (0.02, 0.5, 0.9):
         with pytest.raises(BadImage):
@@ -278,12 +278,12 @@ def test_a_cut_off_image_is_refused(kind: str) -> None:
 
 
 @pytest.mark.parametrize("data", [b"", b"\0" * 1000, b"GIF89a", b"<svg/>", b"\x89PNG\r\n\x1a\n" + bytes(50)])
-def test_what_is_no_image_is_refused(data: bytes) -> None:
+def test_other_files_are_refused(data: bytes) -> None:
     with pytest.raises(BadImage):
         decode(data)
 
 
-def test_a_giant_is_refused_before_it_is_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_image_above_the_pixel_limit_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     giant = encoded(Image.new("1", (30_000, 30_000)), "png")
     began = time.perf_counter()
     with pytest.raises(BadImage, match=r"pixels|exceeds"):

@@ -6,12 +6,12 @@ import torch
 from models.runtime.heads import make_head
 
 
-def test_linear_is_one_layer() -> None:
+def test_linear_head_is_one_layer() -> None:
     head = make_head("linear", 5, 3, 99)
     assert {k: tuple(v.shape) for k, v in head.state_dict().items()} == {"weight": (3, 5), "bias": (3,)}
 
 
-def test_wide_is_linear_batch_norm_relu_linear() -> None:
+def test_wide_head_is_linear_batch_norm_relu_linear() -> None:
     torch.manual_seed(0)
     head = make_head("wide", 5, 3, 7)
     features_BD = torch.randn(6, 5)
@@ -26,6 +26,6 @@ def test_wide_is_linear_batch_norm_relu_linear() -> None:
 
 
 @pytest.mark.parametrize(("kind", "hidden"), [("wide", 0), ("deep", 8)])
-def test_other_heads_are_refused(kind: str, hidden: int) -> None:
+def test_unknown_heads_are_refused(kind: str, hidden: int) -> None:
     with pytest.raises(ValueError, match=rf"head '{kind}' with {hidden} hidden units does not exist"):
         make_head(kind, 5, 3, hidden)

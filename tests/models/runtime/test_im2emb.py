@@ -143,7 +143,7 @@ print(json.dumps(z_BE.tolist()))
 """
 
 
-def test_among_packages_of_the_same_names(
+def test_bundle_does_not_collide_with_packages_of_the_same_names(
     bundle: Path, paths: list[str], expected: torch.Tensor, tmp_path: Path
 ) -> None:
     """A program that has its own `models`, `train`, `predict` and `conf`, in a process without this project."""
@@ -172,7 +172,7 @@ def test_among_packages_of_the_same_names(
     torch.testing.assert_close(torch.tensor(json.loads(done.stdout)), expected, atol=1e-5, rtol=0)
 
 
-def test_it_takes_images_of_every_kind(library: ModuleType, bundle: Path, paths: list[str]) -> None:
+def test_embed_accepts_every_image_type(library: ModuleType, bundle: Path, paths: list[str]) -> None:
     found = library.load(bundle, "cpu")
     first = found.embed(paths)
     opened = [Image.open(path) for path in paths]
@@ -188,7 +188,7 @@ def test_it_takes_images_of_every_kind(library: ModuleType, bundle: Path, paths:
     torch.testing.assert_close(many, first.repeat(12, 1), atol=1e-6, rtol=0)
 
 
-def test_only_a_private_name_is_taken(library: ModuleType, bundle: Path) -> None:
+def test_program_is_loaded_under_a_private_module_name(library: ModuleType, bundle: Path) -> None:
     library.load(bundle, "cpu")
     before = set(sys.modules)
     library.load(bundle, "cpu")
@@ -197,7 +197,7 @@ def test_only_a_private_name_is_taken(library: ModuleType, bundle: Path) -> None
     assert not {"predict", "im2emb"} & before
 
 
-def test_a_folder_that_is_no_bundle(library: ModuleType, tmp_path: Path) -> None:
+def test_folder_without_bundle_is_refused(library: ModuleType, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"no bundle at {tmp_path}: it has no predict.py"):
         library.load(tmp_path)
     (tmp_path / "predict.py").write_text("def nonsense(:")
@@ -209,7 +209,7 @@ def test_a_folder_that_is_no_bundle(library: ModuleType, tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------ sentence-transformers
 
 
-def test_the_same_vectors_by_sentence_transformers(
+def test_sentence_transformers_gives_the_same_vectors(
     transformer: SentenceTransformer, library: ModuleType, bundle: Path, paths: list[str], expected: torch.Tensor
 ) -> None:
     z_BE = library.load(bundle, "cpu").embed(paths).numpy()
@@ -233,7 +233,7 @@ def test_the_same_vectors_by_sentence_transformers(
     assert transformer.get_embedding_dimension() == E
 
 
-def test_batches_and_progress(
+def test_progress_bar_counts_batches(
     transformer: SentenceTransformer, paths: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     transformer.encode(paths, batch_size=2, show_progress_bar=True)
@@ -242,7 +242,7 @@ def test_batches_and_progress(
     assert capsys.readouterr().err == ""
 
 
-def test_texts_are_the_text_encoders_own(transformer: SentenceTransformer, paths: list[str]) -> None:
+def test_texts_go_through_the_text_encoder(transformer: SentenceTransformer, paths: list[str]) -> None:
     """Those of the index that images are to land in; and each text is nearest to its own image."""
     texts = ["a red rose", "the blue sky", "a starless night", "word " * 400]
     plain = SentenceTransformer(str(minilm_wheel()), device="cpu")
@@ -263,13 +263,15 @@ def test_texts_are_the_text_encoders_own(transformer: SentenceTransformer, paths
         ([np.zeros(9, np.float32)], "'audio' is not supported .* Supported modalities: image, text"),
     ],
 )
-def test_what_it_cannot_take(inputs: list[Any], words: str, transformer: SentenceTransformer, images: Path) -> None:
+def test_unsupported_inputs_are_refused(
+    inputs: list[Any], words: str, transformer: SentenceTransformer, images: Path
+) -> None:
     given = [item.format(folder=images) if isinstance(item, str) else item for item in inputs]
     with pytest.raises(ValueError, match=words):
         transformer.encode(given)
 
 
-def test_code_runs_with_leave_alone(bundle: Path) -> None:
+def test_loading_requires_trust_remote_code(bundle: Path) -> None:
     with pytest.raises(ValueError, match="trust_remote_code=True"):
         SentenceTransformer(str(bundle))
 
@@ -282,14 +284,12 @@ def test_code_runs_with_leave_alone(bundle: Path) -> None:
         ({"backend": "onnx"}, "has no onnx model; export the bundle with runtimes="),
     ],
 )
-def test_options_that_it_does_not_have(options: dict[str, Any], words: str, bundle: Path) -> None:
+def test_unknown_options_are_refused(options: dict[str, Any], words: str, bundle: Path) -> None:
     with pytest.raises(ValueError, match=words):
         SentenceTransformer(str(bundle), trust_remote_code=True, device="cpu", **options)
 
 
-def test_precision_and_text_encoder_are_for_the_user_to_choose(
-    bundle: Path, paths: list[str], expected: torch.Tensor
-) -> None:
+def test_model_kwargs_set_precision_and_text_encoder(bundle: Path, paths: list[str], expected: torch.Tensor) -> None:
     options = {"dtype": torch.bfloat16, "encoder": "/nowhere/at/all"}
     coarse = SentenceTransformer(str(bundle), trust_remote_code=True, device="cpu", model_kwargs=options)
     cosine_B = (coarse.encode(paths, convert_to_tensor=True) * expected).sum(1)
@@ -298,7 +298,7 @@ def test_precision_and_text_encoder_are_for_the_user_to_choose(
         coarse.encode("a text")
 
 
-def test_an_ensemble_from_the_hubs_cache_and_saved_again(
+def test_ensemble_bundle_loads_from_the_hub_cache_and_saves(
     learned: Path, library: ModuleType, paths: list[str], tmp_path: Path
 ) -> None:
     """As huggingface_hub lays a repository out on disk; no network."""
@@ -327,7 +327,9 @@ def test_an_ensemble_from_the_hubs_cache_and_saved_again(
     np.testing.assert_array_equal(saved.encode(paths), fetched.encode(paths))
 
 
-def test_a_graph_runs_in_it(bundle: Path, paths: list[str], expected: torch.Tensor, tmp_path: Path) -> None:
+def test_onnx_backend_in_sentence_transformers(
+    bundle: Path, paths: list[str], expected: torch.Tensor, tmp_path: Path
+) -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package)
     shutil.copytree(bundle, tmp_path / "bundle")
@@ -339,20 +341,18 @@ def test_a_graph_runs_in_it(bundle: Path, paths: list[str], expected: torch.Tens
     np.testing.assert_allclose(by_onnx.encode(paths), expected, atol=1e-5)
 
 
-def test_a_copy_loads_the_bundle_itself(transformer: SentenceTransformer, paths: list[str]) -> None:
+def test_deepcopy_loads_the_bundle_again(transformer: SentenceTransformer, paths: list[str]) -> None:
     again = copy.deepcopy(transformer)
     np.testing.assert_array_equal(again.encode(paths), transformer.encode(paths))
 
 
 @pytest.mark.slow
-def test_two_processes(transformer: SentenceTransformer, paths: list[str]) -> None:
+def test_multi_process_encoding(transformer: SentenceTransformer, paths: list[str]) -> None:
     alone = transformer.encode(paths)
     np.testing.assert_allclose(transformer.encode(paths, device=["cpu", "cpu"], chunk_size=2), alone, atol=1e-6)
 
 
-def test_its_two_files_are_those_that_sentence_transformers_writes(
-    transformer: SentenceTransformer, tmp_path: Path
-) -> None:
+def test_config_files_equal_those_of_sentence_transformers(transformer: SentenceTransformer, tmp_path: Path) -> None:
     transformer.save_pretrained(str(tmp_path / "saved"))
     ours = sentence_transformers.st_files()
     (module,) = json.loads(ours["modules.json"])

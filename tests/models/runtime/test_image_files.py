@@ -45,11 +45,11 @@ def test_every_suffix_is_decoded(suffix: str) -> None:
         ("a__MACOSX/b.png", ""),
     ],
 )
-def test_other_files_have_a_reason(path: str, reason: str) -> None:
+def test_why_not_image_gives_the_reason(path: str, reason: str) -> None:
     assert why_not_image(path) == reason
 
 
-def test_samples_of_a_folder_are_of_every_suffix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_check_images_cover_every_suffix(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from models.export.check_images import read_check_images
 
     for n, (suffix, kind) in enumerate(FORMATS.items()):

@@ -34,7 +34,7 @@ def fit_of_preprocess_2(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
     return image_BCHW[0, :, top : top + size, left : left + size].contiguous()
 
 
-def test_a_config_without_preprocessing_keeps_that_of_its_time() -> None:
+def test_config_without_preprocessing_means_that_of_its_version() -> None:
     """To the bit; and there, mirrored images give mirrored squares."""
     rng = np.random.default_rng(4)
     shapes = [(90, 131, 32), (333, 500, 224), (31, 20, 48), (3, 101, 16), (40, 40, 40), *rng.integers(8, 200, (50, 3))]
@@ -61,7 +61,7 @@ def test_a_config_without_preprocessing_keeps_that_of_its_time() -> None:
         ),
     ],
 )
-def test_a_preprocessing_is_read_back_from_json_and_says_what_it_does(preprocessing: Preprocessing, text: str) -> None:
+def test_preprocessing_json_round_trip_and_description(preprocessing: Preprocessing, text: str) -> None:
     assert Preprocessing.from_config(json.loads(json.dumps(preprocessing.to_config()))) == preprocessing
     assert str(preprocessing) == text
     assert preprocessing.at(64).size == 64
@@ -76,12 +76,12 @@ def test_a_preprocessing_is_read_back_from_json_and_says_what_it_does(preprocess
         ({"resize_mode": "squash", "crop_pct": 0}, "crop_pct 0 is not above 0"),
     ],
 )
-def test_an_unknown_preprocessing_is_refused(config: dict[str, Any], words: str) -> None:
+def test_unknown_preprocessing_is_refused(config: dict[str, Any], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         Preprocessing.from_config({"size": 32, **config})
 
 
-def test_longest_pads_both_ends_and_squash_keeps_all_of_a_strip() -> None:
+def test_longest_pads_and_squash_distorts_elongated_images() -> None:
     image_CHW = torch.full((3, 10, 40), 200, dtype=torch.uint8)
     padded = resize_and_crop(image_CHW, Preprocessing(20, "longest", fill_color=(1, 2, 3)))
     assert padded[:, 0, 0].tolist() == padded[:, -1, 0].tolist() == [1, 2, 3]
@@ -93,7 +93,7 @@ def test_longest_pads_both_ends_and_squash_keeps_all_of_a_strip() -> None:
     assert abs(int(squashed[0, 10, -1]) - 180) <= 20
 
 
-def test_fit_does_not_depend_on_how_the_image_lies_in_memory() -> None:
+def test_resize_does_not_depend_on_memory_layout() -> None:
     rng = np.random.default_rng(3)
     for _ in range(100):
         height, width, size = rng.integers(8, 200, 3).tolist()
@@ -105,14 +105,14 @@ def test_fit_does_not_depend_on_how_the_image_lies_in_memory() -> None:
             assert found.is_contiguous()
 
 
-def test_an_image_of_the_right_size_is_untouched() -> None:
+def test_image_of_the_target_size_is_unchanged() -> None:
     image_CHW = torch.randint(0, 256, (3, 40, 40), dtype=torch.uint8)
     for mode in preprocess.RESIZE_MODES:
         assert resize_and_crop(image_CHW, Preprocessing(40, mode)).equal(image_CHW)
     assert resize_and_crop(image_CHW.transpose(1, 2), Preprocessing(40)).is_contiguous()
 
 
-def test_a_strip_keeps_its_middle_and_no_gigabytes() -> None:
+def test_elongated_image_is_cropped_before_resizing() -> None:
     strip = torch.zeros(3, 1, 1_000_000, dtype=torch.uint8)
     strip[:, :, 499_990:500_010] = 200
     for image_CHW in (strip, strip.transpose(1, 2)):
@@ -131,7 +131,7 @@ PREPARED = {
 
 
 @pytest.mark.parametrize("how", PREPARED.values(), ids=PREPARED.keys())
-def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], tmp_path: Path) -> None:
+def test_training_evaluation_and_bundle_share_preprocessing(how: dict[str, Any], tmp_path: Path) -> None:
     """What enters the backbone, caught there: by the loader's way, by `embed`, and in the exported bundle."""
     from datagen.dataset.reader import Dataset
     from models import checkpoint
@@ -180,7 +180,7 @@ def test_training_evaluation_and_the_bundle_see_one_tensor(how: dict[str, Any], 
     torch.testing.assert_close(predictor.embed(images), views, rtol=0, atol=1e-5)
 
 
-def test_normalisation_is_the_floating_point_one() -> None:
+def test_normalisation_equals_the_float_reference() -> None:
     """(x / 255 − mean) / std, as torchvision has it; to 1e-6, for the model multiplies mean and std by 255 instead."""
     model: Regressor = make("test_convnext", "random", 32, 8)
     image_BCHW = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
