@@ -256,7 +256,7 @@ def test_text_vectors_equal_open_clip(tiny: Path, words: Path) -> None:
         *("", ", ", "a,b , c", "don't, won't!,", "x" * 400, "<start_of_text>, a", "a &amp; b, c", "one,  two,\tthree"),
     ]
     clip = Clip(str(tiny))
-    torch.testing.assert_close(clip._tokenised(texts), tokenizer(texts), rtol=0, atol=0)
+    torch.testing.assert_close(clip._tokenize(texts), tokenizer(texts), rtol=0, atol=0)
     with torch.no_grad():
         expected = model.encode_text(tokenizer(texts), normalize=True)
     torch.testing.assert_close(clip.texts(texts), expected, rtol=0, atol=2e-6)
