@@ -291,7 +291,7 @@ def test_invalid_init_from_is_refused(probes: list[torch.Tensor], tmp_path: Path
     ]
     for name in ("resume.ckpt", "pytorch_model.bin", "model.pt"):
         (tmp_path / name).write_bytes(b"a pickle that would run")
-        with pytest.raises(UserError, match=rf"init_from: .*{name} is a file.*A pickle .* never is"):
+        with pytest.raises(UserError, match=rf"init_from: .*{name} is a file.*Pickles .* are never loaded"):
             checkpoint.load_into(model, tmp_path / name)
     with pytest.raises(UserError, match=r"run is a run; name one of its checkpoints, such as .*run/best"):
         checkpoint.load_into(model, tmp_path / "run")

@@ -137,7 +137,7 @@ def test_too_many_frozen_blocks_or_unknown_order_are_refused() -> None:
     with pytest.raises(UserError, match=r"model\.freeze=99 exceeds the 6 blocks of VisionTransformer"):
         frozen_names(shapes("test_vit")[0], 99)
     for ask in (layers, blocks):
-        with pytest.raises(UserError, match=r"order of CSATv2's blocks is not known: .*model\.freeze=0 or all"):
+        with pytest.raises(UserError, match=r"order of CSATv2's blocks is not known; .*model\.freeze=0 or all"):
             ask(shapes("csatv2")[0])
 
 

@@ -187,11 +187,11 @@ def test_timm_and_open_clip_agree_on_activations() -> None:
             twins += 1
             assert ("quickgelu" in with_own_activation(name)) == bool(cfg.get("quick_gelu")), name
     assert twins > 20
-    for name, remedy in specs._QUICKGELU_IN_OPEN_CLIP_ALONE.items():
-        with pytest.raises(UserError, match=f"take {remedy}$"):
+    for name, hint in specs._QUICKGELU_IN_OPEN_CLIP_ALONE.items():
+        with pytest.raises(UserError, match=f"use {hint}$"):
             build(name, "random")
-        assert with_own_activation(remedy) == remedy
-        assert own_spec(remedy).size == own_spec(name).size
+        assert with_own_activation(hint) == hint
+        assert own_spec(hint).size == own_spec(name).size
 
 
 def test_open_clip_towers_use_their_activation() -> None:
@@ -220,7 +220,7 @@ def test_name_without_tag_works_or_lists_tags() -> None:
             own_spec(f"{OPEN_CLIP}{model}")
         except UserError as error:
             refused += 1
-            for tag in str(error).partition("name one: ")[2].split(", "):
+            for tag in str(error).partition("name one of them: ")[2].split(", "):
                 own_spec(f"{OPEN_CLIP}{model}/{tag}")
     assert refused > 0
 

@@ -402,12 +402,16 @@ def test_invalid_settings_are_refused(tiny: Path, words: Path, tmp_path: Path) -
     refused("mode=x", "lacks artists.txt", "no/such", clip="no/such", mode="x", words=tmp_path)
     empty = shutil.copytree(words, tmp_path / "empty")
     (empty / "mediums.txt").write_text("\n \n")
-    refused("no term in mediums.txt", words=empty)
+    refused("mediums.txt", "hold no term", words=empty)
     pickled = shutil.copytree(tiny, tmp_path / "pickled")
     (pickled / WEIGHTS).rename(pickled / "open_clip_pytorch_model.bin")
     refused(f"lacks {WEIGHTS}", clip=str(pickled))
     (pickled / WEIGHTS).write_bytes(b"")
-    for text, told in {"{": "no JSON", "[]": "no CLIP", '{"model_cfg": {"embed_dim": 3}}': "no CLIP"}.items():
+    for text, told in {
+        "{": "no JSON",
+        "[]": "does not describe a CLIP",
+        '{"model_cfg": {"embed_dim": 3}}': "does not describe a CLIP",
+    }.items():
         (pickled / CONFIG).write_text(text)
         refused(told, CONFIG, clip=str(pickled))
 
