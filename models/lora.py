@@ -106,7 +106,7 @@ def _called(backbone: nn.Module, names: list[str], size: int) -> list[str]:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer with an adapter: W x + alpha/rank · B A dropout(x).
+    """Linear layer with an adapter: W x + alpha/rank · B A dropout(x).
 
     Parameter names and initial values are those of peft's adapter "default", so that resume checkpoints of earlier
     versions load. peft itself would import transformers: a quarter of the CPU seconds that a small run needs to start.
