@@ -368,7 +368,7 @@ def served(demo: Any, words: Any, port: Any, *, most_bytes: int, browser: bool) 
         file = io.BytesIO()
         Image.new("RGB", (side, side), "teal").save(file, "png")
         try:
-            look = demo.look(file.getvalue())
+            look = demo.explain(file.getvalue())
             actual[f"{side} px"] = [look.nearest, [(part.name, round(part.share, 5)) for part in look.parts]]
         except BadImage as error:
             actual[f"{side} px"] = str(error)
