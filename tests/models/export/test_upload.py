@@ -167,7 +167,7 @@ def test_dry_run_logs_and_sends_nothing(tmp_path: Path, bundle: Path, hub: HubSe
     assert done.stdout.strip() == f"{hub.url}/user/name"
     for words in (
         "nothing is sent",
-        "does not exist; it would be made, private",
+        "does not exist; it would be created, private",
         "7,000 B  model.safetensors",
         "7 files",
         "AGAIN",
