@@ -38,7 +38,8 @@ def lightning_without_metrics() -> Iterator[None]:
         package.__version__ = importlib.metadata.version("torchmetrics")
         package._logger = logging.getLogger("torchmetrics")
         with _without_init("torchmetrics.utilities"):
-            importlib.import_module("torchmetrics.utilities.imports")._MATPLOTLIB_AVAILABLE = False
+            imports: Any = importlib.import_module("torchmetrics.utilities.imports")
+            imports._MATPLOTLIB_AVAILABLE = False
         importlib.import_module("torchmetrics.utilities")  # before the class: they import each other
         package.Metric = importlib.import_module("torchmetrics.metric").Metric
         package.MetricCollection = importlib.import_module("torchmetrics.collections").MetricCollection

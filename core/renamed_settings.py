@@ -150,16 +150,17 @@ def _translated(
     choices: Mapping[str, Mapping[str, str]],
     group: str = "",
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    translated: dict[str, Any] = {}
     for key, value in values.items():
-        new = (_renamed(table, f"{group}{key}") or key).rpartition(".")[2]
+        renamed = _renamed(table, f"{group}{key}")
+        new = key if renamed is None else renamed.rpartition(".")[2]
         if isinstance(value, Mapping):
             value = _translated(value, table, choices, f"{group}{new}.")
         elif isinstance(value, str):
             value = choices.get(f"{group}{key}", {}).get(value, value)
         if new == key or new not in values:
-            found[new] = value
-    return found
+            translated[new] = value
+    return translated
 
 
 def _renamed(table: Mapping[str, str], key: str) -> str | None:

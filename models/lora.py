@@ -125,8 +125,9 @@ class LoraLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = self.base_layer(x)
-        x = x.to(self.lora_A["default"].weight.dtype)
-        return (y + self.lora_B["default"](self.lora_A["default"](self.dropout(x))) * self.scaling).to(y.dtype)
+        a, b = self.lora_A["default"], self.lora_B["default"]
+        assert isinstance(a, nn.Linear)
+        return (y + b(a(self.dropout(x.to(a.weight.dtype)))) * self.scaling).to(y.dtype)
 
 
 def _inject(backbone: nn.Module, names: list[str], rank: int, alpha: float, dropout: float) -> None:

@@ -296,7 +296,7 @@ def test_names_are_translated_and_back() -> None:
     old = {
         **DATASET,
         "prompts": {"sources": {"a": {"weight": 1, "most": 3, "prompts": file}}},
-        "renderer": {"guided_share": 1.0},
+        "renderer": {"guided_share": 1.0, "files": {"unet/weights.fp16.safetensors": "ab", "vae/config.json": "cd"}},
     }
     new = with_new_names(DATASET_FILES, old)
     assert new["prompts"]["sources"]["a"] == {
@@ -305,7 +305,7 @@ def test_names_are_translated_and_back() -> None:
         "prompts": {"name": "file", "max_values": {"nsfw": 0.5}},
     }
     assert new["split"] == {"kind": "image", "val_fraction": 0.25, "threshold": 0.7}
-    assert new["renderer"] == {"guided_fraction": 1.0}
+    assert new["renderer"] == {"guided_fraction": 1.0, "files": old["renderer"]["files"]}
     assert with_new_names(DATASET_FILES, new) == new
     assert json.dumps(with_old_names(DATASET_FILES, new)) == json.dumps(old), "in the same order"
     assert with_new_names_in_text(DATASET_FILES, "near a prompt of curate.against, curate.against_at=1") == (

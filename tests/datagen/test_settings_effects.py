@@ -491,7 +491,7 @@ PUBLISHED_SETTINGS: Entries = {
     "encoder": shows(targets, "encoder={encoder}"),
     "curate.min_tokens": shows(prompts, "curate.min_tokens=12"),
     "curate.max_tokens": shows(prompts, "curate.max_tokens=11"),
-    "curate.language": refused("no prompt is left .*not in the language de", "curate.language=de"),
+    "curate.language": refused("no prompt remains .*not in the language de", "curate.language=de"),
     "curate.profanity": shows(prompts, "curate.profanity=drop"),
     "curate.dedup_threshold": shows(prompts, "curate.dedup_threshold=0.5", given=ENCODED),
     "curate.exclude_near": shows(

@@ -451,7 +451,7 @@ EXPORT_SETTINGS: Entries = {
     "title": shows(card, "title='A title of ours'"),
     "licence": shows(card, "licence=mit"),
     "author": shows(card, "author=Somebody"),
-    "push": shows(lambda r: r.lines("would be"), *PUSH),
+    "push": shows(lambda r: r.lines("nothing is sent"), *PUSH),
     "dry_run": [
         refused("no token of the hub", "dry_run=false", given=PUSH),
         refused(f"dry_run: {UNUSED}without push", "dry_run=true"),

@@ -27,7 +27,7 @@ from models.regressor import Regressor, make
 from models.runtime.im2emb import load
 from tests import small_dataset
 from tests.commands import contents
-from tests.train.evaluate.test_evaluate import judge
+from tests.train.evaluate.test_evaluate import evaluate_run
 
 pytest_plugins = ["tests.tiny_run"]
 
@@ -138,8 +138,8 @@ def test_ensemble_bundle_equals_evaluation(tiny_run: Path, tmp_path: Path) -> No
     assert sorted(path.name for path in (tmp_path / "bundle").glob("*.safetensors")) == [
         "model-conv.safetensors", "model-large.safetensors", "model-regressor.safetensors",
     ]  # fmt: skip
-    judge(tiny_run, tmp_path / "theirs", f"checkpoint={saved}", "embedders=[regressor]")
-    judge(tiny_run, tmp_path / "ours", f"checkpoint={tmp_path / 'bundle'}", "embedders=[regressor]")
+    evaluate_run(tiny_run, tmp_path / "theirs", f"checkpoint={saved}", "embedders=[regressor]")
+    evaluate_run(tiny_run, tmp_path / "ours", f"checkpoint={tmp_path / 'bundle'}", "embedders=[regressor]")
     theirs, ours = (np.load(tmp_path / f"{name}/predictions/regressor.npy") for name in ("theirs", "ours"))
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     assert json.loads((tmp_path / "bundle/config.json").read_text())["facts"] == {
