@@ -355,8 +355,8 @@ def test_settings_of_an_earlier_run_have_the_new_names(earlier_run: Path) -> Non
 
 def test_the_model_card_of_an_earlier_run_says_how_it_was_trained() -> None:
     card = render_card(ONE, CardDetails(recipes={ONE["members"][0]["name"]: RUN}))
-    assert "gradients clipped at 1, the head alone for the first 0.4 epochs" in card
-    assert "of the 50% of lowest cosine" in card
+    assert "gradient norm clipped at 1, head only for the first 0.4 epochs" in card
+    assert "on the 50% with the lowest cosine" in card
 
 
 def test_a_dataset_has_the_same_record_as_before(tmp_path: Path) -> None:
