@@ -160,7 +160,7 @@ class Files:
         return has_room(cache_folder(), self.size(name) or 0)
 
     def _problem(self, copy: Path) -> str | None:
-        """As `copy_problem`; a large copy with the recorded size and time of change is not hashed."""
+        """Call `copy_problem`, but do not hash a large copy whose size and modification time are as recorded."""
         try:
             stat = copy.stat()
         except OSError:
@@ -340,6 +340,6 @@ def _digest(text: str) -> str:
 
 
 def _refuse_no_container(place: Location, error: FileNotFoundError) -> None:
-    """Refuse a missing bucket or repository, which nobody creates by writing; a missing path is no error."""
+    """Refuse a missing bucket or repository, which nobody creates by writing; a missing path is not an error."""
     if type(error.__cause__).__name__ in _NO_CONTAINER:
         raise UserError(f"{place}: {first_line(error)}; check the URL, or make the bucket or repository") from error

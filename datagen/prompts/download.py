@@ -44,8 +44,7 @@ _COPY_HUB_FILE = (
     "or copy the file and name its path instead of the URL. prompts=grammar needs no file at all."
 )
 _COPY_REPOSITORY = (
-    "The same command goes on where it was. Without a network: copy the repository, or some archives of it, and give "
-    "folder=FOLDER."
+    "The same command resumes. Without a network: copy the repository, or some archives of it, and give folder=FOLDER."
 )
 T = TypeVar("T")
 
@@ -55,14 +54,14 @@ class File:
     """A local file, or a member of a local zip."""
 
     name: str
-    """As its origin names it, below the folder that all of its files share; a zip's is that of the zip/member."""
+    """Name below the folder that all files of the origin share; zip/member for a member of a zip."""
     path: Path
     member: str | None
-    """Of the zip at `path`."""
+    """Name of the member of the zip at `path`; None for a file."""
 
     @property
     def suffix(self) -> str:
-        """.csv of data.csv, and of data.csv.gz."""
+        """Suffix without compression, in lower case: .csv for data.csv and data.csv.gz."""
         return self._unpacked.suffix.lower()
 
     @property
@@ -76,7 +75,7 @@ class File:
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Its bytes, unpacked.
+        """Open the file for reading, decompressed.
 
         Raises:
             UserError: the zip is none, or lacks the member.
@@ -343,7 +342,7 @@ def _hub_errors(what: str, repo: str, kind: str, revision: str | None, name: str
 
 
 def _hub_names(repo: str, kind: str, revision: str | None) -> list[str]:
-    """What the repository holds, its folders abridged; empty where the hub cannot be asked."""
+    """List the files of a repository, with abridged folders; an empty list if the hub cannot be asked."""
     import huggingface_hub
 
     try:

@@ -35,7 +35,7 @@ class Source:
     path: Path | None
     """Local file or folder; None where `download` gets it."""
     names: tuple[str, ...] = ()
-    """Of a repository: the files to download."""
+    """Files to download from a repository; empty for a local file or folder."""
 
 
 def find(model: str, revision: str | None, select: Select, options: str) -> Source:

@@ -31,12 +31,12 @@ class BadImage(ValueError):  # noqa: N818 – it names the image
 
 
 def decode(data: bytes) -> torch.Tensor:
-    """The image in `data` as uint8 RGB [3, H, W]: upright, first frame, transparency on white, 16 bits as 8.
+    """Decode an image file to uint8 RGB [3, H, W]: upright, first frame, transparency on white, 16 bits reduced to 8.
 
-    In memory the three values of a pixel lie together: `resize_and_crop` is faster so.
+    The three values of a pixel are adjacent in memory (channels last), which makes `resize_and_crop` faster.
 
     Raises:
-        BadImage: it is no image, cut off, or of more than `MAX_PIXELS`.
+        BadImage: The data are not an image, truncated, or of more than `MAX_PIXELS`.
     """
     kind, width, height = _plain(data)
     decoder = _decoders().get(kind) if width * height <= MAX_PIXELS else None
@@ -67,7 +67,7 @@ def _by_pillow(data: bytes) -> torch.Tensor:
 
 
 def from_pillow(image: Image.Image) -> torch.Tensor:
-    """What `decode` gives, of an image that Pillow has opened or made."""
+    """Convert an image that Pillow has opened or made as `decode` does."""
     return torch.from_numpy(np.array(_rgb(ImageOps.exif_transpose(image)))).permute(2, 0, 1)
 
 

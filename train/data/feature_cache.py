@@ -131,7 +131,7 @@ class Features:
         self._known()  # reports unreadable images at once
 
     def _missing(self, numbers: Sequence[int]) -> list[int]:
-        """Those of the chunks that are missing or damaged, or lack an image that has become readable."""
+        """Select the chunks that are missing or damaged, or lack an image that has become readable."""
         missing = []
         for number in numbers:
             chunk, start = self._cache.read(number), self._chunks[number].start

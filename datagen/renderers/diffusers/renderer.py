@@ -71,10 +71,10 @@ class DiffusersModel(DiffusionRenderer):
         return False
 
     def tflop(self) -> float:
-        """Of the denoiser and the decoding, counted from their configs; NaN where the denoiser is of no known kind.
+        """Compute the TFLOP per image of denoiser and decoder from their configs; NaN for an unknown denoiser.
 
-        A UNet is counted exactly. A transformer is taken at two operations a weight a patch, which leaves out its
-        attention products.
+        A UNet is counted exactly. A transformer counts two operations per weight and patch, without its attention
+        products.
         """
         return flops.tflop(self._config, self.cfg.steps, self.cfg.guidance, self.cfg.render_size)
 
