@@ -20,6 +20,7 @@ from PIL import Image
 from core.cli import compose
 from core.errors import UserError
 from core.paths import ROOT
+from core.renamed_settings import DATASET_FILES, with_old_names
 from core.settings import settings
 from datagen.config import StableDiffusionRenderer
 from datagen.renderers.base import Renderer
@@ -267,7 +268,8 @@ def test_settings_are_json_and_complete(weights: TinySD2, preset: str) -> None:
     recorded = renderer.settings()
     assert json.loads(json.dumps(recorded)) == recorded
     assert not renderer._networks  # asked for by a dry run
-    keys = compose("datagen", [f"renderer={preset}"])["renderer"].keys()
+    values = with_old_names(DATASET_FILES, {"renderer": compose("datagen", [f"renderer={preset}"])["renderer"]})
+    keys = values["renderer"].keys()
     # hashes say more than whether unknown weights are allowed; the runner tells the batch size and the format
     assert keys - recorded.keys() == {"allow_unknown_weights", "batch_size", "image_format"}
     assert (recorded["name"], recorded["guided_share"], recorded["cache_every"]) == (preset, 0.5, 3)
