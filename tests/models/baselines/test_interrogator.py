@@ -408,7 +408,7 @@ def test_invalid_settings_are_refused(tiny: Path, words: Path, tmp_path: Path) -
     refused(f"lacks {WEIGHTS}", clip=str(pickled))
     (pickled / WEIGHTS).write_bytes(b"")
     for text, told in {
-        "{": "no JSON",
+        "{": "is not JSON",
         "[]": "does not describe a CLIP",
         '{"model_cfg": {"embed_dim": 3}}': "does not describe a CLIP",
     }.items():

@@ -118,7 +118,7 @@ def test_leakage_counts_match_brute_force(tmp_path: Path, monkeypatch: pytest.Mo
     ]
     judged = listed_dataset.write(tmp_path / "val", rows, near=near)
     evaluated, trained = image_set(judged, "val"), image_set(data, "train")
-    monkeypatch.setattr(leakage, "_AT_ONCE", 7)
+    monkeypatch.setattr(leakage, "_BLOCK", 7)
     monkeypatch.setattr("train.evaluate.trained_on._BLOCK", 11)
     actual = find_leakage(evaluated, {"a": [Origin("train", lambda: trained)]})["a"]
 

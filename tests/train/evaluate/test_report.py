@@ -159,7 +159,7 @@ def test_the_gallery_has_the_best_the_worst_and_the_widest_gaps(folder: Path) ->
 
 
 def test_cards_show_every_score_and_text(page: Path, folder: Path, dataset: Dataset) -> None:
-    text = sections(page)["right-and-wrong"]
+    text = sections(page)["best-and-worst-predictions"]
     cards = re.findall(r"<figure data-values.*?</figure>", text, re.DOTALL)
     assert 24 <= len(cards) <= 32
     keys = [dataset.prompts(row)[0] for row in dataset.rows("val").tolist()]
@@ -192,12 +192,12 @@ def test_page_of_a_single_embedder(dataset: Dataset, tmp_path: Path) -> None:
     parts = sections(report.write(tmp_path / "alone", tmp_path / "report.html"))
     assert not {"paired-differences", "ensemble"} & set(parts)
     assert "Unknown for these images." in parts["score-by-distance-to-training"]
-    assert "minus" in parts["right-and-wrong"]
+    assert "minus" in parts["best-and-worst-predictions"]
 
 
 def test_nearest_prompts_come_from_given_images(folder: Path, dataset: Dataset, tmp_path: Path) -> None:
     known = [(dataset, dataset.rows("val"))]
-    text = sections(report.write(folder, tmp_path / "report.html", known))["right-and-wrong"]
+    text = sections(report.write(folder, tmp_path / "report.html", known))["best-and-worst-predictions"]
     cards = re.findall(r"<figure data-values.*?</figure>", text, re.DOTALL)
     first = re.findall(r'class="title">([^<]*)<', cards[0])[0]
     assert f"<span>{first}</span>" in cards[0].partition("Nearest training prompts")[2]
@@ -239,7 +239,7 @@ def test_the_page_opens_and_sorts_in_a_browser(page: Path, folder: Path, dataset
     for width, scheme in ((1280, "light"), (390, "dark")):
         tab = opened(page, width, scheme)
         assert tab.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out
-        titles = tab.locator("#right-and-wrong .gallery .title")
+        titles = tab.locator("#best-and-worst-predictions .gallery .title")
         assert titles.all_inner_texts() == sorted(titles.all_inner_texts(), key=lambda p: -scores["regressor"][p])
         tab.locator(".by").select_option("blip")
         tab.locator(".minus").select_option("regressor")

@@ -88,7 +88,7 @@ def test_page_has_all_measurements(run: Path, data: Path, caplog: pytest.LogCapt
     for shown in ("0.483", interval, "5 min 00 s", "2 epochs", "tiny at 32 px → colours", str(data), "0.0003"):
         assert shown in html, shown
     assert "Skipped: 1, such as 000099 (cut off)." in html
-    assert "49 of the 50, drawn at random" in html
+    assert "49 random ones of 50" in html
     assert "could not be read: 1, such as cannot identify image file." in html
     ranked = [f"image {row}" for row in Dataset(data).rows("val")[::-1]]
     assert titles_of(html) == [*ranked[:8], *ranked[11:19], *ranked[-8:]]
@@ -144,7 +144,7 @@ def test_a_run_on_several_datasets_shows_images_of_all(run: Path, data: Path, tm
     write_evaluation(run / "both", [data, other], np.arange(2 * JUDGED) / (2 * JUDGED))
     html = run_report.write_report(ReportSettings(run, evaluation=run / "both")).read_text()
     assert "trained on glyphs and other" in html
-    assert "of the 54, drawn at random" in html
+    assert "random ones of 54" in html
     dataset = Dataset(other)
     expected = [dataset.prompts(int(row))[0] for row in dataset.rows("val")[::-1][:8]]
     titles = titles_of(html)
@@ -175,7 +175,7 @@ def test_missing_input_names_file_and_command(run: Path, missing: str, remedy: s
 def test_inconsistent_inputs_are_refused(run: Path) -> None:
     keys = run / "evaluation/keys.json"
     keys.write_text(json.dumps(["elsewhere", *json.loads(keys.read_text())[1:]]))
-    with pytest.raises(UserError, match=r"1 evaluated images, such as elsewhere, are not in .*glyphs: it changed"):
+    with pytest.raises(UserError, match=r"1 evaluated images, such as elsewhere, are not in .*glyphs, which changed"):
         run_report.write_report(ReportSettings(run))
     keys.write_text("[]")
     with pytest.raises(UserError, match="0 keys, but 30 predictions of regressor, 30 scores of"):
