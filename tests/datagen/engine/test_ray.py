@@ -32,9 +32,10 @@ def test_ray_engine_gives_same_bytes(tmp_path: Path) -> None:
 @LINUX
 def test_killed_ray_worker_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "ray"
-    process = start("datagen", *LARGE, *RAY, f"out={out}")
+    # a marker of its own: another test may run Ray beside this one
+    process = start("datagen", *LARGE, *RAY, f"out={out}", IM2EMB_TEST=str(tmp_path))
     wait_for(lambda: list(out.glob("shards/*.parquet")), process)
-    actors = [pid for pid in survivors("RAY_") if b"ray::_Actor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    actors = [pid for pid in survivors(str(tmp_path)) if b"ray::_Actor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
     assert len(actors) == 2
     os.kill(actors[0], signal.SIGKILL)
     err = process.communicate(timeout=120)[1]
