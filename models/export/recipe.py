@@ -1,6 +1,8 @@
 """Training recipe of a model as Markdown lines, from the settings of its run.
 
-recipe_lines(json.loads((run / "settings.json").read_text()), config["members"][0]["facts"])
+    recipe_lines(json.loads((run / "settings.json").read_text()), config["members"][0]["facts"])
+
+The model card holds these lines; a setting that the run did not record has none.
 """
 
 from collections.abc import Mapping
