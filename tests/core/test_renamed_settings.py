@@ -325,12 +325,12 @@ def earlier_run(tmp_path: Path) -> Path:
 
 def test_a_run_of_an_earlier_version_resumes(earlier_run: Path) -> None:
     data = earlier_run.with_name("data")
-    actual = [Dataset(data, small_dataset.ENCODER)]
+    datasets = [Dataset(data, small_dataset.ENCODER)]
     cfg = training.cfg(data, earlier_run, *SAME_RUN)
-    assert run_settings.check_run_folder(cfg, actual, "fp32")["optim"]["grad_clip_norm"] == 1
+    assert run_settings.check_run_folder(cfg, datasets, "fp32")["optim"]["grad_clip_norm"] == 1
     cfg = training.cfg(data, earlier_run, *SAME_RUN, "optim.grad_clip_norm=2")
     with pytest.raises(UserError) as refused:
-        run_settings.check_run_folder(cfg, actual, "fp32")
+        run_settings.check_run_folder(cfg, datasets, "fp32")
     assert [line for line in str(refused.value).splitlines() if line.startswith("  ")] == [
         "  optim.grad_clip_norm: 1.0 there, 2.0 here"
     ]

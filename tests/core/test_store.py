@@ -102,13 +102,13 @@ class Client:
 @pytest.fixture
 def line(server: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
     """The way to the server of this process and those it starts; an empty cache; no long waits."""
-    actual = Line(server)
-    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{actual.port}")
+    server_line = Line(server)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server_line.port}")
     monkeypatch.setenv("IM2EMB_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(retry, "_STORE_WAITS_S", (0.01, 0.01, 0.01, 0.01))
     S3FileSystem.clear_instance_cache()
-    yield actual
-    actual.close()
+    yield server_line
+    server_line.close()
     S3FileSystem.clear_instance_cache()
 
 

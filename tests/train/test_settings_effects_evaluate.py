@@ -38,32 +38,32 @@ ACCELERATOR = without_gpu(refused("accelerator: gpu, but torch finds none", "acc
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files that the entries name: two datasets with MiniLM's vectors, two runs, captioners and files of prompts."""
     root = tmp_path_factory.mktemp("places")
-    actual: dict[str, Path] = {"runs": root / "runs"}
+    paths: dict[str, Path] = {"runs": root / "runs"}
     for seed, name in enumerate(("data", "data2")):
-        actual[name] = small_dataset.write(root / name, train=16, val=6, seed=seed)
-        write_missing_targets(actual[name], TargetEncoder(MINILM))
+        paths[name] = small_dataset.write(root / name, train=16, val=6, seed=seed)
+        write_missing_targets(paths[name], TargetEncoder(MINILM))
     for name, overrides in (("run", ("save_initial=true",)), ("run2", ("seed=1", "epochs=1"))):
-        actual[name] = actual["runs"] / name
-        assert training.train(actual["data"], actual[name], f"encoder={MINILM}", *overrides) == 0
-    actual["vit_weights"] = root / "vit.safetensors"
+        paths[name] = paths["runs"] / name
+        assert training.train(paths["data"], paths[name], f"encoder={MINILM}", *overrides) == 0
+    paths["vit_weights"] = root / "vit.safetensors"
     torch.manual_seed(5)
     state = make("test_vit", "random", 32, 384).backbone.state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, actual["vit_weights"])
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, paths["vit_weights"])
     for name in ("blip", "blip2", "coca", "clip"):
         for seed, copy in enumerate((name, f"other_{name}")):
-            actual[copy] = getattr(tiny_captioners, name)(root / copy, seed=seed)
-    actual["words"] = tiny_captioners.words(root / "words")
-    actual["few_words"] = _fewer(actual["words"], root / "few_words")
-    actual["files"] = _prompts(root / "files")
-    actual["images"] = _images(root / "images")
+            paths[copy] = getattr(tiny_captioners, name)(root / copy, seed=seed)
+    paths["words"] = tiny_captioners.words(root / "words")
+    paths["few_words"] = _fewer(paths["words"], root / "few_words")
+    paths["files"] = _prompts(root / "files")
+    paths["images"] = _images(root / "images")
     with socket.socket() as opened:
         opened.bind(("127.0.0.1", 0))
-        actual["free"] = Path(str(opened.getsockname()[1]))
+        paths["free"] = Path(str(opened.getsockname()[1]))
     for command in COMMANDS:
-        command.places = actual
+        command.places = paths
     for name, run in (("evaluated", "run"), ("evaluated2", "run2")):
-        actual[name] = EVALUATE.run(root / name, (f"run={actual[run]}",)).folder / "evaluation"
-    return actual
+        paths[name] = EVALUATE.run(root / name, (f"run={paths[run]}",)).folder / "evaluation"
+    return paths
 
 
 # ------------------------------------------------------------------------------------------------------------ evaluate
@@ -363,16 +363,16 @@ def test_each_setting_of_hard_and_interpolate_has_an_entry(tmp_path: Path) -> No
 
 def served(demo: Any, words: Any, port: Any, *, most_bytes: int, browser: bool) -> dict[str, Any]:
     """Replacement of the blocking server: results for a small and a large image."""
-    actual: dict[str, Any] = {"words": words, "host": port.getsockname()[0], "most": most_bytes, "browser": browser}
+    outcome: dict[str, Any] = {"words": words, "host": port.getsockname()[0], "most": most_bytes, "browser": browser}
     for side in (40, 400):
         file = io.BytesIO()
         Image.new("RGB", (side, side), "teal").save(file, "png")
         try:
             look = demo.explain(file.getvalue())
-            actual[f"{side} px"] = [look.nearest, [(part.name, round(part.share, 5)) for part in look.parts]]
+            outcome[f"{side} px"] = [look.nearest, [(part.name, round(part.share, 5)) for part in look.parts]]
         except BadImage as error:
-            actual[f"{side} px"] = str(error)
-    return {"page": actual, "port": port.getsockname()[1]}
+            outcome[f"{side} px"] = str(error)
+    return {"page": outcome, "port": port.getsockname()[1]}
 
 
 def visit(result: Result) -> Any:

@@ -45,7 +45,7 @@ UNUSED = "has no effect "
 def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Files that the entries name: datasets, weights and checkpoints, all tiny."""
     root = tmp_path_factory.mktemp("places")
-    actual = {
+    paths = {
         "data": small_dataset.write(root / "data", train=16, val=6),
         "data2": small_dataset.write(root / "data2", train=12, val=6, seed=1),
         "seeds": _seeds(root / "seeds"),
@@ -55,14 +55,14 @@ def places(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         "efficientnet": _checkpoint(root / "efficientnet", "test_efficientnet"),
         "weights": root / "weights.csv",
     }
-    write_targets(actual["data"], {"name": "other", "width": 384}, _other_vectors, lambda _: None)
+    write_targets(paths["data"], {"name": "other", "width": 384}, _other_vectors, lambda _: None)
     torch.manual_seed(5)
     state = make("test_vit", "random", 32, 384).backbone.state_dict()
-    save_file({name: tensor.contiguous() for name, tensor in state.items()}, actual["vit_weights"])
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, paths["vit_weights"])
     keys = [f"{n:06d}" for n in range(22)]
-    pyarrow.csv.write_csv(pa.table({"key": keys, "weight": [1.0 + n % 3 for n in range(22)]}), actual["weights"])
-    TRAIN.places = PROBE.places = actual
-    return actual
+    pyarrow.csv.write_csv(pa.table({"key": keys, "weight": [1.0 + n % 3 for n in range(22)]}), paths["weights"])
+    TRAIN.places = PROBE.places = paths
+    return paths
 
 
 def weights(result: Result) -> dict[str, str]:

@@ -143,13 +143,13 @@ def test_ranks_and_micro_batches_partition_single_process_batches(case: int) -> 
 
 def plain_walk(shuffled: ShuffledEpochs, batch_size: int, steps: int) -> list[list[int]]:
     """Epoch after epoch cut into batches, the last short one dropped unless it is the only one."""
-    actual: list[list[int]] = []
+    walk: list[list[int]] = []
     for number in itertools.count():
         order = shuffled.epoch(number).tolist()
         batches = [order[n : n + batch_size] for n in range(0, len(order), batch_size)]
-        actual += [b for b in batches if len(b) == batch_size] or batches
-        if len(actual) >= steps:
-            return actual[:steps]
+        walk += [b for b in batches if len(b) == batch_size] or batches
+        if len(walk) >= steps:
+            return walk[:steps]
     raise AssertionError
 
 

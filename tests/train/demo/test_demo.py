@@ -317,9 +317,9 @@ class Server:
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
         assert self._ready.wait(120), self.told
-        actual = re.search(r"http://127\.0\.0\.1:(\d+)", self.told)
-        assert actual, self.told
-        self.port = int(actual[1])
+        address = re.search(r"http://127\.0\.0\.1:(\d+)", self.told)
+        assert address, self.told
+        self.port = int(address[1])
 
     def _read(self) -> None:
         assert self.process.stderr
@@ -360,9 +360,9 @@ class Server:
 
 @pytest.fixture(scope="module")
 def server(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    actual = Server(run, tmp_path_factory.mktemp("uploads"), "max_upload_mb=4", "max_pixels=1000000")
-    yield actual
-    actual.close()
+    demo_server = Server(run, tmp_path_factory.mktemp("uploads"), "max_upload_mb=4", "max_pixels=1000000")
+    yield demo_server
+    demo_server.close()
 
 
 def form(data: Iterable[bytes], about: str) -> Iterator[bytes]:

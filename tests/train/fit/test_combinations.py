@@ -29,13 +29,13 @@ pytest_plugins = ["tests.tiny_run"]
 @pytest.fixture
 def gradients(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, torch.Tensor]]:
     """Gradients of every step, as the optimizer sees them."""
-    actual: list[dict[str, torch.Tensor]] = []
+    step_gradients: list[dict[str, torch.Tensor]] = []
 
     def noted(self: Training, *args: Any, **kwargs: Any) -> None:  # noqa: ARG001
-        actual.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
+        step_gradients.append({n: p.grad.clone() for n, p in self.model.named_parameters() if p.grad is not None})
 
     monkeypatch.setattr(Training, "configure_gradient_clipping", noted)
-    return actual
+    return step_gradients
 
 
 def losses(run: Path) -> list[float]:

@@ -224,13 +224,13 @@ def test_measure_does_not_change_the_model() -> None:
 
 def test_cost_line() -> None:
     gib = 2**30
-    actual = Cost(600_000_000, 300_000_000, 1e12, 2.5e12, 10 * gib, gib, gib // 4)
-    assert actual.memory(64) == 27 * gib
-    assert actual.memory(64, shards=4) == 19.5 * gib
-    assert actual.fitting(27 * gib) == 64
-    assert actual.fitting(5 * gib) == 0
-    assert actual.mfu(100, 500e12) == pytest.approx(0.5)
-    assert actual.line(64) == (
+    cost = Cost(600_000_000, 300_000_000, 1e12, 2.5e12, 10 * gib, gib, gib // 4)
+    assert cost.memory(64) == 27 * gib
+    assert cost.memory(64, shards=4) == 19.5 * gib
+    assert cost.fitting(27 * gib) == 64
+    assert cost.fitting(5 * gib) == 0
+    assert cost.mfu(100, 500e12) == pytest.approx(0.5)
+    assert cost.line(64) == (
         "600.0 M parameters, 300.0 M trained; 2,500.0 GFLOP per image; about 27.0 GiB per device: "
         "11.0 for weights and their state, 16.0 for activations of 64 images"
     )

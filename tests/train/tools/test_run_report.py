@@ -111,8 +111,8 @@ def test_page_shows_improvement_over_start(run: Path, verdict: str, shown: tuple
     html = run_report.write_report(ReportSettings(run)).read_text()
     assert "Gain by training" not in html
     gain = {"mean": 0.25, "low": 0.2, "high": 0.3}
-    actual = {"start": {"mean": 0.5}, "best": {"mean": 0.75}, "gain": gain, "verdict": verdict}
-    (run / "improvement.json").write_text(json.dumps(actual))
+    record = {"start": {"mean": 0.5}, "best": {"mean": 0.75}, "gain": gain, "verdict": verdict}
+    (run / "improvement.json").write_text(json.dumps(record))
     html = run_report.write_report(ReportSettings(run)).read_text()
     assert "Gain by training" in html
     for words in shown:

@@ -90,8 +90,8 @@ def test_gain_over_start(tmp_path: Path) -> None:
         start = {"step": 0, "epoch": 0, "seconds": 1, "val/cosine": 0.5 - gain[0], "val/low": 0.3, "val/high": 0.7}
         log.write_text(json.dumps(start) + "\n" + log.read_text())
         if gain[1] is not None:
-            actual = {"start": {}, "best": {}, "gain": {"mean": 0.1, "low": gain[1], "high": 0.2}, "verdict": ""}
-            (folder / "improvement.json").write_text(json.dumps(actual))
+            improvement = {"start": {}, "best": {}, "gain": {"mean": 0.1, "low": gain[1], "high": 0.2}, "verdict": ""}
+            (folder / "improvement.json").write_text(json.dumps(improvement))
     runs = {run.name: run for run in find_runs(tmp_path)[0]}
     assert (runs["sure"].start, runs["sure"].gain) == (0.4, pytest.approx(0.1))
     assert (runs["sure"].gain_low, runs["sure"].gain_high) == (0.08, 0.2)
