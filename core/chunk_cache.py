@@ -34,7 +34,6 @@ from core.paths import cache_folder
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-Identity = dict[str, Any]  # plain JSON
 
 
 class ChunkCache(Generic[T]):
@@ -94,7 +93,7 @@ class ChunkCache(Generic[T]):
         return self.folder / f"{number:06d}{self._suffix}"
 
 
-def identity_hash(identity: Identity) -> str:
+def identity_hash(identity: dict[str, Any]) -> str:
     """Name of the folder for results that depend on `identity`, plain JSON."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -75,11 +75,7 @@ def defaults(config_name: str) -> dict[str, Any]:
 
 def _written(overrides: Sequence[str]) -> set[str]:
     """Dotted keys that Hydra's overrides set to a value other than null and false; `{a: {b: 1}}` sets a.b."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
-    values = {override.key_or_group: override.value() for override in parsed if not override.is_delete()}
-    return set(_leaves(values))
+    return set(_leaves({o.key: o.value for o in _parsed(overrides) if not o.text.startswith("~")}))
 
 
 def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
@@ -127,8 +123,9 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
         logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that are not used here
         try:
-            refuse_old_names_in_files(config_name, _unresolved(composed))  # Hydra accepts any key of an experiment
-            missing = _missing(_unresolved(composed))
+            unresolved = _unresolved(composed)
+            refuse_old_names_in_files(config_name, unresolved)  # Hydra accepts any key of an experiment
+            missing = _missing(unresolved)
             if missing:
                 raise UserError("missing on the command line: " + ", ".join(f"{key}=…" for key in missing))
             values = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))

@@ -169,8 +169,8 @@ def _renamed(table: Mapping[str, str], key: str) -> str | None:
     for pattern, other in table.items():
         names = pattern.split(".")
         if len(names) <= len(parts) and all(name in ("*", part) for name, part in zip(names, parts, strict=False)):
-            found = [part if name == "*" else name for name, part in zip(other.split("."), parts, strict=False)]
-            return ".".join(found + parts[len(names) :])
+            renamed = [part if name == "*" else name for name, part in zip(other.split("."), parts, strict=False)]
+            return ".".join(renamed + parts[len(names) :])
     return None
 
 

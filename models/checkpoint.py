@@ -191,7 +191,7 @@ def newest_checkpoint() -> Path:
     """Newest folder among checkpoints/*/best.
 
     Raises:
-        UserError: There is no checkpoint.
+        UserError: checkpoints/ holds no best checkpoint.
     """
     configs = sorted((ROOT / "checkpoints").glob("*/best/config.json"), key=lambda p: p.stat().st_mtime)
     if not configs:

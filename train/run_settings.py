@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -133,9 +133,14 @@ def parse_settings(folder: Path) -> dict[str, Any]:
     ]
     if missing:
         raise NotARun(f"settings.json is not that of a run: it lacks {', '.join(missing)}")
-    dataset = values["dataset"]
+    return as_of_this_version(values)
+
+
+def as_of_this_version(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Recorded settings with the key names of this version and `dataset` as a list of paths and URLs."""
+    dataset = recorded["dataset"]
     paths = [dataset] if isinstance(dataset, str) else [str(d) for d in dataset]
-    return {**with_new_names("train", values), "dataset": paths}
+    return {**with_new_names("train", recorded), "dataset": paths}
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -27,7 +27,7 @@ def files(weights: str, names: Sequence[str] = ("model.safetensors",), prefixes:
         prefixes: Prefixes of the required tensors; parts without such tensors are skipped. Empty: all parts.
 
     Raises:
-        UserError: There is no such file, or it is a pickle.
+        UserError: The file is missing or a pickle.
     """
     path = Path(weights)
     if path.is_file() and path.suffix == ".safetensors":

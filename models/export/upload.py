@@ -105,7 +105,7 @@ def push(folder: Path, address: str, *, dry_run: bool = True, public: bool = Fal
         URL of the page.
 
     Raises:
-        UserError: The address or the bundle is invalid, there is no token or it has no write access, the target is not
+        UserError: The address or the bundle is invalid, the token is missing or lacks write access, the target is not
             a bundle or has another visibility, the site refuses the card or the metadata, or it cannot be reached.
     """
     target = _parse(address)
@@ -339,7 +339,7 @@ def _kaggle_client(target: _Address) -> "tuple[KaggleApi, list[str]]":
     """Kaggle's client with the user's token, and the secrets that must not be shown.
 
     Raises:
-        _UnreachableError: The client is not installed, there is no token, or the site cannot be reached.
+        _UnreachableError: The client is not installed, the token is missing, or the site cannot be reached.
         UserError: The token is refused.
     """
     secrets = [os.environ.get("KAGGLE_KEY", "")]

@@ -112,8 +112,8 @@ def _plain_jpeg(data: bytes) -> tuple[str, int, int]:
 
 def _plain_png(data: bytes) -> tuple[str, int, int]:
     """8 bits, grey or RGB, of one pass, without transparency, text or EXIF; every checksum holds."""
-    width, height, *about = struct.unpack_from(">IIBBBBB", data, 16)
-    if about not in ([8, 0, 0, 0, 0], [8, 2, 0, 0, 0]):
+    width, height, *header = struct.unpack_from(">IIBBBBB", data, 16)
+    if header not in ([8, 0, 0, 0, 0], [8, 2, 0, 0, 0]):
         return "", 0, 0
     at, view, name = 8, memoryview(data), b""
     while name != b"IEND":
@@ -148,14 +148,14 @@ _Decoder = Callable[[torch.Tensor], torch.Tensor]
 
 @functools.cache
 def _decoders() -> dict[str, _Decoder]:
-    """By kind, TorchCodec's or else torchvision's; none of a kind that Pillow's libraries decode otherwise here."""
-    for find in (_torchcodec, _torchvision):
+    """Fast decoder by kind: of TorchCodec, else of torchvision; a kind that it decodes unlike Pillow has none."""
+    for load in (_torchcodec, _torchvision):
         try:
-            found = find()
+            decoders = load()
         except (ImportError, AttributeError, OSError, RuntimeError):
             continue  # not installed, too old, or without the libraries it was built for
-        same = {kind: decoder for kind, decoder in found.items() if _agrees(kind, decoder)}
-        for kind in found.keys() - same.keys():
+        same = {kind: decoder for kind, decoder in decoders.items() if _agrees(kind, decoder)}
+        for kind in decoders.keys() - same.keys():
             logging.getLogger(__name__).warning(
                 "%s: decoded by Pillow, which is slower; what else is installed does not give the same values", kind
             )

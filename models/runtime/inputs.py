@@ -50,7 +50,7 @@ def read_task(folder: Path, by_path: bool, sample: Path | None, width: int) -> T
         width: E, the number of rows per id in `sample`.
 
     Raises:
-        BundleError: there is no image, two images share an id, or `sample` is malformed.
+        BundleError: no image is found, two images share an id, or `sample` is malformed.
     """
     others: list[tuple[str, str]] = []
     images = _images(folder, others)

@@ -69,7 +69,7 @@ def shared_memory() -> float:
 
 
 def _cgroup(name: str) -> list[float]:
-    """Numbers in a cgroup file, -1 for no limit; [] if there is no such file."""
+    """Numbers in a cgroup file, -1 for no limit; [] if the file is missing."""
     try:
         words = (Path("/sys/fs/cgroup") / name).read_text().split()
         return [float(word) if word != "max" else -1.0 for word in words]

@@ -111,9 +111,9 @@ class ImageDataModule(lightning.LightningDataModule):
         self.train_rows, images.weight_N = image_weights(
             images, self.train_rows, cfg.data.sources, cfg.data.sample_weights
         )
-        own = ["val"] if len(self.val_rows) else []
-        self.val_names = [*own, *_set_names(images.names[len(datasets) :])]
-        self.val_sets = [*[self.val_rows for _ in own], *sets]
+        split_names = ["val"] if len(self.val_rows) else []
+        self.val_names = [*split_names, *_set_names(images.names[len(datasets) :])]
+        self.val_sets = [*[self.val_rows for _ in split_names], *sets]
         self.shuffled_epochs = ShuffledEpochs(self._parts(trained), cfg.seed)
         self.length = run_length(len(self.shuffled_epochs), cfg)
         self.per_epoch, self.steps = self.length.per_epoch, self.length.steps
@@ -134,7 +134,7 @@ class ImageDataModule(lightning.LightningDataModule):
             write_bytes(path, "".join(lines).encode())
 
     def _parts(self, trained: range) -> list[TrainingSubset]:
-        rows_of = {number: own for number, _, own in self.images.by_dataset(self.train_rows)}
+        rows_of = {number: dataset_rows for number, _, dataset_rows in self.images.by_dataset(self.train_rows)}
         left_out = [self.images.datasets[n].root for n in trained if n not in rows_of]
         if left_out:
             raise UserError(
@@ -143,10 +143,10 @@ class ImageDataModule(lightning.LightningDataModule):
             )
         parts = []
         for number in trained:
-            dataset, own = self.images.datasets[number], rows_of[number]
-            units = dataset.prompt_sets()[own] if self._cfg.data.one_image_per_prompt else None
+            dataset, dataset_rows = self.images.datasets[number], rows_of[number]
+            units = dataset.prompt_sets()[dataset_rows] if self._cfg.data.one_image_per_prompt else None
             repeats = self._cfg.dataset_repeats[number] if self._cfg.dataset_repeats else 1
-            parts.append(TrainingSubset(self.images.rows(number, own), repeats, units))
+            parts.append(TrainingSubset(self.images.rows(number, dataset_rows), repeats, units))
         return parts
 
     def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:  # noqa: ARG002

@@ -106,11 +106,11 @@ class ImageDataset(TorchDataset):
 
     def parts(self, rows: Rows) -> list[tuple[Dataset, Rows]]:
         """Datasets that have some of `rows`, each with the row numbers there."""
-        return [(self.datasets[number], own) for number, _, own in self.by_dataset(rows)]
+        return [(self.datasets[number], dataset_rows) for number, _, dataset_rows in self.by_dataset(rows)]
 
     def key(self, row: int) -> str:
-        dataset, own = self.place(row)
-        return dataset.key(own)
+        dataset, dataset_row = self.place(row)
+        return dataset.key(dataset_row)
 
     def label(self, row: int) -> str:
         """Label of an image in lists: its key, preceded by the dataset's name where there are several."""
@@ -118,17 +118,17 @@ class ImageDataset(TorchDataset):
         return f"{name}{self.key(row)}"
 
     def source(self, row: int) -> str:
-        dataset, own = self.place(row)
-        return dataset.source(own)
+        dataset, dataset_row = self.place(row)
+        return dataset.source(dataset_row)
 
     def prompts(self, row: int) -> list[str]:
-        dataset, own = self.place(row)
-        return dataset.prompts(own)
+        dataset, dataset_row = self.place(row)
+        return dataset.prompts(dataset_row)
 
     def image_bytes(self, row: int) -> bytes:
         """Encoded bytes of an image."""
-        dataset, own = self.place(row)
-        return dataset.image_bytes(own)
+        dataset, dataset_row = self.place(row)
+        return dataset.image_bytes(dataset_row)
 
     def decoded(self, row: int) -> torch.Tensor:
         """Decode an image at its own size: uint8 [3, H, W].
@@ -151,8 +151,8 @@ class ImageDataset(TorchDataset):
 
     def target(self, row: int) -> NDArray[np.float32]:
         """Mean of the captions' unit vectors, [E]."""
-        dataset, own = self.place(row)
-        return dataset.target(own)
+        dataset, dataset_row = self.place(row)
+        return dataset.target(dataset_row)
 
     def targets(self, rows: Rows) -> NDArray[np.float32]:
         """`target` of each of these images, [n, E]."""

@@ -104,7 +104,7 @@ def evaluate_embedders(cfg: EvaluateSettings) -> EvaluationResult:
         "folders": {name: str(folder) for name, folder in folders.items()},
         "leakage": {
             "cosine": NEAR,
-            "embedders": {name: dataset_row.to_json() for name, dataset_row in leakage.items()},
+            "embedders": {name: counts.to_json() for name, counts in leakage.items()},
         },
         "images": len(predictions.rows),
         "skipped": predictions.skipped,

@@ -124,7 +124,7 @@ def _predict_group(
     caches = {e.name: all_caches[e.name] for e in embedders}
     make = {e.name: e.make for e in embedders}
     loaded: dict[str, Embedder] = {}
-    found = Predictions(seconds=dict.fromkeys(caches, 0.0))
+    predictions = Predictions(seconds=dict.fromkeys(caches, 0.0))
     vectors: dict[str, list[NDArray[np.float32]]] = {name: [] for name in caches}
     with ExitStack() as stack:
         # each folder once, and in one order: else two processes could wait for each other
@@ -148,20 +148,20 @@ def _predict_group(
                     f"some images of {' and '.join(images.names)} can be read at one time and not at another; "
                     f"run it again, and if this stays, remove {', '.join(str(c.folder) for c in caches.values())}"
                 )
-            found.rows += np.delete(chunk_rows, positions).tolist()
-            found.skipped += [{"key": images.label(chunk_rows[at]), "reason": why} for at, why in unread]
+            predictions.rows += np.delete(chunk_rows, positions).tolist()
+            predictions.skipped += [{"key": images.label(chunk_rows[at]), "reason": why} for at, why in unread]
             for name, chunk in known.items():
                 vectors[name].append(chunk.z_nE)
-                found.seconds[name] += chunk.seconds
+                predictions.seconds[name] += chunk.seconds
                 if chunk.texts is not None:
-                    found.texts.setdefault(name, []).extend(chunk.texts)
+                    predictions.texts.setdefault(name, []).extend(chunk.texts)
             bar.update(len(chunk_rows))
-    found.vectors = {name: np.concatenate(parts) for name, parts in vectors.items()}
+    predictions.vectors = {name: np.concatenate(parts) for name, parts in vectors.items()}
     loaded.clear()
     gc.collect()  # reference cycles would keep models in memory
     if torch.cuda.is_initialized():
         torch.cuda.empty_cache()
-    return found
+    return predictions
 
 
 def _caches(

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from core.cli import defaults
 from core.errors import UserError
-from core.renamed_settings import with_new_names
 from core.settings import settings
 from datagen.dataset.format import hash_prompts
 from datagen.dataset.reader import Dataset
@@ -34,7 +33,7 @@ from train.data.datamodule import ImageDataModule
 from train.data.images import ImageDataset
 from train.data.splits import Prompts
 from train.evaluate.prompt_index import PromptIndex
-from train.run_settings import read_settings
+from train.run_settings import as_of_this_version, read_settings
 
 Rows = NDArray[np.int64]
 
@@ -317,11 +316,9 @@ def _refuse_changed(datasets: Sequence[Dataset], sha256: Sequence[str]) -> None:
 
 def _recipe(path: Path) -> dict[str, Any]:
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        paths = values["dataset"]
+        return as_of_this_version(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged ({type(error).__name__}: {error}); copy the ensemble again") from error
-    return {**with_new_names("train", values), "dataset": [paths] if isinstance(paths, str) else list(paths)}
 
 
 def _is_checkpoint(folder: Path) -> bool:
