@@ -158,6 +158,7 @@ def print_line(node: ast.AST) -> int:
     return 0
 
 
+@pytest.mark.slow
 def test_files_begin_with_a_docstring() -> None:
     for path in files():
         text = path.read_text(encoding="utf-8")

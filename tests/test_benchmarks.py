@@ -35,6 +35,7 @@ class BenchmarkHung(UserWarning):
     """A benchmark was started again after it hung; the stacks of its threads are in the message."""
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("default::tests.test_benchmarks.BenchmarkHung")
 @pytest.mark.parametrize(
     ("name", "arms"),
@@ -80,6 +81,7 @@ def test_recipe_benchmark_runs_each_recipe_once_on_few_images(tmp_path: Path) ->
     assert json.loads((tmp_path / "figures.json").read_text()) == figures
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
 @pytest.mark.parametrize("name", ["datagen_gpu", "infer_gpu", "train_gpu"])
 def test_gpu_benchmark_without_gpu_exits_with_message(name: str) -> None:

@@ -23,6 +23,7 @@ def sleeping() -> "subprocess.Popen[str]":
     return process
 
 
+@pytest.mark.slow
 def test_forked_command_matches_new_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("IM2EMB_SEEN", "yes")
     forked, fresh = (commands.run(MODULE, "a=1", "b c", fresh=fresh) for fresh in (False, True))

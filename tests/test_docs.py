@@ -203,6 +203,7 @@ def test_site_builds_without_a_warning() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_settings_reference_names_every_setting(tmp_path: Path) -> None:
     """Keys of conf/ are in the generated page, and keys that the pages of docs/ name are known."""
     subprocess.run([sys.executable, ROOT / "docs/build_reference.py", tmp_path / "docs"], check=True)

@@ -192,6 +192,7 @@ def count(parameters: Any) -> int:
     return sum(p.numel() for p in parameters)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE)
 def test_experiments_match_their_table(name: str, rendered: Dataset) -> None:
     expected = TABLE[name]
@@ -221,6 +222,7 @@ def test_experiments_match_their_table(name: str, rendered: Dataset) -> None:
     assert model(image_BCHW).shape == (2, TARGETS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "twin", "projection"),
     [
@@ -238,6 +240,7 @@ def test_clip_tower_has_parameter_count_of_open_clip(name: str, twin: str, proje
     assert open_clip.get_pretrained_cfg(*twin.split("/"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TABLE.keys() - {"quickstart", "debug", "blip2_vision"}))
 def test_clip_weights_and_preprocessing_match_open_clip(name: str) -> None:
     """ImageNet's classifiers have no twin in open_clip. BLIP-2's tower is of EVA-CLIP; debug's weights are random."""
@@ -258,6 +261,7 @@ def test_table_lists_every_experiment() -> None:
     assert {file.stem for file in FILES} == set(TABLE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", FILES, ids=[file.stem for file in FILES])
 def test_experiment_header_has_command_hardware_and_cost(file: Path) -> None:
     text = file.read_text()

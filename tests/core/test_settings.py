@@ -171,6 +171,7 @@ def test_written_keys_of_command_line() -> None:
     assert written == keys, "null and false ask for nothing"
 
 
+@pytest.mark.slow
 def test_the_command_refuses_settings_without_effect() -> None:
     done = run("train", "+experiment=vith14", "optim.schedule=onecycle", "optim.warmup=500", "loss.temperature=0.1")
     assert done.returncode == 2
@@ -211,6 +212,7 @@ COMMANDS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "cls", "overrides"), COMMANDS, ids=[" ".join((n, *o)) for n, _, o in COMMANDS])
 def test_every_file_composes_and_converts(name: str, cls: str, overrides: list[str]) -> None:
     module, _, class_name = cls.rpartition(".")
@@ -220,6 +222,7 @@ def test_every_file_composes_and_converts(name: str, cls: str, overrides: list[s
     assert set(values) == {f.name for f in dataclasses.fields(made)}, "a key that only its default knows"
 
 
+@pytest.mark.slow
 def test_no_documented_command_has_a_setting_without_effect() -> None:
     classes = {name: cls for name, cls, _ in COMMANDS}
     for command in (c for c in DOCUMENTED if c.startswith("python -m")):

@@ -147,6 +147,7 @@ def cached(tmp_path: Path, suffix: str = "tar") -> list[Path]:
 # Writing and reading
 
 
+@pytest.mark.slow
 def test_datagen_writes_same_bytes_to_url_and_folder(
     root: Location, client: Client, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -190,6 +191,7 @@ def test_a_second_reader_fetches_nothing(uploaded: Location, line: Line) -> None
     assert [r for r in line.requests if "list-type" not in r] == []
 
 
+@pytest.mark.slow
 def test_workers_read_what_their_parent_reads(here: Path, uploaded: Location, line: Line) -> None:
     dataset, ours = Dataset(uploaded, small_dataset.ENCODER), Dataset(here, small_dataset.ENCODER)
     line.requests.clear()
@@ -384,6 +386,7 @@ def test_programming_error_is_not_retried() -> None:
 # Refusals
 
 
+@pytest.mark.slow
 def test_permission_error_is_reported(uploaded: Location, client: Client, line: Line) -> None:
     dataset = Dataset(uploaded)
     client.deny("s3:PutObject", "s3:GetObject")
@@ -467,6 +470,7 @@ COPY_DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["tar", "parquet", "npy"])
 @pytest.mark.parametrize("case", COPY_DAMAGES)
 def test_a_damaged_copy_in_the_cache_is_fetched_again(

@@ -6,9 +6,12 @@ pytest tests/datagen/test_benchmark_gpu.py
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.commands import run
 
 
+@pytest.mark.slow
 def test_gpu_datagen_benchmark_runs_on_tiny_networks(tmp_path: Path) -> None:
     done = run("benchmarks.datagen_gpu", "--tiny", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr

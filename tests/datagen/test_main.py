@@ -39,6 +39,7 @@ def unkilled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # The same bytes
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_gives_the_same_bytes(unkilled: Path, tmp_path: Path) -> None:
     done = run("datagen", *SMALL, "workers=2", f"out={tmp_path / 'data'}")
     assert done.returncode == 0, done.stderr
@@ -158,6 +159,7 @@ def test_run_killed_twenty_times_resumes_bitwise(unkilled: Path, tmp_path: Path)
     assert contents(tmp_path / "data") == contents(unkilled)
 
 
+@pytest.mark.slow
 def test_killed_while_targets_are_written(glyph_dataset: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     process = start("datagen", *GLYPHS, "workers=1", f"out={out}")
@@ -200,6 +202,7 @@ def test_sigterm_discards_unfinished_shards(tmp_path: Path) -> None:
     assert not list(out.rglob(".*"))
 
 
+@pytest.mark.slow
 @LINUX
 def test_killed_worker_is_replaced(tmp_path: Path) -> None:
     out, marker = tmp_path / "data", uuid.uuid4().hex
@@ -215,6 +218,7 @@ def test_killed_worker_is_replaced(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "unkilled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
 def test_failing_shard_is_retried_then_listed(
     unkilled: Path, tmp_path: Path, workers: int, caplog: pytest.LogCaptureFixture
@@ -254,6 +258,7 @@ def test_run_stops_if_every_shard_fails(unkilled: Path, tmp_path: Path) -> None:
 # Parts
 
 
+@pytest.mark.slow
 def test_array_parts_make_the_whole_dataset(unkilled: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     waits = start("datagen", *SMALL, "part=2/3", f"out={out}")
@@ -291,6 +296,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixtu
         assert said in caplog.text
 
 
+@pytest.mark.slow
 def test_folder_of_another_dataset_is_refused_with_differences(unkilled: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(unkilled, tmp_path / "data"))
     done = run("datagen", *SMALL, "seed=1", "renderer.size=32", f"out={out}")
@@ -335,6 +341,7 @@ def test_a_disk_without_room_is_refused_before_anything_is_written(
 # Stable Diffusion without a GPU
 
 
+@pytest.mark.slow
 def test_days_on_a_cpu_are_refused_with_an_estimate(tmp_path: Path) -> None:
     """Before prompts are curated and before the hub is asked for weights."""
     done = run("datagen", "renderer.device=cpu", "num=100000", f"out={tmp_path / 'data'}")

@@ -84,6 +84,7 @@ def sections(html: str) -> dict[str, str]:
     return {m[1]: m[2] for m in re.finditer(r"<h2>(.*?)</h2>(.*?)(?=<section id=|</main>)", html, re.S)}
 
 
+@pytest.mark.slow
 def test_report_of_unfinished_dataset(rendering: Path) -> None:
     html = page_of(rendering)
     assert HOSTILE not in html
@@ -157,6 +158,7 @@ def test_report_of_foreign_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert re.search(r"square [\d ]+ on [\d ]+ / square [\d ]+ again / ", html)
 
 
+@pytest.mark.slow
 def test_report_of_remote_dataset(rendering: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The page and the log are in the current folder; no tar is fetched for a few images."""
     root = Location("memory://bucket/sd2")
@@ -184,6 +186,7 @@ def test_broken_images_are_skipped_and_reported(tmp_path: Path) -> None:
     assert f"could not be read: 1, such as {key}" in html or "could not be read: 1, such as cannot identify" in html
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     out = tmp_path / "g"
     make(out, *BARE)

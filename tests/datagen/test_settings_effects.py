@@ -350,6 +350,7 @@ DATAGEN_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(DATAGEN_SETTINGS))
 def test_datagen(entry: Entry, tmp_path: Path) -> None:
     DATAGEN.check(entry, tmp_path)
@@ -414,6 +415,7 @@ INDEX_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(INDEX_SETTINGS))
 def test_index(entry: Entry, tmp_path: Path) -> None:
     INDEX.check(entry, tmp_path)
@@ -514,6 +516,7 @@ PUBLISHED_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(PUBLISHED_SETTINGS))
 def test_published(entry: Entry, tmp_path: Path) -> None:
     PUBLISHED.check(entry, tmp_path)
@@ -542,6 +545,7 @@ REPORT_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(REPORT_SETTINGS))
 def test_report(entry: Entry, tmp_path: Path) -> None:
     REPORT.check(entry, tmp_path)

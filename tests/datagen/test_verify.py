@@ -323,6 +323,7 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGES)
 def test_damage_is_reported_by_name(case: str, copy: Path) -> None:
     damage, said = DAMAGES[case]

@@ -151,6 +151,7 @@ def test_loading_never_unpickles(
     checkpoint.load_extras(tmp_path / "best")
 
 
+@pytest.mark.slow
 def test_compiled_backbone_is_saved_under_plain_names(
     model: Regressor, probes: list[torch.Tensor], tmp_path: Path
 ) -> None:

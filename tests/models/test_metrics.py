@@ -90,6 +90,7 @@ def test_groups_are_resampled_together() -> None:
     assert bootstrap(score_n, 4000, group_n=names) == found
 
 
+@pytest.mark.slow
 def test_paired_interval_covers_a_known_difference() -> None:
     """Skewed scores of shared difficulty, n = 200: the truth lies within in at least 930 of 1,000 trials."""
     rng = np.random.default_rng(0)

@@ -70,6 +70,7 @@ def theirs(text_nJ: np.ndarray, target_nE: np.ndarray, share: float) -> Any:
     return ridge.fit(text_nJ, target_nE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["im2emb-vit", "im2emb-timm-linear", "im2emb-timm-own", "im2emb-timm-none"])
 def test_text_head_equals_ridge_if_image_and_text_features_are_equal(name: str, tmp_path: Path) -> None:
     """For each prompt, pooled features that the vision tower would project to the prompt's own place."""

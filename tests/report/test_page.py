@@ -94,6 +94,7 @@ def html() -> str:
     return full_page().html()
 
 
+@pytest.mark.slow
 def test_page_makes_no_requests(html: str) -> None:
     for _, attributes in Reader(html).tags:
         for name in ("src", "href", "xlink:href", "srcset", "action", "data", "poster"):
@@ -142,6 +143,7 @@ def test_svg_is_well_formed_themed_and_self_contained(html: str) -> None:
         assert used in ids
 
 
+@pytest.mark.slow
 def test_page_is_deterministic(html: str) -> None:
     assert full_page().html() == html
 
@@ -180,6 +182,7 @@ def test_a_heatmap_shades_from_the_lowest_to_the_highest_and_frames_the_diagonal
     assert [f.attrib["d"].split("h")[0] for f in frames] == ["M0.5 0.5", "M10.5 10.5"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("values", [[], [0.5], [0.5, 0.5, float("nan")]])
 def test_plots_of_little_data(values: list[float]) -> None:
     plots.svg(plots.histogram(values, "x"))
@@ -292,6 +295,7 @@ def test_unusable_images_are_refused() -> None:
         embed(b"no image", 256)
 
 
+@pytest.mark.slow
 def test_write_is_atomic(tmp_path: Path, html: str, monkeypatch: pytest.MonkeyPatch) -> None:
     path = full_page().write(tmp_path / "deep" / "page.html")
     assert path.is_absolute()
@@ -404,6 +408,7 @@ def test_the_gallery_is_usable_by_keyboard(sorted_page: Path, opened: "Opened") 
     assert not opened.errors
 
 
+@pytest.mark.slow
 def test_matrix_shows_cell_values(sorted_page: Path, opened: "Opened") -> None:
     page = opened(sorted_page)
     reading, svg = page.locator(".reading"), page.locator(".grid svg")

@@ -11,6 +11,7 @@ import pytest
 from tests.commands import run
 
 
+@pytest.mark.slow
 def test_gpu_training_benchmark_runs_on_tiny_model(tmp_path: Path) -> None:
     done = run("benchmarks.train_gpu", "--tiny", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr

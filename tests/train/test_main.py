@@ -165,6 +165,7 @@ INTRICATE = (
 )
 
 
+@pytest.mark.slow
 def test_run_resumed_at_any_checkpoint_is_bitwise_equal(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -194,6 +195,7 @@ def test_run_resumed_at_any_checkpoint_is_bitwise_equal(
         assert [r for r in untimed(copy) if r["step"] != step] == [r for r in untimed(whole) if r["step"] != step]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "at"), [(signal.SIGTERM, 2), (signal.SIGINT, 3), (signal.SIGTERM, 7)])
 def test_signal_stops_run_after_step_and_it_resumes(
     number: signal.Signals, at: int, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -220,6 +222,7 @@ def test_signal_stops_run_after_step_and_it_resumes(
     assert untimed(tmp_path / "run") == untimed(tmp_path / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [(), ("validate_every=1.4",)], ids=["a validation last", "steps after it"])
 def test_run_killed_after_last_step_finishes(
     parts: tuple[str, ...], small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -244,6 +247,7 @@ def test_run_killed_after_last_step_finishes(
     assert scores[0] == scores[1] is not None
 
 
+@pytest.mark.slow
 def test_repeated_signal_of_launcher_counts_once(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -501,6 +505,7 @@ def test_a_batch_with_no_readable_image_changes_no_weight(
 # -------------------------------------------------------------------------------------------------- parts of training
 
 
+@pytest.mark.slow
 def test_backbone_is_unchanged_in_head_warmup(small_data: Path, tmp_path: Path) -> None:
     overrides = ("model.backbone=test_efficientnet", "model.head_init=random")
     for name, steps, head_warmup_epochs in (("one", 1, 9), ("five", 5, 9), ("both", 5, 0.4)):
@@ -526,6 +531,7 @@ def test_flagship_experiment_starts(small_data: Path, tmp_path: Path) -> None:
     assert checkpoint.read_config(tmp_path / "run/last")["size"] == 160
 
 
+@pytest.mark.slow
 def test_size_dataset_uses_smaller_rendered_size(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "run", "model.backbone=test_convnext", "model.size=dataset", "max_steps=1")
     assert checkpoint.read_config(tmp_path / "run/last")["size"] == 40

@@ -228,11 +228,13 @@ EVALUATE_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(EVALUATE_SETTINGS))
 def test_evaluate(entry: Entry, tmp_path: Path) -> None:
     EVALUATE.check(entry, tmp_path)
 
 
+@pytest.mark.slow
 def test_each_setting_of_evaluate_has_an_entry(tmp_path: Path) -> None:
     complete(EvaluateSettings, EVALUATE_SETTINGS)
     EVALUATE.steady({k: v for k, v in EVALUATE_SETTINGS.items() if k != "embedders"}, tmp_path)
@@ -266,6 +268,7 @@ RUNS_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(REPORT_SETTINGS))
 def test_report(entry: Entry, tmp_path: Path) -> None:
     REPORT.check(entry, tmp_path)
@@ -276,6 +279,7 @@ def test_runs(entry: Entry, tmp_path: Path) -> None:
     RUNS.check(entry, tmp_path)
 
 
+@pytest.mark.slow
 def test_each_setting_of_report_and_runs_has_an_entry(tmp_path: Path) -> None:
     complete(ReportSettings, REPORT_SETTINGS)
     REPORT.steady(REPORT_SETTINGS, tmp_path)
@@ -341,11 +345,13 @@ INTERPOLATE_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(HARD_SETTINGS))
 def test_hard(entry: Entry, tmp_path: Path) -> None:
     HARD.check(entry, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(INTERPOLATE_SETTINGS))
 def test_interpolate(entry: Entry, tmp_path: Path) -> None:
     INTERPOLATE.check(entry, tmp_path)
@@ -408,6 +414,7 @@ DEMO_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(DEMO_SETTINGS))
 def test_demo(entry: Entry, tmp_path: Path) -> None:
     DEMO.check(entry, tmp_path)
@@ -463,6 +470,7 @@ EXPORT_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(EXPORT_SETTINGS))
 def test_export(entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)

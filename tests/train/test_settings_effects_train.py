@@ -244,6 +244,7 @@ TRAIN_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(TRAIN_SETTINGS))
 def test_train(entry: Entry, tmp_path: Path) -> None:
     TRAIN.check(entry, tmp_path)
@@ -380,6 +381,7 @@ PROBE_SETTINGS: Entries = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(PROBE_SETTINGS))
 def test_probe(entry: Entry, tmp_path: Path) -> None:
     PROBE.check(entry, tmp_path)

@@ -415,6 +415,7 @@ def killed_at(call: int) -> Callable[[Sequence[str]], NDArray[np.float32]]:
     return encode_or_die
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["similarity", "holdout"])
 def test_curation_killed_anywhere_gives_same_prompts(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -440,6 +441,7 @@ def test_curation_killed_anywhere_gives_same_prompts(
     assert (made.train, made.val, made.report()) == (whole.train, whole.val, whole.report())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "place", "chunks"),
     [
@@ -553,6 +555,7 @@ def curated_in(work: Path, begun: Any, end: Any) -> None:
     run(thousand(), 500, dedup_threshold=0.9, work=work, encode=encode_later)
 
 
+@pytest.mark.slow
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     work = tmp_path / "work"
     context = multiprocessing.get_context("spawn")
@@ -603,6 +606,7 @@ def test_exhausted_source_is_not_read_further(monkeypatch: pytest.MonkeyPatch) -
     assert made.drawn < 12000
 
 
+@pytest.mark.slow
 def test_real_prompts(shared: Path) -> None:
     """400 lines that people wrote, with the real encoder: names, brackets, other languages."""
     from datagen.dataset.targets import TargetEncoder

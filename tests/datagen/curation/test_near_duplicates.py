@@ -43,6 +43,7 @@ def filled(vectors: Floats, threshold: float, at_once: int = 10**9) -> tuple[Nea
     return index, np.concatenate(parts).tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.6, 0.8, 0.95, 1.0])
 @pytest.mark.parametrize("n", [0, 1, 300, 3000])
 def test_exact_below_the_limit(threshold: float, n: int) -> None:

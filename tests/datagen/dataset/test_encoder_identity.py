@@ -54,6 +54,7 @@ def dataset(glyph_dataset: Path, tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", CHANGES)
 def test_changed_setting_refuses_stored_vectors(change: str, plain: Path, dataset: Path, tmp_path: Path) -> None:
     assert write_missing_targets(dataset, TargetEncoder(str(plain), "cpu")) == 60

@@ -66,6 +66,7 @@ def test_equal_texts_are_encoded_once_and_each_gets_its_vector(encoder: TargetEn
     assert len({vector.tobytes() for vector in encoder.encode(texts)}) == 3
 
 
+@pytest.mark.slow
 def test_fast_vectors_are_never_stored_as_targets(copy: Path, encoder: TargetEncoder) -> None:
     fast = TargetEncoder(MINILM, fast=True)
     texts = ["a fox", "an oil painting of two cats at night, trending on artstation", "a fox and a red house " * 40]

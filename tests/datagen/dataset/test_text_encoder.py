@@ -63,6 +63,7 @@ def test_fast_vectors_are_close_to_fp32(
     np.testing.assert_array_equal(encode(TEXTS, False), found)
 
 
+@pytest.mark.slow
 def test_exact_vectors_match_sentence_transformers(
     minilm: SentenceTransformer, wanted: np.ndarray, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -158,6 +159,7 @@ def tiny(folder: Path, kind: str) -> SentenceTransformer:
     return SentenceTransformer(modules=[first, *rest], device="cpu", **more)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", ["cls, no Normalize", "max", "two poolings", "a prompt", "shortened", "mpnet", "static"]
 )

@@ -20,6 +20,7 @@ LARGE = (*SMALL, "renderer.size=256", "num=120")
 RAY = ("engine=ray", "workers=2")
 
 
+@pytest.mark.slow
 def test_ray_engine_gives_same_bytes(tmp_path: Path) -> None:
     done = run("datagen", *SMALL, *RAY, f"out={tmp_path / 'ray'}")
     assert done.returncode == 0, done.stderr
@@ -29,6 +30,7 @@ def test_ray_engine_gives_same_bytes(tmp_path: Path) -> None:
     assert verify(tmp_path / "ray") == []
 
 
+@pytest.mark.slow
 @LINUX
 def test_killed_ray_worker_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "ray"
@@ -58,6 +60,7 @@ def test_a_killed_driver_resumes(tmp_path: Path) -> None:
     assert contents(out) == contents(tmp_path / "local")
 
 
+@pytest.mark.slow
 def test_sigterm_ends_without_traceback(tmp_path: Path) -> None:
     out = tmp_path / "ray"
     process = start("datagen", *LARGE, *RAY, f"out={out}")
@@ -92,6 +95,7 @@ sys.exit(generate(settings(DatagenSettings, compose("datagen", [*sys.argv[1:], "
 """
 
 
+@pytest.mark.slow
 def test_unreachable_cluster_is_named(tmp_path: Path) -> None:
     done = run("datagen", *SMALL, "engine=ray", "ray_address=127.0.0.1:1", f"out={tmp_path / 'ray'}")
     assert done.returncode == 2

@@ -316,6 +316,7 @@ def test_public_competition_images(shared: Path, tmp_path: Path) -> None:
     assert max(abs(ours[key] - official[key]) for key in official) < 1e-6
 
 
+@pytest.mark.slow
 def test_command_line(tmp_path: Path) -> None:
     images = folder(tmp_path / "images", ["a.png"])
     rows = table(tmp_path / "p.csv", ("id", "prompt"), ("a", "a fox"))

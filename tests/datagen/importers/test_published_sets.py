@@ -265,6 +265,7 @@ def killed(overrides: list[str], env: dict[str, str], when: Callable[[], bool]) 
     return running
 
 
+@pytest.mark.slow
 @pytest.mark.enable_socket
 def test_sd2_4m_from_the_hub_holding_archives_or_not(tmp_path: Path) -> None:
     expected = tiny_published.sd2_4m(tmp_path / "copy", archives=6, images=6)

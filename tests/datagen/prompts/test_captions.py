@@ -129,6 +129,7 @@ BAD: dict[str, tuple[Callable[[], pa.Array], str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", GOOD)
 @pytest.mark.parametrize("reader", ["prompts", "bank"])
 def test_parquet_columns_with_text(tmp_path: Path, case: str, reader: str) -> None:
@@ -201,6 +202,7 @@ JSON_BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [*JSON_GOOD, *JSON_BAD])
 @pytest.mark.parametrize("reader", [".jsonl", ".json", ".tar", "bank"])
 def test_json_values(tmp_path: Path, case: str, reader: str) -> None:
@@ -288,6 +290,7 @@ TABLES: dict[str, tuple[str, str, list[str] | str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TABLES)
 @pytest.mark.parametrize("reader", ["prompts", "bank", "index"])
 def test_csv_quotes(tmp_path: Path, case: str, reader: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -346,6 +349,7 @@ ENCODINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", MARKS)
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.txt", "p.jsonl", "p.json"])
 def test_byte_order_mark_decides_encoding(tmp_path: Path, encoding: str, name: str) -> None:
@@ -355,6 +359,7 @@ def test_byte_order_mark_decides_encoding(tmp_path: Path, encoding: str, name: s
     assert [t.strip() for t in read_prompts(tmp_path / name)[0]] == [CAT]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.txt", "p.jsonl"])
 def test_wrong_encoding_error_names_likely_encoding(tmp_path: Path, encoding: str, name: str) -> None:
@@ -429,6 +434,7 @@ TARS: dict[str, tuple[list[str], list[str], dict[str, int]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", TARS)
 def test_no_sample_of_a_tar_is_lost(tmp_path: Path, case: str) -> None:
     names, keys, reasons = TARS[case]

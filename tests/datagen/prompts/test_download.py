@@ -129,6 +129,7 @@ def test_lost_connection_is_retried(tmp_path: Path, repo: Path) -> None:
         assert hub.drops == []
 
 
+@pytest.mark.slow
 def test_missing_hub_file_error_lists_files(tmp_path: Path, repo: Path) -> None:
     with TinyHub({"owner/name": repo}) as hub:
         env = hub.environment(tmp_path)
@@ -212,6 +213,7 @@ def test_a_damaged_copy_of_a_file_of_another_server_is_fetched_again_or_refused(
     assert f"cannot be used: {copy} is missing" in read(url, **env).stderr
 
 
+@pytest.mark.slow
 def test_a_copy_without_a_record_of_its_checksum_is_not_trusted(tmp_path: Path, repo: Path) -> None:
     """Earlier versions left copies without a checksum."""
     with TinyHub({"owner/name": repo}) as hub:

@@ -66,6 +66,7 @@ def write_table(path: Path) -> None:
                 csv.writer(file).writerows(rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["p.csv", "p.tsv", "p.jsonl", "p.json", "p.parquet", "P.TSV"])
 def test_table_formats(tmp_path: Path, name: str) -> None:
     write_table(tmp_path / name)
@@ -295,6 +296,7 @@ def test_invalid_mixtures_are_refused(overrides: list[str], said: str) -> None:
         settings(DatagenSettings, compose("datagen", overrides))
 
 
+@pytest.mark.slow
 def test_an_unknown_source_is_refused() -> None:
     done = run("datagen", "prompts.sources.cocoo.weight=0.1")
     assert done.returncode != 0
@@ -353,6 +355,7 @@ ERRORS: dict[str, tuple[bytes | None, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ERRORS)
 def test_unusable_files_are_refused(tmp_path: Path, name: str) -> None:
     data, said = ERRORS[name]
@@ -387,6 +390,7 @@ def test_groups_need_columns(tmp_path: Path) -> None:
         read(tmp_path / "p.txt", group_column="group")
 
 
+@pytest.mark.slow
 def test_other_unusable_files_are_refused(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("prompt,nsfw\na fox,high\n")
     (tmp_path / "p.json").write_text('{"rows": []}')
@@ -426,6 +430,7 @@ def test_a_url_without_its_package_names_it() -> None:
         read("gdrive://x/p.csv")
 
 
+@pytest.mark.slow
 def test_the_command_refuses_before_it_writes(tmp_path: Path) -> None:
     (tmp_path / "p.csv").write_text("text\na red fox in snow\n")
     bare = ("renderer=glyphs", "encoder=null", "curate.dedup_threshold=null", "split.kind=image")

@@ -189,6 +189,7 @@ def test_an_image_depends_on_its_prompt_and_seed_alone(models: dict[str, Path], 
     assert np.abs(other_seed[0].astype(int) - together[5]).max() > 10
 
 
+@pytest.mark.slow
 def test_ancestral_sampler_uses_per_image_seed(models: dict[str, Path], tmp_path: Path) -> None:
     """The sampler is that of SDXL turbo, without guidance."""
     from diffusers.schedulers.scheduling_euler_ancestral_discrete import EulerAncestralDiscreteScheduler
@@ -204,6 +205,7 @@ def test_ancestral_sampler_uses_per_image_seed(models: dict[str, Path], tmp_path
     assert np.abs(renderer.render(PROMPTS[1:], SEEDS[1:])[0].astype(int) - together[1]).max() <= 1
 
 
+@pytest.mark.slow
 def test_native_size_of_model(models: dict[str, Path]) -> None:
     assert make(models["sdxl"], render_size=None, size=40).render(PROMPTS, SEEDS).shape == (2, 40, 40, 3)
     with pytest.raises(UserError, match=r"renderer.size=512: above the 64 px that are rendered"):
@@ -235,6 +237,7 @@ def test_overflow_in_half_precision_is_rerendered(models: dict[str, Path], name:
     assert recorded.notes == [{"fault": "nan"}, {}]
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_batch(models: dict[str, Path]) -> None:
     renderer = make(models["sd3"], batch_size=4)
     renderer.load()
@@ -281,6 +284,7 @@ def test_every_invalid_value_is_reported_at_once() -> None:
     assert settings(DiffusersRenderer, turbo).guidance == 0
 
 
+@pytest.mark.slow
 def test_pickled_weights_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
     shutil.copytree(models["sdxl"], tmp_path / "model")
     for path in (tmp_path / "model").rglob("*.safetensors"):
@@ -323,6 +327,7 @@ def test_missing_model_is_reported(monkeypatch: pytest.MonkeyPatch, tmp_path: Pa
             make(model).settings()
 
 
+@pytest.mark.slow
 def test_only_needed_files_of_repository_are_downloaded(
     models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -385,6 +390,7 @@ def test_the_cost_is_counted_from_the_configs(models: dict[str, Path]) -> None:
     assert make(models["sdxl"], steps=2, guidance=0.0).tflop() < estimated
 
 
+@pytest.mark.slow
 def test_flops_of_real_models() -> None:
     sd2 = {
         name: json.loads((ROOT / "datagen/renderers/sd2/config" / name / "config.json").read_text())

@@ -54,6 +54,7 @@ def altered(weights: TinySD2, tmp_path: Path) -> Callable[..., str]:
 # Faults
 
 
+@pytest.mark.slow
 def test_overflow_in_half_precision_is_rerendered(weights: TinySD2, altered: Callable[..., str]) -> None:
     """One word's embedding is too large for fp16: the prompts with it overflow, as SD 2's attention does, to NaN."""
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].mul_(1e6 / t[CAT].abs().max())})
@@ -77,6 +78,7 @@ def test_without_redraw_faults_are_only_reported(weights: TinySD2, altered: Call
     assert renderer._networks.keys() == {"fp16"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "fp32"])
 def test_image_nan_in_fp32_is_grey_with_fault(weights: TinySD2, altered: Callable[..., str], precision: str) -> None:
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].fill_(torch.nan)})
@@ -95,6 +97,7 @@ def test_nan_after_decoding_is_detected(weights: TinySD2, altered: Callable[...,
     assert renderer.notes == [{"fault": "nan"}] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("colour", [(-1.0, -1.0, -1.0), (0.5, -0.25, 0.9)])
 def test_constant_image_is_drawn_again_and_stored(
     weights: TinySD2, altered: Callable[..., str], colour: tuple[float, ...], caplog: pytest.LogCaptureFixture
@@ -130,6 +133,7 @@ def full_above(module: torch.nn.Module, most: int) -> None:
     module.register_forward_pre_hook(check)
 
 
+@pytest.mark.slow
 def test_out_of_memory_halves_the_batch_for_that_call_and_is_noted(weights: TinySD2) -> None:
     renderer = make(weights, batch_size=5)
     renderer.load()
@@ -199,6 +203,7 @@ def test_the_batch_size_is_found_on_a_cpu_and_kept_when_given(weights: TinySD2) 
     assert make(weights, batch_size=7).find_batch_size() == 7
 
 
+@pytest.mark.slow
 def test_rate_is_extrapolated_from_a_few_steps(weights: TinySD2) -> None:
     renderer = make(weights, steps=50)
     renderer.load()

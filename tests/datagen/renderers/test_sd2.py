@@ -84,6 +84,7 @@ def test_timesteps_match_competition_script() -> None:
     assert sd.make_scheduler("dpmsolver++", 25).timesteps.tolist() == np.linspace(999, 0, 26).round()[:-1].tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("preset", "share"), [("sd2_competition", 1.0), ("sd2_fast", 1.0), ("sd2_fast", 0.4)])
 def test_images_match_a_loop_written_by_hand(weights: TinySD2, preset: str, share: float) -> None:
     steps = 50 if preset == "sd2_competition" else 25
@@ -226,6 +227,7 @@ def test_half_precision(weights: TinySD2, precision: str, apart: float) -> None:
 # Seeds and batches
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_image_does_not_depend_on_batch(weights: TinySD2, preset: str) -> None:
     prompts = [f"{PROMPTS[0]} number {n}" for n in range(8)]
@@ -240,6 +242,7 @@ def test_noise_depends_on_the_seed_alone(weights: TinySD2) -> None:
     assert torch.equal(renderer._noise([1, 2])[1], renderer._noise([2])[0])
 
 
+@pytest.mark.slow
 def test_the_same_request_gives_the_same_bytes(weights: TinySD2) -> None:
     prompts, seeds = [*PROMPTS, PROMPTS[0]], [*SEEDS, 13]
     renderer = make(weights)
@@ -490,6 +493,7 @@ def test_configs_match_sd2() -> None:
     assert counts == {"UNet2DConditionModel": 865_910_724, "AutoencoderKL": 83_653_863, "CLIPTextModel": 340_387_840}
 
 
+@pytest.mark.slow
 def test_flop_constants_match_counting() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 

@@ -44,6 +44,7 @@ def eight(weights: tiny_sd2.TinySD2, tmp_path_factory: pytest.TempPathFactory) -
     return out
 
 
+@pytest.mark.slow
 def test_long_runs_are_refused_unless_forced(
     weights: tiny_sd2.TinySD2, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -87,6 +88,7 @@ def test_diffusers_model_makes_a_dataset(weights: tiny_sd2.TinySD2, tmp_path: Pa
     assert verify(tmp_path / "data") == []
 
 
+@pytest.mark.slow
 def test_killed_run_resumes_bitwise(weights: tiny_sd2.TinySD2, eight: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     command = (*EIGHT, f"renderer.model={weights.folder}", f"out={out}")
@@ -100,6 +102,7 @@ def test_killed_run_resumes_bitwise(weights: tiny_sd2.TinySD2, eight: Path, tmp_
     assert contents(out) == contents(eight)
 
 
+@pytest.mark.slow
 def test_ray_engine_gives_same_bytes(weights: tiny_sd2.TinySD2, eight: Path, tmp_path: Path) -> None:
     out = tmp_path / "data"
     done = run("datagen", *EIGHT, "engine=ray", "workers=2", f"renderer.model={weights.folder}", f"out={out}")

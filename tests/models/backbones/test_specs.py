@@ -112,6 +112,7 @@ def library_transform(name: str) -> Callable[[Image.Image], torch.Tensor]:
     return transform
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TOWERS)
 def test_preprocessing_equals_that_of_the_library(name: str) -> None:
     spec, transform = own_spec(name), library_transform(name)

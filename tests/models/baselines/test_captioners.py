@@ -84,6 +84,7 @@ def best_of_all(next_logits: Any, start: int, end: int, vocabulary: int, most: i
     return list(best)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("least", "penalty"), [(0, 1.0), (0, 0.0), (2, 1.0), (1, 2.0), (0, -0.5)])
 @pytest.mark.parametrize("seed", range(4))
 def test_wide_beam_equals_exhaustive_search(seed: int, least: int, penalty: float) -> None:
@@ -108,6 +109,7 @@ def test_wide_beam_equals_exhaustive_search(seed: int, least: int, penalty: floa
         assert found[image] == best_of_all(alone, start, end, vocabulary, most, least, penalty)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("beams", "least", "penalty"), [(1, 0, 1.0), (1, 5, 1.0), (2, 0, 1.0), (3, 5, 1.0), (6, 0, 0.0), (6, 0, 2.0)]
 )
@@ -205,6 +207,7 @@ def reference_coca(folder: Path) -> Reference:
 REFERENCES = {"blip": reference_blip, "blip2": reference_blip2, "coca": reference_coca}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 @torch.no_grad()
 def test_captions_equal_manual_decoding(folders: dict[str, Path], name: str) -> None:
@@ -225,6 +228,7 @@ def test_captions_equal_manual_decoding(folders: dict[str, Path], name: str) -> 
     assert len(set(expected)) > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_caption_does_not_depend_on_the_batch(folders: dict[str, Path], name: str) -> None:
     captioner = make(folders, name, most_tokens=7)
@@ -237,6 +241,7 @@ def test_caption_does_not_depend_on_the_batch(folders: dict[str, Path], name: st
     assert len(set(together)) > 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_half_precision_captions_are_similar(folders: dict[str, Path], name: str) -> None:
     """As on a GPU, on a CPU: rounding alone may change a word."""
@@ -303,6 +308,7 @@ def test_caption_embedder_encodes_captions_by_minilm(folders: dict[str, Path]) -
         torch.testing.assert_close(z_E, normalize(hidden_TD.mean(0), dim=0), atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("key", "caption", "score"),
     [

@@ -157,6 +157,7 @@ class Slow:
         return max(path, key=lambda text: self.near(z, text))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode_equals_a_reference_implementation(
     tiny: Path, words: Path, images: list[torch.Tensor], mode: Mode, tmp_path: Path
@@ -181,6 +182,7 @@ class Ordered:
         del self._items[item]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_each_mode_equals_the_package(
     tiny: Path, words: Path, images: list[torch.Tensor], mode: Mode, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -276,6 +278,7 @@ def test_image_vectors_equal_open_clip(tiny: Path, images: list[torch.Tensor]) -
     assert torch.isfinite(clip.embed_image(strip)).all()
 
 
+@pytest.mark.slow
 def test_term_vectors_are_cached(
     tiny: Path, words: Path, images: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

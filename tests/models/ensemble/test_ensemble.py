@@ -72,6 +72,7 @@ def test_weights_equal_brute_force(noise: tuple[float, ...]) -> None:
     assert fit_weights(vectors, target_nE).tobytes() == found.tobytes()
 
 
+@pytest.mark.slow
 def test_weights_search_escapes_local_maximum() -> None:
     """Both ends and a point between can be local maxima: a search from equal weights alone stays on the wrong one."""
     several = 0
@@ -128,6 +129,7 @@ def test_each_fold_is_blended_by_weights_fitted_without_it() -> None:
     assert again.vector_nE.tobytes() == found.vector_nE.tobytes()
 
 
+@pytest.mark.slow
 def test_out_of_fold_score_of_noise_is_at_chance() -> None:
     """Weights fitted on the very images that they are scored on would find something in nothing."""
     fooled, honest = [], []
@@ -339,6 +341,7 @@ def test_only_an_ensemble_is_overwritten(three: list[Path], tmp_path: Path) -> N
     assert (tmp_path / "file").read_text() == "notes"
 
 
+@pytest.mark.slow
 def test_load_embedder_accepts_every_kind_of_folder(three: list[Path], tmp_path: Path) -> None:
     images = make_images()
     model = checkpoint.load(three[0])
@@ -430,6 +433,7 @@ def test_damaged_ensemble_config_is_refused(
         assert said in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["test_vit", "test_efficientnet", "eva02_tiny_patch14_224"])
 def test_checkpoint_at_another_size_equals_init_from(backbone: str, tmp_path: Path) -> None:
     """`load_into`, which is tested against timm."""

@@ -14,6 +14,7 @@ from models.regressor import make
 from tests.commands import run
 
 
+@pytest.mark.slow
 def test_gpu_benchmark_runs_on_a_tiny_model(tmp_path: Path) -> None:
     done = run("benchmarks.infer_gpu", "--tiny", "--json", tmp_path / "figures.json")
     assert done.returncode == 0, done.stderr

@@ -76,6 +76,7 @@ def test_lora_adapters_are_merged(small_data: Path, tmp_path: Path) -> None:
     torch.testing.assert_close(tensors[f"{name}.weight"], merged, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_ema_weights_are_exported(small_data: Path, tmp_path: Path) -> None:
     assert train(small_data, tmp_path / "run", *EMA) == 0
     tensors = exported(tmp_path / "run", small_data)

@@ -97,6 +97,7 @@ def written(conv: Network, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pa
     return folder, {"graphs": runtimes.write_runtimes(folder, conv, runtimes.KINDS, make_images(18))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "members",
     [
@@ -142,6 +143,7 @@ def test_exported_models_equal_the_network(members: list[Any], tmp_path: Path) -
             np.testing.assert_allclose(z_BE, expected, atol=2e-6, err_msg=f"{kind}, {count} images")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "largest"), [("onnx", 1e-9), ("openvino", 1e-9), ("openvino_int8", 0.05)])
 def test_open_runtime_runs_exported_models(
     kind: str, largest: float, conv: Network, written: tuple[Path, dict[str, Any]]
@@ -175,6 +177,7 @@ def test_int8_is_measured_on_images_without_calibration_images(
     assert (folder / "graphs/openvino-int8.bin").stat().st_size < (folder / "graphs/openvino.bin").stat().st_size
 
 
+@pytest.mark.slow
 def test_exported_models_are_reproducible_without_paths(
     conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -186,10 +189,12 @@ def test_exported_models_are_reproducible_without_paths(
             assert str(place).encode() not in data, f"{name} names {place}"
 
 
+@pytest.mark.slow
 def test_one_image_suffices(conv: Network, tmp_path: Path) -> None:
     assert runtimes.write_runtimes(tmp_path, conv, ["torch"], make_images(1))["torch"]["pictures"] == 1
 
 
+@pytest.mark.slow
 def test_fp16_option_halves_openvino_weights(
     conv: Network, written: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -199,6 +204,7 @@ def test_fp16_option_halves_openvino_weights(
     assert sizes[0] < 0.6 * sizes[1]
 
 
+@pytest.mark.slow
 def test_large_onnx_weights_go_to_a_second_file(conv: Network, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "_ONE_FILE", 100_000)
     runtimes.write_runtimes(tmp_path, conv, ["onnx", "openvino"], make_images(2))
@@ -225,6 +231,7 @@ class Branching(Network):
         return z_BE if z_BE.sum() > 0 else -z_BE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXACT)
 def test_model_that_differs_is_refused(kind: str, tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Other)
@@ -232,12 +239,14 @@ def test_model_that_differs_is_refused(kind: str, tmp_path: Path) -> None:
         runtimes.write_runtimes(tmp_path, model, [kind], make_images(3))
 
 
+@pytest.mark.slow
 def test_int8_model_that_differs_is_refused(tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Other)
     with pytest.raises(UserError, match=r"openvino_int8 model differs .*mean cosine distance .*, more than 0\.05"):
         runtimes.write_runtimes(tmp_path, model, ["openvino_int8"], make_images(4))
 
 
+@pytest.mark.slow
 def test_network_that_cannot_be_exported_is_refused(tmp_path: Path) -> None:
     model = network(member("test_convnext", 32), made=Branching)
     with pytest.raises(UserError, match=r"this network cannot be exported as torch: .*; leave torch out"):

@@ -235,6 +235,7 @@ def test_other_repositories_are_not_overwritten(tmp_path: Path, bundle: Path, hu
     assert not [line for line in hub.asked if line.startswith(("POST", "PUT"))]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "status", "words"),
     [
@@ -258,6 +259,7 @@ def test_hub_errors_are_explained(
     assert not hub.repos or "commit" in fault, "an empty repository is left"
 
 
+@pytest.mark.slow
 def test_refused_card_creates_no_repository(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     card_text = (bundle / "README.md").read_text()
     for text, words in (
@@ -270,6 +272,7 @@ def test_refused_card_creates_no_repository(tmp_path: Path, bundle: Path, hub: H
     assert hub.repos == {}
 
 
+@pytest.mark.slow
 def test_export_command_uploads(tiny_run: Path, tmp_path: Path, hub: HubServer) -> None:
     """The dry run's own line, as a shell takes it."""
     env = {**os.environ, **hub.environment(tmp_path), "OMP_NUM_THREADS": "1"}
@@ -305,6 +308,7 @@ def test_write_access_is_checked(tmp_path: Path, bundle: Path, hub: HubServer) -
     assert "the token of user is read-only" in refused(push(tmp_path, bundle, "hub:user/name", "earnest", **env))
 
 
+@pytest.mark.slow
 def test_unreachable_hub(tmp_path: Path, bundle: Path) -> None:
     with HubServer() as gone:
         env = gone.environment(tmp_path)
@@ -315,6 +319,7 @@ def test_unreachable_hub(tmp_path: Path, bundle: Path) -> None:
     assert "HF_HUB_OFFLINE is set; unset it" in refused(offline)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", [LEGACY, MODERN], ids=["key", "token"])
 def test_kaggle_upload_creates_a_dataset_and_then_a_version(
     token: dict[str, str], tmp_path: Path, bundle: Path, kaggle: KaggleServer
@@ -354,6 +359,7 @@ def test_kaggle_upload_creates_a_dataset_and_then_a_version(
     assert kaggle.authorizations == (bearer if token is MODERN else {f"Basic {SECRETS[3]}"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "answer", [(200, {"errors": [f"not {SECRETS[2]}"]}), (403, {"code": 403, "message": f"no {SECRETS[2]}"})]
 )
@@ -416,6 +422,7 @@ def test_failed_file_creates_no_kaggle_version(tmp_path: Path, bundle: Path, kag
     assert kaggle.datasets == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "answer", "words"),
     [
@@ -448,6 +455,7 @@ def test_invalid_metadata_is_refused(bundle: Path) -> None:
         upload.push(bundle, "kaggle:user/some-bundle", command="")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("token", [LEGACY, MODERN], ids=["key", "token"])
 def test_unreachable_kaggle(token: dict[str, str], tmp_path: Path, bundle: Path) -> None:
     pytest.importorskip("kagglesdk", reason="Kaggle's client is not installed: pip install -e '.[kaggle]'")

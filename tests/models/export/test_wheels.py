@@ -79,6 +79,7 @@ def test_required_packages_of_a_bundle() -> None:
     assert wheels.required_packages({**TIMM, "graphs": graphs}) == sorted([*common, "onnxruntime", "openvino"])
 
 
+@pytest.mark.slow
 def test_dependencies_of_torch_are_excluded(registry: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "models.export.wheels"):
         found = wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", LINUX)
@@ -97,6 +98,7 @@ def test_dependencies_of_torch_are_excluded(registry: Path, tmp_path: Path, capl
     assert contents(tmp_path / "again") == made
 
 
+@pytest.mark.slow
 def test_wheels_have_installed_versions(registry: Path, tmp_path: Path) -> None:
     """Newer ones are there to take."""
     for name in ("timm", "filelock", "safetensors"):
@@ -126,6 +128,7 @@ def test_wheels_of_older_glibc_are_accepted(tag: str, platform: str, taken: bool
     assert (tag in wheels._tags(platform)) is taken
 
 
+@pytest.mark.slow
 def test_markers_are_evaluated_for_the_target_python(registry: Path, tmp_path: Path) -> None:
     """pip judges markers by the Python that it runs on; `late` is for another one, and brings `later`."""
     other = "3.12" if sys.version_info >= (3, 14) else "3.14"
@@ -142,6 +145,7 @@ def test_markers_are_evaluated_for_the_target_python(registry: Path, tmp_path: P
     assert not {"early", "arm"} & set(found)
 
 
+@pytest.mark.slow
 def test_pip_installs_the_wheels_with_no_index(registry: Path, tmp_path: Path) -> None:
     """Into a Python that has a torch of its own, which stays, as does what fits already."""
     here = "{}.{}".format(*sys.version_info[:2])
@@ -203,6 +207,7 @@ def test_invalid_platform_is_refused(platform: str) -> None:
     assert len(wheels.target_problems("3.11", platform)) == 1
 
 
+@pytest.mark.slow
 def test_missing_wheel_is_named(registry: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError) as refused:
         wheels.collect_wheels(tmp_path / "wheels", TIMM, "3.11", "manylinux_2_28_aarch64")

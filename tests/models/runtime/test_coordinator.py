@@ -31,6 +31,7 @@ def make_coordinator(bundle: Path, images: Path, folder: Path, slots: list[Slot]
     return Coordinator(bundle / "predict.py", part, paths, job, slots, lambda: cpu, identity, settings, messages.append)
 
 
+@pytest.mark.slow
 def test_decoding_workers_give_the_same_vectors(
     exported: tuple[Path, Regressor],
     images: Path,
@@ -58,6 +59,7 @@ def test_decoding_workers_give_the_same_vectors(
     assert (runner.progress.done, runner.progress.unreadable) == (14, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the GPU of this machine works")
 def test_cpu_replaces_a_gpu_that_does_not_work(bundle: Path, images: Path, tmp_path: Path) -> None:
     for i in range(3):
@@ -102,6 +104,7 @@ def test_stalled_child_is_replaced(
     assert slot.workers == 0, "the number is halved after a crash"
 
 
+@pytest.mark.slow
 def test_rows_of_another_device_are_kept_and_a_finished_run_starts_no_process(
     bundle: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -140,6 +140,7 @@ def test_jpeg_with_colour_profile_uses_the_fast_decoder(decoder: str) -> None:
     assert np.array_equal(hwc(decode(data)), by_pillow(data)), decoder
 
 
+@pytest.mark.slow
 def test_damaged_files_are_decoded_by_pillow(decoder: str) -> None:
     """Whatever is done to a file: the image that Pillow makes of it, or refused where Pillow refuses it."""
     rng = np.random.default_rng(2)
@@ -283,6 +284,7 @@ def test_other_files_are_refused(data: bytes) -> None:
         decode(data)
 
 
+@pytest.mark.slow
 def test_image_above_the_pixel_limit_is_refused_before_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
     giant = encoded(Image.new("1", (30_000, 30_000)), "png")
     began = time.perf_counter()

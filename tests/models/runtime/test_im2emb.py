@@ -143,6 +143,7 @@ print(json.dumps(z_BE.tolist()))
 """
 
 
+@pytest.mark.slow
 def test_bundle_does_not_collide_with_packages_of_the_same_names(
     bundle: Path, paths: list[str], expected: torch.Tensor, tmp_path: Path
 ) -> None:
@@ -298,6 +299,7 @@ def test_model_kwargs_set_precision_and_text_encoder(bundle: Path, paths: list[s
         coarse.encode("a text")
 
 
+@pytest.mark.slow
 def test_ensemble_bundle_loads_from_the_hub_cache_and_saves(
     learned: Path, library: ModuleType, paths: list[str], tmp_path: Path
 ) -> None:
@@ -327,6 +329,7 @@ def test_ensemble_bundle_loads_from_the_hub_cache_and_saves(
     np.testing.assert_array_equal(saved.encode(paths), fetched.encode(paths))
 
 
+@pytest.mark.slow
 def test_onnx_backend_in_sentence_transformers(
     bundle: Path, paths: list[str], expected: torch.Tensor, tmp_path: Path
 ) -> None:

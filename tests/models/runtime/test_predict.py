@@ -114,6 +114,7 @@ def bad_inputs(images: Path) -> dict[str, bytes | None]:
     return unreadable | {p.stem: p.read_bytes() for p in readable}
 
 
+@pytest.mark.slow
 def test_rows_are_right_for_a_folder_of_difficult_images(
     exported: tuple[Path, Regressor], images: Path, tmp_path: Path
 ) -> None:
@@ -221,6 +222,7 @@ def rows_in(state: int, part: Path) -> int:
     return (part / "states").read_bytes().count(bytes([state])) if (part / "states").exists() else 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "signals",
     [
@@ -276,6 +278,7 @@ def test_interrupted_run_resumes_to_the_same_bytes(
     assert {p.name for p in tmp_path.iterdir()} == {"hostility", "images", "s.csv", "whole.csv"}
 
 
+@pytest.mark.slow
 def test_image_that_crashes_the_decoder_is_unreadable(
     exported: tuple[Path, Regressor], images: Path, tmp_path: Path, hostility: dict[str, str]
 ) -> None:
@@ -294,6 +297,7 @@ def test_image_that_crashes_the_decoder_is_unreadable(
         np.testing.assert_allclose(vector_E, expected, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_time_limit_holds_when_a_decoder_hangs(
     bundle: Path, images: Path, tmp_path: Path, hostility: dict[str, str]
 ) -> None:
@@ -320,6 +324,7 @@ def test_time_limit_holds_when_a_decoder_hangs(
     assert not (tmp_path / "s.csv.part").exists()
 
 
+@pytest.mark.slow
 def test_broken_model_is_an_error_or_mean_vectors_with_a_time_limit(bundle: Path, images: Path, tmp_path: Path) -> None:
     for i in range(3):
         make_image(i).save(images / f"{i}.png")
@@ -349,6 +354,7 @@ def test_broken_model_is_an_error_or_mean_vectors_with_a_time_limit(bundle: Path
     )
 
 
+@pytest.mark.slow
 def test_full_disk_loses_no_progress(bundle: Path, images: Path, tmp_path: Path) -> None:
     for i in range(200):
         (images / f"{i:03d} and a long name.png").write_bytes(make_png(i))
@@ -370,6 +376,7 @@ def test_full_disk_loses_no_progress(bundle: Path, images: Path, tmp_path: Path)
     assert len(read_submission(tmp_path / "s.csv")) == 200
 
 
+@pytest.mark.slow
 def test_images_not_reached_are_listed(tmp_path: Path) -> None:
     """Listed after a time limit too short to start, and no longer after resuming."""
     bundle, _ = predict_program.make_bundle(tmp_path / "exported")

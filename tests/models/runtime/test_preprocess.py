@@ -130,6 +130,7 @@ PREPARED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", PREPARED.values(), ids=PREPARED.keys())
 def test_training_evaluation_and_bundle_share_preprocessing(how: dict[str, Any], tmp_path: Path) -> None:
     """What enters the backbone, caught there: by the loader's way, by `embed`, and in the exported bundle."""

@@ -64,6 +64,7 @@ def score(run: Path, out: Path, *overrides: str) -> dict[str, Any]:
     return evaluate(settings(EvaluateSettings, values))
 
 
+@pytest.mark.slow
 def test_checkpoint_carries_the_identity(run: Path, encoder: Path) -> None:
     config = checkpoint.read_config(run / "best")
     assert config["encoder"] == "mine"
@@ -108,6 +109,7 @@ def test_datasets_of_one_name_and_two_settings_do_not_mix(dataset: Path, other: 
         training.train(dataset, tmp_path / "run", f"dataset=[{dataset},{other}]", "encoder=mine", *QUICK)
 
 
+@pytest.mark.slow
 def test_evaluation_on_vectors_of_a_changed_encoder_is_refused(
     run: Path, dataset: Path, other: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -54,6 +54,7 @@ def contents(cache: Path) -> dict[str, bytes]:
     return {p.relative_to(cache).as_posix(): p.read_bytes() for p in sorted(cache.rglob("*")) if p.is_file()}
 
 
+@pytest.mark.slow
 def test_cached_features_equal_backbone_outputs_bitwise(data: Path) -> None:
     known, frozen = images(data), model()
     rows = known.datasets[0].rows("train")
@@ -149,6 +150,7 @@ def test_cache_key_ignores_head_path_and_other_datasets(data: Path, tmp_path: Pa
     assert len(list((cache / "features").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_images_of_several_datasets_in_any_order(data: Path, tmp_path: Path) -> None:
     known = images(data, small_dataset.write(tmp_path / "other", seed=1))
     rows = np.random.default_rng(0).permutation(len(known))

@@ -130,6 +130,7 @@ def test_nnls_shares_match_another_solver_and_sum_to_one() -> None:
 # --------------------------------------------------------------------------------------------------------------- look
 
 
+@pytest.mark.slow
 def test_explanation_matches_model_index_and_baselines(run: Path, data: Path) -> None:
     image = png(100, 60, "orange")
     look = explained(cfg(f"checkpoint={run / 'best'}", "neighbours=5"), image)
@@ -630,6 +631,7 @@ def test_other_methods_and_hosts_are_refused(server: Server) -> None:
         assert (status, text) == (403, "The page does not request this address.")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("by", "code"), [(signal.SIGINT, 0), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)]
 )
@@ -653,6 +655,7 @@ def test_server_exits_cleanly_and_deletes_uploads(
 # ------------------------------------------------------------------------------------------------------------ browser
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1280, 390])
 def test_dropped_image_shows_nearest_prompts_in_browser(
     server: Server, width: int, run: Path, browser: "Browser"

@@ -140,6 +140,7 @@ def test_table_is_sorted_and_names_dataset(evaluated: tuple[Path, dict[str, Any]
         assert shown == pytest.approx(expected, abs=6e-5)
 
 
+@pytest.mark.slow
 def test_scores_do_not_depend_on_other_embedders(
     evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, tmp_path: Path
 ) -> None:
@@ -153,6 +154,7 @@ def test_scores_do_not_depend_on_other_embedders(
         np.testing.assert_array_equal(ours, theirs)
 
 
+@pytest.mark.slow
 def test_bundle_scores_like_its_checkpoint(
     evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, tmp_path: Path
 ) -> None:
@@ -164,6 +166,7 @@ def test_bundle_scores_like_its_checkpoint(
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_evaluation_on_another_dataset_with_several_captions(tiny_run: Path, tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "foreign", train=1, val=9, size=70, captions=3, seed=5)
     info = evaluate_run(tiny_run, tmp_path / "out", f"dataset={data}", "embedders=[mean,regressor]")
@@ -179,6 +182,7 @@ def test_evaluation_on_another_dataset_with_several_captions(tiny_run: Path, tmp
     np.testing.assert_allclose(np.load(tmp_path / "out/predictions/mean.npy")[0], constant, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_unreadable_images_are_left_out_counted_and_listed(
     tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -195,6 +199,7 @@ def test_unreadable_images_are_left_out_counted_and_listed(
     assert np.load(tmp_path / "out/predictions/regressor.npy").shape == (7, small_dataset.WIDTH)
 
 
+@pytest.mark.slow
 def test_unreadable_training_images_do_not_stop_the_baselines(tiny_run: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(tiny_run, run)
@@ -214,6 +219,7 @@ def run_on(run: Path, folder: Path, **changed: Any) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_run_on_several_datasets_is_evaluated_on_all(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     other = small_dataset.write(tmp_path / "other", train=20, val=5, seed=4)
     run = run_on(tiny_run, tmp_path / "run", dataset=[str(small_data), str(other)])
@@ -232,6 +238,7 @@ def test_run_on_several_datasets_is_evaluated_on_all(tiny_run: Path, small_data:
     )
 
 
+@pytest.mark.slow
 def test_fold_is_evaluated_on_its_own_images(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     run = run_on(tiny_run, tmp_path / "run", fold="2/4", fold_threshold=1.01)
     info = evaluate_run(run, tmp_path / "out", "embedders=[mean,regressor]")
@@ -245,6 +252,7 @@ def test_fold_is_evaluated_on_its_own_images(tiny_run: Path, small_data: Path, t
     )
 
 
+@pytest.mark.slow
 def test_each_prompt_source_has_its_score_and_interval(tiny_run: Path, tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "data", train=2, val=10, seed=3)
     for path in (data / "shards").glob("*.parquet"):
@@ -268,6 +276,7 @@ def test_each_prompt_source_has_its_score_and_interval(tiny_run: Path, tmp_path:
     assert f"{info['sources']['coco']['images']} images" in table(info)
 
 
+@pytest.mark.slow
 def test_runs_of_earlier_versions_can_be_evaluated(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     """Old settings have one dataset, lack later keys, and use old names."""
     run = run_on(tiny_run, tmp_path / "run")
@@ -278,6 +287,7 @@ def test_runs_of_earlier_versions_can_be_evaluated(tiny_run: Path, small_data: P
     assert evaluate_run(run, tmp_path / "out")["images"] == 12
 
 
+@pytest.mark.slow
 def test_wrong_settings_are_reported_before_torch_import(tiny_run: Path, tmp_path: Path) -> None:
     for overrides, said in (
         ([f"run={tmp_path}"], f"error: no run at {tmp_path}: settings.json is missing; train first"),
@@ -341,6 +351,7 @@ def test_retrieval_recall_matches_brute_force(evaluated: tuple[Path, dict[str, A
         assert [score[f"r{k}"] for k in (1, 5, 10)] == pytest.approx(expected)
 
 
+@pytest.mark.slow
 def test_retrieve_and_blend_derive_from_regressor_vectors(
     evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
 ) -> None:
@@ -370,6 +381,7 @@ def test_retrieve_and_blend_derive_from_regressor_vectors(
     assert texts == [dataset.prompts(int(rows[best]))[0] for best in near_nk[:, 0]]
 
 
+@pytest.mark.slow
 def test_ensemble_is_cross_validated_and_saved(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     asked = "embedders=[mean,ridge,regressor,ensemble]"
@@ -391,6 +403,7 @@ def test_ensemble_is_cross_validated_and_saved(tiny_run: Path, tmp_path: Path) -
     assert held_out["mean"] <= again["scores"][0]["mean"] + 1e-6, "weights of its own images are at least as good"
 
 
+@pytest.mark.slow
 def test_ensemble_with_non_checkpoint_member_is_reported(
     tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -404,6 +417,7 @@ def test_ensemble_with_non_checkpoint_member_is_reported(
         evaluate_run(tiny_run, tmp_path / "out", "embedders=[mean,ensemble]")
 
 
+@pytest.mark.slow
 def test_evaluation_completes_if_ensemble_cannot_be_saved(tiny_run: Path, tmp_path: Path) -> None:
     export.export(tiny_run / "best", tmp_path / "my bundle")
     asked = f"embedders=[ridge,regressor,{tmp_path / 'my bundle'},ensemble]"
@@ -412,6 +426,7 @@ def test_evaluation_completes_if_ensemble_cannot_be_saved(tiny_run: Path, tmp_pa
     assert json.loads((tmp_path / "out/evaluation.json").read_text()) == info
 
 
+@pytest.mark.slow
 def test_evaluation_removes_only_files_of_the_previous_one(tiny_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     for name in ("notes.txt", "scores/thesis.csv"):
@@ -428,6 +443,7 @@ def test_evaluation_removes_only_files_of_the_previous_one(tiny_run: Path, tmp_p
     assert there == expected | {"texts/retrieve.json"}
 
 
+@pytest.mark.slow
 def test_evaluation_elsewhere_needs_no_training_images(
     tiny_run: Path, small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -442,6 +458,7 @@ def test_evaluation_elsewhere_needs_no_training_images(
         evaluate_run(run, tmp_path / "out", f"dataset={small_data}", "embedders=[mean]")
 
 
+@pytest.mark.slow
 def test_captioners_need_no_run_and_prompt_index_may_be_a_file(
     glyph_dataset: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -492,6 +509,7 @@ def test_unusable_embedders_are_reported_before_computation(tiny_run: Path, smal
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_checkpoint_folders_are_named_in_table(
     evaluated: tuple[Path, dict[str, Any]], tiny_run: Path, small_data: Path, tmp_path: Path
 ) -> None:
@@ -509,6 +527,7 @@ def test_checkpoint_folders_are_named_in_table(
     np.testing.assert_array_equal(np.load(ours), np.load(theirs))
 
 
+@pytest.mark.slow
 def test_tta_averages_views(tiny_run: Path, small_data: Path, tmp_path: Path) -> None:
     evaluate_run(
         tiny_run, tmp_path / "out", "embedders=[regressor]", "tta.regressor.flip=true", "tta.regressor.sizes=[32,48]"

@@ -187,6 +187,7 @@ def test_damaged_counts_are_refused() -> None:
 # -------------------------------------------------------------------------------------------- a user's own split column
 
 
+@pytest.mark.slow
 def test_training_counts_validation_leakage(leaky: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         train(leaky, tmp_path / "dry", "dry_run=true")
@@ -209,6 +210,7 @@ def test_training_counts_validation_leakage(leaky: Path, tmp_path: Path, caplog:
         assert LeakageCounts.from_json(score["leakage"]) == LeakageCounts(16, 0, 16, 16, 16)
 
 
+@pytest.mark.slow
 def test_resumed_run_reuses_leakage_counts(
     leaky: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -220,6 +222,7 @@ def test_resumed_run_reuses_leakage_counts(
     assert "leakage of validation on val: 16 of 16 images" in caplog.text
 
 
+@pytest.mark.slow
 def test_leakage_is_in_table_json_page_and_card(leaky_run: Path, tmp_path: Path) -> None:
     out = tmp_path / "evaluation"
     info = scores(out, f"run={leaky_run}", "embedders=[mean,knn,ridge,regressor,ensemble]", "ensemble.folds=3")
@@ -242,6 +245,7 @@ def test_leakage_is_in_table_json_page_and_card(leaky_run: Path, tmp_path: Path)
     assert "The score is of held-out" not in card
 
 
+@pytest.mark.slow
 def test_evaluation_of_another_format_is_refused(leaky_run: Path, tmp_path: Path) -> None:
     scores(tmp_path, f"run={leaky_run}", "embedders=[regressor]")
     info = json.loads((tmp_path / "evaluation.json").read_text())
@@ -258,6 +262,7 @@ def test_evaluation_of_another_format_is_refused(leaky_run: Path, tmp_path: Path
             write_report(ReportSettings(leaky_run, tmp_path, tmp_path / "run.html"))
 
 
+@pytest.mark.slow
 def test_zero_leakage_is_reported_everywhere(tiny_run: Path, tmp_path: Path) -> None:
     info = scores(tmp_path / "out", f"run={tiny_run}", "embedders=[ridge,regressor]")
     leaks = {name: LeakageCounts.from_json(own) for name, own in info["leakage"]["embedders"].items()}
@@ -271,6 +276,7 @@ def test_zero_leakage_is_reported_everywhere(tiny_run: Path, tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------------------- evaluation elsewhere
 
 
+@pytest.mark.slow
 def test_clean_score_excludes_affected_images(leaky_run: Path, other: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_text("Nothing of it.\na stranger\n")
     asked = "embedders=[mean,regressor,retrieve]"
@@ -288,6 +294,7 @@ def test_clean_score_excludes_affected_images(leaky_run: Path, other: Path, tmp_
     assert f">{clean['mean']:.3f}" in page
 
 
+@pytest.mark.slow
 def test_images_that_cannot_be_read_are_not_counted(leaky_run: Path, tmp_path: Path) -> None:
     rows = [Row("first", image=colour(1)), *(Row(f"odd {n}", "val", image=colour(n)) for n in range(3))]
     data = listed_dataset.write(tmp_path / "damaged", rows)
@@ -297,6 +304,7 @@ def test_images_that_cannot_be_read_are_not_counted(leaky_run: Path, tmp_path: P
     assert counts(info) == (2, 0, 0, 2)
 
 
+@pytest.mark.slow
 def test_leakage_of_fold_on_dataset_split(leaky: Path, tmp_path: Path) -> None:
     """The fold's own images are clean; those of the own split have trained in part."""
     run = train(leaky, tmp_path / "fold", "fold=1/4", "fold_threshold=1.01")
@@ -330,6 +338,7 @@ def second(leaky_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.mark.slow
 def test_second_stage_inherits_leakage(second: Path, tmp_path: Path) -> None:
     score = json.loads((second / "best/config.json").read_text())["score"]
     assert LeakageCounts.from_json(score["leakage"]).counts == (0, 6, 6, 6)
@@ -341,6 +350,7 @@ def test_second_stage_inherits_leakage(second: Path, tmp_path: Path) -> None:
     assert clean["mean"] == pytest.approx(np.load(tmp_path / "out/scores/regressor.npy")[6:].mean(), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_interpolation_and_ensemble_inherit_leakage(leaky_run: Path, second: Path, other: Path, tmp_path: Path) -> None:
     """Interpolated checkpoints, an ensemble that was moved, a ridge in it, weights taken as a backbone's, a cycle."""
     asked = ["accelerator=cpu", "workers=0", "alpha=[0.5]", f"dataset={other}"]
@@ -375,6 +385,7 @@ def test_interpolation_and_ensemble_inherit_leakage(leaky_run: Path, second: Pat
     assert by_folder[str(moved)] == (4, 4, 4, 4), "its weights were fitted on these very images"
 
 
+@pytest.mark.slow
 def test_ensemble_includes_ridge_and_images_of_its_weights(leaky_run: Path, tmp_path: Path) -> None:
     asked = f"run={leaky_run}"
     info = scores(tmp_path / "out", asked, "embedders=[ridge,regressor,ensemble]", "ensemble.folds=3")
@@ -388,6 +399,7 @@ def test_ensemble_includes_ridge_and_images_of_its_weights(leaky_run: Path, tmp_
     assert counts(scores(tmp_path / "hand", asked, f"checkpoint={by_hand}", "embedders=[regressor]")) == (0, 16, 16, 16)
 
 
+@pytest.mark.slow
 def test_unknown_training_data_is_reported(leaky_run: Path, leaky: Path, other: Path, tmp_path: Path) -> None:
     """A checkpoint without its run, a bundle, a dataset that is gone or changed, a first stage that is gone."""
     alone = shutil.copytree(leaky_run / "best", tmp_path / "alone")
@@ -419,6 +431,7 @@ def test_unknown_training_data_is_reported(leaky_run: Path, leaky: Path, other: 
     assert "Leakage of orphan: 3 of 4 images" in (tmp_path / "out/report.html").read_text()
 
 
+@pytest.mark.slow
 def test_images_of_weight_zero_were_not_trained_on(tmp_path: Path) -> None:
     rows = [Row(f"text {n}", source="kept" if n % 2 else "left", image=colour(n)) for n in range(16)]
     data = listed_dataset.write(tmp_path / "data", [*rows, Row("Text 3.", "val"), Row("Text 4.", "val")])
@@ -429,6 +442,7 @@ def test_images_of_weight_zero_were_not_trained_on(tmp_path: Path) -> None:
     assert counts(info, "mean")[1] == 2, "baselines are fitted on all"
 
 
+@pytest.mark.slow
 def test_images_shared_with_validation_sets_do_not_count_as_trained(tmp_path: Path) -> None:
     data = listed_dataset.write(tmp_path / "data", [Row(f"text {n}", image=colour(n)) for n in range(16)])
     judged = listed_dataset.write(

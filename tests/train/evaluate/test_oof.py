@@ -110,6 +110,7 @@ def test_training_mode_is_restored(model: Regressor, images: ImageDataset) -> No
     model.eval()
 
 
+@pytest.mark.slow
 def test_wandb_keeps_the_table_offline(
     model: Regressor, images: ImageDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

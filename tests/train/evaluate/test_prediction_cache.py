@@ -63,6 +63,7 @@ def files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "cache/predictions").glob("*/*.npz"))
 
 
+@pytest.mark.slow
 def test_predictions_match_embedder_and_are_cached(images: ImageDataset) -> None:
     first = run(images, embedder("a"), embedder("b", 1, telling=True, alone=True))
     assert Colours.calls == 34
@@ -78,6 +79,7 @@ def test_predictions_match_embedder_and_are_cached(images: ImageDataset) -> None
     assert again.seconds["b"] == first.seconds["b"], "the time of the first computation"
 
 
+@pytest.mark.slow
 def test_cache_key_covers_embedder_and_images(images: ImageDataset, tmp_path: Path) -> None:
     a, b = (run(images, embedder("a", seed)).vectors["a"] for seed in (0, 1))
     assert np.abs(a - b).max() > 0.01
@@ -90,6 +92,7 @@ def test_cache_key_covers_embedder_and_images(images: ImageDataset, tmp_path: Pa
     assert Colours.calls == calls + 17
 
 
+@pytest.mark.slow
 def test_lost_or_damaged_chunk_alone_is_computed_again(
     images: ImageDataset, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,6 +113,7 @@ def test_lost_or_damaged_chunk_alone_is_computed_again(
         caplog.clear()
 
 
+@pytest.mark.slow
 def test_image_that_became_readable_is_predicted(images: ImageDataset) -> None:
     dataset = images.datasets[0]
     row = int(dataset.rows("train")[5])

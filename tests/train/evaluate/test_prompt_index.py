@@ -130,6 +130,7 @@ def test_images_of_several_datasets_share_one_index(data: Path, tmp_path: Path) 
     np.testing.assert_allclose(bank.vectors, small_dataset.encode(bank.texts(range(len(bank)))), atol=1e-6)
 
 
+@pytest.mark.slow
 def test_datasets_and_files_share_one_index(glyph_dataset: Path, tmp_path: Path) -> None:
     dataset = Dataset(glyph_dataset, MINILM)
     first = dataset.prompts(int(dataset.rows("train")[0]))[0]

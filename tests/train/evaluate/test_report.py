@@ -84,6 +84,7 @@ def cells(section: str) -> list[list[str]]:
     return [re.findall(r'data-sort="([^"]*)"', row) for row in re.findall(r"<tr>(.*?)</tr>", section, re.DOTALL)]
 
 
+@pytest.mark.slow
 def test_page_has_every_section(page: Path, folder: Path) -> None:
     info = json.loads((folder / "evaluation.json").read_text())
     parts = sections(page)
@@ -195,6 +196,7 @@ def test_page_of_a_single_embedder(dataset: Dataset, tmp_path: Path) -> None:
     assert "minus" in parts["best-and-worst-predictions"]
 
 
+@pytest.mark.slow
 def test_nearest_prompts_come_from_given_images(folder: Path, dataset: Dataset, tmp_path: Path) -> None:
     known = [(dataset, dataset.rows("val"))]
     text = sections(report.write(folder, tmp_path / "report.html", known))["best-and-worst-predictions"]
@@ -262,6 +264,7 @@ def test_page_is_written_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+@pytest.mark.slow
 def test_evaluator_writes_all_files_of_the_page(tiny_run: Path, tmp_path: Path) -> None:
     values = compose("evaluate", [f"run={tiny_run}", f"out={tmp_path}", "accelerator=cpu", "workers=0"])
     evaluate(settings(EvaluateSettings, values))

@@ -51,6 +51,7 @@ def goes_on_as_one_never_stopped(data: Path, run: Path, *overrides: str) -> None
 # ------------------------------------------------------------------------------------------------------ accumulation
 
 
+@pytest.mark.slow
 def test_four_micro_batches_of_eight_are_a_batch_of_32(
     small_data: Path, tmp_path: Path, gradients: list[dict[str, torch.Tensor]]
 ) -> None:
@@ -81,6 +82,7 @@ def test_a_batch_that_micro_batches_do_not_divide_is_refused(small_data: Path, t
         train(small_data, tmp_path / "run", "scale.micro_batch=3")
 
 
+@pytest.mark.slow
 def test_run_resumes_with_another_micro_batch(small_data: Path, tmp_path: Path) -> None:
     """As on another machine, the steps have the same images."""
     train(small_data, tmp_path / "whole", "optim.ema=0.9")
@@ -123,6 +125,7 @@ def test_run_does_not_resume_with_another_precision(small_data: Path, tmp_path: 
 # -------------------------------------------------------------------------------------------------- every part at once
 
 
+@pytest.mark.slow
 def test_debug_experiment_runs_two_steps(small_data: Path, tmp_path: Path) -> None:
     overrides = ["+experiment=debug", f"dataset={small_data}", f"out={tmp_path}", f"encoder={small_dataset.ENCODER}"]
     cfg = settings(TrainSettings, compose("train", [*overrides, "scale.workers=0"]))
@@ -153,6 +156,7 @@ def test_init_from_starts_with_weights_of_first_stage(tiny_run: Path, small_data
     assert all(first[name].equal(best[name]) for name in weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -191,6 +195,7 @@ def test_initialised_head_is_reused_after_restart(small_data: Path, tmp_path: Pa
     assert load_file(tmp_path / "run/first/model.safetensors")["head.weight"].equal(head.state_dict()["weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", [3, 60, -5])
 def test_damaged_initialised_head_is_recomputed(
     place: int, small_data: Path, tiny_run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -240,6 +245,7 @@ def test_dry_run_reports_cost_and_writes_nothing(
 # ------------------------------------------------------------------------------------------------------ what ends a run
 
 
+@pytest.mark.slow
 def test_nan_loss_ends_run_and_saves_batch(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An infinite weight at step 4 leaves the resume checkpoint of step 3 and saves the batch."""
     step = Training.training_step
@@ -260,6 +266,7 @@ def test_nan_loss_ends_run_and_saves_batch(small_data: Path, tmp_path: Path, mon
     goes_on_as_one_never_stopped(small_data, tmp_path / "run", "save_every=1")
 
 
+@pytest.mark.slow
 def test_full_disk_keeps_previous_resume_checkpoint(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -44,6 +44,7 @@ def rates(forecast: Forecast) -> dict[str, np.ndarray]:
     return dict(zip(("backbone", "head"), np.array(seen).T, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [300, 1_000, 100_000])
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_experiments_reach_most_of_peak_rate(name: str, images: int) -> None:
@@ -108,6 +109,7 @@ def test_log_lines_have_steps_warmup_rates_and_ema() -> None:
     )
 
 
+@pytest.mark.slow
 def test_too_short_run_is_reported_with_settings() -> None:
     images = 900
     (message,) = forecast_of(images, "+experiment=vith14").warnings(images)
@@ -148,6 +150,7 @@ def test_initial_weight_fraction_matches_ema(steps: int, alone: int) -> None:
     assert bool(warned) == (ema.shadow["w"].item() > 0.1)
 
 
+@pytest.mark.slow
 def test_dry_run_and_run_report_the_schedule(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     from train.fit.fit import fit
 

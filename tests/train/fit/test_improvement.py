@@ -42,6 +42,7 @@ def validations(run: Path) -> list[dict[str, Any]]:
 # -------------------------------------------------------------------------------------------------- the start of a run
 
 
+@pytest.mark.slow
 def test_validation_of_step_0_is_the_initial_model(small_data: Path, tmp_path: Path) -> None:
     """The score of `first`, which is written before the first step, counted anew; logged as step 0, once."""
     assert train(small_data, tmp_path / "run", "save_initial=true") == 0
@@ -56,6 +57,7 @@ def test_validation_of_step_0_is_the_initial_model(small_data: Path, tmp_path: P
     assert records(tmp_path / "run")[0] == first
 
 
+@pytest.mark.slow
 def test_end_of_run_logs_paired_improvement(small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO"):
         assert train(small_data, tmp_path / "run", *BETTER) == 0
@@ -76,6 +78,7 @@ def test_end_of_run_logs_paired_improvement(small_data: Path, tmp_path: Path, ca
     assert not [m for m in caplog.messages if m.startswith("warning")]
 
 
+@pytest.mark.slow
 def test_best_checkpoint_is_start_if_no_step_improves(
     small_data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -104,6 +107,7 @@ def test_init_from_checkpoint_can_remain_best(small_data: Path, tiny_run: Path, 
     assert start == pytest.approx(checkpoint.read_config(tiny_run / "best")["score"]["mean"], abs=1e-6)
 
 
+@pytest.mark.slow
 def test_ema_weights_of_short_run_differ_from_start(small_data: Path, tmp_path: Path) -> None:
     """21 steps of averaging at .9998: the average has gone nine tenths of the way that the weights themselves went."""
     parts = ("max_steps=21", "save_initial=true", "optim.lr=1e-3", "optim.head_lr=1e-3", "optim.warmup=500")
@@ -125,6 +129,7 @@ class Killed(BaseException):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("moment", ["before", "within", "after"])
 def test_run_killed_in_first_validation_resumes_bitwise(
     moment: str, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -157,6 +162,7 @@ def test_run_killed_in_first_validation_resumes_bitwise(
     assert [r["step"] for r in records(tmp_path / "run")] == [r["step"] for r in records(tmp_path / "whole")]
 
 
+@pytest.mark.slow
 def test_best_start_survives_resume(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Asked to stop within step 0's validation: it takes a step, and goes on with the scores of the start."""
     parts = ("epochs=2", *WORSE)

@@ -61,6 +61,7 @@ def weights_agree(one: Path, two: Path, atol: float = 1e-5) -> None:
         torch.testing.assert_close(b[name], a[name], atol=atol, rtol=0, msg=lambda said, name=name: f"{name}: {said}")
 
 
+@pytest.mark.slow
 def test_ddp_on_two_ranks_matches_one_process(small_data: Path, tmp_path: Path) -> None:
     """An epoch is every image once, dealt out; losses, scores and log are those of one process."""
     overrides = ("epochs=2", "optim.ema=0.9", "optim.layer_decay=0.8", "data.crop=0.8", "data.flip=true")
@@ -77,6 +78,7 @@ def test_ddp_on_two_ranks_matches_one_process(small_data: Path, tmp_path: Path) 
     assert len(broadcasts) == 1, "no collective of Lightning's at a step: it would ask the ranks for signals"
 
 
+@pytest.mark.slow
 def test_fsdp_on_two_ranks_matches_one_process(small_data: Path, tmp_path: Path) -> None:
     overrides = ("epochs=1", "optim.ema=0.9", "model.freeze=1")
     train(small_data, tmp_path / "one", *overrides)

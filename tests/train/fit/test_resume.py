@@ -115,6 +115,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", DAMAGES)
 def test_other_damage_of_resume_checkpoint_is_detected(
     case: str, stopped_run: Path, caplog: pytest.LogCaptureFixture
@@ -147,6 +148,7 @@ def test_damaged_first_resume_checkpoint_is_not_a_new_run(
         train(small_data, run)
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_never_replaces_previous_one(
     stopped_run: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -174,6 +176,7 @@ def test_finished_run_deletes_previous_resume_checkpoint(tiny_run: Path) -> None
 # -------------------------------------------------------------------------------------------------- while it is written
 
 
+@pytest.mark.slow
 def test_failed_verification_keeps_both_resume_checkpoints(
     stopped_run: Path, small_data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -106,6 +106,7 @@ def test_new_mode_replaces_previous_mode() -> None:
     assert not any("forward" in block.__dict__ for block in blocks)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # dynamo asks for it itself
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_compiled_blocks_give_the_same_gradients(mode: Mode) -> None:

@@ -121,6 +121,7 @@ def test_lora_blocks_have_no_weight_gradients() -> None:
     assert 0.5 * sum(blocks[2:]) < saved < sum(blocks[2:]), "gradients of weights are a third of a block's work"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_convnext", "test_efficientnet"])
 def test_flops_of_grouped_convolutions(name: str) -> None:
     actual = measure(outline(name), CHOSEN)
@@ -163,6 +164,7 @@ def test_memory_estimate_matches_real_step() -> None:
     assert actual.fixed_bytes + 64 * actual.image_bytes == pytest.approx(counted.peak, abs=gradients)
 
 
+@pytest.mark.slow
 def test_lower_precision_halves_activations_and_copies_weights() -> None:
     full, half = (measure(outline("test_vit"), CHOSEN, p) for p in ("fp32", "bf16"))
     assert 0.5 * full.image_bytes < half.image_bytes < 0.75 * full.image_bytes
@@ -171,6 +173,7 @@ def test_lower_precision_halves_activations_and_copies_weights() -> None:
     assert measure(outline("test_vit"), CHOSEN, "fp16").image_bytes == half.image_bytes
 
 
+@pytest.mark.slow
 def test_recomputation_and_freezing_save_activations() -> None:
     modes: tuple[activation_checkpointing.Mode, ...] = ("none", "selective", "full")
     actual = [measure(outline("test_vit"), CHOSEN, "bf16", mode) for mode in modes]
@@ -185,6 +188,7 @@ def test_recomputation_and_freezing_save_activations() -> None:
     assert half.state_bytes < actual[0].state_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "lion", "madgrad", "adamw8bit"])
 def test_optimizer_bytes_match_allocation(name: str) -> None:
     if name == "adamw8bit":

@@ -61,6 +61,7 @@ def test_sizes_divide_the_batch(batch: int, expected: list[int]) -> None:
     assert sizes(batch) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("room", "expected"), [(64, 32), (31, 16), (3, 2), (0, 0)])
 def test_largest_fitting_micro_batch_is_found(room: int, expected: int) -> None:
     made = model("test_vit")
@@ -71,6 +72,7 @@ def test_largest_fitting_micro_batch_is_found(room: int, expected: int) -> None:
     assert not [ref for ref in step.held if ref() is not None], "what a failed try held is freed"
 
 
+@pytest.mark.slow
 def test_a_trial_leaves_no_trace() -> None:
     made = model()
     before = {k: v.clone() for k, v in made.state_dict().items()}
@@ -109,6 +111,7 @@ def error_of(made: Regressor) -> torch.OutOfMemoryError:
     raise AssertionError
 
 
+@pytest.mark.slow
 def test_advice_names_the_setting_and_the_size() -> None:
     made = model()
     error = error_of(made)

@@ -129,6 +129,7 @@ def test_alphas_out_of_bounds_are_reported(tmp_path: Path) -> None:
         assert words in str(refused.value)
 
 
+@pytest.mark.slow
 def test_command_line(ends: tuple[Path, Path], tmp_path: Path) -> None:
     done = commands.run("train.interpolate", f"a={ends[0]}", f"b={ends[1]}", f"out={tmp_path / 'out'}")
     assert done.returncode == 0, done.stderr

@@ -76,6 +76,7 @@ def titles_of(html: str) -> list[str]:
     return re.findall(r'<figure data-values.*?class="title">([^<]*)<', html, re.DOTALL)
 
 
+@pytest.mark.slow
 def test_page_has_all_measurements(run: Path, data: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         command_module("train.report").run({"run": str(run), "scenes": 50})
@@ -97,6 +98,7 @@ def test_page_has_all_measurements(run: Path, data: Path, caplog: pytest.LogCapt
     assert path.read_text() == html
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("verdict", "shown"),
     [
@@ -122,6 +124,7 @@ def test_page_shows_improvement_over_start(run: Path, verdict: str, shown: tuple
         run_report.write_report(ReportSettings(run))
 
 
+@pytest.mark.slow
 def test_page_has_curves_by_time_and_source(run: Path) -> None:
     html = run_report.write_report(ReportSettings(run)).read_text()
     for shown in (
@@ -136,6 +139,7 @@ def test_page_has_curves_by_time_and_source(run: Path) -> None:
     assert not [s for s in ("by set", "Validation cosine by source", "Images per second", "MFU") if s in bare]
 
 
+@pytest.mark.slow
 def test_a_run_on_several_datasets_shows_images_of_all(run: Path, data: Path, tmp_path: Path) -> None:
     """The datasets have the same keys; images of the second score best."""
     other = small_dataset.write(tmp_path / "other", train=4, val=JUDGED, size=32, seed=9)

@@ -306,6 +306,7 @@ def test_csv_and_json_have_all_facts(tmp_path: Path) -> None:
         list_runs(RunsSettings(runs, csv=tmp_path / "file/runs.csv"))
 
 
+@pytest.mark.slow
 def test_command_starts_fast_without_torch(tmp_path: Path) -> None:
     for i in range(25):
         write(tmp_path / f"r{i}", 0.5 + i / 1000)
