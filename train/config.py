@@ -2,7 +2,8 @@
 
 import difflib
 import re
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -23,9 +24,7 @@ class LoraSettings:
     """Dropout probability before the LoRA adapters, 0 to .99."""
 
     def validate(self) -> list[str]:
-        problems = [] if self.blocks >= 0 else [f"blocks: {self.blocks} is below 0"]
-        problems += [] if self.rank >= 1 else [f"rank: {self.rank} is below 1"]
-        problems += [] if self.alpha > 0 else [f"alpha: {self.alpha} is not above 0"]
+        problems = _below(self, blocks=0, rank=1) + _not_above_zero(self, "alpha")
         return problems + _outside(self, dropout=(0, 0.99))
 
     def unused(self) -> dict[str, str]:
@@ -66,15 +65,11 @@ class ModelSettings:
     lora: LoraSettings
 
     def validate(self) -> list[str]:
-        problems = []
+        problems = _below(self, freeze=0, head_width=1)
         if isinstance(self.size, int) and self.size < 8:
             problems.append(f"size: {self.size} is below 8 pixels")
         if self.crop_pct is not None and not 0.1 <= self.crop_pct <= 2:
             problems.append(f"crop_pct: {self.crop_pct} is not from 0.1 to 2; null takes the backbone's own")
-        if isinstance(self.freeze, int) and self.freeze < 0:
-            problems.append(f"freeze: {self.freeze} is below 0")
-        if self.head_width < 1:
-            problems.append(f"head_width: {self.head_width} is below 1")
         if self.head_fit_images is not None and self.head_fit_images < 2:
             problems.append(f"head_fit_images: {self.head_fit_images} is below 2; null takes all")
         if self.freeze == "all" and self.lora.blocks:
@@ -114,22 +109,10 @@ class LossSettings:
 
     def keywords(self) -> dict[str, float]:
         """Keyword arguments of `models.losses.total_loss`."""
-        return {
-            "mse": self.mse,
-            "contrastive": self.contrastive,
-            "temperature": self.temperature,
-            "hard_fraction": self.hard_fraction,
-        }
+        return asdict(self)
 
     def validate(self) -> list[str]:
-        problems = [
-            f"{name}: {getattr(self, name)} is below 0" for name in ("mse", "contrastive") if getattr(self, name) < 0
-        ]
-        problems += [
-            f"{name}: {getattr(self, name)} is not above 0"
-            for name in ("temperature", "hard_fraction")
-            if not getattr(self, name) > 0
-        ]
+        problems = _below(self, mse=0, contrastive=0) + _not_above_zero(self, "temperature", "hard_fraction")
         return problems + ([f"hard_fraction: {self.hard_fraction} is above 1"] if self.hard_fraction > 1 else [])
 
     def unused(self) -> dict[str, str]:
@@ -166,22 +149,14 @@ class OptimSettings:
     """EMA decay of the weights that are validated and saved; 0 for no averaging."""
 
     def validate(self) -> list[str]:
-        problems = [
-            f"{name}: {getattr(self, name)} is not above 0; freeze=all or head_warmup_epochs trains the head alone"
-            for name in ("lr", "head_lr")
-            if not getattr(self, name) > 0
-        ]
-        problems += [
-            f"{name}: {getattr(self, name)} is below 0"
-            for name in ("weight_decay", "warmup", "grad_clip_norm", "head_warmup_epochs")
-            if not getattr(self, name) >= 0
-        ]
+        hint = "; freeze=all or head_warmup_epochs trains the head alone"
+        problems = _not_above_zero(self, "lr", "head_lr", hint=hint)
+        problems += _below(self, weight_decay=0, warmup=0, grad_clip_norm=0, head_warmup_epochs=0)
         if len(self.betas) != 2 or not all(0 <= b < 1 for b in self.betas):
             problems.append(f"betas: {list(self.betas)} are not two numbers from 0 to 1")
         if self.head_warmup_lr is not None and not (self.head_warmup_lr > 0 and self.head_warmup_epochs):
-            problems.append(
-                f"head_warmup_lr: {self.head_warmup_lr} needs a rate above 0 and head_warmup_epochs above 0"
-            )
+            rate = self.head_warmup_lr
+            problems.append(f"head_warmup_lr: {rate} needs a rate above 0 and head_warmup_epochs above 0")
         if not 0 < self.layer_decay <= 1:
             problems.append(f"layer_decay: {self.layer_decay} is not above 0 and at most 1")
         return problems + ([] if 0 <= self.ema < 1 else [f"ema: {self.ema} is not from 0 to below 1"])
@@ -245,11 +220,7 @@ class ScaleSettings:
     """Number of decoding processes; null decides by the machine."""
 
     def validate(self) -> list[str]:
-        problems = [
-            f"{name}: {getattr(self, name)} is below 1"
-            for name in ("devices", "nodes", "micro_batch")
-            if isinstance(getattr(self, name), int) and getattr(self, name) < 1
-        ]
+        problems = _below(self, devices=1, nodes=1, micro_batch=1)
         if self.workers is not None and self.workers < 0:
             problems.append(f"workers: {self.workers} is below 0; null decides by the machine")
         return problems
@@ -312,18 +283,8 @@ class TrainSettings:
         return int(i), int(n)
 
     def validate(self) -> list[str]:
-        problems = [
-            f"{name}: {getattr(self, name)} is below 1"
-            for name in ("batch_size", "save_every", "log_every")
-            if getattr(self, name) < 1
-        ]
-        problems += [
-            f"{name}: {getattr(self, name)} is not above 0"
-            for name in ("epochs", "validate_every")
-            if not getattr(self, name) > 0
-        ]
-        if self.seed < 0:
-            problems.append(f"seed: {self.seed} is below 0")
+        problems = _below(self, batch_size=1, save_every=1, log_every=1, seed=0)
+        problems += _not_above_zero(self, "epochs", "validate_every")
         if self.max_steps is not None and self.max_steps < 1:
             problems.append(f"max_steps: {self.max_steps} is below 1; null lets epochs decide")
         if not self.dataset:
@@ -332,15 +293,10 @@ class TrainSettings:
             problems.append("dataset: a folder is named twice; dataset_repeats=[…] says how often each is seen")
         if self.dataset_repeats is not None:
             if len(self.dataset_repeats) != len(self.dataset):
-                problems.append(
-                    f"dataset_repeats: {len(self.dataset_repeats)} numbers for {len(self.dataset)} datasets; "
-                    "give one each"
-                )
-            problems += [
-                f"dataset_repeats: {p} is not above 0; leave that dataset out"
-                for p in self.dataset_repeats
-                if not p > 0
-            ]
+                counts = f"{len(self.dataset_repeats)} numbers for {len(self.dataset)} datasets"
+                problems.append(f"dataset_repeats: {counts}; give one each")
+            hint = "is not above 0; leave that dataset out"
+            problems += [f"dataset_repeats: {p} {hint}" for p in self.dataset_repeats if not p > 0]
         problems += [f"val: {v} is trained on, too" for v in self.val if v in self.dataset]
         if self.fold is not None:
             fits = re.fullmatch(r"(\d+)/(\d+)", self.fold)
@@ -366,10 +322,24 @@ class TrainSettings:
             reason = "with model.freeze=all: the backbone does not train"
             reasons |= dict.fromkeys(("optim.lr", "optim.layer_decay"), reason)
             if self.optim.head_warmup_lr is None:
-                reasons["optim.head_warmup_epochs"] = (
-                    "with model.freeze=all and no optim.head_warmup_lr: the head trains alone anyway"
-                )
+                reason = "with model.freeze=all and no optim.head_warmup_lr: the head trains alone anyway"
+                reasons["optim.head_warmup_epochs"] = reason
         return reasons
+
+
+def _below(settings: object, **bounds: int) -> list[str]:
+    """List the settings below their bounds; words such as auto pass."""
+    values = {name: getattr(settings, name) for name in bounds}
+    return [
+        f"{name}: {value} is below {bounds[name]}"
+        for name, value in values.items()
+        if not isinstance(value, str) and not value >= bounds[name]  # NaN is refused
+    ]
+
+
+def _not_above_zero(settings: object, *names: str, hint: str = "") -> list[str]:
+    values = {name: getattr(settings, name) for name in names}
+    return [f"{name}: {value} is not above 0{hint}" for name, value in values.items() if not value > 0]
 
 
 def _outside(settings: object, **bounds: tuple[float, float]) -> list[str]:
@@ -421,10 +391,7 @@ class KnnSettings:
     """Whether the search compares every vector; null decides by their number."""
 
     def validate(self) -> list[str]:
-        problems = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
-        problems += (
-            [] if self.similarity_exponent >= 0 else [f"similarity_exponent: {self.similarity_exponent} is below 0"]
-        )
+        problems = _below(self, neighbours=1, similarity_exponent=0)
         if self.prompt_index is not None and not (self.backbone or "").startswith(("open_clip:", "local-dir:")):
             problems.append(f"backbone: {self.backbone} has no text tower for prompt_index; name open_clip:MODEL/TAG")
         return problems
@@ -442,13 +409,7 @@ class RetrieveSettings:
     """Weight of the retrieved vector in blend, 0 to 1; the regressor's vector has the rest."""
 
     def validate(self) -> list[str]:
-        problems = [f"neighbours: {self.neighbours} is below 1"] if self.neighbours < 1 else []
-        problems += (
-            [] if self.similarity_exponent >= 0 else [f"similarity_exponent: {self.similarity_exponent} is below 0"]
-        )
-        return problems + (
-            [] if 0 <= self.blend_weight <= 1 else [f"blend_weight: {self.blend_weight} is outside 0 to 1"]
-        )
+        return _below(self, neighbours=1, similarity_exponent=0) + _outside(self, blend_weight=(0, 1))
 
 
 @dataclass(frozen=True)
@@ -479,7 +440,7 @@ class EnsembleSettings:
     """Number of folds of the cross-validation that scores the ensemble."""
 
     def validate(self) -> list[str]:
-        return [] if self.folds >= 2 else [f"folds: {self.folds} is below 2"]
+        return _below(self, folds=2)
 
 
 @dataclass(frozen=True)
@@ -518,21 +479,15 @@ class EvaluateSettings:
     """Kind of device; auto takes a GPU where there is one."""
 
     def validate(self) -> list[str]:
-        problems = [] if self.batch_size >= 1 else [f"batch_size: {self.batch_size} is below 1"]
+        problems = _below(self, batch_size=1)
         if not self.embedders:
             problems.append(f"embedders: empty; name some of {', '.join(EMBEDDERS)}, or folders of checkpoints")
         for name in self.embedders:
             if name not in EMBEDDERS and not Path(name).is_dir():
-                near = difflib.get_close_matches(name, EMBEDDERS, 3, 0.4) or EMBEDDERS
-                problems.append(
-                    f"embedders: {name!r} is neither an embedder nor a folder; did you mean {', '.join(near)}"
-                )
-        problems += [
-            f"embedders: {name} is named twice"
-            for name in sorted(set(self.embedders))
-            if self.embedders.count(name) > 1
-        ]
-        return problems
+                near = ", ".join(difflib.get_close_matches(name, EMBEDDERS, 3, 0.4) or EMBEDDERS)
+                problems.append(f"embedders: {name!r} is neither an embedder nor a folder; did you mean {near}")
+        repeated = sorted(name for name, count in Counter(self.embedders).items() if count > 1)
+        return problems + [f"embedders: {name} is named twice" for name in repeated]
 
     def unused(self) -> dict[str, str]:
         requested = set(self.embedders)
@@ -561,7 +516,6 @@ class EvaluateSettings:
             for key in keys
         }
         if not any(place.lower().endswith(_WITH_COLUMNS) for place in prompt_files):
-            reasons["column"] = (
-                f"without a file of columns ({', '.join(_WITH_COLUMNS)}) in prompt_index or knn.prompt_index"
-            )
+            suffixes = ", ".join(_WITH_COLUMNS)
+            reasons["column"] = f"without a file of columns ({suffixes}) in prompt_index or knn.prompt_index"
         return reasons
