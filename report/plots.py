@@ -16,7 +16,7 @@ import textwrap
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -51,6 +51,7 @@ _SETTINGS = {
     "axes.titlecolor": INK,
     "axes.titleweight": "bold",
     "axes.spines.top": False,
+    "axes.spines.left": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
@@ -69,6 +70,7 @@ _SETTINGS = {
     "lines.linewidth": 2,
     "lines.solid_capstyle": "round",
 }
+_DASHED: dict[str, Any] = {"linewidth": 1.5, "linestyle": (0, (3, 2))}
 
 
 def intervals(
@@ -91,28 +93,17 @@ def intervals(
     order: list[int] = np.argsort(mean_N, kind="stable").tolist()
     rows = np.arange(len(order))
     labels = ["\n".join(textwrap.wrap(names[i], 22)) for i in order]  # narrow, to leave room for the plot on a phone
-    with _style():
-        figure = _figure((34 if any("\n" in label for label in labels) else 28) * len(order) + 52)
-        axes = figure.subplots()
+    with _axes((34 if any("\n" in label for label in labels) else 28) * len(order) + 52) as (figure, axes):
         if zero:
-            axes.axvline(0, color=INK, linewidth=1.5, linestyle=(0, (3, 2)))
+            axes.axvline(0, color=INK, **_DASHED)
         for row, i in zip(rows, order, strict=True):
             colour = ACCENT if names[i] in highlighted else MUTED
             axes.plot([low_N[i], high_N[i]], [row, row], color=colour, linewidth=3, alpha=0.45)
             axes.plot(mean_N[i], row, "o", color=colour, markersize=8, markeredgewidth=0)
-        axes.set_yticks(rows, labels)
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.set_ylim(-0.6, len(order) - 0.4)
-        axes.grid(visible=False, axis="y")
-        axes.spines["left"].set_visible(False)
-        axes.set_xlabel(label)
         axes.margins(x=0.06)
-        # values are tick labels of a right-hand axis, so that the layout aligns them and makes room
-        values = axes.secondary_yaxis("right")
         form = "+.3f" if zero else ".3f"
-        values.set_yticks(rows, [format(mean_N[i], form).replace("-", "−") for i in order])
-        values.tick_params(labelcolor=INK)
-        values.spines["right"].set_visible(False)
+        _name_rows(axes, rows, labels, [format(mean_N[i], form).replace("-", "−") for i in order])
+        axes.set_xlabel(label)
     return figure
 
 
@@ -133,9 +124,7 @@ def learning_curve(
     """
     step_N, loss_N = np.asarray(steps, dtype=float), np.asarray(train_loss, dtype=float)
     val_step_M, cosine_M = np.asarray(val_steps, dtype=float), np.asarray(val_cosine, dtype=float)
-    with _style():
-        figure = _figure(440)
-        above, below = figure.subplots(2, 1, sharex=True)
+    with _axes(440, rows=2) as (figure, (above, below)):
         above.set_title("Validation cosine")
         if val_low is not None and val_high is not None:
             above.fill_between(val_step_M, val_low, val_high, color=ACCENT, alpha=0.18, linewidth=0)
@@ -160,7 +149,6 @@ def learning_curve(
         below.plot(step_N, smooth_N, color=SECOND)
         below.set_xlabel("Step")
         for axes in (above, below):
-            axes.spines["left"].set_visible(False)
             _few_ticks(axes)
         if seconds is not None and len(step_N) > 1:
             ticks, labels = _time_ticks(np.asarray(seconds, dtype=float), step_N)
@@ -182,9 +170,7 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, *, z
     dashes = (("—", "-"), ("--", (0, (4, 2))), ("··", (0, (1, 1.5))))
     styles = [(colour, *dash) for dash in dashes for colour in (ACCENT, SECOND, INK, MUTED)]
     styles = [styles[i % len(styles)] for i in range(len(arrays))]
-    with _style():
-        figure = _figure(max(220, 20 * len(arrays) + 90))
-        axes = figure.subplots()
+    with _axes(max(220, 20 * len(arrays) + 90)) as (figure, axes):
         axes.set_title(title)
         for (colour, _, dash), (step_N, value_N) in zip(styles, arrays.values(), strict=True):
             if len(value_N) > 50:  # a long log is noise around a trend: show both
@@ -196,7 +182,6 @@ def curves(series: Mapping[str, Sequence[tuple[float, float]]], title: str, *, z
         if zero:
             axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_xlabel("Step")
-        axes.spines["left"].set_visible(False)
         _few_ticks(axes)
         value_S = np.array([np.nanmean(v) if zero else v[-1] for _, v in arrays.values()])
         labels = [
@@ -217,9 +202,7 @@ def histogram(
     """
     value_N = np.asarray(values, dtype=float).ravel()
     value_N = value_N[np.isfinite(value_N)]
-    with _style():
-        figure = _figure(260)
-        axes = figure.subplots()
+    with _axes(260) as (figure, axes):
         if len(value_N):
             bins: int | np.ndarray = int(np.clip(2 * len(value_N) ** (1 / 3), 8, 48))
             if np.array_equal(value_N, np.rint(value_N)):
@@ -237,7 +220,7 @@ def histogram(
             axes.set_xlim(left, right)
             for line, (x, text, colour) in enumerate(marks):
                 right_of_it = x < (left + right) / 2
-                axes.axvline(x, color=colour, linewidth=1.5, linestyle=(0, (3, 2)))
+                axes.axvline(x, color=colour, **_DASHED)
                 axes.annotate(
                     text,
                     (x, 1),
@@ -251,7 +234,6 @@ def histogram(
                 )
             axes.set_ylim(0, (1.35 if limit else 1.2) * count_B.max())
         axes.grid(visible=False, axis="x")
-        axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
         axes.set_ylabel(count_label)
         _few_ticks(axes)
@@ -276,9 +258,7 @@ def trend(
     styles = ((ACCENT, "—", "-"), (SECOND, "--", (0, (4, 2))), (INK, "··", (0, (1, 1.5))))
     styles = [styles[i % len(styles)] for i in range(len(series))]
     arrays = {name: tuple(np.asarray(part, dtype=float) for part in parts) for name, parts in series.items()}
-    with _style():
-        figure = _figure(320)
-        axes = figure.subplots()
+    with _axes(320) as (figure, axes):
         axes.plot(*points, "o", color=MUTED, markersize=4.5, markeredgewidth=0, alpha=0.3)
         # the first in front of the others
         for (colour, _, dash), (x_G, mean_G, low_G, high_G) in reversed(
@@ -287,7 +267,6 @@ def trend(
             axes.vlines(x_G, low_G, high_G, color=colour, linewidth=3, alpha=0.45)
             axes.plot(x_G, mean_G, "o", color=colour, linestyle=dash, markersize=7, markeredgewidth=0)
         axes.margins(x=0.03, y=0.06)
-        axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
         axes.set_ylabel(value_label)
         _few_ticks(axes)
@@ -343,29 +322,19 @@ def bars(
     whole_N = part_N if wholes is None else np.asarray(wholes, dtype=float)
     rows = np.arange(len(names))[::-1]
     labels = ["\n".join(textwrap.wrap(name, 24)) for name in names]
-    with _style():
-        figure = _figure(sum(34 if "\n" in label else 28 for label in labels) + 52)
-        axes = figure.subplots()
+    with _axes(sum(34 if "\n" in label else 28 for label in labels) + 52) as (figure, axes):
         if wholes is not None:
             axes.barh(rows, whole_N, 0.62, color=MUTED, alpha=0.3, linewidth=0)
         axes.barh(rows, part_N, 0.62, color=ACCENT, alpha=0.85, linewidth=0)
-        axes.set_yticks(rows, labels)
-        axes.tick_params(axis="y", labelcolor=INK)
-        axes.set_ylim(-0.6, len(rows) - 0.4)
         axes.set_xlim(0, (whole_N.max(initial=0) or 1) * 1.02)
-        axes.grid(visible=False, axis="y")
-        axes.spines["left"].set_visible(False)
         axes.set_xlabel(label)
         _few_ticks(axes, y=False)
         axes.xaxis.set_major_formatter("{x:" + (form if form == ",.0f" else "g") + "}")
-        figures = axes.secondary_yaxis("right")
         texts = [
             format(p, form) if wholes is None else f"{p:{form}} of {w:{form}}"
             for p, w in zip(part_N, whole_N, strict=True)
         ]
-        figures.set_yticks(rows, texts)
-        figures.tick_params(labelcolor=INK)
-        figures.spines["right"].set_visible(False)
+        _name_rows(axes, rows, labels, texts)
     return figure
 
 
@@ -376,9 +345,7 @@ def rate(starts: ArrayLike, ends: ArrayLike, counts: ArrayLike, *, label: str, r
     `resumed` are the seconds at which a run resumed after a pause.
     """
     start_N, end_N, count_N = (np.asarray(values, dtype=float) for values in (starts, ends, counts))
-    with _style():
-        figure = _figure(240)
-        axes = figure.subplots()
+    with _axes(240) as (figure, axes):
         if len(start_N):
             edge_B = np.linspace(0, end_N.max(), int(np.clip(4 * len(start_N), 2, 120)) + 1)
             # items finished by each edge: the finished fraction of each interval, summed
@@ -388,7 +355,7 @@ def rate(starts: ArrayLike, ends: ArrayLike, counts: ArrayLike, *, label: str, r
             axes.stairs(rate_B, edge_B / unit, color=ACCENT, linewidth=2)
             axes.stairs(rate_B, edge_B / unit, color=ACCENT, alpha=0.14, fill=True, linewidth=0)
             mean = float(count_N.sum() / edge_B[-1])
-            axes.axhline(mean, color=INK, linewidth=1.5, linestyle=(0, (3, 2)))
+            axes.axhline(mean, color=INK, **_DASHED)
             axes.annotate(
                 f"mean {mean:.3g}",
                 (1, 1),
@@ -405,7 +372,6 @@ def rate(starts: ArrayLike, ends: ArrayLike, counts: ArrayLike, *, label: str, r
             axes.set_ylim(0, 1.25 * rate_B.max() or 1)
             axes.set_xlabel(f"Working time, {name}")
         axes.set_ylabel(label)
-        axes.spines["left"].set_visible(False)
         _few_ticks(axes)
     return figure
 
@@ -450,14 +416,28 @@ def _style() -> Iterator[None]:
         yield
 
 
-def _figure(height: float) -> Figure:
+@contextmanager
+def _axes(height: float, rows: int = 1) -> Iterator[tuple[Figure, Any]]:
+    """Yield a new figure in the page's style with its axes, or with an array of `rows` axes, one above the other."""
     from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure((WIDE / 72, height / 72), dpi=72, layout="constrained")
-    engine = figure.get_layout_engine()
-    if engine is not None:
-        engine.set(w_pad=2 / 72, h_pad=2 / 72, hspace=0.06)  # pyright: ignore[reportCallIssue]
-    return figure
+    with _style():
+        engine = ConstrainedLayoutEngine(w_pad=2 / 72, h_pad=2 / 72, hspace=0.06)
+        figure = Figure((WIDE / 72, height / 72), dpi=72, layout=engine)
+        yield figure, figure.subplots(rows, sharex=True)
+
+
+def _name_rows(axes: Axes, rows: np.ndarray, names: Sequence[str], figures: Sequence[str]) -> None:
+    """Name the rows of a plot at the left, with figures at the right: tick labels, for which the layout makes room."""
+    axes.set_yticks(rows, names)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.set_ylim(-0.6, len(rows) - 0.4)
+    axes.grid(visible=False, axis="y")
+    at_right = axes.secondary_yaxis("right")
+    at_right.set_yticks(rows, figures)
+    at_right.tick_params(labelcolor=INK)
+    at_right.spines["right"].set_visible(False)
 
 
 def _label_at_right(axes: Axes, value_S: np.ndarray, labels: Sequence[str], colours: Sequence[str]) -> None:
