@@ -13,7 +13,7 @@ N evaluated images, S of them in the matrix.
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,13 +22,10 @@ from datagen.dataset.format import FAULTY
 from datagen.dataset.reader import Dataset
 from models.leakage_counts import TITLES, LeakageCounts
 from models.metrics import similarity_matrix
+from report import Card, Page, plots
 from report.inputs import require_packages
 from train.evaluate.examples import nearest_prompts
 from train.evaluate.results import Evaluation, Place, images_of, kinds_of, read_evaluation, readable, trend
-
-if TYPE_CHECKING:
-    from report import Page
-    from report.page import Card
 
 Rows = NDArray[np.int64]
 
@@ -37,29 +34,18 @@ POINTS = 500  # single images plotted behind a trend
 WORDS, NEAREST = "Prompt length, words", "Nearest training prompt, cosine"
 
 
-def write(
-    folder: Path,
-    out: Path,
-    training: Sequence[tuple[Dataset, Rows]] | None = None,
-    *,
-    count: int = 8,
-    nearest: int = 3,
-    seed: int = 0,
-) -> Path:
+def write(folder: Path, out: Path, training: Sequence[tuple[Dataset, Rows]] | None = None) -> Path:
     """Write a page about the evaluation in `folder`, and return its absolute path.
 
     Args:
         training: training images as (dataset, rows), whose prompts are listed beside predictions; datasets are open
             with the evaluation's encoder. Without it, the images of the evaluated datasets that were not evaluated, or
             all of them if every image was.
-        count, nearest, seed: as in `add`.
 
     Raises:
         UserError: a package or a file is missing, or files contradict each other.
     """
     require_packages("wordcloud")
-    from report import Page
-
     hint = f"evaluate again: python -m train.evaluate out={folder}"
     evaluation = read_evaluation(folder, hint)
     images = images_of(evaluation, {}, hint)
@@ -75,7 +61,7 @@ def write(
     prompts_name = "training prompts"
     if not training:
         training, prompts_name = _others(images)
-    add(page, evaluation, images, training, prompts_name=prompts_name, count=count, nearest=nearest, seed=seed)
+    add(page, evaluation, images, training, prompts_name=prompts_name)
     page.section("Settings", "Checkpoint, text encoder and datasets of this evaluation.")
     page.settings({key: info[key] for key in ("checkpoint", "encoder", "split") if key in info})
     page.table(["Dataset", "SHA-256", "Images"], [[d["path"], d["sha256"], d["images"]] for d in info["datasets"]])
@@ -91,10 +77,11 @@ def headline(evaluation: Evaluation) -> dict[str, str | tuple[str, str]]:
     if runner_up:
         mean = next(score["mean"] for score in evaluation.ranked if score["name"] == runner_up)
         facts["Next best" if mean <= main["mean"] else "Best"] = (f"{mean:.3f}", runner_up)
-        for name, difference, low, high in _differences(evaluation):
-            if name == runner_up:
-                verdict = "significant" if _is_significant(low, high) else "not significant"
-                facts[f"Over {runner_up}"] = (_signed(difference), f"{_signed(low)} to {_signed(high)}, {verdict}")
+        for pair in _differences(evaluation):
+            if pair["b"] == runner_up:
+                difference, low, high = (_signed(pair[key]) for key in ("difference", "low", "high"))
+                verdict = "significant" if _is_significant(pair) else "not significant"
+                facts[f"Over {runner_up}"] = (difference, f"{low} to {high}, {verdict}")
     retrieval = evaluation.info["retrieval"] or {"scores": []}
     for score in retrieval["scores"]:
         if score["name"] == main["name"]:
@@ -108,7 +95,7 @@ def headline(evaluation: Evaluation) -> dict[str, str | tuple[str, str]]:
 
 
 def add(
-    page: "Page",
+    page: Page,
     evaluation: Evaluation,
     images: Sequence[Place],
     training: Sequence[tuple[Dataset, Rows]],
@@ -144,9 +131,7 @@ def add(
     _spread(page, evaluation)
 
 
-def _scores(page: "Page", evaluation: Evaluation) -> None:
-    from report import plots
-
+def _scores(page: Page, evaluation: Evaluation) -> None:
     ranked, skipped = evaluation.ranked, evaluation.info["skipped"]
     count = len(evaluation.keys)
     page.section("Scores", f"Mean cosine to the vector of the true prompt, by embedder, on the same {count:,} images.")
@@ -165,7 +150,7 @@ def _scores(page: "Page", evaluation: Evaluation) -> None:
         page.note(f"Skipped: {len(skipped)}, such as {skipped[0]['key']} ({skipped[0]['reason']}).")
 
 
-def leakage_table(page: "Page", leakage: Mapping[str, LeakageCounts], heading: str) -> None:
+def leakage_table(page: Page, leakage: Mapping[str, LeakageCounts], heading: str) -> None:
     """Add a table of leakage counts with a row for each name, and notes where training data are unknown.
 
     Args:
@@ -191,29 +176,28 @@ def leakage_table(page: "Page", leakage: Mapping[str, LeakageCounts], heading: s
             page.note(f"Leakage of {name}: {counts.text()}.")
 
 
-def _differences(evaluation: Evaluation) -> list[tuple[str, float, float, float]]:
-    """Difference of the main embedder to each other one: name, mean, low, high."""
+def _differences(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Pairs of the main embedder, as "a", with each other one."""
     main = evaluation.info["main"]
     differences = []
     for pair in evaluation.info["pairs"]:
         if pair["a"] == main:
-            differences.append((pair["b"], pair["difference"], pair["low"], pair["high"]))
+            differences.append(pair)
         elif pair["b"] == main:
-            differences.append((pair["a"], -pair["difference"], -pair["high"], -pair["low"]))
+            negated = {"difference": -pair["difference"], "low": -pair["high"], "high": -pair["low"]}
+            differences.append({"a": main, "b": pair["a"], **negated})
     return differences
 
 
-def _is_significant(low: float, high: float) -> bool:
-    return low > 0 or high < 0
+def _is_significant(pair: Mapping[str, Any]) -> bool:
+    return pair["low"] > 0 or pair["high"] < 0
 
 
 def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
-def _pairs(page: "Page", evaluation: Evaluation) -> None:
-    from report import plots
-
+def _pairs(page: Page, evaluation: Evaluation) -> None:
     info = evaluation.info
     if not info["pairs"]:
         return
@@ -223,8 +207,8 @@ def _pairs(page: "Page", evaluation: Evaluation) -> None:
     )
     differences = _differences(evaluation)
     if differences:
-        names, means, lows, highs = zip(*differences, strict=True)
-        significant = [name for name, _, low, high in differences if _is_significant(low, high)]
+        names, means, lows, highs = ([pair[key] for pair in differences] for key in ("b", "difference", "low", "high"))
+        significant = [pair["b"] for pair in differences if _is_significant(pair)]
         page.figure(
             plots.intervals(
                 names, means, lows, highs, label=f"{info['main']} minus the other", highlight=significant, zero=True
@@ -236,14 +220,7 @@ def _pairs(page: "Page", evaluation: Evaluation) -> None:
     page.table(
         ["Higher", "Lower", "Difference", "95 % low", "95 % high", "Significant"],
         [
-            [
-                p["a"],
-                p["b"],
-                p["difference"],
-                p["low"],
-                p["high"],
-                "yes" if _is_significant(p["low"], p["high"]) else "no",
-            ]
+            [*(p[key] for key in ("a", "b", "difference", "low", "high")), "yes" if _is_significant(p) else "no"]
             for p in info["pairs"]
         ],
         "All pairs.",
@@ -251,9 +228,7 @@ def _pairs(page: "Page", evaluation: Evaluation) -> None:
     )
 
 
-def _ensemble(page: "Page", evaluation: Evaluation) -> None:
-    from report import plots
-
+def _ensemble(page: Page, evaluation: Evaluation) -> None:
     ensemble = evaluation.info["ensemble"]
     if not ensemble:
         return
@@ -272,7 +247,7 @@ def _ensemble(page: "Page", evaluation: Evaluation) -> None:
     page.table(["Member", "Weight", "Mean cosine alone"], [[name, weight, single.get(name)] for name, weight in ranked])
 
 
-def _retrieval(page: "Page", evaluation: Evaluation) -> None:
+def _retrieval(page: Page, evaluation: Evaluation) -> None:
     retrieval = evaluation.info["retrieval"]
     if not retrieval or not retrieval["scores"]:
         return
@@ -290,7 +265,7 @@ def _retrieval(page: "Page", evaluation: Evaluation) -> None:
     )
 
 
-def _breakdown(page: "Page", evaluation: Evaluation) -> None:
+def _breakdown(page: Page, evaluation: Evaluation) -> None:
     info = evaluation.info
     shown = {kind: groups for kind, groups in info["breakdown"].items() if len(groups) > 1}
     if not shown:
@@ -314,9 +289,7 @@ def _triple(score: Mapping[str, float] | None) -> tuple[float, float, float] | N
     return (score["mean"], score["low"], score["high"]) if score else None
 
 
-def _trends(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str]], seed: int) -> None:
-    from report import plots
-
+def _trends(page: Page, evaluation: Evaluation, prompts: Sequence[Sequence[str]], seed: int) -> None:
     numbers: dict[tuple[str, ...], int] = {}
     prompt_N = np.array([numbers.setdefault(tuple(texts), len(numbers)) for texts in prompts])
 
@@ -348,10 +321,8 @@ def _trends(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str
         )
 
 
-def _prompts(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[str]]) -> None:
+def _prompts(page: Page, evaluation: Evaluation, prompts: Sequence[Sequence[str]]) -> None:
     from wordcloud import WordCloud
-
-    from report import plots
 
     page.section("Prompts", "Length and most frequent words of the evaluated prompts.")
     low, middle, high = np.quantile(evaluation.words, [0.05, 0.5, 0.95])
@@ -366,7 +337,7 @@ def _prompts(page: "Page", evaluation: Evaluation, prompts: Sequence[Sequence[st
 
 
 def _matrix(
-    page: "Page", evaluation: Evaluation, images: Sequence[Place], prompts: Sequence[Sequence[str]], seed: int
+    page: Page, evaluation: Evaluation, images: Sequence[Place], prompts: Sequence[Sequence[str]], seed: int
 ) -> None:
     sample: list[int] = np.sort(np.random.default_rng(seed).permutation(len(images))[:MATRIX]).tolist()
     targets = [dataset.targets(row) for dataset, row in (images[n] for n in sample)]
@@ -391,7 +362,7 @@ def _matrix(
 
 
 def _gallery(
-    page: "Page",
+    page: Page,
     evaluation: Evaluation,
     images: Sequence[Place],
     prompts: Sequence[Sequence[str]],
@@ -430,9 +401,7 @@ def _card(
     kinds: Sequence[str],
     near: Sequence[tuple[float, str]],
     prompts_name: str,
-) -> "Card":
-    from report import Card
-
+) -> Card:
     scores = {name: float(score_N[n]) for name, score_N in evaluation.scores.items()}
     main = evaluation.info["main"]
     ordered = {main: scores.pop(main), **scores}
@@ -458,9 +427,7 @@ def _plain(value: float) -> str:
     return f"{value:.2f}".replace("-", "−")
 
 
-def _spread(page: "Page", evaluation: Evaluation) -> None:
-    from report import plots
-
+def _spread(page: Page, evaluation: Evaluation) -> None:
     main = evaluation.info["main"]
     page.section("Scores of single images", f"Distribution of {main}'s cosines over the images.")
     low, middle, high = np.quantile(evaluation.scores[main], [0.05, 0.5, 0.95])

@@ -9,20 +9,18 @@ torch, so it starts at once. All scores come from `train.evaluate`.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from datagen.dataset.reader import Dataset
+from report import Page, plots
 from report.inputs import duration, read_log, require_packages
 from train.evaluate import report
 from train.evaluate.results import Evaluation, images_of, read_evaluation, read_json, readable, validation_counts
 from train.fit.improvement import FILE
 from train.run_settings import read_settings
-
-if TYPE_CHECKING:
-    from report import Page
 
 Rows = NDArray[np.int64]
 
@@ -87,8 +85,6 @@ def write_report(config: ReportSettings) -> Path:
         UserError: a file is missing or contradicts others; the message names it and the command that writes it.
     """
     require_packages("wordcloud")
-    from report import Page
-
     run = read_run(config.run)
     hint = f"evaluate first: python -m train.evaluate run={config.run}"
     evaluation = read_evaluation(config.evaluation or config.run / "evaluation", hint)
@@ -142,7 +138,7 @@ def write_report(config: ReportSettings) -> Path:
     return page.write(config.out or config.run / "report.html")
 
 
-def _leakage(page: "Page", run: Path) -> None:
+def _leakage(page: Page, run: Path) -> None:
     """Add the leakage of the run's validation sets, as counted before training."""
     counts = validation_counts(run / "about.json")
     if counts is None:
@@ -174,8 +170,6 @@ def _over_start(run: Run) -> dict[str, tuple[str, str]]:
 
 
 def _learning_curve(records: Sequence[Mapping[str, Any]]) -> Any:
-    from report import plots
-
     trained = [r for r in records if "train/loss" in r]
     validated = [r for r in records if "val/cosine" in r]
     bounds = all("val/low" in r and "val/high" in r for r in validated)
@@ -192,8 +186,6 @@ def _learning_curve(records: Sequence[Mapping[str, Any]]) -> Any:
 
 def _more_curves(records: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, Any]]:
     """Iterate over captions and figures of further curves: validation sets, prompt sources, speed."""
-    from report import plots
-
     series: dict[str, list[tuple[float, float]]] = {}
     for record in records:
         for key, value in record.items():
