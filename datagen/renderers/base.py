@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 
 class Renderer(Protocol):
-    """Interface of renderers, whose images depend only on prompt, seed and `settings()`."""
+    """Interface of renderers: an image depends on its prompt, seed and `settings()` only. Subclasses get defaults."""
 
     one_core: ClassVar[bool]
     """Whether a process uses one CPU core, so that a machine runs one process per core; otherwise a single process."""
@@ -41,13 +41,13 @@ class Renderer(Protocol):
         """
         ...
 
-    def can_draw(self, prompt: str) -> bool:
+    def can_draw(self, prompt: str) -> bool:  # noqa: ARG002
         """Whether the renderer can draw something of the prompt; the plan drops and counts other prompts."""
-        ...
+        return True
 
     def tflop(self) -> float | None:
         """Forward TFLOP of one image, without loading weights; None for a CPU renderer."""
-        ...
+        return None
 
     def seconds(self, num: int) -> float:
         """Estimated seconds for `num` images in one process of this machine; loads no weights."""
@@ -55,11 +55,11 @@ class Renderer(Protocol):
 
     def measured_seconds(self, num: int) -> float:
         """Estimated seconds for `num` images, measured with ten images; loads the weights."""
-        ...
+        return self.seconds(num)
 
     def on_gpu(self) -> bool:
         """Whether `render` will use an accelerator."""
-        ...
+        return False
 
     def render(self, prompts: list[str], seeds: list[int]) -> NDArray[np.uint8]:
         """`prompts` and `seeds`, N of each → uint8 RGB images [N, H, W, 3]."""

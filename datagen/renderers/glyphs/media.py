@@ -7,14 +7,16 @@ import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property, lru_cache, wraps
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
 Array = NDArray[Any]
+P = ParamSpec("P")
+T = TypeVar("T")
 LUMA = np.array([0.3, 0.59, 0.11], np.float32)
 
 
@@ -41,6 +43,19 @@ class Canvas:
         return (self.cover > 0.5).astype(np.int64) + (self.ink > 0.5)
 
 
+def _cached(make: "Callable[Concatenate[Maps, P], T]") -> "Callable[Concatenate[Maps, P], T]":
+    """Cache the results of a method of `Maps`, or of a function of one, in that object."""
+
+    @wraps(make)
+    def cached(maps: "Maps", *args: P.args, **options: P.kwargs) -> T:
+        key = (make.__name__, *args, *options.items())
+        if key not in maps.cache:
+            maps.cache[key] = make(maps, *args, **options)
+        return maps.cache[key]
+
+    return cached
+
+
 class Maps:
     """Textures and pixel partitions of one image size, made on first use."""
 
@@ -48,130 +63,103 @@ class Maps:
         self.size = size
         axis = ((np.arange(size) + 0.5) / size).astype(np.float32)
         self.x_W, self.y_H1 = axis, axis[:, None]
-        self._kept: dict[tuple[object, ...], NDArray] = {}
+        self.cache: dict[tuple[object, ...], Any] = {}
 
-    def keep(self, key: tuple[object, ...], make: Callable[[], NDArray]) -> NDArray:
-        if key not in self._kept:
-            self._kept[key] = make()
-        return self._kept[key]
-
+    @_cached
     def noise(self, cells: int, seed: int = 0) -> Array:
         """Smooth noise of mean .5 with about `cells` blobs a side."""
-
-        def make() -> NDArray:
-            coarse = _unit((cells + 2) ** 2, 7 + 1000 * seed + cells).reshape(cells + 2, cells + 2)
-            image = Image.fromarray((coarse * 255).astype(np.uint8))
-            return _float(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
-
-        return self.keep(("noise", cells, seed), make)
+        coarse = _unit((cells + 2) ** 2, 7 + 1000 * seed + cells).reshape(cells + 2, cells + 2)
+        image = Image.fromarray((coarse * 255).astype(np.uint8))
+        return _float(image.resize((self.size, self.size), Image.Resampling.BICUBIC))
 
     def grain(self, rng: random.Random, cells: int = 160) -> Array:
         """Fine noise, shifted at random."""
         shift = (int(rng.random() * self.size), int(rng.random() * self.size))
         return np.roll(self.noise(cells, 3), shift, (0, 1))
 
+    @_cached
     def cells(self, n: int, jitter: float = 0.8) -> tuple[NDArray[np.int64], Array]:
         """A Voronoi partition of n × n jittered seeds: labels [H, W], and the distance to the border in cell widths."""
+        offsets = (_unit(2 * (n + 2) ** 2, n).reshape(n + 2, n + 2, 2) - 0.5) * jitter + 0.5
+        gx, gy = self.x_W[None] * n, self.y_H1 * n
+        cx, cy = gx.astype(np.int64), gy.astype(np.int64)
+        near = np.full((self.size, self.size), 9.0, np.float32)
+        second = near.copy()
+        labels = np.zeros((self.size, self.size), np.int64)
+        for dy in (-1, 0, 1):
+            for dx in (-1, 0, 1):
+                point = offsets[cy + dy + 1, cx + dx + 1]
+                d = np.hypot(cx + dx + point[..., 0] - gx, cy + dy + point[..., 1] - gy)
+                closer = d < near
+                second = np.where(closer, near, np.minimum(second, d))
+                labels = np.where(closer, (cy + dy + 1) * (n + 2) + cx + dx + 1, labels)
+                near = np.where(closer, d, near)
+        return labels, second - near
 
-        def make() -> NDArray:
-            offsets = (_unit(2 * (n + 2) ** 2, n).reshape(n + 2, n + 2, 2) - 0.5) * jitter + 0.5
-            gx, gy = self.x_W[None] * n, self.y_H1 * n
-            cx, cy = gx.astype(np.int64), gy.astype(np.int64)
-            near = np.full((self.size, self.size), 9.0, np.float32)
-            second = near.copy()
-            labels = np.zeros((self.size, self.size), np.int64)
-            for dy in (-1, 0, 1):
-                for dx in (-1, 0, 1):
-                    point = offsets[cy + dy + 1, cx + dx + 1]
-                    d = np.hypot(cx + dx + point[..., 0] - gx, cy + dy + point[..., 1] - gy)
-                    closer = d < near
-                    second = np.where(closer, near, np.minimum(second, d))
-                    labels = np.where(closer, (cy + dy + 1) * (n + 2) + cx + dx + 1, labels)
-                    near = np.where(closer, d, near)
-            return np.stack([labels.astype(np.float32), second - near])
-
-        cached = self.keep(("cells", n, jitter), make)
-        return self.keep(("labels", n, jitter), lambda: cached[0].astype(np.int64)), cached[1]
-
+    @_cached
     def triangles(self, n: int) -> NDArray[np.int64]:
         """Labels of a jittered triangle mesh."""
+        image = Image.new("I", (self.size, self.size))
+        draw = ImageDraw.Draw(image)
+        jitter = _unit(2 * (n + 3) ** 2, 5).reshape(n + 3, n + 3, 2) * 0.7 - 0.35
+        at = lambda i, j: ((j - 1 + jitter[i, j, 0]) / n * self.size, (i - 1 + jitter[i, j, 1]) / n * self.size)  # noqa: E731
+        label = 0
+        for i in range(n + 2):
+            for j in range(n + 2):
+                a, b, c, d = at(i, j), at(i, j + 1), at(i + 1, j), at(i + 1, j + 1)
+                for corners in ([a, b, c], [b, c, d]) if (i + j) % 2 else ([a, b, d], [a, c, d]):
+                    draw.polygon(corners, fill=label)
+                    label += 1
+        return np.asarray(image).astype(np.int64)
 
-        def make() -> NDArray:
-            image = Image.new("I", (self.size, self.size))
-            draw = ImageDraw.Draw(image)
-            jitter = _unit(2 * (n + 3) ** 2, 5).reshape(n + 3, n + 3, 2) * 0.7 - 0.35
-            at = lambda i, j: ((j - 1 + jitter[i, j, 0]) / n * self.size, (i - 1 + jitter[i, j, 1]) / n * self.size)  # noqa: E731
-            label = 0
-            for i in range(n + 2):
-                for j in range(n + 2):
-                    a, b, c, d = at(i, j), at(i, j + 1), at(i + 1, j), at(i + 1, j + 1)
-                    for corners in ([a, b, c], [b, c, d]) if (i + j) % 2 else ([a, b, d], [a, c, d]):
-                        draw.polygon(corners, fill=label)
-                        label += 1
-            return np.asarray(image).astype(np.int64)
-
-        return self.keep(("triangles", n), make)
-
+    @_cached
     def strokes(self, n: int, length: float, width: float, spread: float, lean: float = 0.0) -> NDArray[np.int64]:
         """Labels of n overlapping brush strokes along a slow flow; `spread` turns them, `lean` is the mean angle."""
+        image = Image.new("I", (self.size, self.size))
+        draw = ImageDraw.Draw(image)
+        r = _unit(3 * n, n).reshape(n, 3)
+        for k in range(n):
+            x, y = r[k, 0] * 1.1 - 0.05, r[k, 1] * 1.1 - 0.05
+            angle = lean + spread * (math.sin(3.1 * x + 5.3 * y) + 0.7 * math.sin(6.1 * y - 4.2 * x) + r[k, 2] - 0.5)
+            ax, ay = math.cos(angle) * length / 2, math.sin(angle) * length / 2
+            bx, by = -math.sin(angle) * width / 2, math.cos(angle) * width / 2
+            outline = (
+                (-1, 0),
+                (-0.6, 1),
+                (0.6, 1),
+                (1, 0),
+                (0.6, -1),
+                (-0.6, -1),
+            )  # shares of half the length and width
+            corners = [(x + ax * along + bx * across, y + ay * along + by * across) for along, across in outline]
+            draw.polygon([(px * self.size, py * self.size) for px, py in corners], fill=k + 1)
+        return np.asarray(image).astype(np.int64)
 
-        def make() -> NDArray:
-            image = Image.new("I", (self.size, self.size))
-            draw = ImageDraw.Draw(image)
-            r = _unit(3 * n, n).reshape(n, 3)
-            for k in range(n):
-                x, y = r[k, 0] * 1.1 - 0.05, r[k, 1] * 1.1 - 0.05
-                angle = lean + spread * (
-                    math.sin(3.1 * x + 5.3 * y) + 0.7 * math.sin(6.1 * y - 4.2 * x) + r[k, 2] - 0.5
-                )
-                ax, ay = math.cos(angle) * length / 2, math.sin(angle) * length / 2
-                bx, by = -math.sin(angle) * width / 2, math.cos(angle) * width / 2
-                corners = [
-                    (x - ax, y - ay),
-                    (x - ax * 0.6 + bx, y - ay * 0.6 + by),
-                    (x + ax * 0.6 + bx, y + ay * 0.6 + by),
-                ]
-                corners += [
-                    (x + ax, y + ay),
-                    (x + ax * 0.6 - bx, y + ay * 0.6 - by),
-                    (x - ax * 0.6 - bx, y - ay * 0.6 - by),
-                ]
-                draw.polygon([(px * self.size, py * self.size) for px, py in corners], fill=k + 1)
-            return np.asarray(image).astype(np.int64)
-
-        return self.keep(("strokes", n, length, width, spread, lean), make)
-
+    @_cached
     def hatch(self, pitch: float, angle: float) -> Array:
         """Lines 1 → 0 → 1 across, `pitch` apart, a little wavy."""
+        across = self.x_W[None] * math.sin(angle) + self.y_H1 * math.cos(angle)
+        wobble = (self.noise(14) - 0.5) * pitch * 1.2
+        return (0.5 + 0.5 * np.cos((across + wobble) / pitch * 2 * math.pi)).astype(np.float32)
 
-        def make() -> NDArray:
-            across = self.x_W[None] * math.sin(angle) + self.y_H1 * math.cos(angle)
-            wobble = (self.noise(14) - 0.5) * pitch * 1.2
-            return (0.5 + 0.5 * np.cos((across + wobble) / pitch * 2 * math.pi)).astype(np.float32)
-
-        return self.keep(("hatch", pitch, angle), make)
-
+    @_cached
     def vignette(self) -> Array:
-        return self.keep(("vignette",), lambda: (self.x_W[None] - 0.5) ** 2 + (self.y_H1 - 0.5) ** 2)
+        """Squared distance from the centre."""
+        return (self.x_W[None] - 0.5) ** 2 + (self.y_H1 - 0.5) ** 2
 
     def window(self, x: float, y: float, reach: float) -> tuple[slice, slice]:
         """Rows and columns within `reach` of a point."""
         edge = [max(0, round((c + d) * self.size)) for c in (y, x) for d in (-reach, reach)]
         return slice(edge[0], edge[1]), slice(edge[2], edge[3])
 
+    @_cached
     def bricks(self) -> tuple[Array, Array]:
         """A brick wall: brightness of each brick, and 1 on the mortar."""
-
-        def make() -> NDArray:
-            row = (self.y_H1 * 14).astype(np.int64)
-            x = self.x_W[None] * 6 + 0.5 * (row % 2)
-            column = x.astype(np.int64)
-            tone = _unit(400, 11)[(row * 17 + column) % 400]
-            mortar = ((self.y_H1 * 14 % 1) < 0.14) | ((x % 1) < 0.06)
-            return np.stack([tone, mortar]).astype(np.float32)
-
-        both = self.keep(("bricks",), make)
-        return both[0], both[1]
+        row = (self.y_H1 * 14).astype(np.int64)
+        x = self.x_W[None] * 6 + 0.5 * (row % 2)
+        tone = _unit(400, 11)[(row * 17 + x.astype(np.int64)) % 400]
+        mortar = ((self.y_H1 * 14 % 1) < 0.14) | ((x % 1) < 0.06)
+        return tone, mortar.astype(np.float32)
 
 
 @lru_cache(64)
@@ -199,9 +187,8 @@ def edges(rgb_HWC: Array) -> Array:
     luma = rgb_HWC @ LUMA
     d = max(1, round(luma.shape[0] / 140))
     strength = np.zeros_like(luma)
-    strength[d:-d, d:-d] = np.abs(luma[2 * d :, d:-d] - luma[: -2 * d, d:-d]) + np.abs(
-        luma[d:-d, 2 * d :] - luma[d:-d, : -2 * d]
-    )
+    down, across = luma[2 * d :, d:-d] - luma[: -2 * d, d:-d], luma[d:-d, 2 * d :] - luma[d:-d, : -2 * d]
+    strength[d:-d, d:-d] = np.abs(down) + np.abs(across)
     return strength
 
 
@@ -235,23 +222,15 @@ def mix(a: Array, b: Array, t: Array | float) -> Array:
     return out
 
 
-def times(a: Array, factor: Array) -> Array:
-    """An image [H, W, C] or colour [C] times a factor for each pixel."""
-    out = np.empty((*np.broadcast_shapes(factor.shape, a.shape[:-1]), 3), np.float32)
-    for c in range(3):
-        np.multiply(a[..., c], factor, out=out[..., c])
-    return out
-
-
 def colour(r: int, g: int, b: int) -> Array:
     return np.array([r, g, b], np.float32) / np.float32(255)
 
 
-def ramp(value_HW: Array, *stops: Array) -> Array:
-    """Gradient map: 0 … 1 → the stops, evenly spaced."""
-    table = np.stack(
-        [np.interp(np.linspace(0, 1, 256), np.linspace(0, 1, len(stops)), [s[c] for s in stops]) for c in range(3)], 1
-    )
+def ramp(value_HW: Array, *stops: tuple[int, int, int]) -> Array:
+    """Gradient map: 0 … 1 → the stops, evenly spaced; a stop is a colour as in `colour`."""
+    levels, positions = np.linspace(0, 1, 256), np.linspace(0, 1, len(stops))
+    channels = np.stack([colour(*stop) for stop in stops], 1)
+    table = np.stack([np.interp(levels, positions, channel) for channel in channels], 1)
     return table.astype(np.float32)[(value_HW.clip(0, 1) * 255).astype(np.uint8)]
 
 
@@ -274,8 +253,7 @@ def _watercolour(p: Canvas) -> Array:
     m = p.maps
     soft = means(p, m.cells(40)[0]) * 0.5 + blur(p.rgb, 0.01) * 0.5
     blotch = m.noise(9)[..., None] * 0.5 + m.noise(24)[..., None] * 0.3
-    wash = mix(vivid(soft, 1.25), colour(255, 252, 244), 0.0)
-    wash = 1 - (1 - wash) * (0.5 + blotch * 0.75)
+    wash = 1 - (1 - vivid(soft, 1.25)) * (0.5 + blotch * 0.75)
     wash -= rim(p.cover, 0.012)[..., None] * 0.16 + edges(soft)[..., None] * 0.2
     border = np.minimum(np.minimum(m.x_W[None], 1 - m.x_W[None]), np.minimum(m.y_H1, 1 - m.y_H1))
     inside = ((border - 0.035 - (m.noise(16, 2) - 0.5) * 0.09) * 26).clip(0, 1) * (1 - p.cover) + p.cover
@@ -305,7 +283,7 @@ def _charcoal(p: Canvas) -> Array:
     grit = m.grain(p.rng) * 0.6 + m.noise(60, 1) * 0.5 + m.hatch(0.03, 0.6) * 0.3
     dust = (tone * 1.5 - 0.15 + (grit - 0.7) * 0.8).clip(0, 1) ** 0.9
     dust -= rim(p.ink, 0.014) * 0.6 + edges(p.rgb) * 0.4
-    return ramp(dust, colour(26, 25, 27), colour(128, 126, 124), colour(238, 234, 226))
+    return ramp(dust, (26, 25, 27), (128, 126, 124), (238, 234, 226))
 
 
 def _ink(p: Canvas) -> Array:
@@ -361,7 +339,7 @@ def _photograph(p: Canvas) -> Array:
     m = p.maps
     out = mix(blur(p.back, 0.022), p.rgb, (blur(p.cover, 0.012) * 2.2).clip(0, 1))
     out = out * out * (3 - 2 * out) * 0.75 + out * 0.25  # film's S curve
-    out = times(out, 1.06 - m.vignette() * 0.95)
+    out = out * (1.06 - m.vignette() * 0.95)[..., None]
     out += blur((out - 0.7).clip(0, 1), 0.04) * 0.9
     return out + (m.grain(p.rng) - 0.5)[..., None] * 0.17
 
@@ -369,12 +347,11 @@ def _photograph(p: Canvas) -> Array:
 def _vintage(p: Canvas) -> Array:
     m = p.maps
     soft = blur(p.rgb, 0.006)
-    out = mix(soft, ramp(soft @ LUMA, colour(52, 34, 26), colour(176, 132, 88), colour(250, 232, 196)), 0.62)
+    out = mix(soft, ramp(soft @ LUMA, (52, 34, 26), (176, 132, 88), (250, 232, 196)), 0.62)
     out = out * (1.08 - m.vignette()[..., None] * 1.1) * 0.86 + colour(40, 28, 14)
-    dust = (
-        (m.grain(p.rng, 90) > 0.93) | (np.roll(m.hatch(0.31, 1.57), int(p.rng.random() * m.size), 1) > 0.9995)
-    ) * np.float32(0.25)
-    out = out + dust[..., None] + (m.grain(p.rng) - 0.5)[..., None] * 0.14
+    specks = m.grain(p.rng, 90) > 0.93
+    scratches = np.roll(m.hatch(0.31, 1.57), int(p.rng.random() * m.size), 1) > 0.9995
+    out = out + ((specks | scratches) * np.float32(0.25))[..., None] + (m.grain(p.rng) - 0.5)[..., None] * 0.14
     edge = np.minimum(np.minimum(m.x_W[None], 1 - m.x_W[None]), np.minimum(m.y_H1, (1 - m.y_H1) - 0.06))
     return mix(colour(244, 236, 218), out, ((edge - 0.035) * 200).clip(0, 1))
 
@@ -407,10 +384,7 @@ def _stitch(p: Canvas) -> Array:
 def _woodcut(p: Canvas) -> Array:
     m = p.maps
     tone = blur(p.back, 0.008) @ LUMA
-    bend = m.keep(
-        ("gouge",),
-        lambda: 0.5 + 0.5 * np.sin((m.y_H1 + 0.03 * np.sin(m.x_W[None] * 9) + 0.03 * m.noise(5)) * 6.283 / 0.034),
-    )
+    bend = 0.5 + 0.5 * np.sin((m.y_H1 + 0.03 * np.sin(m.x_W[None] * 9) + 0.03 * m.noise(5)) * 6.283 / 0.034)
     black = ((bend * 0.85 + 0.08) > tone * 1.15).astype(np.float32)
     paper = colour(242, 232, 208)
     sheet = mix(paper, colour(28, 24, 26), black)
@@ -422,21 +396,17 @@ def _woodcut(p: Canvas) -> Array:
     return mix(sheet, paper, gouges * 0.9)
 
 
-def _halftone(p: Canvas, pitch: float) -> Array:
-    m = p.maps
-
-    def make() -> NDArray:
-        a, b = m.x_W[None] + m.y_H1, m.x_W[None] - m.y_H1
-        return 0.5 + 0.25 * (np.cos(a / pitch * 6.283) + np.cos(b / pitch * 6.283))
-
-    return m.keep(("dots", pitch), make)
+@_cached
+def _halftone(m: Maps, pitch: float) -> Array:
+    a, b = m.x_W[None] + m.y_H1, m.x_W[None] - m.y_H1
+    return 0.5 + 0.25 * (np.cos(a / pitch * 6.283) + np.cos(b / pitch * 6.283))
 
 
 def _comic(p: Canvas) -> Array:
     m = p.maps
     flat = np.floor(vivid(blur(p.rgb, 0.004), 1.5).clip(0, 1) * 3.99 + 0.3) / 4 + 0.08
     dark = 1 - (p.rgb @ LUMA)
-    dots = ((_halftone(p, 0.045) * 0.9 + 0.1) < dark * 0.75) * np.float32(0.28) * (1 - 0.6 * p.cover)
+    dots = ((_halftone(m, 0.045) * 0.9 + 0.1) < dark * 0.75) * np.float32(0.28) * (1 - 0.6 * p.cover)
     out = mix(flat, p.rgb, p.cover * 0.75) * (1 - dots[..., None])
     line = np.maximum(rim(p.cover, 0.02) * 1.2, rim(p.ink, 0.009) * 0.8)
     line = np.maximum(line, ((edges(p.back) - 0.12) * 3 * (1 - p.cover)).clip(0, 1))
@@ -462,8 +432,8 @@ def _pop(p: Canvas) -> Array:
     tone = np.floor((p.back @ LUMA) * 3.99) / 3
     angle = np.arctan2(m.y_H1 - 0.5, m.x_W[None] - 0.5)
     rays = (np.sin(angle * 14) > 0) * np.float32(0.16)
-    sheet = ramp(tone - rays, colour(*r[3:]), colour(*r[:3]), colour(255, 255, 245))
-    sheet = np.where(((_halftone(p, 0.06) > 0.62) & (tone < 0.8))[..., None], sheet * 0.78, sheet)
+    sheet = ramp(tone - rays, r[3:], r[:3], (255, 255, 245))
+    sheet = np.where(((_halftone(m, 0.06) > 0.62) & (tone < 0.8))[..., None], sheet * 0.78, sheet)
     shift = max(1, round(0.022 * m.size))
     print_ = np.roll(p.ink, (shift, shift), (0, 1)) * (1 - p.cover)
     sheet = mix(sheet, colour(20, 16, 30), (blur(p.cover, 0.014) * 3).clip(0, 1))
@@ -536,7 +506,7 @@ def _cubist(p: Canvas) -> Array:
     angle = (_unit(n, 23) * 6.283)[labels]
     slope = (np.cos(angle) * (m.x_W[None] - 0.5) + np.sin(angle) * (m.y_H1 - 0.5)) * 2.6
     across = (slope * 1.5 % 1 - 0.5) * 0.34
-    muted = mix(out, ramp(out @ LUMA, colour(40, 34, 40), colour(150, 116, 80), colour(240, 224, 190)), 0.35)
+    muted = mix(out, ramp(out @ LUMA, (40, 34, 40), (150, 116, 80), (240, 224, 190)), 0.35)
     muted = mix(muted, out, p.cover[y, x] * 0.7) * (1 + across[..., None])
     return mix(muted, colour(26, 22, 24), (1.1 - border * 14).clip(0, 0.9))
 
@@ -558,20 +528,12 @@ def _glitch(p: Canvas) -> Array:
 def _vapor(p: Canvas) -> Array:
     m = p.maps
     tone = blur(p.back, 0.004) @ LUMA
-    sky = ramp(
-        tone * 0.65 + (1 - m.y_H1) * 0.35,
-        colour(38, 10, 84),
-        colour(214, 50, 170),
-        colour(255, 150, 180),
-        colour(120, 240, 250),
-    )
+    sky = ramp(tone * 0.65 + (1 - m.y_H1) * 0.35, (38, 10, 84), (214, 50, 170), (255, 150, 180), (120, 240, 250))
     sun = np.hypot(m.x_W[None] - 0.5, m.y_H1 - 0.42)
     bars = (m.y_H1 < 0.4) | ((m.y_H1 * 22 % 1) > 0.4)
     disc = ((0.33 - sun) * 90).clip(0, 1) * bars
     sun_rgb = ramp(
-        np.broadcast_to((m.y_H1 - 0.1) / 0.65, disc.shape).astype(np.float32),
-        colour(255, 236, 120),
-        colour(255, 70, 150),
+        np.broadcast_to((m.y_H1 - 0.1) / 0.65, disc.shape).astype(np.float32), (255, 236, 120), (255, 70, 150)
     )
     sky = mix(sky, sun_rgb, disc * 0.8)
     depth = (m.y_H1 - 0.68).clip(0.004, 1)
@@ -619,7 +581,7 @@ def _ukiyo(p: Canvas) -> Array:
     body = mix(p.paint, paper, 0.16)
     sheet = mix(sheet, body, p.cover)
     sheet = mix(sheet, colour(30, 38, 66), np.maximum(line * 0.8, rim(p.ink, 0.011)))
-    wood = m.keep(("plank",), lambda: np.sin((m.y_H1 + 0.02 * m.noise(4)) * 190) * m.noise(30))
+    wood = np.sin((m.y_H1 + 0.02 * m.noise(4)) * 190) * m.noise(30)
     sheet = sheet * (1 + 0.06 * wood[..., None])
     stamp = (m.x_W[None] > 0.88) & (m.x_W[None] < 0.95) & (m.y_H1 > 0.06) & (m.y_H1 < 0.2)
     return np.where(stamp[..., None], mix(sheet, colour(196, 40, 36), 0.85), sheet)
@@ -630,7 +592,7 @@ def _graffiti(p: Canvas) -> Array:
     tone, mortar = m.bricks()
     brick = mix(colour(178, 110, 88), colour(132, 74, 62), tone)
     brick = mix(brick, colour(196, 186, 176), mortar)
-    mist = (blur((p.cover * 1.0), 0.09) * 1.9 - 0.1 + (m.noise(12) - 0.5) * 0.5).clip(0, 1)
+    mist = (blur(p.cover, 0.09) * 1.9 - 0.1 + (m.noise(12) - 0.5) * 0.5).clip(0, 1)
     out = mix(brick, vivid(p.back, 1.4), 0.35 + 0.5 * mist)
     drips = np.zeros_like(p.cover)
     for _ in range(7):
@@ -641,11 +603,10 @@ def _graffiti(p: Canvas) -> Array:
         drips[:, x : x + w] = np.maximum(drips[:, x : x + w], run * (ends < 0.12 * m.size))
     paint = vivid(p.paint, 1.35)
     out = mix(out, colour(250, 250, 246), ((blur(p.cover, 0.016) * 4).clip(0, 1)))
-    cover = np.maximum(p.cover, 0)
-    out = mix(out, blur(paint, 0.004), cover)
+    out = mix(out, blur(paint, 0.004), p.cover)
     out = mix(out, colour(18, 16, 22), rim(p.ink, 0.018))
     near = np.maximum.accumulate(paint * p.ink[..., None], 0)
-    out = mix(out, near, drips * (1 - cover) * 0.9)
+    out = mix(out, near, drips * (1 - p.cover) * 0.9)
     return out * (1 - 0.2 * mortar[..., None]) * (0.9 + 0.14 * tone[..., None])
 
 
@@ -690,9 +651,9 @@ def light_back(light: str, back_HWC: Array, m: Maps, rng: random.Random) -> Arra
     sky = (1.25 - y * 1.6).clip(0, 1) * np.ones_like(x)
     if light in ("sunset", "dawn"):
         stops = (
-            (colour(88, 44, 110), colour(244, 96, 62), colour(255, 204, 96))
+            ((88, 44, 110), (244, 96, 62), (255, 204, 96))
             if light == "sunset"
-            else (colour(150, 176, 232), colour(250, 190, 210), colour(255, 232, 196))
+            else ((150, 176, 232), (250, 190, 210), (255, 232, 196))
         )
         out = mix(back_HWC, ramp(np.broadcast_to(y * 1.5, sky.shape).astype(np.float32), *stops), sky * 0.85)
         sx, sy = 0.15 + 0.7 * rng.random(), 0.5 if light == "sunset" else 0.42
@@ -715,9 +676,8 @@ def light_back(light: str, back_HWC: Array, m: Maps, rng: random.Random) -> Arra
         wave = 0.2 + 0.09 * np.sin(x * 7 + rng.random() * 6) + 0.04 * np.sin(x * 17 + 1)
         for shift, tint in ((0.0, colour(60, 255, 150)), (0.15, colour(170, 90, 255))):
             up = (wave + shift - y) / 0.26
-            curtain = np.where(up > 0, np.exp(-up * 2.2), np.exp(up * 14)) * (
-                0.6 + 0.5 * np.sin(x * 60 + 4 * m.noise(6))
-            )
+            folds = 0.6 + 0.5 * np.sin(x * 60 + 4 * m.noise(6))
+            curtain = np.where(up > 0, np.exp(-up * 2.2), np.exp(up * 14)) * folds
             dark = dark + tint * (curtain * 1.1)[..., None]
         return dark
     if light == "bokeh":
@@ -725,12 +685,10 @@ def light_back(light: str, back_HWC: Array, m: Maps, rng: random.Random) -> Arra
         for _ in range(16):
             cx, cy, r = rng.random(), rng.random(), 0.03 + 0.06 * rng.random()
             box = m.window(cx, cy, r + 0.02)
-            tint = (colour(255, 210, 130), colour(255, 150, 160), colour(150, 210, 255), colour(255, 245, 220))[
-                int(rng.random() * 4)
-            ]
+            tint = ((255, 210, 130), (255, 150, 160), (150, 210, 255), (255, 245, 220))[int(rng.random() * 4)]
             d = np.hypot(x[:, box[1]] - cx, y[box[0]] - cy)
             disc = ((r - d) * 90).clip(0, 1) * (0.26 + 0.22 * (d > r * 0.82))
-            out[box] += tint * disc[..., None]
+            out[box] += colour(*tint) * disc[..., None]
         return out
     if light == "studio":
         d = np.hypot((x - 0.5) * 1.0, (y - 0.5) * 0.9)
@@ -747,7 +705,7 @@ def light_all(light: str, rgb_HWC: Array, cover_HW: Array, m: Maps, rng: random.
     if light == "dawn":
         return mix(rgb_HWC * colour(255, 232, 240), colour(255, 214, 220), (y * 0.3 * (1 - cover_HW * 0.7)))
     if light == "moonlight":
-        return rgb_HWC * (colour(170, 184, 236) * (1 - cover_HW[..., None] * 0.0)) * (0.86 + keep * 0.3)
+        return rgb_HWC * colour(170, 184, 236) * (0.86 + keep * 0.3)
     if light == "fog":
         fog = (0.42 + 0.4 * m.noise(5) + 0.12 * m.noise(13, 1) + 0.2 * (y - 0.5)).clip(0, 0.88) * (1 - 0.55 * cover_HW)
         return mix(vivid(rgb_HWC, 0.8), colour(222, 226, 230), fog)
@@ -774,9 +732,8 @@ def light_all(light: str, rgb_HWC: Array, cover_HW: Array, m: Maps, rng: random.
         angle = np.arctan2(y + 0.15, x + 0.15)
         beams = (np.sin(angle * 23 + rng.random() * 6) * 0.5 + np.sin(angle * 9) * 0.5).clip(0, 1)
         fade = np.exp(-np.hypot(x, y) * 1.1)
-        return (
-            rgb_HWC * 0.86 + colour(255, 236, 170) * (beams * fade * (0.9 - 0.45 * cover_HW) + fade * 0.16)[..., None]
-        )
+        shine = beams * fade * (0.9 - 0.45 * cover_HW) + fade * 0.16
+        return rgb_HWC * 0.86 + colour(255, 236, 170) * shine[..., None]
     if light == "candlelight":
         d = np.hypot(x - 0.5, y - 0.62)
         pool = np.exp(-((d / 0.46) ** 2))
@@ -787,51 +744,22 @@ def light_all(light: str, rgb_HWC: Array, cover_HW: Array, m: Maps, rng: random.
             cx, cy, r = rng.random(), rng.random(), 0.006 + 0.01 * rng.random()
             box = m.window(cx, cy, 9 * r)
             d2 = (x[:, box[1]] - cx) ** 2 + (y[box[0]] - cy) ** 2
-            out[box] += (
-                colour(255, 244, 120) * (np.exp(-d2 / (2 * r * r)) + 0.35 * np.exp(-d2 / (18 * r * r)))[..., None]
-            )
+            spark = np.exp(-d2 / (2 * r * r)) + 0.35 * np.exp(-d2 / (18 * r * r))
+            out[box] += colour(255, 244, 120) * spark[..., None]
         return out
     if light == "confetti":
         out = rgb_HWC.copy()
-        tints = (
-            colour(255, 70, 90),
-            colour(255, 210, 60),
-            colour(70, 190, 255),
-            colour(110, 220, 110),
-            colour(220, 110, 255),
-        )
+        tints = ((255, 70, 90), (255, 210, 60), (70, 190, 255), (110, 220, 110), (220, 110, 255))
         for k in range(56):
             cx, cy = rng.random(), rng.random()
             w, h = (0.012 + 0.016 * rng.random()), (0.008 + 0.014 * rng.random())
             a, b = max(0, int((cy - h) * m.size)), int((cy + h) * m.size) + 1
             c, d = max(0, int((cx - w) * m.size)), int((cx + w) * m.size) + 1
-            out[a:b, c:d] = tints[k % 5]
+            out[a:b, c:d] = colour(*tints[k % 5])
         return out
     if light == "aurora":
         return rgb_HWC * (colour(200, 255, 226) * 0.85 + keep * 0.35)
     return rgb_HWC
-
-
-LIGHTS = frozenset(
-    [
-        "sunset",
-        "dawn",
-        "moonlight",
-        "fog",
-        "studio",
-        "neon",
-        "shadows",
-        "rain",
-        "snowfall",
-        "storm",
-        "sunbeams",
-        "candlelight",
-        "bokeh",
-        "fireflies",
-        "confetti",
-        "aurora",
-    ]
-)
 
 
 def _bolt(m: Maps, x: float, rng: random.Random) -> Array:
@@ -848,29 +776,24 @@ def _bolt(m: Maps, x: float, rng: random.Random) -> Array:
     return _float(image)
 
 
+@_cached
 def _streaks(m: Maps) -> Array:
-    def make() -> NDArray:
-        image = Image.new("L", (2 * m.size, 2 * m.size))
-        draw = ImageDraw.Draw(image)
-        r = _unit(3 * 150, 31).reshape(150, 3)
-        for x, y, z in r:
-            length = 0.08 + 0.1 * float(z)
-            start = (float(x) * 2 * m.size, (float(y) * 1.1 - 0.1) * 2 * m.size)
-            end = (start[0] - length * 0.3 * 2 * m.size, start[1] + length * 2 * m.size)
-            draw.line([start, end], int(120 + 135 * z), max(1, round(0.011 * m.size)))
-        return _float(image.resize((m.size, m.size), Image.Resampling.BOX))
-
-    return m.keep(("streaks",), make)
+    image = Image.new("L", (2 * m.size, 2 * m.size))
+    draw = ImageDraw.Draw(image)
+    for x, y, z in _unit(3 * 150, 31).reshape(150, 3):
+        length = 0.08 + 0.1 * float(z)
+        start = (float(x) * 2 * m.size, (float(y) * 1.1 - 0.1) * 2 * m.size)
+        end = (start[0] - length * 0.3 * 2 * m.size, start[1] + length * 2 * m.size)
+        draw.line([start, end], int(120 + 135 * z), max(1, round(0.011 * m.size)))
+    return _float(image.resize((m.size, m.size), Image.Resampling.BOX))
 
 
+@_cached
 def _flakes(m: Maps) -> Array:
-    def make() -> NDArray:
-        image = Image.new("L", (2 * m.size, 2 * m.size))
-        draw = ImageDraw.Draw(image)
-        for x, y, z in _unit(3 * 110, 37).reshape(110, 3):
-            r = (0.004 + 0.013 * float(z) ** 2) * 2 * m.size
-            cx, cy = float(x) * 2 * m.size, float(y) * 2 * m.size
-            draw.ellipse((cx - r, cy - r, cx + r, cy + r), int(180 + 75 * z))
-        return _float(image.resize((m.size, m.size), Image.Resampling.BOX))
-
-    return m.keep(("flakes",), make)
+    image = Image.new("L", (2 * m.size, 2 * m.size))
+    draw = ImageDraw.Draw(image)
+    for x, y, z in _unit(3 * 110, 37).reshape(110, 3):
+        r = (0.004 + 0.013 * float(z) ** 2) * 2 * m.size
+        cx, cy = float(x) * 2 * m.size, float(y) * 2 * m.size
+        draw.ellipse((cx - r, cy - r, cx + r, cy + r), int(180 + 75 * z))
+    return _float(image.resize((m.size, m.size), Image.Resampling.BOX))

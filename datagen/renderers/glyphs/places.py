@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+from datagen.prompts import grammar
+
 WIDTH = 1.5
 """Panorama width over its height: an image shows a window of it, so that one place has many views."""
 FLOATING = frozenset({"space", "underwater", "sky"})
@@ -70,13 +72,8 @@ class Brush:
         self.polygon([*points, (WIDTH + 0.1, y), (WIDTH + 0.1, 1.0)], colour)
         for px, py in peaks if snow else ():
             d = (y - py) * 0.3
-            zig = [
-                (px - d * 0.75, py + d),
-                (px - d * 0.3, py + d * 0.7),
-                (px, py + d * 1.1),
-                (px + d * 0.35, py + d * 0.7),
-            ]
-            self.polygon([(px, py), *zig, (px + d * 0.75, py + d)], snow or colour)
+            cap = ((0, 0), (-0.75, 1), (-0.3, 0.7), (0, 1.1), (0.35, 0.7), (0.75, 1))
+            self.polygon([(px + d * across, py + d * down) for across, down in cap], snow or colour)
 
     def hills(self, y: float, height: float, length: float, colour: Colour) -> None:
         phase, second = self.between(0, 6.3), self.between(0, 6.3)
@@ -141,10 +138,9 @@ def _beach(b: Brush) -> None:
     x = b.between(0.1, 1.4)
     b.line([(x, 0.78), (x + 0.03, 0.5), (x + 0.09, 0.3)], 0.028, (122, 88, 56))
     for angle in (-2.9, -2.3, -1.4, -0.7, -0.1, 0.5):
+        middle = (x + 0.09 + 0.12 * math.cos(angle), 0.27 + 0.13 * math.sin(angle))
         tip = (x + 0.09 + 0.24 * math.cos(angle), 0.3 + 0.14 * math.sin(angle) + 0.06)
-        b.polygon(
-            [(x + 0.09, 0.29), (x + 0.09 + 0.12 * math.cos(angle), 0.27 + 0.13 * math.sin(angle)), tip], (44, 128, 70)
-        )
+        b.polygon([(x + 0.09, 0.29), middle, tip], (44, 128, 70))
 
 
 def _city(b: Brush) -> None:
@@ -313,18 +309,8 @@ def _farm(b: Brush) -> None:
     b.fade((126, 192, 236), (244, 236, 206), 0, 0.6)
     b.hills(0.58, 0.03, 1.0, (132, 168, 82))
     x = b.between(0.2, 1.2)
-    b.polygon(
-        [
-            (x, 0.62),
-            (x, 0.42),
-            (x + 0.05, 0.33),
-            (x + 0.13, 0.28),
-            (x + 0.21, 0.33),
-            (x + 0.26, 0.42),
-            (x + 0.26, 0.62),
-        ],
-        (178, 48, 40),
-    )
+    barn = ((0, 0.62), (0, 0.42), (0.05, 0.33), (0.13, 0.28), (0.21, 0.33), (0.26, 0.42), (0.26, 0.62))
+    b.polygon([(x + dx, y) for dx, y in barn], (178, 48, 40))
     b.box(x + 0.09, 0.46, x + 0.17, 0.62, (246, 236, 222))
     b.box(x + 0.105, 0.48, x + 0.155, 0.62, (120, 30, 28))
     b.box(x + 0.29, 0.34, x + 0.36, 0.62, (190, 194, 200))
@@ -333,11 +319,8 @@ def _farm(b: Brush) -> None:
     for _ in range(420):
         wx, y = b.between(0, WIDTH), b.between(0.66, 1.05)
         h = 0.03 + (y - 0.6) * 0.1
-        b.line(
-            [(wx, y), (wx + b.between(-0.012, 0.012), y - h)],
-            0.006,
-            b.rng.choice([(250, 216, 120), (176, 128, 40), (222, 172, 66)]),
-        )
+        ear = (wx + b.between(-0.012, 0.012), y - h)
+        b.line([(wx, y), ear], 0.006, b.rng.choice([(250, 216, 120), (176, 128, 40), (222, 172, 66)]))
 
 
 def _sea(b: Brush) -> None:
@@ -393,13 +376,8 @@ def _disco(b: Brush) -> None:
     for row in range(-3, 4):
         for column in range(-3, 4):
             if row * row + column * column < 11 and (row + column) % 2:
-                b.box(
-                    x + column * 0.023 - 0.009,
-                    0.15 + row * 0.023 - 0.009,
-                    x + column * 0.023 + 0.009,
-                    0.159 + row * 0.023,
-                    (240, 244, 255),
-                )
+                cx, cy = x + column * 0.023, 0.15 + row * 0.023
+                b.box(cx - 0.009, cy - 0.009, cx + 0.009, 0.159 + row * 0.023, (240, 244, 255))
 
 
 def _art_gallery(b: Brush) -> None:
@@ -409,13 +387,8 @@ def _art_gallery(b: Brush) -> None:
         w, h = b.between(0.22, 0.36), b.between(0.24, 0.36)
         y = 0.36 - h / 2
         b.box(x, y, x + w, y + h, (172, 128, 52))
-        b.box(
-            x + 0.022,
-            y + 0.022,
-            x + w - 0.022,
-            y + h - 0.022,
-            b.rng.choice([(70, 110, 140), (170, 90, 70), (90, 120, 80)]),
-        )
+        canvas = b.rng.choice([(70, 110, 140), (170, 90, 70), (90, 120, 80)])
+        b.box(x + 0.022, y + 0.022, x + w - 0.022, y + h - 0.022, canvas)
         for _ in range(5):
             cx, cy = b.between(x + 0.07, x + w - 0.07), b.between(y + 0.07, y + h - 0.07)
             tone = b.rng.choice([(230, 190, 90), (220, 110, 90), (240, 230, 210), (50, 60, 90)])
@@ -486,10 +459,8 @@ def _circus(b: Brush) -> None:
         b.polygon([(x, -0.02), (left, 0.62), (right, 0.62)], tone)
         b.box(left, 0.5, right, 0.8, tone)
     for k in range(14):
-        b.polygon(
-            [(k * 0.12, 0.2), (k * 0.12 + 0.1, 0.2), (k * 0.12 + 0.05, 0.3)],
-            b.rng.choice([(250, 200, 50), (60, 150, 220), (90, 190, 90)]),
-        )
+        pennant = [(k * 0.12, 0.2), (k * 0.12 + 0.1, 0.2), (k * 0.12 + 0.05, 0.3)]
+        b.polygon(pennant, b.rng.choice([(250, 200, 50), (60, 150, 220), (90, 190, 90)]))
     b.line([(0, 0.2), (WIDTH, 0.2)], 0.008, (90, 60, 50))
     b.fade((226, 186, 120), (190, 142, 84), 0.78, 1)
     for k in range(7):
@@ -549,20 +520,9 @@ def _arctic(b: Brush) -> None:
     b.fade((60, 130, 166), (36, 96, 136), 0.58, 0.82)
     for _ in range(6):
         x, w, h = b.between(0, WIDTH), b.between(0.1, 0.22), b.between(0.12, 0.36)
-        b.polygon(
-            [
-                (x - w, 0.64),
-                (x - w * 0.5, 0.64 - h * 0.7),
-                (x - w * 0.1, 0.64 - h),
-                (x + w * 0.5, 0.64 - h * 0.5),
-                (x + w, 0.64),
-            ],
-            (240, 248, 252),
-        )
-        b.polygon(
-            [(x - w * 0.1, 0.64 - h), (x + w * 0.5, 0.64 - h * 0.5), (x + w, 0.64), (x + w * 0.1, 0.64)],
-            (176, 212, 232),
-        )
+        lee = [(x - w * 0.1, 0.64 - h), (x + w * 0.5, 0.64 - h * 0.5), (x + w, 0.64)]
+        b.polygon([(x - w, 0.64), (x - w * 0.5, 0.64 - h * 0.7), *lee], (240, 248, 252))
+        b.polygon([*lee, (x + w * 0.1, 0.64)], (176, 212, 232))
     b.hills(0.82, 0.015, 0.5, (248, 252, 255))
     b.hills(0.92, 0.012, 0.7, (222, 236, 246))
 
@@ -574,9 +534,8 @@ def _jungle(b: Brush) -> None:
         x = k * 0.28 + b.between(-0.06, 0.06)
         b.line([(x, 1), (x + b.between(-0.05, 0.05), 0)], 0.035, (70, 54, 36))
     for _ in range(46):
-        x, y = b.rng.choice(
-            [(b.between(0, WIDTH), b.between(-0.05, 0.3)), (b.between(0, WIDTH), b.between(0.82, 1.05))]
-        )
+        above, below = ((b.between(0, WIDTH), b.between(*band)) for band in ((-0.05, 0.3), (0.82, 1.05)))
+        x, y = b.rng.choice([above, below])
         angle, length = b.between(0, 6.3), b.between(0.14, 0.28)
         ax, ay = math.cos(angle), math.sin(angle)
         mid = (x + ax * length * 0.5 - ay * 0.05, y + ay * length * 0.5 + ax * 0.05)
@@ -615,37 +574,9 @@ def _swamp(b: Brush) -> None:
 
 
 PAINTERS: dict[str, Callable[[Brush], None]] = {
-    "forest": _forest,
-    "beach": _beach,
-    "city": _city,
-    "desert": _desert,
-    "space": _space,
-    "underwater": _underwater,
-    "snowy mountains": _snowy_mountains,
-    "kitchen": _kitchen,
-    "library": _library,
-    "meadow": _meadow,
-    "volcano land": _volcano_land,
-    "graveyard": _graveyard,
-    "theatre": _theatre,
-    "farm": _farm,
-    "sea": _sea,
-    "sky": _sky,
-    "cave": _cave,
-    "disco": _disco,
-    "art gallery": _art_gallery,
-    "canyon": _canyon,
-    "living room": _living_room,
-    "moon": _moon,
-    "circus": _circus,
-    "blossom garden": _blossom_garden,
-    "pyramids": _pyramids,
-    "lake": _lake,
-    "arctic": _arctic,
-    "jungle": _jungle,
-    "chessboard": _chessboard,
-    "swamp": _swamp,
+    place: globals()["_" + place.replace(" ", "_")] for place in grammar.PLACES
 }
+"""Place → function above of the same name."""
 
 
 def panorama(place: str, view: int, size: int) -> NDArray[np.uint8]:

@@ -6,6 +6,7 @@ chooses what it leaves open. Scene → place → light on the place → objects 
 
 import importlib.metadata
 import importlib.util
+import json
 import math
 import random
 from collections import OrderedDict
@@ -22,6 +23,7 @@ from core.errors import UserError
 from datagen.prompts import grammar
 from datagen.prompts.grammar import Scene, Thing
 from datagen.prompts.icon_names import objects
+from datagen.renderers.base import Renderer
 from datagen.renderers.glyphs import media
 from datagen.renderers.glyphs.media import Array, Canvas, Maps, colour, mix
 from datagen.renderers.glyphs.places import FLOATING, panorama
@@ -30,42 +32,9 @@ PACKAGE = "fonticon-materialdesignicons7"
 MIN_SIZE, MAX_SIZE = 32, 768
 _CACHE_BYTES = 96 * 2**20
 
-# Well apart to the eye and under most lights.
-RGB = {
-    "red": (222, 32, 38),
-    "orange": (250, 128, 20),
-    "yellow": (252, 214, 28),
-    "lime": (142, 222, 30),
-    "green": (24, 128, 56),
-    "mint": (154, 232, 190),
-    "teal": (16, 168, 172),
-    "sky blue": (112, 190, 246),
-    "blue": (36, 84, 226),
-    "navy": (22, 34, 98),
-    "purple": (122, 42, 182),
-    "lavender": (190, 162, 236),
-    "magenta": (232, 24, 156),
-    "pink": (252, 168, 196),
-    "maroon": (118, 18, 40),
-    "brown": (126, 78, 40),
-    "beige": (226, 200, 156),
-    "white": (248, 248, 246),
-    "grey": (136, 138, 142),
-    "black": (26, 25, 28),
-}
-_NEUTRAL = (176, 166, 150)
-_OWN = {"wooden": (176, 118, 66), "marble": (226, 224, 222), "golden": (236, 186, 56), "chrome": (186, 194, 204)}
-_OWN |= {"rusty": (164, 82, 40), "icy": (176, 220, 240), "knitted": (208, 176, 148)}
-_BACKDROPS = (
-    (232, 226, 214),
-    (206, 222, 230),
-    (222, 210, 232),
-    (210, 228, 208),
-    (240, 214, 200),
-    (120, 134, 150),
-    (96, 84, 104),
-)
-_BACKDROPS += ((84, 108, 104), (60, 66, 84), (150, 128, 112))
+_PALETTE = json.loads(Path(__file__).with_name("palette.json").read_text(encoding="utf-8"))
+RGB: dict[str, tuple[int, int, int]] = _PALETTE["colours"]
+"""Colour of the grammar → RGB levels, well apart to the eye and under most lights."""
 _SIDES = {"tiny": 0.27, "small": 0.46, None: 0.66, "large": 0.82, "huge": 1.0}
 
 
@@ -90,11 +59,11 @@ class _Spot(NamedTuple):
     side: float
 
 
-class Glyphs:
-    """Renderer of the scenes that `grammar.parse` reads from prompts. Implements `datagen.renderers.base.Renderer`."""
+class Glyphs(Renderer):
+    """Renderer of the scenes that `grammar.parse` reads from prompts."""
 
     one_core: ClassVar[bool] = True
-    batch_size: int | None = 50  # images between two ticks
+    batch_size: int | None = 50  # images between two ticks; they are drawn one by one
 
     def __init__(self, size: int = 128) -> None:
         """
@@ -119,8 +88,6 @@ class Glyphs:
         _font_folder()
 
     def find_batch_size(self) -> int:
-        """Return the fixed batch size; images are drawn one by one."""
-        self.batch_size = 50
         return 50
 
     def settings(self) -> Mapping[str, Any]:
@@ -128,19 +95,9 @@ class Glyphs:
         _font_folder()
         return {"name": "glyphs", "version": 1, "size": self._size, "font": importlib.metadata.version(PACKAGE)}
 
-    def tflop(self) -> None:
-        """Return None: the renderer draws on a CPU core."""
-
-    def measured_seconds(self, num: int) -> float:
-        """Return the estimate of `seconds`: there are no weights to measure."""
-        return self.seconds(num)
-
     def seconds(self, num: int) -> float:
         """Estimated seconds for `num` images: about 4 ms each at 128 px, mostly proportional to the pixels."""
         return num * (0.001 + 0.003 * (self._size / 128) ** 2)
-
-    def on_gpu(self) -> bool:
-        return False
 
     def can_draw(self, prompt: str) -> bool:
         """Return whether the prompt names an object of the vocabulary."""
@@ -173,22 +130,19 @@ class Glyphs:
         back = self._place(scene, rng)
         if scene.light:
             back = media.light_back(scene.light, back, self._maps, rng)
-        rgb = back.copy()
-        paint = np.zeros_like(rgb)
-        ink = np.zeros(rgb.shape[:2], np.float32)
-        cover = ink.copy()
-        grounded = scene.place not in FLOATING
+        nothing = np.zeros(back.shape[:2], np.float32)
+        image = Canvas(back.copy(), back, np.zeros_like(back), nothing.copy(), nothing.copy(), rng, self._maps)
         for spot in spots:
-            self._put(spot, scene, grounded, rng, rgb, paint, ink, cover)
+            self._put(spot, scene, image)
         if scene.light:
             once = int(rng.random() * 2**53)  # the same rain falls on the scene and on its empty place
-            rgb = media.light_all(scene.light, rgb, cover, self._maps, random.Random(once))
+            image.rgb = media.light_all(scene.light, image.rgb, image.cover, self._maps, random.Random(once))
             if scene.medium:
-                back = media.light_all(scene.light, back, np.zeros_like(cover), self._maps, random.Random(once))
+                image.back = media.light_all(scene.light, back, nothing, self._maps, random.Random(once))
+        rgb = image.rgb
         if scene.medium:
-            np.clip(rgb, 0, 1, out=rgb)
-            np.clip(back, 0, 1, out=back)
-            image = Canvas(rgb, back, paint, ink, cover, rng, self._maps)
+            for layer in (image.rgb, image.back):
+                np.clip(layer, 0, 1, out=layer)
             rgb = media.MEDIA[scene.medium](image)
         return (rgb * 255 + 0.5).clip(0, 255).astype(np.uint8)
 
@@ -197,7 +151,7 @@ class Glyphs:
         m = self._maps
         if scene.place is None:
             near = colour(*_tone(scene.things[0]))
-            shades = [colour(*rgb) for rgb in _BACKDROPS]
+            shades = [colour(*rgb) for rgb in _PALETTE["backdrops"]]
             apart = [shade for shade in shades if abs(float((shade - near) @ media.LUMA)) > 0.22] or shades
             base = apart[int(rng.random() * len(apart))]
             turn = rng.random()
@@ -212,20 +166,10 @@ class Glyphs:
             window = window[:, ::-1]
         return window.astype(np.float32) * np.float32(1 / 255)
 
-    def _put(
-        self,
-        spot: _Spot,
-        scene: Scene,
-        grounded: bool,
-        rng: random.Random,
-        rgb: Array,
-        paint: Array,
-        ink: Array,
-        cover: Array,
-    ) -> None:
-        """Draw one copy of a thing into the layers of the image, in place."""
-        thing, size = spot.thing, self._size
-        stamp = self._stamp(thing, spot.side, rng)
+    def _put(self, spot: _Spot, scene: Scene, image: Canvas) -> None:
+        """Draw one copy of a thing into the layers of the image."""
+        thing, size, rgb = spot.thing, self._size, image.rgb
+        stamp = self._stamp(thing, spot.side, image.rng)
         h, w = stamp.ink.shape
         top, left = round(spot.y * size - h / 2), round(spot.x * size - w / 2)
         y0, y1, x0, x1 = max(top, 0), min(top + h, size), max(left, 0), min(left + w, size)
@@ -238,10 +182,10 @@ class Glyphs:
         line = colour(18, 14, 22) if luma > 0.24 else colour(246, 244, 238)
         u, v = (np.arange(w, dtype=np.float32) + 0.5) / w, ((np.arange(h, dtype=np.float32) + 0.5) / h)[:, None]
         u, v = u[None, x0 - left : x1 - left] * (w / max(w, h)), v[y0 - top : y1 - top] * (h / max(w, h))
-        body, alpha = self._texture(thing.look, tone, u, v, rng)
+        body, alpha = self._texture(thing.look, tone, u, v, image.rng)
         a_ink, a_cover, a_halo = stamp.ink[cut], stamp.cover[cut], stamp.halo[cut]
         relief = stamp.relief[cut] - 0.5
-        if grounded and top + h > 0.7 * size:
+        if scene.place not in FLOATING and top + h > 0.7 * size:
             self._shadow(rgb, spot, top + h * 0.93, w, scene.light)
         if thing.look == "glowing":
             self._glow(rgb, spot, tone)
@@ -252,9 +196,10 @@ class Glyphs:
         region = mix(rgb[here], line, a_halo * (0.92 if alpha is None else 0.6))
         a = a_cover if alpha is None else a_cover * alpha
         rgb[here] = mix(region, solid, a)
-        paint[here] = mix(paint[here], flat, a_cover)
-        ink[here] = ink[here] * (1 - a_cover) + a_ink * (1 if alpha is None else (alpha * 1.3).clip(0, 1))
-        cover[here] = np.maximum(cover[here], a if thing.look == "cracked" else a_cover)
+        image.paint[here] = mix(image.paint[here], flat, a_cover)
+        strength = 1 if alpha is None else (alpha * 1.3).clip(0, 1)
+        image.ink[here] = image.ink[here] * (1 - a_cover) + a_ink * strength
+        image.cover[here] = np.maximum(image.cover[here], a if thing.look == "cracked" else a_cover)
 
     def _shadow(self, rgb: Array, spot: _Spot, foot: float, width: int, light: str | None) -> None:
         m, size = self._maps, self._size
@@ -301,55 +246,40 @@ class Glyphs:
                 return mix(base, np.broadcast_to(tone * 0.38, shape), vein * 0.9) * (0.95 + 0.1 * fine)[..., None], None
             if look == "rusty":
                 patch = ((cloud + fine * 0.5 - 0.68) * 9).clip(0, 1)
-                base = np.broadcast_to(tone * 1.1, shape)
-                return mix(base, np.broadcast_to(colour(84, 40, 26), shape), patch) * (0.8 + 0.4 * fine)[
-                    ..., None
-                ], None
+                rust = mix(np.broadcast_to(tone * 1.1, shape), np.broadcast_to(colour(84, 40, 26), shape), patch)
+                return rust * (0.8 + 0.4 * fine)[..., None], None
             if look == "icy":
                 facet = np.floor((u * 3 + v * 4 + cloud * 4) * 1.6) % 3 / 2
-                return mix(
-                    np.broadcast_to(mix(tone, colour(200, 240, 255), 0.4), shape),
-                    np.ones(shape, np.float32),
-                    facet * 0.6,
-                ), None
+                base = np.broadcast_to(mix(tone, colour(200, 240, 255), 0.4), shape)
+                return mix(base, np.ones(shape, np.float32), facet * 0.6), None
             crack = np.minimum(np.abs(cloud - 0.5), np.abs(self._noise_at(u, v, shift + 0.4, 9) - 0.55))
             return np.broadcast_to(tone, shape), ((crack - 0.012) * 60).clip(0.12, 1)
         if look in ("golden", "chrome"):
             band = 0.5 + 0.5 * np.sin((v * 1.5 + u * 0.5 + shift) * 6.283)
             shine = np.exp(-(((u * 0.6 + v - 0.2 - 0.8 * shift) % 0.8 - 0.4) ** 2) * 90)
-            metal = (
-                tone * (0.5 + 0.62 * band)[..., None]
-                if look == "golden"
-                else tone * (0.34 + 0.8 * (band > 0.45) + 0.2 * band)[..., None]
-            )
-            return metal + 0.55 * shine[..., None], None
+            light = 0.5 + 0.62 * band if look == "golden" else 0.34 + 0.8 * (band > 0.45) + 0.2 * band
+            return tone * light[..., None] + 0.55 * shine[..., None], None
         if look == "knitted":
             wave = np.abs((u * 13) % 1 - 0.5)
             rows = (v * 15 - wave * 1.5) % 1
-            return tone * (0.62 + 0.55 * np.minimum(rows, 1 - rows) * 2 * (0.6 + 0.8 * np.abs(wave * 2 - 0.4)))[
-                ..., None
-            ], None
+            light = 0.62 + 0.55 * np.minimum(rows, 1 - rows) * 2 * (0.6 + 0.8 * np.abs(wave * 2 - 0.4))
+            return tone * light[..., None], None
         if look == "transparent":
             gleam = np.exp(-(((u + v * 0.5 - 0.5) % 0.75 - 0.3) ** 2) * 120)
             return np.broadcast_to(tone, shape) + 0.5 * gleam[..., None], (0.42 + 0.4 * gleam).clip(0, 1)
         return tone * (1.05 - 0.14 * v * np.ones_like(u))[..., None], None
 
     def _noise_at(self, u: Array, v: Array, shift: float, cells: int) -> Array:
-        noise = self._maps.noise(cells)
         last = self._size - 1
-        rows, columns = (
-            ((v * 0.6 + shift) % 1 * last).astype(np.int64),
-            ((u * 0.6 + shift * 0.7) % 1 * last).astype(np.int64),
-        )
-        return noise[rows, columns]
+        rows, columns = (v * 0.6 + shift) % 1 * last, (u * 0.6 + shift * 0.7) % 1 * last
+        return self._maps.noise(cells)[rows.astype(np.int64), columns.astype(np.int64)]
 
     def _stamp(self, thing: Thing, side: float, rng: random.Random) -> _Stamp:
         """Return the thing's icon; `side` is its longer side as a fraction of the image's."""
         master = self._keep(("icon", thing.name), lambda: self._master(objects()[thing.name].icon))
         scale = side * self._size / max(master.size) * (1 + 2 * _PAD)
-        image = master.resize(
-            (max(3, round(master.width * scale)), max(3, round(master.height * scale))), Image.Resampling.BILINEAR
-        )
+        width, height = (max(3, round(length * scale)) for length in master.size)
+        image = master.resize((width, height), Image.Resampling.BILINEAR)
         turn = (rng.random() - 0.5) * 16
         if thing.look == "upside-down":
             turn += 180
@@ -358,7 +288,7 @@ class Glyphs:
         layers = np.asarray(image, dtype=np.float32) * np.float32(1 / 255)
         if rng.random() < 0.3 and thing.name not in _HANDED:
             layers = layers[:, ::-1]
-        return _Stamp(layers[..., 0], layers[..., 1], layers[..., 2], layers[..., 3])
+        return _Stamp(*(layers[..., band] for band in range(4)))
 
     def _master(self, icon: str) -> Image.Image:
         """Draw an icon's ink, cover, relief and halo as bands of a CMYK image, which Pillow resizes together."""
@@ -374,11 +304,8 @@ class Glyphs:
         reach = max(w, h)
         halo = Image.fromarray(cover).filter(ImageFilter.GaussianBlur(reach * 0.016))
         halo = halo.point([min(255, i * 5) for i in range(256)])
-        height = np.asarray(
-            Image.fromarray((cover * 0.62 + ink * 0.38).astype(np.uint8)).filter(
-                ImageFilter.GaussianBlur(reach * 0.028)
-            )
-        ).astype(np.float32)
+        body = Image.fromarray((cover * 0.62 + ink * 0.38).astype(np.uint8))
+        height = np.asarray(body.filter(ImageFilter.GaussianBlur(reach * 0.028))).astype(np.float32)
         d = max(1, round(reach * 0.022))
         slope = np.zeros_like(height)
         slope[d:-d, d:-d] = height[2 * d :, 2 * d :] - height[: -2 * d, : -2 * d]
@@ -410,7 +337,7 @@ _HANDED = frozenset({"twenty sided die", "slot machine", "treble clef", "scorebo
 
 
 def _tone(thing: Thing) -> tuple[int, int, int]:
-    return RGB[thing.colour] if thing.colour else _OWN.get(thing.look or "", _NEUTRAL)
+    return RGB[thing.colour] if thing.colour else _PALETTE["looks"].get(thing.look, _PALETTE["neutral"])
 
 
 def _font_folder() -> Path:

@@ -55,7 +55,6 @@ def test_every_word_of_the_grammar_has_a_drawing():
     assert set(RGB) == set(grammar.COLOURS)
     assert set(places.PAINTERS) == set(grammar.PLACES)
     assert set(media.MEDIA) == set(grammar.MEDIA)
-    assert set(grammar.LIGHTS) == media.LIGHTS
     assert set(module._SIDES) == {None, *grammar.SIZES}
 
 
