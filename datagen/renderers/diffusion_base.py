@@ -6,22 +6,25 @@ Shapes: B images of a batch, C colours, P rendered side, S saved side.
 import contextlib
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from core.errors import UserError
+from datagen.config import DiffusersRenderer, StableDiffusionRenderer
 from datagen.dataset.image_encoder import Resizer
+from datagen.renderers.base import Renderer
 from datagen.renderers.device import CPU_EFFICIENCY, CUDA_EFFICIENCY, Precision, finish, free, kernels, matmul_tflops
 
 if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+Cfg = TypeVar("Cfg", StableDiffusionRenderer, DiffusersRenderer)
 T = TypeVar("T")
 
 CPU_BATCH = 4
@@ -32,59 +35,41 @@ _PROBED = 10  # images timed to estimate a run
 _PROMPT = "a photograph of a lighthouse on a rocky coast at dusk"
 
 
-class DiffusionRenderer(ABC):
-    """Base class of renderers that draw batches with a model; implements `datagen.renderers.base.Renderer`.
+class DiffusionRenderer(Renderer, Generic[Cfg]):
+    """Base class of renderers that draw batches with a model.
 
     Args:
         device: a device of torch.
         precision: precision of the networks.
-        batch_size: images per batch; None until `find_batch_size` sets it.
-        size: side of the saved images, pixels.
-        filter: Pillow's name of the filter for resizing.
-        redraw: whether a NaN or constant image is drawn again in fp32.
+        compiles: whether the networks are compiled; a short batch is then padded, since another size would be compiled.
     """
 
     one_core: ClassVar[bool] = False
 
-    def __init__(
-        self,
-        *,
-        device: str,
-        precision: Precision,
-        batch_size: int | None,
-        size: int,
-        filter: str,  # noqa: A002 — the YAML key
-        redraw: bool,
-    ) -> None:
+    def __init__(self, cfg: Cfg, device: str, precision: Precision, compiles: bool = False) -> None:
+        self.cfg = cfg
         self.device = device
         self.precision: Precision = precision
-        self.batch_size = batch_size
-        self.size, self.filter, self.redraw = size, filter, redraw
+        self.compiles = compiles
+        self.batch_size = cfg.batch_size
         self.notes: list[dict[str, Any]] = []
+        self.models: dict[Precision, Any] = {}
+        """Loaded networks by precision; fp32 besides `precision` only once an image was drawn again."""
         self._resizers: dict[int, Resizer] = {}
         self._room: int | None = None  # batch size that fits, after an out-of-memory error
 
     # Implemented by subclasses
 
     @abstractmethod
-    def settings(self) -> Mapping[str, Any]: ...
+    def tflop(self) -> float: ...
 
     @abstractmethod
-    def load(self) -> None:
-        """Load the weights, downloading them from the hub if needed. Idempotent; `render` calls it."""
+    def load_model(self, precision: Precision) -> Any:
+        """Load the networks, downloading them from the hub if needed; to `device` at `self.precision`, else to the CPU.
 
-    @property
-    @abstractmethod
-    def steps(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def pads(self) -> bool:
-        """Whether to pad a short batch, because another batch size would need a compilation."""
-
-    @abstractmethod
-    def tflop(self) -> float:
-        """Forward TFLOP of an image, without loading weights."""
+        Raises:
+            UserError: weights are missing or belong to another model.
+        """
 
     @abstractmethod
     def draw(
@@ -104,13 +89,17 @@ class DiffusionRenderer(ABC):
         """Postprocess good images before resizing: uint8 [B, 3, P, P] → the same."""
         return levels_BCPP
 
-    def can_draw(self, prompt: str) -> bool:  # noqa: ARG002 — the protocol's
-        """Return True: any text is a prompt; the model truncates long ones."""
-        return True
-
     def on_gpu(self) -> bool:
-        """Whether `render` will use an accelerator."""
         return self.device != "cpu"
+
+    def load(self) -> None:
+        self.model_at(self.precision)
+
+    def model_at(self, precision: Precision) -> Any:
+        """Return the networks in `precision`, loaded at the first call."""
+        if precision not in self.models:
+            self.models[precision] = self.load_model(precision)
+        return self.models[precision]
 
     # Images
 
@@ -134,11 +123,11 @@ class DiffusionRenderer(ABC):
             raise ValueError(f"{len(prompts)} prompts but {len(seeds)} seeds")
         self.load()
         batch_size = self.find_batch_size()
-        images = np.empty((len(prompts), self.size, self.size, 3), np.uint8)
+        images = np.empty((len(prompts), self.cfg.size, self.cfg.size, 3), np.uint8)
         notes: list[dict[str, Any]] = []
         for start in range(0, len(prompts), batch_size):
             batch = slice(start, start + batch_size)
-            room = batch_size if self.pads else len(prompts[batch])
+            room = batch_size if self.compiles else len(prompts[batch])
             notes += self._render_fitting(prompts[batch], seeds[batch], room, images[batch])
         self.notes = notes
         return images
@@ -165,9 +154,8 @@ class DiffusionRenderer(ABC):
         notes: list[dict[str, Any]] = []
         for start in range(0, len(prompts), half):
             part = slice(start, start + half)
-            halves = self._render_fitting(
-                prompts[part], seeds[part], half if self.pads else len(prompts[part]), images[part]
-            )
+            room = half if self.compiles else len(prompts[part])
+            halves = self._render_fitting(prompts[part], seeds[part], room, images[part])
             notes += [{"batch_size": half, **note} for note in halves]
         return notes
 
@@ -187,10 +175,9 @@ class DiffusionRenderer(ABC):
 
         count, short = len(prompts), room - len(prompts)
         with kernels(self.device):
-            levels_BCPP, finite_B = self.draw(
-                prompts + prompts[-1:] * short, seeds + seeds[-1:] * short, self.steps, self.precision, self.pads
-            )
-            levels_BCPP, finite_B = levels_BCPP[:count], finite_B[:count]
+            filled = prompts + prompts[-1:] * short, seeds + seeds[-1:] * short
+            drawn = self.draw(*filled, self.cfg.steps, self.precision, self.compiles)
+            levels_BCPP, finite_B = (part[:count] for part in drawn)
             nan_B, constant_B = torch.stack([~finite_B, _constant(levels_BCPP)]).tolist()
             notes: list[dict[str, Any]] = [{} for _ in prompts]
             for i in range(count):
@@ -207,10 +194,10 @@ class DiffusionRenderer(ABC):
         fp16 is not retried in bf16, which has the range of fp32 but an eighth of fp16's precision.
         """
         note: dict[str, Any] = {}
-        if self.redraw and self.precision != "fp32":
+        if self.cfg.redraw and self.precision != "fp32":
             free(self.device)
             log.info("an image is %s in %s: drawn again in fp32", "NaN" if is_nan else "constant", self.precision)
-            drawn = self._run_or_none(lambda: self.draw([prompt], [seed], self.steps, "fp32", False))
+            drawn = self._run_or_none(lambda: self.draw([prompt], [seed], self.cfg.steps, "fp32", False))
             if drawn is not None:
                 levels_1CPP, finite_1 = drawn
                 levels_CPP, is_nan = levels_1CPP[0], not bool(finite_1[0])
@@ -227,10 +214,11 @@ class DiffusionRenderer(ABC):
         height, width = levels_BCPP.shape[2:]
         if height != width:
             raise UserError(f"the model draws {width}×{height} images: only square ones can be saved")
-        if self.size > width:
-            raise UserError(f"renderer.size={self.size}: above the {width} px that are rendered; {width} or less")
+        size = self.cfg.size
+        if size > width:
+            raise UserError(f"renderer.size={size}: above the {width} px that are rendered; {width} or less")
         if width not in self._resizers:
-            self._resizers[width] = Resizer(width, self.size, self.filter, self.device)
+            self._resizers[width] = Resizer(width, size, self.cfg.filter, self.device)
         return self._resizers[width](levels_BCPP)
 
     # Batch size and cost
@@ -262,7 +250,7 @@ class DiffusionRenderer(ABC):
             short, long = (min(self._seconds(count, steps) for _ in range(2)) for steps in _PROBE_STEPS)
         finally:
             free(self.device)
-        return count / (short + max(0.0, long - short) / (more - few) * max(0, self.steps - few))
+        return count / (short + max(0.0, long - short) / (more - few) * max(0, self.cfg.steps - few))
 
     def _seconds(self, count: int, steps: int) -> float:
         start = time.perf_counter()

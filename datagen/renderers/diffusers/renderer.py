@@ -37,11 +37,8 @@ _KEPT = (".json", ".txt", ".model", ".safetensors")  # configs, vocabularies, we
 _VARIANT = re.compile(r"[^.]+\.([^.-]+)(-\d+-of-\d+)?\.safetensors")
 
 
-class DiffusersModel(DiffusionRenderer):
+class DiffusersModel(DiffusionRenderer[DiffusersRenderer]):
     """Renderer `diffusers`: any text-to-image pipeline of the diffusers library.
-
-    `settings()` and `seconds()` first read or hash files or query the hub; `load()`, which the first `render()` calls,
-    loads the weights.
 
     Raises:
         UserError: diffusers or the device is missing.
@@ -50,25 +47,7 @@ class DiffusersModel(DiffusionRenderer):
     def __init__(self, cfg: DiffusersRenderer) -> None:
         if importlib.util.find_spec("diffusers") is None:
             raise UserError("renderer.name=diffusers: needs the package diffusers; pip install -e '.[sd]'")
-        device, precision = resolve(cfg.device, cfg.precision, "bf16")
-        super().__init__(
-            device=device,
-            precision=precision,
-            batch_size=cfg.batch_size,
-            size=cfg.size,
-            filter=cfg.filter,
-            redraw=cfg.redraw,
-        )
-        self.cfg = cfg
-        self._pipelines: dict[Precision, Any] = {}
-
-    @property
-    def steps(self) -> int:
-        return self.cfg.steps
-
-    @property
-    def pads(self) -> bool:
-        return False
+        super().__init__(cfg, *resolve(cfg.device, cfg.precision, "bf16"))
 
     def tflop(self) -> float:
         """Compute the TFLOP per image of denoiser and decoder from their configs; NaN for an unknown denoiser.
@@ -81,7 +60,7 @@ class DiffusersModel(DiffusionRenderer):
     def settings(self) -> Mapping[str, Any]:
         """Return the plain JSON values that decide the pixels, with the weights' hashes and the hub's commit.
 
-        The first call hashes a local folder or gets the hub's commit; it loads no weights.
+        The first call hashes a local folder or gets the hub's commit; only `load` loads weights.
 
         Raises:
             UserError: the model cannot be found.
@@ -144,16 +123,12 @@ class DiffusersModel(DiffusionRenderer):
     def _folder(self) -> Path:
         return self._source.path or hub.download(self._source, OPTIONS)
 
-    def load(self) -> None:
+    def load_model(self, precision: Precision) -> Any:
         """Load the pipeline.
 
         Raises:
             UserError: its weights are missing, or the pipeline does not draw images from prompts alone.
         """
-        if self.precision not in self._pipelines:
-            self._pipelines[self.precision] = self._load(self.precision).to(self.device)
-
-    def _load(self, precision: Precision) -> Any:
         from diffusers.pipelines.auto_pipeline import AutoPipelineForText2Image
         from diffusers.pipelines.pipeline_utils import DiffusionPipeline
 
@@ -184,7 +159,7 @@ class DiffusersModel(DiffusionRenderer):
         vae: Any = getattr(pipeline, "vae", None)
         if hasattr(vae, "enable_slicing"):
             vae.enable_slicing()  # decode one image at a time, to save memory
-        return pipeline
+        return pipeline.to(self.device) if precision == self.precision else pipeline
 
     def _refuse(self, pipeline: Any) -> None:
         takes, name = _takes(pipeline), type(pipeline).__name__
@@ -213,9 +188,7 @@ class DiffusersModel(DiffusionRenderer):
         """Draw a batch with the pipeline. The decoder's norms turn a value that is not finite into NaN."""
         import torch
 
-        if precision not in self._pipelines:
-            self._pipelines[precision] = self._load(precision)
-        pipeline = self._pipelines[precision]
+        pipeline = self.model_at(precision)
         c = self.cfg
         arguments: dict[str, Any] = {
             "prompt": prompts,

@@ -50,11 +50,8 @@ LATENT_CHANNELS = 4
 LATENT_SCALE = 8  # pixels per latent along each side
 
 
-class StableDiffusion2(DiffusionRenderer):
+class StableDiffusion2(DiffusionRenderer[StableDiffusionRenderer]):
     """Renderers `sd2_competition` and `sd2_fast`: Stable Diffusion 2.0 (768-v).
-
-    `settings()` first hashes local files or queries the hub; `load()`, which the first `render()` calls, loads the
-    weights.
 
     Raises:
         UserError: packages or the device are missing; the message names all.
@@ -64,25 +61,7 @@ class StableDiffusion2(DiffusionRenderer):
 
     def __init__(self, cfg: StableDiffusionRenderer) -> None:
         device, precision = _present(cfg)
-        super().__init__(
-            device=device,
-            precision=precision,
-            batch_size=cfg.batch_size,
-            size=cfg.size,
-            filter=cfg.filter,
-            redraw=cfg.redraw,
-        )
-        self.cfg = cfg
-        self.compiles = device.startswith("cuda") if cfg.compile is None else cfg.compile
-        self._networks: dict[Precision, Networks] = {}
-
-    @property
-    def steps(self) -> int:
-        return self.cfg.steps
-
-    @property
-    def pads(self) -> bool:
-        return self.compiles
+        super().__init__(cfg, device, precision, device.startswith("cuda") if cfg.compile is None else cfg.compile)
 
     def tflop(self) -> float:
         c = self.cfg
@@ -91,7 +70,7 @@ class StableDiffusion2(DiffusionRenderer):
     def settings(self) -> Mapping[str, Any]:
         """Return the plain JSON values that decide the pixels, with the weights' hashes and the hub's commit.
 
-        The first call hashes local weights (5 GB take seconds) or gets the hub's commit; it loads no weights.
+        The first call hashes local weights (5 GB take seconds) or gets the hub's commit; only `load` loads weights.
 
         Raises:
             UserError: the weights cannot be found, or are a `.ckpt` other than the published one.
@@ -127,33 +106,18 @@ class StableDiffusion2(DiffusionRenderer):
     def _source(self) -> hub.Source:
         return weights.find(self.cfg.model, self.cfg.revision, self.cfg.allow_unknown_weights)
 
-    def load(self) -> None:
-        """Load the weights, downloading them from the hub if needed, and check that they predict v.
+    def load_model(self, precision: Precision) -> "Networks":
+        from datagen.renderers.sd2.networks import Networks
 
-        Raises:
-            UserError: weights are missing or belong to another model.
-        """
-        if self.precision in self._networks:
-            return
-        networks = self._load(self.precision)
+        parts = weights.load(self._source, self.CONFIG)
+        if precision != self.precision:
+            return Networks(parts, "cpu", precision, quick=False)
+        networks = Networks(parts, self.device, precision, quick=self.compiles or self.on_gpu())
         with kernels(self.device):
             weights.refuse_epsilon(
                 lambda *inputs: networks.predict(*inputs, compiled=False), networks.empty_1TD, self.cfg.model
             )
-        self._networks[self.precision] = networks
-
-    def _load(self, precision: Precision) -> "Networks":
-        from datagen.renderers.sd2.networks import Networks
-
-        usual = precision == self.precision
-        parts = weights.load(self._source, self.CONFIG)
-        quick = usual and (self.compiles or self.on_gpu())
-        return Networks(parts, self.device if usual else "cpu", precision, quick)
-
-    def _networks_at(self, precision: Precision) -> "Networks":
-        if precision not in self._networks:
-            self._networks[precision] = self._load(precision)
-        return self._networks[precision]
+        return networks
 
     # Images
 
@@ -162,7 +126,7 @@ class StableDiffusion2(DiffusionRenderer):
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         import torch
 
-        networks = self._networks_at(precision)
+        networks: Networks = self.model_at(precision)
         try:
             networks.move(self.device)
             latents_BCHW = self._denoise(networks, self._noise(seeds), networks.states(prompts), steps, compiled)

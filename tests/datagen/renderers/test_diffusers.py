@@ -246,7 +246,7 @@ def test_out_of_memory_halves_the_batch(models: dict[str, Path]) -> None:
         if len(kwargs["hidden_states"]) > 4:
             raise torch.OutOfMemoryError("full")
 
-    renderer._pipelines["fp32"].transformer.register_forward_pre_hook(full, with_kwargs=True)
+    renderer.models["fp32"].transformer.register_forward_pre_hook(full, with_kwargs=True)
     images = renderer.render([*PROMPTS, *PROMPTS], [1, 2, 3, 4])
     assert renderer.notes == [{"batch_size": 2}] * 4
     assert np.array_equal(images, make(models["sd3"]).render([*PROMPTS, *PROMPTS], [1, 2, 3, 4]))
@@ -263,7 +263,7 @@ def test_renderer_is_built_by_name(models: dict[str, Path]) -> None:
     assert json.loads(json.dumps(recorded)) == recorded
     keys = compose("datagen", overrides)["renderer"].keys()
     assert keys - recorded.keys() == {"batch_size", "image_format"}
-    assert not made._pipelines  # asked for by a dry run
+    assert not made.models  # asked for by a dry run
     assert (recorded["model"], recorded["revision"], recorded["precision"]) == ("model", None, "fp32")
     assert {
         "model_index.json",
@@ -373,9 +373,9 @@ def test_the_cost_is_counted_from_the_configs(models: dict[str, Path]) -> None:
 
     renderer = make(models["sdxl"], steps=2)
     estimated = renderer.tflop()
-    assert not renderer._pipelines
+    assert not renderer.models
     renderer.load()
-    pipeline = renderer._pipelines["fp32"]
+    pipeline = renderer.models["fp32"]
     counted = []
     for steps in (2, 4):
         with FlopCounterMode(display=False) as counter, torch.no_grad():

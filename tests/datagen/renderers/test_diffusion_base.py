@@ -66,7 +66,7 @@ def test_overflow_in_half_precision_is_rerendered(weights: TinySD2, altered: Cal
     # those beside it are the batch's
     others = make(weights, precision="fp16").render(PROMPTS, SEEDS)
     assert np.abs(images[1:].astype(int) - others[1:]).max() <= 1
-    assert renderer._networks["fp32"].device == "cpu"
+    assert renderer.models["fp32"].device == "cpu"
 
 
 def test_without_redraw_faults_are_only_reported(weights: TinySD2, altered: Callable[..., str]) -> None:
@@ -75,7 +75,7 @@ def test_without_redraw_faults_are_only_reported(weights: TinySD2, altered: Call
     images = renderer.render(PROMPTS, SEEDS)
     assert renderer.notes == [{"fault": "nan"}, {}, {}]
     assert (images[0] == 128).all()
-    assert renderer._networks.keys() == {"fp16"}
+    assert renderer.models.keys() == {"fp16"}
 
 
 @pytest.mark.slow
@@ -137,7 +137,7 @@ def full_above(module: torch.nn.Module, most: int) -> None:
 def test_out_of_memory_halves_the_batch_for_that_call_and_is_noted(weights: TinySD2) -> None:
     renderer = make(weights, batch_size=5)
     renderer.load()
-    full_above(renderer._networks["fp32"].unet.conv_in, 6)  # three guided images
+    full_above(renderer.models["fp32"].unet.conv_in, 6)  # three guided images
     prompts, seeds = [*PROMPTS, *PROMPTS], list(range(6))
     images = renderer.render(prompts, seeds)
     assert renderer.notes == [{"batch_size": 3}] * 5 + [{}]
@@ -150,7 +150,7 @@ def test_out_of_memory_halves_the_batch_for_that_call_and_is_noted(weights: Tiny
 def test_the_smallest_batch_is_noted_where_halves_are_halved(weights: TinySD2) -> None:
     renderer = make(weights, batch_size=4)
     renderer.load()
-    full_above(renderer._networks["fp32"].unet.conv_in, 2)
+    full_above(renderer.models["fp32"].unet.conv_in, 2)
     renderer.render([*PROMPTS, "a"], [1, 2, 3, 4])
     assert renderer.notes == [{"batch_size": 1}] * 4
 
@@ -158,7 +158,7 @@ def test_the_smallest_batch_is_noted_where_halves_are_halved(weights: TinySD2) -
 def test_single_image_out_of_memory_is_reported(weights: TinySD2) -> None:
     renderer = make(weights)
     renderer.load()
-    full_above(renderer._networks["fp32"].vae.decoder.conv_in, 0)
+    full_above(renderer.models["fp32"].vae.decoder.conv_in, 0)
     with pytest.raises(UserError, match=r"the memory of cpu cannot hold one image at fp32: .*lower renderer"):
         renderer.render(PROMPTS, SEEDS)
 
@@ -166,7 +166,7 @@ def test_single_image_out_of_memory_is_reported(weights: TinySD2) -> None:
 def test_out_of_memory_in_fp32_is_reported_and_not_fatal(weights: TinySD2, altered: Callable[..., str]) -> None:
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].mul_(1e6 / t[CAT].abs().max())})
     renderer = make(weights, model=model, precision="fp16")
-    full_above(renderer._networks_at("fp32").unet.conv_in, 0)
+    full_above(renderer.model_at("fp32").unet.conv_in, 0)
     renderer.render(PROMPTS, SEEDS)
     assert renderer.notes == [{"fault": "nan", "redraw": "out of memory"}, {}, {}]
 
@@ -199,7 +199,7 @@ def test_the_batch_size_is_found_on_a_cpu_and_kept_when_given(weights: TinySD2) 
     renderer = make(weights, batch_size=None)
     assert renderer.batch_size is None
     assert renderer.find_batch_size() == renderer.batch_size == 4
-    assert renderer._networks.keys() == {"fp32"}  # wrong weights are refused before the dataset is begun
+    assert renderer.models.keys() == {"fp32"}  # wrong weights are refused before the dataset is begun
     assert make(weights, batch_size=7).find_batch_size() == 7
 
 
@@ -208,7 +208,7 @@ def test_rate_is_extrapolated_from_a_few_steps(weights: TinySD2) -> None:
     renderer = make(weights, steps=50)
     renderer.load()
     calls: list[int] = []
-    renderer._networks["fp32"].unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    renderer.models["fp32"].unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     assert renderer._rate(3) > 0
     # a warm-up, and the better of two runs each, whose difference is the time of two steps
     assert calls == [6] * (2 + 2 * 2 + 2 * 4)
@@ -218,7 +218,7 @@ def test_ten_images_are_timed_after_a_warm_up(weights: TinySD2) -> None:
     renderer = make(weights, batch_size=4, steps=1)
     renderer.load()
     calls: list[int] = []
-    renderer._networks["fp32"].vae.decoder.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    renderer.models["fp32"].vae.decoder.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
     seconds = renderer.measured_seconds(1000)
     assert sum(calls) == 4 + 12
     assert 0 < seconds < 1000 * 60

@@ -52,7 +52,7 @@ def make(weights: TinySD2, preset: str = "sd2_competition", **changes: Any) -> S
     """A renderer; those of one precision share their networks, which none of them changes."""
     renderer = StableDiffusion2(tiny_sd2.renderer_settings(weights, preset, **changes))
     if not renderer.compiles:
-        renderer._networks = _loaded.setdefault((weights, renderer.precision), renderer._networks)
+        renderer.models = _loaded.setdefault((weights, renderer.precision), renderer.models)
     return renderer
 
 
@@ -270,7 +270,7 @@ def test_settings_are_json_and_complete(weights: TinySD2, preset: str) -> None:
     renderer = StableDiffusion2(tiny_sd2.renderer_settings(weights, preset, guided_fraction=0.5, cache_every=3))
     recorded = renderer.settings()
     assert json.loads(json.dumps(recorded)) == recorded
-    assert not renderer._networks  # asked for by a dry run
+    assert not renderer.models  # asked for by a dry run
     values = with_old_names(DATASET_FILES, {"renderer": compose("datagen", [f"renderer={preset}"])["renderer"]})
     keys = values["renderer"].keys()
     # hashes say more than whether unknown weights are allowed; the runner tells the batch size and the format
@@ -370,7 +370,7 @@ def test_importing_the_renderer_imports_no_torch() -> None:
 def test_whole_and_shallow_unet_match_full_unet(weights: TinySD2) -> None:
     renderer = make(weights)
     renderer.load()
-    unet = renderer._networks["fp32"].unet
+    unet = renderer.models["fp32"].unet
     generator = torch.Generator().manual_seed(0)
     inputs = (
         torch.randn(4, 4, 8, 8, generator=generator),
@@ -392,7 +392,7 @@ def test_whole_and_shallow_unet_match_full_unet(weights: TinySD2) -> None:
 def test_deep_features_are_computed_at_every_nth_step(weights: TinySD2, preset: str) -> None:
     plain = make(weights, preset, steps=8).render(PROMPTS, SEEDS)
     renderer = make(weights, preset, steps=8, cache_every=3)
-    unet = renderer._networks["fp32"].unet
+    unet = renderer.models["fp32"].unet
     deep: list[int] = []
     shallow: list[int] = []
     hooks = [
@@ -432,7 +432,7 @@ def test_a_short_batch_is_filled_up_for_compiled_networks(weights: TinySD2, monk
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     renderer = make(weights, compile=True, batch_size=4, vae_batch=3, steps=2)
     renderer.load()
-    networks = renderer._networks["fp32"]
+    networks = renderer.models["fp32"]
     shapes = set()
     for module in (networks.unet.conv_in, networks.vae.decoder.conv_in):
         module.register_forward_hook(lambda *recorded: shapes.add(tuple(recorded[1][0].shape)))
@@ -463,7 +463,7 @@ def test_compiled_networks_match(weights: TinySD2, cache_every: int) -> None:
 def test_no_step_waits_for_the_device(weights: TinySD2, preset: str) -> None:
     renderer = make(weights, preset, device="cuda", compile=False, steps=10)
     renderer.load()
-    networks = renderer._networks["fp16"]
+    networks = renderer.models["fp16"]
     with kernels("cuda"):
         text_BTD, noise_BCHW = networks.states(PROMPTS), renderer._noise(SEEDS)
         assert networks.empty_1TD.is_cuda
