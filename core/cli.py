@@ -10,14 +10,19 @@ import logging
 import os
 import sys
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from core.errors import UserError
 from core.paths import ROOT
 from core.renamed_settings import Override, refuse_old_names, refuse_old_names_in_files
-from core.settings import Values
+from core.settings import Values, leaves
+
+_NOISY = (
+    *("aiobotocore", "botocore", "httpx", "httpx2", "httpcore", "matplotlib", "sentence_transformers", "timm"),
+    *("faiss", "transformers"),  # faiss logs its instruction set
+)
 
 
 def compose(config_name: str, overrides: list[str], *, by_user: bool = False) -> dict[str, Any]:
@@ -67,23 +72,14 @@ def defaults(config_name: str) -> dict[str, Any]:
     """Return the values of `conf/<config_name>.yaml`, a file without groups; ten times as fast as `compose`."""
     from omegaconf import OmegaConf
 
-    values = typing.cast(
-        dict[str, Any], OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{config_name}.yaml"), resolve=True)
-    )
-    return {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
+    values = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{config_name}.yaml"), resolve=True)
+    return {k: v for k, v in typing.cast(dict[str, Any], values).items() if k not in ("defaults", "hydra")}
 
 
 def _written(overrides: Sequence[str]) -> set[str]:
     """Dotted keys that Hydra's overrides set to a value other than null and false; `{a: {b: 1}}` sets a.b."""
-    return set(_leaves({o.key: o.value for o in _parsed(overrides) if not o.text.startswith("~")}))
-
-
-def _leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[str]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _leaves(value, f"{prefix}{key}.")
-        elif value is not None and value is not False:
-            yield f"{prefix}{key}"
+    values = {o.key: o.value for o in _parsed(overrides) if not o.text.startswith("~")}
+    return {key for key, value in leaves(values) if value is not None and value is not False}
 
 
 def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> None:
@@ -107,27 +103,16 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     def main(composed: Any) -> None:
         nonlocal code
         logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
-        for noisy in (
-            "aiobotocore",
-            "botocore",
-            "faiss",  # it logs its instruction set
-            "httpx",
-            "httpx2",
-            "httpcore",
-            "matplotlib",
-            "sentence_transformers",
-            "timm",
-            "transformers",
-        ):
+        for noisy in _NOISY:
             logging.getLogger(noisy).setLevel(logging.WARNING)
         logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that are not used here
         try:
             unresolved = _unresolved(composed)
             refuse_old_names_in_files(config_name, unresolved)  # Hydra accepts any key of an experiment
-            missing = _missing(unresolved)
+            missing = ", ".join(f"{key}=…" for key, value in leaves(unresolved) if value == "???")
             if missing:
-                raise UserError("missing on the command line: " + ", ".join(f"{key}=…" for key in missing))
+                raise UserError(f"missing on the command line: {missing}")
             values = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
             code = run(Values(values, _written(HydraConfig.get().overrides.task))) or 0
         except UserError as error:
@@ -140,17 +125,6 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     main()
     sys.stderr.flush()
     sys.exit(code)
-
-
-def _missing(values: Any, prefix: str = "") -> list[str]:
-    """List the dotted keys whose value is `???`."""
-    missing = []
-    for key, value in values.items():
-        if value == "???":
-            missing.append(f"{prefix}{key}")
-        elif isinstance(value, dict):
-            missing += _missing(value, f"{prefix}{key}.")
-    return missing
 
 
 def _refuse_foreign_packages() -> None:

@@ -147,8 +147,8 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 def remove_parts(root: Place) -> None:
     """Remove temporary files of killed processes; files that live processes are writing remain."""
     root = located(root)
-    parts = root.rglob(f".*{PART}*") if isinstance(root, Path) else _temporary_folder().glob(f".im2emb{PART}*")
-    for part in parts:
+    is_local = isinstance(root, Path)
+    for part in root.rglob(f".*{PART}*") if is_local else Path(tempfile.gettempdir()).glob(f".im2emb{PART}*"):
         remove_part(part)
 
 
@@ -188,34 +188,27 @@ def has_room(folder: Path, size: int) -> bool:
 
 
 def _write_local(path: Path, write: Write, hint: str) -> None:
-    part = path.with_name(f".{path.name}{PART}{os.getpid()}-{secrets.token_hex(4)}")
     with explain_disk_errors(f"cannot write {path}", f"Nothing half-written is left: {hint}"):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with _open_part(part) as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-                part.replace(path)
-            sync(path.parent)
-        finally:
-            _unlink(part)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _new_part(path.parent, f".{path.name}") as (part, file):
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+            part.replace(path)
+        sync(path.parent)
 
 
 def _write_remote(place: Location, write: Write) -> None:
-    folder = _temporary_folder()
-    part = folder / f".im2emb{PART}{os.getpid()}-{secrets.token_hex(4)}"
+    folder = Path(tempfile.gettempdir())
+    what = f"cannot write {place}: it is built in {folder}, and there"
     hint = "make room there or name another folder by TMPDIR, and run the same command again."
-    with explain_disk_errors(
-        f"cannot write {place}: it is built in {folder}, and there", f"Nothing half-written is left: {hint}"
+    with (
+        explain_disk_errors(what, f"Nothing half-written is left: {hint}"),
+        _new_part(folder, ".im2emb") as (part, file),
     ):
-        try:
-            with _open_part(part) as file:
-                write(file)
-                file.flush()
-                _send(place, part, os.fstat(file.fileno()).st_size)
-        finally:
-            _unlink(part)
+        write(file)
+        file.flush()
+        _send(place, part, os.fstat(file.fileno()).st_size)
 
 
 def _send(place: Location, part: Path, size: int) -> None:
@@ -236,21 +229,17 @@ def _send(place: Location, part: Path, size: int) -> None:
 
 
 @contextlib.contextmanager
-def _open_part(part: Path) -> Iterator[io.BufferedWriter]:
-    """Open a new file and lock it while it is written, so that `remove_part` does not remove it."""
-    while True:
-        with part.open("wb") as file:
-            with contextlib.suppress(OSError):  # on a file system without locks, `remove_part` cannot lock either
-                lock_open_file(file)
-            if part.exists():  # otherwise another process removed it just before it was locked
-                yield file
-                return
-
-
-def _unlink(path: Path) -> None:
-    with contextlib.suppress(OSError):
-        path.unlink(missing_ok=True)
-
-
-def _temporary_folder() -> Path:
-    return Path(tempfile.gettempdir())
+def _new_part(folder: Path, name: str) -> Iterator[tuple[Path, io.BufferedWriter]]:
+    """Open a temporary file, and lock it while it is written, so that `remove_part` leaves it; remove it at the end."""
+    part = folder / f"{name}{PART}{os.getpid()}-{secrets.token_hex(4)}"
+    try:
+        while True:
+            with part.open("wb") as file:
+                with contextlib.suppress(OSError):  # on a file system without locks, `remove_part` cannot lock either
+                    lock_open_file(file)
+                if part.exists():  # otherwise another process removed it just before it was locked
+                    yield part, file
+                    return
+    finally:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)

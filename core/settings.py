@@ -26,6 +26,15 @@ class Values(dict[str, Any]):
         self.written = frozenset(written)
 
 
+def leaves(values: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Iterate over dotted keys and values of nested groups; an empty group is a value."""
+    for key, value in values.items():
+        if isinstance(value, Mapping) and value:
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
 def settings(cls: type[T], values: Mapping[str, Any], prefix: str = "") -> T:
     """Convert values, as read from YAML, to the frozen dataclass `cls`.
 

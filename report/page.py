@@ -29,6 +29,7 @@ from numpy.typing import ArrayLike
 from PIL import Image
 
 from core.files import write_bytes
+from core.settings import leaves
 from report import plots
 
 if TYPE_CHECKING:
@@ -116,7 +117,8 @@ class Page:
         """Add nested settings, one list per group, with values as in YAML or JSON."""
         plain = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
         groups = [("general", plain), *((key, value) for key, value in values.items() if isinstance(value, Mapping))]
-        self._add("settings", groups=[(name, list(_flat(group))) for name, group in groups if group])
+        texts = [(name, [(key, _as_text(value)) for key, value in leaves(group)]) for name, group in groups if group]
+        self._add("settings", groups=texts)
 
     def figure(self, figure: Figure, caption: str = "", alt: str = "") -> None:
         """Add a matplotlib figure (see `report.plots`) in two layouts, for wide and narrow screens.
@@ -287,12 +289,5 @@ def _sort_key(value: Any) -> str:
     return repr(float(value)) if _is_number(value) else str(value)
 
 
-def _flat(group: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in group.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield (
-                f"{prefix}{key}",
-                value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str),
-            )
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

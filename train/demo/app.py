@@ -97,11 +97,8 @@ def model_and_run(cfg: DemoSettings) -> tuple[Path, Path | None]:
         raise UserError(f"checkpoint: {folder} is not a checkpoint, bundle or ensemble: it has no config.json")
     if run is None:
         problems = [f"baselines: {n} is fitted on images" for n in ("knn", "ridge") if n in (cfg.baselines or ())]
-        problems += (
-            []
-            if cfg.prompt_index
-            else ["prompt_index: there are no prompts; name a file or a dataset, prompt_index=prompts.txt"]
-        )
+        if cfg.prompt_index is None:
+            problems.append("prompt_index: there are no prompts; name a file or a dataset, prompt_index=prompts.txt")
         if problems:
             raise UserError("\n".join([*problems, f"{folder} is not in a run folder; give run=checkpoints/NAME"]))
     return folder, run
@@ -138,10 +135,8 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, P
     targets = (data.images.datasets[0].encoder_identity if data else None) or identity_of(config)
     require_same(config, folder, targets, "the run's dataset")
     if cfg.prompt_index is not None:
-        index, source = (
-            prompt_index.from_places([cfg.prompt_index], encoder, device=device.type, identity=targets),
-            str(cfg.prompt_index),
-        )
+        index = prompt_index.from_places([cfg.prompt_index], encoder, device=device.type, identity=targets)
+        source = str(cfg.prompt_index)
     else:
         assert data is not None
         assert run is not None

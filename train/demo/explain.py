@@ -96,12 +96,8 @@ class Demo:
         neighbours: int = 8,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
-        self._embedder, self._prompt_index, self._baselines, self._retrieve = (
-            embedder,
-            prompt_index,
-            baselines,
-            retrieve,
-        )
+        self._embedder, self._prompt_index = embedder, prompt_index
+        self._baselines, self._retrieve = baselines, retrieve
         self._neighbours, self._max_pixels = neighbours, max_pixels
 
     def explain(self, data: bytes) -> Explanation:

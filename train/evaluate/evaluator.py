@@ -28,15 +28,8 @@ from train.evaluate.leakage import Overlap, find_leakage, log_leakage, with_clea
 from train.evaluate.prediction_cache import Predictions, predict
 from train.evaluate.prompt_index import PromptIndex, PromptRetriever, blend, from_images, from_places
 from train.evaluate.results import FORMAT
-from train.evaluate.trained_on import (
-    ImageSet,
-    Origin,
-    PromptIndexSet,
-    origins,
-    run_origin,
-)
+from train.evaluate.trained_on import ImageSet, Origin, PromptIndexSet, origins, run_origin
 from train.run_settings import read_settings
-from train.scale.devices import device_of
 
 log = logging.getLogger(__name__)
 
@@ -102,10 +95,7 @@ def evaluate_embedders(cfg: EvaluateSettings) -> EvaluationResult:
         "encoder": context.encoder,
         "checkpoint": None if context.folder is None else str(context.folder),
         "folders": {name: str(folder) for name, folder in folders.items()},
-        "leakage": {
-            "cosine": NEAR,
-            "embedders": {name: counts.to_json() for name, counts in leakage.items()},
-        },
+        "leakage": {"cosine": NEAR, "embedders": {name: counts.to_json() for name, counts in leakage.items()}},
         "images": len(predictions.rows),
         "skipped": predictions.skipped,
         "main": main,
@@ -148,12 +138,9 @@ def _origins(
         ]
     for name in (name for name in ("retrieve", "blend") if name in requested):
         assert index is not None
-        regressor = by_name["regressor"]
-        is_counted = cfg.prompt_index is None and by_run and by_run[0] in regressor
-        by_name[name] = [
-            *regressor,
-            *([] if is_counted else [_origin_of_index(str(cfg.prompt_index or context.run), index)]),
-        ]
+        by_name[name] = list(by_name["regressor"])
+        if cfg.prompt_index is not None or not by_run or by_run[0] not in by_name["regressor"]:
+            by_name[name].append(_origin_of_index(str(cfg.prompt_index or context.run), index))
     if members:
         by_name["ensemble"] = [origin for name in members for origin in by_name[name]]
     return by_name
@@ -195,14 +182,9 @@ def _leakage(
 def _build_prompt_index(cfg: EvaluateSettings, context: EvaluationContext) -> PromptIndex | None:
     """Build the prompt index from the named dataset or file, or from the run's training prompts; None without both."""
     if cfg.prompt_index is not None:
-        device = device_of(cfg.accelerator).type
-        return from_places(
-            [cfg.prompt_index],
-            context.encoder,
-            column=cfg.column,
-            device=device,
-            identity=context.images.datasets[0].encoder_identity,
-        )
+        identity = context.images.datasets[0].encoder_identity
+        options: dict[str, Any] = {"column": cfg.column, "device": context.device.type, "identity": identity}
+        return from_places([cfg.prompt_index], context.encoder, **options)
     if context.trained_on:
         return from_images(context.trained_on)
     if {"retrieve", "blend"} & set(cfg.embedders):

@@ -15,7 +15,6 @@ import io
 import json
 import logging
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
@@ -256,15 +255,14 @@ def _batches(
     images: ImageDataset, rows: Sequence[int], batch_size: int, pool: ThreadPoolExecutor
 ) -> Iterator[tuple[int, list[torch.Tensor | str]]]:
     """Position of each batch, and its decoded images or their faults; the next batch is decoded meanwhile."""
-    waiting: deque[tuple[int, list[Future[torch.Tensor | str]]]] = deque()
+
+    def submit(start: int) -> list[Future[torch.Tensor | str]]:
+        return [pool.submit(images.decoded_or_reason, row) for row in rows[start : start + batch_size]]
+
+    following = submit(0)
     for start in range(0, len(rows), batch_size):
-        batch_rows = rows[start : start + batch_size]
-        waiting.append((start, [pool.submit(images.decoded_or_reason, row) for row in batch_rows]))
-        if len(waiting) > 1:
-            at, batch = waiting.popleft()
-            yield at, [one.result() for one in batch]
-    for at, batch in waiting:
-        yield at, [one.result() for one in batch]
+        batch, following = following, submit(start + batch_size)
+        yield start, [one.result() for one in batch]
 
 
 def _checked(name: str, z_BE: NDArray[np.float32], width: int) -> NDArray[np.float32]:

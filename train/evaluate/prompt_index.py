@@ -20,7 +20,7 @@ import logging
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -51,23 +51,6 @@ _FORMAT = 1  # version of the cached files
 _LINES = 100_000  # prompts per block
 
 
-class Source(Protocol):
-    """Source of prompts and their vectors: a file or a dataset."""
-
-    name: str
-    """Path, for messages."""
-    prompts: pa.ChunkedArray
-    """Prompts as large strings, which may repeat."""
-
-    def identity(self) -> dict[str, Any]:
-        """Identity of the encoder whose vectors `vectors` returns."""
-        ...
-
-    def vectors(self, rows: Rows, texts: list[str]) -> Floats:
-        """Unit vectors [n, E] of the given rows, whose prompts are `texts`."""
-        ...
-
-
 class PromptIndex:
     """Distinct prompts with their unit vectors.
 
@@ -79,7 +62,7 @@ class PromptIndex:
         UserError: the sources hold no prompt.
     """
 
-    def __init__(self, sources: Sequence[Source], *, exact: bool | None = None) -> None:
+    def __init__(self, sources: "Sequence[_File | _Captions]", *, exact: bool | None = None) -> None:
         self._sources, self._exact = list(sources), exact
         texts = pa.chunked_array([chunk for s in sources for chunk in s.prompts.chunks], pa.large_string())
         distinct = pa.concat_arrays(texts.chunks).dictionary_encode() if texts.num_chunks else None
@@ -118,22 +101,15 @@ class PromptIndex:
             UserError: the commit of an encoder cannot be looked up on the hub.
         """
         encoders = [self._sources[n].identity() for n in np.unique(self._source_n).tolist()]
-        return {
-            "prompts": self._digest,
-            "encoders": [e for i, e in enumerate(encoders) if e not in encoders[:i]],
-        }
+        return {"prompts": self._digest, "encoders": [e for i, e in enumerate(encoders) if e not in encoders[:i]]}
 
-    @property
+    @functools.cached_property
     def vectors(self) -> Floats:
         """Unit vectors [n, E], memory-mapped; computed at the first use with a progress bar.
 
         Raises:
             UserError: the encoder cannot be loaded, the disk is full, or the vectors of the sources differ in width.
         """
-        return self._vectors
-
-    @functools.cached_property
-    def _vectors(self) -> Floats:
         folder = self._folder
         folder.mkdir(parents=True, exist_ok=True)
         write_json(folder / "about.json", self._about())
@@ -203,10 +179,10 @@ class PromptIndex:
         widths = {self._sources[n].name: vectors.shape[1] for n, (_, vectors) in parts.items()}
         if len(set(widths.values())) > 1:
             raise UserError(f"the vectors of a prompt index must come from one encoder, but their widths are {widths}")
-        vectors_ = np.empty((stop - start, next(iter(widths.values()))), np.float32)
+        block = np.empty((stop - start, next(iter(widths.values()))), np.float32)
         for positions, vectors in parts.values():
-            vectors_[positions] = vectors
-        return vectors_
+            block[positions] = vectors
+        return block
 
 
 class PromptRetriever:
@@ -261,17 +237,13 @@ def _kinds(vector_uE: Floats) -> Rows:
 # ----------------------------------------------------------------------------------------------------------- sources
 
 
-def from_images(parts: Iterable[tuple[Dataset, Rows]], *, exact: bool | None = None) -> PromptIndex:
-    """Build a prompt index from the captions of images, such as the training images of a run.
-
-    Args:
-        parts: (dataset, rows) pairs; all datasets are open with the same encoder.
-        exact: as in `PromptIndex`.
+def from_images(parts: Iterable[tuple[Dataset, Rows]]) -> PromptIndex:
+    """Build a prompt index from the captions of images: (dataset, rows) pairs, open with the same encoder.
 
     Raises:
         UserError: the images have no prompt.
     """
-    return PromptIndex([_Captions(dataset, rows) for dataset, rows in parts], exact=exact)
+    return PromptIndex([_Captions(dataset, rows) for dataset, rows in parts])
 
 
 def from_places(
@@ -302,7 +274,7 @@ def from_places(
         UserError: a file or dataset cannot be read, lacks the column, holds no prompt, or holds vectors of another
             encoder; the message names all of them.
     """
-    sources: list[Source] = []
+    sources: list[_File | _Captions] = []
     problems = []
     shared_encoder = _Encoder(encoder, device, identity)
     for place in places:
@@ -381,7 +353,10 @@ def _require_same_encoder(identity: Mapping[str, Any] | None, expected: Mapping[
 
 
 class _File:
-    """Prompts of a file, stripped of surrounding space; null, NaN and empty ones are skipped and counted in the log."""
+    """Prompts of a file, stripped of surrounding space; null, NaN and empty ones are skipped and counted in the log.
+
+    Like `_Captions`, it has `prompts`, large strings that may repeat, and their vectors with the encoder's identity.
+    """
 
     def __init__(self, path: Path, column: str, encoder: _Encoder) -> None:
         self.name, self._encoder = str(path), encoder

@@ -116,21 +116,17 @@ class EmbedderRegistry:
         Raises:
             UserError: its folder or weights cannot be used, or it predicts vectors of another target encoder.
         """
+        cfg, device = self._cfg, self._device
         if entry == "mean":
             return LazyEmbedder(entry, self._trained_on, self._mean)
-        if entry == "knn" and self._cfg.knn.prompt_index is not None:
+        if entry == "knn" and cfg.knn.prompt_index is not None:
             self.prompt_index = from_places(
-                [self._cfg.knn.prompt_index],
-                self._encoder,
-                column=self._cfg.column,
-                device=self._device.type,
-                identity=self._targets,
+                [cfg.knn.prompt_index], self._encoder, column=cfg.column, device=device.type, identity=self._targets
             )
             return LazyEmbedder(entry, cache(lambda: self._clip_knn().identity()), self._clip_knn, alone=True)
         if entry == "knn":
-            cfg = self._cfg.knn
-            options = {"neighbours": cfg.neighbours, "power": cfg.similarity_exponent}
-            index = index_identity(len(self.run_data.train_rows), cfg.exact)
+            options = {"neighbours": cfg.knn.neighbours, "power": cfg.knn.similarity_exponent}
+            index = index_identity(len(self.run_data.train_rows), cfg.knn.exact)
             return LazyEmbedder(entry, lambda: {**self._frozen_on(), "knn": options, "index": index}, self._knn)
         if entry == "ridge":
             return LazyEmbedder(entry, lambda: {**self._frozen_on(), "penalty": "judged by other prompts"}, self.ridge)
@@ -157,28 +153,21 @@ class EmbedderRegistry:
         require_same(config, folder, self._targets, "the evaluated dataset")
         name = entry if entry == "regressor" else self._unique_name(folder)
         self.folders[name] = folder
-        views = self._cfg.tta.get(name, ViewsSettings())
+        views = cfg.tta.get(name, ViewsSettings())
         if views.sizes and config["kind"] != "checkpoint":
             raise UserError(f"tta.{name}.sizes: {folder} is a {config['kind']}, whose input size cannot be changed")
         check_sizes(config, views.sizes)
         return LazyEmbedder(
             name,
-            cache(
-                lambda: {
-                    "folder": loader.embedder_identity(folder),
-                    "views": asdict(views),
-                    "device": self._device.type,
-                }
-            ),
-            lambda: loader.load_embedder(folder, self._device, flip=views.flip, sizes=views.sizes),
+            cache(lambda: {"folder": loader.embedder_identity(folder), "views": asdict(views), "device": device.type}),
+            lambda: loader.load_embedder(folder, device, flip=views.flip, sizes=views.sizes),
         )
 
     def ridge(self) -> Regressor:
         """Fit the head of the frozen backbone by ridge regression on the run's training images."""
-        model = self._frozen
-        fitted = self._features
-        init_ridge(model.head, fitted.batches, part_n=penalty_parts(self.run_data.images, fitted.row_n))
-        return model
+        part_n = penalty_parts(self.run_data.images, self._features.row_n)
+        init_ridge(self._frozen.head, self._features.batches, part_n=part_n)
+        return self._frozen
 
     @property
     def run_data(self) -> ImageDataModule:
@@ -218,21 +207,11 @@ class EmbedderRegistry:
         return Features(frozen, images, data.train_rows, self._run["batch_size"], self._cfg.workers)
 
     def _clip_knn(self) -> ClipKnn:
-        cfg = self._cfg
-        assert self.prompt_index is not None
-        clip = Clip(cfg.knn.backbone or "", self._device, key="knn.backbone")
-        index = self.prompt_index
-        return ClipKnn(
-            clip,
-            index.texts,
-            lambda: index.vectors,
-            len(index),
-            index.identity(),
-            cache_folder(),
-            cfg.knn.neighbours,
-            power=cfg.knn.similarity_exponent,
-            exact=cfg.knn.exact,
-        )
+        cfg, index = self._cfg.knn, self.prompt_index
+        assert index is not None
+        clip = Clip(cfg.backbone or "", self._device, key="knn.backbone")
+        prompts = index.texts, lambda: index.vectors, len(index), index.identity()
+        return ClipKnn(clip, *prompts, cache_folder(), cfg.neighbours, power=cfg.similarity_exponent, exact=cfg.exact)
 
     @cached_property
     def _encode(self) -> Encode:
@@ -294,13 +273,8 @@ class EmbedderRegistry:
         # weights on a hub are identified by their name and the library that downloads them
         libraries = {name: version(name) for name in ("timm", "transformers", "huggingface_hub")}
         weights = {"weights_sha256": [sha256(file) for file in files]} if files else libraries
-        return {
-            **self._trained_on(),
-            **start,
-            **weights,
-            "preprocess": PREPROCESS,
-            "device": self._device.type,
-        }
+        shared = {"preprocess": PREPROCESS, "device": self._device.type}
+        return {**self._trained_on(), **start, **weights, **shared}
 
     def _captioner(self, name: str) -> Any:
         from models.baselines import captioners
@@ -316,9 +290,8 @@ class EmbedderRegistry:
         blip = captioners.Blip(cfg.blip, device, beams=1, most_tokens=32, least_tokens=0)
         from models.baselines.interrogator import ClipInterrogator
 
-        return ClipInterrogator(
-            cfg.clip, blip, device, mode=cfg.mode, words=cfg.term_lists, cache=cache_folder() / "words"
-        )
+        options = {"mode": cfg.mode, "words": cfg.term_lists, "cache": cache_folder() / "words"}
+        return ClipInterrogator(cfg.clip, blip, device, **options)
 
     def _unique_name(self, folder: Path) -> str:
         """Choose a name for an embedder folder that is unique and a valid file name: run name, then folder name."""

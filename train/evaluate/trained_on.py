@@ -13,8 +13,9 @@ n images, c captions of theirs, d distinct texts, E target width.
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -41,26 +42,6 @@ _UNUSED_PREPROCESSING = Preprocessing(1)  # only prompts and checksums are compa
 _BLOCK = 16_384  # texts whose vectors are read at a time
 
 
-class TrainingSet(Protocol):
-    """Images with prompts, or only prompts, that an embedder was trained on."""
-
-    content_ids: NDArray[np.int64]
-    """Hash of each image's encoded bytes, [n]; empty where the set has only prompts."""
-    hash_c: NDArray[np.int64]
-    """Hash of each prompt's normal form, [c]."""
-    encoder: dict[str, Any] | None
-    """Identity of the vectors' encoder, as in `encoder.json`; None where it was checked before."""
-
-    @property
-    def texts(self) -> int:
-        """Number of vectors that `vector_blocks` yields."""
-        ...
-
-    def vector_blocks(self) -> Iterator[NDArray[np.float32]]:
-        """Iterate over blocks [b, E] of the unit vectors of all distinct texts."""
-        ...
-
-
 class ImageSet:
     """Images of datasets with their captions; no image is read.
 
@@ -70,6 +51,9 @@ class ImageSet:
         prompts: prompts of `images`, if the caller has read them; None reads them.
 
     Attributes:
+        content_ids: hash of each image's encoded bytes, [n].
+        hash_c: hash of each caption's normal form.
+        encoder: identity of the vectors' encoder, as in `encoder.json`.
         owner_c: image of each caption, as a position in `rows`.
         text_c: distinct text of each caption, as a position in the output of `vector_blocks`.
     """
@@ -87,15 +71,17 @@ class ImageSet:
 
     @property
     def texts(self) -> int:
+        """Number of vectors that `vector_blocks` yields."""
         return len(self._caption_d)
 
     def vector_blocks(self) -> Iterator[NDArray[np.float32]]:
+        """Iterate over blocks [b, E] of the unit vectors of all distinct texts."""
         for begin in range(0, self.texts, _BLOCK):
             yield self._prompts.vectors(self._caption_d[begin : begin + _BLOCK])
 
 
 class PromptIndexSet:
-    """Training set of a prompt index: prompts without images."""
+    """Training set of a prompt index, with the interface of `ImageSet`: prompts without images."""
 
     def __init__(self, index: PromptIndex) -> None:
         self._index = index
@@ -111,6 +97,9 @@ class PromptIndexSet:
     def vector_blocks(self) -> Iterator[NDArray[np.float32]]:
         for begin in range(0, self.texts, _BLOCK):
             yield np.array(self._index.vectors[begin : begin + _BLOCK])  # a copy: torch takes no read-only map
+
+
+TrainingSet = ImageSet | PromptIndexSet
 
 
 @dataclass(frozen=True)
@@ -139,10 +128,7 @@ def origins(folder: Path, encoder: str, device: torch.device | str = "cpu") -> l
 
 def origins_of_start(cfg: TrainSettings, device: torch.device | str = "cpu") -> list[Origin]:
     """List the training sets behind the initial weights of a run; empty for public and random weights."""
-    start = {
-        "init_from": None if cfg.init_from is None else str(cfg.init_from),
-        "model": {"weights": cfg.model.weights},
-    }
+    start = {"init_from": cfg.init_from, "model": {"weights": cfg.model.weights}}
     sources = _Lineage(cfg.encoder, device).of_start(start)
     return list({origin.name: origin for origin in sources}.values())
 
@@ -201,15 +187,13 @@ def rows_of_split(data: ImageDataModule, split: str) -> Rows:
     Raises:
         UserError: the split has no image.
     """
-    own_splits = {"train": data.train_rows, "val": data.val_rows}
-    datasets = list(enumerate(data.images.datasets))
-    if split in own_splits:
-        rows = own_splits[split]
-    else:
-        rows_by_dataset = [data.images.rows(n, d.rows(split)) for n, d in datasets if d.splits.get(split)]
-        rows = np.concatenate(rows_by_dataset) if rows_by_dataset else np.zeros(0, np.int64)
+    rows = {"train": data.train_rows, "val": data.val_rows}.get(split)
+    if rows is None:
+        datasets = enumerate(data.images.datasets)
+        parts = [data.images.rows(n, d.rows(split)) for n, d in datasets if d.splits.get(split)]
+        rows = np.concatenate([np.zeros(0, np.int64), *parts])
     if not len(rows):
-        available = "; ".join(f"{d.root} {d.splits}" for _, d in datasets)
+        available = "; ".join(f"{d.root} {d.splits}" for d in data.images.datasets)
         raise UserError(f"the run has no image in the split {split!r}; {available}")
     return rows
 
@@ -232,8 +216,8 @@ class _Lineage:
                 return [_unknown(f"the bundle {folder} does not name its training images")]
             if kind == ENSEMBLE_KIND:
                 config = read_ensemble_config(folder)
-                members = [folder / "members" / member["name"] for member in config["members"]]
-                return [*(o for member in members for o in self._of_checkpoint(member)), *self._of_fit(folder, config)]
+                members = [self._of_checkpoint(folder / "members" / member["name"]) for member in config["members"]]
+                return [*chain.from_iterable(members), *self._of_fit(folder, config)]
             return self._of_checkpoint(folder)
         except UserError as error:
             return [_unknown(str(error))]
@@ -255,16 +239,13 @@ class _Lineage:
             return [*self.of_folder(Path(ends["a"])), *self.of_folder(Path(ends["b"]))]
         if config.get("ridge_of"):  # a frozen backbone: only the head was fitted on the run's training images
             run = Path(config["ridge_of"])
-            return [self._of_run(run, read_settings(run), weighted=False)]
+            return [run_origin(run, read_settings(run), self._encoder, self._device, weighted=False)]
         recipe = find_run_settings(folder)
         if recipe is None:
             return [_unknown(f"{folder} is not in the folder of a run")]
         run = recipe.parent if recipe.name == "settings.json" else recipe
         values = read_settings(run) if recipe.name == "settings.json" else _recipe(recipe)
-        return [self._of_run(run, values), *self.of_start(values)]
-
-    def _of_run(self, run: Path, values: Mapping[str, Any], *, weighted: bool = True) -> Origin:
-        return run_origin(run, values, self._encoder, self._device, weighted=weighted)
+        return [run_origin(run, values, self._encoder, self._device), *self.of_start(values)]
 
     def _of_fit(self, folder: Path, config: Mapping[str, Any]) -> list[Origin]:
         """Images that the weights of an ensemble were fitted on; empty where the weights were set by hand."""
@@ -290,13 +271,11 @@ class _Lineage:
 def run_origin(
     run: Path, values: Mapping[str, Any], encoder: str, device: torch.device | str = "cpu", *, weighted: bool = True
 ) -> Origin:
-    """Training images of a run, without those of its initial weights.
+    """Training images of a run, without those of its initial weights; arguments as in `origins` and `data_of`.
 
     Args:
         run: folder of the run, or the recipe.json of a member of an ensemble.
         values: `settings.json` of the run.
-        encoder, device: as in `origins`.
-        weighted: as in `data_of`.
     """
     weighted = weighted and has_weights(values)
 

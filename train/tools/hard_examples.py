@@ -93,17 +93,9 @@ def write_hard_examples(cfg: HardSettings) -> None:
         require_same(config, folder, dataset.encoder_identity or {}, str(dataset.root))
     images, rows = data.images, data.train_rows
     row_blocks, scores, unreadable = [], [], []
-    batches = predict_batches(
-        checkpoint.load(folder).to(device),
-        images,
-        rows,
-        device=device,
-        batch_size=cfg.batch_size,
-        workers=cfg.workers,
-        dtype=autocast_dtype(device),
-        description="score",
-    )
-    for batch in batches:
+    model = checkpoint.load(folder).to(device)
+    options = {"device": device, "batch_size": cfg.batch_size, "workers": cfg.workers, "dtype": autocast_dtype(device)}
+    for batch in predict_batches(model, images, rows, description="score", **options):
         row_blocks.append(batch.row_B)
         scores.append(batch.score_B)
         unreadable += batch.bad

@@ -57,25 +57,12 @@ class SearchSettings:
 
 
 _NOT_OF_A_SEARCH = (
-    *("epochs", "max_steps", "validate_every", "save_every", "log_every", "save_initial", "dry_run"),
-    *(
-        "model.head",
-        "model.head_width",
-        "model.head_fit_images",
-        "model.text_tower",
-        "model.freeze",
-        "model.freeze_bn_stats",
-    ),
-    *(
-        "model.lora",
-        "optim.lr",
-        "optim.head_lr",
-        "optim.layer_decay",
-        "optim.head_warmup_epochs",
-        "optim.head_warmup_lr",
-    ),
-    *("optim.ema", "data.crop", "data.flip", "data.jitter", "data.erase", "scale.devices", "scale.nodes"),
-    *("scale.strategy", "scale.precision", "scale.micro_batch", "scale.activation_checkpointing", "scale.compile"),
+    *("epochs", "max_steps", "validate_every", "save_every", "log_every", "save_initial", "dry_run", "model.head"),
+    *("model.head_width", "model.head_fit_images", "model.text_tower", "model.freeze", "model.freeze_bn_stats"),
+    *("model.lora", "optim.lr", "optim.head_lr", "optim.layer_decay", "optim.head_warmup_epochs"),
+    *("optim.head_warmup_lr", "optim.ema", "data.crop", "data.flip", "data.jitter", "data.erase", "scale.devices"),
+    *("scale.nodes", "scale.strategy", "scale.precision", "scale.micro_batch", "scale.activation_checkpointing"),
+    "scale.compile",
 )
 """Settings of `python -m train` that a search over heads on frozen features does not use."""
 

@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -165,8 +166,7 @@ def sort_entries(entries: Sequence[Run | Folds], by: str) -> list[Run | Folds]:
         text = str(cell)
         return 1, [-ord(c) for c in text] if by == "when" else text, entry.name
 
-    ranks = {id(entry): rank(entry) for entry in entries}
-    return sorted(entries, key=lambda entry: (ranks[id(entry)][0], ranks[id(entry)][1], ranks[id(entry)][2]))
+    return sorted(entries, key=rank)
 
 
 def _read(folder: Path, name: str, defaults: Mapping[str, Any]) -> Run:
@@ -269,10 +269,7 @@ def _state(folder: Path, records: Sequence[Mapping[str, Any]]) -> tuple[str, flo
 def _folds(runs: list[Run], folder: Path) -> Folds:
     runs = sorted(runs, key=lambda run: int(str(run.fold).partition("/")[0]))
     fold_count = int(str(runs[0].fold).partition("/")[2])
-    first, last = runs[0].name, runs[-1].name
-    prefix_length = next(
-        (k for k, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(len(first), len(last))
-    )
+    prefix = os.path.commonprefix([runs[0].name, runs[-1].name]).rstrip("_-./ ")  # noqa: RUF071 – by characters
     scores: dict[str, np.ndarray] = {}
     for run in runs:
         path = folder / run.name / "oof/scores.npy"
@@ -287,9 +284,7 @@ def _folds(runs: list[Run], folder: Path) -> Folds:
         score_N = np.concatenate(list(scores.values())).astype(np.float64)
         mean, half = float(score_N.mean()), 1.96 * float(score_N.std(ddof=1)) / math.sqrt(len(score_N))
         mean_interval = Interval(mean, mean - half, mean + half)
-    return Folds(
-        first[:prefix_length].rstrip("_-./ ") or first, fold_count, runs, mean_interval, sum(map(len, scores.values()))
-    )
+    return Folds(prefix or runs[0].name, fold_count, runs, mean_interval, sum(map(len, scores.values())))
 
 
 def runs_of(entries: Iterable[Run | Folds]) -> list[Run]:
