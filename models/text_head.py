@@ -7,7 +7,6 @@ n prompts, D feature width, J width of the joint space, E target width.
 """
 
 import contextlib
-import difflib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,11 +20,12 @@ from torch import nn
 from core.errors import UserError
 from core.progress import progress
 from models.backbones.registry import OPEN_CLIP
-from models.backbones.specs import with_own_activation
+from models.backbones.specs import import_open_clip, near_names, with_own_activation
 from models.head_init import RidgeHead
 from models.regressor import Regressor
 
 _BATCH = 256
+_NEEDS = "model.head_init=text needs"
 # timm's towers whose open_clip model cannot be derived from the hub repository or the name
 _TOWERS = {
     "vit_base_patch32_clip_224.laion2b": "ViT-B-32/laion2b_s34b_b79k",
@@ -143,7 +143,7 @@ def tower_of(backbone: str) -> str:
         return backbone
     import timm
 
-    open_clip = _open_clip()
+    open_clip = import_open_clip(_NEEDS)
     base, _, tag = backbone.partition(".")
     if backbone in _TOWERS:
         return OPEN_CLIP + _TOWERS[backbone]
@@ -166,15 +166,14 @@ def tower_of(backbone: str) -> str:
 
 def _load(text_tower: str, weights: str) -> tuple[Any, Any]:
     """Load a CLIP model with both towers, and its tokenizer."""
-    open_clip = _open_clip()
+    open_clip = import_open_clip(_NEEDS)
     if text_tower.startswith(OPEN_CLIP) and text_tower in _listed(open_clip):
         text_tower = with_own_activation(text_tower)
     model, _, tag = text_tower.removeprefix(OPEN_CLIP).partition("/")
     if not text_tower.startswith(OPEN_CLIP) or model not in open_clip.list_models():
-        near = difflib.get_close_matches(model, open_clip.list_models(), n=5)
         raise UserError(
             f"model.text_tower: {text_tower!r} is not open_clip:MODEL/PRETRAINED with a model of open_clip"
-            + (f"; near: {', '.join(near)}" if near else "")
+            + near_names(model, open_clip.list_models())
         )
     path = _file(tag) or (None if weights in ("pretrained", "random") else _file(weights))
     tags = open_clip.list_pretrained_tags_by_model(model)
@@ -228,14 +227,6 @@ def _projection(visual: Any, text_tower: str) -> tuple[torch.Tensor, torch.Tenso
         f"model.head_init: the vision tower of {text_tower} ends in more than a linear projection; use "
         f"head_init=ridge, or backbone={text_tower}"
     )
-
-
-def _open_clip() -> Any:
-    try:
-        import open_clip
-    except ImportError as error:
-        raise UserError("model.head_init=text needs open_clip: pip install 'im2emb[clip]'") from error
-    return open_clip
 
 
 @contextlib.contextmanager

@@ -143,7 +143,7 @@ def _check_timm_name(name: str) -> None:
 
     base, _, tag = name.partition(".")
     if not timm.is_model(base):
-        raise UserError(f"model.backbone: timm has no {base!r}" + _near(base, timm.list_models()))
+        raise UserError(f"model.backbone: timm has no {base!r}" + near_names(base, timm.list_models()))
     tags = timm.list_models(f"{base}.*", pretrained=True)
     if tag and name not in tags:
         raise UserError(f"model.backbone: timm's {base} has no weights {tag!r}; it has: {', '.join(tags) or 'none'}")
@@ -186,16 +186,26 @@ def _preprocessing(
         ) from error
 
 
-def _open_clip_config(name: str) -> tuple[dict[str, Any], str, str]:
-    """Config of an open_clip model, the model's name, and the tag of its weights or ""."""
+def import_open_clip(what: str) -> Any:
+    """Import open_clip.
+
+    Raises:
+        UserError: The package is not installed; the message begins with `what`, which needs it.
+    """
     try:
         import open_clip
     except ImportError as error:
-        raise UserError("open_clip backbones need open_clip: pip install 'im2emb[clip]'") from error
+        raise UserError(f"{what} open_clip: pip install 'im2emb[clip]'") from error
+    return open_clip
+
+
+def _open_clip_config(name: str) -> tuple[dict[str, Any], str, str]:
+    """Config of an open_clip model, the model's name, and the tag of its weights or ""."""
+    open_clip = import_open_clip("open_clip backbones need")
     model, _, tag = name.removeprefix(OPEN_CLIP).partition("/")
-    config: Any = open_clip.get_model_config(model) if model in open_clip.list_models() else None
+    config = open_clip.get_model_config(model) if model in open_clip.list_models() else None
     if config is None:
-        raise UserError(f"model.backbone: open_clip has no {model!r}" + _near(model, open_clip.list_models()))
+        raise UserError(f"model.backbone: open_clip has no {model!r}" + near_names(model, open_clip.list_models()))
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag and tag not in tags:
         raise UserError(f"model.backbone: open_clip's {model} has no weights {tag!r}, only {', '.join(tags) or 'none'}")
@@ -238,7 +248,8 @@ def _blip2_spec(name: str) -> Spec:
     return Spec(name, config.hidden_size, preprocessing, tuple(OPENAI_CLIP_MEAN), tuple(OPENAI_CLIP_STD))
 
 
-def _near(name: str, names: list[str]) -> str:
+def near_names(name: str, names: list[str]) -> str:
+    """List the names nearest to a misspelt one, as the end of a message; "" if none is near."""
     near = difflib.get_close_matches(name, names, n=5)
     lower = {n.lower(): n for n in names}
     near = near or [lower[n] for n in difflib.get_close_matches(name.lower(), lower, n=5)]

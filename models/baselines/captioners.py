@@ -11,6 +11,7 @@ B images (B × beams in the decoder), T tokens, N image tokens, D width, V vocab
 
 import functools
 from abc import ABC, abstractmethod
+from dataclasses import KW_ONLY, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -39,25 +40,16 @@ _TRANSFORMERS = (
     "model.safetensors.index.json",
     "model*.safetensors",
 )
-_OPEN_CLIP_WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-)  # in the order in which open_clip looks for them
+# in the order in which open_clip looks for them
+_OPEN_CLIP_WEIGHTS = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors")
 _OPEN_CLIP = ("open_clip_config.json", *_OPEN_CLIP_WEIGHTS)
 _LOCAL, _HUB = "local-dir:", "hf-hub:"  # prefixes of open_clip
 _OPEN_CLIP_PICKLE = "open_clip_pytorch_model.bin"
 
 
+@dataclass(eq=False)
 class _Captioner(ABC):
     """Base of the captioners: validates settings, loads the model at the first caption, splits batches.
-
-    Args:
-        model: Folder, or a name as described by the subclass.
-        device: Device to run on: bf16 on a GPU that supports it, fp16 on another, fp32 on a CPU.
-        beams: Number of beams; 1 is greedy decoding.
-        most_tokens: Maximum number of tokens of a caption, including the end.
-        least_tokens: Minimum number of tokens of a caption before the end.
-        revision: Commit, branch or tag of the hub's repository; None: the newest commit.
 
     Raises:
         UserError: A setting is out of bounds. `identity` and `caption` raise it if the model is missing or its files
@@ -69,27 +61,32 @@ class _Captioner(ABC):
     library: ClassVar[str]
     """Package that runs the model."""
 
-    def __init__(
-        self,
-        model: str,
-        device: torch.device | str,
-        beams: int,
-        most_tokens: int,
-        least_tokens: int,
-        revision: str | None,
-    ) -> None:
-        problems = []
-        if beams < 1:
-            problems.append(f"beams={beams}: use 1 or more")
-        if most_tokens < 1:
-            problems.append(f"most_tokens={most_tokens}: use 1 or more")
-        if not 0 <= least_tokens < max(most_tokens, 1):
-            problems.append(f"least_tokens={least_tokens}: use 0 or more, and less than most_tokens={most_tokens}")
+    model: str
+    """Folder, or a name as described by the subclass."""
+    device: torch.device | str = "cpu"
+    """Device to run on: bf16 on a GPU that supports it, fp16 on another, fp32 on a CPU."""
+    _: KW_ONLY
+    beams: int
+    """Number of beams; 1 is greedy decoding."""
+    most_tokens: int
+    """Maximum number of tokens of a caption, including the end."""
+    least_tokens: int
+    """Minimum number of tokens of a caption before the end."""
+    revision: str | None = None
+    """Commit, branch or tag of the hub's repository; None: the newest commit."""
+
+    def __post_init__(self) -> None:
+        problems = [
+            f"{self.name}.{setting}={getattr(self, setting)}: use 1 or more"
+            for setting in ("beams", "most_tokens")
+            if getattr(self, setting) < 1
+        ]
+        if not 0 <= self.least_tokens < max(self.most_tokens, 1):
+            bounds = f"use 0 or more, and less than most_tokens={self.most_tokens}"
+            problems.append(f"{self.name}.least_tokens={self.least_tokens}: {bounds}")
         if problems:
-            raise UserError("\n".join(f"{self.name}.{problem}" for problem in problems))
-        self.model, self.revision = model, revision
-        self.beams, self.most_tokens, self.least_tokens = beams, most_tokens, least_tokens
-        self._device = torch.device(device)
+            raise UserError("\n".join(problems))
+        self._device = torch.device(self.device)
         self._dtype = autocast_dtype(self._device)
         self._loaded = False
 
@@ -99,11 +96,7 @@ class _Captioner(ABC):
         return self._make_source()
 
     def identity(self) -> dict[str, Any]:
-        """All that the captions depend on, as plain JSON; the model is not loaded.
-
-        Raises:
-            UserError: As for the class.
-        """
+        """All that the captions depend on, as plain JSON; the model is not loaded."""
         return {
             "captioner": self.name,
             **self._source.identity,
@@ -116,11 +109,7 @@ class _Captioner(ABC):
 
     @torch.inference_mode()
     def caption(self, images: list[torch.Tensor]) -> list[str]:
-        """Caption decoded uint8 images [3, H, W] of any size; a caption may be empty.
-
-        Raises:
-            UserError: As for the class.
-        """
+        """Caption decoded uint8 images [3, H, W] of any size; a caption may be empty."""
         if images and not self._loaded:
             self._load()
             self._loaded = True
@@ -128,11 +117,7 @@ class _Captioner(ABC):
         return [text.strip() for batch in batches for text in self._caption(batch)]
 
     def _check_length(self, context: int) -> None:
-        """Check that the decoder's context holds `most_tokens`.
-
-        Raises:
-            UserError: It does not.
-        """
+        """Refuse more tokens than the decoder's context holds."""
         if self.most_tokens > context:
             raise UserError(
                 f"{self.name}.most_tokens={self.most_tokens}: {self.model} supports at most {context}; use fewer"
@@ -165,6 +150,8 @@ class _Transformers(_Captioner):
     library = "transformers"
     model_type: ClassVar[str]
     """`model_type` of config.json."""
+    classes: ClassVar[tuple[str, str]]
+    """Names of the classes of the model and of its processor."""
 
     def _make_source(self) -> Source:
         return Source(
@@ -181,6 +168,7 @@ class _Transformers(_Captioner):
         )
 
     def _load(self) -> None:
+        import transformers
         from safetensors import SafetensorError
 
         folder = self._source.folder()
@@ -188,7 +176,7 @@ class _Transformers(_Captioner):
         if model_type != self.model_type:
             raise self._error(f"config.json has model_type {model_type!r}; {self.name} is {self.model_type!r}")
         try:
-            model_class, processor_class = self._classes()
+            model_class, processor_class = (getattr(transformers, name) for name in self.classes)
             model, report = model_class.from_pretrained(
                 folder, dtype=self._dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
@@ -201,7 +189,9 @@ class _Transformers(_Captioner):
                 f"{len(wrong)} tensors are missing or do not have the shape that config.json implies "
                 f"({', '.join(wrong[:3])}{', …' if wrong[3:] else ''}); download the weights of this model"
             )
-        self._check_length(self._context(model.config))
+        # the query tokens of BLIP-2 take places of the context
+        queries = getattr(model.config, "num_query_tokens", 0)
+        self._check_length(model.config.text_config.max_position_embeddings - queries)
         self._model: Any = model.to(self._device).eval()
 
     def _caption(self, images: list[torch.Tensor]) -> list[str]:
@@ -221,67 +211,32 @@ class _Transformers(_Captioner):
         )
         return self._processor.batch_decode(token_BT, skip_special_tokens=True)
 
-    @abstractmethod
-    def _classes(self) -> tuple[Any, Any]:
-        """Classes of the model and of its processor."""
 
-    @abstractmethod
-    def _context(self, config: Any) -> int:
-        """Maximum number of tokens of a caption, including the end."""
-
-
+@dataclass(eq=False)
 class Blip(_Transformers):
     """BLIP (https://arxiv.org/abs/2201.12086), by default with beams and lengths of the authors' COCO captions."""
 
     name, model_type = "blip", "blip"
-
-    def __init__(
-        self,
-        model: str = "Salesforce/blip-image-captioning-large",
-        device: torch.device | str = "cpu",
-        *,
-        beams: int = 3,
-        most_tokens: int = 20,
-        least_tokens: int = 5,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(model, device, beams, most_tokens, least_tokens, revision)
-
-    def _classes(self) -> tuple[Any, Any]:
-        from transformers import BlipForConditionalGeneration, BlipProcessor
-
-        return BlipForConditionalGeneration, BlipProcessor
-
-    def _context(self, config: Any) -> int:
-        return config.text_config.max_position_embeddings
+    classes = ("BlipForConditionalGeneration", "BlipProcessor")
+    model: str = "Salesforce/blip-image-captioning-large"
+    beams: int = 3
+    most_tokens: int = 20
+    least_tokens: int = 5
 
 
+@dataclass(eq=False)
 class Blip2(_Transformers):
     """BLIP-2 (https://arxiv.org/abs/2301.12597), by default with beams and lengths of the authors' `generate`."""
 
     name, model_type = "blip2", "blip-2"
-
-    def __init__(
-        self,
-        model: str = "Salesforce/blip2-opt-2.7b",
-        device: torch.device | str = "cpu",
-        *,
-        beams: int = 5,
-        most_tokens: int = 30,
-        least_tokens: int = 1,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(model, device, beams, most_tokens, least_tokens, revision)
-
-    def _classes(self) -> tuple[Any, Any]:
-        from transformers import Blip2ForConditionalGeneration, Blip2Processor
-
-        return Blip2ForConditionalGeneration, Blip2Processor
-
-    def _context(self, config: Any) -> int:
-        return config.text_config.max_position_embeddings - config.num_query_tokens
+    classes = ("Blip2ForConditionalGeneration", "Blip2Processor")
+    model: str = "Salesforce/blip2-opt-2.7b"
+    beams: int = 5
+    most_tokens: int = 30
+    least_tokens: int = 1
 
 
+@dataclass(eq=False)
 class Coca(_Captioner):
     """CoCa (https://arxiv.org/abs/2205.01917) of open_clip, with `beam_search`.
 
@@ -289,26 +244,16 @@ class Coca(_Captioner):
     it sums raw logits, which are not comparable between beams, instead of log probabilities; and it searches in three
     groups of two beams without a diversity penalty, instead of one group of six.
 
-    Args:
-        model: NAME/TAG of open_clip's list, a repository of the hub (hf-hub:owner/name), or a folder with
-            open_clip_config.json and open_clip_model.safetensors. A pickle is read only for a NAME/TAG whose repository
-            has no .safetensors, by `torch.load(weights_only=True)`, which runs no code.
-        device, beams, most_tokens, least_tokens, revision: As for `_Captioner`.
+    `model` is NAME/TAG of open_clip's list, a repository of the hub (hf-hub:owner/name), or a folder with
+    open_clip_config.json and open_clip_model.safetensors. A pickle is read only for a NAME/TAG whose repository has no
+    .safetensors, by `torch.load(weights_only=True)`, which runs no code.
     """
 
     name, library = "coca", "open_clip_torch"
-
-    def __init__(
-        self,
-        model: str = "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k",
-        device: torch.device | str = "cpu",
-        *,
-        beams: int = 6,
-        most_tokens: int = 29,
-        least_tokens: int = 4,
-        revision: str | None = None,
-    ) -> None:
-        super().__init__(model, device, beams, most_tokens, least_tokens, revision)
+    model: str = "coca_ViT-L-14/mscoco_finetuned_laion2b_s13b_b90k"
+    beams: int = 6
+    most_tokens: int = 29
+    least_tokens: int = 4
 
     @functools.cached_property
     def _tag(self) -> tuple[str, dict[str, Any]] | None:
@@ -371,11 +316,7 @@ class Coca(_Captioner):
         return weights, config or {}, preprocess
 
     def _check(self, config: dict[str, Any], tokens: int) -> None:
-        """Check that a config describes a CoCa with CLIP's tokenizer.
-
-        Raises:
-            UserError: It does not.
-        """
+        """Refuse a config that does not describe a CoCa with CLIP's tokenizer."""
         text, decoder = config.get("text_cfg", {}), config.get("multimodal_cfg")
         if decoder is None:
             raise self._error("its config has no multimodal_cfg, so it is not a CoCa")

@@ -7,7 +7,6 @@ Weights come from the hub or from a folder in open_clip's layout, as .safetensor
 T tokens of a text, D width of the joint space.
 """
 
-import difflib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -18,6 +17,7 @@ from typing import Any
 import torch
 
 from core.errors import UserError, describe
+from models.backbones.specs import import_open_clip, near_names
 from models.baselines.source import Source
 from models.runtime.preprocess import crop_strip
 
@@ -53,13 +53,13 @@ class Clip:
     """
 
     def __init__(self, name: str, device: torch.device | str = "cpu", key: str = "captions.clip") -> None:
-        _require_open_clip()
+        open_clip = import_open_clip("CLIP needs")
         self.name, self.device = name.removeprefix("open_clip:").removeprefix("local-dir:"), torch.device(device)
         self._fp16 = self.device.type == "cuda"
         self._tag = None if Path(self.name).expanduser().is_dir() else _tag(self.name, key)
         repository = self._tag.repository if self._tag else self.name
         self._source = Source(key, repository, None, (CONFIG, WEIGHTS), [(CONFIG,), (WEIGHTS,)])
-        config = _listed_config(self._tag.model) if self._tag else _folder_config(self._source)
+        config: Any = open_clip.get_model_config(self._tag.model) if self._tag else _folder_config(self._source)
         _check_text_tower(self.name, config, key)
         self._width = config["embed_dim"]
         self._pieces = lru_cache(1 << 18)(lambda piece: self._tokenizer.encode(piece))
@@ -173,23 +173,15 @@ class Clip:
         return image_transform_v2(PreprocessCfg(**model.visual.preprocess_cfg), is_train=False)
 
 
-def _require_open_clip() -> None:
-    try:
-        import open_clip  # noqa: F401
-    except ImportError as error:
-        raise UserError("CLIP needs open_clip: pip install 'im2emb[clip]'") from error
-
-
 def _tag(name: str, key: str) -> _Tag:
     import open_clip
 
     model, _, tag = name.partition("/")
     models = open_clip.list_models()
     if model not in models:
-        near = ", ".join(difflib.get_close_matches(model, models, n=5, cutoff=0.5))
         raise UserError(
             f"{key}={name}: open_clip has no model {model!r}, and there is no such folder. "
-            f"Use MODEL/TAG{f' (near: {near})' if near else ''}, or {_FOLDER}."
+            f"Use MODEL/TAG or {_FOLDER}{near_names(model, models)}."
         )
     tags = open_clip.list_pretrained_tags_by_model(model)
     if tag not in tags:
@@ -209,14 +201,6 @@ def _tag(name: str, key: str) -> _Tag:
     return _Tag(model, repository, bool(tag_config.get("quick_gelu")), preprocess)
 
 
-def _listed_config(model: str) -> dict[str, Any]:
-    """Config of a model in open_clip's list."""
-    import open_clip
-
-    config: Any = open_clip.get_model_config(model)
-    return config
-
-
 def _folder_config(source: Source) -> dict[str, Any]:
     """Config of the model in a folder."""
     description = source.json(CONFIG)
@@ -230,11 +214,7 @@ def _folder_config(source: Source) -> dict[str, Any]:
 
 
 def _check_text_tower(name: str, config: dict[str, Any], key: str) -> None:
-    """Check that texts go through CLIP's own tokenizer and transformer.
-
-    Raises:
-        UserError: They do not.
-    """
+    """Refuse a model whose texts go through another tokenizer or transformer than CLIP's."""
     text = config["text_cfg"]
     others = [key for key in _OTHER_TEXTS if text.get(key)]
     others += [key for key in ("custom_text", "multimodal_cfg") if config.get(key)]

@@ -240,12 +240,8 @@ def nearest(cosine_n: torch.Tensor, count: int, part: int = SHORTLIST) -> list[i
     if len(cosine_n) <= part:
         return order(cosine_n)[:count].tolist()
     per_run = max(part // math.ceil(len(cosine_n) / part), 1)
-    indices = torch.cat([first + order(run_p)[:per_run] for first, run_p in _runs(cosine_n, part)])
+    indices = torch.cat([part * run + order(run_p)[:per_run] for run, run_p in enumerate(cosine_n.split(part))])
     return indices[order(cosine_n[indices])][:count].tolist()
-
-
-def _runs(values_n: torch.Tensor, length: int) -> list[tuple[int, torch.Tensor]]:
-    return [(first, values_n[first : first + length]) for first in range(0, len(values_n), length)]
 
 
 def _lists(words: Path | None) -> dict[str, list[str]]:

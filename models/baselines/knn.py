@@ -51,9 +51,8 @@ class Knn:
         exact: bool | None = None,
     ) -> None:
         self._model = model.eval()
-        self._centre_D = features_nD.float().mean(
-            0
-        )  # pooled features share a large mean, which would dominate the cosine
+        # pooled features share a large mean, which would dominate the cosine
+        self._centre_D = features_nD.float().mean(0)
         unit_nD = features_nD.float() - self._centre_D
         # in place: a copy of a large training set takes gigabytes
         unit_nD /= torch.linalg.vector_norm(unit_nD, dim=-1, keepdim=True).clamp_min_(_TINY)
@@ -118,11 +117,7 @@ class ClipKnn:
         self._k, self._power, self._exact = k, power, exact
 
     def identity(self) -> dict[str, Any]:
-        """Describe all that the vectors depend on, as plain JSON; no model is loaded.
-
-        Raises:
-            UserError: As for `Clip.identity`.
-        """
+        """All that the vectors depend on, as plain JSON; no model is loaded. Errors as for `Clip.identity`."""
         return {
             "clip": self._clip.identity(),
             "bank": self._prompt_identity,
@@ -132,22 +127,18 @@ class ClipKnn:
         }
 
     def embed(self, images: list[torch.Tensor]) -> torch.Tensor:
-        """Embed decoded uint8 images [3, H, W] of any size as unit vectors z_BE in fp32 on the CPU.
+        return self.describe(images)[0]
+
+    def describe(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
+        """Return the vectors z_BE, and for each image the prompt that fits it best.
 
         Raises:
             UserError: The model cannot be loaded, or the disk is full.
         """
-        return self.describe(images)[0]
-
-    def describe(self, images: list[torch.Tensor]) -> tuple[torch.Tensor, list[str]]:
-        """Return the vectors z_BE, and for each image the prompt that fits it best."""
-        cosine_Bk, row_Bk = self._nearest(images)
+        image_BJ = torch.stack([self._clip.embed_image(image) for image in images])
+        cosine_Bk, row_Bk = self._index.search(image_BJ.cpu().numpy(), self._k)
         z_BE = weighted_mean(self._target_nE(), cosine_Bk, row_Bk, self._power)
         return torch.from_numpy(z_BE), self._texts(row_Bk[:, 0])
-
-    def _nearest(self, images: list[torch.Tensor]) -> tuple[Floats, Rows]:
-        image_BJ = torch.stack([self._clip.embed_image(image) for image in images])
-        return self._index.search(image_BJ.cpu().numpy(), self._k)
 
     @functools.cached_property
     def _index(self) -> Index:
