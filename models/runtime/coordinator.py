@@ -113,8 +113,7 @@ class Coordinator:
         job: job description for every child: bundle, images, part, width, squares, precision, backend, batch.
         slots: resources, one child each.
         cpu: returns the slots that replace `slots` if no GPU works.
-        identity: identity of the run, for about.json.
-        settings: settings of the interrupted run that this one resumes; {} for a new run.
+        identity, settings: as for `write_settings`; the settings of a new run are {}.
         log: gets lines for the user.
     """
 
@@ -199,15 +198,8 @@ class Coordinator:
                 same = self._settings.get("device") == slot.device.partition(":")[0]
                 batch = (self._settings["batch"] if same else 0) or self._job["batch"]
                 self._limit_workers(slot, batch or GPU_BATCHES[0])
-                self._start(
-                    slot,
-                    device=slot.device,
-                    threads=slot.threads,
-                    lanes=slot.lanes,
-                    workers=slot.workers,
-                    optional=slot.optional,
-                    batch=batch,
-                )
+                keys = ("device", "threads", "lanes", "workers", "optional")
+                self._start(slot, batch=batch, **{key: getattr(slot, key) for key in keys})
         if self._quarantined and not any(child.row is not None for child in self._children):
             row = self._quarantined[0]
             if self._start(None, isolated=(row, self._paths[row])):
@@ -272,7 +264,8 @@ class Coordinator:
             self._release_batches(child.row)
             self._remove(child)
         elif kind == "unusable":
-            self._drop_slot(child, values[0])
+            self._remove(child)
+            self._drop_gpu(child.slot, values[0])
         elif kind == "disk":
             raise DiskError(values[0])
         else:
@@ -310,18 +303,16 @@ class Coordinator:
         return range(number * size, min((number + 1) * size, len(self._paths)))
 
     def _send_batch(self, child: _Child) -> None:
+        batch = None
         if self._todo:
             number = self._todo.popleft()
             rows = self._rows(number)
             child.batches.add(number)
-            self._send(child, (number, rows.start, list(self._paths[rows.start : rows.stop])))
+            batch = number, rows.start, list(self._paths[rows.start : rows.stop])
         else:
             child.idle_lanes += 1
-            self._send(child, None)
-
-    def _send(self, child: _Child, message: Any) -> None:
         with contextlib.suppress(OSError):  # the child has just died; the next poll notices it
-            child.connection.send(message)
+            child.connection.send(batch)
 
     def _batch_done(self, child: _Child, number: int, redone: int) -> None:
         child.batches.discard(number)
@@ -348,12 +339,9 @@ class Coordinator:
         self.progress.unreadable += int((self._part.states(rows.start, len(rows)) == UNREADABLE).sum())
 
     def _handle_exit(self, child: _Child, reason: str, final: bool = False) -> None:
-        """Remove a child that ended or must be replaced, and reassign its batches.
+        """Remove a child that ended (reason "") or must be replaced; reassign its batches.
 
-        Args:
-            child: the child.
-            reason: why it is replaced; "" if it ended by itself.
-            final: do not try its slot again.
+        `final`: do not try its slot again.
         """
         how = self._remove(child)
         if child.row is not None:
@@ -391,10 +379,6 @@ class Coordinator:
                 del self._waiting[number]
                 if self._todo is not None:
                     self._todo.appendleft(number)
-
-    def _drop_slot(self, child: _Child, reason: str) -> None:
-        self._remove(child)
-        self._drop_gpu(child.slot, reason)
 
     def _drop_gpu(self, unusable: Slot | None, reason: str) -> None:
         """Remove the slot of a GPU that does not work; without any slot left, use the CPU."""

@@ -163,9 +163,8 @@ def sample_ids(file: Path, width: int) -> list[str]:
                 if not first:
                     continue
                 name = first[0].rpartition("_")[0]
-                block = [
-                    row[0] if len(row) == 2 else ",".join(row) for row in (first, *itertools.islice(lines, width - 1))
-                ]
+                rows = (first, *itertools.islice(lines, width - 1))
+                block = [row[0] if len(row) == 2 else ",".join(row) for row in rows]
                 expected = [f"{name}_{e}" for e in range(width)]
                 if block != expected:
                     _refuse_block(file, lines.line_num, block, expected)
@@ -182,14 +181,7 @@ def sample_ids(file: Path, width: int) -> list[str]:
 
 
 def _refuse_block(file: Path, last_line: int, block: list[str], expected: list[str]) -> NoReturn:
-    """Raise for the first row of a block that differs from the expected rows.
-
-    Args:
-        file: sample submission.
-        last_line: line number of the block's last row.
-        block: ids of the rows read.
-        expected: ids expected in their place.
-    """
+    """Raise for the first id of a block, up to `last_line`, that differs from the expected ids."""
     at = next((i for i, pair in enumerate(zip(block, expected, strict=False)) if pair[0] != pair[1]), len(block))
     actual = repr(block[at]) if at < len(block) else "the end of the file"
     line = last_line - sum(1 + text.count("\n") for text in block[at + 1 :]) + (at == len(block))

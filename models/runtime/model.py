@@ -72,9 +72,7 @@ def mean_vector(folder: Path, config: Mapping[str, Any]) -> np.ndarray:
 
 
 def squares_of(config: Mapping[str, Any]) -> tuple[Preprocessing, ...]:
-    """Distinct preprocessings of a bundle, by size and then by the other fields.
-
-    Their squares are the inputs of the network and of the exported models, in this order.
+    """Distinct preprocessings of a bundle: the inputs of the network and of the exported models, in this order.
 
     Raises:
         BundleError: a member's preprocessing is unknown to this program.

@@ -38,11 +38,7 @@ class Line:
 
 
 def check_format(kind: str, names: Iterable[str]) -> None:
-    """Check that a format's package is installed and that the format can store these names.
-
-    Raises:
-        BundleError: otherwise.
-    """
+    """Refuse a format whose package is not installed or that cannot store these names (BundleError)."""
     if kind != "parquet":
         return
     if importlib.util.find_spec("pyarrow") is None:
@@ -142,13 +138,9 @@ def _encoded(text: str) -> bytes:
 
 def _write_rows(file: BinaryIO, rows: Iterable[Sequence[str]]) -> None:
     """Write a CSV row by row."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    for row in rows:
-        writer.writerow(row)
-        file.write(_encoded(buffer.getvalue()))
-        buffer.seek(0)
-        buffer.truncate()
+    text = io.TextIOWrapper(file, "utf-8", "surrogateescape", newline="")
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    text.detach()  # otherwise `file` would be closed
 
 
 def _write_csv(file: BinaryIO, lines: Iterable[Line], width: int) -> None:
@@ -160,10 +152,8 @@ def _write_csv(file: BinaryIO, lines: Iterable[Line], width: int) -> None:
 
 def _templates(width: int) -> tuple[str, str]:
     """CSV rows of an image with \\0 in place of its name, without and with quotes."""
-    return (
-        "".join(f"\0_{e},%.9g\n" for e in range(width)),
-        "".join(f'"\0_{e}",%.9g\n' for e in range(width)),
-    )
+    plain, quoted = "\0_{},%.9g\n", '"\0_{}",%.9g\n'
+    return "".join(map(plain.format, range(width))), "".join(map(quoted.format, range(width)))
 
 
 def _csv_rows(templates: tuple[str, str], name: str, vector_E: np.ndarray) -> str:

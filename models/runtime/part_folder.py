@@ -56,10 +56,6 @@ class PartFolder:
         self._row_bytes = 4 * width
         self._vectors, self._states = (os.open(folder / name, os.O_RDWR) for name in ("vectors", "states"))
 
-    def close(self) -> None:
-        os.close(self._vectors)
-        os.close(self._states)
-
     def state(self, row: int) -> int:
         return os.pread(self._states, 1, row)[0]
 
@@ -70,12 +66,8 @@ class PartFolder:
 
     def mark(self, first: int, *states: int) -> None:
         """Set the states of consecutive rows, beginning at `first`."""
-        self.mark_all(bytes(states), first)
-
-    def mark_all(self, states: bytes, first: int = 0) -> None:
-        """Set the states of consecutive rows, one byte each, beginning at `first`."""
         with _disk_errors(self.folder / "states"):
-            _write_at(self._states, states, first)
+            _write_at(self._states, bytes(states), first)
 
     def vector(self, row: int) -> np.ndarray:
         """Vector [E] of a row, fp32."""
@@ -156,7 +148,8 @@ def locked(folder: Path) -> Iterator[None]:
     """
     while True:
         folder.mkdir(exist_ok=True)
-        unexpected = [path.name for path in folder.iterdir() if not _is_part_file(path.name)]
+        names = [path.name for path in folder.iterdir()]
+        unexpected = [name for name in names if name not in _FILES and not name.startswith(_ROW_FILE_PREFIXES)]
         if unexpected:
             raise BundleError(
                 f"{folder} holds {unexpected[0]}, which predict.py did not write; move it, or choose another --out"
@@ -176,10 +169,6 @@ def _lock(descriptor: int, folder: Path) -> None:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise BundleError(f"another process is using {folder}; wait for it, or choose another --out") from error
-
-
-def _is_part_file(name: str) -> bool:
-    return name in _FILES or name.startswith(_ROW_FILE_PREFIXES)
 
 
 def clear(folder: Path, whole: bool = False) -> None:
@@ -268,7 +257,7 @@ def _reset_torn_rows(part: PartFolder, count: int, width: int) -> None:
         unit_n = is_unit(rows_nE.reshape(-1, width))
         block = states[first : first + len(unit_n)]
         block[(block == DONE) & ~unit_n] = TODO
-    part.mark_all(states.tobytes())
+    part.mark(0, *states.tolist())
 
 
 def is_unit(z_BE: np.ndarray) -> np.ndarray:

@@ -30,15 +30,7 @@ import numpy as np
 from .coordinator import Coordinator, Progress, WorkError
 from .inputs import Task, abbreviate, count_by_reason, read_task
 from .model import BACKENDS, PRECISIONS, BundleError, mean_vector, read_config, squares_of
-from .outputs import (
-    FORMATS,
-    Line,
-    check_format,
-    seconds_to_write,
-    skipped_list,
-    unreadable_list,
-    write_output,
-)
+from .outputs import FORMATS, Line, check_format, seconds_to_write, skipped_list, unreadable_list, write_output
 from .part_folder import (
     DONE,
     UNREADABLE,
@@ -54,7 +46,6 @@ from .slots import Slot, cpu_slots, gpu_slots
 from .worker import CHILD, child
 
 _LINE_INTERVAL = 10.0  # seconds between progress lines that cannot be rewritten
-_RESUME_HINT = ". Progress is saved: run the same command to resume."
 
 
 class _Terminated(BaseException):
@@ -147,7 +138,7 @@ def _part_folder(options: argparse.Namespace) -> Path:
 
 
 def _resume_hint(options: argparse.Namespace) -> str:
-    return _RESUME_HINT if _part_folder(options).exists() else ""
+    return ". Progress is saved: run the same command to resume." if _part_folder(options).exists() else ""
 
 
 def _raise_terminated(*_: Any) -> None:
@@ -233,17 +224,9 @@ def _make_coordinator(
 
 
 def _run(coordinator: Coordinator, options: argparse.Namespace, began: float, count: int, width: int) -> bool:
-    """Run the coordinator.
+    """Run the coordinator until all images are done (True), or until the time is up or, with a limit, it fails (False).
 
-    Args:
-        coordinator: coordinator of all images.
-        options: command-line options.
-        began: start of the process by time.monotonic().
-        count: number of ids to write.
-        width: E.
-
-    Returns:
-        Whether all images are done; False: the time is up, or, with a time limit, nothing can compute.
+    `began` is the start of the process by time.monotonic(); `count` ids of `width` rows are to be written.
     """
     limit, show = options.time_limit, _ProgressLine()
     deadline = None

@@ -40,12 +40,8 @@ class Slot:
 def cores() -> int:
     """Number of CPU cores that this process may use: affinity and the container's quota."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota, period, *_ = _cgroup("cpu.max") or [
-        *_cgroup("cpu/cpu.cfs_quota_us"),
-        *_cgroup("cpu/cpu.cfs_period_us"),
-        -1,
-        -1,
-    ]
+    version_1 = (*_cgroup("cpu/cpu.cfs_quota_us"), *_cgroup("cpu/cpu.cfs_period_us"), -1, -1)
+    quota, period, *_ = _cgroup("cpu.max") or version_1
     return min(count, max(1, math.ceil(quota / period))) if quota > 0 and period > 0 else count
 
 
