@@ -132,7 +132,7 @@ def load_into(model: Regressor, folder: Path) -> None:
             "checkpoints/NAME/best. Pickles (.ckpt, .pt, .bin) can run code when they are read and are never loaded; "
             "give weights of a backbone as model.weights=FILE.safetensors"
         )
-    if not (folder / "config.json").exists() and (folder / "best/config.json").exists():
+    if best_of_run(folder) != folder:
         raise UserError(f"init_from: {folder} is a run; name one of its checkpoints, such as {folder / 'best'}")
     config = read_config(folder)
     differ = differences(config, model.description(), ARCHITECTURE)

@@ -5,7 +5,7 @@ n images, D feature width, H units of a wide head, E target width.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -139,11 +139,8 @@ def init_ridge(
     """
     if isinstance(head, nn.Linear):
         return _fit_layer(head, batches(), penalty_scale, part_n)
-    assert isinstance(head, nn.Sequential)
-    first, norm, relu, last = head
-    assert isinstance(first, nn.Linear)
-    assert isinstance(norm, nn.BatchNorm1d)
-    assert isinstance(last, nn.Linear)
+    layers: Any = head
+    first, norm, relu, last = layers
     _set_batch_norm_statistics(first, norm, batches())
     hidden = nn.Sequential(first, norm, relu).eval()
     try:
@@ -164,11 +161,8 @@ def _fit_layer(layer: nn.Linear, batches: Pairs, penalty_scale: float, part_n: N
 
 
 @torch.no_grad()
-def _set_batch_norm_statistics(first: nn.Linear, norm: nn.BatchNorm1d, batches: Pairs) -> None:
-    """Set the statistics of `norm` to the exact mean and variance of the outputs of `first` over all rows."""
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    assert norm.num_batches_tracked is not None
+def _set_batch_norm_statistics(first: nn.Linear, norm: Any, batches: Pairs) -> None:
+    """Set the statistics of a `BatchNorm1d` to the exact mean and variance of the outputs of `first` over all rows."""
     n, mean_H, squares_H = 0, torch.zeros(norm.num_features).double(), torch.zeros(norm.num_features).double()
     for x_nD, _ in batches:
         if not len(x_nD):

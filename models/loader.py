@@ -40,7 +40,7 @@ def load_embedder(
         return load_with_views(folder, device, flip=flip, sizes=sizes)
     if sizes:
         raise UserError(f"{folder} is a {kind}: its input size is fixed; leave sizes empty, or name a checkpoint")
-    embedder: Embedder = load_ensemble(folder, device) if kind == ENSEMBLE_KIND else _load_bundle(folder, device)
+    embedder: Embedder = load_ensemble(folder, device) if kind == ENSEMBLE_KIND else load_bundle(folder, device)
     return Views(lambda _: embedder, flip=True) if flip else embedder
 
 
@@ -119,22 +119,14 @@ def resolve_embedder(folder: Path) -> tuple[str, Path]:
     )
 
 
-def load_bundle(folder: Path, device: str | None = "cpu") -> Any:
-    """Load the `Predictor` of a bundle with the bundle's own predict.py.
+def load_bundle(folder: Path, device: torch.device | str = "cpu") -> Any:
+    """Load the `Predictor` of a bundle, an `Embedder`, with the bundle's own predict.py.
 
-    Args:
-        folder: Bundle folder.
-        device: Torch device name; None lets the bundle choose.
-
-    Returns:
-        An `Embedder`, of the class `Predictor` that predict.py defines.
+    Raises:
+        UserError: The folder is not a bundle, a file is damaged, or the device does not work.
     """
-    return load_predictor(folder, device)
-
-
-def _load_bundle(folder: Path, device: torch.device | str) -> Embedder:
     try:
-        return load_bundle(folder, str(device))
+        return load_predictor(folder, str(device))
     except (KeyError, OSError, RuntimeError, SafetensorError, SyntaxError, TypeError, ValueError) as error:
         raise UserError(
             f"the bundle {folder} cannot be loaded: {type(error).__name__}: {error}; export it again"

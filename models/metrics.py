@@ -124,16 +124,15 @@ def _refuse_scores(scores: Mapping[str, NDArray[np.float64]], group_n: NDArray[A
     lengths = {name: len(score_n) for name, score_n in scores.items()}
     if group_n is not None:
         lengths["group_n"] = len(group_n)
-    found = []
+    problems = []
     if len(set(lengths.values())) > 1:
         each = ", ".join(f"{name} {count}" for name, count in lengths.items())
-        found.append(f"scores of different images cannot be compared: {each}; score all on the same ones")
+        problems.append(f"scores of different images cannot be compared: {each}; score all on the same ones")
     for name, score_n in scores.items():
         wrong = int((~np.isfinite(score_n)).sum())
-        found += [f"{name}: {wrong} of {len(score_n)} scores are not finite"] if wrong else []
-        found += [] if len(score_n) else [f"{name}: no score; at least one image is needed"]
-    if found:
-        raise UserError("\n".join(found))
+        problems += [f"{name}: {wrong} of {len(score_n)} scores are not finite"] if wrong else []
+        problems += [] if len(score_n) else [f"{name}: no score; at least one image is needed"]
+    _refuse(problems)
 
 
 def _resample(
@@ -146,14 +145,14 @@ def _resample(
     groups = len(size_G)
     sum_GM = np.stack([np.bincount(group_n, score_n, groups) for score_n in score_nM.T], 1)
     rng = np.random.default_rng(seed)
-    found = np.empty((rounds, members))
+    mean_RM = np.empty((rounds, members))
     step = max(_CHUNK // groups, 1)
     for start in range(0, rounds, step):
         count = min(step, rounds - start)
         drawn_RG = rng.integers(0, groups, (count, groups)) + groups * np.arange(count)[:, None]
         times_RG = np.bincount(drawn_RG.ravel(), minlength=count * groups).reshape(count, groups).astype(np.float64)
-        found[start : start + count] = (times_RG @ sum_GM) / (times_RG @ size_G)[:, None]
-    return found, _quantiles(groups)
+        mean_RM[start : start + count] = (times_RG @ sum_GM) / (times_RG @ size_G)[:, None]
+    return mean_RM, _quantiles(groups)
 
 
 def _quantiles(groups: int) -> tuple[float, float]:
@@ -194,11 +193,10 @@ def bins(
         below = sizes[small - 1] if small else math.inf
         del cuts[small if above <= below else small - 1]
     bin_n = np.searchsorted(cuts, value_n, side="right")
-    found = [
-        Bin(name, known_n & (bin_n == number)) for number, name in enumerate(_names(cuts, unit, whole, known_n.all()))
-    ]
+    names = _names(cuts, unit, whole, known_n.all())
+    groups = [Bin(name, known_n & (bin_n == number)) for number, name in enumerate(names)]
     unknown = [] if known_n.all() else [Bin("unknown", ~known_n)]
-    return [one for one in found if one.mask_n.any()] + unknown
+    return [group for group in groups if group.mask_n.any()] + unknown
 
 
 def _names(cuts: list[float], unit: str, whole: bool, all_known: np.bool_) -> list[str]:
@@ -217,28 +215,21 @@ def _short(value: float) -> str:
 
 
 def vector_problems(name: str, vector_nE: NDArray[np.float32], count: int | None, width: int | None) -> list[str]:
-    """Problems of an embedder's vectors [n, E], one line each.
-
-    Args:
-        name: Name of the embedder, for the messages.
-        vector_nE: Vectors to check.
-        count: Required n; None accepts any.
-        width: Required E; None accepts any.
-    """
+    """Problems of an embedder's vectors [n, E], one line each. `count` and `width`: required n and E; None: any."""
     if vector_nE.ndim != 2:
         return [f"{name}: an array of shape {list(vector_nE.shape)}, where vectors [n, E] are due"]
     rows, columns = vector_nE.shape
-    found = []
+    problems = []
     if width is not None and columns != width:
-        found.append(f"{name}: vectors of width {columns}, not {width}; is it for another target encoder?")
+        problems.append(f"{name}: vectors of width {columns}, not {width}; is it for another target encoder?")
     if count is not None and rows != count:
-        found.append(f"{name}: {rows} vectors, not {count}; predict all on the same images")
+        problems.append(f"{name}: {rows} vectors, not {count}; predict all on the same images")
     finite_n = np.isfinite(vector_nE).all(1)
     for wrong_n, what in ((~finite_n, "NaN or infinite"), (finite_n & ~vector_nE.any(1), "zero")):
         if wrong_n.any():
             first = int(wrong_n.argmax())
-            found.append(f"{name}: {wrong_n.sum()} of {rows} vectors are {what}, the first that of image {first}")
-    return found
+            problems.append(f"{name}: {wrong_n.sum()} of {rows} vectors are {what}, the first that of image {first}")
+    return problems
 
 
 def similarity_matrix(vector_nE: NDArray[np.float32], targets: Sequence[NDArray[np.float32]]) -> NDArray[np.float32]:
@@ -280,30 +271,31 @@ def recall(
     Raises:
         UserError: Vectors are zero, not finite or of another width, or a row is not in the corpus.
     """
-    own = [np.atleast_1d(np.asarray(rows, np.int64)) for rows in true_n]
-    found = vector_problems("corpus", corpus_mE, None, None)
-    found += vector_problems("vectors", vector_nE, len(own), corpus_mE.shape[-1])
-    outside = [i for i, rows in enumerate(own) if not len(rows) or rows.min() < 0 or rows.max() >= len(corpus_mE)]
+    true_rows = [np.atleast_1d(np.asarray(rows, np.int64)) for rows in true_n]
+    problems = vector_problems("corpus", corpus_mE, None, None)
+    problems += vector_problems("vectors", vector_nE, len(true_rows), corpus_mE.shape[-1])
+    outside = [i for i, rows in enumerate(true_rows) if not len(rows) or rows.min() < 0 or rows.max() >= len(corpus_mE)]
     if outside:
-        found.append(f"{len(outside)} images have no prompt in the corpus of {len(corpus_mE)}, the first {outside[0]}")
-    if not len(own):
-        found.append("no image to find the prompt of")
-    _refuse(found)
+        counts = f"{len(outside)} images have no prompt in the corpus of {len(corpus_mE)}"
+        problems.append(f"{counts}, the first {outside[0]}")
+    if not len(true_rows):
+        problems.append("no image to find the prompt of")
+    _refuse(problems)
     corpus_mE = np.ascontiguousarray(corpus_mE, np.float32) + 0.0  # no negative zeros: equal vectors have equal bytes
     unit_nE = (vector_nE / np.linalg.norm(vector_nE, axis=1, keepdims=True)).astype(np.float32)
-    best_n = np.array([(corpus_mE[rows] @ unit).max() for rows, unit in zip(own, unit_nE, strict=True)])
+    best_n = np.array([(corpus_mE[rows] @ unit).max() for rows, unit in zip(true_rows, unit_nE, strict=True)])
     whole = np.dtype((np.void, corpus_mE.itemsize * corpus_mE.shape[1]))
     once = np.sort(np.unique(corpus_mE.view(whole)[:, 0], return_index=True)[1])
-    before_n = np.zeros(len(own), np.int64)
+    before_n = np.zeros(len(true_rows), np.int64)
     step = 1024
     for start in range(0, len(once), _BLOCK):
         part_mE = corpus_mE[once[start : start + _BLOCK]]
-        for first in range(0, len(own), step):
+        for first in range(0, len(true_rows), step):
             near_nm = unit_nE[first : first + step] @ part_mE.T
             before_n[first : first + step] += (near_nm > best_n[first : first + step, None] + _ROUNDING).sum(1)
     return {k: float((before_n < k).mean()) for k in ks}
 
 
-def _refuse(found: list[str]) -> None:
-    if found:
-        raise UserError("\n".join(found))
+def _refuse(problems: list[str]) -> None:
+    if problems:
+        raise UserError("\n".join(problems))

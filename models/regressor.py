@@ -127,12 +127,8 @@ def make(
     *,
     head: str = "linear",
     hidden: int = 0,
-    resize_mode: str | None = None,
-    interpolation: str | None = None,
-    crop_pct: float | None = None,
+    **preprocessing: Any,
 ) -> Regressor:
-    """Build a regressor with a random head; arguments as for `models.backbones.registry.build`."""
-    module, spec = build(
-        backbone, weights, size, resize_mode=resize_mode, interpolation=interpolation, crop_pct=crop_pct
-    )
+    """Build a regressor with a random head; `backbone`, `weights`, `size` and `preprocessing` as for `build`."""
+    module, spec = build(backbone, weights, size, **preprocessing)
     return Regressor(module, spec, width, head, hidden)

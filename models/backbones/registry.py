@@ -67,23 +67,15 @@ def build(
         UserError: The name is unknown, the weights cannot be loaded, or the backbone cannot take this size.
     """
     spec = own_spec(with_own_activation(name))
-    preprocessing = replace(
-        spec.preprocessing,
-        size=size or spec.size,
-        resize_mode=resize_mode or spec.preprocessing.resize_mode,
-        interpolation=interpolation or spec.preprocessing.interpolation,
-        crop_pct=crop_pct or spec.preprocessing.crop_pct,
-    )
+    changes = {"size": size, "resize_mode": resize_mode, "interpolation": interpolation, "crop_pct": crop_pct}
+    preprocessing = replace(spec.preprocessing, **{key: value for key, value in changes.items() if value})
     if resize_mode == "longest" != spec.preprocessing.resize_mode:
         preprocessing = replace(preprocessing, fill_color=mean_colour(spec.mean))
     return build_as_named(spec.name, weights, size), replace(spec, preprocessing=preprocessing)
 
 
 def build_as_named(name: str, weights: str, size: int | None = None) -> nn.Module:
-    """Build a backbone with the activation in its name, for checkpoints that were trained with it.
-
-    Arguments and errors as for `build`.
-    """
+    """Build a backbone with the activation in its name, for checkpoints that were trained with it; as `build`."""
     _, own_size = shape_of(name)
     is_meta = torch.get_default_device().type == "meta"
     if is_meta:
@@ -102,11 +94,7 @@ def build_as_named(name: str, weights: str, size: int | None = None) -> nn.Modul
 
 
 def _check_size(name: str, own_size: int, size: int) -> None:
-    """Check that a backbone accepts an input size.
-
-    Raises:
-        UserError: It does not; the message names the nearest sizes that it accepts.
-    """
+    """Refuse an input size that a backbone does not accept; the message names the nearest sizes that it accepts."""
     patch = _patch(name)
     problem = f"not a multiple of the patch size {patch}" if size % patch else _size_problem(name, size)
     if problem is None or (size % patch == 0 and _size_problem(name, own_size) is not None):
@@ -139,9 +127,9 @@ def _patch(name: str) -> int:
     """Side of the patches that a transformer cuts its input into; 1 where it cuts none."""
     convolutions = dict(create_tower_on_meta(name).named_modules())
     for path in ("patch_embed.proj", "trunk.patch_embed.proj", "embeddings.patch_embedding", "conv1"):
-        found = convolutions.get(path)
-        if isinstance(found, nn.Conv2d) and found.kernel_size == found.stride:
-            return int(found.stride[0])
+        layer = convolutions.get(path)
+        if isinstance(layer, nn.Conv2d) and layer.kernel_size == layer.stride:
+            return int(layer.stride[0])
     return 1
 
 

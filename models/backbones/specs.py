@@ -171,11 +171,7 @@ def mean_colour(mean: tuple[float, ...]) -> tuple[int, int, int]:
 def _preprocessing(
     name: str, size: int, mode: str, config: dict[str, Any], fill_color: tuple[int, int, int]
 ) -> Preprocessing:
-    """Build a preprocessing from a library's config.
-
-    Raises:
-        UserError: The library's resizing is not implemented.
-    """
+    """Build a preprocessing from a library's config; refuse one that is not implemented."""
     interpolation = "bicubic" if config["interpolation"] == "random" else config["interpolation"]  # as the libraries do
     try:
         return Preprocessing(size, mode, interpolation, config.get("crop_pct", 1.0), fill_color)
