@@ -19,10 +19,10 @@ from torch import nn
 
 from core.errors import UserError
 from core.progress import progress
-from models.backbones.registry import OPEN_CLIP
 from models.backbones.specs import import_open_clip, near_names, with_own_activation
 from models.head_init import RidgeHead
 from models.regressor import Regressor
+from models.runtime.towers import OPEN_CLIP
 
 _BATCH = 256
 _NEEDS = "model.head_init=text needs"
@@ -90,8 +90,7 @@ def text_head(
     Args:
         text_tower: open_clip:MODEL/PRETRAINED, or open_clip:MODEL/ and the path of a .safetensors file of both towers.
         weights: Value of `model.weights`: pretrained, random, or a path; a path in `text_tower` has priority.
-        prompts: Prompts.
-        target_nE: Unit target vectors of the prompts.
+        prompts, target_nE: Prompts and their unit target vectors.
         width: Feature width D of the backbone.
         joint: Whether the output of the backbone is in the joint space, as for an open_clip tower.
         device: Device of the text tower.

@@ -18,11 +18,8 @@ from torch import nn
 from core.errors import UserError
 from core.files import sha256
 from models.backbones import pretrained_weights
-from models.backbones.layer_groups import blocks, frozen_names, layers
 from models.backbones.specs import Spec, create_tower_on_meta, mean_colour, own_spec, shape_of, with_own_activation
 from models.runtime.towers import OPEN_CLIP, TRANSFORMERS, create_tower, resize_tower
-
-__all__ = ["Spec", "blocks", "build", "build_as_named", "frozen_names", "layers"]
 
 log = logging.getLogger(__name__)
 

@@ -22,9 +22,8 @@ from typing import Any, Literal, Protocol, get_args
 import numpy as np
 import torch
 
-from core.cache import PART, cached_rows
+from core.cache import cached_rows
 from core.errors import UserError
-from core.progress import progress
 from models.baselines.clip import Clip
 from models.embedder import Captioner
 
@@ -81,9 +80,9 @@ class ClipInterrogator:
             `ViT-H-14/laion2b_s32b_b79k` that of Stable Diffusion 2.
         captioner: Captioner for the first part of a prompt; the package uses BLIP.
         device: Device of CLIP; half precision on a GPU.
+        cache: Folder for the term vectors, 4 D bytes per term.
         mode: fast, classic or best.
         words: Folder with artists.txt, flavors.txt, mediums.txt, movements.txt; None: the package's lists.
-        cache: Folder for the term vectors, 4 D bytes per term; None: compute them in each process.
 
     Raises:
         UserError: Lists all problems: unknown mode, missing or empty term lists, unknown CLIP model.
@@ -95,9 +94,9 @@ class ClipInterrogator:
         captioner: Identified,
         device: torch.device | str = "cpu",
         *,
+        cache: Path,
         mode: Mode = "best",
         words: Path | None = None,
-        cache: Path | None = None,
     ) -> None:
         problems = []
         if mode not in get_args(Mode):
@@ -213,17 +212,8 @@ class ClipInterrogator:
         def encode(start: int, stop: int) -> np.ndarray[Any, np.dtype[np.float32]]:
             return self._clip.texts(words[start:stop]).half().float().cpu().numpy()
 
-        unit, what = "term", "CLIP's vectors of words"
-        if self._cache is not None:
-            folder = self._cache / _hash([_FORMAT, self._clip.identity(), words])
-            z_WD = np.array(cached_rows(folder, len(words), encode, unit, what))
-        else:
-            parts = []
-            with progress(len(words), unit, what) as bar:
-                for start in range(0, len(words), PART):
-                    parts.append(encode(start, min(start + PART, len(words))))
-                    bar.update(len(parts[-1]))
-            z_WD = np.concatenate(parts)
+        folder = self._cache / _hash([_FORMAT, self._clip.identity(), words])
+        z_WD = np.array(cached_rows(folder, len(words), encode, "term", "CLIP's vectors of words"))
         return torch.from_numpy(z_WD).to(self._clip.device)
 
 

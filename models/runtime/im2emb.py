@@ -261,15 +261,9 @@ def _locate_encoder(name: str | None) -> str:
 
 
 def _require(model: Any, identity: dict[str, Any], source: str) -> None:
-    """Set the longest text in tokens, and check that a text encoder gives the vectors that the bundle was trained for.
+    """Set the longest text in tokens, and refuse a text encoder other than the one that the bundle was trained for.
 
-    Args:
-        model: the loaded text encoder.
-        identity: encoder identity that the bundle was trained for; empty in bundles that do not record it.
-        source: folder or hub name of the model, for the message.
-
-    Raises:
-        ValueError: the text encoder gives other vectors.
+    `identity` is that of the bundle, empty where it records none; `source` names the loaded model in messages.
     """
     if not identity:
         return

@@ -99,9 +99,7 @@ def count_by_reason(others: list[tuple[str, str]]) -> str:
 def _images(folder: Path, others: list[tuple[str, str]]) -> Iterator[tuple[str, int, int]]:
     """Yield relative path, bytes and modification time (ns) of each image, -1 for a dangling link.
 
-    Args:
-        folder: folder of images.
-        others: receives relative path and reason of each other file.
+    `others` receives relative path and reason of each other file.
     """
     if not folder.is_dir():
         raise BundleError(f"no folder {folder}")

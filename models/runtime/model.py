@@ -426,12 +426,7 @@ class Predictor:
 
 
 def _decode_any(image: ImageLike) -> torch.Tensor:
-    """Convert an image of any supported type to uint8 [3, H, W].
-
-    Raises:
-        BadImage: the image cannot be decoded, or is of another type or shape.
-        OSError: the file cannot be read.
-    """
+    """Convert an image of any supported type to uint8 [3, H, W]; raises `BadImage` or OSError."""
     if isinstance(image, Path | str):
         return decode(Path(image).read_bytes())
     if isinstance(image, Image.Image):

@@ -197,11 +197,7 @@ def _embed(connection: Any, job: Mapping[str, Any]) -> None:
 
 
 def _load_predictor(job: Mapping[str, Any]) -> Predictor:
-    """Load the bundle's model.
-
-    Raises:
-        BundleError: the model cannot be loaded, and a second attempt would fail as well.
-    """
+    """Load the bundle's model; a `BundleError` means that a second attempt would fail as well."""
     try:
         return Predictor(Path(job["bundle"]), job["device"], job["precision"], job["backend"])
     except (MemoryError, torch.cuda.OutOfMemoryError):

@@ -241,8 +241,10 @@ def test_all_terms_of_the_package_are_used(tiny: Path, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir()), "nothing is computed before an image asks for it"
 
 
-def test_prompt_does_not_depend_on_the_batch(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
-    found = ClipInterrogator(str(tiny), Told(), mode="best", words=words)
+def test_prompt_does_not_depend_on_the_batch(
+    tiny: Path, words: Path, images: list[torch.Tensor], tmp_path: Path
+) -> None:
+    found = ClipInterrogator(str(tiny), Told(), cache=tmp_path, mode="best", words=words)
     assert [found.caption([image])[0] for image in images[2:4]] == found.caption(images[2:4])
     assert found.caption([]) == []
 
@@ -317,7 +319,9 @@ def test_term_vectors_are_cached(
 
 def test_identity_covers_everything_that_prompts_depend_on(tiny: Path, words: Path, tmp_path: Path) -> None:
     def identity(clip: Path = tiny, mode: Mode = "best", words: Path = words) -> str:
-        return json.dumps(ClipInterrogator(str(clip), Told(), mode=mode, words=words).identity(), sort_keys=True)
+        return json.dumps(
+            ClipInterrogator(str(clip), Told(), cache=tmp_path, mode=mode, words=words).identity(), sort_keys=True
+        )
 
     copied = shutil.copytree(tiny, tmp_path / "copied")
     assert identity() == identity(copied), "a folder's name does not count"
@@ -331,11 +335,13 @@ def test_identity_covers_everything_that_prompts_depend_on(tiny: Path, words: Pa
     assert len(set(different)) == 4
 
 
-def test_caption_embedder_encodes_the_prompt(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
+def test_caption_embedder_encodes_the_prompt(
+    tiny: Path, words: Path, images: list[torch.Tensor], tmp_path: Path
+) -> None:
     def encode(texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
         return np.array([[len(text), 1] for text in texts], np.float32)
 
-    found = ClipInterrogator(str(tiny), Told(), mode="classic", words=words)
+    found = ClipInterrogator(str(tiny), Told(), cache=tmp_path, mode="classic", words=words)
     z_BE, texts = CaptionEmbedder(found, encode).describe(images)
     assert texts == found.caption(images)
     np.testing.assert_array_equal(z_BE, encode(texts))
@@ -392,7 +398,7 @@ def test_cached_hub_weights_use_their_activation(
 def test_invalid_settings_are_refused(tiny: Path, words: Path, tmp_path: Path) -> None:
     def refused(*parts: str, clip: str = str(tiny), mode: Any = "best", words: Path | None = words) -> None:
         with pytest.raises(UserError) as caught:
-            ClipInterrogator(clip, Told(), mode=mode, words=words)
+            ClipInterrogator(clip, Told(), cache=tmp_path, mode=mode, words=words)
         for part in parts:
             assert part in str(caught.value)
 
@@ -443,18 +449,20 @@ def test_damaged_weights_are_refused(tiny: Path, tmp_path: Path) -> None:
         Clip(str(folder)).texts(["a"])
 
 
-def test_missing_package_names_its_extra(tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_names_its_extra(
+    tiny: Path, words: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setitem(sys.modules, "clip_interrogator", None)
     with pytest.raises(UserError, match=r"im2emb\[captioners\]"):
-        ClipInterrogator(str(tiny), Told())
-    assert ClipInterrogator(str(tiny), Told(), words=words).identity(), "other words do without it"
+        ClipInterrogator(str(tiny), Told(), cache=tmp_path)
+    assert ClipInterrogator(str(tiny), Told(), cache=tmp_path, words=words).identity(), "other words do without it"
 
 
 @pytest.mark.gpu
-def test_fp16_vectors_on_a_gpu_are_close(tiny: Path, words: Path, images: list[torch.Tensor]) -> None:
+def test_fp16_vectors_on_a_gpu_are_close(tiny: Path, words: Path, images: list[torch.Tensor], tmp_path: Path) -> None:
     half, whole = Clip(str(tiny), "cuda"), Clip(str(tiny))
     assert (half.identity()["precision"], whole.identity()["precision"]) == ("fp16", "fp32")
     torch.testing.assert_close(half.texts(CAPTIONS).cpu(), whole.texts(CAPTIONS), rtol=0, atol=5e-3)
     torch.testing.assert_close(half.embed_image(images[0]).cpu(), whole.embed_image(images[0]), rtol=0, atol=5e-3)
-    found = ClipInterrogator(str(tiny), Told(), "cuda", words=words)
+    found = ClipInterrogator(str(tiny), Told(), "cuda", cache=tmp_path, words=words)
     assert found.caption(images) == found.caption(images)
