@@ -215,11 +215,11 @@ def _projection(visual: Any, text_tower: str) -> tuple[torch.Tensor, torch.Tenso
     if isinstance(getattr(visual, "proj", None), nn.Parameter):
         return visual.proj.detach().T, torch.zeros(visual.proj.shape[1])
     if hasattr(visual, "trunk"):
-        own = list(visual.head.children())
-        last = own[-1] if own else visual.trunk.get_classifier()
+        head_layers = list(visual.head.children())
+        last = head_layers[-1] if head_layers else visual.trunk.get_classifier()
         if isinstance(last, nn.Identity):
             return None
-        if isinstance(last, nn.Linear) and not [m for m in own[:-1] if not isinstance(m, nn.Dropout)]:
+        if isinstance(last, nn.Linear) and not [m for m in head_layers[:-1] if not isinstance(m, nn.Dropout)]:
             shift_J = torch.zeros(last.out_features) if last.bias is None else last.bias.detach()
             return last.weight.detach(), shift_J
     raise UserError(
