@@ -11,8 +11,7 @@ import codecs
 import io
 import logging
 import re
-from dataclasses import dataclass
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from core.errors import UserError
 
@@ -170,20 +169,14 @@ def _refuse_disguised(head: bytes) -> None:
         raise UnicodeDecodeError("utf-8", head, disguised.start(), disguised.end(), "a byte that no text has")
 
 
-@dataclass(frozen=True)
-class _Undecodable:
+class _Undecodable(NamedTuple):
     """Lines of a text file that cannot be decoded."""
 
-    number: int
-    """Number of the first undecodable line, from 1."""
-    line: bytes
-    """First undecodable line."""
-    lines: int
-    """Number of undecodable lines among those read."""
-    other_lines: int
-    """Number of decodable lines with non-ASCII letters among those read."""
-    sample: bytes
-    """Bytes of undecodable lines, at least `_SAMPLE` of them where the file has as many."""
+    number: int  # of the first undecodable line, from 1
+    line: bytes  # the first undecodable one
+    lines: int  # number of undecodable lines among those read
+    other_lines: int  # number of decodable lines with non-ASCII letters among those read
+    sample: bytes  # undecodable lines, at least `_SAMPLE` bytes where the file has as many
 
 
 def _undecodable(raw: BinaryIO, encoding: str | None) -> _Undecodable:

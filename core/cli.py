@@ -37,22 +37,21 @@ def compose(config_name: str, overrides: list[str], *, by_user: bool = False) ->
     from hydra import compose as hydra_compose
     from hydra import initialize_config_dir
     from hydra.core.global_hydra import GlobalHydra
-    from omegaconf import OmegaConf
 
     refuse_old_names(config_name, _parsed(overrides))
     GlobalHydra.instance().clear()  # a command may compose the settings of another, as train.runs does
     with initialize_config_dir(str(ROOT / "conf"), version_base="1.3"):
         composed = hydra_compose(config_name, overrides)
-    refuse_old_names_in_files(config_name, _unresolved(composed))
-    values = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
+    refuse_old_names_in_files(config_name, _plain(composed, resolve=False))
+    values = _plain(composed, resolve=True)
     return Values(values, _written(overrides)) if by_user else values
 
 
-def _unresolved(composed: Any) -> dict[str, Any]:
-    """Convert composed settings to plain values, with `${…}` unresolved."""
+def _plain(composed: Any, *, resolve: bool) -> dict[str, Any]:
+    """Convert composed settings to plain values; `${…}` stays as it is unless `resolve`."""
     from omegaconf import OmegaConf
 
-    return typing.cast(dict[str, Any], OmegaConf.to_container(composed))
+    return typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=resolve))
 
 
 def _parsed(arguments: Sequence[str]) -> list[Override]:
@@ -72,8 +71,8 @@ def defaults(config_name: str) -> dict[str, Any]:
     """Return the values of `conf/<config_name>.yaml`, a file without groups; ten times as fast as `compose`."""
     from omegaconf import OmegaConf
 
-    values = OmegaConf.to_container(OmegaConf.load(ROOT / "conf" / f"{config_name}.yaml"), resolve=True)
-    return {k: v for k, v in typing.cast(dict[str, Any], values).items() if k not in ("defaults", "hydra")}
+    values = _plain(OmegaConf.load(ROOT / "conf" / f"{config_name}.yaml"), resolve=True)
+    return {key: value for key, value in values.items() if key not in ("defaults", "hydra")}
 
 
 def _written(overrides: Sequence[str]) -> set[str]:
@@ -89,7 +88,6 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     """
     import hydra
     from hydra.core.hydra_config import HydraConfig
-    from omegaconf import OmegaConf
 
     _refuse_foreign_packages()
     try:
@@ -108,13 +106,13 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
         logging.getLogger("huggingface_hub").propagate = False  # it has its own handler
         logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about kernels that are not used here
         try:
-            unresolved = _unresolved(composed)
+            unresolved = _plain(composed, resolve=False)
             refuse_old_names_in_files(config_name, unresolved)  # Hydra accepts any key of an experiment
             missing = ", ".join(f"{key}=…" for key, value in leaves(unresolved) if value == "???")
             if missing:
                 raise UserError(f"missing on the command line: {missing}")
-            values = typing.cast(dict[str, Any], OmegaConf.to_container(composed, resolve=True))
-            code = run(Values(values, _written(HydraConfig.get().overrides.task))) or 0
+            values = Values(_plain(composed, resolve=True), _written(HydraConfig.get().overrides.task))
+            code = run(values) or 0
         except UserError as error:
             sys.stderr.write(f"error: {error}\n")
             code = 2

@@ -202,12 +202,11 @@ class Files:
                 _refuse_no_container(place, error)
                 infos = []
             named = {info["name"].rstrip("/").rpartition("/")[2]: info for info in infos}
-            own = place.path.rstrip("/").rpartition("/")[2]
             self._folders[folder] = {
                 # some stores keep an empty object as the sign of a folder
                 name: None if info["type"] == "directory" else _entry(info)
                 for name, info in named.items()
-                if name and not (name == own and info["name"].rstrip("/") == place.path.rstrip("/"))
+                if name and info["name"].rstrip("/") != place.path.rstrip("/")
             }
         return self._folders[folder]
 

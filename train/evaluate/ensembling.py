@@ -43,18 +43,18 @@ def ensemble_members(cfg: EvaluateSettings, names: Mapping[str, str]) -> list[st
 
 def add_ensemble(
     cfg: EvaluateSettings,
-    found: Predictions,
+    predictions: Predictions,
     members: Sequence[str],
     target_nE: NDArray[np.float64],
     group_n: NDArray[np.int64],
 ) -> dict[str, Any]:
-    """Add out-of-fold predictions of the ensemble to `found`; return its members, weights and folds."""
-    vectors = [found.vectors[name] for name in members]
+    """Add out-of-fold predictions of the ensemble to `predictions`; return its members, weights and folds."""
+    vectors = [predictions.vectors[name] for name in members]
     began = time.perf_counter()
     held_out = blend_out_of_fold(vectors, target_nE, group_n, folds=cfg.ensemble.folds, names=members)
     weight_M = fit_weights(vectors, target_nE, names=members)
-    found.vectors["ensemble"] = held_out.vector_nE
-    found.seconds["ensemble"] = sum(found.seconds[name] for name in members) + time.perf_counter() - began
+    predictions.vectors["ensemble"] = held_out.vector_nE
+    predictions.seconds["ensemble"] = sum(predictions.seconds[name] for name in members) + time.perf_counter() - began
     return {
         "members": list(members),
         "weights": dict(zip(members, weight_M.tolist(), strict=True)),

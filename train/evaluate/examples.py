@@ -33,7 +33,7 @@ def nearest_prompts(
     Args:
         parts: datasets, open with the encoder of the vectors, and the rows of the images whose prompts are compared.
     """
-    found: list[dict[str, float]] = [{} for _ in vector_NE]
+    cosines: list[dict[str, float]] = [{} for _ in vector_NE]
     for dataset, rows in parts:
         starts = dataset.caption_starts
         for start in range(0, len(rows), CHUNK):
@@ -42,7 +42,7 @@ def nearest_prompts(
             image_C = np.repeat(chunk, counts_B)
             caption_C = np.arange(len(image_C)) - np.repeat(np.cumsum(counts_B) - counts_B, counts_B)
             cosine_NC = vector_NE @ dataset.caption_targets(starts[image_C] + caption_C).T
-            for best, cosine_C in zip(found, cosine_NC, strict=True):
+            for best, cosine_C in zip(cosines, cosine_NC, strict=True):
                 seen: set[str] = set()
                 for c in np.argsort(-cosine_C, kind="stable"):
                     prompt = dataset.prompts(int(image_C[c]))[caption_C[c]]
@@ -50,5 +50,5 @@ def nearest_prompts(
                     seen.add(prompt)
                     if len(seen) == count:
                         break
-    ranked = [sorted(((cosine, prompt) for prompt, cosine in best.items()), reverse=True) for best in found]
+    ranked = [sorted(((cosine, prompt) for prompt, cosine in best.items()), reverse=True) for best in cosines]
     return [pairs[:count] for pairs in ranked]

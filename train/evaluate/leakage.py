@@ -65,13 +65,8 @@ class Overlap:
 
     def at(self, places: NDArray[np.integer] | slice) -> "Overlap":
         """Select the overlap of some images, by positions or a slice."""
-        return replace(
-            self,
-            bytes_n=self.bytes_n[places],
-            prompts_n=self.prompts_n[places],
-            near_n=self.near_n[places],
-            nearest_n=self.nearest_n[places],
-        )
+        arrays = ("bytes_n", "prompts_n", "near_n", "nearest_n")
+        return replace(self, **{name: getattr(self, name)[places] for name in arrays})
 
     def counts(self) -> LeakageCounts:
         """Count the images of each kind."""

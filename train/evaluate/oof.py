@@ -9,34 +9,30 @@ N images that were scored, E target width.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from core.errors import UserError
 from core.files import json_bytes, npy_header, replace_folder
 from models.metrics import Interval, bootstrap
-
-if TYPE_CHECKING:
-    import torch
-
-    from models.regressor import Regressor
-    from train.data.images import ImageDataset
-
-Rows = NDArray[np.int64]
+from models.regressor import Regressor
+from train.data.images import ImageDataset, Rows
+from train.data.inference import predict_batches
 
 
 def write_oof(
     folder: Path,
-    model: "Regressor",
-    images: "ImageDataset",
+    model: Regressor,
+    images: ImageDataset,
     rows: Rows,
     facts: Mapping[str, Any],
     *,
     batch_size: int,
     workers: int | None,
-    dtype: "torch.dtype | None" = None,
+    dtype: torch.dtype | None = None,
 ) -> Interval:
     """Write the predictions of a fold batch by batch, whole or not at all; return the mean cosine with its interval.
 
@@ -48,8 +44,6 @@ def write_oof(
     Raises:
         UserError: no image could be read, or the disk is full; earlier predictions stay.
     """
-    from train.data.inference import predict_batches
-
     keys: list[str] = []
     scores: list[NDArray[np.float32]] = []
     skipped: list[dict[str, str]] = []

@@ -157,20 +157,14 @@ def leakage_table(page: Page, leakage: Mapping[str, LeakageCounts], heading: str
         leakage: embedder or validation set → its counts.
         heading: heading of the column of names.
     """
-    clean = any(counts.clean for counts in leakage.values())
-    page.table(
-        [heading, "Images", *TITLES, *(["Mean cosine without leakage", "Images without leakage"] if clean else [])],
-        [
-            [
-                name,
-                counts.images,
-                *counts.counts,
-                *([_triple(counts.clean), (counts.clean or {}).get("images")] if clean else []),
-            ]
-            for name, counts in leakage.items()
-        ],
-        "Leakage: images that share bytes or prompts with training. Public pre-training data are not counted.",
-    )
+    heads = [heading, "Images", *TITLES]
+    rows: list[list[Any]] = [[name, counts.images, *counts.counts] for name, counts in leakage.items()]
+    if any(counts.clean for counts in leakage.values()):
+        heads += ["Mean cosine without leakage", "Images without leakage"]
+        for row, counts in zip(rows, leakage.values(), strict=True):
+            row += [_triple(counts.clean), (counts.clean or {}).get("images")]
+    caption = "Leakage: images that share bytes or prompts with training. Public pre-training data are not counted."
+    page.table(heads, rows, caption)
     for name, counts in leakage.items():
         if not counts.is_known or counts.affected:
             page.note(f"Leakage of {name}: {counts.text()}.")
@@ -296,16 +290,11 @@ def _trends(page: Page, evaluation: Evaluation, prompts: Sequence[Sequence[str]]
     names = [name for name in (evaluation.info["main"], evaluation.runner_up) if name]
     points = np.sort(np.random.default_rng(seed).permutation(len(evaluation.keys))[:POINTS])
     points_text = "each image" if len(points) == len(evaluation.keys) else f"{len(points)} images drawn at random"
-    for heading, lead, label, x_N in (
-        ("Score by prompt length", "Do long prompts score lower?", WORDS, evaluation.words),
-        (
-            "Score by distance to training",
-            "Further left: less similar to any training prompt.",
-            NEAREST,
-            evaluation.nearest,
-        ),
+    for scale, lead, label, x_N in (
+        ("prompt length", "Do long prompts score lower?", WORDS, evaluation.words),
+        ("distance to training", "Further left: less similar to any training prompt.", NEAREST, evaluation.nearest),
     ):
-        page.section(heading, lead)
+        page.section(f"Score by {scale}", lead)
         finite_N = np.flatnonzero(np.isfinite(x_N))
         if not len(finite_N):
             page.note("Unknown for these images.")
@@ -405,11 +394,11 @@ def _card(
     scores = {name: float(score_N[n]) for name, score_N in evaluation.scores.items()}
     main = evaluation.info["main"]
     ordered = {main: scores.pop(main), **scores}
-    nearest = float(evaluation.nearest[n])
+    nearest, texts = float(evaluation.nearest[n]), evaluation.texts
     return Card(
         image,
         " / ".join(prompts),
-        [(_plain(score), name, _text(evaluation, name, n)) for name, score in ordered.items()],
+        [(_plain(score), name, texts[name][n] if name in texts else "") for name, score in ordered.items()],
         ordered[main],
         (f"Nearest {prompts_name}", [(_plain(cosine), prompt) for cosine, prompt in near]),
         # six digits suffice for sorting
@@ -417,10 +406,6 @@ def _card(
         | {WORDS: float(evaluation.words[n]), NEAREST: None if math.isnan(nearest) else round(nearest, 6)},
         kinds,
     )
-
-
-def _text(evaluation: Evaluation, name: str, n: int) -> str:
-    return evaluation.texts[name][n] if name in evaluation.texts else ""
 
 
 def _plain(value: float) -> str:

@@ -77,18 +77,14 @@ def read_evaluation(folder: Path, hint: str) -> Evaluation:
     Raises:
         UserError: a file is missing, damaged or lacks a key, or files contradict each other.
     """
-    required = (
-        *("format", "leakage"),
-        *("datasets", "encoder", "split", "scores", "skipped", "main"),
-        *("pairs", "breakdown", "retrieval", "ensemble"),
-    )
-    info = read_json(folder / "evaluation.json", hint, required)
+    required = ("format", "leakage", "datasets", "encoder", "split", "scores", "skipped", "main", "pairs", "breakdown")
+    info = read_json(folder / "evaluation.json", hint, (*required, "retrieval", "ensemble"))
     if info["format"] != FORMAT:
         raise UserError(
             f"{folder / 'evaluation.json'}: format {info['format']!r}, but this version reads {FORMAT}; {hint}"
         )
-    main = info["main"]
-    if main not in [score["name"] for score in info["scores"]]:
+    main, names = info["main"], [score["name"] for score in sorted(info["scores"], key=lambda score: -score["mean"])]
+    if main not in names:
         raise UserError(f"{folder / 'evaluation.json'}: main is {main!r}, which has no score; {hint}")
     try:
         leakage = leakage_of(info)
@@ -96,7 +92,6 @@ def read_evaluation(folder: Path, hint: str) -> Evaluation:
         raise UserError(f"{folder / 'evaluation.json'}: {type(error).__name__}: {error}; {hint}") from error
     keys = read_json(folder / "keys.json", hint)
     vector_NE = _array(folder / f"predictions/{main}.npy", hint)
-    names = [score["name"] for score in sorted(info["scores"], key=lambda score: -score["mean"])]
     scores = {name: _array(folder / f"scores/{name}.npy", hint) for name in names}
     text_paths = {name: folder / f"texts/{name}.json" for name in names}
     texts = {name: read_json(path, hint) for name, path in text_paths.items() if path.exists()}

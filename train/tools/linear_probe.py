@@ -246,8 +246,7 @@ def table(info: dict[str, Any]) -> str:
     ]
     for result in info["heads"]:
         score = result["scores"][info["main"]]
-        score_text = "diverged" + " " * 20 if score["mean"] is None else ""
-        score_text = score_text or scored(score)
+        score_text = "diverged" + " " * 20 if score["mean"] is None else scored(score)
         lines.append(
             f"{result['head']:<8} {result['setting']:<14} {score_text} {result['seconds']:8.1f}"
             + "".join(f" {_number(result['scores'][name]['mean']):>18}" for name in other_sets)

@@ -124,15 +124,8 @@ def write_report(config: ReportSettings) -> Path:
         page.figure(figure, caption)
     _leakage(page, config.run)
 
-    report.add(
-        page,
-        evaluation,
-        evaluated,
-        training,
-        count=config.images,
-        nearest=config.nearest,
-        seed=config.seed,
-    )
+    count, nearest, seed = config.images, config.nearest, config.seed
+    report.add(page, evaluation, evaluated, training, count=count, nearest=nearest, seed=seed)
     page.section("Settings", "All settings of the run.")
     page.settings(run.settings)
     return page.write(config.out or config.run / "report.html")
@@ -215,10 +208,9 @@ def _training(run: Run, trained: Sequence[Dataset]) -> list[tuple[Dataset, Rows]
     if len(trained) == 1 and not run.settings.get("fold"):
         return [(trained[0], trained[0].rows("train"))]
     from models.runtime.preprocess import Preprocessing
-    from train.evaluate.trained_on import (
-        data_of,  # imports torch; training left out images near the fold or shared with validation sets
-    )
+    from train.evaluate.trained_on import data_of  # imports torch
 
+    # training left out images near the fold or shared with validation sets
     data = data_of(run.settings, run.checkpoint["encoder"], Preprocessing.from_config(run.checkpoint))
     return data.images.parts(data.train_rows)
 
