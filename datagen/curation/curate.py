@@ -40,6 +40,7 @@ from datagen.curation.near_duplicates import NearDuplicateIndex, VectorFile, dis
 from datagen.dataset.prompt_normal_form import form_hash
 from datagen.dataset.reader import read_plan
 from datagen.prompts.captions import clean
+from datagen.prompts.clip_tokenizer import CONTEXT
 from datagen.prompts.readers import KINDS
 from datagen.prompts.sources import Prompt, read_file
 
@@ -49,7 +50,6 @@ Encode = Callable[[Sequence[str]], NDArray[np.float32]]
 """Text encoder: n texts → unit vectors [n, E]."""
 Ints = NDArray[np.int64]
 
-CONTEXT = 77  # tokens that Stable Diffusion reads
 _CHUNK = 50_000  # prompts of the source between two commits
 _AT_ONCE = 8192  # texts encoded, or vectors compared, between two ticks of a bar
 _SURPLUS = "more than num asks for"
@@ -232,11 +232,7 @@ class _Run:
         kept_rows, width = np.arange(len(usable)), 0
         if self.needs_vectors and usable:
             texts = [p.text for p in usable]
-            parts = []
-            for start in range(0, len(texts), _AT_ONCE):
-                parts.append(self.encode(texts[start : start + _AT_ONCE]))
-                tick(len(parts[-1]))
-            vectors = np.concatenate(parts)
+            vectors = np.concatenate(list(self._encoded(texts, tick)))
             kept_rows, width = self._distinct(texts, vectors, drops), vectors.shape[1]
         else:
             tick(len(usable))
@@ -256,6 +252,12 @@ class _Run:
         positions = np.searchsorted(self.seen, hashes)
         self.seen = np.insert(self.seen, positions, hashes)
         return left, ended
+
+    def _encoded(self, texts: list[str], tick: Callable[[int], object]) -> Iterator[NDArray[np.float32]]:
+        for start in range(0, len(texts), _AT_ONCE):
+            vectors = self.encode(texts[start : start + _AT_ONCE])
+            tick(len(vectors))
+            yield vectors
 
     def _usable(self, prompts: list[Prompt], drops: _Drops) -> tuple[list[Prompt], Ints, Ints]:
         """Select clean, new prompts of the right length that pass the filters; their sorted hashes; their tokens."""
@@ -339,11 +341,8 @@ class _Run:
                 vectors = np.load(io.BytesIO(read_checked(path)), allow_pickle=False)
             except (FileNotFoundError, DamagedFile):
                 with progress(len(names), "prompt", "excluded prompts", show=len(names) > _BAR_FROM) as bar:
-                    parts = []
-                    for start in range(0, len(names), _AT_ONCE):
-                        parts.append(self.encode(names[start : start + _AT_ONCE]).astype(np.float16))
-                        bar.update(len(parts[-1]))
-                vectors = np.concatenate(parts)
+                    parts: Iterator[Any] = self._encoded(names, bar.update)
+                    vectors = np.concatenate([part.astype(np.float16) for part in parts])
                 write_array(path, vectors, checksum=True)
             self._other_forms = {form_hash(name): k for k, name in enumerate(names)}
             self._exclusions = NearDuplicateIndex(VectorFile(width, self.chunks.folder), self.cfg.exclude_threshold)

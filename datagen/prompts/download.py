@@ -23,7 +23,7 @@ import urllib.parse
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
@@ -188,7 +188,7 @@ def _hub_files(url: str, hub: re.Match[str], revision: str | None, key: str) -> 
     options = {"repo_type": kind, "revision": url_revision or revision}
     with _hub_errors(f"{key}={url}", repo, kind, options["revision"], name, _COPY_HUB_FILE):
         if not _is_glob(name):
-            path = whole_hub_file(lambda **extra: huggingface_hub.hf_hub_download(repo, name, **options, **extra))
+            path = whole_hub_file(partial(huggingface_hub.hf_hub_download, repo, name, **options))
             folder = path.parents[len(Path(name).parts) - 1]
             paths = [path]
         else:
@@ -196,14 +196,10 @@ def _hub_files(url: str, hub: re.Match[str], revision: str | None, key: str) -> 
             paths = sorted(p for p in folder.glob(name) if p.is_file())
             if not paths:
                 raise _NoMatchError(f"nothing matches {name}")
+            options["revision"] = folder.name
             for path in paths:
                 inner = path.relative_to(folder).as_posix()
-                commit = {"repo_type": kind, "revision": folder.name}
-                whole_hub_file(
-                    lambda inner=inner, commit=commit, **extra: huggingface_hub.hf_hub_download(
-                        repo, inner, **commit, **extra
-                    )
-                )
+                whole_hub_file(partial(huggingface_hub.hf_hub_download, repo, inner, **options))
     files = tuple(File(p.relative_to(folder).as_posix(), p, None) for p in paths)
     return Origin(url, folder.name, files)
 
@@ -242,10 +238,8 @@ class Repository:
 
         with _hub_errors(self.repo, self.repo, "dataset", self.commit, name, _COPY_REPOSITORY):
             options = {"repo_type": "dataset", "revision": self.commit, "local_dir": work}
-            return whole_hub_file(
-                lambda **more: huggingface_hub.hf_hub_download(self.repo, name, **options, **more),
-                lambda _: _local_etag(work, name),
-            )
+            download = partial(huggingface_hub.hf_hub_download, self.repo, name, **options)
+            return whole_hub_file(download, lambda _: _local_etag(work, name))
 
     def release(self, name: str, work: Path) -> None:
         """Removes what `fetch` fetched."""
@@ -379,12 +373,11 @@ def _remote_files(url: str, key: str) -> Iterator[File]:
         paths = _retry(lambda: sorted(cast(list[str], fs.glob(path))) if _is_glob(path) else [path])
         if not paths:
             raise FileNotFoundError(f"nothing matches {path}")
-        names = [f"{n:03d}-{Path(urllib.parse.urlsplit(p).path).name}" for n, p in enumerate(paths)]
+        remote_paths = [Path(urllib.parse.urlsplit(p).path) for p in paths]
+        names = [f"{n:03d}-{path.name}" for n, path in enumerate(remote_paths)]
         for name, source in zip(names, paths, strict=True):
             _copy(fs, source, folder / name)
-        shown_names = dict(
-            zip(names, _relative_names([Path(urllib.parse.urlsplit(p).path) for p in paths]), strict=True)
-        )
+        shown_names = dict(zip(names, _relative_names(remote_paths), strict=True))
         write_bytes(listing, with_checksum(json.dumps(shown_names).encode()))
     except UserError:
         raise

@@ -8,14 +8,15 @@ the renderer then draws nothing for it (a place, a light, a medium) or chooses f
 import json
 import random
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from core.errors import UserError
-from datagen.prompts.icon_names import Object, objects, plural
+from datagen.prompts import icon_names
+from datagen.prompts.icon_names import Object, plural
 
 T = TypeVar("T")
 
@@ -56,16 +57,12 @@ class Line:
     group: str
 
 
-def _phrases() -> dict[str, Any]:
-    return json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
-
-
 def _tuples(table: Mapping[str, list[str]]) -> dict[str, tuple[str, ...]]:
     return {value: tuple(phrases) for value, phrases in table.items()}
 
 
 # grammar.json: canonical value → phrases for it, the most common one first.
-_PHRASES = _phrases()
+_PHRASES: dict[str, Any] = json.loads(Path(__file__).with_suffix(".json").read_text(encoding="utf-8"))
 COLOURS = _tuples(_PHRASES["colours"])
 SIZES = _tuples(_PHRASES["sizes"])
 LOOKS = {value: (tuple(forms["before"]), tuple(forms["after"])) for value, forms in _PHRASES["looks"].items()}
@@ -117,15 +114,15 @@ def lines(
     for name, chance in (("flourish", flourish), ("detail", detail)):
         if not 0 <= chance <= 1:
             raise UserError(f"grammar: {name} {chance} is not within 0 … 1: give a share such as 0.3")
-    table = _tables()
-    most = len(table.names)
+    vocabulary = list(icon_names.objects())
+    most = len(vocabulary)
     if names is not None:
         if not 1 <= names <= most:
             raise UserError(f"grammar: names {names} is not within 1 … {most}: null takes all")
-        table = table._replace(names=[table.names[i * most // names] for i in range(names)])
+        vocabulary = [vocabulary[i * most // names] for i in range(names)]
     rng = _Rng(seed)
     while True:
-        scene = _draw(rng, table, objects, side, detail)
+        scene = _draw(rng, vocabulary, objects, side, detail)
         for _ in range(8):  # a word may change the meaning of a name, as in "a broken heart": try other words
             prompt = _say(scene, rng, rng.chance(flourish))
             if 5 <= len(prompt.split()) <= 40 and parse(prompt) == scene:
@@ -173,8 +170,7 @@ def parse(prompt: str) -> Scene | None:
             count, pending = 1, {}
         elif kind == "after":  # "carved out of wood" describes the object before it
             if things and things[-1].look is None:
-                last = things[-1]
-                things[-1] = Thing(last.name, last.colour, last.count, last.size, value)
+                things[-1] = replace(things[-1], look=value)
         elif kind == "relation":
             if len(things) == 1:
                 clauses.setdefault(kind, value)
@@ -197,8 +193,8 @@ class _Rng:
     def chance(self, p: float) -> bool:
         return self._random() < p
 
-    def pick(self, options: Sequence[T]) -> T:
-        return options[int(self._random() * len(options))]
+    def pick(self, options: Collection[T]) -> T:
+        return list(options)[int(self._random() * len(options))]
 
     def weighted(self, weights: Iterable[float]) -> int:
         weights = list(weights)
@@ -210,38 +206,20 @@ class _Rng:
         return len(weights) - 1
 
 
-class _Words(NamedTuple):
-    """Tables of grammar.json, prepared for drawing scenes and writing prompts."""
-
-    names: list[str]
-    colours: list[str]
-    sizes: list[str]
-    looks: list[str]
-    relations: list[str]
-    places: dict[str, list[str]]
-    lights: dict[str, list[str]]
-    media: dict[str, list[tuple[str, str]]]  # phrase and its form: "a", "" or "*"
-
-
-@cache
-def _tables() -> _Words:
-    return _Words(
-        list(objects()),
-        list(COLOURS),
-        list(SIZES),
-        list(LOOKS),
-        list(RELATIONS),
-        {key: [re.sub(r"[\[\]]", "", clause) for clause in clauses] for key, clauses in PLACES.items()},
-        {key: [re.sub(r"[\[\]]", "", clause) for clause in clauses] for key, clauses in LIGHTS.items()},
-        {key: [_medium_form(phrase) for phrase in phrases] for key, phrases in MEDIA.items()},
-    )
-
-
 def _medium_form(phrase: str) -> tuple[str, str]:
     if phrase.endswith(" *"):
         return phrase[:-2], "*"
     first, _, rest = phrase.partition(" ")
     return (rest, "a") if first in ("a", "an") else (phrase, "")
+
+
+def _without_brackets(table: Mapping[str, tuple[str, ...]]) -> dict[str, list[str]]:
+    return {key: [re.sub(r"[\[\]]", "", clause) for clause in clauses] for key, clauses in table.items()}
+
+
+_PLACE_CLAUSES, _LIGHT_CLAUSES = _without_brackets(PLACES), _without_brackets(LIGHTS)
+_MEDIUM_FORMS = {key: [_medium_form(phrase) for phrase in phrases] for key, phrases in MEDIA.items()}
+"""Medium → phrases with their form: "a", "" or "*"."""
 
 
 def _words(text: str) -> list[str]:
@@ -271,7 +249,7 @@ def _lexicon() -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
     for kind, table in (("place", PLACES), ("light", LIGHTS)):
         for value, clauses in table.items():
             add(kind, value, (phrase for clause in clauses for phrase in re.findall(r"\[(.+?)\]", clause)))
-    for value, forms in _tables().media.items():
+    for value, forms in _MEDIUM_FORMS.items():
         add("medium", value, (phrase for phrase, _ in forms))
     add("flourish", "", _FLOURISHES)
     add("flourish", "", (f"in the style of {artist}" for artist in (*_ARTISTS, *_MOVEMENTS)))
@@ -283,9 +261,9 @@ def _lexicon() -> tuple[dict[str, tuple[str, str]], dict[str, int]]:
         "4": ("four", "4", "several", "a group of"),
     }.items():
         add("count", value, phrases)
-    for item in objects().values():
+    for item in icon_names.objects().values():
         add("object", item.name, (item.name, *item.others, *item.read))
-    for item in objects().values():  # after all singulars, which take precedence: "glasses" are spectacles
+    for item in icon_names.objects().values():  # after all singulars, which take precedence: "glasses" are spectacles
         for many in (item.plural, *map(plural, item.others)):
             key = " ".join(_words(many))
             entries.setdefault(key, ("objects", item.name))
@@ -301,62 +279,58 @@ def _pair(colour: str | None, name: str) -> str:
 
 
 def _draw(
-    rng: _Rng, table: _Words, weights: tuple[float, ...], side: Callable[[str], bool] | None, detail: float = 1.0
+    rng: _Rng, names: list[str], weights: tuple[float, ...], side: Callable[[str], bool] | None, detail: float = 1.0
 ) -> Scene:
     number = 1 + rng.weighted(weights)
-    medium = rng.pick(list(table.media)) if rng.chance(detail * (0.45, 0.36, 0.3)[number - 1]) else None
-    place = rng.pick(list(table.places)) if rng.chance(detail * (0.62, 0.5, 0.34)[number - 1]) else None
-    light = rng.pick(list(table.lights)) if rng.chance(detail * (0.34, 0.25, 0.2)[number - 1]) else None
+    medium = rng.pick(MEDIA) if rng.chance(detail * (0.45, 0.36, 0.3)[number - 1]) else None
+    place = rng.pick(PLACES) if rng.chance(detail * (0.62, 0.5, 0.34)[number - 1]) else None
+    light = rng.pick(LIGHTS) if rng.chance(detail * (0.34, 0.25, 0.2)[number - 1]) else None
     if medium in PLACELESS:
         place = light = None
     things: list[Thing] = []
     held: bool | None = None
     while len(things) < number:
-        thing = _draw_thing(rng, table, medium, detail)
+        thing = _draw_thing(rng, names, medium, detail)
         if side:
             if held is None:
                 held = side(_pair(thing.colour, thing.name))
             else:
-                same = _same_side(rng, table, thing, side, held)
+                same = _same_side(rng, names, thing, side, held)
                 if same is None:  # too few pairs on this side, so make the scene smaller
                     break
                 thing = same
         if all(thing.name != other.name for other in things):
             things.append(thing)
-    relation = rng.pick(table.relations) if len(things) > 1 and rng.chance(0.75) else None
+    relation = rng.pick(RELATIONS) if len(things) > 1 and rng.chance(0.75) else None
     if relation == "around":  # one thing cannot surround another
-        second = things[1]
-        things[1] = Thing(second.name, second.colour, max(second.count, 3), None, second.look)
-        if len(things) == 3:
-            del things[2]
+        things[1:] = [replace(things[1], count=max(things[1].count, 3), size=None)]
     return Scene(tuple(things), relation, place, light, medium)
 
 
-def _draw_thing(rng: _Rng, table: _Words, medium: str | None, detail: float) -> Thing:
-    name = rng.pick(table.names)
-    look = rng.pick(table.looks) if rng.chance(detail * 0.13) else None
-    colour = None if rng.chance(0.2) or look in ("golden", "rusty") else rng.pick(table.colours)
+def _draw_thing(rng: _Rng, names: list[str], medium: str | None, detail: float) -> Thing:
+    name = rng.pick(names)
+    look = rng.pick(LOOKS) if rng.chance(detail * 0.13) else None
+    colour = None if rng.chance(0.2) or look in ("golden", "rusty") else rng.pick(COLOURS)
     if medium in COLOURLESS:
         colour = None
     count = 1 + rng.weighted((1 - detail * 0.2, detail * 0.09, detail * 0.07, detail * 0.04))
-    size = rng.pick(table.sizes) if rng.chance(detail * 0.22) else None
+    size = rng.pick(SIZES) if rng.chance(detail * 0.22) else None
     return Thing(name, colour, count, size, look)
 
 
-def _same_side(rng: _Rng, table: _Words, thing: Thing, side: Callable[[str], bool], held: bool) -> Thing | None:
+def _same_side(rng: _Rng, names: list[str], thing: Thing, side: Callable[[str], bool], held: bool) -> Thing | None:
     """Redraw the colour of `thing`, then its name, until its pair is on the `held` side; None after 400 attempts."""
     for attempt in range(400):
         if side(_pair(thing.colour, thing.name)) == held:
             return thing
-        name = thing.name if attempt < 20 and thing.colour else rng.pick(table.names)
-        colour = rng.pick(table.colours) if thing.colour else None
-        thing = Thing(name, colour, thing.count, thing.size, thing.look)
+        name = thing.name if attempt < 20 and thing.colour else rng.pick(names)
+        colour = rng.pick(COLOURS) if thing.colour else None
+        thing = replace(thing, name=name, colour=colour)
     return None
 
 
 def _say(scene: Scene, rng: _Rng, flourish: bool) -> str:
     """Write one of the many prompts for a scene."""
-    table = _tables()
     phrases = [_say_thing(thing, rng) for thing in scene.things]
     core = phrases[0]
     if len(phrases) > 1:
@@ -368,9 +342,9 @@ def _say(scene: Scene, rng: _Rng, flourish: bool) -> str:
             core += rng.pick((" and ", " with ", " and ", " together with ")) + others
         else:
             core += ", " + others if rng.chance(0.6) else " with " + others
-    place = rng.pick(table.places[scene.place]) if scene.place else ""
-    light = rng.pick(table.lights[scene.light]) if scene.light else ""
-    phrase, form = rng.pick(table.media[scene.medium]) if scene.medium else ("", "*")
+    place = rng.pick(_PLACE_CLAUSES[scene.place]) if scene.place else ""
+    light = rng.pick(_LIGHT_CLAUSES[scene.light]) if scene.light else ""
+    phrase, form = rng.pick(_MEDIUM_FORMS[scene.medium]) if scene.medium else ("", "*")
     clauses = [clause for clause in (place, light) if clause]
     if len(clauses) == 2 and rng.chance(0.3):
         clauses.reverse()
@@ -405,7 +379,7 @@ def _say(scene: Scene, rng: _Rng, flourish: bool) -> str:
 
 
 def _say_thing(thing: Thing, rng: _Rng) -> str:
-    item: Object = objects()[thing.name]
+    item: Object = icon_names.objects()[thing.name]
     many = thing.count > 1
     name = item.plural if many else item.name
     if item.others and rng.chance(0.18):

@@ -50,7 +50,6 @@ def _scale(vae: dict[str, Any] | None) -> int:
 def _unet(config: dict[str, Any], side: int) -> float:
     import torch
     from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
-    from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         unet: Any = UNet2DConditionModel.from_config(config)
@@ -61,9 +60,7 @@ def _unet(config: dict[str, Any], side: int) -> float:
         if unet.config.addition_embed_type == "text_time":  # SDXL's: a pooled text and six numbers on sizes
             pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
             more = {"added_cond_kwargs": {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}}
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            unet(latents_1CHW, torch.zeros(()), text_1TD, **more)
-    return counter.get_total_flops() / 1e12
+        return _counted(lambda: unet(latents_1CHW, torch.zeros(()), text_1TD, **more))
 
 
 def _transformer(config: dict[str, Any], side: int) -> float:
@@ -81,11 +78,16 @@ def _transformer(config: dict[str, Any], side: int) -> float:
 def _decoding(config: dict[str, Any], side: int) -> float:
     import torch
     from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
-    from torch.utils.flop_counter import FlopCounterMode
 
     with torch.device("meta"):
         vae: Any = AutoencoderKL.from_config(config)
-        latents_1CHW = torch.zeros(1, vae.config.latent_channels, side, side)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            vae.decode(latents_1CHW)
+        return _counted(lambda: vae.decode(torch.zeros(1, vae.config.latent_channels, side, side)))
+
+
+def _counted(forward: Callable[[], object]) -> float:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        forward()
     return counter.get_total_flops() / 1e12

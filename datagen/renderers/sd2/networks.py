@@ -47,6 +47,7 @@ class Networks:
                 if quick:
                     part.fuse_qkv_projections()
         self._layout = layout
+        self._compiled: dict[Callable[..., Any], Callable[..., Any]] = {}
 
     def move(self, device: str) -> None:
         """Move the weights to another device."""
@@ -78,15 +79,13 @@ class Networks:
         self, latents_NCHW: "torch.Tensor", timestep: "torch.Tensor", text_NTD: "torch.Tensor", compiled: bool
     ) -> "torch.Tensor":
         """Predict v [N, C, H, W]."""
-        run = self._compiled_predict if compiled else self._predict
-        return run(self._ready(latents_NCHW), timestep, text_NTD).float()
+        return self._run(self._predict, compiled, self._ready(latents_NCHW), timestep, text_NTD).float()
 
     def predict_whole(
         self, latents_NCHW: "torch.Tensor", timestep: "torch.Tensor", text_NTD: "torch.Tensor", compiled: bool
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         """Predict v; also return the deep features [N, F, H, W] for `predict_shallow`."""
-        run = self._compiled_whole if compiled else self._whole
-        v_NCHW, deep_NFHW = run(self._ready(latents_NCHW), timestep, text_NTD)
+        v_NCHW, deep_NFHW = self._run(self._whole, compiled, self._ready(latents_NCHW), timestep, text_NTD)
         return v_NCHW.float(), deep_NFHW
 
     def predict_shallow(
@@ -98,8 +97,7 @@ class Networks:
         compiled: bool,
     ) -> "torch.Tensor":
         """Predict v from an earlier step's deep features."""
-        run = self._compiled_shallow if compiled else self._shallow
-        return run(self._ready(latents_NCHW), timestep, text_NTD, deep_NFHW).float()
+        return self._run(self._shallow, compiled, self._ready(latents_NCHW), timestep, text_NTD, deep_NFHW).float()
 
     def _predict(self, latents_NCHW: Any, timestep: Any, text_NTD: Any) -> Any:
         return self.unet(latents_NCHW, timestep, text_NTD, return_dict=False)[0]
@@ -114,8 +112,7 @@ class Networks:
 
     def decode(self, latents_BCHW: "torch.Tensor", compiled: bool) -> "torch.Tensor":
         """Decode clean latents to images [B, 3, P, P] in about −1 … 1, in `self.dtype`."""
-        run = self._compiled_decode if compiled else self._decode
-        return run(self._ready(latents_BCHW / self.vae.config["scaling_factor"]))
+        return self._run(self._decode, compiled, self._ready(latents_BCHW / self.vae.config["scaling_factor"]))
 
     def _decode(self, latents_BCHW: Any) -> Any:
         return self.vae.decoder(self.vae.post_quant_conv(latents_BCHW))
@@ -125,21 +122,12 @@ class Networks:
     def _ready(self, latents_NCHW: "torch.Tensor") -> "torch.Tensor":
         return latents_NCHW.to(self.dtype, memory_format=self._layout)
 
-    @cached_property
-    def _compiled_predict(self) -> Callable[..., Any]:
-        return _compiled(self._predict, self.device)
-
-    @cached_property
-    def _compiled_whole(self) -> Callable[..., Any]:
-        return _compiled(self._whole, self.device)
-
-    @cached_property
-    def _compiled_shallow(self) -> Callable[..., Any]:
-        return _compiled(self._shallow, self.device)
-
-    @cached_property
-    def _compiled_decode(self) -> Callable[..., Any]:
-        return _compiled(self._decode, self.device)
+    def _run(self, method: Callable[..., Any], compiled: bool, *inputs: Any) -> Any:
+        if not compiled:
+            return method(*inputs)
+        if method not in self._compiled:
+            self._compiled[method] = _compiled(method, self.device)
+        return self._compiled[method](*inputs)
 
 
 def _compiled(function: Callable[..., Any], device: str) -> Callable[..., Any]:

@@ -47,7 +47,7 @@ def test_parse_inverts_every_line():
     rng = grammar._Rng(7)
     drawn, wrong = 4000, []
     for k in range(drawn):
-        scene = grammar._draw(rng, grammar._tables(), (0.5, 0.3, 0.2), None)
+        scene = grammar._draw(rng, list(objects()), (0.5, 0.3, 0.2), None)
         said = grammar._say(scene, rng, flourish=k % 2 == 0)
         if parse(said) != scene:
             wrong.append(said)
