@@ -6,9 +6,15 @@ A request is a line of JSON (module, arguments, environment, working folder) wit
 and a pipe for the answers, which are the child's pid and, when it has ended, its wait status, 4 bytes each. The child
 runs the module as `python -m` does. The server itself runs nothing: it has one thread, no pools, and none of our
 packages but this one, so a command sees what it would see in a new interpreter, with the imports behind it.
+
+A command that ends with an exit code skips the interpreter's teardown of modules: of the heavy packages it takes 3.5
+CPU seconds, and it is the same for each command. Threads, exit functions and C++ destructors end as they always do.
 """
 
+import atexit
+import ctypes
 import faulthandler
+import gc
 import importlib
 import importlib.util
 import json
@@ -19,9 +25,10 @@ import signal
 import socket
 import struct
 import sys
+import threading
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 HEAVY = (
     "torch",
@@ -51,12 +58,14 @@ def main() -> None:
         if importlib.util.find_spec(name.partition(".")[0]) is not None:
             importlib.import_module(name)
     del sys.modules["bitsandbytes"]
+    gc.collect()
+    gc.freeze()  # a child's garbage collections leave out the 700,000 objects of these packages
     # pyarrow's jemalloc has a thread of its own from its import on, and takes care of it in a fork
     threads = sum((task / "comm").read_text() != "jemalloc_bg_thd\n" for task in Path("/proc/self/task").iterdir())
     requests.sendall(ANSWER.pack(threads))  # a process with several cannot be forked safely
     request = _serve(requests)
     if request is None:
-        return
+        _exit(0)
     # in a child: from here on as `python -m`
     os.environ.clear()
     os.environ.update(request["environment"])
@@ -65,7 +74,28 @@ def main() -> None:
 
     np.random.seed()  # seeded at import, so that every child would draw the same
     sys.argv = [sys.argv[0], *request["arguments"]]
-    runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    code: Any = 0
+    try:
+        runpy.run_module(request["module"], run_name="__main__", alter_sys=True)
+    except SystemExit as ended:
+        code = ended.code or 0
+    except BaseException:
+        gc.unfreeze()  # the teardown of some packages prints what the garbage collector has left
+        raise
+    if not isinstance(code, int):
+        gc.unfreeze()
+        sys.exit(code)
+    _exit(code)
+
+
+def _exit(code: int) -> NoReturn:
+    """Exit as the interpreter does, in its order, but for the teardown of modules."""
+    threading._shutdown()  # type: ignore[attr-defined] – joins threads that are no daemons
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        stream.flush()
+    ctypes.PyDLL(None).exit(code)  # of C: it runs destructors; PyDLL: no other thread runs Python meanwhile
+    raise AssertionError
 
 
 def _serve(requests: socket.socket) -> dict[str, Any] | None:
