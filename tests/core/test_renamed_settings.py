@@ -212,7 +212,6 @@ def test_new_values_are_accepted_and_old_ones_are_not() -> None:
     assert not set(RENAMED_VALUES["runs"]["sort"]) & known
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("module", "arguments", "message"),
     [
@@ -271,7 +270,6 @@ def test_the_command_line_is_refused_with_the_new_names(module: str, arguments: 
     assert (done.returncode, done.stderr, done.stdout) == (2, message, "")
 
 
-@pytest.mark.slow
 def test_a_yaml_file_of_the_user_is_refused_with_the_new_names(tmp_path: Path) -> None:
     (tmp_path / "experiment").mkdir()
     text = "# @package _global_\npasses: [2]\noptim: {clip: 1, lr: 1e-4}\n"

@@ -171,7 +171,6 @@ def test_written_keys_of_command_line() -> None:
     assert written == keys, "null and false ask for nothing"
 
 
-@pytest.mark.slow
 def test_the_command_refuses_settings_without_effect() -> None:
     done = run("train", "+experiment=vith14", "optim.schedule=onecycle", "optim.warmup=500", "loss.temperature=0.1")
     assert done.returncode == 2
