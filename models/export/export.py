@@ -13,7 +13,7 @@ import logging
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from core.errors import UserError
 from core.files import json_bytes, replace_folder, sha256
 from core.paths import ROOT
 from models import checkpoint
-from models.ensemble.ensemble import check_sizes, find_run_settings, read_ensemble_config
+from models.ensemble.ensemble import Member, check_sizes, find_run_settings, read_ensemble_config
 from models.export.check_images import read_check_images
 from models.export.config import ExportSettings, WheelsSettings
 from models.export.kaggle_metadata import dataset_metadata
@@ -39,7 +39,6 @@ from models.export.runtimes import (
     runtime_inputs,
     write_runtimes,
 )
-from models.export.sentence_transformers import st_files
 from models.export.upload import push
 from models.export.wheels import check_wheels, collect_wheels, required_packages
 from models.loader import load_bundle, load_embedder, resolve_embedder
@@ -49,6 +48,7 @@ from models.runtime.preprocess import Preprocessing
 log = logging.getLogger(__name__)
 
 _PUBLIC_FACTS = ("dataset", "datasets", "folds", "images", "score", "split", "step", "steps", "versions")
+_ST_FILES = ("config_sentence_transformers.json", "modules.json")  # which sentence-transformers looks for
 _BUNDLE_FILE = re.compile(
     r"[^/]+\.(safetensors|json)|predict\.py|im2emb\.py|notebook\.ipynb|README\.md|graphs|wheels|__pycache__"
 )
@@ -57,17 +57,6 @@ _USUALLY_INSTALLED = {"timm", "numpy", "pillow", "safetensors"}
 _MAX_CHECK_IMAGES = 500  # images that exported models are checked on
 _TOLERANCE = 1e-5  # largest difference of a component
 _MAX_FP16_DISTANCE = 1e-3  # largest cosine distance that weights in fp16 may cost
-
-
-@dataclass(frozen=True)
-class _ExportMember:
-    """A model to export: a member of an ensemble, or the only one."""
-
-    name: str
-    folder: Path
-    weight: float
-    flip: bool
-    sizes: tuple[int, ...]
 
 
 def export_and_upload(cfg: ExportSettings, arguments: Sequence[str]) -> None:
@@ -178,8 +167,8 @@ def export(
         (folder / "config.json").write_bytes(json_bytes(config))
         (folder / "im2emb.py").write_text((ROOT / "models/runtime/im2emb.py").read_text())
         (folder / "notebook.ipynb").write_text(notebook(config))
-        for name, text in st_files().items():
-            (folder / name).write_text(text)
+        for name in _ST_FILES:
+            (folder / name).write_text((Path(__file__).parent / "templates" / name).read_text())
         if wheels is not None:
             collect_wheels(folder / "wheels", config, wheels.version(), wheels.platform)
         run_settings = {member.name: find_run_settings(member.folder) for member in members}
@@ -215,7 +204,7 @@ def _refuse_other_folder(out: Path) -> None:
 
 
 def _check_bundle(
-    folder: Path, source: Path, members: Sequence[_ExportMember], precision: str, *, flip: bool, sizes: tuple[int, ...]
+    folder: Path, source: Path, members: Sequence[Member], precision: str, *, flip: bool, sizes: tuple[int, ...]
 ) -> tuple[float, dict[str, Any]]:
     """Compare the probe vectors of the bundle and of `source`.
 
@@ -244,7 +233,7 @@ def _check_bundle(
     return difference, {"half_distance": distance_summary(distance_N)}
 
 
-def _probe_images(members: Sequence[_ExportMember]) -> list[Any]:
+def _probe_images(members: Sequence[Member]) -> list[Any]:
     """Decoded probe images of the checkpoints."""
     return [probe for member in members for probe in checkpoint.load_extras(member.folder)[1]]
 
@@ -257,7 +246,7 @@ def _write_runtimes(
     return {"graphs": entries, "inputs": runtime_inputs(squares_of(config))}
 
 
-def _list_members(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[list[_ExportMember], dict[str, Any]]:
+def _list_members(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[list[Member], dict[str, Any]]:
     """List the models to export, and return the facts of an ensemble, {} for a checkpoint."""
     kind, folder = resolve_embedder(source)
     if kind == "bundle":
@@ -265,7 +254,7 @@ def _list_members(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[lis
     if kind == "checkpoint":
         config = checkpoint.read_config(folder)
         check_sizes(config, sizes)
-        return [_ExportMember("model", folder, 1.0, flip, sizes or (config["size"],))], {}
+        return [Member("model", folder, 1.0, flip, sizes or (config["size"],))], {}
     if flip or sizes:
         raise UserError(
             f"{folder} is an ensemble, whose members have their own views; leave out flip and sizes, and set "
@@ -276,11 +265,11 @@ def _list_members(source: Path, flip: bool, sizes: tuple[int, ...]) -> tuple[lis
     for member in config["members"]:
         member_folder = folder / "members" / member["name"]
         sizes = tuple(member["sizes"]) or (checkpoint.read_config(member_folder)["size"],)
-        members.append(_ExportMember(member["name"], member_folder, member["weight"], member["flip"], sizes))
+        members.append(Member(member["name"], member_folder, member["weight"], member["flip"], sizes))
     return members, config["facts"]
 
 
-def _write_member(folder: Path, member: _ExportMember, precision: str, *, only: bool) -> dict[str, Any]:
+def _write_member(folder: Path, member: Member, precision: str, *, only: bool) -> dict[str, Any]:
     """Write the weights of one model; return its entry of config.json."""
     config = checkpoint.read_config(member.folder)
     mean_E, probes, expected = checkpoint.load_extras(member.folder)

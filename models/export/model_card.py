@@ -2,14 +2,15 @@
 
     render_card(config, CardDetails(licence="apache-2.0", files={"model.safetensors": 14_000_000}))
 
-The card has no dates and no paths of this machine: the same bundle gives the same bytes.
+Its text is in templates/model_card.md. The card has no dates and no paths of this machine: the same bundle gives the
+same bytes.
 """
 
 import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from core.errors import UserError
@@ -18,6 +19,7 @@ from models.leakage_counts import LeakageCounts
 
 TITLE = (6, 50)
 """Shortest and longest title, characters; the bounds of Kaggle's client."""
+_TEMPLATE = Path(__file__).parent / "templates/model_card.md"
 _UNSET = "other"  # licence on the hub when none was given
 _LICENCE = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _PURPOSE = {
@@ -33,45 +35,9 @@ _PURPOSE = {
     "wheels": "packages to install without network",
 }
 
-_USE = """\
-## Use
-
-Needs {packages}, and no network. On Kaggle run `notebook.ipynb`; its command finishes
-within the time limit, and resumes when it is started again:
-
-```sh
-python predict.py --images test/images --sample-submission sample_submission.csv --out submission.csv --time-limit 8h30m
-```
-
-As a library, from the parent folder of the bundle:
-
-```python
-import sys; sys.path.append("bundle")
-from im2emb import load
-
-z = load("bundle").embed(["a.png", "b.jpg"])  # unit vectors [2, {width}]
-```
-
-With sentence-transformers, next to vectors of texts:
-
-```python
-from sentence_transformers import SentenceTransformer
-
-z = SentenceTransformer("bundle", trust_remote_code=True).encode(["a.png", "b.jpg"])
-texts = SentenceTransformer("{encoder}").encode(["a red fox in the snow"], normalize_embeddings=True)
-z @ texts.T  # cosines [2, 1]
-```"""
 _RUNTIMES = """\
 The whole network for other runtimes: uint8 squares in, vectors out, any batch size. Cosine distances from the PyTorch
 model in fp32, measured at export:"""
-_LIMITS = """\
-## Limits
-
-- The model predicts the vector of a prompt, not of a caption. Words without a trace in the image cannot be recovered.
-- {evaluation}
-{preprocessing}
-- An image that cannot be decoded, or has more than 100 million pixels, gets the mean vector of the training targets.
-- Half precision and other runtimes or releases of torch and timm change the last digits. Exported with {versions}."""
 _LOST = {
     "shortest": "The shorter side of an image is resized and the centre cropped: the ends of an elongated image are "
     "lost.",
@@ -234,24 +200,26 @@ def card_body(config: Mapping[str, Any], details: CardDetails) -> str:
     scores = [_score(facts) for facts in (config["facts"], *(member["facts"] for member in config["members"]))]
     held_out = [_held_out(score) for score in scores if score is not None]
     evaluation = _HELD_OUT if held_out and all(held_out) else _PARTLY_HELD_OUT if any(held_out) else _NOT_HELD_OUT
-    parts = [
-        [f"# {card_title(config, details)}", *_opening(config, details)],
-        [_USE.format(width=config["target_width"], encoder=encoder_name(config), packages=packages)],
-        _models(config),
-        _data(config),
-        _recipes(config, details),
-        _runtimes(config),
-        _files(details),
-        [
-            _LIMITS.format(
-                versions=versions,
-                evaluation=evaluation,
-                preprocessing="\n".join(_preprocessing(config)),
-            )
-        ],
-        _licence(details),
-    ]
-    return "\n\n".join("\n\n".join(part) for part in parts if part) + "\n"
+    sections = {
+        "opening": _opening(config, details),
+        "models": _models(config),
+        "data": _data(config),
+        "recipes": _recipes(config, details),
+        "runtimes": _runtimes(config),
+        "files": _files(details),
+    }
+    text = _TEMPLATE.read_text(encoding="utf-8").format(
+        title=card_title(config, details),
+        packages=packages,
+        width=config["target_width"],
+        encoder=encoder_name(config),
+        evaluation=evaluation,
+        preprocessing="\n".join(_preprocessing(config)),
+        versions=versions,
+        licence=_NO_LICENCE if details.licence in (None, _UNSET) else f"Weights: {details.licence}.",
+        **{name: "\n\n".join(parts) for name, parts in sections.items()},
+    )
+    return re.sub(r"\n{3,}", "\n\n", text)  # an empty section leaves blank lines
 
 
 def _enumerate(words: Sequence[str], last: str = "and") -> str:
@@ -361,18 +329,8 @@ def _models(config: Mapping[str, Any]) -> list[str]:
         sizes = ", ".join(str(size) for size in member["sizes"])
         views = [sizes, "yes" if member["flip"] else "no", f"{member['weight']:.3f}"]
         rows.append([member["name"], f"`{member['backbone']}`", member["head"], *views, *score_cells])
-    heads = (
-        "model",
-        "backbone",
-        "head",
-        "sizes, px",
-        "mirrored view",
-        "weight",
-        "mean cosine",
-        "95 % interval",
-        "images",
-        "leakage",
-    )
+    heads = ["model", "backbone", "head", "sizes, px", "mirrored view", "weight"]
+    heads += ["mean cosine", "95 % interval", "images", "leakage"]
     parts = ["## Models", _table(heads, rows)]
     origins = []
     for member in config["members"]:
@@ -460,17 +418,6 @@ def _files(details: CardDetails) -> list[str]:
     for name in sorted(sizes):
         purpose = "weights" if name.endswith(".safetensors") else _PURPOSE.get(name, "")
         inside = f" ({len(sizes[name])} files)" if name in folders and len(sizes[name]) > 1 else ""
-        rows.append(
-            [
-                f"`{name}{'/' if name in folders else ''}`{inside}",
-                format_size(sum(sizes[name])) if sizes[name] else "–",
-                purpose,
-            ]
-        )
+        size = format_size(sum(sizes[name])) if sizes[name] else "–"
+        rows.append([f"`{name}{'/' if name in folders else ''}`{inside}", size, purpose])
     return ["## Files", _table(("file", "size", "purpose"), rows)]
-
-
-def _licence(details: CardDetails) -> list[str]:
-    given = details.licence and details.licence != _UNSET
-    weights = f"Weights: {details.licence}." if given else _NO_LICENCE
-    return ["## Licence", f"{weights} The code (`predict.py`, `im2emb.py`) is Apache-2.0."]

@@ -28,7 +28,7 @@ from core.paths import ROOT
 from datagen.dataset.targets import minilm_wheel
 from models import checkpoint
 from models.ensemble.ensemble import Member, load_ensemble, write_ensemble
-from models.export import runtimes, sentence_transformers
+from models.export import runtimes
 from models.export.export import export
 from models.regressor import Regressor, make
 from models.runtime.decode import decode
@@ -355,13 +355,14 @@ def test_multi_process_encoding(transformer: SentenceTransformer, paths: list[st
     np.testing.assert_allclose(transformer.encode(paths, device=["cpu", "cpu"], chunk_size=2), alone, atol=1e-6)
 
 
-def test_config_files_equal_those_of_sentence_transformers(transformer: SentenceTransformer, tmp_path: Path) -> None:
+def test_config_files_equal_those_of_sentence_transformers(
+    bundle: Path, transformer: SentenceTransformer, tmp_path: Path
+) -> None:
     transformer.save_pretrained(str(tmp_path / "saved"))
-    ours = sentence_transformers.st_files()
-    (module,) = json.loads(ours["modules.json"])
+    (module,) = json.loads((bundle / "modules.json").read_text())
     assert json.loads((tmp_path / "saved/modules.json").read_text()) == [module]
     theirs = json.loads((tmp_path / "saved/config_sentence_transformers.json").read_text())
-    model = json.loads(ours["config_sentence_transformers.json"])
+    model = json.loads((bundle / "config_sentence_transformers.json").read_text())
     assert (theirs["model_type"], theirs["similarity_fn_name"]) == (model["model_type"], model["similarity_fn_name"])
 
 
