@@ -1,16 +1,8 @@
 """`python -m datagen.index`: index existing images as a dataset, without copying them."""
 
-from typing import Any
-
-from core.cli import command
-from core.settings import settings
+from core.cli import settings_command
 from datagen.config import IndexSettings
 from datagen.importers.foreign_dataset import index_with_targets
 
-
-def run(values: dict[str, Any]) -> None:
-    index_with_targets(settings(IndexSettings, values))
-
-
 if __name__ == "__main__":
-    command("index", run)
+    settings_command("index", IndexSettings, index_with_targets)

@@ -1,16 +1,8 @@
 """`python -m datagen.published`: import a published set of images (DiffusionDB, SD 2 4.4M) as a dataset."""
 
-from typing import Any
-
-from core.cli import command
-from core.settings import settings
+from core.cli import settings_command
 from datagen.config import PublishedSettings
 from datagen.importers.published_sets import publish
 
-
-def run(values: dict[str, Any]) -> None:
-    publish(settings(PublishedSettings, values))
-
-
 if __name__ == "__main__":
-    command("published", run)
+    settings_command("published", PublishedSettings, publish)

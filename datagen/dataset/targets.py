@@ -17,7 +17,6 @@ from core.errors import UserError
 from core.files import sha256
 from core.paths import Place
 from core.progress import progress
-from datagen.dataset import text_encoder
 from datagen.dataset.encoder_identity import describe, encoder_name, encoder_source
 from datagen.dataset.reader import read_encoder, read_info
 from datagen.dataset.writer import write_targets
@@ -25,12 +24,12 @@ from datagen.dataset.writer import write_targets
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
+    from datagen.dataset.text_encoder import Encode
+
 log = logging.getLogger(__name__)
 
 MINILM = "all-MiniLM-L6-v2"
-MINILM_SHA256 = (
-    "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of model.safetensors, the hub's own
-)
+MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the hub's model.safetensors
 
 
 class TargetEncoder:
@@ -54,7 +53,7 @@ class TargetEncoder:
         self._model = model
         self._device = device
         self._loaded: SentenceTransformer | None = None
-        self._encode: text_encoder.Encode | None = None
+        self._encode: Encode | None = None
         self._identity: dict[str, Any] | None = None
 
     @property
@@ -79,21 +78,26 @@ class TargetEncoder:
         if not texts:
             return np.zeros((0, self.transformer.get_embedding_dimension() or 0), np.float32)
         if self._encode is None:
-            self._encode = text_encoder.quick(self.transformer, self.fast)
+            from datagen.dataset.text_encoder import quick
+
+            self._encode = quick(self.transformer, self.fast)
         number = {text: i for i, text in enumerate(dict.fromkeys(texts))}
         vectors = self._encode(list(number), show)
         return vectors if len(number) == len(texts) else vectors[[number[text] for text in texts]]
 
     def close(self) -> None:
         """Free the model's memory; the next use loads it again."""
-        import torch
+        if self._loaded is not None:
+            import torch
 
-        self._loaded = self._encode = None
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+            self._loaded = self._encode = None
+            if torch.cuda.is_initialized():
+                torch.cuda.empty_cache()
 
     def _load(self) -> "SentenceTransformer":
         from sentence_transformers import SentenceTransformer
+
+        from datagen.dataset import text_encoder
 
         source = encoder_source(self._model)
         if self.name == MINILM and not Path(source).is_dir():

@@ -14,18 +14,18 @@ a vector.
 import copy
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Transformer
+from torch.nn.functional import normalize, pad, scaled_dot_product_attention
+from transformers import AttentionInterface
 
 from core.errors import UserError
 from core.progress import progress
-
-if TYPE_CHECKING:
-    import torch
-    from sentence_transformers import SentenceTransformer
 
 LOWEST_COSINE = 0.999  # of a fast vector to its fp32 one, for every text
 _CHECKED_COSINE = 0.9995  # threshold of the self-check, which sees a few texts only; bf16 MiniLM has .9999
@@ -47,13 +47,13 @@ _PROBES = (
 )
 
 Features = dict[str, Any]
-Forward = Callable[[Features], "torch.Tensor"]
+Forward = Callable[[Features], torch.Tensor]
 Encode = Callable[[Sequence[str], bool], NDArray[np.float32]]
 
 log = logging.getLogger(__name__)
 
 
-def quick(model: "SentenceTransformer", fast: bool) -> Encode:
+def quick(model: SentenceTransformer, fast: bool) -> Encode:
     """Return the fastest correct encode function of `model`: (texts, show a bar) → unit vectors [n, E], fp32, in order.
 
     A text's vector depends on the texts around it, by rounding alone: they decide the batch, and so the order of
@@ -81,14 +81,12 @@ def quick(model: "SentenceTransformer", fast: bool) -> Encode:
     return plain
 
 
-def limit_tokens(model: "SentenceTransformer") -> None:
+def limit_tokens(model: SentenceTransformer) -> None:
     """Limit the text length, in tokens, to the position embeddings of each transformer.
 
     Without a stated `model_max_length`, sentence-transformers takes `max_position_embeddings`; RoBERTa and its like
     keep the first padding_idx + 1 positions for themselves, and a text that long stops them with an IndexError.
     """
-    from sentence_transformers.base.modules import Transformer
-
     for module in model.modules():
         if not isinstance(module, Transformer) or module.tokenizer is None:
             continue
@@ -101,10 +99,8 @@ def limit_tokens(model: "SentenceTransformer") -> None:
             )
 
 
-def _positions(network: "torch.nn.Module") -> int | None:
+def _positions(network: torch.nn.Module) -> int | None:
     """Return the maximum length of a network with learned absolute position embeddings; None for other networks."""
-    import torch
-
     limits = []
     for part in network.modules():
         table, padding = getattr(part, "position_embeddings", None), getattr(part, "padding_idx", None)
@@ -114,8 +110,6 @@ def _positions(network: "torch.nn.Module") -> int | None:
 
 
 def _encode_probes(encode: Encode) -> NDArray[np.float32]:
-    import torch
-
     try:
         return encode(list(_PROBES), False)
     except torch.OutOfMemoryError:
@@ -129,7 +123,7 @@ def _encode_probes(encode: Encode) -> NDArray[np.float32]:
         ) from error
 
 
-def _fast_paths(model: "SentenceTransformer", fast: bool) -> Iterator[tuple[str, Encode]]:
+def _fast_paths(model: SentenceTransformer, fast: bool) -> Iterator[tuple[str, Encode]]:
     if not _reads_tokens(model):
         return
     tokens = _TOKENS_GPU if model.device.type == "cuda" else _TOKENS_CPU
@@ -140,7 +134,7 @@ def _fast_paths(model: "SentenceTransformer", fast: bool) -> Iterator[tuple[str,
     yield "sorted", _batched(model, lambda features: model(features)["sentence_embedding"], tokens)
 
 
-def _reads_tokens(model: "SentenceTransformer") -> bool:
+def _reads_tokens(model: SentenceTransformer) -> bool:
     """Return whether a batch is tensors [n, L] with an attention mask, so that it can be sorted and split."""
     features = _features(model, ["a", "a fox"])
     mask = features.get("attention_mask")
@@ -151,7 +145,7 @@ def _reads_tokens(model: "SentenceTransformer") -> bool:
     )
 
 
-def _plain(model: "SentenceTransformer") -> Encode:
+def _plain(model: SentenceTransformer) -> Encode:
     def encode(texts: Sequence[str], show: bool) -> NDArray[np.float32]:
         vectors = model.encode(list(texts), normalize_embeddings=True, convert_to_numpy=True, show_progress_bar=show)
         return np.asarray(vectors, np.float32)
@@ -159,31 +153,29 @@ def _plain(model: "SentenceTransformer") -> Encode:
     return encode
 
 
-def _batched(model: "SentenceTransformer", forward: Forward, tokens: int) -> Encode:
+def _batched(model: SentenceTransformer, forward: Forward, tokens: int) -> Encode:
     """Build an encode function that takes long texts first, so that an out-of-memory error comes at once."""
-    import torch
 
     def encode(texts: Sequence[str], show: bool) -> NDArray[np.float32]:
         by_letters = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         vectors: NDArray[np.float32] | None = None
-        with progress(len(texts), "text", "encode") if show else nullcontext() as bar, torch.inference_mode():
+        with progress(len(texts), "text", "encode", show=show) as bar, torch.inference_mode():
             for start in range(0, len(texts), _CHUNK):
                 rows = np.array(by_letters[start : start + _CHUNK])
                 features = _features(model, [texts[i] for i in rows])
                 for part, batch in _batches(features, tokens, model.device):
                     vector_nE = forward(batch).float()[:, : model.truncate_dim]
-                    unit_nE = torch.nn.functional.normalize(vector_nE, dim=-1).cpu().numpy()
+                    unit_nE = normalize(vector_nE, dim=-1).cpu().numpy()
                     if vectors is None:
                         vectors = np.zeros((len(texts), unit_nE.shape[1]), np.float32)
                     vectors[rows[part]] = unit_nE
-                    if bar is not None:
-                        bar.update(len(part))
+                    bar.update(len(part))
         return vectors if vectors is not None else np.zeros((0, model.get_embedding_dimension() or 0), np.float32)
 
     return encode
 
 
-def _batches(features: Features, tokens: int, device: "torch.device") -> Iterator[tuple[NDArray[np.int64], Features]]:
+def _batches(features: Features, tokens: int, device: torch.device) -> Iterator[tuple[NDArray[np.int64], Features]]:
     """Yield row numbers and features of batches of about `tokens` tokens, each padded to its longest text."""
     mask_nL = features["attention_mask"]
     lengths = mask_nL.sum(1).numpy()
@@ -203,7 +195,7 @@ def _batches(features: Features, tokens: int, device: "torch.device") -> Iterato
         start += len(part)
 
 
-def _features(model: "SentenceTransformer", texts: list[Any]) -> Features:
+def _features(model: SentenceTransformer, texts: list[Any]) -> Features:
     """Tokenize texts as `encode` does, with the model's default prompt: token ids [n, L] and other model inputs."""
     prompt = model.prompts.get(model.default_prompt_name) if model.default_prompt_name else None
     return model.preprocess(texts, prompt=prompt)
@@ -211,23 +203,17 @@ def _features(model: "SentenceTransformer", texts: list[Any]) -> Features:
 
 def _bf16_instructions() -> bool:
     """Return whether this is an x86 CPU with bf16 instructions; on others, oneDNN's bf16 is not known to be faster."""
-    import torch
-
     has = torch.cpu.get_capabilities()
     return torch.backends.mkldnn.is_available() and bool(has.get("avx512_bf16") or has.get("amx_bf16"))
 
 
-def _half_type(model: "SentenceTransformer") -> "torch.dtype | None":
-    import torch
-
+def _half_type(model: SentenceTransformer) -> torch.dtype | None:
     if model.device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     return torch.bfloat16 if model.device.type == "cpu" and _bf16_instructions() else None
 
 
-def _half(model: "SentenceTransformer") -> Forward:
-    import torch
-
+def _half(model: SentenceTransformer) -> Forward:
     dtype = _half_type(model)
 
     def forward(features: Features) -> torch.Tensor:
@@ -238,10 +224,8 @@ def _half(model: "SentenceTransformer") -> Forward:
     return forward
 
 
-def _packable(model: "SentenceTransformer") -> bool:
+def _packable(model: SentenceTransformer) -> bool:
     """Return whether the model is a BERT: positions from 0, attention by transformers' interface. A check follows."""
-    from sentence_transformers.base.modules import Transformer
-
     first = model[0]
     return (
         _bf16_instructions()
@@ -251,11 +235,8 @@ def _packable(model: "SentenceTransformer") -> bool:
     )
 
 
-def _packed(model: "SentenceTransformer") -> Forward:
+def _packed(model: SentenceTransformer) -> Forward:
     """Build a forward pass in bf16 on all tokens of a batch in one row; pooling and later modules run in fp32."""
-    import torch
-    from transformers import AttentionInterface
-
     AttentionInterface.register(_PACKED, _attention)
     first, *rest = model
     bert: Any = copy.deepcopy(first.auto_model).to(torch.bfloat16)
@@ -272,7 +253,7 @@ def _packed(model: "SentenceTransformer") -> Forward:
         spare = -int(length_n.sum()) % _ROW
         ids = {k: v for k, v in features.items() if hasattr(v, "shape") and k != "attention_mask"}
         ids["position_ids"] = (mask_nL.cumsum(1) - 1).clamp(min=0)
-        row = {k: torch.nn.functional.pad(v[mask_nL], (0, spare))[None] for k, v in ids.items()}
+        row = {k: pad(v[mask_nL], (0, spare))[None] for k, v in ids.items()}
         hidden_TD = bert(**row, groups=groups).last_hidden_state[0].float()
         embeddings, start = [], 0
         for n, L in groups:  # pooling sees whole texts without padding
@@ -289,19 +270,17 @@ def _packed(model: "SentenceTransformer") -> Forward:
 
 
 def _attention(
-    module: "torch.nn.Module",  # noqa: ARG001 part of the interface
-    query_1HTd: "torch.Tensor",
-    key_1HTd: "torch.Tensor",
-    value_1HTd: "torch.Tensor",
-    attention_mask: "torch.Tensor | None",  # noqa: ARG001 every token of a group is real
+    module: torch.nn.Module,  # noqa: ARG001 part of the interface
+    query_1HTd: torch.Tensor,
+    key_1HTd: torch.Tensor,
+    value_1HTd: torch.Tensor,
+    attention_mask: torch.Tensor | None,  # noqa: ARG001 every token of a group is real
     *,
     scaling: float,
     groups: list[tuple[int, int]],
     **more: Any,  # noqa: ARG001
-) -> "tuple[torch.Tensor, None]":
+) -> tuple[torch.Tensor, None]:
     """Compute attention within each text, [1, T, H, d]; a group is n consecutive texts of L tokens."""
-    import torch
-
     _, H, T, d = query_1HTd.shape
     out_THd = query_1HTd.new_zeros(T, H, d)  # zeros: the spare tokens at the end belong to no text
     start = 0
@@ -314,27 +293,27 @@ def _attention(
             q, k, v = (x.reshape(n * H, L, d) for x in (q_nHLd * scaling, k_nHLd, v_nHLd))
             mixed_nHLd = torch.bmm(torch.bmm(q, k.transpose(1, 2)).softmax(-1), v).view(n, H, L, d)
         else:
-            mixed_nHLd = torch.nn.functional.scaled_dot_product_attention(q_nHLd, k_nHLd, v_nHLd, scale=scaling)
+            mixed_nHLd = scaled_dot_product_attention(q_nHLd, k_nHLd, v_nHLd, scale=scaling)
         out_THd[start:stop].view(n, L, H, d).copy_(mixed_nHLd.transpose(1, 2))
         start = stop
     return out_THd[None], None
 
 
-def _prepack(module: "torch.nn.Module") -> None:
-    """Prepack the weights of linear layers in oneDNN's layout, which saves a reordering at every call."""
-    import torch
+class _PackedLinear(torch.nn.Module):
+    """Linear layer whose weights are prepacked in oneDNN's layout, which saves a reordering at every call."""
 
-    class Packed(torch.nn.Module):
-        def __init__(self, linear: torch.nn.Linear) -> None:
-            super().__init__()
-            self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _TOKENS_CPU)
-            self.bias = None if linear.bias is None else linear.bias.detach()
+    def __init__(self, linear: torch.nn.Linear) -> None:
+        super().__init__()
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach(), _TOKENS_CPU)
+        self.bias = None if linear.bias is None else linear.bias.detach()
 
-        def forward(self, x_1TD: torch.Tensor) -> torch.Tensor:
-            return torch.ops.mkldnn._linear_pointwise(x_1TD, self.weight, self.bias, "none", [], "")
+    def forward(self, x_1TD: torch.Tensor) -> torch.Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x_1TD, self.weight, self.bias, "none", [], "")
 
+
+def _prepack(module: torch.nn.Module) -> None:
     for name, child in list(module.named_children()):
         if isinstance(child, torch.nn.Linear):
-            setattr(module, name, Packed(child))
+            setattr(module, name, _PackedLinear(child))
         else:
             _prepack(child)

@@ -7,7 +7,7 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +15,16 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from core.errors import UserError
+from core.paths import Place
 from core.renamed_settings import DATASET_FILES, with_new_names, with_new_names_in_text, with_old_names
-from datagen.config import DatagenSettings, GlyphsRenderer, needs_vectors
-from datagen.curation.curate import CONTEXT, Curated, curate, held_out
+from datagen.config import DatagenSettings, GlyphsRenderer, PublishedSettings, needs_vectors
+from datagen.curation.curate import Curated, curate, held_out
 from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import PLAN
-from datagen.dataset.targets import TargetEncoder
-from datagen.prompts.sources import provenance, stream
+from datagen.dataset.targets import MINILM, TargetEncoder
+from datagen.prompts import clip_tokenizer
+from datagen.prompts.sources import Prompt, provenance, stream
 from datagen.renderers.base import Renderer
 
 log = logging.getLogger(__name__)
@@ -31,14 +34,23 @@ _ROWS = 1 << 20  # rows of the plan per table part: a column of strings holds no
 
 def identity(cfg: DatagenSettings, renderer: Renderer) -> dict[str, Any]:
     """Return the settings that decide the bytes of the dataset, as plain JSON under the names in dataset.json."""
-    keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
-    values = {k: v for k, v in dataclasses.asdict(cfg).items() if k in keys}
-    values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
-    values["renderer"] = {**renderer.settings(), "image_format": cfg.renderer.image_format}
     packages = ["numpy", "pillow", "pyarrow"]
     if not isinstance(cfg.renderer, GlyphsRenderer):
         packages += ["diffusers", "torch", "transformers"]
-    values["versions"] = {p: importlib.metadata.version(p) for p in packages}
+    more = {
+        "renderer": {**renderer.settings(), "image_format": cfg.renderer.image_format},
+        "versions": {p: importlib.metadata.version(p) for p in packages},
+    }
+    keys = ("num", "seed", "seeds_per_prompt", "shard_size", "encoder", "prompts", "curate", "split")
+    return dataset_settings(cfg, keys, more)
+
+
+def dataset_settings(
+    cfg: DatagenSettings | PublishedSettings, keys: Collection[str], more: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the settings `keys` and `more` as plain JSON, under the names in dataset.json."""
+    values = {k: v for k, v in dataclasses.asdict(cfg).items() if k in keys} | dict(more)
+    values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
     return with_old_names(DATASET_FILES, json.loads(json.dumps(values, default=str)))
 
 
@@ -48,9 +60,16 @@ def recorded_settings(info: Mapping[str, Any]) -> dict[str, Any]:
     return {**values, "encoder": encoder_name(values["encoder"])} if values.get("encoder") else values
 
 
-def differences(recorded: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """Describe each setting that differs between two datasets, one line each, under the names of this version."""
-    return _differences(with_new_names(DATASET_FILES, recorded), with_new_names(DATASET_FILES, current))
+def refuse_another_dataset(out: Place, recorded: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare the settings of the dataset at `out` with those of this run, both under the names in dataset.json.
+
+    Raises:
+        UserError: settings differ; the message lists them under the names of this version.
+    """
+    lines = _differences(with_new_names(DATASET_FILES, recorded), with_new_names(DATASET_FILES, current))
+    if lines:
+        listed = "\n".join(f"  {line}" for line in lines)
+        raise UserError(f"{out} holds another dataset:\n{listed}\nChoose another out=, or remove that folder.")
 
 
 def _differences(recorded: dict[str, Any], current: dict[str, Any], prefix: str = "") -> list[str]:
@@ -65,41 +84,39 @@ def _differences(recorded: dict[str, Any], current: dict[str, Any], prefix: str 
 
 
 def curated_prompts(cfg: DatagenSettings, renderer: Renderer, work: Path | None = None) -> Curated:
-    """Curate the prompts of the dataset and split them.
-
-    Args:
-        work: folder of the committed chunks, from which a killed run resumes; the caller removes it once the plan is
-            committed.
-    """
-    from datagen.prompts.clip_tokenizer import token_counts
-
+    """Curate the prompts of the dataset and split them; `work` is as for `curate`."""
     by_group = cfg.split.kind == "holdout"
     side = (lambda part: held_out(part, cfg.split.val_fraction, cfg.seed)) if by_group else None
-    encoder = TargetEncoder(cfg.encoder, fast=True) if cfg.encoder else None
+    origin = {
+        **with_old_names(DATASET_FILES, {"prompts": dataclasses.asdict(cfg.prompts)}),
+        "provenance": provenance(cfg.prompts),
+        "renderer": cfg.renderer.name,
+    }
+    prompts = -(-cfg.num // cfg.seeds_per_prompt)
+    return curate_and_split(cfg, stream(cfg.prompts, cfg.seed, side), prompts, origin, renderer.can_draw, work)
+
+
+def curate_and_split(
+    cfg: DatagenSettings | PublishedSettings,
+    source: Iterable[Prompt],
+    num: int,
+    origin: Mapping[str, Any],
+    can_draw: Callable[[str], bool],
+    work: Path | None,
+) -> Curated:
+    """Call `curate` with the settings of a command and its target encoder, whose identity is added to `origin`."""
+    encoder = TargetEncoder(cfg.encoder or MINILM, fast=True)  # not loaded for null: then no vectors are needed
+    identity = encoder.identity() if needs_vectors(cfg.curate, cfg.split) else None
     curated = curate(
-        stream(cfg.prompts, cfg.seed, side),
-        -(-cfg.num // cfg.seeds_per_prompt),
-        cfg.curate,
-        cfg.split,
-        cfg.seed,
-        encode=encoder.encode if encoder else _no_vectors,
-        count_tokens=token_counts,
-        can_draw=renderer.can_draw,
+        *(source, num, cfg.curate, cfg.split, cfg.seed),
+        encode=encoder.encode,
+        count_tokens=clip_tokenizer.token_counts,
+        can_draw=can_draw,
         work=work,
-        origin={
-            **with_old_names(DATASET_FILES, {"prompts": dataclasses.asdict(cfg.prompts)}),
-            "provenance": provenance(cfg.prompts),
-            "encoder": encoder.identity() if encoder and needs_vectors(cfg.curate, cfg.split) else None,
-            "renderer": cfg.renderer.name,
-        },
+        origin={**origin, "encoder": identity},
     )
-    if encoder:
-        encoder.close()
+    encoder.close()
     return curated
-
-
-def _no_vectors(texts: Sequence[str]) -> NDArray[np.float32]:
-    return np.zeros((len(texts), 0), np.float32)
 
 
 def count(cfg: DatagenSettings, curated: Curated) -> int:
@@ -152,8 +169,8 @@ def log_plan(cfg: DatagenSettings, curated: Curated) -> None:
         log.info(
             "  %s prompts over %d tokens: Stable Diffusion reads the first %d",
             f"{curated.over_context:,}",
-            CONTEXT,
-            CONTEXT,
+            clip_tokenizer.CONTEXT,
+            clip_tokenizer.CONTEXT,
         )
     images = count(cfg, curated)
     if images < cfg.num:

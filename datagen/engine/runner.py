@@ -130,16 +130,8 @@ def _open_or_plan(cfg: DatagenSettings, renderer: Renderer, engine: Engine) -> d
     if is_dataset(out):
         info = read_info(out)
         batch_size = getattr(cfg.renderer, "batch_size", None) or info.get("batch_size")
-        differ = plans.differences(
-            {**plans.recorded_settings(info), "batch_size": info.get("batch_size")},
-            {**identity, "batch_size": batch_size},
-        )
-        if differ:
-            raise UserError(
-                f"{out} holds another dataset:\n"
-                + "\n".join(f"  {line}" for line in differ)
-                + "\nChoose another out=, or remove that folder."
-            )
+        recorded = {**plans.recorded_settings(info), "batch_size": info.get("batch_size")}
+        plans.refuse_another_dataset(out, recorded, {**identity, "batch_size": batch_size})
         remove_parts(out)
         return info
     temporary = (".prompts.parquet.", ".dataset.json.")  # temporary names of a run killed in its first seconds

@@ -15,11 +15,9 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
-from numpy.typing import NDArray
 
 from core.errors import UserError
 from core.files import replace_folder, write_bytes
@@ -27,12 +25,10 @@ from core.renamed_settings import DATASET_FILES, with_old_names
 from datagen.config import IndexSettings
 from datagen.dataset.format import INDEX, PLAN
 from datagen.dataset.reader import read_info
+from datagen.dataset.targets import MINILM, TargetEncoder, write_missing_targets
 from datagen.dataset.writer import write_foreign_index, write_plan
 from datagen.importers.foreign_images import ForeignImage, read_folder, read_tars
 from datagen.importers.foreign_split import ForeignSplit, split_foreign
-
-if TYPE_CHECKING:
-    from datagen.dataset.targets import TargetEncoder
 
 log = logging.getLogger(__name__)
 
@@ -52,7 +48,7 @@ def index(cfg: IndexSettings) -> None:
     clash = [key for key, count in Counter(p.key for p in images).items() if count > 1]
     if clash:
         raise UserError(f"{len(clash)} keys name several images ({', '.join(clash[:3])}, …); rename the files")
-    encoder = _Encoder(cfg.encoder)
+    encoder = TargetEncoder(cfg.encoder or MINILM, fast=True)  # loaded for split.kind=similarity alone
     split = split_foreign(images, cfg, encoder.encode)
     encoder.close()
     listing = cfg.out.with_name(f"{cfg.out.name}.log.jsonl")
@@ -72,26 +68,6 @@ def index(cfg: IndexSettings) -> None:
             *(_summary(split.left_out), 100 * len(split.left_out) / (len(images) - split.split_n.count("val"))),
             listing,
         )
-
-
-class _Encoder:
-    """Text encoder for prompt similarity, loaded at the first use."""
-
-    def __init__(self, model: str | None) -> None:
-        self._model = model
-        self._encoder: TargetEncoder | None = None
-
-    def encode(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        if self._encoder is None:
-            from datagen.dataset.targets import TargetEncoder
-
-            assert self._model is not None  # settings refuse split.kind=similarity without an encoder
-            self._encoder = TargetEncoder(self._model, fast=True)
-        return self._encoder.encode(texts)
-
-    def close(self) -> None:
-        if self._encoder is not None:
-            self._encoder.close()
 
 
 def _write(root: Path, batches: list[list[ForeignImage]], split: ForeignSplit, cfg: IndexSettings) -> None:
@@ -134,8 +110,6 @@ def index_with_targets(cfg: IndexSettings) -> None:
     """Index the images, write the target vectors of `cfg.encoder` if one is set, and log the counts."""
     index(cfg)
     if cfg.encoder is not None:
-        from datagen.dataset.targets import TargetEncoder, write_missing_targets
-
         write_missing_targets(cfg.out, TargetEncoder(cfg.encoder))
     info = read_info(cfg.out)
     log.info("%s: %d images, %d captions, %s", cfg.out, info["pictures"], info["captions"], info["splits"])

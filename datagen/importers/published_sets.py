@@ -9,7 +9,6 @@ moment and started again gives the same bytes. Missing or broken images are in t
 `<out>.log.jsonl`.
 """
 
-import dataclasses
 import fnmatch
 import io
 import json
@@ -34,17 +33,17 @@ from core.errors import UserError
 from core.files import free_bytes, remove_parts, write_json, write_table
 from core.paths import beside, located
 from core.progress import progress
-from core.renamed_settings import DATASET_FILES, with_new_names_in_text, with_old_names
-from datagen.config import PublishedSettings, needs_vectors
-from datagen.curation.curate import Curated, curate, side_of_group
+from core.renamed_settings import DATASET_FILES, with_new_names_in_text
+from datagen.config import PublishedSettings
+from datagen.curation.curate import Curated, side_of_group
 from datagen.dataset.archive_readers import Tar, Zip, opened
-from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import FAULTY, PLAN
 from datagen.dataset.prompt_normal_form import normal_form
 from datagen.dataset.reader import Dataset, is_plan_file, missing_shards, read_info, read_plan
 from datagen.dataset.splits import leakage, plan_leakage
+from datagen.dataset.targets import TargetEncoder, write_missing_targets
 from datagen.dataset.writer import write_plan, write_shard
-from datagen.engine.plan import differences, recorded_settings
+from datagen.engine import plan as plans
 from datagen.importers.foreign_images import NO_PROMPT, read_sample
 from datagen.prompts import download
 from datagen.prompts.captions import clean, read_label
@@ -116,19 +115,13 @@ def publish(cfg: PublishedSettings) -> None:
                     _write(cfg, source, work, number, name, rows)
                 bar.update(rows.num_rows)
     if cfg.encoder is not None:
-        from datagen.dataset.targets import TargetEncoder, write_missing_targets
-
         write_missing_targets(out, TargetEncoder(cfg.encoder))
     shutil.rmtree(work, ignore_errors=True)
     dataset = Dataset(out)
     splits = dataset.splits
     log.info("%s: %s", out, ", ".join(f"{count:,} {split}" for split, count in splits.items()))
     if FAULTY in splits:
-        log.warning(
-            "%s faulty images are listed in %s",
-            f"{splits[FAULTY]:,}",
-            beside(cfg.out, ".log.jsonl"),
-        )
+        log.warning("%s faulty images are listed in %s", f"{splits[FAULTY]:,}", beside(cfg.out, ".log.jsonl"))
     _log_equal_images(dataset)
 
 
@@ -151,23 +144,15 @@ def _identity(cfg: PublishedSettings) -> dict[str, Any]:
     The commit of the hub is recorded separately.
     """
     keys = ("num", "seed", "encoder", "curate", "split", "max_nsfw")
-    values = {key: value for key, value in dataclasses.asdict(cfg).items() if key in keys}
-    values["encoder"] = cfg.encoder and encoder_name(cfg.encoder)
-    recorded = json.loads(json.dumps({"published": cfg.name, **values}, default=str))
-    return with_old_names(DATASET_FILES, recorded)
+    return plans.dataset_settings(cfg, keys, {"published": cfg.name})
 
 
 def _refuse_another(cfg: PublishedSettings, info: dict[str, Any]) -> None:
-    differ = differences(recorded_settings(info), _identity(cfg))
+    recorded, current = plans.recorded_settings(info), _identity(cfg)
     commit = info.get("provenance", {}).get("commit")
-    if cfg.revision is not None and commit not in (None, cfg.revision) and len(cfg.revision) == 40:
-        differ.append(f"revision: {commit!r} there, {cfg.revision!r} here")
-    if differ:
-        raise UserError(
-            f"{cfg.out} holds another dataset:\n"
-            + "\n".join(f"  {line}" for line in differ)
-            + "\nChoose another out=, or remove that folder."
-        )
+    if cfg.revision is not None and commit is not None and len(cfg.revision) == 40:
+        recorded, current = {**recorded, "revision": commit}, {**current, "revision": cfg.revision}
+    plans.refuse_another_dataset(cfg.out, recorded, current)
 
 
 # ------------------------------------------------------------------------------------------------------------ the plan
@@ -192,7 +177,10 @@ def _plan(cfg: PublishedSettings, work: Path) -> None:
         texts = _texts_of_table(cfg, source, published.table, order, work, lost)
     else:
         texts = _texts_of_archives(cfg, source, order, published.suffix, work, lost)
-    curated = _curated(cfg, source, texts, work)
+    pairs = dict.fromkeys(zip(texts["prompt"].to_pylist(), texts["group"].to_pylist(), strict=True))
+    prompts = (Prompt(text, cfg.name, group) for text, group in pairs)
+    origin = {**_identity(cfg), "commit": source.commit, "folder": str(cfg.folder)}
+    curated = plans.curate_and_split(cfg, prompts, len(pairs), origin, lambda _: True, work / "curation")
     plan, archives_in_plan = _plan_table(cfg, texts, curated, lost)
     for counts, what in ((+lost, "images"), (curated.dropped, "prompts")):
         for reason, number in counts.most_common():
@@ -323,31 +311,6 @@ def _texts_of_tar(archive: Tar, name: str, suffix: str) -> pa.Table:
         prompt = sample.captions.texts[0]
         rows.append({"archive": name, "file": f"{key}{suffix}", "prompt": prompt, "group": group, "seed": 0})
     return pa.Table.from_pylist(rows, schema=TEXTS.with_metadata({"lost": json.dumps(lost)}))
-
-
-def _curated(cfg: PublishedSettings, source: download.Repository, texts: pa.Table, work: Path) -> Curated:
-    from datagen.dataset.targets import TargetEncoder
-    from datagen.prompts.clip_tokenizer import token_counts
-
-    encoder = TargetEncoder(cfg.encoder, fast=True) if cfg.encoder else None
-    pairs = dict.fromkeys(zip(texts["prompt"].to_pylist(), texts["group"].to_pylist(), strict=True))
-    return curate(
-        (Prompt(text, cfg.name, group) for text, group in pairs),
-        len(pairs),
-        cfg.curate,
-        cfg.split,
-        cfg.seed,
-        encode=encoder.encode if encoder else lambda part: np.zeros((len(part), 0), np.float32),
-        count_tokens=token_counts,
-        can_draw=lambda _: True,
-        work=work / "curation",
-        origin={
-            **_identity(cfg),
-            "encoder": encoder.identity() if encoder and needs_vectors(cfg.curate, cfg.split) else None,
-            "commit": source.commit,
-            "folder": str(cfg.folder),
-        },
-    )
 
 
 def _plan_table(

@@ -14,7 +14,10 @@ import logging
 
 from core.paths import Place
 from core.progress import progress
+from datagen.config import VerifySettings
 from datagen.dataset.reader import list_encoders, read_info
+from datagen.verify.checks import check
+from datagen.verify.problems import Problems
 
 log = logging.getLogger(__name__)
 
@@ -25,29 +28,22 @@ def verify(root: Place) -> list[str]:
     Raises:
         UserError: the folder is not a dataset, or a store cannot be reached.
     """
-    return _verify(root)[1]
+    return _check(root).lines()
 
 
-def _verify(root: Place) -> tuple[int, list[str]]:
-    """Return the number of problems, and their lines."""
-    from datagen.verify.checks import check
-
+def _check(root: Place) -> Problems:
     images = read_info(root).get("pictures")
     with progress(images if isinstance(images, int) else 0, "image", "verify") as bar:
         problems = check(root, bar.update)
     if not list_encoders(root):
         log.warning("%s has no target vectors yet: python -m datagen.targets out=%s", root, root)
-    return problems.count, problems.lines()
+    return problems
 
 
-def log_problems(root: Place) -> int:
-    """Log the problems of a dataset, at most twenty of a kind; return their number.
-
-    Raises:
-        UserError: the folder is not a dataset, or a store cannot be reached.
-    """
-    count, lines = _verify(root)
-    for line in lines:
+def log_problems(cfg: VerifySettings) -> int:
+    """Log the problems of a dataset, as `verify` lists them; return the exit code, 1 if there are any."""
+    problems = _check(cfg.out)
+    for line in problems.lines():
         log.error("%s", line)
-    log.info("%s: %d problems", root, count)
-    return count
+    log.info("%s: %d problems", cfg.out, problems.count)
+    return min(problems.count, 1)
