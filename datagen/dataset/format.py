@@ -17,11 +17,14 @@ core/store.py; `writer` writes it through core/files.py.
 The split of an index row, and of the member .json, is that of the plan, or "faulty" if the image could not be rendered.
 """
 
+import tarfile
 from collections.abc import Sequence
 from tokenize import TokenError
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from datagen.dataset.prompt_normal_form import form_hash
@@ -71,6 +74,29 @@ def run_starts(keys: pa.ChunkedArray) -> NDArray[np.int64]:
     return np.concatenate([[0], np.flatnonzero(np.diff(codes)) + 1, [len(codes)]])
 
 
+def plan_counts(plan: pa.Table) -> dict[str, Any]:
+    """Count the images ("pictures"), the captions, and the images of each split of a plan, as dataset.json does."""
+    firsts = run_starts(plan["key"])[:-1]
+    names, counts = np.unique(plan["split"].to_numpy(zero_copy_only=False)[firsts], return_counts=True)
+    splits = dict(zip(names.tolist(), counts.tolist(), strict=True))
+    return {"captions": plan.num_rows, "pictures": len(firsts), "splits": splits}
+
+
+def positions(keys: pa.ChunkedArray | pa.Array, among: pa.ChunkedArray) -> NDArray[np.int64]:
+    """Find the first row of `among` with each key: [n]; -1 for a key that it lacks."""
+    keys = keys.combine_chunks() if isinstance(keys, pa.ChunkedArray) else keys
+    rows = pc.call_function("index_in", [keys], pc.SetLookupOptions(value_set=among.combine_chunks()))
+    return rows.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def member_size(header: bytes) -> int | None:
+    """Return the size in bytes of the member that a tar header (512 bytes) announces; None if it is not a header."""
+    try:
+        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
+    except tarfile.HeaderError:
+        return None
+
+
 def content_hash(crc32: NDArray[np.integer], size: NDArray[np.integer]) -> NDArray[np.int64]:
     """Combine crc32 and size into one hash of each image's bytes: [n]."""
     return (crc32.astype(np.int64) << 32) ^ size.astype(np.int64)
@@ -79,3 +105,9 @@ def content_hash(crc32: NDArray[np.integer], size: NDArray[np.integer]) -> NDArr
 def hash_prompts(prompts: Sequence[str]) -> NDArray[np.int64]:
     """Hash the normal form of each prompt, as `Dataset.prompt_hashes` does."""
     return np.fromiter(map(form_hash, prompts), np.int64, len(prompts))
+
+
+def hash_column(prompts: pa.Array) -> NDArray[np.int64]:
+    """Hash the normal form of each prompt of a column; equal prompts, such as neighbours in a plan, once."""
+    texts = prompts.dictionary_encode()
+    return hash_prompts(texts.dictionary.to_pylist())[texts.indices.to_numpy()]

@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -34,7 +33,9 @@ from datagen.dataset.format import (
     SCHEMA,
     CorruptImage,
     content_hash,
-    hash_prompts,
+    hash_column,
+    member_size,
+    positions,
     run_starts,
 )
 
@@ -173,9 +174,10 @@ class Dataset:
     def __len__(self) -> int:
         return len(self._sizes)
 
-    def __reduce__(self) -> tuple[Callable[..., "Dataset"], tuple[Place, str | None, bool, bool, Files]]:
+    def __reduce__(self) -> tuple[Callable[..., "Dataset"], tuple[Place, str | None]]:
         # a worker opens the dataset again: pickling would copy the mapped arrays
-        return _reopened, (self.root, self.encoder, self._whole, self.partial, self._files)
+        options = {"whole": self._whole, "partial": self.partial, "files": self._files}
+        return functools.partial(Dataset, **options), (self.root, self.encoder)
 
     @property
     def width(self) -> int:
@@ -196,9 +198,7 @@ class Dataset:
 
     def find(self, keys: pa.Array) -> NDArray[np.int64]:
         """Image number of each key; -1 for an unknown key."""
-        image_keys = self._keys.take(pa.array(self._row_starts[:-1])).combine_chunks()
-        numbers = pc.call_function("index_in", [keys], pc.SetLookupOptions(value_set=image_keys))
-        return numbers.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+        return positions(keys, self._keys.take(pa.array(self._row_starts[:-1])))
 
     def source(self, i: int) -> str:
         return self._sources[self._source_of[i]]
@@ -255,8 +255,7 @@ class Dataset:
     def prompts(self, i: int) -> list[str]:
         """Captions of image `i`."""
         if self._prompts is None:
-            plan = load_plan(self._files)
-            texts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
+            texts = prompt_texts(self._files)
             self._prompts = [texts[p] for p in self._prompt_ids.tolist()]
         return [self._prompts[row] for row in self.captions(i)]
 
@@ -279,10 +278,8 @@ class Dataset:
         _present(self._files, "prompts.parquet")
         with pq.ParquetFile(self._files.path("prompts.parquet")) as plan:
             for batch in plan.iter_batches(columns=["prompt_id", "prompt"]):
-                texts = batch["prompt"].dictionary_encode()  # images of one prompt are adjacent
-                hash_of_code = hash_prompts(texts.dictionary.to_pylist())
                 ids.append(batch["prompt_id"].to_numpy())
-                hashes.append(hash_of_code[texts.indices.to_numpy()])
+                hashes.append(hash_column(batch["prompt"]))
         all_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
         return np.concatenate(hashes)[firsts][np.searchsorted(all_ids, self._prompt_ids)]
 
@@ -387,11 +384,8 @@ class Dataset:
 
     def _mismatch(self, path: str, i: int, header: bytes) -> list[str]:
         """Problem line if `header` (512 bytes) is not the tar header of image `i`."""
-        try:
-            if tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size == self._sizes[i]:
-                return []
-        except tarfile.HeaderError:
-            pass
+        if member_size(header) == self._sizes[i]:
+            return []
         where = f"no {self.key(i)} at {self._offsets[i]}"
         return [f"{self.root / path} does not match its index: {where}; {self._hint(path)}"]
 
@@ -503,10 +497,6 @@ def _report_unknown_settings(root: str, encoder: str) -> None:
     )
 
 
-def _reopened(root: Place, encoder: str | None, whole: bool, partial: bool, files: Files) -> Dataset:
-    return Dataset(root, encoder, whole=whole, partial=partial, files=files)
-
-
 def read_notes(root: Place, number: int) -> dict[str, dict[str, Any]]:
     """Renderer notes of the images of shard `number`, such as {"redrawn": "fp32"}: key → note.
 
@@ -565,6 +555,12 @@ def _info(files: Files) -> dict[str, Any]:
 def load_plan(files: Files) -> pa.Table:
     _present(files, "prompts.parquet")
     return _read_tables(files, ["prompts.parquet"], PLAN)[0]
+
+
+def prompt_texts(files: Files) -> dict[int, str]:
+    """Read the prompts of the plan: prompt_id → text."""
+    plan = load_plan(files)
+    return dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
 
 
 def find_encoder(files: Files, name: str) -> dict[str, Any] | None:

@@ -18,8 +18,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from datagen.dataset.format import FAULTY, LEFT_OUT
-from datagen.dataset.prompt_normal_form import form_hash
+from datagen.dataset.format import FAULTY, LEFT_OUT, hash_column
 
 Ints = NDArray[np.int64]
 Mask = NDArray[np.bool_]
@@ -171,12 +170,8 @@ def plan_leakage(plan: pa.Table) -> Leakage:
     Raises:
         RuntimeError: a prompt is in two splits.
     """
-    hashes = [np.zeros(0, np.int64)]
-    for batch in plan.select(["prompt"]).to_batches():
-        texts = batch["prompt"].dictionary_encode()
-        hash_of_code = np.fromiter(map(form_hash, texts.dictionary.to_pylist()), np.int64, len(texts.dictionary))
-        hashes.append(hash_of_code[texts.indices.to_numpy()])
-    prompt_l = np.concatenate(hashes)
+    hashes = (hash_column(batch["prompt"]) for batch in plan.select(["prompt"]).to_batches())
+    prompt_l = np.concatenate([np.zeros(0, np.int64), *hashes])
     return require_no_leakage(leakage(plan["split"].to_pylist(), np.arange(len(prompt_l)), prompt_l))
 
 

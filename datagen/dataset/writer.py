@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from core.files import json_bytes, remove_parts, write_array, write_atomically, write_bytes, write_json, write_table
 from core.paths import Place
 from core.store import Files
-from datagen.dataset.format import FAULTY, INDEX, SCHEMA, run_starts
-from datagen.dataset.reader import find_encoder, index_names, load_plan, target_name
+from datagen.dataset.format import FAULTY, INDEX, SCHEMA, plan_counts
+from datagen.dataset.reader import find_encoder, index_names, prompt_texts, target_name
 from datagen.dataset.stale_vectors import refuse_stale_vectors
 
 
@@ -28,18 +28,8 @@ def write_plan(root: Place, plan: pa.Table, info: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     pq.write_table(plan, buffer, compression="zstd")
     write_bytes(root / "prompts.parquet", buffer.getbuffer())
-    splits = plan["split"].to_numpy(zero_copy_only=False)
-    firsts = run_starts(plan["key"])[:-1]
-    names, counts = np.unique(splits[firsts], return_counts=True)
-    info = {
-        **info,
-        "schema": SCHEMA,
-        "pictures": len(firsts),
-        "captions": plan.num_rows,
-        "splits": dict(zip(names.tolist(), counts.tolist(), strict=True)),
-        "plan_sha256": hashlib.sha256(buffer.getbuffer()).hexdigest(),
-    }
-    write_json(root / "dataset.json", info)
+    digest = hashlib.sha256(buffer.getbuffer()).hexdigest()
+    write_json(root / "dataset.json", {**info, "schema": SCHEMA, **plan_counts(plan), "plan_sha256": digest})
 
 
 def write_shard(
@@ -117,8 +107,7 @@ def write_targets(
     files = Files(root)
     folder = f"targets/{identity['name']}"
     recorded = find_encoder(files, identity["name"])
-    plan = load_plan(files)
-    prompts = dict(zip(plan["prompt_id"].to_pylist(), plan["prompt"].to_pylist(), strict=True))
+    prompts = prompt_texts(files)
     if recorded != dict(identity):
         present = set(files.names(folder))
         names = [name for name in index_names(files) if target_name(name) in present]

@@ -16,16 +16,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from core.errors import first_line
 from core.files import sha256
 from core.paths import Place
 from core.store import Files
-from datagen.dataset.format import FAULTY, INDEX, PLAN
+from datagen.dataset.format import FAULTY, INDEX, PLAN, plan_counts, positions, run_starts
 from datagen.dataset.reader import read_info
-from datagen.verify.images import ImageCheck, Rows, rows_of
+from datagen.verify.images import ImageCheck, rows_of
 from datagen.verify.problems import HIDDEN_PART, Problems
 from datagen.verify.vectors import VectorCheck
 
@@ -53,6 +52,7 @@ class _Check:
         self.root = self.files.root
         self.info: dict[str, Any] = read_info(root)
         self.problems = Problems()
+        self._add = self.problems.add
         self._tick = tick
         self.plan: pa.Table | None = None
         self.shards: dict[str, pa.Table] = {}
@@ -68,7 +68,7 @@ class _Check:
         index = pa.concat_tables(self.shards.values()) if self.shards else INDEX.empty_table()
         plan_row_n = np.full(index.num_rows, -1)
         if self.plan is not None:
-            plan_row_n = _row_numbers(index["key"], self.plan["key"])
+            plan_row_n = positions(index["key"], self.plan["key"])
             self._compare_with_plan(index, self.plan)
         self._check_places(index)
         starts = np.cumsum([0, *(table.num_rows for table in self.shards.values())])
@@ -79,9 +79,6 @@ class _Check:
         for encoder in self.files.names("targets"):
             vectors.check(encoder)
         return self.problems
-
-    def _add(self, kind: str, line: str) -> None:
-        self.problems.add(kind, line)
 
     # ------------------------------------------------------------------------------------------------------- the plan
 
@@ -115,15 +112,11 @@ class _Check:
             self._add(
                 "the plan is another", f"{where} is not the plan that dataset.json was written with; copy it again"
             )
-        keys = plan["key"].to_pylist()
-        firsts = [n for n, key in enumerate(keys) if n == 0 or key != keys[n - 1]]
-        names, counts = np.unique(plan["split"].to_numpy(zero_copy_only=False)[firsts], return_counts=True)
-        splits = dict(zip(names.tolist(), counts.tolist(), strict=True))
-        for name, value in (("captions", plan.num_rows), ("pictures", len(firsts)), ("splits", splits)):
+        for name, value in plan_counts(plan).items():
             if self.info.get(name) != value:
                 line = f"{self.root / 'dataset.json'} says {name} {self.info.get(name)}, but the plan has {value}"
                 self._add("dataset.json and the plan differ", line)
-        for key, count in Counter(keys[n] for n in firsts).items():
+        for key, count in Counter(plan["key"].take(pa.array(run_starts(plan["key"])[:-1])).to_pylist()).items():
             if count > 1:
                 self._add("a key stands at several places of the plan", f"{key}: stands at {count} places of {where}")
         prompts: dict[int, str] = {}
@@ -246,10 +239,3 @@ class _Check:
             elif owner.setdefault(place[:2], key) != key:
                 line = f"{key}: lies at the same place as {owner[place[:2]]}: {place[0]} at {place[1]}"
                 self._add("two images at one place", line)
-
-
-def _row_numbers(keys: pa.ChunkedArray, among: pa.ChunkedArray) -> Rows:
-    """Find the first row of `among` with each key; -1 if none has it."""
-    options = pc.SetLookupOptions(value_set=among.combine_chunks())
-    row_n = pc.call_function("index_in", [keys.combine_chunks()], options)
-    return row_n.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)

@@ -19,7 +19,7 @@ from core.files import json_bytes
 from core.json_text import parse_json
 from core.paths import Place
 from core.store import Files
-from datagen.dataset.format import FAULTY
+from datagen.dataset.format import FAULTY, member_size
 from datagen.verify.problems import Problems
 
 Rows = NDArray[np.int64]
@@ -88,7 +88,7 @@ class ImageCheck:
             self._problems.add("an image file cannot be read", f"{key}: {where}: {error.strerror or error}")
             return
         self._check_crc(row, data)
-        if not whole and _header_size(header) != size:
+        if not whole and member_size(header) != size:
             line = f"{key}: {where} has no member of {size} bytes at {offset}, as its index says"
             self._problems.add("index and tar differ", line)
 
@@ -243,14 +243,6 @@ def _members(file: io.BufferedReader) -> Iterator[tuple[tarfile.TarInfo, bytes]]
         rest = file.read(tarfile.RECORDSIZE)
         if len(rest) < 2 * tarfile.BLOCKSIZE or any(rest):
             raise tarfile.ReadError(f"no end mark at {tar.offset}")
-
-
-def _header_size(header: bytes) -> int | None:
-    """Return the size of the member that a tar header announces, in bytes; None if it is not a header."""
-    try:
-        return tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape").size
-    except tarfile.HeaderError:
-        return None
 
 
 def rows_of(table: pa.Table) -> Iterator[dict[str, Any]]:
