@@ -128,7 +128,7 @@ def _first(members: Members, suffixes: tuple[str, ...]) -> str | None:
     return next((suffix for suffix in suffixes if suffix in members), None)
 
 
-class Zip:
+class Zip(zipfile.ZipFile):
     """Random access to a zip of images by file name, whatever their folders.
 
     Raises:
@@ -136,25 +136,19 @@ class Zip:
     """
 
     def __init__(self, path: Path) -> None:
-        self._zip = zipfile.ZipFile(path)
-        self._members: dict[str, list[zipfile.ZipInfo]] = {}
-        for member in self._zip.infolist():
-            self._members.setdefault(member.filename.rpartition("/")[2], []).append(member)
-
-    def __enter__(self) -> "Zip":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._zip.close()
+        super().__init__(path)
+        self._named: dict[str, list[zipfile.ZipInfo]] = {}
+        for member in self.infolist():
+            self._named.setdefault(member.filename.rpartition("/")[2], []).append(member)
 
     def image(self, name: str) -> bytes | None:
         """Return the bytes of the file of that name in any folder; None if there is none, if several differ, or if its
         checksum does not match."""
-        members = self._members.get(name, [])
+        members = self._named.get(name, [])
         if len({(member.CRC, member.file_size) for member in members}) != 1:
             return None
         try:
-            return self._zip.read(members[0])
+            return self.read(members[0])
         except (zipfile.BadZipFile, zlib.error, EOFError):
             return None
 

@@ -31,7 +31,12 @@ def normal_form(prompt: str) -> str:
 
 def form_hash(prompt: str) -> int:
     """Hash the prompt's normal form to a signed 64-bit number: equal for near-identical prompts."""
-    digest = hashlib.blake2b(normal_form(prompt).encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return text_hash(normal_form(prompt))
+
+
+def text_hash(text: str) -> int:
+    """Hash a text to a signed 64-bit number."""
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
 
 

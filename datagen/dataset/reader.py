@@ -5,7 +5,6 @@ that the index holds.
 """
 
 import functools
-import hashlib
 import json
 import logging
 import mmap
@@ -38,6 +37,7 @@ from datagen.dataset.format import (
     positions,
     run_starts,
 )
+from datagen.dataset.prompt_normal_form import text_hash
 
 log = logging.getLogger(__name__)
 
@@ -80,12 +80,6 @@ def read_encoder(root: Place, name: str) -> dict[str, Any]:
 
 def read_plan(root: Place) -> pa.Table:
     return load_plan(Files(root))
-
-
-def plan_matches(root: Place) -> bool:
-    """Return whether `prompts.parquet` is the plan that `dataset.json` was written with."""
-    files = Files(root)
-    return sha256(_present(files, "prompts.parquet")) == _info(files)["plan_sha256"]
 
 
 def is_plan_file(path: Place) -> bool:
@@ -144,15 +138,17 @@ class Dataset:
         self._maps: dict[str, mmap.mmap] = {}
         tables = _read_tables(self._files, [f"shards/{name}" for name in index_names(self._files)], INDEX)
         table = pa.concat_tables(tables) if tables else INDEX.empty_table()
-        starts = run_starts(table["key"])
         self._keys = table["key"]
-        self._prompt_ids = table["prompt_id"].to_numpy()
-        self._row_starts = starts
-        firsts = starts[:-1]
+        self.caption_prompt_ids: NDArray[np.int64] = table["prompt_id"].to_numpy()
+        """prompt_id of each index row; rows of one id have the same text."""
+        self.caption_starts = run_starts(table["key"])
+        """First index row of each image, with the number of rows appended: [len + 1]."""
+        firsts = self.caption_starts[:-1]
         self._offsets = table["offset"].to_numpy()[firsts]
         self._sizes = table["size"].to_numpy()[firsts]
         self._paths, self._path_of = _codes(table["path"], firsts)
-        self._crcs = table["crc32"].to_numpy()[firsts]
+        self.checksums: NDArray[np.uint32] = table["crc32"].to_numpy()[firsts]
+        """crc32 of each image's bytes, from the index: [len]."""
         self._splits, self._split_of = _codes(table["split"], firsts)
         self._sources, self._source_of = _codes(table["source"], firsts)
         self._groups = table["group"]
@@ -160,14 +156,16 @@ class Dataset:
         self._shard_rows = np.cumsum([0] + [t.num_rows for t in tables])
         self._target_names: list[str] = []
         self._targets: dict[int, NDArray[np.float32]] = {}
-        self._width = 0
-        self._identity: dict[str, Any] | None = None
+        self.width = 0
+        """Width E of the target vectors."""
+        self.encoder_identity: dict[str, Any] | None = None
+        """Identity of the encoder of the target vectors, from `encoder.json`; None without an encoder."""
         problems = self._check_images(table)
         if encoder is not None:
             problems += self._open_targets(encoder_name(encoder), encoder)
         if problems:
             raise UserError(f"the dataset {self.root} cannot be used:\n" + "\n".join(f"  {p}" for p in problems))
-        if self._identity is not None and not has_settings(self._identity) and files is None:
+        if self.encoder_identity is not None and not has_settings(self.encoder_identity) and files is None:
             _report_unknown_settings(str(self.root), encoder_name(encoder or ""))
         self._whole = whole and (files is not None or self._cache_has_room())
 
@@ -180,25 +178,15 @@ class Dataset:
         return functools.partial(Dataset, **options), (self.root, self.encoder)
 
     @property
-    def width(self) -> int:
-        """Width E of the target vectors."""
-        return self._width
-
-    @property
-    def encoder_identity(self) -> dict[str, Any] | None:
-        """Identity of the encoder of the target vectors, from `encoder.json`; None without an encoder."""
-        return self._identity
-
-    @property
     def keys(self) -> list[str]:
-        return self._keys.take(pa.array(self._row_starts[:-1])).to_pylist()
+        return self._keys.take(pa.array(self.caption_starts[:-1])).to_pylist()
 
     def key(self, i: int) -> str:
-        return self._keys[int(self._row_starts[i])].as_py()
+        return self._keys[int(self.caption_starts[i])].as_py()
 
     def find(self, keys: pa.Array) -> NDArray[np.int64]:
         """Image number of each key; -1 for an unknown key."""
-        return positions(keys, self._keys.take(pa.array(self._row_starts[:-1])))
+        return positions(keys, self._keys.take(pa.array(self.caption_starts[:-1])))
 
     def source(self, i: int) -> str:
         return self._sources[self._source_of[i]]
@@ -208,12 +196,12 @@ class Dataset:
         return self._sources, self._source_of
 
     def group(self, i: int) -> str:
-        return self._groups[int(self._row_starts[i])].as_py()
+        return self._groups[int(self.caption_starts[i])].as_py()
 
     def group_hashes(self) -> NDArray[np.int64]:
         """Hash of each image's group name, [len]; 0 for an image without a group."""
-        names, codes = _codes(self._groups, self._row_starts[:-1])
-        hash_of_code = np.array([_text_hash(name) if name else 0 for name in names], np.int64)
+        names, codes = _codes(self._groups, self.caption_starts[:-1])
+        hash_of_code = np.array([text_hash(name) if name else 0 for name in names], np.int64)
         return hash_of_code[codes]
 
     @property
@@ -239,38 +227,23 @@ class Dataset:
         return images
 
     @property
-    def checksums(self) -> NDArray[np.uint32]:
-        """crc32 of each image's bytes, from the index: [len]."""
-        return self._crcs
-
-    @property
     def content_ids(self) -> NDArray[np.int64]:
         """`content_hash` of each image's bytes, [len]; reads the index alone."""
-        return content_hash(self._crcs, self._sizes)
+        return content_hash(self.checksums, self._sizes)
 
     def captions(self, i: int) -> range:
         """Index rows of image `i`."""
-        return range(int(self._row_starts[i]), int(self._row_starts[i + 1]))
+        return range(int(self.caption_starts[i]), int(self.caption_starts[i + 1]))
 
     def prompts(self, i: int) -> list[str]:
         """Captions of image `i`."""
         if self._prompts is None:
             texts = prompt_texts(self._files)
-            self._prompts = [texts[p] for p in self._prompt_ids.tolist()]
+            self._prompts = [texts[p] for p in self.caption_prompt_ids.tolist()]
         return [self._prompts[row] for row in self.captions(i)]
 
     def prompt_ids(self, i: int) -> NDArray[np.int64]:
-        return self._prompt_ids[self._row_starts[i] : self._row_starts[i + 1]]
-
-    @property
-    def caption_prompt_ids(self) -> NDArray[np.int64]:
-        """prompt_id of each index row; rows of one id have the same text."""
-        return self._prompt_ids
-
-    @property
-    def caption_starts(self) -> NDArray[np.int64]:
-        """First index row of each image, with the number of rows appended: [len + 1]."""
-        return self._row_starts
+        return self.caption_prompt_ids[self.caption_starts[i] : self.caption_starts[i + 1]]
 
     def prompt_hashes(self) -> NDArray[np.int64]:
         """Hash of the normal form of each index row's prompt; one pass over the plan."""
@@ -281,16 +254,16 @@ class Dataset:
                 ids.append(batch["prompt_id"].to_numpy())
                 hashes.append(hash_column(batch["prompt"]))
         all_ids, firsts = np.unique(np.concatenate(ids), return_index=True)
-        return np.concatenate(hashes)[firsts][np.searchsorted(all_ids, self._prompt_ids)]
+        return np.concatenate(hashes)[firsts][np.searchsorted(all_ids, self.caption_prompt_ids)]
 
     def prompt_sets(self) -> NDArray[np.int64]:
         """Hash of each image's set of prompts, [len]."""
-        if len(self._prompt_ids) == len(self):
-            return self._prompt_ids
+        if len(self.caption_prompt_ids) == len(self):
+            return self.caption_prompt_ids
         # a sum of random numbers, one per prompt, does not depend on the captions' order
-        ids, prompt_of = np.unique(self._prompt_ids, return_inverse=True)
+        ids, prompt_of = np.unique(self.caption_prompt_ids, return_inverse=True)
         drawn = np.random.default_rng(0).integers(-(2**63), 2**63, len(ids))
-        return np.add.reduceat(drawn[prompt_of], self._row_starts[:-1])
+        return np.add.reduceat(drawn[prompt_of], self.caption_starts[:-1])
 
     def targets(self, i: int) -> NDArray[np.float32]:
         """Unit vectors of image `i`'s captions, [captions, E]."""
@@ -301,7 +274,7 @@ class Dataset:
 
     def caption_targets(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
         """Unit vectors of the given index rows, [n, E]."""
-        vectors = np.empty((len(rows), self._width), np.float32)
+        vectors = np.empty((len(rows), self.width), np.float32)
         shard_of = np.searchsorted(self._shard_rows, rows, side="right") - 1
         for shard in np.unique(shard_of).tolist():
             in_shard = shard_of == shard
@@ -310,8 +283,8 @@ class Dataset:
 
     def mean_targets(self, images: NDArray[np.int64]) -> NDArray[np.float32]:
         """Mean target of each of the given images, [n, E]; equals `target` of each."""
-        firsts = self._row_starts[images]
-        counts = self._row_starts[images + 1] - firsts
+        firsts = self.caption_starts[images]
+        counts = self.caption_starts[images + 1] - firsts
         total = self.caption_targets(firsts)
         for n in range(1, int(counts.max(initial=1))):  # caption after caption, to get the same sums as mean()
             more = counts > n
@@ -463,14 +436,14 @@ class Dataset:
         if identity is None:
             others = ", ".join(self._files.names("targets"))
             return [f"no vectors of {encoder}; write them: {hint}" + (f" (available: {others})" if others else "")]
-        self._identity, self._width = identity, identity["width"]
+        self.encoder_identity, self.width = identity, identity["width"]
         targets = [f"{folder}/{target_name(name)}" for name in index_names(self._files)]
         existing = {f"{folder}/{name}" for name in self._files.names(folder)}
         problems = [f"{self.root / name} is missing; write it: {hint}" for name in targets if name not in existing]
         rows_of = dict(zip(targets, np.diff(self._shard_rows).tolist(), strict=True))
         present = [name for name in targets if name in existing]
         for name, path in zip(present, self._files.paths(present), strict=True):
-            where, expected = self.root / name, [rows_of[name], self._width]
+            where, expected = self.root / name, [rows_of[name], self.width]
             try:
                 vectors = np.load(path, mmap_mode="r", allow_pickle=False)
             except ARRAY_ERRORS as error:
@@ -601,8 +574,3 @@ def _codes(column: pa.ChunkedArray, rows: NDArray[np.int64]) -> tuple[list[str],
     """Distinct values of a column, and the index of each row's value among them."""
     encoded = column.combine_chunks().dictionary_encode()
     return encoded.dictionary.to_pylist(), encoded.indices.to_numpy()[rows]
-
-
-def _text_hash(text: str) -> int:
-    """Hash a text to a signed 64-bit number."""
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)

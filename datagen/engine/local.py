@@ -62,16 +62,9 @@ class Local:
     def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
         if not self.on_gpu:
             return question(self._cfg, self._renderer)
-        ours, theirs = _SPAWN.Pipe()
-        worker = _Worker(
-            _SPAWN.Process(target=_answer, args=(question, self._cfg, self._environments[0], theirs), daemon=True),
-            ours,
-            self._environments[0],
-        )
-        worker.process.start()
-        theirs.close()
+        worker = _start(partial(_answer, question), self._cfg, self._environments[0])
         try:
-            result = ours.recv()
+            result = worker.pipe.recv()
         except EOFError as error:
             worker.process.join()
             raise UserError(
@@ -103,7 +96,7 @@ class Local:
         self, todo: Sequence[int], rows_of: Callable[[int], pa.Table], ticks: ProgressCounter
     ) -> Iterator[Event]:
         queue = Queue(todo, self._cfg.retries)
-        workers = [_start(self._cfg, environment) for environment in self._environments[: len(todo)]]
+        workers = [_start(_run, self._cfg, environment) for environment in self._environments[: len(todo)]]
         try:
             while queue or any(w.shard is not None for w in workers):
                 for worker in workers:
@@ -123,7 +116,7 @@ class Local:
                         ticks.take_back(event.shard)
                         # a process whose CUDA context is broken fails at everything
                         _stop([worker])
-                        workers[workers.index(worker)] = _start(self._cfg, worker.environment)
+                        workers[workers.index(worker)] = _start(_run, self._cfg, worker.environment)
                         event = queue.failed(event)
                     elif event.kind == "done":
                         worker.shard = None
@@ -132,9 +125,9 @@ class Local:
             _stop(workers)
 
 
-def _start(cfg: DatagenSettings, environment: Mapping[str, str]) -> _Worker:
+def _start(target: Callable[..., None], cfg: DatagenSettings, environment: Mapping[str, str]) -> _Worker:
     ours, theirs = _SPAWN.Pipe()
-    process = _SPAWN.Process(target=_run, args=(cfg, dict(environment), theirs), daemon=True)
+    process = _SPAWN.Process(target=target, args=(cfg, dict(environment), theirs), daemon=True)
     process.start()
     theirs.close()  # the process holds the only copy of its end, so the pipe closes with it
     return _Worker(process, ours, environment)

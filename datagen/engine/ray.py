@@ -96,7 +96,12 @@ class Cluster:
 
     def ask(self, question: Callable[[DatagenSettings, Renderer], T]) -> T:
         task: Any = ray.remote(answer)
-        return _get(task.options(**self._needs()).remote(question, self._cfg))
+        try:
+            return ray.get(task.options(**self._needs()).remote(question, self._cfg))
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from error
+            raise
 
     def _needs(self) -> dict[str, float]:
         return {"num_cpus": self._cores, "num_gpus": 1 if self.on_gpu else 0}
@@ -233,12 +238,3 @@ def _reach(address: str | None) -> None:
         socket.create_connection((host, int(port)), timeout=10).close()
     except OSError as error:
         raise ConnectionError(f"no server answers: {error.strerror or error}") from error
-
-
-def _get(reference: Any) -> Any:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from error
-        raise

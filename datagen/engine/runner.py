@@ -311,6 +311,7 @@ def _shard_length(info: dict[str, Any], cfg: DatagenSettings, number: int) -> in
 
 def _log_end(cfg: DatagenSettings, info: dict[str, Any], failed: dict[int, str]) -> None:
     missing = len(missing_shards(cfg.out, info))
+    splits = ", ".join(f"{count:,} {name}" for name, count in sorted(info["splits"].items()))
     for number, error in sorted(failed.items()):
         log.error("shard %06d is missing after %d tries: %s", number, cfg.retries + 1, error)
     if failed:
@@ -318,11 +319,7 @@ def _log_end(cfg: DatagenSettings, info: dict[str, Any], failed: dict[int, str])
     if missing > len(failed):
         log.info("%s: %d of %d shards are done", cfg.out, info["shards"] - missing, info["shards"])
     elif not missing:
-        log.info("%s: %s images, %s", cfg.out, f"{info['pictures']:,}", _by_split(info["splits"]))
-
-
-def _by_split(splits: dict[str, int]) -> str:
-    return ", ".join(f"{count:,} {name}" for name, count in sorted(splits.items()))
+        log.info("%s: %s images, %s", cfg.out, f"{info['pictures']:,}", splits)
 
 
 def _log(cfg: DatagenSettings, event: str, **values: Any) -> None:

@@ -1,6 +1,6 @@
 """Checks of a dataset's files against each other, for `python -m datagen.verify`.
 
-    problems = check(Path("data/sd2"))
+    problems = DatasetCheck(Path("data/sd2"), tick).run()
     problems.count, problems.lines()
 
 Compared here: dataset.json with the plan, the plan with the index, the index with the names of the shards, and the
@@ -31,8 +31,8 @@ from datagen.verify.vectors import VectorCheck
 _SHARD = re.compile(r"(\d{6,})\.(tar|parquet)")
 
 
-def check(root: Place, tick: Callable[[int], object]) -> Problems:
-    """Compare all files of a dataset.
+class DatasetCheck:
+    """One pass over a dataset.
 
     Args:
         tick: receives the number of images read.
@@ -41,11 +41,6 @@ def check(root: Place, tick: Callable[[int], object]) -> Problems:
         UserError: the folder is not a dataset: dataset.json is missing, is not JSON or is of another schema; or a
             store cannot be reached.
     """
-    return _Check(root, tick).run()
-
-
-class _Check:
-    """One pass over a dataset. `plan` and `index` stay None where they cannot be read."""
 
     def __init__(self, root: Place, tick: Callable[[int], object]) -> None:
         self.files = Files(root, hash_all=True)

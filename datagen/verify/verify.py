@@ -16,7 +16,7 @@ from core.paths import Place
 from core.progress import progress
 from datagen.config import VerifySettings
 from datagen.dataset.reader import list_encoders, read_info
-from datagen.verify.checks import check
+from datagen.verify.checks import DatasetCheck
 from datagen.verify.problems import Problems
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def verify(root: Place) -> list[str]:
 def _check(root: Place) -> Problems:
     images = read_info(root).get("pictures")
     with progress(images if isinstance(images, int) else 0, "image", "verify") as bar:
-        problems = check(root, bar.update)
+        problems = DatasetCheck(root, bar.update).run()
     if not list_encoders(root):
         log.warning("%s has no target vectors yet: python -m datagen.targets out=%s", root, root)
     return problems
