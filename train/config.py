@@ -219,6 +219,11 @@ class ScaleSettings:
     workers: int | None
     """Number of decoding processes; null decides by the machine."""
 
+    @property
+    def initial_mode(self) -> Literal["none", "selective", "full"]:
+        """Activation-checkpointing mode unless a search on a GPU finds that it needs another."""
+        return "none" if self.activation_checkpointing == "auto" else self.activation_checkpointing
+
     def validate(self) -> list[str]:
         problems = _below(self, devices=1, nodes=1, micro_batch=1)
         if self.workers is not None and self.workers < 0:

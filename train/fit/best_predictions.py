@@ -8,29 +8,27 @@ N scored images, E target width.
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
+from lightning.pytorch.loggers import WandbLogger
 from numpy.typing import NDArray
 
+from core.device import autocast_dtype
+from models import checkpoint
+from models.regressor import Regressor
+from train.config import TrainSettings
+from train.data.datamodule import ImageDataModule
+from train.data.images import ImageDataset
+from train.data.inference import predict_batches
 from train.evaluate.examples import extremes, nearest_prompts
 from train.evaluate.oof import Rows, write_oof
-
-if TYPE_CHECKING:
-    import torch
-    from lightning.pytorch.loggers import WandbLogger
-
-    from models.regressor import Regressor
-    from train.config import TrainSettings
-    from train.data.datamodule import ImageDataModule
-    from train.data.images import ImageDataset
-
 
 log = logging.getLogger(__name__)
 
 
 def write_best_predictions(
-    cfg: "TrainSettings", data: "ImageDataModule", device: "torch.device", logger: "WandbLogger | None" = None
+    cfg: TrainSettings, data: ImageDataModule, device: torch.device, logger: WandbLogger | None = None
 ) -> None:
     """Write `<out>/oof` of a run with fold=i/n, and log the table of best and worst predictions to wandb.
 
@@ -39,10 +37,6 @@ def write_best_predictions(
     """
     if not len(data.val_rows) or (cfg.fold is None and logger is None):
         return
-    from core.device import autocast_dtype
-    from models import checkpoint
-    from train.data.inference import predict_batches
-
     folder = cfg.out / "best"
     config = checkpoint.read_config(folder)
     step, leakage = config.get("step"), (config.get("score") or {}).get("leakage")
@@ -79,8 +73,8 @@ class Example:
 
 
 def best_and_worst(
-    model: "Regressor",
-    images: "ImageDataset",
+    model: Regressor,
+    images: ImageDataset,
     row_N: Rows,
     score_N: NDArray[np.floating],
     train_rows: Rows,
@@ -88,13 +82,9 @@ def best_and_worst(
     count: int = 8,
     nearest: int = 3,
 ) -> list[Example]:
-    """Select the `count` best and worst validation images, with the training prompts nearest to each prediction.
+    """Select the `count` best and worst of the scored images, with the training prompts nearest to each prediction.
 
-    Args:
-        model: regressor that scored the images; it predicts the selected ones again.
-        row_N: scored images.
-        score_N: cosine of each scored image.
-        train_rows: training images, whose prompts are compared.
+    `model`, which scored the images, predicts the selected ones again.
     """
     groups = extremes(score_N, count)
     shown = [(kind, int(n)) for kind in ("best", "worst") for n in groups.get(kind, ())]
@@ -112,12 +102,11 @@ def best_and_worst(
 
 
 def log_best_table(
-    logger: "WandbLogger", images: "ImageDataset", examples: Sequence[Example], step: int | None = None, side: int = 256
+    logger: WandbLogger, images: ImageDataset, examples: Sequence[Example], step: int | None = None, side: int = 256
 ) -> None:
     """Log the wandb table `val/pictures` of the best and worst predictions, online or offline.
 
     Args:
-        step: optimizer step of the checkpoint.
         side: px; the longer side of a larger image is scaled down to it.
     """
     import wandb

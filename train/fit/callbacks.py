@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, cast
 
-import lightning.pytorch as lightning
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import save_file
@@ -28,6 +28,7 @@ from train.data.images import Batch
 from train.fit import resume
 from train.fit.improvement import ImageScores
 from train.fit.module import Training
+from train.scale.devices import gather_objects
 from train.scale.plan import Plan
 
 log = logging.getLogger(__name__)
@@ -48,23 +49,16 @@ class Progress(Callback):
         self._plan, self._log_every, self._peak_step, self._mfu = plan, log_every, peak_step, mfu
         self._bar = None
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began, self._images = time.perf_counter(), 0
         if trainer.is_global_zero:
             self._bar = progress(self._plan.steps, "step", "train", initial=trainer.global_step)
 
-    def on_train_batch_start(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, batch: Batch, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Batch, batch_idx: int) -> None:
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]  # after the step, the optimizer has the next step's rate
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._images += len(batch.row_B) * trainer.world_size
         if not _step_ends(trainer, batch_idx):
@@ -89,32 +83,27 @@ class Progress(Callback):
         if self._bar is not None:
             self._bar.update()
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began, self._images = time.perf_counter(), 0
         score = pl_module.score if isinstance(pl_module, Training) else None
         if trainer.is_global_zero and score is not None:
             step = f"step {trainer.global_step}" + (" (before training)" if trainer.sanity_checking else "")
             line = f"{step}: val/cosine {score.mean:.4f} [{score.low:.4f}, {score.high:.4f}]"
-            set_scores = {
-                k: v for k, v in trainer.callback_metrics.items() if k.startswith("val/") and k.count("/") > 1
-            }
             cosines = [
-                f"{k.removeprefix('val/')} {v:.4f}" for k, v in set_scores.items() if not k.endswith(("/low", "/high"))
+                f"{k.removeprefix('val/')} {v:.4f}"
+                for k, v in trainer.callback_metrics.items()
+                if k.startswith("val/") and k.count("/") > 1 and not k.endswith(("/low", "/high"))
             ]
-            line = ", ".join([line, *cosines])
-            if self._bar is None:
-                log.info("%s", line)
-            else:
+            if self._bar is not None:
                 self._bar.clear()
-                log.info("%s", line)
+            log.info("%s", ", ".join([line, *cosines]))
+            if self._bar is not None:
                 self._bar.refresh()
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close()
 
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._close()
 
     def _close(self) -> None:
@@ -157,14 +146,14 @@ class ResumeCheckpoint(Callback):
         self._before: dict[int, Any] = {}
         self._pending: deque[tuple[int, Batch, torch.Tensor, Any]] = deque()
 
-    def setup(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, stage: str) -> None:
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.world_size > 1:  # before loading, where ranks could deadlock
-            resume.require_agreement(self._resumed_at, lambda step: _gathered(step, trainer.world_size))
+            resume.require_agreement(self._resumed_at, lambda step: gather_objects(step, trainer.world_size))
 
-    def on_sanity_check_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen()
 
-    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not self._before:  # without a validation of step 0
             self._listen()
 
@@ -174,12 +163,7 @@ class ResumeCheckpoint(Callback):
         self._before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
 
     def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Batch,
-        batch_idx: int,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         self._queue_flags(trainer, pl_module, outputs, batch)
         if not _step_ends(trainer, batch_idx):
@@ -193,24 +177,20 @@ class ResumeCheckpoint(Callback):
                 self._save(trainer)
             self._end_run(trainer)
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # before the first step there is nothing to save
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self._save(trainer)
             self._end_run(trainer)
 
-    def on_train_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._check_all(trainer)
         self._restore_handlers()
 
-    def on_exception(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, exception: BaseException
-    ) -> None:
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
 
-    def _queue_flags(
-        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Batch
-    ) -> None:
+    def _queue_flags(self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Batch) -> None:
         """Queue two flags, reduced over all ranks: the loss is not finite; this rank received a stop signal."""
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
         bad = torch.zeros((), device=pl_module.device) if loss is None else (~loss.detach().isfinite()).float()
@@ -221,7 +201,7 @@ class ResumeCheckpoint(Callback):
             reduction = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True)
         self._pending.append((trainer.global_step, batch, flags, reduction))
 
-    def _check_oldest(self, trainer: lightning.Trainer) -> None:
+    def _check_oldest(self, trainer: Trainer) -> None:
         step, batch, flags, reduction = self._pending.popleft()
         if reduction is not None:
             reduction.wait()
@@ -239,11 +219,11 @@ class ResumeCheckpoint(Callback):
                 "optim.grad_clip_norm=1, or scale.precision=bf16 or fp32 in place of fp16, under another name=…"
             )
 
-    def _check_all(self, trainer: lightning.Trainer) -> None:
+    def _check_all(self, trainer: Trainer) -> None:
         while self._pending:
             self._check_oldest(trainer)
 
-    def _save(self, trainer: lightning.Trainer) -> None:
+    def _save(self, trainer: Trainer) -> None:
         self._check_all(trainer)
         part = self.path.with_name(f".{self.path.name}.part")
         try:
@@ -259,7 +239,7 @@ class ResumeCheckpoint(Callback):
                 f"{error.strerror or error}; {earlier}. Free disk space, and the same command resumes."
             ) from error
 
-    def _end_run(self, trainer: lightning.Trainer) -> None:
+    def _end_run(self, trainer: Trainer) -> None:
         if self.stopped:
             # not should_stop: it would validate at a step where an uninterrupted run does not
             trainer.fit_loop.epoch_loop.max_steps = trainer.global_step
@@ -290,7 +270,7 @@ class BestCheckpoint(Callback):
         self.scores: dict[str, ImageScores] = {}
         """Per-image scores of the `start`, `best` and `last` model."""
 
-    def on_validation_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Training)
         score, image_scores = pl_module.score, pl_module.image_scores
         if score is None or image_scores is None:
@@ -316,13 +296,6 @@ class BestCheckpoint(Callback):
         self.scores = {name: ImageScores.of_state(state) for name, state in state_dict["scores"].items()}
 
 
-def _gathered(value: int, world: int) -> list[int]:
-    """Gather `value` from all ranks."""
-    values: list[Any] = [None] * world
-    torch.distributed.all_gather_object(values, value)
-    return values
-
-
-def _step_ends(trainer: lightning.Trainer, batch_idx: int) -> bool:
+def _step_ends(trainer: Trainer, batch_idx: int) -> bool:
     """Whether this micro-batch is the last of its step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0

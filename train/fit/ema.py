@@ -42,15 +42,11 @@ class Ema:
     def __init__(self, parameters: dict[str, torch.Tensor], decay: float) -> None:
         self._live = dict(parameters)
         self._decay = decay
-        self._shadow = {n: tensor.detach().to(torch.float32, copy=True) for n, tensor in parameters.items()}
+        self.shadow = {n: tensor.detach().to(torch.float32, copy=True) for n, tensor in parameters.items()}
+        """Averages by name; this rank's shards where they are DTensors."""
         self._swapped = False
         self.steps = 0
         """Number of updates so far."""
-
-    @property
-    def shadow(self) -> dict[str, torch.Tensor]:
-        """Averages by name; this rank's shards where they are DTensors."""
-        return self._shadow
 
     def follow(self, model: nn.Module) -> None:
         """Replace the averaged tensors by those that `model` has under the same names now."""
@@ -65,14 +61,14 @@ class Ema:
         self.steps += 1
         weight = 1 - decay_at(self.steps, self._decay)
         live = [tensor.float() for tensor in _local(self._live)]  # itself where it is fp32
-        _lerp(_local(self._shadow), live, weight)
+        _lerp(_local(self.shadow), live, weight)
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
         """Swap the averages into the tensors within the block; afterwards restore the tensors bit for bit."""
         if self._swapped:
             raise RuntimeError("the EMA weights are already swapped in")
-        live, shadow = _local(self._live), _local(self._shadow)
+        live, shadow = _local(self._live), _local(self.shadow)
         with torch.no_grad():
             backup = [tensor.clone() for tensor in live]
         self._swapped = True
@@ -87,7 +83,7 @@ class Ema:
 
     def state_dict(self) -> dict[str, Any]:
         """Step count and averages, without a copy; every rank must call it, because it gathers DTensors."""
-        full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in self._shadow.items()}
+        full = {n: t.full_tensor() if isinstance(t, DTensor) else t for n, t in self.shadow.items()}
         return {"steps": self.steps, "shadow": full}
 
     @torch.no_grad()
@@ -98,20 +94,17 @@ class Ema:
             ValueError: names or shapes differ.
         """
         shadow: dict[str, torch.Tensor] = state["shadow"]
-        mismatched = sorted(shadow.keys() ^ self._shadow.keys())
-        mismatched += [n for n in self._shadow if n in shadow and shadow[n].shape != self._shadow[n].shape]
+        mismatched = sorted(shadow.keys() ^ self.shadow.keys())
+        mismatched += [n for n in self.shadow if n in shadow and shadow[n].shape != self.shadow[n].shape]
         if mismatched:
             raise ValueError(f"the EMA weights belong to another model: {', '.join(mismatched[:3])}")
-        for name, local in self._shadow.items():
+        for name, local in self.shadow.items():
             full = shadow[name]
-            if isinstance(local, DTensor):
-                # each rank has the full tensor: no communication
-                full = distribute_tensor(
-                    full.to(local.device), local.device_mesh, local.placements, src_data_rank=None
-                ).to_local()
-                local.to_local().copy_(full)
-            else:
-                local.copy_(full)
+            if isinstance(local, DTensor):  # each rank has the full tensor: no communication
+                full = full.to(local.device)
+                full = distribute_tensor(full, local.device_mesh, local.placements, src_data_rank=None).to_local()
+                local = local.to_local()
+            local.copy_(full)
         self.steps = int(state["steps"])
 
 

@@ -41,7 +41,7 @@ from train.fit.best_predictions import write_best_predictions
 from train.fit.callbacks import BestCheckpoint, DirectCheckpointIO, Progress, ResumeCheckpoint
 from train.fit.checkpoints import Saver
 from train.fit.forecast import Forecast
-from train.fit.improvement import FILE, Improvement
+from train.fit.improvement import FILE, ImageScores, Improvement
 from train.fit.loggers import find_wandb, loggers
 from train.fit.module import Training
 from train.scale import flops, micro_batch
@@ -62,16 +62,14 @@ def fit(cfg: TrainSettings) -> int:
     optim.check(cfg.optim, cfg.scale.strategy)
     datasets = [Dataset(folder, cfg.encoder) for folder in cfg.dataset]
     vals = [Dataset(folder, cfg.encoder) for folder in cfg.val]
-    check_folder(cfg.encoder, [*datasets, *vals])
+    every_dataset = [*datasets, *vals]
+    check_folder(cfg.encoder, every_dataset)
     cfg = dataclasses.replace(cfg, encoder=encoder_name(cfg.encoder))
-    run_values = (
-        {} if cfg.dry_run else run_settings.check_run_folder(cfg, [*datasets, *vals], machine.compute_precision)
-    )
+    run_values = {} if cfg.dry_run else run_settings.check_run_folder(cfg, every_dataset, machine.compute_precision)
     resumed_from, resumed_at = resume.newest_whole(cfg.out)
     meta_model = setup.build_on_meta(cfg, datasets)
     data = ImageDataModule(datasets, vals, cfg, meta_model.spec.preprocessing, device=machine.device)
-    mode = "none" if cfg.scale.activation_checkpointing == "auto" else cfg.scale.activation_checkpointing
-    cost = flops.measure(meta_model, cfg.optim, machine.compute_precision, mode)
+    cost = flops.measure(meta_model, cfg.optim, machine.compute_precision, cfg.scale.initial_mode)
     forecast = Forecast.of(data.length, cfg)
     _log_run(cfg, meta_model, data, resumed_at, cost, machine, forecast)
     leakage = validation_leakage(cfg, data, machine.device, cfg.out / "about.json" if resumed_at else None)
@@ -120,15 +118,12 @@ def fit(cfg: TrainSettings) -> int:
         _list_skipped(cfg.out, skipped, len(data.train_rows) + sum(map(len, data.val_sets)))
         if validated:
             write_best_predictions(cfg, data, machine.device, find_wandb(trainer.loggers))
-            _report_improvement(cfg, best_checkpoint, data, forecast)
+            _report_improvement(cfg.out, best_checkpoint.scores, data, forecast)
         (cfg.out / "done").write_text(f"{plan.steps} steps\n")
         (cfg.out / resume.PREVIOUS).unlink(missing_ok=True)
         at = f"step {best_checkpoint.scores['best'].step}" if "best" in best_checkpoint.scores else "no score is finite"
-        log.info(
-            "%s: %s",
-            f"best val/cosine {best_checkpoint.best:.4f} ({at})" if validated else "not validated",
-            cfg.out / "best",
-        )
+        score = f"best val/cosine {best_checkpoint.best:.4f} ({at})" if validated else "not validated"
+        log.info("%s: %s", score, cfg.out / "best")
     return 0
 
 
@@ -225,19 +220,15 @@ def _log_run(
         log.info("resuming from step %d", resumed_at)
 
 
-def _report_improvement(
-    cfg: TrainSettings, best_checkpoint: BestCheckpoint, data: ImageDataModule, forecast: Forecast
-) -> None:
+def _report_improvement(out: Path, scores: dict[str, ImageScores], data: ImageDataModule, forecast: Forecast) -> None:
     """Write `improvement.json` and log the improvement, with advice where the run did not improve."""
     improvement = None
-    if best_checkpoint.scores.keys() >= {"start", "best", "last"}:
-        improvement = Improvement.of(
-            best_checkpoint.scores["start"], best_checkpoint.scores["best"], best_checkpoint.scores["last"], data.images
-        )
+    if scores.keys() >= {"start", "best", "last"}:
+        improvement = Improvement.of(scores["start"], scores["best"], scores["last"], data.images)
     if improvement is None:
         log.warning("warning: the scores before training are not finite, so the improvement cannot be computed")
         return
-    write_json(cfg.out / FILE, improvement.facts())
+    write_json(out / FILE, improvement.facts())
     log.info("%s", improvement.line())
     advice = improvement.advice(forecast.longer(len(data.train_rows)) if forecast.too_short else None)
     if advice:

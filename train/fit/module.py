@@ -5,6 +5,7 @@ width, n scored images.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -27,11 +28,9 @@ from train.fit.improvement import ImageScores
 from train.fit.optim import optimizer
 from train.fit.schedule import scheduler
 from train.scale import activation_checkpointing
-from train.scale.devices import is_rank_zero
+from train.scale.devices import gather_objects, is_rank_zero
 from train.scale.plan import Plan
 from train.scale.trained_tensors import averaged
-
-Tensors = dict[str, torch.Tensor]
 
 
 class Training(lightning.LightningModule):
@@ -197,7 +196,7 @@ class Training(lightning.LightningModule):
     def _gather_ragged(self, local: Sequence[torch.Tensor]) -> list[list[torch.Tensor]]:
         """Gather tensors of different lengths from all ranks, in rank order; they are padded in transit."""
         count = len(local[0])
-        counts = [int(n) for n in _listed(self.all_gather(torch.tensor(count, device=self.device)))]
+        counts = self._counts(count)
         gathered = []
         for tensor in local:
             padded = tensor.new_zeros(max(1, *counts), *tensor.shape[1:])
@@ -207,15 +206,19 @@ class Training(lightning.LightningModule):
             gathered.append([all_WB[rank, :n] for rank, n in enumerate(counts)])
         return gathered
 
+    def _counts(self, count: int) -> list[int]:
+        """Gather an integer from all ranks, in rank order."""
+        gathered: Any = self.all_gather(torch.tensor(count, device=self.device))
+        return gathered.flatten().tolist()
+
     # ------------------------------------------------------------------------------------------------------ validation
 
     def on_validation_epoch_start(self) -> None:
         self._scores = {}
+        self._ema_swap = ExitStack()
         if self._ema is not None:
             self._ema.follow(self.model)  # a module moved to another device and back has new buffers
-        self._swap = self._ema.swapped() if self._ema is not None else None
-        if self._swap is not None:
-            self._swap.__enter__()
+            self._ema_swap.enter_context(self._ema.swapped())
 
     def validation_step(self, batch: Batch, _: int, dataloader_idx: int = 0) -> None:
         # Lightning owns the loop with its ranks and precision, so it is not `train.data.inference.predict_batches`
@@ -225,8 +228,7 @@ class Training(lightning.LightningModule):
         self._scores.setdefault(dataloader_idx, []).append((score_B, batch.row_B))
 
     def on_validation_epoch_end(self) -> None:
-        if self._swap is not None:
-            self._swap.__exit__(None, None, None)
+        self._ema_swap.close()
         measured: dict[str, float] = {}
         for number, name in enumerate(self._sets):
             score_n, row_n = self._gather(self._scores.get(number, []))
@@ -267,7 +269,7 @@ class Training(lightning.LightningModule):
 
     # ----------------------------------------------------------------------------------------------------- checkpoints
 
-    def export_state(self) -> Tensors:
+    def export_state(self) -> dict[str, torch.Tensor]:
         """State dict to evaluate and save, on the CPU under the plain model's names: EMA applied, LoRA merged.
 
         Every rank must call it, because FSDP2 gathers the shards; rank 0 gets the state, other ranks an empty dict.
@@ -312,18 +314,13 @@ class Training(lightning.LightningModule):
         """Gather the unreadable images of all ranks; every rank must call it."""
         if self._plan.world == 1:
             return self.skipped
-        parts: list[Any] = [None] * self._plan.world
-        torch.distributed.all_gather_object(parts, self.skipped)
+        parts = gather_objects(self.skipped, self._plan.world)
         return {key: reason for part in parts for key, reason in part.items()}
 
     def on_fit_start(self) -> None:
-        counts = _listed(self.all_gather(torch.tensor(self._plan.accumulate, device=self.device)))
+        counts = self._counts(self._plan.accumulate)
         if len(set(counts)) > 1:
             raise UserError(
                 f"scale.micro_batch: different sizes fit the devices ({counts} micro-batches per step); "
-                f"set the size that fits all: {self._cfg.batch_size // (self._plan.world * int(max(counts)))}"
+                f"set the size that fits all: {self._cfg.batch_size // (self._plan.world * max(counts))}"
             )
-
-
-def _listed(gathered: Any) -> list[float]:
-    return gathered.flatten().tolist()

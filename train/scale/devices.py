@@ -20,6 +20,13 @@ def is_rank_zero() -> bool:
     return getattr(rank_zero_only, "rank", 0) == 0
 
 
+def gather_objects(value: Any, world: int) -> list[Any]:
+    """Gather a value of any type from all `world` ranks, in rank order; every rank must call it."""
+    values: list[Any] = [None] * world
+    torch.distributed.all_gather_object(values, value)
+    return values
+
+
 def device_of(accelerator: str) -> torch.device:
     """Select the device for `accelerator`: auto, cpu or gpu.
 
