@@ -38,7 +38,6 @@ class ImageDataModule(lightning.LightningDataModule):
         images: images of `datasets`, then of `val`, numbered consecutively.
         train_rows: training images.
         val_rows: validation images of the datasets or the fold; may be none.
-        purged_rows: images in neither, too similar to the fold's or with a prompt or bytes of them.
         left_out: reason → images that neither train nor validate.
         val_names: names of the validation sets: "val" for `val_rows` if there are any, then the folder name of each of
             `val`.
@@ -47,13 +46,11 @@ class ImageDataModule(lightning.LightningDataModule):
         shuffled_epochs: row numbers of every epoch.
         length: steps of an epoch, of the run, and of the head alone.
         per_epoch, steps: the same as in `length`.
-        accumulate: micro-batches per step on each device; may be set until training begins.
+        accumulate: micro-batches per step on each device; 1 until it is set, before training begins.
 
     Args:
-        datasets: datasets to train on.
         val: further datasets to validate on: the split "val" of each, or all images where it has no such split.
-        preprocessing: of the model.
-        device: that compares the vectors of a fold.
+        device: device that compares the vectors of a fold.
 
     Raises:
         UserError: a dataset with nothing to train on; vectors of several encoders; weights that cannot be used; a set
@@ -67,23 +64,20 @@ class ImageDataModule(lightning.LightningDataModule):
         cfg: TrainSettings,
         preprocessing: Preprocessing,
         *,
-        accumulate: int = 1,
         device: torch.device | str = "cpu",
     ) -> None:
         super().__init__()
-        self.accumulate = accumulate
+        self.accumulate = 1
         self._cfg = cfg
         self.images = images = ImageDataset([*datasets, *val], preprocessing)
         trained, others = range(len(datasets)), range(len(datasets), len(datasets) + len(val))
         # reading all prompts takes a while, and a single dataset with its own split does not need them
         self.prompts = prompts = Prompts(images) if cfg.fold or len(images.datasets) > 1 else None
-        self.purged_rows = np.zeros(0, np.int64)
         self.left_out: dict[str, Rows] = {}
         if cfg.fold_of is not None:
             every = _joined([images.rows(n, _sound(images.datasets[n])) for n in trained])
             split = fold_rows(images, every, cfg.fold_of, cfg.fold_threshold, cfg.seed, device=device, prompts=prompts)
             self.train_rows, self.val_rows = split.train, split.val
-            self.purged_rows = _joined([split.purged, split.left_out])
             near = f"cosine {cfg.fold_threshold:g} or more to a prompt of the fold"
             self.left_out = {near: split.purged, "shares a prompt or its bytes with the fold": split.left_out}
             log.info(
@@ -111,9 +105,10 @@ class ImageDataModule(lightning.LightningDataModule):
         self.train_rows, images.weight_N = image_weights(
             images, self.train_rows, cfg.data.sources, cfg.data.sample_weights
         )
-        split_names = ["val"] if len(self.val_rows) else []
-        self.val_names = [*split_names, *_set_names(images.names[len(datasets) :])]
-        self.val_sets = [*[self.val_rows for _ in split_names], *sets]
+        self.val_names = [f"{name}-set" if name in _METRICS else name for name in images.names[len(datasets) :]]
+        self.val_sets = sets
+        if len(self.val_rows):
+            self.val_names, self.val_sets = ["val", *self.val_names], [self.val_rows, *sets]
         self.shuffled_epochs = ShuffledEpochs(self._parts(trained), cfg.seed)
         self.length = run_length(len(self.shuffled_epochs), cfg)
         self.per_epoch, self.steps = self.length.per_epoch, self.length.steps
@@ -129,8 +124,8 @@ class ImageDataModule(lightning.LightningDataModule):
     def list_left_out(self, path: Path) -> None:
         """Write a line for each image of `left_out`: its key and the reason. No image, no file."""
         rows = [(row, reason) for reason, rows in self.left_out.items() for row in rows.tolist()]
-        lines = [json.dumps({"key": self.images.label(row), "reason": reason}) + "\n" for row, reason in rows]
-        if lines:
+        if rows:
+            lines = [json.dumps({"key": self.images.label(row), "reason": reason}) + "\n" for row, reason in rows]
             write_bytes(path, "".join(lines).encode())
 
     def _parts(self, trained: range) -> list[TrainingSubset]:
@@ -167,18 +162,16 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def val_dataloader(self) -> list[DataLoader]:
         trainer = self._attached()
-        size, rank, world = self._cfg.batch_size, trainer.global_rank, trainer.world_size
-        # the batch of a step may not fit on a device
-        size = max(size // (world * self.accumulate), 1)
+        rank, world = trainer.global_rank, trainer.world_size
+        size = max(self._cfg.batch_size // (world * self.accumulate), 1)  # a whole step may not fit on a device
         batches = [SequentialBatchSampler(rows, size, rank=rank, world=world) for rows in self.val_sets]
         # workers that wait for the next validation take memory: only those of the first set stay
         return [self._loader(each, keep=number == 0) for number, each in enumerate(batches)]
 
     def _loader(self, batches: Sampler[list[int]], *, keep: bool = True) -> DataLoader:
         trainer = self._attached()
-        pin = trainer.strategy.root_device.type == "cuda"
-        workers = self._cfg.scale.workers
-        return loader(self.images, batches, workers, pin=pin, keep=keep, ranks=trainer.num_devices)
+        options = {"pin": trainer.strategy.root_device.type == "cuda", "keep": keep, "ranks": trainer.num_devices}
+        return loader(self.images, batches, self._cfg.scale.workers, **options)
 
     def _attached(self) -> lightning.Trainer:
         if self.trainer is None:
@@ -220,8 +213,3 @@ def _sound(dataset: Dataset) -> Rows:
 
 def _joined(rows: Sequence[Rows]) -> Rows:
     return np.concatenate([np.zeros(0, np.int64), *rows])
-
-
-def _set_names(names: Sequence[str]) -> list[str]:
-    """Names of the sets beside "val" that no metric val/<name> has."""
-    return [f"{name}-set" if name in _METRICS else name for name in names]

@@ -149,13 +149,8 @@ class ImageDataset(TorchDataset):
         """Whether one of these images can be read."""
         return any(not isinstance(self.decoded_or_reason(row), str) for row in rows)
 
-    def target(self, row: int) -> NDArray[np.float32]:
-        """Mean of the captions' unit vectors, [E]."""
-        dataset, dataset_row = self.place(row)
-        return dataset.target(dataset_row)
-
     def targets(self, rows: Rows) -> NDArray[np.float32]:
-        """`target` of each of these images, [n, E]."""
+        """Means of the captions' unit vectors of these images, [n, E]."""
         target_nE = np.empty((len(rows), self.width), np.float32)
         for number, mask, dataset_rows in self.by_dataset(rows):
             target_nE[mask] = self.datasets[number].mean_targets(dataset_rows)

@@ -8,7 +8,6 @@ N images of all datasets.
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -17,9 +16,7 @@ from numpy.typing import NDArray
 from pyarrow import csv
 
 from core.errors import UserError
-
-if TYPE_CHECKING:
-    from train.data.images import ImageDataset
+from train.data.images import ImageDataset
 
 log = logging.getLogger(__name__)
 
@@ -27,7 +24,7 @@ _COLUMNS = {"key": pa.string(), "weight": pa.float64(), "dataset": pa.string()}
 
 
 def image_weights(
-    images: "ImageDataset", rows: NDArray[np.int64], sources: Mapping[str, float], path: Path | None
+    images: ImageDataset, rows: NDArray[np.int64], sources: Mapping[str, float], path: Path | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
     """Rows of weight above 0, and the weights [N] with mean 1 over these rows; None where all weights are equal.
 
@@ -65,7 +62,7 @@ def image_weights(
 
 
 def _by_source(
-    images: "ImageDataset", rows: NDArray[np.int64], sources: Mapping[str, float], weight_N: NDArray[np.float64]
+    images: ImageDataset, rows: NDArray[np.int64], sources: Mapping[str, float], weight_N: NDArray[np.float64]
 ) -> list[str]:
     if not sources:
         return []
@@ -79,7 +76,7 @@ def _by_source(
     return [f"data.sources: {name}: no training image has this source, only {known}" for name in unknown]
 
 
-def _by_key(images: "ImageDataset", rows: NDArray[np.int64], path: Path, weight_N: NDArray[np.float64]) -> list[str]:
+def _by_key(images: ImageDataset, rows: NDArray[np.int64], path: Path, weight_N: NDArray[np.float64]) -> list[str]:
     table = _read(path)
     weights = table["weight"].to_numpy()
     wrong = np.flatnonzero(~(weights >= 0) | np.isinf(weights))

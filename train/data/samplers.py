@@ -106,10 +106,7 @@ class TrainBatchSampler(Sampler[list[int]]):
     """Row numbers of every micro-batch of one rank: `accumulate` lists per step, starting at step `first`.
 
     The lists of all ranks and micro-batches of a step hold each image of its batch once. The sizes of the ranks'
-    shares differ by at most one; micro-batches have equal sizes.
-
-    Raises:
-        UserError: the batch does not divide by ranks × micro-batches, or a rank would have no image.
+    shares differ by at most one; micro-batches have equal sizes. Batches that `check_shares` refuses raise a UserError.
     """
 
     def __init__(

@@ -13,7 +13,6 @@ import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -24,13 +23,9 @@ from core.progress import progress
 from datagen.dataset.splits import ImageLinks, divide, giant_groups
 from models.head_init import EXCLUDED, FIT, HELD_OUT
 from train.data.counter_rng import uniform
-
-if TYPE_CHECKING:
-    from train.data.images import ImageDataset
+from train.data.images import ImageDataset, Rows
 
 log = logging.getLogger(__name__)
-
-Rows = NDArray[np.int64]
 
 _QUERIES, _HELD = 4096, 16384  # prompts of both sides per matrix product
 _ROUNDING = 1e-5  # rounding error of a cosine in single precision
@@ -59,7 +54,7 @@ class Fold:
 class Prompts:
     """Hashes and vectors of all captions of an `ImageDataset`."""
 
-    def __init__(self, images: "ImageDataset") -> None:
+    def __init__(self, images: ImageDataset) -> None:
         self._images = images
         each = [dataset.caption_starts for dataset in images.datasets]
         self._offsets = np.cumsum([0, *(starts[-1] for starts in each)])
@@ -101,7 +96,7 @@ class Prompts:
 
 
 def fold_rows(
-    images: "ImageDataset",
+    images: ImageDataset,
     rows: Rows,
     fold: tuple[int, int],
     threshold: float,
@@ -154,7 +149,7 @@ def fold_rows(
     return result
 
 
-def penalty_parts(images: "ImageDataset", rows: Rows) -> NDArray[np.int8]:
+def penalty_parts(images: ImageDataset, rows: Rows) -> NDArray[np.int8]:
     """Split `rows` for the choice of a ridge penalty into the parts of `models.head_init`; a tenth is held out.
 
     Images that share a prompt or bytes with held-out ones are in neither part. Where that leaves one part empty, as
@@ -167,7 +162,7 @@ def penalty_parts(images: "ImageDataset", rows: Rows) -> NDArray[np.int8]:
     return part_n
 
 
-def without_others_validation(images: "ImageDataset", prompts: Prompts, train: Rows, val: Rows) -> Rows:
+def without_others_validation(images: ImageDataset, prompts: Prompts, train: Rows, val: Rows) -> Rows:
     """Drop training images that share a prompt or bytes with another dataset's validation; log how many."""
     seen = np.zeros(len(train), bool)
     for number, mask, dataset_rows in images.by_dataset(train):
@@ -206,7 +201,7 @@ def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None
         raise UserError("\n".join(problems))
 
 
-def _labels(images: "ImageDataset", prompts: Prompts, rows: Rows) -> NDArray[np.int64]:
+def _labels(images: ImageDataset, prompts: Prompts, rows: Rows) -> NDArray[np.int64]:
     """Number of each image, [n], equal for images linked by a caption, bytes or a group."""
     group_n = np.zeros(len(rows), np.int64)
     for number, mask, dataset_rows in images.by_dataset(rows):

@@ -168,8 +168,7 @@ class ResumeCheckpoint(Callback):
         self._queue_flags(trainer, pl_module, outputs, batch)
         if not _step_ends(trainer, batch_idx):
             return
-        while len(self._pending) > (_LATE if trainer.world_size > 1 or pl_module.device.type == "cuda" else 0):
-            self._check_oldest(trainer)
+        self._check_flags(trainer, _LATE if trainer.world_size > 1 or pl_module.device.type == "cuda" else 0)
         # a step with validation is saved after it: a run killed in between would otherwise never validate there
         validates = trainer.enable_validation and (batch_idx + 1) % int(trainer.val_check_batch or 1) == 0
         if not validates:
@@ -184,7 +183,7 @@ class ResumeCheckpoint(Callback):
             self._end_run(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._check_all(trainer)
+        self._check_flags(trainer)
         self._restore_handlers()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -201,30 +200,32 @@ class ResumeCheckpoint(Callback):
             reduction = torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX, async_op=True)
         self._pending.append((trainer.global_step, batch, flags, reduction))
 
-    def _check_oldest(self, trainer: Trainer) -> None:
-        step, batch, flags, reduction = self._pending.popleft()
-        if reduction is not None:
-            reduction.wait()
-        bad, stop_requested = flags.tolist()
-        self.stopped = self.stopped or bool(stop_requested)
-        if bad:
-            name = f"nan_step_{step}" + (f"_rank_{trainer.global_rank}" if trainer.world_size > 1 else "")
-            batch_path = self.path.with_name(f"{name}.safetensors")
-            tensors = {"image_BCHW": batch.image_BCHW, "target_BE": batch.target_BE, "row_B": batch.row_B}
-            save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, batch_path)
-            raise UserError(
-                f"the loss of step {step} is NaN or infinite; the batch is in {batch_path}. "
-                f"{'The same command resumes from the last checkpoint, and' if resume.exists(self._out) else 'It'} "
-                "will fail here again: try a lower optim.lr and optim.head_lr, a longer optim.warmup, "
-                "optim.grad_clip_norm=1, or scale.precision=bf16 or fp32 in place of fp16, under another name=…"
-            )
+    def _check_flags(self, trainer: Trainer, late: int = 0) -> None:
+        """Read the queued flags, but for those of the `late` latest micro-batches."""
+        while len(self._pending) > late:
+            step, batch, flags, reduction = self._pending.popleft()
+            if reduction is not None:
+                reduction.wait()
+            bad, stop_requested = flags.tolist()
+            self.stopped = self.stopped or bool(stop_requested)
+            if bad:
+                raise self._nan_error(trainer, step, batch)
 
-    def _check_all(self, trainer: Trainer) -> None:
-        while self._pending:
-            self._check_oldest(trainer)
+    def _nan_error(self, trainer: Trainer, step: int, batch: Batch) -> UserError:
+        """Write the batch whose loss is not finite, and build the error."""
+        name = f"nan_step_{step}" + (f"_rank_{trainer.global_rank}" if trainer.world_size > 1 else "")
+        batch_path = self.path.with_name(f"{name}.safetensors")
+        tensors = {"image_BCHW": batch.image_BCHW, "target_BE": batch.target_BE, "row_B": batch.row_B}
+        save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, batch_path)
+        return UserError(
+            f"the loss of step {step} is NaN or infinite; the batch is in {batch_path}. "
+            f"{'The same command resumes from the last checkpoint, and' if resume.exists(self._out) else 'It'} "
+            "will fail here again: try a lower optim.lr and optim.head_lr, a longer optim.warmup, "
+            "optim.grad_clip_norm=1, or scale.precision=bf16 or fp32 in place of fp16, under another name=…"
+        )
 
     def _save(self, trainer: Trainer) -> None:
-        self._check_all(trainer)
+        self._check_flags(trainer)
         part = self.path.with_name(f".{self.path.name}.part")
         try:
             trainer.save_checkpoint(part)

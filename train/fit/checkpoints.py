@@ -1,18 +1,17 @@
 """Write checkpoints of a run, with the mean training vector and eight validation images for parity checks."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from datagen.dataset.encoder_identity import encoder_name
-from datagen.dataset.format import CorruptImage
 from datagen.dataset.reader import Dataset
 from models import checkpoint
 from models.leakage_counts import LeakageCounts
 from models.metrics import Interval
 from models.regressor import Regressor
-from models.runtime.decode import BadImage
 from train.config import TrainSettings
 from train.data.datamodule import ImageDataModule
 from train.fit.module import Training
@@ -67,12 +66,6 @@ class Saver:
         return {"images": len(self._data.val_sets[0]), "leakage": None if leakage is None else leakage.to_json()}
 
     def _probes(self) -> list[torch.Tensor]:
-        images = []
-        for row in (self._data.val_rows if len(self._data.val_rows) else self._data.train_rows).tolist():
-            try:
-                images.append(self._data.images.decoded(row))
-            except (BadImage, CorruptImage):
-                continue
-            if len(images) == checkpoint.PROBES:
-                break
-        return images
+        rows = self._data.val_rows if len(self._data.val_rows) else self._data.train_rows
+        decoded = map(self._data.images.decoded_or_reason, rows.tolist())
+        return list(itertools.islice((image for image in decoded if not isinstance(image, str)), checkpoint.PROBES))

@@ -9,7 +9,7 @@ The figures come from `train.fit.schedule.group_lr_multiplier`, which also sets 
 import math
 from dataclasses import dataclass
 
-from train.config import TrainSettings
+from train.config import OptimSettings, TrainSettings
 from train.data.samplers import RunLength
 from train.fit.ema import initial_weight_fraction
 from train.fit.schedule import group_lr_multiplier, warmup_steps
@@ -51,18 +51,15 @@ class Forecast:
         frozen = cfg.model.freeze == "all"
         head_has_schedule = optim.head_warmup_lr is not None and head_steps > 0
         first = head_steps if head_has_schedule else 0
-        shares = {
-            part: [group_lr_multiplier(part, step, steps, head_steps, optim) for step in range(steps)]
-            for part in (("head",) if frozen else ("backbone", "head"))
-        }
-        main = shares["head" if frozen else "backbone"]
+        head = _multipliers("head", steps, head_steps, optim)
+        main = head if frozen else _multipliers("backbone", steps, head_steps, optim)
         return Forecast(
             length=length,
             cfg=cfg,
             warmup=warmup_steps(steps - first, optim.warmup, optim.schedule),
-            backbone=None if frozen else max(shares["backbone"]),
-            head=max(shares["head"][first:], default=0.0),
-            working_steps=sum(share >= _HALF for share in main),
+            backbone=None if frozen else max(main),
+            head=max(head[first:], default=0.0),
+            working_steps=_working_steps(main),
             peak_step=max(range(steps), key=main.__getitem__) + 1,
             # during the head-only steps, the backbone's average does not change
             initial_weight_fraction=initial_weight_fraction(steps, optim.ema, 1 if frozen else head_steps + 1)
@@ -107,11 +104,7 @@ class Forecast:
         return ""
 
     def warnings(self, images: int) -> list[str]:
-        """Warnings that the run cannot learn much, each with settings to change; empty where none applies.
-
-        Args:
-            images: number of training images.
-        """
+        """Warnings that a run with `images` training images cannot learn much, each with settings to change."""
         optim, steps, head_steps = self.cfg.optim, self.length.steps, self.length.head_steps
         if self.backbone is not None and head_steps >= steps:
             message = (
@@ -144,8 +137,7 @@ class Forecast:
     def longer(self, images: int) -> str:
         """Alternative settings, joined by "or", that give the run `ENOUGH_STEPS` steps at half the peak rate.
 
-        Args:
-            images: number of training images.
+        `images` is the present number of training images.
         """
         cfg, steps = self.cfg, self._enough()
         if cfg.max_steps is not None:
@@ -166,12 +158,17 @@ class Forecast:
         head_fraction = self.length.head_steps / self.length.steps
         for steps in range(self.length.steps + 1, 100 * ENOUGH_STEPS):
             head_steps = math.ceil(head_fraction * steps)
-            if (
-                sum(group_lr_multiplier(part, n, steps, head_steps, self.cfg.optim) >= _HALF for n in range(steps))
-                >= ENOUGH_STEPS
-            ):
+            if _working_steps(_multipliers(part, steps, head_steps, self.cfg.optim)) >= ENOUGH_STEPS:
                 return steps
         return 100 * ENOUGH_STEPS  # nearly all steps train the head alone
+
+
+def _multipliers(part: str, steps: int, head_steps: int, optim: OptimSettings) -> list[float]:
+    return [group_lr_multiplier(part, step, steps, head_steps, optim) for step in range(steps)]
+
+
+def _working_steps(multipliers: list[float]) -> int:
+    return sum(multiplier >= _HALF for multiplier in multipliers)
 
 
 def _rate(part: str, multiplier: float, peak: float, setting: str) -> str:

@@ -70,13 +70,11 @@ class JsonLines(Logger):
             self._path.write_text(self._earlier_lines)
             self._earlier_lines = None
         done = (step or 0) + 1  # Lightning counts the steps before this one
-        record = {"step": done, "epoch": round(done / self._per_epoch, 4), "seconds": round(self._seconds(), 3)}
+        seconds = self._before + time.perf_counter() - self._began
+        record = {"step": done, "epoch": round(done / self._per_epoch, 4), "seconds": round(seconds, 3)}
         metrics = {k: v for k, v in metrics.items() if k != "epoch"}
         with self._path.open("a") as file:
             file.write(json.dumps({**record, **metrics}) + "\n")
-
-    def _seconds(self) -> float:
-        return self._before + time.perf_counter() - self._began
 
 
 def find_wandb(loggers: list[Logger]) -> WandbLogger | None:

@@ -117,7 +117,9 @@ class Training(lightning.LightningModule):
         self.skipped.update(batch.bad)
         if not len(batch.row_B) and self._plan.world == self._plan.accumulate == 1:
             return None  # no image of this batch could be read
-        z_BE, target_BE, weight_B = self._predictions(batch), batch.target_BE, batch.weight_B
+        image_BCHW = augment(batch.image_BCHW, batch.row_B, self.global_step, self._cfg.seed, self._cfg.data)
+        z_BE = self._with_placeholder(image_BCHW, self._predict)
+        target_BE, weight_B = batch.target_BE, batch.weight_B
         planned = self._cfg.batch_size / self._plan.world / self._plan.accumulate
         scale = 1
         if self._cfg.loss.needs_whole_step and self._plan.world > 1:
@@ -162,10 +164,6 @@ class Training(lightning.LightningModule):
             torch.nn.utils.clip_grad_norm_([p for p in self.parameters() if p.grad is not None], gradient_clip_val)
         else:
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def _predictions(self, batch: Batch) -> torch.Tensor:
-        image_BCHW = augment(batch.image_BCHW, batch.row_B, self.global_step, self._cfg.seed, self._cfg.data)
-        return self._with_placeholder(image_BCHW, self._predict)
 
     def _with_placeholder(
         self, image_BCHW: torch.Tensor, forward: Callable[[torch.Tensor], torch.Tensor]
@@ -237,8 +235,7 @@ class Training(lightning.LightningModule):
                 raise UserError(f"no validation image of {name} could be read; the first: {skipped}")
             interval = bootstrap(score_n)
             prefix = "val" if number == 0 else f"val/{name}"
-            keys = ("cosine", "low", "high")
-            measured |= {f"{prefix}/{k}": v for k, v in zip(keys, interval, strict=True)}
+            measured |= {f"{prefix}/{k}": v for k, v in zip(("cosine", "low", "high"), interval, strict=True)}
             if number == 0:
                 self.score = interval
                 self.image_scores = ImageScores(self.global_step, row_n, score_n)

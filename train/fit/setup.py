@@ -14,7 +14,7 @@ from core import tensor_files
 from core.checksum import DamagedFile
 from core.encoder_identity import has_settings
 from core.errors import UserError
-from core.files import write_atomically
+from core.files import write_bytes
 from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.reader import Dataset
 from models import checkpoint, lora
@@ -48,9 +48,8 @@ def build_model(cfg: TrainSettings, datasets: list[Dataset], *, resumed: bool) -
         checkpoint.load_into(model, cfg.init_from)
         config = checkpoint.read_config(cfg.init_from)
         trained_encoder, identity = config["encoder"], datasets[0].encoder_identity or {}
-        if trained_encoder != encoder_name(cfg.encoder) and not (
-            has_settings(identity) and "encoder_identity" in config
-        ):
+        comparable = has_settings(identity) and "encoder_identity" in config
+        if trained_encoder != encoder_name(cfg.encoder) and not comparable:
             raise UserError(
                 f"init_from: {cfg.init_from} was trained on vectors of {trained_encoder}, not {cfg.encoder}, so its "
                 f"head does not fit. Use encoder={trained_encoder}, or another checkpoint."
@@ -118,13 +117,10 @@ def init_head(model: Regressor, cfg: TrainSettings, data: ImageDataModule, devic
     state = _whole_head(path)
     if state is None:
         if is_rank_zero():
-            if model_cfg.head_init == "ridge":
-                _ridge(model, cfg, data, device)
-            else:
-                _text(model, cfg, data, device)
+            initialise = _ridge if model_cfg.head_init == "ridge" else _text
+            initialise(model, cfg, data, device)
             state = {k: v.detach().cpu().contiguous() for k, v in model.head.state_dict().items()}
-            content = tensor_files.to_bytes(state)
-            write_atomically(path, lambda file: file.write(content))
+            write_bytes(path, tensor_files.to_bytes(state))
         else:
             state = _wait_for(path)
     model.head.load_state_dict(state)
@@ -144,10 +140,9 @@ def _whole_head(path: Path) -> dict[str, torch.Tensor] | None:
 
 def _ridge(model: Regressor, cfg: TrainSettings, data: ImageDataModule, device: torch.device) -> None:
     rows = data.train_rows
-    if cfg.model.head_fit_images is not None and len(rows) > cfg.model.head_fit_images:
-        subset = np.random.default_rng([cfg.seed, len(rows)]).choice(
-            len(rows), cfg.model.head_fit_images, replace=False
-        )
+    count = cfg.model.head_fit_images
+    if count is not None and len(rows) > count:
+        subset = np.random.default_rng([cfg.seed, len(rows)]).choice(len(rows), count, replace=False)
         rows = rows[np.sort(subset)]
     computed = Features(model.to(device).eval(), data.images, rows, cfg.batch_size, cfg.scale.workers)
     share = init_ridge(model.head, computed.batches, RIDGE_PENALTY_SCALE, penalty_parts(data.images, computed.row_n))
@@ -182,7 +177,7 @@ def make_plan(cfg: TrainSettings, model: Regressor, data: ImageDataModule, cost:
     """Plan steps, ranks and micro-batches; on a GPU, scale.micro_batch=auto tries sizes."""
     scale = cfg.scale
     share = math.ceil(cfg.batch_size / machine.world)
-    micro, mode = share, "none" if scale.activation_checkpointing == "auto" else scale.activation_checkpointing
+    micro, mode = share, scale.initial_mode
     if scale.micro_batch != "auto":
         micro = min(scale.micro_batch, share)
     elif machine.device.type == "cuda":
@@ -218,13 +213,8 @@ def fitting_trial(
 
 def _refuse_parts(cfg: TrainSettings, world: int, accumulate: int) -> None:
     """Refuse losses that need all images of a step at once; warn about batch norms that see only a micro-batch."""
-    problems = []
-    for name, is_set in (
-        ("loss.contrastive", cfg.loss.contrastive > 0),
-        ("loss.hard_fraction", cfg.loss.hard_fraction < 1),
-    ):
-        if is_set:
-            problems.append(f"{name} compares all images of a step")
+    needs_step = {"loss.contrastive": cfg.loss.contrastive > 0, "loss.hard_fraction": cfg.loss.hard_fraction < 1}
+    problems = [f"{name} compares all images of a step" for name, is_set in needs_step.items() if is_set]
     if not cfg.model.freeze_bn_stats or cfg.model.head == "wide":
         log.warning(
             "batch norms compute their statistics over %d images at a time, not over the %d of a step",

@@ -208,13 +208,10 @@ def _trace(fake_model: Regressor, precision: Precision) -> _StepTrace:
     lower = nullcontext() if precision == "fp32" else torch.autocast("cpu", DTYPES[precision])
     with _StepTrace() as trace:
         with lower:
-            loss = fake_model(_images(fake_model, _BATCH)).sum()
+            side = fake_model.spec.size
+            loss = fake_model(torch.empty(_BATCH, 3, side, side, dtype=torch.uint8)).sum()
         trace.backward(loss)
     return trace
-
-
-def _images(fake_model: Regressor, count: int) -> torch.Tensor:
-    return torch.empty(count, 3, fake_model.spec.size, fake_model.spec.size, dtype=torch.uint8)
 
 
 def _convolution_backward(
@@ -239,11 +236,7 @@ def _drop(parameter: torch.Tensor) -> None:
 
 
 def _without_data(model: Regressor, fake_of: Mapping[int, torch.Tensor]) -> Regressor:
-    """Copy of the model on fake tensors, in training mode; gradients are dropped, because `measure` counts them.
-
-    Args:
-        fake_of: id of each parameter and buffer → its fake tensor.
-    """
+    """Copy of the model on fake tensors, in training mode; gradients are dropped, because `measure` counts them."""
     memo: dict[int, Any] = dict(fake_of)
     memo |= {id(p): nn.Parameter(fake_of[id(p)], p.requires_grad) for p in model.parameters()}
     for module in model.modules():  # a wrapped forward refers to the original model

@@ -47,11 +47,9 @@ def choose(model: Regressor, cfg: TrainSettings, cost: Cost, machine: Machine) -
     """
     share = math.ceil(cfg.batch_size / machine.world)
     if machine.device.type != "cuda":
-        return share, "none" if cfg.scale.activation_checkpointing == "auto" else cfg.scale.activation_checkpointing
+        return share, cfg.scale.initial_mode
     enough = share if cfg.loss.needs_whole_step else min(_ENOUGH, share)
-    modes: tuple[Mode, ...] = (
-        get_args(Mode) if cfg.scale.activation_checkpointing == "auto" else (cfg.scale.activation_checkpointing,)
-    )
+    modes = get_args(Mode) if cfg.scale.activation_checkpointing == "auto" else (cfg.scale.initial_mode,)
     candidates = _candidates(model, cfg, machine.world)
     size = 0
     for mode in modes:
@@ -81,10 +79,7 @@ def find(step: Callable[[int], None], candidates: list[int], module: nn.Module, 
         reserve: bytes of device memory to leave for the rest of training.
     """
     device = next(module.parameters()).device
-    for images in candidates:
-        if _survives(step, images, module, device, reserve):
-            return images
-    return 0
+    return next((images for images in candidates if _survives(step, images, module, device, reserve)), 0)
 
 
 def sizes(batch: int) -> list[int]:

@@ -39,7 +39,9 @@ def cfg(*overrides: str, encoder: str = ENCODER) -> TrainSettings:
 def data_of(folders: Sequence[Path], *overrides: str, val: Sequence[Path] = (), accumulate: int = 1) -> ImageDataModule:
     named = [f"dataset=[{','.join(map(str, folders))}]", f"val=[{','.join(map(str, val))}]"]
     datasets, sets = ([Dataset(folder, ENCODER) for folder in each] for each in (folders, val))
-    return ImageDataModule(datasets, sets, cfg(*named, *overrides), Preprocessing(8), accumulate=accumulate)
+    data = ImageDataModule(datasets, sets, cfg(*named, *overrides), Preprocessing(8))
+    data.accumulate = accumulate
+    return data
 
 
 def attached(data: ImageDataModule) -> ImageDataModule:
@@ -78,7 +80,7 @@ def test_datasets_share_one_row_numbering(two: list[Path]) -> None:
         assert images.label(row) == f"{'two' if row >= 16 else 'one'}/{dataset.key(own)}"
         assert images.prompts(row) == dataset.prompts(own)
         assert images.image_bytes(row) == dataset.image_bytes(own)
-        assert np.array_equal(images.target(row), dataset.target(own))
+        assert np.array_equal(images.targets(np.array([row]))[0], dataset.target(own))
 
 
 def test_batch_aligns_pixels_targets_rows_and_weights(two: list[Path]) -> None:
@@ -95,7 +97,7 @@ def test_batch_aligns_pixels_targets_rows_and_weights(two: list[Path]) -> None:
     )
     for image, target, row in zip(batch.image_BCHW, batch.target_BE, rows, strict=True):
         assert image.equal(resize_and_crop(decode(images.image_bytes(row)), Preprocessing(16)))
-        assert np.array_equal(target.numpy(), images.target(row))
+        assert np.array_equal(target.numpy(), images.targets(np.array([row]))[0])
     assert images_of(two).__getitems__(rows).weight_B.tolist() == [1.0] * 6
 
 
@@ -367,7 +369,7 @@ def test_a_fold_replaces_the_splits(run: dict[str, Path], caplog: pytest.LogCapt
     sound = [row for row in range(47) if row != 44]
     assert sorted(np.concatenate([data.val_rows for data in folds]).tolist()) == sound
     for data in folds:
-        assert sorted([*data.train_rows, *data.val_rows, *data.purged_rows]) == sound
+        assert sorted([*data.train_rows, *data.val_rows, *np.concatenate([*data.left_out.values()])]) == sound
         assert data.val_names == ["val"]
     assert "fold 1/2: " in caplog.text
     assert "left out, at cosine 0.6 or more to one of its prompts" in caplog.text
@@ -386,7 +388,7 @@ def test_images_left_out_by_a_fold_are_listed(tmp_path: Path, caplog: pytest.Log
     assert shared == {*range(30)} - {*data.val_rows.tolist()}
     purged = {int(line["key"]) for line in lines if line["reason"] == "cosine 0.7 or more to a prompt of the fold"}
     assert purged == {*range(30, 36)} - {*data.val_rows.tolist()}
-    assert len(lines) == len(shared) + len(purged) == len(data.purged_rows)
+    assert len(lines) == len(shared) + len(purged) == sum(map(len, data.left_out.values()))
 
 
 def test_images_of_a_validation_set_are_not_trained_on_under_other_prompts(
