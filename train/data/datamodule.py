@@ -122,11 +122,10 @@ class ImageDataModule(lightning.LightningDataModule):
             self.train_rows = self.train_rows[~equal_n]
 
     def list_left_out(self, path: Path) -> None:
-        """Write a line for each image of `left_out`: its key and the reason. No image, no file."""
-        rows = [(row, reason) for reason, rows in self.left_out.items() for row in rows.tolist()]
-        if rows:
-            lines = [json.dumps({"key": self.images.label(row), "reason": reason}) + "\n" for row, reason in rows]
-            write_bytes(path, "".join(lines).encode())
+        """Write the images of `left_out` with their reasons; without any, no file."""
+        reasons = [(self.images.label(row), why) for why, rows in self.left_out.items() for row in rows.tolist()]
+        if reasons:
+            write_reasons(path, reasons)
 
     def _parts(self, trained: range) -> list[TrainingSubset]:
         rows_of = {number: dataset_rows for number, _, dataset_rows in self.images.by_dataset(self.train_rows)}
@@ -177,6 +176,11 @@ class ImageDataModule(lightning.LightningDataModule):
         if self.trainer is None:
             raise RuntimeError("loaders need a trainer: they begin at its step and split the images by its ranks")
         return self.trainer
+
+
+def write_reasons(path: Path, reasons: Sequence[tuple[str, str]]) -> None:
+    """Write the key of each image and a reason, one JSON object per line."""
+    write_bytes(path, "".join(json.dumps({"key": key, "reason": why}) + "\n" for key, why in reasons).encode())
 
 
 def _own_splits(images: ImageDataset, trained: range) -> tuple[Rows, Rows]:

@@ -34,8 +34,7 @@ def require_same(config: Mapping[str, Any], model: Path | str, identity: Mapping
     """Check that a model was trained on vectors of the encoder that wrote the given vectors.
 
     Args:
-        config: config.json of the model's folder.
-        model: the model's folder, for the message.
+        config: config.json of the folder `model`, which the message names.
         identity: identity of the encoder that wrote the vectors; empty where it is unknown, and nothing is checked.
         vectors: folder that holds the vectors, for the message.
 

@@ -53,13 +53,11 @@ class Features:
     """Features of the backbone of `model` in evaluation mode, for the readable images among `rows`, not augmented.
 
     Attributes:
-        width: D.
         folder: of the cache; None where the disk lacks room, and each pass computes the features again.
 
     Args:
         model: on the device that computes the features; its head has no influence.
-        batch_size: images per batch; at most `MAX_BATCH_SIZE` are taken.
-        workers: DataLoader workers, as in `train.data.loader`.
+        batch_size, workers: as in `train.data.inference`.
         precision: autocast dtype; None takes bf16 on a GPU that has it, fp16 on another, fp32 on a CPU.
 
     Raises:

@@ -57,21 +57,15 @@ class Batch:
 class ImageDataset(TorchDataset):
     """Decoded images of one or more datasets at the model's size, numbered consecutively.
 
-    Args:
-        datasets: with the same target vectors.
-        preprocessing: of the model.
-        weight_N: weight of each image in the loss, float32; None: equal weights.
-
     Raises:
-        UserError: vectors of different encoders.
+        UserError: the datasets have vectors of different encoders.
     """
 
-    def __init__(
-        self, datasets: Sequence[Dataset], preprocessing: Preprocessing, weight_N: NDArray[np.float32] | None = None
-    ) -> None:
+    def __init__(self, datasets: Sequence[Dataset], preprocessing: Preprocessing) -> None:
         self.datasets = list(datasets)
         self.preprocessing = preprocessing
-        self.weight_N = weight_N
+        self.weight_N: NDArray[np.float32] | None = None
+        """Weight of each image in the loss; None: equal weights."""
         self.offsets = np.cumsum([0, *map(len, self.datasets)])
         """First row number of each dataset; the last entry is the number of all images."""
         self.names = distinct_names(self.datasets)
@@ -125,18 +119,14 @@ class ImageDataset(TorchDataset):
         dataset, dataset_row = self.place(row)
         return dataset.prompts(dataset_row)
 
-    def image_bytes(self, row: int) -> bytes:
-        """Encoded bytes of an image."""
-        dataset, dataset_row = self.place(row)
-        return dataset.image_bytes(dataset_row)
-
     def decoded(self, row: int) -> torch.Tensor:
         """Decode an image at its own size: uint8 [3, H, W].
 
         Raises:
             CorruptImage, BadImage: it cannot be read.
         """
-        return decode(self.image_bytes(row))
+        dataset, dataset_row = self.place(row)
+        return decode(dataset.image_bytes(dataset_row))
 
     def decoded_or_reason(self, row: int) -> torch.Tensor | str:
         """Decode an image as `decoded`; where it cannot be read, return the reason."""

@@ -3,9 +3,6 @@
     for batch in predict_batches(model, images, rows, device=model.device, batch_size=128, workers=None):
         batch.row_B, batch.vector_BD, batch.score_B, batch.bad
 
-Two loops stay outside. Lightning owns the loop of validation, with its ranks, precision and EMA weights: see
-`train.fit.module`. `train.evaluate.prediction_cache` decodes an image once, at its own size, for several embedders.
-
 B images of a batch, D width of the vectors, E target width.
 """
 

@@ -38,12 +38,7 @@ class TrainingSubset:
 
 
 class ShuffledEpochs:
-    """Shuffled row numbers of every epoch, by seed and epoch number.
-
-    Args:
-        subsets: each of one image or more.
-        seed: at least 0.
-    """
+    """Shuffled row numbers of every epoch, by seed (at least 0) and epoch number; each subset has an image or more."""
 
     def __init__(self, subsets: Sequence[TrainingSubset], seed: int) -> None:
         self._seed = seed
@@ -181,12 +176,10 @@ class SequentialBatchSampler(Sampler[list[int]]):
 
 @dataclass(frozen=True)
 class RunLength:
-    """Numbers of optimizer steps."""
+    """Numbers of optimizer steps of an epoch and of the run."""
 
     per_epoch: int
-    """Steps of an epoch."""
     steps: int
-    """Steps of the run."""
     head_steps: int
     """Steps at the start in which the head trains alone."""
 

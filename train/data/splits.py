@@ -2,9 +2,7 @@
 
     fold_rows(images, rows, (2, 5), threshold=0.7, seed=0)    the second of five folds
 
-Images that share a prompt or bytes are a group (datagen/dataset/splits.py) and in one fold. The images of a group of
-more than a fifth of all are spread over all folds; those that share a prompt or bytes with the fold are left out of its
-training.
+Images that share a prompt or bytes are a group (datagen/dataset/splits.py).
 
 n images, c of their captions, d distinct prompts, V prompts of the fold, E width of their vectors.
 """
@@ -42,8 +40,7 @@ class Fold:
     purged: Rows
     """Images whose prompts are too similar to the fold's; they neither train nor validate."""
     left_out: Rows
-    """Images of a group of more than a fifth of all that share a prompt or bytes with the fold; they neither train nor
-    validate."""
+    """Images of a group of more than a fifth of all that share a prompt or bytes with the fold; in neither as well."""
 
     @property
     def share_purged(self) -> float:
@@ -109,7 +106,8 @@ def fold_rows(
 
     A prompt's fold follows from the seed and its text, whatever the dataset and its order; prompts of a named group go
     by the group's name. Images that share a caption or bytes share a fold, but for those of a group of more than a
-    fifth of all images: they are dealt out evenly, whatever their named group. Every image is validated in one fold.
+    fifth of all images: they are dealt out evenly, whatever their named group, and those that share a prompt or bytes
+    with the fold are left out of its training. Every image is validated in one fold.
 
     Args:
         rows: images to split.
@@ -179,10 +177,7 @@ def without_others_validation(images: ImageDataset, prompts: Prompts, train: Row
 
 
 def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None:
-    """Refuse validation sets whose prompts are in training.
-
-    Args:
-        sets: name → images of the validation set.
+    """Refuse validation sets, by name, whose prompts are in training.
 
     Raises:
         UserError: naming each set that has prompts of training.

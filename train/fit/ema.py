@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 # one kernel for all
 _lerp = torch._foreach_lerp_  # pyright: ignore[reportPrivateImportUsage]
-_copy = torch._foreach_copy_  # pyright: ignore[reportPrivateImportUsage]
+_copy = torch.no_grad()(torch._foreach_copy_)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def decay_at(step: int, decay: float) -> float:
@@ -69,16 +69,13 @@ class Ema:
         if self._swapped:
             raise RuntimeError("the EMA weights are already swapped in")
         live, shadow = _local(self._live), _local(self.shadow)
-        with torch.no_grad():
-            backup = [tensor.clone() for tensor in live]
+        backup = [tensor.detach().clone() for tensor in live]
         self._swapped = True
         try:
-            with torch.no_grad():
-                _copy(live, shadow)
+            _copy(live, shadow)
             yield
         finally:
-            with torch.no_grad():
-                _copy(live, backup)
+            _copy(live, backup)
             self._swapped = False
 
     def state_dict(self) -> dict[str, Any]:

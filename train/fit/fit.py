@@ -12,7 +12,6 @@
 """
 
 import dataclasses
-import json
 import logging
 import math
 import signal
@@ -23,7 +22,6 @@ from pathlib import Path
 import lightning.pytorch as lightning
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from lightning.pytorch.utilities.memory import is_oom_error
 
@@ -33,7 +31,7 @@ from datagen.dataset.reader import Dataset
 from models.regressor import Regressor
 from train import run_settings
 from train.config import TrainSettings
-from train.data.datamodule import ImageDataModule
+from train.data.datamodule import ImageDataModule, write_reasons
 from train.data.encoder_check import check_folder
 from train.evaluate.leakage import validation_leakage
 from train.fit import optim, resume, setup
@@ -143,7 +141,7 @@ def _trainer(
     every: int,
     peak_step: int,
     resumed_at: int,
-    callbacks: list[Callback],
+    callbacks: list[lightning.Callback],
 ) -> lightning.Trainer:
     """Build the Lightning Trainer; it validates every `every` steps."""
     log_every = min(cfg.log_every, plan.steps)
@@ -243,11 +241,10 @@ def _per_device(cfg: TrainSettings, machine: Machine) -> tuple[int, int]:
 
 
 def _list_skipped(out: Path, skipped: dict[str, str], images: int) -> None:
-    if not skipped:
-        return
-    path = out / "skipped.jsonl"
-    path.write_text("".join(json.dumps({"key": k, "reason": r}) + "\n" for k, r in sorted(skipped.items())))
-    log.warning("%d of %d images could not be read; listed in %s", len(skipped), images, path)
+    if skipped:
+        path = out / "skipped.jsonl"
+        write_reasons(path, sorted(skipped.items()))
+        log.warning("%d of %d images could not be read; listed in %s", len(skipped), images, path)
 
 
 def _silence_lightning() -> None:

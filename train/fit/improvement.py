@@ -63,11 +63,7 @@ class Improvement:
 
     @staticmethod
     def of(start: ImageScores, best: ImageScores, last: ImageScores, images: "ImageDataset") -> "Improvement | None":
-        """Compare start, best and last model; None where the scores of the start or of the best are not finite.
-
-        Args:
-            images: dataset that the row numbers of the scores refer to.
-        """
+        """Compare start, best and last model; None where the scores of the start or of the best are not finite."""
         row_n = start.row_n[np.isin(start.row_n, best.row_n) & np.isin(start.row_n, last.row_n)]
         scores = {
             name: image_scores.score_n[np.searchsorted(image_scores.row_n, row_n)]
@@ -136,11 +132,7 @@ class Improvement:
         return f"{start} is the best, {last}; paired difference {signed(self.last_gain)}, {images}"
 
     def advice(self, longer: str | None) -> str | None:
-        """Advice on settings to change where the run did not improve; None where it did.
-
-        Args:
-            longer: settings that make the run long enough; None where it is long enough.
-        """
+        """Advice where the run did not improve, else None; `longer` is `Forecast.longer` of a run that is too short."""
         if self.verdict == "improved":
             return None
         more = f"The run was too short to learn much; to train longer: {longer}." if longer else None

@@ -62,7 +62,6 @@ def commit(part: Path, out: Path, *, rotate: bool) -> None:
     """Verify the file `part` on disk and make it the newest resume checkpoint of `out`.
 
     Args:
-        part: file in `out` that ends with its checksum.
         rotate: whether to keep the present `resume.ckpt` as the previous one; False where it is damaged.
 
     Raises:
@@ -85,11 +84,7 @@ def exists(out: Path) -> bool:
 
 
 def require_agreement(step: int, gather: Callable[[int], list[int]]) -> None:
-    """Check that all ranks resume from the same step, since their machines may see different files.
-
-    Args:
-        step: step of this rank's resume checkpoint; 0 without one.
-        gather: step of this rank → steps of all ranks.
+    """Check by `gather`, step of this rank → steps of all, that all ranks resume from the same step; 0 is the start.
 
     Raises:
         UserError: the steps differ.

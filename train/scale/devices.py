@@ -84,11 +84,8 @@ class Machine:
         )
 
     def _resolve_precision(self) -> Any:
-        precision = self._scale.precision
-        if precision == "auto":
-            precision = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}[
-                autocast_dtype(self.device)
-            ]
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        precision = self._scale.precision if self._scale.precision != "auto" else names[autocast_dtype(self.device)]
         if precision == "fp16" and self._scale.strategy == "fsdp":
             raise UserError("scale.strategy: fsdp has no loss scaling for fp16; use scale.precision=bf16 or fp32")
         if precision == "fp16" and self.device.type == "cpu":

@@ -40,7 +40,6 @@ class Cost:
     """Parameters, FLOPs and memory of a training step; bytes are those of one device that holds the whole model."""
 
     parameters: int
-    """Number of parameters."""
     trained: int
     """Number of trainable parameters."""
     forward_flop: float

@@ -79,7 +79,7 @@ def test_datasets_share_one_row_numbering(two: list[Path]) -> None:
         assert (images.key(row), images.source(row)) == (dataset.key(own), "test")
         assert images.label(row) == f"{'two' if row >= 16 else 'one'}/{dataset.key(own)}"
         assert images.prompts(row) == dataset.prompts(own)
-        assert images.image_bytes(row) == dataset.image_bytes(own)
+        assert images.decoded(row).equal(decode(dataset.image_bytes(own)))
         assert np.array_equal(images.targets(np.array([row]))[0], dataset.target(own))
 
 
@@ -96,7 +96,7 @@ def test_batch_aligns_pixels_targets_rows_and_weights(two: list[Path]) -> None:
         torch.float32,
     )
     for image, target, row in zip(batch.image_BCHW, batch.target_BE, rows, strict=True):
-        assert image.equal(resize_and_crop(decode(images.image_bytes(row)), Preprocessing(16)))
+        assert image.equal(resize_and_crop(images.decoded(row), Preprocessing(16)))
         assert np.array_equal(target.numpy(), images.targets(np.array([row]))[0])
     assert images_of(two).__getitems__(rows).weight_B.tolist() == [1.0] * 6
 
