@@ -43,9 +43,7 @@ class ImageDataModule(lightning.LightningDataModule):
             `val`.
         val_sets: rows of the validation sets, in the same order.
         prompts: prompts of `images`; None where the split does not need them.
-        shuffled_epochs: row numbers of every epoch.
         length: steps of an epoch, of the run, and of the head alone.
-        per_epoch, steps: the same as in `length`.
         accumulate: micro-batches per step on each device; 1 until it is set, before training begins.
 
     Args:
@@ -204,11 +202,7 @@ def _validation_rows(dataset: Dataset) -> Rows:
 
 
 def _sound(dataset: Dataset) -> Rows:
-    """All images but the faulty, including those that the dataset's own split left out: a fold is another split.
-
-    Raises:
-        UserError: no image is left.
-    """
+    """All images but the faulty, including those that the dataset's own split left out: a fold is another split."""
     rows = [dataset.rows(split) for split in dataset.splits if split != FAULTY]
     if not rows:
         raise UserError(f"{dataset.root} has no image that could be drawn, only {dataset.splits}")

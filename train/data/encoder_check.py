@@ -22,11 +22,7 @@ _FILES = ("modules.json", "config.json", "config_sentence_transformers.json")  #
 
 
 def identity_of(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The identity of the encoder that a checkpoint, an ensemble or a bundle was trained for.
-
-    Args:
-        config: config.json of the checkpoint, ensemble or bundle; an older one names the encoder alone.
-    """
+    """Encoder identity in config.json of a checkpoint, ensemble or bundle; an older one has name and width alone."""
     return dict(config.get("encoder_identity") or {"name": config.get("encoder"), "width": config.get("target_width")})
 
 

@@ -111,10 +111,6 @@ class ImageDataset(TorchDataset):
         name = f"{self.names[self.dataset_of(row)]}/" if len(self.datasets) > 1 else ""
         return f"{name}{self.key(row)}"
 
-    def source(self, row: int) -> str:
-        dataset, dataset_row = self.place(row)
-        return dataset.source(dataset_row)
-
     def prompts(self, row: int) -> list[str]:
         dataset, dataset_row = self.place(row)
         return dataset.prompts(dataset_row)

@@ -60,7 +60,6 @@ def predict_batches(
         batch_size: images per batch; at most `MAX_BATCH_SIZE` are taken.
         workers: DataLoader workers; None chooses by the machine.
         dtype: autocast dtype, as `core.device.autocast_dtype` gives it; None: fp32.
-        description: label of the progress bar.
         done: images of the same pass that need no prediction; the bar begins there.
     """
     on_gpu = device.type == "cuda"

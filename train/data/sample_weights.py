@@ -26,12 +26,11 @@ _COLUMNS = {"key": pa.string(), "weight": pa.float64(), "dataset": pa.string()}
 def image_weights(
     images: ImageDataset, rows: NDArray[np.int64], sources: Mapping[str, float], path: Path | None
 ) -> tuple[NDArray[np.int64], NDArray[np.float32] | None]:
-    """Rows of weight above 0, and the weights [N] with mean 1 over these rows; None where all weights are equal.
+    """Training rows of weight above 0, and weights [N] with mean 1 over these rows; None where all weights are equal.
 
     The weight of an image is that of its source times that of its key; either is 1 by default.
 
     Args:
-        rows: training images.
         sources: prompt source → weight.
         path: .parquet or .csv with the columns key and weight, and dataset (the folder as given in dataset=) where
             several datasets have the key.
@@ -120,8 +119,7 @@ def _by_key(images: ImageDataset, rows: NDArray[np.int64], path: Path, weight_N:
 def _read(path: Path) -> pa.Table:
     try:
         if path.suffix == ".csv":
-            options = csv.ConvertOptions(column_types=_COLUMNS)
-            table = csv.read_csv(path, convert_options=options)
+            table = csv.read_csv(path, convert_options=csv.ConvertOptions(column_types=_COLUMNS))
         else:
             table = pq.read_table(path)
         missing = [name for name in ("key", "weight") if name not in table.column_names]

@@ -110,12 +110,10 @@ def fold_rows(
     with the fold are left out of its training. Every image is validated in one fold.
 
     Args:
-        rows: images to split.
         fold: (i, n): the i-th of n, from 1.
         threshold: a training image with a caption of this cosine or more to one of the fold's is purged; above 1
             purges none.
         device: where the vectors are compared; it does not change the answer.
-        prompts: of `images`, if they were read before.
 
     Raises:
         UserError: the fold or its training set is empty.
@@ -238,9 +236,7 @@ def nearest(query_dE: torch.Tensor, held_VE: torch.Tensor, threshold: float) -> 
     """Cosine of each query to the nearest held vector, [d], and whether it reaches the threshold, [d].
 
     Double precision decides cosines within the rounding error of the threshold; call this within `single_precision()`.
-
-    Args:
-        query_dE, held_VE: unit vectors; V is at least 1.
+    Both sides are unit vectors, and V is at least 1.
     """
     best_d = torch.full((len(query_dE),), -torch.inf, device=query_dE.device)
     near_d = torch.zeros(len(query_dE), dtype=torch.bool, device=query_dE.device)

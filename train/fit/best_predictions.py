@@ -104,11 +104,7 @@ def best_and_worst(
 def log_best_table(
     logger: WandbLogger, images: ImageDataset, examples: Sequence[Example], step: int | None = None, side: int = 256
 ) -> None:
-    """Log the wandb table `val/pictures` of the best and worst predictions, online or offline.
-
-    Args:
-        side: px; the longer side of a larger image is scaled down to it.
-    """
+    """Log the wandb table `val/pictures` of the best and worst predictions, with images of at most `side` px."""
     import wandb
     from PIL import Image
 

@@ -46,7 +46,7 @@ class Progress(Callback):
 
     def __init__(self, plan: Plan, log_every: int, peak_step: int, mfu: Callable[[float], float] | None) -> None:
         self._plan, self._log_every, self._peak_step, self._mfu = plan, log_every, peak_step, mfu
-        self._bar = None
+        self._bar = progress(plan.steps, "step", "train", show=False)  # until training starts, and on other ranks
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began, self._images = time.perf_counter(), 0
@@ -70,7 +70,7 @@ class Progress(Callback):
                 # before that, the backbone has no backward pass
                 measured["train/mfu"] = self._mfu(rate)
             pl_module.log_dict(measured, rank_zero_only=True)
-            if self._bar is not None:
+            if trainer.is_global_zero:
                 loss = trainer.callback_metrics.get("train/loss")
                 figures = [f"{rate:,.0f} images/s"]
                 figures += [f"MFU {measured['train/mfu']:.0%}"] if "train/mfu" in measured else []
@@ -79,8 +79,7 @@ class Progress(Callback):
         elif trainer.global_step == self._peak_step:
             for logger in trainer.loggers:
                 logger.log_metrics({"train/lr": self._lr}, step=trainer.global_step - 1)
-        if self._bar is not None:
-            self._bar.update()
+        self._bar.update()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._began, self._images = time.perf_counter(), 0
@@ -93,21 +92,15 @@ class Progress(Callback):
                 for k, v in trainer.callback_metrics.items()
                 if k.startswith("val/") and k.count("/") > 1 and not k.endswith(("/low", "/high"))
             ]
-            if self._bar is not None:
-                self._bar.clear()
+            self._bar.clear()
             log.info("%s", ", ".join([line, *cosines]))
-            if self._bar is not None:
-                self._bar.refresh()
+            self._bar.refresh()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._close()
+        self._bar.close()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        self._bar.close()
 
 
 class DirectCheckpointIO(TorchCheckpointIO):
@@ -147,7 +140,7 @@ class ResumeCheckpoint(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit" and trainer.world_size > 1:  # before loading, where ranks could deadlock
-            resume.require_agreement(self._resumed_at, lambda step: gather_objects(step, trainer.world_size))
+            resume.require_agreement(gather_objects(self._resumed_at, trainer.world_size))
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._listen()
@@ -289,11 +282,16 @@ class BestCheckpoint(Callback):
         return "KeepBest"
 
     def state_dict(self) -> dict[str, Any]:
-        return {"best": self.best, "scores": {name: image_scores.state() for name, image_scores in self.scores.items()}}
+        tensors = {  # a resume checkpoint cannot hold numpy arrays
+            name: {"step": s.step, "row_n": torch.from_numpy(s.row_n), "score_n": torch.from_numpy(s.score_n)}
+            for name, s in self.scores.items()
+        }
+        return {"best": self.best, "scores": tensors}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.best = state_dict["best"]
-        self.scores = {name: ImageScores.of_state(state) for name, state in state_dict["scores"].items()}
+        for name, state in state_dict["scores"].items():
+            self.scores[name] = ImageScores(int(state["step"]), state["row_n"].numpy(), state["score_n"].numpy())
 
 
 def _step_ends(trainer: Trainer, batch_idx: int) -> bool:

@@ -21,8 +21,7 @@ from train.scale.devices import is_rank_zero
 class Saver:
     """Write checkpoints: `Saver(…)(module, "best")` writes `<out>/best`. Every rank calls it; rank 0 writes.
 
-    Args:
-        leakage: validation set → its overlap with the training data, stored with the score.
+    `leakage`, the overlap of each validation set with the training data, is stored with the score.
     """
 
     def __init__(

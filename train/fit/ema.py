@@ -36,7 +36,6 @@ class Ema:
     Args:
         parameters: name → tensor, as from `averaged`, after the tensors were moved to their device and sharded.
             Moving the module later creates new buffers; call `follow` after it.
-        decay: EMA decay, below 1.
     """
 
     def __init__(self, parameters: dict[str, torch.Tensor], decay: float) -> None:
@@ -85,11 +84,7 @@ class Ema:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore step count and averages from `state`.
-
-        Raises:
-            ValueError: names or shapes differ.
-        """
+        """Restore step count and averages from `state`; raises ValueError where names or shapes differ."""
         shadow: dict[str, torch.Tensor] = state["shadow"]
         mismatched = sorted(shadow.keys() ^ self.shadow.keys())
         mismatched += [n for n in self.shadow if n in shadow and shadow[n].shape != self.shadow[n].shape]

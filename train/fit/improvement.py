@@ -31,16 +31,6 @@ class ImageScores:
     """Row numbers in `train.data.images.ImageDataset`, ascending."""
     score_n: NDArray[np.float64]
 
-    def state(self) -> dict[str, Any]:
-        """Scores as tensors, for a resume checkpoint, which cannot hold numpy arrays."""
-        import torch
-
-        return {"step": self.step, "row_n": torch.from_numpy(self.row_n), "score_n": torch.from_numpy(self.score_n)}
-
-    @staticmethod
-    def of_state(state: dict[str, Any]) -> "ImageScores":
-        return ImageScores(int(state["step"]), state["row_n"].numpy(), state["score_n"].numpy())
-
 
 @dataclass(frozen=True)
 class Improvement:

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import Optimizer
 
 from core.errors import UserError
 from models import lora
@@ -36,8 +37,7 @@ from train.scale.trained_tensors import averaged
 class Training(lightning.LightningModule):
     """Train `model`, whose frozen layers are already marked. `plan` holds steps, ranks and micro-batches.
 
-    Args:
-        sets: names of the validation sets; the score on the first selects the best checkpoint.
+    The score on the first of the validation `sets` selects the best checkpoint.
     """
 
     def __init__(self, model: Regressor, cfg: TrainSettings, plan: Plan, sets: tuple[str, ...] = ("val",)) -> None:
@@ -60,10 +60,7 @@ class Training(lightning.LightningModule):
     # ------------------------------------------------------------------------------------------------- before training
 
     def configure_model(self) -> None:
-        """Apply activation checkpointing, torch.compile and FSDP2 to each block, in this order.
-
-        Parameter names do not change.
-        """
+        """Apply activation checkpointing, torch.compile and FSDP2 to each block, in this order; names do not change."""
         if self._is_configured:
             return
         self._is_configured = True
@@ -154,10 +151,7 @@ class Training(lightning.LightningModule):
             statistic /= self._plan.world
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         # Lightning refuses to clip sharded parameters, and a fused optimizer even without loss scaling
         if gradient_clip_val and (self.device_mesh is not None or self._plan.fused):
@@ -250,7 +244,7 @@ class Training(lightning.LightningModule):
     def _by_source(self, score_n: np.ndarray, row_n: np.ndarray) -> dict[str, float]:
         """Mean score of each prompt source; empty with a single source."""
         images: Any = self.trainer.datamodule.images  # type: ignore[attr-defined]
-        sources = np.array([images.source(row) for row in row_n.tolist()])
+        sources = np.array([dataset.source(row) for dataset, row in map(images.place, row_n.tolist())])
         names = sorted(set(sources.tolist()))
         return {name: float(score_n[sources == name].mean()) for name in names} if len(names) > 1 else {}
 

@@ -47,11 +47,7 @@ def optimizer(model: Regressor, cfg: OptimSettings, *, fused: bool = False) -> t
 
 
 def check(cfg: OptimSettings, strategy: str) -> None:
-    """Check that the optimizer is installed and supports scale.strategy.
-
-    Raises:
-        UserError: bitsandbytes is not installed, or its optimizer would get sharded parameters.
-    """
+    """Raise a UserError if the optimizer is not installed or does not support scale.strategy."""
     if cfg.name == "adamw8bit":
         _adamw8bit()
         if strategy == "fsdp":

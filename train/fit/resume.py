@@ -10,7 +10,6 @@ disk. The disk holds two checkpoints, and three while one is written.
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -61,8 +60,7 @@ def newest_whole(out: Path) -> tuple[Path | None, int]:
 def commit(part: Path, out: Path, *, rotate: bool) -> None:
     """Verify the file `part` on disk and make it the newest resume checkpoint of `out`.
 
-    Args:
-        rotate: whether to keep the present `resume.ckpt` as the previous one; False where it is damaged.
+    `rotate` says whether the present `resume.ckpt` becomes the previous one, as it should unless it is damaged.
 
     Raises:
         OSError: the bytes on disk are not those that were written; both checkpoints are unchanged.
@@ -83,13 +81,12 @@ def exists(out: Path) -> bool:
     return any((out / name).exists() for name in (NEWEST, PREVIOUS))
 
 
-def require_agreement(step: int, gather: Callable[[int], list[int]]) -> None:
-    """Check by `gather`, step of this rank → steps of all, that all ranks resume from the same step; 0 is the start.
+def require_agreement(steps: list[int]) -> None:
+    """Check that all ranks, whose machines may see different files, resume from one step; 0 is without a checkpoint.
 
     Raises:
         UserError: the steps differ.
     """
-    steps = gather(step)
     if len(set(steps)) > 1:
         raise UserError(
             f"the ranks found resume checkpoints of different steps ({', '.join(map(str, steps))}; 0 means none): out= "

@@ -106,9 +106,7 @@ def advice(
     reason = str(error).partition("\n")[0]
     traceback.clear_frames(error.__traceback__)
     smaller = [size for size in sizes(share) if size < images] if cfg.batch_size % plan.world == 0 else []
-    size = smaller[0] if smaller else 0
-    if smaller and find_fitting is not None:
-        size = find_fitting(smaller)
+    size = find_fitting(smaller) if smaller and find_fitting is not None else next(iter(smaller), 0)
     note = "which fits here" if find_fitting is not None else "not tried"
     modes = get_args(Mode)
     remedies = []

@@ -18,7 +18,6 @@ class Plan:
     accumulate: int = 1
     """Micro-batches per step on each device."""
     activation_checkpointing: Mode = "none"
-    """Activation-checkpointing mode."""
     compile: bool = False
     """Whether torch.compile compiles the blocks."""
     fused: bool = False

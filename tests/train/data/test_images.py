@@ -76,7 +76,7 @@ def test_datasets_share_one_row_numbering(two: list[Path]) -> None:
         dataset, own = (one, row) if row < 16 else (other, row - 16)
         assert images.dataset_of(row) == (row >= 16)
         assert images.place(row) == (dataset, own)
-        assert (images.key(row), images.source(row)) == (dataset.key(own), "test")
+        assert images.key(row) == dataset.key(own)
         assert images.label(row) == f"{'two' if row >= 16 else 'one'}/{dataset.key(own)}"
         assert images.prompts(row) == dataset.prompts(own)
         assert images.decoded(row).equal(decode(dataset.image_bytes(own)))
