@@ -40,7 +40,7 @@ class Fold:
     purged: Rows
     """Images whose prompts are too similar to the fold's; they neither train nor validate."""
     left_out: Rows
-    """Images of a group of more than a fifth of all that share a prompt or bytes with the fold; in neither as well."""
+    """Images of a group of more than a fifth of all that share a prompt or bytes with the fold; also in neither."""
 
     @property
     def share_purged(self) -> float:

@@ -60,10 +60,10 @@ def fit(cfg: TrainSettings) -> int:
     optim.check(cfg.optim, cfg.scale.strategy)
     datasets = [Dataset(folder, cfg.encoder) for folder in cfg.dataset]
     vals = [Dataset(folder, cfg.encoder) for folder in cfg.val]
-    every_dataset = [*datasets, *vals]
-    check_folder(cfg.encoder, every_dataset)
+    all_datasets = [*datasets, *vals]
+    check_folder(cfg.encoder, all_datasets)
     cfg = dataclasses.replace(cfg, encoder=encoder_name(cfg.encoder))
-    run_values = {} if cfg.dry_run else run_settings.check_run_folder(cfg, every_dataset, machine.compute_precision)
+    run_values = {} if cfg.dry_run else run_settings.check_run_folder(cfg, all_datasets, machine.compute_precision)
     resumed_from, resumed_at = resume.newest_whole(cfg.out)
     meta_model = setup.build_on_meta(cfg, datasets)
     data = ImageDataModule(datasets, vals, cfg, meta_model.spec.preprocessing, device=machine.device)
