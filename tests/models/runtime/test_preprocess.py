@@ -167,7 +167,7 @@ def test_training_evaluation_and_bundle_share_preprocessing(how: dict[str, Any],
     predictor.network.members[0].towers[0].register_forward_pre_hook(keep)
     dataset_images = ImageDataset([dataset], model.spec.preprocessing)
     files = [encoded(Image.fromarray(image.permute(1, 2, 0).numpy()), "png") for image in images]
-    dataset_images.image_bytes = files.__getitem__  # type: ignore[method-assign]
+    dataset.image_bytes = files.__getitem__  # type: ignore[method-assign]
     with torch.inference_mode():
         model.features(dataset_images.__getitems__([0, 1, 2, 3]).image_BCHW)
     model.embed(images)
