@@ -164,9 +164,7 @@ class Resizer:
 
 def _grey(value: "torch.Tensor") -> "torch.Tensor":
     """Round half up, clip and convert to uint8; overwrites `value`."""
-    import torch
-
-    return value.add_(0.5).clamp_(0, 255).to(torch.uint8)
+    return value.add_(0.5).clamp_(0, 255).byte()
 
 
 def _taps(from_side: int, to_side: int, name: str) -> list[tuple[int, list[float]]]:

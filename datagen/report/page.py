@@ -158,8 +158,7 @@ def write_report(cfg: ReportSettings) -> Path:
     _dropped(page, info.get("curation", {}))
     if left_out := info.get("curation", {}).get("pictures_left_out"):
         page.section("Images left out", "What of the published set is not here, and why.")
-        counted: list[tuple[str, int]] = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-        page.table(["Reason", "Images"], counted)
+        page.table(["Reason", "Images"], _by_count(left_out))
     _splits(page, info)
     if work and len(work.starts):
         _rate(page, work)
@@ -220,6 +219,10 @@ def _headline(dataset: Dataset, prompts: _Prompts, work: Work | None, shards_don
         meant = f"{redrawn:,} redrawn, {constant:,} constant, {bad:,} faulty" if redrawn + constant + bad else ""
         facts["Black or broken"] = (f"{redrawn + constant + bad:,}", meant)
     return facts
+
+
+def _by_count(counts: Mapping[str, int]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda item: (-item[1], item[0]))
 
 
 def _percent(part: int, whole: int) -> str:
@@ -306,7 +309,7 @@ def _sources(page: "Page", prompts: _Prompts, curation: Mapping[str, Any]) -> No
         kept, drawn = ([counts[key] for _, counts in ranked] for key in ("kept", "drawn"))
         page.figure(plots.bars([name for name, _ in ranked], kept, drawn, label="Prompts"), "", _spoken(ranked))
         return
-    counted = sorted(prompts.by_source().items(), key=lambda item: (-item[1], item[0]))
+    counted = _by_count(prompts.by_source())
     page.section("Prompt sources", "Where the prompts of the plan come from.")
     spoken = ", ".join(f"{name} {count:,}" for name, count in counted)
     page.figure(
@@ -325,20 +328,17 @@ def _dropped(page: "Page", curation: Mapping[str, Any]) -> None:
         return
     from report import plots
 
-    ranked = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+    ranked = _by_count(dropped)
     total = sum(dropped.values())
     page.section(
         "Dropped prompts", f"{total:,} of {drawn:,} prompts drawn ({_percent(total, drawn)}) were left out, and why."
     )
     spoken = ", ".join(f"{reason}: {count:,}" for reason, count in ranked)
     page.figure(plots.bars([reason for reason, _ in ranked], [n for _, n in ranked], label="Prompts"), "", spoken)
-    examples: dict[str, Sequence[str]] = {
-        with_new_names_in_text(DATASET_FILES, reason): texts for reason, texts in curation.get("examples", {}).items()
-    }
+    examples: Mapping[str, Sequence[str]] = curation.get("examples", {})
+    examples = {with_new_names_in_text(DATASET_FILES, reason): texts for reason, texts in examples.items()}
     shown = {
-        reason: (f"{len(examples[reason])} of {count:,}", examples[reason])
-        for reason, count in ranked
-        if examples.get(reason)
+        reason: (f"{len(texts)} of {count:,}", texts) for reason, count in ranked if (texts := examples.get(reason))
     }
     if shown:
         page.lists(shown, opened=1)
@@ -346,12 +346,10 @@ def _dropped(page: "Page", curation: Mapping[str, Any]) -> None:
 
 def _splits(page: "Page", info: Mapping[str, Any]) -> None:
     """Add the section on images outside the splits and the section on leakage between splits."""
-    left_out: Mapping[str, int] = info.get("left_out", {})
     leaks: Mapping[str, Mapping[str, int]] = info.get("leakage", {})
-    if left_out:
+    if left_out := info.get("left_out"):
         page.section("Images left out of training", "Each is listed in the log beside the dataset, with the reason.")
-        ranked: list[tuple[str, int]] = sorted(left_out.items(), key=lambda item: (-item[1], item[0]))
-        page.table(["Reason", "Images"], ranked)
+        page.table(["Reason", "Images"], _by_count(left_out))
     if leaks:
         page.section(
             "Leakage",
