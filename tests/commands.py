@@ -4,14 +4,17 @@ Most of them are forked from one process that has imported the heavy packages (t
 several CPU seconds, and most tests are not about them. IM2EMB_TEST_FRESH=1 starts a new interpreter for each.
 """
 
+import base64
 import contextlib
 import json
 import os
+import pickle
 import select
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -59,6 +62,38 @@ def start(module: str, *overrides: object, fresh: bool = False, **env: str) -> "
         # a shell's background job, as these tests may be, ignores Ctrl-C, and what it starts would too
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def fork(
+    module: str, *arguments: str, out: int = subprocess.PIPE, passed: int | None = None, **env: str
+) -> "subprocess.Popen[str] | None":
+    """Fork `python -m module arguments`, in spite of variables that packages read at import.
+
+    Args:
+        module: module to run.
+        arguments: command-line arguments.
+        out: descriptor for stdout and stderr, which stays open.
+        passed: descriptor for the child, whose number becomes its last argument.
+        env: further environment variables.
+
+    Returns:
+        The process; None where there is no fork server.
+    """
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
+    start_server()
+    server = _servers.get(os.getpid())
+    return server and _Forked(server, module, [*arguments], {**environment, **env}, out, passed)
+
+
+def start_call(function: Callable[..., object], *arguments: object) -> "subprocess.Popen[str]":
+    """Call a function of a test module in a process of its own."""
+    words = [function.__module__, function.__name__, base64.b64encode(pickle.dumps(arguments)).decode()]
+    return start("tests.forked_call", *words)
+
+
+def call(function: Callable[..., object], *arguments: object) -> int:
+    """Call a function of a test module in a process of its own; return the exit code of the process."""
+    return ended(start_call(function, *arguments)).returncode
 
 
 def run(module: str, *overrides: object, fresh: bool = False, **env: str) -> "subprocess.CompletedProcess[str]":
@@ -164,6 +199,11 @@ def _started_server(environment: dict[str, str]) -> _Server | None:
     return server
 
 
+def start_server() -> None:
+    """Start the fork server of this process, if there is none, with the environment as it is now."""
+    _server({**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
+
+
 def stop_server() -> None:
     """End the fork server of this process, if there is one; the commands that it has started run on."""
     server = _servers.pop(os.getpid(), None)
@@ -182,13 +222,22 @@ class _Forked(subprocess.Popen[str]):
     _waitpid_lock: Any
     _handle_exitstatus: Any
 
-    def __init__(self, server: _Server, module: str, arguments: list[str], environment: dict[str, str]) -> None:
+    def __init__(
+        self,
+        server: _Server,
+        module: str,
+        arguments: list[str],
+        environment: dict[str, str],
+        out: int = subprocess.PIPE,
+        passed: int | None = None,
+    ) -> None:
         self._server, self._module, self._environment = server, module, environment
+        self._passed = [] if passed is None else [passed]
         super().__init__(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=out if out == subprocess.PIPE else os.dup(out),
+            stderr=out if out == subprocess.PIPE else os.dup(out),
             text=True,
         )
 
@@ -202,7 +251,7 @@ class _Forked(subprocess.Popen[str]):
             "environment": self._environment,
             "folder": str(ROOT),
         }
-        socket.send_fds(self._server.requests, [json.dumps(request).encode()], [out, err, theirs])
+        socket.send_fds(self._server.requests, [json.dumps(request).encode()], [out, err, theirs, *self._passed])
         for number in (out, err, theirs):
             os.close(number)
         self.pid = ANSWER.unpack(os.read(self._answers, ANSWER.size))[0]

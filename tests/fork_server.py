@@ -3,9 +3,10 @@
     python -m tests.fork_server FD        FD: a Unix socket, over which `tests.commands` sends its requests
 
 A request is a line of JSON (module, arguments, environment, working folder) with three file descriptors: stdout, stderr
-and a pipe for the answers, which are the child's pid and, when it has ended, its wait status, 4 bytes each. The child
-runs the module as `python -m` does. The server itself runs nothing: it has one thread, no pools, and none of our
-packages but this one, so a command sees what it would see in a new interpreter, with the imports behind it.
+and a pipe for the answers, which are the child's pid and, when it has ended, its wait status, 4 bytes each. A fourth is
+for the child; its number becomes the last argument. The child runs the module as `python -m` does. The server itself
+runs nothing: it has one thread, no pools, and none of our packages but this one, so a command sees what it would see in
+a new interpreter, with the imports behind it.
 
 A command that ends with an exit code skips the interpreter's teardown of modules: of the heavy packages it takes 3.5
 CPU seconds, and it is the same for each command. Threads, exit functions and C++ destructors end as they always do.
@@ -110,10 +111,10 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
                 os.close(answers)
                 os.close(ready)
                 continue
-            message, descriptors, _, _ = socket.recv_fds(requests, _REQUEST, 3)
+            message, descriptors, _, _ = socket.recv_fds(requests, _REQUEST, 4)
             if not message:
                 return None
-            out, err, answers = descriptors
+            out, err, answers, *passed = descriptors
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # Python 3.12 warns of that thread
                 pid = os.fork()
@@ -125,10 +126,11 @@ def _serve(requests: socket.socket) -> dict[str, Any] | None:
                     os.close(number)
                 faulthandler.enable()  # of SIGABRT, too: all threads' stacks
                 signal.signal(signal.SIGINT, signal.default_int_handler)
-                return json.loads(message)
+                request = json.loads(message)
+                return {**request, "arguments": [*request["arguments"], *map(str, passed)]}
             os.write(answers, ANSWER.pack(pid))
-            os.close(out)
-            os.close(err)
+            for number in (out, err, *passed):
+                os.close(number)
             running[os.pidfd_open(pid)] = pid, answers
 
 

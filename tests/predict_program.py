@@ -2,18 +2,21 @@
 
     process = predict_program.start(bundle, "--images", images, "--out", out)
 
-A Pillow plugin reads hostile images; processes load it through `PYTHONPATH`, and the bundle does not know it.
+The program and its children are forked from a process that has imported torch and timm (tests/forked_predict.py). A
+Pillow plugin reads hostile images; processes load it through `PYTHONPATH`, and the bundle does not know it.
 """
 
 import csv
 import io
+import json
 import os
 import resource
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,7 @@ from models import checkpoint
 from models.export import export
 from models.regressor import Regressor, make
 from models.runtime.part_folder import PartFolder, open_part_folder
+from tests import commands
 
 E = 6
 MEAN = np.arange(1, E + 1) / np.linalg.norm(np.arange(1, E + 1))
@@ -96,7 +100,7 @@ def hostile_environment(folder: Path) -> dict[str, str]:
 
 
 def start(
-    bundle: Path, *arguments: object, file_bytes: int = 0, env: dict[str, str] | None = None
+    bundle: Path, *arguments: object, file_bytes: int = 0, env: dict[str, str] | None = None, fresh: bool = False
 ) -> "subprocess.Popen[str]":
     """Start predict.py.
 
@@ -105,7 +109,12 @@ def start(
         arguments: command-line arguments.
         file_bytes: size that no file can exceed, as on a full disk; 0: no limit.
         env: further environment variables.
+        fresh: start a new interpreter, as a user does.
     """
+    request = _request(bundle / "predict.py", *map(str, arguments), file_bytes=file_bytes)
+    process = None if fresh else commands.fork("tests.forked_predict", request, **(env or {}))
+    if process is not None:
+        return process
 
     def prepare() -> None:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell's background job ignores it
@@ -122,9 +131,29 @@ def start(
     )
 
 
-def run(bundle: Path, *arguments: object, file_bytes: int = 0, env: dict[str, str] | None = None) -> Any:
+def start_child(command: Sequence[object], **options: Any) -> "subprocess.Popen[Any]":
+    """Replacement of `subprocess.Popen` for the coordinator of a test: fork the child process of predict.py."""
+    _, program, *arguments, _ = map(str, command)
+    request = _request(Path(program), *arguments, coordinator=os.getpid())
+    process = commands.fork("tests.forked_predict", request, out=2, passed=options["pass_fds"][0], **options["env"])
+    return process or subprocess.Popen([*map(str, command)], **options)
+
+
+def _request(program: Path, *arguments: str, file_bytes: int = 0, coordinator: int = 0) -> str:
+    values = {"program": str(program), "arguments": arguments, "name": _process_name(program)}
+    return json.dumps(values | {"file_bytes": file_bytes, "coordinator": coordinator})
+
+
+def _process_name(program: Path) -> str:
+    """Name of the forked processes of a program, at most 15 bytes."""
+    return f"p{zlib.crc32(os.fsencode(program)):08x}"
+
+
+def run(
+    bundle: Path, *arguments: object, file_bytes: int = 0, env: dict[str, str] | None = None, fresh: bool = False
+) -> Any:
     """Run predict.py to its end: `returncode`, `stdout`, `stderr`."""
-    return wait_for_exit(start(bundle, *arguments, file_bytes=file_bytes, env=env))
+    return wait_for_exit(start(bundle, *arguments, file_bytes=file_bytes, env=env, fresh=fresh))
 
 
 def wait_for_exit(process: "subprocess.Popen[str]") -> Any:
@@ -138,8 +167,8 @@ def child_pids(pid: int) -> list[int]:
     pids = []
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((place / "stat").read_text().rpartition(")")[2].split()[1])
-            if parent == pid and b"--child" in (place / "cmdline").read_bytes():
+            state, parent, *_ = (place / "stat").read_text().rpartition(")")[2].split()
+            if int(parent) == pid and state != "Z":
                 pids.append(int(place.name))
         except OSError:
             continue  # it has just ended
@@ -148,10 +177,13 @@ def child_pids(pid: int) -> list[int]:
 
 def is_running(bundle: Path) -> bool:
     """Whether any process runs this bundle's program."""
-    name = os.fsencode(bundle / "predict.py")
+    program = bundle / "predict.py"
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            if name in (place / "cmdline").read_bytes():
+            forked = (place / "comm").read_text().strip() == _process_name(program)
+            if (forked and (place / "cmdline").read_bytes()) or os.fsencode(program) in (
+                place / "cmdline"
+            ).read_bytes():
                 return True
         except OSError:
             continue

@@ -3,7 +3,6 @@
 import importlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
@@ -28,7 +27,7 @@ from datagen.importers import published_sets
 from datagen.importers.published_sets import publish
 from datagen.verify.verify import verify
 from tests import tiny_published
-from tests.commands import contents, run, start
+from tests.commands import call, contents, run, start
 from tests.tiny_hub import COMMIT, TinyHub
 
 BARE = ("encoder=null", "curate.dedup_threshold=null", "split.kind=image", "split.val_fraction=0.25")
@@ -235,16 +234,13 @@ def test_import_killed_anywhere_resumes_bitwise(tmp_path: Path, name: str) -> No
     make(name, tmp_path / "whole", tmp_path / "copy")
     out = tmp_path / "out"
     values = compose("published", [f"name={name}", f"out={out}", f"folder={tmp_path / 'copy'}", *BARE])
-    for module, function, call, shards in (
+    for module, function, number, shards in (
         ("datagen.prompts.clip_tokenizer", "token_counts", 3, 0),  # in the third chunk of its curation
         ("datagen.importers.published_sets", "write_plan", 1, 0),
         ("datagen.importers.published_sets", "_fault", 5, 0),  # in the first shard
         ("datagen.importers.published_sets", "_fault", 65, 6),
     ):
-        process = multiprocessing.get_context("spawn").Process(target=end_at, args=(values, module, function, call))
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        assert call(end_at, values, module, function, number) == -signal.SIGKILL
         assert len(list(out.glob("shards/*.parquet"))) == shards
         if function == "token_counts":
             assert len(list((tmp_path / "out.published" / "curation").glob("[0-9]*.json"))) == 2

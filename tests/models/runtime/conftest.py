@@ -1,11 +1,14 @@
 """Fixtures of the tests of predict.py: one exported bundle, a folder of images, hostile images."""
 
+import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from models.regressor import Regressor
-from tests import predict_program
+from models.runtime import coordinator
+from tests import commands, predict_program
 
 
 @pytest.fixture(scope="session")
@@ -30,3 +33,11 @@ def images(tmp_path: Path) -> Path:
 def hostility(tmp_path: Path) -> dict[str, str]:
     """Environment whose processes read hostile images."""
     return predict_program.hostile_environment(tmp_path / "hostility")
+
+
+@pytest.fixture
+def forked_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the children of a coordinator in this process from one that has imported torch and timm."""
+    commands.start_server()  # before a test changes its environment
+    popen = SimpleNamespace(**vars(subprocess) | {"Popen": predict_program.start_child})
+    monkeypatch.setattr(coordinator, "subprocess", popen)
