@@ -5,9 +5,9 @@ import dataclasses
 import gzip
 import itertools
 import json
+import multiprocessing
 import os
 import signal
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from datagen.dataset.format import PLAN
 from datagen.dataset.writer import write_plan
 from datagen.prompts.clip_tokenizer import token_counts
 from datagen.prompts.sources import Prompt
-from tests.commands import call, start_call
+from tests.commands import call
 
 WIDTH = 16
 
@@ -542,31 +542,26 @@ def test_other_settings_or_sources_start_again(tmp_path: Path, caplog: pytest.Lo
         run(itertools.islice(numbered(), 1, 4000), 50, work=work, dedup_threshold=0.9, origin={"commit": "a"})
 
 
-def curated_in(work: Path, begun: Path, end: Path) -> None:
-    """Curate in a separate process that waits in the encoder until the file `end` is there."""
+def curated_in(work: Path, begun: Any, end: Any) -> None:
+    """Curate in a separate process that waits in the encoder until `end`."""
 
     def encode_later(lines: Sequence[str]) -> NDArray[np.float32]:
-        begun.touch()
-        wait_for(end)
+        begun.set()
+        end.wait(60)
         return encode(lines)
 
     run(thousand(), 500, dedup_threshold=0.9, work=work, encode=encode_later)
 
 
-def wait_for(file: Path) -> None:
-    until = time.monotonic() + 60
-    while not file.exists():
-        assert time.monotonic() < until
-        time.sleep(0.01)
-
-
 @pytest.mark.slow
 def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
     work = tmp_path / "work"
+    context = multiprocessing.get_context("spawn")
     for killed in (False, True):
-        begun, end = (tmp_path / f"{name}-{killed}" for name in ("begun", "end"))
-        process = start_call(curated_in, work, begun, end)
-        wait_for(begun)
+        begun, end = context.Event(), context.Event()
+        process = context.Process(target=curated_in, args=(work, begun, end))
+        process.start()
+        assert begun.wait(60)
         before = {p.name for p in work.iterdir()}
         for at in (0.9, 0.8):  # of the same settings or others
             with pytest.raises(
@@ -575,9 +570,8 @@ def test_two_runs_at_once_are_refused(tmp_path: Path) -> None:
             ):
                 run(thousand(), 500, dedup_threshold=at, work=work)
         assert {p.name for p in work.iterdir()} == before
-        process.kill() if killed else end.touch()
-        process.communicate()
-        assert process.returncode == (-signal.SIGKILL if killed else 0)
+        process.kill() if killed else end.set()
+        process.join()
         run(thousand(), 500, dedup_threshold=0.8, work=work)
     run(thousand(), 500, dedup_threshold=0.8, work=work)
     assert [p.name for p in tmp_path.iterdir()] == ["work"]
