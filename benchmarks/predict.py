@@ -110,7 +110,7 @@ def peer(bundle: Path, images: Path, out: Path) -> None:
         interpolation="bicubic",
         mean=member_config["mean"],
         std=member_config["std"],
-        crop_pct=1.0,
+        crop_pct=member_config["crop_pct"],
     )
     files = sorted(images.iterdir())
     vectors = []

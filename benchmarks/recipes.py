@@ -163,7 +163,7 @@ class Runs:
         seen = {}
         for recipe in (r for r in RECIPES if r.costs_as is None):
             overrides = [
-                o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_epochs" not in o
+                o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_" not in o
             ]
             for steps in (SHORT, LONG):
                 for again in range(2):
