@@ -162,9 +162,7 @@ class Runs:
         """CPU seconds per training image by recipe, without its first phase: long run minus short run."""
         seen = {}
         for recipe in (r for r in RECIPES if r.costs_as is None):
-            overrides = [
-                o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_" not in o
-            ]
+            overrides = [o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_" not in o]
             for steps in (SHORT, LONG):
                 for again in range(2):
                     seen[recipe.name, steps, again] = (

@@ -12,19 +12,25 @@ import sys
 import typing
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from core.errors import UserError
 from core.paths import ROOT
 from core.renamed_settings import Override, refuse_old_names, refuse_old_names_in_files
-from core.settings import Values, leaves, settings
+from core.settings import Values, leaves
 
 _NOISY = (
-    *("aiobotocore", "botocore", "httpx", "httpx2", "httpcore", "matplotlib", "sentence_transformers", "timm"),
-    *("faiss", "transformers"),  # faiss logs its instruction set
+    "aiobotocore",
+    "botocore",
+    "faiss",  # it logs its instruction set
+    "httpx",
+    "httpx2",
+    "httpcore",
+    "matplotlib",
+    "sentence_transformers",
+    "timm",
+    "transformers",
 )
-
-T = TypeVar("T")
 
 
 def compose(config_name: str, overrides: list[str], *, by_user: bool = False) -> dict[str, Any]:
@@ -125,11 +131,6 @@ def command(config_name: str, run: Callable[[dict[str, Any]], int | None]) -> No
     main()
     sys.stderr.flush()
     sys.exit(code)
-
-
-def settings_command(config_name: str, cls: type[T], run: Callable[[T], int | None]) -> None:
-    """Call `command` with a function that takes its settings as an object of the frozen dataclass `cls`."""
-    command(config_name, lambda values: run(settings(cls, values)))
 
 
 def _refuse_foreign_packages() -> None:

@@ -14,7 +14,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -65,16 +65,20 @@ def start(module: str, *overrides: object, fresh: bool = False, **env: str) -> "
 
 
 def fork(
-    module: str, *arguments: str, out: int = subprocess.PIPE, passed: int | None = None, **env: str
+    module: str,
+    *arguments: str,
+    env: Mapping[str, str] | None = None,
+    out: int = subprocess.PIPE,
+    passed: int | None = None,
 ) -> "subprocess.Popen[str] | None":
     """Fork `python -m module arguments`, in spite of variables that packages read at import.
 
     Args:
         module: module to run.
         arguments: command-line arguments.
+        env: further environment variables.
         out: descriptor for stdout and stderr, which stays open.
         passed: descriptor for the child, whose number becomes its last argument.
-        env: further environment variables.
 
     Returns:
         The process; None where there is no fork server.
@@ -82,7 +86,7 @@ def fork(
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     start_server()
     server = _servers.get(os.getpid())
-    return server and _Forked(server, module, [*arguments], {**environment, **env}, out, passed)
+    return server and _Forked(server, module, [*arguments], {**environment, **(env or {})}, out, passed)
 
 
 def start_call(function: Callable[..., object], *arguments: object) -> "subprocess.Popen[str]":

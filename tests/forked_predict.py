@@ -44,7 +44,7 @@ def _run(command: Sequence[str]) -> None:
     runpy.run_path(command[0], run_name="__main__")
 
 
-def popen(command: Sequence[str], **options: Any) -> "_Child | subprocess.Popen[bytes]":
+def popen(command: Sequence[str], **options: Any) -> Any:
     """Fork a child of the coordinator that this process runs; start any other command."""
     threads = len(list(Path("/proc/self/task").iterdir()))
     if command[2:3] == ["--child"] and threads == 1:  # a process with several cannot be forked safely

@@ -112,7 +112,7 @@ def start(
         fresh: start a new interpreter, as a user does.
     """
     request = _request(bundle / "predict.py", *map(str, arguments), file_bytes=file_bytes)
-    process = None if fresh else commands.fork("tests.forked_predict", request, **(env or {}))
+    process = None if fresh else commands.fork("tests.forked_predict", request, env=env)
     if process is not None:
         return process
 
@@ -135,7 +135,7 @@ def start_child(command: Sequence[object], **options: Any) -> "subprocess.Popen[
     """Replacement of `subprocess.Popen` for the coordinator of a test: fork the child process of predict.py."""
     _, program, *arguments, _ = map(str, command)
     request = _request(Path(program), *arguments, coordinator=os.getpid())
-    process = commands.fork("tests.forked_predict", request, out=2, passed=options["pass_fds"][0], **options["env"])
+    process = commands.fork("tests.forked_predict", request, env=options["env"], out=2, passed=options["pass_fds"][0])
     return process or subprocess.Popen([*map(str, command)], **options)
 
 

@@ -370,9 +370,8 @@ def test_a_dataset_has_the_same_record_as_before(tmp_path: Path) -> None:
     commands.make(tmp_path / "data", *bare)
     assert (tmp_path / "data/dataset.json").read_bytes() == before
     other = {**DATASET, "versions": versions, "curate": {**CURATE, "duplicates_at": 0.9}}
-    assert plan.differences({**DATASET, "versions": versions}, other) == [
-        "curate.dedup_threshold: None there, 0.9 here"
-    ]
+    with pytest.raises(UserError, match=r"\n  curate\.dedup_threshold: None there, 0\.9 here\n"):
+        plan.refuse_another_dataset(tmp_path, {**DATASET, "versions": versions}, other)
 
 
 def test_a_published_set_has_the_same_record_as_before() -> None:

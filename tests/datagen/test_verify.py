@@ -23,13 +23,14 @@ from core.cli import compose
 from core.errors import UserError
 from core.files import json_bytes
 from core.settings import settings
-from datagen.config import IndexSettings, VerifySettings
+from datagen.config import IndexSettings
 from datagen.dataset.format import PLAN
 from datagen.dataset.reader import read_plan
 from datagen.dataset.writer import write_plan, write_shard, write_targets
 from datagen.importers.foreign_dataset import index
+from datagen.verify.__main__ import run
 from datagen.verify.problems import Problems
-from datagen.verify.verify import log_problems, verify
+from datagen.verify.verify import verify
 from tests import small_dataset
 
 Damage = Callable[[Path], object]
@@ -452,7 +453,7 @@ def test_foreign_tars(tmp_path: Path) -> None:
 def test_the_command_counts_all_problems_and_exits_with_1(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     index_rows(lambda rows: [row.update(source="moon") for row in rows])(copy)
     with caplog.at_level("INFO"):
-        assert log_problems(settings(VerifySettings, {"out": str(copy)})) == 1
+        assert run({"out": str(copy)}) == 1
     assert f"{copy}: 40 problems" in caplog.messages  # each row with the plan, and with its .json
     assert sum("source 'moon' in the index" in m for m in caplog.messages) == 20
 
