@@ -229,7 +229,7 @@ EVALUATE_SETTINGS: Entries = {
     "out": shows(names, "out={here}/elsewhere", given=MEAN),
     "report": shows(names, "report={here}/page.html", given=MEAN),
     "batch_size": shows(batches, "batch_size=3", given=REGRESSOR),
-    "workers": [shows(threads, "workers=2", given=REGRESSOR), slow(shows(of_loader, "workers=1", given=REGRESSOR))],
+    "workers": [shows(threads, "workers=2", given=REGRESSOR), slow(shows(of_loader, "workers=1", given=KNN))],
     "accelerator": ACCELERATOR,
 }
 
