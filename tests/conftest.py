@@ -33,6 +33,15 @@ def _cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["IM2EMB_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 
+@pytest.fixture(autouse=True)
+def _no_wandb_run_is_left() -> Iterator[None]:
+    """End a test's run of wandb, which the loggers of the next test in this process would go on with."""
+    yield
+    wandb = sys.modules.get("wandb")
+    if wandb is not None and getattr(wandb, "run", None) is not None:
+        wandb.finish()
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """Real prompts and images beside the project."""
