@@ -43,7 +43,8 @@ TARGET = 1.0
 PASSES, SEARCH_SEED, SEEDS = 1.5, 100, (0, 1, 2)
 BATCH = 16
 HEAD_FIT_IMAGES = 1250  # that the ridge head is fitted on
-SHORT, LONG = 20, 120  # steps of the runs that tell what an image costs
+COST_STEPS = (20, 120)  # of the two runs that tell what an image costs
+QUICK_COST_STEPS = (2, 12)
 DATA = (
     "renderer=glyphs",
     "prompts=grammar",
@@ -143,8 +144,8 @@ RECIPES = (
 class Runs:
     """Train in parallel processes of one thread; figures are cached in `<work>/NAME.json`."""
 
-    def __init__(self, work: Path, processes: int) -> None:
-        self._work = work
+    def __init__(self, work: Path, processes: int, cost_steps: tuple[int, int]) -> None:
+        self._work, self._cost_steps = work, cost_steps
         self._pool = ThreadPoolExecutor(processes)
 
     def train(self, wanted: list[tuple[Recipe, float, int]], epochs: dict[str, float]) -> list[dict[str, Any]]:
@@ -163,7 +164,7 @@ class Runs:
         seen = {}
         for recipe in (r for r in RECIPES if r.costs_as is None):
             overrides = [o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_" not in o]
-            for steps in (SHORT, LONG):
+            for steps in self._cost_steps:
                 for again in range(2):
                     seen[recipe.name, steps, again] = (
                         f"cost-{recipe.name}-{steps}-{again}",
@@ -171,12 +172,13 @@ class Runs:
                     )
         figures = dict(zip(seen, self._all(list(seen.values())), strict=True))
         cost: dict[str, float] = {}
+        short, long = self._cost_steps
         for recipe in RECIPES:
             if recipe.costs_as is not None:
                 cost[recipe.name] = cost[recipe.costs_as]
                 continue
-            few, many = (min(figures[recipe.name, steps, n]["cpu_s"] for n in range(2)) for steps in (SHORT, LONG))
-            cost[recipe.name] = (many - few) / (LONG - SHORT) / BATCH
+            few, many = (min(figures[recipe.name, steps, n]["cpu_s"] for n in range(2)) for steps in (short, long))
+            cost[recipe.name] = (many - few) / (long - short) / BATCH
         return cost
 
     def _all(self, named: list[tuple[str, list[str]]]) -> list[dict[str, Any]]:
@@ -319,7 +321,7 @@ def main() -> None:
     work = cfg.work.resolve() / ("quick" if cfg.quick else "full")
     data = [*DATA, *(QUICK if cfg.quick else FULL), f"out={work / 'data'}"]
     subprocess.run([sys.executable, "-m", "datagen", *data], cwd=ROOT, check=True)  # resumes, or has nothing left to do
-    runs = Runs(work, cfg.processes)
+    runs = Runs(work, cfg.processes, QUICK_COST_STEPS if cfg.quick else COST_STEPS)
     from datagen.dataset.reader import read_info
 
     images = read_info(work / "data")["splits"]["train"]
