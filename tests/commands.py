@@ -124,7 +124,7 @@ def ended(process: "subprocess.Popen[str]", seconds: float = 300) -> "subprocess
 
 def _aborted(process: "subprocess.Popen[str]") -> tuple[str, str]:
     """End a command and its descendants, which print their stacks (PYTHONFAULTHANDLER); return stdout and stderr."""
-    pids = [*reversed(_descendants(process.pid)), process.pid]
+    pids = [*reversed(descendants(process.pid)), process.pid]
     for number in (signal.SIGABRT, signal.SIGKILL):
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -134,13 +134,13 @@ def _aborted(process: "subprocess.Popen[str]") -> tuple[str, str]:
     return "", "its pipes are held open by a process that cannot be found"
 
 
-def _descendants(pid: int) -> list[int]:
+def descendants(pid: int) -> list[int]:
     """Processes that `pid` has started, and theirs, as far as /proc tells."""
     found = []
     for file in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             for child in map(int, file.read_text().split()):
-                found += [child, *_descendants(child)]
+                found += [child, *descendants(child)]
     return found
 
 

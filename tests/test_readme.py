@@ -16,6 +16,7 @@ from PIL import Image
 from core.cli import compose
 from core.paths import ROOT
 from datagen.dataset.targets import minilm_wheel
+from models.export import runtimes
 from tests import tiny_captioners, tiny_published, tiny_sd2
 from tests.effects import command_module
 
@@ -156,6 +157,8 @@ def test_makefile_targets(target: str) -> None:
 @pytest.mark.slow  # minutes: some fifty commands in a row, each on what those before it wrote
 def test_every_documented_command_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    # int8 changes a random network more than a trained one; how much depends on the CPU's instructions
+    monkeypatch.setattr(runtimes, "INT8_BOUND", 0.5)
     places = {"sd2": tiny_sd2.build(tmp_path / "tiny").folder, "minilm": minilm_wheel()}
     places |= {name: getattr(tiny_captioners, name)(tmp_path / name) for name in ("blip", "coca", "clip", "words")}
     _photos(tmp_path)

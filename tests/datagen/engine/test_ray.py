@@ -10,8 +10,8 @@ import pytest
 
 from core.paths import ROOT
 from datagen.verify.verify import verify
-from tests.commands import BARE, contents, make, run, start
-from tests.datagen.test_main import LINUX, kill, survivors, wait_for
+from tests.commands import BARE, contents, descendants, make, run, start
+from tests.datagen.test_main import LINUX, kill, wait_for
 
 pytest.importorskip("ray", reason="engine=ray needs the package ray: pip install -e '.[ray]'")
 
@@ -34,11 +34,12 @@ def test_ray_engine_gives_same_bytes(tmp_path: Path) -> None:
 @LINUX
 def test_killed_ray_worker_is_replaced(tmp_path: Path) -> None:
     out = tmp_path / "ray"
-    # a marker of its own: another test may run Ray beside this one
-    process = start("datagen", *LARGE, *RAY, f"out={out}", IM2EMB_TEST=str(tmp_path))
+    process = start("datagen", *LARGE, *RAY, f"out={out}")
     wait_for(lambda: list(out.glob("shards/*.parquet")), process)
-    actors = [pid for pid in survivors(str(tmp_path)) if b"ray::_Actor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
-    assert len(actors) == 2
+    # those of this driver alone: another test may run Ray beside this one
+    started = descendants(process.pid)
+    actors = [pid for pid in started if b"ray::_Actor" in Path(f"/proc/{pid}/cmdline").read_bytes()]
+    assert len(actors) == 2, [Path(f"/proc/{pid}/cmdline").read_bytes()[:60] for pid in started]
     os.kill(actors[0], signal.SIGKILL)
     err = process.communicate(timeout=120)[1]
     assert process.returncode == 0, err
