@@ -49,7 +49,7 @@ def start(module: str, *overrides: object, fresh: bool = False, **env: str) -> "
             variables in `env`, it always is one.
     """
     arguments = [*map(str, overrides)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **env}
+    environment = _environment(env)
     if not fresh and not env and (server := _server(environment)) is not None:
         return _Forked(server, module, arguments, environment)
     return subprocess.Popen(
@@ -62,6 +62,11 @@ def start(module: str, *overrides: object, fresh: bool = False, **env: str) -> "
         # a shell's background job, as these tests may be, ignores Ctrl-C, and what it starts would too
         preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
+
+
+def _environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Variables of a command: those of this process, one thread, stacks at a crash, and `more`."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", **more}
 
 
 def fork(
@@ -81,12 +86,11 @@ def fork(
         passed: descriptor for the child, whose number becomes its last argument.
 
     Returns:
-        The process; None where there is no fork server.
+        The process; None if this machine cannot run a fork server.
     """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     start_server()
     server = _servers.get(os.getpid())
-    return server and _Forked(server, module, [*arguments], {**environment, **(env or {})}, out, passed)
+    return server and _Forked(server, module, [*arguments], _environment(env or {}), out, passed)
 
 
 def start_call(function: Callable[..., object], *arguments: object) -> "subprocess.Popen[str]":
@@ -205,7 +209,7 @@ def _started_server(environment: dict[str, str]) -> _Server | None:
 
 def start_server() -> None:
     """Start the fork server of this process, if there is none, with the environment as it is now."""
-    _server({**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"})
+    _server(_environment({}))
 
 
 def stop_server() -> None:

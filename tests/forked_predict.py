@@ -60,16 +60,16 @@ class _Child:
 
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], descriptors: Sequence[int]) -> None:
         self._code: int | None = None
-        in_session, theirs = os.pipe()
+        session_pipe, child_end = os.pipe()
         self.pid = os.fork()
         if self.pid:
-            os.close(theirs)
-            os.read(in_session, 1)  # until the child has closed its end, and its group can be killed
-            os.close(in_session)
+            os.close(child_end)
+            os.read(session_pipe, 1)  # until the child has closed its end, and its group can be killed
+            os.close(session_pipe)
             return
         try:
             os.setsid()
-            os.close(theirs)
+            os.close(child_end)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, signal.SIG_DFL)
             os.environ.update(environment)

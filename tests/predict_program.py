@@ -180,10 +180,9 @@ def is_running(bundle: Path) -> bool:
     program = bundle / "predict.py"
     for place in Path("/proc").glob("[0-9]*"):
         try:
-            forked = (place / "comm").read_text().strip() == _process_name(program)
-            if (forked and (place / "cmdline").read_bytes()) or os.fsencode(program) in (
-                place / "cmdline"
-            ).read_bytes():
+            name, command = (place / "comm").read_text().strip(), (place / "cmdline").read_bytes()
+            # the command line of a process that has ended, but that nobody has waited for, is empty
+            if command and (name == _process_name(program) or os.fsencode(program) in command):
                 return True
         except OSError:
             continue

@@ -37,9 +37,8 @@ def test_signals_reach_a_forked_command() -> None:
         assert isinstance(process, commands._Forked)
         assert process.poll() is None
         process.send_signal(number)
-        assert process.wait(60) == code
+        assert commands.ended(process, 60).returncode == code
         assert process.poll() == code
-        process.communicate()
 
 
 def test_forked_commands_run_concurrently() -> None:

@@ -32,6 +32,11 @@ MINILM = "all-MiniLM-L6-v2"
 MINILM_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # of the hub's model.safetensors
 
 
+def no_vectors(texts: Sequence[str]) -> NDArray[np.float32]:
+    """Stand in for `TargetEncoder.encode` with encoder=null, which the settings refuse where vectors are compared."""
+    raise AssertionError(f"{len(texts)} texts to encode, but encoder is null")
+
+
 class TargetEncoder:
     """Text encoder of the target vectors: a sentence-transformers model, loaded at its first use.
 

@@ -22,7 +22,7 @@ from datagen.config import DatagenSettings, GlyphsRenderer, PublishedSettings, n
 from datagen.curation.curate import Curated, curate, held_out
 from datagen.dataset.encoder_identity import encoder_name
 from datagen.dataset.format import PLAN
-from datagen.dataset.targets import MINILM, TargetEncoder
+from datagen.dataset.targets import TargetEncoder, no_vectors
 from datagen.prompts import clip_tokenizer
 from datagen.prompts.sources import Prompt, provenance, stream
 from datagen.renderers.base import Renderer
@@ -105,17 +105,21 @@ def curate_and_split(
     work: Path | None,
 ) -> Curated:
     """Call `curate` with the settings of a command and its target encoder, whose identity is added to `origin`."""
-    encoder = TargetEncoder(cfg.encoder or MINILM, fast=True)  # not loaded for null: then no vectors are needed
-    identity = encoder.identity() if needs_vectors(cfg.curate, cfg.split) else None
+    encoder = TargetEncoder(cfg.encoder, fast=True) if cfg.encoder and needs_vectors(cfg.curate, cfg.split) else None
     curated = curate(
-        *(source, num, cfg.curate, cfg.split, cfg.seed),
-        encode=encoder.encode,
+        source,
+        num,
+        cfg.curate,
+        cfg.split,
+        cfg.seed,
+        encode=encoder.encode if encoder else no_vectors,
         count_tokens=clip_tokenizer.token_counts,
         can_draw=can_draw,
         work=work,
-        origin={**origin, "encoder": identity},
+        origin={**origin, "encoder": encoder.identity() if encoder else None},
     )
-    encoder.close()
+    if encoder:
+        encoder.close()
     return curated
 
 

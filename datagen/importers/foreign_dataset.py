@@ -25,7 +25,7 @@ from core.renamed_settings import DATASET_FILES, with_old_names
 from datagen.config import IndexSettings
 from datagen.dataset.format import INDEX, PLAN
 from datagen.dataset.reader import read_info
-from datagen.dataset.targets import MINILM, TargetEncoder, write_missing_targets
+from datagen.dataset.targets import TargetEncoder, no_vectors, write_missing_targets
 from datagen.dataset.writer import write_foreign_index, write_plan
 from datagen.importers.foreign_images import ForeignImage, read_folder, read_tars
 from datagen.importers.foreign_split import ForeignSplit, split_foreign
@@ -48,9 +48,10 @@ def index(cfg: IndexSettings) -> None:
     clash = [key for key, count in Counter(p.key for p in images).items() if count > 1]
     if clash:
         raise UserError(f"{len(clash)} keys name several images ({', '.join(clash[:3])}, …); rename the files")
-    encoder = TargetEncoder(cfg.encoder or MINILM, fast=True)  # loaded for split.kind=similarity alone
-    split = split_foreign(images, cfg, encoder.encode)
-    encoder.close()
+    encoder = TargetEncoder(cfg.encoder, fast=True) if cfg.encoder else None
+    split = split_foreign(images, cfg, encoder.encode if encoder else no_vectors)
+    if encoder:
+        encoder.close()
     listing = cfg.out.with_name(f"{cfg.out.name}.log.jsonl")
     lines = [*skipped, *split.left_out]
     with replace_folder(cfg.out) as part:

@@ -8,7 +8,7 @@ the renderer then draws nothing for it (a place, a light, a medium) or chooses f
 import json
 import random
 import re
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -193,8 +193,8 @@ class _Rng:
     def chance(self, p: float) -> bool:
         return self._random() < p
 
-    def pick(self, options: Collection[T]) -> T:
-        return list(options)[int(self._random() * len(options))]
+    def pick(self, options: Sequence[T]) -> T:
+        return options[int(self._random() * len(options))]
 
     def weighted(self, weights: Iterable[float]) -> int:
         weights = list(weights)
@@ -282,9 +282,9 @@ def _draw(
     rng: _Rng, names: list[str], weights: tuple[float, ...], side: Callable[[str], bool] | None, detail: float = 1.0
 ) -> Scene:
     number = 1 + rng.weighted(weights)
-    medium = rng.pick(MEDIA) if rng.chance(detail * (0.45, 0.36, 0.3)[number - 1]) else None
-    place = rng.pick(PLACES) if rng.chance(detail * (0.62, 0.5, 0.34)[number - 1]) else None
-    light = rng.pick(LIGHTS) if rng.chance(detail * (0.34, 0.25, 0.2)[number - 1]) else None
+    medium = rng.pick(list(MEDIA)) if rng.chance(detail * (0.45, 0.36, 0.3)[number - 1]) else None
+    place = rng.pick(list(PLACES)) if rng.chance(detail * (0.62, 0.5, 0.34)[number - 1]) else None
+    light = rng.pick(list(LIGHTS)) if rng.chance(detail * (0.34, 0.25, 0.2)[number - 1]) else None
     if medium in PLACELESS:
         place = light = None
     things: list[Thing] = []
@@ -301,7 +301,7 @@ def _draw(
                 thing = same
         if all(thing.name != other.name for other in things):
             things.append(thing)
-    relation = rng.pick(RELATIONS) if len(things) > 1 and rng.chance(0.75) else None
+    relation = rng.pick(list(RELATIONS)) if len(things) > 1 and rng.chance(0.75) else None
     if relation == "around":  # one thing cannot surround another
         things[1:] = [replace(things[1], count=max(things[1].count, 3), size=None)]
     return Scene(tuple(things), relation, place, light, medium)
@@ -309,12 +309,12 @@ def _draw(
 
 def _draw_thing(rng: _Rng, names: list[str], medium: str | None, detail: float) -> Thing:
     name = rng.pick(names)
-    look = rng.pick(LOOKS) if rng.chance(detail * 0.13) else None
-    colour = None if rng.chance(0.2) or look in ("golden", "rusty") else rng.pick(COLOURS)
+    look = rng.pick(list(LOOKS)) if rng.chance(detail * 0.13) else None
+    colour = None if rng.chance(0.2) or look in ("golden", "rusty") else rng.pick(list(COLOURS))
     if medium in COLOURLESS:
         colour = None
     count = 1 + rng.weighted((1 - detail * 0.2, detail * 0.09, detail * 0.07, detail * 0.04))
-    size = rng.pick(SIZES) if rng.chance(detail * 0.22) else None
+    size = rng.pick(list(SIZES)) if rng.chance(detail * 0.22) else None
     return Thing(name, colour, count, size, look)
 
 
@@ -324,7 +324,7 @@ def _same_side(rng: _Rng, names: list[str], thing: Thing, side: Callable[[str], 
         if side(_pair(thing.colour, thing.name)) == held:
             return thing
         name = thing.name if attempt < 20 and thing.colour else rng.pick(names)
-        colour = rng.pick(COLOURS) if thing.colour else None
+        colour = rng.pick(list(COLOURS)) if thing.colour else None
         thing = replace(thing, name=name, colour=colour)
     return None
 

@@ -198,8 +198,15 @@ class Coordinator:
                 same = self._settings.get("device") == slot.device.partition(":")[0]
                 batch = (self._settings["batch"] if same else 0) or self._job["batch"]
                 self._limit_workers(slot, batch or GPU_BATCHES[0])
-                keys = ("device", "threads", "lanes", "workers", "optional")
-                self._start(slot, batch=batch, **{key: getattr(slot, key) for key in keys})
+                self._start(
+                    slot,
+                    device=slot.device,
+                    threads=slot.threads,
+                    lanes=slot.lanes,
+                    workers=slot.workers,
+                    optional=slot.optional,
+                    batch=batch,
+                )
         if self._quarantined and not any(child.row is not None for child in self._children):
             row = self._quarantined[0]
             if self._start(None, isolated=(row, self._paths[row])):

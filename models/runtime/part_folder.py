@@ -64,10 +64,14 @@ class PartFolder:
         size = os.fstat(self._states).st_size - first if count is None else count
         return np.frombuffer(os.pread(self._states, size, first), np.uint8).copy()
 
-    def mark(self, first: int, *states: int) -> None:
-        """Set the states of consecutive rows, beginning at `first`."""
+    def mark(self, row: int, state: int) -> None:
+        """Set the state of a row."""
+        self.mark_rows(row, bytes([state]))
+
+    def mark_rows(self, first: int, states: bytes) -> None:
+        """Set the states of consecutive rows, one byte each, beginning at `first`."""
         with _disk_errors(self.folder / "states"):
-            _write_at(self._states, bytes(states), first)
+            _write_at(self._states, states, first)
 
     def vector(self, row: int) -> np.ndarray:
         """Vector [E] of a row, fp32."""
@@ -257,7 +261,7 @@ def _reset_torn_rows(part: PartFolder, count: int, width: int) -> None:
         unit_n = is_unit(rows_nE.reshape(-1, width))
         block = states[first : first + len(unit_n)]
         block[(block == DONE) & ~unit_n] = TODO
-    part.mark(0, *states.tolist())
+    part.mark_rows(0, states.tobytes())
 
 
 def is_unit(z_BE: np.ndarray) -> np.ndarray:

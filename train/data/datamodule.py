@@ -167,8 +167,8 @@ class ImageDataModule(lightning.LightningDataModule):
 
     def _loader(self, batches: Sampler[list[int]], *, keep: bool = True) -> DataLoader:
         trainer = self._attached()
-        options = {"pin": trainer.strategy.root_device.type == "cuda", "keep": keep, "ranks": trainer.num_devices}
-        return loader(self.images, batches, self._cfg.scale.workers, **options)
+        pin = trainer.strategy.root_device.type == "cuda"
+        return loader(self.images, batches, self._cfg.scale.workers, pin=pin, keep=keep, ranks=trainer.num_devices)
 
     def _attached(self) -> lightning.Trainer:
         if self.trainer is None:

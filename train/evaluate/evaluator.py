@@ -182,9 +182,13 @@ def _leakage(
 def _build_prompt_index(cfg: EvaluateSettings, context: EvaluationContext) -> PromptIndex | None:
     """Build the prompt index from the named dataset or file, or from the run's training prompts; None without both."""
     if cfg.prompt_index is not None:
-        identity = context.images.datasets[0].encoder_identity
-        options: dict[str, Any] = {"column": cfg.column, "device": context.device.type, "identity": identity}
-        return from_places([cfg.prompt_index], context.encoder, **options)
+        return from_places(
+            [cfg.prompt_index],
+            context.encoder,
+            column=cfg.column,
+            device=context.device.type,
+            identity=context.images.datasets[0].encoder_identity,
+        )
     if context.trained_on:
         return from_images(context.trained_on)
     if {"retrieve", "blend"} & set(cfg.embedders):

@@ -210,8 +210,17 @@ class EmbedderRegistry:
         cfg, index = self._cfg.knn, self.prompt_index
         assert index is not None
         clip = Clip(cfg.backbone or "", self._device, key="knn.backbone")
-        prompts = index.texts, lambda: index.vectors, len(index), index.identity()
-        return ClipKnn(clip, *prompts, cache_folder(), cfg.neighbours, power=cfg.similarity_exponent, exact=cfg.exact)
+        return ClipKnn(
+            clip,
+            index.texts,
+            lambda: index.vectors,
+            len(index),
+            index.identity(),
+            cache_folder(),
+            cfg.neighbours,
+            power=cfg.similarity_exponent,
+            exact=cfg.exact,
+        )
 
     @cached_property
     def _encode(self) -> Encode:
@@ -290,8 +299,9 @@ class EmbedderRegistry:
         blip = captioners.Blip(cfg.blip, device, beams=1, most_tokens=32, least_tokens=0)
         from models.baselines.interrogator import ClipInterrogator
 
-        options = {"mode": cfg.mode, "words": cfg.term_lists, "cache": cache_folder() / "words"}
-        return ClipInterrogator(cfg.clip, blip, device, **options)
+        return ClipInterrogator(
+            cfg.clip, blip, device, cache=cache_folder() / "words", mode=cfg.mode, words=cfg.term_lists
+        )
 
     def _unique_name(self, folder: Path) -> str:
         """Choose a name for an embedder folder that is unique and a valid file name: run name, then folder name."""

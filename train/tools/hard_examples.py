@@ -94,8 +94,17 @@ def write_hard_examples(cfg: HardSettings) -> None:
     images, rows = data.images, data.train_rows
     row_blocks, scores, unreadable = [], [], []
     model = checkpoint.load(folder).to(device)
-    options = {"device": device, "batch_size": cfg.batch_size, "workers": cfg.workers, "dtype": autocast_dtype(device)}
-    for batch in predict_batches(model, images, rows, description="score", **options):
+    batches = predict_batches(
+        model,
+        images,
+        rows,
+        device=device,
+        batch_size=cfg.batch_size,
+        workers=cfg.workers,
+        dtype=autocast_dtype(device),
+        description="score",
+    )
+    for batch in batches:
         row_blocks.append(batch.row_B)
         scores.append(batch.score_B)
         unreadable += batch.bad

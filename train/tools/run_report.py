@@ -124,8 +124,7 @@ def write_report(config: ReportSettings) -> Path:
         page.figure(figure, caption)
     _leakage(page, config.run)
 
-    count, nearest, seed = config.images, config.nearest, config.seed
-    report.add(page, evaluation, evaluated, training, count=count, nearest=nearest, seed=seed)
+    report.add(page, evaluation, evaluated, training, count=config.images, nearest=config.nearest, seed=config.seed)
     page.section("Settings", "All settings of the run.")
     page.settings(run.settings)
     return page.write(config.out or config.run / "report.html")

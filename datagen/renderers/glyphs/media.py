@@ -123,14 +123,8 @@ class Maps:
             angle = lean + spread * (math.sin(3.1 * x + 5.3 * y) + 0.7 * math.sin(6.1 * y - 4.2 * x) + r[k, 2] - 0.5)
             ax, ay = math.cos(angle) * length / 2, math.sin(angle) * length / 2
             bx, by = -math.sin(angle) * width / 2, math.cos(angle) * width / 2
-            outline = (
-                (-1, 0),
-                (-0.6, 1),
-                (0.6, 1),
-                (1, 0),
-                (0.6, -1),
-                (-0.6, -1),
-            )  # shares of half the length and width
+            # in halves of the length and of the width
+            outline = ((-1, 0), (-0.6, 1), (0.6, 1), (1, 0), (0.6, -1), (-0.6, -1))
             corners = [(x + ax * along + bx * across, y + ay * along + by * across) for along, across in outline]
             draw.polygon([(px * self.size, py * self.size) for px, py in corners], fill=k + 1)
         return np.asarray(image).astype(np.int64)
@@ -381,11 +375,15 @@ def _stitch(p: Canvas) -> Array:
     return mix(linen, stitches, (thread * 2.6).clip(0, 1))
 
 
+@_cached
+def _gouge_lines(m: Maps) -> Array:
+    return 0.5 + 0.5 * np.sin((m.y_H1 + 0.03 * np.sin(m.x_W[None] * 9) + 0.03 * m.noise(5)) * 6.283 / 0.034)
+
+
 def _woodcut(p: Canvas) -> Array:
     m = p.maps
     tone = blur(p.back, 0.008) @ LUMA
-    bend = 0.5 + 0.5 * np.sin((m.y_H1 + 0.03 * np.sin(m.x_W[None] * 9) + 0.03 * m.noise(5)) * 6.283 / 0.034)
-    black = ((bend * 0.85 + 0.08) > tone * 1.15).astype(np.float32)
+    black = ((_gouge_lines(m) * 0.85 + 0.08) > tone * 1.15).astype(np.float32)
     paper = colour(242, 232, 208)
     sheet = mix(paper, colour(28, 24, 26), black)
     shape = (blur(p.cover, 0.02) * 4).clip(0, 1)
@@ -569,6 +567,11 @@ def _crayon(p: Canvas) -> Array:
     return mix(out, vivid(p.paint, 1.2) * 0.4, rim(p.ink, 0.016) * (tooth * 1.6).clip(0, 1))
 
 
+@_cached
+def _wood_grain(m: Maps) -> Array:
+    return np.sin((m.y_H1 + 0.02 * m.noise(4)) * 190) * m.noise(30)
+
+
 def _ukiyo(p: Canvas) -> Array:
     m = p.maps
     tone = blur(p.back, 0.01)
@@ -581,8 +584,7 @@ def _ukiyo(p: Canvas) -> Array:
     body = mix(p.paint, paper, 0.16)
     sheet = mix(sheet, body, p.cover)
     sheet = mix(sheet, colour(30, 38, 66), np.maximum(line * 0.8, rim(p.ink, 0.011)))
-    wood = np.sin((m.y_H1 + 0.02 * m.noise(4)) * 190) * m.noise(30)
-    sheet = sheet * (1 + 0.06 * wood[..., None])
+    sheet = sheet * (1 + 0.06 * _wood_grain(m)[..., None])
     stamp = (m.x_W[None] > 0.88) & (m.x_W[None] < 0.95) & (m.y_H1 > 0.06) & (m.y_H1 < 0.2)
     return np.where(stamp[..., None], mix(sheet, colour(196, 40, 36), 0.85), sheet)
 

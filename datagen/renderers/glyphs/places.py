@@ -8,8 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from datagen.prompts import grammar
-
 WIDTH = 1.5
 """Panorama width over its height: an image shows a window of it, so that one place has many views."""
 FLOATING = frozenset({"space", "underwater", "sky"})
@@ -574,9 +572,37 @@ def _swamp(b: Brush) -> None:
 
 
 PAINTERS: dict[str, Callable[[Brush], None]] = {
-    place: globals()["_" + place.replace(" ", "_")] for place in grammar.PLACES
+    "forest": _forest,
+    "beach": _beach,
+    "city": _city,
+    "desert": _desert,
+    "space": _space,
+    "underwater": _underwater,
+    "snowy mountains": _snowy_mountains,
+    "kitchen": _kitchen,
+    "library": _library,
+    "meadow": _meadow,
+    "volcano land": _volcano_land,
+    "graveyard": _graveyard,
+    "theatre": _theatre,
+    "farm": _farm,
+    "sea": _sea,
+    "sky": _sky,
+    "cave": _cave,
+    "disco": _disco,
+    "art gallery": _art_gallery,
+    "canyon": _canyon,
+    "living room": _living_room,
+    "moon": _moon,
+    "circus": _circus,
+    "blossom garden": _blossom_garden,
+    "pyramids": _pyramids,
+    "lake": _lake,
+    "arctic": _arctic,
+    "jungle": _jungle,
+    "chessboard": _chessboard,
+    "swamp": _swamp,
 }
-"""Place → function above of the same name."""
 
 
 def panorama(place: str, view: int, size: int) -> NDArray[np.uint8]:

@@ -33,7 +33,7 @@ MIN_SIZE, MAX_SIZE = 32, 768
 _CACHE_BYTES = 96 * 2**20
 
 _PALETTE = json.loads(Path(__file__).with_name("palette.json").read_text(encoding="utf-8"))
-RGB: dict[str, tuple[int, int, int]] = _PALETTE["colours"]
+RGB: dict[str, tuple[int, int, int]] = {name: tuple(levels) for name, levels in _PALETTE["colours"].items()}
 """Colour of the grammar → RGB levels, well apart to the eye and under most lights."""
 _SIDES = {"tiny": 0.27, "small": 0.46, None: 0.66, "large": 0.82, "huge": 1.0}
 

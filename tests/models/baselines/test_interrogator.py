@@ -233,20 +233,20 @@ def test_all_terms_of_the_package_are_used(tiny: Path, tmp_path: Path) -> None:
     pytest.importorskip("clip_interrogator", reason="the word lists are in the extra captioners")
     from clip_interrogator import clip_interrogator as package
 
-    found = ClipInterrogator(str(tiny), Told(), cache=tmp_path)
+    interrogator = ClipInterrogator(str(tiny), Told(), cache=tmp_path)
     read = {name: package.load_list(package.Config().data_path, f"{name}.txt") for name in LISTS}
     assert sum(len(terms) for terms in read.values()) > 100_000
     blank = sum(not term for terms in read.values() for term in terms)
-    assert len(found._words) == sum(map(len, read.values())) + len(read["artists"]) + 4 * 18 - blank
+    assert len(interrogator._words) == sum(map(len, read.values())) + len(read["artists"]) + 4 * 18 - blank
     assert not any(tmp_path.iterdir()), "nothing is computed before an image asks for it"
 
 
 def test_prompt_does_not_depend_on_the_batch(
     tiny: Path, words: Path, images: list[torch.Tensor], tmp_path: Path
 ) -> None:
-    found = ClipInterrogator(str(tiny), Told(), cache=tmp_path, mode="best", words=words)
-    assert [found.caption([image])[0] for image in images[2:4]] == found.caption(images[2:4])
-    assert found.caption([]) == []
+    interrogator = ClipInterrogator(str(tiny), Told(), cache=tmp_path, mode="best", words=words)
+    assert [interrogator.caption([image])[0] for image in images[2:4]] == interrogator.caption(images[2:4])
+    assert interrogator.caption([]) == []
 
 
 def test_text_vectors_equal_open_clip(tiny: Path, words: Path) -> None:
@@ -341,9 +341,9 @@ def test_caption_embedder_encodes_the_prompt(
     def encode(texts: list[str]) -> np.ndarray[Any, np.dtype[np.float32]]:
         return np.array([[len(text), 1] for text in texts], np.float32)
 
-    found = ClipInterrogator(str(tiny), Told(), cache=tmp_path, mode="classic", words=words)
-    z_BE, texts = CaptionEmbedder(found, encode).describe(images)
-    assert texts == found.caption(images)
+    interrogator = ClipInterrogator(str(tiny), Told(), cache=tmp_path, mode="classic", words=words)
+    z_BE, texts = CaptionEmbedder(interrogator, encode).describe(images)
+    assert texts == interrogator.caption(images)
     np.testing.assert_array_equal(z_BE, encode(texts))
 
 
@@ -464,5 +464,5 @@ def test_fp16_vectors_on_a_gpu_are_close(tiny: Path, words: Path, images: list[t
     assert (half.identity()["precision"], whole.identity()["precision"]) == ("fp16", "fp32")
     torch.testing.assert_close(half.texts(CAPTIONS).cpu(), whole.texts(CAPTIONS), rtol=0, atol=5e-3)
     torch.testing.assert_close(half.embed_image(images[0]).cpu(), whole.embed_image(images[0]), rtol=0, atol=5e-3)
-    found = ClipInterrogator(str(tiny), Told(), "cuda", cache=tmp_path, words=words)
-    assert found.caption(images) == found.caption(images)
+    interrogator = ClipInterrogator(str(tiny), Told(), "cuda", cache=tmp_path, words=words)
+    assert interrogator.caption(images) == interrogator.caption(images)

@@ -18,7 +18,7 @@ from models.export import upload
 from models.export.kaggle_metadata import dataset_metadata
 from models.export.model_card import CardDetails, render_card
 from tests import hub_server, kaggle_server
-from tests.commands import contents, run
+from tests.commands import contents
 from tests.hub_server import HubServer, Repo
 from tests.kaggle_server import Dataset, KaggleServer
 
@@ -279,9 +279,10 @@ def test_export_command_uploads(tiny_run: Path, tmp_path: Path, hub: HubServer) 
     env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
     words = [f"checkpoint={tiny_run / 'best'}", f"out={tmp_path / 'a bundle'}", "push=hub:user/name"]
     words += ["licence=apache-2.0", "title='Images, to sentences (tiny)'", "author=Somebody Else"]
-    dry = run("models.export", *words)
+    command = ["python", "-m", "models.export", *words]
+    dry = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, check=False, timeout=120)
     assert dry.returncode == 0, dry.stderr
-    assert "nothing is sent" in dry.stderr
+    assert hub.repos == {}
     (line,) = [line for line in (dry.stdout + dry.stderr).splitlines() if "to upload: " in line]
     done = subprocess.run(
         line.partition("to upload: ")[2], shell=True, cwd=ROOT, env=env, capture_output=True, text=True, check=False,

@@ -304,10 +304,10 @@ def test_time_limit_holds_when_a_decoder_hangs(
     for i in range(8):
         (images / f"{i}.png").write_bytes(hostile_image("hang" if i == 5 else "mild", i))
     command = ["--images", images, "--out", tmp_path / "s.csv", "--batch-size", 2, "--workers", 1]
-    began = time.time()
+    began = time.monotonic()
     done = predict_program.run(bundle, *command, "--time-limit", "15s", env=hostility)
+    assert time.monotonic() - began < 15
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "s.csv").stat().st_mtime - began < 15
     vectors = read_submission(tmp_path / "s.csv")
     assert list(vectors) == [f"{i}" for i in range(8)]
     reached = [name for name, vector_E in vectors.items() if np.abs(vector_E - MEAN).max() > 1e-3]
