@@ -1,5 +1,7 @@
 """Shared fixtures: no hub, the data folder beside the project, and one small dataset."""
 
+import atexit
+import gc
 import os
 import sys
 
@@ -19,6 +21,13 @@ if TYPE_CHECKING:
     from tests.tiny_sd2 import TinySD2
 
 SHARED = ROOT.parent / "shared" / "data"
+
+
+def pytest_collection_finish() -> None:
+    """Leave the 700,000 objects of the imported packages out of each garbage collection."""
+    gc.collect()
+    gc.freeze()
+    atexit.register(gc.unfreeze)  # the teardown of some packages prints what the garbage collector has left
 
 
 def pytest_sessionfinish() -> None:

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -163,6 +164,7 @@ def test_datagen_writes_same_bytes_to_url_and_folder(
     assert f"no target vectors yet: python -m datagen.targets out={root}" in done.stderr
 
 
+@pytest.mark.slow
 def test_writers_write_same_bytes_to_url_and_folder(here: Path, root: Location, client: Client) -> None:
     small_dataset.write(root)
     assert client.contents() == contents(here)
@@ -199,6 +201,7 @@ def test_workers_read_what_their_parent_reads(here: Path, uploaded: Location, li
     assert not [r for r in line.requests if "list-type" in r]  # they have their parent's listing
 
 
+@pytest.mark.slow
 def test_few_images_are_read_by_ranges(here: Path, uploaded: Location, tmp_path: Path) -> None:
     assert read_all(Dataset(uploaded, small_dataset.ENCODER, whole=False)) == read_all(
         Dataset(here, small_dataset.ENCODER)
@@ -206,6 +209,7 @@ def test_few_images_are_read_by_ranges(here: Path, uploaded: Location, tmp_path:
     assert cached(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_full_cache_falls_back_to_ranges_and_logs(
     here: Path, uploaded: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -222,6 +226,7 @@ def test_full_cache_falls_back_to_ranges_and_logs(
     assert len(cached(tmp_path)) == 1
 
 
+@pytest.mark.slow
 def test_a_listing_shows_what_another_process_wrote(uploaded: Location, client: Client, line: Line) -> None:
     info = read_info(uploaded)
     index = client.get("data/shards/000001.parquet")
@@ -237,6 +242,7 @@ def test_a_listing_shows_what_another_process_wrote(uploaded: Location, client: 
     assert list_folder(uploaded / "nowhere") == []
 
 
+@pytest.mark.slow
 def test_rewritten_file_is_not_read_from_stale_copy(uploaded: Location, client: Client, tmp_path: Path) -> None:
     old = read_all(Dataset(uploaded, small_dataset.ENCODER))
     other = small_dataset.write(tmp_path / "other", seed=1)
@@ -291,6 +297,7 @@ def test_training_reads_through_broken_connections(
     assert (info["datasets"][0]["path"], info["images"], info["skipped"]) == (str(root), 12, [])
 
 
+@pytest.mark.slow
 def test_large_download_retries_only_broken_blocks(
     root: Location, client: Client, line: Line, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -304,6 +311,7 @@ def test_large_download_retries_only_broken_blocks(
     assert 21 + 9 <= len(asked) < 21 + 9 + 8 * 3
 
 
+@pytest.mark.slow
 def test_unreachable_store_is_reported(uploaded: Location, line: Line, caplog: pytest.LogCaptureFixture) -> None:
     """An outage is not treated as a corrupt image, which would be skipped silently."""
     dataset = Dataset(uploaded)
@@ -435,6 +443,7 @@ def test_protocol_with_missing_package() -> None:
         Dataset(f"{protocol}://bucket/data")
 
 
+@pytest.mark.slow
 def test_truncated_missing_or_foreign_tar(uploaded: Location, client: Client) -> None:
     tars = {name: data for name, data in client.contents().items() if name.endswith(".tar")}
     client.put("data/shards/000000.tar", tars["shards/000000.tar"][:5000])
@@ -484,6 +493,7 @@ def test_a_damaged_copy_in_the_cache_is_fetched_again(
     assert copy.read_bytes() == whole
 
 
+@pytest.mark.slow
 def test_a_copy_without_its_record_is_fetched_again(uploaded: Location, tmp_path: Path) -> None:
     first = read_all(Dataset(uploaded, small_dataset.ENCODER))
     for copy in cached(tmp_path):
@@ -493,6 +503,7 @@ def test_a_copy_without_its_record_is_fetched_again(uploaded: Location, tmp_path
     assert read_all(Dataset(uploaded, small_dataset.ENCODER)) == first
 
 
+@pytest.mark.slow
 def test_large_copy_is_hashed_if_changed_or_requested(uploaded: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(store, "_HASHED_ALWAYS", 0)
     files = store.Files(uploaded)
@@ -536,6 +547,7 @@ def test_killed_writer_commits_no_partial_shard(
     process = subprocess.Popen([sys.executable, "-c", WRITER, str(root)], cwd=ROOT)
     while "shards/000000.parquet" not in client.contents():
         assert process.poll() is None
+        time.sleep(0.02)
     while not (parts := list((tmp_path / "tmp").iterdir())):
         assert process.poll() is None
     process.kill()

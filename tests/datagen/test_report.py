@@ -178,6 +178,7 @@ def test_report_of_remote_dataset(rendering: Path, tmp_path: Path, monkeypatch: 
     assert sections(page_of(rendering, images=40))["Images"] == parts["Images"]
 
 
+@pytest.mark.slow
 def test_broken_images_are_skipped_and_reported(tmp_path: Path) -> None:
     root = small_dataset.write(tmp_path / "data", train=20, val=5)
     key = small_dataset.corrupt(root, 3)

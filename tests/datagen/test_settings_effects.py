@@ -27,7 +27,7 @@ from datagen.dataset.targets import minilm_wheel
 from tests import small_dataset, tiny_published, tiny_sd2
 from tests.effects import Command, Entries, Entry, Result, cases, complete, only_on_gpu, refused, shows, without_gpu
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.allow_hosts(["127.0.0.1"])]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread"), pytest.mark.allow_hosts(["127.0.0.1"])]
 
 UNUSED = "has no effect "
 
@@ -350,7 +350,6 @@ DATAGEN_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(DATAGEN_SETTINGS))
 def test_datagen(entry: Entry, tmp_path: Path) -> None:
     DATAGEN.check(entry, tmp_path)
@@ -415,7 +414,6 @@ INDEX_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(INDEX_SETTINGS))
 def test_index(entry: Entry, tmp_path: Path) -> None:
     INDEX.check(entry, tmp_path)
@@ -516,7 +514,6 @@ PUBLISHED_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(PUBLISHED_SETTINGS))
 def test_published(entry: Entry, tmp_path: Path) -> None:
     PUBLISHED.check(entry, tmp_path)
@@ -545,7 +542,6 @@ REPORT_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(REPORT_SETTINGS))
 def test_report(entry: Entry, tmp_path: Path) -> None:
     REPORT.check(entry, tmp_path)

@@ -224,6 +224,7 @@ def test_position_embeddings_are_interpolated_as_timm(
     assert model.head.get_parameter("weight").equal(source.head.get_parameter("weight"))
 
 
+@pytest.mark.slow
 def test_rotary_embeddings_follow_the_size(probes: list[torch.Tensor], tmp_path: Path) -> None:
     import timm
 

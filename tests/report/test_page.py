@@ -105,6 +105,7 @@ def test_page_makes_no_requests(html: str) -> None:
     assert "@import" not in style
 
 
+@pytest.mark.slow
 def test_policy_allows_only_own_script(html: str) -> None:
     scripts = re.findall(r"<script>(.*?)</script>", html, re.S)
     assert len(scripts) == 1
@@ -347,6 +348,7 @@ def sorted_page(tmp_path: Path) -> Path:
     return page.write(tmp_path / "page.html")
 
 
+@pytest.mark.slow
 def test_the_gallery_sorts_and_filters(sorted_page: Path, opened: "Opened") -> None:
     page = opened(sorted_page)
     by, minus, order = (page.locator(f".{name}") for name in ("by", "minus", "order"))
@@ -384,6 +386,7 @@ def test_the_gallery_sorts_and_filters(sorted_page: Path, opened: "Opened") -> N
     assert not opened.errors
 
 
+@pytest.mark.slow
 def test_the_gallery_is_usable_by_keyboard(sorted_page: Path, opened: "Opened") -> None:
     """Tab from control to control; the viewer goes through what is shown, in the order shown."""
     page = opened(sorted_page, width=390)

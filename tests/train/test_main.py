@@ -115,6 +115,7 @@ def test_training_improves_score(small_data: Path, tmp_path: Path) -> None:
     assert validations(tmp_path / "run")[-1]["val/cosine"] > constant + 0.1
 
 
+@pytest.mark.slow
 def test_last_checkpoint_is_best_without_validation(tmp_path: Path) -> None:
     data = small_dataset.write(tmp_path / "data", train=16, val=0)
     assert train(data, tmp_path / "run", "epochs=1") == 0
@@ -135,6 +136,7 @@ def test_an_image_with_several_captions_trains_on_their_mean(tmp_path: Path) -> 
 # ---------------------------------------------------------------------------------------------------- the same bits
 
 
+@pytest.mark.slow
 def test_same_seed_gives_identical_weights(small_data: Path, tiny_run: Path, tmp_path: Path) -> None:
     torch.rand(17)  # whatever ran before
     np.random.default_rng().random()
@@ -146,6 +148,7 @@ def test_same_seed_gives_identical_weights(small_data: Path, tiny_run: Path, tmp
     assert not same_weights(tmp_path / "other/last", tiny_run / "last")
 
 
+@pytest.mark.slow
 def test_callbacks_do_not_change_weights(
     small_data: Path, tiny_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -265,6 +268,7 @@ def test_repeated_signal_of_launcher_counts_once(
     assert train(small_data, tmp_path / "run", "save_every=100") == 0
 
 
+@pytest.mark.slow
 def test_second_signal_stops_at_once(small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def twice(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
@@ -400,6 +404,7 @@ def test_finished_run_is_refused(tiny_run: Path, small_data: Path) -> None:
         train(small_data, tiny_run)
 
 
+@pytest.mark.slow
 def test_folder_of_another_run_is_refused_with_differences(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "run", "max_steps=1")
     (tmp_path / "run/done").unlink()
@@ -461,6 +466,7 @@ def test_an_unreadable_image_is_skipped_counted_and_listed(tmp_path: Path) -> No
     assert len(checkpoint.load_extras(tmp_path / "run/best")[1]) == 6
 
 
+@pytest.mark.slow
 def test_images_of_missing_files_are_skipped(tmp_path: Path) -> None:
     """An index over loose files, one of which was deleted since."""
     data = small_dataset.write(tmp_path / "data", train=16, val=8, shard=40)
@@ -478,6 +484,7 @@ def test_images_of_missing_files_are_skipped(tmp_path: Path) -> None:
     assert [line["key"] for line in lines] == sorted(gone)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*returned `None`.*")
 def test_a_batch_with_no_readable_image_changes_no_weight(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -27,7 +27,11 @@ from train.tools.interpolation import InterpolateSettings
 from train.tools.run_report import ReportSettings
 from train.tools.runs_table import RunsSettings
 
-pytestmark = [pytest.mark.usefixtures("one_thread"), pytest.mark.allow_hosts(["127.0.0.1", "127.0.0.2"])]
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.allow_hosts(["127.0.0.1", "127.0.0.2"]),
+]
 
 UNUSED = "has no effect "
 MINILM = "all-MiniLM-L6-v2"
@@ -234,13 +238,11 @@ EVALUATE_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(EVALUATE_SETTINGS))
 def test_evaluate(entry: Entry, tmp_path: Path) -> None:
     EVALUATE.check(entry, tmp_path)
 
 
-@pytest.mark.slow
 def test_each_setting_of_evaluate_has_an_entry(tmp_path: Path) -> None:
     complete(EvaluateSettings, EVALUATE_SETTINGS)
     looks = (predictions, names, batches, threads, exact)  # at all embedders; an entry runs those that it is about
@@ -275,7 +277,6 @@ RUNS_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(REPORT_SETTINGS))
 def test_report(entry: Entry, tmp_path: Path) -> None:
     REPORT.check(entry, tmp_path)
@@ -286,7 +287,6 @@ def test_runs(entry: Entry, tmp_path: Path) -> None:
     RUNS.check(entry, tmp_path)
 
 
-@pytest.mark.slow
 def test_each_setting_of_report_and_runs_has_an_entry(tmp_path: Path) -> None:
     complete(ReportSettings, REPORT_SETTINGS)
     REPORT.steady(REPORT_SETTINGS, tmp_path)
@@ -352,13 +352,11 @@ INTERPOLATE_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(HARD_SETTINGS))
 def test_hard(entry: Entry, tmp_path: Path) -> None:
     HARD.check(entry, tmp_path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(INTERPOLATE_SETTINGS))
 def test_interpolate(entry: Entry, tmp_path: Path) -> None:
     INTERPOLATE.check(entry, tmp_path)
@@ -421,7 +419,6 @@ DEMO_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(DEMO_SETTINGS))
 def test_demo(entry: Entry, tmp_path: Path) -> None:
     DEMO.check(entry, tmp_path)
@@ -477,7 +474,6 @@ EXPORT_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(EXPORT_SETTINGS))
 def test_export(entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)

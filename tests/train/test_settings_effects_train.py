@@ -36,7 +36,7 @@ from tests.listed_dataset import Row
 from train.config import TrainSettings
 from train.tools.probe_settings import ProbeSettings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 UNUSED = "has no effect "
 
@@ -244,7 +244,6 @@ TRAIN_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(TRAIN_SETTINGS))
 def test_train(entry: Entry, tmp_path: Path) -> None:
     TRAIN.check(entry, tmp_path)
@@ -381,7 +380,6 @@ PROBE_SETTINGS: Entries = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("entry", cases(PROBE_SETTINGS))
 def test_probe(entry: Entry, tmp_path: Path) -> None:
     PROBE.check(entry, tmp_path)

@@ -306,6 +306,7 @@ def test_examples_of_long_pairs_show_both_and_their_cosine() -> None:
     assert dropped[:139] == other[:139] == long[:139]
 
 
+@pytest.mark.slow
 def test_language_filter_keeps_unsure_prompts() -> None:
     pytest.importorskip("py3langid")
     lines = [

@@ -84,6 +84,7 @@ def test_distinct_returns_the_partner() -> None:
     assert cosines.min() >= threshold - 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.7, 0.9])
 def test_inverted_file_recall(threshold: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(near_duplicates, "EXACT", 1500)
@@ -103,6 +104,7 @@ def test_inverted_file_recall(threshold: float, monkeypatch: pytest.MonkeyPatch)
     assert not (ours & ~nearly).any()
 
 
+@pytest.mark.slow
 def test_results_do_not_depend_on_batches_of_additions(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """As after a kill, all rows are read from the file at once, and the cells are rebuilt."""
     monkeypatch.setattr(near_duplicates, "EXACT", 1200)

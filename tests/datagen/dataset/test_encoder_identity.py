@@ -112,6 +112,7 @@ def test_files_without_encoder_json_are_not_taken_for_current(plain: Path, datas
     assert write_missing_targets(dataset, TargetEncoder(str(plain), "cpu")) == 30
 
 
+@pytest.mark.slow
 def test_identity_ignores_settings_that_change_no_vector(plain: Path, tmp_path: Path) -> None:
     identity = TargetEncoder(str(plain), "cpu").identity()
     copy = Path(shutil.copytree(plain, tmp_path / "mine"))

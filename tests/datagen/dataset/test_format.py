@@ -443,6 +443,7 @@ def no_room(root: Path, limit: int, said: str) -> None:
         assert f": {said}. Nothing half-written is left: make room or choose another out=, and run" in line
 
 
+@pytest.mark.slow
 def test_file_size_limit_leaves_no_partial_file(tmp_path: Path) -> None:
     no_room(tmp_path / "data", 8192, "File too large")
 

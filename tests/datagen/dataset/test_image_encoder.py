@@ -53,6 +53,7 @@ def test_resize_matches_pillow_bitwise(from_side: int, to_side: int, name: str) 
     assert np.array_equal(products.permute(0, 2, 3, 1), theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILTERS)
 def test_resize_of_real_images(shared: Path, name: str) -> None:
     files = sorted((shared / "competition").glob("*.png"))[:3]

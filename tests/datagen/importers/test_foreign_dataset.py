@@ -177,6 +177,7 @@ def read(**values: Any) -> dict[str, tuple[str, str, str]]:
     return {image.key: (image.source, image.group, image.split) for batch in batches for image in batch}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".csv", ".tsv", ".tar"])
 def test_source_group_and_split_are_read(tmp_path: Path, suffix: str) -> None:
     rows = [

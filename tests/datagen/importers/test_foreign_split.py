@@ -178,6 +178,7 @@ def test_similarity_leaves_out_prompts_near_validation() -> None:
     assert split.extra_info["left_out"] == {line["reason"]: len(split.left_out)}
 
 
+@pytest.mark.slow
 def test_similarity_split_with_real_encoder(tmp_path: Path) -> None:
     things = ["fox", "violin", "bridge", "teapot", "volcano", "bicycle", "cactus", "lighthouse", "octopus", "castle"]
     images = folder(tmp_path / "images", [f"{n}{k}.png" for n in range(10) for k in range(2)])

@@ -90,6 +90,7 @@ def shards_plan(root: Path) -> Any:
     return read_plan(root)
 
 
+@pytest.mark.slow
 def test_num_takes_archives_in_seeded_order(tmp_path: Path) -> None:
     tiny_published.diffusiondb(tmp_path / "copy", archives=5, images=4)
     archives = {}
@@ -326,6 +327,7 @@ def test_folder_with_unexpected_files_is_refused(tmp_path: Path) -> None:
             make("sd2_4m", tmp_path / out, tmp_path / folder, *overrides)
 
 
+@pytest.mark.slow
 def test_unusable_archives_and_tables_are_refused(tmp_path: Path) -> None:
     tiny_published.sd2_4m(tmp_path / "sd", archives=1, images=3)
     tar = tmp_path / "sd" / "cc" / "sd-4.4M-cc-000.tar"

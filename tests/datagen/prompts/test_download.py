@@ -149,6 +149,7 @@ def test_missing_hub_file_error_lists_files(tmp_path: Path, repo: Path) -> None:
             assert said in done.stderr
 
 
+@pytest.mark.slow
 def test_offline_error_has_a_hint(tmp_path: Path) -> None:
     done = read(path("all.txt"), HF_HUB_OFFLINE="1", HF_HOME=str(tmp_path))
     assert done.returncode == 1

@@ -82,6 +82,7 @@ def test_table_formats(tmp_path: Path, name: str) -> None:
         assert read(packed, group_column="group") == [Prompt(p, name[0], g) for p, g in rows]
 
 
+@pytest.mark.slow
 def test_glob_reads_files_sorted_by_name(tmp_path: Path) -> None:
     for name in ("b.txt", "a.txt", "c.csv"):
         (tmp_path / name).write_text(f"from {name}")
@@ -139,6 +140,7 @@ def test_skipped_rows_may_have_any_value(tmp_path: Path) -> None:
 # The order
 
 
+@pytest.mark.slow
 def test_shuffle_is_a_seeded_permutation(tmp_path: Path) -> None:
     lines = [f"prompt {n}" for n in range(3000)]
     (tmp_path / "p.txt").write_text("\n".join(lines))

@@ -212,6 +212,7 @@ def test_native_size_of_model(models: dict[str, Path]) -> None:
         make(models["sdxl"], render_size=None, size=512).render(PROMPTS, SEEDS)
 
 
+@pytest.mark.slow
 def test_long_prompts_are_truncated(models: dict[str, Path]) -> None:
     renderer = make(models["sdxl"])
     assert renderer.can_draw("cat " * 200)
@@ -308,6 +309,7 @@ def test_pipelines_with_other_inputs_are_refused(models: dict[str, Path], tmp_pa
         make(tmp_path / "model").render(PROMPTS, SEEDS)
 
 
+@pytest.mark.slow
 def test_pipeline_errors_become_user_errors(models: dict[str, Path]) -> None:
     renderer = make(models["sd3"], render_size=72)  # of SD 3 it must be a multiple of 16
     with pytest.raises(UserError, match=r"StableDiffusion3Pipeline of .* refuses these settings: .*divisible"):

@@ -69,6 +69,7 @@ def test_overflow_in_half_precision_is_rerendered(weights: TinySD2, altered: Cal
     assert renderer.models["fp32"].device == "cpu"
 
 
+@pytest.mark.slow
 def test_without_redraw_faults_are_only_reported(weights: TinySD2, altered: Callable[..., str]) -> None:
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].mul_(1e6 / t[CAT].abs().max())})
     renderer = make(weights, model=model, precision="fp16", redraw=False)
@@ -147,6 +148,7 @@ def test_out_of_memory_halves_the_batch_for_that_call_and_is_noted(weights: Tiny
     assert np.array_equal(images[3:5], in_threes.render(prompts[3:5], seeds[3:5]))
 
 
+@pytest.mark.slow
 def test_the_smallest_batch_is_noted_where_halves_are_halved(weights: TinySD2) -> None:
     renderer = make(weights, batch_size=4)
     renderer.load()
@@ -155,6 +157,7 @@ def test_the_smallest_batch_is_noted_where_halves_are_halved(weights: TinySD2) -
     assert renderer.notes == [{"batch_size": 1}] * 4
 
 
+@pytest.mark.slow
 def test_single_image_out_of_memory_is_reported(weights: TinySD2) -> None:
     renderer = make(weights)
     renderer.load()
@@ -163,6 +166,7 @@ def test_single_image_out_of_memory_is_reported(weights: TinySD2) -> None:
         renderer.render(PROMPTS, SEEDS)
 
 
+@pytest.mark.slow
 def test_out_of_memory_in_fp32_is_reported_and_not_fatal(weights: TinySD2, altered: Callable[..., str]) -> None:
     model = altered(TEXT, **{EMBEDDING: lambda t: t[CAT].mul_(1e6 / t[CAT].abs().max())})
     renderer = make(weights, model=model, precision="fp16")
@@ -195,6 +199,7 @@ def test_fastest_batch_size() -> None:
         quickest(lambda size: full_at_eight(size + 7))
 
 
+@pytest.mark.slow
 def test_the_batch_size_is_found_on_a_cpu_and_kept_when_given(weights: TinySD2) -> None:
     renderer = make(weights, batch_size=None)
     assert renderer.batch_size is None

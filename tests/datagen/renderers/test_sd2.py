@@ -71,6 +71,7 @@ def assert_close(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> None:
 # The recipe
 
 
+@pytest.mark.slow
 def test_timesteps_match_competition_script() -> None:
     """`txt2img.py` without arguments: DDIM, 50 steps, --scale 9.0."""
     cfg = settings(StableDiffusionRenderer, compose("datagen", [])["renderer"])
@@ -189,6 +190,7 @@ def test_fp16_postprocessing_matches_competition_script() -> None:
     assert np.array_equal(sd.to_uint8(decoded).numpy(), (255.0 * x).astype(np.uint8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["lanczos", "bicubic"])
 def test_output_resize_matches_pillow(weights: TinySD2, name: str) -> None:
     full = make(weights).render(PROMPTS, SEEDS)
@@ -265,6 +267,7 @@ def test_implements_renderer(weights: TinySD2) -> None:
     assert not renderer.on_gpu()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 def test_settings_are_json_and_complete(weights: TinySD2, preset: str) -> None:
     renderer = StableDiffusion2(tiny_sd2.renderer_settings(weights, preset, guided_fraction=0.5, cache_every=3))
@@ -327,6 +330,7 @@ def test_without_diffusers_the_hint_names_the_package(weights: TinySD2, monkeypa
         make(weights)
 
 
+@pytest.mark.slow
 def test_the_watermark_needs_its_package(weights: TinySD2, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "imwatermark", None)
     monkeypatch.setattr(sd.importlib.util, "find_spec", lambda _: None)
@@ -410,6 +414,7 @@ def test_deep_features_are_computed_at_every_nth_step(weights: TinySD2, preset: 
         hook.remove()
 
 
+@pytest.mark.slow
 def test_guidance_of_one_halves_the_flops(weights: TinySD2) -> None:
     """As in the competition's script, e + 1 (p − e) is p."""
     alone = make(weights, guided_fraction=0.0).render(PROMPTS, SEEDS)
@@ -417,6 +422,7 @@ def test_guidance_of_one_halves_the_flops(weights: TinySD2) -> None:
     assert tflop_per_image(50, 768, 1.0) == tflop_per_image(50, 768, 9.0, 0.0)
 
 
+@pytest.mark.slow
 def test_vae_decodes_in_slices(weights: TinySD2) -> None:
     prompts, seeds = PROMPTS * 2, [1, 2, 3, 4]
     at_once = make(weights, batch_size=4, vae_batch=4).render(prompts, seeds)
@@ -427,6 +433,7 @@ def test_vae_decodes_in_slices(weights: TinySD2) -> None:
 # Compiled
 
 
+@pytest.mark.slow
 def test_a_short_batch_is_filled_up_for_compiled_networks(weights: TinySD2, monkeypatch: pytest.MonkeyPatch) -> None:
     """All but the compiler itself, which `test_compiled_networks_match` runs."""
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
@@ -533,6 +540,7 @@ def _real() -> tuple[Any, Any, Any]:
         )
 
 
+@pytest.mark.slow
 def test_time_estimate(weights: TinySD2) -> None:
     assert tflop_per_image() == pytest.approx(221, abs=0.5)
     assert tflop_per_image(25) == pytest.approx(113, abs=0.5)  # as conf/renderer/sd2_fast.yaml says

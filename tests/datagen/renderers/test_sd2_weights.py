@@ -161,6 +161,7 @@ def _copy(source: Path, target: Path) -> None:
             (target / file.relative_to(source)).write_bytes(file.read_bytes())
 
 
+@pytest.mark.slow
 def test_missing_model_error_lists_options(weights: TinySD2, offline: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.txt").touch()

@@ -168,6 +168,7 @@ def test_errors_name_the_value_and_a_hint(name: str, weights: str, words: str) -
         build(name, weights)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "open_clip:ViT-B-32/laion2b_s34b_b79k", "transformers:blip2_vision"])
 def test_error_without_hub_names_alternatives(name: str, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))  # an empty cache
@@ -179,6 +180,7 @@ def test_error_without_hub_names_alternatives(name: str, tmp_path: Path, monkeyp
 # ---------------------------------------------------------------------------------------------------------------- sizes
 
 
+@pytest.mark.slow
 def test_timm_position_embedding_is_interpolated(tmp_path: Path) -> None:
     module, spec = build(SMALL_CLIP, "random")
     save_file(module.state_dict(), tmp_path / "model.safetensors")
@@ -192,6 +194,7 @@ def test_timm_position_embedding_is_interpolated(tmp_path: Path) -> None:
     torch.testing.assert_close(features(resized, 336), features(independent, 336), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), [("eva02_tiny_patch14_224", 112), ("test_vit3", 64)])
 def test_resized_backbone_equals_timm(name: str, size: int, tmp_path: Path) -> None:
     """EVA turns by position besides (rope); test_vit3 pools by attention and has no class token, as SigLIP."""
@@ -254,6 +257,7 @@ def tiny_clip(tmp_path: Path) -> str:
     return CLIP
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("tiny_clip")
 @pytest.mark.parametrize(("name", "size", "other"), [(CLIP, 48, 64), (TIMM_IN_CLIP, 160, 96)])
 def test_open_clip_tower_equals_open_clip(tmp_path: Path, name: str, size: int, other: int) -> None:

@@ -159,6 +159,7 @@ def activations(name: str) -> set[str]:
     return {type(m).__name__ for path, m in module.named_modules() if path.endswith((".act", ".gelu"))}
 
 
+@pytest.mark.slow
 def test_timm_quickgelu_towers_use_quickgelu() -> None:
     listed = timm.list_pretrained()
     noted = [name for name in listed if "QuickGELU" in str(getattr(timm.get_pretrained_cfg(name), "notes", ""))]

@@ -164,6 +164,7 @@ def test_clip_knn_finds_matching_prompts(
     torch.testing.assert_close(knn.embed(images[:1]), z_BE[:1], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_prompt_features_are_cached_in_parts(
     clip_folder: Path, images: list[torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -289,6 +289,7 @@ def test_coca_encodes_an_image_once(folders: dict[str, Path]) -> None:
     assert seen == [4]
 
 
+@pytest.mark.slow
 def test_caption_embedder_encodes_captions_by_minilm(folders: dict[str, Path]) -> None:
     from transformers import AutoModel, AutoTokenizer
 
@@ -367,6 +368,7 @@ def in_hub_cache(folder: Path, cache: Path, repository: str) -> None:
     (place / "refs" / "main").write_text(COMMIT)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_identity_of_a_repository_is_its_commit(
     folders: dict[str, Path], name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
@@ -394,6 +396,7 @@ class Trap:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.slow
 def test_open_clip_tag(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Its weights as safetensors, as a pickle of tensors, and as one that runs code, which is refused."""
     import open_clip.factory
@@ -433,6 +436,7 @@ def test_all_settings_out_of_bounds_are_listed(name: str) -> None:
         assert word in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "room"), [("blip", 32), ("blip2", 36), ("coca", 32)])
 def test_caption_length_is_limited_by_the_context(folders: dict[str, Path], name: str, room: int) -> None:
     full = make(folders, name, most_tokens=room, least_tokens=room - 1, beams=2)

@@ -241,6 +241,7 @@ def test_all_terms_of_the_package_are_used(tiny: Path, tmp_path: Path) -> None:
     assert not any(tmp_path.iterdir()), "nothing is computed before an image asks for it"
 
 
+@pytest.mark.slow
 def test_prompt_does_not_depend_on_the_batch(
     tiny: Path, words: Path, images: list[torch.Tensor], tmp_path: Path
 ) -> None:
@@ -366,6 +367,7 @@ def test_default_names_exist_on_the_hub(
     assert "folder" in str(caught.value)
 
 
+@pytest.mark.slow
 def test_cached_hub_weights_use_their_activation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, images: list[torch.Tensor]
 ) -> None:

@@ -29,6 +29,7 @@ def test_gpu_benchmark_runs_on_a_tiny_model(tmp_path: Path) -> None:
     assert figures["tiny_precision"] == "fp32"
 
 
+@pytest.mark.slow
 def test_flops_of_vit_l_14() -> None:
     """By hand: 24 blocks of 1024, 257 tokens of 14 px."""
     with torch.device("meta"):

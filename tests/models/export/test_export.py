@@ -109,6 +109,7 @@ def test_names_in_predict_py_are_unique(bundle: Path) -> None:
     assert not [name for name, count in names.items() if count > 1]
 
 
+@pytest.mark.slow
 def test_bundle_views_equal_evaluation(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 64)
     assert export.export(tmp_path / "best", tmp_path / "bundle", flip=True, sizes=(64, 96)) < 1e-5
@@ -123,6 +124,7 @@ def test_bundle_views_equal_evaluation(tmp_path: Path) -> None:
         export.export(tmp_path / "best", tmp_path / "other", sizes=(0,))
 
 
+@pytest.mark.slow
 def test_ensemble_bundle_equals_evaluation(tiny_run: Path, tmp_path: Path) -> None:
     """By `train.evaluate`, on its images, with views."""
     members = [Member("regressor", tiny_run, 0.5, sizes=(32, 48))]
@@ -163,6 +165,7 @@ def test_unreadable_image_gets_the_blended_mean(tmp_path: Path) -> None:
     torch.testing.assert_close(found[1:], predictor.embed(drawn(1)), atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_fp16_weights_halve_the_size(bundle: Path, tiny_run: Path, tmp_path: Path) -> None:
     export.export(tiny_run / "best", tmp_path / "half", precision="fp16")
     small, large = ((folder / "model.safetensors").stat().st_size for folder in (tmp_path / "half", bundle))
@@ -189,6 +192,7 @@ def scaled(folder: Path, factor: float) -> Regressor:
     return model
 
 
+@pytest.mark.slow
 def test_batch_norm_variances_stay_fp32(tmp_path: Path) -> None:
     model = scaled(tmp_path / "best", 1e3)
     export.export(tmp_path / "best", tmp_path / "bundle")
@@ -207,6 +211,7 @@ def test_fp16_overflow_is_computed_again_in_fp32(tmp_path: Path) -> None:
     assert half.redone == 1
 
 
+@pytest.mark.slow
 def test_sizes_share_weights(tmp_path: Path) -> None:
     save(tmp_path / "best", "test_vit", 64)
     export.export(tmp_path / "best", tmp_path / "bundle", sizes=(64, 96))
@@ -399,8 +404,16 @@ def test_newest_best_checkpoint_is_the_default(tmp_path: Path, monkeypatch: pyte
     assert checkpoint.newest_checkpoint() == tmp_path / "checkpoints/new/best"
 
 
-@pytest.mark.parametrize("head", ["linear", "wide"])
-@pytest.mark.parametrize("backbone", ["test_vit", "test_efficientnet", "test_convnext", "test_vit3"])
+@pytest.mark.parametrize("head", ["linear", pytest.param("wide", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backbone",
+    [
+        "test_vit",
+        "test_vit3",
+        pytest.param("test_efficientnet", marks=pytest.mark.slow),
+        pytest.param("test_convnext", marks=pytest.mark.slow),
+    ],
+)
 def test_bundle_gives_the_vectors_of_the_checkpoint(backbone: str, head: str, tmp_path: Path) -> None:
     """Also of towers that compute what they need at a size, which no file holds."""
     save(tmp_path / "best", backbone, 64, head=head)

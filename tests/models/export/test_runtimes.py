@@ -165,6 +165,7 @@ def test_exported_models_equal_a_network_of_one_member(conv: Network, written: t
     check_exported_models(written[0], conv)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "largest"), [("onnx", 1e-9), ("openvino", 1e-9), ("openvino_int8", 0.05)])
 def test_open_runtime_runs_exported_models(
     kind: str, largest: float, conv: Network, written: tuple[Path, dict[str, Any]]
@@ -175,6 +176,7 @@ def test_open_runtime_runs_exported_models(
         assert runtimes.cosine_distance(graph(images), own(conv, images)).max() < largest
 
 
+@pytest.mark.slow
 def test_bf16_is_close(conv: Network, written: tuple[Path, dict[str, Any]]) -> None:
     images = batch(conv, 5)
     for kind in ("openvino", "openvino_int8"):
@@ -183,6 +185,7 @@ def test_bf16_is_close(conv: Network, written: tuple[Path, dict[str, Any]]) -> N
         assert runtimes.cosine_distance(z_BE, own(conv, images)).max() < 0.05
 
 
+@pytest.mark.slow
 def test_int8_is_measured_on_images_without_calibration_images(
     conv: Network, written: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -245,6 +248,7 @@ class Branching(Network):
         return z_BE if z_BE.sum() > 0 else -z_BE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", EXACT)
 def test_model_that_differs_is_refused(
     kind: str, written: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -255,6 +259,7 @@ def test_model_that_differs_is_refused(
         runtimes.write_runtimes(tmp_path, model, [kind], make_images(3))
 
 
+@pytest.mark.slow
 def test_int8_model_that_differs_is_refused(
     written: tuple[Path, dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -303,13 +308,15 @@ def test_open_runtime_errors_name_a_hint(kind: str, precision: str, words: str, 
 
 @pytest.mark.parametrize(("kind", "package"), [("onnx", "onnxruntime"), ("openvino", "openvino")])
 def test_missing_runtime_package_is_named(
-    kind: str, package: str, written: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+    kind: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / "graph").write_bytes(b"read after the import")
     with pytest.raises(BundleError, match=rf"{kind} needs {package}: pip install {package} "):
-        open_runtime(*written, kind, 1)
+        open_runtime(tmp_path, {"graphs": {kind: {"file": "graph"}}}, kind, 1)
 
 
+@pytest.mark.slow
 def test_runtimes_send_no_telemetry(written: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     """Both runtimes would keep a number of this machine, and what is yet to be sent, in the home folder."""
     folder, config = written

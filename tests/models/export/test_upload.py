@@ -178,6 +178,7 @@ def test_dry_run_logs_and_sends_nothing(tmp_path: Path, bundle: Path, hub: HubSe
     assert hub.repos == {}
 
 
+@pytest.mark.slow
 def test_dry_run_without_token_stays_offline(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     env = hub.environment(tmp_path) | {"HF_TOKEN": ""}
     done = push(tmp_path, bundle, "hub:user/name", "public", **env)
@@ -201,6 +202,7 @@ def test_hub_upload_is_one_commit(visibility: str, tmp_path: Path, bundle: Path,
     assert f"{hub.url}/team/name, commit {repo.sha}, {visibility}" in done.stderr
 
 
+@pytest.mark.slow
 def test_new_bundle_replaces_the_old_one(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     env = hub.environment(tmp_path)
     push(tmp_path, bundle, "hub:user/name", "earnest", **env)
@@ -219,6 +221,7 @@ def test_new_bundle_replaces_the_old_one(tmp_path: Path, bundle: Path, hub: HubS
     assert repo.files == {**sent(bundle), "picture.jpg": b"the user's", ".gitattributes": repo.files[".gitattributes"]}
 
 
+@pytest.mark.slow
 def test_other_repositories_are_not_overwritten(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     env = hub.environment(tmp_path)
     hub.repos["user/bert"] = Repo(private=True, files={"config.json": b"{}", "model.safetensors": b"months of work"})
@@ -301,6 +304,7 @@ def test_export_command_uploads(tiny_run: Path, tmp_path: Path, hub: HubServer) 
     assert hub_server.TOKEN not in dry.stdout + dry.stderr + done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_write_access_is_checked(tmp_path: Path, bundle: Path, hub: HubServer) -> None:
     env = hub.environment(tmp_path)
     assert "the token of user can write only for user, team" in refused(push(tmp_path, bundle, "hub:other/name", **env))
@@ -379,6 +383,7 @@ def test_title_that_kaggle_keeps_is_logged(
     assert len(kaggle.datasets["user/some-bundle"].versions) == 2
 
 
+@pytest.mark.slow
 def test_dataset_that_became_public_stops_the_upload(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     env = {**kaggle.environment(), **LEGACY}
     push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **env)
@@ -399,6 +404,7 @@ def test_public_kaggle_dataset(tmp_path: Path, bundle: Path, kaggle: KaggleServe
     )
 
 
+@pytest.mark.slow
 def test_invalid_kaggle_token(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     env = kaggle.environment()
     dry = push(tmp_path, bundle, "kaggle:user/some-bundle", **env)
@@ -415,6 +421,7 @@ def test_other_kaggle_datasets_are_not_overwritten(tmp_path: Path, bundle: Path,
     assert "holds something that is not a bundle (test.csv, train.csv)" in told
 
 
+@pytest.mark.slow
 def test_failed_file_creates_no_kaggle_version(tmp_path: Path, bundle: Path, kaggle: KaggleServer) -> None:
     kaggle.faults["PUT /upload/2"] = (400, {}, {})
     told = refused(push(tmp_path, bundle, "kaggle:user/some-bundle", "earnest", **kaggle.environment(), **LEGACY))

@@ -221,6 +221,7 @@ def test_missing_wheel_is_named(registry: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["registry"]
 
 
+@pytest.mark.slow
 def test_unreachable_registry_is_reported(registry: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert registry
     monkeypatch.delenv("PIP_NO_INDEX")

@@ -98,6 +98,7 @@ def test_sample_ids_with_special_characters(tmp_path: Path) -> None:
     assert sample_ids(tmp_path / "mark.csv", E) == names
 
 
+@pytest.mark.slow
 def test_reading_a_long_sample_holds_only_ids(tmp_path: Path) -> None:
     path = write_sample(tmp_path / "s.csv", [f"{i:05d}" for i in range(300)], 384)
     tracemalloc.start()

@@ -72,6 +72,7 @@ def test_checkpoint_carries_the_identity(run: Path, encoder: Path) -> None:
     assert json.loads((run / "settings.json").read_text())["encoder"] == "mine"
 
 
+@pytest.mark.slow
 def test_training_refuses_another_folder_of_the_same_name(dataset: Path, changed: Path, tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"(?s)targets/mine holds .*default_prompt: '' .*'query: ' here.*encoder=mine to"
@@ -159,6 +160,7 @@ def test_ensemble_and_bundle_carry_the_identity_and_members_must_agree(run: Path
         write_ensemble(tmp_path / "other", members, {})
 
 
+@pytest.mark.slow
 def test_bundle_refuses_a_text_encoder_of_other_vectors(
     run: Path, encoder: Path, changed: Path, tmp_path: Path
 ) -> None:

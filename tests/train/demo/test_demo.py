@@ -1,6 +1,7 @@
 """Demo page: explanations, refused images and requests, and a server that survives them."""
 
 import asyncio
+import functools
 import http.client
 import io
 import json
@@ -87,6 +88,7 @@ def png(width: int = 40, height: int = 40, colour: str = "teal", kind: str = "pn
     return file.getvalue()
 
 
+@functools.cache
 def bomb(width: int, height: int) -> bytes:
     """A PNG of black pixels in some hundred kB at most."""
 
@@ -151,6 +153,7 @@ def test_explanation_matches_model_index_and_baselines(run: Path, data: Path) ->
     assert (look.width, look.height, look.note) == (100, 60, "")
 
 
+@pytest.mark.slow
 def test_bundle_and_ensemble_need_only_a_prompt_index(run: Path, data: Path, tmp_path: Path) -> None:
     image = png()
     export(run / "best", tmp_path / "bundle")
@@ -614,6 +617,7 @@ def test_expired_uploads_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (tmp_path / "coming").exists()
 
 
+@pytest.mark.slow
 def test_other_methods_and_hosts_are_refused(server: Server) -> None:
     for path in ("/gradio_api/process_recording", "/gradio_api/run/look", "/gradio_api/component_server", "/login"):
         assert server.send("POST", path, b"{}")[0] == 405, path

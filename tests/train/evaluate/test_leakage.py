@@ -454,6 +454,7 @@ def test_images_shared_with_validation_sets_do_not_count_as_trained(tmp_path: Pa
     assert counts(info, "mean") == (2, 0, 0, 2), "baselines are fitted on all"
 
 
+@pytest.mark.slow
 def test_circular_init_from_terminates(leaky_run: Path, tmp_path: Path) -> None:
     run = shutil.copytree(leaky_run, tmp_path / "run")
     values = json.loads((run / "settings.json").read_text())

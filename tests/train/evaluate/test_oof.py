@@ -139,6 +139,7 @@ def logged(folder: Path, monkeypatch: pytest.MonkeyPatch, act: Callable[[WandbLo
     return kept[0]
 
 
+@pytest.mark.slow
 def test_run_end_writes_oof_and_best_table(
     tiny_run: Path, small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

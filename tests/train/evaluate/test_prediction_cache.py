@@ -142,6 +142,7 @@ def test_vectors_that_cannot_be_scored_are_refused_by_name(images: ImageDataset)
             run(images, LazyEmbedder("wrong", lambda said=said: {"said": said}, made))
 
 
+@pytest.mark.slow
 def test_cache_of_earlier_versions_is_hit(images: ImageDataset, tmp_path: Path) -> None:
     """Identity, names and contents are spelled out here: they must stay what they are."""
     dataset = images.datasets[0]

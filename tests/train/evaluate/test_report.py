@@ -109,6 +109,7 @@ def test_page_has_every_section(page: Path, folder: Path) -> None:
     assert info["datasets"][0]["sha256"] in parts["settings"]
 
 
+@pytest.mark.slow
 def test_differences_are_main_minus_other(folder: Path, tmp_path: Path, dataset: Dataset) -> None:
     """The sign is correct if the other embedder is better."""
     write(tmp_path / "other", dataset, main="blip")
@@ -187,6 +188,7 @@ def test_prompts_are_escaped_and_page_is_deterministic(page: Path, folder: Path,
     assert page.stat().st_size < 3e6
 
 
+@pytest.mark.slow
 def test_page_of_a_single_embedder(dataset: Dataset, tmp_path: Path) -> None:
     """No pairs, no ensemble, no training prompts, no source twice."""
     evaluated.write(tmp_path / "alone", [dataset], {"regressor": evaluated.at([dataset], 0.6)})
@@ -235,6 +237,7 @@ def test_inconsistent_folder_is_refused(dataset: Dataset, tmp_path: Path) -> Non
         report.write(good, out)
 
 
+@pytest.mark.slow
 def test_the_page_opens_and_sorts_in_a_browser(page: Path, folder: Path, dataset: Dataset, opened: "Opened") -> None:
     prompts = [dataset.prompts(row)[0] for row in dataset.rows("val").tolist()]
     scores = {name: dict(zip(prompts, np.load(folder / f"scores/{name}.npy"), strict=True)) for name in SHARES}
@@ -257,6 +260,7 @@ def test_the_page_opens_and_sorts_in_a_browser(page: Path, folder: Path, dataset
     assert {url for url in opened.requests if not url.startswith("data:")} == {page.as_uri()}
 
 
+@pytest.mark.slow
 def test_page_is_written_without_torch() -> None:
     code = (
         "import sys, train.evaluate.report; assert not {'torch', 'matplotlib', 'hydra', 'wordcloud'} & set(sys.modules)"

@@ -71,12 +71,14 @@ def test_four_micro_batches_of_eight_are_a_batch_of_32(
     assert losses(tmp_path / "parts") == pytest.approx(losses(tmp_path / "whole"), abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["loss.contrastive=0.1", "loss.hard_fraction=0.5"])
 def test_losses_over_a_whole_step_refuse_micro_batches(part: str, small_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"scale\.micro_batch: .* split into 4 micro-batches .* compares"):
         train(small_data, tmp_path / "run", part, "scale.micro_batch=2")
 
 
+@pytest.mark.slow
 def test_a_batch_that_micro_batches_do_not_divide_is_refused(small_data: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"batch_size: a step of 8 images does not divide by 3"):
         train(small_data, tmp_path / "run", "scale.micro_batch=3")
@@ -105,6 +107,7 @@ def _stop_at(step: int) -> Any:
     return stopped
 
 
+@pytest.mark.slow
 def test_a_fused_optimizer_clips_in_half_precision(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +118,7 @@ def test_a_fused_optimizer_clips_in_half_precision(
     assert train(small_data, tmp_path / "run", *parts) == 0
 
 
+@pytest.mark.slow
 def test_run_does_not_resume_with_another_precision(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "run", "max_steps=1")
     (tmp_path / "run/done").unlink()
@@ -186,6 +190,7 @@ def test_init_from_of_another_encoder_is_refused(tiny_run: Path, small_data: Pat
         train(small_data, tmp_path / "run", f"init_from={other}")
 
 
+@pytest.mark.slow
 def test_initialised_head_is_reused_after_restart(small_data: Path, tmp_path: Path) -> None:
     """A run killed before its first resume checkpoint does not compute its features again."""
     head = make("test_vit", "random", 32, small_dataset.WIDTH).head
@@ -210,6 +215,7 @@ def test_damaged_initialised_head_is_recomputed(
     assert all(here[name].equal(there[name]) for name in there)
 
 
+@pytest.mark.slow
 def test_several_datasets_and_validation_sets(small_data: Path, tmp_path: Path) -> None:
     second = small_dataset.write(tmp_path / "second", train=20, val=4, seed=5)
     judged = small_dataset.write(tmp_path / "judged", train=0, val=8, seed=6)

@@ -58,6 +58,7 @@ def test_experiments_reach_most_of_peak_rate(name: str, images: int) -> None:
     assert forecast.warmup <= forecast.length.steps / 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "warmup"),
     [
@@ -132,6 +133,7 @@ def test_a_backbone_that_never_trains_is_reported() -> None:
     assert "the head's learning rate is half its peak or more in only 10 of 21 steps" in message
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("steps", "alone"), [(1, 0), (3, 0), (21, 0), (60, 50)])
 def test_initial_weight_fraction_matches_ema(steps: int, alone: int) -> None:
     """Weights that are 1 at the start and 0 after each step that trains them: what is left is the share."""

@@ -125,6 +125,7 @@ def test_other_damage_of_resume_checkpoint_is_detected(
     assert f"{stopped_run / 'resume.ckpt'} is damaged: it" in caplog.text
 
 
+@pytest.mark.slow
 def test_error_names_both_damaged_resume_checkpoints(stopped_run: Path, small_data: Path) -> None:
     for name, place in (("resume.ckpt", 500), ("resume.previous.ckpt", 7000)):
         flip(stopped_run / name, place)
@@ -138,6 +139,7 @@ def test_error_names_both_damaged_resume_checkpoints(stopped_run: Path, small_da
         assert words in str(error.value)
 
 
+@pytest.mark.slow
 def test_damaged_first_resume_checkpoint_is_not_a_new_run(
     small_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

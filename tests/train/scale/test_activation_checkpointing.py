@@ -43,6 +43,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_checkpointed_gradients_and_statistics_are_bitwise_equal(name: str, mode: Mode) -> None:

@@ -93,6 +93,7 @@ def test_flops_of_vit_match_shapes() -> None:
     assert actual.step_flop == 3 * actual.forward_flop - stem, "images need no gradient"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [3, 6, None])
 def test_a_frozen_prefix_has_no_backward_pass(frozen: int | None) -> None:
     made = real()
@@ -108,6 +109,7 @@ def test_a_frozen_prefix_has_no_backward_pass(frozen: int | None) -> None:
     assert actual.parameters == sum(p.numel() for p in made.parameters())
 
 
+@pytest.mark.slow
 def test_lora_blocks_have_no_weight_gradients() -> None:
     plain, adapted = real(), real()
     plain.freeze(2)
@@ -131,6 +133,7 @@ def test_flops_of_grouped_convolutions(name: str) -> None:
 # --------------------------------------------------------------------------------------------------------------- memory
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext", "test_efficientnet"])
 def test_activation_bytes_match_autograd_hooks(name: str) -> None:
     """An image's share, by torch's own hooks on real tensors, against the outline's without data."""

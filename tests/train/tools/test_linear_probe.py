@@ -163,6 +163,7 @@ def test_all_errors_are_reported_at_once(data: Path, tmp_path: Path) -> None:
         probe(data, tmp_path / "run")
 
 
+@pytest.mark.slow
 def test_diverged_head_is_reported_and_never_best(data: Path, tmp_path: Path) -> None:
     overrides = (
         "probe.heads=[ridge,linear]",

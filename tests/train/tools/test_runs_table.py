@@ -178,6 +178,7 @@ def test_unreadable_folders_are_listed_with_reasons(tmp_path: Path) -> None:
         read_settings(tmp_path / "bundle")
 
 
+@pytest.mark.slow
 def test_table_survives_arbitrary_file_contents(tmp_path: Path) -> None:
     odd = write(tmp_path / "odd")
     values = json.loads((odd / "settings.json").read_text())
@@ -257,6 +258,7 @@ def folds(folder: Path, count: int, predicted: int) -> list[np.ndarray]:
     return scores
 
 
+@pytest.mark.slow
 def test_folds_are_grouped_with_out_of_fold_mean(tmp_path: Path) -> None:
     scores = np.concatenate(folds(tmp_path, 3, 3)).astype(np.float64)
     write(tmp_path / "y", 0.52, "fold=1/3")
