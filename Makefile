@@ -24,8 +24,8 @@ quickstart: install ## the whole pipeline on two CPU cores, about ten minutes: i
 	@test -f checkpoints/quickstart/done || $(BIN)/python -m train +experiment=quickstart
 	$(BIN)/python -m train.evaluate run=checkpoints/quickstart embedders=[mean,knn,ridge,regressor,ensemble]
 	$(BIN)/python -m models.export checkpoint=checkpoints/quickstart/best out=bundle
-	@mkdir -p $(QUICK)_pictures && tar -xf $(QUICK)/shards/000000.tar -C $(QUICK)_pictures
-	$(BIN)/python bundle/predict.py --images $(QUICK)_pictures --out submission.csv
+	@mkdir -p $(QUICK)_images && tar -xf $(QUICK)/shards/000000.tar -C $(QUICK)_images
+	$(BIN)/python bundle/predict.py --images $(QUICK)_images --out submission.csv
 	$(BIN)/python -m train.report run=checkpoints/quickstart
 
 datagen: install ## NUM=1000 images by Stable Diffusion 2.0 into data/sd2 (a GPU)
@@ -41,8 +41,9 @@ export: install ## the newest best checkpoint → bundle/
 test: install ## the unit tests, offline on the CPU, minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile
 
+# files in their order: by default those with the fewest tests come last, and some of these take minutes
 test-all: install ## all tests but those that need a GPU
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile -m 'not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder -m 'not gpu'
 
 lint: install ## ruff and pyright
 	$(BIN)/ruff check .

@@ -2,17 +2,16 @@
 """Near-duplicates among prompts, against brute force. `python -m benchmarks.curate [--json FILE] [--num N]`, minutes.
 
 The 86 k real prompts of ../shared/data/prompts, each with two small edits (words swapped or left out, typing errors,
-tags appended; seeded), 259 k in all, in random order. Their vectors are encoded once and kept in the cache folder: the
-first run takes as long as that. Ours is `datagen.curation.near_duplicates.distinct`, as curation calls it: exact up to
-50,000 kept vectors,
-cells beyond. The peer is the same greedy rule by blocks of fp32 matrix products: each row at cosine ≥ 0.9 to one kept
-before it is dropped. Every measurement is a process of its own with one thread, and tells its processor time (the
-machine may be shared) and its peak memory.
+tags appended; seeded), 259 k in all, in random order. Their vectors are encoded once and cached, so the first run takes
+longer. Ours is `datagen.curation.near_duplicates.distinct`, as curation calls it: exact up to 50,000 distinct vectors,
+an inverted file beyond. The peer is greedy deduplication by blocks of fp32 matrix products: it drops each row at cosine
+≥ 0.9 to an earlier row that it has not dropped. Each measurement runs in its own process with one thread, and reports
+CPU time (the machine may be shared) and peak memory.
 
-recall: of the rows that brute force drops, the share that ours drops. left: of the rows that ours keeps, the share that
-has a near-duplicate kept before it. growth: time for all rows over that for a quarter of them, 5 at most; medians of
-rounds taken in turns. purge_recall: of the rows that brute force finds at cosine ≥ 0.7 to the first tenth of them, as a
-similarity split purges training prompts near validation ones, the share that ours finds.
+recall: fraction of the rows dropped by brute force that ours drops. left: fraction of our remaining rows with an
+earlier near-duplicate among them. growth: CPU time for all rows over that for a quarter of them, 5 at most; medians of
+alternating rounds. purge_recall: of the rows that brute force finds at cosine ≥ 0.7 to the first tenth, as a similarity
+split finds training prompts near validation prompts, the fraction that ours finds.
 """
 
 import argparse

@@ -1,14 +1,14 @@
 # ruff: noqa: T201
 """Images per second of exported models on a CPU. `python -m benchmarks.infer_cpu [--json FILE] [--tiny]`, minutes.
 
-The model alone: ViT-B/32 at 224 px with random weights and a linear head, exported to a bundle with its graphs in a
-temporary folder (1.5 GB). Ours is `Predictor.embed_squares` of the bundle: ONNX Runtime and OpenVINO in fp32, OpenVINO
-in bf16, and in int8 with what is not int8 in bf16. The peer is what a user of timm would write: the same model with the
-same weights, eager, fp32, under inference_mode, with torch's own number of threads. Its images are normalised
-beforehand, ours are not. All run at several batch sizes, rounds alternate, and medians of wall-clock rates are
-compared, of each the one at its best batch size; beside them those for one image at a time, and each one's largest
-cosine distance from the peer's vectors. That of random weights says little of a trained model's: the card of a bundle
-has its own.
+The model alone: ViT-B/32 at 224 px with random weights and a linear head, exported with ONNX and OpenVINO models to a
+bundle in a temporary folder (1.5 GB). Ours is `Predictor.embed_squares` of the bundle: ONNX Runtime in fp32; OpenVINO
+in fp32, bf16 and int8 (layers that are not quantised run in bf16). The peer is what a user of timm would write: the
+same model with the same weights, eager, fp32, under inference_mode, with torch's default number of threads. Its images
+are normalised before the clock starts, ours within the model. Each runs at several batch sizes, rounds alternate, and
+the median wall-clock rates at each one's best batch size are compared. Also reported: the rates at batch size 1, and
+the largest cosine distance to the peer's vectors. That distance is of random weights; the model card of a bundle has
+the one of its trained weights.
 
 The ratio of the last line is that of the faster of bf16 and int8, on a CPU that computes in them: AVX-512 BF16 or AMX,
 VNNI.

@@ -9,8 +9,8 @@ Ours is `Predictor.embed_squares` of the bundle, in the precision of the device.
 target:
   against what a user would write (≥ 1.10): the same timm model with the same weights, eager, channels last, under
     inference_mode and autocast to the same precision. Its images are normalised beforehand, ours are not;
-  share of the peak (≥ 0.60): of the device's matrix peak, a product measured in each round, that the FLOPs which the
-    tower and its head need make up.
+  share of the peak (≥ 0.60): FLOPs of the backbone and its head per second, over the device's rate for a matrix
+    product, measured in each round.
 Both take a batch that stays on the device and give unit vectors to the CPU; how far these are apart is reported. Rounds
 alternate, and medians of wall-clock rates are compared; first batches are not counted. The ratio of the last line is
 that of the model that has the smaller one.

@@ -1,19 +1,17 @@
 # ruff: noqa: T201
 """Search of the 20 nearest of a million prompts. `python -m benchmarks.knn [--json FILE] [--tiny]`, minutes.
 
-The bank: the 86 k real prompts of ../shared/data/prompts (20 k of the grammar's where they are missing) but for 1,000;
-then prompts drawn from these with two small edits each, up to a million: an edit is the difference of vectors between
-another prompt and its own edit by `benchmarks.curate.edited`. The questions, asked all at once: `held`, the 1,000
-prompts left out; and `predicted`, each of these turned towards another prompt until its cosine to itself is .65, about
-as far as a good regressor's predictions are. Prompts and edits are encoded once and kept in the cache folder: the first
-run takes as long as that.
+The index holds the 86 k real prompts of ../shared/data/prompts (20 k prompts of the grammar where that folder is
+missing) without 1,000 of them, and synthetic prompts up to a million: the vector of a real prompt plus two vector
+differences between a prompt and its edit by `benchmarks.curate.edited`. The queries, in one batch: `held`, the 1,000
+prompts left out; `predicted`, the same vectors rotated towards another prompt to a cosine of .65, about that of a good
+regressor's predictions. Prompts and edits are encoded once and cached, so the first run takes longer.
 
 Ours is `models.retrieval.vector_index.Index`, approximate, built and saved in one process and loaded in others; the
-peer is a matrix product and `topk` by torch over blocks of the bank. Every measurement is a process of its own with two
-threads; rounds alternate, medians count. What is quoted, and what the exit status tells of (2 s at most, recall .95 at
-least), is the time by the clock of two cores that are otherwise idle: nothing else may run. Processor time is reported
-beside it. recall@20: of the 20 rows that brute force finds, the share that ours finds. Memory: `own` is what the
-process has beside mapped files, `peak` counts the mapped vectors, too.
+peer is a matrix product and `topk` by torch over blocks of the vectors. Each measurement runs in its own process with
+two threads; rounds alternate, medians are compared. The exit status is 1 where the wall time exceeds 2 s or the recall
+is below .95, so nothing else may run on the two cores; CPU time is reported too. recall@20: fraction of brute force's
+20 rows that ours finds. Memory: `own` is that of the process without mapped files, `peak` includes the mapped vectors.
 """
 
 import argparse
@@ -38,7 +36,7 @@ from benchmarks.harness import finish
 from core.paths import ROOT
 
 TARGET, RECALL, SECONDS = 4.0, 0.95, 2.0
-ROWS, QUESTIONS, K, ROUNDS = 1_000_000, 1000, 20, 3
+ROWS, QUERIES, K, ROUNDS = 1_000_000, 1000, 20, 3
 TINY = (20_000, 100)
 THREADS = 2
 PREDICTED_AT = 0.65
@@ -63,21 +61,21 @@ def unit(vectors: NDArray[Any]) -> Floats:
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
-def write(folder: Path, triples: Path, rows: int, questions: int) -> None:
-    """Write bank.npy [rows, E], held.npy and predicted.npy [queries, E] from vectors of prompts and edits."""
+def write(folder: Path, triples: Path, rows: int, queries: int) -> None:
+    """Write vectors.npy [rows, E], held.npy and predicted.npy [queries, E] from vectors of prompts and edits."""
     originals, *edits = np.load(triples).reshape(-1, 3, 384).swapaxes(0, 1)
     differences = np.concatenate([edit - originals for edit in edits])
     rng = np.random.default_rng(0)
     originals = unit(rng.permutation(originals))
-    held, base = originals[:questions], originals[questions:]
-    vectors = np.lib.format.open_memmap(folder / "bank.npy", "w+", np.float32, (rows, originals.shape[1]))
+    held, base = originals[:queries], originals[queries:]
+    vectors = np.lib.format.open_memmap(folder / "vectors.npy", "w+", np.float32, (rows, originals.shape[1]))
     count = min(len(base), rows)
     vectors[:count] = base[:count]
     for start in range(count, rows, BLOCK):
         block = vectors[start : start + BLOCK]
         two = sum(differences[rng.integers(0, len(differences), len(block))] for _ in range(2))
         block[:] = unit(base[rng.integers(0, len(base), len(block))] + two)
-    other = base[rng.integers(0, len(base), questions)]
+    other = base[rng.integers(0, len(base), queries)]
     aside = unit(other - (other * held).sum(1, keepdims=True) * held)
     np.save(folder / "held.npy", held)
     np.save(folder / "predicted.npy", unit(PREDICTED_AT * held + (1 - PREDICTED_AT**2) ** 0.5 * aside))
@@ -113,7 +111,7 @@ def measure(work: str, folder: Path) -> None:
     importlib.import_module("torch" if work == "brute" else "faiss")  # which is not timed
     from models.retrieval.vector_index import Index
 
-    vectors, file = np.load(folder / "bank.npy", mmap_mode="c"), folder / "index.faiss"
+    vectors, file = np.load(folder / "vectors.npy", mmap_mode="c"), folder / "index.faiss"
     measured: dict[str, Any] = {}
 
     def timed(name: str, doing: Any) -> Any:
@@ -163,14 +161,14 @@ def main() -> int:
     if cfg.measure:
         measure(cfg.measure[0], Path(cfg.measure[1]))
         return 0
-    rows, questions = TINY if cfg.tiny else (ROWS, QUESTIONS)
+    rows, queries = TINY if cfg.tiny else (ROWS, QUERIES)
     triples = curate.encoded(texts(cfg.tiny))
     with tempfile.TemporaryDirectory(dir=triples.parent) as name:
-        return run(Path(name), triples, rows, questions, cfg)
+        return run(Path(name), triples, rows, queries, cfg)
 
 
-def run(folder: Path, triples: Path, rows: int, questions: int, cfg: argparse.Namespace) -> int:
-    write(folder, triples, rows, questions)
+def run(folder: Path, triples: Path, rows: int, queries: int, cfg: argparse.Namespace) -> int:
+    write(folder, triples, rows, queries)
     build = in_a_process("build", folder)
     rounds: dict[str, list[dict[str, float]]] = {"ours": [], "brute": []}
     for work in ("ours", "brute") * (1 if cfg.tiny else ROUNDS):
@@ -182,7 +180,7 @@ def run(folder: Path, triples: Path, rows: int, questions: int, cfg: argparse.Na
     }
     figures: dict[str, Any] = {
         "rows": rows,
-        "questions": questions,
+        "queries": queries,
         "threads": THREADS,
         "recall_held": recall(folder, "held"),
         "recall_predicted": recall(folder, "predicted"),
@@ -196,7 +194,7 @@ def run(folder: Path, triples: Path, rows: int, questions: int, cfg: argparse.Na
     worst = min(figures["recall_held"], figures["recall_predicted"])
     seconds = max(middle["ours"]["held_s"], middle["ours"]["predicted_s"])
     print(
-        f"recall@{K} {worst:.4f} (at least {RECALL}); {questions:,} questions: {seconds:.2f} s by the clock on "
+        f"recall@{K} {worst:.4f} (at least {RECALL}); {queries:,} queries: {seconds:.2f} s by the clock on "
         f"{THREADS} threads (at most {SECONDS})"
     )
     ratio = middle["brute"]["predicted_s"] / middle["ours"]["predicted_s"]

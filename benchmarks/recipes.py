@@ -23,13 +23,14 @@ a few images, to see that it works.
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,8 +44,8 @@ TARGET = 1.0
 PASSES, SEARCH_SEED, SEEDS = 1.5, 100, (0, 1, 2)
 BATCH = 16
 HEAD_FIT_IMAGES = 1250  # that the ridge head is fitted on
-COST_STEPS = (20, 120)  # of the two runs that tell what an image costs
-QUICK_COST_STEPS = (5, 45)
+COST_STEPS, COST_REPEATS = (20, 120), 2  # of the runs whose difference is the cost of an image
+QUICK_COST_STEPS, QUICK_COST_REPEATS = (5, 25), 1
 DATA = (
     "renderer=glyphs",
     "prompts=grammar",
@@ -144,9 +145,13 @@ RECIPES = (
 class Runs:
     """Train in parallel processes of one thread; figures are cached in `<work>/NAME.json`."""
 
-    def __init__(self, work: Path, processes: int, cost_steps: tuple[int, int]) -> None:
-        self._work, self._cost_steps = work, cost_steps
-        self._pool = ThreadPoolExecutor(processes)
+    def __init__(self, work: Path, processes: int, cost_steps: tuple[int, int], cost_repeats: int) -> None:
+        self._work, self._cost_steps, self._cost_repeats = work, cost_steps, cost_repeats
+        # forked from a server that has imported what takes ten seconds
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["train.fit.fit", "sentence_transformers"])
+        self._processes = ProcessPoolExecutor(processes, context, max_tasks_per_child=1)
+        self._threads = ThreadPoolExecutor(processes)
 
     def train(self, wanted: list[tuple[Recipe, float, int]], epochs: dict[str, float]) -> list[dict[str, Any]]:
         """Train each (recipe, rate, seed), and return the figures in order."""
@@ -165,7 +170,7 @@ class Runs:
         for recipe in (r for r in RECIPES if r.costs_as is None):
             overrides = [o for o in recipe.overrides(recipe.rates[1], SEARCH_SEED, 1000) if "head_warmup_" not in o]
             for steps in self._cost_steps:
-                for again in range(2):
+                for again in range(self._cost_repeats):
                     seen[recipe.name, steps, again] = (
                         f"cost-{recipe.name}-{steps}-{again}",
                         [*overrides, f"max_steps={steps}"],
@@ -177,12 +182,15 @@ class Runs:
             if recipe.costs_as is not None:
                 cost[recipe.name] = cost[recipe.costs_as]
                 continue
-            few, many = (min(figures[recipe.name, steps, n]["cpu_s"] for n in range(2)) for steps in (short, long))
+            few, many = (
+                min(figures[recipe.name, steps, n]["cpu_s"] for n in range(self._cost_repeats))
+                for steps in (short, long)
+            )
             cost[recipe.name] = (many - few) / (long - short) / BATCH
         return cost
 
     def _all(self, named: list[tuple[str, list[str]]]) -> list[dict[str, Any]]:
-        return list(self._pool.map(lambda one: self._run(*one), named))
+        return list(self._threads.map(lambda one: self._run(*one), named))
 
     def _run(self, name: str, overrides: list[str]) -> dict[str, Any]:
         path = self._work / f"{name}.json"
@@ -192,15 +200,14 @@ class Runs:
                 return figures
         folder = self._work / "runs" / name
         shutil.rmtree(folder, ignore_errors=True)
-        # a cache of its own: the pass over the images that a head takes is done and counted in each run
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "IM2EMB_CACHE": str(folder / "cache")}
+        folder.mkdir(parents=True)
         places = [f"dataset={self._work / 'data'}", f"out={folder / 'run'}"]
-        command = [sys.executable, "-m", "benchmarks.recipes", "--one", *overrides, *places]
         began = time.perf_counter()
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-        if done.returncode:
-            sys.exit(f"{name} failed:\n{done.stderr}")
-        figures = {"overrides": overrides, **json.loads(done.stdout.splitlines()[-1])}
+        try:
+            figures = self._processes.submit(train_one, [*overrides, *places], folder).result()
+        except Exception as error:
+            sys.exit(f"{name} failed: {error!r}; its output is in {folder / 'log.txt'}")
+        figures = {"overrides": overrides, **figures}
         path.write_text(json.dumps(figures, indent=1) + "\n")
         shutil.rmtree(folder)  # its checkpoints would fill the disk
         minutes = (time.perf_counter() - began) / 60
@@ -211,8 +218,13 @@ class Runs:
         return figures
 
 
-def one(overrides: list[str]) -> None:
-    """Train in its own process, and print the figures."""
+def train_one(overrides: list[str], folder: Path) -> dict[str, Any]:
+    """Train in this process, which does nothing else; return the figures. Its output goes to `folder/log.txt`."""
+    with (folder / "log.txt").open("wb") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    # a cache of its own: the pass over the images that a head takes is done and counted in each run
+    os.environ["IM2EMB_CACHE"] = str(folder / "cache")
     import torch
 
     from train.config import TrainSettings
@@ -222,11 +234,11 @@ def one(overrides: list[str]) -> None:
     cfg = settings(TrainSettings, compose("train", overrides))
     began = time.process_time()
     if code := fit(cfg):
-        sys.exit(code)
+        raise RuntimeError(f"exit code {code}")
     seconds = time.process_time() - began
     records = [json.loads(line) for line in (cfg.out / "log.jsonl").read_text().splitlines()]
     last = next(record for record in reversed(records) if "val/cosine" in record)
-    measured = {
+    return {
         "cosine": last["val/cosine"],
         "low": last["val/low"],
         "high": last["val/high"],
@@ -234,7 +246,6 @@ def one(overrides: list[str]) -> None:
         "steps": last["step"],
         "pictures": last["step"] * cfg.batch_size,
     }
-    print(json.dumps(measured))
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -309,19 +320,17 @@ def options() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, default=cache_folder() / "benchmark-recipes", help="keeps what is done")
     parser.add_argument("--processes", type=int, default=min(2, os.cpu_count() or 1), help="runs at once")
     parser.add_argument("--quick", action="store_true", help="one rate, two seeds, few images: does it work?")
-    parser.add_argument("--one", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def main() -> None:
     cfg = options()
-    if cfg.one:
-        one(cfg.one)
-        return
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs: read at import
     work = cfg.work.resolve() / ("quick" if cfg.quick else "full")
     data = [*DATA, *(QUICK if cfg.quick else FULL), f"out={work / 'data'}"]
     subprocess.run([sys.executable, "-m", "datagen", *data], cwd=ROOT, check=True)  # resumes, or has nothing left to do
-    runs = Runs(work, cfg.processes, QUICK_COST_STEPS if cfg.quick else COST_STEPS)
+    cost = (QUICK_COST_STEPS, QUICK_COST_REPEATS) if cfg.quick else (COST_STEPS, COST_REPEATS)
+    runs = Runs(work, cfg.processes, *cost)
     from datagen.dataset.reader import read_info
 
     images = read_info(work / "data")["splits"]["train"]

@@ -8,8 +8,8 @@ see that it works.
 Ours is the step of `python -m train`: `Training` under Lightning, with the micro-batch, recomputation, precision,
 compilation and optimizer that its settings find for the device. Reported, each with its target:
   against what a user would write (≥ 1.15): the same timm model, eager, under autocast, with torch's AdamW;
-  MFU (≥ 0.55): the share of the device's matrix peak, a product measured in each round, that the FLOPs which an
-    image's gradients need make up;
+  MFU (≥ 0.55): FLOPs of the forward and backward passes per second, over the device's rate for a matrix product,
+    measured in each round;
   with the lower half of the blocks frozen, against all trained (≥ 1.4);
   fed from the shards, decoding and all, against a batch that stays on the device (≥ 0.97). Since batches wait in the
     loader's queue when the clock starts, the loader's own rate is reported beside it.

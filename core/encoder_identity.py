@@ -22,14 +22,21 @@ def has_settings(identity: Mapping[str, Any] | None) -> bool:
 
 
 def differences(
-    stored: Mapping[str, Any] | None, current: Mapping[str, Any] | None, *, strict: bool = False
+    stored: Mapping[str, Any] | None,
+    current: Mapping[str, Any] | None,
+    *,
+    sides: tuple[str, str] = ("first", "second"),
+    strict: bool = False,
 ) -> list[str]:
-    """Compare two identities; return one line per difference, such as "default_prompt: '' there, 'query: ' here".
+    """Compare two identities; return a line per difference, such as "default_prompt: '' (model), 'query: ' (vectors)".
 
     Where both record the settings, the encoders' names do not count. Otherwise the names must agree, and so must every
     value that both record.
 
     Args:
+        stored: an identity, often one that a file records.
+        current: another one.
+        sides: what the lines call the two.
         strict: also report a value that only one side records.
     """
     stored, current = stored or {}, current or {}
@@ -42,7 +49,7 @@ def differences(
     if left.get("classes") != right.get("classes"):  # the settings of modules cannot be compared one by one
         left, right = ({k: v for k, v in side.items() if not k.startswith("modules.")} for side in (left, right))
     lines = [
-        f"{_label(key, left, right)}: {_short(left, key)} there, {_short(right, key)} here"
+        f"{_label(key, left, right)}: {_short(left, key)} ({sides[0]}), {_short(right, key)} ({sides[1]})"
         for key in dict.fromkeys([*left, *right])
         if left.get(key, _UNKNOWN) != right.get(key, _UNKNOWN)
     ]

@@ -8,8 +8,6 @@ from typing import Literal
 from core.charset import encoding_problem
 from core.paths import Location
 
-ENCODER = "all-MiniLM-L6-v2"
-
 
 @dataclass(frozen=True)
 class GrammarPrompts:

@@ -135,10 +135,11 @@ def load_into(model: Regressor, folder: Path) -> None:
     if best_of_run(folder) != folder:
         raise UserError(f"init_from: {folder} is a run; name one of its checkpoints, such as {folder / 'best'}")
     config = read_config(folder)
-    differ = differences(config, model.description(), ARCHITECTURE)
+    sides = ("checkpoint", "model")
+    differ = differences(config, model.description(), ARCHITECTURE, sides)
     if differ:
         raise UserError(f"init_from: {folder} has another architecture:\n" + "\n".join(differ))
-    other = differences(config, model.description(), PREPROCESSING)
+    other = differences(config, model.description(), PREPROCESSING, sides)
     if other:
         log.info("init_from: %s was trained with another preprocessing:\n%s", folder, "\n".join(other))
     _load_weights(model, folder, f"init_from: {folder}")
@@ -158,12 +159,22 @@ def _load_weights(model: Regressor, folder: Path, where: str) -> None:
         raise UserError(f"{where}: its weights cannot be read: {error}; copy the checkpoint again") from error
 
 
-def differences(there: Mapping[str, Any], here: Mapping[str, Any], keys: Sequence[str]) -> list[str]:
-    """List the differing keys of two descriptions, one line each; the tag of a backbone's name is ignored."""
+def differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], keys: Sequence[str], sides: tuple[str, str]
+) -> list[str]:
+    """List the differing keys of two descriptions, one line each; the tag of a backbone's name is ignored.
+
+    Args:
+        sides: what the lines call the two.
+    """
     defaults = {"head": "linear", "head_width": 0}  # keys that older checkpoints lack
     defaults |= {"resize_mode": "shortest_even", "interpolation": "bicubic", "crop_pct": 1.0}
-    pairs = [(key, {**defaults, **there}.get(key), {**defaults, **here}.get(key)) for key in keys]
-    return [f"  {key}: {a!r} there, {b!r} here" for key, a, b in pairs if _comparable(key, a) != _comparable(key, b)]
+    pairs = [(key, {**defaults, **first}.get(key), {**defaults, **second}.get(key)) for key in keys]
+    return [
+        f"  {key}: {a!r} ({sides[0]}), {b!r} ({sides[1]})"
+        for key, a, b in pairs
+        if _comparable(key, a) != _comparable(key, b)
+    ]
 
 
 def _comparable(key: str, value: Any) -> Any:

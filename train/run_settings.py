@@ -47,7 +47,7 @@ def check_run_folder(cfg: TrainSettings, datasets: Sequence[Dataset], precision:
         recorded = flat(with_new_names("train", json.loads(path.read_text())))
         current = flat(values)
         differing = [
-            f"  {key}: {recorded.get(key)!r} there, {current.get(key)!r} here"
+            f"  {key}: {recorded.get(key)!r} (recorded), {current.get(key)!r} (requested)"
             for key in sorted({*recorded, *current})
             if recorded.get(key) != current.get(key)
             and key.partition(".")[0] not in MACHINE_SETTINGS

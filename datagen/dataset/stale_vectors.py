@@ -49,7 +49,7 @@ def refuse_stale_vectors(
         f"Remove {folder} and repeat this command: it writes the vectors again. Models trained on the old vectors do "
         "not fit the new ones. To keep both, rename the encoder's folder: vectors are stored under its name."
     )
-    if lines := differences(recorded, identity):
+    if lines := differences(recorded, identity, sides=("vectors", "encoder")):
         raise UserError(
             f"{folder} holds vectors of another encoder, or of other settings of it:\n"
             + "\n".join(f"  {line}" for line in lines)

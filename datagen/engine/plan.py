@@ -79,7 +79,7 @@ def _differences(recorded: dict[str, Any], current: dict[str, Any], prefix: str 
         if isinstance(a, dict) and isinstance(b, dict):
             lines += _differences(a, b, f"{prefix}{key}.")
         elif a != b:
-            lines.append(f"{prefix}{key}: {a!r} there, {b!r} here")
+            lines.append(f"{prefix}{key}: {a!r} (recorded), {b!r} (requested)")
     return lines
 
 

@@ -242,7 +242,7 @@ class Repository:
             return whole_hub_file(download, lambda _: _local_etag(work, name))
 
     def release(self, name: str, work: Path) -> None:
-        """Removes what `fetch` fetched."""
+        """Delete a downloaded file from `work`; files of a local folder stay."""
         if self.folder is None:
             (work / name).unlink(missing_ok=True)
 
@@ -317,7 +317,7 @@ def _local_etag(folder: Path, name: str) -> str:
 
 @contextlib.contextmanager
 def _hub_errors(what: str, repo: str, kind: str, revision: str | None, name: str, remedy: str) -> Iterator[None]:
-    """Errors of the hub's client as one that says what was tried, what is there and what to do."""
+    """Convert an error of the hub's client to a UserError with the request, the repository's files and a remedy."""
     try:
         yield
     except UserError:

@@ -153,7 +153,7 @@ def _above(row: Mapping[str, Any], column: str, most: float, file: str, number: 
         return float(value) > most
     except (TypeError, ValueError):
         raise UserError(
-            f"{file}, row {number}: {column} is {value!r}, no number, but max_values.{column}={most:g}"
+            f"{file}, row {number}: {column} is {value!r}, not a number, as max_values.{column}={most:g} needs"
         ) from None
 
 

@@ -137,10 +137,9 @@ def _encoder_differences(configs: Mapping[str, Mapping[str, Any]]) -> list[str]:
     (first, reference), *others = configs.items() or [("", {})]
     problems = []
     for name, config in others:
-        if lines := differences(reference.get("encoder_identity"), config.get("encoder_identity")):
-            problems.append(
-                f"{first} (there) and {name} (here) have text encoders of other settings: " + "; ".join(lines)
-            )
+        identities = reference.get("encoder_identity"), config.get("encoder_identity")
+        if lines := differences(*identities, sides=(first, name)):
+            problems.append(f"{first} and {name} have text encoders of other settings: " + "; ".join(lines))
     return problems
 
 

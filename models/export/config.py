@@ -70,7 +70,7 @@ class ExportSettings:
         if self.check_images is not None and not self.runtimes:
             problems.append(
                 f"check_images: {self.check_images} are for exported models, and runtimes is empty; name some, "
-                "runtimes=[onnx]"
+                "'runtimes=[onnx]'"
             )
         if self.push is None and (self.public or not self.dry_run):
             problems.append(

@@ -1,8 +1,8 @@
 """Export a checkpoint or an ensemble as a bundle that predicts offline and without this project.
 
     python -m models.export                                   the newest best checkpoint → bundle/
-    python -m models.export checkpoint=checkpoints/vith14/best sizes=[224,280] flip=true precision=fp16
-    python -m models.export checkpoint=both/ensemble runtimes=[onnx,openvino] check_images=data/sd2
+    python -m models.export checkpoint=checkpoints/vith14/best 'sizes=[224,280]' flip=true precision=fp16
+    python -m models.export checkpoint=both/ensemble 'runtimes=[onnx,openvino]' check_images=data/sd2
     python -m models.export push=hub:user/name
 
 The bundle is loaded again and must reproduce the vectors of its source; otherwise nothing is written.

@@ -114,7 +114,7 @@ def write_runtimes(
     disable_telemetry()
     with (
         torch.inference_mode(),
-        progress(len(squares) * (1 + len(set(kinds))), "image", "graphs", show=len(squares) > _BATCH) as bar,
+        progress(len(squares) * (1 + len(set(kinds))), "image", "runtimes", show=len(squares) > _BATCH) as bar,
         tempfile.TemporaryDirectory(prefix="graphs-", dir=folder) as scratch,
     ):
         reference_NE = _vectors(

@@ -45,7 +45,7 @@ def open_runtime(
     if backend not in exported:
         available = ", ".join(exported) or "none"
         raise BundleError(
-            f"this bundle has no {backend} model (it has: {available}); export it with runtimes=[{backend}]"
+            f"this bundle has no {backend} model (it has: {available}); export it with 'runtimes=[{backend}]'"
         )
     if precision not in _PRECISIONS_OF_BACKEND[backend]:
         raise BundleError(

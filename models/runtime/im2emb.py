@@ -150,7 +150,7 @@ class ImageEncoder(nn.Module):
             exported = config.get("graphs", {}).get(backend)
             if exported is None:
                 raise ValueError(
-                    f"{model_name_or_path} has no {backend} model; export the bundle with runtimes=[{backend}]"
+                    f"{model_name_or_path} has no {backend} model; export the bundle with 'runtimes=[{backend}]'"
                 )
             exported_folder = str(Path(subfolder, exported["file"]).parent)
             load_dir_path(model_name_or_path, exported_folder, revision=revision, **access)
@@ -288,7 +288,7 @@ def _require(model: Any, identity: dict[str, Any], source: str) -> None:
                 if loaded is None or isinstance(loaded, str | int | float | list | tuple):
                     loaded = list(loaded) if isinstance(loaded, tuple) else loaded
                     pairs.append((f"{record['class']}.{key}", value, loaded))
-    lines = [f"  {name}: {a!r} in the bundle, {b!r} here" for name, a, b in pairs if a is not None and a != b]
+    lines = [f"  {name}: {a!r} (bundle), {b!r} (encoder)" for name, a, b in pairs if a is not None and a != b]
     if lines:
         raise ValueError(
             f"the text encoder {source} is not the one that the bundle was trained for:\n"

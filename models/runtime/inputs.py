@@ -67,7 +67,8 @@ def read_task(folder: Path, by_path: bool, sample: Path | None, width: int) -> T
         entries = [entry for entry in entries if entry[0] in requested]
         if not entries:
             raise BundleError(
-                f"no image in {folder} has an id of {sample}: the first ids are {ids[0]!r} there, {first!r} here"
+                f"no image in {folder} has an id of {sample}: the first ids are {ids[0]!r} in the sample, {first!r} in "
+                "the folder"
             )
     duplicates = [f"{a[1]} and {b[1]}" for a, b in itertools.pairwise(entries) if a[0] == b[0]]
     if duplicates:

@@ -54,19 +54,16 @@ class Preprocessing:
             raise ValueError(f"crop_pct {self.crop_pct} is not above 0 and at most 2")
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any], size: int | None = None) -> Self:
+    def from_config(cls, config: Mapping[str, Any]) -> Self:
         """The preprocessing that a checkpoint's config.json, or a bundle's entry of a member, describes.
 
         One without these fields was written before PREPROCESS 3, and keeps the preprocessing of that time.
-
-        Args:
-            size: pixels; None takes that of the config.
         """
         fields = {key: config[key] for key in ("interpolation", "crop_pct") if key in config}
         if "fill_color" in config:
             red, green, blue = config["fill_color"]
             fields["fill_color"] = red, green, blue
-        return cls(size or config["size"], config.get("resize_mode", _SHORTEST_EVEN), **fields)
+        return cls(config["size"], config.get("resize_mode", _SHORTEST_EVEN), **fields)
 
     def at(self, size: int) -> Self:
         """The same rules for a square of another size, pixels."""

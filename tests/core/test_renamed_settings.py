@@ -332,7 +332,7 @@ def test_a_run_of_an_earlier_version_resumes(earlier_run: Path) -> None:
     with pytest.raises(UserError) as refused:
         run_settings.check_run_folder(cfg, datasets, "fp32")
     assert [line for line in str(refused.value).splitlines() if line.startswith("  ")] == [
-        "  optim.grad_clip_norm: 1.0 there, 2.0 here"
+        "  optim.grad_clip_norm: 1.0 (recorded), 2.0 (requested)"
     ]
 
 
@@ -370,7 +370,7 @@ def test_a_dataset_has_the_same_record_as_before(tmp_path: Path) -> None:
     commands.make(tmp_path / "data", *bare)
     assert (tmp_path / "data/dataset.json").read_bytes() == before
     other = {**DATASET, "versions": versions, "curate": {**CURATE, "duplicates_at": 0.9}}
-    with pytest.raises(UserError, match=r"\n  curate\.dedup_threshold: None there, 0\.9 here\n"):
+    with pytest.raises(UserError, match=r"\n  curate\.dedup_threshold: None \(recorded\), 0\.9 \(requested\)\n"):
         plan.refuse_another_dataset(tmp_path, {**DATASET, "versions": versions}, other)
 
 

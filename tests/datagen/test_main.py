@@ -303,8 +303,8 @@ def test_folder_of_another_dataset_is_refused_with_differences(unkilled: Path, t
     assert done.returncode == 2
     assert done.stderr == (
         f"error: {out} holds another dataset:\n"
-        "  renderer.size: 48 there, 32 here\n"
-        "  seed: 0 there, 1 here\n"
+        "  renderer.size: 48 (recorded), 32 (requested)\n"
+        "  seed: 0 (recorded), 1 (requested)\n"
         "Choose another out=, or remove that folder.\n"
     )
     assert contents(out) == contents(unkilled)

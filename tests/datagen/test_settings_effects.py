@@ -351,7 +351,7 @@ DATAGEN_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(DATAGEN_SETTINGS))
-def test_datagen(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_datagen_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     DATAGEN.check(entry, tmp_path)
 
 
@@ -415,7 +415,7 @@ INDEX_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(INDEX_SETTINGS))
-def test_index(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_index_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     INDEX.check(entry, tmp_path)
 
 
@@ -441,12 +441,12 @@ VERIFY_SETTINGS: Entries = {"out": shows(lambda r: len(r.lines("ERROR")), "out={
 
 
 @pytest.mark.parametrize("entry", cases(TARGETS_SETTINGS))
-def test_targets(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_targets_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     TARGETS.check(entry, tmp_path)
 
 
 @pytest.mark.parametrize("entry", cases(VERIFY_SETTINGS))
-def test_verify(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_verify_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     VERIFY.check(entry, tmp_path)
 
 
@@ -515,7 +515,7 @@ PUBLISHED_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(PUBLISHED_SETTINGS))
-def test_published(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_published_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     PUBLISHED.check(entry, tmp_path)
 
 
@@ -543,7 +543,7 @@ REPORT_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(REPORT_SETTINGS))
-def test_report(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_report_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     REPORT.check(entry, tmp_path)
 
 

@@ -286,10 +286,10 @@ def test_invalid_init_from_is_refused(probes: list[torch.Tensor], tmp_path: Path
     with pytest.raises(UserError) as refused:
         checkpoint.load_into(model, tmp_path / "run/best")
     assert str(refused.value).splitlines()[1:] == [
-        "  backbone: 'test_vit' there, 'test_vit2' here",
-        "  target_width: 10 there, 11 here",
-        "  head: 'linear' there, 'wide' here",
-        "  head_width: 0 there, 3 here",
+        "  backbone: 'test_vit' (checkpoint), 'test_vit2' (model)",
+        "  target_width: 10 (checkpoint), 11 (model)",
+        "  head: 'linear' (checkpoint), 'wide' (model)",
+        "  head_width: 0 (checkpoint), 3 (model)",
     ]
     for name in ("resume.ckpt", "pytorch_model.bin", "model.pt"):
         (tmp_path / name).write_bytes(b"a pickle that would run")

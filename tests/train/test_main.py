@@ -412,7 +412,7 @@ def test_folder_of_another_run_is_refused_with_differences(small_data: Path, tmp
         train(small_data, tmp_path / "run", "max_steps=1", "seed=4", "optim.lr=0.5", "scale.workers=0", "log_every=7")
     lines = str(refused.value).splitlines()
     assert "has a run with other settings" in lines[0]
-    assert any("seed: 0 there, 4 here" in line for line in lines)
+    assert any("seed: 0 (recorded), 4 (requested)" in line for line in lines)
     assert any("lr" in line and "0.5" in line for line in lines)
     assert not any("log_every" in line for line in lines), "how a run is carried out may change"
 

@@ -239,7 +239,7 @@ EVALUATE_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(EVALUATE_SETTINGS))
-def test_evaluate(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_evaluate_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     EVALUATE.check(entry, tmp_path)
 
 
@@ -278,12 +278,12 @@ RUNS_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(REPORT_SETTINGS))
-def test_report(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_report_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     REPORT.check(entry, tmp_path)
 
 
 @pytest.mark.parametrize("entry", cases(RUNS_SETTINGS))
-def test_runs(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_runs_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     RUNS.check(entry, tmp_path)
 
 
@@ -353,12 +353,12 @@ INTERPOLATE_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(HARD_SETTINGS))
-def test_hard(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_hard_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     HARD.check(entry, tmp_path)
 
 
 @pytest.mark.parametrize("entry", cases(INTERPOLATE_SETTINGS))
-def test_interpolate(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_interpolate_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     INTERPOLATE.check(entry, tmp_path)
 
 
@@ -420,7 +420,7 @@ DEMO_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(DEMO_SETTINGS))
-def test_demo(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_demo_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     DEMO.check(entry, tmp_path)
 
 
@@ -475,7 +475,9 @@ EXPORT_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(EXPORT_SETTINGS))
-def test_export(entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_setting_of_export_has_effect_or_is_refused(
+    entry: Entry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("HF_TOKEN", raising=False)
     EXPORT.check(entry, tmp_path)
 

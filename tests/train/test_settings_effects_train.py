@@ -245,7 +245,7 @@ TRAIN_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(TRAIN_SETTINGS))
-def test_train(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_train_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     TRAIN.check(entry, tmp_path)
 
 
@@ -381,7 +381,7 @@ PROBE_SETTINGS: Entries = {
 
 
 @pytest.mark.parametrize("entry", cases(PROBE_SETTINGS))
-def test_probe(entry: Entry, tmp_path: Path) -> None:
+def test_setting_of_probe_has_effect_or_is_refused(entry: Entry, tmp_path: Path) -> None:
     PROBE.check(entry, tmp_path)
 
 

@@ -40,13 +40,13 @@ def require_same(config: Mapping[str, Any], model: Path | str, identity: Mapping
     if not identity:
         return
     trained_for = identity_of(config)
-    lines = differences(trained_for, identity)
+    lines = differences(trained_for, identity, sides=("model", "vectors"))
     if lines:
         raise UserError(
             f"{model} was trained on vectors of another encoder, or of other settings of it, than those of {vectors}:\n"
             + "\n".join(f"  {line}" for line in lines)
-            + "\n('there' is the model, 'here' the vectors.) Its output does not lie in the space of these vectors: "
-            "take a model trained on them, or write vectors of the model's encoder: python -m datagen.targets"
+            + "\nIts output does not lie in the space of these vectors: take a model trained on them, or write vectors "
+            "of the model's encoder: python -m datagen.targets"
         )
     if has_settings(identity) and not has_settings(trained_for):
         _report_unknown(str(model), encoder_name(str(config.get("encoder"))))
@@ -77,7 +77,7 @@ def check_folder(encoder: str, datasets: Sequence[Dataset]) -> None:
     model.close()
     problems = []
     for dataset in datasets:
-        lines = differences(dataset.encoder_identity, identity)
+        lines = differences(dataset.encoder_identity, identity, sides=("vectors", "encoder"))
         if lines:
             stored = dataset.root / "targets" / model.name
             problems.append(

@@ -192,7 +192,7 @@ def _refuse_other_vectors(datasets: Sequence[Dataset]) -> None:
     problems = []
     for dataset in others:
         if lines := differences(first.encoder_identity, dataset.encoder_identity, strict=True):
-            problems.append(f"  {first.root} (there) and {dataset.root} (here):")
+            problems.append(f"  {first.root} (first) and {dataset.root} (second):")
             problems += [f"    {line}" for line in lines]
     if problems:
         raise UserError(

@@ -23,7 +23,7 @@ class ResumableLoader(DataLoader):
         try:
             yield from super().__iter__()
         except UserError as error:  # torch wraps the message in the traceback of the worker
-            raise UserError(str(error).rpartition("UserError: ")[2]) from error
+            raise UserError(str(error).rpartition(f"{type(error).__name__}: ")[2]) from error
 
     def state_dict(self) -> dict[str, int]:
         return {}

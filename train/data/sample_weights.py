@@ -1,6 +1,6 @@
 """Sample weights of training images: by prompt source, and by a file of keys and weights.
 
-    data.sources={diffusiondb: 2} data.sample_weights=weights.parquet    columns key, weight; dataset where keys repeat
+    'data.sources={diffusiondb: 2}' data.sample_weights=weights.parquet   columns key, weight; dataset where keys repeat
 
 N images of all datasets.
 """

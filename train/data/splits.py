@@ -188,7 +188,7 @@ def refuse_seen(prompts: Prompts, train: Rows, sets: Mapping[str, Rows]) -> None
         if shared:
             problems.append(
                 f"val: {name}: {shared:,} of its {len(hashes):,} prompts are trained on, so its score would say "
-                f"nothing; make the training images with curate.exclude_near=[{name}], or leave it out of val=[…]"
+                f"nothing; make the training images with 'curate.exclude_near=[{name}]', or leave it out of val=[…]"
             )
     if problems:
         raise UserError("\n".join(problems))

@@ -1,18 +1,18 @@
 """Demo page: upload an image, see the nearest prompts and the share of the prediction that each baseline explains.
 
     python -m train.demo
-    python -m train.demo checkpoint=bundle prompt_index=prompts.txt baselines=[mean,retrieve]
+    python -m train.demo checkpoint=bundle prompt_index=prompts.txt 'baselines=[mean,retrieve]'
 
 train/demo/explain.py computes the results, train/demo/page.py serves the page.
 """
 
 import importlib.util
 import io
-import json
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from core.cli import compose
 from core.errors import UserError
@@ -125,7 +125,7 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, P
 
     device = device_of(cfg.accelerator)
     embedder = loader.load_embedder(folder, device)
-    config = json.loads((folder / "config.json").read_text())
+    config = loader.embedder_config(folder)
     encoder = config["encoder"]
     data = recipe = backbone = None
     if run is not None:
@@ -147,11 +147,11 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, P
     if data is not None and {"knn", "ridge"} & {*names}:
         log.info(
             "demo: knn and ridge need features of %s training images: at the first start they are computed now; "
-            "baselines=[mean,retrieve] starts at once",
+            "'baselines=[mean,retrieve]' starts at once",
             f"{len(data.train_rows):,}",
         )
     registry = EmbedderRegistry(evaluate, folder, encoder, targets, data, recipe, backbone, device)
-    baselines = {n: _mean(folder) if n == "mean" else registry.of(n).make() for n in names if n != "retrieve"}
+    baselines = {n: _mean(folder, config) if n == "mean" else registry.of(n).make() for n in names if n != "retrieve"}
     retrieve = prompt_index.PromptRetriever(index, evaluate.retrieve.neighbours, evaluate.retrieve.similarity_exponent)
     shown = {"neighbours": cfg.neighbours, "max_pixels": cfg.max_pixels}
     demo = Demo(embedder, index, baselines, retrieve if "retrieve" in names else None, **shown)
@@ -159,18 +159,18 @@ def prepare(cfg: DemoSettings, folder: Path, run: Path | None) -> "tuple[Demo, P
     return demo, PageNames(str(folder), source, len(index))
 
 
-def _mean(folder: Path) -> "Mean":
+def _mean(folder: Path, config: Mapping[str, Any]) -> "Mean":
     """Mean training vector of a checkpoint or bundle; for an ensemble, the mean over its members."""
     import torch
-    from safetensors import safe_open
 
+    from models import checkpoint
     from models.baselines.mean import Mean
+    from models.runtime.model import mean_vector
 
-    means = []
-    for file in sorted(folder.glob("members/*/model.safetensors")) or [folder / "model.safetensors"]:
-        with safe_open(file, "pt") as opened:
-            means.append(opened.get_tensor("mean_E"))
-    return Mean(torch.stack(means))
+    if config["kind"] == "bundle":
+        return Mean(torch.from_numpy(mean_vector(folder, config))[None])
+    members = sorted(folder.glob("members/*")) or [folder]
+    return Mean(torch.stack([checkpoint.load_extras(member)[0] for member in members]))
 
 
 def _grey() -> bytes:

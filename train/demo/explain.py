@@ -120,7 +120,7 @@ class Demo:
             usable = ",".join(name for name in baseline_vectors if name not in not_finite)
             raise UserError(
                 f"baselines: the vector of {' and of '.join(not_finite)} is not finite for this image; without: "
-                f"baselines=[{usable}]"
+                f"'baselines=[{usable}]'"
             )
         other_KE = np.concatenate([np.zeros((0, z_1E.shape[1]), np.float32), *baseline_vectors.values()])
         share_K, rest = nnls_shares(z_1E[0], other_KE)

@@ -1,6 +1,6 @@
-// The page of train.demo: an image pasted or dropped anywhere is looked at, also in place of the one that is shown.
+// Page of train.demo: an image pasted or dropped anywhere replaces the current one and is explained.
 () => {
-  const shown = (selector) => document.querySelector(`#picture ${selector}`);
+  const shown = (selector) => document.querySelector(`#image ${selector}`);
   const put = async (file) => {
     shown("[aria-label='Remove Image']")?.click();
     for (let waited = 0; waited < 2000 && !shown("input[type=file]"); waited += 20) {
@@ -21,6 +21,6 @@
   document.addEventListener("drop", (event) => {
     event.preventDefault();  // else the browser would leave the page
     const file = event.dataTransfer.files[0];
-    if (file && !event.target.closest("#picture button")) put(file);  // there gradio takes it
+    if (file && !event.target.closest("#image button")) put(file);  // there gradio takes it
   });
 }

@@ -140,7 +140,7 @@ def render_result(demo: Demo, words: PageNames, path: object, uploads: Path) -> 
             data = file.read_bytes()
         except OSError as error:
             raise BadImage("the file is no longer there; drop it again") from error
-        return True, _template().render(words=words, look=demo.explain(data))
+        return True, _template().render(words=words, explanation=demo.explain(data))
     except (BadImage, UserError) as error:
         problem = str(error)
     except Exception as error:  # otherwise the page would still show the result of the previous image
@@ -176,7 +176,7 @@ def _app(demo: Demo, words: PageNames, most_bytes: int, uploads: Path) -> App:
                 show_label=False,
                 buttons=[],
                 placeholder="# Drop an image here\nor choose one, or paste one",
-                elem_id="picture",
+                elem_id="image",
                 alt_text="The uploaded image",
                 min_width=280,
             )
@@ -190,7 +190,7 @@ def _app(demo: Demo, words: PageNames, most_bytes: int, uploads: Path) -> App:
             show,
             image,
             [image, results],
-            api_name="look",
+            api_name="explain",
             preprocess=False,  # gradio would decode images of any size
             concurrency_limit=1,
             show_progress="minimal",

@@ -74,8 +74,9 @@ def save_ensemble(
     loose = [name for name in counted if name not in folders]
     if loose:
         log.info(
-            "the ensemble is not saved as one embedder: %s no checkpoint. ensemble.members=[%s] leaves it out",
-            f"{', '.join(loose)} {'is' if len(loose) == 1 else 'are'}",
+            "the ensemble is not saved as one embedder, because these members are not checkpoints: %s. To save it "
+            "without them: 'ensemble.members=[%s]'",
+            ", ".join(loose),
             ",".join(name for name in counted if name in folders),
         )
         return None

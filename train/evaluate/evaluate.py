@@ -1,13 +1,18 @@
 """Score embedders on a dataset: mean cosine with its 95 % interval, paired differences, leakage and a page.
 
 python -m train.evaluate
-python -m train.evaluate embedders=[mean,knn,ridge,regressor,ensemble]
-python -m train.evaluate embedders=[blip,coca,clip_interrogator,retrieve,regressor] run=checkpoints/vith14
-python -m train.evaluate embedders=[checkpoints/a,checkpoints/b,ensemble] dataset=data/comp out=comp_scores
+python -m train.evaluate 'embedders=[mean,knn,ridge,regressor,ensemble]'
+python -m train.evaluate 'embedders=[blip,coca,clip_interrogator,retrieve,regressor]' run=checkpoints/vith14
+python -m train.evaluate 'embedders=[checkpoints/a,checkpoints/b,ensemble]' dataset=data/comp out=comp_scores
 
-<out>/evaluation.json, report.html, keys.json, pictures.json       scores; page; image keys; facts of each image
-      predictions/NAME.npy [n, E], scores/NAME.npy [n], texts/NAME.json [n] ensemble/
-      the ensemble as one embedder, if its members are checkpoints
+<out>/evaluation.json        scores, intervals, differences, leakage
+      report.html            page
+      keys.json              image keys, in the order of all arrays
+      pictures.json          number of words and nearest training prompt of each image
+      predictions/NAME.npy   [n, E]
+      scores/NAME.npy        [n]
+      texts/NAME.json        [n]
+      ensemble/              the ensemble as one embedder, if its members are checkpoints
 
 Without `dataset`, a run is evaluated on its own validation images: those of all its datasets, or its fold. Predictions
 are cached (train/evaluate/prediction_cache.py).

@@ -269,11 +269,11 @@ def _checked(name: str, z_BE: NDArray[np.float32], width: int) -> NDArray[np.flo
     """`z_BE`, if the vectors can be scored."""
     if z_BE.shape[1] != width:
         raise UserError(
-            f"{name} gives vectors {z_BE.shape[1]} wide, but the dataset's targets are {width} wide: it is of another "
-            "target encoder; python -m datagen.targets encodes the prompts by that one, too"
+            f"{name} predicts vectors of width {z_BE.shape[1]}, but the dataset's targets have width {width}: it was "
+            "trained for another text encoder, whose targets python -m datagen.targets out=… encoder=… writes"
         )
     length_B = np.linalg.norm(z_BE, axis=1)
     wrong = int((~(length_B > 0.5)).sum())  # NaN too
     if wrong:
-        raise UserError(f"{name}: {wrong} of {len(z_BE)} vectors are zero or not finite, where unit vectors are due")
+        raise UserError(f"{name}: {wrong} of {len(z_BE)} vectors are zero or not finite; unit vectors are required")
     return z_BE

@@ -345,9 +345,9 @@ class _Encoder:
 
 
 def _require_same_encoder(identity: Mapping[str, Any] | None, expected: Mapping[str, Any] | None, whose: str) -> None:
-    if lines := differences(expected, identity):
+    if lines := differences(expected, identity, sides=("evaluated", "prompts")):
         raise UserError(
-            f"the vectors of {whose} (here) and those they are compared with (there) come from different encoders:\n"
+            f"the evaluated vectors and those of {whose} come from different encoders:\n"
             + "\n".join(f"  {line}" for line in lines)
         )
 

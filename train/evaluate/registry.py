@@ -179,10 +179,10 @@ class EmbedderRegistry:
         if self._data is None:
             raise UserError("mean, knn and ridge are fitted on the training images of a run: name run=…")
         fitted_on = self._data.images.datasets[0]
-        if lines := differences(fitted_on.encoder_identity, self._targets):
+        if lines := differences(fitted_on.encoder_identity, self._targets, sides=("fitted on", "evaluated")):
             raise UserError(
-                f"mean, knn and ridge are fitted on the vectors of {fitted_on.root} (there), which do not come from "
-                "the encoder of the evaluated vectors (here):\n" + "\n".join(f"  {line}" for line in lines)
+                f"mean, knn and ridge are fitted on the vectors of {fitted_on.root}, which do not come from the "
+                "encoder of the evaluated vectors:\n" + "\n".join(f"  {line}" for line in lines)
             )
         return self._data
 
@@ -231,10 +231,10 @@ class EmbedderRegistry:
         """
         encoder = TargetEncoder(self._encoder, self._device.type)
         identity, expected = encoder.identity(), self._targets
-        if lines := differences(expected, identity):
+        if lines := differences(expected, identity, sides=("dataset", "encoder")):
             raise UserError(
-                f"the target encoder {self._encoder} (here) is not the one that wrote the dataset's vectors (there), "
-                "or its settings were changed:\n"
+                f"the target encoder {self._encoder} is not the one that wrote the dataset's vectors, or its settings "
+                "were changed:\n"
                 + "\n".join(f"  {line}" for line in lines)
                 + "\nRemove the dataset's folder in targets/ and write the vectors again: "
                 f"python -m datagen.targets out=DATASET encoder={self._encoder}"

@@ -104,7 +104,7 @@ def best_and_worst(
 def log_best_table(
     logger: WandbLogger, images: ImageDataset, examples: Sequence[Example], step: int | None = None, side: int = 256
 ) -> None:
-    """Log the wandb table `val/pictures` of the best and worst predictions, with images of at most `side` px."""
+    """Log the wandb table `val/images` of the best and worst predictions, with images of at most `side` px."""
     import wandb
     from PIL import Image
 
@@ -114,5 +114,5 @@ def log_best_table(
         image.thumbnail((side, side))
         near = "\n".join(f"{cosine:.2f} {prompt}" for cosine, prompt in example.near)
         data.append([wandb.Image(image), example.kind, example.score, example.prompt, near, example.key])
-    columns = ["picture", "kind", "cosine", "prompt", "nearest training prompts", "key"]
-    logger.log_table("val/pictures", columns=columns, data=data, step=step)
+    columns = ["image", "kind", "cosine", "prompt", "nearest training prompts", "key"]
+    logger.log_table("val/images", columns=columns, data=data, step=step)

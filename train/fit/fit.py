@@ -199,10 +199,10 @@ def _log_run(
     log.info("%s at %d px → %d: %s", spec.name, spec.size, model.width, cost.line(*_per_device(cfg, machine)))
     log.info("preprocessing: %s", spec.preprocessing)
     log.info(
-        "%s training images, %s; %d steps of %d, %d an epoch; %d × %s, %s",
+        "%s training images; validation images: %s; %d steps of %d images, %d steps per epoch; %d × %s, %s",
         f"{len(data.train_rows):,}",
-        ", ".join(f"{len(rows):,} of {name}" for name, rows in zip(data.val_names, data.val_sets, strict=True))
-        or "no validation images: the last checkpoint is also the best",
+        ", ".join(f"{len(rows):,} ({name})" for name, rows in zip(data.val_names, data.val_sets, strict=True))
+        or "none, so the last checkpoint is also the best",
         data.steps,
         cfg.batch_size,
         data.per_epoch,

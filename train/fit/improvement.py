@@ -6,9 +6,7 @@
 n images of the first validation set. Differences are paired by image; their intervals resample prompts.
 """
 
-import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -154,9 +152,3 @@ def prompt_groups(images: "ImageDataset", row_n: NDArray[np.int64]) -> NDArray[n
 def signed(gain: Interval) -> str:
     """Format a difference with its 95 % interval: +0.0571 [+0.0470, +0.0672]."""
     return f"{gain.mean:+.4f} [{gain.low:+.4f}, {gain.high:+.4f}]"
-
-
-def read(run: Path) -> dict[str, Any] | None:
-    """Read `improvement.json` of a run; None where it is missing: the run has not ended or has no validation."""
-    path = run / FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -40,7 +40,7 @@ class HardSettings:
     batch_size: int
     """Number of images per forward pass."""
     workers: int | None
-    """Number of decoding threads; null decides by the machine."""
+    """Number of decoding processes (DataLoader workers); null: up to 16 with a GPU, none without."""
     accelerator: Literal["auto", "cpu", "gpu"]
     """Kind of device; auto takes a GPU where there is one."""
 

@@ -46,7 +46,7 @@ class InterpolateSettings:
     batch_size: int
     """Number of images per forward pass."""
     workers: int | None
-    """Number of decoding threads; null decides by the machine."""
+    """Number of decoding processes (DataLoader workers); null: up to 16 with a GPU, none without."""
     accelerator: Literal["auto", "cpu", "gpu"]
     """Kind of device; auto takes a GPU where there is one."""
 
@@ -76,11 +76,12 @@ def interpolate(cfg: InterpolateSettings) -> dict[str, Any]:
     from train.data.images import ImageDataset
 
     a_config, config = (checkpoint.read_config(folder) for folder in (cfg.a, cfg.b))
-    differ = checkpoint.differences(a_config, config, (*checkpoint.ARCHITECTURE, *checkpoint.PREPROCESSING, "encoder"))
-    encoder_lines = differences(a_config.get("encoder_identity"), config.get("encoder_identity"))
-    differ += [f"  encoder: {line}" for line in encoder_lines]
+    keys = (*checkpoint.ARCHITECTURE, *checkpoint.PREPROCESSING, "encoder")
+    differ = checkpoint.differences(a_config, config, keys, ("a", "b"))
+    identities = a_config.get("encoder_identity"), config.get("encoder_identity")
+    differ += [f"  encoder: {line}" for line in differences(*identities, sides=("a", "b"))]
     if differ:
-        raise UserError(f"{cfg.a} (there) and {cfg.b} (here) differ:\n" + "\n".join(differ))
+        raise UserError(f"{cfg.a} (a) and {cfg.b} (b) differ:\n" + "\n".join(differ))
     images = rows = None
     if cfg.dataset is not None:
         images = ImageDataset([Dataset(cfg.dataset, config["encoder"])], Preprocessing.from_config(config))

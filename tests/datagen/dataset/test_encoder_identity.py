@@ -18,21 +18,30 @@ from tests import tiny_encoders
 from tests.commands import contents
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
-    "pooling": ({"pooling": "cls"}, r"Pooling\.pooling_mode: 'mean' there, 'cls' here"),
-    "default prompt": ({"prompt": "query: "}, r"default_prompt: '' there, 'query: ' here"),
-    "prompt left out of pooling": ({"include_prompt": False}, r"Pooling\.include_prompt: True there, False here"),
-    "longest text": ({"max_tokens": 32}, r"Transformer\.max_tokens: 64 there, 32 here"),
+    "pooling": ({"pooling": "cls"}, r"Pooling\.pooling_mode: 'mean' \(vectors\), 'cls' \(encoder\)"),
+    "default prompt": ({"prompt": "query: "}, r"default_prompt: '' \(vectors\), 'query: ' \(encoder\)"),
+    "prompt left out of pooling": (
+        {"include_prompt": False},
+        r"Pooling\.include_prompt: True \(vectors\), False \(encoder\)",
+    ),
+    "longest text": ({"max_tokens": 32}, r"Transformer\.max_tokens: 64 \(vectors\), 32 \(encoder\)"),
     "normalisation": (
         {"normalize": False},
-        r"modules: Transformer, Pooling, Normalize there, Transformer, Pooling here",
+        r"modules: Transformer, Pooling, Normalize \(vectors\), Transformer, Pooling \(encoder\)",
     ),
-    "capitals": ({"lower": False}, r"Transformer\.tokenizer\.normalizer\.lowercase: True there, False here"),
-    "cut": ({"truncate_dim": 8}, r"width: 16 there, 8 here"),
-    "weights": ({"seed": 1}, r"weights_sha256: '.*' there, '.*' here"),
-    "activation": ({"activation": "relu"}, r"Transformer\.transformer\.hidden_act: 'gelu' there, 'relu' here"),
+    "capitals": (
+        {"lower": False},
+        r"Transformer\.tokenizer\.normalizer\.lowercase: True \(vectors\), False \(encoder\)",
+    ),
+    "cut": ({"truncate_dim": 8}, r"width: 16 \(vectors\), 8 \(encoder\)"),
+    "weights": ({"seed": 1}, r"weights_sha256: '.*' \(vectors\), '.*' \(encoder\)"),
+    "activation": (
+        {"activation": "relu"},
+        r"Transformer\.transformer\.hidden_act: 'gelu' \(vectors\), 'relu' \(encoder\)",
+    ),
     "another module": (
         {"dense": 3},
-        r"modules: Transformer, Pooling, Normalize there, Transformer, Pooling, Dense, Norm",
+        r"modules: Transformer, Pooling, Normalize \(vectors\), Transformer, Pooling, Dense, Norm",
     ),
 }
 
@@ -145,7 +154,7 @@ def test_identity_covers_dense_weights_and_routes(tmp_path: Path) -> None:
         for name in ("query", "document")
     )
     assert differences(query.identity(), document.identity()) == [
-        "Router.default_route: 'query' there, 'document' here"
+        "Router.default_route: 'query' (first), 'document' (second)"
     ]
 
 
@@ -199,7 +208,7 @@ def test_targets_command_refuses_a_changed_folder(plain: Path, dataset: Path, tm
     (folder / "config_sentence_transformers.json").write_text(json.dumps(config))
     done = run("datagen.targets", f"out={dataset}", f"encoder={folder}")
     assert done.returncode == 2
-    assert "default_prompt: '' there, 'find: ' here" in done.stderr
+    assert "default_prompt: '' (vectors), 'find: ' (encoder)" in done.stderr
     assert read_encoder(dataset, "mine") == before
 
 

@@ -318,7 +318,12 @@ def test_folder_with_unexpected_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine.txt").touch()
     for out, folder, overrides, said in (
-        ("out", "copy", ["seed=1"], r"(?s)out holds another dataset:\n  seed: 0 there, 1 here\nChoose another out="),
+        (
+            "out",
+            "copy",
+            ["seed=1"],
+            r"(?s)out holds another dataset:\n  seed: 0 \(recorded\), 1 \(requested\)\nChoose another out=",
+        ),
         ("full", "copy", [], r"full is not empty and holds no dataset \(mine\.txt"),
         ("new", "gone", [], r"folder: no folder .*gone; give a copy of the hub's dataset jamarju/sd-4\.4M"),
         ("new", "full", [], r"full holds no \*/sd-4\.4M-\*\.tar, but mine\.txt"),

@@ -131,7 +131,7 @@ def test_plain_texts_need_no_cleaning(simple: Any) -> None:
     assert all(map(differs, [ENTITIES[0], UNICODE[2], "cafÃ© “curly”"]))
 
 
-def test_the_images_test_uses_open_clips_ids(simple: Any) -> None:
+def test_reference_ids_of_sd2_test_match_open_clip(simple: Any) -> None:
     from tests.datagen.renderers.test_sd2 import IDS, PROMPTS
 
     assert [[49406, *simple.encode(p), 49407] for p in PROMPTS] == IDS

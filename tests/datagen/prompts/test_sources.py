@@ -403,7 +403,7 @@ def test_other_unusable_files_are_refused(tmp_path: Path) -> None:
         (
             "p.csv",
             {"max_values": {"nsfw": 0.5}},
-            r"p\.csv, row 1: nsfw is 'high', no number, but max_values\.nsfw=0\.5",
+            r"p\.csv, row 1: nsfw is 'high', not a number, as max_values\.nsfw=0\.5 needs",
         ),
         ("p.csv", {"max_values": {"age": 0.5}}, r"p\.csv lacks the column age; it has prompt, nsfw"),
         ("p.csv", {"json_lists": True}, r"p\.csv, row 1: not a JSON list of texts; .*prompts\.json_lists=false"),

@@ -70,7 +70,7 @@ def test_long_runs_are_refused_unless_forced(
     asked = replace(asked, force=True)
     assert generate(asked) == 0, "the batch size found is that of the resumed run"
     other = replace(asked, renderer=replace(asked.renderer, batch_size=3))
-    with pytest.raises(UserError, match=r"(?s)holds another dataset:.*batch_size: 4 there, 3 here"):
+    with pytest.raises(UserError, match=r"(?s)holds another dataset:.*batch_size: 4 \(recorded\), 3 \(requested\)"):
         generate(other)
 
 

@@ -292,7 +292,7 @@ def test_missing_packages_and_images_are_refused_first(
 @pytest.mark.parametrize(
     ("kind", "precision", "words"),
     [
-        ("openvino", "fp32", r"has no openvino model \(it has: onnx\); export it with runtimes=\[openvino\]"),
+        ("openvino", "fp32", r"has no openvino model \(it has: onnx\); export it with 'runtimes=\[openvino\]'"),
         ("onnx", "bf16", r"onnx does not compute in bf16; use fp32"),
         ("onnx", "fp32", r"model\.onnx cannot be loaded: .*; copy the bundle again"),
     ],

@@ -1,12 +1,6 @@
-"""Vector index against scikit-learn, and the row cache against what a kill leaves."""
+"""Vector index against scikit-learn."""
 
-import inspect
 import json
-import os
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +9,7 @@ import numpy as np
 import pytest
 from sklearn.neighbors import NearestNeighbors
 
-from core import cache
-from core.cache import cached_rows
 from core.errors import UserError
-from core.paths import ROOT
 from models.retrieval import vector_index
 from models.retrieval.vector_index import Index, cached_index, weighted_mean
 
@@ -40,7 +31,7 @@ def theirs(vector_nD: np.ndarray, query_BD: np.ndarray, k: int = K) -> tuple[np.
     return 1 - distance_Bk, row_Bk
 
 
-def test_exact_search_finds_what_scikit_learn_finds() -> None:
+def test_exact_search_matches_scikit_learn() -> None:
     vector_nD, query_BD = unit(N, 0), unit(50, 1)
     cosine_Bk, row_Bk = theirs(vector_nD, query_BD)
     found = Index(vector_nD).search(3 * query_BD, K)
@@ -48,7 +39,7 @@ def test_exact_search_finds_what_scikit_learn_finds() -> None:
     np.testing.assert_allclose(found[0], cosine_Bk, atol=1e-6)
 
 
-def test_approximate_search_finds_nearly_all_and_tells_true_cosines() -> None:
+def test_approximate_search_has_high_recall_and_exact_cosines() -> None:
     vector_nD, query_BD = unit(N, 0), unit(200, 1)
     index = Index(vector_nD, exact=False)
     index._cells.nprobe = 4  # of so few vectors, those of all cells are looked at else
@@ -191,7 +182,7 @@ def test_unfit_vectors_are_refused() -> None:
         index.search(unit(5, 1), 0)
 
 
-def test_the_weighted_mean_is_the_one_by_hand() -> None:
+def test_weighted_mean_matches_reference() -> None:
     vector_nE = unit(30, 0, 8)
     cosine_Bk = np.array([[0.9, 0.5, -0.2], [-0.1, -0.2, -0.3], [0.3, 0.0, -1.0]], np.float32)
     row_Bk = np.array([[3, 4, 5], [0, 1, 2], [9, 8, 7]])
@@ -210,149 +201,7 @@ def test_the_weighted_mean_is_the_one_by_hand() -> None:
         weighted_mean(opposite, np.ones((1, 2), np.float32), np.array([[0, 1]]), 1)
 
 
-# ------------------------------------------------------------------------------------------------------- row cache
-
-
-def rows_of(start: int, stop: int) -> np.ndarray:
-    return np.arange(start, stop, dtype=np.float32)[:, None] * np.array([1, -1, 0.5], np.float32)
-
-
-def test_rows_are_made_once_and_mapped(tmp_path: Path) -> None:
-    asked = []
-
-    def make(start: int, stop: int) -> np.ndarray:
-        asked.append((start, stop))
-        return rows_of(start, stop)
-
-    count = cache.PART + 5
-    for _ in range(2):
-        found = cached_rows(tmp_path / "own", count, make, "row", "rows")
-        np.testing.assert_array_equal(found, rows_of(0, count))
-        assert isinstance(found, np.memmap)
-    assert asked == [(0, cache.PART), (cache.PART, count)]
-    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == [".lock", "rows.json", "vectors.npy"]
-
-
-def test_a_failed_pass_goes_on_and_gives_the_same_bytes(tmp_path: Path) -> None:
-    count = 3 * cache.PART
-
-    def failing(start: int, stop: int) -> np.ndarray:
-        if start == 2 * cache.PART:
-            raise RuntimeError("no more")
-        return rows_of(start, stop)
-
-    with pytest.raises(RuntimeError, match="no more"):
-        cached_rows(tmp_path / "a", count, failing, "row", "rows")
-    with (tmp_path / "a" / "vectors.part").open("ab") as file:
-        file.write(b"half a part")
-    began = []
-    cached_rows(tmp_path / "a", count, lambda *at: began.append(at[0]) or rows_of(*at), "row", "rows")
-    cached_rows(tmp_path / "b", count, rows_of, "row", "rows")
-    assert began == [2 * cache.PART]
-    assert (tmp_path / "a" / "vectors.npy").read_bytes() == (tmp_path / "b" / "vectors.npy").read_bytes()
-
-
-def test_what_does_not_count_is_made_again(tmp_path: Path) -> None:
-    count = 2 * cache.PART
-    for name, told in (("cut", {"rows": cache.PART, "width": 3}), ("damaged", None), ("others", {"rows": 1})):
-        folder = tmp_path / name
-        folder.mkdir()
-        (folder / "vectors.part").write_bytes(b"short")
-        (folder / "rows.json").write_text(json.dumps(told) if told else "{")
-        np.testing.assert_array_equal(cached_rows(folder, count, rows_of, "row", "rows"), rows_of(0, count))
-    (tmp_path / "cut" / "vectors.npy").write_bytes(b"short")
-    np.testing.assert_array_equal(cached_rows(tmp_path / "cut", count, rows_of, "row", "rows"), rows_of(0, count))
-
-
-@pytest.mark.parametrize("place", [9, 200, 40_000, -2])
-def test_damaged_rows_are_made_again(place: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A flipped byte in the file, or in what a killed process left of it."""
-    count = 2 * cache.PART
-    cached_rows(tmp_path, count, rows_of, "row", "rows")
-    whole = tmp_path / "vectors.npy"
-    for path in (whole, tmp_path / "vectors.part"):
-        data = bytearray(whole.read_bytes())
-        data[place] ^= 1
-        whole.rename(path)
-        path.write_bytes(data)
-        np.testing.assert_array_equal(cached_rows(tmp_path, count, rows_of, "row", "rows"), rows_of(0, count))
-    assert caplog.messages == [f"{whole} is damaged or of an earlier version: computed again"]
-
-
-def test_rows_that_are_not_finite_are_refused_and_the_part_before_is_kept(tmp_path: Path) -> None:
-    count, began = 2 * cache.PART, []
-
-    def bad(start: int, stop: int) -> np.ndarray:
-        made = rows_of(start, stop)
-        if start:
-            made[3, 1], made[8, 0] = np.nan, np.inf
-        return made
-
-    what = rf"2 of {cache.PART} row vectors are NaN or infinite, the first is row {cache.PART + 3}; .*{tmp_path}"
-    with pytest.raises(UserError, match=what):
-        cached_rows(tmp_path, count, bad, "row", "rows")
-    found = cached_rows(tmp_path, count, lambda *at: began.append(at[0]) or rows_of(*at), "row", "rows")
-    assert began == [cache.PART]
-    np.testing.assert_array_equal(found, rows_of(0, count))
-
-
-def test_a_full_disk_is_told_before_the_work(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"the vectors take .* GB, and .* GB free: name a larger folder"):
-        cached_rows(tmp_path, 10**15, rows_of, "row", "rows")
-
-
-def test_a_killed_process_loses_a_part_at_most(tmp_path: Path) -> None:
-    program = textwrap.dedent(f"""
-        import time
-        from pathlib import Path
-        import numpy as np
-        from core import cache
-
-        def make(start, stop):
-            time.sleep(0.2)
-            print(start, flush=True)
-            return rows_of(start, stop)
-
-        PROGRAM
-        cache.cached_rows(Path({str(tmp_path / "own")!r}), 6 * cache.PART, make, "row", "rows")
-    """).replace("PROGRAM", inspect.getsource(rows_of))
-    command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
-        assert process.stdout is not None
-        for _ in range(3):
-            process.stdout.readline()
-        os.kill(process.pid, signal.SIGKILL)
-    done = json.loads((tmp_path / "own" / "rows.json").read_text())["rows"]
-    assert done >= 2 * cache.PART
-    again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    assert int(again.stdout.split()[0]) == done
-    found = np.load(tmp_path / "own" / "vectors.npy")
-    np.testing.assert_array_equal(found, rows_of(0, 6 * cache.PART))
-
-
-def test_two_processes_make_the_rows_once(tmp_path: Path) -> None:
-    program = textwrap.dedent(f"""
-        import time
-        from pathlib import Path
-        import numpy as np
-        from core import cache
-
-        def make(start, stop):
-            time.sleep(0.5)
-            print("made", flush=True)
-            return np.ones((10, 3))
-
-        cache.cached_rows(Path({str(tmp_path / "own")!r}), 10, make, "row", "rows")
-    """)
-    command = [sys.executable, "-c", program]
-    quiet = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    both = [subprocess.Popen(command, **quiet) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0]
-    assert "".join(said).count("made") == 1
-
-
-def test_the_size_from_which_cells_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_index_is_exact_up_to_the_size_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vector_index, "EXACT", 1000)
     assert [Index(unit(n, 0)).exact for n in (1000, 1001)] == [True, False]
     assert Index(unit(1001, 0), exact=True).exact

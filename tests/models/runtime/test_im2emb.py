@@ -282,7 +282,7 @@ def test_loading_requires_trust_remote_code(bundle: Path) -> None:
     [
         ({"model_kwargs": {"dtype": "int3"}}, "a bundle accepts `dtype`"),
         ({"model_kwargs": {"attn_implementation": "eager"}}, "a bundle accepts `dtype`"),
-        ({"backend": "onnx"}, "has no onnx model; export the bundle with runtimes="),
+        ({"backend": "onnx"}, "has no onnx model; export the bundle with 'runtimes="),
     ],
 )
 def test_unknown_options_are_refused(options: dict[str, Any], words: str, bundle: Path) -> None:

@@ -63,7 +63,9 @@ def test_sample_submission_sets_ids_and_order(images: Path, tmp_path: Path) -> N
     assert task.rows == [1, -1, 0]
     assert task.paths == ["a.png", "b.png"]
     assert task.not_requested == 1
-    with pytest.raises(BundleError, match=r"no image in .* has an id of .*: the first ids are 'x' there, 'a' here"):
+    with pytest.raises(
+        BundleError, match=r"no image in .* has an id of .*: the first ids are 'x' in the sample, 'a' in the folder"
+    ):
         read_task(images, False, write_sample(tmp_path / "s.csv", ["x", "y"]), E)
 
 

@@ -75,7 +75,8 @@ def test_checkpoint_carries_the_identity(run: Path, encoder: Path) -> None:
 @pytest.mark.slow
 def test_training_refuses_another_folder_of_the_same_name(dataset: Path, changed: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"(?s)targets/mine holds .*default_prompt: '' .*'query: ' here.*encoder=mine to"
+        UserError,
+        match=r"(?s)targets/mine holds .*default_prompt: '' \(vectors\), 'query: ' \(encoder\).*encoder=mine to",
     ):
         training.train(dataset, tmp_path / "run", f"encoder={changed}", *QUICK)
     lacking = tiny_encoders.write(tmp_path / "lacking")
@@ -94,13 +95,15 @@ def test_resume_refuses_vectors_written_by_a_changed_encoder(
     (copy / "settings.json").write_text(json.dumps({**values, "dataset": [str(data)]}))
     shutil.rmtree(data / "targets")
     shutil.copytree(other / "targets", data / "targets")
-    with pytest.raises(UserError, match=r"other settings:\n  encoder_sha256: \['\w+'\] there, \['\w+'\] here\n"):
+    with pytest.raises(
+        UserError, match=r"other settings:\n  encoder_sha256: \['\w+'\] \(recorded\), \['\w+'\] \(requested\)\n"
+    ):
         training.train(data, copy, "encoder=mine", *QUICK)
 
 
 def test_starting_from_a_checkpoint_of_other_vectors_is_refused(run: Path, other: Path, tmp_path: Path) -> None:
     with pytest.raises(
-        UserError, match=r"(?s)init_from: .* was trained on vectors of .*default_prompt: '' there, 'query"
+        UserError, match=r"(?s)init_from: .* was trained on vectors of .*default_prompt: '' \(model\), 'query"
     ):
         training.train(other, tmp_path / "run", "encoder=mine", f"init_from={run / 'best'}", *QUICK)
 
@@ -115,10 +118,10 @@ def test_evaluation_on_vectors_of_a_changed_encoder_is_refused(
     run: Path, dataset: Path, other: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(
-        UserError, match=r"(?s)best was trained on vectors of .*default_prompt: '' there, 'query: ' here"
+        UserError, match=r"(?s)best was trained on vectors of .*default_prompt: '' \(model\), 'query: ' \(vectors\)"
     ):
         score(run, tmp_path / "a", f"dataset={other}", "embedders=[regressor]")
-    with pytest.raises(UserError, match=r"(?s)mean, knn and ridge are fitted on .*default_prompt: '' there"):
+    with pytest.raises(UserError, match=r"(?s)mean, knn and ridge are fitted on .*default_prompt: '' \(fitted on\)"):
         score(run, tmp_path / "b", f"dataset={other}", "embedders=[mean]")
     expected = score(run, tmp_path / "c", f"dataset={dataset}", "embedders=[regressor]")["scores"]
     old = Path(shutil.copytree(run, tmp_path / "old"))
@@ -135,11 +138,11 @@ def test_prompt_index_of_another_encoder_is_refused(
 ) -> None:
     identity = TargetEncoder(str(encoder), "cpu").identity()
     prompt_index.from_places([dataset], "mine", identity=identity)
-    with pytest.raises(UserError, match=r"(?s)the vectors of .* \(here\) .*default_prompt: ''"):
+    with pytest.raises(UserError, match=r"(?s)those of .*data come from .*default_prompt: ''"):
         prompt_index.from_places([other], "mine", identity=identity)
     (tmp_path / "prompts.txt").write_text("a fox\na red house\n")
     bank = prompt_index.from_places([tmp_path / "prompts.txt"], str(changed), identity=identity)
-    with pytest.raises(UserError, match=r"(?s)the vectors of the encoder .*default_prompt: ''"):
+    with pytest.raises(UserError, match=r"(?s)those of the encoder .*default_prompt: ''"):
         bank.nearest(TargetEncoder(str(encoder), "cpu").encode(["a fox"]), 1)
 
 
@@ -154,9 +157,7 @@ def test_ensemble_and_bundle_carry_the_identity_and_members_must_agree(run: Path
     config = json.loads((copy / "config.json").read_text())
     config["encoder_identity"]["settings"]["default_prompt"] = "query: "
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(
-        UserError, match=r"a \(there\) and b \(here\) have text encoders of other settings: default_pro"
-    ):
+    with pytest.raises(UserError, match="a and b have text encoders of other settings: default_pro"):
         write_ensemble(tmp_path / "other", members, {})
 
 
@@ -170,8 +171,8 @@ def test_bundle_refuses_a_text_encoder_of_other_vectors(
     im2emb._require(model, identity, str(encoder))
     assert model.max_seq_length == 64, "the bundle knows where texts were cut"
     wrong = {
-        "default prompt: '' in the bundle, 'query: ' here": changed,
-        "Pooling.pooling_mode: 'mean' in the bundle, 'cls' here": tiny_encoders.write(tmp_path / "cls", pooling="cls"),
+        "default prompt: '' (bundle), 'query: ' (encoder)": changed,
+        "Pooling.pooling_mode: 'mean' (bundle), 'cls' (encoder)": tiny_encoders.write(tmp_path / "cls", pooling="cls"),
         "weights: ": tiny_encoders.write(tmp_path / "seed", seed=5),
         "modules: ": tiny_encoders.write(tmp_path / "bare", normalize=False),
     }
@@ -185,8 +186,8 @@ def test_differences_name_what_differs() -> None:
     old = {"name": "a", "width": 4, "weights_sha256": "x" * 64}
     assert differences(old, {**old, "settings": {"default_prompt": ""}}) == []
     assert differences(old, {**old, "settings": {"default_prompt": ""}}, strict=True) == [
-        "modules: not recorded there, none here",
-        "default_prompt: not recorded there, '' here",
+        "modules: not recorded (first), none (second)",
+        "default_prompt: not recorded (first), '' (second)",
     ]
-    assert differences({**old, "name": "b"}, old) == ["name: 'b' there, 'a' here"]
+    assert differences({**old, "name": "b"}, old) == ["name: 'b' (first), 'a' (second)"]
     assert differences(None, old) == []

@@ -15,6 +15,7 @@ import torch
 
 from core.cli import compose
 from core.errors import UserError
+from core.retry import Unreachable
 from core.settings import settings
 from datagen.dataset.reader import Dataset
 from models.runtime.decode import decode
@@ -135,6 +136,21 @@ def test_loader_matches_direct_access(two: list[Path], workers: int) -> None:
             assert getattr(actual, name).equal(getattr(wanted, name)), name
 
 
+class UnreachableImages(ImageDataset):
+    """Images of a store that a loader's worker cannot reach."""
+
+    def __getitems__(self, rows: Sequence[int]) -> Batch:
+        raise Unreachable("s3://bucket/data: no answer: check the network")
+
+
+@pytest.mark.slow
+def test_error_in_a_worker_is_its_message_alone(two: list[Path]) -> None:
+    images = UnreachableImages([Dataset(two[0], small_dataset.ENCODER)], Preprocessing(8))
+    with pytest.raises(UserError) as error:
+        next(iter(loader(images, SequentialBatchSampler(np.arange(4), 2), 1)))
+    assert str(error.value).strip() == "s3://bucket/data: no answer: check the network"
+
+
 def test_worker_pickle_contains_no_images_or_prompts(two: list[Path]) -> None:
     """The pickle that each of 16 workers gets must not grow with the mapped data."""
     images = images_of(two)
@@ -148,7 +164,7 @@ def test_vectors_of_two_encoders_are_refused(tmp_path: Path) -> None:
     one = listed_dataset.write(tmp_path / "one", [Row("a")])
     two = listed_dataset.write(tmp_path / "two", [Row("b")], identity={"weights_sha256": "other"})
     with pytest.raises(
-        UserError, match=r"different encoders, .*\n.*one .*two .*\n.*: not recorded there, 'other' here"
+        UserError, match=r"different encoders, .*\n.*one .*two .*\n.*: not recorded \(first\), 'other' \(second\)"
     ):
         ImageDataset([Dataset(one, ENCODER), Dataset(two, ENCODER)], Preprocessing(8))
 

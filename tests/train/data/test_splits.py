@@ -209,7 +209,7 @@ def test_validation_set_seen_in_training_is_refused(tmp_path: Path) -> None:
         refuse_seen(prompts, np.arange(4), sets)
     assert str(refused.value) == (
         "val: seen: 2 of its 3 prompts are trained on, so its score would say nothing; make the training images with "
-        "curate.exclude_near=[seen], or leave it out of val=[…]"
+        "'curate.exclude_near=[seen]', or leave it out of val=[…]"
     )
     refuse_seen(prompts, np.arange(1), sets)
 

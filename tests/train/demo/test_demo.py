@@ -129,28 +129,28 @@ def test_nnls_shares_match_another_solver_and_sum_to_one() -> None:
         assert rest >= 0
 
 
-# --------------------------------------------------------------------------------------------------------------- look
+# --------------------------------------------------------------------------------------------------------- explanation
 
 
 @pytest.mark.slow
 def test_explanation_matches_model_index_and_baselines(run: Path, data: Path) -> None:
     image = png(100, 60, "orange")
-    look = explained(cfg(f"checkpoint={run / 'best'}", "neighbours=5"), image)
+    explanation = explained(cfg(f"checkpoint={run / 'best'}", "neighbours=5"), image)
     dataset = Dataset(data, small_dataset.ENCODER)
     rows = dataset.rows("train")
     target_nE = np.stack([dataset.target(int(row)) for row in rows])
     z_E = checkpoint.load(run / "best").embed([decode(image)])[0].numpy()
     cosine_n = target_nE @ z_E
     nearest = np.argsort(-cosine_n)[:5]
-    assert [text for _, text in look.nearest] == [dataset.prompts(int(rows[n]))[0] for n in nearest]
-    np.testing.assert_allclose([cosine for cosine, _ in look.nearest], cosine_n[nearest], atol=1e-5)
-    assert [part.name for part in look.parts] == ["mean", "knn", "retrieve"]
+    assert [text for _, text in explanation.nearest] == [dataset.prompts(int(rows[n]))[0] for n in nearest]
+    np.testing.assert_allclose([cosine for cosine, _ in explanation.nearest], cosine_n[nearest], atol=1e-5)
+    assert [part.name for part in explanation.parts] == ["mean", "knn", "retrieve"]
     mean_E = target_nE.mean(0) / np.linalg.norm(target_nE.mean(0))
-    assert look.parts[0].cosine == pytest.approx(float(mean_E @ z_E), abs=1e-5)
-    assert look.parts[0].nearest is None
-    assert all(part.nearest and "square" in part.nearest[1] for part in look.parts[1:])
-    assert sum(part.share for part in look.parts) + look.rest == pytest.approx(1, abs=1e-5)
-    assert (look.width, look.height, look.note) == (100, 60, "")
+    assert explanation.parts[0].cosine == pytest.approx(float(mean_E @ z_E), abs=1e-5)
+    assert explanation.parts[0].nearest is None
+    assert all(part.nearest and "square" in part.nearest[1] for part in explanation.parts[1:])
+    assert sum(part.share for part in explanation.parts) + explanation.rest == pytest.approx(1, abs=1e-5)
+    assert (explanation.width, explanation.height, explanation.note) == (100, 60, "")
 
 
 @pytest.mark.slow
@@ -159,13 +159,14 @@ def test_bundle_and_ensemble_need_only_a_prompt_index(run: Path, data: Path, tmp
     export(run / "best", tmp_path / "bundle")
     members = [Member(name, run / "best", 0.5) for name in ("a", "b")]
     write_ensemble(tmp_path / "both", members, {})
+    export(tmp_path / "both", tmp_path / "both_bundle")
     own = explained(cfg(f"checkpoint={run}", "baselines=[mean,retrieve]"), image)
-    for name in ("bundle", "both"):
-        look = explained(cfg(f"checkpoint={tmp_path / name}", f"prompt_index={data}"), image)
+    for name in ("bundle", "both", "both_bundle"):
+        explanation = explained(cfg(f"checkpoint={tmp_path / name}", f"prompt_index={data}"), image)
         assert [(part.name, pytest.approx(part.share, abs=1e-4)) for part in own.parts] == [
-            (part.name, part.share) for part in look.parts
+            (part.name, part.share) for part in explanation.parts
         ]
-        assert [text for _, text in look.nearest] == [text for _, text in own.nearest]
+        assert [text for _, text in explanation.nearest] == [text for _, text in own.nearest]
 
 
 def test_baselines_need_a_run(run: Path, tmp_path: Path) -> None:
@@ -387,9 +388,9 @@ def call(server: Server, path: str | None, **more: Any) -> tuple[bool, str]:
 
 def explain(server: Server, file: object) -> tuple[bool, str]:
     body = json.dumps({"data": [file]})
-    status, text = server.send("POST", "/gradio_api/call/look", body, {"Content-Type": "application/json"})
+    status, text = server.send("POST", "/gradio_api/call/explain", body, {"Content-Type": "application/json"})
     assert status == 200, text
-    _, text = server.send("GET", f"/gradio_api/call/look/{json.loads(text)['event_id']}")
+    _, text = server.send("GET", f"/gradio_api/call/explain/{json.loads(text)['event_id']}")
     event, data = re.findall(r"event: (complete|error)\ndata: (.*)", text)[-1]
     return event == "complete", json.loads(data)[-1] if event == "complete" else data
 
@@ -406,12 +407,12 @@ def say(server: Server, data: bytes) -> str:
 def test_an_image_gives_prompts_and_shares(server: Server, run: Path, data: Path) -> None:
     dataset = Dataset(data, small_dataset.ENCODER)
     image = dataset.image_bytes(int(dataset.rows("val")[0]))
-    look = explained(cfg(f"checkpoint={run / 'best'}"), image)
+    explanation = explained(cfg(f"checkpoint={run / 'best'}"), image)
     html = say(server, image)
     assert "<script" not in html
-    assert re.findall(r'class="figure">([\d.]+)<', html) == [f"{cosine:.3f}" for cosine, _ in look.nearest]
+    assert re.findall(r'class="figure">([\d.]+)<', html) == [f"{cosine:.3f}" for cosine, _ in explanation.nearest]
     told = re.findall(r'<td class="number">([\d.-]+) %</td>', html)
-    assert told == [f"{100 * share:.1f}" for share in [*(part.share for part in look.parts), look.rest]]
+    assert told == [f"{100 * share:.1f}" for share in [*(part.share for part in explanation.parts), explanation.rest]]
 
 
 @pytest.mark.parametrize(
@@ -452,7 +453,7 @@ def test_invalid_events_are_refused_without_traceback(server: Server) -> None:
         *({"fn_index": number} for number in (1, 99, -1, "x")),
         {"batched": True},
     ):
-        for path in ("queue/join", "call/look"):
+        for path in ("queue/join", "call/explain"):
             status, text = server.send("POST", f"/gradio_api/{path}", json.dumps(ours | other))
             assert status == 422, other
             assert "it was not uploaded" in text
@@ -619,7 +620,7 @@ def test_expired_uploads_are_deleted(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_other_methods_and_hosts_are_refused(server: Server) -> None:
-    for path in ("/gradio_api/process_recording", "/gradio_api/run/look", "/gradio_api/component_server", "/login"):
+    for path in ("/gradio_api/process_recording", "/gradio_api/run/explain", "/gradio_api/component_server", "/login"):
         assert server.send("POST", path, b"{}")[0] == 405, path
     assert server.send("PUT", "/gradio_api/upload", b"")[0] == 405
     assert server.send("POST", "/gradio_api/queue/join", bytes(5_000_000))[0] == 413
@@ -665,7 +666,7 @@ def test_dropped_image_shows_nearest_prompts_in_browser(
     server: Server, width: int, run: Path, browser: "Browser"
 ) -> None:
     image = png(64, 48, "orange")
-    look = explained(cfg(f"checkpoint={run / 'best'}"), image)
+    explanation = explained(cfg(f"checkpoint={run / 'best'}"), image)
     give = """([how, selector, bytes]) => {
       const sent = new DataTransfer(), away = {bubbles: true, cancelable: true};
       sent.items.add(new File([new Uint8Array(bytes)], "a.png", {type: "image/png"}));
@@ -678,17 +679,17 @@ def test_dropped_image_shows_nearest_prompts_in_browser(
     page.on("request", lambda request: asked.append(request.url))
     page.on("dialog", lambda _: pytest.fail("a prompt ran as a script"))
     page.goto(f"http://127.0.0.1:{server.port}/")
-    page.locator("#picture button").first.wait_for()
-    page.evaluate(give, ["drop", "#picture button", list(image)])
+    page.locator("#image button").first.wait_for()
+    page.evaluate(give, ["drop", "#image button", list(image)])
     page.get_by_text("64 × 48 px").wait_for()
     shown = page.locator("#results .near .prompt").all_inner_texts()
-    assert [" ".join(text.split()) for text in shown] == [text for _, text in look.nearest]
+    assert [" ".join(text.split()) for text in shown] == [text for _, text in explanation.nearest]
     assert page.locator("#results tbody tr").count() == 4
     assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("footer:visible").count() == 0
     page.evaluate(give, ["paste", "body", list(png(50, 40))])  # in place of the first
     page.get_by_text("50 × 40 px").wait_for()
-    page.evaluate(give, ["drop", "#picture img", list(b"just some words")])
+    page.evaluate(give, ["drop", "#image img", list(b"just some words")])
     page.get_by_text("This image cannot be used").wait_for()
     page.get_by_text("Drop an image here").wait_for()
     page.close()

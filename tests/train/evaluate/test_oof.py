@@ -117,7 +117,7 @@ def test_wandb_keeps_the_table_offline(
     rows, train = rows_of(images, "val"), rows_of(images, "train")
     shown = best_and_worst(model, images, rows, np.arange(len(rows)) / 20, train, count=2)
     actual = logged(tmp_path, monkeypatch, lambda logger: log_best_table(logger, images, shown, side=24))
-    assert actual["columns"] == ["picture", "kind", "cosine", "prompt", "nearest training prompts", "key"]
+    assert actual["columns"] == ["image", "kind", "cosine", "prompt", "nearest training prompts", "key"]
     assert [row[1:4] for row in actual["data"]] == [[s.kind, s.score, s.prompt] for s in shown]
     assert actual["data"][0][4].splitlines() == [f"{cosine:.2f} {prompt}" for cosine, prompt in shown[0].near]
     image = actual["data"][0][0]

@@ -135,7 +135,7 @@ def test_vectors_that_cannot_be_scored_are_refused_by_name(images: ImageDataset)
             return super().embed(images) * torch.nan
 
     for made, said in (
-        (lambda: Colours(0, 7), "wrong gives vectors 7 wide, but the dataset's targets are 384 wide"),
+        (lambda: Colours(0, 7), "wrong predicts vectors of width 7, but the dataset's targets have width 384"),
         (lambda: Broken(0), "wrong: 3 of 3 vectors are zero or not finite"),
     ):
         with pytest.raises(UserError, match=said):

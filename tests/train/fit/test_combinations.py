@@ -122,7 +122,7 @@ def test_a_fused_optimizer_clips_in_half_precision(
 def test_run_does_not_resume_with_another_precision(small_data: Path, tmp_path: Path) -> None:
     train(small_data, tmp_path / "run", "max_steps=1")
     (tmp_path / "run/done").unlink()
-    with pytest.raises(UserError, match="precision: 'fp32' there, 'bf16' here"):
+    with pytest.raises(UserError, match=r"precision: 'fp32' \(recorded\), 'bf16' \(requested\)"):
         train(small_data, tmp_path / "run", "max_steps=1", "scale.precision=bf16")
 
 

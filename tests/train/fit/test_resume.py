@@ -6,7 +6,6 @@ The slow ones start commands: `pytest tests/train/fit/test_resume.py -m slow`.
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,7 +17,7 @@ import torch
 
 from core.checksum import damage
 from core.errors import UserError
-from core.paths import ROOT
+from tests.commands import call
 from tests.training import same_weights, train
 from train.fit import resume
 from train.fit.callbacks import ResumeCheckpoint
@@ -202,33 +201,26 @@ def test_ranks_with_different_resume_checkpoints_are_refused() -> None:
         resume.require_agreement([3, 0])
 
 
-KILLED = """
-import os, signal, sys
-folder, number = sys.argv[1], int(sys.argv[2])
-count = 0
+def train_until_killed(run: Path, number: int, data: Path) -> None:
+    """Train with a resume checkpoint after each step; SIGKILL before the n-th open, rename or removal of one."""
+    count = 0
 
-def hook(event, arguments):
-    global count
-    if event in ("open", "os.rename", "os.remove") and "resume" in str(arguments[0]):
-        count += 1
-        if count == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal count
+        if event in ("open", "os.rename", "os.remove") and "resume" in str(arguments[0]):
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
 
-sys.addaudithook(hook)
-from pathlib import Path
-from tests.training import train
-train(Path(sys.argv[3]), Path(folder), *sys.argv[4:])
-"""
+    sys.addaudithook(hook)
+    train(data, run, EACH_STEP)
 
 
 def killed_before_each_operation(data: Path, folder: Path) -> Iterator[Path]:
     """Runs killed before their n-th open, rename or removal of a resume file, up to the third resume checkpoint."""
     for number in range(1, 17):
         run = folder / f"killed_{number}"
-        done = subprocess.run(
-            [sys.executable, "-c", KILLED, str(run), str(number), str(data), EACH_STEP], cwd=ROOT, check=False
-        )
-        assert done.returncode == -signal.SIGKILL
+        assert call(train_until_killed, run, number, data) == -signal.SIGKILL
         yield run
 
 

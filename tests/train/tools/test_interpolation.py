@@ -113,11 +113,11 @@ def test_checkpoints_of_different_architectures_are_refused(tmp_path: Path) -> N
     with pytest.raises(UserError) as refused:
         run(a, b, tmp_path / "out")
     assert str(refused.value).splitlines() == [
-        f"{a} (there) and {b} (here) differ:",
-        "  head: 'linear' there, 'wide' here",
-        "  head_width: 0 there, 6 here",
-        "  size: 32 there, 64 here",
-        "  encoder: 'colours' there, 'another' here",
+        f"{a} (a) and {b} (b) differ:",
+        "  head: 'linear' (a), 'wide' (b)",
+        "  head_width: 0 (a), 6 (b)",
+        "  size: 32 (a), 64 (b)",
+        "  encoder: 'colours' (a), 'another' (b)",
     ]
     assert not (tmp_path / "out").exists()
 
