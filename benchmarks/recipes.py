@@ -147,6 +147,7 @@ class Runs:
 
     def __init__(self, work: Path, processes: int, cost_steps: tuple[int, int], cost_repeats: int) -> None:
         self._work, self._cost_steps, self._cost_repeats = work, cost_steps, cost_repeats
+        os.environ["OMP_NUM_THREADS"] = "1"  # of the runs: read at import
         # forked from a server that has imported what takes ten seconds
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["train.fit.fit", "sentence_transformers"])
@@ -325,7 +326,6 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     cfg = options()
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the runs: read at import
     work = cfg.work.resolve() / ("quick" if cfg.quick else "full")
     data = [*DATA, *(QUICK if cfg.quick else FULL), f"out={work / 'data'}"]
     subprocess.run([sys.executable, "-m", "datagen", *data], cwd=ROOT, check=True)  # resumes, or has nothing left to do

@@ -141,9 +141,10 @@ def test_commands_run_in_zsh(document: Path) -> None:
 def test_commands_of_settings_files_and_docstrings_run_in_zsh(package: str) -> None:
     files = [*(ROOT / package).rglob("*.yaml"), *(ROOT / package).rglob("*.py")]
     lines = [line for file in files for line in file.read_text().splitlines()]
-    shown = [found[1] for line in lines if (found := re.match(r"[#\s]*(python -m .*?)(?:  .*| #.*)?$", line))]
-    assert shown
-    assert not [command for command in shown if expanded_by_zsh(command)]
+    matches = [re.match(r"[#\s]*(python -m .*?)(?:  .*| #.*)?$", line) for line in lines]
+    shown_commands = [match[1] for match in matches if match]
+    assert shown_commands
+    assert not [command for command in shown_commands if expanded_by_zsh(command)]
 
 
 def expanded_by_zsh(command: str) -> bool:

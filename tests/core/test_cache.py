@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -25,24 +26,28 @@ def rows_of(start: int, stop: int) -> np.ndarray:
     return np.arange(start, stop, dtype=np.float32)[:, None] * np.array([1, -1, 0.5], np.float32)
 
 
-def test_rows_are_computed_once_and_memory_mapped(tmp_path: Path) -> None:
-    asked = []
+def recording(calls: list[tuple[int, int]]) -> Callable[[int, int], np.ndarray]:
+    """`rows_of`, which also appends (start, stop) of each call to `calls`."""
 
-    def make(start: int, stop: int) -> np.ndarray:
-        asked.append((start, stop))
+    def compute(start: int, stop: int) -> np.ndarray:
+        calls.append((start, stop))
         return rows_of(start, stop)
 
-    count = cache.PART + 5
+    return compute
+
+
+def test_rows_are_computed_once_and_memory_mapped(tmp_path: Path) -> None:
+    count, calls = cache.PART + 5, []
     for _ in range(2):
-        found = cached_rows(tmp_path / "own", count, make, "row", "rows")
-        np.testing.assert_array_equal(found, rows_of(0, count))
-        assert isinstance(found, np.memmap)
-    assert asked == [(0, cache.PART), (cache.PART, count)]
-    assert sorted(p.name for p in (tmp_path / "own").iterdir()) == [".lock", "rows.json", "vectors.npy"]
+        cached = cached_rows(tmp_path / "rows", count, recording(calls), "row", "rows")
+        np.testing.assert_array_equal(cached, rows_of(0, count))
+        assert isinstance(cached, np.memmap)
+    assert calls == [(0, cache.PART), (cache.PART, count)]
+    assert sorted(p.name for p in (tmp_path / "rows").iterdir()) == [".lock", "rows.json", "vectors.npy"]
 
 
 def test_failed_computation_resumes_to_same_bytes(tmp_path: Path) -> None:
-    count = 3 * cache.PART
+    count, calls = 3 * cache.PART, []
 
     def failing(start: int, stop: int) -> np.ndarray:
         if start == 2 * cache.PART:
@@ -53,20 +58,19 @@ def test_failed_computation_resumes_to_same_bytes(tmp_path: Path) -> None:
         cached_rows(tmp_path / "a", count, failing, "row", "rows")
     with (tmp_path / "a" / "vectors.part").open("ab") as file:
         file.write(b"half a part")
-    began = []
-    cached_rows(tmp_path / "a", count, lambda *at: began.append(at[0]) or rows_of(*at), "row", "rows")
+    cached_rows(tmp_path / "a", count, recording(calls), "row", "rows")
     cached_rows(tmp_path / "b", count, rows_of, "row", "rows")
-    assert began == [2 * cache.PART]
+    assert calls == [(2 * cache.PART, count)]
     assert (tmp_path / "a" / "vectors.npy").read_bytes() == (tmp_path / "b" / "vectors.npy").read_bytes()
 
 
 def test_inconsistent_cache_files_are_recomputed(tmp_path: Path) -> None:
     count = 2 * cache.PART
-    for name, told in (("cut", {"rows": cache.PART, "width": 3}), ("damaged", None), ("others", {"rows": 1})):
+    for name, record in (("cut", {"rows": cache.PART, "width": 3}), ("damaged", None), ("others", {"rows": 1})):
         folder = tmp_path / name
         folder.mkdir()
         (folder / "vectors.part").write_bytes(b"short")
-        (folder / "rows.json").write_text(json.dumps(told) if told else "{")
+        (folder / "rows.json").write_text(json.dumps(record) if record else "{")
         np.testing.assert_array_equal(cached_rows(folder, count, rows_of, "row", "rows"), rows_of(0, count))
     (tmp_path / "cut" / "vectors.npy").write_bytes(b"short")
     np.testing.assert_array_equal(cached_rows(tmp_path / "cut", count, rows_of, "row", "rows"), rows_of(0, count))
@@ -88,20 +92,20 @@ def test_damaged_rows_are_recomputed(place: int, tmp_path: Path, caplog: pytest.
 
 
 def test_non_finite_rows_are_refused_and_earlier_part_stays_cached(tmp_path: Path) -> None:
-    count, began = 2 * cache.PART, []
+    count, calls = 2 * cache.PART, []
 
-    def bad(start: int, stop: int) -> np.ndarray:
-        made = rows_of(start, stop)
+    def with_non_finite_rows(start: int, stop: int) -> np.ndarray:
+        rows = rows_of(start, stop)
         if start:
-            made[3, 1], made[8, 0] = np.nan, np.inf
-        return made
+            rows[3, 1], rows[8, 0] = np.nan, np.inf
+        return rows
 
-    what = rf"2 of {cache.PART} row vectors are NaN or infinite, the first is row {cache.PART + 3}; .*{tmp_path}"
-    with pytest.raises(UserError, match=what):
-        cached_rows(tmp_path, count, bad, "row", "rows")
-    found = cached_rows(tmp_path, count, lambda *at: began.append(at[0]) or rows_of(*at), "row", "rows")
-    assert began == [cache.PART]
-    np.testing.assert_array_equal(found, rows_of(0, count))
+    message = rf"2 of {cache.PART} row vectors are NaN or infinite, the first is row {cache.PART + 3}; .*{tmp_path}"
+    with pytest.raises(UserError, match=message):
+        cached_rows(tmp_path, count, with_non_finite_rows, "row", "rows")
+    cached = cached_rows(tmp_path, count, recording(calls), "row", "rows")
+    assert calls == [(cache.PART, count)]
+    np.testing.assert_array_equal(cached, rows_of(0, count))
 
 
 def test_full_disk_is_reported_before_computation(tmp_path: Path) -> None:
@@ -122,7 +126,7 @@ def test_killed_process_loses_at_most_one_part(tmp_path: Path) -> None:
             return rows_of(start, stop)
 
         PROGRAM
-        cache.cached_rows(Path({str(tmp_path / "own")!r}), 6 * cache.PART, make, "row", "rows")
+        cache.cached_rows(Path({str(tmp_path / "rows")!r}), 6 * cache.PART, make, "row", "rows")
     """).replace("PROGRAM", inspect.getsource(rows_of))
     command = [sys.executable, "-c", program]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as process:
@@ -130,12 +134,12 @@ def test_killed_process_loses_at_most_one_part(tmp_path: Path) -> None:
         for _ in range(3):
             process.stdout.readline()
         os.kill(process.pid, signal.SIGKILL)
-    done = json.loads((tmp_path / "own" / "rows.json").read_text())["rows"]
+    done = json.loads((tmp_path / "rows" / "rows.json").read_text())["rows"]
     assert done >= 2 * cache.PART
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     assert int(again.stdout.split()[0]) == done
-    found = np.load(tmp_path / "own" / "vectors.npy")
-    np.testing.assert_array_equal(found, rows_of(0, 6 * cache.PART))
+    cached = np.load(tmp_path / "rows" / "vectors.npy")
+    np.testing.assert_array_equal(cached, rows_of(0, 6 * cache.PART))
 
 
 def test_concurrent_processes_compute_rows_once(tmp_path: Path) -> None:
@@ -147,14 +151,14 @@ def test_concurrent_processes_compute_rows_once(tmp_path: Path) -> None:
 
         def make(start, stop):
             time.sleep(0.5)
-            print("made", flush=True)
+            print("computed", flush=True)
             return np.ones((10, 3))
 
-        cache.cached_rows(Path({str(tmp_path / "own")!r}), 10, make, "row", "rows")
+        cache.cached_rows(Path({str(tmp_path / "rows")!r}), 10, make, "row", "rows")
     """)
     command = [sys.executable, "-c", program]
     quiet = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     both = [subprocess.Popen(command, **quiet) for _ in range(2)]
-    said = [process.communicate()[0] for process in both]
+    outputs = [process.communicate()[0] for process in both]
     assert [process.returncode for process in both] == [0, 0]
-    assert "".join(said).count("made") == 1
+    assert "".join(outputs).count("computed") == 1

@@ -169,8 +169,10 @@ def _mean(folder: Path, config: Mapping[str, Any]) -> "Mean":
 
     if config["kind"] == "bundle":
         return Mean(torch.from_numpy(mean_vector(folder, config))[None])
-    members = sorted(folder.glob("members/*")) or [folder]
-    return Mean(torch.stack([checkpoint.load_extras(member)[0] for member in members]))
+    folders = [folder]
+    if config["kind"] == "ensemble":
+        folders = [folder / "members" / member["name"] for member in config["members"]]
+    return Mean(torch.stack([checkpoint.load_extras(each)[0] for each in folders]))
 
 
 def _grey() -> bytes:

@@ -40,7 +40,7 @@ _POST_ROUTES = ("upload", *_EVENTS, "cancel", "reset")  # routes below _API that
 _GET_ROUTES = ("/", "/config", "/theme.css", "/manifest.json", "/favicon.ico")
 _GET_PREFIXES = ("/assets/", "/static/")  # gradio's own files
 _API_GET_ROUTES = re.compile(r"app_id|queue/data|upload_progress|(heartbeat|call/explain)/\w+", re.ASCII)
-_LOOK = 0  # number of the only event that runs on the server, the first that `_app` adds
+_EXPLAIN = 0  # number of the only event that runs on the server, the first that `_app` adds
 _MAX_SIDE = 65_535  # px, as in JPEG; decoding 1 × 60,000,000 took gigabytes
 _KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "AVIF")  # formats that browsers show; some other readers run programs
 _POLICY = (
@@ -272,7 +272,7 @@ def _is_event(body: bytes) -> bool:
         (file,) = event["data"]
         if file is not None:
             ImageData.model_validate(file)
-        return event.get("fn_index") in (None, _LOOK) and not event.get("batched")
+        return event.get("fn_index") in (None, _EXPLAIN) and not event.get("batched")
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return False
 
